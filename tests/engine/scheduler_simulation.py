@@ -1,0 +1,195 @@
+"""A pretend engine around the real scheduler, which checks every step.
+
+Its workers know only what batches tell them, its cache slots remember which tokens they depend on, and its
+model reads nothing but the cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections import Counter
+from typing import Any
+
+from ulysses_infer.cache.blocks import BlockAllocator
+from ulysses_infer.config import SchedulerConfig
+from ulysses_infer.engine.request import Request, RequestStatus
+from ulysses_infer.engine.scheduler import Batch, ScheduledRequest, Scheduler
+from ulysses_infer.sampling_params import SamplingParams
+
+VOCABULARY = 5
+EOS = 4
+
+
+def next_token(prefix: tuple[int, ...]) -> int:
+    """The pretend model: a function of every token before."""
+    return zlib.crc32(bytes(prefix)) % VOCABULARY
+
+
+def lone_output(request: Request, max_model_len: int) -> list[int]:
+    """What `request` would produce alone, by the definition of its stopping rules."""
+    tokens, output, params = list(request.prompt_token_ids), [], request.params
+    while True:
+        output.append(next_token(tuple(tokens)))
+        tokens.append(output[-1])
+        stops = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else (EOS,))}
+        if output[-1] in stops and len(output) >= params.min_tokens:
+            return output
+        if len(output) == params.max_tokens or len(tokens) == max_model_len:
+            return output
+
+
+class Simulation:
+    """Scheduler, pretend workers and pretend model. `requests` has every request ever added."""
+
+    def __init__(
+        self, num_blocks: int, block_size: int, max_model_len: int, caching: bool = True, **scheduler: Any
+    ) -> None:
+        self.allocator = BlockAllocator(num_blocks, block_size, caching)
+        self.ticks = itertools.count()
+        self.config = SchedulerConfig(**scheduler)
+        self.scheduler = Scheduler(
+            self.config, self.allocator, max_model_len, clock=lambda: float(next(self.ticks))
+        )
+        self.max_model_len = max_model_len
+        self.requests: list[Request] = []
+        self.slots: dict[
+            tuple[int, int], tuple[int, ...]
+        ] = {}  # (block, offset) -> the tokens its KV depends on
+        self.tables: dict[int, list[int]] = {}  # what workers know, by request index
+        self.computed: dict[int, int] = {}  # the same: tokens of each request in the cache
+        self.admitted: list[int] = []  # indices in order of admission
+
+    def add(self, prompt: list[int], priority: int = 0, salt: str = "", **params: Any) -> Request:
+        index = len(self.requests)
+        request = Request(
+            request_id=f"r{index}",
+            index=index,
+            prompt_token_ids=prompt,
+            params=SamplingParams(**params),
+            arrival_time=0.0,
+            priority=priority,
+            eos_token_ids=frozenset({EOS}),
+            cache_salt=salt,
+        )
+        self.scheduler.add(request)
+        self.requests.append(request)
+        return request
+
+    def step(self) -> Batch:
+        batch = self.schedule()
+        self.finish_step(batch)
+        return batch
+
+    def schedule(self) -> Batch:
+        unfinished = [r for r in self.requests if not r.is_finished]
+        batch = self.scheduler.schedule()
+        self._check_limits(batch, unfinished)
+        self._check_preempted(batch, unfinished)
+        self._mirror(batch)
+        self._check_order(batch)
+        self.check_blocks()
+        return batch
+
+    def finish_step(self, batch: Batch) -> list[Request]:
+        """The rest of a step: every token writes its slot, then the requests that sample read all theirs."""
+        for item in batch.scheduled:
+            self._write(item)
+        sampled = {item.request.index: self._sample(item) for item in batch.scheduled if item.samples}
+        finished = self.scheduler.update(batch, sampled)
+        for request in finished:
+            assert request.output_token_ids == lone_output(request, self.max_model_len)
+        return finished
+
+    def run(self, max_steps: int = 3000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_unfinished:
+                break
+            self.step()
+        assert all(request.is_finished for request in self.requests), "a request never ends"
+        self.check_blocks()
+        self.allocator.assert_idle()
+
+    def check_blocks(self) -> None:
+        """Holders and reference counts agree, requests that do not run hold nothing, no block is lost."""
+        running = [r for r in self.requests if r.status is RequestStatus.RUNNING]
+        assert self.scheduler.num_running == len(running)
+        holders = Counter(block for request in running for block in request.block_table)
+        assert all(holders[b] == self.allocator.references(b) for b in range(self.allocator.num_blocks))
+        assert self.allocator.num_used == len(holders)
+        assert all(not r.block_table for r in self.requests if r.status is not RequestStatus.RUNNING)
+
+    def _check_limits(self, batch: Batch, unfinished: list[Request]) -> None:
+        assert batch.num_tokens <= self.config.max_num_batched_tokens
+        assert self.scheduler.num_running <= self.config.max_num_seqs
+        assert len({item.request.index for item in batch.scheduled}) == len(batch.scheduled)
+        assert batch.is_empty == (not unfinished), "a step without progress"
+
+    def _check_preempted(self, batch: Batch, unfinished: list[Request]) -> None:
+        running = [r for r in unfinished if r.status is RequestStatus.RUNNING]
+        assert not {item.request for item in batch.scheduled} & set(batch.preempted)
+        for victim in batch.preempted:
+            assert victim is not min(unfinished, key=lambda r: r.precedence), (
+                "the first request was preempted"
+            )
+            assert victim not in running
+            assert all(r.precedence < victim.precedence for r in running), "a later request kept running"
+            del self.tables[victim.index], self.computed[victim.index]
+            self.admitted.remove(victim.index)
+
+    def _mirror(self, batch: Batch) -> None:
+        """Do what a worker does with a batch; what it starts from must be in the cache already."""
+        new = [item.request for item in batch.scheduled if item.request.index not in self.tables]
+        self.admitted += [request.index for request in sorted(new, key=lambda r: r.precedence)]
+        for item in batch.scheduled:
+            index = item.request.index
+            if index not in self.tables:
+                self.tables[index], self.computed[index] = [], item.start
+            self.tables[index] += item.new_block_ids
+            assert self.tables[index] == item.request.block_table
+            assert item.start == self.computed[index], "positions must follow without gap or repetition"
+            assert 0 < item.num_new_tokens <= item.request.num_tokens - item.start
+            assert item.samples == (item.start + item.num_new_tokens == item.request.num_tokens)
+            self._check_slots(item.request, item.start)
+
+    def _check_order(self, batch: Batch) -> None:
+        keys = [(not item.is_decode, self.admitted.index(item.request.index)) for item in batch.scheduled]
+        assert keys == sorted(keys), "decodes first, each part in order of admission"
+
+    def _check_slots(self, request: Request, stop: int) -> None:
+        tokens = tuple(request.token_ids_from(0, stop))
+        for position in range(stop):
+            assert self.slots[self._slot(request, position)] == tokens[: position + 1]
+
+    def _write(self, item: ScheduledRequest) -> None:
+        request, stop = item.request, item.start + item.num_new_tokens
+        for position in range(item.start, stop):
+            slot = self._slot(request, position)
+            assert request.is_finished or self.allocator.references(slot[0]) == 1, "wrote into a shared block"
+            self.slots[slot] = tuple(request.token_ids_from(0, position + 1))
+        self.computed[request.index] = stop
+
+    def _sample(self, item: ScheduledRequest) -> int:
+        request = item.request
+        if request.is_finished:
+            return 0
+        self._check_slots(request, request.num_tokens)
+        return next_token(self.slots[self._slot(request, request.num_tokens - 1)])
+
+    def _slot(self, request: Request, position: int) -> tuple[int, int]:
+        block, offset = divmod(position, self.allocator.block_size)
+        return self.tables[request.index][block], offset
+
+
+def small_simulation(num_blocks=64, block_size=4, max_model_len=128, caching=True, **config):
+    return Simulation(num_blocks, block_size, max_model_len, caching, **config)
+
+
+def prompt(length, token=0):
+    """Shares no block with the prompt of another `token`."""
+    return [token] * length
+
+
+def shape(batch):
+    """`{request id: (start, new tokens)}` in batch order."""
+    return {item.request.request_id: (item.start, item.num_new_tokens) for item in batch.scheduled}

@@ -1,0 +1,111 @@
+"""The demo model's training recipe: its schema, and how it is read from YAML and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from omegaconf import OmegaConf
+
+
+@dataclass
+class CorpusConfig:
+    """What to read and how to tokenize it."""
+
+    vocab_size: int = 2048
+    held_out_every: int = 40  # about one file in so many is kept for the evaluation
+    max_files: int | None = None  # None: the whole standard library
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the Llama."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 640
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 32
+    max_position_embeddings: int = 2048
+
+
+@dataclass
+class TrainConfig:
+    """Length of the run and its optimizer."""
+
+    steps: int = 2000
+    seq_length: int = 1024
+    micro_batch: int = 8  # sequences per step and sequence-parallel group
+    learning_rate: float = 2.5e-3
+    min_learning_rate_ratio: float = 0.05
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    seed: int = 0
+    eval_batches: int = 8
+    log_every: int = 10
+    save_every: int = 100
+    resume: bool = False
+
+
+@dataclass
+class ParallelConfig:
+    """How the ranks share the work."""
+
+    sequence_parallel: int | None = None  # None: all ranks work on each sequence
+    zero_stage: int = 2
+    dtype: str = "bf16"  # of the forward pass; master weights are fp32 either way
+
+
+@dataclass
+class Recipe:
+    """The whole recipe, as recipes/train_demo.yaml spells it."""
+
+    output_dir: str = "models/demo"
+    run_dir: str = "runs/train_demo"
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def load_recipe(path: str | None, overrides: list[str]) -> Recipe:
+    """Defaults, then the recipe file, then the command line; an unknown key is refused."""
+    schema = OmegaConf.structured(Recipe)
+    known = list(dotted_keys(OmegaConf.to_container(schema)))
+    layers = [OmegaConf.load(path)] if path else []
+    for layer in [*layers, OmegaConf.from_dotlist(overrides)]:
+        reject_unknown_keys(OmegaConf.to_container(layer), known)
+        schema = OmegaConf.merge(schema, layer)
+    return OmegaConf.to_object(schema)
+
+
+def dotted_keys(tree: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    """Paths of all leaves of nested mappings, as one writes them on the command line."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from dotted_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def reject_unknown_keys(layer: Mapping[str, object], known: list[str]) -> None:
+    """Exit naming the nearest known key, because most unknown keys are misspelt."""
+    for key in dotted_keys(layer):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+            sys.exit(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+
+
+def parse_arguments(description: str, argv: list[str]) -> Recipe:
+    """The command line; the DeepSpeed launcher puts `--local_rank=i` before what the user wrote."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", help="recipe (YAML)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args(argv)
+    return load_recipe(arguments.config, arguments.overrides)

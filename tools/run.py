@@ -1,0 +1,192 @@
+"""From a fresh clone to a running engine: `python3 tools/run.py demo` or `python3 tools/run.py test`.
+
+Both make a virtual environment first (in .venv, or where the variable ULYSSES_VENV says) and use it again.
+`demo` then runs recipes/demo.yaml on two ranks, overrides such as policy.threshold_tokens=4 may follow;
+`test` runs the linter, the type checker and the tests, with any pytest arguments that follow.
+
+Needs Python 3.11 or newer and gcc; nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH = "torch==2.13.0"  # the release the engine is developed on
+EXTRAS = {"demo": "", "test": "[serve,bench,train,test]"}
+CHECKS = (["ruff", "check", "."], ["mypy"], ["pytest"])
+
+
+def main() -> None:
+    """Run the command that the arguments name; exits with its status."""
+    command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if command not in EXTRAS:
+        print(__doc__)
+        sys.exit(0 if command in ("-h", "--help") else 2)
+    check_machine()
+    environment = Environment(Path(os.environ.get("ULYSSES_VENV") or ROOT / ".venv").resolve())
+    environment.prepare(command)
+    os.chdir(ROOT)
+    if command == "demo":
+        run_demo(environment, arguments)
+    else:
+        run_tests(environment, arguments)
+
+
+def check_machine() -> None:
+    """Exit with one line when something the set-up needs is missing."""
+    if sys.version_info < (3, 11):
+        fail(
+            f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; run this with a newer python3"
+        )
+    if shutil.which("gcc") is None:
+        fail("gcc is needed and not found; install it, for example with the package build-essential")
+    try:
+        import ensurepip  # noqa: F401
+    except ImportError:
+        fail("Python's venv is incomplete (no ensurepip); install the package python3-venv")
+
+
+class Environment:
+    """The virtual environment: torch, the package in editable form and what a command needs beside them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bin = folder / "bin"
+        pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        contents = f"{pyproject}{self.torch_requirement()}{sys.version}{ROOT}"
+        self.fingerprint = hashlib.sha256(contents.encode()).hexdigest()
+
+    @staticmethod
+    def torch_requirement() -> str:
+        """What to ask pip for: the CPU build where one is offered, but never where there are NVIDIA GPUs."""
+        version = TORCH.partition("==")[2]
+        return f"{TORCH},!={version}+cpu" if has_nvidia_gpu() else TORCH
+
+    def stamp(self, command: str) -> Path:
+        """The file whose text is the fingerprint once everything for `command` is installed."""
+        return self.folder / f".ready-for-{command}"
+
+    def is_ready(self, command: str) -> bool:
+        """Whether an earlier run installed everything for `command`."""
+        stamp = self.stamp(command)
+        return stamp.is_file() and stamp.read_text() == self.fingerprint
+
+    def prepare(self, command: str) -> None:
+        """Create the environment and install what `command` needs, unless that is done."""
+        if self.is_ready(command):
+            return
+        if not (self.bin / "python").exists():
+            say(f"creating a virtual environment in {self.folder}")
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(self.folder)], check=True)
+        self.pip_install(self.torch_requirement())
+        self.pip_install("-e", f"{ROOT}{EXTRAS[command]}")
+        for name, extras in EXTRAS.items():
+            if extras in ("", EXTRAS[command]):
+                self.stamp(name).write_text(self.fingerprint)
+
+    def pip_install(self, *requirement: str) -> None:
+        """Install, with pip's latest line shown on a terminal; on failure exit with its last lines."""
+        say(f"installing {requirement[-1]} (this can take some minutes)")
+        command = [str(self.bin / "python"), "-m", "pip", "install", "--progress-bar=off", *requirement]
+        pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert pip.stdout is not None
+        last_lines: collections.deque[str] = collections.deque(maxlen=15)
+        for line in pip.stdout:
+            last_lines.append(line)
+            show_progress(line)
+        show_progress("")
+        if pip.wait() != 0:
+            sys.stderr.writelines(last_lines)
+            fail(f"pip could not install {requirement[-1]}; its last lines are above")
+
+    def variables(self) -> dict[str, str]:
+        """The environment variables of a process that runs in here."""
+        path = f"{self.bin}{os.pathsep}{os.environ.get('PATH', '')}"
+        variables = {**os.environ, "VIRTUAL_ENV": str(self.folder), "PATH": path}
+        variables.pop("PYTHONHOME", None)
+        return variables
+
+    def count_gpus(self) -> int:
+        """GPUs that the installed torch can use."""
+        code = "import torch; print(torch.cuda.device_count())"
+        command = [str(self.bin / "python"), "-c", code]
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=self.variables())
+        return int(result.stdout)
+
+
+def run_demo(environment: Environment, overrides: list[str]) -> None:
+    """Become the demo's launcher: two GPUs where there are two, else two CPU ranks of one thread each."""
+    variables = environment.variables()
+    gpus = environment.count_gpus()
+    if gpus < 2:
+        variables = cpu_variables(variables)
+    if gpus == 1:
+        overrides = ["runtime.device=cpu", *overrides]
+    launcher = ["deepspeed", "--master_port", str(free_port()), "--num_gpus", "2"]
+    command = [*launcher, "ulysses_infer/launch.py", "generate", "--config", "recipes/demo.yaml", *overrides]
+    say(" ".join(command))
+    os.execvpe(str(environment.bin / "deepspeed"), command, variables)
+
+
+def run_tests(environment: Environment, arguments: list[str]) -> None:
+    """Run the checks in order; exits with the status of the first that fails."""
+    variables = environment.variables()
+    if environment.count_gpus() == 0:
+        variables = cpu_variables(variables)
+    for check in CHECKS:
+        command = [*check, *arguments] if check == ["pytest"] else check
+        say(" ".join(command))
+        status = subprocess.run(
+            [environment.bin / command[0], *command[1:]], env=variables, check=False
+        ).returncode
+        if status != 0:
+            sys.exit(status)
+
+
+def cpu_variables(variables: dict[str, str]) -> dict[str, str]:
+    """`variables` for ranks on the CPU, one thread each; unless told, every rank uses all cores."""
+    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **variables}
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the driver knows of an NVIDIA GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+    listing = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, text=True, check=False)
+    return listing.returncode == 0 and "GPU" in listing.stdout
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def show_progress(line: str) -> None:
+    """Show `line` in place of the one before, on a terminal."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print("\r" + line.strip()[:width].ljust(width), end="\r", flush=True)
+
+
+def say(text: str) -> None:
+    """Tell what happens next."""
+    print(f"==> {text}", flush=True)
+
+
+def fail(message: str) -> None:
+    """Exit with one line."""
+    sys.exit(f"error: {message}")
+
+
+if __name__ == "__main__":
+    main()

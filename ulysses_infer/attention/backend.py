@@ -1,0 +1,82 @@
+"""What every attention backend takes and gives: queries of one step against the paged cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ulysses_infer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """The sequences of one step, in batch order; equal on every rank.
+
+    slots: [T] int64, where each batched token's key and value go (block * block_size + offset).
+    query_lens[i] tokens of sequence i are in the batch; context_lens[i] tokens, those included, are in the cache.
+    block_tables: [num_sequences, max_blocks] int64, padded with 0.
+    """
+
+    slots: torch.Tensor
+    query_lens: list[int]
+    context_lens: list[int]
+    block_tables: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How one layer attends: softmax scale, local windows, logit soft cap, attention sinks (one a local head)."""
+
+    scaling: float
+    sliding_window: int | None = None
+    chunk_size: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    def first_visible(self, position: int) -> int:
+        """The earliest key position that a query at `position` sees."""
+        first = 0
+        if self.sliding_window is not None:
+            first = max(first, position - self.sliding_window + 1)
+        if self.chunk_size is not None:
+            first = max(first, position - position % self.chunk_size)
+        return first
+
+    def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Which keys each query sees. queries: [n] positions; keys: [m] positions; returns bool [n, m]."""
+        distance = queries[:, None] - keys[None, :]
+        mask = distance >= 0
+        if self.sliding_window is not None:
+            mask &= distance < self.sliding_window
+        if self.chunk_size is not None:
+            mask &= (queries // self.chunk_size)[:, None] == (keys // self.chunk_size)[None, :]
+        return mask
+
+
+class AttentionBackend(Protocol):
+    """Attention of this rank's own heads over the cache. Knows nothing of modes or ranks."""
+
+    name: str
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """query: [T, Hq, d]; keys, values: [num_blocks, block_size, Hkv, d | dv]; returns [T, Hq, dv]."""
+        ...
+
+
+def make_backend(name: str, device: torch.device) -> AttentionBackend:
+    """The backend a recipe names; `auto` takes the best one that runs on `device`."""
+    from ulysses_infer.attention.torch_loop import TorchLoopAttention
+
+    backends = {"auto": TorchLoopAttention, "torch": TorchLoopAttention}
+    if name not in backends:
+        raise ConfigError(f"runtime.attention_backend is {name!r}; choose one of {', '.join(backends)}")
+    return backends[name]()

@@ -1,0 +1,129 @@
+"""Paged attention in plain torch: one fused attention call a sequence. Runs on every device and needs no build."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+
+SCORES_PER_CALL = 1 << 24  # bounds the explicit score matrix (soft cap, sinks) to 64 MiB of float32
+
+
+class TorchLoopAttention:
+    """Gathers the blocks a sequence needs, then attends. Decodes fold the query heads of a KV head into rows."""
+
+    name = "torch"
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        output = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
+        row = 0
+        for index, (length, context) in enumerate(zip(metadata.query_lens, metadata.context_lens, strict=True)):
+            first = options.first_visible(context - length)
+            key, value, first = _gather(keys, values, metadata.block_tables[index], first, context)
+            rows = slice(row, row + length)
+            output[rows] = _attend_one(query[rows], key, value, first, options)
+            row += length
+        return output
+
+
+def _gather(
+    keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, first: int, context: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Keys and values from the block of position `first` up to `context`: [m, Hkv, d] each, and where they start."""
+    block_size = keys.shape[1]
+    first_block = first // block_size
+    blocks = table[first_block : -(-context // block_size)]
+    count = context - first_block * block_size
+    key = keys.index_select(0, blocks).flatten(0, 1)[:count]
+    value = values.index_select(0, blocks).flatten(0, 1)[:count]
+    return key, value, first_block * block_size
+
+
+def _attend_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first: int, options: AttentionOptions
+) -> torch.Tensor:
+    """One sequence. query: [n, Hq, d], the last n positions; key, value: [m, Hkv, d] from `first` on."""
+    length, count = query.shape[0], key.shape[0]
+    context = first + count
+    plain = options.softcap is None and options.sinks is None
+    sees_all = options.first_visible(context - 1) <= first
+    if plain and length == 1 and sees_all:
+        return _decode(query, key, value, options.scaling)
+    if plain and length == count and sees_all:
+        return _fused(query, key, value, None, options.scaling)
+    queries = torch.arange(context - length, context, device=query.device)
+    visible = options.visible(queries, torch.arange(first, context, device=query.device))
+    if plain:
+        return _fused(query, key, value, visible, options.scaling)
+    return _explicit(query, key, value, visible, options)
+
+
+def _decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """One query token that sees every key: the G query heads of a KV head become G rows of one small product."""
+    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+    folded = query.view(heads, groups, -1)
+    output = F.scaled_dot_product_attention(
+        folded[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None], scale=scaling
+    )
+    return output.view(1, heads * groups, -1)
+
+
+def _fused(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Torch's fused attention; `visible` None means plain causal from position 0."""
+    output = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        attn_mask=visible,
+        is_causal=visible is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[0].transpose(0, 1)
+
+
+def _explicit(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
+    """Attention written out, for soft caps and sinks, over query rows few enough to bound memory."""
+    step = max(1, SCORES_PER_CALL // (query.shape[1] * key.shape[0]))
+    parts = [
+        _explicit_rows(rows, key, value, mask, options)
+        for rows, mask in zip(query.split(step), visible.split(step), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _explicit_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
+    length, query_heads, width = query.shape
+    heads, groups = key.shape[1], query_heads // key.shape[1]
+    folded = query.view(length, heads, groups, width).permute(1, 2, 0, 3)  # [Hkv, G, n, d]
+    scores = torch.matmul(folded, key.permute(1, 2, 0)[:, None]).float() * options.scaling
+    if options.softcap is not None:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
+    scores = scores.masked_fill(~visible, float("-inf"))
+    weights = _softmax_with_sinks(scores, options.sinks).to(value.dtype)
+    output = torch.matmul(weights, value.permute(1, 0, 2)[:, None])  # [Hkv, G, n, dv]
+    return output.permute(2, 0, 1, 3).reshape(length, query_heads, -1)
+
+
+def _softmax_with_sinks(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last dimension with one extra logit a head that takes weight and gives no value."""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    heads, groups, length, _ = scores.shape
+    sink = sinks.float().view(heads, groups, 1, 1).expand(heads, groups, length, 1)
+    return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]

@@ -1,0 +1,142 @@
+"""Which cache blocks are whose: reference counts, free blocks, and the full blocks that can be shared."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass
+class PrefixCacheStats:
+    """Counters since start, in tokens: asked of the prefix cache, and found there."""
+
+    queries: int = 0
+    hits: int = 0
+
+    def record(self, queries: int, hits: int) -> None:
+        """Count one request that asked for `queries` tokens and found the first `hits` of them."""
+        self.queries += queries
+        self.hits += hits
+
+
+class BlockAllocator:
+    """Hands out the `num_blocks` cache blocks of `block_size` tokens each, the same ids on every rank.
+
+    A block is held by the requests that have it in their block table (its reference count) or free. A full
+    block whose content has been computed can be published under its content's hash; any request may then
+    share it, and it keeps its content while free, until it is needed. Free blocks without content go first,
+    then the least recently freed. Every operation is O(1) per block.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.prefix_stats = PrefixCacheStats()
+        self._references = [0] * num_blocks
+        # Free blocks: those without content (block 0 goes first), and those with, least recently freed first.
+        self._blank = list(range(num_blocks - 1, -1, -1))
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._block_of_hash: dict[bytes, int] = {}
+        self._hash_of_block: dict[int, bytes] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that no request holds."""
+        return len(self._blank) + len(self._evictable)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that some request holds."""
+        return self.num_blocks - self.num_free
+
+    @property
+    def usage(self) -> float:
+        """Used share of the cache, 0 to 1."""
+        return self.num_used / self.num_blocks
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` tokens of one sequence take."""
+        return -(-num_tokens // self.block_size)
+
+    def references(self, block: int) -> int:
+        """How many requests hold `block`."""
+        return self._references[block]
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` free blocks, at most `num_free`, each with one reference."""
+        assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} free"
+        blocks = [self._take_free() for _ in range(count)]
+        for block in blocks:
+            self._references[block] = 1
+        return blocks
+
+    def match_prefix(self, block_hashes: Sequence[bytes]) -> list[int]:
+        """Blocks with the content of the longest leading run of `block_hashes` still cached. Takes no
+        reference."""
+        blocks = []
+        for content in block_hashes:
+            block = self._block_of_hash.get(content)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def count_free(self, blocks: Sequence[int]) -> int:
+        """How many of `blocks` are free: sharing them lowers `num_free` by as many."""
+        return sum(block in self._evictable for block in blocks)
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Take one more reference to each of `blocks`, which `match_prefix` has just returned."""
+        for block in blocks:
+            if self._references[block] == 0:
+                del self._evictable[block]
+            self._references[block] += 1
+
+    def publish(self, block: int, content: bytes) -> None:
+        """Let others share `block`, held, full and computed, under the hash `content`. The first block with a
+        content keeps its place; a later equal one stays private."""
+        assert self._references[block] > 0, f"block {block} is free"
+        if self.enable_prefix_caching and content not in self._block_of_hash:
+            self._block_of_hash[content] = block
+            self._hash_of_block[block] = content
+
+    def free(self, block_table: Sequence[int]) -> None:
+        """Give back one reference to each block of a sequence. Its tail is evicted before its head, because a
+        block is of no use to others once one before it is gone."""
+        for block in reversed(block_table):
+            assert self._references[block] > 0, f"block {block} freed twice"
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._put_free(block)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached content, as after a change of weights. Returns False, and changes nothing, while
+        any block is held: its sequence would mix old content with new."""
+        if self.num_used:
+            return False
+        self._blank.extend(self._evictable)
+        self._evictable.clear()
+        self._block_of_hash.clear()
+        self._hash_of_block.clear()
+        return True
+
+    def assert_idle(self) -> None:
+        """Raise AssertionError, naming the blocks, unless every block is free."""
+        held = [block for block, references in enumerate(self._references) if references]
+        if held or self.num_free != self.num_blocks:
+            raise AssertionError(f"idle engine, but {self.num_used} blocks are not free; held: {held[:20]}")
+
+    def _take_free(self) -> int:
+        if self._blank:
+            return self._blank.pop()
+        block, _ = self._evictable.popitem(last=False)
+        del self._block_of_hash[self._hash_of_block.pop(block)]
+        return block
+
+    def _put_free(self, block: int) -> None:
+        if block in self._hash_of_block:
+            self._evictable[block] = None
+        else:
+            self._blank.append(block)

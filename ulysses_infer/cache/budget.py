@@ -1,0 +1,81 @@
+"""How many blocks the cache gets: memory is counted before any of it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ulysses_infer.cache.paged import CacheShape
+from ulysses_infer.config import CacheConfig
+from ulysses_infer.errors import ConfigError
+
+CPU_CACHE_LIMIT = 4 << 30  # on a CPU other programs need the memory too: more must be asked for
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """One rank's memory, in bytes."""
+
+    available: int
+    weights: int
+    activations: int
+
+    @property
+    def left(self) -> int:
+        return self.available - self.weights - self.activations
+
+    def __str__(self) -> str:
+        return (
+            f"{self.available / GIB:.2f} GiB available a rank, weights {self.weights / GIB:.2f} GiB, "
+            f"activations {self.activations / GIB:.2f} GiB"
+        )
+
+
+def available_memory(device: torch.device, utilization: float, ranks_on_host: int) -> int:
+    """Bytes that one rank may take: its share of the free host memory, or of its GPU."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(total * utilization) - (total - free)
+    import psutil
+
+    return int(psutil.virtual_memory().available * utilization) // ranks_on_host
+
+
+def activation_bytes(
+    max_num_batched_tokens: int, hidden_size: int, intermediate_size: int, vocab_share: int, max_rows: int, width: int
+) -> int:
+    """A ceiling of one step's temporary tensors: a few residual-sized and MLP-sized ones, and logits in float32."""
+    per_token = width * (8 * hidden_size + 3 * intermediate_size)
+    return max_num_batched_tokens * per_token + max_rows * vocab_share * 4
+
+
+def check_weights_fit(budget: MemoryBudget) -> None:
+    """Raise `ConfigError`, with the numbers, when the weights alone do not fit."""
+    if budget.left <= 0:
+        raise ConfigError(
+            f"the model does not fit: {budget}; use more ranks with a higher parallel.tp, a smaller dtype, or a lower "
+            "scheduler.max_num_batched_tokens"
+        )
+
+
+def num_cache_blocks(config: CacheConfig, shape: CacheShape, budget: MemoryBudget, most: int, on_cpu: bool) -> int:
+    """Blocks this rank can hold. `most` is what the scheduler could ever fill. Raises `ConfigError` if none fit."""
+    if config.num_blocks is not None:
+        wanted = config.num_blocks * shape.bytes_per_block
+        _check_wanted(wanted, budget, f"cache.num_blocks {config.num_blocks}")
+        return config.num_blocks
+    if config.memory_bytes is not None:
+        _check_wanted(config.memory_bytes, budget, f"cache.memory_bytes {config.memory_bytes}")
+        return config.memory_bytes // shape.bytes_per_block
+    left = min(budget.left, CPU_CACHE_LIMIT) if on_cpu else budget.left
+    return min(left // shape.bytes_per_block, most)
+
+
+def _check_wanted(wanted: int, budget: MemoryBudget, setting: str) -> None:
+    if wanted > budget.left:
+        raise ConfigError(
+            f"{setting} takes {wanted / GIB:.2f} GiB, but {max(budget.left, 0) / GIB:.2f} GiB are left ({budget}); "
+            "lower it"
+        )

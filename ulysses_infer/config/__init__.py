@@ -1,0 +1,32 @@
+"""The recipe: what it may hold (`schema.py`), how it is put together (`loading.py`), what is refused."""
+
+from ulysses_infer.config.loading import load_config
+from ulysses_infer.config.reference import resolved_yaml, schema_reference
+from ulysses_infer.config.schema import (
+    CacheConfig,
+    Config,
+    GenerateConfig,
+    ModelConfig,
+    ParallelConfig,
+    PolicyConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+    ServerConfig,
+)
+from ulysses_infer.config.validation import refuse_unavailable
+
+__all__ = [
+    "CacheConfig",
+    "Config",
+    "GenerateConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "PolicyConfig",
+    "RuntimeConfig",
+    "SchedulerConfig",
+    "ServerConfig",
+    "load_config",
+    "refuse_unavailable",
+    "resolved_yaml",
+    "schema_reference",
+]

@@ -1,0 +1,116 @@
+"""`load_config`: defaults, then the recipe, then the overrides, each value checked where it enters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from ulysses_infer.config.keys import all_keys
+from ulysses_infer.config.schema import Config
+from ulysses_infer.config.settings import (
+    Setting,
+    settings_of_arguments,
+    settings_of_config,
+    settings_of_file,
+    settings_of_mapping,
+)
+from ulysses_infer.config.validation import validate, warn_ignored
+from ulysses_infer.errors import ConfigError
+
+Source = str | os.PathLike[str] | Mapping[str, Any] | Config | None
+Overrides = Mapping[str, Any] | Iterable[str]
+
+
+def load_config(source: Source = None, overrides: Overrides = (), *, strict_clash: bool = False) -> Config:
+    """The configuration that a recipe and overrides make; overrides win over the recipe, it over defaults.
+
+    `source` is the path of a recipe, a mapping (nested or dotted keys, DeepSpeed's and vLLM's names included)
+    or a `Config`. `overrides` is such a mapping, or command-line arguments such as `a.b=c` and
+    `--tensor-parallel-size 2`. With `strict_clash` an override must not change a key that `source` gives.
+
+    Raises ConfigError, one line, for an unknown key, a wrong type, a value out of range, a contradiction.
+    """
+    given = _source_settings(source)
+    changes = _override_settings(overrides)
+    tree = _assign_all(OmegaConf.structured(Config), given)
+    if strict_clash:
+        _refuse_clashes(tree, given, changes)
+    config = _as_config(_assign_all(tree, changes))
+    explicit = {setting.key: setting for setting in (*given, *changes)}
+    validate(config, explicit)
+    warn_ignored(config, explicit)
+    return config
+
+
+def _source_settings(source: Source) -> list[Setting]:
+    if source is None:
+        return []
+    if isinstance(source, Config):
+        return settings_of_config(source)
+    if isinstance(source, (str, os.PathLike)):
+        return settings_of_file(Path(source))
+    return settings_of_mapping(_plain(source), "the config dict")
+
+
+def _override_settings(overrides: Overrides) -> list[Setting]:
+    if isinstance(overrides, (Mapping, DictConfig)):
+        return settings_of_mapping(_plain(overrides), "the arguments")
+    return settings_of_arguments(list(overrides))
+
+
+def _plain(mapping: Any) -> Mapping[str, Any]:
+    if OmegaConf.is_config(mapping):
+        mapping = OmegaConf.to_container(mapping, resolve=False)
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"config = {mapping!r}: give the path of a recipe, a dict or a Config")
+    return mapping
+
+
+def _assign_all(tree: DictConfig, settings: list[Setting]) -> DictConfig:
+    for setting in settings:
+        _assign(tree, setting)
+    return tree
+
+
+def _assign(tree: DictConfig, setting: Setting) -> None:
+    """Put one value in its typed place; raises ConfigError with the expected type when it does not fit."""
+    try:
+        OmegaConf.update(tree, setting.key, setting.value, merge=False, force_add=True)
+    except ValidationError as error:
+        raise setting.complain(f"expected {_expected(setting.key)}") from error
+    except OmegaConfBaseException as error:
+        raise setting.complain(str(error).splitlines()[0]) from error
+
+
+def _expected(name: str) -> str:
+    return all_keys()[name].type_text if name in all_keys() else "a plain YAML value"
+
+
+def _refuse_clashes(tree: DictConfig, given: list[Setting], changes: list[Setting]) -> None:
+    """Raise ConfigError when a change gives a key another value than the source does."""
+    before = {setting.key: setting for setting in given}
+    scratch = _assign_all(tree.copy(), changes)
+    for change in changes:
+        key, first = change.key, before.get(change.key)
+        if first and OmegaConf.select(tree, key) != OmegaConf.select(scratch, key):
+            raise ConfigError(
+                f"{key} is {first.value!r} in {first.origin} but {change.value!r} in "
+                f"{change.origin}: give it once"
+            )
+
+
+def _as_config(tree: DictConfig) -> Config:
+    try:
+        missing = sorted(OmegaConf.missing_keys(tree))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set; give it in the recipe or as {missing[0]}=...")
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere, or to a wrong type
+        raise ConfigError(f"{error.full_key or 'recipe'}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    return config

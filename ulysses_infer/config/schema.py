@@ -1,0 +1,243 @@
+"""The recipe schema: one typed dataclass per section, each key with its meaning and the values it takes.
+
+The meanings are the text of `docs/recipe-reference.md`; choices and ranges are enforced by `validation.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ulysses_infer.parallel.layout import Layout, Mode
+
+MISSING = "???"
+"""A value that a recipe must give (OmegaConf's own spelling)."""
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def option(
+    default: Any = None,
+    *,
+    help: str,
+    factory: Callable[[], Any] | None = None,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    kind: str | None = None,
+    secret: bool = False,
+) -> Any:
+    """A recipe key: its default, its meaning, the values it takes, and whether printing it must hide it.
+
+    `kind` puts the type in words where Python's own says too little.
+    """
+    metadata = {
+        "help": help,
+        "kind": kind,
+        "choices": choices,
+        "at_least": at_least,
+        "above": above,
+        "at_most": at_most,
+        "secret": secret,
+    }
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """Which checkpoint to serve and how to read it."""
+
+    path: str = option(
+        MISSING,
+        help="Checkpoint: a hub id, or a folder, relative to the recipe that names it or to the working "
+        "directory.",
+    )
+    tokenizer: str | None = option(help="Folder or hub id of the tokenizer; null: the checkpoint's own.")
+    revision: str | None = option(help="Branch, tag or commit of a hub id; null: its default branch.")
+    dtype: str = option(
+        "auto", choices=DTYPES, help="Type the weights are kept in; auto: the checkpoint's own."
+    )
+    max_model_len: int | None = option(
+        at_least=1, help="Longest prompt plus output, in tokens; null: what the checkpoint declares."
+    )
+    trust_remote_code: bool = option(False, help="Run model code that comes with the checkpoint.")
+    allow_unverified: bool = option(
+        False, help="Serve an architecture that the equivalence tests have not proved right."
+    )
+    seed: int = option(0, at_least=0, help="Seed of requests that bring none of their own.")
+
+
+@dataclass
+class ParallelConfig:
+    """How many ranks form the engine and how they may split a step."""
+
+    sp: int = option(1, at_least=1, help="Token slices of the base mode (Ulysses sequence parallelism).")
+    tp: int = option(
+        1,
+        at_least=1,
+        help="Weight slices of the base mode (tensor parallelism); a rank stores 1/tp of the weights.",
+    )
+    dp: int = option(1, at_least=1, help="Replicas, each of sp * tp ranks; more than 1 is not available yet.")
+    modes: list[list[int]] | None = option(
+        kind="list of [sp, tp]",
+        help="Modes to make available beside the base mode; null: full tensor parallelism, [1, sp * tp].",
+    )
+    rank_order: str = option(
+        "sp_inner",
+        choices=("sp_inner", "tp_inner"),
+        help="Which kind of parallelism neighbouring ranks share; tp_inner for replicas that span nodes.",
+    )
+    expert_placement: str = option(
+        "replicate",
+        choices=("replicate", "expert", "width"),
+        help="Where the experts of a mixture-of-experts model live; expert and width are not available yet.",
+    )
+
+    @property
+    def base(self) -> Mode:
+        """The mode the weights are loaded for."""
+        return Mode(self.sp, self.tp)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of one replica."""
+        return self.sp * self.tp
+
+    @property
+    def layout(self) -> Layout:
+        """Who owns what in one replica."""
+        return Layout(self.base, self.rank_order)
+
+    @property
+    def available_modes(self) -> list[Mode]:
+        """The modes a step may run in, the base mode first, none twice."""
+        listed = [Mode(1, self.world_size)] if self.modes is None else [Mode(sp, tp) for sp, tp in self.modes]
+        return list(dict.fromkeys([self.base, *listed]))
+
+
+@dataclass
+class PolicyConfig:
+    """How the mode of a step is chosen."""
+
+    name: str = option(
+        "threshold",
+        choices=("static", "threshold", "adaptive"),
+        help="static: always one mode; threshold: the base mode for large steps, full tensor parallelism for "
+        "small ones; adaptive: by measured step times, not available yet.",
+    )
+    mode: Any = option(
+        kind="sp | tp | [sp, tp]",
+        help="The mode of policy static: sp (the base mode), tp, or [sp, tp]; null: the base mode.",
+    )
+    threshold_tokens: int = option(
+        256, at_least=0, help="Policy threshold: a step with more tokens than this runs in the base mode."
+    )
+    profile: str | None = option(
+        help="Policy adaptive: file with the measured step times; null: measured at start."
+    )
+
+
+@dataclass
+class CacheConfig:
+    """The paged KV cache of a rank."""
+
+    block_size: int = option(16, at_least=1, help="Tokens per block.")
+    dtype: str = option(
+        "auto", choices=DTYPES, help="Type of cached keys and values; auto: that of the weights."
+    )
+    memory_utilization: float = option(
+        0.92,
+        above=0,
+        at_most=1,
+        help="Share of a device's memory that weights, workspace and cache may take.",
+    )
+    memory_bytes: int | None = option(
+        at_least=1, help="Bytes of cache per rank, instead of what memory_utilization leaves."
+    )
+    num_blocks: int | None = option(at_least=1, help="Blocks of cache, instead of a number of bytes.")
+    enable_prefix_caching: bool = option(True, help="Reuse the blocks of a prompt's beginning seen before.")
+
+
+@dataclass
+class SchedulerConfig:
+    """Which requests run in a step."""
+
+    max_num_seqs: int = option(256, at_least=1, help="Most requests in one step.")
+    max_num_batched_tokens: int = option(8192, at_least=1, help="Most tokens in one step.")
+    policy: str = option(
+        "fcfs",
+        choices=("fcfs", "priority"),
+        help="Order of waiting requests: arrival, or priority then arrival.",
+    )
+    enable_chunked_prefill: bool = option(True, help="Split a prompt over several steps, mixed with decodes.")
+
+
+@dataclass
+class RuntimeConfig:
+    """Devices, backends and diagnosis."""
+
+    device: str = option(
+        "auto", choices=("auto", "cpu", "cuda"), help="Where ranks compute; auto: CUDA if present."
+    )
+    attention_backend: str = option(
+        "auto", help="Attention implementation; auto: the best one for the device."
+    )
+    enforce_eager: bool = option(True, help="Run layers one by one, without compiled or captured steps.")
+    threads_per_rank: int | None = option(
+        at_least=1, help="CPU threads of a rank; null: OMP_NUM_THREADS if set, else its share of the cores."
+    )
+    debug: bool = option(False, help="Verify the digest of every step plan on all ranks.")
+    step_timeout: float = option(300.0, above=0, help="Seconds after which a step counts as hung.")
+    log_level: str = option(
+        "warning", choices=("debug", "info", "warning", "error"), help="Least severe log lines shown."
+    )
+
+
+@dataclass
+class ServerConfig:
+    """The HTTP server (not available yet)."""
+
+    host: str = option("127.0.0.1", help="Address to listen on.")
+    port: int = option(8000, at_least=0, at_most=65535, help="Port to listen on; 0: any free one.")
+    api_key: str | None = option(secret=True, help="Key that clients must send.")
+    admin_api_key: str | None = option(
+        secret=True, help="Key for the administrative routes; null: routes are off."
+    )
+    served_model_name: str | None = option(help="Model name that clients use; null: model.path.")
+    shutdown_timeout: float = option(
+        30.0, at_least=0, help="Seconds that running requests get to end at SIGTERM."
+    )
+
+
+@dataclass
+class GenerateConfig:
+    """What `generate` runs."""
+
+    prompts: list[Any] = option(
+        factory=list,
+        help="Each a text, or a mapping with `prompt` or `messages`, and `sampling` for this prompt alone.",
+    )
+    sampling: dict[str, Any] = option(
+        factory=dict, help="Sampling parameters of every prompt (`SamplingParams`)."
+    )
+    stream: bool = option(True, help="Print tokens as they come.")
+    schedule: list[Any] | None = option(help="Engine step at which each prompt arrives; null: all at once.")
+    output: str | None = option(help="File for the results, JSON lines.")
+
+
+@dataclass
+class Config:
+    """A whole recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)

@@ -1,0 +1,189 @@
+"""What a configuration may not be: values out of range, settings that contradict, features not there yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ulysses_infer.config.keys import Key, all_keys
+from ulysses_infer.config.schema import Config
+from ulysses_infer.config.settings import Setting
+from ulysses_infer.errors import ConfigError, RequestError
+from ulysses_infer.parallel.layout import Mode, check_mode
+from ulysses_infer.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+PROMPT_KEYS = ("prompt", "messages", "sampling")
+
+
+def validate(config: Config, explicit: Mapping[str, Setting]) -> None:
+    """Raise ConfigError for the first value that is wrong by itself or together with another.
+
+    `explicit` has the settings somebody wrote, by key: messages name where.
+    """
+    for key in all_keys().values():
+        _check_value(_given(config, key.name, explicit), key)
+    _check_modes(config, explicit)
+    _check_policy(config, explicit)
+    _check_generate(config, explicit)
+
+
+def refuse_unavailable(config: Config) -> None:
+    """Raise ConfigError for a setting that the schema knows and this version cannot carry out yet."""
+    refusals = {
+        "policy.name = adaptive": config.policy.name == "adaptive",
+        f"parallel.dp = {config.parallel.dp}": config.parallel.dp > 1,
+        f"parallel.expert_placement = {config.parallel.expert_placement}": config.parallel.expert_placement
+        != "replicate",
+    }
+    remedies = {
+        "policy.name": "threshold or static",
+        "parallel.dp": "1",
+        "parallel.expert_placement": "replicate",
+    }
+    for setting, refused in refusals.items():
+        if refused:
+            remedy = remedies[setting.partition(" ")[0]]
+            raise ConfigError(f"{setting} is not available yet; use {remedy}")
+
+
+def warn_ignored(config: Config, explicit: Mapping[str, Setting]) -> None:
+    """Warn, on the first rank only, of settings somebody wrote that another setting makes meaningless."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for name, reason in _ignored(config):
+        if name in explicit:
+            logger.warning("%s (in %s) is ignored: %s", name, explicit[name].origin, reason)
+
+
+def _ignored(config: Config) -> list[tuple[str, str]]:
+    """(key, reason) of every setting without effect under `config`."""
+    policy, cache = config.policy, config.cache
+    ignored = []
+    for name, owner in (("mode", "static"), ("threshold_tokens", "threshold"), ("profile", "adaptive")):
+        if policy.name != owner:
+            ignored.append((f"policy.{name}", f"policy.name is {policy.name}, not {owner}"))
+    if cache.num_blocks is not None:
+        ignored.append(("cache.memory_bytes", "cache.num_blocks sets the size of the cache"))
+    if config.scheduler.max_num_seqs > config.scheduler.max_num_batched_tokens:
+        reason = "each request of a step takes at least one of scheduler.max_num_batched_tokens"
+        ignored.append(("scheduler.max_num_seqs", f"{reason} = {config.scheduler.max_num_batched_tokens}"))
+    return ignored
+
+
+def _given(config: Config, name: str, explicit: Mapping[str, Setting]) -> Setting:
+    """The resolved value of a key, with the origin of what somebody wrote."""
+    section, _, last = name.partition(".")
+    value = getattr(getattr(config, section), last)
+    written = explicit.get(name, Setting(name, value, "the defaults", name))
+    return dataclasses.replace(written, value=value)
+
+
+def _check_value(setting: Setting, key: Key) -> None:
+    """Raise ConfigError unless a key's value is among its choices and within its range."""
+    if setting.value is None:
+        return
+    limits = key.field.metadata
+    choices, at_least, above, at_most = (limits[name] for name in ("choices", "at_least", "above", "at_most"))
+    if choices and setting.value not in choices:
+        raise setting.complain(f"choose from {', '.join(choices)}")
+    if at_least is not None and not setting.value >= at_least:
+        raise setting.complain(f"must be at least {at_least}")
+    if above is not None and not setting.value > above:
+        raise setting.complain(f"must be more than {above}")
+    if at_most is not None and not setting.value <= at_most:
+        raise setting.complain(f"must be at most {at_most}")
+
+
+def _check_modes(config: Config, explicit: Mapping[str, Setting]) -> None:
+    setting = _given(config, "parallel.modes", explicit)
+    for pair in setting.value or []:
+        if not _is_pair(pair):
+            raise setting.complain("each mode is [sp, tp], two numbers of at least 1")
+        _check_mode(setting, config, Mode(*pair))
+
+
+def _check_policy(config: Config, explicit: Mapping[str, Setting]) -> None:
+    parallel, policy = config.parallel, config.policy
+    shift = parallel.layout.shift
+    if policy.name == "threshold" and shift not in parallel.available_modes:
+        setting = _given(config, "parallel.modes", explicit)
+        raise setting.complain(
+            f"policy threshold shifts to [{shift.sp}, {shift.tp}]; list it or set it to null"
+        )
+    setting = _given(config, "policy.mode", explicit)
+    if policy.name != "static" or policy.mode in (None, "sp"):
+        return
+    if policy.mode != "tp" and not _is_pair(policy.mode):
+        raise setting.complain("give sp, tp or [sp, tp]")
+    mode = shift if policy.mode == "tp" else Mode(*policy.mode)
+    _check_mode(setting, config, mode)
+    if mode not in parallel.available_modes:
+        raise setting.complain(f"mode [{mode.sp}, {mode.tp}] is not available; add it to parallel.modes")
+
+
+def _check_mode(setting: Setting, config: Config, mode: Mode) -> None:
+    try:
+        check_mode(config.parallel.layout, mode)
+    except ConfigError as error:
+        raise setting.complain(str(error)) from error
+
+
+def _is_pair(value: Any) -> bool:
+    numbers = isinstance(value, (list, tuple)) and len(value) == 2
+    return numbers and all(type(number) is int and number >= 1 for number in value)
+
+
+def _check_generate(config: Config, explicit: Mapping[str, Setting]) -> None:
+    generate = config.generate
+    _check_sampling(generate.sampling, "generate.sampling")
+    _check_schedule(_given(config, "generate.schedule", explicit), len(generate.prompts))
+    for index, item in enumerate(generate.prompts):
+        _check_prompt(item, generate.sampling, f"generate.prompts[{index}]")
+
+
+def _check_schedule(setting: Setting, num_prompts: int) -> None:
+    if setting.value is None:
+        return
+    if not all(type(step) is int and step >= 0 for step in setting.value):
+        raise setting.complain("each is the number of a step, from 0 up")
+    if len(setting.value) != num_prompts:
+        raise setting.complain(f"give one step for each of the {num_prompts} prompts")
+
+
+def _check_prompt(item: Any, sampling: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError unless `item` is a text or a mapping with `prompt` or `messages`."""
+    if isinstance(item, str):
+        return
+    if not isinstance(item, Mapping):
+        raise ConfigError(f"{where} = {item!r}: expected a text, or a mapping with {', '.join(PROMPT_KEYS)}")
+    for name in item:
+        if name not in PROMPT_KEYS:
+            raise ConfigError(f"unknown key '{name}' in {where}; known: {', '.join(PROMPT_KEYS)}")
+    if ("prompt" in item) == ("messages" in item):
+        raise ConfigError(f"{where}: give either prompt or messages")
+    if "prompt" in item and not isinstance(item["prompt"], str):
+        raise ConfigError(f"{where}.prompt = {item['prompt']!r}: expected a text")
+    if "messages" in item and not _are_messages(item["messages"]):
+        raise ConfigError(f"{where}.messages: expected a list of mappings with role and content")
+    own = item.get("sampling", {})
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"{where}.sampling = {own!r}: expected a mapping of sampling parameters")
+    _check_sampling({**sampling, **own}, f"{where}.sampling")
+
+
+def _are_messages(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in value)
+
+
+def _check_sampling(sampling: Mapping[str, Any], where: str) -> None:
+    try:
+        SamplingParams.from_mapping(sampling)
+    except RequestError as error:
+        raise ConfigError(f"{where}: {error}") from error

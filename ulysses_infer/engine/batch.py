@@ -1,0 +1,83 @@
+"""What one step computes: which tokens of which requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ulysses_infer.engine.request import Request
+
+
+class ScheduledRequest(NamedTuple):
+    """One request's part of a step: its tokens at positions `[start, start + num_new_tokens)`.
+
+    A named tuple, because hundreds are made every step.
+    """
+
+    request: Request
+    start: int
+    num_new_tokens: int
+    new_block_ids: list[int]
+    """Blocks appended to its block table; on (re)admission the whole table, shared prefix blocks first."""
+    samples: bool
+    """Whether the step computes the request's last known token and so yields a new one."""
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the step computes nothing but the token sampled last."""
+        return self.samples and self.num_new_tokens == 1 and self.start >= len(self.request.prompt_token_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: decodes in running order, then prefill chunks; and who was preempted to make room."""
+
+    scheduled: list[ScheduledRequest]
+    preempted: list[Request]
+
+    @property
+    def num_tokens(self) -> int:
+        """Batched tokens T of the step."""
+        return sum(item.num_new_tokens for item in self.scheduled)
+
+    @property
+    def num_decodes(self) -> int:
+        """Requests that decode one token."""
+        return sum(item.is_decode for item in self.scheduled)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of prefill chunks, recomputed ones included."""
+        return self.num_tokens - self.num_decodes
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to run."""
+        return not self.scheduled
+
+
+@dataclass
+class BatchBuilder:
+    """A batch in the making."""
+
+    budget: int
+    """Tokens that the step may still take."""
+    decodes: dict[int, ScheduledRequest] = field(default_factory=dict)
+    prefills: dict[int, ScheduledRequest] = field(default_factory=dict)
+    preempted: list[Request] = field(default_factory=list)
+
+    def put(self, request: Request, num_new_tokens: int, new_block_ids: list[int], samples: bool) -> None:
+        """Schedule the next `num_new_tokens` tokens of `request`."""
+        item = ScheduledRequest(request, request.num_computed_tokens, num_new_tokens, new_block_ids, samples)
+        (self.decodes if item.is_decode else self.prefills)[request.index] = item
+        self.budget -= num_new_tokens
+
+    def drop(self, request: Request) -> None:
+        """Take a preempted request out again, if it was in; its tokens return to the budget."""
+        item = self.decodes.pop(request.index, None) or self.prefills.pop(request.index, None)
+        self.budget += item.num_new_tokens if item else 0
+        self.preempted.append(request)
+
+    def build(self) -> Batch:
+        """The finished batch."""
+        return Batch([*self.decodes.values(), *self.prefills.values()], self.preempted)

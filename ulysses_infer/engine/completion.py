@@ -1,0 +1,129 @@
+"""One user request as it grows: `n` sequences over one prompt, their text and their log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ulysses_infer.engine.detokenizer import Detokenizer, TokenDecoder
+from ulysses_infer.engine.request import Request
+from ulysses_infer.model.sampler import SamplingRow
+from ulysses_infer.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput
+from ulysses_infer.sampling_params import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One of the `n` outputs: the scheduler's request, and what turns its tokens into results."""
+
+    request: Request
+    row: SamplingRow
+    detokenizer: Detokenizer
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.request.is_finished
+
+    def take_token(self) -> str | None:
+        """Feed the newest token to the text; returns a stop string if it completed one."""
+        request = self.request
+        ended_by_token = request.finish_reason == "stop"
+        if not ended_by_token or request.params.include_stop_str_in_output:
+            self.detokenizer.append([request.output_token_ids[-1]])
+        if request.is_finished:
+            self.detokenizer.finish()
+        return self.detokenizer.stop_reason
+
+    def output(self, index: int) -> CompletionOutput:
+        """What there is of this sequence so far."""
+        request = self.request
+        wants_logprobs = request.params.logprobs is not None
+        return CompletionOutput(
+            index=index,
+            text=self.detokenizer.text,
+            token_ids=list(request.output_token_ids),
+            cumulative_logprob=self.cumulative_logprob if wants_logprobs else None,
+            logprobs=list(self.logprobs) if wants_logprobs else None,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+
+
+@dataclass(eq=False)
+class Completion:
+    """A user's request: its prompt and its sequences."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    sequences: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sequence.is_finished for sequence in self.sequences)
+
+    def output(self) -> RequestOutput:
+        """What there is of every sequence so far."""
+        first = self.sequences[0].request
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[sequence.output(index) for index, sequence in enumerate(self.sequences)],
+            finished=self.is_finished,
+            prompt_logprobs=self.prompt_logprobs,
+            num_cached_tokens=first.num_cached_tokens,
+            metrics=_metrics([sequence.request for sequence in self.sequences]),
+        )
+
+
+def _metrics(requests: list[Request]) -> RequestMetrics:
+    """Moments of the whole request: the first of its sequences to start, the last to end."""
+    first_tokens = [r.first_token_time for r in requests if r.first_token_time is not None]
+    last_tokens = [r.last_token_time for r in requests if r.last_token_time is not None]
+    ends = [r.finish_time for r in requests if r.finish_time is not None]
+    return RequestMetrics(
+        arrival_time=requests[0].arrival_time,
+        first_scheduled_time=requests[0].first_scheduled_time,
+        first_token_time=min(first_tokens, default=None),
+        last_token_time=max(last_tokens, default=None),
+        finished_time=max(ends) if len(ends) == len(requests) else None,
+        num_output_tokens=max(r.num_output_tokens for r in requests),
+    )
+
+
+def top_logprobs(
+    logits: torch.Tensor, token_ids: list[int], counts: list[int], decoder: TokenDecoder | None
+) -> list[dict[int, Logprob]]:
+    """Log-probabilities of each row's chosen token and its most likely ones, from the model's own logits.
+
+    logits: [n, V] float32; counts[i] likeliest tokens are wanted for row i (-1: all). The chosen token comes first,
+    then the likeliest in order, as in vLLM.
+    """
+    vocab_size = logits.shape[1]
+    wanted = [vocab_size if count < 0 else count for count in counts]
+    logprobs = logits.float().log_softmax(dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
+    ranks = (logprobs > chosen).sum(dim=1) + 1
+    values, ids = logprobs.topk(max(wanted), dim=-1)
+    rows = zip(token_ids, chosen[:, 0].tolist(), ranks.tolist(), values.tolist(), ids.tolist(), wanted, strict=True)
+    return [_entry(*row, decoder) for row in rows]
+
+
+def _entry(
+    token: int, logprob: float, rank: int, values: list[float], ids: list[int], count: int,
+    decoder: TokenDecoder | None,
+) -> dict[int, Logprob]:  # fmt: skip
+    entry = {token: Logprob(logprob, rank, _text(decoder, token))}
+    for position, (other, value) in enumerate(zip(ids[:count], values[:count], strict=True), start=1):
+        entry.setdefault(other, Logprob(value, position, _text(decoder, other)))
+    return entry
+
+
+def _text(decoder: TokenDecoder | None, token: int) -> str | None:
+    return None if decoder is None else decoder.decode([token], False)

@@ -1,0 +1,243 @@
+"""Output tokens to text, piece by piece: never half a character, never half a stop string.
+
+`TokenDecoder` wraps a Hugging Face tokenizer once per engine; a `Detokenizer` per output turns new tokens
+into the text to stream. Joined, the pieces are the tokenizer's decoding of all tokens, cut at a stop string.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ulysses_infer.errors import RequestError
+from ulysses_infer.sampling_params import SamplingParams
+
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not, or not yet, a character
+WINDOW = 16  # tokens decoded together before the oldest are dropped
+CONTEXT_SEARCH = 16  # prompt tokens looked at for one that text can follow
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # sentencepiece's byte fallback
+
+
+class TokenDecoder:
+    """What incremental decoding needs of a tokenizer, fast or slow. Build it once per engine."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab()
+        self._bytes = frozenset(i for piece, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(str(piece)))
+        candidates = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        self._last_id = max(*vocabulary.values(), *candidates)
+        self._skipped = frozenset(token_id for token_id in candidates if self._vanishes(token_id))
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of `token_ids`, spaces before punctuation kept as the model wrote them."""
+        return self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def is_visible(self, token_id: int, skip_special_tokens: bool) -> bool:
+        """Whether the token takes part in the text; ids that only pad the vocabulary do not."""
+        return token_id <= self._last_id and not (skip_special_tokens and token_id in self._skipped)
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether the token is one byte of a character that the vocabulary lacks."""
+        return token_id in self._bytes
+
+    def _vanishes(self, token_id: int) -> bool:
+        """Whether skipping special tokens skips this one (tokenizers disagree about what is special)."""
+        return not self.decode([token_id], True) and bool(self.decode([token_id], False))
+
+
+class TextStream:
+    """Token ids to text as soon as it is certain. Decodes a window of the last tokens, not the whole output.
+
+    Two things make text uncertain. A trailing U+FFFD may be the beginning of a character (byte-level BPE).
+    And a run of byte tokens is decoded as a whole: one wrong byte turns all its characters into U+FFFD, so it
+    is held back until it ends.
+
+    The window starts where a character starts, and with text, because decoders treat the start of a text
+    specially (sentencepiece drops its first space). For the same reason a prompt that ends in text lends its
+    last token as a beginning; after a special token the output is a text of its own.
+    """
+
+    def __init__(
+        self, decoder: TokenDecoder, skip_special_tokens: bool, prompt_token_ids: Sequence[int]
+    ) -> None:
+        self._decoder = decoder
+        self._skip_special_tokens = skip_special_tokens
+        self._window = self._context(prompt_token_ids)
+        self._boundary = len(self._window)  # where in the window the last certain character ended
+        self._num_emitted = len(
+            self._decode(self._window)
+        )  # characters of the window's text already given out
+
+    def push(self, token_id: int) -> str:
+        """Add one token; returns the text that became certain."""
+        if not self._decoder.is_visible(token_id, self._skip_special_tokens):
+            return ""
+        self._window.append(token_id)
+        if self._decoder.is_byte(token_id):
+            return ""
+        text = self._decode(self._window)
+        is_certain = not text.endswith(REPLACEMENT)
+        delta = self._emit(text if is_certain else text[:-1])
+        if len(self._window) >= WINDOW:
+            self._move_window(text, is_certain)
+        if is_certain:
+            self._boundary = len(self._window)
+        return delta
+
+    def finish(self) -> str:
+        """The text held back, as the tokenizer decodes it when nothing follows."""
+        return self._emit(self._decode(self._window))
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._decoder.decode(token_ids, self._skip_special_tokens)
+
+    def _emit(self, certain: str) -> str:
+        """The part of the window's `certain` text that was not given out yet."""
+        delta = certain[self._num_emitted :]
+        self._num_emitted += len(delta)
+        return delta
+
+    def _move_window(self, text: str, is_certain: bool) -> None:
+        """Drop the window's oldest tokens, keeping some text as context for the next ones."""
+        start = self._boundary if is_certain else self._inner_boundary(text)
+        tail = self._decode(self._window[start:])
+        if start and tail:
+            self._window = self._window[start:]
+            self._boundary = 0
+            self._num_emitted = len(tail) if is_certain else len(tail) - 1
+
+    def _inner_boundary(self, text: str) -> int:
+        """Where the last token starts, if a character starts there too; otherwise 0.
+
+        The window's `text` ends in U+FFFD. Splitting inside a character would decode to more of them. And a
+        character has at most 4 bytes, so endless garbage cannot make the window grow.
+        """
+        start = len(self._window) - 1
+        is_split = self._decode(self._window[:start]) + self._decode(self._window[start:]) == text
+        return start if is_split else 0
+
+    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The last prompt token with whole characters, if the prompt ends in text."""
+        for token_id in reversed(prompt_token_ids[-CONTEXT_SEARCH:]):
+            if not self._decoder.is_visible(token_id, self._skip_special_tokens):
+                return []
+            text = self._decode([token_id])
+            if text and REPLACEMENT not in text and not self._decoder.is_byte(token_id):
+                return [token_id]
+        return []
+
+
+class StopMatcher:
+    """Finds stop strings in a stream of characters (Knuth, Morris, Pratt 1977), all of them at once."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._borders = [_borders(stop) for stop in stops]
+        self._matched = [0] * len(stops)  # characters of each stop string that the text ends with
+
+    def feed(self, character: str) -> str | None:
+        """Add a character; returns the longest stop string that ends with it."""
+        complete = ""
+        for index, (stop, borders) in enumerate(zip(self._stops, self._borders, strict=True)):
+            matched = _extend(stop, borders, self._matched[index], character)
+            if matched == len(stop):
+                complete = max(complete, stop, key=len)
+                matched = borders[matched]
+            self._matched[index] = matched
+        return complete or None
+
+    @property
+    def num_held(self) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        return max(self._matched, default=0)
+
+
+def _extend(stop: str, borders: Sequence[int], matched: int, character: str) -> int:
+    """How much of `stop` the text ends with after `character`, when it ended with `matched` before."""
+    while matched and stop[matched] != character:
+        matched = borders[matched]
+    return matched + 1 if stop[matched] == character else 0
+
+
+def _borders(stop: str) -> list[int]:
+    """Per length, the longest proper prefix of `stop` of that length that is also its suffix."""
+    borders = [0, 0]
+    for character in stop[1:]:
+        borders.append(_extend(stop, borders, borders[-1], character))
+    return borders
+
+
+class Detokenizer:
+    """The text of one output, growing. `stop_reason` is the stop string that ended it, or None.
+
+    Of two stop strings the one that is complete first wins, the longer if at the same character. A stop
+    string counts only if a token after the first `min_tokens` completes it (as in vLLM). Without a decoder,
+    or with `detokenize=False`, the text stays empty. Whether a final eos or stop token is appended at all is
+    the caller's choice. Raises RequestError for stop strings without a decoder.
+    """
+
+    def __init__(
+        self, decoder: TokenDecoder | None, params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+    ) -> None:
+        if decoder is None and params.stop:
+            raise RequestError(
+                f"stop={params.stop!r} needs a tokenizer; set model.tokenizer or use stop_token_ids"
+            )
+        self.stop_reason: str | None = None
+        self._stream = None
+        if decoder is not None and params.detokenize:
+            self._stream = TextStream(decoder, params.skip_special_tokens, prompt_token_ids)
+        self._matcher = StopMatcher(params.stop_strings)
+        self._has_stops = bool(params.stop_strings)
+        self._include_stop = params.include_stop_str_in_output
+        self._min_tokens = params.min_tokens
+        self._num_tokens = 0
+        self._pieces: list[str] = []
+        self._held = ""  # certain text that may turn out to begin a stop string
+
+    @property
+    def text(self) -> str:
+        """All the text given out so far."""
+        return "".join(self._pieces)
+
+    def append(self, token_ids: Sequence[int]) -> str:
+        """Add tokens; returns the new text. Tokens after a stop string are ignored."""
+        first = len(self._pieces)
+        for token_id in token_ids:
+            if self._stream is not None and self.stop_reason is None:
+                self._num_tokens += 1
+                self._accept(self._stream.push(token_id))
+        return "".join(self._pieces[first:])
+
+    def finish(self) -> str:
+        """The output is complete: returns the text held back so far. It may complete a stop string."""
+        first = len(self._pieces)
+        if self._stream is not None and self.stop_reason is None:
+            self._accept(self._stream.finish())
+            self._release(len(self._held))
+        return "".join(self._pieces[first:])
+
+    def _accept(self, text: str) -> None:
+        """Take certain text; give out what no stop string can claim any more."""
+        may_stop = self._num_tokens > self._min_tokens
+        for position, character in enumerate(text if self._has_stops else ""):
+            stop = self._matcher.feed(character)
+            if stop and may_stop:
+                self.stop_reason = stop
+                self._held += text[: position + 1]
+                self._release(len(self._held) - (0 if self._include_stop else len(stop)))
+                self._held = ""
+                return
+        self._held += text
+        self._release(len(self._held) - self._matcher.num_held)
+
+    def _release(self, length: int) -> None:
+        """Give out the first `length` characters held."""
+        if length > 0:
+            self._pieces.append(self._held[:length])
+            self._held = self._held[length:]

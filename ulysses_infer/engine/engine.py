@@ -1,0 +1,207 @@
+"""The engine of rank 0: takes requests, runs steps, gives results. The other ranks follow its plans."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ulysses_infer.cache.blocks import BlockAllocator
+from ulysses_infer.config import Config, PolicyConfig
+from ulysses_infer.engine.batch import Batch
+from ulysses_infer.engine.channel import STEP
+from ulysses_infer.engine.completion import Completion, Sequence
+from ulysses_infer.engine.detokenizer import Detokenizer
+from ulysses_infer.engine.plan import StepPlan, make_plan
+from ulysses_infer.engine.policy import Policy, make_policy
+from ulysses_infer.engine.prompts import PromptReader
+from ulysses_infer.engine.request import Request
+from ulysses_infer.engine.results import StepResults
+from ulysses_infer.engine.scheduler import Scheduler
+from ulysses_infer.engine.setup import Rank
+from ulysses_infer.engine.stats import StepRecord, StepStats
+from ulysses_infer.errors import RequestError
+from ulysses_infer.model.sampler import SamplingRow, derive_seed, needs_full_logits
+from ulysses_infer.outputs import RequestOutput
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Continuous batching over one replica. Not thread-safe; one caller drives `step`."""
+
+    def __init__(self, config: Config, rank: Rank, prompts: PromptReader) -> None:
+        self.config, self.worker, self.channel, self.prompts = config, rank.worker, rank.channel, prompts
+        cache = rank.worker.cache
+        allocator = BlockAllocator(cache.num_blocks, cache.shape.block_size, config.cache.enable_prefix_caching)
+        self.scheduler = Scheduler(config.scheduler, allocator, rank.worker.model.shape.max_model_len)
+        self.policy: Policy = self._make_policy(config.policy)
+        self.stats = StepStats()
+        self._completions: dict[str, Completion] = {}
+        self._owners: dict[int, tuple[Completion, Sequence]] = {}
+        self._dropped: list[int] = []
+        self._indices, self._names, self._sequence = itertools.count(), itertools.count(), itertools.count()
+        self.choose_mode: Callable[[Batch], Mode] | None = None
+        """Overrides the policy; for tests and tools that drive the modes themselves."""
+
+    # -- the main loop -----------------------------------------------------------------------------------------
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_unfinished
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns the requests that got a token or ended in it."""
+        batch = self.scheduler.schedule()
+        if batch.is_empty:
+            return []
+        mode = self.choose_mode(batch) if self.choose_mode else self.policy.choose(batch)
+        plan = self._plan(batch, mode)
+        started = time.perf_counter()
+        results = self._run(plan, batch)
+        self.stats.record(
+            StepRecord(plan.sequence, mode, plan.num_tokens, batch.num_decodes, time.perf_counter() - started)
+        )
+        self._fail_impossible(results)
+        self.scheduler.update(batch, results.tokens)
+        return self._collect(batch)
+
+    def _plan(self, batch: Batch, mode: Mode) -> StepPlan:
+        dropped = self._dropped + [request.index for request in batch.preempted]
+        self._dropped = []
+        full = any(self._wants_rows(item.request) for item in batch.scheduled)
+        return make_plan(next(self._sequence), mode, batch, dropped, full)
+
+    def _run(self, plan: StepPlan, batch: Batch) -> StepResults:
+        """Tell the other ranks, run this one's share, turn the rows into tokens."""
+        self.channel.send(STEP, plan.encode())
+        results = StepResults(batch, plan.items, self._owners, self.prompts.decoder)
+        greedy = self.worker.run(plan, results.take_rows)
+        if greedy:
+            results.take_greedy(greedy)
+        return results
+
+    def _fail_impossible(self, results: StepResults) -> None:
+        """A row whose constraints leave no token ends that request alone."""
+        for index in [index for index, token in results.tokens.items() if token < 0]:
+            logger.warning("request %s allows no token at all; ended with an error", self._owners[index][0].request_id)
+            self.scheduler.finish(self._owners[index][1].request, "error")
+
+    def _collect(self, batch: Batch) -> list[RequestOutput]:
+        """Give sampled tokens to their texts, end what a stop string ended, and report."""
+        touched: dict[str, Completion] = {}
+        for item in batch.scheduled:
+            if not item.samples:
+                continue
+            completion, sequence = self._owners[item.request.index]
+            touched[completion.request_id] = completion
+            if item.request.finish_reason not in ("error", "abort"):
+                stop = sequence.take_token()
+                if stop is not None and item.request.stop_reason != stop:
+                    self.scheduler.finish(item.request, "stop", stop)
+            if item.request.is_finished:
+                self._forget(sequence.request)
+        outputs = [completion.output() for completion in touched.values()]
+        for completion in touched.values():
+            if completion.is_finished:
+                del self._completions[completion.request_id]
+        return outputs
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    def add(
+        self, prompt: Any, params: SamplingParams, request_id: str | None = None, priority: int = 0
+    ) -> str:
+        """Queue a prompt (text, token ids, or chat messages); returns its request id.
+
+        Raises `RequestError`, and nothing is queued, if any part of it is invalid.
+        """
+        arrival = time.monotonic()
+        params = params.clone()
+        params.validate_for(self.worker.model.shape.vocab_size)
+        text, token_ids = self.prompts.read(prompt)
+        name = request_id if request_id is not None else f"request-{next(self._names)}"
+        if name in self._completions:
+            raise RequestError(f"request id {name!r} is in use; use another")
+        completion = Completion(name, text, token_ids, params)
+        completion.prompt_logprobs = None if params.prompt_logprobs is None else [None]
+        seed = self.prompts.seed(params)
+        for index in range(params.n):
+            self._add_sequence(completion, index, derive_seed(seed, index), arrival, priority)
+        self._completions[name] = completion
+        return name
+
+    def _add_sequence(self, completion: Completion, index: int, seed: int, arrival: float, priority: int) -> None:
+        params, name = completion.params, completion.request_id
+        request = Request(
+            request_id=name if params.n == 1 else f"{name}#{index}",
+            index=next(self._indices),
+            prompt_token_ids=completion.prompt_token_ids,
+            params=params,
+            arrival_time=arrival,
+            priority=priority,
+            eos_token_ids=self.prompts.eos_token_ids,
+        )
+        row = SamplingRow(
+            params, seed, request.prompt_token_ids, request.output_token_ids, request.eos_token_ids,
+            self.prompts.bad_words(params),
+        )  # fmt: skip
+        detokenizer = Detokenizer(self.prompts.decoder, params, request.prompt_token_ids)
+        self.scheduler.add(request)
+        sequence = Sequence(request, row, detokenizer)
+        completion.sequences.append(sequence)
+        self._owners[request.index] = completion, sequence
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request in any state; returns what there is of it, or None if it is not known (any more)."""
+        completion = self._completions.pop(request_id, None)
+        if completion is None:
+            return None
+        for sequence in completion.sequences:
+            if self.scheduler.abort(sequence.request.request_id) is not None:
+                sequence.detokenizer.finish()
+                self._forget(sequence.request)
+        return completion.output()
+
+    def abort_all(self) -> None:
+        """End every request."""
+        for request_id in list(self._completions):
+            self.abort(request_id)
+
+    def _forget(self, request: Request) -> None:
+        if self._owners.pop(request.index, None) is not None:
+            self._dropped.append(request.index)
+
+    @staticmethod
+    def _wants_rows(request: Request) -> bool:
+        params = request.params
+        return needs_full_logits(params) or params.logprobs is not None or params.prompt_logprobs is not None
+
+    # -- policy and statistics ---------------------------------------------------------------------------------
+
+    def set_policy(self, settings: PolicyConfig) -> None:
+        """Swap the policy; the next step is the first it decides. Raises `ConfigError`."""
+        self.policy = self._make_policy(settings)
+
+    def _make_policy(self, settings: PolicyConfig) -> Policy:
+        parallel = self.config.parallel
+        return make_policy(settings, parallel.available_modes, parallel.base, parallel.layout.shift)
+
+    def describe(self) -> dict[str, Any]:
+        """Counters per mode, queue lengths, cache use and the policy, as plain values."""
+        allocator = self.scheduler.allocator
+        return {
+            **self.stats.as_dict(),
+            "policy": self.policy.describe(),
+            "num_requests_running": self.scheduler.num_running,
+            "num_requests_waiting": self.scheduler.num_waiting,
+            "kv_cache_usage_perc": allocator.usage,
+            "num_blocks": allocator.num_blocks,
+            "prefix_cache_queries": allocator.prefix_stats.queries,
+            "prefix_cache_hits": allocator.prefix_stats.hits,
+        }

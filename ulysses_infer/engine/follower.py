@@ -1,0 +1,38 @@
+"""What every rank but rank 0 does: run the plans that rank 0 sends until it says something else."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+from ulysses_infer.engine.channel import ERROR, SHUTDOWN, STEP, VALUE
+from ulysses_infer.engine.plan import StepPlan
+from ulysses_infer.engine.setup import Rank
+from ulysses_infer.errors import EngineDeadError
+
+
+def follow(rank: Rank) -> Any:
+    """Run steps until rank 0 shares a value (returned) or an error (raised).
+
+    Raises `EngineDeadError` when rank 0 has shut the engine down.
+    """
+    while True:
+        kind, payload = rank.channel.receive()
+        if kind == STEP:
+            rank.worker.run(StepPlan.decode(payload))
+        elif kind == VALUE:
+            return pickle.loads(payload)
+        elif kind == ERROR:
+            raise pickle.loads(payload)
+        elif kind == SHUTDOWN:
+            raise EngineDeadError("the engine was shut down")
+
+
+def serve_until_shutdown(rank: Rank) -> None:
+    """A worker process of an engine that lives in another process: follow until it shuts down."""
+    while True:
+        kind, payload = rank.channel.receive()
+        if kind == SHUTDOWN:
+            return
+        if kind == STEP:
+            rank.worker.run(StepPlan.decode(payload))

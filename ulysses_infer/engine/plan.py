@@ -1,0 +1,86 @@
+"""The step plan: what rank 0 tells every rank to run. Small, typed, and the same bytes on all of them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import msgpack
+import numpy as np
+
+from ulysses_infer.engine.batch import Batch
+from ulysses_infer.parallel.layout import Mode
+
+NO_LOGITS, LAST_LOGITS, ALL_LOGITS = 0, 1, 2
+
+
+class PlanItem(NamedTuple):
+    """One sequence's part of the step: `num_tokens` tokens from position `start`."""
+
+    handle: int
+    """The request's `index`."""
+    start: int
+    num_tokens: int
+    new_block_ids: list[int]
+    logits: int
+    """Which rows need logits: none, the last one, or all (prompt log-probabilities)."""
+
+
+class StepPlan(NamedTuple):
+    """Everything a rank needs for one step, besides the block tables it has followed so far."""
+
+    sequence: int
+    mode: Mode
+    items: list[PlanItem]
+    token_ids: np.ndarray
+    """[T] int32, the step's tokens in item order."""
+    dropped: list[int]
+    """Sequences whose block tables are to be forgotten before the step: finished, aborted, preempted."""
+    full_logits: bool
+    """Whether rank 0 needs whole rows of logits; otherwise each rank's best token is enough."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def digest(self) -> int:
+        """A checksum of what all ranks must agree on; compared on every rank in debug mode."""
+        return zlib.crc32(self.encode())
+
+    def encode(self) -> bytes:
+        """The plan as bytes; `decode` is the inverse."""
+        fields = (self.sequence, self.mode, self.items, self.token_ids.tobytes(), self.dropped, self.full_logits)
+        encoded: bytes = msgpack.packb(fields)
+        return encoded
+
+    @classmethod
+    def decode(cls, data: bytes) -> StepPlan:
+        """A plan from `encode`'s bytes."""
+        sequence, mode, items, tokens, dropped, full_logits = msgpack.unpackb(data)
+        token_ids = np.frombuffer(tokens, dtype=np.int32)
+        return cls(sequence, Mode(*mode), [PlanItem(*item) for item in items], token_ids, dropped, full_logits)
+
+
+def make_plan(sequence: int, mode: Mode, batch: Batch, dropped: Sequence[int], full_logits: bool) -> StepPlan:
+    """The plan of `batch` in `mode`."""
+    items, tokens = [], []
+    for request, start, count, new_block_ids, samples in batch.scheduled:
+        tokens += request.token_ids_from(start, start + count)
+        wants_prompt = request.params.prompt_logprobs is not None and start < request.num_prompt_tokens
+        logits = ALL_LOGITS if wants_prompt else LAST_LOGITS if samples else NO_LOGITS
+        items.append(PlanItem(request.index, start, count, new_block_ids, logits))
+    return StepPlan(sequence, mode, items, np.array(tokens, dtype=np.int32), list(dropped), full_logits)
+
+
+def logits_positions(items: Iterable[PlanItem]) -> np.ndarray:
+    """Where in the batch the rows that need logits are, ascending: [n] int64."""
+    positions: list[np.ndarray] = []
+    offset = 0
+    for item in items:
+        end = offset + item.num_tokens
+        first = {NO_LOGITS: end, LAST_LOGITS: end - 1, ALL_LOGITS: offset}[item.logits]
+        positions.append(np.arange(first, end, dtype=np.int64))
+        offset = end
+    return np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)

@@ -1,0 +1,136 @@
+"""One request inside the engine: its tokens, how many of them are in the KV cache, and how it ended."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from dataclasses import dataclass, field
+
+from ulysses_infer.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands. A preempted request is WAITING again, with its output tokens kept."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt being completed. Compared by identity; times are in the scheduler clock's seconds.
+
+    The tokens at positions `[0, num_tokens)` are *known*: the prompt, then the output. The first
+    `num_computed_tokens` of them have keys and values in the cache blocks of `block_table`.
+    """
+
+    request_id: str
+    index: int
+    """Small handle used in step plans and as the key of sampled tokens; unique for the engine's life."""
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_time: float
+    priority: int = 0
+    """Lower runs earlier (as in vLLM); read only under the priority policy."""
+    eos_token_ids: frozenset[int] = frozenset()
+    cache_salt: str = ""
+    """Requests share cached prefix blocks only with requests of the same salt (as in vLLM)."""
+
+    output_token_ids: list[int] = field(default_factory=list)
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: str | None = None
+    """None while unfinished, then "stop", "length", "abort" or "error"."""
+    stop_reason: int | str | None = None
+    """The stop token id or stop string that ended the request; None for end-of-sequence and other endings."""
+
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache spared this request when it first ran."""
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained hashes of the leading full blocks of known tokens; extended, never recomputed."""
+    num_published_blocks: int = 0
+    """Leading blocks of `block_table` already offered to the prefix cache."""
+    precedence: tuple[int, int] = (0, 0)
+    """(priority, or 0 under fcfs; arrival): lower runs first and is preempted last. Set when it is added."""
+    length_limit: int = sys.maxsize
+    """`num_tokens` at which the request ends with "length". Set when the request is added."""
+    num_preemptions: int = 0
+
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finish_time: float | None = None
+
+    def __post_init__(self) -> None:
+        self._stop_token_ids = frozenset(self.params.stop_token_ids or ())
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the request has ended, however it did."""
+        return self.status is RequestStatus.FINISHED
+
+    @property
+    def max_tokens_left(self) -> int:
+        """Output tokens this request may still produce before it ends with "length"."""
+        return self.length_limit - self.num_tokens
+
+    def token_ids_from(self, start: int, stop: int) -> list[int]:
+        """Known token ids at positions `[start, stop)`, prompt and output alike."""
+        num_prompt_tokens = len(self.prompt_token_ids)
+        if stop <= num_prompt_tokens:
+            return self.prompt_token_ids[start:stop]
+        output = self.output_token_ids[max(0, start - num_prompt_tokens) : stop - num_prompt_tokens]
+        return self.prompt_token_ids[start:] + output if start < num_prompt_tokens else output
+
+    def append_token(self, token_id: int, now: float) -> None:
+        """Add a sampled token at time `now` (seconds)."""
+        self.output_token_ids.append(token_id)
+        self.last_token_time = now
+        if self.first_token_time is None:
+            self.first_token_time = now
+
+    def ending(self) -> tuple[str, int | None] | None:
+        """`(finish_reason, stop_reason)` if the newest output token ends the request, else None.
+
+        `min_tokens` holds back end-of-sequence and stop tokens, never the length limit.
+        """
+        token_id = self.output_token_ids[-1]
+        if len(self.output_token_ids) >= self.params.min_tokens:
+            if token_id in self.eos_token_ids and not self.params.ignore_eos:
+                return "stop", None
+            if token_id in self._stop_token_ids:
+                return "stop", token_id
+        return ("length", None) if self.num_tokens >= self.length_limit else None
+
+    def restart(self) -> None:
+        """Preempt: forget everything computed, to compute it again later; the output tokens stay."""
+        self.status = RequestStatus.WAITING
+        self.block_table = []
+        self.num_computed_tokens = 0
+        self.num_published_blocks = 0
+        self.num_preemptions += 1
+
+    def end(self, finish_reason: str, stop_reason: int | str | None, now: float) -> None:
+        """Mark the request finished at time `now` (seconds) and drop its block table."""
+        self.status = RequestStatus.FINISHED
+        self.finish_reason = finish_reason
+        self.stop_reason = stop_reason
+        self.finish_time = now
+        self.block_table = []

@@ -1,0 +1,340 @@
+"""Which tokens of which requests each step computes: continuous batching over a paged cache.
+
+Every step, running requests go on first, in the order they were admitted; what is left of the token budget
+then admits waiting requests, strictly in their order of precedence (no later request overtakes one that does
+not fit). Prompts are computed in chunks, so prefills and decodes mix in a step. When blocks run out, the
+running request of lowest precedence is preempted: its blocks return and it is recomputed later, helped by the
+prefix cache.
+
+Precedence is arrival order (fcfs), or priority and then arrival. It is a total order, and a request only ever
+loses blocks to one that precedes it; so the first one always advances and every request ends. No decision
+reads a clock.
+
+Sources: iteration-level scheduling: Yu et al., "Orca", OSDI 2022; preemption by recomputation: Kwon et al.,
+SOSP 2023; prefill chunks mixed with decodes: Agrawal et al., "Sarathi-Serve", OSDI 2024; one token count per
+request for prefill and decode alike: vLLM's V1 scheduler.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import time
+from collections.abc import Callable, Mapping
+
+from ulysses_infer.cache.blocks import BlockAllocator
+from ulysses_infer.cache.prefix import extend_block_hashes
+from ulysses_infer.config import SchedulerConfig
+from ulysses_infer.engine.batch import Batch, BatchBuilder, ScheduledRequest
+from ulysses_infer.engine.request import Request, RequestStatus
+from ulysses_infer.errors import RequestError
+
+__all__ = ["Batch", "ScheduledRequest", "Scheduler"]
+
+
+class _WaitingQueue:
+    """Waiting requests sorted by precedence, the first at the end of the list, where taking it is O(1)."""
+
+    def __init__(self) -> None:
+        self._requests: list[Request] = []
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def first(self) -> Request:
+        return self._requests[-1]
+
+    def push(self, request: Request) -> None:
+        bisect.insort(self._requests, request, key=lambda r: (-r.precedence[0], -r.precedence[1]))
+
+    def pop(self) -> Request:
+        return self._requests.pop()
+
+    def remove(self, request: Request) -> None:
+        self._requests.remove(request)
+
+
+class Scheduler:
+    """Keeps every unfinished request and says what the next step computes.
+
+    Call `schedule`, run the batch, call `update`, in turn; `add`, `abort` and `finish` at any time between
+    calls.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        allocator: BlockAllocator,
+        max_model_len: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.allocator = allocator
+        self.max_model_len = max_model_len
+        self._clock = clock  # stamps requests; no decision depends on it
+        self._arrivals = itertools.count()
+        self._requests: dict[str, Request] = {}
+        self._waiting = _WaitingQueue()
+        self._running: dict[int, Request] = {}  # by index, in order of admission
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request waits or runs; then `schedule` never returns an empty batch."""
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """Admitted requests."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests not admitted yet, or preempted."""
+        return len(self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue `request`. Raises RequestError if it could never finish or its id is taken."""
+        self._check(request)
+        request.length_limit = self._length_limit(request)
+        priority = request.priority if self.config.policy == "priority" else 0
+        request.precedence = (priority, next(self._arrivals))
+        self._requests[request.request_id] = request
+        self._waiting.push(request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """End a request in whatever state it is, even in a step now running; its blocks return at once.
+
+        Returns it, or None if no unfinished request has this id.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.finish(request, "abort")
+        return request
+
+    def finish(self, request: Request, finish_reason: str, stop_reason: int | str | None = None) -> None:
+        """End `request`, for example at a stop string that only its text shows.
+
+        If it has already ended (the stop string came with the last token allowed), only the reasons change.
+        """
+        if request.is_finished:
+            request.finish_reason, request.stop_reason = finish_reason, stop_reason
+            return
+        del self._requests[request.request_id]
+        if request.status is RequestStatus.WAITING:
+            self._waiting.remove(request)
+        else:
+            del self._running[request.index]
+            self.allocator.free(request.block_table)
+        request.end(finish_reason, stop_reason, self._clock())
+
+    def schedule(self) -> Batch:
+        """Choose the next step: up to `max_num_batched_tokens` tokens of up to `max_num_seqs` requests."""
+        step = BatchBuilder(self.config.max_num_batched_tokens)
+        for request in list(self._running.values()):
+            if step.budget == 0:
+                break
+            if request.status is RequestStatus.RUNNING:  # not preempted a moment ago, by one before it
+                self._continue(request, step)
+        while self._waiting and step.budget > 0:
+            request = self._waiting.first
+            if request in step.preempted or not self._admit(request, step):
+                break
+        return step.build()
+
+    def update(self, batch: Batch, sampled: Mapping[int, int]) -> list[Request]:
+        """Take in the result of `batch`: `sampled` maps `request.index` to the sampled token id.
+
+        Returns the requests that end with this step. One that was aborted while the step ran is passed over.
+        """
+        now = self._clock()
+        finished = []
+        for item in batch.scheduled:
+            request = item.request
+            if request.is_finished:
+                continue
+            assert request.num_computed_tokens == item.start, "every schedule() needs its update()"
+            request.num_computed_tokens += item.num_new_tokens
+            self._publish_full_blocks(request)
+            if item.samples:
+                request.append_token(sampled[request.index], now)
+                ending = request.ending()
+                if ending is not None:
+                    self.finish(request, *ending)
+                    finished.append(request)
+        return finished
+
+    def _continue(self, request: Request, step: BatchBuilder) -> None:
+        """Schedule the next tokens of a running request, preempting others, or itself, if blocks run out."""
+        num_tokens_left = request.num_tokens - request.num_computed_tokens
+        num_new_tokens = min(num_tokens_left, step.budget)
+        num_tokens = request.num_computed_tokens + num_new_tokens
+        num_blocks = self.allocator.blocks_for(num_tokens) - len(request.block_table)
+        if num_blocks > self.allocator.num_free and not self._preempt_for(request, num_blocks, step):
+            return
+        new_block_ids = self.allocator.allocate(num_blocks) if num_blocks else []
+        request.block_table += new_block_ids
+        step.put(request, num_new_tokens, new_block_ids, samples=num_new_tokens == num_tokens_left)
+
+    def _preempt_for(self, request: Request, num_blocks: int, step: BatchBuilder) -> bool:
+        """Preempt from the end of precedence until `num_blocks` are free. False if that reached `request`."""
+        while num_blocks > self.allocator.num_free:
+            victim = max(self._running.values(), key=_precedence)
+            self._preempt(victim, step)
+            if victim is request:
+                return False
+        return True
+
+    def _admit(self, request: Request, step: BatchBuilder) -> bool:
+        """Start the first waiting request after what the prefix cache has of it, if there is room."""
+        if not self._may_have_room(request):
+            return False
+        cached = self._cached_prefix(request)
+        num_cached_tokens = len(cached) * self.allocator.block_size
+        num_tokens_left = request.num_tokens - num_cached_tokens
+        num_new_tokens = self._first_chunk(num_tokens_left, step.budget)
+        if num_new_tokens == 0 or not self._make_room(request, cached, step):
+            return False
+        self._waiting.pop()
+        self.allocator.share(cached)
+        num_blocks = self.allocator.blocks_for(num_cached_tokens + num_new_tokens) - len(cached)
+        block_table = cached + self.allocator.allocate(num_blocks)
+        self._start(request, block_table, num_cached_tokens)
+        step.put(request, num_new_tokens, block_table, samples=num_new_tokens == num_tokens_left)
+        return True
+
+    def _start(self, request: Request, block_table: list[int], num_cached_tokens: int) -> None:
+        request.status = RequestStatus.RUNNING
+        request.block_table = list(block_table)
+        request.num_computed_tokens = num_cached_tokens
+        request.num_published_blocks = num_cached_tokens // self.allocator.block_size
+        self._running[request.index] = request
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = self._clock()
+            request.num_cached_tokens = num_cached_tokens
+            if self._reads_prefix_cache(request):
+                self.allocator.prefix_stats.record(request.num_prompt_tokens, num_cached_tokens)
+
+    def _first_chunk(self, num_tokens: int, budget: int) -> int:
+        """How many of a request's `num_tokens` uncomputed tokens its first step takes; 0: it must wait.
+
+        Without chunked prefill it is all or nothing, except for a preempted request whose output has made it
+        longer than any step.
+        """
+        if num_tokens <= budget:
+            return num_tokens
+        chunked = self.config.enable_chunked_prefill or num_tokens > self.config.max_num_batched_tokens
+        return budget if chunked else 0
+
+    def _may_have_room(self, request: Request) -> bool:
+        """A cheap look, every step, before the prefix cache is searched: there are a slot and one block more
+        than `_has_room` leaves over, or somebody to displace."""
+        if len(self._running) < min(self.config.max_num_seqs, self.allocator.num_free):
+            return True
+        return any(r.precedence[0] > request.precedence[0] for r in self._running.values())
+
+    def _make_room(self, request: Request, cached: list[int], step: BatchBuilder) -> bool:
+        """Whether a sequence slot and blocks are there for `request`, by displacing running ones if need be.
+
+        Only a request of strictly lower priority is displaced (as in vLLM's first scheduler; its V1 lets the
+        urgent one wait), never under fcfs, and only if all of them together hold enough.
+        """
+        if self._has_room(request, cached):
+            return True
+        less_urgent = [r for r in self._running.values() if r.precedence[0] > request.precedence[0]]
+        if not self._has_room(request, cached, without=less_urgent):
+            return False
+        less_urgent.sort(key=_precedence)
+        while less_urgent and not self._has_room(request, cached):
+            self._preempt(less_urgent.pop(), step)
+        return self._has_room(request, cached)
+
+    def _has_room(self, request: Request, cached: list[int], without: list[Request] | None = None) -> bool:
+        """Whether a slot and blocks for all known tokens of `request` would be there if `without` did not run
+        (an upper bound, as others may share their blocks). One block per running request is left over: with
+        less, the newcomer would soon be preempted by their growth."""
+        without = without or []
+        num_running = len(self._running) - len(without)
+        num_blocks = self.allocator.blocks_for(request.num_tokens) - len(cached)
+        num_free = self.allocator.num_free - self.allocator.count_free(cached)
+        num_free += sum(len(r.block_table) for r in without)
+        return num_running < self.config.max_num_seqs and num_blocks + num_running <= num_free
+
+    def _preempt(self, request: Request, step: BatchBuilder) -> None:
+        """Send a running request back to wait, without its blocks and without its part in `step`."""
+        del self._running[request.index]
+        self.allocator.free(request.block_table)
+        request.restart()
+        self._waiting.push(request)
+        step.drop(request)
+
+    def _reads_prefix_cache(self, request: Request) -> bool:
+        # Log-probabilities of the prompt need the model's output at every one of its positions.
+        return self.allocator.enable_prefix_caching and request.params.prompt_logprobs is None
+
+    def _cached_prefix(self, request: Request) -> list[int]:
+        """Cached blocks that `request` can start after. Its last known token is computed in any case: the
+        step needs that token's output."""
+        if not self._reads_prefix_cache(request):
+            return []
+        num_blocks = (request.num_tokens - 1) // self.allocator.block_size
+        return self.allocator.match_prefix(self._block_hashes(request, num_blocks)[:num_blocks])
+
+    def _publish_full_blocks(self, request: Request) -> None:
+        """Offer the blocks that the last step filled to the prefix cache: only now are they computed."""
+        num_full = request.num_computed_tokens // self.allocator.block_size
+        if num_full == request.num_published_blocks or not self.allocator.enable_prefix_caching:
+            return
+        hashes = self._block_hashes(request, num_full)
+        for position in range(request.num_published_blocks, num_full):
+            self.allocator.publish(request.block_table[position], hashes[position])
+        request.num_published_blocks = num_full
+
+    def _block_hashes(self, request: Request, num_blocks: int) -> list[bytes]:
+        """Hashes of at least the first `num_blocks` blocks, of which only new ones are computed."""
+        hashes = request.block_hashes
+        if len(hashes) < num_blocks:
+            block_size = self.allocator.block_size
+            token_ids = request.token_ids_from(len(hashes) * block_size, num_blocks * block_size)
+            extend_block_hashes(hashes, token_ids, block_size, request.cache_salt)
+        return hashes
+
+    def _length_limit(self, request: Request) -> int:
+        max_tokens = request.params.max_tokens
+        if max_tokens is None:
+            return self.max_model_len
+        return min(request.num_prompt_tokens + max_tokens, self.max_model_len)
+
+    def _check(self, request: Request) -> None:
+        num_tokens = request.num_prompt_tokens
+        if request.request_id in self._requests:
+            raise RequestError(f"request id {request.request_id!r} is in use; use another")
+        if num_tokens == 0:
+            raise RequestError("the prompt has no tokens; give at least one")
+        if num_tokens >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {num_tokens} tokens, but prompt and output together have at most "
+                f"{self.max_model_len}; shorten it to {self.max_model_len - 1} or raise model.max_model_len"
+            )
+        if not self.config.enable_chunked_prefill and num_tokens > self.config.max_num_batched_tokens:
+            raise RequestError(
+                f"the prompt has {num_tokens} tokens, but a step takes {self.config.max_num_batched_tokens}; "
+                f"raise scheduler.max_num_batched_tokens or set scheduler.enable_chunked_prefill"
+            )
+        self._check_cache(request)
+
+    def _check_cache(self, request: Request) -> None:
+        # The last token is sampled but never computed, so it takes no room.
+        num_tokens = self._length_limit(request) - 1
+        num_blocks = self.allocator.blocks_for(num_tokens)
+        if num_blocks > self.allocator.num_blocks:
+            room = self.allocator.num_blocks * self.allocator.block_size
+            raise RequestError(
+                f"the request may need {num_tokens} tokens of cache ({num_blocks} blocks), but the cache has "
+                f"{room} ({self.allocator.num_blocks} blocks); lower max_tokens, shorten the prompt or "
+                f"enlarge the cache (cache.memory_bytes)"
+            )
+
+
+def _precedence(request: Request) -> tuple[int, int]:
+    return request.precedence

@@ -1,0 +1,57 @@
+"""What the engine has done: counters per mode, and the mode of every recent step."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from ulysses_infer.parallel.layout import Mode
+
+RECENT_STEPS = 65536
+
+
+class StepRecord(NamedTuple):
+    """One step as it ran."""
+
+    sequence: int
+    mode: Mode
+    num_tokens: int
+    num_decodes: int
+    seconds: float
+
+
+@dataclass
+class ModeCounters:
+    """Totals of the steps of one mode."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class StepStats:
+    """Totals per mode, switches, and a record of each of the last `RECENT_STEPS` steps."""
+
+    def __init__(self) -> None:
+        self.by_mode: dict[Mode, ModeCounters] = {}
+        self.switches: Counter[tuple[Mode, Mode]] = Counter()
+        self.recent: deque[StepRecord] = deque(maxlen=RECENT_STEPS)
+
+    def record(self, step: StepRecord) -> None:
+        """Count one step."""
+        counters = self.by_mode.setdefault(step.mode, ModeCounters())
+        counters.steps += 1
+        counters.tokens += step.num_tokens
+        counters.seconds += step.seconds
+        if self.recent and self.recent[-1].mode != step.mode:
+            self.switches[self.recent[-1].mode, step.mode] += 1
+        self.recent.append(step)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values: `modes` by name, `switches` in all, `switches_by_pair`."""
+        return {
+            "modes": {str(mode): asdict(counters) for mode, counters in self.by_mode.items()},
+            "switches": sum(self.switches.values()),
+            "switches_by_pair": {f"{a}->{b}": count for (a, b), count in self.switches.items()},
+        }

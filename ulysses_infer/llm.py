@@ -1,0 +1,42 @@
+"""`LLM`: the engine under the names that vLLM's users know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ulysses_infer.inference import InferenceEngine, init_inference
+from ulysses_infer.outputs import RequestOutput
+from ulysses_infer.sampling_params import SamplingParams
+
+
+class LLM:
+    """`LLM(model, **overrides)` with `generate` and `chat`; arguments as `init_inference` takes them."""
+
+    def __init__(self, model: Any, config: Any = None, **overrides: Any) -> None:
+        self.engine: InferenceEngine = init_inference(model, config, **overrides)
+
+    def generate(
+        self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Complete every prompt; see `InferenceEngine.generate`."""
+        return self.engine.generate(prompts, sampling_params)
+
+    def chat(
+        self,
+        messages: list[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of message dicts) or a list of conversations."""
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        return self.engine.generate(conversations, sampling_params)
+
+    def shutdown(self) -> None:
+        """Stop the engine and its processes."""
+        self.engine.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()

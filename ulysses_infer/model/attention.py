@@ -1,0 +1,128 @@
+"""The attention function that transformers' models call: tokens in, own heads over the paged cache, tokens out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulysses_infer.attention.backend import AttentionOptions
+from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.model.context import StepContext, step_context
+from ulysses_infer.parallel.layout import Place, Span, even_span, key_value_span
+
+ATTENTION_NAME = "ulysses_infer"
+
+
+class HeadPlan:
+    """Which heads an attention module has in the current mode, and which KV head each receiving shard needs."""
+
+    def __init__(self, num_attention_heads: int, num_key_value_heads: int) -> None:
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.local_attention_heads = num_attention_heads
+        self.local_key_value_heads = num_key_value_heads
+        self.shard_heads = Span(0, num_attention_heads)
+        self.key_value_order: list[int] | None = None
+
+    def bind(self, place: Place) -> None:
+        """Take the head counts of `place`'s mode."""
+        index, count = place.weight_index, place.mode.tp
+        held = key_value_span(self.num_key_value_heads, index, count)
+        self.local_attention_heads = self.num_attention_heads // count
+        self.local_key_value_heads = held.size
+        self.shard_heads = even_span(self.num_attention_heads, place.shard, place.world_size)
+        order = [
+            head - held.start
+            for shard in range(index * place.mode.sp, (index + 1) * place.mode.sp)
+            for head in range(*key_value_span(self.num_key_value_heads, shard, place.world_size))
+        ]
+        # KV heads are replicated while packing, and only then: the projection computed each of them once.
+        self.key_value_order = None if order == list(range(held.size)) else order
+
+
+def shift_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer in any mode (arXiv 2509.16495 §3.1), in the form `AttentionInterface` asks for.
+
+    query: [1, Hq/tp, t, d]; key, value: [1, max(1, Hkv/tp), t, d | dv]; returns ([1, t, Hq/tp, dv], None).
+    """
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask, which is not supported")
+    context, plan = step_context(), module.head_plan
+    options = _options(module, plan, query.shape[-1], scaling, softcap, s_aux, kwargs)
+    tokens = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+    if context.collectives.place.mode.sp == 1:
+        output = _attend(context, module.layer_idx, *tokens, options)
+        return output[None], None
+    query, key, value = _tokens_to_heads(context, plan, *(x[: context.num_local_tokens] for x in tokens))
+    output = _attend(context, module.layer_idx, query, key, value, options)
+    back = context.collectives.heads_to_tokens(output.flatten(1), context.token_spans)
+    if back.shape[0] == 0:  # an empty slice runs a stand-in token, whose output nobody reads
+        back = back.new_zeros(1, back.shape[1])
+    return back.unflatten(1, (-1, output.shape[-1]))[None], None
+
+
+def _attend(
+    context: StepContext, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    options: AttentionOptions,
+) -> torch.Tensor:  # fmt: skip
+    """All tokens, own heads: write the cache, then attend over it. query: [T, Hq/W, d]; returns [T, Hq/W, dv]."""
+    cache = context.cache
+    cache.write(layer, context.attention.slots, key, value)
+    return context.backend.attend(query, cache.keys[layer], cache.values[layer], context.attention, options)
+
+
+def _tokens_to_heads(
+    context: StepContext, plan: HeadPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One fused all-to-all: [t, heads/tp, d] of my tokens becomes [T, heads/W, d] of my shard, for q, k and v."""
+    sp = context.collectives.place.mode.sp
+    if plan.key_value_order is not None:
+        order = torch.tensor(plan.key_value_order, device=key.device)
+        key, value = key.index_select(1, order), value.index_select(1, order)
+    sources = (query, key, value)
+    widths = [x.shape[1] // sp * x.shape[2] for x in sources]
+    packed = query.new_empty(sp, query.shape[0], sum(widths))
+    for piece, x, width in zip(packed.split(widths, dim=-1), sources, widths, strict=True):
+        piece.copy_(x.reshape(-1, sp, width).transpose(0, 1))
+    received = context.collectives.tokens_to_heads(packed, context.token_spans)
+    query, key, value = (
+        piece.unflatten(-1, (-1, x.shape[-1]))
+        for piece, x in zip(received.split(widths, dim=-1), sources, strict=True)
+    )
+    return query, key, value
+
+
+def _options(
+    module: nn.Module, plan: HeadPlan, width: int, scaling: float | None, softcap: float | None,
+    sinks: torch.Tensor | None, kwargs: dict[str, Any],
+) -> AttentionOptions:  # fmt: skip
+    return AttentionOptions(
+        scaling=width**-0.5 if scaling is None else scaling,
+        sliding_window=kwargs.get("sliding_window"),
+        chunk_size=module.attention_chunk_size,
+        softcap=softcap,
+        sinks=None if sinks is None else sinks[plan.shard_heads.start : plan.shard_heads.stop],
+    )
+
+
+def register() -> None:
+    """Make `shift_attention` known to transformers under our own name.
+
+    No mask function is registered with it, so that transformers skips building masks altogether.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, shift_attention)

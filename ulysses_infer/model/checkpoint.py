@@ -1,0 +1,177 @@
+"""Fill an injected model from a checkpoint: transformers' own key renames and weight conversions, our slices."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from ulysses_infer.errors import CheckpointError
+from ulysses_infer.model.files import TensorSource
+from ulysses_infer.model.inject import Injection
+from ulysses_infer.parallel.layout import Span
+
+Progress = Callable[[int, int], None]  # (parameters done, parameters in all)
+Kept = tuple[int, list[Span]] | None
+
+
+@dataclass
+class _Target:
+    """The checkpoint tensors that make one parameter (or, for a splitting conversion, several)."""
+
+    converter: WeightConverter | None = None
+    keys: list[tuple[str, str | None]] = field(default_factory=list)  # (checkpoint key, converter's source pattern)
+
+
+class Loader:
+    """Reads what one rank keeps, one parameter at a time, so that no more than one is ever held twice."""
+
+    def __init__(self, injection: Injection, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
+        self.injection, self.model, self.source = injection, injection.model, source
+        self.dtype, self.device = dtype, device
+        self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self.buffers = dict(self.model.named_buffers())
+        self.float32 = _float32_pattern(self.model, dtype)
+        self.left = set(self.parameters) | (set(self.buffers) & set(self.model.state_dict()))
+        transforms = get_model_conversion_mapping(self.model)
+        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Fill every parameter. Raises `CheckpointError` for tensors that are missing or of the wrong shape."""
+        targets = self._targets()
+        for done, (name, target) in enumerate(targets.items(), start=1):
+            if target.converter is None:
+                self._place(name, self._read_whole_or_slice(name, target.keys[-1][0]))
+            else:
+                self._convert(name, target.converter, target.keys)
+            if progress is not None:
+                progress(done, len(targets))
+        self._check_nothing_left()
+
+    def _targets(self) -> dict[str, _Target]:
+        by_pattern = {pattern: c for c in self.converters for pattern in c.source_patterns}
+        known = dict(self.model.state_dict())
+        targets: dict[str, _Target] = {}
+        for key in sorted(self.source.keys(), key=dot_natural_key):
+            name, pattern = self._rename(key, known)
+            if name in known:
+                target = targets.setdefault(name, _Target())
+                target.keys.append((key, pattern))
+                if pattern is not None and target.converter is None:
+                    target.converter = copy.deepcopy(by_pattern[pattern])
+        return targets
+
+    def _rename(self, key: str, known: dict[str, torch.Tensor]) -> tuple[str, str | None]:
+        prefix = self.model.base_model_prefix
+        name, pattern = rename_source_key(key, self.renamings, self.converters, prefix, known)
+        if name not in known and key in known:
+            name, pattern = rename_source_key(key, [], [], prefix, known)
+        return name, pattern
+
+    def _read_whole_or_slice(self, name: str, key: str) -> torch.Tensor:
+        return self.source.read(key, self.injection.slices(name))
+
+    def _convert(self, name: str, converter: WeightConverter, keys: list[tuple[str, str | None]]) -> None:
+        """Run one of transformers' conversions, on slices where it only stacks and joins, else on whole tensors."""
+        kept = self.injection.slices(name)
+        sliced = _sliced_sources(converter, kept) if kept is not None else None
+        for key, pattern in keys:
+            part = sliced.get(pattern or "") if sliced is not None else None
+            converter.add_tensor(name, key, pattern, _Later(self.source, key, part))  # type: ignore[arg-type]
+        for target, value in converter.convert(name, model=self.model, config=self.model.config).items():
+            tensor = value[0] if isinstance(value, list) else value
+            wanted = self.injection.slices(target)
+            already = sliced is not None and target == name
+            self._place(target, tensor if already or wanted is None else _cut(tensor, wanted))
+
+    def _place(self, name: str, tensor: torch.Tensor) -> None:
+        """Make `tensor` the parameter or buffer `name`, in its dtype, on the device."""
+        if name not in self.left:
+            return
+        current = self.parameters.get(name, self.buffers.get(name))
+        assert current is not None
+        if tensor.shape != current.shape:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(tensor.shape)} on this rank, but the model's config makes it "
+                f"{list(current.shape)}; the weights do not belong to this config.json"
+            )
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(owner_name)
+        dtype = current.dtype if name in self.buffers else self._dtype_of(name, current)
+        value = tensor.to(device=self.device, dtype=dtype)
+        if name in self.buffers:
+            owner.register_buffer(leaf, value)
+        else:
+            setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+        self.left.discard(name)
+
+    def _dtype_of(self, name: str, current: torch.Tensor) -> torch.dtype:
+        keep = self.float32 is not None and self.float32.search(name)
+        return torch.float32 if keep else current.dtype
+
+    def _check_nothing_left(self) -> None:
+        missing = sorted(name for name in self.left if name in self.parameters)
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} of {len(self.parameters)} tensors the model needs, "
+                f"first {missing[0]}; it is incomplete or of another architecture"
+            )
+
+
+class _Later:
+    """A read that happens only when transformers' conversion asks for it (it calls what it was given)."""
+
+    def __init__(self, source: TensorSource, key: str, kept: Kept) -> None:
+        self.source, self.key, self.kept = source, key, kept
+
+    def __call__(self) -> torch.Tensor:
+        return self.source.read(self.key, self.kept)
+
+
+def _sliced_sources(converter: WeightConverter, kept: tuple[int, list[Span]]) -> dict[str, Kept] | None:
+    """What to read of each source so that stacking experts and joining gate and up yields just the kept slice.
+
+    None when the conversion does anything else, or when a part would straddle its sources.
+    """
+    names = [type(op) for op in converter.operations]
+    stacked = bool(names) and names[0] is MergeModulelist
+    if not stacked or any(name not in (MergeModulelist, Concatenate) for name in names):
+        return None
+    dimension, spans = kept
+    patterns = converter.source_patterns
+    if len(patterns) == 1:
+        return {patterns[0]: (dimension - 1, spans)}
+    joined = [op for op in converter.operations if isinstance(op, Concatenate)]
+    if len(spans) != len(patterns) or len(joined) != 1 or joined[0].dim != dimension:
+        return None
+    # Each source is one part of the joined dimension; all parts are cut alike, so the first span serves for each.
+    return {pattern: (dimension - 1, [spans[0]]) for pattern in patterns}
+
+
+def _cut(tensor: torch.Tensor, kept: tuple[int, list[Span]]) -> torch.Tensor:
+    dimension, spans = kept
+    return torch.cat([tensor.narrow(dimension, span.start, span.size) for span in spans], dim=dimension)
+
+
+def _float32_pattern(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """Parameters that the architecture keeps in float32 whatever the checkpoint's dtype."""
+    names = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    if dtype == torch.float16:
+        names |= set(model._keep_in_fp32_modules or ())
+    escaped = [re.escape(name).replace(r"\*", r"[^.]+") for name in sorted(names)]
+    return re.compile("|".join(escaped)) if escaped else None

@@ -1,0 +1,145 @@
+"""Where a checkpoint's tensors are: its files, opened lazily, read whole or by slices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ulysses_infer.errors import CheckpointError
+from ulysses_infer.parallel.layout import Span
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be read whole or in part."""
+
+    def keys(self) -> Iterable[str]: ...
+
+    def read(self, key: str, kept: tuple[int, list[Span]] | None) -> torch.Tensor: ...
+
+
+class SafetensorsSource:
+    """The safetensors files of one checkpoint folder. Whole tensors are memory-mapped, slices are read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._handles: dict[str, Any] = {}
+        for path in checkpoint_files(folder):
+            handle = _open(path)
+            self._handles.update(dict.fromkeys(handle.keys(), handle))
+
+    def keys(self) -> Iterable[str]:
+        """Names as the checkpoint has them."""
+        return self._handles.keys()
+
+    def read(self, key: str, kept: tuple[int, list[Span]] | None) -> torch.Tensor:
+        """The tensor, or the spans of one dimension, joined; only those bytes are read."""
+        handle = self._handles[key]
+        if kept is None:
+            tensor: torch.Tensor = handle.get_tensor(key)
+            return tensor
+        dimension, spans = kept
+        lazy = handle.get_slice(key)
+        _check_reach(key, lazy.get_shape(), dimension, spans)
+        if [Span(0, lazy.get_shape()[dimension])] == spans:
+            whole: torch.Tensor = handle.get_tensor(key)
+            return whole
+        prefix = (slice(None),) * dimension
+        parts = [lazy[(*prefix, slice(span.start, span.stop))] for span in spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dimension)
+
+
+class MemorySource:
+    """The tensors of a model that is already in memory; slices are views, nothing is copied before it must be."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def keys(self) -> Iterable[str]:
+        """Parameter names of the model."""
+        return self._tensors.keys()
+
+    def read(self, key: str, kept: tuple[int, list[Span]] | None) -> torch.Tensor:
+        """The tensor, or the spans of one dimension, joined."""
+        tensor = self._tensors[key].detach()
+        if kept is None:
+            return tensor
+        dimension, spans = kept
+        _check_reach(key, tensor.shape, dimension, spans)
+        parts = [tensor.narrow(dimension, span.start, span.size) for span in spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dimension)
+
+
+def resolve_folder(path: str, revision: str | None) -> Path:
+    """The local folder of a checkpoint: itself, or a download of the hub id `path`.
+
+    Raises `CheckpointError` with one line when it is neither.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise CheckpointError(f"model.path {path!r} is no folder and no hub id (owner/name); check the spelling")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"model.path {path!r} is no local folder and could not be had from the hub ({reason}); "
+            "give a folder, or check the name, your access and the network"
+        ) from error
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of `folder`, by its index if it has one. Raises `CheckpointError` for missing ones."""
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        if (folder / SINGLE_NAME).is_file():
+            return [folder / SINGLE_NAME]
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; it has {others[0]}: save it again with save_pretrained" if others else ""
+        raise CheckpointError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
+    names = sorted(set(_read_index(index).values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(names)} files of its index, first {missing[0]}; download it again"
+        )
+    return [folder / name for name in names]
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index ({error}); download it again") from error
+    return weight_map
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); it may be truncated: download it again") from error
+
+
+def _check_reach(key: str, shape: Iterable[int], dimension: int, spans: list[Span]) -> None:
+    sizes = list(shape)
+    reach = max(span.stop for span in spans)
+    if dimension >= len(sizes) or sizes[dimension] < reach:
+        raise CheckpointError(
+            f"tensor {key} has shape {sizes}, but the model's config needs at least {reach} in dimension {dimension}; "
+            "the weights do not belong to this config.json"
+        )

@@ -1,0 +1,192 @@
+"""`ShiftModel`: one loaded checkpoint that runs in any mode."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ulysses_infer.errors import CheckpointError, UnsupportedModelError
+from ulysses_infer.model.architectures import check_supported
+from ulysses_infer.model.checkpoint import Loader, Progress
+from ulysses_infer.model.context import StepContext, running
+from ulysses_infer.model.files import MemorySource, SafetensorsSource, TensorSource
+from ulysses_infer.model.inject import Injection, attention_heads, freeze_rotary
+from ulysses_infer.parallel.layout import Layout, Mode, Span, key_value_span
+
+if TYPE_CHECKING:
+    from ulysses_infer.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the engine needs to know of a model: sizes, not weights."""
+
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    key_width: int
+    value_width: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_model_len: int
+
+
+class ShiftModel:
+    """An injected model of one rank: its slice of the weights, stored once, and a view of it for every mode."""
+
+    def __init__(self, injection: Injection, shape: ModelShape, dtype: torch.dtype) -> None:
+        self.injection, self.shape, self.dtype = injection, shape, dtype
+        self.module = injection.model
+        self._mode: Mode | None = None
+
+    @property
+    def vocabulary(self) -> Span:
+        """The vocabulary rows whose logits this rank computes."""
+        return self.injection.head.vocabulary
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of parameters this rank stores, tied ones once. Views of modes add nothing."""
+        storages = {p.untyped_storage().data_ptr(): p.numel() * p.element_size() for p in self.module.parameters()}
+        return sum(storages.values())
+
+    @torch.inference_mode()
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, logits_rows: torch.Tensor, context: StepContext
+    ) -> torch.Tensor:
+        """One step of this rank's token slice.
+
+        input_ids, positions: [t] int64; logits_rows: indices into the slice whose logits are wanted. Returns
+        [n, V/W] logits of every wanted row of the batch, for this rank's vocabulary.
+        """
+        place = context.collectives.place
+        if place.mode != self._mode:
+            self.injection.bind(place)
+            self._mode = place.mode
+        with running(context):
+            output = self.module(
+                input_ids=input_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_rows
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """transformers' config of a checkpoint folder. Raises `CheckpointError` with one line when it is unreadable."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; give a folder that save_pretrained wrote")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {reason}") from error
+
+
+def choose_dtype(name: str, config: Any) -> torch.dtype:
+    """The dtype to serve in; `auto` is the checkpoint's own (float32 when it names none)."""
+    if name != "auto":
+        return DTYPES[name]
+    own = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    return own if isinstance(own, torch.dtype) else DTYPES.get(str(own), torch.float32)
+
+
+class Blueprint:
+    """A model laid out for one rank, before any weight is read: what it will hold is known, nothing is taken."""
+
+    def __init__(
+        self, config: Any, open_source: Callable[[], TensorSource], settings: ModelConfig, layout: Layout, shard: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        check_supported(config, settings.allow_unverified)
+        self.dtype, self.device = choose_dtype(settings.dtype, config), device
+        self.injection = Injection(build_empty(config, self.dtype, settings.trust_remote_code), layout, shard)
+        self.shape = model_shape(self.injection, settings.max_model_len)
+        self._open_source = open_source
+
+    @classmethod
+    def of_folder(
+        cls, folder: Path, settings: ModelConfig, layout: Layout, shard: int, device: torch.device
+    ) -> Blueprint:
+        """What `shard` will keep of the checkpoint in `folder`."""
+        config = read_config(folder, settings.trust_remote_code)
+        return cls(config, lambda: SafetensorsSource(folder), settings, layout, shard, device)
+
+    @classmethod
+    def of_pretrained(
+        cls, model: Any, settings: ModelConfig, layout: Layout, shard: int, device: torch.device
+    ) -> Blueprint:
+        """What `shard` will keep of a `transformers.PreTrainedModel` in memory, which stays as it is."""
+        config = copy.deepcopy(model.config)
+        config.dtype = model.dtype
+        return cls(config, lambda: MemorySource(model.state_dict()), settings, layout, shard, device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of parameters this rank will store."""
+        return sum(p.numel() * p.element_size() for p in self.injection.model.parameters())
+
+    def load(self, progress: Progress | None = None) -> ShiftModel:
+        """Read the weights. Raises `CheckpointError`."""
+        Loader(self.injection, self._open_source(), self.dtype, self.device).load(progress)
+        self.injection.model.to(self.device)
+        freeze_rotary(self.injection.model, self.shape.max_model_len)
+        return ShiftModel(self.injection, self.shape, self.dtype)
+
+
+def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """transformers' own causal-LM module tree of `config`, its parameters without memory, its buffers real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"model type {config.model_type!r} has no causal language model: {reason}") from error
+    return model.eval()
+
+
+def model_shape(injection: Injection, max_model_len: int | None) -> ModelShape:
+    """Sizes of the injected model; `max_model_len` above the checkpoint's own is refused nowhere, only warned of."""
+    config, layer = injection.config, injection.attention_layers[0]
+    heads = attention_heads(layer, config)
+    width = getattr(layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        num_attention_heads=heads.num_attention_heads,
+        num_key_value_heads=heads.num_key_value_heads,
+        key_width=getattr(layer, "qk_head_dim", None) or width,
+        value_width=getattr(layer, "v_head_dim", None) or width,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocab_size=injection.head_vocab_size,
+        max_model_len=_max_model_len(config, max_model_len),
+    )
+
+
+def _max_model_len(config: Any, wanted: int | None) -> int:
+    own = getattr(config, "max_position_embeddings", None)
+    if wanted is None:
+        return int(own or 2048)
+    if own is not None and wanted > own:
+        logger.warning("model.max_model_len %d is above the checkpoint's %d: quality beyond it is untested", wanted, own)
+    return wanted
+
+
+def shard_key_value_heads(shape: ModelShape, layout: Layout, shard: int) -> int:
+    """KV heads that this shard caches, in every mode."""
+    return key_value_span(shape.num_key_value_heads, shard, layout.world_size).size

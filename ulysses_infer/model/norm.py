@@ -1,0 +1,56 @@
+"""Norms that look across heads: their input is sharded, so their statistics or weights must follow the mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ulysses_infer.model.context import step_context
+from ulysses_infer.parallel.layout import Place
+from ulysses_infer.parallel.sharding import Part
+
+
+class ShardedRMSNorm(nn.Module):
+    """RMS norm over all heads at once (olmo2, olmoe, minimax): the mean square is summed over the TP group."""
+
+    def __init__(self, source: nn.Module, part: Part) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(source.weight.detach(), requires_grad=False)  # type: ignore[operator]
+        self.eps: float = getattr(source, "variance_epsilon", None) or getattr(source, "eps")  # noqa: B009
+        self.part = part
+        self._features = float(part.features)
+
+    def bind(self, place: Place) -> None:
+        """Use the weights of `place`'s heads. A KV head that several slices compute counts once for each."""
+        count = place.mode.tp
+        span = self.part.span(place.weight_index, count)
+        self._features = float(sum(self.part.span(index, count).size for index in range(count)))
+        self._local_weight = self.weight.detach()[span.start : span.stop]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [..., heads/tp * d]; returns the same shape."""
+        wide = hidden.float()
+        squares = step_context().collectives.sum_over_tp(wide.square().sum(dim=-1, keepdim=True))
+        normed = wide * torch.rsqrt(squares / self._features + self.eps)
+        return self._local_weight * normed.to(hidden.dtype)
+
+
+class PerHeadNorm(nn.Module):
+    """A norm with its own weights for every head (cohere): transformers' module over the rows of my heads."""
+
+    def __init__(self, source: nn.Module, part: Part) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(source.weight.detach(), requires_grad=False)  # type: ignore[operator]
+        self.part = part
+        self._source = [source]  # unregistered: only its forward is borrowed
+
+    def bind(self, place: Place) -> None:
+        """Give the borrowed forward the weight rows of `place`'s heads."""
+        span = self.part.span(place.weight_index, place.mode.tp)
+        local = self.weight.detach()[span.start : span.stop]
+        self._source[0].weight = nn.Parameter(local, requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [..., heads/tp, d]; returns the same shape."""
+        output: torch.Tensor = self._source[0](hidden)
+        return output

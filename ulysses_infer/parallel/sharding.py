@@ -1,0 +1,78 @@
+"""How the features of one weight divide over shards, and where a mode's share lies inside the stored base slice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ulysses_infer.parallel.layout import Place, Span, even_span, key_value_span
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of `units` equal things (heads, neurons) of `width` features each.
+
+    `shared` marks key/value heads: when there are fewer of them than shards, neighbours read the same one.
+    """
+
+    units: int
+    width: int = 1
+    shared: bool = False
+
+    @property
+    def features(self) -> int:
+        return self.units * self.width
+
+    def span(self, index: int, count: int) -> Span:
+        """Features of slice `index` of `count`, counted from the start of this part."""
+        cut = key_value_span if self.shared else even_span
+        units = cut(self.units, index, count)
+        return Span(units.start * self.width, units.stop * self.width)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A weight dimension made of parts that are cut one by one, e.g. packed q, k and v."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def features(self) -> int:
+        return sum(part.features for part in self.parts)
+
+    def spans(self, index: int, count: int) -> list[Span]:
+        """Features of slice `index` of `count` in the whole weight, one span a part."""
+        spans, offset = [], 0
+        for part in self.parts:
+            span = part.span(index, count)
+            spans.append(Span(offset + span.start, offset + span.stop))
+            offset += part.features
+        return spans
+
+    def base_spans(self, base: Place) -> list[Span]:
+        """What a rank stores: its slice in the base mode."""
+        return merge(self.spans(base.weight_index, base.mode.tp))
+
+    def part_spans(self, base: Place, place: Place) -> list[Span]:
+        """Where `place` finds each of its parts inside the stored base slice."""
+        found, offset = [], 0
+        for part in self.parts:
+            stored = part.span(base.weight_index, base.mode.tp)
+            wanted = part.span(place.weight_index, place.mode.tp).relative_to(stored)
+            found.append(Span(offset + wanted.start, offset + wanted.stop))
+            offset += stored.size
+        return found
+
+    def local_spans(self, base: Place, place: Place) -> list[Span]:
+        """`part_spans` with neighbours joined, so that a whole base slice is one span."""
+        return merge(self.part_spans(base, place))
+
+
+def merge(spans: list[Span]) -> list[Span]:
+    """Join spans that touch: fewer reads, and one matrix product instead of several."""
+    joined = [spans[0]]
+    for span in spans[1:]:
+        if span.start == joined[-1].stop:
+            joined[-1] = Span(joined[-1].start, span.stop)
+        else:
+            joined.append(span)
+    return joined
