@@ -250,7 +250,7 @@ def _with_model(model: Any, config: Any, overrides: Mapping[str, Any]) -> Overri
 
 def _policy_settings(config: Config, name: str, settings: Mapping[str, Any]) -> PolicyConfig:
     """Checked like a recipe's `policy` section, against this engine's parallel layout."""
-    tree = {"model.path": config.model.path, "policy.name": name}
+    tree: dict[str, Any] = {"model.path": config.model.path, "policy.name": name}
     parallel = config.parallel
     tree |= {"parallel.sp": parallel.sp, "parallel.tp": parallel.tp, "parallel.modes": parallel.modes}
     return load_config(None, {**tree, **{f"policy.{key}": value for key, value in settings.items()}}).policy

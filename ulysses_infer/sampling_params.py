@@ -75,9 +75,7 @@ class SamplingParams:
         own (`max_tokens`). Raises RequestError for an unknown key, naming the nearest known one.
         """
         if not isinstance(mapping, Mapping):
-            raise RequestError(
-                f"sampling parameters must be a mapping, got {_show(mapping)}; use {{temperature: 0}}"
-            )
+            raise RequestError(f"sampling parameters must be a mapping, got {_show(mapping)}; use {{temperature: 0}}")
         defaults = {known.name: known.default for known in dataclasses.fields(cls)}
         for key in mapping:
             if key not in defaults:
@@ -96,9 +94,7 @@ class SamplingParams:
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             largest = max(getattr(self, name) or (0,))
             if largest >= vocab_size:
-                raise RequestError(
-                    f"{name} has token id {largest}, outside the vocabulary; use 0 to {vocab_size - 1}"
-                )
+                raise RequestError(f"{name} has token id {largest}, outside the vocabulary; use 0 to {vocab_size - 1}")
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             if count is not None and count > vocab_size:
@@ -135,9 +131,7 @@ class SamplingParams:
         self.n = _integer("n", self.n, 1, MAX_SEQUENCES)
         self.presence_penalty = _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         self.frequency_penalty = _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        self.repetition_penalty = _real(
-            "repetition_penalty", self.repetition_penalty, 0.0, 1e3, open_low=True
-        )
+        self.repetition_penalty = _real("repetition_penalty", self.repetition_penalty, 0.0, 1e3, open_low=True)
         self.temperature = _real("temperature", self.temperature, 0.0, 2.0)
         self.top_p = _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
         self.top_k = max(_integer("top_k", self.top_k, -1, MAX_COUNT), 0)
@@ -165,9 +159,7 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
-                raise RequestError(
-                    "allowed_token_ids is empty, so no token could follow; leave it out to allow all"
-                )
+                raise RequestError("allowed_token_ids is empty, so no token could follow; leave it out to allow all")
         if self.logit_bias is not None:
             self.logit_bias = _logit_bias(self.logit_bias)
 
@@ -181,9 +173,7 @@ class SamplingParams:
                 f"min_tokens is {self.min_tokens}, more than max_tokens={self.max_tokens}; raise max_tokens"
             )
         if self.stop and not self.detokenize:
-            raise RequestError(
-                f"stop={_show(self.stop)} needs the text; set detokenize=True or use stop_token_ids"
-            )
+            raise RequestError(f"stop={_show(self.stop)} needs the text; set detokenize=True or use stop_token_ids")
         if self.is_greedy and self.n > 1:
             raise RequestError(
                 f"n is {self.n}, but temperature={self.temperature:g} is greedy and gives equal outputs; "

@@ -62,16 +62,12 @@ class TextStream:
     last token as a beginning; after a special token the output is a text of its own.
     """
 
-    def __init__(
-        self, decoder: TokenDecoder, skip_special_tokens: bool, prompt_token_ids: Sequence[int]
-    ) -> None:
+    def __init__(self, decoder: TokenDecoder, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> None:
         self._decoder = decoder
         self._skip_special_tokens = skip_special_tokens
         self._window = self._context(prompt_token_ids)
         self._boundary = len(self._window)  # where in the window the last certain character ended
-        self._num_emitted = len(
-            self._decode(self._window)
-        )  # characters of the window's text already given out
+        self._num_emitted = len(self._decode(self._window))  # characters of the window's text already given out
 
     def push(self, token_id: int) -> str:
         """Add one token; returns the text that became certain."""
@@ -185,9 +181,7 @@ class Detokenizer:
         self, decoder: TokenDecoder | None, params: SamplingParams, prompt_token_ids: Sequence[int] = ()
     ) -> None:
         if decoder is None and params.stop:
-            raise RequestError(
-                f"stop={params.stop!r} needs a tokenizer; set model.tokenizer or use stop_token_ids"
-            )
+            raise RequestError(f"stop={params.stop!r} needs a tokenizer; set model.tokenizer or use stop_token_ids")
         self.stop_reason: str | None = None
         self._stream = None
         if decoder is not None and params.detokenize:

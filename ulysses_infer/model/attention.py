@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.errors import UnsupportedModelError
@@ -43,7 +42,7 @@ class HeadPlan:
 
 
 def shift_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -106,7 +105,7 @@ def _tokens_to_heads(
 
 
 def _options(
-    module: nn.Module, plan: HeadPlan, width: int, scaling: float | None, softcap: float | None,
+    module: Any, plan: HeadPlan, width: int, scaling: float | None, softcap: float | None,
     sinks: torch.Tensor | None, kwargs: dict[str, Any],
 ) -> AttentionOptions:  # fmt: skip
     return AttentionOptions(

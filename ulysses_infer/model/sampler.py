@@ -19,9 +19,7 @@ import torch
 
 from ulysses_infer.sampling_params import SamplingParams
 
-NO_TOKEN = (
-    -1
-)  # the result of a row with no possible token: every one forbidden, or logits that are not numbers
+NO_TOKEN = -1  # the result of a row with no possible token: every one forbidden, or logits that are not numbers
 MAX_ELEMENTS = 2**24  # rows * vocabulary worked on at a time; bounds the temporaries to a few hundred MiB
 NUCLEUS_PROBE = 1024  # most nuclei are smaller, and taking this many largest is far cheaper than a full sort
 PROBE_GROWTH = 16  # by this factor when the nucleus is larger
@@ -206,9 +204,7 @@ def _forbid(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
 
 
 def _add_bias(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    entries = [
-        (index, *item) for index, row in enumerate(rows) for item in (row.params.logit_bias or {}).items()
-    ]
+    entries = [(index, *item) for index, row in enumerate(rows) for item in (row.params.logit_bias or {}).items()]
     if entries:
         row_ids, token_ids, biases = zip(*entries, strict=True)
         where = (torch.tensor(row_ids, device=scores.device), torch.tensor(token_ids, device=scores.device))
@@ -218,9 +214,7 @@ def _add_bias(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
 def _penalise(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     """Repetition (Keskar et al. 2019, arXiv 1909.05858), then frequency and presence penalties (OpenAI's)."""
     entries = [
-        (index, row.params, row.history(scores.device))
-        for index, row in enumerate(rows)
-        if _has_penalties(row.params)
+        (index, row.params, row.history(scores.device)) for index, row in enumerate(rows) if _has_penalties(row.params)
     ]
     if not entries:
         return
@@ -271,9 +265,7 @@ def _truncate(weights: torch.Tensor, params: Sequence[SamplingParams]) -> None:
         top_k = torch.tensor([params[i].top_k or vocab_size for i in cut], device=weights.device)
         # A top_p of 1 keeps all: no rounding of the sums may drop the smallest.
         top_p = [params[i].top_p if params[i].top_p < 1 else torch.inf for i in cut]
-        weights[cut] = _keep_largest(
-            weights[cut], top_k.clamp_(max=vocab_size), _column(top_p, weights).double()
-        )
+        weights[cut] = _keep_largest(weights[cut], top_k.clamp_(max=vocab_size), _column(top_p, weights).double())
 
 
 def _keep_largest(

@@ -28,10 +28,12 @@ class Groups:
 
     @property
     def shard(self) -> int:
+        """The head shard this rank owns for life."""
         return self.layout.shard_of(self.rank)
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0, the one that decides."""
         return self.rank == 0
 
     @property
@@ -40,6 +42,7 @@ class Groups:
         return [self.layout.rank_of(shard) for shard in range(self.layout.world_size)]
 
     def place(self, mode: Mode) -> Place:
+        """This rank's part in `mode`."""
         return self.layout.place(mode, self.shard)
 
 

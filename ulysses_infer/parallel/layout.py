@@ -36,11 +36,13 @@ class Span(NamedTuple):
 
     @property
     def size(self) -> int:
+        """How many it covers."""
         return self.stop - self.start
 
     def relative_to(self, outer: Span) -> Span:
         """This span counted from the start of `outer`, which must contain it."""
-        assert outer.start <= self.start and self.stop <= outer.stop, (self, outer)
+        assert outer.start <= self.start, (self, outer)
+        assert self.stop <= outer.stop, (self, outer)
         return Span(self.start - outer.start, self.stop - outer.start)
 
 
@@ -84,6 +86,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
+        """Ranks of the replica."""
         return self.base.world_size
 
     @property

@@ -20,6 +20,7 @@ class Part:
 
     @property
     def features(self) -> int:
+        """Rows (or columns) of the weight that this part takes."""
         return self.units * self.width
 
     def span(self, index: int, count: int) -> Span:
@@ -37,6 +38,7 @@ class Sharding:
 
     @property
     def features(self) -> int:
+        """Rows (or columns) of the whole weight."""
         return sum(part.features for part in self.parts)
 
     def spans(self, index: int, count: int) -> list[Span]:
