@@ -117,9 +117,7 @@ def test_numpy_numbers_become_plain_ones():
 
 
 def test_unknown_key_names_the_nearest():
-    with pytest.raises(
-        RequestError, match="unknown sampling parameter 'temprature'; did you mean 'temperature'"
-    ):
+    with pytest.raises(RequestError, match="unknown sampling parameter 'temprature'; did you mean 'temperature'"):
         SamplingParams.from_mapping({"temprature": 0.5})
     with pytest.raises(RequestError, match="known: n, "):
         SamplingParams.from_mapping({"zzzzzz": 1})
@@ -128,9 +126,7 @@ def test_unknown_key_names_the_nearest():
 
 
 def test_none_in_a_mapping_is_the_default_except_for_max_tokens():
-    params = SamplingParams.from_mapping(
-        {"temperature": None, "top_k": None, "max_tokens": None, "seed": None}
-    )
+    params = SamplingParams.from_mapping({"temperature": None, "top_k": None, "max_tokens": None, "seed": None})
     assert (params.temperature, params.top_k, params.max_tokens) == (1.0, 0, None)
 
 
@@ -165,9 +161,7 @@ class LetterTokenizer:
     def encode(self, text, *, add_special_tokens):
         assert not add_special_tokens
         words = text.split(" ")
-        spaced = [
-            (index > 0 and place == 0, c) for index, word in enumerate(words) for place, c in enumerate(word)
-        ]
+        spaced = [(index > 0 and place == 0, c) for index, word in enumerate(words) for place, c in enumerate(word)]
         return [ord(character) + 1000 * has_space for has_space, character in spaced]
 
 

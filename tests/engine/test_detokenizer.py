@@ -20,9 +20,7 @@ SPECIALS = ["<unk>", "<s>", "</s>"]
 
 
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -89,9 +87,7 @@ class SlowTokenizer(PreTrainedTokenizer):
         return "".join(tokens).replace("▁", " ").strip()
 
 
-BUILDERS = {
-    builder.__name__: builder for builder in (byte_level, sentencepiece, unigram, wordpiece, SlowTokenizer)
-}
+BUILDERS = {builder.__name__: builder for builder in (byte_level, sentencepiece, unigram, wordpiece, SlowTokenizer)}
 KINDS = list(BUILDERS)
 
 
@@ -157,6 +153,7 @@ def test_any_text_comes_back_whole(kind, text):
 @settings(deadline=None, max_examples=200)
 @given(text=texts)
 def test_no_piece_of_byte_level_text_has_half_a_character_or_waits_longer_than_one(text):
+    text = text.replace("\ufffd", "")  # one that the model means waits for the next token
     token_ids = encode("byte_level", text)
     detok = detokenizer("byte_level")
     for index, token_id in enumerate(token_ids):

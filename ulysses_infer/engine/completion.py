@@ -111,18 +111,13 @@ def top_logprobs(
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
     ranks = (logprobs > chosen).sum(dim=1) + 1
     values, ids = logprobs.topk(max(wanted), dim=-1)
-    rows = zip(token_ids, chosen[:, 0].tolist(), ranks.tolist(), values.tolist(), ids.tolist(), wanted, strict=True)
-    return [_entry(*row, decoder) for row in rows]
-
-
-def _entry(
-    token: int, logprob: float, rank: int, values: list[float], ids: list[int], count: int,
-    decoder: TokenDecoder | None,
-) -> dict[int, Logprob]:  # fmt: skip
-    entry = {token: Logprob(logprob, rank, _text(decoder, token))}
-    for position, (other, value) in enumerate(zip(ids[:count], values[:count], strict=True), start=1):
-        entry.setdefault(other, Logprob(value, position, _text(decoder, other)))
-    return entry
+    entries = []
+    for token, logprob, rank in zip(token_ids, chosen[:, 0].tolist(), ranks.tolist(), strict=True):
+        entries.append({token: Logprob(logprob, rank, _text(decoder, token))})
+    for entry, count, row_values, row_ids in zip(entries, wanted, values.tolist(), ids.tolist(), strict=True):
+        for position, (other, value) in enumerate(zip(row_ids[:count], row_values[:count], strict=True), start=1):
+            entry.setdefault(other, Logprob(value, position, _text(decoder, other)))
+    return entries
 
 
 def _text(decoder: TokenDecoder | None, token: int) -> str | None:
