@@ -175,8 +175,8 @@ class Trainer:
             "gradient_clipping": self.train.grad_clip,
             "sequence_parallel_size": self.sequence_parallel,
             "bf16": {"enabled": self.recipe.parallel.dtype == "bf16"},
-            # ZeRO-3's reduce-scatter leaves sequence_parallel_size out of the average (0.19.8), its all-reduce
-            # does not
+            # ZeRO-3's reduce-scatter forgets sequence_parallel_size when it averages (DeepSpeed 0.19.8);
+            # its all-reduce does not.
             "zero_optimization": {"stage": stage, "reduce_scatter": stage < 3},
             "steps_per_print": sys.maxsize,
         }
