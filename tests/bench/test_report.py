@@ -1,0 +1,102 @@
+"""The arithmetic and the order of offline benchmarks."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from ulysses_infer.bench.command import Run, check_modes, for_benchmark, interleaved
+from ulysses_infer.bench.report import as_json, comparison, summarize
+from ulysses_infer.bench.workload import WARM_UP_TOKENS, Sample, Workload, sample_of
+from ulysses_infer.config import CacheConfig, Config, ParallelConfig
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.outputs import CompletionOutput, RequestMetrics, RequestOutput
+
+
+def sample(ttft: float, seconds: float = 1.0) -> Sample:
+    return Sample(ttft=ttft, tpot=ttft / 10, seconds=seconds, output_tokens=10, total_tokens=30)
+
+
+def test_median_ignores_one_disturbed_repeat() -> None:
+    summary = summarize({"tp": [1.0, 9.0, 2.0], "sp": [4.0, 4.0, 4.0]}, higher_is_better=False)
+
+    assert (summary["tp"].median, summary["tp"].low, summary["tp"].high) == (2.0, 1.0, 9.0)
+    assert (summary["tp"].ratio, summary["sp"].ratio) == (1.0, 2.0)
+
+
+def test_best_is_the_highest_where_higher_is_better() -> None:
+    summary = summarize({"tp": [50.0], "sp": [100.0]}, higher_is_better=True)
+
+    assert (summary["tp"].ratio, summary["sp"].ratio) == (0.5, 1.0)
+
+
+def test_sample_comes_from_the_clocks_of_the_requests() -> None:
+    def output(arrival: float, first: float, last: float) -> RequestOutput:
+        metrics = RequestMetrics(arrival, arrival, first, last, last, num_output_tokens=3)
+        return RequestOutput("r", None, [0] * 5, [CompletionOutput(0, "", [1, 2, 3])], True, metrics=metrics)
+
+    measured = sample_of([output(0.0, 1.0, 3.0), output(0.5, 3.5, 7.5)])
+
+    assert measured == Sample(ttft=2.0, tpot=1.5, seconds=7.5, output_tokens=6, total_tokens=16)
+
+
+def test_repeats_are_interleaved_with_the_same_prompts_in_every_mode() -> None:
+    calls: list[tuple[str, int, str]] = []
+
+    def run_of(mode: str) -> Run:
+        def run(prompts: list[list[int]], output_len: int) -> Sample:
+            calls.append((mode, output_len, str(prompts)))
+            return sample(1.0)
+
+        return run
+
+    workload = Workload(input_len=4, output_len=7, num_prompts=2)
+    samples = interleaved({m: run_of(m) for m in ("tp", "sp")}, workload, 3, 100, Console(file=io.StringIO()))
+
+    assert [mode for mode, _, _ in calls] == ["tp", "sp"] * 4
+    assert [length for _, length, _ in calls] == [WARM_UP_TOKENS] * 2 + [7] * 6
+    prompts = [text for _, _, text in calls]
+    assert prompts[0::2] == prompts[1::2]
+    assert len(set(prompts)) == 4
+    assert {mode: len(own) for mode, own in samples.items()} == {"tp": 3, "sp": 3}
+
+
+def test_no_mode_can_profit_from_the_cache_another_filled() -> None:
+    config = for_benchmark(Config(), Workload(input_len=20, output_len=5, num_prompts=3))
+
+    assert not config.cache.enable_prefix_caching
+    assert config.cache.num_blocks == 3 * 2  # 25 tokens take two blocks of 16
+
+
+def test_cache_that_was_asked_for_is_kept() -> None:
+    asked = Config(cache=CacheConfig(num_blocks=99))
+
+    assert for_benchmark(asked, Workload(20, 5, 3)).cache.num_blocks == 99
+
+
+def test_modes_need_ranks() -> None:
+    check_modes(["single"], Config())
+    check_modes(["tp", "single"], Config(parallel=ParallelConfig(sp=2)))
+    with pytest.raises(ConfigError, match=r"mode tp needs more than one rank; add parallel\.sp=2"):
+        check_modes(["single", "tp"], Config())
+
+
+def test_table_has_one_row_a_mode_and_marks_the_best() -> None:
+    samples = {"tp": [sample(0.010)], "sp": [sample(0.020)]}
+
+    table = comparison("latency", samples, {"tp": "tp", "sp": "sp"})
+
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    assert columns[0] == ["tp", "sp"]
+    assert columns[1] == ["10.0", "20.0"]
+    assert columns[3] == ["1.00x", "2.00x"]
+
+
+def test_json_has_every_repeat_and_the_median() -> None:
+    record = as_json("throughput", {"tp": [sample(1.0, seconds=2.0), sample(1.0, seconds=3.0)]})
+
+    assert record["tp"]["total_token_throughput"] == [15.0, 10.0]
+    assert record["tp"]["median_total_token_throughput"] == 12.5
+    assert record["tp"]["total_token_throughput_of_best"] == 1.0

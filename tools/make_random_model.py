@@ -1,0 +1,29 @@
+"""Make a Llama checkpoint with random weights, for measurements: `python tools/make_random_model.py llama-0.5b FOLDER`.
+
+Without FOLDER it goes to the cache, where `ulysses-infer bench ... --random-model llama-0.5b` looks for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ulysses_infer.bench.random_model import SHAPES, random_model
+from ulysses_infer.errors import UlyssesError
+
+
+def main() -> None:
+    """Parse, make, print the folder."""
+    parser = argparse.ArgumentParser(description="Make a Llama checkpoint with random weights.")
+    parser.add_argument("name", help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument("folder", nargs="?", type=Path, help="where to; default: the cache")
+    arguments = parser.parse_args()
+    try:
+        print(random_model(arguments.name, arguments.folder))
+    except UlyssesError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Checkpoints with random weights, made once and kept: speed needs no training, and no download."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ulysses_infer.errors import ConfigError
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-60m": {
+        "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 3584, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4,
+    },
+    "llama-0.5b": {
+        "vocab_size": 16384, "hidden_size": 1536, "intermediate_size": 4608, "num_hidden_layers": 16,
+        "num_attention_heads": 12, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+"""The shapes that this project's measurements of other engines used."""
+
+MAX_POSITIONS = 8192
+COMPLETE = "model.safetensors"
+
+
+def cache_folder() -> Path:
+    """Where made checkpoints are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ulysses_infer" / "models"
+
+
+def random_model(name: str, folder: Path | None = None) -> Path:
+    """The folder of a bfloat16 Llama of a shape in `SHAPES`, made now unless it is there (default: in the cache).
+
+    Safe to call from several processes at a time: one makes it, the others wait. Raises `ConfigError` for another name.
+    """
+    if name not in SHAPES:
+        raise ConfigError(f"there is no random model {name!r}; choose from {', '.join(SHAPES)}")
+    target = folder or cache_folder() / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(target.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (target / COMPLETE).is_file() or not _has_shape(target, SHAPES[name]):
+            _make(target, SHAPES[name])
+    return target
+
+
+def _has_shape(folder: Path, shape: dict[str, Any]) -> bool:
+    made: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return all(made.get(key) == value for key, value in shape.items())
+
+
+def _make(target: Path, shape: dict[str, Any]) -> None:
+    """Write the checkpoint beside `target` and then move it there: nobody sees half of one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **shape, max_position_embeddings=MAX_POSITIONS, tie_word_embeddings=False, eos_token_id=None, bos_token_id=None
+    )
+    unfinished = target.with_name(target.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        LlamaForCausalLM(config).save_pretrained(unfinished)
+    finally:
+        torch.set_default_dtype(default)
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.rename(target)

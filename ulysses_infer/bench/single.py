@@ -1,0 +1,92 @@
+"""One rank alone on the machine: an engine without parallelism, in a process of its own beside rank 0."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+from ulysses_infer.bench.workload import Sample, measure
+from ulysses_infer.config import Config, ParallelConfig, PolicyConfig
+from ulysses_infer.engine.processes import end_with_parent
+from ulysses_infer.errors import EngineDeadError, UlyssesError
+from ulysses_infer.inference import InferenceEngine
+
+LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR",
+    "MASTER_PORT",
+)  # fmt: skip
+
+
+class SingleRank:
+    """The engine's process: loaded once, kept for all repeats, and idle while the ranks are measured."""
+
+    def __init__(self, config: Config, num_threads: int) -> None:
+        ours, theirs = socket.socketpair()
+        variables = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+        variables["OMP_NUM_THREADS"] = str(num_threads)
+        command = [sys.executable, "-m", "ulysses_infer.bench.single", str(theirs.fileno()), str(os.getpid())]
+        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(command, env=variables, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self._connection = Connection(ours.detach())
+        self._ask(_alone(config, num_threads))
+
+    def run(self, prompts: list[list[int]], output_len: int) -> Sample:
+        """Measure one workload. Raises what the engine raises, and `EngineDeadError` if its process is gone."""
+        sample: Sample = self._ask((prompts, output_len))
+        return sample
+
+    def __enter__(self) -> SingleRank:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _ask(self, task: Any) -> Any:
+        try:
+            self._connection.send(task)
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise EngineDeadError("the single rank's process ended; is there memory for a second engine?") from error
+        if isinstance(answer, UlyssesError):
+            raise answer
+        return answer
+
+
+def _alone(config: Config, num_threads: int) -> Config:
+    return dataclasses.replace(
+        config,
+        parallel=ParallelConfig(),
+        policy=PolicyConfig(name="static"),
+        runtime=dataclasses.replace(config.runtime, threads_per_rank=num_threads),
+    )
+
+
+def _serve(connection: Connection) -> None:
+    """Answer tasks until the other side closes."""
+    try:
+        with InferenceEngine(connection.recv()) as engine:
+            connection.send(None)
+            while True:
+                prompts, output_len = connection.recv()
+                connection.send(measure(engine, prompts, output_len))
+    except UlyssesError as error:
+        connection.send(error)
+    except EOFError:
+        return
+
+
+if __name__ == "__main__":
+    end_with_parent(int(sys.argv[2]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _serve(Connection(int(sys.argv[1])))

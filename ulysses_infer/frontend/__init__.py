@@ -1,0 +1,1 @@
+"""What stands between a shell and the engine: arguments, signals, the screen."""

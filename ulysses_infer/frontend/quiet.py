@@ -1,0 +1,38 @@
+"""Keep the chatter of libraries off the screen, by their own settings; what matters still comes through."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+LIBRARY_SETTINGS = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # else tokenizers warns when a process starts another
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # process groups log every connection they retry
+    "GLOG_minloglevel": "2",
+}
+
+
+def quiet_libraries(rank: int) -> None:
+    """Set what libraries read when they are imported; call it before they are. Settings of the user's stay.
+
+    Ranks other than 0 would only repeat what rank 0 says: of them, errors alone are shown.
+    """
+    for name, value in LIBRARY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if rank > 0:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def set_up_logging(level: str, rank: int) -> None:
+    """Log lines of this package to standard error: from `level` on rank 0, errors of the others with their rank."""
+    name = "" if rank == 0 else f"[rank {rank}] "
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{name}%(levelname)s: %(message)s"))
+    handler.setLevel(level.upper() if rank == 0 else "ERROR")
+    logger = logging.getLogger("ulysses_infer")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(level.upper())

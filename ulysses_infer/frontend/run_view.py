@@ -1,0 +1,59 @@
+"""What is known of a running `generate`, for whatever shows it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ulysses_infer.engine.stats import StepRecord
+from ulysses_infer.outputs import RequestOutput
+from ulysses_infer.sampling_params import SamplingParams
+
+
+@dataclass
+class RunView:
+    """The requests of one run and the steps it has taken; fed by `on_step`."""
+
+    titles: list[str]
+    """Each prompt as the user wrote it."""
+    params: list[SamplingParams]
+    arrivals: list[int]
+    """The step at which each prompt arrives."""
+    outputs: dict[int, RequestOutput] = field(default_factory=dict)
+    """The latest of each request that has a token."""
+    steps: list[StepRecord] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def take(self, touched: dict[int, RequestOutput], recent: Sequence[StepRecord]) -> None:
+        """One more step."""
+        self.outputs.update(touched)
+        self.steps.append(recent[-1])
+
+    @property
+    def seconds(self) -> float:
+        """Since the first prompt was given."""
+        return time.monotonic() - self.started
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated so far."""
+        return sum(len(sequence.token_ids) for output in self.outputs.values() for sequence in output.outputs)
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens there can be in the end: what running requests may yet add to what there is; None: no limit."""
+        total = 0
+        for index, params in enumerate(self.params):
+            output = self.outputs.get(index)
+            if output is not None and output.finished:
+                total += sum(len(sequence.token_ids) for sequence in output.outputs)
+            elif params.max_tokens is None:
+                return None
+            else:
+                total += params.n * params.max_tokens
+        return total
+
+    def count(self, *, finished: bool) -> int:
+        """Requests that have ended, or that have a token and go on."""
+        return sum(output.finished == finished for output in self.outputs.values())
