@@ -5,7 +5,10 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,18 +16,21 @@ from ulysses_infer.config import Config, PolicyConfig, load_config
 from ulysses_infer.config.loading import Overrides
 from ulysses_infer.engine.channel import SHUTDOWN
 from ulysses_infer.engine.engine import Engine
+from ulysses_infer.engine.failure import describe, fatal, is_lost_connection
 from ulysses_infer.engine.follower import follow
 from ulysses_infer.engine.processes import WorkerProcesses, hand_over, is_launched
 from ulysses_infer.engine.prompts import PromptReader, load_tokenizer
-from ulysses_infer.engine.setup import Rank, eos_token_ids, start_rank
-from ulysses_infer.errors import EngineDeadError, RequestError, UlyssesError
+from ulysses_infer.engine.setup import Rank, eos_token_ids, finish_start, start_rank
+from ulysses_infer.engine.stats import StepRecord
+from ulysses_infer.errors import ConfigError, EngineDeadError, RequestError, UlyssesError
 from ulysses_infer.model.checkpoint import Progress
 from ulysses_infer.outputs import RequestOutput
 from ulysses_infer.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-OnStep = Callable[[list[RequestOutput]], None]
+OnStep = Callable[[dict[int, RequestOutput]], None]
+"""Called on rank 0 after each step with what that step touched, by the index of the prompt."""
 
 
 class InferenceEngine:
@@ -35,43 +41,47 @@ class InferenceEngine:
 
     def __init__(self, config: Config, model: Any = None, progress: Progress | None = None) -> None:
         self.config = config
-        self._processes: WorkerProcesses | None = None
         self._spmd = is_launched() and config.parallel.world_size > 1
-        self._is_shut_down = False
+        self._processes: WorkerProcesses | None = None
+        self._rank: Rank | None = None
         self._engine: Engine | None = None
-        if config.parallel.world_size > 1 and not is_launched():
-            config, model = hand_over(config, model)
-            self._processes = WorkerProcesses.start(config)
-        atexit.register(self.shutdown)
+        self._inboxes: dict[str, list[RequestOutput]] = {}
         try:
-            self._rank = start_rank(config, model, progress)
-            self._finish_start(model)
+            with ExitStack() as cleanup, self._ending_on_failure():
+                self._rank = self._start(model, progress, cleanup)
+                self._engine, self._weight_bytes = finish_start(self._rank, config, lambda: self._make_engine(model))
         except BaseException:
-            self._stop_processes()
+            self._end(at_once=True)
             raise
-
-    def _finish_start(self, model: Any) -> None:
-        """Tokenizer and scheduler, on rank 0 only; the other ranks wait to hear how it went."""
-        rank, error = self._rank, None
-        if rank.groups.is_first:
-            try:
-                self._engine = Engine(self.config, rank, _prompt_reader(self.config, rank, model))
-            except UlyssesError as raised:
-                error = raised
-        rank.channel.agree(error)
-        self._weight_bytes = rank.channel.gather(rank.worker.model.weight_bytes)
-        if self._processes is not None:
-            self._processes.started()
-
-    @property
-    def is_first(self) -> bool:
+        self.is_first: bool = self._engine is not None
         """Whether this is rank 0, where the scheduler lives and where to print."""
-        return self._rank.groups.is_first
+        self.tokenizer: Any = self._engine.prompts.tokenizer if self._engine is not None else None
+        """The checkpoint's tokenizer; rank 0 only, None elsewhere."""
+        atexit.register(self.shutdown)
+
+    def _start(self, model: Any, progress: Progress | None, cleanup: ExitStack) -> Rank:
+        """Bring this rank up and, in plain Python, the others too."""
+        config = self.config
+        if config.parallel.world_size == 1 or is_launched():
+            return start_rank(config, model, progress)
+        if model is not None:
+            config = hand_over(config, model, cleanup)
+        self._processes = WorkerProcesses(config)
+        return start_rank(config, None, progress, self._processes.meet)
+
+    def _make_engine(self, model: Any) -> Engine | None:
+        rank = self._live()
+        return Engine(self.config, rank, _prompt_reader(self.config, rank, model)) if rank.groups.is_first else None
 
     @property
-    def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer; rank 0 only, None elsewhere."""
-        return self._engine.prompts.tokenizer if self._engine is not None else None
+    def recent_steps(self) -> Sequence[StepRecord]:
+        """The latest steps as they ran, oldest first, with their modes; rank 0 only, empty elsewhere."""
+        return self._engine.stats.recent if self._engine is not None else ()
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self._live().worker.model.shape.vocab_size
 
     # -- generation --------------------------------------------------------------------------------------------
 
@@ -86,44 +96,96 @@ class InferenceEngine:
         """Complete every prompt; results in prompt order.
 
         prompts: text, token ids, or a list of those (a list of message dicts is one chat). `sampling_params` is one
-        for all or one each. `on_step` sees, on rank 0, the requests each step touched. `arrival_steps[i]` delays
-        prompt i until that many steps have run. Raises `RequestError` if any prompt or parameter is invalid, before
-        anything runs; `EngineDeadError` when a rank is lost.
+        for all or one each. `on_step` sees, on rank 0, the requests each step touched, by prompt index.
+        `arrival_steps[i]` delays prompt i until that many steps have run. Raises `RequestError` if any prompt or
+        parameter is invalid, before anything runs; `EngineDeadError` when a rank is lost.
         """
-        return self._shared(lambda engine: _generate(engine, prompts, sampling_params, on_step, arrival_steps))
+        return self._shared(lambda engine: self._complete(engine, prompts, sampling_params, on_step, arrival_steps))
 
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding what there is of it after each of its tokens.
 
-        Closing the iterator early aborts the request. Under a launcher every rank iterates alike.
+        Closing the iterator early aborts the request. Several streams may be read in turns. Under a launcher every
+        rank iterates alike.
         """
-        if self._engine is None:
+        if not self.is_first:
             yield from self._follow_stream()
             return
-        engine, name = self._alive(), ""
+        name = self._shared(lambda engine: engine.add(prompt, _as_params(sampling_params)))
+        inbox = self._inboxes[name] = []
+        finished = False
         try:
-            name = self._shared(lambda engine: engine.add(prompt, sampling_params or SamplingParams()))
-            while engine.has_unfinished:
-                for output in self._guarded(engine.step):
-                    if output.request_id == name:
-                        self._share(output)
-                        yield output
+            while not finished:
+                while not inbox:
+                    self._step()
+                output = inbox.pop(0)
+                finished = output.finished
+                self._share(output)
+                yield output
         finally:
-            if name and not self._is_shut_down:
-                engine.abort(name)
+            del self._inboxes[name]
+            if self._engine is not None:
+                self._engine.abort(name)
                 self._share(None)
 
     def _follow_stream(self) -> Iterator[RequestOutput]:
         """The other ranks' side of `stream`: results come from rank 0 until None."""
-        follow(self._rank)  # the request id, or the error that `add` raised
+        self._follow()  # the request id, or the error that `add` raised
         finished = False
         try:
-            while (output := follow(self._rank)) is not None:
+            while (output := self._follow()) is not None:
                 yield output
             finished = True
         finally:
-            while not finished and follow(self._rank) is not None:
+            while not finished and self._rank is not None and self._follow() is not None:
                 pass
+
+    def _complete(
+        self, engine: Engine, prompts: Any, sampling_params: Any, on_step: OnStep | None,
+        arrival_steps: Sequence[int] | None,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """All prompts through the engine, late ones when their step has come; results in prompt order."""
+        listed = as_prompts(prompts)
+        params = _params_for(listed, sampling_params)
+        arrivals = _arrivals_for(listed, arrival_steps)
+        for index in (i for i, step in enumerate(arrivals) if step > 0):
+            engine.abort(engine.add(listed[index], params[index]))  # a bad one is refused before anything runs
+        waiting = deque(sorted(range(len(listed)), key=arrivals.__getitem__))
+        names: dict[str, int] = {}
+        done: dict[int, RequestOutput] = {}
+        inbox: list[RequestOutput] = []
+        steps = 0
+        try:
+            while len(done) < len(listed):
+                while waiting and (arrivals[waiting[0]] <= steps or len(done) == len(names)):
+                    index = waiting.popleft()
+                    name = engine.add(listed[index], params[index])
+                    names[name], self._inboxes[name] = index, inbox
+                self._step()
+                steps += 1
+                touched = {names[output.request_id]: output for output in inbox}
+                inbox.clear()
+                done |= {index: output for index, output in touched.items() if output.finished}
+                if on_step is not None:
+                    on_step(touched)
+        finally:
+            for name in names:
+                del self._inboxes[name]
+                engine.abort(name)
+        return [done[index] for index in range(len(listed))]
+
+    def _step(self) -> None:
+        """One step; its results go to whoever waits for them."""
+        engine = self._engine
+        assert engine is not None
+        with self._ending_on_failure(), fatal("a step"):
+            outputs = engine.step()
+        for output in outputs:
+            self._deliver(output)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        if output.request_id in self._inboxes:
+            self._inboxes[output.request_id].append(output)
 
     # -- control -----------------------------------------------------------------------------------------------
 
@@ -136,29 +198,33 @@ class InferenceEngine:
 
     def stats(self) -> dict[str, Any]:
         """Counters per mode (steps, tokens, seconds), switches, queues, cache and weight bytes of each rank."""
-        cache = self._rank.worker.cache
         return self._shared(
             lambda engine: {
                 **engine.describe(),
                 "weight_bytes_per_rank": self._weight_bytes,
-                "cache_bytes_per_rank": cache.num_bytes,
+                "cache_bytes_per_rank": engine.worker.cache.num_bytes,
             }
         )
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request in any state; what there is of it, or None if it is unknown."""
-        return self._shared(lambda engine: engine.abort(request_id))
+        return self._shared(lambda engine: self._abort(engine, request_id))
+
+    def _abort(self, engine: Engine, request_id: str) -> RequestOutput | None:
+        output = engine.abort(request_id)
+        if output is not None:
+            self._deliver(output)
+        return output
 
     def shutdown(self) -> None:
-        """Stop the engine and every process it started. Safe to call again."""
-        if self._is_shut_down:
-            return
-        self._is_shut_down = True
-        atexit.unregister(self.shutdown)
-        if self._processes is not None:
-            if self._processes.are_alive:
+        """Stop the engine and every process it started, and let its memory go. Safe to call again."""
+        at_once = False
+        if self._rank is not None and self._processes is not None:
+            try:
                 self._rank.channel.send(SHUTDOWN)
-            self._stop_processes()
+            except RuntimeError:  # a worker is gone already
+                at_once = True
+        self._end(at_once)
 
     def __enter__(self) -> InferenceEngine:
         return self
@@ -170,57 +236,61 @@ class InferenceEngine:
 
     def _shared(self, compute: Callable[[Engine], T]) -> T:
         """Compute on rank 0 and give every rank the result, or the error."""
+        self._live()
         if self._engine is None:
-            self._check_alive()
-            result: T = follow(self._rank)
-            return result
-        engine = self._alive()
+            followed: T = self._follow()
+            return followed
         try:
-            result = self._guarded(lambda: compute(engine))
+            with self._ending_on_failure():
+                result = compute(self._engine)
         except UlyssesError as error:
-            if self._spmd and not isinstance(error, EngineDeadError):
+            if self._spmd and self._rank is not None:
                 self._rank.channel.send_error(error)
             raise
         self._share(result)
         return result
 
+    def _follow(self) -> Any:
+        with self._ending_on_failure():
+            return follow(self._live())
+
     def _share(self, value: Any) -> None:
         if self._spmd:
-            self._rank.channel.send_value(value)
+            with self._ending_on_failure(), fatal("sharing a result"):
+                self._live().channel.send_value(value)
 
-    def _alive(self) -> Engine:
-        self._check_alive()
-        assert self._engine is not None
-        return self._engine
-
-    def _check_alive(self) -> None:
-        if self._is_shut_down:
+    def _live(self) -> Rank:
+        if self._rank is None:
             raise EngineDeadError("the engine is shut down; make a new one with init_inference")
+        return self._rank
 
-    def _guarded(self, compute: Callable[[], T]) -> T:
-        """Anything but a refused request leaves the ranks out of step: the engine ends."""
+    @contextmanager
+    def _ending_on_failure(self) -> Iterator[None]:
+        """Anything but a refusal leaves the ranks out of step: the engine ends, and the others are let go."""
         try:
-            return compute()
-        except EngineDeadError:
-            self._die()
-            raise
-        except UlyssesError:
-            raise
+            yield
         except BaseException as error:
-            self._die()
-            if isinstance(error, KeyboardInterrupt | SystemExit):
+            if isinstance(error, UlyssesError) and not isinstance(error, EngineDeadError):
                 raise
-            raise EngineDeadError(f"a step failed and the engine ended: {type(error).__name__}: {error}") from error
+            cause = error.__cause__ or error
+            losses = self._processes.losses() if self._processes is not None and is_lost_connection(cause) else ""
+            traceback.clear_frames(cause.__traceback__)  # they hold the groups that `_end` is to close
+            self._end(at_once=True)
+            if losses:
+                raise EngineDeadError(f"the engine ended: {losses}") from cause
+            if isinstance(error, EngineDeadError) or not isinstance(error, Exception):
+                raise
+            raise EngineDeadError(f"the engine ended: {describe(error)}") from error
 
-    def _die(self) -> None:
-        self._is_shut_down = True
+    def _end(self, at_once: bool) -> None:
+        """Leave the group, end the workers; weights and cache go with the references to them."""
+        processes, rank = self._processes, self._rank
+        self._processes = self._rank = self._engine = None
         atexit.unregister(self.shutdown)
-        self._stop_processes(at_once=True)
-
-    def _stop_processes(self, at_once: bool = False) -> None:
-        if self._processes is not None:
-            self._processes.stop(at_once)
-            self._processes = None
+        if processes is not None:
+            processes.stop(at_once)
+        elif rank is not None:
+            rank.groups.close()
 
 
 def init_inference(model: Any = None, config: Any = None, **overrides: Any) -> InferenceEngine:
@@ -234,10 +304,27 @@ def init_inference(model: Any = None, config: Any = None, **overrides: Any) -> I
     Raises `ConfigError`, `CheckpointError` or `UnsupportedModelError`, each with one line, on every rank.
     """
     settings = _with_model(model, config, overrides)
+    in_memory = None if model is None or isinstance(model, str | os.PathLike) else _unwrapped(model)
     loaded = load_config(config, settings, strict_clash=isinstance(config, Mapping))
     logging.getLogger("ulysses_infer").setLevel(loaded.runtime.log_level.upper())
-    in_memory = None if model is None or isinstance(model, str | os.PathLike) else model
     return InferenceEngine(loaded, in_memory)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The `transformers.PreTrainedModel` itself, out of a DeepSpeed or data-parallel engine. Raises `ConfigError`."""
+    from transformers import PreTrainedModel
+
+    inner = getattr(model, "module", model)
+    if not isinstance(inner, PreTrainedModel):
+        raise ConfigError(
+            f"model is a {type(model).__name__}; give a hub id, a folder or a transformers.PreTrainedModel"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in inner.parameters()):
+        raise ConfigError(
+            "the model's weights are partitioned by ZeRO stage 3, so no rank has them whole; save a checkpoint with "
+            "consolidated weights and give its folder"
+        )
+    return inner
 
 
 def _with_model(model: Any, config: Any, overrides: Mapping[str, Any]) -> Overrides:
@@ -257,45 +344,21 @@ def _policy_settings(config: Config, name: str, settings: Mapping[str, Any]) -> 
 
 
 def _prompt_reader(config: Config, rank: Rank, model: Any) -> PromptReader:
-    tokenizer = load_tokenizer(config.model, rank.folder or _folder_of(model))
+    tokenizer = load_tokenizer(config.model, rank.folder if model is None else _folder_of(model))
     shape, hf_config = rank.worker.model.shape, rank.worker.model.injection.config
     eos = eos_token_ids(rank.folder, model, hf_config, tokenizer)
     return PromptReader(tokenizer, shape.vocab_size, eos, config.model.seed)
 
 
 def _folder_of(model: Any) -> Path | None:
-    """Where a model in memory came from, if that is a folder: its tokenizer is there too."""
-    place = Path(getattr(model, "name_or_path", "") or "")
-    return place if place.name and place.is_dir() else None
+    """Where a model in memory was loaded from, a folder or the hub's cache: its tokenizer is there too."""
+    from huggingface_hub import try_to_load_from_cache
 
-
-def _generate(
-    engine: Engine, prompts: Any, sampling_params: Any, on_step: OnStep | None, arrival_steps: Sequence[int] | None
-) -> list[RequestOutput]:
-    """All prompts through the engine, late ones when their step has come; results in prompt order."""
-    listed = as_prompts(prompts)
-    params = _params_for(listed, sampling_params)
-    arrivals = list(arrival_steps) if arrival_steps is not None else [0] * len(listed)
-    if len(arrivals) != len(listed):
-        raise RequestError(f"{len(arrivals)} arrival steps for {len(listed)} prompts; give one each")
-    waiting = sorted(range(len(listed)), key=lambda i: arrivals[i])
-    names: dict[str, int] = {}
-    done: dict[int, RequestOutput] = {}
-    steps = 0
-    try:
-        while waiting or engine.has_unfinished:
-            while waiting and (arrivals[waiting[0]] <= steps or not engine.has_unfinished):
-                index = waiting.pop(0)
-                names[engine.add(listed[index], params[index])] = index
-            outputs = engine.step()
-            done.update({names[output.request_id]: output for output in outputs if output.finished})
-            steps += 1
-            if on_step is not None:
-                on_step(outputs)
-    except RequestError:
-        engine.abort_all()
-        raise
-    return [done[index] for index in range(len(listed))]
+    name = getattr(model, "name_or_path", "") or ""
+    if name and Path(name).is_dir():
+        return Path(name)
+    cached = try_to_load_from_cache(name, "tokenizer_config.json") if name.count("/") == 1 else None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def as_prompts(prompts: Any) -> list[Any]:
@@ -307,11 +370,26 @@ def as_prompts(prompts: Any) -> list[Any]:
 
 
 def _params_for(prompts: list[Any], sampling_params: Any) -> list[SamplingParams]:
-    if sampling_params is None:
-        return [SamplingParams()] * len(prompts)
-    if isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * len(prompts)
-    listed = list(sampling_params)
-    if len(listed) != len(prompts):
-        raise RequestError(f"{len(listed)} sampling params for {len(prompts)} prompts; give one for all, or one each")
-    return listed
+    if not isinstance(sampling_params, list | tuple):
+        return [_as_params(sampling_params)] * len(prompts)
+    if len(sampling_params) != len(prompts):
+        raise RequestError(
+            f"{len(sampling_params)} sampling params for {len(prompts)} prompts; give one for all, or one each"
+        )
+    return [_as_params(params) for params in sampling_params]
+
+
+def _as_params(given: Any) -> SamplingParams:
+    if given is None:
+        return SamplingParams()
+    if not isinstance(given, SamplingParams):
+        raise RequestError(f"sampling parameters are a SamplingParams, not a {type(given).__name__}")
+    return given
+
+
+def _arrivals_for(prompts: list[Any], arrival_steps: Sequence[int] | None) -> list[int]:
+    if arrival_steps is None:
+        return [0] * len(prompts)
+    if len(arrival_steps) != len(prompts):
+        raise RequestError(f"{len(arrival_steps)} arrival steps for {len(prompts)} prompts; give one each")
+    return list(arrival_steps)

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+from ulysses_infer.engine.failure import as_user_error
+from ulysses_infer.parallel.groups import Groups
 
 STEP, VALUE, ERROR, SHUTDOWN = range(4)
 INLINE_BYTES = 4096  # one broadcast carries this much; longer messages need a second one
 HEADER_BYTES = 9  # kind (1), length (8)
+T = TypeVar("T")
 
 
 class Channel:
     """Ordered broadcast from rank 0. With a single rank every message stays at home."""
 
-    def __init__(self, group: Any, is_first: bool) -> None:
-        self._group, self.is_first = group, is_first
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
         self._buffer = torch.zeros(HEADER_BYTES + INLINE_BYTES, dtype=torch.uint8)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which speaks."""
+        return self._groups.is_first
+
+    @property
+    def _group(self) -> Any:
+        return self._groups.control
 
     def send(self, kind: int, payload: bytes = b"") -> None:
         """Rank 0: tell every other rank."""
@@ -53,15 +67,20 @@ class Channel:
 
     def agree(self, error: Exception | None) -> None:
         """Every rank reports how a phase went; all raise the error of the lowest rank that has one."""
-        if self._group is None:
-            if error is not None:
-                raise error
-            return
-        reports: list[Any] = [None] * torch.distributed.get_world_size(self._group)
-        torch.distributed.all_gather_object(reports, error, group=self._group)
+        reports = self.gather(None if error is None else as_user_error(error))
         first = next((report for report in reports if report is not None), None)
         if first is not None:
-            raise first
+            raise first from error
+
+    def together(self, phase: Callable[[], T]) -> T:
+        """Run a phase on every rank; if it fails on any, all raise its error, so that none waits for a lost one."""
+        try:
+            result = phase()
+        except Exception as error:
+            self.agree(error)
+            raise
+        self.agree(None)
+        return result
 
     def smallest(self, number: int) -> int:
         """The least of every rank's `number`, on every rank."""

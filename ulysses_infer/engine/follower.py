@@ -6,6 +6,7 @@ import pickle
 from typing import Any
 
 from ulysses_infer.engine.channel import ERROR, SHUTDOWN, STEP, VALUE
+from ulysses_infer.engine.failure import fatal
 from ulysses_infer.engine.plan import StepPlan
 from ulysses_infer.engine.setup import Rank
 from ulysses_infer.errors import EngineDeadError
@@ -14,17 +15,18 @@ from ulysses_infer.errors import EngineDeadError
 def follow(rank: Rank) -> Any:
     """Run steps until rank 0 shares a value (returned) or an error (raised).
 
-    Raises `EngineDeadError` when rank 0 has shut the engine down.
+    Raises `EngineDeadError` when a step fails, a rank is lost or rank 0 has shut the engine down.
     """
     while True:
-        kind, payload = rank.channel.receive()
-        if kind == STEP:
-            rank.worker.run(StepPlan.decode(payload))
-        elif kind == VALUE:
+        with fatal("a step"):
+            kind, payload = rank.channel.receive()
+            if kind == STEP:
+                rank.worker.run(StepPlan.decode(payload))
+        if kind == VALUE:
             return pickle.loads(payload)
-        elif kind == ERROR:
+        if kind == ERROR:
             raise pickle.loads(payload)
-        elif kind == SHUTDOWN:
+        if kind == SHUTDOWN:
             raise EngineDeadError("the engine was shut down")
 
 

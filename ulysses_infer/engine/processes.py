@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import dataclasses
+import logging
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from ulysses_infer.config import Config
-from ulysses_infer.errors import ConfigError
+from ulysses_infer.errors import ConfigError, EngineDeadError
 
-RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STOP_SECONDS = 5.0
-PR_SET_PDEATHSIG = 1
+LOSS_SECONDS = 2.0  # a lost connection is seen before the system reports the end of its process
+PARENT_POLL_SECONDS = 0.5
+READY = b"r"
 
 
 def is_launched() -> bool:
@@ -29,25 +32,21 @@ def is_launched() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
-def hand_over(config: Config, model: Any) -> tuple[Config, Any]:
-    """A model in memory has to reach the worker processes: it is written to a folder that they all load from."""
-    if model is None:
-        return config, None
+def hand_over(config: Config, model: Any, cleanup: contextlib.ExitStack) -> Config:
+    """A model in memory has to reach the worker processes: it is written to a folder that they all load from.
+
+    Returns the configuration that names the folder. `cleanup` removes it.
+    """
     folder = tempfile.mkdtemp(prefix="ulysses_infer_model_")
+    cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
     model.save_pretrained(folder)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=folder)), None
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=folder))
 
 
 class WorkerProcesses:
     """Ranks 1 .. W-1 of an engine whose rank 0 is this process."""
 
-    def __init__(self, processes: list[subprocess.Popen[bytes]], saved: dict[str, str | None]) -> None:
-        self._processes, self._saved = processes, saved
-        self._stopping = threading.Event()
-
-    @classmethod
-    def start(cls, config: Config) -> WorkerProcesses:
-        """Start the workers and make this process rank 0 of their group (by the usual environment variables)."""
+    def __init__(self, config: Config) -> None:
         import torch
 
         if torch.distributed.is_initialized():
@@ -55,80 +54,88 @@ class WorkerProcesses:
                 "this process already belongs to a process group of another engine or job; shut that down first, "
                 "or start all ranks with a launcher"
             )
-        world_size = config.parallel.world_size
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        environment |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-        processes = [_start_worker(config, rank, environment) for rank in range(1, world_size)]
-        saved = {name: os.environ.get(name) for name in RENDEZVOUS}
-        os.environ.update({**environment, "RANK": "0", "LOCAL_RANK": "0"})
-        workers = cls(processes, saved)
-        threading.Thread(target=workers._watch, daemon=True).start()
-        return workers
+        self._world_size = config.parallel.world_size
+        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._ready: list[int] = []  # read ends of pipes, one a worker
+        try:
+            for rank in range(1, self._world_size):
+                self._start(config, rank)
+        except BaseException:
+            self.stop(at_once=True)
+            raise
 
-    def started(self) -> None:
-        """The ranks have met: the environment goes back to what it was."""
-        _restore(self._saved)
+    def meet(self) -> Any:
+        """Wait until every worker is about to join; returns where. Raises `EngineDeadError` if one ends before."""
+        from ulysses_infer.parallel.groups import Rendezvous
+
+        while self._ready:
+            with open(self._ready.pop(0), "rb") as pipe:
+                if pipe.read(1) != READY:
+                    raise EngineDeadError(f"the engine cannot start: {self.losses() or 'a worker process ended'}")
+        return Rendezvous(self._store, 0, self._world_size)
 
     @property
     def are_alive(self) -> bool:
+        """Whether no worker has ended."""
         return all(process.poll() is None for process in self._processes)
 
+    def losses(self) -> str:
+        """Which workers ended and how, in one line; empty if none did."""
+        deadline = time.monotonic() + LOSS_SECONDS
+        while self.are_alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+        codes = {rank: process.poll() for rank, process in enumerate(self._processes, start=1)}
+        return ", ".join(f"worker rank {rank} {_ending(code)}" for rank, code in codes.items() if code is not None)
+
     def stop(self, at_once: bool = False) -> None:
-        """End the workers (asking first unless `at_once`) and leave the process group."""
+        """End the workers (waiting first for those that were told to, unless `at_once`) and leave the group."""
         import torch
 
-        self._stopping.set()
-        deadline = time.monotonic() + (0 if at_once else STOP_SECONDS)
+        deadline = time.monotonic() + STOP_SECONDS
         for process in self._processes:
             try:
-                process.wait(max(0.0, deadline - time.monotonic()))
+                process.wait(0 if at_once else max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
-        _restore(self._saved)
+        for process in self._processes:
+            process.wait()
+        while self._ready:
+            os.close(self._ready.pop())
         if torch.distributed.is_initialized():
             _leave_group()
 
-    def _watch(self) -> None:
-        """A worker that dies before the group has formed would leave rank 0 waiting for it: end the wait."""
-        while not self._stopping.wait(0.5):
-            if not self.are_alive and not self._stopping.is_set():
-                self._stopping.set()
-                for process in self._processes:
-                    process.kill()
-                return
+    def _start(self, config: Config, rank: int) -> None:
+        """A fresh interpreter, not a fork or a re-import of the user's script: works from a notebook cell.
+
+        It gets a session of its own, so that Ctrl-C reaches rank 0 alone, which then ends the workers.
+        """
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        ours, theirs = os.pipe()
+        self._ready.append(ours)
+        arguments = [os.getpid(), rank, self._world_size, self._store.port, theirs]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ulysses_infer.engine.processes", *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": path, "LOCAL_RANK": str(rank)},
+            stdin=subprocess.PIPE, pass_fds=[theirs], start_new_session=True,
+        )  # fmt: skip
+        self._processes.append(process)
+        os.close(theirs)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended already: `meet` says so
+            process.stdin.write(pickle.dumps(config))
+            process.stdin.close()
+
+
+def _ending(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def _leave_group() -> None:
     import deepspeed.comm as comm
 
     comm.destroy_process_group()
-
-
-def _restore(saved: dict[str, str | None]) -> None:
-    for name, value in saved.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
-def _start_worker(config: Config, rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A fresh interpreter, not a fork or a re-import of the user's script: works from a notebook cell.
-
-    It gets a session of its own, so that Ctrl-C reaches rank 0 alone, which then ends the workers.
-    """
-    variables = {**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    root = str(Path(__file__).resolve().parents[2])
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ulysses_infer.engine.processes", str(os.getpid())],
-        env=variables, stdin=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdin is not None
-    process.stdin.write(pickle.dumps(config))
-    process.stdin.close()
-    return process
 
 
 def free_port() -> int:
@@ -140,31 +147,51 @@ def free_port() -> int:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the request was made
+    """Have this process end when its parent does, however that happens.
+
+    A thread looks, because the kernel's own signal for it comes already when the parent's *thread* ends that started
+    this process.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_SECONDS)
         os._exit(1)
 
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
-def _worker_main() -> int:
+
+def _worker_main(parent: int, rank: int, world_size: int, port: int, ready: int) -> int:
     """One worker process: the configuration comes on standard input, everything else from rank 0's plans."""
-    end_with_parent(int(sys.argv[1]))
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    from ulysses_infer.engine.failure import describe, is_lost_connection
     from ulysses_infer.engine.follower import serve_until_shutdown
-    from ulysses_infer.engine.setup import start_rank
+    from ulysses_infer.engine.setup import finish_start, start_rank
     from ulysses_infer.errors import UlyssesError
+    from ulysses_infer.parallel.groups import Rendezvous
+
+    def meet() -> Rendezvous:
+        with open(ready, "wb") as pipe:
+            pipe.write(READY)
+        return Rendezvous(torch.distributed.TCPStore("127.0.0.1", port), rank, world_size)
 
     config = pickle.loads(sys.stdin.buffer.read())
+    logging.getLogger("ulysses_infer").setLevel(config.runtime.log_level.upper())
     try:
-        rank = start_rank(config)
-        rank.channel.agree(None)
-        rank.channel.gather(rank.worker.model.weight_bytes)
-        serve_until_shutdown(rank)
+        started = start_rank(config, meet=meet)
+        finish_start(started, config, lambda: None)
+        serve_until_shutdown(started)
     except UlyssesError:
         return 2  # rank 0 raises the same error; one report is enough
+    except Exception as error:
+        if not is_lost_connection(error):  # else the lost rank is the one to report
+            print(f"worker rank {rank} failed: {describe(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(_worker_main())
+    sys.exit(_worker_main(*map(int, sys.argv[1:])))

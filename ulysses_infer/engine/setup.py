@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,11 +24,11 @@ from ulysses_infer.config import Config, refuse_unavailable
 from ulysses_infer.engine.channel import Channel
 from ulysses_infer.engine.tables import BlockTables
 from ulysses_infer.engine.worker import ROWS_PER_GATHER, Worker
-from ulysses_infer.errors import UlyssesError
+from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.checkpoint import Progress
 from ulysses_infer.model.files import resolve_folder
 from ulysses_infer.model.model import DTYPES, Blueprint, ShiftModel, shard_key_value_heads
-from ulysses_infer.parallel.groups import Groups, build_groups, init_distributed
+from ulysses_infer.parallel.groups import Groups, Rendezvous, build_groups, init_distributed
 from ulysses_infer.parallel.layout import check_mode
 
 T = TypeVar("T")
@@ -47,9 +46,11 @@ class Rank:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this process: its own GPU by LOCAL_RANK, or the CPU."""
+    """The device of this process: its own GPU by LOCAL_RANK, or the CPU. Raises `ConfigError`."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("runtime.device is cuda, but torch sees no GPU here; use cpu, or install torch for CUDA")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
@@ -63,11 +64,15 @@ def set_threads(config: Config, device: torch.device, ranks_on_host: int) -> Non
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
 
 
-def start_rank(config: Config, model: Any = None, progress: Progress | None = None) -> Rank:
+def start_rank(
+    config: Config, model: Any = None, progress: Progress | None = None,
+    meet: Callable[[], Rendezvous] | None = None,
+) -> Rank:  # fmt: skip
     """Join the group, load this rank's share, take its cache. Collective.
 
-    `model` is a `transformers.PreTrainedModel` to take the weights from instead of `config.model.path`. An error on
-    any rank is raised on all of them. Raises `UlyssesError`s of one line.
+    `model` is a `transformers.PreTrainedModel` to take the weights from instead of `config.model.path`. `meet` says
+    where the ranks meet when no launcher's environment does. An error on any rank is raised on all of them. Raises
+    `UlyssesError`s of one line.
     """
     refuse_unavailable(config)
     device = choose_device(config.runtime.device)
@@ -76,41 +81,43 @@ def start_rank(config: Config, model: Any = None, progress: Progress | None = No
         check_mode(layout, mode)
     ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or layout.world_size)
     set_threads(config, device, ranks_on_host)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or layout.world_size > 1:
-        init_distributed(device, timedelta(seconds=config.runtime.step_timeout))
+    if layout.world_size > 1:
+        init_distributed(device, meet=meet)
     groups = build_groups(layout, config.parallel.available_modes, device)
-    channel = Channel(groups.control, groups.is_first)
-    folder = None if model is not None else _together(channel, lambda: _find_folder(config, groups, channel))
-    blueprint = _together(channel, lambda: _draw(config, model, folder, groups, device))
-    budget = _together(channel, lambda: _budget(config, blueprint, device, ranks_on_host))
-    loaded = _together(channel, lambda: blueprint.load(progress if groups.is_first else None))
-    cache = _together(channel, lambda: _make_cache(config, loaded, groups, budget, device, channel))
+    channel = Channel(groups)
+    folder = None if model is not None else _find_folder(config, channel)
+    blueprint = channel.together(lambda: _draw(config, model, folder, groups, device))
+    budget = channel.together(lambda: _budget(config, blueprint, device, ranks_on_host))
+    loaded = channel.together(lambda: blueprint.load(progress if groups.is_first else None))
+    shape = _cache_shape(config, loaded, groups)
+    most = config.scheduler.max_num_seqs * shape.blocks_for(loaded.shape.max_model_len)
+    fitting = channel.together(lambda: num_cache_blocks(config.cache, shape, budget, most, device.type == "cpu"))
+    num_blocks = channel.smallest(fitting)  # equal shards, but not equally free memory
+    cache = channel.together(lambda: _make_cache(config, shape, num_blocks, loaded.shape.max_model_len, device))
     tables = BlockTables(
         config.cache.block_size, config.scheduler.max_num_seqs, cache.shape.blocks_for(loaded.shape.max_model_len)
     )
-    backend = _together(channel, lambda: make_backend(config.runtime.attention_backend, device))
+    backend = channel.together(lambda: make_backend(config.runtime.attention_backend, device))
     worker = Worker(loaded, cache, tables, groups, backend, device, config.runtime.debug)
     return Rank(worker, channel, groups, folder)
 
 
-def _together(channel: Channel, phase: Callable[[], T]) -> T:
-    """Run a phase on every rank; if it fails on any, all raise the same error, so that none waits for a lost one."""
-    error: Exception | None = None
-    result: T | None = None
-    try:
-        result = phase()
-    except (UlyssesError, OSError, RuntimeError, ValueError) as raised:
-        error = raised
-    channel.agree(error)
-    assert error is None
-    return result  # type: ignore[return-value]
+def finish_start(rank: Rank, config: Config, last: Callable[[], T]) -> tuple[T, list[int]]:
+    """What rank 0 alone has left to do, then every rank's weight bytes. Collective; afterwards waits are limited."""
+    done = rank.channel.together(last)
+    weight_bytes = rank.channel.gather(rank.worker.model.weight_bytes)
+    rank.groups.limit_waits(config.runtime.step_timeout)
+    return done, weight_bytes
 
 
-def _find_folder(config: Config, groups: Groups, channel: Channel) -> Path:
+def _find_folder(config: Config, channel: Channel) -> Path:
     """Rank 0 finds (or downloads) the checkpoint first; the others then find it in the same place or cache."""
-    folder = resolve_folder(config.model.path, config.model.revision) if groups.is_first else None
-    channel.gather(None)
-    return folder or resolve_folder(config.model.path, config.model.revision)
+
+    def find() -> Path:
+        return resolve_folder(config.model.path, config.model.revision)
+
+    found = channel.together(lambda: find() if channel.is_first else None)
+    return channel.together(lambda: found or find())
 
 
 def _draw(config: Config, model: Any, folder: Path | None, groups: Groups, device: torch.device) -> Blueprint:
@@ -139,11 +146,9 @@ def _budget(config: Config, blueprint: Blueprint, device: torch.device, ranks_on
     return budget
 
 
-def _make_cache(
-    config: Config, model: ShiftModel, groups: Groups, budget: MemoryBudget, device: torch.device, channel: Channel
-) -> PagedCache:
+def _cache_shape(config: Config, model: ShiftModel, groups: Groups) -> CacheShape:
     sizes = model.shape
-    shape = CacheShape(
+    return CacheShape(
         num_layers=sizes.num_layers,
         num_key_value_heads=shard_key_value_heads(sizes, groups.layout, groups.shard),
         key_width=sizes.key_width,
@@ -151,17 +156,13 @@ def _make_cache(
         block_size=config.cache.block_size,
         dtype=model.dtype if config.cache.dtype == "auto" else DTYPES[config.cache.dtype],
     )
-    most = config.scheduler.max_num_seqs * shape.blocks_for(sizes.max_model_len)
-    error: Exception | None = None
-    num_blocks = 0
-    try:
-        num_blocks = num_cache_blocks(config.cache, shape, budget, most, device.type == "cpu")
-    except UlyssesError as raised:
-        error = raised
-    channel.agree(error)
-    num_blocks = channel.smallest(num_blocks)  # equal shards, but not equally free memory
+
+
+def _make_cache(
+    config: Config, shape: CacheShape, num_blocks: int, max_model_len: int, device: torch.device
+) -> PagedCache:
     if config.cache.num_blocks is None:
-        check_fits_one_request(num_blocks, shape, sizes.max_model_len)
+        check_fits_one_request(num_blocks, shape, max_model_len)
     return PagedCache(shape, num_blocks, device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -14,17 +15,51 @@ from ulysses_infer.parallel.collectives import Collectives
 from ulysses_infer.parallel.layout import Layout, Mode, Place
 
 MESH_NAMES = ("data_parallel", "tensor_parallel", "sequence_parallel")
+START_TIMEOUT = timedelta(minutes=30)  # ranks of a job may download and load for very different times
+IDLE_TIMEOUT = timedelta(days=365)  # how long the other ranks wait for rank 0 to have work
 
 
 @dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of an engine in plain Python meet; under a launcher its environment says that."""
+
+    store: Any
+    rank: int
+    world_size: int
+
+
+@dataclass
 class Groups:
-    """This rank's view of the replica: its shard for life and the collectives of every loaded mode."""
+    """This rank's view of the replica: its shard for life and the collectives of every loaded mode.
+
+    It alone holds the groups, so that closing it closes their connections and so tells the other ranks.
+    """
 
     layout: Layout
     rank: int
     world: Any = None
     control: Any = None  # small host-side messages (step plans); gloo even where tensors travel by NCCL
     by_mode: dict[Mode, Collectives] = field(default_factory=dict)
+    owned: list[Any] = field(default_factory=list)  # every group made for this engine, the control group among them
+
+    def close(self) -> None:
+        """Leave the groups that `build_groups` made; the job's own group stays. Not collective.
+
+        Ranks that wait in one of them get a RuntimeError at once.
+        """
+        self.by_mode.clear()
+        self.world = self.control = None
+        while self.owned:
+            _leave(self.owned.pop())
+
+    def limit_waits(self, seconds: float) -> None:
+        """From now on no exchange may take longer: the rank that waits gets a RuntimeError.
+
+        Only the other ranks' wait for rank 0's next message is not limited: an engine may be idle for days.
+        """
+        for group in self.owned:
+            idles = group is self.control and not self.is_first
+            group.set_timeout(IDLE_TIMEOUT if idles else timedelta(seconds=seconds))
 
     @property
     def shard(self) -> int:
@@ -46,8 +81,16 @@ class Groups:
         return self.layout.place(mode, self.shard)
 
 
-def init_distributed(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the process group the launcher's environment describes, through DeepSpeed. Safe to call again."""
+def _leave(group: Any) -> None:
+    import deepspeed.comm as comm
+
+    comm.destroy_process_group(group)
+
+
+def init_distributed(
+    device: torch.device, timeout: timedelta = START_TIMEOUT, meet: Callable[[], Rendezvous] | None = None
+) -> None:
+    """Join the process group of the launcher's environment, or of `meet()`, through DeepSpeed. Safe to call again."""
     if device.type == "cpu":
         # Read by DeepSpeed at import: without it every process probes for accelerators and warns.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -61,7 +104,13 @@ def init_distributed(device: torch.device, timeout: timedelta = timedelta(minute
         # its all-reduce ignores groups, so the engine never calls it. This is DeepSpeed's own switch table.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if device.type == "cpu" else "nccl"
-    comm.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    if meet is not None:
+        met = meet()
+        torch.distributed.init_process_group(
+            backend, store=met.store, rank=met.rank, world_size=met.world_size, timeout=timeout,
+            device_id=None if device.type == "cpu" else device,
+        )  # fmt: skip
+    comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
 def build_groups(layout: Layout, modes: list[Mode], device: torch.device) -> Groups:
@@ -70,16 +119,19 @@ def build_groups(layout: Layout, modes: list[Mode], device: torch.device) -> Gro
     Raises `ConfigError` when the job has another number of ranks than the layout.
     """
     if layout.world_size == 1:
+        _check_world_size(layout, int(os.environ.get("WORLD_SIZE", "1")))
         single = Groups(layout, rank=0)
         single.by_mode[Mode(1, 1)] = Collectives(single.place(Mode(1, 1)), None, None)
         return single
     import deepspeed.comm as comm
 
     _check_world_size(layout, comm.get_world_size())
-    control = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=365))
-    groups = Groups(layout, comm.get_rank(), comm.get_world_group(), control)
+    # A group of our own even for all ranks: its time limits and its end are not those of the job's group.
+    world = comm.new_group(list(range(layout.world_size)))
+    control = torch.distributed.new_group(backend="gloo", timeout=START_TIMEOUT)
+    groups = Groups(layout, comm.get_rank(), world, control, owned=[world, control])
     for mode in modes:
-        sp_group, tp_group = _mode_groups(layout, mode, groups.shard)
+        sp_group, tp_group = _mode_groups(groups, mode)
         groups.by_mode[mode] = Collectives(groups.place(mode), sp_group, tp_group)
     return groups
 
@@ -93,28 +145,31 @@ def _check_world_size(layout: Layout, world_size: int) -> None:
         )
 
 
-def _mode_groups(layout: Layout, mode: Mode, shard: int) -> tuple[Any, Any]:
-    """The SP and TP group of `shard` in `mode`; None for a group of one."""
+def _mode_groups(groups: Groups, mode: Mode) -> tuple[Any, Any]:
+    """This rank's SP and TP group in `mode`; None for a group of one. Groups made on the way join `owned`."""
+    layout, shard = groups.layout, groups.shard
+    if mode.tp == 1:
+        return groups.world, None  # then shards are in rank order, whatever the rank order is
+    if mode.sp == 1:
+        return None, groups.world
     if layout.rank_order == "sp_inner":
-        return _mesh_groups(mode)
+        return _mesh_groups(mode, groups.owned)
     sp_groups = {tuple(layout.sp_group(mode, g)) for g in range(layout.world_size)}
     tp_groups = {tuple(layout.tp_group(mode, g)) for g in range(layout.world_size)}
-    sp_group = _own_group(sp_groups, layout.rank_of(shard)) if mode.sp > 1 else None
-    tp_group = _own_group(tp_groups, layout.rank_of(shard)) if mode.tp > 1 else None
-    return sp_group, tp_group
+    rank = layout.rank_of(shard)
+    return _own_group(sp_groups, rank, groups.owned), _own_group(tp_groups, rank, groups.owned)
 
 
-def _mesh_groups(mode: Mode) -> tuple[Any, Any]:
+def _mesh_groups(mode: Mode, owned: list[Any]) -> tuple[Any, Any]:
     """With SP innermost a DeepSpeed mesh of (dp, tp, sp) is the layout of the mode, in the same order."""
     import deepspeed.comm as comm
 
     mesh = comm.initialize_mesh_device((1, mode.tp, mode.sp), MESH_NAMES)
-    sp_group = mesh.get_group("sequence_parallel") if mode.sp > 1 else None
-    tp_group = mesh.get_group("tensor_parallel") if mode.tp > 1 else None
-    return sp_group, tp_group
+    owned += mesh.get_all_groups()
+    return mesh.get_group("sequence_parallel"), mesh.get_group("tensor_parallel")
 
 
-def _own_group(members: set[tuple[int, ...]], rank: int) -> Any:
+def _own_group(members: set[tuple[int, ...]], rank: int, owned: list[Any]) -> Any:
     """Create every group on every rank, in one agreed order, and keep the one this rank is in.
 
     Torch orders a group by rank. SP members ascend with their shard in both rank orders, so the all-to-all is
@@ -127,4 +182,5 @@ def _own_group(members: set[tuple[int, ...]], rank: int) -> Any:
         group = comm.new_group(sorted(ranks))
         if rank in ranks:
             mine = group
+    owned.append(mine)
     return mine

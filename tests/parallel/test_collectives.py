@@ -1,0 +1,129 @@
+"""The exchanges of a step, on real ranks, against what each rank should hold by the layout."""
+
+import pytest
+import torch
+
+from ulysses_infer.model.attention import HeadPlan, _tokens_to_heads
+from ulysses_infer.parallel.collectives import gather_to_first
+from ulysses_infer.parallel.groups import build_groups
+from ulysses_infer.parallel.layout import Layout, Mode, even_span, key_value_span, token_spans
+
+CPU = torch.device("cpu")
+WIDTH = 3
+CASES = [(2, 1, "sp_inner"), (4, 1, "sp_inner"), (4, 2, "sp_inner"), (4, 2, "tp_inner"), (8, 2, "tp_inner")]
+
+
+class Context:
+    """As much of a step context as the exchange reads."""
+
+    def __init__(self, collectives, spans):
+        self.collectives, self.token_spans = collectives, spans
+
+
+def whole(num_tokens, heads, kind):
+    """[T, heads, d] where every value names its token, head, place and kind."""
+    token = torch.arange(num_tokens)[:, None, None] * 10_000.0
+    head = torch.arange(heads)[None, :, None] * 100.0
+    return token + head + torch.arange(WIDTH)[None, None, :] + kind / 2
+
+
+def exchange_all(world_size, tp, order, query_heads, key_value_heads):
+    """On a rank: every mode with sp > 1, T = 1 .. 11: to heads and back. Raises on the first difference."""
+    layout = Layout(Mode(world_size // tp, tp), order)
+    groups = build_groups(layout, layout.modes, CPU)
+    checked = 0
+    for mode in layout.modes:
+        place = groups.place(mode)
+        plan = HeadPlan(query_heads, key_value_heads)
+        plan.bind(place)
+        for num_tokens in range(1, 12) if mode.sp > 1 else ():
+            spans = token_spans(num_tokens, mode.sp)
+            context = Context(groups.by_mode[mode], spans)
+            mine = slice(*spans[place.token_index])
+            held = even_span(query_heads, place.weight_index, mode.tp)
+            shared = key_value_span(key_value_heads, place.weight_index, mode.tp)
+            sources = [
+                whole(num_tokens, query_heads, 0)[mine, slice(*held)],
+                whole(num_tokens, key_value_heads, 1)[mine, slice(*shared)],
+                whole(num_tokens, key_value_heads, 2)[mine, slice(*shared)],
+            ]
+            query, key, value = _tokens_to_heads(context, plan, *sources)
+            own = slice(*even_span(query_heads, place.shard, world_size))
+            own_shared = slice(*key_value_span(key_value_heads, place.shard, world_size))
+            assert torch.equal(query, whole(num_tokens, query_heads, 0)[:, own])
+            assert torch.equal(key, whole(num_tokens, key_value_heads, 1)[:, own_shared])
+            assert torch.equal(value, whole(num_tokens, key_value_heads, 2)[:, own_shared])
+            back = groups.by_mode[mode].heads_to_tokens(query.flatten(1), spans)
+            assert torch.equal(back, sources[0].flatten(1)), (mode, num_tokens)
+            checked += 1
+    groups.close()
+    return checked
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world_size", "tp", "order"), CASES)
+@pytest.mark.parametrize("key_value_heads", [1, 2, 8], ids=lambda n: f"kv{n}")
+def test_tokens_become_heads_and_come_back(rank_pool, world_size, tp, order, key_value_heads):
+    num_exchanging_modes = len([m for m in Layout(Mode(world_size // tp, tp)).modes if m.sp > 1])
+    checked = rank_pool(world_size).run(exchange_all, world_size, tp, order, 8, key_value_heads)
+    assert checked == [11 * num_exchanging_modes] * world_size
+
+
+def gather_uneven(world_size, tp):
+    layout = Layout(Mode(world_size // tp, tp))
+    groups = build_groups(layout, layout.modes, CPU)
+    for mode in layout.modes:
+        place = groups.place(mode)
+        for total in range(7):
+            counts = [span.size for span in token_spans(total, mode.sp)]
+            rows = torch.arange(total * WIDTH).view(total, WIDTH).float()
+            mine = slice(*token_spans(total, mode.sp)[place.token_index])
+            assert torch.equal(groups.by_mode[mode].gather_rows(rows[mine], counts), rows)
+    groups.close()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_rows_of_all_token_slices_are_gathered_in_batch_order(rank_pool, tp):
+    rank_pool(4).run(gather_uneven, 4, tp)
+
+
+def sum_partials(world_size, tp, order):
+    layout = Layout(Mode(world_size // tp, tp), order)
+    groups = build_groups(layout, layout.modes, CPU)
+    sums = {}
+    for mode, collectives in groups.by_mode.items():
+        partial = torch.full((2, 2), 10.0**groups.shard)
+        assert collectives.sum_over_tp(partial) is partial
+        sums[mode] = int(partial[0, 0])
+    shard = groups.shard
+    groups.close()
+    return shard, sums
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("order", ["sp_inner", "tp_inner"])
+def test_partial_results_are_summed_over_the_tensor_parallel_group_alone(rank_pool, order):
+    layout = Layout(Mode(2, 2), order)
+    for shard, sums in rank_pool(4).run(sum_partials, 4, 2, order):
+        assert sums[Mode(2, 2)] == 10**shard + 10 ** (shard ^ 2)
+        assert sums[layout.shift] == 1111
+
+
+def gather_shards(tp, order):
+    layout = Layout(Mode(4 // tp, tp), order)
+    groups = build_groups(layout, layout.modes, CPU)
+    gathered = gather_to_first(torch.tensor([[float(groups.shard)]]), groups.world, groups.rank, groups.shard_order)
+    groups.close()
+    return None if gathered is None else [float(shard) for shard in gathered]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("order", ["sp_inner", "tp_inner"])
+def test_rank_0_alone_gets_the_shards_in_their_own_order(rank_pool, order):
+    assert rank_pool(4).run(gather_shards, 2, order) == [[0.0, 1.0, 2.0, 3.0], None, None, None]
+
+
+def test_a_single_rank_keeps_its_shard():
+    shard = torch.ones(1, 1)
+    assert gather_to_first(shard, None, 0, [0]) == [shard]

@@ -1,0 +1,157 @@
+"""Process groups of every mode, on real ranks: who is in them, in what order, and what they do when ranks differ."""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.parallel.groups import build_groups
+from ulysses_infer.parallel.layout import Layout, Mode
+
+CPU = torch.device("cpu")
+LAYOUTS = [
+    (world_size, tp, order)
+    for world_size in (2, 4, 8)
+    for tp in (1, 2, 4, 8)
+    if tp <= world_size
+    for order in ("sp_inner", "tp_inner")
+]
+
+
+def members(group):
+    """Global ranks of a group in the order of its own ranks; None stays None."""
+    return None if group is None else torch.distributed.get_process_group_ranks(group)
+
+
+def membership(world_size, tp, order):
+    """On a rank: (shard, {mode: (SP ranks, TP ranks)}) of all modes, and that the groups work."""
+    layout = Layout(Mode(world_size // tp, tp), order)
+    groups = build_groups(layout, layout.modes, CPU)
+    found = {}
+    for mode, collectives in groups.by_mode.items():
+        total = torch.tensor([groups.shard])
+        for group in (collectives.sp_group, collectives.tp_group):
+            if group is not None:
+                torch.distributed.all_reduce(total, group=group)
+        assert collectives.place.mode == mode
+        found[mode] = members(collectives.sp_group), members(collectives.tp_group), int(total)
+    shard, order_of_shards, world = groups.shard, groups.shard_order, members(groups.world)
+    groups.close()
+    return shard, order_of_shards, world, found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world_size", "tp", "order"), LAYOUTS)
+def test_groups_are_those_of_the_layout(rank_pool, world_size, tp, order):
+    layout = Layout(Mode(world_size // tp, tp), order)
+    for rank, (shard, shard_order, world, found) in enumerate(rank_pool(world_size).run(membership, world_size, tp, order)):
+        assert shard == layout.shard_of(rank)
+        assert world == list(range(world_size))
+        assert [layout.shard_of(r) for r in shard_order] == list(range(world_size))
+        for mode in layout.modes:
+            sp_ranks, tp_ranks, total = found[mode]
+            # Members of the SP group stand in the order of their shards: the all-to-all relies on it.
+            assert sp_ranks == (layout.sp_group(mode, shard) if mode.sp > 1 else None)
+            assert tp_ranks == (sorted(layout.tp_group(mode, shard)) if mode.tp > 1 else None)
+            # Summed over both groups, every shard is counted once.
+            assert total == sum(range(world_size))
+
+
+def refused(sp, tp):
+    with pytest.raises(ConfigError) as caught:
+        build_groups(Layout(Mode(sp, tp)), [Mode(sp, tp)], CPU)
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("sp", "tp"), [(1, 1), (4, 1), (2, 2), (3, 1)])
+def test_another_number_of_ranks_than_the_layout_is_refused(rank_pool, sp, tp):
+    for message in rank_pool(2).run(refused, sp, tp):
+        assert f"{sp} * {tp} = {sp * tp}, but the job has 2 ranks" in message
+        assert "\n" not in message
+
+
+def test_a_single_rank_needs_no_groups(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    groups = build_groups(Layout(Mode(1, 1)), [Mode(1, 1)], CPU)
+    assert (groups.world, groups.control, groups.is_first) == (None, None, True)
+    groups.close()
+
+
+def wait_for_a_silent_rank(seconds):
+    """Rank 0 waits for rank 1, which is late. Returns how long, and whether rank 1 may wait longer than that."""
+    layout = Layout(Mode(2, 1))
+    groups = build_groups(layout, layout.modes, CPU)
+    groups.limit_waits(seconds)
+    started = time.monotonic()
+    message = torch.zeros(1)
+    if os.environ["RANK"] == "1":
+        time.sleep(3 * seconds)
+        torch.distributed.all_reduce(torch.ones(1))  # rank 0 is past its time-out
+        groups.close()
+        return None
+    with pytest.raises(RuntimeError, match="Timed out"):
+        torch.distributed.all_reduce(message, group=groups.world)
+    waited = time.monotonic() - started
+    torch.distributed.all_reduce(torch.ones(1))
+    groups.close()
+    return waited
+
+
+@pytest.mark.distributed
+def test_a_wait_for_a_silent_rank_ends(rank_pool):
+    waited, _ = rank_pool(2).run(wait_for_a_silent_rank, 0.5)
+    assert 0.4 < waited < 1.4
+
+
+def idle(seconds):
+    """Rank 0 has nothing to say for longer than the limit, then speaks."""
+    layout = Layout(Mode(2, 1))
+    groups = build_groups(layout, layout.modes, CPU)
+    groups.limit_waits(seconds)
+    message = torch.zeros(1)
+    if groups.is_first:
+        time.sleep(4 * seconds)
+        message += 7
+    torch.distributed.broadcast(message, src=0, group=groups.control)
+    groups.close()
+    return float(message)
+
+
+@pytest.mark.distributed
+def test_an_idle_engine_is_no_hung_one(rank_pool):
+    assert rank_pool(2).run(idle, 0.2) == [7.0, 7.0]
+
+
+def leave_early():
+    """Rank 1 closes its groups while rank 0 waits in them; the job's own group goes on."""
+    layout = Layout(Mode(2, 1))
+    groups = build_groups(layout, layout.modes, CPU)
+    if groups.is_first:
+        with pytest.raises(RuntimeError, match="closed by peer|reset"):
+            torch.distributed.broadcast(torch.zeros(1), src=1, group=groups.world)
+    groups.close()
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    return float(total)
+
+
+@pytest.mark.distributed
+def test_a_rank_that_leaves_lets_the_others_go_and_spares_the_job(rank_pool):
+    assert rank_pool(2).run(leave_early) == [2.0, 2.0]
+
+
+def test_waits_are_limited_only_where_something_is_due():
+    class Recorder:
+        def set_timeout(self, timeout):
+            self.timeout = timeout
+
+    from ulysses_infer.parallel.groups import IDLE_TIMEOUT, Groups
+
+    for rank, control_timeout in ((0, timedelta(seconds=5)), (1, IDLE_TIMEOUT)):
+        world, control = Recorder(), Recorder()
+        Groups(Layout(Mode(2, 1)), rank, world, control, owned=[world, control]).limit_waits(5)
+        assert (world.timeout, control.timeout) == (timedelta(seconds=5), control_timeout)

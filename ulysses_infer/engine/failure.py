@@ -1,0 +1,48 @@
+"""What ends an engine: any failure in the middle of a step, told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ulysses_infer.errors import EngineDeadError, UlyssesError
+
+# What gloo and NCCL say when the process at the other end is gone.
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process exited")
+NO_ANSWER = ("Timed out", "timed out", "timeout")
+
+
+def first_line(error: BaseException) -> str:
+    """The error's kind and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether another rank's process ended, rather than this one failing."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_CONNECTION)
+
+
+def describe(error: BaseException) -> str:
+    """Why an exchange or a step failed, in one line."""
+    if is_lost_connection(error):
+        return "another rank's process ended"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_ANSWER):
+        return "another rank did not answer in time (runtime.step_timeout)"
+    return first_line(error)
+
+
+def as_user_error(error: Exception) -> UlyssesError:
+    """The error as one that every rank can raise, whatever pickle makes of the original."""
+    return error if isinstance(error, UlyssesError) else UlyssesError(first_line(error))
+
+
+@contextmanager
+def fatal(doing: str) -> Iterator[None]:
+    """Whatever goes wrong inside leaves the ranks out of step: it is raised as `EngineDeadError`."""
+    try:
+        yield
+    except EngineDeadError:
+        raise
+    except Exception as error:
+        raise EngineDeadError(f"{doing} failed and the engine ended: {describe(error)}") from error
