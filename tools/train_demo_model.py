@@ -15,9 +15,11 @@ import platform
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 
 import deepspeed
@@ -33,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 IGNORED_LABEL = -100
+AVERAGED_STEPS = 100  # a single step's loss says little
 
 
 MODEL_CARD = """\
@@ -51,7 +54,7 @@ on what it says.
 | corpus | {files} files of Python {python}'s standard library: code, reference, chats made from docstrings |
 | training text | {train[documents]:,} documents, {train[characters]:,} characters, {train[tokens]:,} tokens |
 | trained | {step} of {steps} steps, {seen:,} tokens in rows of {seq_length} |
-| loss | {loss:.3f} in the last step, {evaluated} on held-out files (nats per token) |
+| loss | {loss:.3f} over the last 100 steps, {evaluated} on held-out files (nats per token) |
 | how | DeepSpeed ZeRO-{zero_stage}, {dtype}, {world} ranks, Ulysses sequence parallel {sequence_parallel} |
 
 Chats use the tokenizer's chat template; a turn ends with `<|end|>`, a document with `<|endoftext|>`.
@@ -228,11 +231,13 @@ class Trainer:
 
     def fit(self) -> None:
         """The training loop: steps, log, saves, and at the end the evaluation."""
-        started, loss = time.perf_counter(), math.nan
+        started = time.perf_counter()
+        recent: deque[float] = deque(maxlen=AVERAGED_STEPS)
         batches = self.batches(self.train_text, self.first_step, self.train.steps)
         for step, batch in enumerate(batches, self.first_step + 1):
             self.engine.train()
             term, loss = self.loss(batch)
+            recent.append(loss)
             self.engine.backward(term)
             self.engine.step()
             if step % self.train.log_every == 0 or step == self.train.steps:
@@ -240,8 +245,8 @@ class Trainer:
                 self.log(step=step, loss=round(loss, 6), learning_rate=self.engine.get_lr()[0],
                          tokens_per_second=round((step - self.first_step) * self.tokens_per_step / seconds))
             if step % self.train.save_every == 0 and step < self.train.steps:
-                self.save(step, loss)
-        self.save(self.train.steps, loss, self.evaluate())
+                self.save(step, fmean(recent))
+        self.save(self.train.steps, fmean(recent), self.evaluate())
 
     @torch.no_grad()
     def evaluate(self) -> float:

@@ -108,6 +108,9 @@ def _options(
     module: Any, plan: HeadPlan, width: int, scaling: float | None, softcap: float | None,
     sinks: torch.Tensor | None, kwargs: dict[str, Any],
 ) -> AttentionOptions:  # fmt: skip
+    import os
+    if os.environ.get("KWDUMP"):
+        with open("/tmp/kw.txt","a") as f: f.write(f"{type(module).__name__} {sorted((k,str(v)[:30] if not hasattr(v,'shape') else 'T') for k,v in kwargs.items() if v is not None)}\n")
     return AttentionOptions(
         scaling=width**-0.5 if scaling is None else scaling,
         sliding_window=kwargs.get("sliding_window"),

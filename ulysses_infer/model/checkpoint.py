@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +40,11 @@ class _Target:
 class Loader:
     """Reads what one rank keeps, one parameter at a time, so that no more than one is ever held twice."""
 
-    def __init__(self, injection: Injection, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
-        self.injection, self.model, self.source = injection, injection.model, source
+    def __init__(
+        self, injection: Injection, source: TensorSource, full_shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.injection, self.model, self.source, self.full_shapes = injection, injection.model, source, full_shapes
         self.dtype, self.device = dtype, device
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self.buffers = dict(self.model.named_buffers())
@@ -84,20 +87,42 @@ class Loader:
         return name, pattern
 
     def _read_whole_or_slice(self, name: str, key: str) -> torch.Tensor:
+        found, wanted = self.source.shape(key), self.full_shapes.get(name)
+        if wanted is not None and found != wanted:
+            raise CheckpointError(_wrong_shape(key, found, wanted))
         return self.source.read(key, self.injection.slices(name))
 
     def _convert(self, name: str, converter: WeightConverter, keys: list[tuple[str, str | None]]) -> None:
         """Run one of transformers' conversions, on slices where it only stacks and joins, else on whole tensors."""
         kept = self.injection.slices(name)
         sliced = _sliced_sources(converter, kept) if kept is not None else None
+        if sliced is not None:
+            self._check_sliced(name, keys, kept)
         for key, pattern in keys:
             part = sliced.get(pattern or "") if sliced is not None else None
             converter.add_tensor(name, key, pattern, _Later(self.source, key, part))  # type: ignore[arg-type]
-        for target, value in converter.convert(name, model=self.model, config=self.model.config).items():
+        try:
+            converted = converter.convert(name, model=self.model, config=self.model.config)
+        except RuntimeError as error:  # tensors that should stack or join and do not
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"the tensors of {name} do not fit together ({reason}); the weights do not belong to this config.json"
+            ) from error
+        for target, value in converted.items():
             tensor = value[0] if isinstance(value, list) else value
             wanted = self.injection.slices(target)
             already = sliced is not None and target == name
             self._place(target, tensor if already or wanted is None else _cut(tensor, wanted))
+
+    def _check_sliced(self, name: str, keys: list[tuple[str, str | None]], kept: Kept) -> None:
+        """A slice of too large a tensor would look right: compare the whole widths that the sources join to."""
+        assert kept is not None
+        wanted = self.full_shapes[name][kept[0]] // len({pattern for _, pattern in keys})
+        for key, _ in keys:
+            found = self.source.shape(key)
+            if found[kept[0] - 1 : kept[0]] != (wanted,):
+                whole = (*found[: kept[0] - 1], wanted, *found[kept[0] :])
+                raise CheckpointError(_wrong_shape(key, found, whole))
 
     def _place(self, name: str, tensor: torch.Tensor) -> None:
         """Make `tensor` the parameter or buffer `name`, in its dtype, on the device."""
@@ -106,10 +131,7 @@ class Loader:
         current = self.parameters.get(name, self.buffers.get(name))
         assert current is not None
         if tensor.shape != current.shape:
-            raise CheckpointError(
-                f"tensor {name} has shape {list(tensor.shape)} on this rank, but the model's config makes it "
-                f"{list(current.shape)}; the weights do not belong to this config.json"
-            )
+            raise CheckpointError(_wrong_shape(name, tuple(tensor.shape), tuple(current.shape)))
         owner_name, _, leaf = name.rpartition(".")
         owner = self.model.get_submodule(owner_name)
         dtype = current.dtype if name in self.buffers else self._dtype_of(name, current)
@@ -161,6 +183,13 @@ def _sliced_sources(converter: WeightConverter, kept: tuple[int, list[Span]]) ->
         return None
     # Each source is one part of the joined dimension; all parts are cut alike, so the first span serves for each.
     return {pattern: (dimension - 1, [spans[0]]) for pattern in patterns}
+
+
+def _wrong_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    return (
+        f"tensor {name} has shape {list(found)}, but the model's config makes it {list(wanted)}; "
+        "the weights do not belong to this config.json"
+    )
 
 
 def _cut(tensor: torch.Tensor, kept: tuple[int, list[Span]]) -> torch.Tensor:

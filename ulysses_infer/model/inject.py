@@ -24,15 +24,21 @@ from ulysses_infer.model.rules import (
     ATTENTION_INPUTS,
     ATTENTION_OUTPUTS,
     ATTENTION_RULES,
+    KEY_NORMS,
     KEY_VALUE_COUNT_NAMES,
+    LATENT_NAMES,
     MLP_RULES,
+    PACKED_MLP_INPUTS,
     QUERY_COUNT_NAMES,
+    QUERY_NORMS,
     Heads,
 )
 from ulysses_infer.parallel.layout import Layout, Place, check_heads
 from ulysses_infer.parallel.sharding import Part
 
 logger = logging.getLogger(__name__)
+
+ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 class Bound(Protocol):
@@ -76,6 +82,7 @@ class Injection:
         self.config._attn_implementation = ATTENTION_NAME
         self.config._experts_implementation = EXPERTS_NAME
         self.local_config = copy.copy(self.config)
+        self._check_layer_types()
         self.attention_layers = self._inject_attention()
         self._inject_experts()
         self._inject_mlps()
@@ -98,6 +105,14 @@ class Injection:
 
     # -- attention ---------------------------------------------------------------------------------------------
 
+    def _check_layer_types(self) -> None:
+        foreign = sorted(set(getattr(self.config, "layer_types", None) or ()) - ATTENTION_KINDS)
+        if foreign:
+            raise UnsupportedModelError(
+                f"model type {self.config.model_type!r} has {', '.join(foreign)} layers; this engine knows "
+                f"{', '.join(sorted(ATTENTION_KINDS))}"
+            )
+
     def _inject_attention(self) -> list[nn.Module]:
         layers = []
         for name, module in list(self.model.named_modules()):
@@ -117,6 +132,8 @@ class Injection:
                 f"{name} ({type(module).__name__}) has no output projection this engine knows "
                 f"({', '.join(ATTENTION_OUTPUTS)})"
             )
+        if getattr(module, "is_causal", True) is False:
+            raise UnsupportedModelError(f"{name} ({type(module).__name__}) is not causal: its tokens see later ones")
         heads = attention_heads(module, self.config)
         check_heads(self.layout, heads.num_attention_heads, heads.num_key_value_heads)
         plan = HeadPlan(heads.num_attention_heads, heads.num_key_value_heads)
@@ -135,8 +152,8 @@ class Injection:
     def _inject_norms(self, module: nn.Module, heads: Heads) -> None:
         """Query and key norms over more than one head follow the mode; norms over a single head need nothing."""
         for child, count, shared in (
-            *((name, heads.num_attention_heads, False) for name in ("q_norm", "q_layernorm")),
-            *((name, heads.num_key_value_heads, True) for name in ("k_norm", "k_layernorm")),
+            *((name, heads.num_attention_heads, False) for name in QUERY_NORMS),
+            *((name, heads.num_key_value_heads, True) for name in KEY_NORMS),
         ):
             norm = getattr(module, child, None)
             weight = getattr(norm, "weight", None)
@@ -153,10 +170,9 @@ class Injection:
 
     def _check_children(self, name: str, module: nn.Module) -> None:
         """Refuse an attention module with weights between its projections that no rule covers."""
-        known = {*ATTENTION_RULES, "q_norm", "k_norm", "q_layernorm", "k_layernorm"}
-        latent = {"q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm"}
+        known = {*ATTENTION_RULES, *QUERY_NORMS, *KEY_NORMS, *LATENT_NAMES}
         for child, part in module.named_children():
-            if child not in known | latent and any(True for _ in part.parameters()):
+            if child not in known and any(True for _ in part.parameters()):
                 raise UnsupportedModelError(
                     f"{name}.{child} ({type(part).__name__}) has weights inside attention that no sharding rule covers"
                 )
@@ -279,7 +295,7 @@ def _is_plain_mlp(module: nn.Module) -> bool:
     if not columns or len(rows) != 1:
         return False
     width = found[rows[0]].in_features
-    packed = len(columns) == 1 and columns[0] == "gate_up_proj"
+    packed = len(columns) == 1 and columns[0] in PACKED_MLP_INPUTS
     widths_agree = all(found[name].out_features == (2 * width if packed else width) for name in columns)
     return widths_agree and not _has_stray_weights(module, set(columns + rows))
 

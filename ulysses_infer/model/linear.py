@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,26 @@ from ulysses_infer.parallel.sharding import Sharding
 Cut = Literal["column", "row"]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a plain linear layer, or gpt2's `Conv1D`, which is one with its weight transposed.
+
+    Subclasses are not: they may do more than multiply (llama4's router).
+    """
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def cut_features(linear: nn.Module, cut: Cut) -> int:
+    """The number of features along the cut: outputs of a column cut, inputs of a row cut."""
+    outputs, inputs = _shape(linear)
+    return outputs if cut == "column" else inputs
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    """(output features, input features)."""
+    outputs, inputs = linear.weight.shape if type(linear) is nn.Linear else linear.weight.shape[::-1]  # type: ignore
+    return outputs, inputs
+
+
 class ShiftLinear(nn.Module):
     """A linear layer that keeps its base slice once and gives every mode zero-copy views of it.
 
@@ -23,22 +43,31 @@ class ShiftLinear(nn.Module):
     once, after the sum. The paper keeps a second copy of the weights for its second mode (§3.2); this keeps none.
     """
 
-    def __init__(self, source: nn.Linear, cut: Cut, sharding: Sharding, base: Place) -> None:
+    def __init__(self, source: Any, cut: Cut, sharding: Sharding, base: Place) -> None:
         super().__init__()
         self.cut, self.sharding, self.base = cut, sharding, base
+        self.transposed = type(source) is not nn.Linear  # the weight is [in, out], as its checkpoint has it
+        outputs, inputs = _shape(source)
         stored = sum(span.size for span in sharding.base_spans(base))
-        shape = (stored, source.in_features) if cut == "column" else (source.out_features, stored)
-        self.weight = nn.Parameter(source.weight.new_empty(shape), requires_grad=False)
-        bias_size = stored if cut == "column" else source.out_features
+        shape = (stored, inputs) if cut == "column" else (outputs, stored)
+        self.weight = nn.Parameter(
+            source.weight.new_empty(shape[::-1] if self.transposed else shape), requires_grad=False
+        )
+        bias_size = stored if cut == "column" else outputs
         has_bias = source.bias is not None
         self.bias = nn.Parameter(source.bias.new_empty(bias_size), requires_grad=False) if has_bias else None
         self._pieces: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def slices(self, name: str) -> tuple[int, list[Span]] | None:
         """Which part of the full parameter `name` this rank keeps: (dimension, spans), None for all of it."""
-        if self.cut == "row":
-            return (1, self.sharding.base_spans(self.base)) if name == "weight" else None
-        return 0, self.sharding.base_spans(self.base)
+        if name == "bias" and self.cut == "row":
+            return None
+        return (self._cut_dimension if name == "weight" else 0), self.sharding.base_spans(self.base)
+
+    @property
+    def _cut_dimension(self) -> int:
+        """Which dimension of the stored weight is cut."""
+        return int((self.cut == "row") != self.transposed)
 
     def bind(self, place: Place) -> None:
         """Read the weight as `place` needs it from now on. Views only; nothing is copied."""
@@ -46,8 +75,8 @@ class ShiftLinear(nn.Module):
         self._pieces = [self._piece(span) for span in spans]
 
     def _piece(self, span: Span) -> tuple[torch.Tensor, torch.Tensor | None]:
-        dimension = 0 if self.cut == "column" else 1
-        weight = self.weight.detach().narrow(dimension, span.start, span.size)
+        weight = self.weight.detach().narrow(self._cut_dimension, span.start, span.size)
+        weight = weight.t() if self.transposed else weight
         if self.cut == "row" or self.bias is None:
             return weight, None
         return weight, self.bias.detach().narrow(0, span.start, span.size)

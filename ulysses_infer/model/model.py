@@ -17,6 +17,7 @@ from ulysses_infer.model.checkpoint import Loader, Progress
 from ulysses_infer.model.context import StepContext, running
 from ulysses_infer.model.files import MemorySource, SafetensorsSource, TensorSource
 from ulysses_infer.model.inject import Injection, attention_heads, freeze_rotary
+from ulysses_infer.model.probe import probe
 from ulysses_infer.parallel.layout import Layout, Mode, Span, key_value_span
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ class ShiftModel:
     @property
     def weight_bytes(self) -> int:
         """Bytes of parameters this rank stores, tied ones once. Views of modes add nothing."""
-        storages = {p.untyped_storage().data_ptr(): p.numel() * p.element_size() for p in self.module.parameters()}
-        return sum(storages.values())
+        return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
     @torch.inference_mode()
     def forward(
@@ -112,7 +112,9 @@ class Blueprint:
     ) -> None:  # fmt: skip
         check_supported(config, settings.allow_unverified)
         self.dtype, self.device = choose_dtype(settings.dtype, config), device
-        self.injection = Injection(build_empty(config, self.dtype, settings.trust_remote_code), layout, shard)
+        empty = build_empty(config, self.dtype, settings.trust_remote_code)
+        self._full_shapes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+        self.injection = Injection(empty, layout, shard)
         self.shape = model_shape(self.injection, settings.max_model_len)
         self._open_source = open_source
 
@@ -140,10 +142,12 @@ class Blueprint:
 
     def load(self, progress: Progress | None = None) -> ShiftModel:
         """Read the weights. Raises `CheckpointError`."""
-        Loader(self.injection, self._open_source(), self.dtype, self.device).load(progress)
+        Loader(self.injection, self._open_source(), self._full_shapes, self.dtype, self.device).load(progress)
         self.injection.model.to(self.device)
         freeze_rotary(self.injection.model, self.shape.max_model_len)
-        return ShiftModel(self.injection, self.shape, self.dtype)
+        model = ShiftModel(self.injection, self.shape, self.dtype)
+        probe(model)
+        return model
 
 
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
 from ulysses_infer.model.linear import Cut
 from ulysses_infer.parallel.sharding import Part, Sharding
 
@@ -24,76 +22,79 @@ class Heads:
     num_key_value_heads: int
 
     def query_part(self, features: int) -> Part:
+        """`features` as query heads."""
         return Part(self.num_attention_heads, features // self.num_attention_heads)
 
     def key_value_part(self, features: int) -> Part:
+        """`features` as key/value heads."""
         return Part(self.num_key_value_heads, features // self.num_key_value_heads, shared=True)
 
 
-AttentionRule = tuple[Cut, Callable[[nn.Linear, Heads], Sharding]]
-MlpRule = tuple[Cut, Callable[[nn.Linear], Sharding]]
+# A rule says how the features along the cut (rows of a column cut, columns of a row cut) divide.
+AttentionRule = tuple[Cut, Callable[[int, Heads], Sharding]]
+MlpRule = tuple[Cut, Callable[[int], Sharding]]
 
 
-def _by_query_head(linear: nn.Linear, heads: Heads) -> Sharding:
-    return Sharding((heads.query_part(linear.out_features),))
+def _query_heads(features: int, heads: Heads) -> Sharding:
+    return Sharding((heads.query_part(features),))
 
 
-def _by_key_value_head(linear: nn.Linear, heads: Heads) -> Sharding:
-    return Sharding((heads.key_value_part(linear.out_features),))
+def _key_value_heads(features: int, heads: Heads) -> Sharding:
+    return Sharding((heads.key_value_part(features),))
 
 
-def _into_query_heads(linear: nn.Linear, heads: Heads) -> Sharding:
-    return Sharding((heads.query_part(linear.in_features),))
-
-
-def _packed_heads(linear: nn.Linear, heads: Heads) -> Sharding:
-    """q, k and v one after another (phi3)."""
-    width = linear.out_features // (heads.num_attention_heads + 2 * heads.num_key_value_heads)
+def _packed_heads(features: int, heads: Heads) -> Sharding:
+    """q, k and v one after another (phi3, gpt2)."""
+    width = features // (heads.num_attention_heads + 2 * heads.num_key_value_heads)
     query = Part(heads.num_attention_heads, width)
     key_value = Part(heads.num_key_value_heads, width, shared=True)
     return Sharding((query, key_value, key_value))
 
 
-def _outputs(linear: nn.Linear) -> Sharding:
-    return Sharding((Part(linear.out_features),))
+def _neurons(features: int) -> Sharding:
+    return Sharding((Part(features),))
 
 
-def _packed_outputs(linear: nn.Linear) -> Sharding:
+def _packed_neurons(features: int) -> Sharding:
     """gate and up one after another."""
-    return Sharding((Part(linear.out_features // 2), Part(linear.out_features // 2)))
-
-
-def _inputs(linear: nn.Linear) -> Sharding:
-    return Sharding((Part(linear.in_features),))
+    return Sharding((Part(features // 2), Part(features // 2)))
 
 
 ATTENTION_RULES: dict[str, AttentionRule] = {
-    "q_proj": ("column", _by_query_head),
-    "k_proj": ("column", _by_key_value_head),
-    "v_proj": ("column", _by_key_value_head),
+    "q_proj": ("column", _query_heads),
+    "k_proj": ("column", _key_value_heads),
+    "v_proj": ("column", _key_value_heads),
     "qkv_proj": ("column", _packed_heads),
+    "c_attn": ("column", _packed_heads),
     # One [q, k, v] triple after another, a head at a time (gpt_neox): a query-head rule of three times the width.
-    "query_key_value": ("column", _by_query_head),
+    "query_key_value": ("column", _query_heads),
     # Multi-head latent attention: the low-rank inputs stay whole, the expansions to heads are cut.
-    "q_b_proj": ("column", _by_query_head),
-    "kv_b_proj": ("column", _by_query_head),
+    "q_b_proj": ("column", _query_heads),
+    "kv_b_proj": ("column", _query_heads),
     # Gates over the attention output, a value or a width a query head.
-    "gate_proj": ("column", _by_query_head),
-    "g_proj": ("column", _by_query_head),
-    "o_proj": ("row", _into_query_heads),
-    "out_proj": ("row", _into_query_heads),
-    "dense": ("row", _into_query_heads),
+    "gate_proj": ("column", _query_heads),
+    "g_proj": ("column", _query_heads),
+    **{name: ("row", _query_heads) for name in ("o_proj", "out_proj", "dense", "Wo", "c_proj")},
 }
 ATTENTION_OUTPUTS = tuple(name for name, (cut, _) in ATTENTION_RULES.items() if cut == "row")
-ATTENTION_INPUTS = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value")
+ATTENTION_INPUTS = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value", "c_attn")
+
+# Norms inside attention, and whose heads they see. One over a single head needs nothing.
+QUERY_NORMS = ("q_norm", "q_layernorm", "attn_sub_norm")
+KEY_NORMS = ("k_norm", "k_layernorm")
+# Multi-head latent attention: weights before the expansion to heads, the same on every rank.
+LATENT_NAMES = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
 
 MLP_RULES: dict[str, MlpRule] = {
-    **{name: ("column", _outputs) for name in ("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h")},
-    **{name: ("column", _outputs) for name in ("fc_in", "linear_1")},
-    "gate_up_proj": ("column", _packed_outputs),
-    **{name: ("row", _inputs) for name in ("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "fc_out")},
+    **{name: ("column", _neurons) for name in ("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h")},
+    **{name: ("column", _neurons) for name in ("fc_in", "linear_1")},
+    **{name: ("column", _packed_neurons) for name in ("gate_up_proj", "Wi")},
+    **{name: ("row", _neurons) for name in ("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "fc_out", "Wo")},
 }
+PACKED_MLP_INPUTS = ("gate_up_proj", "Wi")
 
-# Names under which attention modules keep head counts that their forward uses to reshape.
+# Names under which attention modules keep head counts, or the width of all heads, that their forward reshapes with.
 QUERY_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-KEY_VALUE_COUNT_NAMES = ("num_key_value_heads", "num_kv_heads")
+KEY_VALUE_COUNT_NAMES = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+QUERY_WIDTH_NAMES = ("split_size", "embed_dim")  # only beside a packed `c_attn`, which is split by them
+KEY_VALUE_WIDTH_NAMES = ("kv_dim",)

@@ -1,0 +1,138 @@
+"""One engine on the ranks of a pool, driven hard, and what came out of it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How the engine is run: what must not change a single token."""
+
+    name: str
+    rank_order: str = "sp_inner"
+    max_num_batched_tokens: int = 16
+    max_num_seqs: int = 4
+    chunked: bool = True
+    prefix_caching: bool = True
+    num_blocks: int = 64
+    arrival_every: int = 0  # steps between arrivals; 0: all at once
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def overrides(self, base: tuple[int, int]) -> dict[str, Any]:
+        """Keyword arguments of `init_inference`, with every mode of the base loaded."""
+        sp, tp = base
+        modes = [[s, sp * tp // s] for s in range(1, sp + 1) if sp % s == 0]
+        return {
+            "parallel": {"sp": sp, "tp": tp, "modes": modes, "rank_order": self.rank_order},
+            "cache": {
+                "num_blocks": self.num_blocks, "block_size": 4, "enable_prefix_caching": self.prefix_caching,
+            },
+            "scheduler": {
+                "max_num_batched_tokens": self.max_num_batched_tokens, "max_num_seqs": self.max_num_seqs,
+                "enable_chunked_prefill": self.chunked,
+            },
+            "runtime": {"threads_per_rank": 1, "device": "cpu", "debug": True},
+            **self.settings,
+        }  # fmt: skip
+
+
+CROWD = Profile("crowd", arrival_every=2)
+WHOLE = Profile("whole", chunked=False, prefix_caching=False, max_num_batched_tokens=64, max_num_seqs=8)
+TIGHT = Profile("tight", num_blocks=14, max_num_seqs=8)
+INNER = replace(CROWD, name="inner", rank_order="tp_inner")
+PROFILES = (CROWD, WHOLE, TIGHT, INNER)
+
+
+def bases(world_size: int) -> list[tuple[int, int]]:
+    """Every `(sp, tp)` with sp * tp = W."""
+    return [(world_size // tp, tp) for tp in range(1, world_size + 1) if world_size % tp == 0]
+
+
+@dataclass
+class Outcome:
+    """What an engine gave, and what happened to it meanwhile."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    again: list[list[int]]  # the same prompts once more, without log-probabilities
+    num_preempted: int
+    prefix_hits: int
+    modes: set[str]
+    weight_bytes: list[int]
+
+
+def run_case(folder: Path, base: tuple[int, int], profile: Profile, prompts: list[list[int]], new_tokens: int) -> Any:
+    """On every rank: an engine over `folder`, random modes at every step; the `Outcome`, the same on all ranks."""
+    from ulysses_infer import SamplingParams, init_inference
+
+    scored = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, prompt_logprobs=0, logprobs=0)
+    plain = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    arrivals = [profile.arrival_every * index for index in range(len(prompts))]
+    with init_inference(str(folder), **profile.overrides(base)) as engine:
+        modes = ModeShuffle(engine.config.parallel.available_modes)
+        if engine.is_first:
+            engine._engine.choose_mode = modes
+        outputs = engine.generate(prompts, scored, arrival_steps=arrivals)
+        again = engine.generate(prompts, plain)
+        stats = engine.stats()
+        if engine.is_first:
+            engine._engine.scheduler.allocator.assert_idle()
+    return Outcome(
+        tokens=[output.outputs[0].token_ids for output in outputs],
+        logprobs=[all_logprobs(output) for output in outputs],
+        again=[output.outputs[0].token_ids for output in again],
+        num_preempted=modes.num_preempted,
+        prefix_hits=stats["prefix_cache_hits"],
+        modes=modes.used,
+        weight_bytes=stats["weight_bytes_per_rank"],
+    )
+
+
+class ModeShuffle:
+    """Rank 0's choice of modes: another order of all of them again and again, and a count of preemptions."""
+
+    def __init__(self, modes: list[Any], seed: int = 0) -> None:
+        self.modes, self.random = list(modes), random.Random(seed)
+        self.pending: list[Any] = []
+        self.used: set[str] = set()
+        self.num_preempted = 0
+
+    def __call__(self, batch: Any) -> Any:
+        self.num_preempted += len(batch.preempted)
+        if not self.pending:
+            self.pending = self.random.sample(self.modes, len(self.modes))
+        mode = self.pending.pop()
+        self.used.add(str(mode))
+        return mode
+
+
+def all_logprobs(output: Any) -> list[float]:
+    """The log-probability of every token of prompt and completion but the first."""
+    token_ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+    entries = [*output.prompt_logprobs, *output.outputs[0].logprobs]
+    return [entry[token].logprob for token, entry in zip(token_ids[1:], entries[1:], strict=True)]
+
+
+def check(outcomes: list[Outcome], reference: Any, profile: Profile, num_modes: int) -> float:
+    """Assert that rank 0 gave what transformers gives, and that the others heard the same. Returns the largest error."""
+    first = outcomes[0]
+    assert all(other.tokens == first.tokens and other.again == first.again for other in outcomes[1:])
+    assert first.tokens == reference.tokens, "tokens differ"
+    assert first.again == reference.tokens, "tokens differ in the second run"
+    error = max(
+        abs(ours - theirs)
+        for mine, expected in zip(first.logprobs, reference.logprobs, strict=True)
+        for ours, theirs in zip(mine, expected, strict=True)
+    )
+    assert error <= TOLERANCE, f"log-probabilities differ by {error:.2g}"
+    assert len(first.modes) == num_modes
+    assert (first.num_preempted > 0) == (profile is TIGHT)
+    if profile is not TIGHT:  # there, blocks are taken for others before they can be hit
+        assert (first.prefix_hits > 0) == profile.prefix_caching
+    return error

@@ -1,0 +1,56 @@
+"""A tiny config of each family the suite proves: the shapes that matter to a layout, the features that make it itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.equivalence.tiny_models import VOCABULARY
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LOCAL_AND_GLOBAL = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"head_dim": 16, "sliding_window": 6},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16, "attention_bias": True},
+    "qwen3_moe": {"head_dim": 16, "moe_intermediate_size": 32, **EXPERTS},
+    "mixtral": {"sliding_window": 6, **EXPERTS, "intermediate_size": 32},
+    "gemma2": {**LOCAL_AND_GLOBAL, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 4.0,
+               "final_logit_softcapping": 5.0},
+    "gemma3_text": {**LOCAL_AND_GLOBAL, "head_dim": 16},
+    "phi3": {"sliding_window": 6, "original_max_position_embeddings": 128},
+    "olmo2": {"num_key_value_heads": 8},
+    "gpt_neox": {"num_key_value_heads": None},
+    "granite": {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
+                "logits_scaling": 2.0},
+    "glm4": {"head_dim": 16, "num_key_value_heads": 2},
+    "cohere2": {**LOCAL_AND_GLOBAL, "head_dim": 16, "logit_scale": 0.3},
+    "gpt_oss": {**LOCAL_AND_GLOBAL, **EXPERTS, "head_dim": 16, "intermediate_size": 32},
+    "starcoder2": {"sliding_window": 6, "num_key_value_heads": 2},
+}  # fmt: skip
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """The tiny config of a family, with some of its values changed."""
+    from transformers import CONFIG_MAPPING
+
+    values = {**SHAPE, **FAMILIES[model_type], **changes}
+    return CONFIG_MAPPING[model_type](**{name: value for name, value in values.items() if value is not _absent(name)})
+
+
+def _absent(name: str) -> Any:
+    """Special tokens really are None; any other None leaves the config's own default."""
+    return ... if name.endswith("_token_id") else None

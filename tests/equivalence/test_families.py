@@ -1,0 +1,38 @@
+"""Every family, on every base of 1, 2 and 4 ranks, gives transformers' tokens and log-probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.equivalence.cases import CROWD, INNER, PROFILES, TIGHT, WHOLE, Profile, bases, check, run_case
+from tests.equivalence.families import FAMILIES
+from tests.equivalence.tiny_models import NEW_TOKENS
+
+pytestmark = pytest.mark.distributed
+
+
+def cases() -> list[Any]:
+    """Every family on every base; the ways of running an engine take turns, llama goes through all of them."""
+    chosen = []
+    for turn, family in enumerate(FAMILIES):
+        for number, base in enumerate(base for world_size in (1, 2, 4) for base in bases(world_size)):
+            profiles = (CROWD, WHOLE, TIGHT) if family == "llama" else ((CROWD, WHOLE, TIGHT)[(turn + number) % 3],)
+            if base == (2, 2):
+                profiles = (*profiles, INNER)
+            chosen += [
+                pytest.param(family, base, profile, id=f"{family}-sp{base[0]}xtp{base[1]}-{profile.name}")
+                for profile in profiles
+            ]
+    return chosen
+
+
+@pytest.mark.parametrize(("family", "base", "profile"), cases())
+def test_engine_equals_transformers(
+    family: str, base: tuple[int, int], profile: Profile, rank_pool: Any, reference: Any
+) -> None:
+    expected = reference(family)
+    pool = rank_pool(base[0] * base[1])
+    outcomes = pool.run(run_case, expected.folder, base, profile, expected.prompts, NEW_TOKENS)
+    check(outcomes, expected, profile, num_modes=len([s for s in range(1, base[0] + 1) if base[0] % s == 0]))

@@ -1,0 +1,83 @@
+"""Tiny random checkpoints and what transformers itself makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 101  # a prime: vocabulary shards are uneven on any number of ranks
+PROMPT_LENGTHS = (1, 2, 7, 13, 21, 38)
+NEW_TOKENS = 9
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint and, for each prompt, transformers' greedy tokens and the log-probability of every token after
+    the first of prompt + completion."""
+
+    folder: Path
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+
+
+def perturb(model: torch.nn.Module, seed: int = 0) -> None:
+    """Random values for every parameter: constants (norm weights, biases) get noise, the rest a useful scale.
+
+    transformers' own initialisation leaves norms at 1, biases at 0 and attention nearly flat, where a shard of the
+    wrong heads would not show.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            constant = parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all())
+            if parameter.dim() < 2 or constant:
+                parameter += 0.3 * noise
+            else:
+                parameter.copy_(noise * 1.2 * parameter.shape[-1] ** -0.5)
+
+
+def make_checkpoint(config: Any, folder: Path, seed: int = 0) -> Any:
+    """Save a tiny random model of `config` to `folder` and return transformers' own reading of it, in float32."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    perturb(model, seed)
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def make_prompts(vocabulary: int = VOCABULARY, lengths: tuple[int, ...] = PROMPT_LENGTHS) -> list[list[int]]:
+    """Random token ids, ids below 3 (often padding and the like) left out."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.inference_mode()
+def make_reference(model: Any, folder: Path, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> Reference:
+    """Greedy completions by `generate` and teacher-forced log-probabilities by one plain forward a prompt."""
+    tokens, logprobs = [], []
+    model.generation_config.eos_token_id = None
+    for prompt in prompts:
+        inputs = torch.tensor([prompt])
+        whole = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+        )
+        tokens.append(whole[0, len(prompt) :].tolist())
+        logprobs.append(token_logprobs(model, whole))
+    return Reference(folder, prompts, tokens, logprobs)
+
+
+@torch.inference_mode()
+def token_logprobs(model: Any, token_ids: torch.Tensor) -> list[float]:
+    """token_ids: [1, n]; the log-probability of each token but the first, given those before it."""
+    scores = model(token_ids, use_cache=False).logits[0].float().log_softmax(dim=-1)
+    result: list[float] = scores[:-1].gather(1, token_ids[0, 1:, None])[:, 0].tolist()
+    return result

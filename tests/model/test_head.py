@@ -1,0 +1,84 @@
+"""The sharded vocabulary: rows of every rank, joined or compared, are the whole head's."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.model.fake_step import FakeCollectives, step
+from ulysses_infer.model.head import ShardedHead, argmax_pairs, best_of, joined, padded
+from ulysses_infer.parallel.layout import Layout, Mode, Span
+
+VOCABULARY = 13
+
+
+def heads(source, world_size, tied_to=None):
+    """The head of every rank, filled from `source`."""
+    layout = Layout(Mode(world_size, 1))
+    made = []
+    for shard in range(world_size):
+        head = ShardedHead(source, layout.place(layout.base, shard), tied_to)
+        for name, parameter in head.named_parameters():
+            dimension, (span,) = head.slices(name)
+            parameter.data.copy_(getattr(source, name).detach().narrow(dimension, span.start, span.size))
+        made.append(head)
+    return made
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 13])
+def test_joined_shards_are_the_whole_heads_logits(world_size, bias):
+    source = nn.Linear(6, VOCABULARY, bias=bias)
+    hidden = torch.randn(1, 5, 6)
+    with step(FakeCollectives(), logits_counts=[5]):
+        shards = [head(hidden)[0] for head in heads(source, world_size)]
+    sent = [padded(shard, VOCABULARY, world_size) for shard in shards]
+    assert len({shard.shape for shard in sent}) == 1, "equal shapes travel in one gather"
+    torch.testing.assert_close(joined(sent, VOCABULARY), source(hidden)[0])
+
+
+def test_padding_never_reaches_the_joined_rows():
+    shards = [padded(torch.full((2, size), 5.0), VOCABULARY, 8) for size in (1, 2, 1, 2, 2, 1, 2, 2)]
+    assert joined(shards, VOCABULARY).eq(5.0).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_the_best_of_all_shards_is_the_best_of_the_whole_row(world_size):
+    logits = torch.randn(50, VOCABULARY)
+    assert best_over(logits, world_size) == logits.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_ties_go_to_the_lowest_id(world_size):
+    logits = torch.zeros(4, VOCABULARY)
+    logits[1, 3:] = 7.0
+    logits[2, [12, 5, 9]] = 7.0
+    logits[3] = float("-inf")
+    assert best_over(logits, world_size) == [0, 3, 5, 0]
+
+
+def best_over(logits, world_size):
+    layout = Layout(Mode(world_size, 1))
+    spans = [ShardedHead(nn.Linear(1, VOCABULARY), layout.place(layout.base, g), None).vocabulary
+             for g in range(world_size)]  # fmt: skip
+    return best_of([argmax_pairs(logits[:, slice(*span)], span) for span in spans])
+
+
+def test_large_ids_survive_the_comparison():
+    span = Span(16_777_217, 16_777_219)  # float32 cannot tell these ids apart
+    assert best_of([argmax_pairs(torch.tensor([[0.0, 1.0]]), span)]) == [16_777_218]
+
+
+def test_bfloat16_logits_are_compared_as_they_are():
+    pairs = [argmax_pairs(torch.tensor([[1.0, 1.0078125]], dtype=torch.bfloat16), Span(0, 2))]
+    assert best_of(pairs) == [1]
+
+
+def test_a_tied_head_is_a_view_of_the_embedding():
+    embedding = nn.Embedding(VOCABULARY, 6)
+    source = nn.Linear(6, VOCABULARY, bias=False)
+    source.weight = embedding.weight
+    for head in heads(source, 4, tied_to=embedding):
+        assert list(head.named_parameters()) == []
+        rows = head.rows()
+        assert torch.equal(rows, embedding.weight[slice(*head.vocabulary)])
+        assert rows.untyped_storage().data_ptr() == embedding.weight.untyped_storage().data_ptr()

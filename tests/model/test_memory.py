@@ -1,0 +1,75 @@
+"""Peak host memory of loading, measured in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.tiny import tiny_config
+
+MIB = 1 << 20
+SLACK = 24 * MIB  # allocator, threads, module tree
+LOAD = """
+import json, sys, threading, time, torch
+from pathlib import Path
+from ulysses_infer.config import ModelConfig
+from ulysses_infer.model.model import Blueprint
+from ulysses_infer.parallel.layout import Layout, Mode
+
+folder, tp, shard, dtype = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
+
+def anonymous():
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+def watch():
+    while not done:
+        seen.append(anonymous())
+        time.sleep(0.001)
+
+settings = ModelConfig(path=folder, dtype=dtype)
+plan = Blueprint.of_folder(Path(folder), settings, Layout(Mode(1, tp)), shard, torch.device("cpu"))
+seen, done = [anonymous()], False
+thread = threading.Thread(target=watch)
+thread.start()
+model = plan.load()
+done = True
+thread.join()
+sum(float(p.flatten()[0]) for p in model.module.parameters())
+print(json.dumps({"grown": max(seen) - seen[0], "weights": model.weight_bytes}))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """About 200 MB of float32 weights; the largest tensor has 16 MiB."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("large")
+    config = tiny_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=3)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.to_empty(device="cpu").save_pretrained(folder)
+    return folder
+
+
+def load(folder, tp, shard, dtype):
+    command = [sys.executable, "-c", LOAD, str(folder), str(tp), str(shard), dtype]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_weights_in_the_checkpoints_dtype_stay_in_its_file(checkpoint, tp):
+    """On a CPU they are mapped pages, which the ranks of a host share and the system can drop."""
+    measured = load(checkpoint, tp, tp - 1, "float32")
+    assert measured["weights"] > 180 * MIB / tp
+    assert measured["grown"] < SLACK
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_converted_weights_are_never_held_twice(checkpoint, tp):
+    measured = load(checkpoint, tp, tp - 1, "bfloat16")
+    assert 90 * MIB / tp < measured["weights"] < 110 * MIB / tp
+    assert measured["weights"] * 0.95 < measured["grown"] < measured["weights"] + 16 * MIB + SLACK

@@ -1,0 +1,125 @@
+"""Every causal language model of the installed transformers through the engine: what is served, and docs/models.md.
+
+Run from the repository root: `python -m tools.sweep_architectures` (about twenty minutes on two cores). Results are
+kept in a JSON file as they come, so that a second run goes on where the first one stopped; `--only llama,opt` runs
+some again, `--report` only writes the page. Ends with 1 when `VERIFIED` does not say what the sweep found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests.equivalence.cases import CROWD, check, run_case
+from tests.equivalence.tiny_models import Reference, make_checkpoint, make_prompts, make_reference
+from tests.ranks import RankPools
+from tools.models_page import write_page
+from tools.tiny_configs import tiny_configs
+
+BASES = ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2))
+LENGTHS = (1, 3, 9, 17, 26)
+NEW_TOKENS = 6
+PROFILE = replace(CROWD, settings={"model.allow_unverified": True, "model.max_model_len": 64})
+SECONDS = 90.0
+RESULTS = Path("runs/architectures.json")
+
+
+def main() -> int:
+    """Sweep, write the page, compare with the allow-list."""
+    arguments = _arguments()
+    results = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
+    pools = RankPools()
+    try:
+        for model_type in [] if arguments.report else _to_run(arguments.only, results):
+            results[model_type] = sweep_one(model_type, pools)
+            print(f"{model_type:28} {results[model_type]['outcome']:10} {results[model_type]['detail']}", flush=True)
+            arguments.results.parent.mkdir(parents=True, exist_ok=True)
+            arguments.results.write_text(json.dumps(results, indent=1, sort_keys=True))
+    finally:
+        pools.close()
+    return write_page(results, Path("docs/models.md"))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file of results so far")
+    parser.add_argument("--only", default="", help="model types to run again, comma-separated")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the page from the results")
+    return parser.parse_args()
+
+
+def _to_run(only: str, results: dict[str, Any]) -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    return only.split(",") if only else [name for name in sorted(NAMES) if name not in results]
+
+
+def sweep_one(model_type: str, pools: RankPools) -> dict[str, Any]:
+    """Outcome of one architecture: yes, refused, wrong, error or untested, with a line of detail."""
+    with tempfile.TemporaryDirectory() as folder:
+        reference = _attempt("untested", lambda: pools(1).run(prepare, model_type, Path(folder), timeout=SECONDS)[0])
+        if isinstance(reference, dict):
+            return reference
+        errors = []
+        for base in BASES:
+            error = _attempt("error", lambda base=base: _run_base(base, reference, pools))  # type: ignore[misc]
+            if isinstance(error, dict):
+                return error
+            errors.append(error)
+    return {"outcome": "yes", "detail": f"{max(errors):.1e}"}
+
+
+def _attempt(failure: str, action: Callable[[], Any]) -> Any:
+    """The action's result, or how it failed."""
+    from ulysses_infer.errors import UnsupportedModelError
+
+    try:
+        return action()
+    except UnsupportedModelError as error:
+        return {"outcome": "refused", "detail": str(error)}
+    except AssertionError as error:
+        return {"outcome": "wrong", "detail": _line(error)}
+    except Exception as error:  # whatever an architecture may raise is a result here
+        return {"outcome": failure, "detail": f"{type(error).__name__}: {_line(error)}", "notes": _notes(error)}
+
+
+def _run_base(base: tuple[int, int], reference: Reference, pools: RankPools) -> float:
+    pool = pools(base[0] * base[1])
+    outcomes = pool.run(run_case, reference.folder, base, PROFILE, reference.prompts, NEW_TOKENS, timeout=SECONDS)
+    modes = [sp for sp in range(1, base[0] + 1) if base[0] % sp == 0]
+    try:
+        return check(outcomes, reference, PROFILE, len(modes))
+    except AssertionError as error:
+        raise AssertionError(f"sp{base[0]}xtp{base[1]}: {_line(error)}") from error
+
+
+def prepare(model_type: str, folder: Path) -> Reference:
+    """In a process of its own: the checkpoint and what transformers makes of it, for the first config that works."""
+    configs = list(tiny_configs(model_type))
+    for number, config in enumerate(configs):
+        try:
+            model = make_checkpoint(config, folder)
+            vocabulary = config.get_text_config(decoder=True).vocab_size
+            return make_reference(model, folder, make_prompts(vocabulary, LENGTHS), NEW_TOKENS)
+        except Exception:
+            if number == len(configs) - 1:
+                raise
+    raise ValueError(f"no tiny config for {model_type}")
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _notes(error: BaseException) -> str:
+    return "\n".join(getattr(error, "__notes__", []))[-1500:]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""A tiny config for any causal language model of transformers, by the names its sizes go under."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+VOCABULARY = 101
+LAYERS = 2
+HEADS = 8
+
+# Sizes by every name that configs give them. Only names that a config has are set.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "input_embedding_size",
+                     "hidden_size_per_layer_input", "shared_embedding_size", "embed_dim", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "dff", "dim_ff", "decoder_ffn_dim",
+                     "encoder_ffn_dim", "ffn_hidden_size", "intermediate_size_mlp", "d_inner", "block_ff_dim"), 96),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"),
+                    LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads",
+                     "encoder_attention_heads"), HEADS),
+    **dict.fromkeys(("head_dim", "dim_head", "d_kv", "kv_channels", "rotary_dim", "swa_head_dim", "swa_v_head_dim",
+                     "global_head_dim"), 16),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size",
+                     "moe_shared_expert_intermediate_size", "shared_intermediate_size", "ffn_intermediate_size",
+                     "prefix_dense_intermediate_size", "dense_intermediate_size", "expert_intermediate_size"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_num_primary_experts"),
+                    4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts",
+                     "num_selected_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "zero_expert_num"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "decoder_sparse_step",
+                     "moe_layer_freq", "num_shared_experts", "n_shared_experts"), 1),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 24),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), 8),
+    "v_head_dim": 12,
+    "qk_head_dim": 16,
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size", "sliding_window_size", "local_window_size"),
+                    6),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "n_positions"), 128),
+    **dict.fromkeys(("index_n_heads", "index_topk", "index_head_dim"), 8),
+    "query_pre_attn_scalar": 16,
+    "layer_group_size": 2,
+}  # fmt: skip
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "num_key_value_groups", "swa_num_key_value_heads")
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 2, "decoder_start_token_id": 1}
+
+# What the names alone do not get right.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gptj": {"rotary_dim": 8, "n_inner": None},
+    "codegen": {"rotary_dim": 8, "n_inner": None},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "alibi": False},
+    "phi3": {"original_max_position_embeddings": 128},
+    "moshi": {"ffn_dim": 96},
+    "nanochat": {"head_dim": 8},
+    "biogpt": {"scale_embedding": True},
+    "llama4_text": {"interleave_moe_layer_step": 1, "no_rope_layers": [1, 0]},
+}
+
+
+def tiny_configs(model_type: str) -> Iterator[Any]:
+    """Tiny configs to try, in order: fewer key/value heads than query heads first, then as many."""
+    from transformers import CONFIG_MAPPING
+
+    whole = CONFIG_MAPPING[model_type]()
+    name = next((name for name in ("text_config", "decoder_config") if hasattr(whole, name)), None)
+    for key_value_heads in _key_value_choices(whole if name is None else getattr(whole, name)):
+        if name is None:
+            yield _shrunk(whole, model_type, key_value_heads)
+        else:
+            text = _shrunk(getattr(whole, name), model_type, key_value_heads)
+            yield CONFIG_MAPPING[model_type](**{name: text})
+
+
+def _key_value_choices(config: Any) -> list[int]:
+    has_any = any(getattr(config, name, None) is not None for name in KEY_VALUE_HEADS)
+    latent = getattr(config, "kv_lora_rank", None)
+    return [4, HEADS] if has_any and not latent else [HEADS]
+
+
+def _shrunk(config: Any, model_type: str, key_value_heads: int) -> Any:
+    known = config.to_dict()
+    values = {name: size for name, size in SIZES.items() if known.get(name) is not None}
+    values |= {name: key_value_heads for name in KEY_VALUE_HEADS if name in known}
+    values |= {name: token for name, token in TOKENS.items() if known.get(name) is not None}
+    values |= {"layer_types": _layer_types(known["layer_types"])} if known.get("layer_types") else {}
+    if known.get("kv_lora_rank") is not None:  # there, head_dim means the rotary part alone
+        values.pop("head_dim", None)
+    values |= SPECIAL.get(model_type, {})
+    if known.get("rope_parameters"):
+        values["rope_parameters"] = _with_theta(copy.deepcopy(known["rope_parameters"]))
+    if "layer_types" in values and "num_hidden_layers" in known:
+        values["num_hidden_layers"] = len(values["layer_types"])
+    return type(config)(**values)
+
+
+def _with_theta(rope: dict[str, Any]) -> dict[str, Any]:
+    """Some configs leave the base frequency to the checkpoint."""
+    if rope.get("rope_theta", 0) is None:
+        rope["rope_theta"] = 10000.0
+    return rope
+
+
+def _layer_types(types: list[str]) -> list[str]:
+    """Each kind of layer once, in order of appearance, and two layers at least."""
+    kinds = list(dict.fromkeys(types))
+    return kinds * 2 if len(kinds) == 1 else kinds
