@@ -89,12 +89,12 @@ class RankPool:
         results: dict[int, Any] = {}
         errors: dict[int, BaseException] = {}
         while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            ready: list[Any] = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
             for connection in ready:
-                rank = waiting.pop(connection)  # type: ignore[arg-type]
-                report = _receive(connection)  # type: ignore[arg-type]
+                rank = waiting.pop(connection)
+                report = _receive(connection)
                 if isinstance(report, BaseException):
                     errors[rank] = report
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -102,7 +102,8 @@ class RankPool:
                     (results[rank],) = report
         if errors:
             rank, error = min(errors.items())
-            error.add_note(f"(rank {rank} of {self.world_size}; failed: {sorted(errors)}; silent: {[*waiting.values()]})")
+            others = f"failed: {sorted(errors)}, silent: {sorted(waiting.values())}"
+            error.add_note(f"(rank {rank} of {self.world_size}; {others})")
             raise error
         if waiting:
             raise TimeoutError(f"{name}: no answer from ranks {[*waiting.values()]} after {timeout:.0f} s")

@@ -22,7 +22,10 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": EOS,
     "pad_token_id": None,
 }
-CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+)
 
 
 def tiny_config(**changes: Any) -> Any:
@@ -49,8 +52,9 @@ def write_tokenizer(folder: Path) -> None:
     characters = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
     characters.decoder = decoders.Fuse()
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=characters, eos_token="</s>", pad_token="<pad>", unk_token="<unk>", chat_template=CHAT_TEMPLATE
-    )
+        tokenizer_object=characters, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
     wrapped.save_pretrained(folder)
 
 

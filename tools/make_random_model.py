@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ulysses_infer.bench.random_model import SHAPES, random_model
 from ulysses_infer.errors import UlyssesError
+from ulysses_infer.frontend.quiet import quiet_libraries
 
 
 def main() -> None:
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("name", help=f"one of {', '.join(SHAPES)}")
     parser.add_argument("folder", nargs="?", type=Path, help="where to; default: the cache")
     arguments = parser.parse_args()
+    quiet_libraries(rank=0)
     try:
         print(random_model(arguments.name, arguments.folder))
     except UlyssesError as error:

@@ -19,8 +19,10 @@ from typing import Any
 from tests.equivalence.cases import CROWD, check, run_case
 from tests.equivalence.tiny_models import Reference, make_checkpoint, make_prompts, make_reference
 from tests.ranks import RankPools
-from tools.models_page import write_page
+from tools.models_page import differences, write_page
 from tools.tiny_configs import tiny_configs
+from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.model.architectures import REFUSED
 
 BASES = ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2))
 LENGTHS = (1, 3, 9, 17, 26)
@@ -28,6 +30,7 @@ NEW_TOKENS = 6
 PROFILE = replace(CROWD, settings={"model.allow_unverified": True, "model.max_model_len": 64})
 SECONDS = 90.0
 RESULTS = Path("runs/architectures.json")
+PAGE = Path("docs/models.md")
 
 
 def main() -> int:
@@ -43,7 +46,10 @@ def main() -> int:
             arguments.results.write_text(json.dumps(results, indent=1, sort_keys=True))
     finally:
         pools.close()
-    return write_page(results, Path("docs/models.md"))
+    write_page(results, PAGE, ", ".join(f"sp{sp}xtp{tp}" for sp, tp in BASES))
+    problems = differences(results)
+    print("\n".join(problems))
+    return 1 if problems else 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -62,6 +68,8 @@ def _to_run(only: str, results: dict[str, Any]) -> list[str]:
 
 def sweep_one(model_type: str, pools: RankPools) -> dict[str, Any]:
     """Outcome of one architecture: yes, refused, wrong, error or untested, with a line of detail."""
+    if model_type in REFUSED:
+        return {"outcome": "refused", "detail": REFUSED[model_type]}
     with tempfile.TemporaryDirectory() as folder:
         reference = _attempt("untested", lambda: pools(1).run(prepare, model_type, Path(folder), timeout=SECONDS)[0])
         if isinstance(reference, dict):
@@ -77,8 +85,6 @@ def sweep_one(model_type: str, pools: RankPools) -> dict[str, Any]:
 
 def _attempt(failure: str, action: Callable[[], Any]) -> Any:
     """The action's result, or how it failed."""
-    from ulysses_infer.errors import UnsupportedModelError
-
     try:
         return action()
     except UnsupportedModelError as error:

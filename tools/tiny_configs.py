@@ -26,8 +26,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size",
                      "moe_shared_expert_intermediate_size", "shared_intermediate_size", "ffn_intermediate_size",
                      "prefix_dense_intermediate_size", "dense_intermediate_size", "expert_intermediate_size"), 32),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_num_primary_experts"),
-                    4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+                     "moe_num_primary_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts",
                      "num_selected_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group", "zero_expert_num"), 1),
@@ -37,13 +37,15 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), 8),
     "v_head_dim": 12,
     "qk_head_dim": 16,
-    **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size", "sliding_window_size", "local_window_size"),
-                    6),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size", "sliding_window_size",
+                     "local_window_size"), 6),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "n_positions"), 128),
     **dict.fromkeys(("index_n_heads", "index_topk", "index_head_dim"), 8),
     "query_pre_attn_scalar": 16,
     "layer_group_size": 2,
 }  # fmt: skip
+# Options that add weights, on wherever a config has them: what runs with them runs without.
+OPTIONS = dict.fromkeys(("attention_bias", "mlp_bias", "use_qk_norm", "qk_layernorm", "use_bias", "lm_head_bias"), True)
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "num_key_value_groups", "swa_num_key_value_heads")
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 2, "decoder_start_token_id": 1}
 
@@ -54,9 +56,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "alibi": False},
     "phi3": {"original_max_position_embeddings": 128},
-    "moshi": {"ffn_dim": 96},
+    "stablelm": {"qk_layernorm": False},  # its norms are one module a head: refused
     "nanochat": {"head_dim": 8},
-    "biogpt": {"scale_embedding": True},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": [2, 2]},
+    "ministral": {"head_dim": 16},
+    "longcat_flash": {"head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "flint": {"mlp_only_layers": [0], "num_experts": 4},
+    "deepseek_v3": {"n_group": 2, "topk_group": 1},
+    "nemotron": {"head_dim": 8},
+    "bitnet": {"num_key_value_heads": 4},
     "llama4_text": {"interleave_moe_layer_step": 1, "no_rope_layers": [1, 0]},
 }
 
@@ -84,6 +98,7 @@ def _key_value_choices(config: Any) -> list[int]:
 def _shrunk(config: Any, model_type: str, key_value_heads: int) -> Any:
     known = config.to_dict()
     values = {name: size for name, size in SIZES.items() if known.get(name) is not None}
+    values |= {name: on for name, on in OPTIONS.items() if name in known}
     values |= {name: key_value_heads for name in KEY_VALUE_HEADS if name in known}
     values |= {name: token for name, token in TOKENS.items() if known.get(name) is not None}
     values |= {"layer_types": _layer_types(known["layer_types"])} if known.get("layer_types") else {}

@@ -176,10 +176,10 @@ class InferenceEngine:
 
     def _step(self) -> None:
         """One step; its results go to whoever waits for them."""
-        engine = self._engine
-        assert engine is not None
+        self._live()
+        assert self._engine is not None
         with self._ending_on_failure(), fatal("a step"):
-            outputs = engine.step()
+            outputs = self._engine.step()
         for output in outputs:
             self._deliver(output)
 

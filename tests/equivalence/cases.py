@@ -46,7 +46,6 @@ CROWD = Profile("crowd", arrival_every=2)
 WHOLE = Profile("whole", chunked=False, prefix_caching=False, max_num_batched_tokens=64, max_num_seqs=8)
 TIGHT = Profile("tight", num_blocks=14, max_num_seqs=8)
 INNER = replace(CROWD, name="inner", rank_order="tp_inner")
-PROFILES = (CROWD, WHOLE, TIGHT, INNER)
 
 
 def bases(world_size: int) -> list[tuple[int, int]]:
@@ -76,13 +75,14 @@ def run_case(folder: Path, base: tuple[int, int], profile: Profile, prompts: lis
     arrivals = [profile.arrival_every * index for index in range(len(prompts))]
     with init_inference(str(folder), **profile.overrides(base)) as engine:
         modes = ModeShuffle(engine.config.parallel.available_modes)
-        if engine.is_first:
-            engine._engine.choose_mode = modes
+        brain: Any = engine._engine  # None on the ranks that follow
+        if brain is not None:
+            brain.choose_mode = modes
         outputs = engine.generate(prompts, scored, arrival_steps=arrivals)
         again = engine.generate(prompts, plain)
         stats = engine.stats()
-        if engine.is_first:
-            engine._engine.scheduler.allocator.assert_idle()
+        if brain is not None:
+            brain.scheduler.allocator.assert_idle()
     return Outcome(
         tokens=[output.outputs[0].token_ids for output in outputs],
         logprobs=[all_logprobs(output) for output in outputs],
@@ -120,7 +120,7 @@ def all_logprobs(output: Any) -> list[float]:
 
 
 def check(outcomes: list[Outcome], reference: Any, profile: Profile, num_modes: int) -> float:
-    """Assert that rank 0 gave what transformers gives, and that the others heard the same. Returns the largest error."""
+    """Assert that rank 0 gave what transformers gives and the others heard the same. Returns the largest error."""
     first = outcomes[0]
     assert all(other.tokens == first.tokens and other.again == first.again for other in outcomes[1:])
     assert first.tokens == reference.tokens, "tokens differ"

@@ -1,4 +1,4 @@
-"""A tiny config of each family the suite proves: the shapes that matter to a layout, the features that make it itself."""
+"""A tiny config of each family the suite proves: shapes that matter to a layout, features that make it itself."""
 
 from __future__ import annotations
 
@@ -42,12 +42,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 6, "num_key_value_heads": 2},
 }  # fmt: skip
 
+# Features that none of the families has, each proved on one layout.
+FEATURES: dict[str, dict[str, Any]] = {
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.3},  # a norm with weights of its own for every head
+    "deepseek_v3": {"num_key_value_heads": 8, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+                    "qk_nope_head_dim": 8, "v_head_dim": 12, "moe_intermediate_size": 32, "n_routed_experts": 4,
+                    "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    "llama4_text": {"head_dim": 16, "attention_chunk_size": 6, "layer_types": ["chunked_attention", "full_attention"],
+                    "no_rope_layers": [1, 0], "interleave_moe_layer_step": 1, "intermediate_size_mlp": 40,
+                    "intermediate_size": 32, **EXPERTS},
+    "gpt2": {"num_key_value_heads": None, "head_dim": None},  # weights stored transposed, q, k and v packed
+    "beam": {**LOCAL_AND_GLOBAL, "head_dim": 16, "moe_intermediate_size": 32, **EXPERTS},  # a bias a head
+    "bitnet": {},  # a norm over the heads' outputs
+    "modernbert-decoder": {**LOCAL_AND_GLOBAL, "num_key_value_heads": None},
+}  # fmt: skip
+
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
     """The tiny config of a family, with some of its values changed."""
     from transformers import CONFIG_MAPPING
 
-    values = {**SHAPE, **FAMILIES[model_type], **changes}
+    values = {**SHAPE, **{**FAMILIES, **FEATURES}[model_type], **changes}
     return CONFIG_MAPPING[model_type](**{name: value for name, value in values.items() if value is not _absent(name)})
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.equivalence.cases import CROWD, INNER, PROFILES, TIGHT, WHOLE, Profile, bases, check, run_case
+from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, bases, check, run_case
 from tests.equivalence.families import FAMILIES
 from tests.equivalence.tiny_models import NEW_TOKENS
 

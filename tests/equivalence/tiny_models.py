@@ -36,7 +36,7 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             constant = parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all())
             if parameter.dim() < 2 or constant:
-                parameter += 0.3 * noise
+                parameter.add_(noise, alpha=0.3)
             else:
                 parameter.copy_(noise * 1.2 * parameter.shape[-1] ** -0.5)
 

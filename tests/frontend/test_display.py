@@ -136,10 +136,14 @@ def test_mode_table_adds_up() -> None:
 
 
 def test_request_table_shows_latencies_in_milliseconds() -> None:
-    table = request_table(make_view("p"), [output("text", 5, "stop")])
+    view, done = make_view("p"), output("text", 5, "stop")
+    view.take({}, [step(0, SP)])
+    view.take({0: done}, [step(1, TP)])
+
+    table = request_table(view, [done])
 
     cells = [str(next(iter(column.cells))) for column in table.columns]
-    assert cells == ["0  p", "step 0", "3", "5", "250.0", "500.0", "stop"]
+    assert cells == ["0  p", "step 1", "3", "5", "250.0", "500.0", "stop"]
 
 
 def test_names_of_modes() -> None:

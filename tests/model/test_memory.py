@@ -64,12 +64,12 @@ def load(folder, tp, shard, dtype):
 def test_weights_in_the_checkpoints_dtype_stay_in_its_file(checkpoint, tp):
     """On a CPU they are mapped pages, which the ranks of a host share and the system can drop."""
     measured = load(checkpoint, tp, tp - 1, "float32")
-    assert measured["weights"] > 180 * MIB / tp
+    assert measured["weights"] > 170 * MIB / tp
     assert measured["grown"] < SLACK
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_converted_weights_are_never_held_twice(checkpoint, tp):
     measured = load(checkpoint, tp, tp - 1, "bfloat16")
-    assert 90 * MIB / tp < measured["weights"] < 110 * MIB / tp
+    assert 85 * MIB / tp < measured["weights"] < 90 * MIB / tp
     assert measured["weights"] * 0.95 < measured["grown"] < measured["weights"] + 16 * MIB + SLACK

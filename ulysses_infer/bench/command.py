@@ -124,7 +124,7 @@ def _label(mode: str, config: Config) -> str:
     labels = {
         "sp": f"sp      {mode_name(layout.base)}",
         "tp": f"tp      {mode_name(layout.shift)}",
-        "shift": f"shift   {mode_name(layout.base)} above {config.policy.threshold_tokens} tokens",
+        "shift": f"shift   {mode_name(layout.base)} > {config.policy.threshold_tokens} tokens",
         "single": f"single  1 rank, {_threads(_all_threads(config))}",
     }
     return labels[mode]
@@ -137,9 +137,8 @@ def _threads(count: int) -> str:
 def _print(console: Console, options: Any, config: Config, table: Any, foreign: float) -> None:
     requests = f"{options.num_prompts} requests together" if options.num_prompts > 1 else "a lone request"
     console.print(
-        f"{options.kind}: {requests}, {options.input_len} tokens in, {options.output_len} out; "
-        f"medians of {options.repeats}; {config.parallel.world_size} ranks, "
-        f"{_threads(torch.get_num_threads())} each; prefix caching off\n"
+        f"{options.kind}: {requests}, {options.input_len} tokens in, {options.output_len} out, medians of "
+        f"{options.repeats}, {config.parallel.world_size} x {_threads(torch.get_num_threads())}, no prefix caching\n"
     )
     console.print(table)
     if foreign > QUIET_CORES:

@@ -57,8 +57,13 @@ def _has_shape(folder: Path, shape: dict[str, Any]) -> bool:
 def _make(target: Path, shape: dict[str, Any]) -> None:
     """Write the checkpoint beside `target` and then move it there: nobody sees half of one."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which would say it looked
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
         **shape, max_position_embeddings=MAX_POSITIONS, tie_word_embeddings=False, eos_token_id=None, bos_token_id=None

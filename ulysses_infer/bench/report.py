@@ -29,10 +29,10 @@ class Quantity:
 TTFT = Quantity("TTFT ms", "ttft_ms", lambda sample: sample.ttft * 1e3)
 TPOT = Quantity("TPOT ms", "tpot_ms", lambda sample: sample.tpot * 1e3)
 TOTAL_THROUGHPUT = Quantity(
-    "tokens/s", "total_token_throughput", lambda sample: sample.total_tokens / sample.seconds, True, 0
+    "tok/s", "total_token_throughput", lambda sample: sample.total_tokens / sample.seconds, True, 0
 )
 OUTPUT_THROUGHPUT = Quantity(
-    "output tokens/s", "output_throughput", lambda sample: sample.output_tokens / sample.seconds, True, 0
+    "output tok/s", "output_throughput", lambda sample: sample.output_tokens / sample.seconds, True, 0
 )
 QUANTITIES = {"latency": (TTFT, TPOT), "throughput": (TOTAL_THROUGHPUT, OUTPUT_THROUGHPUT)}
 """What each benchmark shows. Throughput counts the tokens of prompts and completions."""
@@ -71,12 +71,12 @@ def summaries(kind: str, samples: Mapping[str, Sequence[Sample]]) -> list[tuple[
 
 
 def comparison(kind: str, samples: Mapping[str, Sequence[Sample]], labels: Mapping[str, str]) -> Table:
-    """One row a mode: of each quantity the median, the lowest and highest repeat, the ratio to the best median."""
+    """One row a mode: of each quantity the median, the range of the repeats, the ratio to the best median."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.add_column("mode", no_wrap=True)
     columns = summaries(kind, samples)
     for quantity, _ in columns:
-        for title in (quantity.title, "lowest..highest", "of best"):
+        for title in (quantity.title, "range", "of best"):
             table.add_column(title, justify="right", no_wrap=True)
     for mode in samples:
         cells = [cell for quantity, by_mode in columns for cell in _cells(quantity, by_mode[mode])]

@@ -19,14 +19,14 @@ def first_line(error: BaseException) -> str:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether another rank's process ended, rather than this one failing."""
+    """Whether another rank left or its process ended, rather than this one failing."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_CONNECTION)
 
 
 def describe(error: BaseException) -> str:
     """Why an exchange or a step failed, in one line."""
     if is_lost_connection(error):
-        return "another rank's process ended"
+        return "another rank was lost"
     if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_ANSWER):
         return "another rank did not answer in time (runtime.step_timeout)"
     return first_line(error)

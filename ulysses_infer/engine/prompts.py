@@ -8,6 +8,7 @@ from typing import Any
 
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.engine.detokenizer import TokenDecoder
+from ulysses_infer.engine.failure import first_line
 from ulysses_infer.errors import CheckpointError, RequestError
 from ulysses_infer.model.sampler import derive_seed
 from ulysses_infer.sampling_params import SamplingParams
@@ -90,6 +91,5 @@ def load_tokenizer(settings: ModelConfig, folder: Path | None) -> Any:
         return AutoTokenizer.from_pretrained(
             place, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"the tokenizer at {place} cannot be read: {reason}") from error
+    except Exception as error:  # whatever the files make the tokenizer libraries raise, often a bare Exception
+        raise CheckpointError(f"the tokenizer at {place} cannot be read: {first_line(error)}") from error

@@ -58,14 +58,14 @@ def _totals(steps: list[StepRecord]) -> list[str]:
 
 
 def request_table(view: RunView, outputs: list[RequestOutput]) -> Table:
-    """Latencies of each request: time to first token (TTFT), time per output token after it (TPOT)."""
-    table = _table("request", "arrived", "prompt", "output", "TTFT ms", "TPOT ms", "ended by")
+    """When each request got its first token, its time to first token (TTFT) and per output token after it (TPOT)."""
+    table = _table("request", "first at", "prompt", "output", "TTFT ms", "TPOT ms", "ended by")
     for index, output in enumerate(outputs):
         metrics = output.metrics
         assert metrics is not None
         table.add_row(
             f"{index}  {one_line(view.titles[index], TITLE_WIDTH)}",
-            f"step {view.arrivals[index]}",
+            f"step {view.first_steps[index]}" if index in view.first_steps else "-",
             str(len(output.prompt_token_ids)),
             str(sum(len(sequence.token_ids) for sequence in output.outputs)),
             _milliseconds(metrics.ttft),

@@ -101,6 +101,7 @@ def _record(index: int, view: RunView, output: RequestOutput) -> dict[str, Any]:
         "num_prompt_tokens": len(output.prompt_token_ids),
         "num_cached_tokens": output.num_cached_tokens,
         "arrival_step": view.arrivals[index],
+        "first_token_step": view.first_steps.get(index),
         "outputs": [dataclasses.asdict(sequence) for sequence in output.outputs],
         "ttft_ms": None if metrics.ttft is None else metrics.ttft * 1e3,
         "tpot_ms": None if metrics.tpot is None else metrics.tpot * 1e3,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 import threading
 from collections.abc import Callable
 
@@ -45,7 +44,6 @@ class Guard:
     def _end(self, number: int) -> None:
         if number in SIGNALS:
             self._clean_up()
-            sys.stdout.flush()
             os._exit(128 + number)
 
 

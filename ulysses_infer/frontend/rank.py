@@ -74,7 +74,6 @@ def report(error: UlyssesError, rank: int) -> None:
     """
     logging.getLogger("ulysses_infer").debug("%s", error, exc_info=error)
     if rank == 0:
-        restore_cursor()
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif not isinstance(error, EngineDeadError):
         time.sleep(PATIENCE_SECONDS)
@@ -84,9 +83,7 @@ def report(error: UlyssesError, rank: int) -> None:
 
 def report_bug(error: Exception, rank: int) -> None:
     """What nobody foresaw needs its stack trace, from one rank: others print theirs if rank 0 has none to print."""
-    if rank == 0:
-        restore_cursor()
-    else:
+    if rank > 0:
         time.sleep(BUG_PATIENCE_SECONDS)
     if is_lost_connection(error):
         return  # the lost rank, or rank 0, has said why

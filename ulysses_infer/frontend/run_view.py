@@ -23,11 +23,15 @@ class RunView:
     outputs: dict[int, RequestOutput] = field(default_factory=dict)
     """The latest of each request that has a token."""
     steps: list[StepRecord] = field(default_factory=list)
+    first_steps: dict[int, int] = field(default_factory=dict)
+    """The step that gave each request its first token."""
     started: float = field(default_factory=time.monotonic)
 
     def take(self, touched: dict[int, RequestOutput], recent: Sequence[StepRecord]) -> None:
         """One more step."""
         self.outputs.update(touched)
+        for index in touched:
+            self.first_steps.setdefault(index, len(self.steps))
         self.steps.append(recent[-1])
 
     @property

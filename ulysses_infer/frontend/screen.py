@@ -22,10 +22,14 @@ def make_console(rank: int) -> Console:
 
 
 def restore_cursor() -> None:
-    """A live display hides the cursor; whoever ends the process in the middle of one shows it again."""
-    if sys.stdout.isatty():
-        sys.stdout.write(f"\r{SHOW_CURSOR}\n")
-        sys.stdout.flush()
+    """A live display hides the cursor; whoever ends the process in the middle of one shows it again.
+
+    It also puts itself in place of `sys.stdout`, so this writes to the original.
+    """
+    terminal = sys.__stdout__
+    if terminal is not None and terminal.isatty():
+        terminal.write(f"{SHOW_CURSOR}\n")
+        terminal.flush()
 
 
 def printable(text: str) -> str:

@@ -7,19 +7,42 @@ from typing import Any
 
 from ulysses_infer.errors import UnsupportedModelError
 
-# Run without an error in a plain injection and give wrong answers, or cannot work at all: never served.
+RECURRENT = "it has recurrent or convolutional layers, whose state is not in the KV cache"
+OWN_ATTENTION = "its attention does not go through transformers' attention interface, so it cannot be sharded or cached"
+ALIBI = "it biases attention by distance (ALiBi), which the attention backends do not do"
+DECODER_HALF = "it is the decoder half of an encoder-decoder model"
+SELECTED_KEYS = "its attention selects keys by a learned index"
+UNEQUAL_LAYERS = "its layers differ in the number or width of their key/value heads"
+
+# Never served, whatever is asked: run in a plain injection and give wrong answers, or cannot work at all.
 REFUSED: dict[str, str] = {
-    "jamba": "it has recurrent (mamba) layers whose state is not in the KV cache",
-    "bamba": "it has recurrent (mamba) layers whose state is not in the KV cache",
-    "falcon_h1": "it has recurrent (mamba) layers whose state is not in the KV cache",
-    "granitemoehybrid": "it has recurrent (mamba) layers whose state is not in the KV cache",
-    "zamba": "it has recurrent (mamba) layers whose state is not in the KV cache",
-    "zamba2": "it has recurrent (mamba) layers whose state is not in the KV cache",
-    "nemotron_h": "it has recurrent (mamba) layers whose state is not in the KV cache",
+    **dict.fromkeys(
+        (
+            "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe",
+            "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe",
+            "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma",
+            "rwkv", "xlstm", "zamba", "zamba2",
+        ),
+        RECURRENT,
+    ),
+    **dict.fromkeys(
+        ("codegen", "gpt_neo", "gpt_neox_japanese", "gptj", "openai-gpt", "trocr", "xglm"), OWN_ATTENTION
+    ),
+    **dict.fromkeys(("bloom", "falcon", "mpt"), ALIBI),
+    **dict.fromkeys(
+        ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
+         "prophetnet", "whisper"),
+        DECODER_HALF,
+    ),
+    **dict.fromkeys(("axk2", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "hy_v4"), SELECTED_KEYS),
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "mimo_v2_flash"),
+        UNEQUAL_LAYERS,
+    ),
     "diffllama": "its differential attention mixes pairs of heads across shards",
     "doge": "its attention masks keys by value-dependent scores",
-    "hrm_text": "it runs its layers a data-dependent number of times",
-}
+    "hrm_text": "it runs each layer several times a step, and the cache has one place a layer",
+}  # fmt: skip
 
 VERIFIED: frozenset[str] = frozenset(
     """
@@ -31,15 +54,17 @@ VERIFIED: frozenset[str] = frozenset(
 
 def check_supported(config: Any, allow_unverified: bool) -> None:
     """Raise `UnsupportedModelError`, by name and reason, unless this architecture may be served."""
-    model_type = config.get_text_config(decoder=True).model_type
-    if model_type in REFUSED:
-        raise UnsupportedModelError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
+    model_types = list(dict.fromkeys((config.model_type, config.get_text_config(decoder=True).model_type)))
+    for model_type in model_types:
+        if model_type in REFUSED:
+            raise UnsupportedModelError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise UnsupportedModelError(
             f"the checkpoint is quantized ({method}), which is not available yet; use its bfloat16 release"
         )
+    model_type = config.model_type
     if model_type not in VERIFIED and not allow_unverified:
         near = difflib.get_close_matches(model_type, VERIFIED, n=1)
         hint = f" (nearest verified: {near[0]})" if near else ""

@@ -12,6 +12,10 @@ from ulysses_infer.model.context import StepContext, step_context
 from ulysses_infer.parallel.layout import Place, Span, even_span, key_value_span
 
 ATTENTION_NAME = "ulysses_infer"
+# What models pass on besides: without meaning here, or (the window) taken. Anything else would change the result.
+KNOWN_EXTRAS = frozenset(
+    ("sliding_window", "position_ids", "use_cache", "output_attentions", "output_router_logits", "logits_to_keep")
+)
 
 
 class HeadPlan:
@@ -108,9 +112,9 @@ def _options(
     module: Any, plan: HeadPlan, width: int, scaling: float | None, softcap: float | None,
     sinks: torch.Tensor | None, kwargs: dict[str, Any],
 ) -> AttentionOptions:  # fmt: skip
-    import os
-    if os.environ.get("KWDUMP"):
-        with open("/tmp/kw.txt","a") as f: f.write(f"{type(module).__name__} {sorted((k,str(v)[:30] if not hasattr(v,'shape') else 'T') for k,v in kwargs.items() if v is not None)}\n")
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in KNOWN_EXTRAS]
+    if unknown:
+        raise UnsupportedModelError(f"{type(module).__name__} asks attention for {', '.join(unknown)}")
     return AttentionOptions(
         scaling=width**-0.5 if scaling is None else scaling,
         sliding_window=kwargs.get("sliding_window"),

@@ -65,7 +65,7 @@ class HeadVector:
     def bind(self, place: Place) -> None:
         """Show the entries of `place`'s heads."""
         span = self.part.span(place.weight_index, place.mode.tp)
-        whole = self.module.get_parameter(self.name).detach()
+        whole = dict(self.module.named_parameters(recurse=False))[self.name].detach()
         # An entry of the instance's own dictionary is found before the registered parameter.
         vars(self.module)[self.name] = whole[span.start : span.stop]
 

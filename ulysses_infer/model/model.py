@@ -16,8 +16,10 @@ from ulysses_infer.model.architectures import check_supported
 from ulysses_infer.model.checkpoint import Loader, Progress
 from ulysses_infer.model.context import StepContext, running
 from ulysses_infer.model.files import MemorySource, SafetensorsSource, TensorSource
-from ulysses_infer.model.inject import Injection, attention_heads, freeze_rotary
+from ulysses_infer.model.heads import attention_heads
+from ulysses_infer.model.inject import Injection
 from ulysses_infer.model.probe import probe
+from ulysses_infer.model.rotary import freeze_rotary
 from ulysses_infer.parallel.layout import Layout, Mode, Span, key_value_span
 
 if TYPE_CHECKING:

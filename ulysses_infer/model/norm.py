@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,13 +13,32 @@ from ulysses_infer.parallel.layout import Place
 from ulysses_infer.parallel.sharding import Part
 
 
+def is_rms_norm(source: nn.Module) -> bool:
+    """Whether `source` is weight * x / rms(x) and nothing else, found by trying a copy of it.
+
+    Norms of that size that subtract the mean, have a bias or add 1 to the weight go by similar names.
+    """
+    trial: Any = copy.deepcopy(source).to_empty(device="cpu").float()
+    with torch.no_grad():
+        for parameter in trial.parameters():
+            parameter.copy_(torch.linspace(0.5, 2.0, parameter.numel()).view_as(parameter))
+    x = torch.linspace(-1.0, 2.0, trial.weight.numel())[None]
+    expected = trial.weight * x * torch.rsqrt(x.square().mean() + _epsilon(source))
+    return torch.allclose(trial(x), expected, rtol=1e-4)
+
+
+def _epsilon(source: Any) -> float:
+    epsilon: float = getattr(source, "variance_epsilon", None) or source.eps
+    return epsilon
+
+
 class ShardedRMSNorm(nn.Module):
     """RMS norm over all heads at once (olmo2, olmoe, minimax): the mean square is summed over the TP group."""
 
     def __init__(self, source: nn.Module, part: Part) -> None:
         super().__init__()
         self.weight = nn.Parameter(source.weight.detach(), requires_grad=False)  # type: ignore[operator]
-        self.eps: float = getattr(source, "variance_epsilon", None) or getattr(source, "eps")  # noqa: B009
+        self.eps = _epsilon(source)
         self.part = part
         self._features = float(part.features)
 

@@ -74,22 +74,22 @@ ATTENTION_RULES: dict[str, AttentionRule] = {
     # Gates over the attention output, a value or a width a query head.
     "gate_proj": ("column", _query_heads),
     "g_proj": ("column", _query_heads),
-    **{name: ("row", _query_heads) for name in ("o_proj", "out_proj", "dense", "Wo", "c_proj")},
+    **dict.fromkeys(("o_proj", "out_proj", "dense", "Wo", "c_proj"), ("row", _query_heads)),
 }
 ATTENTION_OUTPUTS = tuple(name for name, (cut, _) in ATTENTION_RULES.items() if cut == "row")
 ATTENTION_INPUTS = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value", "c_attn")
 
 # Norms inside attention, and whose heads they see. One over a single head needs nothing.
-QUERY_NORMS = ("q_norm", "q_layernorm", "attn_sub_norm")
-KEY_NORMS = ("k_norm", "k_layernorm")
+QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "attn_sub_norm")
+KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
 # Multi-head latent attention: weights before the expansion to heads, the same on every rank.
 LATENT_NAMES = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
 
 MLP_RULES: dict[str, MlpRule] = {
-    **{name: ("column", _neurons) for name in ("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h")},
-    **{name: ("column", _neurons) for name in ("fc_in", "linear_1")},
-    **{name: ("column", _packed_neurons) for name in ("gate_up_proj", "Wi")},
-    **{name: ("row", _neurons) for name in ("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "fc_out", "Wo")},
+    **dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h"), ("column", _neurons)),
+    **dict.fromkeys(("fc_in", "linear_1"), ("column", _neurons)),
+    **dict.fromkeys(("gate_up_proj", "Wi"), ("column", _packed_neurons)),
+    **dict.fromkeys(("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "fc_out", "Wo"), ("row", _neurons)),
 }
 PACKED_MLP_INPUTS = ("gate_up_proj", "Wi")
 

@@ -1,0 +1,91 @@
+"""The cache tensors of one rank, and how many blocks it gets."""
+
+import pytest
+import torch
+
+from ulysses_infer.cache.budget import MemoryBudget, activation_bytes, check_weights_fit, num_cache_blocks
+from ulysses_infer.cache.paged import CacheShape, PagedCache, check_fits_one_request
+from ulysses_infer.config import CacheConfig
+from ulysses_infer.errors import ConfigError
+
+SHAPE = CacheShape(3, 2, key_width=8, value_width=6, block_size=4, dtype=torch.float32)
+CPU = torch.device("cpu")
+
+
+def test_a_token_is_read_where_it_was_written():
+    cache = PagedCache(SHAPE, num_blocks=5, device=CPU)
+    key, value = torch.randn(3, 2, 8), torch.randn(3, 2, 6)
+    cache.write(1, torch.tensor([17, 0, 6]), key, value)
+    read_key, read_value = cache.read(1, torch.tensor([17, 0, 6]))
+    assert torch.equal(read_key, key)
+    assert torch.equal(read_value, value)
+    assert torch.equal(cache.keys[1][4, 1], key[0]), "slot 17 is offset 1 of block 4"
+
+
+def test_a_write_touches_its_own_layer_and_slots_alone():
+    cache = PagedCache(SHAPE, num_blocks=5, device=CPU)
+    for layer in range(3):
+        cache.keys[layer].zero_()
+        cache.values[layer].zero_()
+    cache.write(1, torch.tensor([6]), torch.ones(1, 2, 8), torch.ones(1, 2, 6))
+    assert [int(keys.sum()) for keys in cache.keys] == [0, 16, 0]
+    assert [int(values.sum()) for values in cache.values] == [0, 12, 0]
+    assert cache.keys[1][1, 2].eq(1).all()
+
+
+def test_values_are_stored_in_the_caches_own_dtype():
+    shape = CacheShape(1, 1, 4, 4, 2, torch.bfloat16)
+    cache = PagedCache(shape, 2, CPU)
+    cache.write(0, torch.tensor([3]), torch.full((1, 1, 4), 1.001), torch.full((1, 1, 4), 2.0))
+    key, _ = cache.read(0, torch.tensor([3]))
+    assert key.dtype == torch.bfloat16
+
+
+def test_bytes_are_those_of_the_tensors():
+    cache = PagedCache(SHAPE, num_blocks=5, device=CPU)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in [*cache.keys, *cache.values])
+    assert cache.num_bytes == held == 5 * SHAPE.bytes_per_block
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_blocks_are_rounded_up(tokens, blocks):
+    assert SHAPE.blocks_for(tokens) == blocks
+
+
+def test_a_cache_too_small_for_one_request_is_refused_with_both_remedies():
+    with pytest.raises(ConfigError) as caught:
+        check_fits_one_request(4, SHAPE, max_model_len=17)
+    message = str(caught.value)
+    assert f"cache.memory_bytes to at least {5 * SHAPE.bytes_per_block}" in message
+    assert "model.max_model_len to 16" in message
+    check_fits_one_request(5, SHAPE, max_model_len=17)
+
+
+BUDGET = MemoryBudget(available=10_000_000, weights=6_000_000, activations=1_000_000)
+
+
+def test_the_cache_takes_what_is_left_but_no_more_than_can_be_filled():
+    left = 3_000_000 // SHAPE.bytes_per_block
+    assert num_cache_blocks(CacheConfig(), SHAPE, BUDGET, most=10**9, on_cpu=True) == left
+    assert num_cache_blocks(CacheConfig(), SHAPE, BUDGET, most=7, on_cpu=True) == 7
+
+
+def test_what_a_recipe_asks_for_is_taken_or_refused():
+    assert num_cache_blocks(CacheConfig(num_blocks=11), SHAPE, BUDGET, most=7, on_cpu=True) == 11
+    asked = CacheConfig(memory_bytes=20 * SHAPE.bytes_per_block + 1)
+    assert num_cache_blocks(asked, SHAPE, BUDGET, most=7, on_cpu=True) == 20
+    for config in (CacheConfig(num_blocks=10**6), CacheConfig(memory_bytes=3_000_001)):
+        with pytest.raises(ConfigError, match=r"cache\.(num_blocks|memory_bytes) .* are left"):
+            num_cache_blocks(config, SHAPE, BUDGET, most=7, on_cpu=True)
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_numbers():
+    check_weights_fit(BUDGET)
+    with pytest.raises(ConfigError, match=r"the model does not fit: 1\.00 GiB available a rank, weights 1\.50 GiB"):
+        check_weights_fit(MemoryBudget(1 << 30, 3 << 29, 0))
+
+
+def test_activations_grow_with_tokens_and_rows():
+    small = activation_bytes(100, 64, 128, 1000, 8, 2)
+    assert activation_bytes(200, 64, 128, 1000, 8, 2) > small
+    assert activation_bytes(100, 64, 128, 1000, 16, 2) == small + 8 * 1000 * 4

@@ -1,0 +1,74 @@
+"""Rotary kinds: those transformers would recompute from each batch are fixed at the engine's longest sequence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.equivalence.cases import CROWD, TOLERANCE, Profile, check, run_case
+from tests.equivalence.families import tiny_config
+from tests.equivalence.tiny_models import (
+    NEW_TOKENS,
+    make_checkpoint,
+    make_prompts,
+    make_reference,
+    token_logprobs,
+)
+from ulysses_infer.model.rotary import freeze_rotary
+
+pytestmark = pytest.mark.distributed
+LONGEST = 96  # the engine's max_model_len, past the checkpoint's original 64
+HALF = 4  # rotary frequencies of a head of 8
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, "factor": 2.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6][:HALF], "long_factor": [1.0, 2.0, 3.0, 4.0][:HALF],
+}  # fmt: skip
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dynamic": ("llama", {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+    "longrope": ("phi3", LONGROPE),
+    "linear": ("llama", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
+    "llama3": ("llama", {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
+    "yarn": ("llama", {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0,
+                       "original_max_position_embeddings": 64}),
+}  # fmt: skip
+
+
+def rotary_config(kind: str) -> Any:
+    """A tiny config with that kind of rotary embedding, which `dynamic` stretches past 64 positions."""
+    family, parameters = KINDS[kind]
+    positions = 64 if kind == "dynamic" else 128
+    return tiny_config(family, rope_parameters=parameters, max_position_embeddings=positions)
+
+
+@pytest.fixture(params=list(KINDS))
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
+    return make_checkpoint(rotary_config(request.param), tmp_path), tmp_path
+
+
+def with_length(profile: Profile, length: int) -> Profile:
+    return replace(profile, settings={"model.max_model_len": length})
+
+
+def test_crowd_equals_transformers_frozen_alike(checkpoint: tuple[Any, Path], rank_pool: Any) -> None:
+    model, folder = checkpoint
+    freeze_rotary(model, LONGEST)
+    expected = make_reference(model, folder, make_prompts(lengths=(1, 9, 40, 75)))
+    profile = with_length(CROWD, LONGEST)
+    check(rank_pool(2).run(run_case, folder, (2, 1), profile, expected.prompts, NEW_TOKENS), expected, profile, 2)
+
+
+def test_longest_sequence_equals_transformers_as_it_is(checkpoint: tuple[Any, Path], rank_pool: Any) -> None:
+    model, folder = checkpoint
+    (prompt,) = make_prompts(lengths=(LONGEST - 1,))
+    profile = with_length(CROWD, LONGEST)
+    outcomes = rank_pool(2).run(run_case, folder, (2, 1), profile, [prompt], 1)
+    # One token longer than was scored: at the engine's longest sequence both see the same length.
+    whole = torch.tensor([[*prompt, *outcomes[0].tokens[0]]])
+    assert whole.shape[1] == LONGEST
+    assert outcomes[0].logprobs[0] == pytest.approx(token_logprobs(model, whole), abs=TOLERANCE)

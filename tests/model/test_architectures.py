@@ -1,0 +1,96 @@
+"""What is served and what is not: the lists, the page, and the checks that do not need a list."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.equivalence.families import FAMILIES, tiny_config
+from ulysses_infer.config import ModelConfig
+from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.model import architectures
+from ulysses_infer.model.architectures import REFUSED, VERIFIED, check_supported
+from ulysses_infer.model.model import Blueprint
+from ulysses_infer.parallel.layout import Layout, Mode
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+
+
+def rows() -> dict[str, str]:
+    """Model type to Yes, No or Untested, from the page."""
+    return dict(re.findall(r"^\| (\S+) \| (Yes|No|Untested) \|", PAGE.read_text(), flags=re.MULTILINE))
+
+
+def test_verified_is_exactly_what_the_sweep_proved() -> None:
+    assert {name for name, served in rows().items() if served == "Yes"} == VERIFIED
+
+
+def test_refused_is_no_on_the_page() -> None:
+    assert {name: rows().get(name) for name in REFUSED} == dict.fromkeys(REFUSED, "No")
+
+
+def test_at_least_seventy_architectures_are_served() -> None:
+    assert len(VERIFIED) >= 70
+
+
+def test_families_of_the_suite_are_verified() -> None:
+    assert FAMILIES.keys() <= VERIFIED
+
+
+@pytest.mark.parametrize(
+    "model_type", ["jamba", "bamba", "falcon_h1", "granitemoehybrid", "diffllama", "doge", "hrm_text"]
+)
+def test_silently_wrong_ones_are_refused_with_a_reason(model_type: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    with pytest.raises(UnsupportedModelError, match=f"{model_type}' is not supported: it"):
+        check_supported(CONFIG_MAPPING[model_type](), allow_unverified=True)
+
+
+def test_unverified_needs_the_users_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "VERIFIED", frozenset({"mistral"}))
+    with pytest.raises(UnsupportedModelError, match=r"'llama' has not been proved.*allow_unverified=true"):
+        check_supported(tiny_config("llama"), allow_unverified=False)
+    check_supported(tiny_config("llama"), allow_unverified=True)
+
+
+def load(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load a random model of `config` as one rank of one, its name on no list."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(architectures, "REFUSED", {})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    settings = ModelConfig(path="in memory", allow_unverified=True)
+    Blueprint.of_pretrained(model, settings, Layout(Mode(1, 1)), 0, torch.device("cpu")).load()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [
+        ("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 8, "rotary_dim": 8}, "attention ran on layers"),
+        ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 8}, "attention ran on layers"),
+        ("lfm2", {"hidden_size": 64, "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "conv layers"),
+        ("falcon_h1", {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "mamba_d_ssm": 64,
+                       "mamba_n_heads": 4, "mamba_d_head": 16}, "hybrid layers"),
+        ("bart", {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 8}, "not causal"),
+        ("diffllama", {"hidden_size": 64, "num_hidden_layers": 2}, "weight inside attention"),
+        ("hrm_text", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 8},
+         "16 layers, but attention ran on layers .0, 1, 0, 1"),
+        ("doge", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}, "dt_proj .* weights inside"),
+    ],
+)  # fmt: skip
+def test_silently_wrong_ones_are_found_without_the_list(
+    model_type: str, changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import CONFIG_MAPPING
+
+    with pytest.raises(UnsupportedModelError, match=reason):
+        load(CONFIG_MAPPING[model_type](vocab_size=64, **changes), monkeypatch)
+
+
+def test_verified_ones_pass_the_same_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    load(tiny_config("llama"), monkeypatch)
