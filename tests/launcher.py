@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -90,10 +89,3 @@ def _descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
         return psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def seconds_until_end(process: subprocess.Popen[str], timeout: float = 30.0) -> float:
-    """How long a process takes to end from now on."""
-    started = time.monotonic()
-    process.wait(timeout)
-    return time.monotonic() - started

@@ -137,7 +137,7 @@ def documents_of_runtime(seed: int) -> Iterator[str]:
 def short_functions(text: str, tree: ast.Module, longest: int = 40) -> Iterator[str]:
     """Top-level functions as documents of their own, so that a prompt may begin with `def`."""
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and 3 <= node.end_lineno - node.lineno <= longest:
+        if isinstance(node, ast.FunctionDef) and 3 <= (node.end_lineno or 0) - node.lineno <= longest:
             yield source_of(text, node) + "\n"
 
 

@@ -7,6 +7,7 @@ import difflib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -76,12 +77,17 @@ class Recipe:
 def load_recipe(path: str | None, overrides: list[str]) -> Recipe:
     """Defaults, then the recipe file, then the command line; an unknown key is refused."""
     schema = OmegaConf.structured(Recipe)
-    known = list(dotted_keys(OmegaConf.to_container(schema)))
+    known = list(dotted_keys(_plain(schema)))
     layers = [OmegaConf.load(path)] if path else []
     for layer in [*layers, OmegaConf.from_dotlist(overrides)]:
-        reject_unknown_keys(OmegaConf.to_container(layer), known)
+        reject_unknown_keys(_plain(layer), known)
         schema = OmegaConf.merge(schema, layer)
-    return OmegaConf.to_object(schema)
+    return cast(Recipe, OmegaConf.to_object(schema))
+
+
+def _plain(tree: Any) -> Mapping[str, object]:
+    """An OmegaConf mapping as plain dicts."""
+    return cast(Mapping[str, object], OmegaConf.to_container(tree))
 
 
 def dotted_keys(tree: Mapping[str, object], prefix: str = "") -> Iterator[str]:

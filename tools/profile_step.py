@@ -13,7 +13,7 @@ import argparse
 import random
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +26,7 @@ from ulysses_infer.inference import InferenceEngine
 from ulysses_infer.model.head import ShardedHead
 from ulysses_infer.model.linear import ShiftLinear
 
+Step = tuple[float, defaultdict[str, float]]  # seconds, and seconds by kind of work
 KINDS = ("matrix products", "attention", "collectives")
 
 
@@ -33,7 +34,7 @@ class Clock:
     """Seconds by kind of work within the current step; a kind inside another counts once, as the inner one."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._inner = [0.0]
 
     def timed(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,19 +67,22 @@ class Timed:
 
 def attach(engine: InferenceEngine, clock: Clock) -> None:
     """Put timers on the worker's linears, attention backend and collectives."""
+    assert engine._rank is not None
     worker = engine._rank.worker
     exchanges = ("tokens_to_heads", "heads_to_tokens", "gather_rows", "sum_over_tp")
     for mode, collectives in list(worker.groups.by_mode.items()):
         worker.groups.by_mode[mode] = Timed(collectives, clock, "collectives", exchanges)  # type: ignore[assignment]
-    worker.backend = Timed(worker.backend, clock, "attention", ("attend",))  # type: ignore[assignment]
+    worker.backend = Timed(worker.backend, clock, "attention", ("attend",))
     for module in worker.model.module.modules():
         if isinstance(module, ShiftLinear | ShardedHead):
             module.forward = clock.timed("matrix products", module.forward)  # type: ignore[method-assign]
 
 
-def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int) -> list[tuple[float, Counter[str]]]:
+def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int) -> list[Step]:
     """Decode steps of a full batch: (seconds, seconds by kind) of each, on rank 0."""
-    clock, steps = Clock(), []
+    clock = Clock()
+    steps: list[Step] = []
+    assert engine._rank is not None
     worker = engine._rank.worker
     run = worker.run
 
@@ -87,11 +91,11 @@ def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int
         started = time.perf_counter()
         result = run(plan, *args)
         if plan.num_tokens == batch:
-            steps.append((time.perf_counter() - started, Counter(clock.seconds)))
+            steps.append((time.perf_counter() - started, defaultdict(float, clock.seconds)))
         return result
 
     attach(engine, clock)
-    worker.run = run_step  # type: ignore[method-assign]
+    worker.run = run_step  # type: ignore[assignment, method-assign]
     draw = random.Random(0)
     vocab_size = worker.model.shape.vocab_size
     prompts = [[draw.randrange(vocab_size) for _ in range(input_len)] for _ in range(batch)]
@@ -99,7 +103,7 @@ def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int
     return steps[2:]
 
 
-def report(steps: list[tuple[float, Counter[str]]], title: str) -> None:
+def report(steps: list[Step], title: str) -> None:
     """Print the median step."""
     total = statistics.median(seconds for seconds, _ in steps)
     parts = {kind: statistics.median(by_kind[kind] for _, by_kind in steps) for kind in KINDS}

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
+from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
@@ -114,7 +115,7 @@ class Trainer:
         self.engine = self.make_engine()
         self.first_step = self.resume() if self.train.resume else 0
 
-    def prepare_data(self) -> tuple[AutoTokenizer, PackedText, PackedText]:
+    def prepare_data(self) -> tuple[Any, PackedText, PackedText]:
         """Rank 0 reads the corpus and trains the tokenizer; the others load what it wrote."""
         data_dir = self.run_dir / "data"
         if self.is_main:
@@ -122,9 +123,11 @@ class Trainer:
         dist.barrier()
         tokenizer = AutoTokenizer.from_pretrained(data_dir)
         splits = np.load(data_dir / "tokens.npz")
-        packed = [PackedText(np.split(splits[name], splits[f"{name}_ends"][:-1]), self.train.seq_length,
-                             self.train.seed) for name in ("train", "held_out")]
-        return tokenizer, *packed
+        train, held_out = (
+            PackedText(np.split(splits[name], splits[f"{name}_ends"][:-1]), self.train.seq_length, self.train.seed)
+            for name in ("train", "held_out")
+        )
+        return tokenizer, train, held_out
 
     def write_data(self, folder: Path) -> None:
         """Build corpus and tokenizer into `folder`."""
@@ -135,7 +138,8 @@ class Trainer:
         longest = self.recipe.model.max_position_embeddings
         tokenizer = train_tokenizer(corpus.train, options.vocab_size, longest)
         tokenizer.save_pretrained(folder)
-        arrays, facts = {}, {"files": corpus.files}
+        arrays: dict[str, np.ndarray] = {}
+        facts: dict[str, Any] = {"files": corpus.files}
         for name in ("train", "held_out"):
             texts = getattr(corpus, name)
             tokens = encode(tokenizer, texts)
@@ -143,14 +147,14 @@ class Trainer:
             arrays |= {name: np.concatenate(tokens), f"{name}_ends": ends}
             facts[name] = {"documents": len(texts), "characters": sum(map(len, texts)),
                            "tokens": int(ends[-1])}
-        np.savez(folder / "tokens.npz", **arrays)
+        np.savez(folder / "tokens.npz", **arrays)  # type: ignore[arg-type]
         (folder / "facts.json").write_text(json.dumps(facts))
         print(f"corpus: {facts}", flush=True)
 
     def make_model_config(self) -> LlamaConfig:
         """A Llama whose special tokens are the tokenizer's."""
         end_of_text, end = self.tokenizer.convert_tokens_to_ids([END_OF_TEXT, END])
-        return LlamaConfig(
+        return LlamaConfig(  # type: ignore[call-arg]
             **asdict(self.recipe.model), vocab_size=len(self.tokenizer), tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=[end_of_text, end], pad_token_id=end_of_text,
             attn_implementation="sdpa")
@@ -203,7 +207,7 @@ class Trainer:
         replicas, size = self.world // self.sequence_parallel, self.train.micro_batch
         rounded = -(-(last - first) // self.sequence_parallel) * self.sequence_parallel
         own = range(first * replicas + dist.get_rank(), (first + rounded) * replicas, self.world)
-        loader = DataLoader(text, batch_sampler=[range(b * size, (b + 1) * size) for b in own])
+        loader = DataLoader(text, batch_sampler=[list(range(b * size, (b + 1) * size)) for b in own])
         adapter = loader if self.mpu is None else UlyssesSPDataLoaderAdapter(
             loader, self.mpu.get_sequence_parallel_rank(), self.mpu.get_sequence_parallel_group(),
             self.sequence_parallel, self.device)
@@ -280,7 +284,7 @@ class Trainer:
 
     def export(self, staging: Path, step: int, loss: float, eval_loss: float | None) -> None:
         """Write the Hugging Face folder aside, then move its files over the old ones one by one."""
-        exported = LlamaForCausalLM(self.model_config)
+        exported: Any = LlamaForCausalLM(self.model_config)  # transformers' wrapped methods confuse type checkers
         exported.load_state_dict(self.engine.module.state_dict())
         exported.tie_weights()
         exported.generation_config.max_new_tokens = 128

@@ -54,7 +54,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "gpt2": {"num_key_value_heads": None, "head_dim": None},  # weights stored transposed, q, k and v packed
     "beam": {**LOCAL_AND_GLOBAL, "head_dim": 16, "moe_intermediate_size": 32, **EXPERTS},  # a bias a head
     "bitnet": {},  # a norm over the heads' outputs
-    "modernbert-decoder": {**LOCAL_AND_GLOBAL, "num_key_value_heads": None},
+    "modernbert-decoder": {**LOCAL_AND_GLOBAL, "num_key_value_heads": None, "bos_token_id": 1, "eos_token_id": 2,
+                           "pad_token_id": 0},  # outputs called Wo, inputs of the feed-forward packed as Wi
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class MemoryBudget:
 
     @property
     def left(self) -> int:
+        """What weights and activations leave for the cache."""
         return self.available - self.weights - self.activations
 
     def __str__(self) -> str:

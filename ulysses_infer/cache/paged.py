@@ -22,6 +22,7 @@ class CacheShape:
 
     @property
     def bytes_per_block(self) -> int:
+        """Bytes of one block's keys and values, all layers."""
         values = self.num_key_value_heads * (self.key_width + self.value_width)
         return self.num_layers * self.block_size * values * self.dtype.itemsize
 
@@ -56,6 +57,7 @@ class PagedCache:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the whole cache."""
         return self.num_blocks * self.shape.bytes_per_block
 
 

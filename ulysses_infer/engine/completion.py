@@ -25,6 +25,7 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
+        """Whether this output has ended, however it did."""
         return self.request.is_finished
 
     def take_token(self) -> str | None:
@@ -65,6 +66,7 @@ class Completion:
 
     @property
     def is_finished(self) -> bool:
+        """Whether every output has ended."""
         return all(sequence.is_finished for sequence in self.sequences)
 
     def output(self) -> RequestOutput:

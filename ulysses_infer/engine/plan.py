@@ -42,6 +42,7 @@ class StepPlan(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
+        """Batched tokens T of the step."""
         return len(self.token_ids)
 
     @property

@@ -45,10 +45,7 @@ REFUSED: dict[str, str] = {
 }  # fmt: skip
 
 VERIFIED: frozenset[str] = frozenset(
-    """
-    llama mistral qwen2 qwen3 qwen3_moe mixtral gemma2 gemma3_text phi3 olmo2 gpt_neox granite glm4 cohere2 gpt_oss
-    starcoder2
-    """.split()
+    ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt_neox", "granite", "glm4", "cohere2", "gpt_oss", "starcoder2"]
 )
 
 

@@ -20,11 +20,14 @@ HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"
 class TensorSource(Protocol):
     """Named tensors that can be read whole or in part."""
 
-    def keys(self) -> Iterable[str]: ...
+    def keys(self) -> Iterable[str]:
+        """Names of all tensors."""
 
-    def shape(self, key: str) -> tuple[int, ...]: ...
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the whole tensor `key`."""
 
-    def read(self, key: str, kept: tuple[int, list[Span]] | None) -> torch.Tensor: ...
+    def read(self, key: str, kept: tuple[int, list[Span]] | None) -> torch.Tensor:
+        """The tensor `key`, or the spans of one dimension of it, joined."""
 
 
 class SafetensorsSource:

@@ -162,7 +162,9 @@ def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"model type {config.model_type!r} has no causal language model: {reason}") from error
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} has no causal language model: {reason}"
+        ) from error
     return model.eval()
 
 
@@ -189,7 +191,7 @@ def _max_model_len(config: Any, wanted: int | None) -> int:
     if wanted is None:
         return int(own or 2048)
     if own is not None and wanted > own:
-        logger.warning("model.max_model_len %d is above the checkpoint's %d: quality beyond it is untested", wanted, own)
+        logger.warning("model.max_model_len %d is above the checkpoint's %d, beyond which it is untested", wanted, own)
     return wanted
 
 
