@@ -18,7 +18,7 @@ from ulysses_infer.engine.channel import SHUTDOWN
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.failure import describe, fatal, is_lost_connection
 from ulysses_infer.engine.follower import follow
-from ulysses_infer.engine.processes import WorkerProcesses, hand_over, is_launched
+from ulysses_infer.engine.processes import STOP_SECONDS, WorkerProcesses, hand_over, is_launched
 from ulysses_infer.engine.prompts import PromptReader, load_tokenizer
 from ulysses_infer.engine.setup import Rank, eos_token_ids, finish_start, start_rank
 from ulysses_infer.engine.stats import StepRecord
@@ -218,13 +218,21 @@ class InferenceEngine:
 
     def shutdown(self) -> None:
         """Stop the engine and every process it started, and let its memory go. Safe to call again."""
-        at_once = False
+        told = False
+        try:
+            told = self._tell_workers()
+        finally:
+            self._end(at_once=not told)
+
+    def _tell_workers(self) -> bool:
+        """Ask the worker processes to end; False if one of them cannot hear it any more."""
         if self._rank is not None and self._processes is not None:
+            self._rank.groups.limit_waits(STOP_SECONDS)
             try:
                 self._rank.channel.send(SHUTDOWN)
-            except RuntimeError:  # a worker is gone already
-                at_once = True
-        self._end(at_once)
+            except RuntimeError:
+                return False
+        return True
 
     def __enter__(self) -> InferenceEngine:
         return self

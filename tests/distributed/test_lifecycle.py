@@ -180,30 +180,30 @@ def test_a_model_in_memory_that_cannot_be_served_leaves_no_folder():
 
 
 @contextlib.contextmanager
-def worker_startup(tmp_path, monkeypatch, code):
+def worker_startup(tmp_path, code):
     """Run `code` in every Python process started from here, before anything else."""
     (tmp_path / "sitecustomize.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    yield
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+        yield
 
 
 @pytest.mark.parametrize(
     ("end", "how"),
     [("os._exit(3)", "ended with exit code 3"), ("os.kill(os.getpid(), 9)", "was killed by SIGKILL")],
 )
-def test_a_worker_that_dies_before_the_ranks_meet_is_an_error_at_once(folder, tmp_path, monkeypatch, end, how):
+def test_a_worker_that_dies_before_the_ranks_meet_is_an_error_at_once(folder, tmp_path, end, how):
     code = f"import os\nif os.environ.get('LOCAL_RANK') == '1': {end}\n"
     started = time.monotonic()
     with (
-        worker_startup(tmp_path, monkeypatch, code),
+        worker_startup(tmp_path, code),
         pytest.raises(EngineDeadError, match=f"the engine cannot start: worker rank 1 {how}"),
     ):
         start(folder)
     assert time.monotonic() - started < SECONDS
 
 
-def test_a_worker_that_dies_once_the_ranks_have_met_is_an_error_at_once(folder, tmp_path, monkeypatch):
+def test_a_worker_that_dies_once_the_ranks_have_met_is_an_error_at_once(folder, tmp_path):
     code = """
 import os, sys, threading, time
 def die():
@@ -213,7 +213,7 @@ def die():
 if os.environ.get("LOCAL_RANK") == "1":
     threading.Thread(target=die, daemon=True).start()
 """
-    with worker_startup(tmp_path, monkeypatch, code), pytest.raises(EngineDeadError) as caught:
+    with worker_startup(tmp_path, code), pytest.raises(EngineDeadError) as caught:
         start(folder)
     assert "worker rank 1 ended with exit code 3" in str(caught.value)
 

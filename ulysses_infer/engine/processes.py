@@ -21,7 +21,7 @@ from typing import Any
 from ulysses_infer.config import Config
 from ulysses_infer.errors import ConfigError, EngineDeadError
 
-STOP_SECONDS = 5.0
+STOP_SECONDS = 3.0  # for a worker to hear that it is to end, and again to do so
 LOSS_SECONDS = 2.0  # a lost connection is seen before the system reports the end of its process
 PARENT_POLL_SECONDS = 0.5
 READY = b"r"

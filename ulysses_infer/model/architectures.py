@@ -44,9 +44,22 @@ REFUSED: dict[str, str] = {
     "hrm_text": "it runs each layer several times a step, and the cache has one place a layer",
 }  # fmt: skip
 
+# Proved equal to transformers by tools/sweep_architectures.py, which writes docs/models.md.
 VERIFIED: frozenset[str] = frozenset(
-    ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt_neox", "granite", "glm4", "cohere2", "gpt_oss", "starcoder2"]
-)
+    (
+        "afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "biogpt", "bitnet", "cohere", "cohere2",
+        "cohere2_moe", "cwm", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4",
+        "exaone_moe", "flex_olmo", "flint", "fuyu", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4",
+        "glm4_moe", "glm4_moe_lite", "got_ocr2", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss",
+        "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium",
+        "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2",
+        "kolibri1", "laguna", "llama", "llama4", "llama4_text", "longcat_flash", "mellum", "minicpm3",
+        "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3", "mistral", "mixtral",
+        "modernbert-decoder", "moss_transcribe_diarize", "nanochat", "nemotron", "olmo", "olmo2", "olmo3",
+        "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+        "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
+    )
+)  # fmt: skip
 
 
 def check_supported(config: Any, allow_unverified: bool) -> None:
