@@ -56,7 +56,11 @@ def cached(engine, recorder, choose_mode, prompts):
 
 def compare_modes(folder, sp, tp, order, prompts):
     """On a rank: (modes compared, values compared, heads cached, largest difference, bitwise equal?)."""
-    changes = {"parallel.rank_order": order, "cache.enable_prefix_caching": False, "scheduler.max_num_batched_tokens": 16}
+    changes = {
+        "parallel.rank_order": order,
+        "cache.enable_prefix_caching": False,
+        "scheduler.max_num_batched_tokens": 16,
+    }
     with init_inference(folder, **settings(sp, tp, **changes)) as engine:
         recorder = SlotRecorder(engine._rank.worker.tables)
         modes = engine.config.parallel.available_modes

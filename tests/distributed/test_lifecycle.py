@@ -114,14 +114,18 @@ def in_a_thread(make):
     return made[0]
 
 
+def generate_for_ever(engine):
+    while True:
+        engine.generate(["hello"] * 4, LONG)
+
+
 def test_a_worker_killed_mid_generation_ends_the_engine_in_time_and_by_name(folder):
     with start(folder, sp=4) as engine:
         victim = workers(engine)[2]
         threading.Timer(0.3, os.kill, (victim, signal.SIGKILL)).start()
         started = time.monotonic()
         with pytest.raises(EngineDeadError) as caught:
-            for _ in range(1000):
-                engine.generate(["hello"] * 4, LONG)
+            generate_for_ever(engine)
         assert time.monotonic() - started < SECONDS
         assert str(caught.value) == "the engine ended: worker rank 3 was killed by SIGKILL"
         with pytest.raises(EngineDeadError, match="shut down"):

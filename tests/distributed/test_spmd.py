@@ -18,7 +18,10 @@ def folder(tmp_path_factory):
 
 
 def summary(outputs):
-    return [(o.request_id, o.prompt, [(c.text, c.token_ids, c.finish_reason, c.logprobs) for c in o.outputs]) for o in outputs]
+    return [
+        (o.request_id, o.prompt, [(c.text, c.token_ids, c.finish_reason, c.logprobs) for c in o.outputs])
+        for o in outputs
+    ]
 
 
 def seeded(count):

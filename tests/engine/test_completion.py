@@ -82,7 +82,10 @@ def test_an_output_lists_every_sequence(decoder):
     completion.sequences += [make_sequence(0, decoder, "xyz"), make_sequence(1, decoder, "w")]
     output = completion.output()
     assert (output.request_id, output.prompt, output.prompt_token_ids) == ("r", "ab", encode("ab"))
-    assert [(o.index, o.text, o.token_ids) for o in output.outputs] == [(0, "xyz", encode("xyz")), (1, "w", encode("w"))]
+    assert [(o.index, o.text, o.token_ids) for o in output.outputs] == [
+        (0, "xyz", encode("xyz")),
+        (1, "w", encode("w")),
+    ]
     assert output.outputs[0].logprobs is None
     assert output.outputs[0].cumulative_logprob is None
     assert not output.finished

@@ -38,11 +38,14 @@ class CountingSource:
         return tensor
 
 
-def blueprint(folder, base=Mode(1, 1), shard=0, **model):
+SINGLE = Mode(1, 1)
+
+
+def blueprint(folder, base=SINGLE, shard=0, **model):
     return Blueprint.of_folder(folder, ModelConfig(path=str(folder), **model), Layout(base), shard, CPU)
 
 
-def load(folder, base=Mode(1, 1), shard=0, **model):
+def load(folder, base=SINGLE, shard=0, **model):
     return blueprint(folder, base, shard, **model).load()
 
 
@@ -64,7 +67,7 @@ def refusal(folder, error=CheckpointError, **model):
 
 
 def parameters(model):
-    return {name: parameter for name, parameter in model.module.named_parameters()}
+    return dict(model.module.named_parameters())
 
 
 # -- forms of a checkpoint -----------------------------------------------------------------------------------------
@@ -359,7 +362,7 @@ def test_the_budget_knows_the_bytes_before_they_are_read(tmp_path):
 
 @pytest.mark.parametrize("thing", [3, object(), torch.nn.Linear(2, 2), ["a"]])
 def test_what_is_no_model_is_refused(thing):
-    with pytest.raises(ConfigError, match="give a hub id, a folder or a transformers.PreTrainedModel"):
+    with pytest.raises(ConfigError, match=r"give a hub id, a folder or a transformers\.PreTrainedModel"):
         init_inference(thing, **settings())
 
 

@@ -47,7 +47,9 @@ def membership(world_size, tp, order):
 @pytest.mark.parametrize(("world_size", "tp", "order"), LAYOUTS)
 def test_groups_are_those_of_the_layout(rank_pool, world_size, tp, order):
     layout = Layout(Mode(world_size // tp, tp), order)
-    for rank, (shard, shard_order, world, found) in enumerate(rank_pool(world_size).run(membership, world_size, tp, order)):
+    for rank, (shard, shard_order, world, found) in enumerate(
+        rank_pool(world_size).run(membership, world_size, tp, order)
+    ):
         assert shard == layout.shard_of(rank)
         assert world == list(range(world_size))
         assert [layout.shard_of(r) for r in shard_order] == list(range(world_size))
@@ -131,7 +133,7 @@ def leave_early():
     layout = Layout(Mode(2, 1))
     groups = build_groups(layout, layout.modes, CPU)
     if groups.is_first:
-        with pytest.raises(RuntimeError, match="closed by peer|reset"):
+        with pytest.raises(RuntimeError, match=r"closed by peer|reset"):
             torch.distributed.broadcast(torch.zeros(1), src=1, group=groups.world)
     groups.close()
     total = torch.ones(1)

@@ -44,7 +44,7 @@ def rows(spans):
 
 @given(cases())
 def test_slices_of_a_mode_cover_the_weight(case):
-    layout, mode, _, sharding = case
+    _layout, mode, _, sharding = case
     owned = [rows(sharding.spans(index, mode.tp)) for index in range(mode.tp)]
     assert set().union(*owned) == set(range(sharding.features))
     if not any(part.shared for part in sharding.parts):

@@ -140,7 +140,7 @@ def test_command_line_overrides_the_recipe_and_the_launcher_may_add_its_rank(tmp
 
 
 def test_unknown_key_names_the_nearest() -> None:
-    with pytest.raises(SystemExit, match="unknown key 'train.step'; did you mean 'train.steps'?"):
+    with pytest.raises(SystemExit, match=r"unknown key 'train\.step'; did you mean 'train\.steps'\?"):
         load_recipe(None, ["train.step=3"])
 
 
