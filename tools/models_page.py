@@ -11,8 +11,9 @@ HEAD = """# Which models are served
 
 Written by `python -m tools.sweep_architectures` from transformers {version}: do not edit. The sweep takes every causal
 language model class of transformers ({total} model types), makes a tiny random checkpoint of it in float32, runs it
-through the engine on 1, 2 and 4 ranks in the layouts {bases} with another mode at every step, chunked prefill and
-prefix caching, and compares greedy tokens with `generate` and every log-probability with a plain forward.
+through the engine on 1, 2 and 4 ranks in the layouts {bases}
+with another mode at every step, chunked prefill and prefix caching, and compares greedy tokens with `generate` and
+every log-probability with a plain forward.
 
 - **Yes** ({yes}): tokens equal, log-probabilities within 1e-4. The largest difference seen is given.
 - **No** ({no}): the engine refuses it by name, with the reason given; never a silent wrong answer.
@@ -45,7 +46,7 @@ def write_page(results: dict[str, dict[str, Any]], page: Path, bases: str) -> No
 
 
 def _remark(result: dict[str, Any]) -> str:
-    detail = str(result["detail"]).replace("|", "\\|")
+    detail = str(result["detail"]).partition(" (known: ")[0].replace("|", "\\|")
     _, found, reason = detail.partition(" is not supported: ")
     return f"largest difference {detail}" if result["outcome"] == "yes" else (reason if found else detail)
 

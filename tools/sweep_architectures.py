@@ -28,7 +28,7 @@ BASES = ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2))
 LENGTHS = (1, 3, 9, 17, 26)
 NEW_TOKENS = 6
 PROFILE = replace(CROWD, settings={"model.allow_unverified": True, "model.max_model_len": 64})
-SECONDS = 90.0
+SECONDS = 240.0
 RESULTS = Path("runs/architectures.json")
 PAGE = Path("docs/models.md")
 

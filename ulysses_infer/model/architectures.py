@@ -56,8 +56,8 @@ VERIFIED: frozenset[str] = frozenset(
         "kolibri1", "laguna", "llama", "llama4", "llama4_text", "longcat_flash", "mellum", "minicpm3",
         "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3", "mistral", "mixtral",
         "modernbert-decoder", "moss_transcribe_diarize", "nanochat", "nemotron", "olmo", "olmo2", "olmo3",
-        "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-        "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
+        "olmoe", "opt", "persimmon", "phi", "phi3", "phi4_multimodal", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+        "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
     )
 )  # fmt: skip
 
