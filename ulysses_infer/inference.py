@@ -281,7 +281,7 @@ class InferenceEngine:
             if isinstance(error, UlyssesError) and not isinstance(error, EngineDeadError):
                 raise
             cause = error.__cause__ or error
-            losses = self._processes.losses() if self._processes is not None and is_lost_connection(cause) else ""
+            losses = self._losses(cause)
             traceback.clear_frames(cause.__traceback__)  # they hold the groups that `_end` is to close
             self._end(at_once=True)
             if losses:
@@ -289,6 +289,12 @@ class InferenceEngine:
             if isinstance(error, EngineDeadError) or not isinstance(error, Exception):
                 raise
             raise EngineDeadError(f"the engine ended: {describe(error)}") from error
+
+    def _losses(self, cause: BaseException) -> str:
+        """Which worker processes are gone, if that is what an exchange failed for."""
+        if self._processes is None or not isinstance(cause, RuntimeError):
+            return ""
+        return self._processes.losses(wait=is_lost_connection(cause))
 
     def _end(self, at_once: bool) -> None:
         """Leave the group, end the workers; weights and cache go with the references to them."""

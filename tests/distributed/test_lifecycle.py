@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -207,19 +208,21 @@ def test_a_worker_that_dies_before_the_ranks_meet_is_an_error_at_once(folder, tm
     assert time.monotonic() - started < SECONDS
 
 
-def test_a_worker_that_dies_once_the_ranks_have_met_is_an_error_at_once(folder, tmp_path):
+def test_a_worker_that_dies_while_the_groups_form_is_an_error(folder, tmp_path, monkeypatch):
+    """Rank 0 waits for it then, in the depths of gloo, but not for long."""
+    monkeypatch.setattr("ulysses_infer.parallel.groups.FORMING_TIMEOUT", timedelta(seconds=4))
     code = """
 import os, sys, threading, time
 def die():
     while not getattr(sys.modules.get("torch.distributed"), "is_initialized", lambda: False)():
-        time.sleep(0.005)
+        time.sleep(0.001)
     os._exit(3)
 if os.environ.get("LOCAL_RANK") == "1":
     threading.Thread(target=die, daemon=True).start()
 """
     with worker_startup(tmp_path, code), pytest.raises(EngineDeadError) as caught:
         start(folder)
-    assert "worker rank 1 ended with exit code 3" in str(caught.value)
+    assert str(caught.value) == "the engine ended: worker rank 1 ended with exit code 3"
 
 
 # -- engines in processes of their own -----------------------------------------------------------------------------

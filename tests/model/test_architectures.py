@@ -94,3 +94,11 @@ def test_silently_wrong_ones_are_found_without_the_list(
 
 def test_verified_ones_pass_the_same_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     load(tiny_config("llama"), monkeypatch)
+
+
+def test_gpt_bigcode_with_a_head_for_each_key_is_refused() -> None:
+    from transformers import GPTBigCodeConfig
+
+    with pytest.raises(UnsupportedModelError, match="multi_query=false"):
+        check_supported(GPTBigCodeConfig(multi_query=False), allow_unverified=True)
+    check_supported(GPTBigCodeConfig(multi_query=True), allow_unverified=False)

@@ -72,7 +72,7 @@ class WorkerProcesses:
         while self._ready:
             with open(self._ready.pop(0), "rb") as pipe:
                 if pipe.read(1) != READY:
-                    raise EngineDeadError(f"the engine cannot start: {self.losses() or 'a worker process ended'}")
+                    raise EngineDeadError(f"the engine cannot start: {self.losses(wait=True) or 'a worker process ended'}")
         return Rendezvous(self._store, 0, self._world_size)
 
     @property
@@ -80,9 +80,9 @@ class WorkerProcesses:
         """Whether no worker has ended."""
         return all(process.poll() is None for process in self._processes)
 
-    def losses(self) -> str:
-        """Which workers ended and how, in one line; empty if none did."""
-        deadline = time.monotonic() + LOSS_SECONDS
+    def losses(self, wait: bool) -> str:
+        """Which workers ended and how, in one line; empty if none did. `wait`: one is known to be ending."""
+        deadline = time.monotonic() + (LOSS_SECONDS if wait else 0)
         while self.are_alive and time.monotonic() < deadline:
             time.sleep(0.01)
         codes = {rank: process.poll() for rank, process in enumerate(self._processes, start=1)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -15,6 +15,7 @@ from ulysses_infer.parallel.collectives import Collectives
 from ulysses_infer.parallel.layout import Layout, Mode, Place
 
 MESH_NAMES = ("data_parallel", "tensor_parallel", "sequence_parallel")
+FORMING_TIMEOUT = timedelta(seconds=60)  # ranks that are all there make a group in a moment, unless one is lost
 START_TIMEOUT = timedelta(minutes=30)  # ranks of a job may download and load for very different times
 IDLE_TIMEOUT = timedelta(days=365)  # how long the other ranks wait for rank 0 to have work
 
@@ -107,7 +108,7 @@ def init_distributed(
     if meet is not None:
         met = meet()
         torch.distributed.init_process_group(
-            backend, store=met.store, rank=met.rank, world_size=met.world_size, timeout=timeout,
+            backend, store=met.store, rank=met.rank, world_size=met.world_size, timeout=FORMING_TIMEOUT,
             device_id=None if device.type == "cpu" else device,
         )  # fmt: skip
     comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
@@ -127,13 +128,19 @@ def build_groups(layout: Layout, modes: list[Mode], device: torch.device) -> Gro
 
     _check_world_size(layout, comm.get_world_size())
     # A group of our own even for all ranks: its time limits and its end are not those of the job's group.
-    world = comm.new_group(list(range(layout.world_size)))
-    control = torch.distributed.new_group(backend="gloo", timeout=START_TIMEOUT)
+    world = _new_group(range(layout.world_size))
+    control = _new_group(range(layout.world_size), backend="gloo")
+    control.set_timeout(START_TIMEOUT)
     groups = Groups(layout, comm.get_rank(), world, control, owned=[world, control])
     for mode in modes:
         sp_group, tp_group = _mode_groups(groups, mode)
         groups.by_mode[mode] = Collectives(groups.place(mode), sp_group, tp_group)
     return groups
+
+
+def _new_group(ranks: Iterable[int], backend: str | None = None) -> Any:
+    """Like `deepspeed.comm.new_group`, which takes no time limit. `backend` None: that of the job."""
+    return torch.distributed.new_group(list(ranks), timeout=FORMING_TIMEOUT, backend=backend)
 
 
 def _check_world_size(layout: Layout, world_size: int) -> None:
@@ -175,11 +182,9 @@ def _own_group(members: set[tuple[int, ...]], rank: int, owned: list[Any]) -> An
     Torch orders a group by rank. SP members ascend with their shard in both rank orders, so the all-to-all is
     in shard order; TP members may not, but they only sum.
     """
-    import deepspeed.comm as comm
-
     mine = None
     for ranks in sorted(members):
-        group = comm.new_group(sorted(ranks))
+        group = _new_group(sorted(ranks))
         if rank in ranks:
             mine = group
     owned.append(mine)
