@@ -292,7 +292,7 @@ class InferenceEngine:
 
     def _losses(self, cause: BaseException) -> str:
         """Which worker processes are gone, if that is what an exchange failed for."""
-        if self._processes is None or not isinstance(cause, RuntimeError):
+        if self._processes is None or not isinstance(cause, RuntimeError) or isinstance(cause, UlyssesError):
             return ""
         return self._processes.losses(wait=is_lost_connection(cause))
 

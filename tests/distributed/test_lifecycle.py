@@ -176,12 +176,12 @@ def test_a_bad_checkpoint_is_one_error_and_leaves_no_process(folder, tmp_path, c
 
 
 def test_a_model_in_memory_that_cannot_be_served_leaves_no_folder():
-    from transformers import OPTConfig, OPTForCausalLM
+    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
-    small = OPTConfig(vocab_size=99, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
-                      word_embed_proj_dim=16, max_position_embeddings=64)  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="'opt' has not been proved"):
-        start(OPTForCausalLM(small))
+    small = DiffLlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                            num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="'diffllama' is not supported"):
+        start(DiffLlamaForCausalLM(small))
 
 
 @contextlib.contextmanager

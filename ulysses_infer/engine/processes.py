@@ -72,7 +72,7 @@ class WorkerProcesses:
         while self._ready:
             with open(self._ready.pop(0), "rb") as pipe:
                 if pipe.read(1) != READY:
-                    raise EngineDeadError(f"the engine cannot start: {self.losses(wait=True) or 'a worker process ended'}")
+                    raise EngineDeadError(f"the engine cannot start: {self.losses(wait=True)}")
         return Rendezvous(self._store, 0, self._world_size)
 
     @property
