@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from ulysses_infer.config import Config, PolicyConfig, load_config
 from ulysses_infer.config.loading import Overrides
+from ulysses_infer.engine.arguments import arrivals_for, as_params, as_prompts, params_for
 from ulysses_infer.engine.channel import SHUTDOWN
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.failure import describe, fatal, is_lost_connection
@@ -22,7 +23,7 @@ from ulysses_infer.engine.processes import STOP_SECONDS, WorkerProcesses, hand_o
 from ulysses_infer.engine.prompts import PromptReader, load_tokenizer
 from ulysses_infer.engine.setup import Rank, eos_token_ids, finish_start, start_rank
 from ulysses_infer.engine.stats import StepRecord
-from ulysses_infer.errors import ConfigError, EngineDeadError, RequestError, UlyssesError
+from ulysses_infer.errors import ConfigError, EngineDeadError, UlyssesError
 from ulysses_infer.model.checkpoint import Progress
 from ulysses_infer.outputs import RequestOutput
 from ulysses_infer.sampling_params import SamplingParams
@@ -111,7 +112,7 @@ class InferenceEngine:
         if not self.is_first:
             yield from self._follow_stream()
             return
-        name = self._shared(lambda engine: engine.add(prompt, _as_params(sampling_params)))
+        name = self._shared(lambda engine: engine.add(prompt, as_params(sampling_params)))
         inbox = self._inboxes[name] = []
         finished = False
         try:
@@ -146,8 +147,8 @@ class InferenceEngine:
     ) -> list[RequestOutput]:  # fmt: skip
         """All prompts through the engine, late ones when their step has come; results in prompt order."""
         listed = as_prompts(prompts)
-        params = _params_for(listed, sampling_params)
-        arrivals = _arrivals_for(listed, arrival_steps)
+        params = params_for(listed, sampling_params)
+        arrivals = arrivals_for(listed, arrival_steps)
         for index in (i for i, step in enumerate(arrivals) if step > 0):
             engine.abort(engine.add(listed[index], params[index]))  # a bad one is refused before anything runs
         waiting = deque(sorted(range(len(listed)), key=arrivals.__getitem__))
@@ -373,37 +374,3 @@ def _folder_of(model: Any) -> Path | None:
         return Path(name)
     cached = try_to_load_from_cache(name, "tokenizer_config.json") if name.count("/") == 1 else None
     return Path(cached).parent if isinstance(cached, str) else None
-
-
-def as_prompts(prompts: Any) -> list[Any]:
-    """One prompt or many, as a list of prompts."""
-    single = isinstance(prompts, str) or not isinstance(prompts, list | tuple)
-    if single or (prompts and all(isinstance(part, int | dict) for part in prompts)):
-        return [prompts]
-    return list(prompts)
-
-
-def _params_for(prompts: list[Any], sampling_params: Any) -> list[SamplingParams]:
-    if not isinstance(sampling_params, list | tuple):
-        return [_as_params(sampling_params)] * len(prompts)
-    if len(sampling_params) != len(prompts):
-        raise RequestError(
-            f"{len(sampling_params)} sampling params for {len(prompts)} prompts; give one for all, or one each"
-        )
-    return [_as_params(params) for params in sampling_params]
-
-
-def _as_params(given: Any) -> SamplingParams:
-    if given is None:
-        return SamplingParams()
-    if not isinstance(given, SamplingParams):
-        raise RequestError(f"sampling parameters are a SamplingParams, not a {type(given).__name__}")
-    return given
-
-
-def _arrivals_for(prompts: list[Any], arrival_steps: Sequence[int] | None) -> list[int]:
-    if arrival_steps is None:
-        return [0] * len(prompts)
-    if len(arrival_steps) != len(prompts):
-        raise RequestError(f"{len(arrival_steps)} arrival steps for {len(prompts)} prompts; give one each")
-    return list(arrival_steps)

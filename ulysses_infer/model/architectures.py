@@ -77,8 +77,8 @@ def check_supported(config: Any, allow_unverified: bool) -> None:
     model_type = config.model_type
     if model_type == "gpt_bigcode" and not config.multi_query:
         raise UnsupportedModelError(
-            "model type 'gpt_bigcode' with multi_query=false packs q, k and v head by head, which no sharding rule knows; "
-            "use a multi-query checkpoint"
+            "model type 'gpt_bigcode' with multi_query=false packs q, k and v head by head, which no sharding rule "
+            "knows; use a multi-query checkpoint"
         )
     if model_type not in VERIFIED and not allow_unverified:
         near = difflib.get_close_matches(model_type, VERIFIED, n=1)

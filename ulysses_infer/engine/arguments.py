@@ -1,0 +1,46 @@
+"""The arguments of `generate` and `stream`, in any of the forms they may have, made one a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ulysses_infer.errors import RequestError
+from ulysses_infer.sampling_params import SamplingParams
+
+
+def as_prompts(prompts: Any) -> list[Any]:
+    """One prompt or many, as a list of prompts."""
+    single = isinstance(prompts, str) or not isinstance(prompts, list | tuple)
+    if single or (prompts and all(isinstance(part, int | dict) for part in prompts)):
+        return [prompts]
+    return list(prompts)
+
+
+def params_for(prompts: list[Any], sampling_params: Any) -> list[SamplingParams]:
+    """One set of sampling parameters a prompt, from one for all or a list. Raises `RequestError`."""
+    if not isinstance(sampling_params, list | tuple):
+        return [as_params(sampling_params)] * len(prompts)
+    if len(sampling_params) != len(prompts):
+        raise RequestError(
+            f"{len(sampling_params)} sampling params for {len(prompts)} prompts; give one for all, or one each"
+        )
+    return [as_params(params) for params in sampling_params]
+
+
+def as_params(given: Any) -> SamplingParams:
+    """What was given for one prompt, or the defaults. Raises `RequestError`."""
+    if given is None:
+        return SamplingParams()
+    if not isinstance(given, SamplingParams):
+        raise RequestError(f"sampling parameters are a SamplingParams, not a {type(given).__name__}")
+    return given
+
+
+def arrivals_for(prompts: list[Any], arrival_steps: Sequence[int] | None) -> list[int]:
+    """The step at which each prompt arrives, 0 where nothing is said. Raises `RequestError`."""
+    if arrival_steps is None:
+        return [0] * len(prompts)
+    if len(arrival_steps) != len(prompts):
+        raise RequestError(f"{len(arrival_steps)} arrival steps for {len(prompts)} prompts; give one each")
+    return list(arrival_steps)
