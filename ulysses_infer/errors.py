@@ -23,3 +23,7 @@ class RequestError(UlyssesError, ValueError):
 
 class EngineDeadError(UlyssesError, RuntimeError):
     """The engine can no longer run steps: a rank died, raised or was shut down."""
+
+
+class OverloadedError(UlyssesError):
+    """The server takes no more requests for now: it is starting, full or shutting down. Trying later helps."""

@@ -199,17 +199,39 @@ class RuntimeConfig:
 
 @dataclass
 class ServerConfig:
-    """The HTTP server (not available yet)."""
+    """The HTTP server of `serve`."""
 
-    host: str = option("127.0.0.1", help="Address to listen on.")
+    host: str = option("127.0.0.1", help="Address to listen on; 0.0.0.0 for all of the machine's.")
     port: int = option(8000, at_least=0, at_most=65535, help="Port to listen on; 0: any free one.")
-    api_key: str | None = option(secret=True, help="Key that clients must send.")
+    api_key: str | None = option(secret=True, help="Key that clients must send; null: none is asked for.")
     admin_api_key: str | None = option(
         secret=True, help="Key for the administrative routes; null: routes are off."
     )
     served_model_name: str | None = option(help="Model name that clients use; null: model.path.")
+    chat_template: str | None = option(help="File with the chat template to use instead of the checkpoint's.")
+    tool_call_parser: str = option(
+        "auto", help="How the model writes tool calls; auto: told from its chat template; none: not parsed."
+    )
+    max_num_queued_requests: int | None = option(
+        1024, at_least=0, help="Requests that may wait for a place; more are turned away with 503. null: any number."
+    )
+    request_timeout: float | None = option(
+        above=0, help="Seconds after which a request that has not ended is ended with an error; null: never."
+    )
+    max_body_bytes: int = option(32 * 1024 * 1024, at_least=1, help="Largest request body, in bytes.")
+    cors_origins: list[str] = option(
+        factory=list, help='Web origins whose pages may call the server, as in [https://a.example]; ["*"]: all.'
+    )
+    ssl_certfile: str | None = option(help="Certificate (PEM) to serve HTTPS with; needs ssl_keyfile too.")
+    ssl_keyfile: str | None = option(help="Private key (PEM) of ssl_certfile.")
+    access_log: bool = option(False, help="Log every HTTP request, one JSON line each.")
+    log_interval: float = option(10.0, above=0, help="Seconds between the log's lines on load and speed.")
+    dashboard: bool = option(True, help="Serve the live page /dashboard.")
     shutdown_timeout: float = option(
         30.0, at_least=0, help="Seconds that running requests get to end at SIGTERM."
+    )
+    heartbeat_timeout: float = option(
+        4.0, at_least=1, help="Seconds of silence after which a process of the job counts as hung."
     )
 
 

@@ -1,0 +1,155 @@
+"""What the HTTP process and rank 0 say to each other, as typed messages in MessagePack.
+
+Requests travel as token ids, results as the newest token of each sequence: text is the HTTP process's business.
+Moments are seconds on the monotonic clock, which all processes of a host share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Submit(msgspec.Struct, tag=True, array_like=True):
+    """Complete a prompt. Answered by `Refused`, or by tokens in `Steps` until every sequence has ended."""
+
+    request_id: str
+    token_ids: list[int]
+    params: dict[str, Any]
+    """What `SamplingParams.from_mapping` takes."""
+    priority: int = 0
+    cache_salt: str = ""
+
+
+class Abort(msgspec.Struct, tag=True, array_like=True):
+    """End a request in whatever state it is; unknown ones are passed over. Nothing more comes of it."""
+
+    request_id: str
+
+
+class Call(msgspec.Struct, tag=True, array_like=True):
+    """An administrative command, answered by a `Reply` with the same number."""
+
+    number: int
+    name: str
+    arguments: dict[str, Any]
+
+
+class Goodbye(msgspec.Struct, tag=True, array_like=True):
+    """Drained: the HTTP process has answered everyone and the engine may end."""
+
+
+class NewToken(msgspec.Struct, array_like=True):
+    """One sequence got a token, or ended."""
+
+    request_id: str
+    index: int
+    """Which of the request's `n` sequences."""
+    token_id: int
+    """-1: the sequence ended without one (an error, an abort)."""
+    finish_reason: str | None = None
+    """None while it goes on, then "stop", "length", "abort" or "error"."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended it; None for end-of-sequence and other endings."""
+    logprobs: list[tuple[int, float, int]] | None = None
+    """(token id, log-probability, rank), the chosen token first; None unless asked for."""
+    start: RequestStart | None = None
+    """With the first token of a request."""
+
+
+class RequestStart(msgspec.Struct, array_like=True):
+    """What is known of a request once its prompt is computed."""
+
+    num_cached_tokens: int
+    scheduled_time: float
+    prompt_logprobs: list[list[tuple[int, float, int]] | None] | None = None
+    """A list a prompt token, the first None; the prompt's own token comes first in each."""
+
+
+class EngineState(msgspec.Struct, array_like=True):
+    """How full the engine is, after a step or whenever that changes without one. Counters run from its start."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    """0 to 1."""
+    prefix_cache_queries: int
+    """Tokens."""
+    prefix_cache_hits: int
+    num_preemptions: int
+    policy: dict[str, Any]
+    """Name and settings, as `Policy.describe` gives them."""
+
+
+class Step(msgspec.Struct, array_like=True):
+    """One engine step as it ran."""
+
+    sequence: int
+    started: float
+    seconds: float
+    mode: tuple[int, int]
+    """(sp, tp)"""
+    num_tokens: int
+    num_decodes: int
+    collective_seconds: dict[str, float]
+    """Seconds rank 0 spent in each kind of collective, waiting for the others included."""
+
+
+class Stepped(msgspec.Struct, tag=True, array_like=True):
+    """A step ran (or, with `step` None, the state changed without one)."""
+
+    state: EngineState
+    step: Step | None = None
+    tokens: list[NewToken] = []
+
+
+class Ready(msgspec.Struct, tag=True, array_like=True):
+    """The engine is up: every rank has run a forward pass in every mode."""
+
+    model: str
+    """Path or hub id, as the recipe has it."""
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    modes: list[tuple[int, int]]
+    """Loaded modes, the base mode first."""
+    num_blocks: int
+    block_size: int
+    weight_bytes_per_rank: list[int]
+    state: EngineState
+
+
+class Refused(msgspec.Struct, tag=True, array_like=True):
+    """A request that the engine did not take."""
+
+    request_id: str
+    message: str
+    overloaded: bool = False
+    """Whether it is the queue that is full (503), rather than the request that is wrong (400)."""
+
+
+class Reply(msgspec.Struct, tag=True, array_like=True):
+    """The answer to a `Call`: a value, or the error's one line."""
+
+    number: int
+    value: Any = None
+    error: str | None = None
+
+
+class Draining(msgspec.Struct, tag=True, array_like=True):
+    """Take no more requests; those that run have until `deadline`."""
+
+    deadline: float
+
+
+class Dead(msgspec.Struct, tag=True, array_like=True):
+    """The engine has ended, or is about to: nothing that runs will be completed."""
+
+    reason: str
+    expected: bool = False
+    """Whether it was asked to (a second SIGTERM, an admin), rather than failed."""
+
+
+ToEngine = Submit | Abort | Call | Goodbye
+FromEngine = Ready | Stepped | Refused | Reply | Draining | Dead
