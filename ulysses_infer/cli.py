@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from ulysses_infer.config import Config
 from ulysses_infer.engine.processes import free_port, is_launched
@@ -17,6 +21,8 @@ from ulysses_infer.frontend.arguments import parse
 LAUNCH = Path(__file__).with_name("launch.py")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_SECONDS = 5.0
+LEAVE_SECONDS = 15.0  # for a drained server to close its connections, and for its launcher to notice its end
+POLL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -24,9 +30,10 @@ def main() -> None:
     """Entry point of the console script; exits with the status of the ranks."""
     arguments = sys.argv[1:]
     try:
-        config = parse(arguments).config()
+        command = parse(arguments)
+        config = command.config()
         if config.parallel.world_size > 1 and not is_launched():
-            sys.exit(launch(arguments, config))
+            sys.exit(launch(arguments, config, is_server=command.name == "serve"))
     except UlyssesError as error:
         sys.exit(_report(error))
     from ulysses_infer.frontend.rank import main as run_here
@@ -34,7 +41,7 @@ def main() -> None:
     run_here(arguments)
 
 
-def launch(arguments: list[str], config: Config) -> int:
+def launch(arguments: list[str], config: Config, is_server: bool = False) -> int:
     """Run the command on `sp * tp` ranks under DeepSpeed's launcher; returns the exit status.
 
     The launcher passes no signal on, so it gets a process group of its own, and a signal to this process ends all of
@@ -46,18 +53,54 @@ def launch(arguments: list[str], config: Config) -> int:
         start_new_session=True,
         preexec_fn=_die_with_parent,
     )
-    received: list[int] = []
-
-    def forward(number: int, frame: object) -> None:
-        received.append(number)
-        _signal_group(process, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
-
+    stop = Stop(process, config.server.shutdown_timeout if is_server else None)
     for number in SIGNALS:
-        signal.signal(number, forward)
-    status = _wait(process, received)
-    if received:
-        return 128 + received[0]
-    return status if status >= 0 else 128 - status
+        signal.signal(number, stop.take)
+    return stop.wait()
+
+
+class Stop:
+    """Ends the launcher and its ranks when a signal says so, and waits for them.
+
+    A server drains: of its processes only rank 0 is told, which lets the others go when everyone is answered; the
+    launcher would give each rank 30 seconds. `drain_seconds`: the longest that takes, or None for other commands.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], drain_seconds: float | None) -> None:
+        self._process, self._drain_seconds = process, drain_seconds
+        self._received: list[int] = []
+        self._deadline: float | None = None
+        self._is_drained = False
+
+    def take(self, number: int, frame: object) -> None:
+        """A signal came: the first one ends the job in order, the second at once."""
+        self._received.append(number)
+        rank_zero = _rank_zero(self._process) if self._drain_seconds is not None else None
+        if rank_zero is not None and len(self._received) <= 2:
+            self._is_drained = len(self._received) == 1
+            patience = (self._drain_seconds or 0.0) if self._is_drained else 0.0
+            self._deadline = time.monotonic() + STOP_SECONDS + patience + LEAVE_SECONDS
+            rank_zero.terminate()
+        else:
+            self._is_drained = False
+            self._deadline = time.monotonic() + STOP_SECONDS
+            _signal_group(self._process, signal.SIGTERM if len(self._received) == 1 else signal.SIGKILL)
+
+    def wait(self) -> int:
+        """The exit status of the ranks; 128 + n if signal n ended them before their time."""
+        while self._deadline is None or time.monotonic() < self._deadline:
+            try:
+                return self._status(self._process.wait(timeout=POLL_SECONDS))
+            except subprocess.TimeoutExpired:
+                continue
+        _signal_group(self._process, signal.SIGKILL)
+        self._is_drained = False
+        return self._status(self._process.wait())
+
+    def _status(self, status: int) -> int:
+        if self._received and not self._is_drained:
+            return 128 + self._received[-1]
+        return status if status >= 0 else 128 - status
 
 
 def launcher_command(arguments: list[str], num_ranks: int) -> list[str]:
@@ -103,18 +146,14 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait(process: subprocess.Popen[bytes], received: list[int]) -> int:
-    """Wait for the launcher; once a signal was passed on, no longer than `STOP_SECONDS`."""
-    while not received:
-        try:
-            return process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            continue
-    try:
-        return process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        _signal_group(process, signal.SIGKILL)
-        return process.wait()
+def _rank_zero(launcher: subprocess.Popen[bytes]) -> psutil.Process | None:
+    """The process of rank 0, once the launcher has started it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(launcher.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if str(LAUNCH) in process.cmdline() and process.environ().get("RANK") == "0":
+                    return process
+    return None
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

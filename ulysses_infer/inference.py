@@ -12,16 +12,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ulysses_infer.config import Config, PolicyConfig, load_config
+from ulysses_infer.config import Config, load_config
 from ulysses_infer.config.loading import Overrides
 from ulysses_infer.engine.arguments import arrivals_for, as_params, as_prompts, params_for
 from ulysses_infer.engine.channel import SHUTDOWN
+from ulysses_infer.engine.completion import Completion
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.failure import describe, fatal, is_lost_connection
 from ulysses_infer.engine.follower import follow
+from ulysses_infer.engine.policy import policy_settings
 from ulysses_infer.engine.processes import STOP_SECONDS, WorkerProcesses, hand_over, is_launched
-from ulysses_infer.engine.prompts import PromptReader, load_tokenizer
-from ulysses_infer.engine.setup import Rank, eos_token_ids, finish_start, start_rank
+from ulysses_infer.engine.prompts import load_tokenizer
+from ulysses_infer.engine.setup import Rank, finish_start, make_prompt_reader, start_rank
 from ulysses_infer.engine.stats import StepRecord
 from ulysses_infer.errors import ConfigError, EngineDeadError, UlyssesError
 from ulysses_infer.model.checkpoint import Progress
@@ -72,7 +74,11 @@ class InferenceEngine:
 
     def _make_engine(self, model: Any) -> Engine | None:
         rank = self._live()
-        return Engine(self.config, rank, _prompt_reader(self.config, rank, model)) if rank.groups.is_first else None
+        if not rank.groups.is_first:
+            return None
+        folder = rank.folder if model is None else _folder_of(model)
+        tokenizer = load_tokenizer(self.config.model, folder)
+        return Engine(self.config, rank, make_prompt_reader(self.config, rank, tokenizer, model))
 
     @property
     def recent_steps(self) -> Sequence[StepRecord]:
@@ -180,13 +186,13 @@ class InferenceEngine:
         self._live()
         assert self._engine is not None
         with self._ending_on_failure(), fatal("a step"):
-            outputs = self._engine.step()
-        for output in outputs:
-            self._deliver(output)
+            touched = self._engine.step()
+        for completion in touched:
+            self._deliver(completion)
 
-    def _deliver(self, output: RequestOutput) -> None:
-        if output.request_id in self._inboxes:
-            self._inboxes[output.request_id].append(output)
+    def _deliver(self, completion: Completion) -> None:
+        if completion.request_id in self._inboxes:
+            self._inboxes[completion.request_id].append(completion.output())
 
     # -- control -----------------------------------------------------------------------------------------------
 
@@ -195,7 +201,7 @@ class InferenceEngine:
 
         Raises `ConfigError` for an unknown policy or setting, or a mode that is not loaded.
         """
-        self._shared(lambda engine: engine.set_policy(_policy_settings(self.config, name, settings)))
+        self._shared(lambda engine: engine.set_policy(policy_settings(self.config, name, settings)))
 
     def stats(self) -> dict[str, Any]:
         """Counters per mode (steps, tokens, seconds), switches, queues, cache and weight bytes of each rank."""
@@ -212,10 +218,11 @@ class InferenceEngine:
         return self._shared(lambda engine: self._abort(engine, request_id))
 
     def _abort(self, engine: Engine, request_id: str) -> RequestOutput | None:
-        output = engine.abort(request_id)
-        if output is not None:
-            self._deliver(output)
-        return output
+        completion = engine.abort(request_id)
+        if completion is None:
+            return None
+        self._deliver(completion)
+        return completion.output()
 
     def shutdown(self) -> None:
         """Stop the engine and every process it started, and let its memory go. Safe to call again."""
@@ -348,21 +355,6 @@ def _with_model(model: Any, config: Any, overrides: Mapping[str, Any]) -> Overri
     if not isinstance(model, str | os.PathLike):
         return {**overrides, "model.path": getattr(model, "name_or_path", "") or "(a model in memory)"}
     return {**overrides, "model.path": str(model)}
-
-
-def _policy_settings(config: Config, name: str, settings: Mapping[str, Any]) -> PolicyConfig:
-    """Checked like a recipe's `policy` section, against this engine's parallel layout."""
-    tree: dict[str, Any] = {"model.path": config.model.path, "policy.name": name}
-    parallel = config.parallel
-    tree |= {"parallel.sp": parallel.sp, "parallel.tp": parallel.tp, "parallel.modes": parallel.modes}
-    return load_config(None, {**tree, **{f"policy.{key}": value for key, value in settings.items()}}).policy
-
-
-def _prompt_reader(config: Config, rank: Rank, model: Any) -> PromptReader:
-    tokenizer = load_tokenizer(config.model, rank.folder if model is None else _folder_of(model))
-    shape, hf_config = rank.worker.model.shape, rank.worker.model.injection.config
-    eos = eos_token_ids(rank.folder, model, hf_config, tokenizer)
-    return PromptReader(tokenizer, shape.vocab_size, eos, config.model.seed)
 
 
 def _folder_of(model: Any) -> Path | None:

@@ -24,7 +24,6 @@ from ulysses_infer.engine.setup import Rank
 from ulysses_infer.engine.stats import StepRecord, StepStats
 from ulysses_infer.errors import RequestError
 from ulysses_infer.model.sampler import SamplingRow, derive_seed, needs_full_logits
-from ulysses_infer.outputs import RequestOutput
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.sampling_params import SamplingParams
 
@@ -34,8 +33,10 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Continuous batching over one replica. Not thread-safe; one caller drives `step`."""
 
-    def __init__(self, config: Config, rank: Rank, prompts: PromptReader) -> None:
+    def __init__(self, config: Config, rank: Rank, prompts: PromptReader, text: bool = True) -> None:
+        """`text`: whether outputs carry text; without it only stop strings are looked for."""
         self.config, self.worker, self.channel, self.prompts = config, rank.worker, rank.channel, prompts
+        self._decoder = prompts.decoder if text else None
         cache = rank.worker.cache
         allocator = BlockAllocator(cache.num_blocks, cache.shape.block_size, config.cache.enable_prefix_caching)
         self.scheduler = Scheduler(config.scheduler, allocator, rank.worker.model.shape.max_model_len)
@@ -55,7 +56,7 @@ class Engine:
         """Whether `step` has anything to do."""
         return self.scheduler.has_unfinished
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[Completion]:
         """Run one step; returns the requests that got a token or ended in it."""
         batch = self.scheduler.schedule()
         if batch.is_empty:
@@ -80,7 +81,7 @@ class Engine:
     def _run(self, plan: StepPlan, batch: Batch) -> StepResults:
         """Tell the other ranks, run this one's share, turn the rows into tokens."""
         self.channel.send(STEP, plan.encode())
-        results = StepResults(batch, plan.items, self._owners, self.prompts.decoder)
+        results = StepResults(batch, plan.items, self._owners, self._decoder)
         greedy = self.worker.run(plan, results.take_rows)
         if greedy:
             results.take_greedy(greedy)
@@ -92,8 +93,8 @@ class Engine:
             logger.warning("request %s allows no token at all; ended with an error", self._owners[index][0].request_id)
             self.scheduler.finish(self._owners[index][1].request, "error")
 
-    def _collect(self, batch: Batch) -> list[RequestOutput]:
-        """Give sampled tokens to their texts, end what a stop string ended, and report."""
+    def _collect(self, batch: Batch) -> list[Completion]:
+        """Give sampled tokens to their texts, end what a stop string ended; returns whom this step touched."""
         touched: dict[str, Completion] = {}
         for item in batch.scheduled:
             if not item.samples:
@@ -106,17 +107,17 @@ class Engine:
                     self.scheduler.finish(item.request, "stop", stop)
             if item.request.is_finished:
                 self._forget(sequence.request)
-        outputs = [completion.output() for completion in touched.values()]
         for completion in touched.values():
             if completion.is_finished:
                 del self._completions[completion.request_id]
-        return outputs
+        return list(touched.values())
 
     # -- requests ----------------------------------------------------------------------------------------------
 
     def add(
-        self, prompt: Any, params: SamplingParams, request_id: str | None = None, priority: int = 0
-    ) -> str:
+        self, prompt: Any, params: SamplingParams, request_id: str | None = None, priority: int = 0,
+        cache_salt: str = "",
+    ) -> str:  # fmt: skip
         """Queue a prompt (text, token ids, or chat messages); returns its request id.
 
         Raises `RequestError`, and nothing is queued, if any part of it is invalid.
@@ -132,11 +133,13 @@ class Engine:
         completion.prompt_logprobs = None if params.prompt_logprobs is None else [None]
         seed = self.prompts.seed(params)
         for index in range(params.n):
-            self._add_sequence(completion, index, derive_seed(seed, index), arrival, priority)
+            self._add_sequence(completion, index, derive_seed(seed, index), arrival, priority, cache_salt)
         self._completions[name] = completion
         return name
 
-    def _add_sequence(self, completion: Completion, index: int, seed: int, arrival: float, priority: int) -> None:
+    def _add_sequence(
+        self, completion: Completion, index: int, seed: int, arrival: float, priority: int, cache_salt: str
+    ) -> None:
         params, name = completion.params, completion.request_id
         request = Request(
             request_id=name if params.n == 1 else f"{name}#{index}",
@@ -145,19 +148,21 @@ class Engine:
             params=params,
             arrival_time=arrival,
             priority=priority,
+            cache_salt=cache_salt,
             eos_token_ids=self.prompts.eos_token_ids,
         )
         row = SamplingRow(
             params, seed, request.prompt_token_ids, request.output_token_ids, request.eos_token_ids,
             self.prompts.bad_words(params),
         )  # fmt: skip
-        detokenizer = Detokenizer(self.prompts.decoder, params, request.prompt_token_ids)
+        decoder = self.prompts.decoder if params.stop else self._decoder
+        detokenizer = Detokenizer(decoder, params, request.prompt_token_ids)
         self.scheduler.add(request)
         sequence = Sequence(request, row, detokenizer)
         completion.sequences.append(sequence)
         self._owners[request.index] = completion, sequence
 
-    def abort(self, request_id: str) -> RequestOutput | None:
+    def abort(self, request_id: str) -> Completion | None:
         """End a request in any state; returns what there is of it, or None if it is not known (any more)."""
         completion = self._completions.pop(request_id, None)
         if completion is None:
@@ -166,12 +171,17 @@ class Engine:
             if self.scheduler.abort(sequence.request.request_id) is not None:
                 sequence.detokenizer.finish()
                 self._forget(sequence.request)
-        return completion.output()
+        return completion
 
-    def abort_all(self) -> None:
-        """End every request."""
-        for request_id in list(self._completions):
-            self.abort(request_id)
+    def abort_all(self) -> list[Completion]:
+        """End every request; returns what there is of each."""
+        aborted = [self.abort(request_id) for request_id in list(self._completions)]
+        return [completion for completion in aborted if completion is not None]
+
+    def is_full(self, max_num_queued_requests: int) -> bool:
+        """Whether so many sequences wait already, not counting those that the next step has a place for."""
+        free_places = self.config.scheduler.max_num_seqs - self.scheduler.num_running
+        return self.scheduler.num_waiting >= max_num_queued_requests + max(0, free_places)
 
     def _forget(self, request: Request) -> None:
         if self._owners.pop(request.index, None) is not None:
@@ -181,6 +191,22 @@ class Engine:
     def _wants_rows(request: Request) -> bool:
         params = request.params
         return needs_full_logits(params) or params.logprobs is not None or params.prompt_logprobs is not None
+
+    def warm_up(self) -> None:
+        """Run a prefill and a decode in every mode: proof that all ranks can, before anyone waits for it."""
+        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False)
+        for mode in self.config.parallel.available_modes:
+            self.choose_mode = lambda batch, mode=mode: mode
+            self.add([0] * min(self.config.parallel.world_size + 1, self.scheduler.max_model_len - 2), params)
+            while self.has_unfinished:
+                self.step()
+        self.choose_mode = None
+        self.scheduler.allocator.reset_prefix_cache()
+        self.stats = StepStats()
+
+    def take_collective_seconds(self) -> dict[str, float]:
+        """Seconds rank 0 spent in each kind of collective since the last call."""
+        return self.worker.groups.clock.take()
 
     # -- policy and statistics ---------------------------------------------------------------------------------
 
@@ -204,4 +230,5 @@ class Engine:
             "num_blocks": allocator.num_blocks,
             "prefix_cache_queries": allocator.prefix_stats.queries,
             "prefix_cache_hits": allocator.prefix_stats.hits,
+            "num_preemptions": self.scheduler.num_preemptions,
         }

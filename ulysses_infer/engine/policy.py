@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from ulysses_infer.config import PolicyConfig
+from ulysses_infer.config import Config, PolicyConfig, load_config
 from ulysses_infer.engine.batch import Batch
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.layout import Mode
@@ -90,6 +90,17 @@ def make_policy(config: PolicyConfig, modes: Sequence[Mode], base: Mode, shift: 
     if config.name == "adaptive":
         raise ConfigError("policy.name adaptive is not available yet; use threshold or static")
     raise ConfigError(f"policy.name {config.name!r} is unknown; use threshold or static")
+
+
+def policy_settings(config: Config, name: str, settings: Mapping[str, Any]) -> PolicyConfig:
+    """Settings for a change at run time, checked like a recipe's `policy` section against this engine's layout.
+
+    Raises `ConfigError` for an unknown policy or setting, or a mode that is not loaded.
+    """
+    tree: dict[str, Any] = {"model.path": config.model.path, "policy.name": name}
+    parallel = config.parallel
+    tree |= {"parallel.sp": parallel.sp, "parallel.tp": parallel.tp, "parallel.modes": parallel.modes}
+    return load_config(None, {**tree, **{f"policy.{key}": value for key, value in settings.items()}}).policy
 
 
 def _static_mode(value: Any, base: Mode, shift: Mode) -> Mode:

@@ -72,6 +72,8 @@ class Scheduler:
         self.config = config
         self.allocator = allocator
         self.max_model_len = max_model_len
+        self.num_preemptions = 0
+        """Since the start."""
         self._clock = clock  # stamps requests; no decision depends on it
         self._arrivals = itertools.count()
         self._requests: dict[str, Request] = {}
@@ -262,6 +264,7 @@ class Scheduler:
 
     def _preempt(self, request: Request, step: BatchBuilder) -> None:
         """Send a running request back to wait, without its blocks and without its part in `step`."""
+        self.num_preemptions += 1
         del self._running[request.index]
         self.allocator.free(request.block_table)
         request.restart()

@@ -22,6 +22,7 @@ from ulysses_infer.cache.budget import (
 from ulysses_infer.cache.paged import CacheShape, PagedCache, check_fits_one_request
 from ulysses_infer.config import Config, refuse_unavailable
 from ulysses_infer.engine.channel import Channel
+from ulysses_infer.engine.prompts import PromptReader
 from ulysses_infer.engine.tables import BlockTables
 from ulysses_infer.engine.worker import ROWS_PER_GATHER, Worker
 from ulysses_infer.errors import ConfigError
@@ -164,6 +165,13 @@ def _make_cache(
     if config.cache.num_blocks is None:
         check_fits_one_request(num_blocks, shape, max_model_len)
     return PagedCache(shape, num_blocks, device)
+
+
+def make_prompt_reader(config: Config, rank: Rank, tokenizer: Any, model: Any = None) -> PromptReader:
+    """What turns prompts into token ids for the loaded model. `model`: the one given in memory, if one was."""
+    loaded = rank.worker.model
+    eos = eos_token_ids(rank.folder, model, loaded.injection.config, tokenizer)
+    return PromptReader(tokenizer, loaded.shape.vocab_size, eos, config.model.seed)
 
 
 def eos_token_ids(folder: Path | None, model: Any, config: Any, tokenizer: Any) -> frozenset[int]:

@@ -72,17 +72,20 @@ class Worker:
 
     def _greedy(self, logits: torch.Tensor) -> list[int]:
         """The best token of every row: each rank offers its own vocabulary's, rank 0 compares."""
-        pairs = gather_to_first(
-            argmax_pairs(logits, self.model.vocabulary), self.groups.world, self.groups.rank, self.groups.shard_order
-        )
+        pairs = self._gather(argmax_pairs(logits, self.model.vocabulary))
         return [] if pairs is None else best_of(pairs)
+
+    def _gather(self, shard: torch.Tensor) -> list[torch.Tensor] | None:
+        """Every rank's `shard` in shard order, on rank 0; None elsewhere."""
+        with self.groups.clock.timing("gather"):
+            return gather_to_first(shard, self.groups.world, self.groups.rank, self.groups.shard_order)
 
     def _send_rows(self, logits: torch.Tensor, on_rows: RowsConsumer | None) -> list[int]:
         """Whole rows to rank 0, a bounded number at a time."""
         vocab_size, world_size = self.model.shape.vocab_size, self.groups.layout.world_size
         for start in range(0, logits.shape[0], ROWS_PER_GATHER):
             shard = padded(logits[start : start + ROWS_PER_GATHER], vocab_size, world_size)
-            shards = gather_to_first(shard, self.groups.world, self.groups.rank, self.groups.shard_order)
+            shards = self._gather(shard)
             # Rank 0 alone has a consumer: it samples, the others go on.
             if shards is not None and on_rows is not None:
                 on_rows(start, joined(shards, vocab_size))

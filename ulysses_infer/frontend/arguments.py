@@ -24,13 +24,14 @@ commands:
   generate              complete prompts: --prompt TEXT, or those of the recipe
   bench latency         time to first token and per token of a lone request, in every mode
   bench throughput      tokens per second of many requests together, in every mode
-  serve                 not available yet
+  serve                 answer HTTP requests in OpenAI's format, until a signal ends it
 
 MODEL is a hub id or a folder, unless the recipe names one. Any key of a recipe can be set, as in parallel.sp=2.
 `ulysses-infer COMMAND --help` has the options of a command; --version prints the version.
 
   ulysses-infer generate models/demo --prompt "def main():" parallel.sp=2
   ulysses-infer bench latency --config recipes/demo.yaml --modes tp,sp,shift,single
+  ulysses-infer serve models/demo parallel.sp=2 --port 8000
 
 The same commands run under a launcher:  deepspeed --num_gpus 2 ulysses_infer/launch.py generate --config RECIPE
 """
@@ -41,7 +42,7 @@ class Command:
     """A parsed command line."""
 
     name: str
-    """generate | bench"""
+    """generate | bench | serve"""
     options: argparse.Namespace
     overrides: list[str]
     """Everything meant for the recipe, as `load_config` takes it."""
@@ -70,11 +71,10 @@ def parse(arguments: Sequence[str]) -> Command:
 
         print(f"ulysses-infer {__version__}")
         raise SystemExit(0)
-    if name == "serve":
-        raise ConfigError("serve is not available yet; generate and bench are")
-    if name not in ("generate", "bench"):
-        raise ConfigError(f"unknown command {name!r}; choose from generate, bench, serve")
-    return _parse_generate(rest) if name == "generate" else _parse_bench(rest)
+    parsers = {"generate": _parse_generate, "bench": _parse_bench, "serve": _parse_serve}
+    if name not in parsers:
+        raise ConfigError(f"unknown command {name!r}; choose from {', '.join(parsers)}")
+    return parsers[name](rest)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -166,6 +166,19 @@ def _parse_bench(arguments: list[str]) -> Command:
     if options.random_model:
         model = options.random_model  # replaced by its folder once it is made
     return Command("bench", options, overrides + _assignments({"model.path": model}))
+
+
+def _parse_serve(arguments: list[str]) -> Command:
+    parser = _Parser("serve", "Answer HTTP requests in OpenAI's format, until a signal ends it.")
+    parser.add_argument("--host", metavar="ADDRESS", help="address to listen on; 0.0.0.0 for all of the machine's")
+    parser.add_argument("--port", metavar="N", help="port to listen on; 0: any free one")
+    parser.add_argument("--api-key", metavar="KEY", help="key that clients must send")
+    parser.add_argument("--admin-api-key", metavar="KEY", help="key for the administrative routes")
+    parser.add_argument("--served-model-name", metavar="NAME", help="model name that clients use")
+    options, model, overrides = parser.parse_command(arguments)
+    names = ("host", "port", "api_key", "admin_api_key", "served_model_name")
+    settings = {"model.path": model, **{f"server.{name}": getattr(options, name) for name in names}}
+    return Command("serve", options, overrides + _assignments(settings))
 
 
 def _assignments(settings: dict[str, Any]) -> list[str]:

@@ -12,10 +12,13 @@ import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.5
+SAME_MOMENT = 0.3  # a signal to the whole group ends the launcher a little before this process hears of it
 
 
 class Guard:
     """Ends this process with 128 + n at signal n, at once, even while its main thread waits for other ranks.
+
+    A command that has something to finish first takes over: it then hears of signals, in the guard's thread.
 
     Python runs signal handlers in the main thread, between two bytecodes: a rank that waits in a collective would
     never get to them, and DeepSpeed's launcher would give each such rank 30 s. So the handler proper does nothing;
@@ -27,6 +30,8 @@ class Guard:
 
     def __init__(self, clean_up: Callable[[], None]) -> None:
         self._clean_up = clean_up
+        self._on_signal: Callable[[int], None] = self.end
+        self._on_orphaned: Callable[[], None] = lambda: self.end(signal.SIGTERM)
         self._launcher = Launcher.of_this_process()
         self._read, write = os.pipe()
         os.set_blocking(write, False)
@@ -35,16 +40,29 @@ class Guard:
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="guard", daemon=True).start()
 
-    def _watch(self) -> None:
-        while self._launcher is None or self._launcher.is_alive():
-            if select.select([self._read], [], [], POLL_SECONDS)[0]:
-                self._end(os.read(self._read, 1)[0])
-        self._end(signal.SIGTERM)
+    def take_over(self, on_signal: Callable[[int], None], on_orphaned: Callable[[], None]) -> None:
+        """From now on a signal means `on_signal(number)`, and a launcher that is gone `on_orphaned()`, once."""
+        self._on_signal, self._on_orphaned = on_signal, on_orphaned
 
-    def _end(self, number: int) -> None:
-        if number in SIGNALS:
-            self._clean_up()
-            os._exit(128 + number)
+    def end(self, number: int) -> None:
+        """End this process now, as signal `number` would."""
+        self._clean_up()
+        os._exit(128 + number)
+
+    def _watch(self) -> None:
+        while True:
+            self._listen(POLL_SECONDS)
+            if self._launcher is not None and not self._launcher.is_alive():
+                self._launcher = None
+                self._listen(SAME_MOMENT)
+                self._on_orphaned()
+
+    def _listen(self, seconds: float) -> None:
+        """Take the next signal, waiting for it so long."""
+        if select.select([self._read], [], [], seconds)[0]:
+            number = os.read(self._read, 1)[0]
+            if number in SIGNALS:
+                self._on_signal(number)
 
 
 def _leave_it_to_the_thread(number: int, frame: object) -> None:

@@ -19,6 +19,7 @@ from ulysses_infer.config import Config
 from ulysses_infer.config.settings import settings_of_config
 from ulysses_infer.frontend.screen import mode_text, one_line
 from ulysses_infer.inference import InferenceEngine
+from ulysses_infer.model.checkpoint import Progress as ReportProgress
 
 MIB = 1 << 20
 VALUE_WIDTH = 60
@@ -65,16 +66,23 @@ def shown_path(path: str) -> str:
 
 
 @contextmanager
-def loaded(config: Config, console: Console) -> Iterator[InferenceEngine]:
-    """The engine, brought up with a progress bar on rank 0, shut down at the end. Collective."""
-    started = time.monotonic()
+def loading_bar(console: Console) -> Iterator[ReportProgress]:
+    """A bar for the checkpoint's tensors, on a terminal; yields what to call as they come."""
     bar = Progress(
         TextColumn("loading"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeElapsedColumn(),
         console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
     with bar:
         task = bar.add_task("loading", total=None)
-        engine = InferenceEngine(config, progress=lambda done, total: bar.update(task, completed=done, total=total))
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def loaded(config: Config, console: Console) -> Iterator[InferenceEngine]:
+    """The engine, brought up with a progress bar on rank 0, shut down at the end. Collective."""
+    started = time.monotonic()
+    with loading_bar(console) as progress:
+        engine = InferenceEngine(config, progress=progress)
     with engine:
         stats = engine.stats()
         console.print(_what_was_loaded(stats, time.monotonic() - started))

@@ -32,10 +32,10 @@ def main(arguments: list[str]) -> NoReturn:
     """
     rank = int(os.environ.get("RANK", "0"))
     quiet_libraries(rank)
-    Guard(restore_cursor if rank == 0 else _nothing)
+    guard = Guard(restore_cursor if rank == 0 else _nothing)
     status = 0
     try:
-        run(parse(_without_local_rank(arguments)), rank)
+        run(parse(_without_local_rank(arguments)), rank, guard)
     except SystemExit as request:  # --help
         status = request.code if isinstance(request.code, int) else 0
     except UlyssesError as error:
@@ -47,12 +47,17 @@ def main(arguments: list[str]) -> NoReturn:
     leave(status)
 
 
-def run(command: Command, rank: int) -> None:
+def run(command: Command, rank: int, guard: Guard) -> None:
     """Check the command against the job it runs in and carry it out."""
     config = command.config()
     set_up_logging(config.runtime.log_level, rank)
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
-    importlib.import_module(RUNNERS[command.name]).run(command, config, rank)
+    if command.name == "serve":
+        from ulysses_infer.server.command import run as serve
+
+        serve(config, rank, guard)
+    else:
+        importlib.import_module(RUNNERS[command.name]).run(command, config, rank)
 
 
 def check_world_size(config: Config, world_size: int) -> None:

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ulysses_infer.parallel.layout import Place, Span
+
+
+class CollectiveClock:
+    """Seconds this rank spent in each kind of collective, waiting for the others included.
+
+    Where collectives run on a stream of their own (NCCL) it is the time to enqueue them.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timing(self, kind: str) -> Iterator[None]:
+        """Add the time of what runs inside to `kind`."""
+        started = time.perf_counter()
+        yield
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + time.perf_counter() - started
+
+    def take(self) -> dict[str, float]:
+        """What was added since the last call, by kind."""
+        taken, self._seconds = self._seconds, {}
+        return taken
 
 
 @dataclass(frozen=True)
@@ -17,6 +42,7 @@ class Collectives:
     place: Place
     sp_group: Any
     tp_group: Any
+    clock: CollectiveClock = field(default_factory=CollectiveClock)
 
     def tokens_to_heads(self, packed: torch.Tensor, tokens: list[Span]) -> torch.Tensor:
         """The forward all-to-all of Ulysses: my tokens for every shard become every token for my shard.
@@ -51,16 +77,18 @@ class Collectives:
     def sum_over_tp(self, partial: torch.Tensor) -> torch.Tensor:
         """Add the partial results of the TP group in place; returns `partial`."""
         if self.tp_group is not None:
-            _comm().all_reduce(partial, group=self.tp_group)
+            with self.clock.timing("all_reduce"):
+                _comm().all_reduce(partial, group=self.tp_group)
         return partial
 
     def _exchange(
         self, received: torch.Tensor, sent: torch.Tensor, receive_rows: list[int], send_rows: list[int]
     ) -> None:
-        _comm().all_to_all_single(
-            received, sent.contiguous(), output_split_sizes=receive_rows, input_split_sizes=send_rows,
-            group=self.sp_group,
-        )  # fmt: skip
+        sent = sent.contiguous()
+        with self.clock.timing("all_to_all"):
+            _comm().all_to_all_single(
+                received, sent, output_split_sizes=receive_rows, input_split_sizes=send_rows, group=self.sp_group
+            )
 
 
 def gather_to_first(shard: torch.Tensor, group: Any, rank: int, order: list[int]) -> list[torch.Tensor] | None:

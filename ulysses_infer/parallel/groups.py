@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ulysses_infer.errors import ConfigError
-from ulysses_infer.parallel.collectives import Collectives
+from ulysses_infer.parallel.collectives import CollectiveClock, Collectives
 from ulysses_infer.parallel.layout import Layout, Mode, Place
 
 MESH_NAMES = ("data_parallel", "tensor_parallel", "sequence_parallel")
@@ -41,6 +41,7 @@ class Groups:
     world: Any = None
     control: Any = None  # small host-side messages (step plans); gloo even where tensors travel by NCCL
     by_mode: dict[Mode, Collectives] = field(default_factory=dict)
+    clock: CollectiveClock = field(default_factory=CollectiveClock)  # of every mode
     owned: list[Any] = field(default_factory=list)  # every group made for this engine, the control group among them
 
     def close(self) -> None:
@@ -122,7 +123,7 @@ def build_groups(layout: Layout, modes: list[Mode], device: torch.device) -> Gro
     if layout.world_size == 1:
         _check_world_size(layout, int(os.environ.get("WORLD_SIZE", "1")))
         single = Groups(layout, rank=0)
-        single.by_mode[Mode(1, 1)] = Collectives(single.place(Mode(1, 1)), None, None)
+        single.by_mode[Mode(1, 1)] = Collectives(single.place(Mode(1, 1)), None, None, single.clock)
         return single
     import deepspeed.comm as comm
 
@@ -134,7 +135,7 @@ def build_groups(layout: Layout, modes: list[Mode], device: torch.device) -> Gro
     groups = Groups(layout, comm.get_rank(), world, control, owned=[world, control])
     for mode in modes:
         sp_group, tp_group = _mode_groups(groups, mode)
-        groups.by_mode[mode] = Collectives(groups.place(mode), sp_group, tp_group)
+        groups.by_mode[mode] = Collectives(groups.place(mode), sp_group, tp_group, groups.clock)
     return groups
 
 

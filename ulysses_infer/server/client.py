@@ -124,7 +124,8 @@ class EngineClient:
         """Complete a prompt: yields the tokens that came since the last time, of all its sequences, until all end.
 
         Leaving the iterator early, by `aclose` or cancellation, aborts the request. Raises `RequestError` if the
-        engine refuses it, `OverloadedError` if its queue is full or it drains, `EngineDeadError` if it is gone.
+        engine refuses it, `OverloadedError` if its queue is full or it drains, `EngineDeadError` if it is gone,
+        RuntimeError for a bug of the engine's.
         """
         self._check_accepting()
         record = RequestRecord(request.request_id, time.monotonic(), len(request.token_ids), num_sequences)
@@ -145,7 +146,7 @@ class EngineClient:
         finally:
             self._close(stream)
 
-    async def call(self, name: str, **arguments: Any) -> Any:
+    async def call(self, name: str, /, **arguments: Any) -> Any:
         """An administrative command. Raises `RequestError` with the engine's one line, `EngineDeadError`."""
         if self.status == DEAD:
             raise EngineDeadError(self.death)
@@ -175,11 +176,15 @@ class EngineClient:
         elif stream.error is not None:
             record.finish_reason = "error"
         record.finish_time = time.monotonic()
-        if not isinstance(stream.error, (RequestError, OverloadedError)):
+        if not isinstance(stream.error, RequestError | OverloadedError):
             self._observer.on_finish(record)
         self._say_goodbye_if_drained()
 
     # -- what the engine says ------------------------------------------------------------------------------------
+
+    def die(self, reason: str) -> None:
+        """The engine is known to be gone or hung, whatever its socket says."""
+        self._die(Dead(reason))
 
     async def listen(self) -> None:
         """Take the engine's messages until its end of the socket is closed. Runs as one task."""
@@ -246,7 +251,8 @@ class EngineClient:
     def _refuse(self, message: Refused) -> None:
         stream = self._streams.get(message.request_id)
         if stream is not None:
-            stream.fail((OverloadedError if message.overloaded else RequestError)(message.message))
+            kinds = {"invalid": RequestError, "overloaded": OverloadedError}
+            stream.fail(kinds.get(message.kind, RuntimeError)(message.message))
 
     def _answer(self, message: Reply) -> None:
         future = self._calls.get(message.number)

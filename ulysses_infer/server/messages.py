@@ -125,8 +125,8 @@ class Refused(msgspec.Struct, tag=True, array_like=True):
 
     request_id: str
     message: str
-    overloaded: bool = False
-    """Whether it is the queue that is full (503), rather than the request that is wrong (400)."""
+    kind: str = "invalid"
+    """invalid: the request is wrong (400); overloaded: the queue is full (503); internal: a bug met it (500)."""
 
 
 class Reply(msgspec.Struct, tag=True, array_like=True):

@@ -1,0 +1,77 @@
+"""Administrative commands, carried out by rank 0 between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ulysses_infer.engine.completion import Completion
+from ulysses_infer.engine.engine import Engine
+from ulysses_infer.engine.policy import policy_settings
+from ulysses_infer.errors import ConfigError, RequestError
+
+
+class Commands:
+    """What `Call` messages may ask for. `drain` starts the shutdown, `tell_aborted` lets clients know."""
+
+    def __init__(
+        self, engine: Engine, drain: Callable[[], None], tell_aborted: Callable[[list[Completion]], None]
+    ) -> None:
+        self._engine, self._drain, self._tell_aborted = engine, drain, tell_aborted
+        self._known: Mapping[str, Callable[..., Any]] = {
+            "get_policy": self.get_policy,
+            "set_policy": self.set_policy,
+            "abort": self.abort,
+            "abort_all": self.abort_all,
+            "drain": self.drain,
+            "reset_prefix_cache": self.reset_prefix_cache,
+            "stats": self.stats,
+        }
+
+    def run(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """Carry out one command; its value is plain. Raises `RequestError`."""
+        if name not in self._known:
+            raise RequestError(f"unknown command {name!r}; there are {', '.join(self._known)}")
+        return self._known[name](**arguments)
+
+    def get_policy(self) -> dict[str, Any]:
+        """Name and settings of the policy, and the modes there are."""
+        modes = [list(mode) for mode in self._engine.config.parallel.available_modes]
+        return {**self._engine.policy.describe(), "modes": modes}
+
+    def set_policy(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Change the policy from the next step on; returns the new one."""
+        try:
+            self._engine.set_policy(policy_settings(self._engine.config, name, settings))
+        except ConfigError as error:
+            raise RequestError(str(error)) from error
+        return self.get_policy()
+
+    def abort(self, request_id: str) -> dict[str, Any]:
+        """End one request, whatever state it is in."""
+        completion = self._engine.abort(request_id)
+        if completion is None:
+            raise RequestError(f"no request {request_id!r} is running or waiting; it may have ended")
+        self._tell_aborted([completion])
+        return {"aborted": [request_id]}
+
+    def abort_all(self) -> dict[str, Any]:
+        """End every request."""
+        completions = self._engine.abort_all()
+        self._tell_aborted(completions)
+        return {"aborted": [completion.request_id for completion in completions]}
+
+    def drain(self) -> dict[str, Any]:
+        """Start the orderly shutdown."""
+        self._drain()
+        return {"draining": True}
+
+    def reset_prefix_cache(self) -> dict[str, Any]:
+        """Forget cached prefixes; only an idle engine can."""
+        if not self._engine.scheduler.allocator.reset_prefix_cache():
+            raise RequestError("requests are running, and they hold cached blocks; try again when the engine is idle")
+        return {"reset": True}
+
+    def stats(self) -> dict[str, Any]:
+        """Counters per mode, queues, cache use and policy."""
+        return self._engine.describe()

@@ -1,0 +1,192 @@
+"""The HTTP process: started by rank 0 before it loads the model, ended when rank 0 is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ulysses_infer.config import Config, ServerConfig
+from ulysses_infer.engine.heartbeat import Address, Member
+from ulysses_infer.errors import ConfigError, UlyssesError
+
+if TYPE_CHECKING:
+    from ulysses_infer.server.client import EngineClient
+
+FAREWELL_SECONDS = 1.5  # for clients to read that the engine is dead, and for /health to say so
+CLOSING_SECONDS = 5  # for connections to close once everyone is answered
+BACKLOG = 2048
+
+
+def bind(settings: ServerConfig) -> socket.socket:
+    """The socket to listen on, taken before minutes go into loading a model. Raises `ConfigError`."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"cannot listen on server.host = {settings.host}, server.port = {settings.port}: {reason}; "
+            "choose another, or port 0 for any free one"
+        ) from error
+    return listener
+
+
+def url_of(listener: socket.socket, settings: ServerConfig) -> str:
+    """Where the server can be reached."""
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if settings.ssl_certfile else 'http'}://{shown}:{port}"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the HTTP process is told when it starts."""
+
+    config: Config
+    hub: Address
+
+
+class HttpProcess:
+    """Rank 0's handle on it."""
+
+    def __init__(self, config: Config, hub: Address, listener: socket.socket) -> None:
+        self.connection, theirs = socket.socketpair()
+        """Rank 0's end of the line to it."""
+        root = str(Path(__file__).resolve().parents[2])
+        code = f"import sys; sys.path.insert(0, {root!r}); from ulysses_infer.server.process import main; main()"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, str(theirs.fileno()), str(listener.fileno())],
+            stdin=subprocess.PIPE, pass_fds=[theirs.fileno(), listener.fileno()],
+        )  # fmt: skip
+        theirs.close()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended already: the line to it is closed, which is noticed
+            self._process.stdin.write(pickle.dumps(Order(config, hub)))
+            self._process.stdin.close()
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._process.poll()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for its end; past `seconds` it is killed."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
+
+@contextmanager
+def http_process(config: Config, hub: Address, listener: socket.socket) -> Iterator[HttpProcess]:
+    """It, running; ended with the block, however that ends."""
+    process = HttpProcess(config, hub, listener)
+    listener.close()  # from here on it alone holds the port
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def main() -> None:
+    """Serve until rank 0 says so or is gone. Signals are rank 0's business: whoever sends one to all sends it there."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    link, listener = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:3])
+    order: Order = pickle.loads(sys.stdin.buffer.read())
+    import uvloop
+
+    from ulysses_infer.frontend.quiet import quiet_libraries, set_up_logging
+
+    quiet_libraries(0)
+    set_up_logging(order.config.runtime.log_level, 0)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(order, link, listener))
+    except UlyssesError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+async def serve(order: Order, link: socket.socket, listener: socket.socket) -> None:
+    """Connect the engine, the application and the port, and keep them together until the end."""
+    from ulysses_infer.server.client import EngineClient
+    from ulysses_infer.server.http.app import make_app
+    from ulysses_infer.server.http.context import make_context
+    from ulysses_infer.server.observe import Observatory
+
+    observatory = Observatory(order.config)
+    reader, writer = await asyncio.open_connection(sock=link)
+    client = EngineClient(reader, writer, observatory)
+    listening = asyncio.create_task(client.listen())
+    server = _make_server(make_app(make_context(order.config, client, observatory)), order.config.server)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    watching = asyncio.create_task(_watch_hub(order, client))
+    reporting = asyncio.create_task(observatory.report_status())
+    await asyncio.wait([serving, asyncio.create_task(client.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
+    if client.death:
+        await asyncio.sleep(FAREWELL_SECONDS)
+    server.should_exit = True
+    await serving
+    for task in (listening, watching, reporting):
+        task.cancel()
+    writer.close()
+
+
+async def _watch_hub(order: Order, client: EngineClient) -> None:
+    """From when the engine is up, its end or silence is the end here too; before that, the closed line tells."""
+    await client.settled.wait()
+    if client.death:
+        return
+    loop = asyncio.get_running_loop()
+
+    def on_end(reason: str) -> None:
+        loop.call_soon_threadsafe(client.die, reason)
+
+    member = Member(order.hub, "the HTTP process", order.config.server.heartbeat_timeout, on_end)
+    await client.ended.wait()
+    member.leave()
+
+
+def _make_server(app: Any, settings: ServerConfig) -> Any:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Leaves signals alone: rank 0 says when to stop."""
+
+        def capture_signals(self) -> Any:
+            return contextlib.nullcontext()
+
+    config = uvicorn.Config(
+        app, lifespan="off", access_log=False, log_level=logging.ERROR, log_config=None, server_header=False,
+        timeout_graceful_shutdown=CLOSING_SECONDS, timeout_keep_alive=60, http="httptools", ws="none",
+        ssl_certfile=settings.ssl_certfile, ssl_keyfile=settings.ssl_keyfile,
+    )  # fmt: skip
+    try:
+        config.load()
+    except OSError as error:  # of TLS; ssl.SSLError is one
+        raise ConfigError(
+            f"server.ssl_certfile = {settings.ssl_certfile} and server.ssl_keyfile = {settings.ssl_keyfile} cannot be "
+            f"used: {error}; give a certificate and its key, both PEM"
+        ) from error
+    return Server(config)

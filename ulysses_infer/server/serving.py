@@ -1,0 +1,276 @@
+"""Rank 0's loop while it serves: take what the HTTP process sends, run a step, send what came of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from ulysses_infer.config import ServerConfig
+from ulysses_infer.engine.completion import Completion, Sequence
+from ulysses_infer.engine.engine import Engine
+from ulysses_infer.engine.failure import describe, is_lost_connection
+from ulysses_infer.engine.heartbeat import Hub
+from ulysses_infer.errors import RequestError
+from ulysses_infer.outputs import Logprob
+from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.server.admin import Commands
+from ulysses_infer.server.link import Link
+from ulysses_infer.server.messages import (
+    Abort,
+    Call,
+    Dead,
+    Draining,
+    EngineState,
+    Goodbye,
+    NewToken,
+    Ready,
+    Refused,
+    Reply,
+    RequestStart,
+    Step,
+    Stepped,
+    Submit,
+    ToEngine,
+)
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 1.0  # between looks at the clock while nothing happens
+NAMING_SECONDS = 0.5  # for the heartbeat to say which rank was lost, when a collective only says that one was
+
+
+class Serving:
+    """The engine at the service of the HTTP process. `drain` and `stop` may be called from any thread."""
+
+    def __init__(self, engine: Engine, link: Link, hub: Hub, settings: ServerConfig) -> None:
+        self._engine, self._link, self._hub, self._settings = engine, link, hub, settings
+        self._reported: dict[int, int] = {}  # tokens sent of each unfinished sequence, by its request's index
+        self._deadline: float | None = None
+        self._stop_reason = ""
+        self._wants_drain = False
+        self._is_answered = False
+        self._state_changed = False
+        self._commands = Commands(engine, self.drain, self._tell_aborted)
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self, ready: Ready) -> None:
+        """Serve until drained or stopped. A failure of any rank or of the HTTP process ends this process instead."""
+        self._link.send(ready)
+        while not self._is_over():
+            for message in self._link.receive(self._patience()):
+                self._take(message)
+            if self._engine.has_unfinished:
+                self._step()
+            elif self._state_changed:
+                self._tell_state()
+        self._link.flush(IDLE_SECONDS)
+
+    def drain(self) -> None:
+        """Take no more requests; end when those that run are answered, or after `server.shutdown_timeout`."""
+        self._wants_drain = True
+        self._link.wake()
+
+    def stop(self, reason: str) -> None:
+        """End after the step that runs; whoever waits gets an error with `reason`."""
+        self._stop_reason = self._stop_reason or reason
+        self._link.wake()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the server is on its way out in order."""
+        return self._wants_drain
+
+    def _patience(self) -> float:
+        return 0.0 if self._engine.has_unfinished else IDLE_SECONDS
+
+    def _is_over(self) -> bool:
+        if self._link.is_closed and not self._is_answered:
+            self._hub.fail("the HTTP process ended unexpectedly")
+        if self._wants_drain and self._deadline is None:
+            self._start_draining()
+        if self._deadline is not None and time.monotonic() > self._deadline and not self._is_answered:
+            self.stop(f"the server was shut down after waiting {self._settings.shutdown_timeout:g} s for requests")
+        if self._stop_reason:
+            self._link.send(Dead(self._stop_reason, expected=True))
+        return bool(self._stop_reason) or self._is_answered
+
+    def _start_draining(self) -> None:
+        self._deadline = time.monotonic() + self._settings.shutdown_timeout
+        self._hub.announce_drain()
+        self._link.send(Draining(self._deadline))
+
+    def _step(self) -> None:
+        started = time.monotonic()
+        try:
+            with self._hub.working():
+                touched = self._engine.step()
+        except Exception as error:  # whatever it was, the ranks are out of step
+            self._end(error)
+        record = self._engine.stats.recent[-1]
+        step = Step(
+            record.sequence, started, record.seconds, record.mode, record.num_tokens, record.num_decodes,
+            self._engine.take_collective_seconds(),
+        )  # fmt: skip
+        tokens = [token for completion in touched for token in self._news(completion)]
+        self._link.send(Stepped(self.state(), step, tokens))
+        if not self._engine.has_unfinished:
+            self._check_idle()
+
+    def _end(self, error: Exception) -> None:
+        cause = error.__cause__ or error
+        if is_lost_connection(cause):
+            time.sleep(NAMING_SECONDS)
+        else:
+            logger.error("a step failed", exc_info=error)
+        self._hub.fail(f"a step failed: {describe(cause)}")
+
+    def _check_idle(self) -> None:
+        """An idle engine has all its blocks: anything else is a leak, and a bug to report."""
+        allocator = self._engine.scheduler.allocator
+        if allocator.num_used:
+            logger.error("%d cache blocks are held by nobody; please report this", allocator.num_used)
+
+    # -- what the HTTP process asks ------------------------------------------------------------------------------
+
+    def _take(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._submit(message)
+            case Abort():
+                self._abort(message.request_id)
+            case Call():
+                self._link.send(self._answer(message))
+            case Goodbye():
+                self._is_answered = True
+
+    def _submit(self, message: Submit) -> None:
+        if self._deadline is not None:
+            self._refuse(message, "the server is shutting down; try another one", "overloaded")
+            return
+        limit = self._settings.max_num_queued_requests
+        if limit is not None and self._engine.is_full(limit):
+            self._refuse(message, f"{limit} requests are waiting already; try again later", "overloaded")
+            return
+        try:
+            params = SamplingParams.from_mapping(message.params)
+            self._engine.add(
+                message.token_ids, params, message.request_id, message.priority, message.cache_salt
+            )
+        except RequestError as error:
+            self._refuse(message, str(error), "invalid")
+        except Exception as error:  # nothing runs on it yet: a bug that one request meets must not end the others
+            logger.exception("request %s could not be added", message.request_id)
+            self._engine.abort(message.request_id)
+            self._refuse(message, f"the engine could not take the request: {describe(error)}", "internal")
+        self._state_changed = True
+
+    def _refuse(self, message: Submit, reason: str, kind: str) -> None:
+        self._link.send(Refused(message.request_id, reason, kind))
+
+    def _abort(self, request_id: str) -> None:
+        completion = self._engine.abort(request_id)
+        if completion is not None:
+            self._forget(completion)
+            self._state_changed = True
+
+    def _forget(self, completion: Completion) -> None:
+        for sequence in completion.sequences:
+            self._reported.pop(sequence.request.index, None)
+
+    def _tell_aborted(self, completions: list[Completion]) -> None:
+        """An administrator ended them: whoever waits must hear."""
+        tokens = [token for completion in completions for token in self._news(completion)]
+        self._link.send(Stepped(self.state(), None, tokens))
+
+    def _answer(self, call: Call) -> Reply:
+        try:
+            value = self._commands.run(call.name, call.arguments)
+        except RequestError as error:
+            return Reply(call.number, error=str(error))
+        except Exception as error:  # a bug in one command must not end the requests of others
+            logger.exception("command %s failed", call.name)
+            return Reply(call.number, error=f"{call.name} failed: {describe(error)}")
+        self._state_changed = True
+        return Reply(call.number, value)
+
+    # -- what the HTTP process is told ---------------------------------------------------------------------------
+
+    def state(self) -> EngineState:
+        """How full the engine is now."""
+        scheduler = self._engine.scheduler
+        allocator = scheduler.allocator
+        self._state_changed = False
+        return EngineState(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            kv_cache_usage=allocator.usage,
+            prefix_cache_queries=allocator.prefix_stats.queries,
+            prefix_cache_hits=allocator.prefix_stats.hits,
+            num_preemptions=scheduler.num_preemptions,
+            policy=self._engine.policy.describe(),
+        )
+
+    def _tell_state(self) -> None:
+        self._link.send(Stepped(self.state()))
+        self._check_idle()
+
+    def _news(self, completion: Completion) -> list[NewToken]:
+        """What its sequences got since the last time."""
+        news = []
+        for index, sequence in enumerate(completion.sequences):
+            news += self._news_of(completion, index, sequence)
+        if completion.is_finished:
+            self._forget(completion)
+        return news
+
+    def _news_of(self, completion: Completion, index: int, sequence: Sequence) -> list[NewToken]:
+        request = sequence.request
+        known = self._reported.get(request.index, 0)
+        if known < 0:  # its end was told
+            return []
+        news = [
+            NewToken(completion.request_id, index, token, logprobs=_logprobs_at(sequence, position))
+            for position, token in enumerate(request.output_token_ids[known:], start=known)
+        ]
+        if news and not any(self._reported.get(each.request.index) for each in completion.sequences):
+            news[0].start = _start_of(completion, sequence)
+        self._reported[request.index] = request.num_output_tokens
+        if request.is_finished:
+            news = news or [NewToken(completion.request_id, index, -1)]
+            news[-1].finish_reason, news[-1].stop_reason = request.finish_reason, request.stop_reason
+            self._reported[request.index] = -1
+        return news
+
+
+def _start_of(completion: Completion, sequence: Sequence) -> RequestStart:
+    request, scored = sequence.request, completion.prompt_logprobs
+    listed = None if scored is None else [None if entry is None else _listed(entry) for entry in scored]
+    return RequestStart(request.num_cached_tokens, request.first_scheduled_time or request.arrival_time, listed)
+
+
+def _logprobs_at(sequence: Sequence, position: int) -> list[tuple[int, float, int]] | None:
+    if sequence.request.params.logprobs is None:
+        return None
+    return _listed(sequence.logprobs[position])
+
+
+def _listed(entry: dict[int, Logprob]) -> list[tuple[int, float, int]]:
+    return [(token, scored.logprob, scored.rank or 0) for token, scored in entry.items()]
+
+
+def describe_engine(engine: Engine, weight_bytes: list[int], state: EngineState) -> Ready:
+    """What the HTTP process needs to know of the engine."""
+    shape, cache, parallel = engine.worker.model.shape, engine.worker.cache, engine.config.parallel
+    return Ready(
+        model=engine.config.model.path,
+        max_model_len=shape.max_model_len,
+        vocab_size=shape.vocab_size,
+        eos_token_ids=sorted(engine.prompts.eos_token_ids),
+        modes=[(mode.sp, mode.tp) for mode in parallel.available_modes],
+        num_blocks=cache.num_blocks,
+        block_size=cache.shape.block_size,
+        weight_bytes_per_rank=weight_bytes,
+        state=state,
+    )
+
