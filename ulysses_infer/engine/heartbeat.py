@@ -304,7 +304,9 @@ class Member:
     def _take(self, messages: list[list[str]] | None) -> None:
         if messages is None:
             if not self._left.is_set():
-                self._end("rank 0 ended unexpectedly")
+                # Silent for some time before, it hung, and another member was quicker to end it.
+                hung = time.monotonic() - self._line.heard > self._timeout / 2
+                self._end("rank 0 ended unexpectedly", dump=hung)
             return
         for word, *rest in messages:
             if word == BYE:
