@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.ranks import RankPools
+from tests.tiny import tiny_llama
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +21,11 @@ def rank_pool() -> Iterator[RankPools]:
     pools = RankPools()
     yield pools
     pools.close()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of the tiny Llama, with its tokenizer; not to be changed."""
+    made = tmp_path_factory.mktemp("llama")
+    tiny_llama(made)
+    return str(made)

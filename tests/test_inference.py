@@ -7,19 +7,12 @@ import sys
 import pytest
 import torch
 
-from tests.tiny import EOS, VOCABULARY, encode, settings, tiny_llama
+from tests.tiny import EOS, VOCABULARY, encode, settings
 from ulysses_infer import LLM, SamplingParams, init_inference
 from ulysses_infer.errors import CheckpointError, ConfigError, EngineDeadError, RequestError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 PROMPTS = ["hello", [5, 6, 7, 8, 9], "a", "the quick brown fox"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("llama")
-    tiny_llama(made)
-    return str(made)
 
 
 @pytest.fixture(scope="module")

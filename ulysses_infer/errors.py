@@ -27,3 +27,8 @@ class EngineDeadError(UlyssesError, RuntimeError):
 
 class OverloadedError(UlyssesError):
     """The server takes no more requests for now: it is starting, full or shutting down. Trying later helps."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from tests.tiny import settings, tiny_llama
+from tests.tiny import settings
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.errors import CheckpointError, ConfigError, EngineDeadError, UnsupportedModelError
 
@@ -25,13 +25,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
 SECONDS = 10.0
 MARK = "ULYSSES_INFER_TESTS"  # tells these tests' workers from those of others on the machine
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("llama")
-    tiny_llama(made)
-    return str(made)
 
 
 @pytest.fixture(autouse=True)

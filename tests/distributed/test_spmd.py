@@ -2,19 +2,12 @@
 
 import pytest
 
-from tests.tiny import settings, tiny_llama
+from tests.tiny import settings
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.errors import CheckpointError, ConfigError, EngineDeadError, RequestError, UlyssesError
 
 pytestmark = pytest.mark.distributed
 PROMPTS = ["hello", [5, 6, 7, 8, 9], "a", "the quick brown fox jumps over the lazy dog"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("llama")
-    tiny_llama(made)
-    return str(made)
 
 
 def summary(outputs):

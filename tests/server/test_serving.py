@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from tests.tiny import settings, tiny_llama
+from tests.tiny import settings
 from ulysses_infer.config import load_config
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.heartbeat import Hub
@@ -51,14 +51,12 @@ class Log:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    tiny_llama(folder)
+def engine(folder):
     changes = {"scheduler.max_num_seqs": 4, "server.max_num_queued_requests": 3, "server.shutdown_timeout": 20.0}
-    config = load_config(None, {"model.path": str(folder), **settings(**changes)})
+    config = load_config(None, {"model.path": folder, **settings(**changes)})
     rank = start_rank(config)
-    tokenizer = load_tokenizer(config.model, rank.folder)
-    return finish_start(rank, config, lambda: Engine(config, rank, make_prompt_reader(config, rank, tokenizer), False))[0]
+    prompts = make_prompt_reader(config, rank, load_tokenizer(config.model, rank.folder))
+    return finish_start(rank, config, lambda: Engine(config, rank, prompts, text=False))[0]
 
 
 @contextlib.asynccontextmanager

@@ -20,7 +20,7 @@ from ulysses_infer.config.settings import (
     settings_of_mapping,
 )
 from ulysses_infer.config.validation import validate, warn_ignored
-from ulysses_infer.errors import ConfigError
+from ulysses_infer.errors import ConfigError, first_line
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Config | None
 Overrides = Mapping[str, Any] | Iterable[str]
@@ -84,7 +84,7 @@ def _assign(tree: DictConfig, setting: Setting) -> None:
     except ValidationError as error:
         raise setting.complain(f"expected {_expected(setting.key)}") from error
     except OmegaConfBaseException as error:
-        raise setting.complain(str(error).splitlines()[0]) from error
+        raise setting.complain(first_line(error)) from error
 
 
 def _expected(name: str) -> str:
@@ -111,6 +111,6 @@ def _as_config(tree: DictConfig) -> Config:
             raise ConfigError(f"{missing[0]} is not set; give it in the recipe or as {missing[0]}=...")
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere, or to a wrong type
-        raise ConfigError(f"{error.full_key or 'recipe'}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{error.full_key or 'recipe'}: {first_line(error)}") from error
     assert isinstance(config, Config)
     return config

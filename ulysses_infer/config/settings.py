@@ -15,7 +15,7 @@ from yaml import MarkedYAMLError, YAMLError
 from ulysses_infer.config.aliases import ALIASES, NEEDLESS_KEYS, dtype_name, is_alias_section, split_flags
 from ulysses_infer.config.keys import all_keys, hint_for, is_key, is_mapping, is_open
 from ulysses_infer.config.schema import Config
-from ulysses_infer.errors import ConfigError
+from ulysses_infer.errors import ConfigError, first_line
 
 PATH_KEYS = ("model.path", "model.tokenizer")
 
@@ -162,7 +162,7 @@ def _parse_text(name: str, text: str, origin: str) -> Any:
     try:
         tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{name}={text} (in {origin}): not a valid value: {_first_line(error)}") from error
+        raise ConfigError(f"{name}={text} (in {origin}): not a valid value: {first_line(error)}") from error
     assert isinstance(tree, dict)
     return tree["value"]
 
@@ -176,7 +176,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"recipe '{path}' is not valid YAML{line}: {error.problem}") from error
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe '{path}' cannot be read: {_first_line(error)}") from error
+        raise ConfigError(f"recipe '{path}' cannot be read: {first_line(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(
             f"recipe '{path}' holds a {type(tree).__name__}; it must hold sections such as 'model:'"
@@ -198,7 +198,3 @@ def _shown(path: Path) -> str:
     """`path` from the working directory where it lies below it."""
     absolute = Path(os.path.abspath(path))
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

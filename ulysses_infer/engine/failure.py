@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ulysses_infer.errors import EngineDeadError, UlyssesError
+from ulysses_infer.errors import EngineDeadError, UlyssesError, first_line
 
 # What gloo and NCCL say when the process at the other end is gone.
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process exited")
 NO_ANSWER = ("Timed out", "timed out", "timeout")
 
 
-def first_line(error: BaseException) -> str:
+def kind_and_line(error: BaseException) -> str:
     """The error's kind and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -29,12 +29,12 @@ def describe(error: BaseException) -> str:
         return "another rank was lost"
     if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_ANSWER):
         return "another rank did not answer in time (runtime.step_timeout)"
-    return first_line(error)
+    return kind_and_line(error)
 
 
 def as_user_error(error: Exception) -> UlyssesError:
     """The error as one that every rank can raise, whatever pickle makes of the original."""
-    return error if isinstance(error, UlyssesError) else UlyssesError(first_line(error))
+    return error if isinstance(error, UlyssesError) else UlyssesError(kind_and_line(error))
 
 
 @contextmanager

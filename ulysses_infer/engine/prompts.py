@@ -8,10 +8,10 @@ from typing import Any
 
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.engine.detokenizer import TokenDecoder
-from ulysses_infer.engine.failure import first_line
+from ulysses_infer.engine.failure import kind_and_line
 from ulysses_infer.errors import CheckpointError, RequestError
 from ulysses_infer.model.sampler import derive_seed
-from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.sampling_params import SamplingParams, StructuredOutputs
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -22,6 +22,7 @@ class PromptReader:
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int], seed: int) -> None:
         self.tokenizer, self.vocab_size, self.eos_token_ids = tokenizer, vocab_size, eos_token_ids
         self.decoder = None if tokenizer is None else TokenDecoder(tokenizer)
+        self.grammars = GrammarCompiler(tokenizer, vocab_size)
         self._seed, self._unseeded = seed, itertools.count()
 
     def read(self, prompt: Any) -> tuple[str | None, list[int]]:
@@ -54,6 +55,13 @@ class PromptReader:
         if self.tokenizer is None:
             raise RequestError("bad_words needs a tokenizer; set model.tokenizer")
         return params.encode_bad_words(self.tokenizer)
+
+    def grammar(self, params: SamplingParams) -> GrammarState | None:
+        """The beginning of an output that `params.structured_outputs` constrain; None if nothing does."""
+        if not isinstance(params.structured_outputs, StructuredOutputs):
+            return None
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        return self.grammars.state(params.structured_outputs, eos.union(params.stop_token_ids or ()))
 
     def seed(self, params: SamplingParams) -> int:
         """The request's seed: its own, or the next of the engine's, so that a run can be repeated."""
@@ -92,4 +100,4 @@ def load_tokenizer(settings: ModelConfig, folder: Path | None) -> Any:
             place, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:  # whatever the files make the tokenizer libraries raise, often a bare Exception
-        raise CheckpointError(f"the tokenizer at {place} cannot be read: {first_line(error)}") from error
+        raise CheckpointError(f"the tokenizer at {place} cannot be read: {kind_and_line(error)}") from error

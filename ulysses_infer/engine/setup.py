@@ -28,7 +28,7 @@ from ulysses_infer.engine.worker import ROWS_PER_GATHER, Worker
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.checkpoint import Progress
 from ulysses_infer.model.files import resolve_folder
-from ulysses_infer.model.model import DTYPES, Blueprint, ShiftModel, shard_key_value_heads
+from ulysses_infer.model.model import DTYPES, Blueprint, ShiftModel
 from ulysses_infer.parallel.groups import Groups, Rendezvous, build_groups, init_distributed
 from ulysses_infer.parallel.layout import check_mode
 
@@ -151,7 +151,7 @@ def _cache_shape(config: Config, model: ShiftModel, groups: Groups) -> CacheShap
     sizes = model.shape
     return CacheShape(
         num_layers=sizes.num_layers,
-        num_key_value_heads=shard_key_value_heads(sizes, groups.layout, groups.shard),
+        num_key_value_heads=sizes.key_value_heads_of(groups.shard, groups.layout),
         key_width=sizes.key_width,
         value_width=sizes.value_width,
         block_size=config.cache.block_size,

@@ -9,7 +9,7 @@ import torch
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.context import StepContext, step_context
-from ulysses_infer.parallel.layout import Place, Span, even_span, key_value_span
+from ulysses_infer.parallel.layout import Mode, Place, Span, even_span, key_value_span
 
 ATTENTION_NAME = "ulysses_infer"
 # What models pass on besides: without meaning here, or (the window) taken. Anything else would change the result.
@@ -27,7 +27,9 @@ class HeadPlan:
         self.local_attention_heads = num_attention_heads
         self.local_key_value_heads = num_key_value_heads
         self.shard_heads = Span(0, num_attention_heads)
-        self.key_value_order: list[int] | None = None
+        self._mode = Mode(1, 1)
+        self._order: list[int] | None = None
+        self._indices: dict[Mode, torch.Tensor] = {}
 
     def bind(self, place: Place) -> None:
         """Take the head counts of `place`'s mode."""
@@ -42,7 +44,16 @@ class HeadPlan:
             for head in range(*key_value_span(self.num_key_value_heads, shard, place.world_size))
         ]
         # KV heads are replicated while packing, and only then: the projection computed each of them once.
-        self.key_value_order = None if order == list(range(held.size)) else order
+        self._order = None if order == list(range(held.size)) else order
+        self._mode = place.mode
+
+    def key_value_index(self, device: torch.device) -> torch.Tensor | None:
+        """Local KV head that goes to each receiving head of the mode, in order; None when each goes to one, its own."""
+        if self._order is None:
+            return None
+        if self._mode not in self._indices:
+            self._indices[self._mode] = torch.tensor(self._order, device=device)
+        return self._indices[self._mode]
 
 
 def shift_attention(
@@ -92,9 +103,9 @@ def _tokens_to_heads(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One fused all-to-all: [t, heads/tp, d] of my tokens becomes [T, heads/W, d] of my shard, for q, k and v."""
     sp = context.collectives.place.mode.sp
-    if plan.key_value_order is not None:
-        order = torch.tensor(plan.key_value_order, device=key.device)
-        key, value = key.index_select(1, order), value.index_select(1, order)
+    index = plan.key_value_index(key.device)
+    if index is not None:
+        key, value = key.index_select(1, index), value.index_select(1, index)
     sources = (query, key, value)
     widths = [x.shape[1] // sp * x.shape[2] for x in sources]
     packed = query.new_empty(sp, query.shape[0], sum(widths))

@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ulysses_infer.errors import CheckpointError
+from ulysses_infer.errors import CheckpointError, first_line
 from ulysses_infer.model.files import TensorSource
 from ulysses_infer.model.inject import Injection
 from ulysses_infer.parallel.layout import Span
@@ -104,7 +104,7 @@ class Loader:
         try:
             converted = converter.convert(name, model=self.model, config=self.model.config)
         except RuntimeError as error:  # tensors that should stack or join and do not
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise CheckpointError(
                 f"the tensors of {name} do not fit together ({reason}); the weights do not belong to this config.json"
             ) from error

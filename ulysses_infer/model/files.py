@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ulysses_infer.errors import CheckpointError
+from ulysses_infer.errors import CheckpointError, first_line
 from ulysses_infer.parallel.layout import Span
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -104,7 +104,7 @@ def resolve_folder(path: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"model.path {path!r} is no local folder and could not be had from the hub ({reason}); "
             "give a folder, or check the name, your access and the network"

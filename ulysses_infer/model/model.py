@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ulysses_infer.errors import CheckpointError, UnsupportedModelError
+from ulysses_infer.errors import CheckpointError, UnsupportedModelError, first_line
 from ulysses_infer.model.architectures import check_supported
 from ulysses_infer.model.checkpoint import Loader, Progress
 from ulysses_infer.model.context import StepContext, running
@@ -43,6 +43,10 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     max_model_len: int
+
+    def key_value_heads_of(self, shard: int, layout: Layout) -> int:
+        """KV heads that `shard` caches, in every mode."""
+        return key_value_span(self.num_key_value_heads, shard, layout.world_size).size
 
 
 class ShiftModel:
@@ -93,7 +97,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {reason}") from error
 
 
@@ -161,7 +165,7 @@ def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UnsupportedModelError(
             f"model type {config.model_type!r} has no causal language model: {reason}"
         ) from error
@@ -193,8 +197,3 @@ def _max_model_len(config: Any, wanted: int | None) -> int:
     if own is not None and wanted > own:
         logger.warning("model.max_model_len %d is above the checkpoint's %d, beyond which it is untested", wanted, own)
     return wanted
-
-
-def shard_key_value_heads(shape: ModelShape, layout: Layout, shard: int) -> int:
-    """KV heads that this shard caches, in every mode."""
-    return key_value_span(shape.num_key_value_heads, shard, layout.world_size).size

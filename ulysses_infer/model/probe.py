@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
-from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.errors import UnsupportedModelError, first_line
 from ulysses_infer.model.context import StepContext
 from ulysses_infer.parallel.collectives import Collectives
-from ulysses_infer.parallel.layout import Layout, Span, key_value_span
+from ulysses_infer.parallel.layout import Layout, Span
 
 TRIALS = ((3, 5, 7), (11, 13, 17), (19, 23, 29))  # token ids; a rounding that flips an expert spoils one trial, not all
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}  # of the largest logit
@@ -63,9 +63,8 @@ def probe(model: Any) -> None:
     try:
         problem = _first_problem(model)
     except (TypeError, AttributeError, LookupError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise UnsupportedModelError(
-            f"model type {name!r} does not run with sharded heads: {type(error).__name__}: {reason}"
+            f"model type {name!r} does not run with sharded heads: {type(error).__name__}: {first_line(error)}"
         ) from error
     if problem:
         raise UnsupportedModelError(f"model type {name!r} is not supported: {problem}")
@@ -101,7 +100,7 @@ def _wrong_layers(model: Any, cache: ProbeCache) -> str | None:
 
 def _wrong_heads(model: Any, layout: Layout, shard: int, cache: ProbeCache) -> str | None:
     shape = model.shape
-    heads = key_value_span(shape.num_key_value_heads, shard, layout.world_size).size
+    heads = shape.key_value_heads_of(shard, layout)
     for layer in range(shape.num_layers):
         found = (*cache.keys[layer].shape[1:], cache.values[layer].shape[2])
         if found != (heads, shape.key_width, shape.value_width):

@@ -1,7 +1,7 @@
 """Logits rows to token ids, on one rank.
 
-A row passes through, in vLLM's order: allowed_token_ids, bad_words, min_tokens, logit_bias, penalties; then
-greedy rows take the likeliest token, and the others temperature, min_p, top_k, top_p and one draw. Rows that
+A row passes through, in vLLM's order: its grammar, allowed_token_ids, bad_words, min_tokens, logit_bias, penalties;
+then greedy rows take the likeliest token, and the others temperature, min_p, top_k, top_p and one draw. Rows that
 ask for nothing special cost one argmax.
 
 The draw is one uniform number per token, a pure function of (seed, position in the output): neither batch,
@@ -14,7 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ulysses_infer.sampling_params import SamplingParams
@@ -53,8 +56,13 @@ def needs_full_logits(params: SamplingParams) -> bool:
 
 def _has_processors(params: SamplingParams) -> bool:
     return bool(
-        params.allowed_token_ids or params.bad_words or params.min_tokens or params.logit_bias
-    ) or _has_penalties(params)
+        params.structured_outputs
+        or params.allowed_token_ids
+        or params.bad_words
+        or params.min_tokens
+        or params.logit_bias
+        or _has_penalties(params)
+    )
 
 
 def _has_penalties(params: SamplingParams) -> bool:
@@ -88,12 +96,24 @@ class TokenHistory:
         self._num_counted = len(output_token_ids)
 
 
+class Grammar(Protocol):
+    """What an output's text must match, as far as it has come (`engine/structured.py`)."""
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the output, as far as it was followed, is a whole one."""
+
+    def penalties(self, output_token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """What to add to the logits of the token after `output_token_ids`: [V], 0 or -inf."""
+
+
 @dataclass(eq=False)
 class SamplingRow:
     """What sampling one sequence needs. Keep it while the sequence lives: it remembers the penalties' counts.
 
     `output_token_ids` is the sequence's own growing list; `bad_word_token_ids` comes from
-    `SamplingParams.encode_bad_words`; `seed` from `derive_seed`.
+    `SamplingParams.encode_bad_words`; `seed` from `derive_seed`; `grammar`, this row's alone, from
+    `params.structured_outputs`.
     """
 
     params: SamplingParams
@@ -102,11 +122,17 @@ class SamplingRow:
     output_token_ids: Sequence[int]
     eos_token_ids: frozenset[int] = frozenset()
     bad_word_token_ids: Sequence[Sequence[int]] = ()
+    grammar: Grammar | None = None
     is_plain: bool = field(init=False)  # greedy on the raw logits
     _history: TokenHistory | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.is_plain = not needs_full_logits(self.params)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the output is complete by its grammar, so that having no next token is no failure."""
+        return self.grammar is not None and self.grammar.may_end
 
     def history(self, device: torch.device) -> TokenHistory:
         """The counts of this row, up to date with `output_token_ids`."""
@@ -181,10 +207,18 @@ def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Te
 
 
 def _apply_processors(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    _follow_grammars(scores, rows)
     _keep_allowed(scores, rows)
     _forbid(scores, rows)
     _add_bias(scores, rows)
     _penalise(scores, rows)
+
+
+def _follow_grammars(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    for index, row in enumerate(rows):
+        if row.grammar is not None:
+            penalties = torch.from_numpy(row.grammar.penalties(row.output_token_ids))
+            scores[index] += penalties.to(scores.device)
 
 
 def _keep_allowed(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
