@@ -46,6 +46,9 @@ class Log:
     def on_finish(self, record):
         self.finished.append(record)
 
+    def on_draining(self, deadline):
+        pass
+
     def on_dead(self, reason):
         self.dead.append(reason)
 

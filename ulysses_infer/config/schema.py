@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ulysses_infer.parallel.layout import Layout, Mode
@@ -207,7 +208,9 @@ class ServerConfig:
     admin_api_key: str | None = option(
         secret=True, help="Key for the administrative routes; null: routes are off."
     )
-    served_model_name: str | None = option(help="Model name that clients use; null: model.path.")
+    served_model_name: str | None = option(
+        help="Model name that clients use; null: the hub id, or the name of the model's folder."
+    )
     chat_template: str | None = option(help="File with the chat template to use instead of the checkpoint's.")
     tool_call_parser: str = option(
         "auto", help="How the model writes tool calls; auto: told from its chat template; none: not parsed."
@@ -263,3 +266,9 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+    @property
+    def served_model_name(self) -> str:
+        """The model name that clients use."""
+        local = Path(self.model.path)
+        return self.server.served_model_name or (local.resolve().name if local.is_dir() else self.model.path)

@@ -70,6 +70,9 @@ class Observer(Protocol):
     def on_finish(self, record: RequestRecord) -> None:
         """A request ended, however it did. Comes once for every request that the engine took."""
 
+    def on_draining(self, deadline: float) -> None:
+        """The server takes no more requests; those that run have until `deadline`."""
+
     def on_dead(self, reason: str) -> None:
         """The engine is gone."""
 
@@ -211,6 +214,7 @@ class EngineClient:
                 self._answer(message)
             case Draining():
                 self.status, self.drain_deadline = DRAINING, message.deadline
+                self._observer.on_draining(message.deadline)
                 self._say_goodbye_if_drained()
             case Dead():
                 self._die(message)

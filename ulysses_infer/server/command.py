@@ -104,7 +104,7 @@ def _say_dead(link: Link, reason: str) -> None:
 
 
 def _announce(console: Console, config: Config, url: str) -> None:
-    name = config.server.served_model_name or config.model.path
+    name = config.served_model_name
     pages = "/v1, /docs, /dashboard" if config.server.dashboard else "/v1, /docs"
     console.print(Text.assemble("  serving ", (name, "bold"), " on ", (url, "bold"), f"  ({pages})"))
 

@@ -142,7 +142,7 @@ async def serve(order: Order, link: socket.socket, listener: socket.socket) -> N
     server = _make_server(make_app(make_context(order.config, client, observatory)), order.config.server)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     watching = asyncio.create_task(_watch_hub(order, client))
-    reporting = asyncio.create_task(observatory.report_status())
+    reporting = asyncio.create_task(observatory.status_lines(_log))
     await asyncio.wait([serving, asyncio.create_task(client.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
     if client.death:
         await asyncio.sleep(FAREWELL_SECONDS)
@@ -151,6 +151,10 @@ async def serve(order: Order, link: socket.socket, listener: socket.socket) -> N
     for task in (listening, watching, reporting):
         task.cancel()
     writer.close()
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 async def _watch_hub(order: Order, client: EngineClient) -> None:

@@ -1,0 +1,40 @@
+"""`launch.py` with a fault to order: what a test cannot do to a rank from outside, it asks for by `ULYSSES_TEST_FAULT`.
+
+`raise:RANK:STEP`  the rank's forward pass raises in that step
+`hang:RANK:STEP`   the rank's forward pass never returns, though its other threads live
+`flip`             the mode changes with every step, whatever the policy says
+"""
+
+import os
+import sys
+import time
+
+from ulysses_infer.engine.engine import Engine
+from ulysses_infer.engine.worker import Worker
+from ulysses_infer.frontend.rank import main
+
+run, make = Worker.run, Engine.warm_up
+
+
+def faulty_run(self, plan, on_rows=None):
+    kind, rank, step = os.environ["ULYSSES_TEST_FAULT"].split(":")
+    if os.environ.get("RANK", "0") == rank and plan.sequence == int(step):
+        if kind == "raise":
+            raise ValueError("a fault to order")
+        time.sleep(3600)
+    return run(self, plan, on_rows)
+
+
+def flipping_warm_up(self):
+    make(self)
+    modes, steps = self.config.parallel.available_modes, iter(range(10**9))
+    self.choose_mode = lambda batch: modes[next(steps) % len(modes)]
+
+
+if __name__ == "__main__":
+    fault = os.environ.get("ULYSSES_TEST_FAULT", "")
+    if fault == "flip":
+        Engine.warm_up = flipping_warm_up
+    elif fault:
+        Worker.run = faulty_run
+    main(sys.argv[1:])
