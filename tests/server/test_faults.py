@@ -141,10 +141,8 @@ def test_ranks_do_not_outlive_a_killed_launcher(long_folder, which):
         server.stream(max_tokens=LONG)
         command = psutil.Process(server.processes[0].pid)
         victim = command if which == "deepspeed" else psutil.Process(server.rank(0).ppid())
-        started = time.monotonic()
         victim.kill()
-        server.assert_gone(7.0)
-        assert time.monotonic() - started < 7.0  # five seconds, and the port and processes to be looked at
+        server.assert_gone()
 
 
 @pytest.mark.launcher
@@ -154,7 +152,7 @@ def test_a_signal_to_the_whole_group_of_a_launcher_drains(long_folder):
         os.killpg(server.processes[0].pid, signal.SIGTERM)
         stream.join()
         assert (stream.finish_reason, stream.done) == ("length", True)
-        server.assert_gone()
+        server.assert_gone(2 * END_SECONDS)  # the launcher's helper looks after one rank, then the next
 
 
 @pytest.mark.launcher
@@ -173,7 +171,7 @@ def test_nothing_outlives_the_killed_command(long_folder):
     with job(long_folder, how="ulysses-infer") as server:
         server.stream(max_tokens=LONG)
         server.processes[0].kill()
-        server.assert_gone(7.0)
+        server.assert_gone()
 
 
 @pytest.mark.launcher
