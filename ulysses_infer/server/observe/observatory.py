@@ -1,0 +1,161 @@
+"""The one who watches: takes the client's events and gives metrics, the live page and the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from ulysses_infer.config import Config
+from ulysses_infer.server.client import DEAD, DRAINING, READY, STARTING, RequestRecord
+from ulysses_infer.server.messages import EngineState, Ready, Step
+from ulysses_infer.server.observe.dashboard import Dashboard
+from ulysses_infer.server.observe.history import History
+from ulysses_infer.server.observe.metrics import Metrics
+from ulysses_infer.server.observe.middleware import Application, HttpObserver, write_json_line
+from ulysses_infer.server.observe.snapshot import snapshot
+from ulysses_infer.server.observe.status_line import StatusLine
+
+logger = logging.getLogger(__name__)
+
+
+class Observatory:
+    """An `Observer` of the engine's client. Every method belongs to the event loop's thread.
+
+    The HTTP process makes one, hands it to `EngineClient`, mounts its page, data and metrics, wraps its application
+    in `middleware` (outermost) and runs `status_lines(...)` as a task, which it cancels when it ends:
+    `asyncio.create_task(observatory.status_lines(logger.info))`.
+    """
+
+    metrics_content_type = CONTENT_TYPE_LATEST
+    """Of `metrics_text`."""
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config.server
+        self._clock = clock
+        self.model_name = config.served_model_name
+        self._metrics = Metrics(self.model_name)
+        self._history = History(clock)
+        self._dashboard = Dashboard()
+        self._started = clock()
+        self._info: Ready | None = None
+        self._status, self._reason = STARTING, ""
+        self._drain_deadline: float | None = None
+        self._num_heard: dict[str, int] = {}  # output tokens of each running request that were counted
+
+    # -- what routes use -----------------------------------------------------------------------------------------
+
+    def metrics_text(self) -> bytes:
+        """The body of `/metrics`."""
+        return self._metrics.text()
+
+    def page(self) -> str:
+        """The body of `/dashboard`: HTML. Send `page_headers` with it; it holds no data, so it needs no key."""
+        return self._dashboard.page
+
+    @property
+    def page_headers(self) -> dict[str, str]:
+        """Headers of `/dashboard`, a Content-Security-Policy among them."""
+        return self._dashboard.headers
+
+    def snapshot(self, seconds: float, since: float | None = None) -> dict[str, Any]:
+        """The body of `/dashboard/data?seconds=…&since=…`: the last `seconds` (10 to 900; others are clipped).
+
+        `since`: the `now` of the caller's last snapshot, if it has that and wants only what is new in the rows.
+        """
+        now = self._clock()
+        return {
+            "model": self.model_name,
+            "status": self._status,
+            "reason": self._reason,
+            "uptime": now - self._started,
+            "drain_seconds": None if self._drain_deadline is None else max(0.0, self._drain_deadline - now),
+            "engine": self._engine(),
+            **snapshot(self._history, seconds, since),
+        }
+
+    def middleware(self, app: Application) -> HttpObserver:
+        """`app` with request ids, HTTP metrics and, if configured, an access log."""
+        return HttpObserver(app, self._metrics.on_http, write_json_line if self._config.access_log else None)
+
+    async def status_lines(self, write: Callable[[str], None]) -> None:
+        """Give `write` a line on load and speed each `server.log_interval` seconds, unless nothing happened.
+
+        Runs until it is cancelled.
+        """
+        line = StatusLine(self._history)
+        while True:
+            await asyncio.sleep(self._config.log_interval)
+            text = line.next()
+            if text is not None:
+                write(text)
+
+    # -- what the client says ------------------------------------------------------------------------------------
+
+    def on_ready(self, info: Ready) -> None:
+        """The engine is up."""
+        self._info, self._status = info, READY
+        self._metrics.on_up(True)
+        for mode in info.modes:
+            self._history.mode_number(mode)
+        self.on_step(info.state, None)
+
+    def on_step(self, state: EngineState, step: Step | None) -> None:
+        """A step ran, or the state changed without one."""
+        self._metrics.on_state(state)
+        self._history.on_state(state)
+        if step is not None:
+            self._metrics.on_step(step)
+            self._history.on_step(step)
+
+    def on_first_token(self, record: RequestRecord) -> None:
+        """A request's prompt is computed."""
+        num_new_tokens = self._news(record)
+        self._metrics.on_first_token(record, num_new_tokens)
+        self._history.on_first_token(record, num_new_tokens)
+
+    def on_tokens(self, record: RequestRecord, seconds: float) -> None:
+        """A sequence got a token, `seconds` after its last."""
+        num_new_tokens = self._news(record)
+        self._metrics.on_tokens(seconds, num_new_tokens)
+        self._history.on_tokens(seconds, num_new_tokens)
+
+    def on_finish(self, record: RequestRecord) -> None:
+        """A request ended."""
+        num_new_tokens = self._news(record)
+        del self._num_heard[record.request_id]
+        self._metrics.on_finish(record, num_new_tokens)
+        self._history.on_finish(record, num_new_tokens)
+        logger.debug("%s", record)
+
+    def on_draining(self, deadline: float) -> None:
+        """The server takes no more requests; those that run have until `deadline` (monotonic clock)."""
+        if self._status != DEAD:
+            self._status, self._drain_deadline = DRAINING, deadline
+
+    def on_dead(self, reason: str) -> None:
+        """The engine is gone."""
+        self._status, self._reason, self._drain_deadline = DEAD, reason, None
+        self._metrics.on_up(False)
+
+    def _news(self, record: RequestRecord) -> int:
+        """Output tokens that came since this request was last heard of. Not every token has an event of its own:
+        the first ones of a request's other sequences have none."""
+        before = self._num_heard.get(record.request_id, 0)
+        self._num_heard[record.request_id] = record.num_output_tokens
+        return record.num_output_tokens - before
+
+    def _engine(self) -> dict[str, Any] | None:
+        info = self._info
+        if info is None:
+            return None
+        return {
+            "max_model_len": info.max_model_len,
+            "num_blocks": info.num_blocks,
+            "block_size": info.block_size,
+            "weight_bytes_per_rank": info.weight_bytes_per_rank,
+        }

@@ -1,0 +1,176 @@
+// Everything that is text: the header, the large numbers, the legend of modes, the tables.
+
+class Tiles {
+  constructor(place) {
+    this.tiles = {};
+    for (const [name, title] of [["generated", "Generated"], ["prompt", "Prompts"], ["running", "Running"],
+      ["first", "Time to first token"], ["inter", "Time between tokens"], ["cache", "KV cache in use"]]) {
+      const value = element("p", { className: "value" });
+      const note = element("p", { className: "note" });
+      const card = element("div", { className: "tile" }, element("h3", { textContent: title }), value);
+      if (name === "cache") {
+        this.meter = element("i");
+        card.append(element("div", { className: "meter" }, this.meter));
+      }
+      card.append(note);
+      place.append(card);
+      this.tiles[name] = { value, note };
+    }
+  }
+
+  set(name, value, unit, note) {
+    const tile = this.tiles[name];
+    tile.value.replaceChildren(value, ...(unit ? [element("small", { textContent: unit })] : []));
+    tile.note.textContent = note;
+  }
+
+  show(data) {
+    const { speed, state, totals } = data;
+    const shown = data.window;
+    this.set("generated", formats.rate(speed.generated), "tok/s", `${formats.count(totals.generated_tokens)} since start`);
+    this.set("prompt", formats.rate(speed.prompt), "tok/s", `${formats.count(totals.prompt_tokens)} since start`);
+    this.set("running", formats.count(state && state.running), "", `${formats.count(state && state.waiting)} waiting`);
+    this.showLatency("first", shown.first_token);
+    this.showLatency("inter", shown.inter_token);
+    const usage = state ? state.kv_cache_usage : 0;
+    this.set("cache", formats.share(state && usage), "", `prefix hits ${formats.share(shown.prefix_hit_rate)}`);
+    this.meter.style.width = `${usage * 100}%`;
+  }
+
+  showLatency(name, { percentiles: [p50, p90, p99] }) {
+    this.set(name, formats.duration(p50), p50 === null ? "" : "p50", `p90 ${formats.duration(p90)} · p99 ${formats.duration(p99)}`);
+  }
+}
+
+function showLegend(data) {
+  const times = data.window.modes.map(([, , seconds]) => seconds);
+  const total = times.reduce((sum, seconds) => sum + seconds, 0);
+  const entries = data.modes.map((mode, number) => {
+    const share = total ? formats.share(times[number] / total) : missing;
+    return element("span", { className: times[number] ? "" : "off" }, swatch(colors.ofMode(data.modes, number)),
+      `${mode.name} `, element("b", { textContent: share }));
+  });
+  const switches = element("span", {}, "switches ", element("b", { textContent: formats.count(data.window.switches) }));
+  byId("mode-legend").replaceChildren(...entries, switches);
+}
+
+function showStepsNote(store) {
+  const step = store.steps.at(-1);
+  const mode = step && store.data.modes[step[3]];
+  byId("steps-note").textContent = step
+    ? `last: step ${formats.count(step[0])}, ${marks[mode.kind]} ${mode.name}, ${formats.count(step[4])} tokens in ${formats.duration(step[2])}`
+    : "no step yet";
+}
+
+function showBars(place, rows, whole, empty) {
+  const cells = rows.flatMap(({ name, size, color, count }) => {
+    const inner = element("i");
+    inner.style.width = `${whole ? (100 * size) / whole : 0}%`;
+    inner.style.background = color;
+    return [element("span", { textContent: name }), element("div", { className: "bar" }, inner),
+      element("span", { className: "count" }, ...count)];
+  });
+  place.replaceChildren(...(cells.length ? cells : [element("p", { className: "empty", textContent: empty })]));
+}
+
+const outcomes = [["stop", "finished", "good"], ["length", "reached its length", "three"], ["abort", "client left", "faint"],
+  ["error", "failed", "bad"]];
+
+function showOutcomes({ window: shown, totals }) {
+  const rows = outcomes.filter(([reason]) => totals.finished[reason]).map(([reason, name, color]) => {
+    const size = shown.finished[reason] || 0;
+    const count = [element("b", { textContent: formats.count(size) }), ` · ${formats.count(totals.finished[reason])}`];
+    return { name, size, color: colors[color], count };
+  });
+  showBars(byId("outcomes"), rows, rows.reduce((sum, row) => sum + row.size, 0), "no request has ended yet");
+}
+
+function showTimes({ modes, window: shown }) {
+  const whole = shown.modes.reduce((sum, [, , seconds]) => sum + seconds, 0);
+  const ofModes = modes.flatMap((mode, number) => {
+    const [steps, , seconds] = shown.modes[number];
+    if (!steps) return [];
+    const count = [element("b", { textContent: formats.share(seconds / whole) }), ` · ${formats.duration(seconds / steps)} a step`];
+    return [{ name: mode.name, size: seconds, color: colors.ofMode(modes, number), count }];
+  });
+  const collectives = Object.entries(shown.collective_seconds).filter(([, seconds]) => seconds > 0)
+    .sort(([, a], [, b]) => b - a).slice(0, 4).map(([name, seconds]) => ({
+      name: name.replaceAll("_", " "), size: seconds, color: colors.faint,
+      count: [element("b", { textContent: formats.share(whole ? seconds / whole : null) })],
+    }));
+  showBars(byId("times"), [...ofModes, ...collectives], whole, "no steps in this time");
+}
+
+function modeText(mode) {
+  return Array.isArray(mode) ? modeNames([mode])[0] : String(mode);
+}
+
+function modeNames(modes) {
+  return modes.map(([sp, tp]) => [[sp, "SP"], [tp, "TP"]].filter(([size]) => size > 1)
+    .map(([size, kind]) => `${kind} ${size}`).join(" x ") || "1 rank");
+}
+
+function policyText(policy) {
+  if (policy.name === "threshold") return `threshold · ${formats.count(policy.threshold_tokens)} tokens`;
+  if (policy.name === "static") return `static · ${modeText(policy.mode)}`;
+  return String(policy.name);
+}
+
+// What a policy does, as pairs of a condition and a mode or a value.
+function rulesOf(policy) {
+  if (policy.name === "static") return [["every step", policy.mode]];
+  if (policy.name === "threshold") {
+    const tokens = formats.count(policy.threshold_tokens);
+    return [[`above ${tokens} tokens`, policy.base], [`up to ${tokens} tokens`, policy.shift]];
+  }
+  return Object.entries(policy).filter(([key]) => key !== "name").map(([key, value]) => [key.replaceAll("_", " "), value]);
+}
+
+function showPolicy({ modes, state: { policy } }) {
+  byId("policy-chip").textContent = policyText(policy);
+  byId("policy-name").textContent = policy.name;
+  const pairs = rulesOf(policy).flatMap(([name, value]) => {
+    const number = modes.findIndex((mode) => Array.isArray(value) && mode.sp === value[0] && mode.tp === value[1]);
+    const mark = number < 0 ? [] : [swatch(colors.ofMode(modes, number))];
+    return [element("dt", { textContent: name }), element("dd", {}, ...mark, modeText(value))];
+  });
+  byId("policy-settings").replaceChildren(...pairs);
+}
+
+const statusWords = { starting: "starting", ready: "ready", draining: "draining", dead: "dead", lost: "connection lost",
+  locked: "key needed", connecting: "connecting" };
+
+function showStatus(status, data) {
+  byId("status").dataset.status = status;
+  const left = status === "draining" && data.drain_seconds !== null ? `, ${Math.ceil(data.drain_seconds)} s left` : "";
+  byId("status-text").textContent = statusWords[status] + left;
+  document.body.classList.toggle("stale", status === "lost" || status === "dead");
+  document.body.classList.toggle("locked", status === "locked" && !data);
+  const notices = {
+    dead: ["The engine is dead. ", data && data.reason],
+    lost: ["The server does not answer. ", "What is shown is what was last heard; trying again each second."],
+    locked: ["This server asks for a key. ", "With it in the field below, its data is shown here."],
+    draining: ["The server is shutting down. ", "It takes no new requests and finishes those that run."],
+  };
+  const notice = notices[status];
+  byId("notice").hidden = !notice;
+  byId("notice").dataset.tone = status === "draining" || status === "locked" ? "warn" : "bad";
+  byId("notice").replaceChildren(...(notice ? [element("b", { textContent: notice[0] }), notice[1] || ""] : []));
+}
+
+function showHeader(data) {
+  byId("model").textContent = data.model;
+  document.title = `${data.model} · ulysses_infer`;
+  byId("uptime").textContent = `up ${formats.long(data.uptime)}`;
+  const engine = data.engine;
+  if (!engine) return;
+  const weights = engine.weight_bytes_per_rank.map(formats.bytes);
+  const same = new Set(weights).size === 1;
+  byId("footer").textContent = [
+    `${engine.weight_bytes_per_rank.length} rank${weights.length > 1 ? "s" : ""}`,
+    `weights ${same ? `${weights[0]} a rank` : weights.join(", ")}`,
+    `KV cache ${formats.count(engine.num_blocks * engine.block_size)} tokens in ${formats.count(engine.num_blocks)} blocks`,
+    `longest request ${formats.count(engine.max_model_len)} tokens`,
+    `preemptions ${formats.count(data.totals.preemptions)}`,
+  ].join(" · ");
+}

@@ -1,0 +1,17 @@
+"""A policy's plain description, as the engine sends it, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def describe_settings(policy: dict[str, Any]) -> str:
+    """Its settings without its name: `threshold_tokens=256 base=[2, 1] shift=[1, 2]`."""
+    return " ".join(f"{key}={value}" for key, value in policy.items() if key != "name")
+
+
+def mode_kind(sp: int, tp: int) -> str:
+    """What a mode's colour says: "sp", "tp" or, for both at once, "mixed". As `frontend.screen.mode_style`."""
+    if sp > 1:
+        return "sp" if tp == 1 else "mixed"
+    return "tp"
