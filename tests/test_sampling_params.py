@@ -1,6 +1,8 @@
 import dataclasses
+import json
 import pickle
 
+import msgspec
 import numpy
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from ulysses_infer.errors import RequestError
 from ulysses_infer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.sampling_params import SamplingParams, StructuredOutputs
 
 
 def refusal(**values) -> str:
@@ -55,7 +57,20 @@ WRONG_VALUES = [
     *[("ignore_eos", value) for value in (0, "no")],
     *[("skip_special_tokens", value) for value in (1, None)],
     *[("include_stop_str_in_output", value) for value in (1, "x")],
-    ("structured_outputs", {"json": {}}),
+    *[("structured_outputs", value) for value in (3, "json", {}, {"jsn": {}}, {"json": {}, "regex": "a"}, {"json": 3})],
+    *[
+        ("structured_outputs", value)
+        for value in ({"choice": []}, {"choice": "ab"}, {"choice": [""]}, {"choice": ["\ud800"]})
+    ],
+    *[
+        ("structured_outputs", value)
+        for value in ({"regex": ""}, {"regex": 5}, {"grammar": "x" * 10**6}, {"regex": "\udfff"})
+    ],
+    *[
+        ("structured_outputs", value)
+        for value in ({"json_object": False}, {"json_object": 1}, {"json": {"a": float("nan")}})
+    ],
+    ("structured_outputs", {"json": {}, "disable_any_whitespace": "no"}),
 ]
 
 
@@ -70,7 +85,37 @@ def test_refusal_names_value_and_remedy():
     assert refusal(temperature=-1) == "temperature is out of range, got -1; use a number from 0 to 2"
     assert refusal(top_p=0) == "top_p is out of range, got 0; use a number above 0 up to 1"
     assert refusal(n=True) == "n must be an integer, got True; use 1 to 16384"
-    assert "not available yet" in refusal(structured_outputs={"regex": "a"})
+    assert "exactly one of" in refusal(structured_outputs={"regex": "a", "choice": ["a"]})
+    assert "did you mean 'regex'?" in refusal(structured_outputs={"regexp": "a"})
+
+
+STRUCTURES = [
+    {"json": {"type": "object", "properties": {"é": {"type": "string"}}}},
+    {"json": '{"type": "object"}', "disable_any_whitespace": True},
+    {"regex": "a+"},
+    {"choice": ["a", "b"]},
+    {"grammar": 'start: "a"'},
+    {"json_object": True},
+]
+
+
+@pytest.mark.parametrize("wanted", STRUCTURES, ids=str)
+def test_parameters_travel_as_plain_mappings(wanted):
+    params = SamplingParams(structured_outputs=wanted, stop="x", logit_bias={3: 1.0}, max_tokens=None, n=2)
+    mapping = params.to_mapping()
+    assert SamplingParams.from_mapping(json.loads(json.dumps(mapping))) == params
+    assert SamplingParams.from_mapping(msgspec.msgpack.decode(msgspec.msgpack.encode(mapping))) == params
+    assert set(mapping) == {"structured_outputs", "stop", "logit_bias", "max_tokens", "n"}
+    assert params.clone() == params
+
+
+def test_defaults_travel_as_nothing():
+    assert SamplingParams().to_mapping() == {}
+    assert SamplingParams(stop=[], seed=-1, top_k=-1).to_mapping() == {}
+
+
+def test_a_schema_given_as_text_or_mapping_is_the_same():
+    assert StructuredOutputs(json={"a": 1}) == StructuredOutputs(json='{"a":1}')
 
 
 def test_message_of_a_value_with_many_lines_is_one_line():

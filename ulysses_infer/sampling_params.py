@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ MAX_SEQUENCES = 16384
 MAX_COUNT = 2**31 - 1  # no sequence is this long: a larger token count is a slip
 MAX_SEED = 2**63 - 1
 SEED_UNSET = -1  # vLLM and its clients write "no seed" as -1
+MAX_GRAMMAR_CHARACTERS = 2**17  # of a schema, regex or grammar: larger ones take seconds to compile
 
 
 class TextEncoder(Protocol):
@@ -26,6 +28,71 @@ class TextEncoder(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class StructuredOutputs:
+    """What an output's text must match: exactly one of the fields from `json` to `json_object` (vLLM's names).
+
+    Any wrong value raises `RequestError` at construction. Whether a schema, regex or grammar compiles is known
+    later, where the library for it is: `engine/structured.py`.
+    """
+
+    json: str | dict[str, Any] | None = None  # a JSON schema; becomes its text
+    regex: str | None = None  # the whole output matches it
+    choice: list[str] | None = None  # the output is one of these
+    grammar: str | None = None  # context-free, as Lark writes it, or GBNF
+    json_object: bool = False  # any JSON object
+    disable_any_whitespace: bool = False  # JSON without a space or line break outside its strings
+
+    def __post_init__(self) -> None:
+        """Normalise and check every field. Raises RequestError."""
+        for name in ("json_object", "disable_any_whitespace"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"structured_outputs.{name} must be true or false, got {_show(getattr(self, name))}")
+        object.__setattr__(self, "json", _schema_text(self.json))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _strings("structured_outputs.choice", self.choice))
+        given = [name for name in STRUCTURED_KINDS if getattr(self, name) not in (None, False, [])]
+        if len(given) != 1:
+            raise RequestError(
+                f"structured_outputs has {' and '.join(given) or 'nothing to match'}; "
+                f"use exactly one of {', '.join(STRUCTURED_KINDS)}"
+            )
+        self._check_text(given[0])
+
+    def _check_text(self, kind: str) -> None:
+        value = "\n".join(self.choice or ()) if kind == "choice" else getattr(self, kind)
+        if kind == "json_object":
+            return
+        if not isinstance(value, str) or not value:
+            raise RequestError(f"structured_outputs.{kind} must be text, got {_show(value)}; use a string")
+        if len(value) > MAX_GRAMMAR_CHARACTERS:
+            raise RequestError(
+                f"structured_outputs.{kind} has {len(value)} characters; use at most {MAX_GRAMMAR_CHARACTERS}"
+            )
+        if value.encode(errors="ignore").decode() != value:
+            raise RequestError(f"structured_outputs.{kind} has half a surrogate pair, which no text has; remove it")
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> StructuredOutputs:
+        """Build from a JSON mapping; None means not given. Raises RequestError for an unknown key."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in mapping:
+            if key not in known:
+                raise RequestError(f"structured_outputs: {_unknown_key(key, known, 'key')}")
+        return cls(**{key: value for key, value in mapping.items() if value is not None})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """What `from_mapping` makes an equal object of: plain values, only what is not the default."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+
+STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
 @dataclass(kw_only=True)
@@ -56,7 +123,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    structured_outputs: Any = None  # refused: not available yet
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None  # what the text must match
     logit_bias: dict[int, float] | None = None  # token id -> [-100, 100], added to its logit
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
@@ -67,6 +134,7 @@ class SamplingParams:
         self._check_flags()
         self._check_token_ids()
         self._check_strings()
+        self._check_structure()
         self._check_combinations()
 
     @classmethod
@@ -82,6 +150,15 @@ class SamplingParams:
                 raise RequestError(_unknown_key(key, defaults))
         nullable = {name for name, default in defaults.items() if default is None} | {"max_tokens"}
         return cls(**{key: value for key, value in mapping.items() if value is not None or key in nullable})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """What `from_mapping` makes an equal object of: plain JSON or MessagePack values, only what is not default."""
+        usual = SamplingParams()
+        names = [known.name for known in dataclasses.fields(self)]
+        mapping = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(usual, name)}
+        if isinstance(self.structured_outputs, StructuredOutputs):
+            mapping["structured_outputs"] = self.structured_outputs.to_mapping()
+        return mapping
 
     def clone(self, **changes: Any) -> SamplingParams:
         """A copy that shares no list with this one, every value checked again. Raises RequestError."""
@@ -149,10 +226,6 @@ class SamplingParams:
             value = getattr(self, known.name)
             if isinstance(known.default, bool) and not isinstance(value, bool):
                 raise RequestError(f"{known.name} must be true or false, got {_show(value)}")
-        if self.structured_outputs is not None:
-            raise RequestError(
-                f"structured_outputs is not available yet, got {_show(self.structured_outputs)}; leave it out"
-            )
 
     def _check_token_ids(self) -> None:
         self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids)
@@ -166,6 +239,13 @@ class SamplingParams:
     def _check_strings(self) -> None:
         self.stop = _strings("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
         self.bad_words = _strings("bad_words", self.bad_words)
+
+    def _check_structure(self) -> None:
+        wanted = self.structured_outputs
+        if isinstance(wanted, Mapping):
+            self.structured_outputs = StructuredOutputs.from_mapping(wanted)
+        elif wanted is not None and not isinstance(wanted, StructuredOutputs):
+            raise RequestError(f'structured_outputs must be a mapping, got {_show(wanted)}; use {{"json": schema}}')
 
     def _check_combinations(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -189,10 +269,22 @@ def _show(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _unknown_key(key: object, known: Iterable[str]) -> str:
+def _schema_text(schema: Any) -> Any:
+    """A schema given as a mapping, in JSON; anything else as it is."""
+    if not isinstance(schema, Mapping):
+        return schema
+    try:
+        return json.dumps(dict(schema), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(
+            f"structured_outputs.json is no JSON schema ({str(error)[:80]}); use plain JSON values"
+        ) from error
+
+
+def _unknown_key(key: object, known: Iterable[str], what: str = "sampling parameter") -> str:
     nearest = difflib.get_close_matches(str(key), list(known), n=1)
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(known)}"
-    return f"unknown sampling parameter {_show(key)}; {hint}"
+    return f"unknown {what} {_show(key)}; {hint}"
 
 
 def _is_integer(value: object) -> bool:

@@ -68,9 +68,9 @@ class Engine:
         self.stats.record(
             StepRecord(plan.sequence, mode, plan.num_tokens, batch.num_decodes, time.perf_counter() - started)
         )
-        self._fail_impossible(results)
+        self._end_impossible(results)
         self.scheduler.update(batch, results.tokens)
-        return self._collect(batch)
+        return self._collect(batch, results)
 
     def _plan(self, batch: Batch, mode: Mode) -> StepPlan:
         dropped = self._dropped + [request.index for request in batch.preempted]
@@ -87,13 +87,18 @@ class Engine:
             results.take_greedy(greedy)
         return results
 
-    def _fail_impossible(self, results: StepResults) -> None:
-        """A row whose constraints leave no token ends that request alone."""
+    def _end_impossible(self, results: StepResults) -> None:
+        """A row whose constraints leave no token ends that request alone: well, if its grammar is complete."""
         for index in [index for index, token in results.tokens.items() if token < 0]:
-            logger.warning("request %s allows no token at all; ended with an error", self._owners[index][0].request_id)
-            self.scheduler.finish(self._owners[index][1].request, "error")
+            completion, sequence = self._owners[index]
+            sequence.detokenizer.finish()
+            if sequence.row.may_end:
+                self.scheduler.finish(sequence.request, "stop", sequence.detokenizer.stop_reason)
+            else:
+                logger.warning("request %s allows no token at all; ended with an error", completion.request_id)
+                self.scheduler.finish(sequence.request, "error")
 
-    def _collect(self, batch: Batch) -> list[Completion]:
+    def _collect(self, batch: Batch, results: StepResults) -> list[Completion]:
         """Give sampled tokens to their texts, end what a stop string ended; returns whom this step touched."""
         touched: dict[str, Completion] = {}
         for item in batch.scheduled:
@@ -101,7 +106,7 @@ class Engine:
                 continue
             completion, sequence = self._owners[item.request.index]
             touched[completion.request_id] = completion
-            if item.request.finish_reason not in ("error", "abort"):
+            if results.tokens[item.request.index] >= 0 and item.request.finish_reason != "abort":
                 stop = sequence.take_token()
                 if stop is not None and item.request.stop_reason != stop:
                     self.scheduler.finish(item.request, "stop", stop)
@@ -153,7 +158,7 @@ class Engine:
         )
         row = SamplingRow(
             params, seed, request.prompt_token_ids, request.output_token_ids, request.eos_token_ids,
-            self.prompts.bad_words(params),
+            self.prompts.bad_words(params), self.prompts.grammar(params),
         )  # fmt: skip
         decoder = self.prompts.decoder if params.stop else self._decoder
         detokenizer = Detokenizer(decoder, params, request.prompt_token_ids)

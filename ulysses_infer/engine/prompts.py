@@ -9,6 +9,7 @@ from typing import Any
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.engine.detokenizer import TokenDecoder
 from ulysses_infer.engine.failure import kind_and_line
+from ulysses_infer.engine.structured import GrammarCompiler, GrammarState
 from ulysses_infer.errors import CheckpointError, RequestError
 from ulysses_infer.model.sampler import derive_seed
 from ulysses_infer.sampling_params import SamplingParams, StructuredOutputs

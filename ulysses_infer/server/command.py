@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import threading
 import time
@@ -19,7 +20,7 @@ from ulysses_infer.engine.follower import serve_until_shutdown
 from ulysses_infer.engine.heartbeat import Hub, Member
 from ulysses_infer.engine.prompts import load_tokenizer
 from ulysses_infer.engine.setup import Rank, finish_start, make_prompt_reader, start_rank
-from ulysses_infer.errors import ConfigError
+from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.frontend.guard import Guard
 from ulysses_infer.frontend.opening import loading_bar, print_config
 from ulysses_infer.frontend.screen import make_console
@@ -28,7 +29,9 @@ from ulysses_infer.server.messages import Dead
 from ulysses_infer.server.process import bind, http_process, url_of
 from ulysses_infer.server.serving import Serving, describe_engine
 
-NEEDED = ("fastapi", "uvicorn", "uvloop", "httptools", "msgspec", "prometheus_client")
+logger = logging.getLogger(__name__)
+
+NEEDED = ("fastapi", "uvicorn", "uvloop", "httptools", "msgspec", "prometheus_client", "regex")
 STOP_SECONDS = 3.0  # for a server told to stop now, before it is made to
 LEAVE_SECONDS = 10.0  # for the HTTP process to close its connections
 SIGNAL_SECONDS = 1.0  # signals this close are one: a launcher repeats what its whole group got
@@ -80,8 +83,12 @@ def _start(config: Config, hub: Hub, console: Console) -> tuple[Rank, Engine, li
         rank = start_rank(config, None, progress)
 
     def make_engine() -> Engine:
-        tokenizer = load_tokenizer(config.model, rank.folder)
-        return Engine(config, rank, make_prompt_reader(config, rank, tokenizer), text=False)
+        prompts = make_prompt_reader(config, rank, load_tokenizer(config.model, rank.folder))
+        try:
+            prompts.grammars.prepare()  # now, rather than between the steps of whoever is served by then
+        except RequestError as error:
+            logger.warning("structured outputs will be refused: %s", error)
+        return Engine(config, rank, prompts, text=False)
 
     engine, weight_bytes = finish_start(rank, config, make_engine)
     rank.channel.gather(hub.address)

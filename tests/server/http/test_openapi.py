@@ -1,0 +1,70 @@
+"""/openapi.json says what the server really does: schemathesis asks it a few hundred odd questions."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.server.http.harness import Served
+
+CHECKS = [
+    not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance,
+    response_schema_conformance,
+]  # fmt: skip
+ADMIN = {"Authorization": "Bearer admin-key"}
+
+
+OPERATIONS = [
+    "POST /v1/completions", "POST /v1/chat/completions", "GET /v1/models", "GET /v1/models/{model}", "POST /tokenize",
+    "POST /detokenize", "GET /health", "GET /ready", "GET /version", "GET /metrics", "GET /dashboard",
+    "GET /dashboard/data", "GET /admin/policy", "PUT /admin/policy", "POST /admin/abort", "POST /admin/drain",
+    "POST /admin/reset_prefix_cache", "GET /admin/stats",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def document(shared_server: Served) -> schemathesis.BaseSchema:
+    return schemathesis.openapi.from_url(shared_server.url + "/openapi.json")
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize("label", OPERATIONS)
+def test_answers_are_as_described(
+    server: Served, document: schemathesis.BaseSchema, label: str, mode: GenerationMode
+) -> None:
+    server.engine.replies["abort_all"] = {"aborted": []}
+    method, path = label.split()
+    operation = document[path][method]
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(max_examples=40, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    def ask(case: schemathesis.Case) -> None:
+        case.call_and_validate(checks=CHECKS, headers=ADMIN)
+
+    with contextlib.suppress(Unsatisfiable):  # an operation without input has no wrong input
+        ask()
+
+
+def test_no_operation_is_left_out(document: schemathesis.BaseSchema) -> None:
+    assert sorted(found.ok().label for found in document.get_all_operations()) == sorted(OPERATIONS)
+
+
+def test_no_route_claims_to_answer_422(server: Served) -> None:
+    paths = server.get("/openapi.json").json()["paths"]
+    answers = {status for path in paths.values() for operation in path.values() for status in operation["responses"]}
+    assert "422" not in answers
+    assert {"200", "400", "401", "404", "413", "415", "503"} <= answers
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/models/{model}", "/admin/policy"} <= set(paths)

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.server.http.harness import MODEL, Served
+from ulysses_infer.server.tool_calls import ArgumentsDelta, CallStarted, ContentDelta, ToolEvent
+
+USER = [{"role": "user", "content": "hi"}]
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("f", "g")]
+
+
+class DollarParser:
+    """Calls are written as `$f{…}$`."""
+
+    def __init__(self) -> None:
+        self._text, self._index = "", -1
+
+    def push(self, text: str) -> list[ToolEvent]:
+        events: list[ToolEvent] = []
+        for character in text:
+            events += self._take(character)
+        return events
+
+    def _take(self, character: str) -> list[ToolEvent]:
+        if character == "$":
+            self._text = "" if self._text else "$"
+            return []
+        if not self._text:
+            return [ContentDelta(character)]
+        if self._text == "$":
+            self._text, self._index = "$" + character, self._index + 1
+            return [CallStarted(self._index, f"call-{self._index}", character)]
+        return []
+
+    def finish(self) -> list[ToolEvent]:
+        return [ArgumentsDelta(index, '{"a":1}') for index in range(self._index + 1)]
+
+
+@dataclass(frozen=True)
+class DollarFormat:
+    name: str = "dollar"
+    needs_special_tokens: bool = True
+
+    def parser(self, tools: Any) -> DollarParser:
+        return DollarParser()
+
+
+@pytest.fixture
+def calling(server: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
+    monkeypatch.setattr(server.context, "tool_format", DollarFormat())
+    server.script(text=lambda submit, index: "ok$f$$g$", seconds=0.001)
+    return server
+
+
+def test_calls_are_found_in_a_whole_answer(calling: Served) -> None:
+    answer = calling.openai.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS)
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "ok"
+    assert [(call.id, call.function.name, call.function.arguments) for call in choice.message.tool_calls] == [
+        ("call-0", "f", '{"a":1}'), ("call-1", "g", '{"a":1}'),
+    ]  # fmt: skip
+    assert calling.engine.submits[0].params["skip_special_tokens"] is False
+
+
+def test_an_answer_of_calls_alone_has_no_content(calling: Served) -> None:
+    calling.script(text=lambda submit, index: "$f$")
+    answer = calling.post("/v1/chat/completions", {"messages": USER, "tools": TOOLS}).json()
+    assert answer["choices"][0]["message"]["content"] is None
+
+
+def test_streamed_calls_join_to_those_of_a_whole_answer(calling: Served) -> None:
+    calls: dict[int, dict] = {}
+    content, reasons = "", []
+    for chunk in calling.openai.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, stream=True):
+        choice = chunk.choices[0]
+        content += choice.delta.content or ""
+        reasons.append(choice.finish_reason)
+        for call in choice.delta.tool_calls or ():
+            if call.id:
+                calls[call.index] = {"id": call.id, "name": call.function.name, "arguments": ""}
+            calls[call.index]["arguments"] += call.function.arguments
+    assert content == "ok"
+    assert [json.loads(call["arguments"]) for call in calls.values()] == [{"a": 1}, {"a": 1}]
+    assert [call["name"] for call in calls.values()] == ["f", "g"]
+    assert (set(reasons[:-1]), reasons[-1]) == ({None}, "tool_calls")
+
+
+def test_one_call_is_kept_if_only_one_is_wanted(calling: Served) -> None:
+    body = {"messages": USER, "tools": TOOLS, "parallel_tool_calls": False}
+    message = calling.post("/v1/chat/completions", body).json()["choices"][0]["message"]
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["f"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}])
+def test_without_tools_text_stays_text(calling: Served, fields: dict) -> None:
+    choice = calling.post("/v1/chat/completions", {"messages": USER, **fields}).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("ok$f$$g$", "stop")
+
+
+def test_a_call_cut_short_says_so(calling: Served) -> None:
+    body = {"messages": USER, "tools": TOOLS, "max_tokens": 4}
+    choice = calling.post("/v1/chat/completions", body).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "f"
+
+
+def test_a_format_and_tools_exclude_each_other(calling: Served) -> None:
+    body = {"messages": USER, "tools": TOOLS, "response_format": {"type": "json_object"}}
+    answer = calling.post("/v1/chat/completions", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "response_format"
+    body["tool_choice"] = "none"
+    assert calling.post("/v1/chat/completions", body).status_code == 200
+
+
+def test_an_unknown_function_is_refused(calling: Served) -> None:
+    choice = {"type": "function", "function": {"name": "h"}}
+    answer = calling.post("/v1/chat/completions", {"messages": USER, "tools": TOOLS, "tool_choice": choice})
+    assert answer.status_code == 400
+    assert "'h'" in answer.json()["error"]["message"]

@@ -1,0 +1,191 @@
+"""/v1/chat/completions: messages to the engine's work, its outputs to messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.server.http.completions import check_streaming, generation_of
+from ulysses_infer.server.http.context import AppContext
+from ulysses_infer.server.http.conversation import conversation_of
+from ulysses_infer.server.http.errors import ApiError
+from ulysses_infer.server.http.generation import Generation, Prompt, generate
+from ulysses_infer.server.http.logprobs import TokenNames, chat_logprob, prompt_logprobs
+from ulysses_infer.server.http.outputs import Delta, Output, Outputs
+from ulysses_infer.server.http.protocol.chat import ChatRequest
+from ulysses_infer.server.http.sampling import sampling_params, structured_outputs
+from ulysses_infer.server.http.sse import ChunkWriter
+from ulysses_infer.server.http.tool_use import ToolUse, check_format, tool_use
+
+
+class Chat:
+    """One request to /v1/chat/completions, checked and ready to run."""
+
+    def __init__(self, context: AppContext, body: ChatRequest, generation: Generation, use: ToolUse) -> None:
+        self._context, self._body, self._generation = context, body, generation
+        self._outputs = Outputs(context.texts, generation, context.engine_info().eos_token_ids)
+        self._choices = [ChatChoice(context, body, output, use) for output in self._outputs.all]
+
+    async def answer(self) -> dict[str, Any]:
+        """The whole answer."""
+        context, generation = self._context, self._generation
+        with context.registered(generation.id, generation.request_ids):
+            async with aclosing(generate(context.client, generation)) as batches:
+                async for position, batch in batches:
+                    self._outputs.take(position, batch)
+        choices = [self._choices[output.index].whole(output.flush()) for output in self._outputs.all]
+        common = self._common("chat.completion")
+        return {**common, "choices": choices, "usage": self._outputs.usage(), **self._of_prompt()}
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events, as it comes."""
+        context, generation, options = self._context, self._generation, self._body.stream_options
+        has_usage = bool(options and options.include_usage)
+        is_continuous = bool(options and options.continuous_usage_stats)
+        writer = ChunkWriter(self._common("chat.completion.chunk"), has_usage)
+        with context.registered(generation.id, generation.request_ids):
+            async with aclosing(generate(context.client, generation)) as batches:
+                async for position, batch in batches:
+                    touched = self._outputs.take(position, batch)
+                    chunks = [chunk for output in touched for chunk in self._choices[output.index].chunks()]
+                    more = {"usage": self._outputs.usage()} if is_continuous else None
+                    if chunks:
+                        yield b"".join([writer.chunk(chunk, more) for chunk in chunks])
+        if has_usage:
+            yield writer.usage(self._outputs.usage())
+
+    def _common(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._generation.id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": self._context.model_name,
+            "system_fingerprint": self._context.fingerprint,
+        }
+
+    def _of_prompt(self) -> dict[str, Any]:
+        source = self._outputs.sources[0]
+        fields: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            fields["prompt_token_ids"] = source.prompt.token_ids
+        if self._body.prompt_logprobs is not None:
+            scored = source.start.prompt_logprobs if source.start is not None else None
+            fields["prompt_logprobs"] = None if scored is None else prompt_logprobs(self._context.texts, scored)
+        return fields
+
+
+class ChatChoice:
+    """Writes one output: a whole message, or the next chunks of it."""
+
+    def __init__(self, context: AppContext, body: ChatRequest, output: Output, use: ToolUse) -> None:
+        self._body, self._output, self._use = body, output, use
+        self._names = TokenNames(context.texts, bool(body.return_tokens_as_token_ids))
+        self._reader = use.reader()
+        self._is_first = True
+
+    def whole(self, delta: Delta) -> dict[str, Any]:
+        """The choice of a whole answer."""
+        message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
+        if self._reader is not None:
+            said = self._reader.read(delta.text, is_last=True)
+            message["content"] = said.get("content", None if self._reader.has_calls else "")
+            if "tool_calls" in said:
+                calls = said["tool_calls"]
+                message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
+        return self._choice("message", message, delta)
+
+    def chunks(self) -> list[dict[str, Any]]:
+        """The chunks that tell what came since the last time: before the first one, whose turn it is."""
+        delta = self._output.flush()
+        said = self._said(delta)
+        chunks = []
+        if self._is_first:
+            self._is_first = False
+            chunks.append(self._opening())
+        says_tokens = bool(self._body.logprobs or self._body.return_token_ids) and bool(delta.tokens)
+        if said or delta.finish_reason or says_tokens:
+            chunks.append(self._choice("delta", said, delta))
+        return chunks
+
+    def _said(self, delta: Delta) -> dict[str, Any]:
+        if self._reader is not None:
+            return self._reader.read(delta.text, is_last=delta.finish_reason is not None)
+        return {"content": delta.text} if delta.text else {}
+
+    def _opening(self) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": self._output.index,
+            "delta": {"role": "assistant", "content": "", "refusal": None},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        if self._body.return_token_ids:
+            choice["prompt_token_ids"] = self._output.source.prompt.token_ids
+        return choice
+
+    def _choice(self, name: str, value: dict[str, Any], delta: Delta) -> dict[str, Any]:
+        choice = {
+            "index": self._output.index,
+            name: value,
+            "logprobs": self._logprobs(delta),
+            "finish_reason": self._finish_reason(delta),
+        }
+        if name == "message" or delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        if self._body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return choice
+
+    def _finish_reason(self, delta: Delta) -> str | None:
+        """As OpenAI has it: "tool_calls" where the model chose to call, "stop" if the request named the function."""
+        has_calls = self._reader is not None and self._reader.has_calls and not self._use.is_named
+        return "tool_calls" if delta.finish_reason == "stop" and has_calls else delta.finish_reason
+
+    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        num_top = self._body.top_logprobs or 0
+        scored = [chat_logprob(self._names, token.logprobs, num_top) for token in delta.tokens if token.logprobs]
+        return {"content": scored, "refusal": None}
+
+
+async def make_chat(context: AppContext, body: ChatRequest) -> Chat:
+    """Check a request and write its prompt. Raises `ApiError`, `RequestError`, `OverloadedError`, `EngineDeadError`."""
+    context.check_model(body.model)
+    check_streaming(body)
+    use, params = _parameters(context, body)
+    context.engine_info()
+    variables = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    text = await context.texts.render(conversation_of(body, variables))
+    token_ids = await context.texts.encode(text, bool(body.add_special_tokens))
+    return Chat(context, body, generation_of("chatcmpl", body, [Prompt(token_ids, text)], params), use)
+
+
+def _parameters(context: AppContext, body: ChatRequest) -> tuple[ToolUse, SamplingParams]:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true; set it", param="top_logprobs")
+    use = tool_use(context, body)
+    wanted = structured_outputs(body)
+    check_format(body, use, wanted)
+    changes: dict[str, Any] = {
+        "max_tokens": _max_tokens(body),
+        "structured_outputs": use.constraint or wanted,
+        "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+    }
+    if use.format is not None and use.format.needs_special_tokens:
+        changes["skip_special_tokens"] = False
+    return use, sampling_params(body, **changes)
+
+
+def _max_tokens(body: ChatRequest) -> int | None:
+    """The older and the newer field for the same; None: what fits."""
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        message = f"max_tokens is {old} and max_completion_tokens {new}; they mean the same, so give one"
+        raise ApiError(400, message, param="max_completion_tokens")
+    if (new if new is not None else old) == 0:
+        raise ApiError(400, "max_tokens is 0; ask for at least 1", param="max_tokens")
+    return new if new is not None else old

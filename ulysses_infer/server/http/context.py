@@ -1,0 +1,90 @@
+"""What every route needs."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+
+from ulysses_infer import __version__
+from ulysses_infer.config import Config
+from ulysses_infer.errors import EngineDeadError, OverloadedError
+from ulysses_infer.server.client import EngineClient
+from ulysses_infer.server.http.errors import ApiError
+from ulysses_infer.server.http.texts import Texts, load_texts
+from ulysses_infer.server.messages import Ready
+from ulysses_infer.server.tool_calls import ToolFormat, choose_format
+
+if TYPE_CHECKING:
+    from ulysses_infer.server.observe import Observatory
+
+
+@dataclass
+class AppContext:
+    """The parts of the HTTP process that routes use."""
+
+    config: Config
+    client: EngineClient
+    texts: Texts
+    observatory: Observatory
+    tool_format: ToolFormat | None = None
+    """How the model writes tool calls; None: its outputs are not searched for any."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    running: dict[str, list[str]] = field(default_factory=dict)
+    """Ids of answers in the making, with those of the engine's requests for each."""
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients use."""
+        return self.config.served_model_name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when equal seeds may give other outputs: with the version, the model, and how it is split."""
+        parts = (__version__, self.config.model, self.config.parallel, self.config.runtime.attention_backend)
+        return "fp_" + hashlib.blake2s(repr(parts).encode(), digest_size=5).hexdigest()
+
+    def check_model(self, name: str | None) -> None:
+        """Raises `ApiError` 404 unless `name` is the served model or None."""
+        if name is not None and name != self.model_name:
+            message = f"the model {name[:200]!r} does not exist; this server has {self.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def engine_info(self) -> Ready:
+        """What was loaded. Raises `OverloadedError` while it is, `EngineDeadError`."""
+        if self.client.death:
+            raise EngineDeadError(self.client.death)
+        if self.client.info is None:
+            raise OverloadedError("the engine is still loading the model; try again when /ready says 200")
+        return self.client.info
+
+    @contextmanager
+    def registered(self, answer_id: str, request_ids: Sequence[str]) -> Iterator[None]:
+        """While the block runs, the answer can be found by its id. Raises `ApiError` 400 if that is in use."""
+        if answer_id in self.running:
+            raise ApiError(400, f"the id {answer_id!r} is in use; use another", param="request_id", code="id_in_use")
+        self.running[answer_id] = list(request_ids)
+        try:
+            yield
+        finally:
+            del self.running[answer_id]
+
+
+def make_context(config: Config, client: EngineClient, observatory: Observatory) -> AppContext:
+    """Load the tokenizer and put everything together. Raises `CheckpointError`, `ConfigError`."""
+    texts = load_texts(config)
+    return AppContext(
+        config, client, texts, observatory, choose_format(config.server.tool_call_parser, texts.chat_template)
+    )
+
+
+def context_of(request: Request) -> AppContext:
+    """The context of the application that serves `request`."""
+    context: AppContext = request.app.state.context
+    return context

@@ -1,0 +1,81 @@
+"""Errors as clients see them: OpenAI's shape, one line, and a status that says whether trying again can help."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from ulysses_infer.engine.failure import first_line
+from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError
+
+logger = logging.getLogger(__name__)
+
+INVALID = "invalid_request_error"
+RETRY_SECONDS = 1
+JSON = "application/json"
+
+
+class ApiError(Exception):
+    """A request that is answered with an error. `param`: the field that is wrong; `code`: for programs to read."""
+
+    def __init__(
+        self, status: int, message: str, kind: str = INVALID, param: str | None = None, code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's shape."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+class ClientGoneError(Exception):
+    """The client has closed its connection: nobody reads the answer."""
+
+
+def api_error(error: Exception) -> ApiError:
+    """`error` as its client sees it. What nobody foresaw is a bug of ours: 500, and the log has the stack."""
+    match error:
+        case ApiError():
+            return error
+        case RequestError():
+            return ApiError(400, str(error))
+        case OverloadedError():
+            headers = {"Retry-After": str(RETRY_SECONDS)}
+            return ApiError(503, str(error), "service_unavailable", code="overloaded", headers=headers)
+        case EngineDeadError():
+            return ApiError(503, f"the engine is dead: {error}", "service_unavailable", code="engine_dead")
+        case HTTPException():
+            return _routing_error(error)
+    logger.error("a request met a bug", exc_info=error)
+    return ApiError(500, f"internal error: {first_line(error)}", "internal_error", code="internal_error")
+
+
+def timeout_error(seconds: float) -> ApiError:
+    """The request took too long. 504, not 408: that one says that the client was slow to send its request."""
+    message = f"the request took longer than {seconds:g} s (server.request_timeout); ask for fewer tokens or try later"
+    return ApiError(504, message, "timeout_error", code="request_timeout")
+
+
+def error_response(error: Exception) -> Response:
+    """The answer to a request that raised `error`."""
+    answer = api_error(error)
+    return Response(msgspec.json.encode(answer.body), answer.status, answer.headers, JSON)
+
+
+def _routing_error(error: HTTPException) -> ApiError:
+    messages = {
+        404: "there is no such route; see /docs for those there are",
+        405: "the route does not take this method; see the Allow header",
+    }
+    codes = {404: "unknown_route", 405: "method_not_allowed"}
+    message = messages.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, message, code=codes.get(error.status_code), headers=error.headers)

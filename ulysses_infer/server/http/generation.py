@@ -1,0 +1,101 @@
+"""One HTTP request's work for the engine: some prompts, each completed `n` times, all at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.server.client import EngineClient
+from ulysses_infer.server.messages import NewToken, Submit
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt: its token ids, and its text if that is known."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one HTTP request asks of the engine."""
+
+    id: str
+    """Of the answer."""
+    prompts: list[Prompt]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+
+    @property
+    def request_ids(self) -> list[str]:
+        """The ids under which the engine knows its prompts."""
+        if len(self.prompts) == 1:
+            return [self.id]
+        return [f"{self.id}-{position}" for position in range(len(self.prompts))]
+
+    @property
+    def submits(self) -> list[Submit]:
+        """A message to the engine for each prompt."""
+        params = self.params.to_mapping()
+        return [
+            Submit(name, prompt.token_ids, params, self.priority, self.cache_salt)
+            for name, prompt in zip(self.request_ids, self.prompts, strict=True)
+        ]
+
+
+Batches = AsyncGenerator[tuple[int, list[NewToken]]]
+
+
+async def generate(client: EngineClient, generation: Generation) -> Batches:
+    """Run it: (position of the prompt, the tokens that came for it), as they come.
+
+    Closing the generator aborts what has not ended. Raises what `EngineClient.generate` does.
+    """
+    submits, num_sequences = generation.submits, generation.params.n
+    if len(submits) > 1:
+        async with aclosing(_merged(client, submits, num_sequences)) as items:
+            async for item in items:
+                yield item
+        return
+    async with aclosing(_tokens(client, submits[0], num_sequences)) as batches:
+        async for batch in batches:
+            yield 0, batch
+
+
+def _tokens(client: EngineClient, submit: Submit, num_sequences: int) -> AsyncGenerator[list[NewToken]]:
+    """`client.generate`, which is a generator and can be closed."""
+    batches: Any = client.generate(submit, num_sequences)
+    return batches
+
+
+async def _merged(client: EngineClient, submits: list[Submit], num_sequences: int) -> Batches:
+    """What several prompts get, as it comes. The first error ends them all."""
+    arrived: asyncio.Queue[tuple[int, list[NewToken]] | asyncio.Task[None]] = asyncio.Queue()
+
+    async def feed(position: int, submit: Submit) -> None:
+        async with aclosing(_tokens(client, submit, num_sequences)) as batches:
+            async for batch in batches:
+                arrived.put_nowait((position, batch))
+
+    tasks = [asyncio.create_task(feed(position, submit)) for position, submit in enumerate(submits)]
+    for task in tasks:
+        task.add_done_callback(arrived.put_nowait)
+    num_running = len(tasks)
+    try:
+        while num_running:
+            item = await arrived.get()
+            if isinstance(item, tuple):
+                yield item
+            else:
+                num_running -= 1
+                item.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,127 @@
+"""What a request meets before its route: keys, the limit on its size, and an answer to whatever goes wrong."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ulysses_infer.config import ServerConfig
+from ulysses_infer.server.http.errors import ApiError, ClientGoneError, error_response
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"})
+ADMIN_PREFIX = "/admin"
+
+
+class Keys:
+    """Lets only those through who send the key that the path asks for. The admin key opens everything."""
+
+    def __init__(self, app: ASGIApp, settings: ServerConfig) -> None:
+        self._app = app
+        self._admin_key = settings.admin_api_key
+        self._keys = [key.encode() for key in (settings.api_key, settings.admin_api_key) if key is not None]
+        self._asks_all = settings.api_key is not None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 401 or 403."""
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        if refusal is None:
+            await self._app(scope, receive, send)
+        else:
+            await error_response(refusal)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        path: str = scope["path"]
+        if path == ADMIN_PREFIX or path.startswith(ADMIN_PREFIX + "/"):
+            return self._admin_refusal(scope)
+        if not self._asks_all or path in OPEN_PATHS or _has_key(scope, self._keys):
+            return None
+        return _unauthorized("the API key is missing or wrong", "server.api_key")
+
+    def _admin_refusal(self, scope: Scope) -> ApiError | None:
+        if self._admin_key is None:
+            message = "administrative routes are off; start the server with server.admin_api_key"
+            return ApiError(403, message, "permission_error", code="admin_disabled")
+        if _has_key(scope, [self._admin_key.encode()]):
+            return None
+        return _unauthorized("the administrator's key is missing or wrong", "server.admin_api_key")
+
+
+def _unauthorized(what: str, setting: str) -> ApiError:
+    message = f"{what}; send Authorization: Bearer and the key that the server has as {setting}"
+    headers = {"WWW-Authenticate": "Bearer"}
+    return ApiError(401, message, "authentication_error", code="invalid_api_key", headers=headers)
+
+
+def _has_key(scope: Scope, keys: list[bytes]) -> bool:
+    """Every comparison takes the same time, however much of a key is right."""
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(given) != 1 or given[0][:7].lower() != b"bearer ":
+        return False
+    token = given[0][7:].strip()
+    return any([hmac.compare_digest(token, key) for key in keys])  # noqa: C419  # all, for the same time
+
+
+class BodyLimit:
+    """Refuses a body that is too large: by its declared length, or as soon as more than that has come."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with its size counted."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif _declared_length(scope) > self._max_bytes:
+            await error_response(self._too_large())(scope, receive, send)
+        else:
+            await self._app(scope, self._counted(receive), send)
+
+    def _counted(self, receive: Receive) -> Receive:
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        return counted
+
+    def _too_large(self) -> ApiError:
+        message = f"the body is larger than {self._max_bytes} bytes (server.max_body_bytes); send less"
+        # What is still to come of it will not be read, so the connection is of no more use.
+        return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+
+
+def _declared_length(scope: Scope) -> int:
+    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    return int(lengths[0]) if lengths and lengths[0].isdigit() else 0
+
+
+class Failsafe:
+    """Answers what no handler of the application has: a bug is a 500 that looks like every error, with our headers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on; answer what it raises, if nothing was answered yet."""
+        is_started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal is_started
+            is_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except (ClientGoneError, ClientDisconnect):  # before the body was all there, or after
+            return
+        except Exception as error:  # whatever it is, the client gets an answer and the log the stack
+            if is_started or scope["type"] != "http":
+                raise
+            await error_response(error)(scope, receive, send)

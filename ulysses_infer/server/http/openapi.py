@@ -1,0 +1,101 @@
+"""/openapi.json, made to be true: routes read bodies themselves, so they say here what they take and answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from ulysses_infer.server.http.protocol.chat import ChatRequest
+from ulysses_infer.server.http.protocol.common import ErrorAnswer
+from ulysses_infer.server.http.protocol.completions import CompletionRequest
+from ulysses_infer.server.http.protocol.service import AbortRequest, PolicyChange
+from ulysses_infer.server.http.protocol.tokens import DetokenizeRequest, TokenizeRequest
+
+BODIES: list[type[BaseModel]] = [
+    CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, PolicyChange, AbortRequest,
+]  # fmt: skip
+Responses = dict[int | str, dict[str, Any]]
+REFERENCE = "#/components/schemas/{model}"
+EVENTS = {
+    "text/event-stream": {
+        "schema": {
+            "type": "string",
+            "description": "With stream: true: chunks as OpenAI writes them, an error as {'error': …}; the "
+            "last event is [DONE].",
+        }
+    }
+}
+MEANINGS = {
+    400: "The request is wrong; the message says where.",
+    401: "The key is missing or wrong.",
+    403: "Administrative routes are off.",
+    404: "There is no such thing.",
+    413: "The body is too large.",
+    415: "The body is no JSON.",
+    500: "A bug, or numbers that are not finite.",
+    503: "The server starts, is full, drains, or its engine is dead; Retry-After says if trying again helps.",
+    504: "The request did not end within server.request_timeout.",
+}
+
+
+def takes(body: type[BaseModel]) -> dict[str, Any]:
+    """Keyword arguments of a route that reads a `body`."""
+    schema = {"$ref": REFERENCE.format(model=body.__name__)}
+    return {"openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}}
+
+
+def answers(model: Any, *statuses: int, also: dict[str, Any] | None = None) -> Responses:
+    """Responses of a route: `model` if all is well, in JSON (`also`: other forms), and errors of these statuses."""
+    described: Responses = {200: {"model": model, "description": "Done.", "content": dict(also or {})}}
+    for status in statuses:
+        described[status] = {"model": ErrorAnswer, "description": MEANINGS[status]}
+    return described
+
+
+def described(status: int, meaning: str, model: Any = None) -> Responses:
+    """One response."""
+    response: dict[str, Any] = {"description": meaning}
+    if model is not None:
+        response["model"] = model
+    return {status: response}
+
+
+def parameter(name: str, place: str, schema: dict[str, Any], required: bool = True) -> dict[str, Any]:
+    """What describes a parameter that a route reads itself."""
+    return {"parameters": [{"name": name, "in": place, "required": required, "schema": schema}]}
+
+
+def document(app: FastAPI, is_open: Callable[[str], bool]) -> Callable[[], dict[str, Any]]:
+    """A function for `app.openapi`. `is_open`: whether a path needs no key."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _describe(app, is_open)
+        return app.openapi_schema
+
+    return openapi
+
+
+def _describe(app: FastAPI, is_open: Callable[[str], bool]) -> dict[str, Any]:
+    schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    _, bodies = models_json_schema([(body, "validation") for body in BODIES], ref_template=REFERENCE)
+    components = schema.setdefault("components", {})
+    components["schemas"] = {**components.get("schemas", {}), **bodies["$defs"]}
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            _finish(operation, is_open(path))
+    return schema
+
+
+def _finish(operation: dict[str, Any], is_open: bool) -> None:
+    responses = operation["responses"]
+    if not is_open:
+        operation["security"] = [{"key": []}]
+        error = {"application/json": {"schema": {"$ref": REFERENCE.format(model="ErrorAnswer")}}}
+        responses.setdefault("401", {"description": MEANINGS[401], "content": error})

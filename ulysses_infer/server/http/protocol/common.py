@@ -1,0 +1,188 @@
+"""Fields that several requests share, and the pieces of answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+
+MAX_SEQUENCES = 128  # per prompt, as OpenAI has it
+MAX_LOGPROBS = 20
+MAX_STOPS = 64  # every character of the text is held against each
+INT32, INT64 = 2**31 - 1, 2**63 - 1
+
+
+class Body(BaseModel):
+    """A request's JSON. Types are taken as they are, and a key that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    refused: ClassVar[dict[str, str]] = {}
+    """Fields of OpenAI's API that this server does not have, with what to do instead."""
+
+
+class Answer(BaseModel):
+    """A part of an answer, as /openapi.json describes it."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+
+def check_strings(value: Any) -> Any:
+    """A text or a list of texts. Raises ValueError."""
+    if isinstance(value, str) or value is None:
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("should be a text or a list of texts")
+    if len(value) > MAX_STOPS:
+        raise ValueError(f"should have at most {MAX_STOPS} texts")
+    return value
+
+
+Stops = Annotated[
+    str | list[str] | None,
+    PlainValidator(check_strings),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+TokenId = Annotated[int, Field(ge=0, le=INT32)]
+Count = Annotated[int, Field(ge=0, le=INT32)]
+
+
+class StreamOptions(Body):
+    """What a stream has beside its tokens."""
+
+    include_usage: bool | None = Field(None, description="End with a chunk that has the usage and no choices.")
+    continuous_usage_stats: bool | None = Field(None, description="Every chunk has the usage so far.")
+    include_obfuscation: bool | None = Field(None, description="Taken, without effect.")
+
+
+class StructuredOutputs(Body):
+    """What an output must match: exactly one of json, regex, choice, grammar and json_object."""
+
+    json_schema: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+
+
+class JsonSchema(Body):
+    """The schema of a response format."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """text, any JSON object, or JSON that matches a schema."""
+
+    type: Annotated[str, Field(pattern="^(text|json_object|json_schema)$")]
+    json_schema: JsonSchema | None = None
+
+
+class SamplingFields(Body):
+    """How to sample: OpenAI's fields and vLLM's extra ones. Null means the default."""
+
+    model: str | None = Field(None, description="The served model; null: the one there is.")
+    n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT32)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    stop: Stops = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=1000)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    bad_words: list[Annotated[str, Field(min_length=1)]] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+
+
+class EngineFields(SamplingFields):
+    """How the request is treated, and what must match."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: Annotated[int, Field(ge=-INT32, le=INT32)] | None = Field(None, description="Lower runs earlier.")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+        None, description="Cached prompts are shared only with requests of the same salt."
+    )
+    request_id: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,128}$")] | None = Field(
+        None, description="Becomes part of the answer's id; must not be in use."
+    )
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description='Tokens in log-probabilities are written as "token_id:17".'
+    )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = Field(None, description="The same as structured_outputs.json.")
+    guided_regex: str | None = Field(None, description="The same as structured_outputs.regex.")
+    guided_choice: list[str] | None = Field(None, description="The same as structured_outputs.choice.")
+    guided_grammar: str | None = Field(None, description="The same as structured_outputs.grammar.")
+
+    user: str | None = Field(None, description="Taken, without effect, as the next ones.")
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class PromptTokensDetails(Answer):
+    """Where the prompt's tokens came from."""
+
+    cached_tokens: int
+
+
+class Usage(Answer):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class PromptLogprob(Answer):
+    """A token that the prompt has, or might have had."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
+class ErrorDetails(Answer):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(Answer):
+    """Every error's body."""
+
+    error: ErrorDetails

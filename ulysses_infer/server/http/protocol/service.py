@@ -1,0 +1,82 @@
+"""Models, health, version and administration."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from pydantic import Field, field_validator, model_validator
+
+from ulysses_infer.server.http.protocol.common import Answer, Body
+
+
+class ModelCard(Answer):
+    """A served model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str = Field(description="Path or hub id it was loaded from.")
+    parent: None
+    max_model_len: int | None = Field(description="Longest prompt plus output, in tokens; null while it is loaded.")
+
+
+class ModelList(Answer):
+    """The served models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(Answer):
+    """How the engine is."""
+
+    status: str = Field(description="starting, ready, draining or dead.")
+    reason: str | None = Field(description="Why the engine is dead.")
+
+
+class Version(Answer):
+    """What runs."""
+
+    version: str
+
+
+class PolicyChange(Body):
+    """A policy and its settings; those not given get the recipe's values."""
+
+    name: str
+    settings: dict[str, Any] = Field({}, description="By name.")
+
+    @field_validator("settings")
+    @classmethod
+    def check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """They go to the engine in MessagePack, whose integers have 64 bits."""
+        try:
+            msgspec.msgpack.encode(settings)
+        except OverflowError:
+            raise ValueError("should have no integer of more than 64 bits") from None
+        return settings
+
+
+class AbortRequest(Body):
+    """Which requests to end: one, by the id of its answer, or all."""
+
+    request_id: str | None = None
+    all: bool | None = None
+
+    @model_validator(mode="after")
+    def check(self) -> AbortRequest:
+        """Exactly one of the two."""
+        if (self.request_id is None) == (not self.all):
+            raise ValueError('should have either a request_id or "all": true')
+        return self
+
+
+class Aborted(Answer):
+    """Who was ended."""
+
+    aborted: list[str]
+
+
+AnyAnswer = dict[str, Any]

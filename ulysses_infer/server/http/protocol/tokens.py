@@ -1,0 +1,47 @@
+"""/tokenize and /detokenize, in vLLM's shapes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from ulysses_infer.server.http.protocol.chat import Message
+from ulysses_infer.server.http.protocol.common import Answer, Body, TokenId
+
+
+class TokenizeRequest(Body):
+    """Either a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool | None = Field(None, description="Default: yes for a prompt, no for messages.")
+    return_token_strs: bool | None = None
+
+
+class TokenizeAnswer(Answer):
+    """Token ids."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeRequest(Body):
+    """Token ids."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class DetokenizeAnswer(Answer):
+    """Their text."""
+
+    prompt: str

@@ -1,0 +1,94 @@
+"""Probes, version, metrics and the live page."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+
+from ulysses_infer import __version__
+from ulysses_infer.server.client import DRAINING, READY
+from ulysses_infer.server.http.context import AppContext, context_of
+from ulysses_infer.server.http.errors import JSON, ApiError
+from ulysses_infer.server.http.openapi import answers, described, parameter
+from ulysses_infer.server.http.protocol.service import AnyAnswer, Health, Version
+from ulysses_infer.server.http.routes.openai import json_response
+
+router = APIRouter(tags=["service"])
+page_router = APIRouter(tags=["dashboard"])
+DEFAULT_SECONDS = 120.0
+
+
+@router.get("/health", responses=answers(Health) | described(503, "The engine is starting or dead.", Health))
+async def health(request: Request) -> Response:
+    """Whether the engine runs; a server that drains is in good health."""
+    return _status(context_of(request), READY, DRAINING)
+
+
+@router.get("/ready", responses=answers(Health) | described(503, "It takes no requests now.", Health))
+async def ready(request: Request) -> Response:
+    """Whether requests are taken: every rank has run a forward pass, and the server does not drain."""
+    return _status(context_of(request), READY)
+
+
+@router.get("/version", responses=answers(Version))
+async def version() -> Response:
+    """What runs."""
+    return json_response({"version": __version__})
+
+
+@router.get("/metrics", response_class=PlainTextResponse, responses=described(200, "Prometheus' exposition format."))
+async def metrics(request: Request) -> Response:
+    """Counters and histograms for Prometheus."""
+    observatory = context_of(request).observatory
+    return Response(observatory.metrics_text(), headers={"Content-Type": observatory.metrics_content_type})
+
+
+@page_router.get("/dashboard", response_class=HTMLResponse, responses=described(200, "The live page."))
+async def dashboard(request: Request) -> Response:
+    """The live page. It holds no data: it asks /dashboard/data for them."""
+    observatory = context_of(request).observatory
+    return HTMLResponse(observatory.page(), headers=observatory.page_headers)
+
+
+@page_router.get(
+    "/dashboard/data", responses=answers(AnyAnswer, 400),
+    openapi_extra={
+        "parameters": [
+            *parameter("seconds", "query", {"type": "number", "default": DEFAULT_SECONDS}, False)["parameters"],
+            *parameter("since", "query", {"type": "number"}, False)["parameters"],
+        ]
+    },
+)  # fmt: skip
+async def dashboard_data(request: Request) -> Response:
+    """What happened in the last `seconds`; of that only what is new since `since`, the `now` of the last answer."""
+    seconds = _number(request, "seconds")
+    since = _number(request, "since")
+    snapshot = context_of(request).observatory.snapshot(DEFAULT_SECONDS if seconds is None else seconds, since)
+    return json_response(snapshot)
+
+
+router.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
+router.add_api_route("/ready", ready, methods=["HEAD"], include_in_schema=False)
+
+
+def _status(context: AppContext, *good: str) -> Response:
+    client = context.client
+    body = msgspec.json.encode({"status": client.status, "reason": client.death or None})
+    return Response(body, 200 if client.status in good else 503, media_type=JSON)
+
+
+def _number(request: Request, name: str) -> float | None:
+    text = request.query_params.get(name)
+    if text is None:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ApiError(400, f"{name} is {text[:40]!r}, which is no number", param=name)
+    return number

@@ -1,0 +1,101 @@
+"""OpenAI's routes: completions, chat, models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ulysses_infer.server.http.body import read_body
+from ulysses_infer.server.http.chat import make_chat
+from ulysses_infer.server.http.completions import make_completion
+from ulysses_infer.server.http.context import AppContext, context_of
+from ulysses_infer.server.http.disconnect import until_disconnect
+from ulysses_infer.server.http.errors import JSON, timeout_error
+from ulysses_infer.server.http.openapi import EVENTS, answers, parameter, takes
+from ulysses_infer.server.http.protocol.chat import ChatAnswer, ChatRequest
+from ulysses_infer.server.http.protocol.completions import CompletionAnswer, CompletionRequest
+from ulysses_infer.server.http.protocol.service import ModelCard, ModelList
+from ulysses_infer.server.http.sse import EventStream
+
+router = APIRouter(tags=["OpenAI"])
+GENERATING = (400, 404, 413, 415, 500, 503, 504)
+
+
+class Work(Protocol):
+    """A request that is ready to run."""
+
+    async def answer(self) -> dict[str, Any]:
+        """Run it; the whole answer."""
+
+    def events(self) -> Any:
+        """Run it; the answer in events."""
+
+
+@router.post(
+    "/v1/completions", responses=answers(CompletionAnswer, *GENERATING, also=EVENTS), **takes(CompletionRequest)
+)
+async def completions(request: Request) -> Response:
+    """Continue a prompt, or several."""
+    context, body = context_of(request), await read_body(request, CompletionRequest)
+    return await _respond(request, context, make_completion(context, body), bool(body.stream))
+
+
+@router.post("/v1/chat/completions", responses=answers(ChatAnswer, *GENERATING, also=EVENTS), **takes(ChatRequest))
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    context, body = context_of(request), await read_body(request, ChatRequest)
+    return await _respond(request, context, make_chat(context, body), bool(body.stream))
+
+
+@router.get("/v1/models", responses=answers(ModelList))
+async def models(request: Request) -> Response:
+    """The served model, in a list."""
+    return json_response({"object": "list", "data": [_card(context_of(request))]})
+
+
+@router.get(
+    "/v1/models/{model:path}", responses=answers(ModelCard, 404),
+    openapi_extra=parameter("model", "path", {"type": "string"}),
+)  # fmt: skip
+async def model(request: Request) -> Response:
+    """The served model."""
+    context = context_of(request)
+    context.check_model(request.path_params["model"])
+    return json_response(_card(context))
+
+
+def json_response(value: Any) -> Response:
+    """`value` as a response of JSON."""
+    return Response(msgspec.json.encode(value), media_type=JSON)
+
+
+async def _respond(request: Request, context: AppContext, making: Coroutine[Any, Any, Work], streams: bool) -> Response:
+    """Run a request while its client waits. Raises what goes wrong before an answer has begun."""
+    timeout = context.config.server.request_timeout
+    work = await making
+    if streams:
+        return EventStream(work.events(), timeout)
+    try:
+        async with asyncio.timeout(timeout):
+            return json_response(await until_disconnect(request.receive, work.answer()))
+    except TimeoutError:
+        raise timeout_error(timeout or 0) from None
+
+
+def _card(context: AppContext) -> dict[str, Any]:
+    info = context.client.info
+    return {
+        "id": context.model_name,
+        "object": "model",
+        "created": context.created,
+        "owned_by": "ulysses_infer",
+        "root": context.config.model.path,
+        "parent": None,
+        "max_model_len": None if info is None else info.max_model_len,
+    }

@@ -1,0 +1,55 @@
+"""The fields of a request as `SamplingParams`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ulysses_infer.errors import RequestError
+from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.server.http.errors import ApiError
+from ulysses_infer.server.http.protocol.common import EngineFields, SamplingFields
+
+ALIASES = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+NAMES = frozenset(SamplingFields.model_fields) - {"model"}
+
+
+def sampling_params(body: EngineFields, **changes: Any) -> SamplingParams:
+    """The parameters of a request. `changes` replace fields. Raises `ApiError` that names the field."""
+    values = {name: getattr(body, name) for name in NAMES} | changes
+    mapping = {name: value for name, value in values.items() if value is not None or name in changes}
+    try:
+        return SamplingParams.from_mapping(mapping)
+    except RequestError as error:
+        first_word = str(error).partition(" ")[0].partition("=")[0].partition("[")[0]
+        raise ApiError(400, str(error), param=first_word if first_word in NAMES else None) from None
+
+
+def structured_outputs(body: EngineFields) -> Mapping[str, Any] | None:
+    """What the output must match, whichever field says so. Raises `ApiError` if two do."""
+    found: dict[str, Mapping[str, Any]] = {}
+    if body.structured_outputs is not None:
+        given = body.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+        found["structured_outputs"] = given
+    for alias, name in ALIASES.items():
+        if getattr(body, alias) is not None:
+            found[alias] = {name: getattr(body, alias)}
+    wanted = _response_format(body)
+    if wanted is not None:
+        found["response_format"] = wanted
+    if len(found) > 1:
+        names = " and ".join(found)
+        raise ApiError(400, f"{names} each say what the output must match; use one", param=list(found)[-1])
+    return next(iter(found.values()), None)
+
+
+def _response_format(body: EngineFields) -> Mapping[str, Any] | None:
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return {"json_object": True}
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        message = "response_format has no json_schema.schema; give one or use type json_object"
+        raise ApiError(400, message, param="response_format")
+    return {"json": wanted.json_schema.schema_}

@@ -1,0 +1,76 @@
+"""Server-sent events: an answer that is written while it is made."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ulysses_infer.server.http.disconnect import until_disconnect
+from ulysses_infer.server.http.errors import api_error, error_response, timeout_error
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would gather events otherwise
+]
+_encode = msgspec.json.Encoder().encode
+
+
+class ChunkWriter:
+    """Writes the chunks of one stream: everything but the choice is the same in all, so it is encoded once."""
+
+    def __init__(self, common: Mapping[str, Any], has_usage: bool) -> None:
+        self._head = b"data: " + _encode(common)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if has_usage else b"]}\n\n"
+
+    def chunk(self, choice: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> bytes:
+        """The event of one choice. `more`: keys beside `choices`, usage among them."""
+        if more is None:
+            return b"".join((self._head, _encode(choice), self._tail))
+        return b"".join((self._head, _encode(choice), b"],", _encode(more)[1:], b"\n\n"))
+
+    def usage(self, usage: Mapping[str, Any]) -> bytes:
+        """The event that has only the usage."""
+        return b"".join((self._head, b'],"usage":', _encode(usage), b"}\n\n"))
+
+
+class EventStream(Response):
+    """Sends events as a generator makes them, and closes it whatever happens.
+
+    Nothing is sent before the first events are there: an error until then has a status of its own. A later one is an
+    event `{"error": …}`; as from other servers, `[DONE]` follows it, so that no client waits for more. If the client
+    leaves, the generator is closed at once.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes], timeout: float | None) -> None:
+        super().__init__()
+        self._events, self._timeout = events, timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request."""
+        await until_disconnect(receive, self._run(scope, receive, send))
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_started = False
+        try:
+            async with aclosing(self._events) as events, asyncio.timeout(self._timeout):
+                async for data in events:
+                    if not is_started:
+                        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+                        is_started = True
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            last = DONE
+        except Exception as error:  # told to the client, and logged if nobody foresaw it
+            known = timeout_error(self._timeout or 0) if isinstance(error, TimeoutError) else error
+            if not is_started:
+                await error_response(known)(scope, receive, send)
+                return
+            last = b"data: " + _encode(api_error(known).body) + b"\n\n" + DONE
+        await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -1,0 +1,159 @@
+"""The tokenizer, as the server uses it: text to token ids without holding up streams, token ids to text."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ulysses_infer.config import Config
+from ulysses_infer.engine.detokenizer import TokenDecoder
+from ulysses_infer.errors import ConfigError, RequestError
+from ulysses_infer.server.http.conversation import Conversation, render
+
+T = TypeVar("T")
+INLINE_CHARACTERS = 4096  # of text that is encoded on the event loop: about a millisecond
+CACHED_TOKENS = 1 << 14
+
+
+class Texts:
+    """Encodes and decodes. Without a tokenizer only token ids can be served.
+
+    Long texts are encoded in a thread with a tokenizer of its own: two threads must not use one.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._spare = tokenizer, copy.deepcopy(tokenizer)
+        self.decoder = None if tokenizer is None else TokenDecoder(tokenizer)
+        self._pieces = None if tokenizer is None else TokenPieces(tokenizer)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template's text, that of tool use if there are several."""
+        template = getattr(self._tokenizer, "chat_template", None)
+        if isinstance(template, dict):
+            return template.get("tool_use") or template.get("default")
+        return template
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of `text`. Raises `RequestError`."""
+        return await self._run(len(text), functools.partial(_encode, text, add_special_tokens))
+
+    async def render(self, conversation: Conversation) -> str:
+        """A conversation as the chat template writes it. Raises `RequestError`."""
+        return await self._run(conversation.num_characters, lambda tokenizer: render(tokenizer, conversation))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Their text, special tokens included. Raises `RequestError` without a tokenizer."""
+        if self.decoder is None:
+            raise RequestError("there is no tokenizer; set model.tokenizer")
+        decoder = self.decoder
+        return decoder.decode([token for token in token_ids if decoder.is_visible(token, False)], False)
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character."""
+        return b"" if self._pieces is None else self._pieces.of(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of a token alone."""
+        return self.piece(token_id).decode(errors="replace")
+
+    async def _run(self, size: int, work: Callable[[Any], T]) -> T:
+        if size <= INLINE_CHARACTERS:
+            return work(self._tokenizer)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._spare)
+
+
+def _encode(text: str, add_special_tokens: bool, tokenizer: Any) -> list[int]:
+    if tokenizer is None:
+        raise RequestError("a text prompt needs a tokenizer; give token ids or set model.tokenizer")
+    token_ids = list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+    if not token_ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    return token_ids
+
+
+class TokenPieces:
+    """Each token's own bytes, by the way in which the vocabulary writes them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._literal = frozenset(tokenizer.added_tokens_decoder)
+        self._convert = _converter(tokenizer)
+        self.of = functools.lru_cache(CACHED_TOKENS)(self._of)
+
+    def _of(self, token_id: int) -> bytes:
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:  # an id that only pads the vocabulary
+            return b""
+        return str(piece).encode() if token_id in self._literal else self._convert(str(piece))
+
+
+def _converter(tokenizer: Any) -> Callable[[str], bytes]:
+    kinds = _decoder_kinds(tokenizer)
+    if "ByteLevel" in kinds:
+        return _byte_level
+    if kinds & {"ByteFallback", "Metaspace"}:
+        return _sentencepiece
+    return str.encode
+
+
+def _decoder_kinds(tokenizer: Any) -> set[str]:
+    """Names of the decoders that a fast tokenizer chains; those written in Python are sentencepiece's."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {"Metaspace"}
+    decoder = json.loads(backend.to_str()).get("decoder") or {}
+    return {part.get("type", "") for part in (decoder, *decoder.get("decoders", ()))}
+
+
+def _byte_level(piece: str) -> bytes:
+    values = [_BYTES.get(character) for character in piece]
+    return piece.encode() if None in values else bytes(value for value in values if value is not None)
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters in which byte-level vocabularies write bytes (GPT-2): printable ones as themselves, others from
+    256 up."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
+
+
+def _sentencepiece(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()
+
+
+def load_texts(config: Config) -> Texts:
+    """The tokenizer of the checkpoint, with the chat template that the recipe names.
+
+    Raises `CheckpointError`, `ConfigError`.
+    """
+    from ulysses_infer.engine.prompts import load_tokenizer
+    from ulysses_infer.model.files import resolve_folder
+
+    folder = None if config.model.tokenizer else resolve_folder(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(config.model, folder)
+    if config.server.chat_template is not None:
+        if tokenizer is None:
+            raise ConfigError("server.chat_template needs a tokenizer; set model.tokenizer")
+        tokenizer.chat_template = _read_template(config.server.chat_template)
+    return Texts(tokenizer)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"server.chat_template {path!r} cannot be read: {error}; give a file of text") from error

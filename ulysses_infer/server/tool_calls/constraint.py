@@ -1,0 +1,109 @@
+"""A `tool_choice` that leaves no choice, as a constraint on the output, and the format of such an output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ulysses_infer.sampling_params import StructuredOutputs
+from ulysses_infer.server.tool_calls.definitions import ToolChoice, function_of, named_function, parameters_of
+from ulysses_infer.server.tool_calls.events import (
+    ArgumentsDelta,
+    CallStarted,
+    ToolCallParser,
+    ToolEvent,
+    ToolFormat,
+    Tools,
+)
+from ulysses_infer.server.tool_calls.json_calls import REQUIRED
+from ulysses_infer.server.tool_calls.streaming import call_id
+
+_DATA_KEYS = ("const", "enum", "default", "examples")  # values, in which "$ref" is no reference
+
+
+def tool_choice_constraint(tools: Tools, tool_choice: ToolChoice, parallel: bool = True) -> StructuredOutputs | None:
+    """What forces the calls that `tool_choice` demands; None if it demands none ("none", "auto", None).
+
+    `tools` and `tool_choice` are checked ones. `parallel`: whether "required" may give more than one call. A named
+    function's output is its arguments alone. Raises RequestError for schemas too large.
+    """
+    name = named_function(tool_choice)
+    if name is not None:
+        chosen = next(tool for tool in tools if function_of(tool)["name"] == name)
+        return StructuredOutputs(json=parameters_of(chosen))
+    if tool_choice != "required":
+        return None
+    schema: dict[str, Any] = {
+        "type": "array",
+        "minItems": 1,
+        "items": {"anyOf": [_call_schema(tool) for tool in tools]},
+    }
+    if not parallel:
+        schema["maxItems"] = 1
+    schema["$defs"] = {function_of(tool)["name"]: _moved(parameters_of(tool), tool) for tool in tools}
+    return StructuredOutputs(json=schema)
+
+
+def constrained_format(tool_choice: ToolChoice) -> ToolFormat:
+    """The format of outputs under `tool_choice_constraint(…, tool_choice)`, whatever the model's own."""
+    name = named_function(tool_choice)
+    return REQUIRED if name is None else NamedFormat(name)
+
+
+def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+    name = function_of(tool)["name"]
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/{name}"}},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+    }
+
+
+def _moved(schema: Any, tool: Mapping[str, Any]) -> Any:
+    """The schema with its references into itself led to its new place, `#/$defs/<name>`."""
+    if isinstance(schema, list):
+        return [_moved(part, tool) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {key: value if key in _DATA_KEYS else _moved(value, tool) for key, value in schema.items()}
+    reference = moved.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = f"#/$defs/{function_of(tool)['name']}{reference[1:]}"
+    return moved
+
+
+@dataclass(frozen=True)
+class NamedFormat:
+    """An output that is nothing but the arguments of the function `function`."""
+
+    function: str
+    name: str = "named"
+    needs_special_tokens: bool = False
+
+    def parser(self, tools: Tools) -> ToolCallParser:
+        """A fresh parser, for one output."""
+        return NamedParser(self.function)
+
+
+class NamedParser:
+    """Gives all text to one call."""
+
+    def __init__(self, function: str) -> None:
+        self._function = function
+        self._has_started = False
+
+    def push(self, text: str) -> list[ToolEvent]:
+        """Take the next piece of text; returns what became certain."""
+        if not text:
+            return []
+        events: list[ToolEvent] = [ArgumentsDelta(0, text)]
+        if not self._has_started:
+            events.insert(0, CallStarted(0, call_id(), self._function))
+        self._has_started = True
+        return events
+
+    def finish(self) -> list[ToolEvent]:
+        """Nothing is ever held back."""
+        return []

@@ -1,0 +1,169 @@
+"""What parsers of tool calls share: text that comes in pieces, and markup recognised before any of it is shown.
+
+A parser is a state machine. A state looks at the text that was not taken yet and either takes some of it and names
+the next state, or waits for more. It decides only what no further text can change, so that cuts make no difference.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import regex
+
+from ulysses_infer.server.tool_calls.events import ArgumentsDelta, CallStarted, ContentDelta, ToolEvent
+
+NAME = r"[^\s\p{Cs}\"\\<>\[\]{}()=]{1,128}"
+SPACE = r"\s{0,256}+"  # bounded, like names: what is held back while it may still become a call stays small
+_ID_CHARACTERS = string.ascii_letters + string.digits
+
+
+def call_id() -> str:
+    """A call's id as OpenAI's look."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+def short_call_id() -> str:
+    """A call's id as Mistral's chat templates demand: nine letters or digits."""
+    return "".join(secrets.choice(_ID_CHARACTERS) for _ in range(9))
+
+
+class StreamingParser:
+    """Content up to one of the `openers`, then whatever the subclass's state `_open` makes of it."""
+
+    def __init__(self, openers: Sequence[str], make_id: Callable[[], str] = call_id) -> None:
+        self._openers, self._make_id = openers, make_id
+        self._text = ""
+        self._is_final = False
+        self._state: Callable[[], bool] = self._content
+        self._space = ""  # white space around calls, which is content only if text follows or no call was made
+        self._in_content = False
+        self._num_calls = 0
+        self._events: list[ToolEvent] = []
+
+    def push(self, text: str) -> list[ToolEvent]:
+        """Take the next piece of text; returns what became certain."""
+        self._text += text
+        while self._state():
+            pass
+        events, self._events = self._events, []
+        return events
+
+    def finish(self) -> list[ToolEvent]:
+        """The output is complete: returns what was held back."""
+        self._is_final = True
+        return self.push("")
+
+    # -- states: True if there is more to do -----------------------------------------------------------------------
+
+    def _content(self) -> bool:
+        if not self._in_content:
+            stripped = self._text.lstrip()
+            self._space += self._text[: len(self._text) - len(stripped)]
+            self._text = stripped
+        position = min((at for opener in self._openers if (at := self._text.find(opener)) >= 0), default=None)
+        if position is not None:
+            self._show(position)
+            self._state = self._open
+            return True
+        self._show(len(self._text) - (0 if self._is_final else self._num_held()))
+        if self._is_final and not self._num_calls:
+            self._say(self._space)
+            self._space = ""
+        return False
+
+    def _open(self) -> bool:
+        """The text begins with an opener."""
+        raise NotImplementedError
+
+    # -- what states do --------------------------------------------------------------------------------------------
+
+    def _match(self, pattern: regex.Pattern[str]) -> tuple[regex.Match[str] | None, bool]:
+        """The match at the text's beginning, or whether more text could still make it one."""
+        found = pattern.match(self._text, partial=True)
+        if found is None or found.partial:
+            return None, found is not None and not self._is_final
+        return found, False
+
+    def _reject(self) -> bool:
+        """The text begins with an opener that opens nothing: it is content."""
+        self._show(max((len(opener) for opener in self._openers if self._text.startswith(opener)), default=0))
+        self._state = self._content
+        return True
+
+    def _start_call(self, name: str, identifier: str | None = None) -> None:
+        self._events.append(CallStarted(self._num_calls, identifier or self._make_id(), name))
+        self._num_calls += 1
+        self._space, self._in_content = "", False
+
+    def _give_arguments(self, text: str) -> None:
+        """To the newest call."""
+        if text:
+            self._events.append(ArgumentsDelta(self._num_calls - 1, text))
+
+    def _take(self, length: int) -> str:
+        taken, self._text = self._text[:length], self._text[length:]
+        return taken
+
+    def _show(self, length: int) -> None:
+        """Take so many characters as content."""
+        if length > 0:
+            self._say(self._space + self._take(length))
+            self._space, self._in_content = "", True
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._events.append(ContentDelta(text))
+
+    def _num_held(self) -> int:
+        """Length of the longest end of the text that an opener begins with."""
+        return max(num_shared(self._text, opener) for opener in self._openers)
+
+
+def as_json(value: Any) -> str:
+    """JSON as a client can read it. Raises ValueError for what JSON lacks, such as infinities."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    has_half_pairs = any("\ud800" <= character <= "\udfff" for character in text)
+    return json.dumps(value) if has_half_pairs else text
+
+
+def num_shared(text: str, opener: str) -> int:
+    """Length of the longest end of `text` that is a beginning, but not the whole, of `opener`."""
+    longest = min(len(text), len(opener) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(opener[:length])), 0)
+
+
+class BracketScanner:
+    """Finds where a bracketed value ends, over pieces of text. `quotes`: the characters that strings stand between."""
+
+    def __init__(self, quotes: str = '"') -> None:
+        self._quotes = quotes
+        self._depth = 0
+        self._quote = ""
+        self._is_escaped = False
+
+    def feed(self, text: str) -> int | None:
+        """Take more text, the opening bracket first. Returns how much of it belongs to the value once that ends."""
+        for position, character in enumerate(text):
+            if self._quote:
+                self._in_string(character)
+            elif character in self._quotes:
+                self._quote = character
+            elif character in "{[(":
+                self._depth += 1
+            elif character in "}])":
+                self._depth -= 1
+                if self._depth == 0:
+                    return position + 1
+        return None
+
+    def _in_string(self, character: str) -> None:
+        if self._is_escaped:
+            self._is_escaped = False
+        elif character == "\\":
+            self._is_escaped = True
+        elif character == self._quote:
+            self._quote = ""
