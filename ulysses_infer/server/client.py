@@ -121,6 +121,14 @@ class EngineClient:
         """Requests that are being answered."""
         return len(self._streams)
 
+    def outstanding_tokens(self, sequence_tokens: int) -> int:
+        """Work that is left, in tokens: prompts that have no output yet, and `sequence_tokens` a sequence that has."""
+        return sum(
+            sequence_tokens * len(stream.unfinished)
+            + (stream.record.num_prompt_tokens if stream.record.first_token_time is None else 0)
+            for stream in self._streams.values()
+        )
+
     # -- what routes use -----------------------------------------------------------------------------------------
 
     async def generate(self, request: Submit, num_sequences: int = 1) -> AsyncIterator[list[NewToken]]:

@@ -244,3 +244,15 @@ def test_a_commands_refusal_is_400(server: Served) -> None:
     server.engine.replies["reset_prefix_cache"] = RequestError("requests are running")
     answer = server.post("/admin/reset_prefix_cache", None, headers={"Authorization": "Bearer admin-key"})
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "requests are running")
+
+
+def test_a_client_that_does_not_read_holds_up_nobody(server: Served) -> None:
+    server.script(text=lambda submit, index: "x" * 120, seconds=0.001)
+    body = json.dumps({"prompt": ["a"] * 64, "n": 8, "max_tokens": 120, "logprobs": 20, "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with socket.create_connection(("127.0.0.1", server.port)) as deaf:
+        deaf.sendall(head + body)
+        wait_for(lambda: server.context.running)
+        server.script()
+        assert server.post("/v1/completions", BODY).status_code == 200
+    wait_for(lambda: not server.context.running, seconds=10)

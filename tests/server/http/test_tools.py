@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from tests.server.http.harness import MODEL, Served
+from ulysses_infer.sampling_params import StructuredOutputs
+from ulysses_infer.server.http import tool_use
 from ulysses_infer.server.tool_calls import ArgumentsDelta, CallStarted, ContentDelta, ToolEvent
 
 USER = [{"role": "user", "content": "hi"}]
@@ -123,3 +125,22 @@ def test_an_unknown_function_is_refused(calling: Served) -> None:
     answer = calling.post("/v1/chat/completions", {"messages": USER, "tools": TOOLS, "tool_choice": choice})
     assert answer.status_code == 400
     assert "'h'" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [("required", "tool_calls"), ({"type": "function", "function": {"name": "f"}}, "stop")],
+)
+def test_a_demanded_call_is_forced_and_read_in_its_own_format(
+    calling: Served, monkeypatch: pytest.MonkeyPatch, choice: Any, reason: str
+) -> None:
+    def forced(tools: Any, tool_choice: Any, parallel: bool) -> StructuredOutputs:
+        return StructuredOutputs(regex=f"{len(tools)}{parallel}")
+
+    monkeypatch.setattr(tool_use, "tool_choice_constraint", forced)
+    monkeypatch.setattr(tool_use, "constrained_format", lambda tool_choice: DollarFormat(needs_special_tokens=False))
+    body = {"messages": USER, "tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
+    answer = calling.post("/v1/chat/completions", body).json()
+    assert answer["choices"][0]["finish_reason"] == reason
+    assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"
+    assert calling.engine.submits[0].params == {"max_tokens": None, "structured_outputs": {"regex": "2False"}}

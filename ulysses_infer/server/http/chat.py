@@ -2,78 +2,44 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from ulysses_infer.sampling_params import SamplingParams
-from ulysses_infer.server.http.completions import check_streaming, generation_of
+from ulysses_infer.server.http.answering import Answering, check_streaming, generation_of
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.conversation import conversation_of
 from ulysses_infer.server.http.errors import ApiError
-from ulysses_infer.server.http.generation import Generation, Prompt, generate
+from ulysses_infer.server.http.generation import Generation, Prompt
 from ulysses_infer.server.http.logprobs import TokenNames, chat_logprob, prompt_logprobs
-from ulysses_infer.server.http.outputs import Delta, Output, Outputs
+from ulysses_infer.server.http.outputs import Delta, Output
 from ulysses_infer.server.http.protocol.chat import ChatRequest
 from ulysses_infer.server.http.sampling import sampling_params, structured_outputs
-from ulysses_infer.server.http.sse import ChunkWriter
 from ulysses_infer.server.http.tool_use import ToolUse, check_format, tool_use
 
 
-class Chat:
-    """One request to /v1/chat/completions, checked and ready to run."""
+class Chat(Answering):
+    """One request to /v1/chat/completions."""
+
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    body: ChatRequest
 
     def __init__(self, context: AppContext, body: ChatRequest, generation: Generation, use: ToolUse) -> None:
-        self._context, self._body, self._generation = context, body, generation
-        self._outputs = Outputs(context.texts, generation, context.engine_info().eos_token_ids)
-        self._choices = [ChatChoice(context, body, output, use) for output in self._outputs.all]
+        self._use = use
+        super().__init__(context, body, generation)
 
-    async def answer(self) -> dict[str, Any]:
-        """The whole answer."""
-        context, generation = self._context, self._generation
-        with context.registered(generation.id, generation.request_ids):
-            async with aclosing(generate(context.client, generation)) as batches:
-                async for position, batch in batches:
-                    self._outputs.take(position, batch)
-        choices = [self._choices[output.index].whole(output.flush()) for output in self._outputs.all]
-        common = self._common("chat.completion")
-        return {**common, "choices": choices, "usage": self._outputs.usage(), **self._of_prompt()}
+    def choice(self, output: Output) -> ChatChoice:
+        """What writes `output`."""
+        return ChatChoice(self.context, self.body, output, self._use)
 
-    async def events(self) -> AsyncGenerator[bytes]:
-        """The answer as server-sent events, as it comes."""
-        context, generation, options = self._context, self._generation, self._body.stream_options
-        has_usage = bool(options and options.include_usage)
-        is_continuous = bool(options and options.continuous_usage_stats)
-        writer = ChunkWriter(self._common("chat.completion.chunk"), has_usage)
-        with context.registered(generation.id, generation.request_ids):
-            async with aclosing(generate(context.client, generation)) as batches:
-                async for position, batch in batches:
-                    touched = self._outputs.take(position, batch)
-                    chunks = [chunk for output in touched for chunk in self._choices[output.index].chunks()]
-                    more = {"usage": self._outputs.usage()} if is_continuous else None
-                    if chunks:
-                        yield b"".join([writer.chunk(chunk, more) for chunk in chunks])
-        if has_usage:
-            yield writer.usage(self._outputs.usage())
-
-    def _common(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self._generation.id,
-            "object": kind,
-            "created": int(time.time()),
-            "model": self._context.model_name,
-            "system_fingerprint": self._context.fingerprint,
-        }
-
-    def _of_prompt(self) -> dict[str, Any]:
-        source = self._outputs.sources[0]
+    def of_prompt(self) -> dict[str, Any]:
+        """Its token ids and log-probabilities, if they are wanted."""
+        source = self.outputs.sources[0]
         fields: dict[str, Any] = {}
-        if self._body.return_token_ids:
+        if self.body.return_token_ids:
             fields["prompt_token_ids"] = source.prompt.token_ids
-        if self._body.prompt_logprobs is not None:
+        if self.body.prompt_logprobs is not None:
             scored = source.start.prompt_logprobs if source.start is not None else None
-            fields["prompt_logprobs"] = None if scored is None else prompt_logprobs(self._context.texts, scored)
+            fields["prompt_logprobs"] = None if scored is None else prompt_logprobs(self.context.texts, scored)
         return fields
 
 
@@ -86,8 +52,9 @@ class ChatChoice:
         self._reader = use.reader()
         self._is_first = True
 
-    def whole(self, delta: Delta) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         """The choice of a whole answer."""
+        delta = self._output.flush()
         message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
         if self._reader is not None:
             said = self._reader.read(delta.text, is_last=True)

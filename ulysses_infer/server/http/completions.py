@@ -2,75 +2,28 @@
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.server.http.answering import Answering, check_streaming, generation_of
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.errors import ApiError
-from ulysses_infer.server.http.generation import Generation, Prompt, generate
+from ulysses_infer.server.http.generation import Prompt
 from ulysses_infer.server.http.logprobs import LegacyLogprobs, TokenNames, prompt_logprobs
-from ulysses_infer.server.http.outputs import Delta, Output, Outputs
-from ulysses_infer.server.http.protocol.common import EngineFields
+from ulysses_infer.server.http.outputs import Delta, Output
 from ulysses_infer.server.http.protocol.completions import CompletionRequest
 from ulysses_infer.server.http.sampling import sampling_params, structured_outputs
-from ulysses_infer.server.http.sse import ChunkWriter
 
 
-class Completion:
-    """One request to /v1/completions, checked and ready to run."""
+class Completion(Answering):
+    """One request to /v1/completions."""
 
-    def __init__(self, context: AppContext, body: CompletionRequest, generation: Generation) -> None:
-        self._context, self._body, self._generation = context, body, generation
-        self._outputs = Outputs(
-            context.texts, generation, context.engine_info().eos_token_ids, keeps_tokens=body.max_tokens != 0
-        )
-        self._choices = [CompletionChoice(context, body, output, generation.params) for output in self._outputs.all]
+    kind = chunk_kind = "text_completion"
+    body: CompletionRequest
 
-    async def answer(self) -> dict[str, Any]:
-        """The whole answer."""
-        context, generation = self._context, self._generation
-        with context.registered(generation.id, generation.request_ids):
-            async with aclosing(generate(context.client, generation)) as batches:
-                async for position, batch in batches:
-                    self._outputs.take(position, batch)
-        choices = [choice.write(output.flush()) for choice, output in self._pairs()]
-        return {**self._common(), "choices": choices, "usage": self._outputs.usage()}
-
-    async def events(self) -> AsyncGenerator[bytes]:
-        """The answer as server-sent events, as it comes."""
-        context, generation, options = self._context, self._generation, self._body.stream_options
-        has_usage = bool(options and options.include_usage)
-        is_continuous = bool(options and options.continuous_usage_stats)
-        writer = ChunkWriter(self._common(), has_usage)
-        with context.registered(generation.id, generation.request_ids):
-            async with aclosing(generate(context.client, generation)) as batches:
-                async for position, batch in batches:
-                    choices = self._news(self._outputs.take(position, batch))
-                    more = {"usage": self._outputs.usage()} if is_continuous else None
-                    if choices:
-                        yield b"".join([writer.chunk(choice, more) for choice in choices])
-        if has_usage:
-            yield writer.usage(self._outputs.usage())
-
-    def _pairs(self) -> list[tuple[CompletionChoice, Output]]:
-        return list(zip(self._choices, self._outputs.all, strict=True))
-
-    def _news(self, touched: list[Output]) -> list[dict[str, Any]]:
-        written = [(self._choices[output.index], output.flush()) for output in touched]
-        return [choice.write(delta) for choice, delta in written if choice.is_worth_sending(delta)]
-
-    def _common(self) -> dict[str, Any]:
-        return {
-            "id": self._generation.id,
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": self._context.model_name,
-            "system_fingerprint": self._context.fingerprint,
-        }
+    def choice(self, output: Output) -> CompletionChoice:
+        """What writes `output`."""
+        return CompletionChoice(self.context, self.body, output, self.generation.params)
 
 
 class CompletionChoice:
@@ -85,12 +38,18 @@ class CompletionChoice:
             before = () if body.echo else output.source.prompt.token_ids
             self._logprobs = LegacyLogprobs(context.texts, names, params.skip_special_tokens, before)
 
-    def is_worth_sending(self, delta: Delta) -> bool:
-        """Whether a chunk would say anything."""
-        says_tokens = self._logprobs is not None or bool(self._body.return_token_ids)
-        return bool(delta.text or delta.finish_reason or self._is_first or (says_tokens and delta.tokens))
+    def whole(self) -> dict[str, Any]:
+        """The choice of a whole answer."""
+        return self._write(self._output.flush())
 
-    def write(self, delta: Delta) -> dict[str, Any]:
+    def chunks(self) -> list[dict[str, Any]]:
+        """The choice of the next chunk, if it would say anything."""
+        delta = self._output.flush()
+        says_tokens = self._logprobs is not None or bool(self._body.return_token_ids)
+        is_worth_it = delta.text or delta.finish_reason or self._is_first or (says_tokens and delta.tokens)
+        return [self._write(delta)] if is_worth_it else []
+
+    def _write(self, delta: Delta) -> dict[str, Any]:
         """The choice with what came since the last time, after the prompt if it is echoed."""
         text = delta.text
         if self._is_first and self._body.echo:
@@ -144,21 +103,8 @@ async def make_completion(context: AppContext, body: CompletionRequest) -> Compl
     params = sampling_params(body, **changes)
     context.engine_info()
     prompts = [await _read(context, prompt, body.add_special_tokens is not False) for prompt in body.prompt]
-    return Completion(context, body, generation_of("cmpl", body, prompts, params))
-
-
-def generation_of(prefix: str, body: EngineFields, prompts: list[Prompt], params: SamplingParams) -> Generation:
-    """The work that a request asks for, under an id of its own."""
-    name = f"{prefix}-{body.request_id or uuid.uuid4().hex}"
-    return Generation(name, prompts, params, body.priority or 0, body.cache_salt or "")
-
-
-def check_streaming(body: EngineFields) -> None:
-    """Raises `ApiError` for what cannot be streamed, or only makes sense if it is."""
-    if body.stream and body.prompt_logprobs is not None:
-        raise ApiError(400, "prompt_logprobs cannot be streamed; leave out stream", param="prompt_logprobs")
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options needs stream: true; leave it out", param="stream_options")
+    generation = generation_of("cmpl", body, prompts, params)
+    return Completion(context, body, generation, keeps_tokens=body.max_tokens != 0)
 
 
 def check_token_ids(context: AppContext, token_ids: list[int]) -> list[int]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ulysses_infer.server.http.answering import Answering
 from ulysses_infer.server.http.body import read_body
 from ulysses_infer.server.http.chat import make_chat
 from ulysses_infer.server.http.completions import make_completion
@@ -25,16 +26,6 @@ from ulysses_infer.server.http.sse import EventStream
 
 router = APIRouter(tags=["OpenAI"])
 GENERATING = (400, 404, 413, 415, 500, 503, 504)
-
-
-class Work(Protocol):
-    """A request that is ready to run."""
-
-    async def answer(self) -> dict[str, Any]:
-        """Run it; the whole answer."""
-
-    def events(self) -> Any:
-        """Run it; the answer in events."""
 
 
 @router.post(
@@ -75,7 +66,9 @@ def json_response(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type=JSON)
 
 
-async def _respond(request: Request, context: AppContext, making: Coroutine[Any, Any, Work], streams: bool) -> Response:
+async def _respond(
+    request: Request, context: AppContext, making: Coroutine[Any, Any, Answering], streams: bool
+) -> Response:
     """Run a request while its client waits. Raises what goes wrong before an answer has begun."""
     timeout = context.config.server.request_timeout
     work = await making

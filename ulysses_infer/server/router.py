@@ -1,0 +1,192 @@
+"""Several replicas behind one door: each request goes to the one that has least to do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+
+from ulysses_infer.errors import RequestError
+from ulysses_infer.server.client import DEAD, DRAINING, READY, STARTING, EngineClient, Observer, RequestRecord
+from ulysses_infer.server.messages import EngineState, NewToken, Ready, Step, Submit
+
+EVERYWHERE = ("set_policy", "abort_all", "drain", "reset_prefix_cache")
+SEQUENCE_TOKENS = 64
+"""What a sequence that decodes weighs, in tokens of prompts that wait to be computed."""
+
+
+class Router:
+    """The replicas of one model as one engine: what routes need of an `EngineClient`, for all of them together.
+
+    A replica that dies takes the others along: the job is one, and its supervisor starts all of it again.
+    """
+
+    def __init__(self, observer: Observer, num_replicas: int) -> None:
+        self._observer = observer
+        self.observers = [_ReplicaObserver(self, index) for index in range(num_replicas)]
+        """One for each replica's client."""
+        self.clients: list[EngineClient] = []
+        """The replicas, in order, once `join` was called."""
+        self._states: list[EngineState | None] = [None] * num_replicas
+        self._draining: asyncio.Task[Any] | None = None
+        self.settled, self.ended = asyncio.Event(), asyncio.Event()
+
+    def join(self, clients: list[EngineClient]) -> list[asyncio.Task[None]]:
+        """Take the clients, made with this router's observers; returns tasks that keep `settled` and `ended`."""
+        self.clients = clients
+
+        async def when_all(events: list[asyncio.Event], then: asyncio.Event) -> None:
+            await asyncio.gather(*(event.wait() for event in events))
+            then.set()
+
+        return [
+            asyncio.create_task(when_all([client.settled for client in clients], self.settled)),
+            asyncio.create_task(when_all([client.ended for client in clients], self.ended)),
+        ]
+
+    @property
+    def status(self) -> str:
+        """That of the replica that is worst off: dead, then starting, then draining, then ready."""
+        statuses = [client.status for client in self.clients] or [STARTING]
+        return next(status for status in (DEAD, STARTING, DRAINING, READY) if status in statuses)
+
+    @property
+    def info(self) -> Ready | None:
+        """What was loaded, the cache of all replicas together; None while any is starting."""
+        infos = [client.info for client in self.clients if client.info is not None]
+        if len(infos) < len(self._states):
+            return None
+        return msgspec.structs.replace(infos[0], num_blocks=sum(info.num_blocks for info in infos), state=self.state)
+
+    @property
+    def state(self) -> EngineState | None:
+        """How full the replicas are, together."""
+        known = [state for state in self._states if state is not None]
+        return _together(known) if known else None
+
+    @property
+    def death(self) -> str:
+        """Why the job is dead, in one line; empty while it lives."""
+        return next((client.death for client in self.clients if client.death), "")
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are being answered."""
+        return sum(client.num_requests for client in self.clients)
+
+    def generate(self, request: Submit, num_sequences: int = 1) -> AsyncIterator[list[NewToken]]:
+        """Complete a prompt on the least loaded replica; see `EngineClient.generate`."""
+        return min(self.clients, key=load).generate(request, num_sequences)
+
+    async def call(self, name: str, /, **arguments: Any) -> Any:
+        """An administrative command, on every replica that it concerns. Raises `RequestError`, `EngineDeadError`."""
+        if name == "abort":
+            return await self._abort(**arguments)
+        if name == "stats":
+            return {"replicas": [await client.call(name, **arguments) for client in self.clients]}
+        if name in EVERYWHERE:
+            answers = [await client.call(name, **arguments) for client in self.clients]
+            aborted = [request_id for answer in answers for request_id in answer.get("aborted", ())]
+            return {**answers[0], **({"aborted": aborted} if name == "abort_all" else {})}
+        return await self.clients[0].call(name, **arguments)
+
+    async def _abort(self, request_id: str) -> Any:
+        refusal = RequestError(f"no request {request_id!r} is running or waiting; it may have ended")
+        for client in self.clients:
+            try:
+                return await client.call("abort", request_id=request_id)
+            except RequestError as error:
+                refusal = error
+        raise refusal
+
+    def die(self, reason: str) -> None:
+        """The job is known to be lost."""
+        for client in self.clients:
+            client.die(reason)
+
+    # -- what the replicas' observers pass on --------------------------------------------------------------------
+
+    def on_ready(self) -> None:
+        """A replica is up: news when it is the last one."""
+        info = self.info
+        if info is not None:
+            self._observer.on_ready(info)
+
+    def on_step(self, index: int, state: EngineState, step: Step | None) -> None:
+        """A replica ran a step, or its state changed."""
+        self._states[index] = state
+        together = self.state
+        assert together is not None
+        self._observer.on_step(together, step)
+
+    def on_draining(self, index: int, deadline: float) -> None:
+        """One replica was told to drain: all are."""
+        if self._draining is None:
+            self._observer.on_draining(deadline)
+            self._draining = asyncio.ensure_future(
+                asyncio.gather(*(client.call("drain") for i, client in enumerate(self.clients) if i != index))
+            )
+
+    def on_dead(self, reason: str) -> None:
+        """One replica is gone: nobody may go on waiting for another."""
+        self._observer.on_dead(reason)
+        self.die(reason)
+
+
+class _ReplicaObserver:
+    """What one replica's client says, for the observer of all."""
+
+    def __init__(self, router: Router, index: int) -> None:
+        self._router, self._index, self._all = router, index, router._observer
+
+    def on_ready(self, info: Ready) -> None:
+        """The replica is up."""
+        self._router._states[self._index] = info.state
+        self._router.on_ready()
+
+    def on_step(self, state: EngineState, step: Step | None) -> None:
+        """It ran a step, or its state changed."""
+        self._router.on_step(self._index, state, step)
+
+    def on_first_token(self, record: RequestRecord) -> None:
+        """A request's first token is here."""
+        self._all.on_first_token(record)
+
+    def on_tokens(self, record: RequestRecord, seconds: float) -> None:
+        """A sequence got another token."""
+        self._all.on_tokens(record, seconds)
+
+    def on_finish(self, record: RequestRecord) -> None:
+        """A request ended."""
+        self._all.on_finish(record)
+
+    def on_draining(self, deadline: float) -> None:
+        """The replica takes no more requests."""
+        self._router.on_draining(self._index, deadline)
+
+    def on_dead(self, reason: str) -> None:
+        """The replica is gone."""
+        self._router.on_dead(reason)
+
+
+def load(client: EngineClient) -> tuple[int, float]:
+    """What a replica has to do: prompts not computed yet, sequences that decode; then how full its cache is."""
+    usage = client.state.kv_cache_usage if client.state is not None else 0.0
+    return client.outstanding_tokens(SEQUENCE_TOKENS), usage
+
+
+def _together(states: list[EngineState]) -> EngineState:
+    def total(of: Callable[[EngineState], int]) -> int:
+        return sum(map(of, states))
+
+    return EngineState(
+        num_running=total(lambda state: state.num_running),
+        num_waiting=total(lambda state: state.num_waiting),
+        kv_cache_usage=sum(state.kv_cache_usage for state in states) / len(states),
+        prefix_cache_queries=total(lambda state: state.prefix_cache_queries),
+        prefix_cache_hits=total(lambda state: state.prefix_cache_hits),
+        num_preemptions=total(lambda state: state.num_preemptions),
+        policy=states[0].policy,
+    )
