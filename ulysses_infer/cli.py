@@ -31,6 +31,10 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         command = parse(arguments)
+        if command.name == "bench serve":
+            from ulysses_infer.bench.serve.command import run as load_server
+
+            sys.exit(load_server(command.options))
         config = command.config()
         if config.parallel.world_size > 1 and not is_launched():
             sys.exit(launch(arguments, config, is_server=command.name == "serve"))

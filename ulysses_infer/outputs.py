@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+CONSTRAINTS = "constraints"
+"""Stop reason of a request that ended with an error because its own constraints leave no token to choose."""
+
 
 @dataclass
 class Logprob:

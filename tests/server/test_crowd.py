@@ -12,6 +12,7 @@ import time
 import pytest
 
 from tests.server.job import Job
+from tests.tiny import VOCABULARY
 
 pytestmark = pytest.mark.distributed
 
@@ -164,3 +165,9 @@ def test_junk_on_the_wire_hurts_nobody(server, junk):
 
     asyncio.run(case())
     assert server.complete().status_code == 200
+
+
+def test_constraints_that_leave_no_token_are_the_requests_own_fault(server):
+    answer = server.complete(allowed_token_ids=[40, 41], bad_words=[VOCABULARY[40], VOCABULARY[41]])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_token_allowed")
+    assert server.complete(allowed_token_ids=[40, 41], bad_words=[VOCABULARY[40]]).status_code == 200

@@ -128,7 +128,7 @@ class PolicyConfig:
         "threshold",
         choices=("static", "threshold", "adaptive"),
         help="static: always one mode; threshold: the base mode for large steps, full tensor parallelism for "
-        "small ones; adaptive: by measured step times, not available yet.",
+        "small ones; adaptive: the mode that is predicted fastest, from step times measured on this machine.",
     )
     mode: Any = option(
         kind="sp | tp | [sp, tp]",
@@ -138,7 +138,31 @@ class PolicyConfig:
         256, at_least=0, help="Policy threshold: a step with more tokens than this runs in the base mode."
     )
     profile: str | None = option(
-        help="Policy adaptive: file with the measured step times; null: measured at start."
+        "auto",
+        kind="auto | path | null",
+        help="Policy adaptive: measured step times. auto: measured once and kept in the user's cache; a path: what "
+        "`ulysses-infer calibrate --output` wrote; null: measured at every start.",
+    )
+    calibration_seconds: float = option(
+        30.0,
+        at_least=0,
+        help="Policy adaptive: longest time that measuring at start may take; 0: learned from traffic alone.",
+    )
+    target_tpot_ms: float | None = option(
+        above=0,
+        help="Policy adaptive: time per output token to keep for requests that decode, by smaller chunks of the "
+        "prompts beside them; null: prompts take what the scheduler allows.",
+    )
+    target_ttft_ms: float | None = option(
+        above=0,
+        help="Policy adaptive: time to first token to try for, with the time that decodes have in hand under "
+        "target_tpot_ms; null: none.",
+    )
+    exploration: float = option(
+        0.0,
+        at_least=0,
+        at_most=0.5,
+        help="Policy adaptive: share of steps run in another mode than the one predicted fastest, to check it.",
     )
 
 

@@ -18,6 +18,11 @@ from ulysses_infer.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("prompt", "messages", "sampling")
+POLICY_KEYS = {
+    "mode": "static", "threshold_tokens": "threshold", "profile": "adaptive", "calibration_seconds": "adaptive",
+    "target_tpot_ms": "adaptive", "target_ttft_ms": "adaptive", "exploration": "adaptive",
+}  # fmt: skip
+"""Settings of one policy only, and which."""
 
 
 def validate(config: Config, explicit: Mapping[str, Setting]) -> None:
@@ -35,13 +40,11 @@ def validate(config: Config, explicit: Mapping[str, Setting]) -> None:
 def refuse_unavailable(config: Config) -> None:
     """Raise ConfigError for a setting that the schema knows and this version cannot carry out yet."""
     refusals = {
-        "policy.name = adaptive": config.policy.name == "adaptive",
         f"parallel.dp = {config.parallel.dp}": config.parallel.dp > 1,
         f"parallel.expert_placement = {config.parallel.expert_placement}": config.parallel.expert_placement
         != "replicate",
     }
     remedies = {
-        "policy.name": "threshold or static",
         "parallel.dp": "1",
         "parallel.expert_placement": "replicate",
     }
@@ -64,9 +67,11 @@ def _ignored(config: Config) -> list[tuple[str, str]]:
     """(key, reason) of every setting without effect under `config`."""
     policy, cache = config.policy, config.cache
     ignored = []
-    for name, owner in (("mode", "static"), ("threshold_tokens", "threshold"), ("profile", "adaptive")):
+    for name, owner in POLICY_KEYS.items():
         if policy.name != owner:
             ignored.append((f"policy.{name}", f"policy.name is {policy.name}, not {owner}"))
+    if policy.name == "adaptive" and policy.target_tpot_ms is None:
+        ignored.append(("policy.target_ttft_ms", "chunks are only made smaller for policy.target_tpot_ms"))
     if cache.num_blocks is not None:
         ignored.append(("cache.memory_bytes", "cache.num_blocks sets the size of the cache"))
     if config.scheduler.max_num_seqs > config.scheduler.max_num_batched_tokens:
@@ -115,6 +120,9 @@ def _check_policy(config: Config, explicit: Mapping[str, Setting]) -> None:
         raise setting.complain(
             f"policy threshold shifts to [{shift.sp}, {shift.tp}]; list it or set it to null"
         )
+    if policy.name == "adaptive" and policy.target_tpot_ms and not config.scheduler.enable_chunked_prefill:
+        setting = _given(config, "policy.target_tpot_ms", explicit)
+        raise setting.complain("it sizes chunks of prompts; set scheduler.enable_chunked_prefill to true")
     setting = _given(config, "policy.mode", explicit)
     if policy.name != "static" or policy.mode in (None, "sp"):
         return

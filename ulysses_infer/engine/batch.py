@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ulysses_infer.engine.request import Request
+from ulysses_infer.planner.shape import StepShape
 
 
 class ScheduledRequest(NamedTuple):
@@ -51,6 +52,17 @@ class Batch:
         return self.num_tokens - self.num_decodes
 
     @property
+    def shape(self) -> StepShape:
+        """The step in the numbers that its time depends on."""
+        contexts, chunks = [], []
+        for item in self.scheduled:
+            if item.is_decode:
+                contexts.append(item.start + 1)
+            else:
+                chunks.append((item.start, item.num_new_tokens))
+        return StepShape.of(contexts, chunks)
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is nothing to run."""
         return not self.scheduled
@@ -62,6 +74,8 @@ class BatchBuilder:
 
     budget: int
     """Tokens that the step may still take."""
+    prefill_budget: int
+    """Of these, tokens that requests with more than one token left may take."""
     decodes: dict[int, ScheduledRequest] = field(default_factory=dict)
     prefills: dict[int, ScheduledRequest] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
@@ -71,11 +85,14 @@ class BatchBuilder:
         item = ScheduledRequest(request, request.num_computed_tokens, num_new_tokens, new_block_ids, samples)
         (self.decodes if item.is_decode else self.prefills)[request.index] = item
         self.budget -= num_new_tokens
+        self.prefill_budget -= 0 if item.is_decode else num_new_tokens
 
     def drop(self, request: Request) -> None:
         """Take a preempted request out again, if it was in; its tokens return to the budget."""
         item = self.decodes.pop(request.index, None) or self.prefills.pop(request.index, None)
-        self.budget += item.num_new_tokens if item else 0
+        if item is not None:
+            self.budget += item.num_new_tokens
+            self.prefill_budget += 0 if item.is_decode else item.num_new_tokens
         self.preempted.append(request)
 
     def build(self) -> Batch:

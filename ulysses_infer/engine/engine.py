@@ -24,6 +24,7 @@ from ulysses_infer.engine.setup import Rank
 from ulysses_infer.engine.stats import StepRecord, StepStats
 from ulysses_infer.errors import RequestError
 from ulysses_infer.model.sampler import SamplingRow, derive_seed, needs_full_logits
+from ulysses_infer.outputs import CONSTRAINTS
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.sampling_params import SamplingParams
 
@@ -96,7 +97,7 @@ class Engine:
                 self.scheduler.finish(sequence.request, "stop", sequence.detokenizer.stop_reason)
             else:
                 logger.warning("request %s allows no token at all; ended with an error", completion.request_id)
-                self.scheduler.finish(sequence.request, "error")
+                self.scheduler.finish(sequence.request, "error", CONSTRAINTS if sequence.row.is_constrained else None)
 
     def _collect(self, batch: Batch, results: StepResults) -> list[Completion]:
         """Give sampled tokens to their texts, end what a stop string ended; returns whom this step touched."""

@@ -130,15 +130,30 @@ class Scheduler:
             self.allocator.free(request.block_table)
         request.end(finish_reason, stop_reason, self._clock())
 
-    def schedule(self) -> Batch:
-        """Choose the next step: up to `max_num_batched_tokens` tokens of up to `max_num_seqs` requests."""
-        step = BatchBuilder(self.config.max_num_batched_tokens)
+    @property
+    def running(self) -> list[Request]:
+        """Admitted requests in order of admission."""
+        return list(self._running.values())
+
+    @property
+    def next_waiting(self) -> Request | None:
+        """The request to be admitted next."""
+        return self._waiting.first if self._waiting else None
+
+    def schedule(self, max_prefill_tokens: int | None = None) -> Batch:
+        """Choose the next step: up to `max_num_batched_tokens` tokens of up to `max_num_seqs` requests.
+
+        Of these at most `max_prefill_tokens` (at least 1) belong to prompts or recomputed texts; that needs chunked
+        prefill, or a long prompt would wait for ever.
+        """
+        most = self.config.max_num_batched_tokens
+        step = BatchBuilder(most, most if max_prefill_tokens is None else max_prefill_tokens)
         for request in list(self._running.values()):
             if step.budget == 0:
                 break
             if request.status is RequestStatus.RUNNING:  # not preempted a moment ago, by one before it
                 self._continue(request, step)
-        while self._waiting and step.budget > 0:
+        while self._waiting and min(step.budget, step.prefill_budget) > 0:
             request = self._waiting.first
             if request in step.preempted or not self._admit(request, step):
                 break
@@ -169,7 +184,10 @@ class Scheduler:
     def _continue(self, request: Request, step: BatchBuilder) -> None:
         """Schedule the next tokens of a running request, preempting others, or itself, if blocks run out."""
         num_tokens_left = request.num_tokens - request.num_computed_tokens
-        num_new_tokens = min(num_tokens_left, step.budget)
+        budget = step.budget if num_tokens_left == 1 else min(step.budget, step.prefill_budget)
+        if budget <= 0:
+            return
+        num_new_tokens = min(num_tokens_left, budget)
         num_tokens = request.num_computed_tokens + num_new_tokens
         num_blocks = self.allocator.blocks_for(num_tokens) - len(request.block_table)
         if num_blocks > self.allocator.num_free and not self._preempt_for(request, num_blocks, step):
@@ -194,7 +212,7 @@ class Scheduler:
         cached = self._cached_prefix(request)
         num_cached_tokens = len(cached) * self.allocator.block_size
         num_tokens_left = request.num_tokens - num_cached_tokens
-        num_new_tokens = self._first_chunk(num_tokens_left, step.budget)
+        num_new_tokens = self._first_chunk(num_tokens_left, min(step.budget, step.prefill_budget))
         if num_new_tokens == 0 or not self._make_room(request, cached, step):
             return False
         self._waiting.pop()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from ulysses_infer.bench.serve.arguments import parse_serve
 from ulysses_infer.config import Config, load_config
 from ulysses_infer.config.aliases import ALIASES, split_flags
 from ulysses_infer.errors import ConfigError
@@ -24,6 +25,7 @@ commands:
   generate              complete prompts: --prompt TEXT, or those of the recipe
   bench latency         time to first token and per token of a lone request, in every mode
   bench throughput      tokens per second of many requests together, in every mode
+  bench serve           load on a server that speaks OpenAI's format, this one or another
   serve                 answer HTTP requests in OpenAI's format, until a signal ends it
 
 MODEL is a hub id or a folder, unless the recipe names one. Any key of a recipe can be set, as in parallel.sp=2.
@@ -42,13 +44,15 @@ class Command:
     """A parsed command line."""
 
     name: str
-    """generate | bench | serve"""
+    """generate | bench | bench serve | serve"""
     options: argparse.Namespace
     overrides: list[str]
     """Everything meant for the recipe, as `load_config` takes it."""
 
     def config(self) -> Config:
         """The configuration this command runs with. Raises `ConfigError`."""
+        if self.name == "bench serve":
+            raise ConfigError("bench serve is a client, of one process; run it without a launcher")
         config = load_config(self.options.config, self.overrides)
         if self.name != "generate":
             return config
@@ -145,8 +149,10 @@ def _parse_generate(arguments: list[str]) -> Command:
 
 def _parse_bench(arguments: list[str]) -> Command:
     kind, *rest = arguments or [""]
+    if kind == "serve":
+        return Command("bench serve", parse_serve(rest), [])
     if kind not in (*BENCHMARKS, "-h", "--help"):
-        raise ConfigError(f"bench {kind or '(nothing)'}: choose from {', '.join(BENCHMARKS)}")
+        raise ConfigError(f"bench {kind or '(nothing)'}: choose from {', '.join(BENCHMARKS)}, serve")
     parser = _Parser("bench latency|throughput", "Compare modes on one checkpoint, in one run; medians over repeats.")
     number: dict[str, Any] = {"type": _positive, "metavar": "N"}
     latency = kind == "latency"

@@ -134,6 +134,12 @@ class SamplingRow:
         """Whether the output is complete by its grammar, so that having no next token is no failure."""
         return self.grammar is not None and self.grammar.may_end
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the request itself forbids tokens, so that having none left is its own doing."""
+        allowed = self.params.allowed_token_ids is not None
+        return allowed or self.grammar is not None or bool(self.forbidden_token_ids())
+
     def history(self, device: torch.device) -> TokenHistory:
         """The counts of this row, up to date with `output_token_ids`."""
         if self._history is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ulysses_infer.engine.detokenizer import Detokenizer
+from ulysses_infer.outputs import CONSTRAINTS
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.generation import Generation, Prompt
 from ulysses_infer.server.http.texts import Texts
@@ -55,7 +56,13 @@ class Output:
     tokens: list[NewToken] = field(default_factory=list)
 
     def take(self, token: NewToken) -> None:
-        """Add a token. Raises `ApiError` 500 if the engine failed to compute it."""
+        """Add a token. Raises `ApiError`: 400 if the request allows no token, 500 if it could not be computed."""
+        if token.finish_reason == "error" and token.stop_reason == CONSTRAINTS:
+            message = (
+                "no token is left to choose after the request's own constraints (allowed_token_ids, bad_words, "
+                "min_tokens, structured_outputs); loosen one of them"
+            )
+            raise ApiError(400, message, code="no_token_allowed")
         if token.finish_reason == "error":
             message = "the engine could not compute this output (its numbers were not finite); report this"
             raise ApiError(500, message, "internal_error", code="computation_failed")

@@ -1,0 +1,153 @@
+"""What one request was answered, and when each piece of it came."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+DONE = b"[DONE]"
+FAILED_ENDINGS = ("abort", "error")
+MAX_ERROR_LENGTH = 300
+
+
+@dataclass
+class Answer:
+    """One request as the client saw it. Moments are seconds of `time.perf_counter`."""
+
+    scheduled: float = 0.0
+    """When it was to be sent."""
+    due: float = 0.0
+    """When it could be: later than scheduled if it was held back by the limit of requests in flight."""
+    sent: float = 0.0
+    first_token: float | None = None
+    ended: float = 0.0
+    """When the last token, or the end without one, came."""
+    gaps: list[float] = field(default_factory=list)
+    """Seconds between one piece with tokens and the next."""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+    error: str | None = None
+    """Why it failed; None if it did not."""
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from sending to the first token."""
+        return (self.first_token or self.ended) - self.sent
+
+    @property
+    def e2el(self) -> float:
+        """Seconds from sending to the last token."""
+        return self.ended - self.sent
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per token after the first; None where there is only one."""
+        return (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+    @property
+    def lateness(self) -> float:
+        """Seconds by which the client itself was late."""
+        return self.sent - self.due
+
+
+class StreamMeter:
+    """Reads the events of one streamed answer into an `Answer`.
+
+    A stream that does not say how it ended (`finish_reason`) and that it did (`[DONE]`) has failed, whatever came.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self._last = 0.0
+        self._num_pieces = 0
+        self._is_done = False
+
+    def take(self, data: bytes, now: float) -> None:
+        """One event came."""
+        if data == DONE:
+            self._is_done = True
+            return
+        try:
+            chunk = json.loads(data)
+        except ValueError:
+            self.fail(f"an event is not JSON: {data[:80]!r}")
+            return
+        error = chunk.get("error")
+        if error is not None:
+            self.fail(error_message(error))
+        usage = chunk.get("usage")
+        if usage is not None:
+            self._take_usage(usage)
+        for choice in chunk.get("choices") or ():
+            self._take_choice(choice, now)
+
+    def end(self, now: float) -> None:
+        """The body is complete."""
+        answer = self.answer
+        if answer.output_tokens == 0:
+            answer.output_tokens = self._num_pieces  # a server that does not tell
+        if answer.ended == 0.0:
+            answer.ended = now
+        if answer.finish_reason in FAILED_ENDINGS:
+            self.fail(f"the server ended it: finish_reason {answer.finish_reason!r}")
+        if answer.finish_reason is None:
+            self.fail("the stream ended without a finish_reason")
+        if not self._is_done:
+            self.fail("the stream ended without [DONE]")
+
+    def fail(self, message: str) -> None:
+        """It failed; of several reasons the first counts."""
+        if self.answer.error is None:
+            self.answer.error = message[:MAX_ERROR_LENGTH]
+
+    def _take_choice(self, choice: dict[str, Any], now: float) -> None:
+        answer = self.answer
+        finish_reason = choice.get("finish_reason")
+        if has_token(choice, finish_reason):
+            if answer.first_token is None:
+                answer.first_token = now
+            else:
+                answer.gaps.append(now - self._last)
+            self._last = now
+            self._num_pieces += 1
+        answer.ended = now
+        if finish_reason is not None:
+            answer.finish_reason = finish_reason
+
+    def _take_usage(self, usage: dict[str, Any]) -> None:
+        answer = self.answer
+        answer.prompt_tokens = usage.get("prompt_tokens") or 0
+        answer.output_tokens = usage.get("completion_tokens") or 0
+        answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+
+
+def has_token(choice: dict[str, Any], finish_reason: str | None) -> bool:
+    """Whether a chunk's choice brings a token; one that opens a message or only closes it does not.
+
+    A token may have no text of its own (half of a character), so a chunk without text counts in the middle.
+    """
+    delta = choice.get("delta")
+    if delta is None:
+        return bool(choice.get("text")) or finish_reason is None
+    texts = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal")
+    return any(delta.get(key) for key in texts) or (finish_reason is None and "role" not in delta)
+
+
+def error_message(error: Any) -> str:
+    """The message of an error in OpenAI's shape, or in any other."""
+    message = error.get("message", error) if isinstance(error, dict) else error
+    return " ".join(str(message).split())[:MAX_ERROR_LENGTH]
+
+
+def body_message(status: int, body: bytes) -> str:
+    """What an answer other than 200 says."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        content = body.decode("utf-8", "replace")
+    if isinstance(content, dict):
+        content = content.get("error", content.get("detail", content))
+    return f"HTTP {status}: {error_message(content)}"

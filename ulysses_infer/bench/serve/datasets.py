@@ -1,0 +1,167 @@
+"""What is asked: random prompts, prompts that share prefixes, files of prompts, traces."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ulysses_infer.bench.serve.client import Client
+from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow
+from ulysses_infer.bench.serve.vocabulary import Units, Vocabulary
+from ulysses_infer.errors import ConfigError
+
+LONGEST_PROMPT, LONGEST_CONVERSATION, SHORTEST_TURN = 1024, 2048, 4  # tokens; the field's filter of ShareGPT
+
+
+@dataclass(frozen=True)
+class Item:
+    """One request to make."""
+
+    content: str | list[int] | list[dict[str, Any]]
+    """Text, token ids, or messages."""
+    output_len: int
+    """Tokens to generate at most."""
+    at: float | None = None
+    """Seconds from the start; None where the dataset has no times."""
+
+
+def random_items(
+    vocabulary: Vocabulary, input_len: int, output_len: int, range_ratio: float, seed: int
+) -> Iterator[Item]:
+    """Random prompts without end; lengths are uniform within ± `range_ratio`."""
+    draw = random.Random(f"random/{seed}")
+    while True:
+        units = vocabulary.units(draw, _around(input_len, range_ratio, draw))
+        yield Item(vocabulary.prompt(units), _around(output_len, range_ratio, draw))
+
+
+def _around(length: int, range_ratio: float, draw: random.Random) -> int:
+    return max(1, draw.randint(round(length * (1 - range_ratio)), round(length * (1 + range_ratio))))
+
+
+def prefix_items(
+    vocabulary: Vocabulary, prefix_len: int, suffix_len: int, num_prefixes: int, output_len: int, seed: int
+) -> Iterator[Item]:
+    """Prompts without end that start with one of a few prefixes, each as often as the others."""
+    draw = random.Random(f"prefixes/{seed}")
+    prefixes = [vocabulary.units(draw, prefix_len) for _ in range(num_prefixes)]
+    while True:
+        for prefix in draw.sample(prefixes, num_prefixes):
+            yield Item(vocabulary.prompt(_joined(prefix, vocabulary.units(draw, suffix_len))), output_len)
+
+
+def trace_items(rows: Sequence[TraceRow], vocabulary: Vocabulary, seed: int) -> list[Item]:
+    """A trace's requests at their times: where rows have equal hash ids, the prompts have equal tokens."""
+    return [
+        Item(vocabulary.prompt(_trace_units(row, number, vocabulary, seed)), max(1, row.output_len), row.at)
+        for number, row in enumerate(rows)
+    ]
+
+
+def _trace_units(row: TraceRow, number: int, vocabulary: Vocabulary, seed: int) -> Units:
+    units: Units = []
+    for hash_id in row.hash_ids:
+        units = _joined(units, vocabulary.units(random.Random(f"block/{seed}/{hash_id}"), HASH_BLOCK_TOKENS))
+    uncovered = row.input_len - HASH_BLOCK_TOKENS * len(row.hash_ids)
+    if uncovered > 0:
+        units = _joined(units, vocabulary.units(random.Random(f"trace/{seed}/{number}"), uncovered))
+    return units[: vocabulary.num_units(row.input_len)]
+
+
+def _joined(first: Units, second: Units) -> Units:
+    return [*first, *second]
+
+
+def custom_items(path: Path, output_len: int | None) -> list[Item]:
+    """JSON lines with `prompt` (text or token ids) or `messages`, and `max_tokens` unless `output_len` is for all.
+
+    Raises `ConfigError` with the line that is wrong.
+    """
+    items = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if line.strip():
+            try:
+                items.append(_custom_item(json.loads(line), output_len))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ConfigError(f"dataset '{path}', line {number}: {error}") from error
+    return items
+
+
+def _custom_item(row: Mapping[str, Any], output_len: int | None) -> Item:
+    length = output_len or row.get("max_tokens") or row.get("output_tokens")
+    content = row.get("messages") or row.get("prompt")
+    if not isinstance(content, (str, list)) or not content:
+        raise ValueError("there is no prompt or messages")
+    if not isinstance(length, int) or length < 1:
+        raise ValueError("there is no max_tokens of at least 1; add it, or give --output-len")
+    return Item(content, length)
+
+
+async def sharegpt_items(
+    path: Path, count: int, output_len: int | None, client: Client, model: str, seed: int
+) -> list[Item]:
+    """The first question of conversations, in random order; each answer is as long as the one it got then.
+
+    Lengths are the server's tokenizer's. Conversations that are very short or long are left out, as by vLLM.
+    Raises `ConfigError` for a file that is not of this kind, `RequestError` if the server has no `/tokenize`.
+    """
+    turns = [_first_turns(row) for row in _conversations(path)]
+    pairs = [pair for pair in turns if pair is not None]
+    random.Random(f"sharegpt/{seed}").shuffle(pairs)
+    items: list[Item] = []
+    for question, answer in pairs:
+        if len(items) == count:
+            break
+        asked = await _num_tokens(client, model, question)
+        answered = output_len or await _num_tokens(client, model, answer)
+        if _is_usual(asked, answered, output_len):
+            items.append(Item(question, answered))
+    return items
+
+
+def _is_usual(asked: int, answered: int, output_len: int | None) -> bool:
+    is_long_enough = asked >= SHORTEST_TURN and (output_len is not None or answered >= SHORTEST_TURN)
+    return is_long_enough and asked <= LONGEST_PROMPT and asked + answered <= LONGEST_CONVERSATION
+
+
+def _conversations(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(_read(path))
+    except ValueError as error:
+        raise ConfigError(f"dataset '{path}' is not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ConfigError(f"dataset '{path}' is not a list of conversations, as ShareGPT's files are")
+    return rows
+
+
+def _first_turns(row: Any) -> tuple[str, str] | None:
+    turns = row.get("conversations", row.get("conversation")) if isinstance(row, dict) else None
+    if not isinstance(turns, list) or len(turns) < 2:
+        return None
+    question, answer = (turn.get("value") for turn in turns[:2])
+    return (question, answer) if question and answer else None
+
+
+async def _num_tokens(client: Client, model: str, text: str) -> int:
+    answer = await client.call("POST", "/tokenize", {"model": model, "prompt": text})
+    return int(answer["count"])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"dataset '{path}' cannot be read: {error.strerror}") from error
+
+
+def take(items: Iterator[Item] | Sequence[Item], count: int | None) -> list[Item]:
+    """The first `count`, or all there are. Raises `ConfigError` if there are not so many."""
+    taken = list(itertools.islice(items, count))
+    if count is not None and len(taken) < count:
+        raise ConfigError(f"the dataset has only {len(taken)} requests; lower --num-prompts {count}")
+    return taken

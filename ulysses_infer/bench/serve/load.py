@@ -1,0 +1,165 @@
+"""Sends requests at their moments, or as many at a time as asked, and watches whether this process keeps up."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ulysses_infer.bench.serve.answer import Answer
+from ulysses_infer.bench.serve.client import Client
+
+LAG_SECONDS = 0.02  # how often the event loop is asked whether it is late
+RETRY_SECONDS = 0.1  # a closed loop waits so long after a failure: a server that refuses at once is not hammered
+START_SECONDS = 0.05  # between the decision to start and the first moment: tasks get under way
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request ready to be sent."""
+
+    body: bytes
+    at: float = 0.0
+    """Seconds from the start."""
+
+
+@dataclass
+class Run:
+    """What happened."""
+
+    started: float = 0.0
+    """The moment from which the schedule counts; seconds of `time.perf_counter`, as in all moments."""
+    ended: float = 0.0
+    answers: list[Answer] = field(default_factory=list)
+    """In the order in which they were due."""
+    loop_lags: list[float] = field(default_factory=list)
+    """Seconds by which the event loop was late, sampled."""
+    cpu_seconds: float = 0.0
+    """Processor time of this process."""
+    num_connections: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the last answer's end."""
+        return self.ended - self.started
+
+
+async def open_loop(client: Client, path: str, requests: Sequence[Request], max_concurrency: int | None = None) -> Run:
+    """Send each request at its moment, whether or not earlier ones are answered.
+
+    With `max_concurrency` later ones are held back while so many are in flight; answers tell (`due`).
+    """
+    slots = _Slots(max_concurrency) if max_concurrency is not None else None
+    with _measured(client) as run:
+        run.started = time.perf_counter() + START_SECONDS
+        tasks = []
+        for request in requests:
+            scheduled = run.started + request.at
+            await _sleep_until(scheduled)
+            freed = await slots.take() if slots is not None else -math.inf
+            answer = Answer(scheduled=scheduled, due=max(scheduled, freed))
+            run.answers.append(answer)
+            tasks.append(asyncio.create_task(_send(client, path, request.body, answer, slots)))
+            await asyncio.sleep(0)  # it goes out now, not when this loop next waits
+        await asyncio.gather(*tasks)
+    return run
+
+
+async def closed_loop(
+    client: Client, path: str, bodies: Iterator[bytes], concurrency: int, seconds: float = math.inf
+) -> Run:
+    """Keep so many requests in flight, until there are no more or for so many seconds; what runs then is completed."""
+    with _measured(client) as run:
+        run.started = time.perf_counter()
+
+        async def worker() -> None:
+            due = run.started
+            while due - run.started < seconds:
+                body = next(bodies, None)
+                if body is None:
+                    return
+                answer = Answer(scheduled=due, due=due)
+                run.answers.append(answer)
+                await client.stream(path, body, answer)
+                due = answer.ended
+                if answer.error is not None:
+                    await asyncio.sleep(RETRY_SECONDS)
+                    due = time.perf_counter()
+
+        await asyncio.gather(*(worker() for _ in range(concurrency)))
+    return run
+
+
+async def _send(client: Client, path: str, body: bytes, answer: Answer, slots: _Slots | None) -> None:
+    await client.stream(path, body, answer)
+    if slots is not None:
+        slots.give_back(answer.ended)
+
+
+class _Slots:
+    """Room for so many requests in flight; each slot knows since when it is free."""
+
+    def __init__(self, count: int) -> None:
+        self._free: asyncio.Queue[float] = asyncio.Queue()
+        for _ in range(count):
+            self._free.put_nowait(-math.inf)
+
+    async def take(self) -> float:
+        """Wait for a slot; returns since when it is free."""
+        return await self._free.get()
+
+    def give_back(self, moment: float) -> None:
+        """A request ended then."""
+        self._free.put_nowait(moment)
+
+
+async def _sleep_until(moment: float) -> None:
+    """Deadlines are absolute: one that was late does not push back the next."""
+    while (left := moment - time.perf_counter()) > 0:
+        await asyncio.sleep(left)
+
+
+@contextmanager
+def _measured(client: Client) -> Iterator[Run]:
+    """A run and its end: processor time, lags of the event loop. Meanwhile no garbage is collected."""
+    run = Run()
+    gc.collect()
+    gc.disable()
+    cpu, opened = time.process_time(), client.num_connections
+    watch = _LoopWatch(run.loop_lags)
+    try:
+        yield run
+    finally:
+        watch.stop()
+        gc.enable()
+        run.ended = max((answer.ended for answer in run.answers), default=time.perf_counter())
+        run.cpu_seconds = time.process_time() - cpu
+        run.num_connections = client.num_connections - opened
+
+
+class _LoopWatch:
+    """Notes by how much the event loop is late, again and again."""
+
+    def __init__(self, lags: list[float]) -> None:
+        self._lags = lags
+        self._wait()
+
+    def stop(self) -> None:
+        """The last look: what is overdue now counts."""
+        self._handle.cancel()
+        self._note()
+
+    def _wait(self) -> None:
+        self._due = time.perf_counter() + LAG_SECONDS
+        self._handle = asyncio.get_running_loop().call_later(LAG_SECONDS, self._look)
+
+    def _look(self) -> None:
+        self._note()
+        self._wait()
+
+    def _note(self) -> None:
+        self._lags.append(max(0.0, time.perf_counter() - self._due))

@@ -1,0 +1,58 @@
+"""What random prompts are made of: token ids that the server's tokenizer really makes, or words."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ulysses_infer.bench.serve.client import Client
+from ulysses_infer.errors import RequestError
+
+SYLLABLES = [first + second for first in "bdfgklmnprstvz" for second in "aeiou"]
+WORDS = [a + b for a, b in itertools.product(SYLLABLES, SYLLABLES)]
+SAMPLE_WORDS = 2000
+USUAL_TOKENS_PER_WORD = 1.5  # where no tokenizer can be asked
+
+Units = list[int] | list[str]
+"""Pieces of a prompt: token ids or words."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Makes random prompts of about so many tokens. With token ids the number is exact."""
+
+    ids: Sequence[int] = ()
+    """Token ids to draw from; empty: prompts are text."""
+    tokens_per_word: float = USUAL_TOKENS_PER_WORD
+
+    def num_units(self, num_tokens: int) -> int:
+        """Units that make so many tokens; at least one."""
+        return max(1, num_tokens if self.ids else round(num_tokens / self.tokens_per_word))
+
+    def units(self, draw: random.Random, num_tokens: int) -> Units:
+        """Random pieces of a prompt."""
+        count = self.num_units(num_tokens)
+        return draw.choices(self.ids, k=count) if self.ids else draw.choices(WORDS, k=count)
+
+    def prompt(self, units: Units) -> str | list[int]:
+        """Pieces as a prompt."""
+        return list(units) if self.ids else " ".join(map(str, units))  # type: ignore[arg-type]
+
+
+async def ask_vocabulary(client: Client, model: str, is_text: bool, vocab_size: int | None) -> Vocabulary:
+    """What prompts to this server can be made of; text where it has no `/tokenize` and no `vocab_size` is given.
+
+    The ids are those of a sample of words: no special tokens are among them, and all can be turned into text.
+    """
+    if vocab_size is not None and not is_text:
+        return Vocabulary(range(vocab_size))
+    sample = random.Random(0).choices(WORDS, k=SAMPLE_WORDS)
+    try:
+        answer = await client.call("POST", "/tokenize", {"model": model, "prompt": " ".join(sample)})
+        tokens = answer["tokens"]
+    except (RequestError, KeyError, TypeError):
+        return Vocabulary()  # another server, or one without a tokenizer: text is what all take
+    tokens_per_word = len(tokens) / SAMPLE_WORDS
+    return Vocabulary(() if is_text else tuple(sorted(set(tokens))), tokens_per_word)

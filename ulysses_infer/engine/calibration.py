@@ -1,0 +1,291 @@
+"""Measuring the step times of this machine: synthetic steps through the engine's own worker, on all ranks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+
+from ulysses_infer import __version__
+from ulysses_infer.cache.blocks import BlockAllocator
+from ulysses_infer.config import SchedulerConfig
+from ulysses_infer.engine.channel import STEP, Channel
+from ulysses_infer.engine.plan import LAST_LOGITS, PlanItem, StepPlan
+from ulysses_infer.engine.worker import Worker
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.planner.model import Measurement
+from ulysses_infer.planner.prior import CPU, GPU, Machine, Sizes, assumed_steps
+from ulysses_infer.planner.profile import Profile
+from ulysses_infer.planner.shape import StepShape
+
+SYNTHETIC = -1  # the number of a step that no request asked for; handles of its sequences are below zero too
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+FINE_TOKENS = tuple(sorted({*TOKENS, *(3 * tokens // 2 for tokens in TOKENS[1:])}))
+CONTEXTS = (16, 256, 1024, 4096, 16384)
+MOST_FILLED = 32768  # tokens of cache that synthetic contexts may take
+FILL_CHUNK = 512
+FILL_SHARE = 0.3  # of the time, for computing the contexts that later steps attend to
+POINT_SHARE = 0.1  # of the time that is left, for one point in all modes
+MOST_ROUNDS, THOROUGH_ROUNDS = 5, 15
+THOROUGH_SECONDS = 60.0
+SHORT_SECONDS = 0.1  # shorter steps are run twice in a row, the first to settle
+
+
+class Point(NamedTuple):
+    """A step to measure: `decodes` of `context` tokens each, and chunks as (start, tokens)."""
+
+    decodes: int
+    context: int
+    chunks: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sequences(self) -> list[tuple[int, int]]:
+        """Every sequence as (start, tokens)."""
+        return [(self.context - 1, 1)] * self.decodes + list(self.chunks)
+
+    @property
+    def shape(self) -> StepShape:
+        """What its time depends on."""
+        return StepShape.of([self.context] * self.decodes, list(self.chunks))
+
+
+class Limits(NamedTuple):
+    """What a step may be."""
+
+    num_tokens: int
+    num_sequences: int
+    context: int
+    cached: int
+    """Tokens of cache for all its sequences together."""
+
+
+def design(limits: Limits, tokens: Sequence[int] = TOKENS) -> list[Point]:
+    """Points that tell the features of a step apart, within `limits`, the cheap ones first."""
+    points = [Point(0, 0, ((0, count),)) for count in (*tokens[1:], limits.num_tokens)]
+    points += [Point(0, 0, ((context, count),)) for context in CONTEXTS[1:] for count in (1, 16, 64, 256, 1024)]
+    points += [Point(count, context) for context in CONTEXTS for count in (1, *tokens[1::2], limits.num_sequences)]
+    points += [Point(count, 256, ((0, chunk),)) for count in (4, 32) for chunk in (32, 128, 512)]
+    points += [Point(0, 0, ((0, 16),) * count) for count in (4, 16)] + [Point(0, 0, ((0, 128),) * 4)]
+    fitting = {point for point in points if _fits(point, limits)}
+    return sorted(fitting, key=lambda point: (point.shape.num_tokens, point.shape.decode_context, point))
+
+
+def _fits(point: Point, limits: Limits) -> bool:
+    ends = [start + count for start, count in point.sequences]
+    shape = point.shape
+    return (
+        shape.num_tokens <= limits.num_tokens
+        and len(ends) <= limits.num_sequences
+        and max(ends) <= limits.context
+        and sum(ends) <= limits.cached
+    )
+
+
+class Calibration:
+    """Runs steps that no request asked for. Only rank 0 makes one; the other ranks follow its plans."""
+
+    def __init__(
+        self, worker: Worker, channel: Channel, allocator: BlockAllocator, settings: SchedulerConfig,
+        modes: Sequence[Mode],
+    ) -> None:  # fmt: skip
+        self._worker, self._channel, self._allocator, self._modes = worker, channel, allocator, list(modes)
+        self._settings = settings
+        self._blocks: list[int] = []
+        self._handles = 0
+        self.dropped: list[int] = []
+        """Handles of the last step, for the next plan to forget."""
+
+    def run(self, seconds: float) -> Profile:
+        """Measure for at most about `seconds`. Blocks are borrowed and given back; cached prefixes may go for them.
+
+        The modes take turns, so that what disturbs the machine disturbs all of them alike; medians of every point.
+        """
+        started = time.perf_counter()
+        thorough = seconds >= THOROUGH_SECONDS
+        with self._borrowed_blocks():
+            filled, times = self._fill(started + FILL_SHARE * seconds)
+            limits = self._limits(filled)
+            runs = Rounds(self, self._modes, times)
+            points = design(limits, FINE_TOKENS if thorough else TOKENS)
+            runs.measure(points, started + seconds, THOROUGH_ROUNDS if thorough else MOST_ROUNDS)
+        self._worker.groups.clock.take()  # what the collectives of these steps took is nobody's
+        notes = {
+            "seconds": round(time.perf_counter() - started, 1), "points": len(runs.times), "steps": runs.steps,
+            "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }  # fmt: skip
+        return Profile(profile_key(self._worker, self._modes), runs.measurements(), runs.switch_seconds(), notes)
+
+    @contextmanager
+    def _borrowed_blocks(self) -> Iterator[None]:
+        allocator = self._allocator
+        wanted = min(allocator.num_free, allocator.blocks_for(MOST_FILLED))
+        self._blocks = allocator.allocate(wanted)
+        try:
+            yield
+        finally:
+            allocator.free(self._blocks)
+            self._blocks = []
+
+    def _limits(self, cached: int) -> Limits:
+        """Limits of the points, of which the model's longest text is one: its last token is never computed."""
+        tables = self._worker.tables
+        return Limits(
+            num_tokens=min(self._settings.max_num_batched_tokens, cached),
+            num_sequences=min(self._settings.max_num_seqs - len(tables) + len(self.dropped), len(self._blocks)),
+            context=self._worker.model.shape.max_model_len - 1,
+            cached=cached,
+        )
+
+    def _fill(self, deadline: float) -> tuple[int, dict[tuple[Point, Mode], list[float]]]:
+        """Compute the keys and values of texts as long as they may be, a chunk at a time.
+
+        Cache that was never written is not real memory on a CPU, and reading it costs nothing. Returns the tokens
+        filled, from the first borrowed block on, and the times of the chunks, which are measurements too.
+        """
+        block_size = self._allocator.block_size
+        room = len(self._blocks) * block_size
+        longest = (self._worker.model.shape.max_model_len - 1) // block_size * block_size or 1
+        chunk = min(16, room, longest, self._settings.max_num_batched_tokens)
+        times: dict[tuple[Point, Mode], list[float]] = {}
+        for mode in self._modes:
+            self.step(Point(0, 0, ((0, chunk),)), mode)  # the first step of a mode sets it up
+        filled, turn = 0, 0
+        while filled < room:
+            offset = filled // longest * longest  # another text begins where one is full
+            count = min(chunk, room - filled, longest - (filled - offset))
+            point, mode = Point(0, 0, ((filled - offset, count),)), self._modes[turn % len(self._modes)]
+            took = self.step(point, mode, offset // block_size)
+            times.setdefault((point, mode), []).append(took)
+            filled, turn = filled + count, turn + 1
+            left = deadline - time.perf_counter()
+            if left <= 0:
+                break
+            if took * 4 * 8 < left:
+                chunk = min(4 * chunk, FILL_CHUNK, self._settings.max_num_batched_tokens)
+        return filled, times
+
+    def step(self, point: Point, mode: Mode, first_block: int = 0) -> float:
+        """Run `point` once in `mode`, its sequences in borrowed blocks from that one on; returns the seconds."""
+        items, offset = [], first_block
+        for start, count in point.sequences:
+            self._handles -= 1
+            used = self._allocator.blocks_for(start + count)
+            items.append(PlanItem(self._handles, start, count, self._blocks[offset : offset + used], LAST_LOGITS))
+            offset += used
+        tokens = np.arange(sum(item.num_tokens for item in items), dtype=np.int32)
+        tokens %= self._worker.model.shape.vocab_size
+        plan = StepPlan(SYNTHETIC, mode, items, tokens, self.dropped, False)
+        self.dropped = [item.handle for item in items]
+        started = time.perf_counter()
+        self._channel.send(STEP, plan.encode())
+        self._worker.run(plan)
+        return time.perf_counter() - started
+
+
+class Rounds:
+    """Measures points over and over, in every mode, until the time is up."""
+
+    def __init__(
+        self, calibration: Calibration, modes: list[Mode], times: dict[tuple[Point, Mode], list[float]]
+    ) -> None:
+        self._calibration, self._modes = calibration, modes
+        self.times = times
+        self.steps = sum(map(len, times.values()))
+        self._switches: list[float] = []
+
+    def measure(self, points: list[Point], deadline: float, most_rounds: int) -> None:
+        """Visit every point in rounds; one that would take too much of what time is left is passed over."""
+        per_token = 0.0
+        for turn in range(most_rounds):
+            for point in points:
+                left = deadline - time.perf_counter()
+                known = [times[-1] for mode in self._modes if (times := self.times.get((point, mode)))]
+                expected = max(known, default=per_token * point.shape.num_tokens) * 2 * len(self._modes)
+                if left <= 0:
+                    return
+                if expected <= left * POINT_SHARE:
+                    slowest = self._visit(point, turn)
+                    per_token = slowest / point.shape.num_tokens
+
+    def _visit(self, point: Point, turn: int) -> float:
+        """One measurement of a point in every mode; returns the longest."""
+        order = self._modes if turn % 2 == 0 else self._modes[::-1]
+        longest = 0.0
+        for mode in order:
+            took = first = self._calibration.step(point, mode)
+            if first < SHORT_SECONDS:
+                took = self._calibration.step(point, mode)
+                if turn > 0:
+                    self._switches.append(first - took)
+            self.times.setdefault((point, mode), []).append(took)
+            self.steps += 1 + (first < SHORT_SECONDS)
+            longest = max(longest, took)
+        return longest
+
+    def measurements(self) -> list[Measurement]:
+        """The median of every point in every mode."""
+        return [Measurement(mode, point.shape, median(times)) for (point, mode), times in self.times.items()]
+
+    def switch_seconds(self) -> float:
+        """What a change of mode costs the step after it, median."""
+        return max(0.0, median(self._switches)) if self._switches else 0.0
+
+
+def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:
+    """Under which conditions step times hold, as plain values."""
+    model = worker.model
+    return {
+        "model": {
+            "type": model.injection.config.model_type, **asdict(model.shape), "weight_bytes": model.weight_bytes,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "modes": [list(mode) for mode in modes],
+        "device": device_name(worker.device),
+        "hosts": worker.groups.layout.world_size // ranks_on_host(worker.groups.layout.world_size),
+        "rank_order": worker.groups.layout.rank_order,
+        "threads": torch.get_num_threads(),
+        "attention": worker.backend.name,
+        "cache": {
+            "dtype": str(worker.cache.shape.dtype).removeprefix("torch."), "block_size": worker.cache.shape.block_size,
+        },
+        "versions": {
+            "ulysses_infer": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+    }  # fmt: skip
+
+
+def ranks_on_host(world_size: int) -> int:
+    """Ranks of the job on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's and how many cores this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def assumed(worker: Worker, modes: Sequence[Mode]) -> list[Measurement]:
+    """Step times by the model's sizes and the nominal speeds of this kind of device."""
+    shape = worker.model.shape
+    sizes = Sizes(
+        shape.num_layers, shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads, shape.key_width,
+        worker.model.weight_bytes // worker.model.dtype.itemsize * worker.groups.layout.base.tp,
+        worker.model.dtype.itemsize,
+    )  # fmt: skip
+    machine: Machine = GPU if worker.device.type == "cuda" else CPU
+    return assumed_steps(sizes, machine, modes)

@@ -1,0 +1,105 @@
+"""The mode that measurements of this machine say is the fastest for the very step at hand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ulysses_infer.config import PolicyConfig
+from ulysses_infer.engine.batch import Batch
+from ulysses_infer.engine.policies.chunking import ChunkSizer
+from ulysses_infer.engine.policies.policy import Decision, Policy
+from ulysses_infer.engine.request import Request
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.planner.hindsight import Hindsight
+from ulysses_infer.planner.model import Measurement, StepTimeModel
+from ulysses_infer.planner.shape import StepShape
+
+WORTH_TRYING = 2.0  # a mode predicted to take more than this many times the best one's time is not tried unmeasured
+FASTEST, EXPLORED, TRIED, ONLY = "predicted fastest", "explored", "tried, not measured yet", "the only mode loaded"
+
+
+class AdaptivePolicy(Policy):
+    """Predicts the time of each step in every loaded mode and takes the shortest.
+
+    It starts from measured steps (`learn`) and refines what it knows with every step that runs. Without measurements
+    it starts from times that the model's sizes suggest (`assume`), and tries a mode once for every kind of step in
+    which it may be good. `policy.exploration` of the steps run in another mode than the best, to keep it honest.
+    """
+
+    name = "adaptive"
+
+    def __init__(self, modes: Sequence[Mode], config: PolicyConfig, seed: int = 0) -> None:
+        self.modes, self.config = tuple(modes), config
+        self.model = StepTimeModel(modes)
+        self.is_calibrated = False
+        """Whether it started from measured steps."""
+        self._origin = "nothing"
+        self._random = random.Random(seed)
+        self._hindsight = Hindsight(self.model)
+        self._chunks = ChunkSizer(_seconds(config.target_tpot_ms), _seconds(config.target_ttft_ms), self._fastest)
+        self._shape = StepShape.of([], [])
+
+    # -- where it starts ---------------------------------------------------------------------------------------
+
+    def learn(self, measurements: Iterable[Measurement], origin: str) -> None:
+        """Start from measured steps; `origin` says in words where they come from."""
+        self.model.learn(measurements)
+        self.is_calibrated, self._origin = True, origin
+
+    def assume(self, measurements: Iterable[Measurement]) -> None:
+        """Start from times nobody measured."""
+        self.model.learn(measurements, assumed=True)
+        self._origin = "the sizes of the model, until steps are measured"
+
+    # -- every step --------------------------------------------------------------------------------------------
+
+    def prefill_limit(self, running: Sequence[Request], waiting: Request | None) -> int | None:
+        """What the targets leave for prompts, if there are targets."""
+        return self._chunks.limit(running, waiting)
+
+    def decide(self, batch: Batch) -> Decision:
+        """The mode with the shortest predicted time, unless another one is to be tried."""
+        self._shape = shape = batch.shape
+        predicted = tuple(zip(self.modes, self.model.predict(shape), strict=True))
+        if len(self.modes) == 1:
+            return Decision(self.modes[0], f"{ONLY} ({shape})", predicted)
+        mode, reason = self._pick(shape, predicted)
+        return Decision(mode, f"{reason} ({shape})", predicted)
+
+    def _pick(self, shape: StepShape, predicted: tuple[tuple[Mode, float], ...]) -> tuple[Mode, str]:
+        best, shortest = min(predicted, key=lambda pair: pair[1])
+        if self.config.exploration and self._random.random() < self.config.exploration:
+            return self._random.choice([mode for mode in self.modes if mode != best]), EXPLORED
+        if not self.is_calibrated:
+            for mode, seconds in predicted:
+                if seconds < WORTH_TRYING * shortest and not self.model.is_measured(mode, shape):
+                    return mode, TRIED
+        return best, FASTEST
+
+    def observe(self, batch: Batch, decision: Decision, seconds: float) -> None:
+        """Learn from the step, and count what it took."""
+        self._hindsight.count(self._shape, decision.mode, dict(decision.predicted), seconds)
+        self.model.observe(decision.mode, self._shape, seconds)
+
+    def _fastest(self, shape: StepShape) -> float:
+        return min(self.model.predict(shape))
+
+    # -- what it says of itself --------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Name, targets, exploration and where its step times come from."""
+        settings = {"exploration": self.config.exploration} if self.config.exploration else {}
+        for name in ("target_tpot_ms", "target_ttft_ms"):
+            if getattr(self.config, name) is not None:
+                settings[name] = getattr(self.config, name)
+        return {"name": self.name, **settings, "profile": self._origin}
+
+    def stats(self) -> dict[str, Any]:
+        """Steps, prediction error, regret, explored steps, and how often the machine changed speed."""
+        return {**self._hindsight.stats(), "speed_changes": self.model.drift.changes}
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3

@@ -1,0 +1,87 @@
+"""How large a prefill chunk may be, so that those who decode beside it get their tokens in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from ulysses_infer.engine.request import Request
+from ulysses_infer.planner.shape import StepShape
+
+LEAST_CHUNK = 16
+"""Prompts advance by this much a step, whatever it costs: nobody waits for ever."""
+MARGIN = 0.9
+"""Steps are planned to take this share of the time there is: predictions err, and a step is not all of a gap."""
+
+FastestStep = Callable[[StepShape], float]
+"""Predicted seconds of a step in the mode that is fastest for it."""
+
+
+class ChunkSizer:
+    """Largest prefill chunk that keeps the targets; `target_tpot`, `target_ttft` in seconds, None for none.
+
+    Every step is planned to end within `target_tpot`. When the first prompt in line would then miss `target_ttft`, a
+    step may take the time that decodes have in hand, having been faster than their target so far: their mean time per
+    token still holds, at the price of one longer gap. Source of chunks sized by the decodes beside them: Agrawal et
+    al., "Sarathi-Serve", OSDI 2024.
+    """
+
+    def __init__(
+        self, target_tpot: float | None, target_ttft: float | None, fastest: FastestStep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._target_tpot, self._target_ttft = target_tpot, target_ttft
+        self._fastest, self._clock = fastest, clock
+
+    def limit(self, running: Sequence[Request], waiting: Request | None) -> int | None:
+        """Most prompt tokens of the next step; None when nothing limits it."""
+        if self._target_tpot is None:
+            return None
+        decodes = [request for request in running if _is_decoding(request)]
+        prompt = next((request for request in running if not _is_decoding(request)), waiting)
+        if not decodes or prompt is None:
+            return None
+        chunk = self._largest(decodes, prompt, self._target_tpot * MARGIN)
+        if chunk < _tokens_left(prompt) and self._is_late(prompt, chunk):
+            in_hand = self._time_in_hand(decodes, self._target_tpot)
+            chunk = max(chunk, self._largest(decodes, prompt, in_hand * MARGIN))
+        return chunk
+
+    def _largest(self, decodes: Sequence[Request], prompt: Request, seconds: float) -> int:
+        """The largest chunk whose step is predicted to end within `seconds`, by bisection."""
+        contexts = [request.num_tokens for request in decodes]
+        start = prompt.num_computed_tokens
+
+        def fits(chunk: int) -> bool:
+            return self._fastest(StepShape.of(contexts, [(start, chunk)])) <= seconds
+
+        most = _tokens_left(prompt)
+        if most <= LEAST_CHUNK or fits(most):
+            return max(most, LEAST_CHUNK)
+        low, high = LEAST_CHUNK, most
+        while high - low > LEAST_CHUNK:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _is_late(self, prompt: Request, chunk: int) -> bool:
+        """Whether chunks of this size, each a `target_tpot` long, bring the first token too late."""
+        if self._target_ttft is None or self._target_tpot is None or prompt.first_token_time is not None:
+            return False
+        steps = -(-_tokens_left(prompt) // chunk)
+        return self._clock() + steps * self._target_tpot > prompt.arrival_time + self._target_ttft
+
+    def _time_in_hand(self, decodes: Sequence[Request], target: float) -> float:
+        """How long a step may take with every decode's mean time per token still within `target`."""
+        now = self._clock()
+        return min(
+            target * request.num_output_tokens - (now - (request.first_token_time or now)) for request in decodes
+        )
+
+
+def _is_decoding(request: Request) -> bool:
+    return request.num_output_tokens > 0 and _tokens_left(request) == 1
+
+
+def _tokens_left(request: Request) -> int:
+    return request.num_tokens - request.num_computed_tokens

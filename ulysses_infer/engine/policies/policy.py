@@ -1,0 +1,66 @@
+"""What every policy is: it decides the mode of a step and can say why."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from ulysses_infer.engine.batch import Batch
+from ulysses_infer.engine.request import Request
+from ulysses_infer.parallel.layout import Mode
+
+
+class Decision(NamedTuple):
+    """The mode of one step and how it came about."""
+
+    mode: Mode
+    reason: str
+    """In a few words, to follow the name of the mode: "more than 256 tokens"."""
+    predicted: tuple[tuple[Mode, float], ...] = ()
+    """Seconds that the step should take in each mode, of a policy that predicts."""
+
+    def explain(self, seconds: float | None = None) -> str:
+        """One line; `seconds` is what the step then took."""
+        parts = [f"{self.mode}: {self.reason}"]
+        if self.predicted:
+            parts.append("predicted " + ", ".join(f"{mode} {time * 1e3:.2f} ms" for mode, time in self.predicted))
+        if seconds is not None:
+            expected = dict(self.predicted).get(self.mode)
+            error = f" ({seconds / expected - 1:+.0%})" if expected else ""
+            parts.append(f"took {seconds * 1e3:.2f} ms{error}")
+        return "; ".join(parts)
+
+
+class Policy(ABC):
+    """Chooses the mode of every step. Asked on rank 0 only, once per non-empty batch."""
+
+    name: ClassVar[str]
+    """The policy's name in recipes."""
+
+    @abstractmethod
+    def decide(self, batch: Batch) -> Decision:
+        """The mode that `batch` runs in, one of the loaded ones, with the reason."""
+
+    def choose(self, batch: Batch) -> Mode:
+        """The mode that `batch` runs in."""
+        return self.decide(batch).mode
+
+    def prefill_limit(self, running: Sequence[Request], waiting: Request | None) -> int | None:
+        """Most prompt tokens of the step about to be scheduled, at least 1; None: as many as the scheduler allows.
+
+        `running`: the admitted requests; `waiting`: the one to be admitted next.
+        """
+        return None
+
+    def observe(self, batch: Batch, decision: Decision, seconds: float) -> None:
+        """The step that `decide` decided last has run."""
+        return
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The policy's name and settings as plain values, which change only with the policy."""
+
+    def stats(self) -> dict[str, Any]:
+        """What it has counted, as plain values."""
+        return {}

@@ -1,0 +1,30 @@
+"""One mode for every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ulysses_infer.engine.batch import Batch
+from ulysses_infer.engine.policies.policy import Decision, Policy
+from ulysses_infer.parallel.layout import Mode
+
+
+class StaticPolicy(Policy):
+    """Always the same mode: plain tensor parallelism, plain Ulysses or a fixed mixture of the two.
+
+    Source: the baselines (TP, SP) of Hidayetoglu et al., "Shift Parallelism", arXiv 2509.16495.
+    """
+
+    name = "static"
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode = mode
+        self._decision = Decision(mode, "the mode of policy static")
+
+    def decide(self, batch: Batch) -> Decision:
+        """`mode`, whatever the batch."""
+        return self._decision
+
+    def describe(self) -> dict[str, Any]:
+        """Name and mode."""
+        return {"name": self.name, "mode": list(self.mode)}

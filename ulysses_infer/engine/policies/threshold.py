@@ -1,0 +1,40 @@
+"""One mode for large steps, another for small ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ulysses_infer.engine.batch import Batch
+from ulysses_infer.engine.policies.policy import Decision, Policy
+from ulysses_infer.parallel.layout import Mode
+
+
+class ThresholdPolicy(Policy):
+    """The base mode for steps of more than `threshold_tokens` tokens, the shift mode for the others.
+
+    Large steps are bound by compute and communication, where sequence parallelism is the cheaper one; small
+    steps by reading weights, which tensor parallelism splits over all ranks. Source: Hidayetoglu et al.,
+    "Shift Parallelism", arXiv 2509.16495, Algorithm 2.
+    """
+
+    name = "threshold"
+
+    def __init__(self, base: Mode, shift: Mode, threshold_tokens: int) -> None:
+        self.base = base
+        self.shift = shift
+        self.threshold_tokens = threshold_tokens
+        self._large = Decision(base, f"more than {threshold_tokens} tokens")
+        self._small = Decision(shift, f"at most {threshold_tokens} tokens")
+
+    def decide(self, batch: Batch) -> Decision:
+        """By the number of batched tokens, prefill chunks and decodes alike."""
+        return self._large if batch.num_tokens > self.threshold_tokens else self._small
+
+    def describe(self) -> dict[str, Any]:
+        """Name, threshold and the two modes."""
+        return {
+            "name": self.name,
+            "threshold_tokens": self.threshold_tokens,
+            "base": list(self.base),
+            "shift": list(self.shift),
+        }

@@ -1,0 +1,125 @@
+"""How long a step takes in each mode: learned from measured steps, and from every step that runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.planner.drift import DriftDetector
+from ulysses_infer.planner.memory import Memory
+from ulysses_infer.planner.regression import fit_prices
+from ulysses_infer.planner.shape import FEATURES, StepShape
+
+STEPS_PER_FIT = 32
+LEAST_SECONDS = 1e-6
+MOST_CORRECTION = math.log(4.0)
+
+
+class Measurement(NamedTuple):
+    """A step of a shape and the time it took in a mode."""
+
+    mode: Mode
+    shape: StepShape
+    seconds: float
+
+
+class StepTimeModel:
+    """Predicts the time of a step in every mode.
+
+    The prediction is a sum of prices times features (`StepShape.features`), the prices fitted to all remembered steps
+    of the mode, times what the latest steps of the same kind took more or less than that sum says. When the whole
+    machine changes speed, everything remembered is rescaled, of all modes alike: only measuring a mode can tell that
+    it has changed more than the others.
+    """
+
+    def __init__(self, modes: Sequence[Mode]) -> None:
+        self.modes = tuple(modes)
+        self.drift = DriftDetector()
+        self._memories = [Memory() for _ in modes]
+        self._prices = np.zeros((len(modes), len(FEATURES)))
+        self._anchor = self._prices.copy()  # what drift is told against: the prices before traffic refined them
+        self._steps = 0
+        self._steps_to_fit = STEPS_PER_FIT
+
+    # -- learning ----------------------------------------------------------------------------------------------
+
+    def learn(self, measurements: Iterable[Measurement], assumed: bool = False) -> None:
+        """Start from these: measured ones, or `assumed` ones that the first measurements overrule."""
+        for mode, shape, seconds in measurements:
+            self._remember(self.modes.index(mode), shape, seconds, assumed)
+        self._fit()
+        self._anchor = self._prices.copy()
+
+    def observe(self, mode: Mode, shape: StepShape, seconds: float) -> None:
+        """A step ran. Times that are none (not above zero, not finite) are passed over."""
+        if not (seconds > 0 and math.isfinite(seconds)):
+            return
+        self._steps += 1
+        index = self.modes.index(mode)
+        self._look_for_drift(index, shape, seconds)
+        self._remember(index, shape, seconds)
+        self._steps_to_fit -= 1
+        if self._steps_to_fit <= 0:
+            self._fit()
+
+    def _remember(self, index: int, shape: StepShape, seconds: float, assumed: bool = False) -> None:
+        self._memories[index].add(shape.cell, shape.features(), max(seconds, LEAST_SECONDS), self._steps, assumed)
+
+    def _fit(self) -> None:
+        self._steps_to_fit = STEPS_PER_FIT
+        for index, memory in enumerate(self._memories):
+            rows, seconds, weights = memory.all()
+            if len(seconds):
+                self._prices[index] = fit_prices(rows, seconds, weights)
+
+    def _look_for_drift(self, index: int, shape: StepShape, seconds: float) -> None:
+        kind, expected = (index, shape.cell), float(shape.features() @ self._anchor[index])
+        if expected <= 0:
+            return
+        if not self.drift.knows(kind):
+            rows, known = self._memories[index].of(shape.cell)
+            if len(known):
+                self.drift.set_usual(kind, float(np.median(np.log(known / _positive(rows @ self._anchor[index])))))
+            elif self._memories[index].holds(shape.cell):
+                self.drift.set_usual(kind, 0.0)
+        change = self.drift.add(kind, math.log(seconds / expected), self._steps)
+        if change is not None:
+            self._rescale(*change)
+
+    def _rescale(self, factor: float, since: int) -> None:
+        self._anchor = self._anchor * factor
+        for memory in self._memories:
+            memory.scale(factor, since)
+        self._fit()
+
+    # -- predicting --------------------------------------------------------------------------------------------
+
+    def predict(self, shape: StepShape) -> tuple[float, ...]:
+        """Seconds of a step in each of `modes`; always positive and finite."""
+        expected = _positive(self._prices @ shape.features())
+        return tuple(float(expected[i]) * self._correction(i, shape) for i in range(len(self.modes)))
+
+    def is_measured(self, mode: Mode, shape: StepShape) -> bool:
+        """Whether a step of this kind was ever measured in `mode`."""
+        return len(self._memories[self.modes.index(mode)].of(shape.cell)[1]) > 0
+
+    def prices(self, mode: Mode) -> dict[str, float]:
+        """Seconds per unit of each feature."""
+        return dict(zip(FEATURES, self._prices[self.modes.index(mode)].tolist(), strict=True))
+
+    def _correction(self, index: int, shape: StepShape) -> float:
+        """What steps of this kind take over what the prices say; nearer to 1 the fewer were measured."""
+        rows, seconds = self._memories[index].of(shape.cell)
+        if not len(seconds):
+            return 1.0
+        middle = float(np.median(np.log(seconds / _positive(rows @ self._prices[index]))))
+        shrunk = middle * len(seconds) / (len(seconds) + 1)
+        return math.exp(max(-MOST_CORRECTION, min(MOST_CORRECTION, shrunk)))
+
+
+def _positive(seconds: np.ndarray) -> np.ndarray:
+    return np.maximum(seconds, LEAST_SECONDS)
