@@ -78,23 +78,23 @@ def test_ranks_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(cli.os, "sched_getaffinity", lambda pid: set(range(8)))
 
-    assert cli.launcher_variables(TWO_RANKS) == {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "4"}
+    assert cli.launcher_variables(TWO_RANKS, 2) == {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "4"}
 
 
 def test_threads_asked_for_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = dataclasses.replace(TWO_RANKS, runtime=RuntimeConfig(device="cpu", threads_per_rank=3))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert cli.launcher_variables(asked)["OMP_NUM_THREADS"] == "3"
+    assert cli.launcher_variables(asked, 2)["OMP_NUM_THREADS"] == "3"
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert "OMP_NUM_THREADS" not in cli.launcher_variables(asked)
+    assert "OMP_NUM_THREADS" not in cli.launcher_variables(asked, 2)
 
 
 def test_too_few_gpus_are_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
 
     with pytest.raises(ConfigError, match="2 ranks need 2 GPUs, but this machine has 1"):
-        cli.launcher_variables(dataclasses.replace(TWO_RANKS, runtime=RuntimeConfig()))
+        cli.launcher_variables(dataclasses.replace(TWO_RANKS, runtime=RuntimeConfig()), 2)
 
 
 def test_error_is_told_without_starting_the_launcher() -> None:

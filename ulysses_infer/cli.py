@@ -36,8 +36,9 @@ def main() -> None:
 
             sys.exit(load_server(command.options))
         config = command.config()
-        if config.parallel.world_size > 1 and not is_launched():
-            sys.exit(launch(arguments, config, is_server=command.name == "serve"))
+        is_server = command.name == "serve"
+        if num_ranks(config, is_server) > 1 and not is_launched():
+            sys.exit(launch(arguments, config, is_server))
     except UlyssesError as error:
         sys.exit(_report(error))
     from ulysses_infer.frontend.rank import main as run_here
@@ -46,14 +47,14 @@ def main() -> None:
 
 
 def launch(arguments: list[str], config: Config, is_server: bool = False) -> int:
-    """Run the command on `sp * tp` ranks under DeepSpeed's launcher; returns the exit status.
+    """Run the command on its ranks under DeepSpeed's launcher; returns the exit status.
 
     The launcher passes no signal on, so it gets a process group of its own, and a signal to this process ends all of
     that group; should this process be killed, the kernel ends the launcher, which the ranks notice.
     """
     process = subprocess.Popen(
-        launcher_command(arguments, config.parallel.world_size),
-        env={**os.environ, **launcher_variables(config)},
+        launcher_command(arguments, num_ranks(config, is_server)),
+        env={**os.environ, **launcher_variables(config, num_ranks(config, is_server))},
         start_new_session=True,
         preexec_fn=_die_with_parent,
     )
@@ -61,6 +62,11 @@ def launch(arguments: list[str], config: Config, is_server: bool = False) -> int
     for number in SIGNALS:
         signal.signal(number, stop.take)
     return stop.wait()
+
+
+def num_ranks(config: Config, is_server: bool) -> int:
+    """Ranks that a command runs on: only a server has replicas."""
+    return config.parallel.num_ranks if is_server else config.parallel.world_size
 
 
 class Stop:
@@ -107,38 +113,37 @@ class Stop:
         return status if status >= 0 else 128 - status
 
 
-def launcher_command(arguments: list[str], num_ranks: int) -> list[str]:
+def launcher_command(arguments: list[str], count: int) -> list[str]:
     """DeepSpeed's launcher, which says nothing of its own: the ranks report their errors themselves."""
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--master_port", str(free_port()),
-        "--num_gpus", str(num_ranks), str(LAUNCH), *arguments,
+        "--num_gpus", str(count), str(LAUNCH), *arguments,
     ]  # fmt: skip
 
 
-def launcher_variables(config: Config) -> dict[str, str]:
-    """Environment variables that the ranks need; on a CPU each gets its share of the cores."""
-    num_ranks = config.parallel.world_size
-    if _uses_gpus(config):
+def launcher_variables(config: Config, count: int) -> dict[str, str]:
+    """Environment variables that `count` ranks need; on a CPU each gets its share of the cores."""
+    if _uses_gpus(config, count):
         return {}
     variables = {"DS_ACCELERATOR": "cpu"}
     if "OMP_NUM_THREADS" not in os.environ:
-        share = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+        share = max(1, len(os.sched_getaffinity(0)) // count)
         variables["OMP_NUM_THREADS"] = str(config.runtime.threads_per_rank or share)
     return variables
 
 
-def _uses_gpus(config: Config) -> bool:
+def _uses_gpus(config: Config, count: int) -> bool:
     """Whether the ranks compute on GPUs. Raises `ConfigError` if there are some, but too few."""
     if config.runtime.device == "cpu":
         return False
     import torch
 
-    num_gpus, num_ranks = torch.cuda.device_count(), config.parallel.world_size
+    num_gpus = torch.cuda.device_count()
     if num_gpus == 0 and config.runtime.device == "auto":
         return False
-    if num_gpus < num_ranks:
+    if num_gpus < count:
         raise ConfigError(
-            f"{num_ranks} ranks need {num_ranks} GPUs, but this machine has {num_gpus}; lower parallel.sp or "
+            f"{count} ranks need {count} GPUs, but this machine has {num_gpus}; lower parallel.sp or "
             "parallel.tp, or set runtime.device=cpu"
         )
     return True

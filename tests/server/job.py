@@ -37,10 +37,11 @@ def launcher():
 class Job:
     """The processes of one server. `how`: ranks (started directly), deepspeed, nodes (of one rank), ulysses-infer."""
 
-    def __init__(self, folder, sp=2, how="ranks", fault="", **changes):
+    def __init__(self, folder, sp=2, dp=1, how="ranks", fault="", **changes):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        keys = {**SETTINGS, "model.path": folder, "parallel.sp": sp, "server.port": self.port, **changes}
+        keys = {**SETTINGS, "model.path": folder, "parallel.sp": sp, "parallel.dp": dp, "server.port": self.port}
+        keys |= changes
         arguments = ["serve", *(f"{key}={value}" for key, value in keys.items())]
         self._environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "ULYSSES_TEST_FAULT": fault}
         self._environment["PYTHONPATH"] = str(ROOT)
@@ -50,28 +51,28 @@ class Job:
         }  # fmt: skip
         self.output = ""
         self._pipe, self._write = os.pipe()
-        self.processes = starters[how](arguments, sp)
+        self.processes = starters[how](arguments, sp * dp)
         os.close(self._write)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.all = []
 
-    def _start_ranks(self, arguments, sp):
-        names = {"WORLD_SIZE": str(sp), "LOCAL_WORLD_SIZE": str(sp), "MASTER_ADDR": "127.0.0.1"}
+    def _start_ranks(self, arguments, count):
+        names = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
         names["MASTER_PORT"] = str(free_port())
         command = [sys.executable, "-m", "tests.server.rank", *arguments]
-        return [self._start(command, **names, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(sp)]
+        return [self._start(command, **names, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
 
-    def _start_deepspeed(self, arguments, sp):
-        return [self._start([*launcher(), "--num_gpus", str(sp), LAUNCH, *arguments])]
+    def _start_deepspeed(self, arguments, count):
+        return [self._start([*launcher(), "--num_gpus", str(count), LAUNCH, *arguments])]
 
-    def _start_nodes(self, arguments, sp):
+    def _start_nodes(self, arguments, count):
         with tempfile.NamedTemporaryFile("w", suffix=".hosts", delete=False) as file:
-            file.writelines(f"node{number} slots=1\n" for number in range(sp))
+            file.writelines(f"node{number} slots=1\n" for number in range(count))
         command = [*launcher(), "--hostfile", file.name, "--no_ssh", "--master_addr", "127.0.0.1"]
-        return [self._start([*command, "--node_rank", str(number), LAUNCH, *arguments]) for number in range(sp)]
+        return [self._start([*command, "--node_rank", str(number), LAUNCH, *arguments]) for number in range(count)]
 
-    def _start_cli(self, arguments, sp):
+    def _start_cli(self, arguments, count):
         return [self._start([sys.executable, "-m", "ulysses_infer.cli", *arguments])]
 
     def _start(self, command, **environment):

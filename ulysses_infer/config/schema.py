@@ -82,7 +82,7 @@ class ParallelConfig:
         at_least=1,
         help="Weight slices of the base mode (tensor parallelism); a rank stores 1/tp of the weights.",
     )
-    dp: int = option(1, at_least=1, help="Replicas, each of sp * tp ranks; more than 1 is not available yet.")
+    dp: int = option(1, at_least=1, help="Replicas, each of sp * tp ranks, behind one HTTP server; serve only.")
     modes: list[list[int]] | None = option(
         kind="list of [sp, tp]",
         help="Modes to make available beside the base mode; null: full tensor parallelism, [1, sp * tp].",
@@ -107,6 +107,11 @@ class ParallelConfig:
     def world_size(self) -> int:
         """Ranks of one replica."""
         return self.sp * self.tp
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the job: those of all replicas."""
+        return self.dp * self.world_size
 
     @property
     def layout(self) -> Layout:

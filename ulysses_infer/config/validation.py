@@ -39,13 +39,13 @@ def validate(config: Config, explicit: Mapping[str, Setting]) -> None:
 
 def refuse_unavailable(config: Config) -> None:
     """Raise ConfigError for a setting that the schema knows and this version cannot carry out yet."""
+    if config.parallel.dp > 1:
+        raise ConfigError(f"parallel.dp = {config.parallel.dp}: replicas are for serve, which has a router; use 1 here")
     refusals = {
-        f"parallel.dp = {config.parallel.dp}": config.parallel.dp > 1,
         f"parallel.expert_placement = {config.parallel.expert_placement}": config.parallel.expert_placement
         != "replicate",
     }
     remedies = {
-        "parallel.dp": "1",
         "parallel.expert_placement": "replicate",
     }
     for setting, refused in refusals.items():

@@ -22,9 +22,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Protocol
 
 import psutil
 
@@ -33,7 +34,7 @@ GRACE_SECONDS = 1.0  # for the others to leave before they are killed
 HELLO_SECONDS = 5.0
 MOST_HELLO_BYTES = 1024
 FAILURE = 1
-BEAT, BYE, DRAIN, FAILED, END = ".", "bye", "drain", "failed", "end"
+BEAT, BYE, DRAIN, FAILED, STUCK, END = ".", "bye", "drain", "failed", "stuck", "end"
 DUMP, QUIET = "dump", "quiet"
 
 
@@ -105,6 +106,19 @@ class _Line:
 
 def _nothing(reason: str) -> None:
     """Nobody to tell."""
+
+
+class Watch(Protocol):
+    """What a process that runs steps needs of its end of the heartbeat, hub or member."""
+
+    def working(self) -> AbstractContextManager[None]:
+        """A step runs inside; it may take `runtime.step_timeout` seconds."""
+
+    def announce_drain(self) -> None:
+        """The job is ending in order."""
+
+    def fail(self, reason: str) -> NoReturn:
+        """End the job. Does not return."""
 
 
 class Hub:
@@ -210,8 +224,8 @@ class Hub:
                 line.has_left = True
                 line.connection.close()
                 return
-            elif word == FAILED:
-                self._failure = self._failure or (f"{line.name} failed: {rest[0]}", False)
+            elif word in (FAILED, STUCK):
+                self._failure = self._failure or (f"{line.name} failed: {rest[0]}", word == STUCK)
 
     def _take_end(self, line: _Line) -> None:
         line.has_left = True
@@ -269,9 +283,11 @@ class Member:
     process then ends, after writing down where it was if the hub wants to know."""
 
     def __init__(
-        self, address: Address, name: str, timeout: float, on_end: Callable[[str], None] | None = None
-    ) -> None:
-        self._name, self._timeout, self._on_end = name, timeout, on_end
+        self, address: Address, name: str, timeout: float, on_end: Callable[[str], None] | None = None,
+        step_timeout: float | None = None,
+    ) -> None:  # fmt: skip
+        self._name, self._timeout, self._on_end, self._step_timeout = name, timeout, on_end, step_timeout
+        self._busy_since: float | None = None
         self._hub = HostProcess(*address.process)
         self._line = _Line(socket.create_connection((address.host, address.port), HELLO_SECONDS))
         self._line.connection.settimeout(None)
@@ -287,6 +303,22 @@ class Member:
         self._left.set()
         self._line.say(FAILED, " ".join(reason.split()))
 
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """A step runs inside; it may take `step_timeout` seconds."""
+        self._busy_since = time.monotonic()
+        yield
+        self._busy_since = None
+
+    def announce_drain(self) -> None:
+        """The hub knows already: it is where draining starts."""
+
+    def fail(self, reason: str) -> NoReturn:
+        """Tell the hub, which ends the job and so this process. Does not return."""
+        self._line.say(FAILED, " ".join(reason.split()))
+        time.sleep(self._timeout)
+        os._exit(FAILURE)
+
     def leave(self) -> None:
         """This process ends in order."""
         self._left.set()
@@ -295,6 +327,9 @@ class Member:
     def _watch(self) -> None:
         while not self._left.is_set():
             self._line.say(BEAT)
+            busy_since, limit = self._busy_since, self._step_timeout
+            if limit is not None and busy_since is not None and time.monotonic() - busy_since > limit:
+                self._line.say(STUCK, f"a step has taken more than {limit:g} s (runtime.step_timeout)")
             if select.select([self._line.connection], [], [], BEAT_SECONDS)[0]:
                 self._take(self._line.read())
             silent = time.monotonic() - self._line.heard

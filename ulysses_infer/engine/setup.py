@@ -84,7 +84,8 @@ def start_rank(
     set_threads(config, device, ranks_on_host)
     if layout.world_size > 1:
         init_distributed(device, meet=meet)
-    groups = build_groups(layout, config.parallel.available_modes, device)
+    num_ranks = None if meet is None else layout.world_size
+    groups = build_groups(layout, config.parallel.available_modes, device, num_ranks)
     channel = Channel(groups)
     folder = None if model is not None else _find_folder(config, channel)
     blueprint = channel.together(lambda: _draw(config, model, folder, groups, device))

@@ -27,6 +27,7 @@ commands:
   bench throughput      tokens per second of many requests together, in every mode
   bench serve           load on a server that speaks OpenAI's format, this one or another
   serve                 answer HTTP requests in OpenAI's format, until a signal ends it
+  calibrate             measure the step times of every mode, for policy adaptive
 
 MODEL is a hub id or a folder, unless the recipe names one. Any key of a recipe can be set, as in parallel.sp=2.
 `ulysses-infer COMMAND --help` has the options of a command; --version prints the version.
@@ -75,7 +76,7 @@ def parse(arguments: Sequence[str]) -> Command:
 
         print(f"ulysses-infer {__version__}")
         raise SystemExit(0)
-    parsers = {"generate": _parse_generate, "bench": _parse_bench, "serve": _parse_serve}
+    parsers = {"generate": _parse_generate, "bench": _parse_bench, "serve": _parse_serve, "calibrate": _parse_calibrate}
     if name not in parsers:
         raise ConfigError(f"unknown command {name!r}; choose from {', '.join(parsers)}")
     return parsers[name](rest)
@@ -185,6 +186,24 @@ def _parse_serve(arguments: list[str]) -> Command:
     names = ("host", "port", "api_key", "admin_api_key", "served_model_name")
     settings = {"model.path": model, **{f"server.{name}": getattr(options, name) for name in names}}
     return Command("serve", options, overrides + _assignments(settings))
+
+
+def _parse_calibrate(arguments: list[str]) -> Command:
+    parser = _Parser("calibrate", "Measure how long steps take in every mode, for policy adaptive.")
+    parser.add_argument("--seconds", type=_seconds, metavar="N", default=120.0, help="longest time to take (120)")
+    parser.add_argument("--output", metavar="FILE", help="where to write the profile; default: the user's cache")
+    options, model, overrides = parser.parse_command(arguments)
+    return Command("calibrate", options, overrides + _assignments({"model.path": model}))
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
 
 
 def _assignments(settings: dict[str, Any]) -> list[str]:

@@ -29,6 +29,8 @@ def print_config(console: Console, title: str, config: Config) -> None:
     """The resolved configuration, one line a section; keys left at their defaults are not repeated."""
     world_size = config.parallel.world_size
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    if config.parallel.dp > 1:
+        ranks = f"{config.parallel.dp} replicas of {ranks}"
     modes = Text("  ").join(mode_text(mode) for mode in config.parallel.available_modes)
     heading = Text.assemble(("ulysses-infer", "bold"), f" {__version__} · {title} · {ranks}")
     if world_size > 1:

@@ -22,7 +22,11 @@ USER_ERROR, BUG = 2, 1
 PATIENCE_SECONDS = 10.0
 BUG_PATIENCE_SECONDS = 2.0
 
-RUNNERS = {"generate": "ulysses_infer.frontend.generate", "bench": "ulysses_infer.bench.command"}
+RUNNERS = {
+    "generate": "ulysses_infer.frontend.generate",
+    "bench": "ulysses_infer.bench.command",
+    "calibrate": "ulysses_infer.frontend.calibrate",
+}
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -51,7 +55,7 @@ def run(command: Command, rank: int, guard: Guard) -> None:
     """Check the command against the job it runs in and carry it out."""
     config = command.config()
     set_up_logging(config.runtime.log_level, rank)
-    check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")), replicas=command.name == "serve")
     if command.name == "serve":
         from ulysses_infer.server.command import run as serve
 
@@ -60,14 +64,16 @@ def run(command: Command, rank: int, guard: Guard) -> None:
         importlib.import_module(RUNNERS[command.name]).run(command, config, rank)
 
 
-def check_world_size(config: Config, world_size: int) -> None:
-    """Raise `ConfigError` unless the job has as many ranks as the recipe wants."""
+def check_world_size(config: Config, world_size: int, replicas: bool = False) -> None:
+    """Raise `ConfigError` unless the job has as many ranks as the recipe wants, of all `replicas` or of one."""
     parallel = config.parallel
-    if parallel.world_size != world_size:
+    wanted = parallel.num_ranks if replicas else parallel.world_size
+    if wanted != world_size:
+        sizes = {"sp": parallel.sp, "tp": parallel.tp} | ({"dp": parallel.dp} if replicas and parallel.dp > 1 else {})
         raise ConfigError(
-            f"parallel.sp * parallel.tp = {parallel.sp} * {parallel.tp} = {parallel.world_size}, but the job has "
-            f"{world_size} ranks; start {parallel.world_size} ranks (deepspeed --num_gpus {parallel.world_size}) or "
-            "change parallel.sp/tp"
+            f"{' * '.join(f'parallel.{name}' for name in sizes)} = {' * '.join(map(str, sizes.values()))} = {wanted}, "
+            f"but the job has {world_size} ranks; start {wanted} ranks (deepspeed --num_gpus {wanted}) or "
+            f"change parallel.{'/'.join(sizes)}"
         )
 
 

@@ -115,13 +115,14 @@ def init_distributed(
     comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
-def build_groups(layout: Layout, modes: list[Mode], device: torch.device) -> Groups:
+def build_groups(layout: Layout, modes: list[Mode], device: torch.device, num_ranks: int | None = None) -> Groups:
     """Create the groups of every mode. Collective: all ranks call it with the same arguments.
 
+    `num_ranks`: those that belong together, where it is not the launcher's environment that says so.
     Raises `ConfigError` when the job has another number of ranks than the layout.
     """
     if layout.world_size == 1:
-        _check_world_size(layout, int(os.environ.get("WORLD_SIZE", "1")))
+        _check_world_size(layout, num_ranks or int(os.environ.get("WORLD_SIZE", "1")))
         single = Groups(layout, rank=0)
         single.by_mode[Mode(1, 1)] = Collectives(single.place(Mode(1, 1)), None, None, single.clock)
         return single

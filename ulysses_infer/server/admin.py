@@ -7,7 +7,7 @@ from typing import Any
 
 from ulysses_infer.engine.completion import Completion
 from ulysses_infer.engine.engine import Engine
-from ulysses_infer.engine.policy import policy_settings
+from ulysses_infer.engine.policies import POLICIES, policy_settings
 from ulysses_infer.errors import ConfigError, RequestError
 
 
@@ -35,9 +35,9 @@ class Commands:
         return self._known[name](**arguments)
 
     def get_policy(self) -> dict[str, Any]:
-        """Name and settings of the policy, and the modes there are."""
+        """Name and settings of the policy, and the policies and modes there are."""
         modes = [list(mode) for mode in self._engine.config.parallel.available_modes]
-        return {**self._engine.policy.describe(), "modes": modes}
+        return {**self._engine.policy.describe(), "available": list(POLICIES), "modes": modes}
 
     def set_policy(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Change the policy from the next step on; returns the new one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -114,7 +114,9 @@ class EngineClient:
         self.settled = asyncio.Event()
         """Set once the engine is ready, or dead before it ever was."""
         self.ended = asyncio.Event()
-        """Set once the engine is dead, or has drained and every request was answered."""
+        """Set once the engine is dead, or has drained and was told that it may end."""
+        self.on_drained: Callable[[], None] = self.leave
+        """Called whenever the engine drains and nobody waits for it."""
 
     @property
     def num_requests(self) -> int:
@@ -189,7 +191,8 @@ class EngineClient:
         record.finish_time = time.monotonic()
         if not isinstance(stream.error, RequestError | OverloadedError):
             self._observer.on_finish(record)
-        self._say_goodbye_if_drained()
+        if self.is_drained:
+            self.on_drained()
 
     # -- what the engine says ------------------------------------------------------------------------------------
 
@@ -223,7 +226,8 @@ class EngineClient:
             case Draining():
                 self.status, self.drain_deadline = DRAINING, message.deadline
                 self._observer.on_draining(message.deadline)
-                self._say_goodbye_if_drained()
+                if self.is_drained:
+                    self.on_drained()
             case Dead():
                 self._die(message)
 
@@ -289,8 +293,14 @@ class EngineClient:
         self.settled.set()
         self.ended.set()
 
-    def _say_goodbye_if_drained(self) -> None:
-        if self.status == DRAINING and not self._streams and not self.ended.is_set():
+    @property
+    def is_drained(self) -> bool:
+        """Whether the engine drains and everyone is answered."""
+        return self.status == DRAINING and not self._streams
+
+    def leave(self) -> None:
+        """Tell the drained engine that it may end."""
+        if not self.ended.is_set():
             self._send(Goodbye())
             self.ended.set()
 

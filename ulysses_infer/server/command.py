@@ -1,4 +1,7 @@
-"""The `serve` command on every rank: rank 0 leads and has the HTTP process beside it, the others follow its plans."""
+"""The `serve` command on every rank: rank 0 leads and has the HTTP process beside it, the others follow.
+
+With several replicas each has a leader of its own, whose plans its ranks follow; all are served by one HTTP process.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from contextlib import ExitStack
 from rich.console import Console
 from rich.text import Text
 
-from ulysses_infer.config import Config
+from ulysses_infer.config import Config, ServerConfig
 from ulysses_infer.engine.channel import SHUTDOWN
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.failure import describe, is_lost_connection
 from ulysses_infer.engine.follower import serve_until_shutdown
-from ulysses_infer.engine.heartbeat import Hub, Member
+from ulysses_infer.engine.heartbeat import Address, Hub, Member
 from ulysses_infer.engine.prompts import load_tokenizer
 from ulysses_infer.engine.setup import Rank, finish_start, make_prompt_reader, start_rank
 from ulysses_infer.errors import ConfigError, RequestError
@@ -26,7 +29,8 @@ from ulysses_infer.frontend.opening import loading_bar, print_config
 from ulysses_infer.frontend.screen import make_console
 from ulysses_infer.server.link import Link
 from ulysses_infer.server.messages import Dead
-from ulysses_infer.server.process import bind, http_process, url_of
+from ulysses_infer.server.process import Order, bind, http_process, url_of
+from ulysses_infer.server.replicas import News, Replica, make_door
 from ulysses_infer.server.serving import Serving, describe_engine
 
 logger = logging.getLogger(__name__)
@@ -44,16 +48,19 @@ def run(config: Config, rank: int, guard: Guard) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"serve needs {', '.join(missing)}; install the package with its extra: ulysses_infer[serve]")
+    replica = Replica.of(config, rank)
     if rank == 0:
-        lead(config, guard)
+        lead(config, replica, guard)
+    elif replica.rank == 0:
+        assist(replica, rank, guard)
     else:
-        follow(config, rank, guard)
+        follow(replica, rank, guard)
 
 
 # -- rank 0 ------------------------------------------------------------------------------------------------------
 
 
-def lead(config: Config, guard: Guard) -> None:
+def lead(config: Config, replica: Replica, guard: Guard) -> None:
     """Rank 0: the port first, so that a wrong one is known at once; then the model; then requests."""
     console = make_console(0)
     listener = bind(config.server)
@@ -61,26 +68,29 @@ def lead(config: Config, guard: Guard) -> None:
     print_config(console, "serve", config)
     with ExitStack() as stack:
         hub = Hub(_hub_host(), config.server.heartbeat_timeout, config.runtime.step_timeout)
-        process = stack.enter_context(http_process(config, hub.address, listener))
+        entrance, door = make_door(_hub_host())
+        process = stack.enter_context(http_process(Order(config, hub.address, door.word), listener, entrance))
         link = Link(process.connection)
         hub.on_end = lambda reason: _say_dead(link, reason)
-        rank, engine, weight_bytes = _start(config, hub, console)
+        replica.tell(News(hub.address, door))
+        rank, engine, weight_bytes = _start(replica, hub.address, console)
         serving = Serving(engine, link, hub, config.server)
         signals = Signals(serving, hub, guard)
         guard.take_over(signals.take, signals.take_orphaned)
         _announce(console, config, url)
         serving.run(describe_engine(engine, weight_bytes, serving.state()))
-        _end(rank, hub)
+        _end(rank)
+        hub.leave(STOP_SECONDS)
         process.wait(LEAVE_SECONDS)
     if signals.status:
         raise SystemExit(signals.status)
 
 
-def _start(config: Config, hub: Hub, console: Console) -> tuple[Rank, Engine, list[int]]:
-    """The engine, loaded on all ranks, and proved to run in every mode."""
-    started = time.monotonic()
+def _start(replica: Replica, hub: Address, console: Console) -> tuple[Rank, Engine, list[int]]:
+    """The engine, loaded on all ranks of the replica, and proved to run in every mode."""
+    config, started = replica.config, time.monotonic()
     with loading_bar(console) as progress:
-        rank = start_rank(config, None, progress)
+        rank = start_rank(config, None, progress, replica.meet if replica.store is not None else None)
 
     def make_engine() -> Engine:
         prompts = make_prompt_reader(config, rank, load_tokenizer(config.model, rank.folder))
@@ -91,9 +101,10 @@ def _start(config: Config, hub: Hub, console: Console) -> tuple[Rank, Engine, li
         return Engine(config, rank, prompts, text=False)
 
     engine, weight_bytes = finish_start(rank, config, make_engine)
-    rank.channel.gather(hub.address)
+    rank.channel.gather(hub)
     rank.groups.limit_waits(config.runtime.step_timeout + TIMEOUT_MARGIN)
     engine.warm_up()
+    engine.prepare_policy()
     console.print(Text(f"  loaded in {time.monotonic() - started:.1f} s, every mode tried", style="dim"))
     return rank, engine, weight_bytes
 
@@ -116,11 +127,10 @@ def _announce(console: Console, config: Config, url: str) -> None:
     console.print(Text.assemble("  serving ", (name, "bold"), " on ", (url, "bold"), f"  ({pages})"))
 
 
-def _end(rank: Rank, hub: Hub) -> None:
-    """Let the other ranks go, and see that they do."""
+def _end(rank: Rank) -> None:
+    """Let the other ranks of the replica go."""
     rank.groups.limit_waits(STOP_SECONDS)
     rank.channel.send(SHUTDOWN)
-    hub.leave(STOP_SECONDS)
     rank.groups.close()
 
 
@@ -164,14 +174,29 @@ class Signals:
 # -- every other rank --------------------------------------------------------------------------------------------
 
 
-def follow(config: Config, rank: int, guard: Guard) -> None:
-    """Any other rank: run rank 0's plans until it says that is all. Raises what went wrong here."""
-    started = start_rank(config)
+def assist(replica: Replica, rank: int, guard: Guard) -> None:
+    """The leader of another replica: as rank 0, but the HTTP process and the last word are elsewhere."""
+    news, server = replica.hear(), replica.config.server
+    started, engine, weight_bytes = _start(replica, news.hub, make_console(rank))
+    limit = replica.config.runtime.step_timeout
+    member = Member(news.hub, f"rank {rank}", server.heartbeat_timeout, step_timeout=limit)
+    serving = Serving(engine, Link(news.door.enter(replica.index)), member, server)
+    patience = Patience(server, rank, member, guard)
+    guard.take_over(patience.take, patience.take_orphaned)
+    serving.run(describe_engine(engine, weight_bytes, serving.state()))
+    _end(started)
+    member.leave()
+
+
+def follow(replica: Replica, rank: int, guard: Guard) -> None:
+    """Any other rank: run its leader's plans until it says that is all. Raises what went wrong here."""
+    config = replica.config
+    started = start_rank(config, meet=replica.meet if replica.store is not None else None)
     finish_start(started, config, lambda: None)
     address = started.channel.gather(None)[0]
     member = Member(address, f"rank {rank}", config.server.heartbeat_timeout)
     started.groups.limit_waits(config.runtime.step_timeout + TIMEOUT_MARGIN)
-    patience = Patience(config, rank, member, guard)
+    patience = Patience(config.server, rank, member, guard)
     guard.take_over(patience.take, patience.take_orphaned)
     try:
         serve_until_shutdown(started)
@@ -187,8 +212,8 @@ def follow(config: Config, rank: int, guard: Guard) -> None:
 class Patience:
     """What signals mean to the other ranks: rank 0 got them too and will say when to end, within its limits."""
 
-    def __init__(self, config: Config, rank: int, member: Member, guard: Guard) -> None:
-        self._limit = config.server.shutdown_timeout + LEAVE_SECONDS
+    def __init__(self, settings: ServerConfig, rank: int, member: Member, guard: Guard) -> None:
+        self._limit = settings.shutdown_timeout + LEAVE_SECONDS
         self._rank, self._member, self._guard = rank, member, guard
 
     def take(self, number: int) -> None:

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ulysses_infer.config import Config, ServerConfig
 from ulysses_infer.engine.heartbeat import Address, Member
 from ulysses_infer.errors import ConfigError, UlyssesError
-
-if TYPE_CHECKING:
-    from ulysses_infer.server.client import EngineClient
+from ulysses_infer.server.client import EngineClient, Observer
+from ulysses_infer.server.replicas import DoorKeeper
+from ulysses_infer.server.router import Router
 
 FAREWELL_SECONDS = 1.5  # for clients to read that the engine is dead, and for /health to say so
 CLOSING_SECONDS = 5  # for connections to close once everyone is answered
@@ -59,24 +59,26 @@ class Order:
 
     config: Config
     hub: Address
+    word: bytes
+    """What the leaders of other replicas say at the door."""
 
 
 class HttpProcess:
-    """Rank 0's handle on it."""
+    """Rank 0's handle on it. `door`: the socket on which the leaders of other replicas come in."""
 
-    def __init__(self, config: Config, hub: Address, listener: socket.socket) -> None:
+    def __init__(self, order: Order, listener: socket.socket, door: socket.socket) -> None:
         self.connection, theirs = socket.socketpair()
         """Rank 0's end of the line to it."""
+        inherited = [theirs.fileno(), listener.fileno(), door.fileno()]
         root = str(Path(__file__).resolve().parents[2])
         code = f"import sys; sys.path.insert(0, {root!r}); from ulysses_infer.server.process import main; main()"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code, str(theirs.fileno()), str(listener.fileno())],
-            stdin=subprocess.PIPE, pass_fds=[theirs.fileno(), listener.fileno()],
-        )  # fmt: skip
+            [sys.executable, "-c", code, *map(str, inherited)], stdin=subprocess.PIPE, pass_fds=inherited
+        )
         theirs.close()
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it ended already: the line to it is closed, which is noticed
-            self._process.stdin.write(pickle.dumps(Order(config, hub)))
+            self._process.stdin.write(pickle.dumps(order))
             self._process.stdin.close()
 
     @property
@@ -98,10 +100,11 @@ class HttpProcess:
 
 
 @contextmanager
-def http_process(config: Config, hub: Address, listener: socket.socket) -> Iterator[HttpProcess]:
+def http_process(order: Order, listener: socket.socket, door: socket.socket) -> Iterator[HttpProcess]:
     """It, running; ended with the block, however that ends."""
-    process = HttpProcess(config, hub, listener)
-    listener.close()  # from here on it alone holds the port
+    process = HttpProcess(order, listener, door)
+    listener.close()  # from here on it alone holds the ports
+    door.close()
     try:
         yield process
     finally:
@@ -112,7 +115,7 @@ def main() -> None:
     """Serve until rank 0 says so or is gone. Signals are rank 0's business: whoever sends one to all sends it there."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    link, listener = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:3])
+    link, listener, door = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:4])
     order: Order = pickle.loads(sys.stdin.buffer.read())
     import uvloop
 
@@ -122,53 +125,68 @@ def main() -> None:
     set_up_logging(order.config.runtime.log_level, 0)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(order, link, listener))
+            runner.run(serve(order, link, listener, door))
     except UlyssesError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-async def serve(order: Order, link: socket.socket, listener: socket.socket) -> None:
+async def serve(order: Order, link: socket.socket, listener: socket.socket, door: socket.socket) -> None:
     """Connect the engine, the application and the port, and keep them together until the end."""
-    from ulysses_infer.server.client import EngineClient
     from ulysses_infer.server.http.app import make_app
     from ulysses_infer.server.http.context import make_context
     from ulysses_infer.server.observe import Observatory
 
     observatory = Observatory(order.config)
-    reader, writer = await asyncio.open_connection(sock=link)
-    client = EngineClient(reader, writer, observatory)
-    listening = asyncio.create_task(client.listen())
-    server = _make_server(make_app(make_context(order.config, client, observatory)), order.config.server)
+    engine = Router(observatory, order.config.parallel.dp)
+    server = _make_server(make_app(make_context(order.config, engine, observatory)), order.config.server)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    watching = asyncio.create_task(_watch_hub(order, client))
-    reporting = asyncio.create_task(observatory.status_lines(_log))
-    await asyncio.wait([serving, asyncio.create_task(client.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
-    if client.death:
+    tasks = await _connect(engine, order, link, door)
+    tasks.append(asyncio.create_task(_watch_hub(order, engine)))
+    tasks.append(asyncio.create_task(observatory.status_lines(_log)))
+    await asyncio.wait([serving, asyncio.create_task(engine.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
+    if engine.death:
         await asyncio.sleep(FAREWELL_SECONDS)
     server.should_exit = True
     await serving
-    for task in (listening, watching, reporting):
+    for task in tasks:
         task.cancel()
-    writer.close()
+
+
+async def _connect(engine: Router, order: Order, link: socket.socket, door: socket.socket) -> list[asyncio.Task[None]]:
+    """Rank 0's line, and those of other replicas' leaders once they have come in."""
+    first = await _client(link, engine.observers[0])
+    listening = [asyncio.create_task(first.listen())]
+    keeper = DoorKeeper(door, order.word)
+    waiting = asyncio.create_task(asyncio.to_thread(keeper.let_in, len(engine.observers) - 1))
+    await asyncio.wait([waiting, asyncio.create_task(first.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
+    lines = waiting.result() if waiting.done() else {}
+    others = [await _client(lines[index], engine.observers[index]) for index in sorted(lines)]
+    listening += [asyncio.create_task(client.listen()) for client in others]
+    return listening + engine.join([first, *others])
+
+
+async def _client(line: socket.socket, observer: Observer) -> EngineClient:
+    reader, writer = await asyncio.open_connection(sock=line)
+    return EngineClient(reader, writer, observer)
 
 
 def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-async def _watch_hub(order: Order, client: EngineClient) -> None:
+async def _watch_hub(order: Order, engine: Router) -> None:
     """From when the engine is up, its end or silence is the end here too; before that, the closed line tells."""
-    await client.settled.wait()
-    if client.death:
+    await engine.settled.wait()
+    if engine.death:
         return
     loop = asyncio.get_running_loop()
 
     def on_end(reason: str) -> None:
-        loop.call_soon_threadsafe(client.die, reason)
+        loop.call_soon_threadsafe(engine.die, reason)
 
     member = Member(order.hub, "the HTTP process", order.config.server.heartbeat_timeout, on_end)
-    await client.ended.wait()
+    await engine.ended.wait()
     member.leave()
 
 

@@ -36,6 +36,8 @@ class Router:
     def join(self, clients: list[EngineClient]) -> list[asyncio.Task[None]]:
         """Take the clients, made with this router's observers; returns tasks that keep `settled` and `ended`."""
         self.clients = clients
+        for client in clients:
+            client.on_drained = self._leave_if_drained
 
         async def when_all(events: list[asyncio.Event], then: asyncio.Event) -> None:
             await asyncio.gather(*(event.wait() for event in events))
@@ -100,6 +102,12 @@ class Router:
             except RequestError as error:
                 refusal = error
         raise refusal
+
+    def _leave_if_drained(self) -> None:
+        """The replicas end together: rank 0 of the job, which looks after all, must not be the first."""
+        if all(client.is_drained for client in self.clients):
+            for client in self.clients:
+                client.leave()
 
     def die(self, reason: str) -> None:
         """The job is known to be lost."""
@@ -190,3 +198,7 @@ def _together(states: list[EngineState]) -> EngineState:
         num_preemptions=total(lambda state: state.num_preemptions),
         policy=states[0].policy,
     )
+
+
+Served = EngineClient | Router
+"""What routes talk to: one engine, or several as one."""

@@ -9,7 +9,7 @@ from ulysses_infer.config import ServerConfig
 from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.failure import describe, is_lost_connection
-from ulysses_infer.engine.heartbeat import Hub
+from ulysses_infer.engine.heartbeat import Watch
 from ulysses_infer.errors import RequestError
 from ulysses_infer.outputs import Logprob
 from ulysses_infer.sampling_params import SamplingParams
@@ -42,8 +42,8 @@ NAMING_SECONDS = 0.5  # for the heartbeat to say which rank was lost, when a col
 class Serving:
     """The engine at the service of the HTTP process. `drain` and `stop` may be called from any thread."""
 
-    def __init__(self, engine: Engine, link: Link, hub: Hub, settings: ServerConfig) -> None:
-        self._engine, self._link, self._hub, self._settings = engine, link, hub, settings
+    def __init__(self, engine: Engine, link: Link, watch: Watch, settings: ServerConfig) -> None:
+        self._engine, self._link, self._watch, self._settings = engine, link, watch, settings
         self._reported: dict[int, int] = {}  # tokens sent of each unfinished sequence, by its request's index
         self._deadline: float | None = None
         self._stop_reason = ""
@@ -86,7 +86,7 @@ class Serving:
 
     def _is_over(self) -> bool:
         if self._link.is_closed and not self._is_answered:
-            self._hub.fail("the HTTP process ended unexpectedly")
+            self._watch.fail("the HTTP process ended unexpectedly")
         if self._wants_drain and self._deadline is None:
             self._start_draining()
         if self._deadline is not None and time.monotonic() > self._deadline and not self._is_answered:
@@ -97,13 +97,13 @@ class Serving:
 
     def _start_draining(self) -> None:
         self._deadline = time.monotonic() + self._settings.shutdown_timeout
-        self._hub.announce_drain()
+        self._watch.announce_drain()
         self._link.send(Draining(self._deadline))
 
     def _step(self) -> None:
         started = time.monotonic()
         try:
-            with self._hub.working():
+            with self._watch.working():
                 touched = self._engine.step()
         except Exception as error:  # whatever it was, the ranks are out of step
             self._end(error)
@@ -123,7 +123,7 @@ class Serving:
             time.sleep(NAMING_SECONDS)
         else:
             logger.error("a step failed", exc_info=error)
-        self._hub.fail(f"a step failed: {describe(cause)}")
+        self._watch.fail(f"a step failed: {describe(cause)}")
 
     def _check_idle(self) -> None:
         """An idle engine has all its blocks: anything else is a leak, and a bug to report."""

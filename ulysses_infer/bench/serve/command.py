@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
@@ -40,8 +41,11 @@ def run(options: argparse.Namespace) -> int:
 
     Raises `UlyssesError`s of one line.
     """
-    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
-        result = runner.run(measure(options))
+    try:
+        with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
+            result = runner.run(measure(options))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     print(table(result, options.max_concurrency, options.request_rate))
     for line in remarks(result):
         print(line)

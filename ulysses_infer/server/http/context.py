@@ -15,10 +15,10 @@ from starlette.requests import Request
 from ulysses_infer import __version__
 from ulysses_infer.config import Config
 from ulysses_infer.errors import EngineDeadError, OverloadedError
-from ulysses_infer.server.client import EngineClient
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.texts import Texts, load_texts
 from ulysses_infer.server.messages import Ready
+from ulysses_infer.server.router import Served
 from ulysses_infer.server.tool_calls import ToolFormat, choose_format
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class AppContext:
     """The parts of the HTTP process that routes use."""
 
     config: Config
-    client: EngineClient
+    client: Served
     texts: Texts
     observatory: Observatory
     tool_format: ToolFormat | None = None
@@ -76,7 +76,7 @@ class AppContext:
             del self.running[answer_id]
 
 
-def make_context(config: Config, client: EngineClient, observatory: Observatory) -> AppContext:
+def make_context(config: Config, client: Served, observatory: Observatory) -> AppContext:
     """Load the tokenizer and put everything together. Raises `CheckpointError`, `ConfigError`."""
     texts = load_texts(config)
     return AppContext(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ulysses_infer.sampling_params import SamplingParams
-from ulysses_infer.server.client import EngineClient
 from ulysses_infer.server.messages import NewToken, Submit
+from ulysses_infer.server.router import Served
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Generation:
 Batches = AsyncGenerator[tuple[int, list[NewToken]]]
 
 
-async def generate(client: EngineClient, generation: Generation) -> Batches:
+async def generate(client: Served, generation: Generation) -> Batches:
     """Run it: (position of the prompt, the tokens that came for it), as they come.
 
     Closing the generator aborts what has not ended. Raises what `EngineClient.generate` does.
@@ -68,13 +68,13 @@ async def generate(client: EngineClient, generation: Generation) -> Batches:
             yield 0, batch
 
 
-def _tokens(client: EngineClient, submit: Submit, num_sequences: int) -> AsyncGenerator[list[NewToken]]:
+def _tokens(client: Served, submit: Submit, num_sequences: int) -> AsyncGenerator[list[NewToken]]:
     """`client.generate`, which is a generator and can be closed."""
     batches: Any = client.generate(submit, num_sequences)
     return batches
 
 
-async def _merged(client: EngineClient, submits: list[Submit], num_sequences: int) -> Batches:
+async def _merged(client: Served, submits: list[Submit], num_sequences: int) -> Batches:
     """What several prompts get, as it comes. The first error ends them all."""
     arrived: asyncio.Queue[tuple[int, list[NewToken]] | asyncio.Task[None]] = asyncio.Queue()
 

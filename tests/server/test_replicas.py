@@ -1,0 +1,253 @@
+"""Several replicas behind one server: the least loaded gets the next request, and they live and end together."""
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import socket
+
+import pytest
+
+from tests.server.job import Job
+from ulysses_infer.errors import EngineDeadError, RequestError
+from ulysses_infer.server.client import EngineClient
+from ulysses_infer.server.frames import FrameReader, encode_frame
+from ulysses_infer.server.messages import (
+    Abort,
+    Call,
+    Dead,
+    Draining,
+    EngineState,
+    Goodbye,
+    NewToken,
+    Ready,
+    Reply,
+    Stepped,
+    Submit,
+    ToEngine,
+)
+from ulysses_infer.server.replicas import DoorKeeper, make_door
+from ulysses_infer.server.router import Router
+
+
+class Silent:
+    """An observer that keeps the merged states."""
+
+    def __init__(self):
+        self.states, self.dead, self.ready = [], [], []
+
+    def on_ready(self, info):
+        self.ready.append(info)
+
+    def on_step(self, state, step):
+        self.states.append(state)
+
+    def on_first_token(self, record):
+        pass
+
+    on_finish = on_draining = on_first_token
+
+    def on_tokens(self, record, seconds):
+        pass
+
+    def on_dead(self, reason):
+        self.dead.append(reason)
+
+
+def state(running=0, usage=0.0):
+    return EngineState(running, 1, usage, 10, 5, 2, {"name": "static"})
+
+
+class Replica:
+    """The engine's end of one replica's line."""
+
+    def __init__(self, line):
+        line.setblocking(False)
+        self._line, self._frames, self.heard = line, FrameReader(ToEngine), []
+
+    def say(self, message):
+        self._line.setblocking(True)
+        self._line.sendall(encode_frame(message))
+        self._line.setblocking(False)
+
+    def start(self):
+        self.say(Ready("m", 100, 99, [2], [(1, 1)], 10, 4, [5], state()))
+
+    def finish(self, request_id):
+        self.say(Stepped(state(), None, [NewToken(request_id, 0, 7, "length")]))
+
+    def listen(self):
+        with contextlib.suppress(BlockingIOError):
+            self.heard += self._frames.feed(self._line.recv(1 << 16))
+        return self.heard
+
+    def heard_of(self, kind):
+        return [message for message in self.listen() if isinstance(message, kind)]
+
+
+@contextlib.asynccontextmanager
+async def routed(count):
+    """(router, its observer, the replicas), all ready."""
+    observer = Silent()
+    router = Router(observer, count)
+    replicas, clients = [], []
+    for index in range(count):
+        ours, theirs = socket.socketpair()
+        replicas.append(Replica(ours))
+        clients.append(EngineClient(*await asyncio.open_connection(sock=theirs), router.observers[index]))
+    tasks = [asyncio.create_task(client.listen()) for client in clients] + router.join(clients)
+    assert router.status == "starting"
+    for replica in replicas:
+        replica.start()
+    await router.settled.wait()
+    yield router, observer, replicas
+    for task in tasks:
+        task.cancel()
+
+
+async def collect(router, name, num_tokens=10):
+    return [token async for batch in router.generate(Submit(name, [5] * num_tokens, {})) for token in batch]
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_requests_go_where_least_is_to_be_done():
+    async def case():
+        async with routed(3) as (router, _, replicas):
+            sizes = [900, 10, 20, 30, 40]
+            tasks = [asyncio.create_task(collect(router, f"r{i}", size)) for i, size in enumerate(sizes)]
+            await until(lambda: sum(len(replica.heard_of(Submit)) for replica in replicas) == 5)
+            got = [[message.request_id for message in replica.heard_of(Submit)] for replica in replicas]
+            for replica, names in zip(replicas, got, strict=True):
+                for name in names:
+                    replica.finish(name)
+            assert all(len(tokens) == 1 for tokens in await asyncio.gather(*tasks))
+            return got
+
+    assert asyncio.run(case()) == [["r0"], ["r1", "r3"], ["r2", "r4"]]
+
+
+def test_the_states_of_all_are_one_state():
+    async def case():
+        async with routed(2) as (router, observer, replicas):
+            assert [info.num_blocks for info in observer.ready] == [20]
+            replicas[0].say(Stepped(state(running=3, usage=0.5)))
+            replicas[1].say(Stepped(state(running=1, usage=0.1)))
+            await until(lambda: observer.states[-1:] and observer.states[-1].num_running == 4)
+            last = observer.states[-1]
+            assert (last.num_waiting, last.kv_cache_usage) == (2, 0.3)
+            assert (last.prefix_cache_queries, last.num_preemptions) == (20, 4)
+            assert router.status == "ready"
+
+    asyncio.run(case())
+
+
+def test_commands_reach_the_replicas_that_they_concern():
+    async def answer(replicas, values):
+        for replica, value in zip(replicas, values, strict=True):
+            await until(lambda replica=replica: replica.heard_of(Call))
+            call = replica.heard_of(Call)[0]
+            replica.heard.clear()
+            error = value if isinstance(value, str) else None
+            replica.say(Reply(call.number, None if error else value, error))
+
+    async def case():
+        async with routed(2) as (router, _, replicas):
+            task = asyncio.create_task(router.call("abort_all"))
+            await answer(replicas, [{"aborted": ["a"]}, {"aborted": ["b"]}])
+            assert await task == {"aborted": ["a", "b"]}
+            task = asyncio.create_task(router.call("abort", request_id="b"))
+            await answer(replicas, ["no request 'b'", {"aborted": ["b"]}])
+            assert await task == {"aborted": ["b"]}
+            task = asyncio.create_task(router.call("abort", request_id="c"))
+            await answer(replicas, ["no request 'c'", "no request 'c' here"])
+            with pytest.raises(RequestError, match="no request 'c' here"):
+                await task
+            task = asyncio.create_task(router.call("stats"))
+            await answer(replicas, [{"x": 1}, {"x": 2}])
+            assert await task == {"replicas": [{"x": 1}, {"x": 2}]}
+
+    asyncio.run(case())
+
+
+def test_they_drain_together_and_leave_together():
+    async def case():
+        async with routed(2) as (router, _, replicas):
+            task = asyncio.create_task(collect(router, "a"))
+            await until(lambda: replicas[0].heard_of(Submit))
+            replicas[1].say(Draining(1e9))
+            await until(lambda: replicas[0].heard_of(Call))
+            assert replicas[0].heard_of(Call)[0].name == "drain"
+            replicas[0].say(Draining(1e9))
+            await until(lambda: router.status == "draining")
+            await asyncio.sleep(0.05)
+            assert not replicas[1].heard_of(Goodbye), "the first has somebody to answer"
+            replicas[0].finish("a")
+            assert len(await task) == 1
+            await router.ended.wait()
+            await until(lambda: all(replica.heard_of(Goodbye) for replica in replicas))
+
+    asyncio.run(case())
+
+
+def test_the_death_of_one_is_told_to_those_who_wait_for_another():
+    async def case():
+        async with routed(2) as (router, observer, replicas):
+            tasks = [asyncio.create_task(collect(router, name)) for name in "ab"]
+            await until(lambda: all(replica.heard_of(Submit) for replica in replicas))
+            replicas[1].say(Dead("rank 3 ended unexpectedly"))
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                assert (type(result), str(result)) == (EngineDeadError, "rank 3 ended unexpectedly")
+            assert (router.status, router.death) == ("dead", "rank 3 ended unexpectedly")
+            assert set(observer.dead) == {"rank 3 ended unexpectedly"}
+            assert not replicas[0].heard_of(Abort)
+
+    asyncio.run(case())
+
+
+def test_only_who_knows_the_word_comes_through_the_door():
+    listener, door = make_door("127.0.0.1")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(DoorKeeper(listener, door.word).let_in, 2)
+        strangers = [socket.create_connection((door.host, door.port)) for _ in range(2)]
+        strangers[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
+        strangers[1].close()
+        lines = [door.enter(index) for index in (2, 1)]
+        theirs = waiting.result(20)
+    assert sorted(theirs) == [1, 2]
+    lines[0].sendall(b"x")
+    assert theirs[2].recv(1) == b"x"
+    for line in [*lines, *theirs.values(), strangers[0]]:
+        line.close()
+
+
+@pytest.mark.distributed
+def test_two_replicas_of_two_ranks_answer_alike_and_end_with_any_of_their_ranks(long_folder):
+    with Job(long_folder, dp=2, **{"cache.num_blocks": 2048}) as server:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            texts = list(pool.map(lambda _: server.complete(max_tokens=40).json()["choices"][0]["text"], range(24)))
+        assert len(collections.Counter(texts)) == 1
+        steps = [sum(mode["steps"] for mode in replica["modes"].values()) for replica in server.stats()["replicas"]]
+        assert min(steps) > 40
+        streams = [server.stream(max_tokens=8000) for _ in range(2)]
+        server.rank(3).kill()
+        for stream in streams:
+            stream.join()
+            assert "rank 3" in stream.errors[0]["error"]["message"]
+        server.assert_gone()
+
+
+@pytest.mark.distributed
+def test_replicas_of_one_rank_drain_and_end_in_order(long_folder):
+    with Job(long_folder, sp=1, dp=2, **{"cache.num_blocks": 2048}) as server:
+        streams = [server.stream(max_tokens=300) for _ in range(3)]
+        server.rank(0).terminate()
+        for stream in streams:
+            stream.join()
+            assert (stream.finish_reason, stream.done) == ("length", True)
+        server.assert_gone()
+        assert server.exit_codes == [0, 0]
