@@ -137,10 +137,12 @@ def test_bfloat16_stays_bfloat16(options):
     check([1, 7], [20, 11], (4, 2), make_options(options, 4), dtype=torch.bfloat16)
 
 
-def test_long_prompts_are_scored_in_pieces(monkeypatch):
+@pytest.mark.parametrize("options", ["plain", "window", "all"])
+def test_long_prompts_are_attended_in_pieces(monkeypatch, options):
     """The piece is smaller than a sequence, so several are put together."""
     monkeypatch.setattr(torch_loop, "SCORES_PER_CALL", 100)
-    check([30, 1], [40, 9], (4, 2), make_options("all", 4))
+    monkeypatch.setattr(torch_loop, "MASK_PER_CALL", 100)
+    check([30, 1], [40, 9], (4, 2), make_options(options, 4))
 
 
 @given(

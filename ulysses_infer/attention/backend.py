@@ -46,10 +46,9 @@ class AttentionOptions:
 
     def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Which keys each query sees. queries: [n] positions; keys: [m] positions; returns bool [n, m]."""
-        distance = queries[:, None] - keys[None, :]
-        mask = distance >= 0
+        mask = queries[:, None] >= keys[None, :]
         if self.sliding_window is not None:
-            mask &= distance < self.sliding_window
+            mask &= queries[:, None] < (keys + self.sliding_window)[None, :]
         if self.chunk_size is not None:
             mask &= (queries // self.chunk_size)[:, None] == (keys // self.chunk_size)[None, :]
         return mask

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn import functional as F
 
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 
-SCORES_PER_CALL = 1 << 24  # bounds the explicit score matrix (soft cap, sinks) to 64 MiB of float32
+SCORES_PER_CALL = 1 << 24  # bounds explicit scores (soft cap, sinks) to 64 MiB of float32
+MASK_PER_CALL = 1 << 26  # bounds a mask, which torch makes float32, to 256 MiB; tiles of few rows would be slow
 
 
 class TorchLoopAttention:
@@ -59,12 +62,22 @@ def _attend_one(
     if plain and length == 1 and sees_all:
         return _decode(query, key, value, options.scaling)
     if plain and length == count and sees_all:
-        return _fused(query, key, value, None, options.scaling)
-    queries = torch.arange(context - length, context, device=query.device)
-    visible = options.visible(queries, torch.arange(first, context, device=query.device))
-    if plain:
-        return _fused(query, key, value, visible, options.scaling)
-    return _explicit(query, key, value, visible, options)
+        return _fused(query, key, value, None, options)
+    attend = _fused if plain else _explicit
+    size = MASK_PER_CALL // count if plain else SCORES_PER_CALL // (count * query.shape[1])
+    positions = torch.arange(first, context, device=query.device)
+    parts = []
+    for start, rows in _tiles(query, max(1, size)):
+        end = count - length + start + rows.shape[0]  # keys that the tile's last query sees
+        visible = options.visible(positions[end - rows.shape[0] : end], positions[:end])
+        parts.append(attend(rows, key[:end], value[:end], visible, options))
+    return torch.cat(parts)
+
+
+def _tiles(query: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """`size` rows at a time, with the number of the first."""
+    for start in range(0, query.shape[0], size):
+        yield start, query[start : start + size]
 
 
 def _decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -78,7 +91,7 @@ def _decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling
 
 
 def _fused(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, options: AttentionOptions
 ) -> torch.Tensor:
     """Torch's fused attention; `visible` None means plain causal from position 0."""
     output = F.scaled_dot_product_attention(
@@ -87,7 +100,7 @@ def _fused(
         value.transpose(0, 1)[None],
         attn_mask=visible,
         is_causal=visible is None,
-        scale=scaling,
+        scale=options.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output[0].transpose(0, 1)
@@ -96,18 +109,7 @@ def _fused(
 def _explicit(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """Attention written out, for soft caps and sinks, over query rows few enough to bound memory."""
-    step = max(1, SCORES_PER_CALL // (query.shape[1] * key.shape[0]))
-    parts = [
-        _explicit_rows(rows, key, value, mask, options)
-        for rows, mask in zip(query.split(step), visible.split(step), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def _explicit_rows(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, options: AttentionOptions
-) -> torch.Tensor:
+    """Attention written out, for soft caps and sinks."""
     length, query_heads, width = query.shape
     heads, groups = key.shape[1], query_heads // key.shape[1]
     folded = query.view(length, heads, groups, width).permute(1, 2, 0, 3)  # [Hkv, G, n, d]
