@@ -5,6 +5,7 @@ import collections
 import concurrent.futures
 import contextlib
 import socket
+import time
 
 import pytest
 
@@ -222,6 +223,18 @@ def test_only_who_knows_the_word_comes_through_the_door():
     lines[0].sendall(b"x")
     assert theirs[2].recv(1) == b"x"
     for line in [*lines, *theirs.values(), strangers[0]]:
+        line.close()
+
+
+def test_a_door_can_be_closed_on_who_waits_at_it():
+    listener, door = make_door("127.0.0.1")
+    keeper = DoorKeeper(listener, door.word)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(keeper.let_in, 2)
+        line = door.enter(1)
+        time.sleep(0.2)
+        keeper.close()
+        assert sorted(waiting.result(5)) == [1]
         line.close()
 
 

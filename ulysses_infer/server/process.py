@@ -160,7 +160,8 @@ async def _connect(engine: Router, order: Order, link: socket.socket, door: sock
     keeper = DoorKeeper(door, order.word)
     waiting = asyncio.create_task(asyncio.to_thread(keeper.let_in, len(engine.observers) - 1))
     await asyncio.wait([waiting, asyncio.create_task(first.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
-    lines = waiting.result() if waiting.done() else {}
+    keeper.close()  # the thread that waits at it must not keep a dead engine's process alive
+    lines = await waiting
     others = [await _client(lines[index], engine.observers[index]) for index in sorted(lines)]
     listening += [asyncio.create_task(client.listen()) for client in others]
     return listening + engine.join([first, *others])

@@ -6,6 +6,7 @@ of the engine has to know of the rest of the job.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hmac
 import os
@@ -21,6 +22,7 @@ from ulysses_infer.engine.heartbeat import Address
 from ulysses_infer.parallel.groups import Rendezvous
 
 STORE_SECONDS = 120.0
+HELLO_SECONDS = 5.0
 WORD_BYTES = 16
 
 
@@ -47,19 +49,40 @@ class DoorKeeper:
         self._listener, self._word = listener, word
 
     def let_in(self, count: int) -> dict[int, socket.socket]:
-        """Wait for so many leaders; their lines by replica. Whoever does not know the word is turned away."""
+        """Wait for so many leaders; their lines by replica. Whoever does not know the word is turned away.
+
+        Fewer come if `close` is called meanwhile, from another thread.
+        """
         lines: dict[int, socket.socket] = {}
         while len(lines) < count:
-            line = self._listener.accept()[0]
-            line.settimeout(STORE_SECONDS)
-            said = _receive(line, WORD_BYTES + 2)
-            if hmac.compare_digest(said[:WORD_BYTES], self._word):
-                line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                lines[int.from_bytes(said[WORD_BYTES:], "little")] = line
-            else:
+            try:
+                line = self._listener.accept()[0]
+            except OSError:  # closed
+                break
+            index = self._ask(line)
+            if index is None:
                 line.close()
+            else:
+                lines[index] = line
         self._listener.close()
         return lines
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        with contextlib.suppress(OSError):  # closed already
+            self._listener.shutdown(socket.SHUT_RDWR)
+
+    def _ask(self, line: socket.socket) -> int | None:
+        """Which replica is at the door; None for a stranger."""
+        line.settimeout(HELLO_SECONDS)
+        try:
+            said = _receive(line, WORD_BYTES + 2)
+        except OSError:
+            return None
+        if not hmac.compare_digest(said[:WORD_BYTES], self._word):
+            return None
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return int.from_bytes(said[WORD_BYTES:], "little")
 
 
 def make_door(host: str) -> tuple[socket.socket, Door]:
