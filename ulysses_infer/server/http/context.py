@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ class AppContext:
     running: dict[str, list[str]] = field(default_factory=dict)
     """Ids of answers in the making, with those of the engine's requests for each."""
 
-    @property
+    @functools.cached_property
     def model_name(self) -> str:
         """The name that clients use."""
         return self.config.served_model_name

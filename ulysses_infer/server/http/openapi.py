@@ -24,9 +24,9 @@ REFERENCE = "#/components/schemas/{model}"
 EVENTS = {
     "text/event-stream": {
         "schema": {
-            "type": "string",
-            "description": "With stream: true: chunks as OpenAI writes them, an error as {'error': …}; the "
-            "last event is [DONE].",
+            # Without a type: OpenAPI 3.1 has none for a stream, which some tools read as text, others event by event.
+            "description": "With stream: true: server-sent events, whose data are chunks as OpenAI writes them, or an "
+            "error as {'error': …}; the last one is [DONE].",
         }
     }
 }
