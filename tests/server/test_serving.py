@@ -72,7 +72,8 @@ async def served(engine, **changes):
     thread = threading.Thread(target=lambda: serving.run(describe_engine(engine, [1], serving.state())))
     thread.start()
     log = Log()
-    client = EngineClient(*await asyncio.open_connection(sock=theirs), log)
+    reader, writer = await asyncio.open_connection(sock=theirs)
+    client = EngineClient(reader, writer, log, config.server.stream_interval)
     listening = asyncio.create_task(client.listen())
     await client.settled.wait()
     try:
@@ -122,6 +123,14 @@ def test_tokens_come_in_order_with_one_ending_per_sequence(engine, n):
     assert (record.num_output_tokens, record.finish_reason, record.num_prompt_tokens) == (5 * n, "length", len(PROMPT))
     assert record.arrival_time <= record.scheduled_time <= record.first_token_time <= record.finish_time
     assert log.gaps == 4 * n
+
+
+def test_a_stream_interval_gathers_tokens_but_not_the_first_nor_the_last(engine):
+    async def case():
+        async with served(engine, stream_interval=8) as (client, _, _, _):
+            return [len(batch) async for batch in client.generate(Submit("a", PROMPT, {**LONG, "max_tokens": 20}))]
+
+    assert asyncio.run(case()) == [1, 8, 8, 3]
 
 
 def test_the_same_prompt_again_reads_the_prefix_cache(engine):
@@ -200,7 +209,8 @@ def test_an_administrator_changes_the_policy_and_aborts(engine):
         async with served(engine) as (client, _, _, _):
             assert (await client.call("get_policy"))["name"] == "threshold"
             policy = await client.call("set_policy", name="static", settings={"mode": "tp"})
-            assert policy == {"name": "static", "mode": [1, 1], "modes": [[1, 1]]}
+            available = ["static", "threshold", "adaptive"]
+            assert policy == {"name": "static", "mode": [1, 1], "available": available, "modes": [[1, 1]]}
             with pytest.raises(RequestError, match="threshold_token'"):
                 await client.call("set_policy", name="threshold", settings={"threshold_token": 1})
             await client.call("set_policy", name="threshold", settings={"threshold_tokens": 7})

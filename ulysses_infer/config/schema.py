@@ -144,7 +144,7 @@ class PolicyConfig:
     )
     profile: str | None = option(
         "auto",
-        kind="auto | path | null",
+        kind="auto | path",
         help="Policy adaptive: measured step times. auto: measured once and kept in the user's cache; a path: what "
         "`ulysses-infer calibrate --output` wrote; null: measured at every start.",
     )
@@ -249,6 +249,9 @@ class ServerConfig:
     )
     request_timeout: float | None = option(
         above=0, help="Seconds after which a request that has not ended is ended with an error; null: never."
+    )
+    stream_interval: int = option(
+        1, at_least=1, help="Tokens of each event of a stream after the first: more cost less, and are less smooth."
     )
     max_body_bytes: int = option(32 * 1024 * 1024, at_least=1, help="Largest request body, in bytes.")
     cors_origins: list[str] = option(

@@ -96,8 +96,11 @@ class _Stream:
 class EngineClient:
     """Speaks to the engine over one connected socket. Every method belongs to the event loop's thread."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, observer: Observer) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, observer: Observer, stream_interval: int = 1
+    ) -> None:
         self._reader, self._writer, self._observer = reader, writer, observer
+        self._stream_interval = stream_interval
         self._streams: dict[str, _Stream] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
@@ -136,6 +139,7 @@ class EngineClient:
     async def generate(self, request: Submit, num_sequences: int = 1) -> AsyncIterator[list[NewToken]]:
         """Complete a prompt: yields the tokens that came since the last time, of all its sequences, until all end.
 
+        After the first token it waits for `stream_interval` of each sequence.
         Leaving the iterator early, by `aclose` or cancellation, aborts the request. Raises `RequestError` if the
         engine refuses it, `OverloadedError` if its queue is full or it drains, `EngineDeadError` if it is gone,
         RuntimeError for a bug of the engine's.
@@ -251,7 +255,9 @@ class EngineClient:
             stream.unfinished.discard(token.index)
             record.finish_reason = token.finish_reason
         stream.pending.append(token)
-        stream.arrived.set()
+        is_news = token.start is not None or token.finish_reason is not None
+        if is_news or len(stream.pending) >= self._stream_interval * len(stream.unfinished):
+            stream.arrived.set()
 
     def _time_token(self, stream: _Stream, index: int, now: float) -> None:
         record = stream.record

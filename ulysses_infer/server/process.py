@@ -155,21 +155,22 @@ async def serve(order: Order, link: socket.socket, listener: socket.socket, door
 
 async def _connect(engine: Router, order: Order, link: socket.socket, door: socket.socket) -> list[asyncio.Task[None]]:
     """Rank 0's line, and those of other replicas' leaders once they have come in."""
-    first = await _client(link, engine.observers[0])
+    interval = order.config.server.stream_interval
+    first = await _client(link, engine.observers[0], interval)
     listening = [asyncio.create_task(first.listen())]
     keeper = DoorKeeper(door, order.word)
     waiting = asyncio.create_task(asyncio.to_thread(keeper.let_in, len(engine.observers) - 1))
     await asyncio.wait([waiting, asyncio.create_task(first.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
     keeper.close()  # the thread that waits at it must not keep a dead engine's process alive
     lines = await waiting
-    others = [await _client(lines[index], engine.observers[index]) for index in sorted(lines)]
+    others = [await _client(lines[index], engine.observers[index], interval) for index in sorted(lines)]
     listening += [asyncio.create_task(client.listen()) for client in others]
     return listening + engine.join([first, *others])
 
 
-async def _client(line: socket.socket, observer: Observer) -> EngineClient:
+async def _client(line: socket.socket, observer: Observer, stream_interval: int) -> EngineClient:
     reader, writer = await asyncio.open_connection(sock=line)
-    return EngineClient(reader, writer, observer)
+    return EngineClient(reader, writer, observer, stream_interval)
 
 
 def _log(line: str) -> None:
