@@ -29,7 +29,7 @@ from ulysses_infer.frontend.opening import loading_bar, print_config
 from ulysses_infer.frontend.screen import make_console
 from ulysses_infer.server.link import Link
 from ulysses_infer.server.messages import Dead
-from ulysses_infer.server.process import Order, bind, http_process, url_of
+from ulysses_infer.server.process import Order, bind, check, http_process, url_of
 from ulysses_infer.server.replicas import News, Replica, make_door
 from ulysses_infer.server.serving import Serving, describe_engine
 
@@ -63,6 +63,7 @@ def run(config: Config, rank: int, guard: Guard) -> None:
 def lead(config: Config, replica: Replica, guard: Guard) -> None:
     """Rank 0: the port first, so that a wrong one is known at once; then the model; then requests."""
     console = make_console(0)
+    check(config.server)
     listener = bind(config.server)
     url = url_of(listener, config.server)
     print_config(console, "serve", config)

@@ -8,6 +8,7 @@ import logging
 import pickle
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,29 @@ def bind(settings: ServerConfig) -> socket.socket:
             "choose another, or port 0 for any free one"
         ) from error
     return listener
+
+
+def check(settings: ServerConfig) -> None:
+    """What the HTTP process would only find out while a model loads, perhaps for minutes. Raises `ConfigError`."""
+    from ulysses_infer.server.http.texts import read_template
+    from ulysses_infer.server.tool_calls import choose_format
+
+    choose_format(settings.tool_call_parser, None)
+    if settings.chat_template is not None:
+        read_template(settings.chat_template)
+    if settings.ssl_certfile is not None or settings.ssl_keyfile is not None:
+        _check_certificate(settings)
+
+
+def _check_certificate(settings: ServerConfig) -> None:
+    try:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(settings.ssl_certfile or "", settings.ssl_keyfile or "")
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"server.ssl_certfile = {settings.ssl_certfile} and server.ssl_keyfile = {settings.ssl_keyfile} cannot be "
+            f"used: {error}; give a certificate and its key, both PEM"
+        ) from error
 
 
 def url_of(listener: socket.socket, settings: ServerConfig) -> str:
@@ -206,11 +230,4 @@ def _make_server(app: Any, settings: ServerConfig) -> Any:
         timeout_graceful_shutdown=CLOSING_SECONDS, timeout_keep_alive=60, http="httptools", ws="none",
         ssl_certfile=settings.ssl_certfile, ssl_keyfile=settings.ssl_keyfile,
     )  # fmt: skip
-    try:
-        config.load()
-    except OSError as error:  # of TLS; ssl.SSLError is one
-        raise ConfigError(
-            f"server.ssl_certfile = {settings.ssl_certfile} and server.ssl_keyfile = {settings.ssl_keyfile} cannot be "
-            f"used: {error}; give a certificate and its key, both PEM"
-        ) from error
     return Server(config)

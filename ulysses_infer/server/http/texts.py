@@ -148,11 +148,12 @@ def load_texts(config: Config) -> Texts:
     if config.server.chat_template is not None:
         if tokenizer is None:
             raise ConfigError("server.chat_template needs a tokenizer; set model.tokenizer")
-        tokenizer.chat_template = _read_template(config.server.chat_template)
+        tokenizer.chat_template = read_template(config.server.chat_template)
     return Texts(tokenizer)
 
 
-def _read_template(path: str) -> str:
+def read_template(path: str) -> str:
+    """A chat template's text. Raises `ConfigError`."""
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
