@@ -534,8 +534,7 @@ class TestUnavailable:
     @pytest.mark.parametrize(
         ("override", "message"),
         [
-            ("policy.name=adaptive", "policy.name = adaptive is not available yet; use threshold or static"),
-            ("parallel.dp=2", "parallel.dp = 2 is not available yet; use 1"),
+            ("parallel.dp=2", "parallel.dp = 2: replicas are for serve, which has a router; use 1 here"),
             (
                 "parallel.expert_placement=expert",
                 "parallel.expert_placement = expert is not available yet; use replicate",

@@ -434,7 +434,7 @@ def test_a_step_that_fails_ends_the_engine_in_one_line(folder, monkeypatch):
     ("name", "values", "message"),
     [
         ("statik", {}, "static"),
-        ("adaptive", {}, "not available yet"),
+        ("adaptive", {"exploration": 0.9}, "at most 0.5"),
         ("static", {"mode": [2, 1]}, r"\[2, 1\]"),
         ("static", {"mode": "fast"}, "mode"),
         ("threshold", {"threshold_token": 1}, "threshold_tokens"),

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from ulysses_infer.config import load_config, refuse_unavailable
-from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.layout import Mode, check_heads, check_mode, even_span, key_value_span
 
 ROOT = Path(__file__).parents[1]
@@ -156,13 +155,4 @@ def test_demo_shifts_between_prompt_and_decode_steps():
 
 @pytest.mark.parametrize("piece", PIECES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_reusable_piece_loads_alone(piece):
-    config = load_config(piece, ["model.path=org/model"])
-    if piece.stem != "adaptive":
-        refuse_unavailable(config)
-
-
-def test_adaptive_policy_says_that_it_is_not_available_yet():
-    piece = ROOT / "configs" / "policy" / "adaptive.yaml"
-    assert "NOT AVAILABLE YET" in piece.read_text()
-    with pytest.raises(ConfigError, match=r"^policy\.name = adaptive is not available yet"):
-        refuse_unavailable(load_config(piece, ["model.path=org/model"]))
+    refuse_unavailable(load_config(piece, ["model.path=org/model"]))

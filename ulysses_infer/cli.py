@@ -16,7 +16,7 @@ import psutil
 from ulysses_infer.config import Config
 from ulysses_infer.engine.processes import free_port, is_launched
 from ulysses_infer.errors import ConfigError, UlyssesError
-from ulysses_infer.frontend.arguments import parse
+from ulysses_infer.frontend.arguments import CLIENTS, Command, parse
 
 LAUNCH = Path(__file__).with_name("launch.py")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -31,10 +31,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         command = parse(arguments)
-        if command.name == "bench serve":
-            from ulysses_infer.bench.serve.command import run as load_server
-
-            sys.exit(load_server(command.options))
+        if command.name in CLIENTS:
+            sys.exit(_run_client(command))
         config = command.config()
         is_server = command.name == "serve"
         if num_ranks(config, is_server) > 1 and not is_launched():
@@ -44,6 +42,21 @@ def main() -> None:
     from ulysses_infer.frontend.rank import main as run_here
 
     run_here(arguments)
+
+
+def _run_client(command: Command) -> int:
+    """A command that is no rank, and does without torch; returns the exit status."""
+    if command.name == "bench serve":
+        from ulysses_infer.bench.serve.command import run as load_server
+
+        return load_server(command.options)
+    if command.name == "bench replay":
+        from ulysses_infer.bench.replay.command import run as replay
+
+        return replay(command.options)
+    from ulysses_infer.bench.compare.command import run as compare
+
+    return compare(command.options, command.overrides)
 
 
 def launch(arguments: list[str], config: Config, is_server: bool = False) -> int:

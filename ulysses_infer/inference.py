@@ -20,7 +20,7 @@ from ulysses_infer.engine.completion import Completion
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.failure import describe, fatal, is_lost_connection
 from ulysses_infer.engine.follower import follow
-from ulysses_infer.engine.policy import policy_settings
+from ulysses_infer.engine.policies import policy_settings
 from ulysses_infer.engine.processes import STOP_SECONDS, WorkerProcesses, hand_over, is_launched
 from ulysses_infer.engine.prompts import load_tokenizer
 from ulysses_infer.engine.setup import Rank, finish_start, make_prompt_reader, start_rank
@@ -28,6 +28,7 @@ from ulysses_infer.engine.stats import StepRecord
 from ulysses_infer.errors import ConfigError, EngineDeadError, UlyssesError
 from ulysses_infer.model.checkpoint import Progress
 from ulysses_infer.outputs import RequestOutput
+from ulysses_infer.planner.profile import Profile
 from ulysses_infer.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class InferenceEngine:
             with ExitStack() as cleanup, self._ending_on_failure():
                 self._rank = self._start(model, progress, cleanup)
                 self._engine, self._weight_bytes = finish_start(self._rank, config, lambda: self._make_engine(model))
+                if config.policy.name == "adaptive":
+                    self._shared(lambda engine: engine.prepare_policy())
         except BaseException:
             self._end(at_once=True)
             raise
@@ -89,6 +92,11 @@ class InferenceEngine:
     def vocab_size(self) -> int:
         """Token ids are below this."""
         return self._live().worker.model.shape.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its output together."""
+        return self._live().worker.model.shape.max_model_len
 
     # -- generation --------------------------------------------------------------------------------------------
 
@@ -202,6 +210,20 @@ class InferenceEngine:
         Raises `ConfigError` for an unknown policy or setting, or a mode that is not loaded.
         """
         self._shared(lambda engine: engine.set_policy(policy_settings(self.config, name, settings)))
+
+    def explain(self, step: int | None = None) -> str:
+        """Why a step, by default the latest, ran in its mode: the times predicted and taken, in one line.
+
+        Raises `RequestError` for a step that has not run, or too long ago to be known.
+        """
+        return self._shared(lambda engine: engine.explain(step))
+
+    def calibrate(self, seconds: float = 120.0) -> Profile:
+        """Measure the step times of every mode for about `seconds`; returns them, and changes nothing.
+
+        `Profile.save` writes a file for `policy.profile`. Raises `RequestError` while requests run.
+        """
+        return self._shared(lambda engine: engine.calibrate(seconds))
 
     def stats(self) -> dict[str, Any]:
         """Counters per mode (steps, tokens, seconds), switches, queues, cache and weight bytes of each rank."""

@@ -29,9 +29,9 @@ from ulysses_infer.planner.profile import Profile
 from ulysses_infer.planner.shape import StepShape
 
 SYNTHETIC = -1  # the number of a step that no request asked for; handles of its sequences are below zero too
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-FINE_TOKENS = tuple(sorted({*TOKENS, *(3 * tokens // 2 for tokens in TOKENS[1:])}))
-CONTEXTS = (16, 256, 1024, 4096, 16384)
+TOKENS = (2, 8, 32, 128, 512, 2048, 8192)
+FINE_TOKENS = tuple(sorted({*(2**power for power in range(1, 15)), *(3 * 2**power for power in range(12))}))
+CONTEXTS = (16, 1024, 4096, 16384)
 MOST_FILLED = 32768  # tokens of cache that synthetic contexts may take
 FILL_CHUNK = 512
 FILL_SHARE = 0.3  # of the time, for computing the contexts that later steps attend to
@@ -71,10 +71,10 @@ class Limits(NamedTuple):
 
 def design(limits: Limits, tokens: Sequence[int] = TOKENS) -> list[Point]:
     """Points that tell the features of a step apart, within `limits`, the cheap ones first."""
-    points = [Point(0, 0, ((0, count),)) for count in (*tokens[1:], limits.num_tokens)]
-    points += [Point(0, 0, ((context, count),)) for context in CONTEXTS[1:] for count in (1, 16, 64, 256, 1024)]
-    points += [Point(count, context) for context in CONTEXTS for count in (1, *tokens[1::2], limits.num_sequences)]
-    points += [Point(count, 256, ((0, chunk),)) for count in (4, 32) for chunk in (32, 128, 512)]
+    points = [Point(0, 0, ((0, count),)) for count in (*tokens, -(-limits.num_tokens // 2), limits.num_tokens)]
+    points += [Point(0, 0, ((context, count),)) for context in CONTEXTS[1:] for count in tokens[2:5:2]]
+    points += [Point(count, context) for context in CONTEXTS for count in (1, *tokens[:4], limits.num_sequences)]
+    points += [Point(8, 256, ((0, chunk),)) for chunk in (32, 256)]
     points += [Point(0, 0, ((0, 16),) * count) for count in (4, 16)] + [Point(0, 0, ((0, 128),) * 4)]
     fitting = {point for point in points if _fits(point, limits)}
     return sorted(fitting, key=lambda point: (point.shape.num_tokens, point.shape.decode_context, point))
@@ -96,14 +96,15 @@ class Calibration:
 
     def __init__(
         self, worker: Worker, channel: Channel, allocator: BlockAllocator, settings: SchedulerConfig,
-        modes: Sequence[Mode],
+        modes: Sequence[Mode], dropped: Sequence[int] = (),
     ) -> None:  # fmt: skip
+        """`dropped`: handles that the ranks are still to forget."""
         self._worker, self._channel, self._allocator, self._modes = worker, channel, allocator, list(modes)
         self._settings = settings
         self._blocks: list[int] = []
         self._handles = 0
-        self.dropped: list[int] = []
-        """Handles of the last step, for the next plan to forget."""
+        self.dropped = list(dropped)
+        """Handles for the next plan to forget."""
 
     def run(self, seconds: float) -> Profile:
         """Measure for at most about `seconds`. Blocks are borrowed and given back; cached prefixes may go for them.
@@ -202,6 +203,7 @@ class Rounds:
         self.times = times
         self.steps = sum(map(len, times.values()))
         self._switches: list[float] = []
+        self._visits = 0
 
     def measure(self, points: list[Point], deadline: float, most_rounds: int) -> None:
         """Visit every point in rounds; one that would take too much of what time is left is passed over."""
@@ -219,13 +221,13 @@ class Rounds:
 
     def _visit(self, point: Point, turn: int) -> float:
         """One measurement of a point in every mode; returns the longest."""
-        order = self._modes if turn % 2 == 0 else self._modes[::-1]
+        self._visits += 1
         longest = 0.0
-        for mode in order:
+        for place, mode in enumerate(self._modes if self._visits % 2 else self._modes[::-1]):
             took = first = self._calibration.step(point, mode)
             if first < SHORT_SECONDS:
                 took = self._calibration.step(point, mode)
-                if turn > 0:
+                if turn > 0 and place > 0:  # the same step in another mode: nothing else has changed
                     self._switches.append(first - took)
             self.times.setdefault((point, mode), []).append(took)
             self.steps += 1 + (first < SHORT_SECONDS)
@@ -233,12 +235,31 @@ class Rounds:
         return longest
 
     def measurements(self) -> list[Measurement]:
-        """The median of every point in every mode."""
-        return [Measurement(mode, point.shape, median(times)) for (point, mode), times in self.times.items()]
+        """Every point in every mode: medians over its visits."""
+        found = []
+        for point in dict.fromkeys(point for point, _ in self.times):
+            modes = [mode for mode in self._modes if (point, mode) in self.times]
+            typical = typical_seconds([self.times[point, mode] for mode in modes])
+            found += [Measurement(mode, point.shape, took) for mode, took in zip(modes, typical, strict=True)]
+        return found
 
     def switch_seconds(self) -> float:
         """What a change of mode costs the step after it, median."""
         return max(0.0, median(self._switches)) if self._switches else 0.0
+
+
+def typical_seconds(times: Sequence[Sequence[float]]) -> list[float]:
+    """A step's time in each mode, from `times` by mode and visit.
+
+    What slows a visit down slows all its modes: how they compare is taken within visits, and only the time they take
+    together from all visits at once. Medians of logarithms.
+    """
+    if len({len(visits) for visits in times}) > 1:
+        return [median(visits) for visits in times]
+    logs = np.log(np.array(times))
+    together = logs.mean(axis=0)
+    typical: list[float] = np.exp(np.median(together) + np.median(logs - together, axis=1)).tolist()
+    return typical
 
 
 def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:

@@ -11,24 +11,28 @@ from typing import Any
 from ulysses_infer.cache.blocks import BlockAllocator
 from ulysses_infer.config import Config, PolicyConfig
 from ulysses_infer.engine.batch import Batch
+from ulysses_infer.engine.calibration import Calibration
 from ulysses_infer.engine.channel import STEP
 from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.detokenizer import Detokenizer
 from ulysses_infer.engine.plan import StepPlan, make_plan
-from ulysses_infer.engine.policy import Policy, make_policy
+from ulysses_infer.engine.policies import AdaptivePolicy, Decision, Policy, make_policy
 from ulysses_infer.engine.prompts import PromptReader
 from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.results import StepResults
 from ulysses_infer.engine.scheduler import Scheduler
 from ulysses_infer.engine.setup import Rank
+from ulysses_infer.engine.start_policy import keep_profile, start_policy
 from ulysses_infer.engine.stats import StepRecord, StepStats
 from ulysses_infer.errors import RequestError
 from ulysses_infer.model.sampler import SamplingRow, derive_seed, needs_full_logits
 from ulysses_infer.outputs import CONSTRAINTS
 from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.planner.profile import Profile
 from ulysses_infer.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
+FORCED = "set from outside the policy"
 
 
 class Engine:
@@ -59,19 +63,33 @@ class Engine:
 
     def step(self) -> list[Completion]:
         """Run one step; returns the requests that got a token or ended in it."""
-        batch = self.scheduler.schedule()
+        batch = self.scheduler.schedule(
+            self.policy.prefill_limit(self.scheduler.running, self.scheduler.next_waiting)
+        )
         if batch.is_empty:
             return []
-        mode = self.choose_mode(batch) if self.choose_mode else self.policy.choose(batch)
-        plan = self._plan(batch, mode)
+        decision = self._decide(batch)
+        plan = self._plan(batch, decision.mode)
         started = time.perf_counter()
         results = self._run(plan, batch)
-        self.stats.record(
-            StepRecord(plan.sequence, mode, plan.num_tokens, batch.num_decodes, time.perf_counter() - started)
-        )
+        self._record(plan, batch, decision, time.perf_counter() - started)
         self._end_impossible(results)
         self.scheduler.update(batch, results.tokens)
         return self._collect(batch, results)
+
+    def _decide(self, batch: Batch) -> Decision:
+        if self.choose_mode is not None:
+            return Decision(self.choose_mode(batch), FORCED)
+        return self.policy.decide(batch)
+
+    def _record(self, plan: StepPlan, batch: Batch, decision: Decision, seconds: float) -> None:
+        record = StepRecord(plan.sequence, plan.mode, plan.num_tokens, batch.num_decodes, seconds, decision)
+        self.stats.record(record)
+        # A GPU is only known to be done when a row of logits has come back from it.
+        if decision.reason != FORCED and (self.worker.device.type == "cpu" or any(i.samples for i in batch.scheduled)):
+            self.policy.observe(batch, decision, seconds)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s", record.explain())
 
     def _plan(self, batch: Batch, mode: Mode) -> StepPlan:
         dropped = self._dropped + [request.index for request in batch.preempted]
@@ -219,10 +237,38 @@ class Engine:
     def set_policy(self, settings: PolicyConfig) -> None:
         """Swap the policy; the next step is the first it decides. Raises `ConfigError`."""
         self.policy = self._make_policy(settings)
+        self.prepare_policy()
 
     def _make_policy(self, settings: PolicyConfig) -> Policy:
         parallel = self.config.parallel
-        return make_policy(settings, parallel.available_modes, parallel.base, parallel.layout.shift)
+        policy = make_policy(settings, parallel.available_modes, parallel.base, parallel.layout.shift)
+        if isinstance(policy, AdaptivePolicy):
+            start_policy(policy, self.worker)
+        return policy
+
+    def prepare_policy(self) -> None:
+        """Have a policy that knows no step times measure them, unless requests run: then it learns from those."""
+        policy = self.policy
+        if isinstance(policy, AdaptivePolicy) and policy.wants_calibration and not self.has_unfinished:
+            profile = self.calibrate(policy.config.calibration_seconds)
+            policy.learn(profile, f"measured in {profile.notes['seconds']:g} s")
+            keep_profile(profile, policy.config)
+
+    def calibrate(self, seconds: float) -> Profile:
+        """Measure step times for about `seconds`, in every mode. Raises `RequestError` while requests run."""
+        if self.has_unfinished:
+            raise RequestError("requests are running; calibrate when the engine is idle")
+        modes = self.config.parallel.available_modes
+        calibration = Calibration(
+            self.worker, self.channel, self.scheduler.allocator, self.config.scheduler, modes, self._dropped
+        )
+        profile = calibration.run(seconds)
+        self._dropped = calibration.dropped
+        return profile
+
+    def explain(self, step: int | None = None) -> str:
+        """Why a step, by default the latest, ran in its mode, in one line. Raises `RequestError` for an unknown one."""
+        return self.stats.find(step).explain()
 
     def describe(self) -> dict[str, Any]:
         """Counters per mode, queue lengths, cache use and the policy, as plain values."""
@@ -230,6 +276,7 @@ class Engine:
         return {
             **self.stats.as_dict(),
             "policy": self.policy.describe(),
+            "policy_stats": self.policy.stats(),
             "num_requests_running": self.scheduler.num_running,
             "num_requests_waiting": self.scheduler.num_waiting,
             "kv_cache_usage_perc": allocator.usage,

@@ -6,6 +6,8 @@ from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from ulysses_infer.engine.policies.policy import Decision
+from ulysses_infer.errors import RequestError
 from ulysses_infer.parallel.layout import Mode
 
 RECENT_STEPS = 65536
@@ -19,6 +21,12 @@ class StepRecord(NamedTuple):
     num_tokens: int
     num_decodes: int
     seconds: float
+    decision: Decision | None = None
+
+    def explain(self) -> str:
+        """Why it ran in its mode, with the times predicted and taken: one line."""
+        why = f"{self.mode}" if self.decision is None else self.decision.explain(self.seconds)
+        return f"step {self.sequence}, {self.num_tokens} tokens: {why}"
 
 
 @dataclass
@@ -47,6 +55,16 @@ class StepStats:
         if self.recent and self.recent[-1].mode != step.mode:
             self.switches[self.recent[-1].mode, step.mode] += 1
         self.recent.append(step)
+
+    def find(self, sequence: int | None = None) -> StepRecord:
+        """The record of a step by its number; None: of the latest. Raises `RequestError` if it is not kept."""
+        if not self.recent:
+            raise RequestError("no step has run yet")
+        first, last = self.recent[0].sequence, self.recent[-1].sequence
+        wanted = last if sequence is None else sequence
+        if not first <= wanted <= last:
+            raise RequestError(f"step {wanted} is not known; the records are of steps {first} to {last}")
+        return self.recent[wanted - first]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: `modes` by name, `switches` in all, `switches_by_pair`."""

@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from ulysses_infer.bench.compare.arguments import add_options, check_options
+from ulysses_infer.bench.replay.arguments import parse_replay
 from ulysses_infer.bench.serve.arguments import parse_serve
 from ulysses_infer.config import Config, load_config
 from ulysses_infer.config.aliases import ALIASES, split_flags
 from ulysses_infer.errors import ConfigError
 
 BENCHMARKS = ("latency", "throughput")
+CLIENTS = ("bench serve", "bench replay", "bench compare")
+"""Commands that are one process of their own, and no ranks."""
 MODES = ("tp", "sp", "shift", "single")
 RANDOM_MODELS = ("llama-60m", "llama-0.5b")
 DEFAULT_MAX_TOKENS = 128  # of prompts given on the command line
@@ -26,6 +30,8 @@ commands:
   bench latency         time to first token and per token of a lone request, in every mode
   bench throughput      tokens per second of many requests together, in every mode
   bench serve           load on a server that speaks OpenAI's format, this one or another
+  bench replay          a trace of production traffic on such a server
+  bench compare         dp, tp, sp and shift on this machine: a report with plots
   serve                 answer HTTP requests in OpenAI's format, until a signal ends it
   calibrate             measure the step times of every mode, for policy adaptive
 
@@ -45,15 +51,15 @@ class Command:
     """A parsed command line."""
 
     name: str
-    """generate | bench | bench serve | serve"""
+    """generate | bench | bench serve | bench replay | bench compare | serve | calibrate"""
     options: argparse.Namespace
     overrides: list[str]
     """Everything meant for the recipe, as `load_config` takes it."""
 
     def config(self) -> Config:
         """The configuration this command runs with. Raises `ConfigError`."""
-        if self.name == "bench serve":
-            raise ConfigError("bench serve is a client, of one process; run it without a launcher")
+        if self.name in CLIENTS:
+            raise ConfigError(f"{self.name} is a client, of one process; run it without a launcher")
         config = load_config(self.options.config, self.overrides)
         if self.name != "generate":
             return config
@@ -152,8 +158,12 @@ def _parse_bench(arguments: list[str]) -> Command:
     kind, *rest = arguments or [""]
     if kind == "serve":
         return Command("bench serve", parse_serve(rest), [])
+    if kind == "replay":
+        return Command("bench replay", parse_replay(rest), [])
+    if kind == "compare":
+        return _parse_compare(rest)
     if kind not in (*BENCHMARKS, "-h", "--help"):
-        raise ConfigError(f"bench {kind or '(nothing)'}: choose from {', '.join(BENCHMARKS)}, serve")
+        raise ConfigError(f"bench {kind or '(nothing)'}: choose from {', '.join(BENCHMARKS)}, serve, replay, compare")
     parser = _Parser("bench latency|throughput", "Compare modes on one checkpoint, in one run; medians over repeats.")
     number: dict[str, Any] = {"type": _positive, "metavar": "N"}
     latency = kind == "latency"
@@ -173,6 +183,17 @@ def _parse_bench(arguments: list[str]) -> Command:
     if options.random_model:
         model = options.random_model  # replaced by its folder once it is made
     return Command("bench", options, overrides + _assignments({"model.path": model}))
+
+
+def _parse_compare(arguments: list[str]) -> Command:
+    parser = _Parser("bench compare", "The same work under dp, tp, sp and shift on this machine: a report with plots.")
+    add_options(parser)
+    parser.add_argument("--random-model", choices=RANDOM_MODELS, help="random weights instead of MODEL, made and kept")
+    options, model, overrides = parser.parse_command(arguments)
+    if options.random_model and model:
+        raise ConfigError(f"MODEL {model!r} and --random-model {options.random_model!r}: give one of them")
+    check_options(options)
+    return Command("bench compare", options, overrides + _assignments({"model.path": model}))
 
 
 def _parse_serve(arguments: list[str]) -> Command:

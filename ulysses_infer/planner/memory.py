@@ -40,17 +40,14 @@ class Memory:
         known = self._weights > 0
         return self._rows[known], self._seconds[known], self._weights[known]
 
-    def of(self, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-        """(rows [k, F], seconds [k]) measured of one kind of step, k at most `PER_CELL`."""
+    def of(self, cell: Cell) -> tuple[np.ndarray, np.ndarray, int]:
+        """(rows [k, F], seconds [k], latest time) measured of one kind of step, k at most `PER_CELL`."""
         place = self._places.get(cell)
         if place is None:
-            return self._rows[:0], self._seconds[:0]
-        known = self._weights[place : place + PER_CELL] == 1.0
-        return self._rows[place : place + PER_CELL][known], self._seconds[place : place + PER_CELL][known]
-
-    def holds(self, cell: Cell) -> bool:
-        """Whether anything, be it assumed, is remembered of this kind of step."""
-        return cell in self._places
+            return self._rows[:0], self._seconds[:0], 0
+        own = slice(place, place + PER_CELL)
+        known = self._weights[own] == 1.0
+        return self._rows[own][known], self._seconds[own][known], int(self._written[own].max())
 
     def scale(self, factor: float, before: int) -> None:
         """The machine has changed: what was remembered before that time now takes `factor` times as long."""

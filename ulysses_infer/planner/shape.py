@@ -16,6 +16,8 @@ FEATURES = (
     "prefill_tokens", "decodes", "prefills", "decode_context", "prefill_context", "fresh_pairs", "past_pairs",
 )  # fmt: skip
 """Names of the numbers in `StepShape.features`."""
+NUM_SHARED = 4
+"""The last of them, the work of attention, cost much the same in every mode: each rank attends with its own heads."""
 
 Cell = tuple[int, int, int]
 

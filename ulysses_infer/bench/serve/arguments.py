@@ -26,25 +26,29 @@ in flight (closed loop)."""
 
 def parse_serve(arguments: Sequence[str]) -> argparse.Namespace:
     """Take the options apart. Raises `ConfigError` for what makes no sense, SystemExit after `--help`."""
-    parser = _Parser(
+    parser = OptionParser(
         prog="ulysses-infer bench serve", usage="ulysses-infer bench serve --base-url URL [options]",
         description=DESCRIPTION, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    _add_server(parser)
+    add_server(parser)
     _add_load(parser)
     _add_dataset(parser)
-    _add_output(parser)
+    add_output(parser)
     options = parser.parse_args(list(arguments))
     _check(options)
     return options
 
 
-class _Parser(argparse.ArgumentParser):
+class OptionParser(argparse.ArgumentParser):
+    """Its errors are ours, of one line."""
+
     def error(self, message: str) -> NoReturn:
+        """Of argparse. Raises `ConfigError`."""
         raise ConfigError(message)
 
 
-def _add_server(parser: argparse.ArgumentParser) -> None:
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Which server, and how to reach it."""
     group = parser.add_argument_group("server")
     group.add_argument("--base-url", metavar="URL", default="http://127.0.0.1:8000", help="default: %(default)s")
     group.add_argument("--model", metavar="NAME", help="default: the first that the server has")
@@ -53,36 +57,36 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     )
     key = os.environ.get("OPENAI_API_KEY")
     group.add_argument("--api-key", metavar="KEY", default=key, help="default: the variable OPENAI_API_KEY")
-    group.add_argument("--header", type=_pair, action="append", default=[], metavar="NAME=VALUE", help="repeatable")
+    group.add_argument("--header", type=pair, action="append", default=[], metavar="NAME=VALUE", help="repeatable")
     group.add_argument("--ca-file", metavar="FILE", help="certificates (PEM) to trust for https")
     group.add_argument(
-        "--timeout", type=_positive_number, default=3600.0, metavar="SECONDS",
+        "--timeout", type=positive_number, default=3600.0, metavar="SECONDS",
         help="a request without an end by then is lost; default: %(default)s",
     )  # fmt: skip
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("load")
-    group.add_argument("--num-prompts", type=_positive, metavar="N", help="default: 1000, or all of a file")
+    group.add_argument("--num-prompts", type=positive, metavar="N", help="default: 1000, or all of a file")
     group.add_argument(
         "--request-rate",
-        type=_positive_number,
+        type=positive_number,
         default=math.inf,
         metavar="R",
         help="per second; inf (default): all at once",
     )
     group.add_argument(
-        "--burstiness", type=_positive_number, default=1.0, metavar="B",
+        "--burstiness", type=positive_number, default=1.0, metavar="B",
         help="shape of the gamma-distributed gaps: 1 (default) is a Poisson process, less is burstier",
     )  # fmt: skip
-    group.add_argument("--max-concurrency", type=_positive, metavar="N", help="most requests in flight")
+    group.add_argument("--max-concurrency", type=positive, metavar="N", help="most requests in flight")
     group.add_argument(
         "--ramp-up", "--ramp-up-strategy", choices=("linear", "exponential"), help="let the rate go from one to another"
     )
     group.add_argument("--ramp-up-from", "--ramp-up-start-rps", type=_rate, metavar="R", help="requests per second")
     group.add_argument("--ramp-up-to", "--ramp-up-end-rps", type=_rate, metavar="R", help="requests per second")
     group.add_argument(
-        "--duration", type=_positive_number, metavar="SECONDS", help="closed loop: --max-concurrency at a time"
+        "--duration", type=positive_number, metavar="SECONDS", help="closed loop: --max-concurrency at a time"
     )
     group.add_argument("--seed", type=int, default=0, help="of prompts and arrivals; default: 0")
 
@@ -95,7 +99,7 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
         help="sharegpt: JSON; custom: JSON lines with prompt or messages and max_tokens; timed_trace: Mooncake's JSON "
         "lines or Azure's CSV",
     )  # fmt: skip
-    number: dict[str, Any] = {"type": _positive, "metavar": "N"}
+    number: dict[str, Any] = {"type": positive, "metavar": "N"}
     group.add_argument("--input-len", "--random-input-len", **number, default=1024, help="default: %(default)s")
     group.add_argument(
         "--output-len", "--random-output-len", **number, help="default: 128, or what the dataset says for each request"
@@ -107,14 +111,20 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefix-len", **number, default=256, help="of prefix_repetition; default: %(default)s")
     group.add_argument("--suffix-len", **number, default=256, help="of prefix_repetition; default: %(default)s")
     group.add_argument("--num-prefixes", **number, default=10, help="of prefix_repetition; default: %(default)s")
+    add_prompt_format(group)
+
+
+def add_prompt_format(group: argparse._ArgumentGroup) -> None:
+    """What made-up prompts consist of."""
     group.add_argument(
         "--prompt-format", choices=("auto", "ids", "text"), default="auto",
         help="token ids (lengths are exact) or text; auto: ids where the server has /tokenize or --vocab-size is given",
     )  # fmt: skip
-    group.add_argument("--vocab-size", **number, help="draw random token ids below this")
+    group.add_argument("--vocab-size", type=positive, metavar="N", help="draw random token ids below this")
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """What requests ask for, and what is told of them."""
     group = parser.add_argument_group("requests and results")
     group.add_argument("--ignore-eos", action="store_true", help="generate all tokens asked for")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0")
@@ -126,7 +136,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--percentiles", "--metric-percentiles", type=_percentiles, default=[99.0], metavar="P,P", help="default: 99"
     )
-    group.add_argument("--metadata", type=_pair, nargs="+", default=[], metavar="KEY=VALUE", help="kept in the result")
+    group.add_argument("--metadata", type=pair, nargs="+", default=[], metavar="KEY=VALUE", help="kept in the result")
     group.add_argument("--result-file", "--result-filename", type=Path, metavar="FILE", help="write everything as JSON")
 
 
@@ -134,16 +144,21 @@ def _check(options: argparse.Namespace) -> None:
     """Raise `ConfigError` for options that contradict each other."""
     if options.dataset in FILE_DATASETS and options.dataset_path is None:
         raise ConfigError(f"--dataset {options.dataset} needs --dataset-path FILE")
-    if options.endpoint == "chat" and options.prompt_format == "ids":
-        raise ConfigError("--prompt-format ids: chat takes messages; use --endpoint completions")
-    if options.result_file is not None and not options.result_file.absolute().parent.is_dir():
-        raise ConfigError(f"--result-file '{options.result_file}': its folder does not exist; create it")
+    check_common(options)
     _check_ramp(options)
     is_paced = math.isfinite(options.request_rate) or options.ramp_up is not None
     if options.duration is not None and (options.max_concurrency is None or is_paced):
         raise ConfigError("--duration is a closed loop: it needs --max-concurrency, and takes no rate")
     if options.dataset == "timed_trace" and (is_paced or options.duration is not None):
         raise ConfigError("--dataset timed_trace has its own times: leave out rates and --duration")
+
+
+def check_common(options: argparse.Namespace) -> None:
+    """Raise `ConfigError` for contradictions among the options that all load clients have."""
+    if options.endpoint == "chat" and options.prompt_format == "ids":
+        raise ConfigError("--prompt-format ids: chat takes messages; use --endpoint completions")
+    if options.result_file is not None and not options.result_file.absolute().parent.is_dir():
+        raise ConfigError(f"--result-file '{options.result_file}': its folder does not exist; create it")
 
 
 def _check_ramp(options: argparse.Namespace) -> None:
@@ -174,13 +189,15 @@ def _endpoint(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(ENDPOINTS)}")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An integer from 1 up. Raises argparse's error."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
 
 
-def _positive_number(text: str) -> float:
+def positive_number(text: str) -> float:
+    """A number above 0. Raises argparse's error."""
     number = _number(text)
     if number <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
@@ -211,7 +228,8 @@ def _number(text: str) -> float:
     return number
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
+    """KEY=VALUE. Raises argparse's error."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
@@ -222,7 +240,7 @@ def _limit(text: str) -> tuple[str, float]:
     key, _, value = text.partition(":")
     if key not in GOODPUT_MEASURES:
         raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(f'{m}:MS' for m in GOODPUT_MEASURES)}")
-    return key, _positive_number(value)
+    return key, positive_number(value)
 
 
 def _percentiles(text: str) -> list[float]:

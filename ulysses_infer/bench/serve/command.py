@@ -10,7 +10,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,12 @@ def run(options: argparse.Namespace) -> int:
             result = runner.run(measure(options))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    print(table(result, options.max_concurrency, options.request_rate))
+    return show(result, options, options.request_rate)
+
+
+def show(result: dict[str, Any], options: argparse.Namespace, rate: float = math.inf) -> int:
+    """Print a result and write it to `--result-file`; returns the exit status: 1 if no request succeeded."""
+    print(table(result, options.max_concurrency, rate))
     for line in remarks(result):
         print(line)
     if options.result_file is not None:
@@ -65,19 +71,25 @@ def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run the load that the options ask for; everything measured, and what was asked."""
+    async with connected(options) as (client, model):
+        maker = RequestMaker(model, options)
+        items = await make_items(client, model, options)
+        done = await _run(client, items, maker, options)
+    return identity(model, options) | _asked(options) | result_of(done, dict(options.goodput), options.percentiles)
+
+
+@asynccontextmanager
+async def connected(options: argparse.Namespace) -> AsyncIterator[tuple[Client, str]]:
+    """A client of the server that the options name, and the name of the model. Raises `ConfigError` if it is away."""
     headers = dict(options.header)
     server = Server.of(options.base_url, options.api_key, options.ca_file, headers=headers, timeout=options.timeout)
     client = Client(server)
     try:
-        model = options.model or await first_model(client)
-        maker = RequestMaker(model, options)
-        items = await make_items(client, model, options)
-        done = await _run(client, items, maker, options)
+        yield client, options.model or await first_model(client)
     except OSError as error:
         raise ConfigError(f"no server at {server.url}: {error or 'no answer'}; start one, or set --base-url") from error
     finally:
         client.close()
-    return _asked(model, options) | result_of(done, dict(options.goodput), options.percentiles)
 
 
 async def first_model(client: Client) -> str:
@@ -97,11 +109,16 @@ async def make_items(client: Client, model: str, options: argparse.Namespace) ->
     if options.dataset == "sharegpt":
         count = options.num_prompts or DEFAULT_NUM_PROMPTS
         return await sharegpt_items(path, count, options.output_len, client, model, options.seed)
+    return _made_items(await vocabulary_of(client, model, options), options)
+
+
+async def vocabulary_of(client: Client, model: str, options: argparse.Namespace) -> Vocabulary:
+    """What random prompts are made of. Raises `ConfigError` where that cannot be what the options ask for."""
     is_text = options.endpoint == "chat" or options.prompt_format == "text"
     vocabulary = await ask_vocabulary(client, model, is_text, options.vocab_size)
     if options.prompt_format == "ids" and not vocabulary.ids:
         raise ConfigError("--prompt-format ids: the server has no /tokenize to ask for ids; give --vocab-size N")
-    return _made_items(vocabulary, options)
+    return vocabulary
 
 
 def _made_items(vocabulary: Vocabulary, options: argparse.Namespace) -> Iterator[Item] | list[Item]:
@@ -113,6 +130,13 @@ def _made_items(vocabulary: Vocabulary, options: argparse.Namespace) -> Iterator
         lengths = (options.prefix_len, options.suffix_len, options.num_prefixes)
         return prefix_items(vocabulary, *lengths, output_len, seed)
     return random_items(vocabulary, options.input_len, output_len, options.range_ratio, seed)
+
+
+def completion_body(model: str, item: Item, **fields: Any) -> bytes:
+    """A greedy streamed completion of text or token ids, as JSON."""
+    common = {"temperature": 0.0, "stream": True, "stream_options": {"include_usage": True}}
+    asked = {"model": model, "prompt": item.content, "max_tokens": item.output_len}
+    return json.dumps({**asked, **common, **fields}).encode()
 
 
 class RequestMaker:
@@ -162,18 +186,24 @@ async def _run(
     return await open_loop(client, path, requests, options.max_concurrency)
 
 
-def _asked(model: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What identifies a result."""
+def identity(model: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What identifies any result."""
     return {
         "date": time.strftime("%Y%m%d-%H%M%S"),
         "backend": "openai" if options.endpoint == "completions" else "openai-chat",
         "base_url": options.base_url,
         "model_id": model,
-        "dataset": options.dataset,
         "seed": options.seed,
+        "max_concurrency": options.max_concurrency,
+        **dict(options.metadata),
+    }
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What identifies a load of this command, beside that."""
+    return {
+        "dataset": options.dataset,
         "request_rate": options.request_rate if math.isfinite(options.request_rate) else "inf",
         "ramp_up": [options.ramp_up, options.ramp_up_from, options.ramp_up_to] if options.ramp_up else None,
         "burstiness": options.burstiness,
-        "max_concurrency": options.max_concurrency,
-        **dict(options.metadata),
     }

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +56,36 @@ def prefix_items(
             yield Item(vocabulary.prompt(_joined(prefix, vocabulary.units(draw, suffix_len))), output_len)
 
 
-def trace_items(rows: Sequence[TraceRow], vocabulary: Vocabulary, seed: int) -> list[Item]:
-    """A trace's requests at their times: where rows have equal hash ids, the prompts have equal tokens."""
+def trace_items(
+    rows: Sequence[TraceRow], vocabulary: Vocabulary, seed: int, block_tokens: float = HASH_BLOCK_TOKENS
+) -> list[Item]:
+    """A trace's requests at their times: where rows have equal hash ids, the prompts have equal tokens.
+
+    `block_tokens`: tokens that one hash id stands for; in a trace whose lengths were scaled it may be a fraction.
+    """
     return [
-        Item(vocabulary.prompt(_trace_units(row, number, vocabulary, seed)), max(1, row.output_len), row.at)
+        Item(
+            vocabulary.prompt(_trace_units(row, number, vocabulary, seed, block_tokens)),
+            max(1, row.output_len),
+            row.at,
+        )
         for number, row in enumerate(rows)
     ]
 
 
-def _trace_units(row: TraceRow, number: int, vocabulary: Vocabulary, seed: int) -> Units:
+def _trace_units(row: TraceRow, number: int, vocabulary: Vocabulary, seed: int, block_tokens: float) -> Units:
+    """Blocks start where they would on an exact grid, so that they never drift from the prompt's length."""
+    total = vocabulary.num_units(row.input_len)
+    starts = [0, *(vocabulary.num_units(round(block_tokens * (i + 1))) for i in range(len(row.hash_ids)))]
     units: Units = []
-    for hash_id in row.hash_ids:
-        units = _joined(units, vocabulary.units(random.Random(f"block/{seed}/{hash_id}"), HASH_BLOCK_TOKENS))
-    uncovered = row.input_len - HASH_BLOCK_TOKENS * len(row.hash_ids)
-    if uncovered > 0:
-        units = _joined(units, vocabulary.units(random.Random(f"trace/{seed}/{number}"), uncovered))
-    return units[: vocabulary.num_units(row.input_len)]
+    for hash_id, (start, end) in zip(row.hash_ids, pairwise(starts), strict=True):
+        units = _joined(units, _units(vocabulary, f"block/{seed}/{hash_id}", end - start))
+    return _joined(units, _units(vocabulary, f"trace/{seed}/{number}", total - len(units)))[:total]
+
+
+def _units(vocabulary: Vocabulary, name: str, count: int) -> Units:
+    """So many units that the name alone determines; of fewer, the first ones of more."""
+    return vocabulary.pieces(random.Random(name), max(0, count))
 
 
 def _joined(first: Units, second: Units) -> Units:

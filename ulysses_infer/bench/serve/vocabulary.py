@@ -33,7 +33,10 @@ class Vocabulary:
 
     def units(self, draw: random.Random, num_tokens: int) -> Units:
         """Random pieces of a prompt."""
-        count = self.num_units(num_tokens)
+        return self.pieces(draw, self.num_units(num_tokens))
+
+    def pieces(self, draw: random.Random, count: int) -> Units:
+        """So many random pieces."""
         return draw.choices(self.ids, k=count) if self.ids else draw.choices(WORDS, k=count)
 
     def prompt(self, units: Units) -> str | list[int]:

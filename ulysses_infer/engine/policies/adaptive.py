@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ulysses_infer.config import PolicyConfig
@@ -14,14 +14,17 @@ from ulysses_infer.engine.request import Request
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planner.hindsight import Hindsight
 from ulysses_infer.planner.model import Measurement, StepTimeModel
+from ulysses_infer.planner.profile import Profile
 from ulysses_infer.planner.shape import StepShape
+from ulysses_infer.planner.switching import Switching
 
 WORTH_TRYING = 2.0  # a mode predicted to take more than this many times the best one's time is not tried unmeasured
 FASTEST, EXPLORED, TRIED, ONLY = "predicted fastest", "explored", "tried, not measured yet", "the only mode loaded"
+KEPT = "kept, for a change of mode costs more than staying has lost"
 
 
 class AdaptivePolicy(Policy):
-    """Predicts the time of each step in every loaded mode and takes the shortest.
+    """Predicts the time of each step in every loaded mode and takes the shortest, minding what a change costs.
 
     It starts from measured steps (`learn`) and refines what it knows with every step that runs. Without measurements
     it starts from times that the model's sizes suggest (`assume`), and tries a mode once for every kind of step in
@@ -39,19 +42,27 @@ class AdaptivePolicy(Policy):
         self._random = random.Random(seed)
         self._hindsight = Hindsight(self.model)
         self._chunks = ChunkSizer(_seconds(config.target_tpot_ms), _seconds(config.target_ttft_ms), self._fastest)
+        self._switching = Switching()
         self._shape = StepShape.of([], [])
 
     # -- where it starts ---------------------------------------------------------------------------------------
 
-    def learn(self, measurements: Iterable[Measurement], origin: str) -> None:
+    def learn(self, profile: Profile, origin: str) -> None:
         """Start from measured steps; `origin` says in words where they come from."""
-        self.model.learn(measurements)
+        self.model.learn(profile.measurements)
+        self._switching = Switching(profile.switch_seconds)
         self.is_calibrated, self._origin = True, origin
 
     def assume(self, measurements: Iterable[Measurement]) -> None:
         """Start from times nobody measured."""
         self.model.learn(measurements, assumed=True)
         self._origin = "the sizes of the model, until steps are measured"
+
+    @property
+    def wants_calibration(self) -> bool:
+        """Whether measuring steps first would help: not with a single mode and no target."""
+        needed = len(self.modes) > 1 or self.config.target_tpot_ms is not None
+        return needed and not self.is_calibrated and self.config.calibration_seconds > 0
 
     # -- every step --------------------------------------------------------------------------------------------
 
@@ -62,21 +73,22 @@ class AdaptivePolicy(Policy):
     def decide(self, batch: Batch) -> Decision:
         """The mode with the shortest predicted time, unless another one is to be tried."""
         self._shape = shape = batch.shape
-        predicted = tuple(zip(self.modes, self.model.predict(shape), strict=True))
-        if len(self.modes) == 1:
-            return Decision(self.modes[0], f"{ONLY} ({shape})", predicted)
-        mode, reason = self._pick(shape, predicted)
-        return Decision(mode, f"{reason} ({shape})", predicted)
+        times = dict(zip(self.modes, self.model.predict(shape), strict=True))
+        mode, reason = self._pick(shape, times)
+        return Decision(mode, f"{reason} ({shape})", tuple(times.items()))
 
-    def _pick(self, shape: StepShape, predicted: tuple[tuple[Mode, float], ...]) -> tuple[Mode, str]:
-        best, shortest = min(predicted, key=lambda pair: pair[1])
+    def _pick(self, shape: StepShape, times: Mapping[Mode, float]) -> tuple[Mode, str]:
+        if len(self.modes) == 1:
+            return self.modes[0], ONLY
+        best = min(times, key=times.__getitem__)
         if self.config.exploration and self._random.random() < self.config.exploration:
             return self._random.choice([mode for mode in self.modes if mode != best]), EXPLORED
         if not self.is_calibrated:
-            for mode, seconds in predicted:
-                if seconds < WORTH_TRYING * shortest and not self.model.is_measured(mode, shape):
+            for mode, seconds in times.items():
+                if seconds < WORTH_TRYING * times[best] and not self.model.is_measured(mode, shape):
                     return mode, TRIED
-        return best, FASTEST
+        mode = self._switching.choose(times)
+        return mode, FASTEST if mode == best else KEPT
 
     def observe(self, batch: Batch, decision: Decision, seconds: float) -> None:
         """Learn from the step, and count what it took."""

@@ -74,8 +74,9 @@ class ChunkSizer:
     def _time_in_hand(self, decodes: Sequence[Request], target: float) -> float:
         """How long a step may take with every decode's mean time per token still within `target`."""
         now = self._clock()
+        since = [now if request.first_token_time is None else request.first_token_time for request in decodes]
         return min(
-            target * request.num_output_tokens - (now - (request.first_token_time or now)) for request in decodes
+            target * request.num_output_tokens - (now - first) for request, first in zip(decodes, since, strict=True)
         )
 
 

@@ -1,0 +1,69 @@
+"""`ulysses-infer bench compare`: its options, and one whole comparison of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_llama
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.frontend.arguments import parse
+
+ROOT = Path(__file__).resolve().parents[3]
+SETTINGS = (
+    "cache.num_blocks=256", "cache.block_size=4", "scheduler.max_num_batched_tokens=64", "policy.threshold_tokens=16",
+    "policy.calibration_seconds=1", "runtime.threads_per_rank=1", "runtime.device=cpu",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--protocol", "shape,nothing"], "'nothing': choose from shape"),
+        (["--contenders", "tp,tp"], "names one twice"),
+        (["--scale", "huge"], "huge"),
+        (["--trace", "nowhere.csv"], r"--trace 'nowhere\.csv' is not a file"),
+        (["--repeats", "0"], "at least 1"),
+        (["--protocol", "trace"], "needs --trace FILE"),
+        (["--random-model", "llama-60m"], "give one of them"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(["bench", "compare", "model", *options])
+
+
+def test_model_recipe_and_keys_are_those_of_other_commands():
+    command = parse(["bench", "compare", "model", "--config", "r.yaml", "--repeats", "2", "parallel.sp=4"])
+    assert (command.name, command.options.config, command.options.repeats) == ("bench compare", "r.yaml", 2)
+    assert command.overrides == ["parallel.sp=4", "model.path=model"]
+
+
+@pytest.mark.launcher
+def test_a_tiny_comparison_from_start_to_report(tmp_path):
+    tiny_llama(tmp_path / "model")
+    output = tmp_path / "report"
+    command = [sys.executable, "-m", "ulysses_infer.cli", "bench", "compare", str(tmp_path / "model"), "--scale"]
+    command += ["smoke", "--repeats", "1", "--protocol", "shape,bursty", "--output", str(output), *SETTINGS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((output / "results.json").read_text())
+    assert results["contenders"] == ["dp", "tp", "sp", "shift", "adaptive"]
+    assert results["refused"] == {}
+    assert len(results["runs"]) == 3 * 5
+    assert [request for run in results["runs"] for request in run["requests"] if request[-1]] == []
+    modes = {run["contender"]: {(step[2], step[3]) for step in run["steps"]} for run in results["runs"]}
+    assert modes["dp"] == {(1, 1)}
+    assert modes["tp"] == {(1, 2)}
+    assert modes["sp"] == {(2, 1)}
+    assert modes["shift"] == {(1, 2), (2, 1)}
+    page = (output / "report.html").read_text()
+    assert "http://" not in page
+    assert {path.name for path in output.glob("*.csv")} == {"summary.csv", "requests.csv", "steps.csv"}

@@ -1,0 +1,133 @@
+"""What every protocol asks for, and in which order it is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.bench.compare.synthetic import SETTING, SIZES
+from ulysses_infer.bench.compare.command import order
+from ulysses_infer.bench.compare.contenders import CONTENDERS, GROUP, REPLICAS
+from ulysses_infer.bench.compare.protocols import NUM_BURSTS, PROTOCOLS, SCALES, Capacity, Case, Setting
+from ulysses_infer.bench.compare.servers import server_overrides
+from ulysses_infer.config import load_config
+from ulysses_infer.errors import ConfigError
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    rows = [
+        {"timestamp": 100 * n, "input_length": 600 + n, "output_length": 9 * n, "hash_ids": [0, n + 1]}
+        for n in range(500)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def cases_of(name: str, setting: Setting = SETTING) -> list[Case]:
+    return PROTOCOLS[name].cases(setting)
+
+
+def test_the_shape_is_asked_for_alone_and_together():
+    lone, saturated = cases_of("shape")
+    assert (lone.kind, len(lone.rows)) == ("lone", 2)
+    assert (saturated.kind, len(saturated.rows)) == ("saturated", 8)
+    assert {(row.at, row.input_len, row.output_len) for row in (*lone.rows, *saturated.rows)} == {(0.0, 100, 10)}
+
+
+def test_longer_contexts_are_asked_for_less_often():
+    cases = cases_of("context")
+    assert [(case.x, case.kind) for case in cases] == [
+        (length, kind) for length in SIZES.contexts for kind in ("lone", "saturated")
+    ]
+    counts = [len(case.rows) for case in cases if case.kind == "saturated"]
+    assert counts == [8, 4, 2]
+
+
+def test_rates_are_shares_of_the_capacity():
+    cases = cases_of("rate")
+    assert [case.x for case in cases] == [1.0, 2.0, 3.0, 4.0]
+    assert [len(case.rows) for case in cases] == [10, 20, 30, 40]
+    assert all(5 < case.rows[-1].at < 20 for case in cases)
+
+
+def test_four_bursts_stand_out_of_a_low_stream():
+    (case,) = cases_of("bursty")
+    assert [row.at for row in case.rows] == sorted(row.at for row in case.rows)
+    at_once = [(at, count) for at, count in Counter(row.at for row in case.rows).items() if count > 1]
+    assert at_once == [(1.25, 4), (3.75, 4), (6.25, 4), (8.75, 4)]
+    assert len(at_once) == NUM_BURSTS
+    assert len(case.rows) == 4 * 4 + 4
+
+
+def test_a_trace_is_fitted_to_the_machine_and_the_model(trace):
+    setting = dataclasses.replace(SETTING, traces=[trace], max_model_len=400)
+    (case,) = cases_of("trace", setting)
+    assert case.rows[-1].at == pytest.approx(SIZES.seconds, rel=0.1)
+    assert all(row.input_len + row.output_len <= 400 for row in case.rows)
+    tokens = sum(row.input_len + row.output_len for row in case.rows)
+    assert tokens / SIZES.seconds == pytest.approx(SETTING.capacity.tokens / 2, rel=0.1)
+    assert case.block_tokens == pytest.approx(512 * 100 / 849.5, rel=0.01)
+    assert {row.hash_ids[0] for row in case.rows} == {0}
+
+
+@settings(deadline=None)
+@given(st.floats(0.05, 1e3), st.integers(16, 200_000), st.sampled_from(sorted(SCALES)))
+def test_no_case_is_empty_or_longer_than_the_model_takes(per_second, max_model_len, scale):
+    sizes = dataclasses.replace(SCALES[scale].fitting(max_model_len), seconds=1.0)
+    setting = Setting(sizes, Capacity(per_second, per_second * 100), max_model_len)
+    cases = [case for name in ("shape", "context", "rate", "bursty") for case in cases_of(name, setting)]
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        assert case.rows
+        assert all(row.input_len >= 1 and row.input_len + row.output_len <= max_model_len for row in case.rows)
+
+
+def test_a_model_that_is_too_short_is_refused():
+    with pytest.raises(ConfigError, match="no room"):
+        SIZES.fitting(0)
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_everybody_does_everything_once_a_repeat(in_turn):
+    cases, contenders = cases_of("shape"), list(CONTENDERS.values())
+    steps = list(order(cases, contenders, 3, in_turn))
+    assert len(steps) == len(set(map(str, steps))) == 3 * len(cases) * len(contenders)
+
+
+def test_repeats_are_interleaved_and_begin_with_another():
+    cases, contenders = cases_of("shape"), list(CONTENDERS.values())
+    steps = list(order(cases, contenders, 2, False))
+    assert [contender.name for _, _, contender in steps[:5]] == ["dp", "tp", "sp", "shift", "adaptive"]
+    assert [contender.name for _, _, contender in steps[10:15]] == ["tp", "sp", "shift", "adaptive", "dp"]
+    assert [case.name for _, case, _ in steps[:10]] == ["shape-lone"] * 5 + ["shape-saturated"] * 5
+
+
+def test_servers_in_turn_are_started_once_a_repeat():
+    servers = [c.server for _, _, c in order(cases_of("shape"), list(CONTENDERS.values()), 2, True)]
+    switches = sum(a != b for a, b in pairwise(servers))
+    assert switches == 3
+
+
+def test_servers_use_the_same_ranks_in_their_own_way():
+    config = load_config(None, ["model.path=m", "parallel.sp=2", "parallel.tp=2"])
+    group = server_overrides(GROUP, config, 4, True, True)
+    replicas = server_overrides(REPLICAS, config, 4, True, True)
+    assert [group[f"parallel.{key}"] for key in ("dp", "sp", "tp")] == ["1", "2", "2"]
+    assert group["policy.name"] == "adaptive"
+    assert [replicas[f"parallel.{key}"] for key in ("dp", "sp", "tp")] == ["4", "1", "1"]
+    assert replicas["policy.name"] == "static"
+    assert "cache.memory_utilization" not in group
+    other = server_overrides(GROUP, config, 8, False, False)
+    assert [other[f"parallel.{key}"] for key in ("sp", "tp")] == ["8", "1"]
+    assert float(other["cache.memory_utilization"]) < 0.5
+    keys = [f"{key}={value}" for key, value in replicas.items() if "oc." not in value]
+    loaded = load_config(None, ["model.path=m", *keys])
+    assert loaded.parallel.num_ranks == 4

@@ -1,0 +1,133 @@
+"""Everything a comparison found, as it is kept on disk: reports are made from it, now or later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ulysses_infer.errors import ConfigError
+
+VERSION = 1
+RESULTS = "results.json"
+
+
+class RequestRow(NamedTuple):
+    """One request; seconds, counted from the start of its run."""
+
+    sent: float
+    ttft: float
+    tpot: float | None
+    e2el: float
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    error: str
+
+    @property
+    def ended(self) -> float:
+        """When its last token came."""
+        return self.sent + self.e2el
+
+
+class StepRow(NamedTuple):
+    """One step of an engine; seconds, counted from the start of the run."""
+
+    start: float
+    seconds: float
+    sp: int
+    tp: int
+    tokens: int
+    decodes: int
+
+
+@dataclass
+class Run:
+    """One contender's answer to one case, once."""
+
+    contender: str
+    case: str
+    repeat: int
+    metrics: dict[str, float]
+    """By key of `comparison.METRICS`."""
+    requests: list[RequestRow] = field(repr=False)
+    steps: list[StepRow] = field(repr=False)
+    gaps: list[float] = field(repr=False)
+    """Seconds from each token to the next, of all requests."""
+    seconds: float = 0.0
+    foreign_cores: float = 0.0
+    """That other programs kept busy meanwhile."""
+    late_ms: float = 0.0
+    """By which the client itself was late, at most."""
+
+    @property
+    def errors(self) -> list[str]:
+        """Why requests failed."""
+        return [request.error for request in self.requests if request.error]
+
+
+@dataclass(frozen=True)
+class CaseInfo:
+    """What a report says of a case."""
+
+    protocol: str
+    name: str
+    title: str
+    kind: str
+    x: float | None
+    num_requests: int
+
+
+@dataclass
+class Findings:
+    """A whole comparison."""
+
+    about: dict[str, Any]
+    """Model, machine, versions, options: what it was measured on, and how to do it again."""
+    cases: list[CaseInfo] = field(default_factory=list)
+    contenders: list[str] = field(default_factory=list)
+    """Those that took part, in the order in which they are shown."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Those that could not, and why."""
+    runs: list[Run] = field(default_factory=list)
+
+    def of(self, contender: str, case: str) -> list[Run]:
+        """The repeats of one contender in one case."""
+        return [run for run in self.runs if (run.contender, run.case) == (contender, case)]
+
+    def protocol(self, name: str) -> list[CaseInfo]:
+        """Cases that were run of a protocol."""
+        done = {run.case for run in self.runs}
+        return [case for case in self.cases if case.protocol == name and case.name in done]
+
+    def typical(self, contender: str, case: str, key: str) -> Run | None:
+        """The repeat whose metric is the median one: what a picture of a single run should show."""
+        runs = sorted(self.of(contender, case), key=lambda run: run.metrics.get(key, 0.0))
+        return runs[len(runs) // 2] if runs else None
+
+    def save(self, folder: Path) -> None:
+        """Write `results.json`."""
+        content = {"version": VERSION, **asdict(self)}
+        (folder / RESULTS).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def load_findings(folder: Path) -> Findings:
+    """What `Findings.save` wrote. Raises `ConfigError` if there is nothing of the kind."""
+    path = folder / RESULTS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("version") != VERSION:
+            raise ValueError("it is of another version")
+        runs = [_run(**run) for run in content.pop("runs")]
+        cases = [CaseInfo(**case) for case in content.pop("cases")]
+        return Findings(runs=runs, cases=cases, **content)
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read: {error.strerror}; measure first, without --redraw") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"'{path}' is not what this version writes: {error}; measure again") from error
+
+
+def _run(requests: Iterable[Sequence[Any]], steps: Iterable[Sequence[Any]], **rest: Any) -> Run:
+    return Run(requests=[RequestRow(*row) for row in requests], steps=[StepRow(*row) for row in steps], **rest)

@@ -1,0 +1,1 @@
+"""Pictures of a comparison: each function here gives a matplotlib figure."""

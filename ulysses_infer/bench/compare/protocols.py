@@ -1,0 +1,200 @@
+"""What everybody is asked to do: the protocols of the Shift Parallelism paper, to the scale of a machine.
+
+Loads with times are sized by what the machine can do (`Capacity`), which is measured first: the same share of it is the
+same pressure on a laptop and on eight GPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ulysses_infer.bench.replay.scaling import MINUTE, PAPER_WINDOWS, Scale, thinned
+from ulysses_infer.bench.serve.arrivals import Rate, arrival_times
+from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow, read_trace
+from ulysses_infer.errors import ConfigError
+
+LONE, SATURATED, TIMED = "lone", "saturated", "timed"
+RATE_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the measured capacity
+STEADY_SHARE, BURST_SHARE = 0.1, 0.4  # a low stream, and what four bursts add on average
+NUM_BURSTS = 4
+TRACE_SHARE = 0.5
+LONGEST_ANSWER = 8  # times the usual answer, in a trace
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is."""
+
+    input_len: int
+    output_len: int
+    num_lone: int
+    num_saturated: int
+    contexts: tuple[int, ...]
+    """Prompt lengths of the context sweep."""
+    seconds: float
+    """Of each load that has times."""
+
+    def fitting(self, max_model_len: int) -> Sizes:
+        """No request longer than the model takes. Raises `ConfigError` if nothing of them is left."""
+        output_len = min(self.output_len, max_model_len // 2)
+        longest = max_model_len - output_len
+        if longest < 1:
+            raise ConfigError(f"model.max_model_len {max_model_len} leaves no room for a prompt and an answer")
+        contexts = tuple(dict.fromkeys(min(length, longest) for length in self.contexts))
+        return dataclasses.replace(
+            self, input_len=min(self.input_len, longest), output_len=output_len, contexts=contexts
+        )
+
+
+SCALES = {
+    "smoke": Sizes(24, 6, 1, 4, (8, 48), 0.8),
+    "laptop": Sizes(512, 32, 4, 24, (128, 512, 1024, 2048), 20.0),
+    "node": Sizes(4096, 250, 8, 512, (2048, 8192, 32768, 131072), 300.0),
+}
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the machine does of the usual requests when it is saturated."""
+
+    requests: float
+    """Per second."""
+    tokens: float
+    """Per second, prompts and answers together."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One load, the same for every contender."""
+
+    protocol: str
+    name: str
+    """Unique; also a part of file names."""
+    title: str
+    kind: str
+    """lone: one request after the other; saturated: all at once; timed: each at its moment."""
+    rows: tuple[TraceRow, ...]
+    x: float | None = None
+    """Where it lies on its sweep."""
+    block_tokens: float = HASH_BLOCK_TOKENS
+    """Prompt tokens per hash id of the rows."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that protocols are made from."""
+
+    sizes: Sizes
+    capacity: Capacity
+    max_model_len: int
+    traces: Sequence[Path] = ()
+    seed: int = 0
+
+
+def shape(setting: Setting) -> list[Case]:
+    """The paper's Fig. 12: a lone request, and as many as the machine can take."""
+    sizes = setting.sizes
+    return _pair("shape", "shape", sizes.input_len, sizes, sizes.num_lone, sizes.num_saturated)
+
+
+def context(setting: Setting) -> list[Case]:
+    """The same over the length of the prompt; long prompts are fewer, so that each point takes about as long."""
+    sizes, cases = setting.sizes, []
+    for length in sizes.contexts:
+        count = max(2, min(sizes.num_saturated, round(sizes.num_saturated * sizes.input_len / length / 2)))
+        cases += _pair("context", f"context-{length}", length, sizes, max(1, sizes.num_lone // 2), count, length)
+    return cases
+
+
+def _pair(
+    protocol: str, name: str, input_len: int, sizes: Sizes, num_lone: int, num_saturated: int, x: float | None = None
+) -> list[Case]:
+    row, words = TraceRow(0.0, input_len, sizes.output_len), f"{input_len} tokens in, {sizes.output_len} out"
+    lone = Case(protocol, f"{name}-lone", f"a lone request, {words}", LONE, (row,) * num_lone, x)
+    title = f"{num_saturated} requests together, {words}"
+    return [lone, Case(protocol, f"{name}-saturated", title, SATURATED, (row,) * num_saturated, x)]
+
+
+def rate(setting: Setting) -> list[Case]:
+    """Poisson arrivals at shares of what the machine can do."""
+    cases = []
+    for share in RATE_SHARES:
+        per_second = share * setting.capacity.requests
+        rows = tuple(_arrivals(setting, per_second, setting.sizes.seconds, f"{share}"))
+        title = f"{per_second:.3g} requests/s, {share:.0%} of the capacity"
+        cases.append(Case("rate", f"rate-{round(share * 100)}", title, TIMED, rows, per_second))
+    return cases
+
+
+def bursty(setting: Setting) -> list[Case]:
+    """The paper's Table 5: four bursts over a low steady stream."""
+    seconds, per_second = setting.sizes.seconds, setting.capacity.requests
+    steady = _arrivals(setting, STEADY_SHARE * per_second, seconds, "steady")
+    size = max(2, round(BURST_SHARE * per_second * seconds / NUM_BURSTS))
+    usual = TraceRow(0.0, setting.sizes.input_len, setting.sizes.output_len)
+    moments = [seconds * (2 * burst + 1) / (2 * NUM_BURSTS) for burst in range(NUM_BURSTS)]
+    bursts = [dataclasses.replace(usual, at=at) for at in moments for _ in range(size)]
+    rows = tuple(sorted([*steady, *bursts], key=lambda row: row.at))
+    title = f"{NUM_BURSTS} bursts of {size} requests over {STEADY_SHARE * per_second:.2g} requests/s"
+    return [Case("bursty", "bursty", title, TIMED, rows)]
+
+
+def _arrivals(setting: Setting, per_second: float, seconds: float, name: str) -> list[TraceRow]:
+    """Usual requests that come at random, at least one; about `seconds` of them."""
+    sizes, count = setting.sizes, max(1, round(per_second * seconds))
+    seed = random.Random(f"{setting.seed}/{name}").getrandbits(32)
+    times = arrival_times(count, Rate(per_second), 1.0, seed)
+    return [TraceRow(at, sizes.input_len, sizes.output_len) for at in times]
+
+
+def trace(setting: Setting) -> list[Case]:
+    """The paper's windows of production traces: their bursts and lengths to scale, at half of the capacity."""
+    return [_trace(setting, path) for path in setting.traces]
+
+
+def _trace(setting: Setting, path: Path) -> Case:
+    rows = read_trace(path)
+    if path.suffix in PAPER_WINDOWS:
+        rows = PAPER_WINDOWS[path.suffix].cut(rows)
+    sizes = setting.sizes
+    most_output = min(LONGEST_ANSWER * sizes.output_len, setting.max_model_len // 2)
+    scale = Scale(
+        time=sizes.seconds / max(rows[-1].at, 1e-9),
+        length=min(1.0, sizes.input_len / statistics.fmean(row.input_len for row in rows)),
+        max_input_len=setting.max_model_len - most_output,
+        max_output_len=most_output,
+    )
+    tokens = statistics.fmean(row.input_len + row.output_len for row in scale.apply(rows))
+    chosen = thinned(rows, max(2, round(TRACE_SHARE * setting.capacity.tokens * sizes.seconds / tokens)))
+    title = (
+        f"{path.stem}: {len(chosen)} of {len(rows)} requests, lengths x {scale.length:.2g}, "
+        f"{rows[-1].at / MINUTE:.0f} minutes in {sizes.seconds:.3g} s"
+    )
+    return Case("trace", path.stem, title, TIMED, tuple(scale.apply(chosen)), block_tokens=scale.block_tokens)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A kind of comparison."""
+
+    name: str
+    about: str
+    cases: Callable[[Setting], list[Case]] = field(repr=False)
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("shape", "a lone request, and saturation", shape),
+        Protocol("context", "both over the prompt's length", context),
+        Protocol("rate", "over the arrival rate", rate),
+        Protocol("bursty", "four bursts over a low stream", bursty),
+        Protocol("trace", "production traces, given by --trace", trace),
+    )
+}
+"""By name, in the order in which they run."""
