@@ -15,7 +15,7 @@ from tests.equivalence.tiny_models import make_prompts
 from tests.tiny import settings, tiny_llama
 from ulysses_infer import SamplingParams, init_inference
 
-TOLERANCE = 1e-6  # of the largest cached value
+TOLERANCE = 5e-6  # of the largest cached value: float32, summed in another order, on any kind of processor
 CASES = [
     (2, 1, "sp_inner", 2), (2, 1, "sp_inner", 1), (4, 1, "sp_inner", 8), (4, 1, "sp_inner", 2), (2, 2, "sp_inner", 4),
     (2, 2, "tp_inner", 2),
