@@ -235,6 +235,11 @@ while True:
 """
 
 
+def heed_control_c():
+    """Tests that a shell runs in the background are started deaf to it, and so would be what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def script(code, folder, stdin=False):
     """A Python process running `code` after the engine has started; stdin: the code comes like a notebook cell."""
@@ -243,8 +248,9 @@ def script(code, folder, stdin=False):
         environment.pop(name, None)
     command = [sys.executable, "-" if stdin else "-c", *([] if stdin else [PRELUDE + code]), folder]
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed_control_c,
+    )  # fmt: skip
     if stdin:
         process.stdin.write(PRELUDE + code)
     process.stdin.close()
