@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ulysses_infer.bench.replay.scaling import MINUTE, PAPER_WINDOWS, Scale, thinned
-from ulysses_infer.bench.serve.arrivals import Rate, arrival_times
 from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow, read_trace
 from ulysses_infer.errors import ConfigError
 
@@ -145,10 +144,9 @@ def bursty(setting: Setting) -> list[Case]:
 
 
 def _arrivals(setting: Setting, per_second: float, seconds: float, name: str) -> list[TraceRow]:
-    """Usual requests that come at random, at least one; about `seconds` of them."""
-    sizes, count = setting.sizes, max(1, round(per_second * seconds))
-    seed = random.Random(f"{setting.seed}/{name}").getrandbits(32)
-    times = arrival_times(count, Rate(per_second), 1.0, seed)
+    """Usual requests that come at random, at least one: a Poisson process, given how many come in so many seconds."""
+    sizes, draw = setting.sizes, random.Random(f"arrivals/{setting.seed}/{name}")
+    times = sorted(draw.uniform(0, seconds) for _ in range(max(1, round(per_second * seconds))))
     return [TraceRow(at, sizes.input_len, sizes.output_len) for at in times]
 
 

@@ -10,6 +10,7 @@ from ulysses_infer.bench.compare.findings import CaseInfo, Findings
 from ulysses_infer.bench.compare.plots.style import (
     COLOURS,
     DIM,
+    PAGE,
     SHORT_NAMES,
     TEXT,
     empty,
@@ -63,6 +64,7 @@ def _bars(axes: Axes, rows: list[Row]) -> None:
         axes.text(
             position, value.high + tallest * 0.02, number(value.median), ha="center", va="bottom", fontsize=10,
             fontweight="bold" if row.is_best else "normal", color=TEXT if row.is_best else DIM,
+            bbox={"facecolor": PAGE, "edgecolor": "none", "pad": 0.8}, zorder=4,
         )  # fmt: skip
     _mark_static(axes, rows)
     axes.set_xticks(range(len(rows)), [SHORT_NAMES[row.contender] for row in rows])
