@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
 
-from ulysses_infer.errors import RequestError
+from ulysses_infer.errors import EngineDeadError, RequestError
 from ulysses_infer.server.client import DEAD, DRAINING, READY, STARTING, EngineClient, Observer, RequestRecord
 from ulysses_infer.server.messages import EngineState, NewToken, Ready, Step, Submit
 
@@ -86,7 +87,7 @@ class Router:
         """An administrative command, on every replica that it concerns. Raises `RequestError`, `EngineDeadError`."""
         if name == "abort":
             return await self._abort(**arguments)
-        if name == "stats":
+        if name == "stats" and len(self.clients) > 1:
             return {"replicas": [await client.call(name, **arguments) for client in self.clients]}
         if name in EVERYWHERE:
             answers = [await client.call(name, **arguments) for client in self.clients]
@@ -133,9 +134,12 @@ class Router:
         """One replica was told to drain: all are."""
         if self._draining is None:
             self._observer.on_draining(deadline)
-            self._draining = asyncio.ensure_future(
-                asyncio.gather(*(client.call("drain") for i, client in enumerate(self.clients) if i != index))
-            )
+            self._draining = asyncio.create_task(self._drain_others(index))
+
+    async def _drain_others(self, index: int) -> None:
+        for client in (client for i, client in enumerate(self.clients) if i != index):
+            with contextlib.suppress(EngineDeadError):  # then there is nothing to drain, and everyone is told so
+                await client.call("drain")
 
     def on_dead(self, reason: str) -> None:
         """One replica is gone: nobody may go on waiting for another."""
