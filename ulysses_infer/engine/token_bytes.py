@@ -45,7 +45,7 @@ def _read(tokenizer: Any, pieces: dict[int, str]) -> dict[int, bytes]:
     """`pieces` in the alphabet that agrees with the decoder."""
     step = max(len(pieces) // NUM_PROBES, 1)
     probes = sorted(pieces)[::step]
-    for alphabet in (_byte_level, _sentencepiece, _plain):
+    for alphabet in (byte_level, sentencepiece, _plain):
         found = {token: alphabet(piece) for token, piece in pieces.items()}
         known = {token: piece for token, piece in found.items() if piece is not None}
         if len(known) == len(found) and _agrees(tokenizer, known, probes):
@@ -72,12 +72,14 @@ def _plain(piece: str) -> bytes:
     return piece.encode(errors="replace")
 
 
-def _sentencepiece(piece: str) -> bytes | None:
+def sentencepiece(piece: str) -> bytes:
+    """What a piece of a sentencepiece vocabulary stands for."""
     byte = _BYTE_TOKEN.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode(errors="replace")
 
 
-def _byte_level(piece: str) -> bytes | None:
+def byte_level(piece: str) -> bytes | None:
+    """What a piece of a byte-level vocabulary stands for; None if it has characters that none writes."""
     try:
         return piece.translate(_STAND_INS).encode("latin-1")
     except UnicodeEncodeError:

@@ -91,7 +91,7 @@ def _start(replica: Replica, hub: Address, console: Console) -> tuple[Rank, Engi
     """The engine, loaded on all ranks of the replica, and proved to run in every mode."""
     config, started = replica.config, time.monotonic()
     with loading_bar(console) as progress:
-        rank = start_rank(config, None, progress, replica.meet if replica.store is not None else None)
+        rank = start_rank(config, None, progress, replica.meeting)
 
     def make_engine() -> Engine:
         prompts = make_prompt_reader(config, rank, load_tokenizer(config.model, rank.folder))
@@ -192,7 +192,7 @@ def assist(replica: Replica, rank: int, guard: Guard) -> None:
 def follow(replica: Replica, rank: int, guard: Guard) -> None:
     """Any other rank: run its leader's plans until it says that is all. Raises what went wrong here."""
     config = replica.config
-    started = start_rank(config, meet=replica.meet if replica.store is not None else None)
+    started = start_rank(config, meet=replica.meeting)
     finish_start(started, config, lambda: None)
     address = started.channel.gather(None)[0]
     member = Member(address, f"rank {rank}", config.server.heartbeat_timeout)

@@ -13,6 +13,7 @@ import os
 import pickle
 import secrets
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -133,8 +134,12 @@ class Replica:
         parallel = dataclasses.replace(config.parallel, dp=1)
         return cls(rank // size, rank % size, dataclasses.replace(config, parallel=parallel), store)
 
-    def meet(self) -> Rendezvous:
-        """Where the ranks of the replica meet."""
+    @property
+    def meeting(self) -> Callable[[], Rendezvous] | None:
+        """What `start_rank` calls to learn where the ranks meet; None where the launcher's environment says it."""
+        return None if self.store is None else self._meet
+
+    def _meet(self) -> Rendezvous:
         from torch.distributed import PrefixStore
 
         size = self.config.parallel.world_size

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ulysses_infer.config import Config
 from ulysses_infer.engine.detokenizer import TokenDecoder
+from ulysses_infer.engine.token_bytes import byte_level, sentencepiece
 from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.server.http.conversation import Conversation, render
 
@@ -100,7 +101,7 @@ def _converter(tokenizer: Any) -> Callable[[str], bytes]:
     if "ByteLevel" in kinds:
         return _byte_level
     if kinds & {"ByteFallback", "Metaspace"}:
-        return _sentencepiece
+        return sentencepiece
     return str.encode
 
 
@@ -114,25 +115,8 @@ def _decoder_kinds(tokenizer: Any) -> set[str]:
 
 
 def _byte_level(piece: str) -> bytes:
-    values = [_BYTES.get(character) for character in piece]
-    return piece.encode() if None in values else bytes(value for value in values if value is not None)
-
-
-def _byte_characters() -> dict[str, int]:
-    """The characters in which byte-level vocabularies write bytes (GPT-2): printable ones as themselves, others from
-    256 up."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_characters()
-
-
-def _sentencepiece(piece: str) -> bytes:
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace("▁", " ").encode()
+    found = byte_level(piece)
+    return piece.encode() if found is None else found
 
 
 def load_texts(config: Config) -> Texts:

@@ -110,13 +110,7 @@ class PythonicParser(StreamingParser):
         return True
 
     def _close(self) -> bool:
-        found, may_come = self._match(_CLOSE)
-        if may_come:
-            return False
-        if found is not None:
-            self._take(found.end())
-        self._state = self._content
-        return True
+        return self._leave_call(_CLOSE)
 
 
 def _read_arguments(text: str) -> str | None:

@@ -94,6 +94,16 @@ class StreamingParser:
         self._state = self._content
         return True
 
+    def _leave_call(self, closer: regex.Pattern[str]) -> bool:
+        """Back to content, past `closer` if that comes next. A state's answer: False while it may still come."""
+        found, may_come = self._match(closer)
+        if may_come:
+            return False
+        if found is not None:
+            self._take(found.end())
+        self._state = self._content
+        return True
+
     def _start_call(self, name: str, identifier: str | None = None) -> None:
         self._events.append(CallStarted(self._num_calls, identifier or self._make_id(), name))
         self._num_calls += 1
