@@ -216,6 +216,16 @@ class RuntimeConfig:
     attention_backend: str = option(
         "auto", help="Attention implementation; auto: the best one for the device."
     )
+    collectives: str = option(
+        "auto", choices=("auto", "torch", "shared_memory"),
+        help="How ranks exchange tensors: torch (NCCL, gloo) or memory that they share; auto: the latter on one host "
+        "without GPUs.",
+    )  # fmt: skip
+    matmul_backend: str = option(
+        "auto", choices=("auto", "torch", "native"),
+        help="Matrix products with few rows on a CPU; auto: native where it can be built.",
+    )  # fmt: skip
+    fuse: bool = option(True, help="Compute projections of the same input, and what surrounds them, together.")
     enforce_eager: bool = option(True, help="Run layers one by one, without compiled or captured steps.")
     threads_per_rank: int | None = option(
         at_least=1, help="CPU threads of a rank; null: OMP_NUM_THREADS if set, else its share of the cores."

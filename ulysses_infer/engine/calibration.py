@@ -59,6 +59,10 @@ class Point(NamedTuple):
         return StepShape.of([self.context] * self.decodes, list(self.chunks))
 
 
+Times = dict[tuple[Point, Mode], list[float]]
+"""Seconds of every run of a point in a mode."""
+
+
 class Limits(NamedTuple):
     """What a step may be."""
 
@@ -113,18 +117,37 @@ class Calibration:
         """
         started = time.perf_counter()
         thorough = seconds >= THOROUGH_SECONDS
-        with self._borrowed_blocks():
-            filled, times = self._fill(started + FILL_SHARE * seconds)
-            limits = self._limits(filled)
+        with self.prepared(FILL_SHARE * seconds) as (limits, times):
             runs = Rounds(self, self._modes, times)
             points = design(limits, FINE_TOKENS if thorough else TOKENS)
             runs.measure(points, started + seconds, THOROUGH_ROUNDS if thorough else MOST_ROUNDS)
-        self._worker.groups.clock.take()  # what the collectives of these steps took is nobody's
         notes = {
             "seconds": round(time.perf_counter() - started, 1), "points": len(runs.times), "steps": runs.steps,
             "made": time.strftime("%Y-%m-%d %H:%M:%S"),
         }  # fmt: skip
         return Profile(profile_key(self._worker, self._modes), runs.measurements(), runs.switch_seconds(), notes)
+
+    @contextmanager
+    def prepared(self, seconds: float) -> Iterator[tuple[Limits, Times]]:
+        """Borrow blocks and fill them for about so many seconds; gives what `step` may run, and times of the filling.
+
+        Afterwards no counter has moved, and the blocks are back.
+        """
+        with self._borrowed_blocks():
+            filled, times = self._fill(time.perf_counter() + seconds)
+            yield self._limits(filled), times
+        self._worker.groups.clock.take()  # what the collectives of these steps took is nobody's
+
+    def visit(self, point: Point, repeats: int) -> list[dict[Mode, float]]:
+        """Seconds of `point` in every mode, the modes taking turns; steps too short to trust at once run twice."""
+        return [
+            {mode: self._settled(point, mode) for mode in (self._modes if turn % 2 else self._modes[::-1])}
+            for turn in range(repeats)
+        ]
+
+    def _settled(self, point: Point, mode: Mode) -> float:
+        took = self.step(point, mode)
+        return self.step(point, mode) if took < SHORT_SECONDS else took
 
     @contextmanager
     def _borrowed_blocks(self) -> Iterator[None]:
@@ -147,7 +170,7 @@ class Calibration:
             cached=cached,
         )
 
-    def _fill(self, deadline: float) -> tuple[int, dict[tuple[Point, Mode], list[float]]]:
+    def _fill(self, deadline: float) -> tuple[int, Times]:
         """Compute the keys and values of texts as long as they may be, a chunk at a time.
 
         Cache that was never written is not real memory on a CPU, and reading it costs nothing. Returns the tokens
@@ -157,7 +180,7 @@ class Calibration:
         room = len(self._blocks) * block_size
         longest = (self._worker.model.shape.max_model_len - 1) // block_size * block_size or 1
         chunk = min(16, room, longest, self._settings.max_num_batched_tokens)
-        times: dict[tuple[Point, Mode], list[float]] = {}
+        times: Times = {}
         for mode in self._modes:
             self.step(Point(0, 0, ((0, chunk),)), mode)  # the first step of a mode sets it up
         filled, turn = 0, 0
@@ -196,9 +219,7 @@ class Calibration:
 class Rounds:
     """Measures points over and over, in every mode, until the time is up."""
 
-    def __init__(
-        self, calibration: Calibration, modes: list[Mode], times: dict[tuple[Point, Mode], list[float]]
-    ) -> None:
+    def __init__(self, calibration: Calibration, modes: list[Mode], times: Times) -> None:
         self._calibration, self._modes = calibration, modes
         self.times = times
         self.steps = sum(map(len, times.values()))

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ulysses_infer.model.context import step_context
+from ulysses_infer.model.matmul import linear
 from ulysses_infer.parallel.layout import Place, Span, even_span
 
 
@@ -42,7 +43,7 @@ class ShardedHead(nn.Module):
         """hidden: [1, n_mine, D], rows of my token slice; returns [1, n, V/W], all rows, my vocabulary."""
         context = step_context()
         gathered = context.collectives.gather_rows(hidden[0], context.logits_counts)
-        return F.linear(gathered, self.rows(), self.bias)[None]
+        return linear(gathered, self.rows(), self.bias)[None]
 
 
 def argmax_pairs(logits: torch.Tensor, vocabulary: Span) -> torch.Tensor:

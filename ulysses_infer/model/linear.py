@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ulysses_infer.model.context import step_context
+from ulysses_infer.model.matmul import linear
 from ulysses_infer.parallel.layout import Place, Span
 from ulysses_infer.parallel.sharding import Sharding
 
@@ -86,10 +86,10 @@ class ShiftLinear(nn.Module):
         if self.cut == "row":
             return self._forward_row(inputs)
         if len(self._pieces) == 1:
-            return F.linear(inputs, *self._pieces[0])
-        return torch.cat([F.linear(inputs, weight, bias) for weight, bias in self._pieces], dim=-1)
+            return linear(inputs, *self._pieces[0])
+        return torch.cat([linear(inputs, weight, bias) for weight, bias in self._pieces], dim=-1)
 
     def _forward_row(self, inputs: torch.Tensor) -> torch.Tensor:
         (weight, _), = self._pieces  # fmt: skip
-        output = step_context().collectives.sum_over_tp(F.linear(inputs, weight))
+        output = step_context().collectives.sum_over_tp(linear(inputs, weight))
         return output if self.bias is None else output.add_(self.bias)

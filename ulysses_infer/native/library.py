@@ -1,0 +1,126 @@
+"""Building and opening the C files of this folder: one shared library each, compiled once a machine and kept."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+FOLDER = Path(__file__).parent
+FLAGS = (
+    "-std=gnu11", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wall", "-Werror",
+    # What vectorising sums needs; infinities and NaN keep their meaning.
+    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+)  # fmt: skip
+BUILD_SECONDS = 120
+SWITCH = "ULYSSES_INFER_NATIVE"
+"""Set to 0 in the environment, nothing is built and torch does everything."""
+
+
+class NativeUnavailableError(Exception):
+    """Why there is no native code here, in one line. Whoever asks for it has another way and goes that."""
+
+
+@functools.cache
+def open_library(name: str) -> ctypes.CDLL:
+    """The library of `name`.c, built unless it is kept from before. Calls into it let other threads run.
+
+    OpenMP in it uses torch's own threads, as many as `torch.set_num_threads` says.
+    Raises `NativeUnavailableError` if it cannot be built or opened here.
+    """
+    if os.environ.get(SWITCH) == "0":
+        raise NativeUnavailableError(f"{SWITCH}=0")
+    path = _built(FOLDER / f"{name}.c")
+    _share_openmp()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailableError(f"{path} cannot be opened: {error}") from error
+
+
+def is_available(name: str) -> bool:
+    """Whether `open_library(name)` works; the first time it says in the log why not."""
+    try:
+        open_library(name)
+    except NativeUnavailableError as error:
+        logger.info("no native %s: %s; torch does it", name, error)
+        return False
+    return True
+
+
+def _built(source: Path) -> Path:
+    """The shared library of `source`, from the cache or made now: by one process, while the others wait."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise NativeUnavailableError("no C compiler (cc, gcc, clang or $CC) was found")
+    text = source.read_bytes()
+    identity = b"\0".join([text, *(part.encode() for part in (compiler, *FLAGS, _processor()))])
+    target = _cache_folder() / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.with_suffix(".lock"), "w") as lock:  # held by a process, not by a file: nothing to go stale
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_file():
+                _compile(compiler, source, target)
+    except OSError as error:
+        raise NativeUnavailableError(f"{target.parent} cannot be written: {error.strerror}") from error
+    return target
+
+
+def _compile(compiler: str, source: Path, target: Path) -> None:
+    unfinished = target.with_suffix(f".{os.getpid()}.o")
+    library = target.with_suffix(f".{os.getpid()}")
+    try:
+        # Linked without OpenMP: its functions are those of the runtime that torch has loaded already.
+        for command in (
+            [compiler, *FLAGS, "-c", str(source), "-o", str(unfinished)],
+            [compiler, "-shared", str(unfinished), "-lm", "-o", str(library)],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+            if done.returncode:
+                reason = next(iter(done.stderr.strip().splitlines()), f"exit {done.returncode}")
+                raise NativeUnavailableError(f"{compiler} does not build {source.name}: {reason}")
+        library.replace(target)
+    except subprocess.TimeoutExpired:
+        raise NativeUnavailableError(f"{compiler} took more than {BUILD_SECONDS} s over {source.name}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+        library.unlink(missing_ok=True)
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by machines of several kinds."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return platform.machine() + "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ulysses_infer" / "native"
+
+
+@functools.cache
+def _share_openmp() -> None:
+    """Let the libraries find the OpenMP runtime that torch came with; a second one would bring threads of its own."""
+    torch.get_num_threads()
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(encoding="utf-8").splitlines() if maps.is_file() else []
+    found = {line.split()[-1] for line in lines if "libgomp" in line or "libiomp" in line or "libomp" in line}
+    if not found:
+        raise NativeUnavailableError("torch has no OpenMP runtime here")
+    for path in sorted(found):
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
