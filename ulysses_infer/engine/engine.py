@@ -49,6 +49,7 @@ class Engine:
         self.stats = StepStats()
         self._completions: dict[str, Completion] = {}
         self._owners: dict[int, tuple[Completion, Sequence]] = {}
+        self._row_readers: set[int] = set()  # requests for which the best token of a row is not enough
         self._dropped: list[int] = []
         self._indices, self._names, self._sequence = itertools.count(), itertools.count(), itertools.count()
         self.choose_mode: Callable[[Batch], Mode] | None = None
@@ -94,7 +95,7 @@ class Engine:
     def _plan(self, batch: Batch, mode: Mode) -> StepPlan:
         dropped = self._dropped + [request.index for request in batch.preempted]
         self._dropped = []
-        full = any(self._wants_rows(item.request) for item in batch.scheduled)
+        full = bool(self._row_readers) and any(i.request.index in self._row_readers for i in batch.scheduled)
         return make_plan(next(self._sequence), mode, batch, dropped, full)
 
     def _run(self, plan: StepPlan, batch: Batch) -> StepResults:
@@ -185,6 +186,8 @@ class Engine:
         sequence = Sequence(request, row, detokenizer)
         completion.sequences.append(sequence)
         self._owners[request.index] = completion, sequence
+        if _reads_rows(params):
+            self._row_readers.add(request.index)
 
     def abort(self, request_id: str) -> Completion | None:
         """End a request in any state; returns what there is of it, or None if it is not known (any more)."""
@@ -210,11 +213,7 @@ class Engine:
     def _forget(self, request: Request) -> None:
         if self._owners.pop(request.index, None) is not None:
             self._dropped.append(request.index)
-
-    @staticmethod
-    def _wants_rows(request: Request) -> bool:
-        params = request.params
-        return needs_full_logits(params) or params.logprobs is not None or params.prompt_logprobs is not None
+            self._row_readers.discard(request.index)
 
     def warm_up(self) -> None:
         """Run a prefill and a decode in every mode: proof that all ranks can, before anyone waits for it."""
@@ -285,3 +284,8 @@ class Engine:
             "prefix_cache_hits": allocator.prefix_stats.hits,
             "num_preemptions": self.scheduler.num_preemptions,
         }
+
+
+def _reads_rows(params: SamplingParams) -> bool:
+    """Whether rank 0 needs this request's whole rows of logits."""
+    return needs_full_logits(params) or params.logprobs is not None or params.prompt_logprobs is not None

@@ -77,11 +77,10 @@ def make_plan(sequence: int, mode: Mode, batch: Batch, dropped: Sequence[int], f
 
 def logits_positions(items: Iterable[PlanItem]) -> np.ndarray:
     """Where in the batch the rows that need logits are, ascending: [n] int64."""
-    positions: list[np.ndarray] = []
-    offset = 0
-    for item in items:
-        end = offset + item.num_tokens
-        first = {NO_LOGITS: end, LAST_LOGITS: end - 1, ALL_LOGITS: offset}[item.logits]
-        positions.append(np.arange(first, end, dtype=np.int64))
-        offset = end
-    return np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)
+    counts, kinds = np.array([(item.num_tokens, item.logits) for item in items], dtype=np.int64).reshape(-1, 2).T
+    ends = np.cumsum(counts)
+    if not (kinds == ALL_LOGITS).any():
+        return ends[kinds == LAST_LOGITS] - 1
+    wanted = np.repeat(kinds == ALL_LOGITS, counts)
+    wanted[ends[kinds == LAST_LOGITS] - 1] = True
+    return np.flatnonzero(wanted)
