@@ -51,14 +51,14 @@ def draw_points(count: int, limits: Limits, seed: int) -> list[Point]:
     while len(points) < count:
         kind = draw.choice(("decodes", "prompt", "both"))
         context = log_uniform(16, limits.context)
-        decodes = 0 if kind == "prompt" else log_uniform(1, min(limits.num_sequences - 1, limits.cached // context))
-        room = min(limits.num_tokens - decodes, limits.cached - decodes * context)
+        most = min(limits.num_sequences - 1, limits.num_tokens, limits.cached // context)
+        decodes = 0 if kind == "prompt" else log_uniform(1, most)
+        room = min(limits.num_tokens - decodes, limits.cached - decodes * context, limits.context)
         chunks: tuple[tuple[int, int], ...] = ()
         if kind != "decodes" and room >= 2:
-            tokens = log_uniform(2, min(room, limits.context))
-            starts = [0, log_uniform(16, limits.context)]
-            start = min(draw.choice(starts), limits.context - tokens, room - tokens)
-            chunks = ((max(0, start), tokens),)
+            tokens = log_uniform(2, room)
+            longest = min(limits.context, limits.cached - decodes * context) - tokens
+            chunks = ((min(draw.choice((0, context)), longest), tokens),)
         if decodes or chunks:
             points.append(Point(decodes, context if decodes else 0, chunks))
     return points
@@ -72,7 +72,7 @@ def judge(engine: Engine, count: int, repeats: int, longest: float, seed: int, s
     calibration = Calibration(
         engine.worker, engine.channel, engine.scheduler.allocator, engine.config.scheduler, modes, engine._dropped
     )
-    judged = []
+    judged: list[Judged] = []
     with calibration.prepared(seconds) as (limits, _):
         for point in draw_points(4 * count, limits, seed):
             predicted = dict(zip(modes, policy.model.predict(point.shape), strict=True))
