@@ -7,7 +7,9 @@ from typing import Protocol
 
 import torch
 
+from ulysses_infer.attention.kernels import KernelSequences
 from ulysses_infer.errors import ConfigError
+from ulysses_infer.native.library import NativeUnavailableError, is_available
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,14 @@ class AttentionMetadata:
     slots: [T] int64, where each batched token's key and value go (block * block_size + offset).
     query_lens[i] tokens of sequence i are in the batch; context_lens[i] tokens, those included, are in the cache.
     block_tables: [num_sequences, max_blocks] int64, padded with 0.
+    kernel: the same for the kernels of a GPU; None on a CPU.
     """
 
     slots: torch.Tensor
     query_lens: list[int]
     context_lens: list[int]
     block_tables: torch.Tensor
+    kernel: KernelSequences | None = None
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,17 @@ class AttentionBackend(Protocol):
 
 
 def make_backend(name: str, device: torch.device) -> AttentionBackend:
-    """The backend a recipe names; `auto` takes the best one that runs on `device`."""
+    """The backend a recipe names; `auto` takes the best one that runs on `device`. Raises `ConfigError`."""
+    from ulysses_infer.attention.native import NativeAttention
     from ulysses_infer.attention.torch_loop import TorchLoopAttention
 
-    backends = {"auto": TorchLoopAttention, "torch": TorchLoopAttention}
-    if name not in backends:
-        raise ConfigError(f"runtime.attention_backend is {name!r}; choose one of {', '.join(backends)}")
-    return backends[name]()
+    if name == "torch" or (name == "auto" and (device.type != "cpu" or not is_available("attention"))):
+        return TorchLoopAttention()
+    if name not in ("auto", "native"):
+        raise ConfigError(f"runtime.attention_backend is {name!r}; choose one of auto, torch, native")
+    if device.type != "cpu":
+        raise ConfigError(f"runtime.attention_backend is native, which runs on a CPU, not on {device.type}; use auto")
+    try:
+        return NativeAttention()
+    except NativeUnavailableError as error:
+        raise ConfigError(f"runtime.attention_backend is native, but {error}; use auto or torch") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
 import torch
 from torch.nn import functional as F
@@ -18,6 +19,9 @@ class TorchLoopAttention:
 
     name = "torch"
 
+    def __init__(self) -> None:
+        self._room: dict[str, torch.Tensor] = {}  # taking fresh memory would cost as much as gathering into it
+
     def attend(
         self,
         query: torch.Tensor,
@@ -28,27 +32,39 @@ class TorchLoopAttention:
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
         output = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
-        row = 0
-        for index, (length, context) in enumerate(zip(metadata.query_lens, metadata.context_lens, strict=True)):
-            first = options.first_visible(context - length)
-            key, value, first = _gather(keys, values, metadata.block_tables[index], first, context)
-            rows = slice(row, row + length)
-            output[rows] = _attend_one(query[rows], key, value, first, options)
-            row += length
+        self.attend_sequences(range(len(metadata.query_lens)), query, keys, values, metadata, options, output)
         return output
 
+    def attend_sequences(
+        self,
+        sequences: Iterable[int],
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+        output: torch.Tensor,
+    ) -> None:
+        """The same for some sequences of the batch only, into their rows of `output`."""
+        ends = list(accumulate(metadata.query_lens))
+        for index in sequences:
+            length, context = metadata.query_lens[index], metadata.context_lens[index]
+            first = options.first_visible(context - length)
+            start = first // keys.shape[1]
+            blocks = metadata.block_tables[index, start : -(-context // keys.shape[1])]
+            first = start * keys.shape[1]
+            key = self._gather("keys", keys, blocks)[: context - first]
+            value = self._gather("values", values, blocks)[: context - first]
+            key, value = key.to(query.dtype), value.to(query.dtype)  # a cache of another dtype
+            rows = slice(ends[index] - length, ends[index])
+            output[rows] = _attend_one(query[rows], key, value, first, options)
 
-def _gather(
-    keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, first: int, context: int
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Keys and values from the block of position `first` up to `context`: [m, Hkv, d] each, and where they start."""
-    block_size = keys.shape[1]
-    first_block = first // block_size
-    blocks = table[first_block : -(-context // block_size)]
-    count = context - first_block * block_size
-    key = keys.index_select(0, blocks).flatten(0, 1)[:count]
-    value = values.index_select(0, blocks).flatten(0, 1)[:count]
-    return key, value, first_block * block_size
+    def _gather(self, name: str, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """[m, Hkv, d], the tokens of `blocks` in order, until the next call of the same name."""
+        room, count = self._room.get(name), blocks.shape[0]
+        if room is None or room.shape[0] < count or room.shape[1:] != cache.shape[1:] or room.dtype != cache.dtype:
+            room = self._room[name] = cache.new_empty(count, *cache.shape[1:])
+        return torch.index_select(cache, 0, blocks, out=room[:count]).flatten(0, 1)
 
 
 def _attend_one(
@@ -63,6 +79,8 @@ def _attend_one(
         return _decode(query, key, value, options.scaling)
     if plain and length == count and sees_all:
         return _fused(query, key, value, None, options)
+    if plain and sees_all and 2 * length <= count and query.device.type == "cpu" and key.shape == value.shape:
+        return _chunk(query, key, value, options.scaling)
     attend = _fused if plain else _explicit
     size = MASK_PER_CALL // count if plain else SCORES_PER_CALL // (count * query.shape[1])
     positions = torch.arange(first, context, device=query.device)
@@ -88,6 +106,24 @@ def _decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling
         folded[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None], scale=scaling
     )
     return output.view(1, heads * groups, -1)
+
+
+def _chunk(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """A chunk after a longer past, on a CPU: the past without a mask, the chunk causally, merged by their log-sums.
+
+    Faster than one call with a mask, which is read from memory as float32. query: [n, Hq, d]; key, value: [m, Hkv, d].
+    """
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    length, heads, width = query.shape
+    past = key.shape[0] - length
+    queries, keys, values = (x.transpose(0, 1)[None] for x in (query, key, value))
+    own, own_sum = attend(queries, keys[:, :, past:], values[:, :, past:], is_causal=True, scale=scaling)
+    # Without a mask, the query heads of a KV head are but more rows.
+    folded = queries.reshape(1, key.shape[1], -1, width)
+    before, before_sum = attend(folded, keys[:, :, :past], values[:, :, :past], scale=scaling)
+    share = torch.sigmoid(before_sum.reshape(heads, length, 1) - own_sum.reshape(heads, length, 1))
+    merged = torch.lerp(own[0].float(), before.reshape(heads, length, width).float(), share)
+    return merged.to(query.dtype).transpose(0, 1)
 
 
 def _fused(

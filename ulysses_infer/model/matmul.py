@@ -1,11 +1,76 @@
-"""The matrix product of linear layers."""
+"""The matrix product of linear layers: torch's, and on a CPU a kernel of our own for few rows."""
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 from torch.nn import functional as F
 
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.model.context import current_step
+from ulysses_infer.native.library import NativeUnavailableError, is_available, open_library
+
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """inputs: [..., in]; weight: [out, in], a view with any row stride; bias: [out]; returns [..., out]."""
-    return F.linear(inputs, weight, bias)
+    """inputs: [..., in]; weight: [out, in], a view with any row stride; bias: [out]; returns [..., out].
+
+    The step says who multiplies; outside a step, torch.
+    """
+    step = current_step()
+    if step is None or step.matmul is None:
+        return F.linear(inputs, weight, bias)
+    return step.matmul(inputs, weight, bias)
+
+
+class NativeMatmul:
+    """Products of few rows by `native/matmul.c`, which reads the weight at the memory's speed; torch does the others.
+
+    A row's result does not depend on the rows it is computed with, up to `most_rows` of them. Raises
+    `NativeUnavailableError` where the library cannot be built.
+    """
+
+    name = "native"
+
+    def __init__(self) -> None:
+        library = open_library("matmul")
+        self._functions = {
+            torch.bfloat16: _declared(library.matmul_bfloat16),
+            torch.float32: _declared(library.matmul_float32),
+        }
+        self.most_rows = {
+            dtype: ctypes.c_int64.in_dll(library, name).value
+            for dtype, name in ((torch.bfloat16, "most_rows_bfloat16"), (torch.float32, "most_rows_float32"))
+        }
+
+    def __call__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """See `linear`."""
+        (outputs, width), (row_stride, element_stride) = weight.shape, weight.stride()
+        rows, dtype = inputs.numel() // width, weight.dtype
+        if rows > self.most_rows.get(dtype, 0) or element_stride != 1 or inputs.dtype != dtype:
+            return F.linear(inputs, weight, bias)
+        inputs = inputs.contiguous()
+        result = inputs.new_empty(*inputs.shape[:-1], outputs)
+        self._functions[dtype](
+            inputs.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), result.data_ptr(),
+            rows, outputs, width, width, row_stride,
+        )  # fmt: skip
+        return result
+
+
+def make_matmul(name: str, device: torch.device) -> NativeMatmul | None:
+    """What `runtime.matmul_backend` asks for; None is torch. Raises `ConfigError` if it cannot be had here."""
+    if name == "torch" or (name == "auto" and (device.type != "cpu" or not is_available("matmul"))):
+        return None
+    if device.type != "cpu":
+        raise ConfigError(f"runtime.matmul_backend is native, which runs on a CPU, not on {device.type}; use auto")
+    try:
+        return NativeMatmul()
+    except NativeUnavailableError as error:
+        raise ConfigError(f"runtime.matmul_backend is native, but {error}; use auto or torch") from error
+
+
+def _declared(function: ctypes._NamedFuncPointer) -> ctypes._NamedFuncPointer:
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5
+    function.restype = None
+    return function

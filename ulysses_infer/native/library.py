@@ -63,7 +63,7 @@ def _built(source: Path) -> Path:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
     if compiler is None:
         raise NativeUnavailableError("no C compiler (cc, gcc, clang or $CC) was found")
-    text = source.read_bytes()
+    text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     identity = b"\0".join([text, *(part.encode() for part in (compiler, *FLAGS, _processor()))])
     target = _cache_folder() / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if target.is_file():

@@ -1,0 +1,28 @@
+"""The C files built for lesser processors than this one, as their users would get them."""
+
+import ctypes
+import functools
+import platform
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from ulysses_infer.native import library
+
+X86 = ("native", "x86-64-v3", "x86-64") if platform.machine() == "x86_64" else ("native",)
+
+
+@functools.cache
+def build_for(name: str, architecture: str) -> ctypes.CDLL:
+    """`name`.c built with -march=`architecture`; skips the test where nothing can be built."""
+    if not library.is_available(name):
+        pytest.skip("no native code can be built here")
+    if architecture == "native":
+        return library.open_library(name)
+    flags = tuple(f"-march={architecture}" if flag.startswith("-march") else flag for flag in library.FLAGS)
+    target = Path(tempfile.mkdtemp()) / f"{name}.so"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "FLAGS", flags)
+        library._compile("cc", library.FOLDER / f"{name}.c", target)
+    return ctypes.CDLL(str(target))

@@ -1,0 +1,119 @@
+"""Attention by `native/attention.c`, straight over the block tables: no key or value is gathered or copied."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.attention.torch_loop import TorchLoopAttention
+from ulysses_infer.native.library import open_library
+
+
+class NativeAttention:
+    """One call a layer for all sequences of the step; torch attends for queries longer than `longest_query` tokens.
+
+    A sequence's result depends neither on the rest of the batch nor on the number of threads. Raises
+    `NativeUnavailableError` where the library cannot be built.
+    """
+
+    name = "native"
+
+    def __init__(self) -> None:
+        library = open_library("attention")
+        self._functions = {
+            torch.bfloat16: _declared(library.attend_bfloat16),
+            torch.float32: _declared(library.attend_float32),
+        }
+        self.longest_query = ctypes.c_int64.in_dll(library, "longest_query").value
+        self._torch = TorchLoopAttention()
+        self._step: tuple[AttentionMetadata, _Batch, list[int]] | None = None
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        function = self._functions.get(keys.dtype)
+        if function is None or query.dtype != keys.dtype:
+            return self._torch.attend(query, keys, values, metadata, options)
+        output = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
+        batch, long = self._split(metadata, keys.shape[1])
+        if batch.count:
+            layer = _Layer.of(query, keys, values, output, options)
+            if function(ctypes.byref(batch), ctypes.byref(layer)):
+                raise MemoryError("no memory for the sums of attention")
+        if long:
+            self._torch.attend_sequences(long, query, keys, values, metadata, options, output)
+        return output
+
+    def _split(self, metadata: AttentionMetadata, block_size: int) -> tuple[_Batch, list[int]]:
+        """What the kernel attends for and the numbers of torch's sequences, the same for all layers of a step."""
+        if self._step is None or self._step[0] is not metadata:
+            lengths = np.array(metadata.query_lens, dtype=np.int64)
+            is_short = lengths <= self.longest_query
+            batch = _Batch.of(metadata, lengths, np.flatnonzero(is_short), block_size)
+            self._step = metadata, batch, np.flatnonzero(~is_short).tolist()
+        return self._step[1:]
+
+
+class _Batch(ctypes.Structure):
+    """`struct batch` of attention.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("count", "table_stride", "block_size")),
+        *((name, ctypes.c_void_p) for name in ("rows", "lengths", "contexts", "sequences", "tables")),
+    )
+
+    @staticmethod
+    def of(metadata: AttentionMetadata, lengths: np.ndarray, sequences: np.ndarray, block_size: int) -> _Batch:
+        """The `sequences` (their numbers in the batch) of a step whose query lengths are `lengths`."""
+        tables = metadata.block_tables
+        contexts = np.array(metadata.context_lens, dtype=np.int64)
+        arrays = ((np.cumsum(lengths) - lengths)[sequences], lengths[sequences], contexts[sequences], sequences)
+        made = _Batch(
+            len(sequences), tables.stride(0), block_size, *(array.ctypes.data for array in arrays), tables.data_ptr()
+        )
+        made.kept = arrays, tables  # alive with the pointers
+        return made
+
+
+class _Layer(ctypes.Structure):
+    """`struct layer` of attention.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "output", "sinks")),
+        *((name, ctypes.c_int64) for name in ("row_stride", "head_stride", "heads", "groups")),
+        *((name, ctypes.c_int64) for name in ("key_width", "value_width", "window", "chunk")),
+        *((name, ctypes.c_float) for name in ("scaling", "soft_cap")),
+    )
+
+    @staticmethod
+    def of(
+        query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, options: AttentionOptions
+    ) -> _Layer:
+        """One layer of the step; the caches are contiguous."""
+        if query.stride(2) != 1:
+            query = query.contiguous()
+        heads, key_width = keys.shape[2:]
+        sinks = None if options.sinks is None else options.sinks.float().contiguous()
+        made = _Layer(
+            query.data_ptr(), keys.data_ptr(), values.data_ptr(), output.data_ptr(),
+            None if sinks is None else sinks.data_ptr(), query.stride(0), query.stride(1), heads,
+            query.shape[1] // heads, key_width, values.shape[3], options.sliding_window or 0, options.chunk_size or 0,
+            options.scaling, options.softcap or 0.0,
+        )  # fmt: skip
+        made.kept = query, sinks  # alive with the pointers
+        return made
+
+
+def _declared(function: ctypes._NamedFuncPointer) -> ctypes._NamedFuncPointer:
+    function.argtypes = [ctypes.c_void_p] * 2
+    function.restype = ctypes.c_int
+    return function

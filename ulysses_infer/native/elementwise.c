@@ -1,0 +1,143 @@
+/* What stands between the matrix products of a decoder layer: norms, rotary positions, gated activations.
+ *
+ * Every intermediate result is rounded to the tensors' type where transformers' modeling code rounds it, so that these
+ * differ from it by no more than the order of a float32 sum. The file includes itself once for each type. */
+#ifndef TYPE
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+enum { PARALLEL_FROM = 65536 }; /* elements; for fewer, waking the other threads costs more than they save */
+
+INLINE float float_of_bf16(uint16_t value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+/* Round to nearest, ties to even, as torch does; NaN stays NaN. */
+INLINE uint16_t bf16_of_float(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint16_t rounded = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return value != value ? 0x7fc0 : rounded;
+}
+
+/* e^x within an ulp or two; the products are fused by hand so that none is reordered. */
+INLINE float exponential(float x) {
+    x = x > 88.0f ? 88.0f : x < -87.0f ? -87.0f : x;
+    float n = __builtin_rintf(x * 1.44269504f);
+    float f = __builtin_fmaf(n, 2.12194440e-4f, __builtin_fmaf(n, -0.693359375f, x));
+    float sum = 1.98412698e-4f;
+    sum = __builtin_fmaf(sum, f, 1.38888889e-3f);
+    sum = __builtin_fmaf(sum, f, 8.33333333e-3f);
+    sum = __builtin_fmaf(sum, f, 4.16666667e-2f);
+    sum = __builtin_fmaf(sum, f, 1.66666667e-1f);
+    sum = __builtin_fmaf(sum, f, 0.5f);
+    sum = __builtin_fmaf(sum, f, 1.0f);
+    sum = __builtin_fmaf(sum, f, 1.0f);
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return sum * power;
+}
+
+INLINE float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+/* 0.5 x (1 + tanh(u)) is x / (1 + e^-2u). */
+INLINE float gelu_tanh(float x) { return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x))); }
+
+#define TYPE uint16_t
+#define NAMED(name) name##_bf16
+#define READ(value) float_of_bf16(value)
+#define ROUND(value) bf16_of_float(value)
+#include "elementwise.c"
+#undef TYPE
+#undef NAMED
+#undef READ
+#undef ROUND
+#define TYPE float
+#define NAMED(name) name##_f32
+#define READ(value) (value)
+#define ROUND(value) (value)
+#include "elementwise.c"
+
+#else /* TYPE */
+
+INLINE void NAMED(norm_row)(TYPE *normed, const TYPE *x, const TYPE *weight, int64_t width, float eps) {
+    float squares = 0.0f;
+    for (int64_t i = 0; i < width; i++) squares += READ(x[i]) * READ(x[i]);
+    float scale = 1.0f / sqrtf(squares / (float)width + eps);
+    for (int64_t i = 0; i < width; i++) {
+        TYPE unit = ROUND(READ(x[i]) * scale);
+        normed[i] = ROUND(READ(weight[i]) * READ(unit));
+    }
+}
+
+/* normed, x: [rows, width]; weight: [width]. */
+void NAMED(rms_norm)(TYPE *normed, const TYPE *x, const TYPE *weight, int64_t rows, int64_t width, float eps) {
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)
+    for (int64_t row = 0; row < rows; row++)
+        NAMED(norm_row)(normed + row * width, x + row * width, weight, width, eps);
+}
+
+/* residual += x, and the norm of that. normed, residual, x: [rows, width]; weight: [width]. */
+void NAMED(add_rms_norm)(
+    TYPE *normed, TYPE *residual, const TYPE *x, const TYPE *weight, int64_t rows, int64_t width, float eps) {
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)
+    for (int64_t row = 0; row < rows; row++) {
+        TYPE *sum = residual + row * width;
+        const TYPE *more = x + row * width;
+        for (int64_t i = 0; i < width; i++) sum[i] = ROUND(READ(sum[i]) + READ(more[i]));
+        NAMED(norm_row)(normed + row * width, sum, weight, width, eps);
+    }
+}
+
+INLINE void NAMED(rotate_token)(
+    TYPE *x, int64_t heads, int64_t head_width, const TYPE *cosine, const TYPE *sine, int64_t half) {
+    for (int64_t head = 0; head < heads; head++, x += head_width)
+        for (int64_t i = 0; i < half; i++) {
+            float first = READ(x[i]), second = READ(x[i + half]);
+            TYPE first_part = ROUND(first * READ(cosine[i])), first_turn = ROUND(-second * READ(sine[i]));
+            TYPE second_part = ROUND(second * READ(cosine[i + half])), second_turn = ROUND(first * READ(sine[i + half]));
+            x[i] = ROUND(READ(first_part) + READ(first_turn));
+            x[i + half] = ROUND(READ(second_part) + READ(second_turn));
+        }
+}
+
+/* The first 2 * half values of every head of q and k, in place. Heads lie `head_width` apart, tokens as far as their
+ * strides say; cosine, sine: [rows, 2 * half]. */
+void NAMED(rotate)(
+    TYPE *q, int64_t q_stride, int64_t q_heads, TYPE *k, int64_t k_stride, int64_t k_heads, int64_t head_width,
+    const TYPE *cosine, const TYPE *sine, int64_t rows, int64_t half) {
+#pragma omp parallel for schedule(static) if (rows * (q_heads + k_heads) * half > PARALLEL_FROM)
+    for (int64_t row = 0; row < rows; row++) {
+        const TYPE *c = cosine + row * 2 * half, *s = sine + row * 2 * half;
+        NAMED(rotate_token)(q + row * q_stride, q_heads, head_width, c, s, half);
+        NAMED(rotate_token)(k + row * k_stride, k_heads, head_width, c, s, half);
+    }
+}
+
+/* gate, up: rows of `width` that lie `gate_stride`, `up_stride` apart; out: [rows, width]. */
+#define GATED(NAME, ACTIVATION)                                                                                  \
+    INLINE void NAMED(NAME##_row)(TYPE * out, const TYPE *gate, const TYPE *up, int64_t width) {                 \
+        for (int64_t i = 0; i < width; i++) {                                                                    \
+            TYPE active = ROUND(ACTIVATION(READ(gate[i])));                                                      \
+            out[i] = ROUND(READ(active) * READ(up[i]));                                                          \
+        }                                                                                                        \
+    }                                                                                                            \
+    void NAMED(NAME)(                                                                                            \
+        TYPE * out, const TYPE *gate, int64_t gate_stride, const TYPE *up, int64_t up_stride, int64_t rows,      \
+        int64_t width) {                                                                                         \
+        _Pragma("omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)")                                 \
+        for (int64_t row = 0; row < rows; row++)                                                                 \
+            NAMED(NAME##_row)(out + row * width, gate + row * gate_stride, up + row * up_stride, width);         \
+    }
+
+GATED(silu_mul, silu)
+GATED(gelu_tanh_mul, gelu_tanh)
+#undef GATED
+
+#endif /* TYPE */

@@ -1,0 +1,138 @@
+/* Products of a few input rows with a weight matrix: the weight is read once, in order, as fast as memory gives it.
+ *
+ * outputs[t, n] = sum over k of inputs[t, k] * weight[n, k], plus bias[n]. A panel of weight rows meets a block of input
+ * rows in registers, one sum a pair; while it does, the next panel is fetched. Every sum runs over k in the same order
+ * whatever the number of input rows, so a row's result does not depend on the rows that it is computed with.
+ */
+#include "vector.h"
+
+#if defined(HAS_AVX512) || defined(__aarch64__)
+#define MOST_ROWS 6 /* sums fill the 32 vector registers */
+#else
+#define MOST_ROWS 2
+#endif
+/* Up to how many rows this is faster than torch, measured; with matrix units torch is soon ahead. */
+#ifdef __AMX_BF16__
+const int64_t most_rows_bfloat16 = 8;
+#elif defined(HAS_BFLOAT16_DOT)
+const int64_t most_rows_bfloat16 = 96;
+#else
+const int64_t most_rows_bfloat16 = 16;
+#endif
+const int64_t most_rows_float32 = 64;
+
+#define WIDE_PANEL 8
+#define PANEL 4
+#define WORK_A_THREAD (1 << 17) /* multiplications that are worth waking a thread for */
+
+struct product {
+    const char *inputs, *weight, *bias; /* bias may be null */
+    char *outputs;
+    int64_t num_rows, num_outputs, width;                  /* T, N, K */
+    int64_t inputs_stride, weight_stride, outputs_stride; /* elements from one row to the next */
+};
+
+INLINE float bias_of(const struct product *p, int64_t n, enum type type) {
+    if (!p->bias) return 0;
+    return type == FLOAT32 ? ((const float *)p->bias)[n] : float_of(((const bfloat16 *)p->bias)[n]);
+}
+
+INLINE void put(const struct product *p, int64_t t, int64_t n, float sum, enum type type) {
+    int64_t place = t * p->outputs_stride + n;
+    float value = sum + bias_of(p, n, type);
+    if (type == FLOAT32)
+        ((float *)p->outputs)[place] = value;
+    else
+        ((bfloat16 *)p->outputs)[place] = bfloat16_of(value);
+}
+
+/* Rows t .. t+rows of the inputs with rows n .. n+panel of the weight. Lines of the rows `ahead` .. `end` of the
+ * weight, if there are any, are fetched meanwhile. */
+INLINE void tile(const struct product *p, int64_t t, int64_t n, const int rows, const int panel, int64_t ahead,
+                 int64_t end, enum type type) {
+    const size_t size = size_of(type);
+    const int step = step_of(type);
+    const int64_t stride = p->weight_stride * size;
+    const char *weight = p->weight + n * stride, *input = p->inputs + t * p->inputs_stride * size;
+    const char *next = p->weight + ahead * stride;
+    floats sums[WIDE_PANEL][MOST_ROWS];
+    UNROLL for (int i = 0; i < panel; i++)
+        UNROLL for (int j = 0; j < rows; j++) sums[i][j] = (floats){0};
+    int64_t k = 0;
+    for (; k + step <= p->width; k += step) {
+        const char *line = next + k * size;
+        for (int64_t i = ahead; i < end; i++, line += stride) __builtin_prefetch(line, 0, 2);
+        floats x[MOST_ROWS];
+        UNROLL for (int j = 0; j < rows; j++) x[j] = load(input + (j * p->inputs_stride + k) * size, type);
+        UNROLL for (int i = 0; i < panel; i++) {
+            floats w = load(weight + i * stride + k * size, type);
+            UNROLL for (int j = 0; j < rows; j++) sums[i][j] = multiply_add(sums[i][j], w, x[j], type);
+        }
+    }
+    if (k < p->width) {
+        int rest = (int)(p->width - k);
+        floats x[MOST_ROWS];
+        UNROLL for (int j = 0; j < rows; j++) x[j] = load_part(input + (j * p->inputs_stride + k) * size, rest, type);
+        UNROLL for (int i = 0; i < panel; i++) {
+            floats w = load_part(weight + i * stride + k * size, rest, type);
+            UNROLL for (int j = 0; j < rows; j++) sums[i][j] = multiply_add(sums[i][j], w, x[j], type);
+        }
+    }
+    UNROLL for (int j = 0; j < rows; j++)
+        UNROLL for (int i = 0; i < panel; i += PANEL) {
+            float four[4];
+            const floats none = {0};
+            sum_four(four, sums[i][j], i + 1 < panel ? sums[i + 1][j] : none, i + 2 < panel ? sums[i + 2][j] : none,
+                     i + 3 < panel ? sums[i + 3][j] : none);
+            const int count = panel - i < PANEL ? panel - i : PANEL;
+            for (int m = 0; m < count; m++) put(p, t + j, n + i + m, four[m], type);
+        }
+}
+
+/* All input rows with one panel, in blocks of nearly equal size. */
+INLINE void panel_of(const struct product *p, int64_t n, const int panel, int64_t end, enum type type) {
+    int64_t blocks = (p->num_rows + MOST_ROWS - 1) / MOST_ROWS;
+    int64_t left = end - n - panel, fetched = left < panel ? (left < 0 ? 0 : left) : panel;
+    for (int64_t block = 0, t = 0; block < blocks; block++) {
+        int64_t rows = (p->num_rows - t) / (blocks - block);
+        int64_t ahead = n + panel + fetched * block / blocks, stop = n + panel + fetched * (block + 1) / blocks;
+        switch (rows) {
+            case 1: tile(p, t, n, 1, panel, ahead, stop, type); break;
+            case 2: tile(p, t, n, 2, panel, ahead, stop, type); break;
+#if MOST_ROWS > 2
+            case 3: tile(p, t, n, 3, panel, ahead, stop, type); break;
+            case 4: tile(p, t, n, 4, panel > PANEL ? PANEL : panel, ahead, stop, type); break;
+            case 5: tile(p, t, n, 5, panel > PANEL ? PANEL : panel, ahead, stop, type); break;
+            case 6: tile(p, t, n, 6, panel > PANEL ? PANEL : panel, ahead, stop, type); break;
+#endif
+        }
+        t += rows;
+    }
+}
+
+INLINE void multiply(const struct product *p, enum type type) {
+    const int64_t wide = p->num_rows * WIDE_PANEL <= MOST_ROWS * PANEL ? WIDE_PANEL : PANEL;
+    const int64_t groups = (p->num_outputs + WIDE_PANEL - 1) / WIDE_PANEL;
+    const int worth = p->num_rows * p->num_outputs * p->width >= 2 * (int64_t)WORK_A_THREAD;
+#pragma omp parallel for schedule(static) if (worth)
+    for (int64_t group = 0; group < groups; group++) {
+        int64_t n = group * WIDE_PANEL, stop = n + WIDE_PANEL < p->num_outputs ? n + WIDE_PANEL : p->num_outputs;
+        if (wide == WIDE_PANEL && n + WIDE_PANEL <= stop) panel_of(p, n, WIDE_PANEL, p->num_outputs, type), n = stop;
+        for (; n + PANEL <= stop; n += PANEL) panel_of(p, n, PANEL, p->num_outputs, type);
+        for (; n < stop; n++) panel_of(p, n, 1, p->num_outputs, type);
+    }
+}
+
+void matmul_bfloat16(const char *inputs, const char *weight, const char *bias, char *outputs, int64_t num_rows,
+                     int64_t num_outputs, int64_t width, int64_t inputs_stride, int64_t weight_stride) {
+    struct product p = {inputs, weight, bias, outputs, num_rows, num_outputs, width, inputs_stride, weight_stride,
+                        num_outputs};
+    multiply(&p, BFLOAT16);
+}
+
+void matmul_float32(const char *inputs, const char *weight, const char *bias, char *outputs, int64_t num_rows,
+                    int64_t num_outputs, int64_t width, int64_t inputs_stride, int64_t weight_stride) {
+    struct product p = {inputs, weight, bias, outputs, num_rows, num_outputs, width, inputs_stride, weight_stride,
+                        num_outputs};
+    multiply(&p, FLOAT32);
+}
