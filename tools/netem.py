@@ -36,6 +36,7 @@ BRIDGE = "bridge"
 NETWORK = "10.77.0"
 END_SECONDS = 45.0
 POLL_SECONDS = 0.2
+OVER_THE_LINK = "runtime.collectives=torch"  # the ranks are on one host, and would share its memory
 LEAST_BURST = 256 * 1024  # bytes: a few of the largest packets that the kernel makes of a stream
 TICKS_PER_SECOND = 250  # a bucket must hold what passes between two ticks of the kernel's clock
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -149,10 +150,11 @@ def launch(names: Sequence[str], arguments: Sequence[str]) -> int:
         hosts.writelines(f"{name} slots=1\n" for name in names)
         hosts.flush()
         common = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--no_ssh"]
+        command = [str(LAUNCH), *arguments, OVER_THE_LINK]
         common += ["--hostfile", hosts.name, "--master_addr", address(0), "--master_port", str(free_port())]
         nodes = [
             subprocess.Popen(
-                ["ip", "netns", "exec", name, *common, "--node_rank", str(rank), str(LAUNCH), *arguments],
+                ["ip", "netns", "exec", name, *common, "--node_rank", str(rank), *command],
                 env=rank_environment(len(names)), start_new_session=True,
             )
             for rank, name in enumerate(names)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from ulysses_infer.model.attention import HeadPlan, _tokens_to_heads
-from ulysses_infer.parallel.collectives import gather_to_first
 from ulysses_infer.parallel.groups import build_groups
 from ulysses_infer.parallel.layout import Layout, Mode, even_span, key_value_span, token_spans
 
 CPU = torch.device("cpu")
 WIDTH = 3
+BACKENDS = ("torch", "shared_memory")
 CASES = [(2, 1, "sp_inner"), (4, 1, "sp_inner"), (4, 2, "sp_inner"), (4, 2, "tp_inner"), (8, 2, "tp_inner")]
 
 
@@ -27,10 +27,10 @@ def whole(num_tokens, heads, kind):
     return token + head + torch.arange(WIDTH)[None, None, :] + kind / 2
 
 
-def exchange_all(world_size, tp, order, query_heads, key_value_heads):
+def exchange_all(backend, world_size, tp, order, query_heads, key_value_heads):
     """On a rank: every mode with sp > 1, T = 1 .. 11: to heads and back. Raises on the first difference."""
     layout = Layout(Mode(world_size // tp, tp), order)
-    groups = build_groups(layout, layout.modes, CPU)
+    groups = build_groups(layout, layout.modes, CPU, collectives=backend)
     checked = 0
     for mode in layout.modes:
         place = groups.place(mode)
@@ -63,15 +63,16 @@ def exchange_all(world_size, tp, order, query_heads, key_value_heads):
 @pytest.mark.distributed
 @pytest.mark.parametrize(("world_size", "tp", "order"), CASES)
 @pytest.mark.parametrize("key_value_heads", [1, 2, 8], ids=lambda n: f"kv{n}")
-def test_tokens_become_heads_and_come_back(rank_pool, world_size, tp, order, key_value_heads):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_become_heads_and_come_back(rank_pool, backend, world_size, tp, order, key_value_heads):
     num_exchanging_modes = len([m for m in Layout(Mode(world_size // tp, tp)).modes if m.sp > 1])
-    checked = rank_pool(world_size).run(exchange_all, world_size, tp, order, 8, key_value_heads)
+    checked = rank_pool(world_size).run(exchange_all, backend, world_size, tp, order, 8, key_value_heads)
     assert checked == [11 * num_exchanging_modes] * world_size
 
 
-def gather_uneven(world_size, tp):
+def gather_uneven(backend, world_size, tp):
     layout = Layout(Mode(world_size // tp, tp))
-    groups = build_groups(layout, layout.modes, CPU)
+    groups = build_groups(layout, layout.modes, CPU, collectives=backend)
     for mode in layout.modes:
         place = groups.place(mode)
         for total in range(7):
@@ -84,13 +85,14 @@ def gather_uneven(world_size, tp):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_rows_of_all_token_slices_are_gathered_in_batch_order(rank_pool, tp):
-    rank_pool(4).run(gather_uneven, 4, tp)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_all_token_slices_are_gathered_in_batch_order(rank_pool, backend, tp):
+    rank_pool(4).run(gather_uneven, backend, 4, tp)
 
 
-def sum_partials(world_size, tp, order):
+def sum_partials(backend, world_size, tp, order):
     layout = Layout(Mode(world_size // tp, tp), order)
-    groups = build_groups(layout, layout.modes, CPU)
+    groups = build_groups(layout, layout.modes, CPU, collectives=backend)
     sums = {}
     for mode, collectives in groups.by_mode.items():
         partial = torch.full((2, 2), 10.0**groups.shard)
@@ -103,27 +105,49 @@ def sum_partials(world_size, tp, order):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("order", ["sp_inner", "tp_inner"])
-def test_partial_results_are_summed_over_the_tensor_parallel_group_alone(rank_pool, order):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_partial_results_are_summed_over_the_tensor_parallel_group_alone(rank_pool, backend, order):
     layout = Layout(Mode(2, 2), order)
-    for shard, sums in rank_pool(4).run(sum_partials, 4, 2, order):
+    for shard, sums in rank_pool(4).run(sum_partials, backend, 4, 2, order):
         assert sums[Mode(2, 2)] == 10**shard + 10 ** (shard ^ 2)
         assert sums[layout.shift] == 1111
 
 
-def gather_shards(tp, order):
+def gather_shards(backend, tp, order):
     layout = Layout(Mode(4 // tp, tp), order)
-    groups = build_groups(layout, layout.modes, CPU)
-    gathered = gather_to_first(torch.tensor([[float(groups.shard)]]), groups.world, groups.rank, groups.shard_order)
+    groups = build_groups(layout, layout.modes, CPU, collectives=backend)
+    gathered = groups.gather_to_first(torch.tensor([[float(groups.shard)]]))
     groups.close()
     return None if gathered is None else [float(shard) for shard in gathered]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("order", ["sp_inner", "tp_inner"])
-def test_rank_0_alone_gets_the_shards_in_their_own_order(rank_pool, order):
-    assert rank_pool(4).run(gather_shards, 2, order) == [[0.0, 1.0, 2.0, 3.0], None, None, None]
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rank_0_alone_gets_the_shards_in_their_own_order(rank_pool, backend, order):
+    assert rank_pool(4).run(gather_shards, backend, 2, order) == [[0.0, 1.0, 2.0, 3.0], None, None, None]
 
 
 def test_a_single_rank_keeps_its_shard():
     shard = torch.ones(1, 1)
-    assert gather_to_first(shard, None, 0, [0]) == [shard]
+    layout = Layout(Mode(1, 1))
+    assert build_groups(layout, layout.modes, CPU, num_ranks=1).gather_to_first(shard) == [shard]
+
+
+def exchange_messages(backend, sizes):
+    layout = Layout(Mode(3, 1))
+    groups = build_groups(layout, layout.modes, CPU, collectives=backend)
+    messages = [bytes((position + size) % 251 for position in range(size)) for size in sizes]
+    for message in messages:
+        if groups.is_first:
+            groups.mailbox.send(message)
+        else:
+            assert groups.mailbox.receive() == message
+    groups.close()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_messages_of_any_length_arrive_in_order(rank_pool, backend):
+    sizes = [1, 0, 4096, 4097, 16_376, 16_377, 100_000, 1_000_000, 3] * 3 + list(range(1, 100))
+    rank_pool(3).run(exchange_messages, backend, sizes)

@@ -21,21 +21,24 @@ LAYOUTS = [
 ]
 
 
+BACKENDS = ("torch", "shared_memory")
+
+
 def members(group):
     """Global ranks of a group in the order of its own ranks; None stays None."""
-    return None if group is None else torch.distributed.get_process_group_ranks(group)
+    return None if group is None else group.ranks
 
 
-def membership(world_size, tp, order):
+def membership(backend, world_size, tp, order):
     """On a rank: (shard, {mode: (SP ranks, TP ranks)}) of all modes, and that the groups work."""
     layout = Layout(Mode(world_size // tp, tp), order)
-    groups = build_groups(layout, layout.modes, CPU)
+    groups = build_groups(layout, layout.modes, CPU, collectives=backend)
     found = {}
     for mode, collectives in groups.by_mode.items():
-        total = torch.tensor([groups.shard])
+        total = torch.tensor([float(groups.shard)])
         for group in (collectives.sp_group, collectives.tp_group):
             if group is not None:
-                torch.distributed.all_reduce(total, group=group)
+                group.sum(total)
         assert collectives.place.mode == mode
         found[mode] = members(collectives.sp_group), members(collectives.tp_group), int(total)
     shard, order_of_shards, world = groups.shard, groups.shard_order, members(groups.world)
@@ -45,10 +48,11 @@ def membership(world_size, tp, order):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("world_size", "tp", "order"), LAYOUTS)
-def test_groups_are_those_of_the_layout(rank_pool, world_size, tp, order):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_are_those_of_the_layout(rank_pool, backend, world_size, tp, order):
     layout = Layout(Mode(world_size // tp, tp), order)
     for rank, (shard, shard_order, world, found) in enumerate(
-        rank_pool(world_size).run(membership, world_size, tp, order)
+        rank_pool(world_size).run(membership, backend, world_size, tp, order)
     ):
         assert shard == layout.shard_of(rank)
         assert world == list(range(world_size))
@@ -83,10 +87,10 @@ def test_a_single_rank_needs_no_groups(monkeypatch):
     groups.close()
 
 
-def wait_for_a_silent_rank(seconds):
+def wait_for_a_silent_rank(backend, seconds):
     """Rank 0 waits for rank 1, which is late. Returns how long, and whether rank 1 may wait longer than that."""
     layout = Layout(Mode(2, 1))
-    groups = build_groups(layout, layout.modes, CPU)
+    groups = build_groups(layout, layout.modes, CPU, collectives=backend)
     groups.limit_waits(seconds)
     started = time.monotonic()
     message = torch.zeros(1)
@@ -96,7 +100,7 @@ def wait_for_a_silent_rank(seconds):
         groups.close()
         return None
     with pytest.raises(RuntimeError, match="Timed out"):
-        torch.distributed.all_reduce(message, group=groups.world)
+        groups.world.sum(message)
     waited = time.monotonic() - started
     torch.distributed.all_reduce(torch.ones(1))
     groups.close()
@@ -104,37 +108,42 @@ def wait_for_a_silent_rank(seconds):
 
 
 @pytest.mark.distributed
-def test_a_wait_for_a_silent_rank_ends(rank_pool):
-    waited, _ = rank_pool(2).run(wait_for_a_silent_rank, 0.5)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wait_for_a_silent_rank_ends(rank_pool, backend):
+    waited, _ = rank_pool(2).run(wait_for_a_silent_rank, backend, 0.5)
     assert 0.4 < waited < 1.4
 
 
-def idle(seconds):
+def idle(backend, seconds):
     """Rank 0 has nothing to say for longer than the limit, then speaks."""
     layout = Layout(Mode(2, 1))
-    groups = build_groups(layout, layout.modes, CPU)
+    groups = build_groups(layout, layout.modes, CPU, collectives=backend)
     groups.limit_waits(seconds)
-    message = torch.zeros(1)
     if groups.is_first:
         time.sleep(4 * seconds)
-        message += 7
-    torch.distributed.broadcast(message, src=0, group=groups.control)
+        groups.mailbox.send(b"seven")
+        message = b"seven"
+    else:
+        message = groups.mailbox.receive()
     groups.close()
-    return float(message)
+    return message
 
 
 @pytest.mark.distributed
-def test_an_idle_engine_is_no_hung_one(rank_pool):
-    assert rank_pool(2).run(idle, 0.2) == [7.0, 7.0]
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_idle_engine_is_no_hung_one(rank_pool, backend):
+    assert rank_pool(2).run(idle, backend, 0.2) == [b"seven", b"seven"]
 
 
-def leave_early():
+def leave_early(backend):
     """Rank 1 closes its groups while rank 0 waits in them; the job's own group goes on."""
     layout = Layout(Mode(2, 1))
-    groups = build_groups(layout, layout.modes, CPU)
+    groups = build_groups(layout, layout.modes, CPU, collectives=backend)
     if groups.is_first:
         with pytest.raises(RuntimeError, match=r"closed by peer|reset"):
-            torch.distributed.broadcast(torch.zeros(1), src=1, group=groups.world)
+            groups.world.gather_to_first(torch.zeros(1))
+    else:
+        time.sleep(0.3)
     groups.close()
     total = torch.ones(1)
     torch.distributed.all_reduce(total)
@@ -142,8 +151,9 @@ def leave_early():
 
 
 @pytest.mark.distributed
-def test_a_rank_that_leaves_lets_the_others_go_and_spares_the_job(rank_pool):
-    assert rank_pool(2).run(leave_early) == [2.0, 2.0]
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rank_that_leaves_lets_the_others_go_and_spares_the_job(rank_pool, backend):
+    assert rank_pool(2).run(leave_early, backend) == [2.0, 2.0]
 
 
 def test_waits_are_limited_only_where_something_is_due():
@@ -155,5 +165,5 @@ def test_waits_are_limited_only_where_something_is_due():
 
     for rank, control_timeout in ((0, timedelta(seconds=5)), (1, IDLE_TIMEOUT)):
         world, control = Recorder(), Recorder()
-        Groups(Layout(Mode(2, 1)), rank, world, control, owned=[world, control]).limit_waits(5)
+        Groups(Layout(Mode(2, 1)), rank, control=control, owned=[world, control]).limit_waits(5)
         assert (world.timeout, control.timeout) == (timedelta(seconds=5), control_timeout)

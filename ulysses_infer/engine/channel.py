@@ -1,4 +1,4 @@
-"""Rank 0 speaks, the others listen: step plans and results as short byte messages over the host-side group."""
+"""Rank 0 speaks, the others listen: step plans and results as short byte messages; and what all ranks agree on."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import torch
 from ulysses_infer.engine.failure import as_user_error
 from ulysses_infer.parallel.groups import Groups
 
-STEP, VALUE, ERROR, SHUTDOWN = range(4)
-INLINE_BYTES = 4096  # one broadcast carries this much; longer messages need a second one
-HEADER_BYTES = 9  # kind (1), length (8)
+STEP, VALUE, ERROR, SHUTDOWN, CALL = range(5)
 T = TypeVar("T")
 
 
@@ -22,7 +20,6 @@ class Channel:
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
-        self._buffer = torch.zeros(HEADER_BYTES + INLINE_BYTES, dtype=torch.uint8)
 
     @property
     def is_first(self) -> bool:
@@ -35,25 +32,14 @@ class Channel:
 
     def send(self, kind: int, payload: bytes = b"") -> None:
         """Rank 0: tell every other rank."""
-        if self._group is None:
-            return
-        head = bytes([kind]) + len(payload).to_bytes(8, "little") + payload[:INLINE_BYTES]
-        self._buffer[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        self._broadcast(self._buffer)
-        if len(payload) > INLINE_BYTES:
-            self._broadcast(torch.frombuffer(bytearray(payload[INLINE_BYTES:]), dtype=torch.uint8))
+        if self._groups.mailbox is not None:
+            self._groups.mailbox.send(bytes([kind]) + payload)
 
     def receive(self) -> tuple[int, bytes]:
         """Every other rank: wait for the next message."""
-        self._broadcast(self._buffer)
-        kind = int(self._buffer[0])
-        length = int.from_bytes(bytes(self._buffer[1:HEADER_BYTES].tolist()), "little")
-        inline = self._buffer[HEADER_BYTES : HEADER_BYTES + min(length, INLINE_BYTES)].numpy().tobytes()
-        if length <= INLINE_BYTES:
-            return kind, inline
-        rest = torch.empty(length - INLINE_BYTES, dtype=torch.uint8)
-        self._broadcast(rest)
-        return kind, inline + rest.numpy().tobytes()
+        assert self._groups.mailbox is not None
+        message = self._groups.mailbox.receive()
+        return message[0], message[1:]
 
     def send_value(self, value: Any) -> None:
         """Rank 0: give every rank the same result."""
@@ -97,6 +83,3 @@ class Channel:
         values: list[Any] = [None] * torch.distributed.get_world_size(self._group)
         torch.distributed.all_gather_object(values, value, group=self._group)
         return values
-
-    def _broadcast(self, buffer: torch.Tensor) -> None:
-        torch.distributed.broadcast(buffer, src=0, group=self._group)

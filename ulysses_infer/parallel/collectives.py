@@ -1,15 +1,14 @@
-"""The few exchanges a step needs, over `deepspeed.comm`. Shapes only; who owns what is decided in `layout.py`."""
+"""The few exchanges a step needs. Who owns what is decided in `layout.py`, how it travels by the groups."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from ulysses_infer.parallel.group import Group
 from ulysses_infer.parallel.layout import Place, Span
 
 
@@ -22,11 +21,8 @@ class CollectiveClock:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
 
-    @contextmanager
-    def timing(self, kind: str) -> Iterator[None]:
-        """Add the time of what runs inside to `kind`."""
-        started = time.perf_counter()
-        yield
+    def add(self, kind: str, started: float) -> None:
+        """Count what passed since `started`, a `time.perf_counter()`."""
         self._seconds[kind] = self._seconds.get(kind, 0.0) + time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
@@ -40,69 +36,45 @@ class Collectives:
     """The collectives of one mode on one rank. A group is None where the mode has a single member."""
 
     place: Place
-    sp_group: Any
-    tp_group: Any
+    sp_group: Group | None
+    tp_group: Group | None
     clock: CollectiveClock = field(default_factory=CollectiveClock)
 
-    def tokens_to_heads(self, packed: torch.Tensor, tokens: list[Span]) -> torch.Tensor:
+    def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
         """The forward all-to-all of Ulysses: my tokens for every shard become every token for my shard.
 
-        packed: [sp, t, C], row block `j` for the j-th member of the SP group; returns [T, C] in batch order.
+        sources: each [t, sp * h, d] with the heads of the SP group's shards in order; returns each as [T, h, d].
         """
-        sp, local, width = packed.shape
-        received = packed.new_empty(tokens[-1].stop, width)
-        self._exchange(received, packed.reshape(sp * local, width), [span.size for span in tokens], [local] * sp)
+        assert self.sp_group is not None
+        started = time.perf_counter()
+        received = self.sp_group.tokens_to_heads(sources, tokens)
+        self.clock.add("all_to_all", started)
         return received
 
-    def heads_to_tokens(self, output: torch.Tensor, tokens: list[Span]) -> torch.Tensor:
+    def heads_to_tokens(self, output: torch.Tensor, tokens: Sequence[Span]) -> torch.Tensor:
         """The all-to-all back: all tokens of my heads become my tokens with the heads of the whole SP group.
 
         output: [T, C]; returns [t, sp * C] with the group's shards in order.
         """
-        sp, width = len(tokens), output.shape[1]
-        local = tokens[self.place.token_index].size
-        received = output.new_empty(sp * local, width)
-        self._exchange(received, output, [local] * sp, [span.size for span in tokens])
-        return received.view(sp, local, width).transpose(0, 1).reshape(local, sp * width)
+        assert self.sp_group is not None
+        started = time.perf_counter()
+        received = self.sp_group.heads_to_tokens(output, tokens)
+        self.clock.add("all_to_all", started)
+        return received
 
-    def gather_rows(self, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Concatenate uneven rows over the SP group. rows: [counts[mine], D]; returns [sum(counts), D]."""
         if self.sp_group is None:
             return rows
-        sp, mine = len(counts), rows.shape[0]
-        received = rows.new_empty(sum(counts), rows.shape[1])
-        self._exchange(received, rows.repeat(sp, 1), counts, [mine] * sp)
+        started = time.perf_counter()
+        received = self.sp_group.gather_rows(rows, counts)
+        self.clock.add("all_to_all", started)
         return received
 
     def sum_over_tp(self, partial: torch.Tensor) -> torch.Tensor:
         """Add the partial results of the TP group in place; returns `partial`."""
         if self.tp_group is not None:
-            with self.clock.timing("all_reduce"):
-                _comm().all_reduce(partial, group=self.tp_group)
+            started = time.perf_counter()
+            self.tp_group.sum(partial)
+            self.clock.add("all_reduce", started)
         return partial
-
-    def _exchange(
-        self, received: torch.Tensor, sent: torch.Tensor, receive_rows: list[int], send_rows: list[int]
-    ) -> None:
-        sent = sent.contiguous()
-        with self.clock.timing("all_to_all"):
-            _comm().all_to_all_single(
-                received, sent, output_split_sizes=receive_rows, input_split_sizes=send_rows, group=self.sp_group
-            )
-
-
-def gather_to_first(shard: torch.Tensor, group: Any, rank: int, order: list[int]) -> list[torch.Tensor] | None:
-    """Collect equal-shaped `shard`s on rank 0, listed in `order` of ranks (head-shard order); None elsewhere."""
-    if group is None:
-        return [shard]
-    shard = shard.contiguous()
-    collected = [torch.empty_like(shard) for _ in order] if rank == 0 else None
-    _comm().gather(shard, gather_list=collected, dst=0, group=group)
-    return None if collected is None else [collected[r] for r in order]
-
-
-def _comm() -> Any:
-    """`deepspeed.comm`, imported late: a single-rank engine never needs it."""
-    import deepspeed.comm as comm
-
-    return comm

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,7 +14,12 @@ import torch
 
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.collectives import CollectiveClock, Collectives
+from ulysses_infer.parallel.group import Group, Mailbox
 from ulysses_infer.parallel.layout import Layout, Mode, Place
+from ulysses_infer.parallel.shared_memory import SharedMemory, SharedMemoryUnavailableError, share_memory
+from ulysses_infer.parallel.torch_group import TorchGroup, TorchMailbox
+
+logger = logging.getLogger(__name__)
 
 MESH_NAMES = ("data_parallel", "tensor_parallel", "sequence_parallel")
 FORMING_TIMEOUT = timedelta(seconds=60)  # ranks that are all there make a group in a moment, unless one is lost
@@ -38,11 +45,13 @@ class Groups:
 
     layout: Layout
     rank: int
-    world: Any = None
-    control: Any = None  # small host-side messages (step plans); gloo even where tensors travel by NCCL
+    world: Group | None = None
+    mailbox: Mailbox | None = None  # for what rank 0 tells the others
+    control: Any = None  # what ranks agree on now and then; gloo even where tensors travel otherwise
     by_mode: dict[Mode, Collectives] = field(default_factory=dict)
     clock: CollectiveClock = field(default_factory=CollectiveClock)  # of every mode
-    owned: list[Any] = field(default_factory=list)  # every group made for this engine, the control group among them
+    owned: list[Any] = field(default_factory=list)  # every process group of this engine, the control group among them
+    memory: SharedMemory | None = None  # where the groups are, if not in process groups
 
     def close(self) -> None:
         """Leave the groups that `build_groups` made; the job's own group stays. Not collective.
@@ -50,7 +59,9 @@ class Groups:
         Ranks that wait in one of them get a RuntimeError at once.
         """
         self.by_mode.clear()
-        self.world = self.control = None
+        self.world = self.mailbox = self.control = None
+        if self.memory is not None:
+            self.memory.close()
         while self.owned:
             _leave(self.owned.pop())
 
@@ -62,6 +73,16 @@ class Groups:
         for group in self.owned:
             idles = group is self.control and not self.is_first
             group.set_timeout(IDLE_TIMEOUT if idles else timedelta(seconds=seconds))
+        if self.memory is not None:
+            self.memory.limit_waits(seconds)
+
+    def gather_to_first(self, shard: torch.Tensor) -> list[torch.Tensor] | None:
+        """Every rank's `shard`, all of one shape, in the order of head shards, on rank 0; None elsewhere."""
+        if self.layout.world_size == 1:
+            return [shard]
+        assert self.world is not None
+        collected = self.world.gather_to_first(shard)
+        return None if collected is None else [collected[rank] for rank in self.shard_order]
 
     @property
     def shard(self) -> int:
@@ -115,11 +136,14 @@ def init_distributed(
     comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
-def build_groups(layout: Layout, modes: list[Mode], device: torch.device, num_ranks: int | None = None) -> Groups:
+def build_groups(
+    layout: Layout, modes: list[Mode], device: torch.device, num_ranks: int | None = None, collectives: str = "auto"
+) -> Groups:
     """Create the groups of every mode. Collective: all ranks call it with the same arguments.
 
-    `num_ranks`: those that belong together, where it is not the launcher's environment that says so.
-    Raises `ConfigError` when the job has another number of ranks than the layout.
+    `num_ranks`: those that belong together, where it is not the launcher's environment that says so. `collectives`:
+    as `runtime.collectives`. Raises `ConfigError`, on every rank, when the job has another number of ranks than the
+    layout, or memory is to be shared and cannot be.
     """
     if layout.world_size == 1:
         _check_world_size(layout, num_ranks or int(os.environ.get("WORLD_SIZE", "1")))
@@ -129,15 +153,61 @@ def build_groups(layout: Layout, modes: list[Mode], device: torch.device, num_ra
     import deepspeed.comm as comm
 
     _check_world_size(layout, comm.get_world_size())
-    # A group of our own even for all ranks: its time limits and its end are not those of the job's group.
-    world = _new_group(range(layout.world_size))
     control = _new_group(range(layout.world_size), backend="gloo")
     control.set_timeout(START_TIMEOUT)
-    groups = Groups(layout, comm.get_rank(), world, control, owned=[world, control])
-    for mode in modes:
-        sp_group, tp_group = _mode_groups(groups, mode)
-        groups.by_mode[mode] = Collectives(groups.place(mode), sp_group, tp_group, groups.clock)
+    groups = Groups(layout, comm.get_rank(), control=control, owned=[control])
+    reason = _share_memory(groups, modes, device, collectives)
+    if groups.is_first:
+        logger.info("ranks exchange tensors %s", f"by torch: {reason}" if reason else "in memory that they share")
+    if reason:
+        _use_torch(groups, modes)
     return groups
+
+
+def _share_memory(groups: Groups, modes: list[Mode], device: torch.device, collectives: str) -> str:
+    """Have all exchanges done in shared memory, or say why not. Collective; every rank does the same."""
+    if collectives == "torch":
+        return "runtime.collectives = torch"
+    try:
+        if device.type != "cpu":
+            raise SharedMemoryUnavailableError("tensors are not in the memory of a CPU")
+        _use_memory(groups, modes)
+    except SharedMemoryUnavailableError as error:
+        if collectives == "shared_memory":
+            raise ConfigError(f"runtime.collectives = shared_memory, but {error}; use auto or torch") from error
+        return str(error)
+    return ""
+
+
+def _use_memory(groups: Groups, modes: list[Mode]) -> None:
+    layout = groups.layout
+    everyone = tuple(range(layout.world_size))
+    members = {everyone}
+    for mode, shard in itertools.product(modes, everyone):
+        members |= {tuple(ranks) for ranks in _members(layout, mode, shard) if len(ranks) > 1}
+    groups.memory = memory = share_memory(groups.rank, sorted(members), groups.control)
+    made = {ranks: memory.group(ranks) for ranks in sorted(members)}
+    groups.world, groups.mailbox = made[everyone], memory.mailbox()
+    for mode in modes:
+        sp_ranks, tp_ranks = _members(layout, mode, groups.shard)
+        groups.by_mode[mode] = Collectives(
+            groups.place(mode), made.get(tuple(sp_ranks)), made.get(tuple(tp_ranks)), groups.clock
+        )
+
+
+def _members(layout: Layout, mode: Mode, shard: int) -> tuple[list[int], list[int]]:
+    """The SP and the TP group of a shard, in the order of their ranks. For SP that is the order of the shards too."""
+    return sorted(layout.sp_group(mode, shard)), sorted(layout.tp_group(mode, shard))
+
+
+def _use_torch(groups: Groups, modes: list[Mode]) -> None:
+    # A group of our own even for all ranks: its time limits and its end are not those of the job's group.
+    world = _new_group(range(groups.layout.world_size))
+    groups.owned.append(world)
+    groups.world, groups.mailbox = TorchGroup(world), TorchMailbox(groups.control)
+    for mode in modes:
+        sp_group, tp_group = (group and TorchGroup(group) for group in _mode_groups(groups, mode, world))
+        groups.by_mode[mode] = Collectives(groups.place(mode), sp_group, tp_group, groups.clock)
 
 
 def _new_group(ranks: Iterable[int], backend: str | None = None) -> Any:
@@ -154,13 +224,13 @@ def _check_world_size(layout: Layout, world_size: int) -> None:
         )
 
 
-def _mode_groups(groups: Groups, mode: Mode) -> tuple[Any, Any]:
+def _mode_groups(groups: Groups, mode: Mode, world: Any) -> tuple[Any, Any]:
     """This rank's SP and TP group in `mode`; None for a group of one. Groups made on the way join `owned`."""
     layout, shard = groups.layout, groups.shard
     if mode.tp == 1:
-        return groups.world, None  # then shards are in rank order, whatever the rank order is
+        return world, None  # then shards are in rank order, whatever the rank order is
     if mode.sp == 1:
-        return None, groups.world
+        return None, world
     if layout.rank_order == "sp_inner":
         return _mesh_groups(mode, groups.owned)
     sp_groups = {tuple(layout.sp_group(mode, g)) for g in range(layout.world_size)}

@@ -1,0 +1,167 @@
+"""Exchanges over memory that the members share; the work is done in native/collectives.c."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
+
+import torch
+
+from ulysses_infer.parallel.layout import Span
+
+KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+"""Numbers that can be added up; sums of the short ones are float32 until they are written."""
+LOST, TIMED_OUT, TOO_WIDE, CLOSED = 1, 2, 3, 4
+MOST_PIECES = 8
+FIRST_CAPACITY = 64 * 1024
+
+
+class Piece(ctypes.Structure):
+    """One tensor of an all-to-all, as `piece` in collectives.c; sizes and strides in bytes but for `heads`."""
+
+    _fields_ = (
+        ("source", c_void_p), ("target", c_void_p), ("heads", c_int64), ("head_bytes", c_int64),
+        ("token_stride", c_int64), ("head_stride", c_int64),
+    )  # fmt: skip
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the signatures of collectives.c."""
+    signatures = {
+        "group_sum": [c_void_p, c_void_p, c_int64, c_int],
+        "group_tokens_to_heads": [c_void_p, POINTER(c_int64), POINTER(Piece), c_int],
+        "group_heads_to_tokens": [c_void_p, POINTER(c_int64), c_void_p, c_void_p, c_int64],
+        "group_gather": [c_void_p, POINTER(c_int64), c_void_p, c_void_p],
+        "group_gather_to_first": [c_void_p, c_void_p, c_void_p, c_int64],
+        "group_send": [c_void_p, c_char_p, c_int64],
+        "group_receive": [c_void_p, c_void_p, c_int64, POINTER(c_int64)],
+        "memory_unmap": [c_void_p, c_int64],
+        "group_limit": [c_void_p, c_int64],
+        "group_close": [c_void_p],
+    }
+    for name, arguments in signatures.items():
+        getattr(library, name).argtypes = arguments
+    library.memory_map.argtypes, library.memory_map.restype = [c_int, c_int64], c_void_p
+    library.group_bytes.argtypes, library.group_bytes.restype = [c_int, c_int, c_int64], c_int64
+    library.group_open.restype = c_void_p
+    library.group_open.argtypes = [
+        c_void_p, c_int, c_int, c_int, c_int64, POINTER(c_void_p), POINTER(c_int), c_int64, c_int64,
+    ]  # fmt: skip
+    return library
+
+
+class Member:
+    """This rank's end of something that some ranks share, the `ranks` of the job."""
+
+    def __init__(self, library: ctypes.CDLL, handle: int, ranks: list[int], mine: int) -> None:
+        self.ranks, self._library, self._mine = ranks, library, mine
+        self.handle: int | None = handle
+        """Of the C side; None once this rank has left."""
+
+    def _check(self, status: int) -> None:
+        """Raise RuntimeError for a wait that ended badly, in the words that engine/failure.py knows from gloo."""
+        if status == 0:
+            return
+        reason, rank = status & 0xFF, self.ranks[status >> 8]
+        raise RuntimeError({
+            LOST: f"Connection closed by peer: rank {rank} has left or its process has ended",
+            TIMED_OUT: f"Timed out waiting for rank {rank}",
+            TOO_WIDE: "a single row of this exchange is larger than a slot of the shared memory",
+            CLOSED: "this rank has left the group",
+        }[reason])  # fmt: skip
+
+
+class SharedGroup(Member):
+    """A `Group` (see there) over shared memory. Not thread-safe, as an engine is not."""
+
+    def __init__(self, library: ctypes.CDLL, handle: int, ranks: list[int], mine: int) -> None:
+        super().__init__(library, handle, ranks, mine)
+        self._starts = (c_int64 * (len(ranks) + 1))()
+        self._pieces = (Piece * MOST_PIECES)()
+
+    def sum(self, partial: torch.Tensor) -> torch.Tensor:
+        """Add up in place, in the order of the members and in float32 at least; returns `partial`.
+
+        Raises `TypeError` for numbers that are not floating-point, which no layer adds up.
+        """
+        if not partial.is_contiguous():
+            return partial.copy_(self.sum(partial.contiguous()))
+        kind = KINDS.get(partial.dtype)
+        if kind is None:
+            raise TypeError(f"tensors of {partial.dtype} cannot be added up in shared memory")
+        self._check(self._library.group_sum(self.handle, partial.data_ptr(), partial.numel(), kind))
+        return partial
+
+    def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
+        """sources: each [t, n * h, d]; returns each as [T, h, d], dense."""
+        starts, pieces, size = self._starts, self._pieces, len(self.ranks)
+        starts[1:] = [span.stop for span in tokens]
+        targets = []
+        for piece, source in zip(pieces, sources, strict=False):
+            _, heads, width = source.shape
+            target = source.new_empty(tokens[-1].stop, heads // size, width)
+            token_stride, head_stride, stride = source.stride()
+            assert stride == 1, source.stride()
+            item = source.itemsize
+            piece.source, piece.target = source.data_ptr(), target.data_ptr()
+            piece.heads, piece.head_bytes = heads // size, width * item
+            piece.token_stride, piece.head_stride = token_stride * item, head_stride * item
+            targets.append(target)
+        self._check(self._library.group_tokens_to_heads(self.handle, starts, pieces, len(targets)))
+        return targets
+
+    def heads_to_tokens(self, output: torch.Tensor, tokens: Sequence[Span]) -> torch.Tensor:
+        """output: [T, C]; returns [t, n * C]."""
+        output = output.contiguous()
+        width, starts = output.shape[1], self._starts
+        starts[1:] = [span.stop for span in tokens]
+        target = output.new_empty(tokens[self._mine].size, len(tokens) * width)
+        row = width * output.itemsize
+        self._check(
+            self._library.group_heads_to_tokens(self.handle, starts, output.data_ptr(), target.data_ptr(), row)
+        )
+        return target
+
+    def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """rows: [counts[mine], D]; returns [sum(counts), D]."""
+        rows = rows.contiguous()
+        row, total = rows.shape[1] * rows.itemsize, 0
+        for index, count in enumerate(counts, start=1):
+            total += count
+            self._starts[index] = total * row
+        target = rows.new_empty(total, rows.shape[1])
+        self._check(self._library.group_gather(self.handle, self._starts, rows.data_ptr(), target.data_ptr()))
+        return target
+
+    def gather_to_first(self, shard: torch.Tensor) -> list[torch.Tensor] | None:
+        """Every member's `shard` in the order of the group, on the first; None elsewhere."""
+        shard = shard.contiguous()
+        is_first = self._mine == 0
+        target = shard.new_empty(len(self.ranks), *shard.shape) if is_first else shard
+        self._check(
+            self._library.group_gather_to_first(self.handle, shard.data_ptr(), target.data_ptr(), shard.nbytes)
+        )
+        return list(target) if is_first else None
+
+
+class SharedMailbox(Member):
+    """A `Mailbox` (see there) in shared memory. Rank 0 may be some messages ahead of the others."""
+
+    def __init__(self, library: ctypes.CDLL, handle: int, ranks: list[int], mine: int) -> None:
+        super().__init__(library, handle, ranks, mine)
+        self._buffer = ctypes.create_string_buffer(FIRST_CAPACITY)
+        self._length = c_int64()
+
+    def send(self, message: bytes) -> None:
+        """Rank 0: tell every other rank."""
+        self._check(self._library.group_send(self.handle, message, len(message)))
+
+    def receive(self) -> bytes:
+        """Every other rank: wait for the next message."""
+        receive = self._library.group_receive
+        self._check(receive(self.handle, self._buffer, len(self._buffer), self._length))
+        if self._length.value > len(self._buffer):
+            self._buffer = ctypes.create_string_buffer(self._length.value)
+            self._check(receive(self.handle, self._buffer, len(self._buffer), self._length))
+        return ctypes.string_at(self._buffer, self._length.value)
