@@ -1,15 +1,18 @@
 """Where a decode step's time goes: matrix products, attention, collectives, and the rest (the engine's overhead).
 
-    deepspeed --num_gpus 2 tools/profile_step.py --model DIR [--mode tp] [--batch 1] [key=value overrides]
+    python tools/profile_step.py --model DIR --sp 1 [--batch 1] [key=value overrides]
+    deepspeed --num_gpus 2 tools/profile_step.py --model DIR [--sp 2] [--mode tp] [--batch 1] [key=value overrides]
 
 Runs a decode of `--batch` requests in one mode on every rank, times the three kinds of work on rank 0 through the
-interfaces they sit behind, and prints the median over the decode steps. A collective's time includes waiting for the
-other ranks. The timers themselves cost about a microsecond a call, which counts as overhead.
+interfaces they sit behind, and prints the median and the least over the decode steps. A collective's time includes
+waiting for the other ranks. The timers themselves cost about a microsecond a call, which counts as overhead.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import pstats
 import random
 import statistics
 import time
@@ -20,11 +23,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.nn import functional
 
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.inference import InferenceEngine
-from ulysses_infer.model.head import ShardedHead
-from ulysses_infer.model.linear import ShiftLinear
 
 Step = tuple[float, defaultdict[str, float]]  # seconds, and seconds by kind of work
 KINDS = ("matrix products", "attention", "collectives")
@@ -66,16 +68,14 @@ class Timed:
 
 
 def attach(engine: InferenceEngine, clock: Clock) -> None:
-    """Put timers on the worker's linears, attention backend and collectives."""
+    """Put timers on the worker's matrix products, attention backend and collectives."""
     assert engine._rank is not None
     worker = engine._rank.worker
     exchanges = ("tokens_to_heads", "heads_to_tokens", "gather_rows", "sum_over_tp")
     for mode, collectives in list(worker.groups.by_mode.items()):
         worker.groups.by_mode[mode] = Timed(collectives, clock, "collectives", exchanges)  # type: ignore[assignment]
     worker.backend = Timed(worker.backend, clock, "attention", ("attend",))
-    for module in worker.model.module.modules():
-        if isinstance(module, ShiftLinear | ShardedHead):
-            module.forward = clock.timed("matrix products", module.forward)  # type: ignore[method-assign]
+    worker.matmul = clock.timed("matrix products", worker.matmul or functional.linear)  # type: ignore[assignment]
 
 
 def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int) -> list[Step]:
@@ -103,16 +103,41 @@ def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int
     return steps[2:]
 
 
+def list_functions(engine: InferenceEngine, arguments: argparse.Namespace) -> None:
+    """Decode once more under Python's profiler, which itself takes most of the time: for comparing functions only."""
+    profiler = cProfile.Profile()
+    assert engine._rank is not None
+    worker = engine._rank.worker
+    worker.run = profiled(worker.run, profiler)  # type: ignore[method-assign]
+    measure(engine, arguments.batch, arguments.input_len, arguments.output_len)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(arguments.functions)
+
+
+def profiled(function: Callable[..., Any], profiler: cProfile.Profile) -> Callable[..., Any]:
+    """`function`, under `profiler`."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        profiler.enable()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            profiler.disable()
+
+    return run
+
+
 def report(steps: list[Step], title: str) -> None:
-    """Print the median step."""
-    total = statistics.median(seconds for seconds, _ in steps)
-    parts = {kind: statistics.median(by_kind[kind] for _, by_kind in steps) for kind in KINDS}
-    parts["everything else"] = statistics.median(seconds - sum(by_kind.values()) for seconds, by_kind in steps)
+    """Print the median step, and of each part the least that any step took: on a busy machine that says more."""
+    parts = {kind: [by_kind[kind] for _, by_kind in steps] for kind in KINDS}
+    parts["everything else"] = [seconds - sum(by_kind.values()) for seconds, by_kind in steps]
+    parts["step"] = [seconds for seconds, _ in steps]
+    total = statistics.median(parts["step"])
     table = Table(title=title)
-    for column in ("part", "ms", "% of step"):
+    for column in ("part", "median ms", "% of step", "least ms"):
         table.add_column(column, justify="right" if column != "part" else "left")
-    for kind, seconds in {**parts, "step": total}.items():
-        table.add_row(kind, f"{seconds * 1e3:.2f}", f"{seconds / total:.1%}")
+    for kind, seconds in parts.items():
+        median = statistics.median(seconds)
+        table.add_row(kind, f"{median * 1e3:.2f}", f"{median / total:.1%}", f"{min(seconds) * 1e3:.2f}")
     Console().print(table)
 
 
@@ -125,12 +150,18 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=32)
     parser.add_argument("--sp", type=int, default=2)
+    parser.add_argument("--functions", type=int, default=0, help="also list so many functions by their own time")
+    parser.add_argument("overrides", nargs="*", help="key=value, as in a recipe")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    parallel = {"sp": arguments.sp, "tp": 1}
-    policy = {"name": "static", "mode": arguments.mode}
-    with init_inference(arguments.model, parallel=parallel, policy=policy) as engine:
+    settings = {
+        "parallel.sp": arguments.sp, "policy.name": "static", "policy.mode": arguments.mode,
+        **dict(pair.split("=", 1) for pair in arguments.overrides),
+    }  # fmt: skip
+    with init_inference(arguments.model, None, **settings) as engine:
         steps = measure(engine, arguments.batch, arguments.input_len, arguments.output_len)
+        if engine.is_first and arguments.functions:
+            list_functions(engine, arguments)
         if engine.is_first:
             threads = torch.get_num_threads()
             report(steps, f"decode step, {arguments.batch} requests, mode {arguments.mode}, {threads} thread(s) a rank")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from ulysses_infer.model.context import step_context
 from ulysses_infer.model.matmul import linear
 from ulysses_infer.parallel.layout import Place, Span
-from ulysses_infer.parallel.sharding import Sharding
+from ulysses_infer.parallel.sharding import Sharding, merge
 
 Cut = Literal["column", "row"]
 
@@ -57,6 +58,9 @@ class ShiftLinear(nn.Module):
         has_bias = source.bias is not None
         self.bias = nn.Parameter(source.bias.new_empty(bias_size), requires_grad=False) if has_bias else None
         self._pieces: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._part_sizes: list[int] = []
+        self.is_stacked = False
+        """Whether its weight is read together with others' (`fusion/stacked.py`), and not by itself."""
 
     def slices(self, name: str) -> tuple[int, list[Span]] | None:
         """Which part of the full parameter `name` this rank keeps: (dimension, spans), None for all of it."""
@@ -71,8 +75,12 @@ class ShiftLinear(nn.Module):
 
     def bind(self, place: Place) -> None:
         """Read the weight as `place` needs it from now on. Views only; nothing is copied."""
-        spans = self.sharding.local_spans(self.base, place)
-        self._pieces = [self._piece(span) for span in spans]
+        if self.is_stacked:
+            self._pieces = []
+            return
+        spans = self.sharding.part_spans(self.base, place)
+        self._part_sizes = [span.size for span in spans]
+        self._pieces = [self._piece(span) for span in merge(spans)]
 
     def _piece(self, span: Span) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight = self.weight.detach().narrow(self._cut_dimension, span.start, span.size)
@@ -88,6 +96,12 @@ class ShiftLinear(nn.Module):
         if len(self._pieces) == 1:
             return linear(inputs, *self._pieces[0])
         return torch.cat([linear(inputs, weight, bias) for weight, bias in self._pieces], dim=-1)
+
+    def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What `forward` of a column cut returns, each part of the sharding by itself: q, k and v of a packed one."""
+        if len(self._pieces) == len(self._part_sizes):
+            return [linear(inputs, weight, bias) for weight, bias in self._pieces]
+        return self.forward(inputs).split(self._part_sizes, dim=-1)
 
     def _forward_row(self, inputs: torch.Tensor) -> torch.Tensor:
         (weight, _), = self._pieces  # fmt: skip

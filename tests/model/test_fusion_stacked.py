@@ -1,0 +1,134 @@
+"""Weights in one tensor: in every mode one product gives what several gave, and nothing is stored twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.equivalence.families import tiny_config
+from tests.equivalence.tiny_models import perturb
+from tests.model.test_linear import stored
+from tests.model.test_weights_once import live_tensor_bytes
+from ulysses_infer.config import ModelConfig
+from ulysses_infer.model.files import MemorySource
+from ulysses_infer.model.fusion import fuse
+from ulysses_infer.model.fusion.attention import FusedAttention
+from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
+from ulysses_infer.model.fusion.stacked import StackedLinears
+from ulysses_infer.model.model import Blueprint, ShiftModel
+from ulysses_infer.model.weights import Weights
+from ulysses_infer.parallel.layout import Layout, Mode
+from ulysses_infer.parallel.sharding import Part, Sharding
+
+LAYOUTS = [Layout(Mode(*base), order) for base in ((1, 1), (2, 1), (4, 1), (2, 2), (1, 4), (4, 2))
+           for order in ("sp_inner", "tp_inner")]  # fmt: skip
+HEADS = [Part(16, 3), Part(8, 3, shared=True), Part(8, 3, shared=True)]
+FEW_HEADS = [Part(16, 3), Part(2, 3, shared=True), Part(2, 3, shared=True)]
+NEURONS = [Part(48), Part(48)]
+
+
+def linears(parts: list[Part], layout: Layout, shard: int, bias: bool = True) -> list[Any]:
+    """A linear of each part, as rank `shard` stores it."""
+    torch.manual_seed(0)
+    return [
+        stored(nn.Linear(6, part.features, bias=bias), "column", Sharding((part,)), layout, shard) for part in parts
+    ]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("parts", [HEADS, NEURONS], ids=["q, k, v", "gate, up"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_one_product_gives_what_each_linear_gives_in_every_mode(layout: Layout, parts: list[Part], bias: bool) -> None:
+    inputs = torch.randn(5, 6)
+    for shard in range(layout.world_size):
+        base = layout.place(layout.base, shard)
+        apart, together = linears(parts, layout, shard, bias), linears(parts, layout, shard, bias)
+        assert StackedLinears.fits(together, base)
+        stacked = StackedLinears(together, base)
+        for mode in (*layout.modes, *layout.modes[::-1]):
+            place = layout.place(mode, shard)
+            stacked.bind(place)
+            for found, linear in zip(stacked.parts(inputs), apart, strict=True):
+                linear.bind(place)
+                torch.testing.assert_close(found, linear(inputs))
+
+
+def test_few_key_value_heads_stay_apart_unless_one_mode_is_all_there_is() -> None:
+    for layout in LAYOUTS:
+        shards_share_a_head = layout.world_size > 2 and layout.base.sp > 1
+        together = linears(FEW_HEADS, layout, layout.world_size - 1)
+        assert StackedLinears.fits(together, layout.place(layout.base, layout.world_size - 1)) != shards_share_a_head
+
+
+def test_uneven_neurons_stay_apart() -> None:
+    layout = Layout(Mode(4, 1))
+    assert not StackedLinears.fits(linears([Part(21), Part(21)], layout, 0), layout.place(layout.base, 0))
+
+
+def test_modes_are_views_of_one_tensor_that_the_parameters_are_views_of() -> None:
+    layout = Layout(Mode(4, 2))
+    together = linears(HEADS, layout, 5)
+    stored_before = [linear.weight.detach().clone() for linear in together]
+    stacked = StackedLinears(together, layout.place(layout.base, 5))
+    stacked.bind(layout.place(layout.base, 5))
+    memory = {linear.weight.untyped_storage().data_ptr() for linear in together}
+    assert len(memory) == 1
+    assert together[0].weight.untyped_storage().nbytes() == sum(before.numel() * 4 for before in stored_before)
+    for linear, before in zip(together, stored_before, strict=True):
+        assert torch.equal(linear.weight.flatten(0, 1), before)
+    for mode in layout.modes:
+        stacked.bind(layout.place(mode, 5))
+        assert stacked._piece is not None
+        assert {stacked._piece[0].untyped_storage().data_ptr()} == memory
+
+
+def load(base: Mode, shard: int, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[Any, Blueprint, ShiftModel]:
+    """transformers' tiny qwen2 (with biases), and rank `shard`'s part of it, stacked."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(fuse, "stacks_weights", lambda _: True)
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen2"))
+    perturb(model, seed)
+    settings = ModelConfig(path="-")
+    blueprint = Blueprint.of_pretrained(model, settings, Layout(base), shard, torch.device("cpu"))
+    return model, blueprint, blueprint.load()
+
+
+def blocks(model: ShiftModel) -> list[Any]:
+    """The fused blocks of a model."""
+    return [block for block in model.module.modules() if isinstance(block, FusedAttention | FusedFeedForward)]
+
+
+@pytest.mark.parametrize(("base", "shard"), [(Mode(1, 1), 0), (Mode(4, 1), 2), (Mode(2, 2), 3)], ids=str)
+def test_a_model_is_stacked_and_modes_take_no_memory(base: Mode, shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, blueprint, model = load(base, shard, monkeypatch)
+    assert all(isinstance(block.inputs[0], StackedLinears) for block in blocks(model))
+    assert len(blocks(model)) == 4
+    assert model.weight_bytes == blueprint.weight_bytes
+    before = live_tensor_bytes()
+    for mode in Layout(base).modes:
+        model.injection.bind(Layout(base).place(mode, shard))
+        assert live_tensor_bytes() == before
+
+
+def test_new_weights_reach_the_stacked_tensor_and_sleep_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, blueprint, model = load(Mode(4, 1), 2, monkeypatch)
+    other, _, expected = load(Mode(4, 1), 2, monkeypatch, seed=1)
+    weights = Weights(blueprint, model, are_borrowed=True)
+    inputs = torch.randn(2, model.shape.hidden_size)
+    for step in (lambda: None, weights.drop):
+        step()
+        weights.write(MemorySource(other.state_dict()))
+        for mode in Layout(Mode(4, 1)).modes:
+            place = Layout(Mode(4, 1)).place(mode, 2)
+            for ours in (model, expected):
+                ours.injection.bind(place)
+            for mine, wanted in zip(blocks(model), blocks(expected), strict=True):
+                found, wanted_parts = (block.inputs[0].parts(inputs) for block in (mine, wanted))
+                assert all(map(torch.equal, found, wanted_parts))
+    held = live_tensor_bytes()
+    weights.drop()
+    assert held - live_tensor_bytes() > 0.9 * blueprint.weight_bytes

@@ -1,0 +1,64 @@
+"""The loop over a model's layers, each residual sum computed with the norm that follows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulysses_infer.model.fusion.norm import FusedRMSNorm
+from ulysses_infer.model.fusion.projections import weighted
+
+LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+BASE_PARTS = ("embed_tokens", "layers", "norm")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attention: nn.Module
+    attention_norm: FusedRMSNorm
+    feed_forward: nn.Module
+    next_norm: FusedRMSNorm  # of the next layer, or the last one
+
+
+class FusedDecoder:
+    """llama's model: embedding, pre-norm layers, final norm, head. It holds the model's own modules and no weight."""
+
+    def __init__(self, base: Any, head: nn.Module) -> None:
+        self.embedding, self.rotary, self.head = base.embed_tokens, base.rotary_emb, head
+        self.first_norm: FusedRMSNorm = base.layers[0].input_layernorm
+        following = [*(layer.input_layernorm for layer in base.layers[1:]), base.norm]
+        self.layers = [
+            _Layer(layer.self_attn, layer.post_attention_layernorm, layer.mlp, norm)
+            for layer, norm in zip(base.layers, following, strict=True)
+        ]
+
+    @staticmethod
+    def candidate(base: Any) -> bool:
+        """Whether `base`, a model without its head, may be made of these parts and no other."""
+        if set(weighted(base)) != set(BASE_PARTS) or not hasattr(base, "rotary_emb"):
+            return False
+        norms = [base.norm]
+        for layer in base.layers:
+            if set(weighted(layer)) != set(LAYER_PARTS):
+                return False
+            norms += [layer.input_layernorm, layer.post_attention_layernorm]
+        return all(isinstance(norm, FusedRMSNorm) for norm in norms)
+
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_rows: torch.Tensor) -> torch.Tensor:
+        """input_ids, positions: [t]; logits_rows: indices into them; returns [n, V/W] as `ShiftModel.forward`."""
+        residual = self.embedding(input_ids[None])
+        position_ids = positions[None]
+        rotary = self.rotary(residual, position_ids)
+        normed = self.first_norm(residual)
+        for layer in self.layers:
+            attended, _ = layer.attention(
+                hidden_states=normed, position_embeddings=rotary, attention_mask=None, position_ids=position_ids,
+                past_key_values=None, use_cache=False,
+            )  # fmt: skip
+            residual, normed = layer.attention_norm.after_adding(attended, residual)
+            residual, normed = layer.next_norm.after_adding(layer.feed_forward(normed), residual)
+        logits: torch.Tensor = self.head(normed.index_select(1, logits_rows))[0]
+        return logits

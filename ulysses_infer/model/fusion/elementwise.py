@@ -1,0 +1,153 @@
+"""What stands between the matrix products of a layer: norms, rotary positions, gated activations."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional as F
+
+from ulysses_infer.native.library import is_available, open_library
+
+SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+class Elementwise(Protocol):
+    """One way of computing them. Tensors are of one dtype; every step is rounded as in transformers' own code."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x: [..., D]; weight: [D]; returns [..., D]."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`residual + x` and its norm, all [..., D]. `residual` is used up: it may hold the sum afterwards."""
+        ...
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary positions. query: [t, Hq, d]; key: [t, Hkv, d]; cosine, sine: [t, r], r <= d, halves rotated against
+        each other. Query and key are used up."""
+        ...
+
+    def gated(self, activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """`activation(gate) * up`, all [..., F]; `activation` is one of `ACTIVATIONS`."""
+        ...
+
+
+def make_elementwise(dtype: torch.dtype, device: torch.device) -> Elementwise:
+    """The fastest way there is for tensors of `dtype` on `device`."""
+    if device.type == "cpu" and dtype in SUFFIXES and is_available("elementwise"):
+        return NativeElementwise(dtype)
+    return TorchElementwise()
+
+
+class TorchElementwise:
+    """In torch's own functions, on any device."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See `Elementwise`."""
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Elementwise`."""
+        total = residual + x
+        return total, self.rms_norm(total, weight, eps)
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Elementwise`."""
+        return _rotated(query, cosine, sine), _rotated(key, cosine, sine)
+
+    def gated(self, activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """See `Elementwise`."""
+        active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+        return active * up
+
+
+def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """x: [t, H, d]; cosine, sine: [t, r]."""
+    width = cosine.shape[-1]
+    turning, still = x[..., :width], x[..., width:]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
+    return turned if still.shape[-1] == 0 else torch.cat((turned, still), dim=-1)
+
+
+class NativeElementwise:
+    """In C (native/elementwise.c), one pass over memory each."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        library, suffix = open_library("elementwise"), SUFFIXES[dtype]
+        self._rms_norm = _function(library, f"rms_norm_{suffix}", "pppiif")
+        self._add_rms_norm = _function(library, f"add_rms_norm_{suffix}", "ppppiif")
+        self._rotate = _function(library, f"rotate_{suffix}", "piipiiippii")
+        self._gated = {name: _function(library, f"{name}_mul_{suffix}", "ppipiii") for name in ACTIVATIONS}
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See `Elementwise`."""
+        x, width = x.contiguous(), weight.shape[0]
+        normed = torch.empty_like(x)
+        self._rms_norm(normed.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps)
+        return normed
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Elementwise`."""
+        x, residual, width = x.contiguous(), residual.contiguous(), weight.shape[0]
+        normed = torch.empty_like(x)
+        self._add_rms_norm(
+            normed.data_ptr(), residual.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps
+        )
+        return residual, normed
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Elementwise`."""
+        query, key = _heads_together(query), _heads_together(key)
+        cosine, sine = cosine.contiguous(), sine.contiguous()
+        tokens, query_heads, width = query.shape
+        self._rotate(
+            query.data_ptr(), query.stride(0), query_heads, key.data_ptr(), key.stride(0), key.shape[1], width,
+            cosine.data_ptr(), sine.data_ptr(), tokens, cosine.shape[-1] // 2,
+        )  # fmt: skip
+        return query, key
+
+    def gated(self, activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """See `Elementwise`."""
+        width = gate.shape[-1]
+        gate, up = _rows_together(gate), _rows_together(up)
+        output = torch.empty(gate.shape, dtype=gate.dtype)
+        rows = output.numel() // width
+        self._gated[activation](
+            output.data_ptr(), gate.data_ptr(), gate.stride(-2), up.data_ptr(), up.stride(-2), rows, width
+        )
+        return output
+
+
+def _function(library: ctypes.CDLL, name: str, arguments: str) -> ctypes._NamedFuncPointer:
+    """A function of the library; `arguments`: p for a pointer, i for an int64, f for a float."""
+    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+    function = library[name]
+    function.argtypes, function.restype = [kinds[kind] for kind in arguments], None
+    return function
+
+
+def _heads_together(x: torch.Tensor) -> torch.Tensor:
+    """x: [t, H, d], copied unless each token's heads lie one after another."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _rows_together(x: torch.Tensor) -> torch.Tensor:
+    """x: [1, t, F] or [t, F], copied unless the values of a row lie one after another and rows a stride apart."""
+    return x if x.stride(-1) == 1 and x.shape[:-1].numel() == x.shape[-2] else x.contiguous()

@@ -1,0 +1,160 @@
+"""The pass over a loaded model: every part of it that has a fused form, and is proved equal to it, takes that form.
+
+Ranks decide this each for themselves: either form exchanges the same with the others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulysses_infer.attention.backend import AttentionOptions
+from ulysses_infer.model.context import running
+from ulysses_infer.model.fusion.attention import FusedAttention
+from ulysses_infer.model.fusion.decoder import FusedDecoder
+from ulysses_infer.model.fusion.elementwise import ACTIVATIONS, Elementwise, make_elementwise
+from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
+from ulysses_infer.model.fusion.norm import FusedRMSNorm
+from ulysses_infer.model.fusion.proof import OTHER_FORM, Call, equal_on, recording, same
+from ulysses_infer.model.fusion.stacked import StackedLinears
+from ulysses_infer.model.probe import ProbeAttention, ProbeCache, trial_context
+
+logger = logging.getLogger(__name__)
+TOKENS = (3, 5)
+
+
+def stacks_weights(device: torch.device) -> bool:
+    """Whether weights that multiply the same input are put into one tensor, in memory of the rank's own.
+
+    On a GPU, where one large product is faster than several small ones. On a CPU several are as fast but for some
+    microseconds, and ranks go on sharing the pages of the checkpoint's files.
+    """
+    return device.type != "cpu"
+
+
+class Fusion:
+    """Fuses one `ShiftModel`, which must have passed its dry run. `decoder` is the loop over layers, if that is fused.
+
+    The modules are replaced in place: theirs are the same weights under the same names.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.injection, self.module = model, model.injection, model.module
+        device = next(self.module.parameters()).device
+        self.elementwise: Elementwise = make_elementwise(model.dtype, device)
+        self.fused: Counter[str] = Counter()
+        self.kept: Counter[str] = Counter()
+        self._cache, self._attention = ProbeCache(), ProbeAttention()
+        self._context = trial_context(model.injection.layout, model.injection.base.shard, self._cache, self._attention)
+        self._tokens = torch.tensor([token % model.shape.vocab_size for token in TOKENS], device=device)
+        self._positions = torch.tensor([1, model.shape.max_model_len - 1], device=device)
+        # Innermost first: an attention block is proved with its norms already fused.
+        for kind in (FusedRMSNorm, FusedFeedForward, FusedAttention):
+            self._replace_all(kind)
+        self.num_stacked = 0
+        if stacks_weights(device):
+            self._stack_all()
+        self.decoder = self._fuse_decoder()
+        self._say()
+
+    def _replace_all(self, kind: Any) -> None:
+        found = [module for module in self._modules(kind) if kind.candidate(module)]
+        calls, options = self._run(found)
+        places = self._places()
+        for source in found:
+            forms = self._forms(kind, source, calls.get(source), options)
+            proved = next((form for form in forms if self._proved(source, form, calls[source])), None)
+            if proved is None:
+                self.kept[type(source).__name__] += 1
+            else:
+                for parent, name in places[source]:
+                    setattr(parent, name, proved)
+                self.fused[type(source).__name__] += 1
+
+    def _modules(self, kind: Any) -> list[nn.Module]:
+        """Where `kind` is looked for."""
+        attention = set(self.injection.attention_layers)
+        if kind is FusedAttention:
+            return list(self.injection.attention_layers)
+        return [module for module in self.injection.decoder.modules() if module not in attention]
+
+    def _forms(
+        self, kind: Any, source: nn.Module, call: Call | None, options: dict[int, AttentionOptions]
+    ) -> Iterator[nn.Module]:
+        """What `source` may be; nothing if it did not run, or on tensors of another type than the weights."""
+        if call is None or getattr(call.hidden_states, "dtype", None) != self.model.dtype:
+            return
+        if kind is FusedRMSNorm and source.weight.dtype == self.model.dtype:
+            yield FusedRMSNorm(source, self.elementwise)
+        elif kind is FusedFeedForward:
+            yield from (FusedFeedForward(source, activation, self.elementwise) for activation in ACTIVATIONS)
+        elif kind is FusedAttention and (asked := options[source.layer_idx]).sinks is None:  # type: ignore[index]
+            yield FusedAttention(source, asked, self.elementwise)
+
+    def _run(self, modules: list[nn.Module]) -> tuple[dict[nn.Module, Call], dict[int, AttentionOptions]]:
+        """What `modules` were called with in one forward of the model, and what each layer asked of attention."""
+        self._cache.layers.clear()
+        self._attention.options.clear()
+        with recording(modules) as calls:
+            self._logits()
+        return calls, dict(zip(self._cache.layers, self._attention.options, strict=True))
+
+    def _logits(self) -> torch.Tensor:
+        rows = torch.arange(len(TOKENS), device=self._tokens.device)
+        logits: torch.Tensor = self.model.forward(self._tokens, self._positions, rows, self._context)
+        return logits
+
+    @torch.inference_mode()
+    def _proved(self, source: nn.Module, form: nn.Module, call: Call) -> bool:
+        with running(self._context):
+            return equal_on(call, source, form)
+
+    def _places(self) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+        """Where the model has each of its modules: (parent, name)."""
+        places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        for parent in self.module.modules():
+            for name, child in parent.named_children():
+                places.setdefault(child, []).append((parent, name))
+        return places
+
+    def _stack_all(self) -> None:
+        for block in self.module.modules():
+            if not isinstance(block, FusedAttention | FusedFeedForward) or len(block.inputs) < 2:
+                continue
+            linears: Any = block.inputs
+            if StackedLinears.fits(linears, self.injection.base):
+                stacked = StackedLinears(linears, self.injection.base)
+                block.inputs = [stacked]
+                self.injection.bound.append(stacked)
+                stacked.bind(self.injection.base)
+                self.num_stacked += 1
+            else:
+                self.kept[f"products of {type(block).__name__}"] += 1
+        self.model.rebind()
+
+    def _fuse_decoder(self) -> FusedDecoder | None:
+        base = self.injection.decoder
+        base = base.get_decoder() if hasattr(base, "get_decoder") else base
+        if not FusedDecoder.candidate(base):
+            return None
+        expected = self._logits()
+        self.model.decoder = FusedDecoder(base, self.injection.head)
+        try:
+            proved = same(self._logits(), expected)
+        except OTHER_FORM:
+            proved = False
+        if not proved:
+            self.model.decoder = None
+        return self.model.decoder
+
+    def _say(self) -> None:
+        loop = "the loop over layers too" if self.decoder else "transformers' own loop over layers"
+        fused = ", ".join(f"{count} {name}" for name, count in self.fused.items()) or "nothing"
+        kept = ", ".join(f"{count} {name}" for name, count in self.kept.items())
+        stacked = f"; {self.num_stacked} times several weights as one" if self.num_stacked else ""
+        logger.info("fused: %s; %s%s%s", fused, loop, stacked, f"; not fused: {kept}" if kept else "")

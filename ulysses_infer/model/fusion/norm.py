@@ -1,0 +1,42 @@
+"""RMS norm in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulysses_infer.model.fusion.elementwise import Elementwise
+from ulysses_infer.model.norm import PerHeadNorm, ShardedRMSNorm
+
+
+class FusedRMSNorm(nn.Module):
+    """`weight * x / rms(x)`, the unit vector rounded to x's type before it is weighted (llama's order)."""
+
+    def __init__(self, source: Any, elementwise: Elementwise) -> None:
+        super().__init__()
+        self.weight = source.weight
+        self.eps = _epsilon(source)
+        self._elementwise = elementwise
+
+    @staticmethod
+    def candidate(source: Any) -> bool:
+        """Whether `source` may be such a norm."""
+        own = dict(source.named_parameters())
+        return (
+            list(own) == ["weight"] and own["weight"].dim() == 1 and _epsilon(source) is not None
+            and not isinstance(source, ShardedRMSNorm | PerHeadNorm)
+        )  # fmt: skip
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states: [..., D]; returns the same shape."""
+        return self._elementwise.rms_norm(hidden_states, self.weight, self.eps)
+
+    def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`residual + x` and the norm of that, all [..., D]. `residual` is used up."""
+        return self._elementwise.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+def _epsilon(source: Any) -> Any:
+    return getattr(source, "variance_epsilon", None) or getattr(source, "eps", None)

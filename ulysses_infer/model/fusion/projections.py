@@ -1,0 +1,45 @@
+"""Several projections of one input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ulysses_infer.model.linear import ShiftLinear
+from ulysses_infer.model.quantization.linear import QuantizedLinear
+
+
+class Projection(Protocol):
+    """A column-cut linear, or several in one."""
+
+    def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        """inputs: [..., in]; returns what is computed of them, each part [..., out features of the mode]."""
+        ...
+
+
+def projected(projections: Iterable[Projection], inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Every part of every one of `projections` of `inputs`, in order."""
+    return [part for projection in projections for part in projection.parts(inputs)]
+
+
+def linears_of(module: nn.Module, forms: tuple[tuple[str, ...], ...]) -> list[Any]:
+    """The cut linears that `module` has under the first of `forms` (names) that it has whole; else none."""
+    children = dict(module.named_children())
+    for names in forms:
+        found = [children.get(name) for name in names]
+        if all(isinstance(child, ShiftLinear | QuantizedLinear) for child in found):
+            return found
+    return []
+
+
+def weighted(module: nn.Module) -> dict[str, nn.Module]:
+    """The children of `module` that have weights, by name."""
+    return {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+
+
+def has_own_weights(module: nn.Module) -> bool:
+    """Whether `module` has weights beside those of its children."""
+    return any(True for _ in module.parameters(recurse=False))

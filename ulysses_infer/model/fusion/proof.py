@@ -1,0 +1,78 @@
+"""Whether a module computes what another does: both are run, on what the other was really given and on multiples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+FACTORS = (1.0, 50.0, 0.02)  # a clamp shows on large values, an epsilon on small ones
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-5, torch.bfloat16: 3e-4}
+"""Largest mean difference, as a share of the mean value: a few roundings may fall otherwise, most may not."""
+OTHER_FORM = (TypeError, AttributeError, LookupError, RuntimeError, ValueError)
+"""What running the wrong form raises: it takes, has or gives something else."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def times(self, factor: float) -> Call:
+        """The same call with its first tensor, the hidden states, multiplied."""
+        if self.args:
+            return Call((self.args[0] * factor, *self.args[1:]), self.kwargs)
+        return Call((), {**self.kwargs, "hidden_states": self.kwargs["hidden_states"] * factor})
+
+    @property
+    def hidden_states(self) -> Any:
+        """The first tensor."""
+        return self.args[0] if self.args else self.kwargs.get("hidden_states")
+
+
+@contextmanager
+def recording(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
+    """The first call of each of `modules` that is made meanwhile."""
+    calls: dict[nn.Module, Call] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(module, Call(args, kwargs))
+
+    with ExitStack() as stack:
+        for module in modules:
+            handle = module.register_forward_pre_hook(note, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield calls
+
+
+def equal_on(call: Call, source: Callable[..., Any], replacement: Callable[..., Any]) -> bool:
+    """Whether both give the same on `call`, also with its hidden states made larger and smaller."""
+    for factor in FACTORS:
+        scaled = call.times(factor)
+        try:
+            found = _first(replacement(*scaled.args, **scaled.kwargs))
+        except OTHER_FORM:
+            return False
+        if not same(found, _first(source(*scaled.args, **scaled.kwargs))):
+            return False
+    return True
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two results agree but for roundings."""
+    if found.shape != expected.shape or found.dtype != expected.dtype or not bool(expected.isfinite().all()):
+        return False
+    difference = (found.float() - expected.float()).abs().mean()
+    return bool(difference <= TOLERANCE[expected.dtype] * expected.float().abs().mean())
+
+
+def _first(output: Any) -> torch.Tensor:
+    """The tensor of a module's output, which may come with others."""
+    result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return result
