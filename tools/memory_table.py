@@ -1,0 +1,85 @@
+"""What each rank stores of a model under each placement of its experts, by the loader's own count. Reads no weights.
+
+Run from the repository root: `python tools/memory_table.py configs/models/qwen3-30b-a3b.json --sp 8`; without a model,
+the two mixtures of the Shift Parallelism paper in their layouts on 8 ranks. A model is a config.json or its folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import CONFIG_MAPPING
+
+from ulysses_infer.config import ModelConfig
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.model.experts.placement import PLACEMENTS
+from ulysses_infer.model.model import Blueprint
+from ulysses_infer.parallel.layout import Layout, Mode
+
+MODELS = Path("configs/models")
+PAPER = ((MODELS / "qwen3-30b-a3b.json", Mode(8, 1)), (MODELS / "llama-4-scout-17b-16e.json", Mode(4, 2)))
+GIB = 1 << 30
+
+
+class Row(NamedTuple):
+    """What the fullest rank stores, in bytes."""
+
+    placement: str
+    weights: int
+    experts: int
+
+
+def main() -> None:
+    """Print a table for every model asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", type=Path, help="config.json files, or folders that have one")
+    parser.add_argument("--sp", type=int, default=8, help="token slices of the base mode")
+    parser.add_argument("--tp", type=int, default=1, help="weight slices of the base mode")
+    arguments = parser.parse_args()
+    asked = [(model, Mode(arguments.sp, arguments.tp)) for model in arguments.models]
+    print("| model | base | experts | weights a rank | of it experts |\n|---|---|---|---|---|")
+    for path, base in asked or PAPER:
+        for row in rows(read_config(path), Layout(base)):
+            weights, experts = f"{row.weights / GIB:.2f} GiB", f"{row.experts / GIB:.2f} GiB"
+            print(f"| {_name(path)} | {base} | {row.placement} | {weights} | {experts} |", flush=True)
+
+
+def read_config(path: Path) -> Any:
+    """transformers' config of a config.json or of the folder it is in."""
+    values = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    return CONFIG_MAPPING[values["model_type"]](**values)
+
+
+def rows(config: Any, layout: Layout) -> Iterator[Row]:
+    """One row a placement that is possible: of the rank that stores most."""
+    for placement in PLACEMENTS:
+        try:
+            ranks = [draw(config, layout, shard, placement) for shard in range(layout.world_size)]
+        except ConfigError as error:
+            print(f"not {placement}: {error}")
+            continue
+        fullest = max(ranks, key=lambda rank: rank.weight_bytes)
+        yield Row(placement, fullest.weight_bytes, fullest.expert_bytes)
+
+
+def draw(config: Any, layout: Layout, shard: int, placement: str) -> Blueprint:
+    """The engine's own plan of what `shard` keeps, without memory for it."""
+
+    def no_weights() -> Any:
+        raise AssertionError("a blueprint reads nothing")
+
+    settings = ModelConfig(path="-")
+    return Blueprint(config, no_weights, settings, layout, shard, torch.device("cpu"), placement)
+
+
+def _name(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The experts of one layer in any mode: the function that transformers' models call."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ulysses_infer.model.context import StepContext, step_context
+from ulysses_infer.model.experts.placement import EXPERT, REPLICATE
+from ulysses_infer.model.experts.weights import ExpertWeights
+from ulysses_infer.parallel.experts import dispatch, dispatch_pays, gather_and_scatter
+from ulysses_infer.parallel.layout import Layout, Place, even_span
+
+EXPERTS_NAME = "ulysses_infer"
+
+
+class Routed(NamedTuple):
+    """Tokens with the experts that the router chose for them."""
+
+    hidden: torch.Tensor
+    """[t, H]"""
+    experts: torch.Tensor
+    """[t, K] int64"""
+    weights: torch.Tensor
+    """[t, K]"""
+
+    def pack(self) -> torch.Tensor:
+        """[t, C] of the tokens' dtype: everything that has to travel with a token, in one message."""
+        choices = torch.cat((self.weights.float(), self.experts.to(torch.int32).view(torch.float32)), dim=1)
+        return torch.cat((self.hidden, choices.view(self.hidden.dtype)), dim=1)
+
+    def unpack(self, packed: torch.Tensor) -> Routed:
+        """What `pack` made of other tokens that are like these."""
+        hidden, choices = packed.split((self.hidden.shape[1], packed.shape[1] - self.hidden.shape[1]), dim=1)
+        weights, experts = choices.contiguous().view(torch.float32).chunk(2, dim=1)
+        return Routed(hidden, experts.view(torch.int32).long(), weights.to(self.weights.dtype))
+
+
+class ExpertLayer:
+    """One layer's experts on one rank: their stored weights, who owns which, and how many tokens came to them."""
+
+    def __init__(self, module: nn.Module, placement: str, layout: Layout, shard: int) -> None:
+        self.weights = ExpertWeights(module, placement, layout, shard)
+        self.placement, self.first_member = placement, 0
+        owners = [even_span(self.weights.num_experts, g, layout.world_size) for g in range(layout.world_size)]
+        self._owners = [g for g, span in enumerate(owners) for _ in range(span.size)]
+        self._owner_index: torch.Tensor | None = None
+        self._num_tokens: torch.Tensor | None = None  # [own experts] int64, on the device
+
+    def slices(self, name: str) -> Any:
+        """See `ExpertWeights.slices`."""
+        return self.weights.slices(name)
+
+    def bind(self, place: Place) -> None:
+        """Compute as `place` needs from now on."""
+        self.weights.bind(place)
+        self.first_member = place.weight_index * place.mode.sp
+
+    def forward(self, routed: Routed, context: StepContext) -> torch.Tensor:
+        """The sum over the experts that the SP group of this rank holds, for its own tokens: [t, H]."""
+        if self.placement == REPLICATE or context.collectives.place.mode.sp == 1:
+            return self.compute(routed)
+        tokens = context.token_spans
+
+        def compute(packed: torch.Tensor) -> torch.Tensor:
+            return self.compute(routed.unpack(packed))
+
+        packed = routed.pack()
+        row_bytes = packed.shape[1] * packed.element_size()
+        sizes = tokens[-1].stop, len(self._owners), routed.experts.shape[1], row_bytes
+        if self.placement == EXPERT and dispatch_pays(context.collectives, *sizes):
+            return dispatch(context.collectives, packed, self._members(routed.experts), compute)
+        return gather_and_scatter(context.collectives, packed, tokens, compute)
+
+    def _members(self, experts: torch.Tensor) -> torch.Tensor:
+        """As `experts`: which member of the SP group owns each; outside of 0 .. sp - 1 where none of it does."""
+        if self._owner_index is None:
+            self._owner_index = torch.tensor(self._owners, device=experts.device)
+        return self._owner_index[experts] - self.first_member
+
+    def compute(self, routed: Routed) -> torch.Tensor:
+        """Own experts on the tokens that chose them: [n, H], zero for those that chose none."""
+        own, choices = self.weights.own.size, routed.experts.shape[1]
+        experts, order = self._own_index(routed.experts).sort()
+        counts = experts.new_zeros(own + 1).scatter_add_(0, experts, torch.ones_like(experts))[:own]
+        self._count(counts)
+        on_cpu = experts.device.type == "cpu"
+        num_rows = int(counts.sum()) if on_cpu else len(order) * bool(own)  # a device would have to be waited for
+        if num_rows == 0:
+            return torch.zeros_like(routed.hidden)
+        experts, order = experts[:num_rows], order[:num_rows]
+        offsets = counts.cumsum(0).to(torch.int32)
+        output = self.weights.forward(routed.hidden[order // choices], offsets, experts.clamp(max=own - 1))
+        output = output * routed.weights.reshape(-1)[order, None]
+        if not on_cpu:  # a grouped product leaves the rows past the last own one as they were in memory
+            output = output.masked_fill((experts == own)[:, None], 0)
+        rows = output.new_zeros(routed.experts.numel(), output.shape[1])
+        rows[order] = output
+        return rows.view(-1, choices, output.shape[1]).sum(dim=1).to(routed.hidden.dtype)
+
+    def _own_index(self, experts: torch.Tensor) -> torch.Tensor:
+        """[t * K]: each choice counted from the first own expert; those of others all get the number past the last."""
+        own, flat = self.weights.own, experts.reshape(-1)
+        if own.size == self.weights.num_experts:
+            return flat
+        return torch.where((flat >= own.start) & (flat < own.stop), flat - own.start, own.size)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer, on all ranks."""
+        return self.weights.num_experts
+
+    def token_counts(self) -> list[int]:
+        """Tokens that each own expert has computed so far; waits for the device."""
+        counts: list[int] = [0] * self.weights.own.size if self._num_tokens is None else self._num_tokens.tolist()
+        return counts
+
+    def forget_counts(self) -> None:
+        """Count from zero again."""
+        self._num_tokens = None
+
+    def _count(self, counts: torch.Tensor) -> None:
+        if self._num_tokens is None:
+            self._num_tokens = torch.zeros_like(counts)
+        self._num_tokens += counts
+
+
+def shift_experts(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Experts of one layer in any mode, in the form transformers' `ExpertsInterface` asks for.
+
+    hidden_states: [t, H]; top_k_index, top_k_weights: [t, K]; returns [t, H], summed over the TP group.
+    """
+    context = step_context()
+    own = slice(context.num_local_tokens)  # an empty slice runs a stand-in token, which no expert has to see
+    output = module.expert_layer.forward(Routed(hidden_states[own], top_k_index[own], top_k_weights[own]), context)
+    if len(output) < len(hidden_states):
+        output = torch.zeros_like(hidden_states)
+    return context.collectives.sum_over_tp(output)
+
+
+def register() -> None:
+    """Make `shift_experts` known to transformers under our own name."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, shift_experts)

@@ -1,0 +1,110 @@
+"""What one rank stores of the experts of a layer, and how a mode reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ulysses_infer.model.experts.placement import EXPERT, REPLICATE, WIDTH, check_width
+from ulysses_infer.model.matmul import linear
+from ulysses_infer.parallel.layout import Layout, Mode, Place, Span, even_span
+from ulysses_infer.parallel.sharding import Part, Sharding
+
+Weight = tuple[torch.Tensor, torch.Tensor | None]  # [E, out, in] and its bias [E, out]
+
+
+class ExpertWeights:
+    """The stored part of one experts module and the views of the current mode.
+
+    Weights are kept as transformers has them: up `[E, k * I, H]`, down `[E, H, I]` (`is_transposed`: `[E, H, k * I]`
+    and `[E, I, H]`), with k = 2 for gate and up, side by side or interleaved.
+    """
+
+    def __init__(self, module: Any, placement: str, layout: Layout, shard: int) -> None:
+        self.module, self.placement = module, placement
+        self.up_name = "gate_up_proj" if module.has_gate else "up_proj"
+        self.num_experts = int(module.down_proj.shape[0])
+        width = module.down_proj.shape[1 if module.is_transposed else 2]
+        check_width(layout, placement, width)
+        self.base = layout.place(_slicing_mode(placement, layout), shard)
+        self.up_sharding = Sharding(_up_parts(width, module.has_gate, module.is_concatenated))
+        self.down_sharding = Sharding((Part(width),))
+        every = Span(0, self.num_experts)
+        self.own = even_span(self.num_experts, shard, layout.world_size) if placement == EXPERT else every
+        self._up: list[Weight] = []
+        self._down: Weight | None = None
+
+    def slices(self, name: str) -> tuple[int, list[Span]] | None:
+        """Which part of the full parameter `name` this rank keeps: (dimension, spans), None for all of it."""
+        if self.placement == EXPERT:
+            return 0, [self.own]
+        transposed = bool(self.module.is_transposed)
+        if name == self.up_name:
+            return (2 if transposed else 1), self.up_sharding.base_spans(self.base)
+        if name == f"{self.up_name}_bias":
+            return 1, self.up_sharding.base_spans(self.base)
+        if name == "down_proj":
+            return (1 if transposed else 2), self.down_sharding.base_spans(self.base)
+        return None
+
+    def bind(self, place: Place) -> None:
+        """Read the weights as `place` needs them from now on. Views only; of `replicate` alone they change."""
+        place = place if self.placement == REPLICATE else self.base
+        spans = self.up_sharding.local_spans(self.base, place)
+        self._up = [(self._view(self.up_name, 1, span), self._bias(f"{self.up_name}_bias", span)) for span in spans]
+        (span,) = self.down_sharding.local_spans(self.base, place)
+        # The down bias is part of the sum over the slices of an expert: the first adds it. (Ranks differ on purpose.)
+        bias = self._bias("down_proj_bias", None) if place.weight_index == 0 else None
+        self._down = self._view("down_proj", 2, span), bias
+
+    def _view(self, name: str, dimension: int, span: Span) -> torch.Tensor:
+        """[E, out, in]; `dimension` is the cut one of the untransposed weight."""
+        weight: torch.Tensor = getattr(self.module, name).detach()
+        weight = weight.transpose(1, 2) if self.module.is_transposed else weight
+        return weight.narrow(dimension, span.start, span.size)
+
+    def _bias(self, name: str, span: Span | None) -> torch.Tensor | None:
+        if not self.module.has_bias:
+            return None
+        bias: torch.Tensor = getattr(self.module, name).detach()
+        return bias if span is None else bias.narrow(1, span.start, span.size)
+
+    def forward(self, tokens: torch.Tensor, offsets: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """tokens: [S, H] sorted by `experts` [S], those of own expert e up to row `offsets[e]`; returns [S, H], this
+        rank's part of the sum over the slices of an expert."""
+        assert self._down is not None
+        pieces = [_grouped_linear(tokens, weight, offsets, experts) for weight in self._up]
+        hidden = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+        hidden = self.module._apply_gate(hidden) if self.module.has_gate else self.module.act_fn(hidden)
+        return _grouped_linear(hidden, self._down, offsets, experts)
+
+
+def _slicing_mode(placement: str, layout: Layout) -> Mode:
+    """The mode whose weight slices are what is stored: whole experts are one slice."""
+    whole = Mode(layout.world_size, 1)
+    return {REPLICATE: layout.base, WIDTH: layout.shift, EXPERT: whole}[placement]
+
+
+def _up_parts(width: int, has_gate: bool, is_concatenated: bool) -> tuple[Part, ...]:
+    if not has_gate:
+        return (Part(width),)
+    return (Part(width), Part(width)) if is_concatenated else (Part(width, width=2),)
+
+
+def _grouped_linear(tokens: torch.Tensor, weight: Weight, offsets: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    matrices, bias = weight
+    if tokens.device.type == "cpu":
+        output = _linear_by_linear(tokens, matrices, offsets)
+    else:
+        output = F.grouped_mm(tokens, matrices.transpose(1, 2), offs=offsets)
+    return output if bias is None else output + bias[experts]
+
+
+def _linear_by_linear(tokens: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """On a CPU `grouped_mm` is a loop too, over a product that is not the best for few rows and needs alignment."""
+    ends = offsets.tolist()
+    groups = zip(matrices, [0, *ends], ends, strict=False)
+    pieces = [linear(tokens[start:end], matrix) for matrix, start, end in groups if end > start]
+    return torch.cat(pieces) if pieces else tokens.new_empty(0, matrices.shape[1])
