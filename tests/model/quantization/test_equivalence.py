@@ -1,0 +1,62 @@
+"""An engine over a quantised checkpoint gives what transformers gives of the same weights made dense, in every mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, check, run_case
+from tests.equivalence.families import tiny_config
+from tests.equivalence.tiny_models import NEW_TOKENS, make_prompts, make_reference
+from tests.model.quantization.checkpoints import FORMATS, make_quantised
+
+pytestmark = pytest.mark.distributed
+
+# Heads of 8 and 22 neurons a rank of four: no slice falls on the blocks, words or groups of the formats.
+LAYOUTS = [((4, 1), CROWD), ((2, 2), INNER)]
+FEWER_RANKS = [((1, 1), CROWD), ((2, 1), WHOLE), ((1, 2), WHOLE)]
+# What else a family has: packed q, k and v; latent attention, whose first projections stay whole; no bias.
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("phi3", {}),
+    ("qwen3", {"num_key_value_heads": 2}),
+    ("deepseek_v3", {"first_k_dense_replace": 2, "tie_word_embeddings": False}),
+]
+
+
+def run(rank_pool: Any, expected: Any, base: tuple[int, int], profile: Profile) -> None:
+    outcomes = rank_pool(base[0] * base[1]).run(run_case, expected.folder, base, profile, expected.prompts, NEW_TOKENS)
+    check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
+
+
+def quantised(folder: Any, family: str, name: str, **changes: Any) -> Any:
+    model = make_quantised(tiny_config(family, **changes), folder, FORMATS[name])
+    return make_reference(model, folder, make_prompts())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_equals_its_dense_weights_in_every_mode(name: str, rank_pool: Any, tmp_path: Any) -> None:
+    expected = quantised(tmp_path, "llama", name)
+    for base, profile in LAYOUTS:
+        run(rank_pool, expected, base, profile)
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "gptq"])
+@pytest.mark.parametrize(("base", "profile"), FEWER_RANKS, ids=["one", "two in sp", "two in tp"])
+def test_one_and_two_ranks(name: str, base: Any, profile: Profile, rank_pool: Any, tmp_path: Any) -> None:
+    run(rank_pool, quantised(tmp_path, "llama", name), base, profile)
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "compressed-channel", "awq", "gptq-reordered"])
+@pytest.mark.parametrize(("family", "changes"), FAMILIES, ids=lambda value: value if isinstance(value, str) else "")
+def test_packed_latent_and_shared_heads(
+    family: str, changes: dict[str, Any], name: str, rank_pool: Any, tmp_path: Any
+) -> None:
+    expected = quantised(tmp_path, family, name, **changes)
+    run(rank_pool, expected, (4, 1), TIGHT)
+    run(rank_pool, expected, (2, 2), CROWD)
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "compressed-int4-zeros"])
+def test_eight_ranks(name: str, rank_pool: Any, tmp_path: Any) -> None:
+    run(rank_pool, quantised(tmp_path, "llama", name, num_key_value_heads=2), (4, 2), CROWD)

@@ -1,0 +1,123 @@
+"""`quantization_config`: what is read, which layers it means, and what is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.model.quantization.checkpoints import FORMATS, compressed_config
+from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.model.quantization.formats import READERS, read_quantization
+from ulysses_infer.model.quantization.packed import AwqWeight, CompressedWeight, GptqWeight
+from ulysses_infer.model.quantization.scaled import ScaledWeight
+
+UP = "model.layers.3.mlp.up_proj"
+
+
+class Config:
+    """What of a transformers config is read."""
+
+    def __init__(self, given):
+        self.quantization_config = given
+
+
+def read(given, keys=()):
+    return read_quantization(Config(given), lambda: keys)
+
+
+def test_a_plain_checkpoint_has_none():
+    assert read(None) is None
+    assert read_quantization(object(), list) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "scheme"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [64, 128]}, ScaledWeight("weight_scale_inv", "block", (64, 128))),
+        ({"quant_method": "fp8"}, ScaledWeight("weight_scale", "tensor")),
+        (FORMATS["fbgemm"].config, ScaledWeight("weight_scale", "channel")),
+        (FORMATS["compressed-int8"].config, ScaledWeight("weight_scale", "channel", dtype=torch.int8)),
+        (FORMATS["compressed-int4-zeros"].config, CompressedWeight(16, symmetric=False)),
+        ({"quant_method": "awq", "bits": 4}, AwqWeight(128)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}, GptqWeight(64, 4, True)),
+        ({"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"}, GptqWeight(128, 8, zero_offset=0)),
+    ],
+)  # fmt: skip
+def test_a_layer_is_stored_as_the_config_says(given, scheme):
+    assert read(given).scheme_of(UP) == scheme
+
+
+def test_the_name_of_a_single_scale_is_the_checkpoints():
+    assert read({"quant_method": "fp8"}, [f"{UP}.weight_scale_inv"]).scheme_of(UP).scale_name == "weight_scale_inv"
+
+
+def test_an_object_is_read_like_its_dictionary():
+    from transformers import FineGrainedFP8Config
+
+    given = FineGrainedFP8Config(weight_block_size=(64, 32), modules_to_not_convert=["up_proj"])
+    assert read(given).scheme_of(UP) is None
+    assert read(given).scheme_of(UP.replace("up", "down")).block == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("given", "spared"),
+    [
+        ({"quant_method": "fp8", "modules_to_not_convert": [UP]}, True),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["model.layers.3"]}, True),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["model.layers.33", "proj_up", "gate"]}, False),
+        ({"quant_method": "awq", "modules_to_not_convert": ["up_proj"]}, True),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*.mlp.*"]}, True),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", "model.layers.3"]}, True),
+        ({**compressed_config("float-quantized", type="float"), "ignore": ["re:.*mlp.*"]}, True),
+        ({**compressed_config("float-quantized", type="float"), "ignore": [UP]}, True),
+        ({**compressed_config("float-quantized", type="float"), "ignore": ["up_proj", "re:mlp"]}, False),
+    ],
+)  # fmt: skip
+def test_lists_of_names_spare_layers(given, spared):
+    assert (read(given).scheme_of(UP) is None) == spared
+
+
+def test_groups_of_a_config_each_have_their_targets():
+    given = {
+        "quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {
+            "a": {"targets": ["re:.*mlp.*"], "format": "pack-quantized",
+                  "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}},
+            "b": {"targets": ["model.layers.0.self_attn.q_proj"], "format": "float-quantized",
+                  "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}},
+        },
+    }  # fmt: skip
+    quantization = read(given)
+    assert quantization.scheme_of(UP) == CompressedWeight(32)
+    assert quantization.scheme_of("model.layers.0.self_attn.q_proj") == ScaledWeight("weight_scale", "channel")
+    assert quantization.scheme_of("model.layers.0.self_attn.k_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantized by bitsandbytes; this engine reads awq, "),
+        ({"quant_method": "mxfp4"}, "quantized by mxfp4"),
+        ({"load_in_8bit": True}, "a method it does not name"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4'"),
+        ({"quant_method": "awq", "version": "gemv"}, "gemv"),
+        ({"quant_method": "awq", "bits": 8}, "'bits': 8"),
+        ({"quant_method": "gptq", "bits": 3}, "bits 3"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        ({"quant_method": "gptq", "dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic"),
+        (compressed_config("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group"), "nvfp4"),
+        (compressed_config("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False), "asymmetric"),
+        (compressed_config("marlin-24", num_bits=4, type="int", strategy="group", group_size=128), "marlin-24"),
+        ({**compressed_config("float-quantized", type="float"), "sparsity_config": {"format": "sparse-24-bitmask"}},
+         "sparsity 'sparse-24-bitmask'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_refused_by_name_in_one_line(given, words):
+    with pytest.raises(UnsupportedModelError) as caught:
+        read(given)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_method_has_a_checkpoint_in_the_tests():
+    assert {chosen.config["quant_method"] for chosen in FORMATS.values()} == set(READERS)

@@ -1,0 +1,52 @@
+"""Scales of an FP8 cache, one for keys and one for values of a layer, where the checkpoint has calibrated them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import NamedTuple
+
+from ulysses_infer.errors import CheckpointError
+from ulysses_infer.model.attention import HeadPlan
+from ulysses_infer.model.files import TensorSource
+from ulysses_infer.model.inject import Injection
+
+logger = logging.getLogger(__name__)
+
+# Below the attention layer, as compressed-tensors and modelopt name them, and as older checkpoints do.
+KEY_NAMES = ("k_scale", "k_proj.k_scale", "k_proj.output_scale", "attn.k_scale")
+VALUE_NAMES = ("v_scale", "v_proj.v_scale", "v_proj.output_scale", "attn.v_scale")
+
+
+class CacheScales(NamedTuple):
+    """What cached numbers of a layer are multiplied by to be its keys and values."""
+
+    key: float = 1.0
+    value: float = 1.0
+
+
+def apply_cache_scales(injection: Injection, source: TensorSource) -> None:
+    """Give every attention layer the scales that `source` has for it; one without is cached as it is.
+
+    Raises `CheckpointError` for scales that are not one positive number a layer.
+    """
+    keys, found = set(source.keys()), list[bool]()
+    for name, module in injection.model.named_modules():
+        plan: HeadPlan | None = getattr(module, "head_plan", None)  # of an attention layer, fused or not
+        if plan is not None:
+            scales = CacheScales(_scale(source, keys, name, KEY_NAMES), _scale(source, keys, name, VALUE_NAMES))
+            plan.cache_scales = None if scales == CacheScales() else scales
+            found.append(scales != CacheScales())
+    logger.info("%d of %d layers have scales for the FP8 cache in the checkpoint", sum(found), len(found))
+
+
+def _scale(source: TensorSource, keys: set[str], layer: str, names: tuple[str, ...]) -> float:
+    key = next((f"{layer}.{name}" for name in names if f"{layer}.{name}" in keys), None)
+    if key is None:
+        return 1.0
+    if math.prod(source.shape(key)) != 1:
+        raise CheckpointError(f"{key} has shape {list(source.shape(key))}; an FP8 cache takes one scale a layer")
+    scale = float(source.read(key, None).float())
+    if not 0 < scale < math.inf:
+        raise CheckpointError(f"{key} is {scale}, which cannot scale a cache; set cache.dtype to auto")
+    return scale

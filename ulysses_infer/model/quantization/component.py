@@ -1,0 +1,79 @@
+"""One stored tensor of a quantised layer, and how its indices lie over the layer's features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ulysses_infer.model.linear import Cut
+from ulysses_infer.parallel.layout import Span
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dimension of a tensor that runs over features, `step` of them an index (1, a block, a packed word's values)."""
+
+    dimension: int
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Component:
+    """A tensor of a whole layer: weight, packed weight, scales, zero points. An axis is None where it has no extent.
+
+    A slice of features keeps every index that covers some of them: where the slice begins or ends inside a block, the
+    block's scale is kept too, and a feature's index is always `feature // step`, in features of the whole layer.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    outputs: Axis | None = None
+    inputs: Axis | None = None
+
+    def axis(self, cut: Cut) -> Axis | None:
+        """The dimension that a cut divides: outputs for a column cut, inputs for a row cut."""
+        return self.outputs if cut == "column" else self.inputs
+
+    def kept(self, cut: Cut, spans: Sequence[Span]) -> tuple[int, list[Span]] | None:
+        """(dimension, indices) that cover the features `spans` of the cut; None for all of the tensor."""
+        axis = self.axis(cut)
+        return None if axis is None else (axis.dimension, [covering(span, axis.step) for span in spans])
+
+    def stored_shape(self, cut: Cut, spans: Sequence[Span]) -> tuple[int, ...]:
+        """The shape of what is kept of it."""
+        kept, shape = self.kept(cut, spans), list(self.shape)
+        if kept is not None:
+            shape[kept[0]] = sum(span.size for span in kept[1])
+        return tuple(shape)
+
+    def view(self, stored: torch.Tensor, cut: Cut, spans: Sequence[Span], wanted: Span) -> torch.Tensor:
+        """Of `stored`, which keeps `spans`, the indices that cover the features `wanted` of one of them: a view."""
+        axis, offset = self.axis(cut), 0
+        if axis is None:
+            return stored
+        for span in spans:
+            indices = covering(span, axis.step)
+            if span.start <= wanted.start and wanted.stop <= span.stop:
+                found = covering(wanted, axis.step).relative_to(indices)
+                return stored.narrow(axis.dimension, offset + found.start, found.size)
+            offset += indices.size
+        raise AssertionError((wanted, spans))
+
+    def within(self, part: torch.Tensor, outer: Span, rows: Span) -> torch.Tensor:
+        """Of `part`, which covers the outputs `outer`, what covers the outputs `rows` inside them: a view."""
+        return part if self.outputs is None else self.view(part, "column", [outer], rows)
+
+
+def covering(span: Span, step: int) -> Span:
+    """The indices whose `step` features each together cover `span`."""
+    return Span(span.start // step, -(-span.stop // step))
+
+
+def spread(values: torch.Tensor, dimension: int, span: Span, step: int) -> torch.Tensor:
+    """One value a feature of `span` from one an index: `values` holds the indices that cover it."""
+    if step == 1:
+        return values
+    repeated = values.repeat_interleave(step, dimension)
+    return repeated.narrow(dimension, span.start % step, span.size)

@@ -1,0 +1,134 @@
+"""`QuantizedLinear`: one stored slice of a quantised linear layer, read differently in each mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ulysses_infer.errors import CheckpointError
+from ulysses_infer.model.context import step_context
+from ulysses_infer.model.files import TensorSource
+from ulysses_infer.model.linear import Cut
+from ulysses_infer.model.quantization.component import Axis, Component
+from ulysses_infer.model.quantization.products import Piece, Product, choose_product
+from ulysses_infer.model.quantization.scheme import Scheme
+from ulysses_infer.parallel.layout import Place, Span
+from ulysses_infer.parallel.sharding import Sharding, merge
+
+EXACT = (torch.float8_e4m3fn, torch.int8, torch.int32)  # dtypes that mean something else when cast
+
+
+class QuantizedLinear(nn.Module):
+    """A `ShiftLinear` whose weight stays quantised: the same cuts, the same views of one stored base slice.
+
+    Its parameters are the tensors of the checkpoint, under their names there. Where a slice begins or ends inside a
+    block or a packed word, that block's scale or that word is kept whole, by both neighbours.
+    """
+
+    def __init__(self, source: nn.Linear, scheme: Scheme, cut: Cut, sharding: Sharding, base: Place) -> None:
+        super().__init__()
+        self.scheme, self.cut, self.sharding, self.base = scheme, cut, sharding, base
+        self.out_features, self.in_features = source.out_features, source.in_features
+        self._spans = sharding.base_spans(base)
+        self._components = dict(scheme.components(self.out_features, self.in_features))
+        for name, component in self._components.items():
+            empty = source.weight.new_empty(component.stored_shape(cut, self._spans), dtype=component.dtype)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self.bias: nn.Parameter | None = None
+        if source.bias is not None:
+            size = sum(span.size for span in self._spans) if cut == "column" else self.out_features
+            self.bias = nn.Parameter(source.bias.new_empty(size), requires_grad=False)
+        self._products: list[tuple[Product, Piece]] = []
+        self._part_sizes: list[int] = []
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    def slices(self, name: str) -> tuple[int, list[Span]] | None:
+        """Which part of the full tensor `name` this rank keeps: (dimension, spans), None for all of it."""
+        if name == "bias":
+            return None if self.cut == "row" else (0, self._spans)
+        return self._components[name].kept(self.cut, self._spans)
+
+    def read(self, name: str, source: TensorSource, key: str) -> torch.Tensor:
+        """This rank's part of the tensor `name`, which `source` has as `key`. Raises `CheckpointError`."""
+        parameter = self.get_parameter(name)
+        component = self._components.get(name, Component((self.out_features,), parameter.dtype))
+        found = source.shape(key)
+        if found != component.shape and (component.shape != () or math.prod(found) != 1):
+            raise CheckpointError(
+                f"tensor {key} has shape {list(found)}, but the model's config and its quantization_config make it "
+                f"{list(component.shape)}; the weights do not belong to this config.json"
+            )
+        tensor = source.read(key, self.slices(name))
+        if component.dtype in EXACT and tensor.dtype != component.dtype and not tensor.is_meta:
+            raise CheckpointError(
+                f"tensor {key} is stored as {_plain(tensor.dtype)}, but quantization_config makes it "
+                f"{_plain(component.dtype)}; the weights do not belong to this config.json"
+            )
+        return tensor.reshape(parameter.shape)
+
+    def check_foreign(self, name: str, source: TensorSource, key: str) -> None:
+        """A tensor of the checkpoint that this layer has no place for, e.g. zero points of a symmetric scheme.
+
+        Raises `CheckpointError` unless it is known to be of no use, or changes nothing: it is all zeros.
+        """
+        if name in self.scheme.ignored:
+            return
+        tensor = source.read(key, None)
+        if not tensor.is_meta and bool((tensor != 0).any()):
+            known = ", ".join(self._components)
+            raise CheckpointError(f"the checkpoint has {key}, but its quantization_config makes the layer of {known}")
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    def bind(self, place: Place) -> None:
+        """Read the weight as `place` needs it from now on. Views only; nothing is copied."""
+        spans = self.sharding.spans(place.weight_index, place.mode.tp)
+        self._part_sizes = [span.size for span in spans]
+        pieces = [self._piece(span) for span in merge(spans)]
+        self._products = [(choose_product(self.scheme, piece), piece) for piece in pieces]
+
+    def _piece(self, span: Span) -> Piece:
+        """The features `span` of the cut, which lie inside one of the stored spans."""
+        parts = {
+            name: component.view(self.get_parameter(name).detach(), self.cut, self._spans, span)
+            for name, component in self._components.items()
+        }
+        if self.cut == "row":
+            return Piece(Span(0, self.out_features), span, self._components, parts, None)
+        return Piece(span, Span(0, self.in_features), self._components, parts, self._bias(span))
+
+    def _bias(self, span: Span) -> torch.Tensor | None:
+        if self.bias is None:
+            return None
+        whole = Component((self.out_features,), self.bias.dtype, Axis(0))
+        return whole.view(self.bias.detach(), "column", self._spans, span)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """inputs: [..., in features of the mode]; returns [..., out features of the mode]."""
+        outputs = [product(inputs, piece) for product, piece in self._products]
+        if self.cut == "column":
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        output = step_context().collectives.sum_over_tp(outputs[0])
+        return output if self.bias is None else output.add_(self.bias)
+
+    def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What `forward` of a column cut returns, each part of the sharding by itself."""
+        return self.forward(inputs).split(self._part_sizes, dim=-1)
+
+
+def check_plain(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, read for a layer that is not quantised. Raises `CheckpointError` for one that needs a scale."""
+    if tensor.dtype in EXACT[:2]:
+        raise CheckpointError(
+            f"tensor {key} is stored as {_plain(tensor.dtype)}, but the checkpoint's quantization_config does not "
+            "name its layer, or this engine cannot read it quantized"
+        )
+    return tensor
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

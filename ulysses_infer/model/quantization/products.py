@@ -1,0 +1,164 @@
+"""Matrix products with quantised weights: on FP8 tensor cores where they can read the views, else dequantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from ulysses_infer.model.matmul import linear
+from ulysses_infer.model.quantization.component import Component
+from ulysses_infer.model.quantization.scaled import ScaledWeight
+from ulysses_infer.model.quantization.scheme import Scheme
+from ulysses_infer.parallel.layout import Span
+
+TILES = {"cpu": 1 << 20, "cuda": 1 << 24}  # weight values that are dequantised at a time
+BLOCK = 128  # rows of a tile are a multiple of it, and of FP8 blocks on tensor cores
+ALIGNMENT = 16  # bytes: what FP8 tensor cores need of sizes, strides and addresses
+TOKENS = 4  # of a block-scaled product: the columns of their scales are then aligned too
+BLOCK_SCALING_CUDA = (12, 9)  # the first that has it
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+SMALLEST_SCALE = 1e-12  # of activations: a token of zeros has one too
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Outputs `rows` and inputs `columns` of a layer: views of what is stored of each component, and of the bias."""
+
+    rows: Span
+    columns: Span
+    components: Mapping[str, Component]
+    parts: Mapping[str, torch.Tensor]
+    bias: torch.Tensor | None
+
+    def tiles(self, size: int) -> Iterator[tuple[Span, dict[str, torch.Tensor]]]:
+        """At most `size` rows at a time, cut where `size` divides the outputs of the whole layer, and their parts."""
+        start = self.rows.start
+        while start < self.rows.stop:
+            rows = Span(start, min(self.rows.stop, start - start % size + size))
+            yield rows, {n: self.components[n].within(part, self.rows, rows) for n, part in self.parts.items()}
+            start = rows.stop
+
+
+class Product(Protocol):
+    """inputs [..., columns] times a piece: [..., rows], plus its bias."""
+
+    def __call__(self, inputs: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """In the inputs' dtype."""
+        ...
+
+
+class DequantisedProduct:
+    """Any scheme on any device: some rows of the weight at a time in the inputs' dtype, never all of it."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
+
+    def __call__(self, inputs: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """See `Product`."""
+        output = inputs.new_empty(*inputs.shape[:-1], piece.rows.size)
+        for rows, parts in piece.tiles(_tile_rows(piece.columns.size, TILES[inputs.device.type])):
+            weight = self._scheme.dequantise(parts, rows, piece.columns).to(inputs.dtype).contiguous()
+            first = rows.start - piece.rows.start
+            output[..., first : first + rows.size] = linear(inputs, weight)
+        return output if piece.bias is None else output.add_(piece.bias)
+
+
+class RowScaledProduct:
+    """FP8 on tensor cores, with one scale a token and one an output channel (or one for all of them).
+
+    The weight's view is [N, K] with K contiguous, so its transpose is the column-major [K, N] that the kernel reads.
+    Rows are followed by their stride, which of a row cut's view is the width of the whole stored slice: neither a
+    slice of outputs nor one of inputs is copied.
+    """
+
+    def __init__(self, scheme: ScaledWeight) -> None:
+        self._scheme = scheme
+
+    def __call__(self, inputs: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """See `Product`."""
+        weight, scale = piece.parts["weight"], piece.parts[self._scheme.scale_name]
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        values, scales = quantised_tokens(rows, rows.shape[-1])
+        channels = scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()  # N numbers: copied only if it is one
+        output = torch._scaled_mm(values, weight.t(), scales, channels, out_dtype=torch.bfloat16).to(inputs.dtype)
+        if piece.bias is not None:
+            output.add_(piece.bias)
+        return output.view(*inputs.shape[:-1], weight.shape[0])
+
+
+class BlockScaledProduct:
+    """FP8 on tensor cores, with a scale for 128 inputs of a token and one for 128 x 128 values of the weight."""
+
+    def __init__(self, scheme: ScaledWeight) -> None:
+        self._scheme = scheme
+
+    def __call__(self, inputs: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """See `Product`."""
+        weight, scale = piece.parts["weight"], piece.parts[self._scheme.scale_name]
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        values, scales = quantised_tokens(F.pad(rows, (0, 0, 0, -len(rows) % TOKENS)), BLOCK)
+        output = F.scaled_mm(
+            values, weight.t(), scales.t().contiguous().t(), F.ScalingType.BlockWise1x128,
+            padded_blocks(scale).t(), F.ScalingType.BlockWise128x128, output_dtype=torch.bfloat16,
+        )[: len(rows)].to(inputs.dtype)  # fmt: skip
+        if piece.bias is not None:
+            output.add_(piece.bias)
+        return output.view(*inputs.shape[:-1], weight.shape[0])
+
+
+def quantised_tokens(rows: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows: [t, K]; returns them in FP8 and a scale for every `size` values of a row, [t, K / size] float32."""
+    groups = rows.view(rows.shape[0], -1, size)
+    scales = (groups.abs().amax(dim=-1).float() / FP8_MAX).clamp_(min=SMALLEST_SCALE)
+    values = (groups / scales[..., None]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return values.view(rows.shape), scales
+
+
+def padded_blocks(scale: torch.Tensor) -> torch.Tensor:
+    """scale: [N / 128, K / 128]; returns it with its rows contiguous and a multiple of four long, as the kernel asks.
+
+    A 16384th of the weight's size, laid out anew only where a view of the stored scales is not so already.
+    """
+    missing = -scale.shape[1] % 4
+    return F.pad(scale, (0, missing)) if missing else scale.contiguous()
+
+
+def choose_product(scheme: Scheme, piece: Piece) -> Product:
+    """The fastest product that gives the right result for these views on their device."""
+    weight = piece.parts.get("weight")
+    if isinstance(scheme, ScaledWeight) and weight is not None and _on_tensor_cores(weight):
+        if scheme.grain in ("tensor", "channel"):
+            return RowScaledProduct(scheme)
+        starts = (piece.rows.start, piece.columns.start, piece.rows.size, piece.columns.size)
+        whole = scheme.block == (BLOCK, BLOCK) and not any(start % BLOCK for start in starts)
+        if whole and _has_block_scaling(weight.device):
+            return BlockScaledProduct(scheme)
+    return DequantisedProduct(scheme)
+
+
+def _on_tensor_cores(weight: torch.Tensor) -> bool:
+    """Whether the FP8 kernels can read this view, [N, K]: a GPU that has them, and everything aligned."""
+    if weight.device.type != "cuda" or weight.dtype != torch.float8_e4m3fn:
+        return False
+    return torch.cuda.get_device_capability(weight.device) >= (8, 9) and is_aligned(weight)
+
+
+def is_aligned(weight: torch.Tensor) -> bool:
+    """Whether sizes, row stride and address of an FP8 view [N, K] are multiples of 16 bytes."""
+    numbers = (*weight.shape, weight.stride(0), weight.data_ptr())
+    return weight.stride(1) == 1 and not any(number % ALIGNMENT for number in numbers)
+
+
+def _has_block_scaling(device: torch.device) -> bool:
+    """Torch has it on Hopper alone."""
+    version = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    return torch.cuda.get_device_capability(device) == (9, 0) and version >= BLOCK_SCALING_CUDA
+
+
+def _tile_rows(columns: int, tile: int) -> int:
+    rows = max(1, tile // max(1, columns))
+    return rows - rows % BLOCK if rows > BLOCK else rows
