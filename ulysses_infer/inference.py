@@ -5,28 +5,31 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from ulysses_infer.config import Config, load_config
 from ulysses_infer.config.loading import Overrides
-from ulysses_infer.engine.arguments import arrivals_for, as_params, as_prompts, params_for
-from ulysses_infer.engine.channel import SHUTDOWN
+from ulysses_infer.engine.arguments import Work, arrivals_for, as_params, work_of
 from ulysses_infer.engine.completion import Completion
 from ulysses_infer.engine.engine import Engine
-from ulysses_infer.engine.failure import describe, fatal, is_lost_connection
-from ulysses_infer.engine.follower import follow
+from ulysses_infer.engine.failure import fatal
 from ulysses_infer.engine.policies import policy_settings
-from ulysses_infer.engine.processes import STOP_SECONDS, WorkerProcesses, hand_over, is_launched
+from ulysses_infer.engine.processes import (
+    WorkerProcesses,
+    hand_over,
+    hand_over_weights,
+    is_launched,
+)
 from ulysses_infer.engine.prompts import load_tokenizer
 from ulysses_infer.engine.setup import Rank, finish_start, make_prompt_reader, start_rank
+from ulysses_infer.engine.shared import SharedEngine
 from ulysses_infer.engine.stats import StepRecord
-from ulysses_infer.errors import ConfigError, EngineDeadError, UlyssesError
+from ulysses_infer.engine.weights import sleep, update_weights, wake_up
 from ulysses_infer.model.checkpoint import Progress
+from ulysses_infer.model.sources import GivenModel, given_model
 from ulysses_infer.outputs import RequestOutput
 from ulysses_infer.planner.profile import Profile
 from ulysses_infer.sampling_params import SamplingParams
@@ -37,18 +40,15 @@ OnStep = Callable[[dict[int, RequestOutput]], None]
 """Called on rank 0 after each step with what that step touched, by the index of the prompt."""
 
 
-class InferenceEngine:
+class InferenceEngine(SharedEngine):
     """One model on all ranks. Every public method is collective under a launcher: all ranks call it, all get the same.
 
     Use it as a context manager, or call `shutdown`.
     """
 
-    def __init__(self, config: Config, model: Any = None, progress: Progress | None = None) -> None:
+    def __init__(self, config: Config, model: GivenModel | None = None, progress: Progress | None = None) -> None:
+        super().__init__(spmd=is_launched() and config.parallel.world_size > 1)
         self.config = config
-        self._spmd = is_launched() and config.parallel.world_size > 1
-        self._processes: WorkerProcesses | None = None
-        self._rank: Rank | None = None
-        self._engine: Engine | None = None
         self._inboxes: dict[str, list[RequestOutput]] = {}
         try:
             with ExitStack() as cleanup, self._ending_on_failure():
@@ -65,7 +65,7 @@ class InferenceEngine:
         """The checkpoint's tokenizer; rank 0 only, None elsewhere."""
         atexit.register(self.shutdown)
 
-    def _start(self, model: Any, progress: Progress | None, cleanup: ExitStack) -> Rank:
+    def _start(self, model: GivenModel | None, progress: Progress | None, cleanup: ExitStack) -> Rank:
         """Bring this rank up and, in plain Python, the others too."""
         config = self.config
         if config.parallel.world_size == 1 or is_launched():
@@ -75,11 +75,11 @@ class InferenceEngine:
         self._processes = WorkerProcesses(config)
         return start_rank(config, None, progress, self._processes.meet)
 
-    def _make_engine(self, model: Any) -> Engine | None:
+    def _make_engine(self, model: GivenModel | None) -> Engine | None:
         rank = self._live()
         if not rank.groups.is_first:
             return None
-        folder = rank.folder if model is None else _folder_of(model)
+        folder = rank.folder if model is None else model.folder
         tokenizer = load_tokenizer(self.config.model, folder)
         return Engine(self.config, rank, make_prompt_reader(self.config, rank, tokenizer, model))
 
@@ -107,17 +107,25 @@ class InferenceEngine:
         *,
         on_step: OnStep | None = None,
         arrival_steps: Sequence[int] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; results in prompt order.
 
         prompts: text, token ids, or a list of those (a list of message dicts is one chat). `sampling_params` is one
         for all or one each. `on_step` sees, on rank 0, the requests each step touched, by prompt index.
-        `arrival_steps[i]` delays prompt i until that many steps have run. Raises `RequestError` if any prompt or
+        `arrival_steps[i]` delays prompt i until that many steps have run. `adapter` is the name of a LoRA adapter, one
+        for all or one each. Raises `RequestError` if any prompt or
         parameter is invalid, before anything runs; `EngineDeadError` when a rank is lost.
         """
-        return self._shared(lambda engine: self._complete(engine, prompts, sampling_params, on_step, arrival_steps))
+        return self._shared(
+            lambda engine: self._complete(
+                engine, work_of(prompts, sampling_params, adapter), on_step, arrival_steps
+            )
+        )
 
-    def stream(self, prompt: Any, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Any, sampling_params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding what there is of it after each of its tokens.
 
         Closing the iterator early aborts the request. Several streams may be read in turns. Under a launcher every
@@ -126,7 +134,7 @@ class InferenceEngine:
         if not self.is_first:
             yield from self._follow_stream()
             return
-        name = self._shared(lambda engine: engine.add(prompt, as_params(sampling_params)))
+        name = self._shared(lambda engine: engine.add(prompt, as_params(sampling_params), adapter=adapter))
         inbox = self._inboxes[name] = []
         finished = False
         try:
@@ -156,25 +164,22 @@ class InferenceEngine:
                 pass
 
     def _complete(
-        self, engine: Engine, prompts: Any, sampling_params: Any, on_step: OnStep | None,
-        arrival_steps: Sequence[int] | None,
-    ) -> list[RequestOutput]:  # fmt: skip
+        self, engine: Engine, work: list[Work], on_step: OnStep | None, arrival_steps: Sequence[int] | None
+    ) -> list[RequestOutput]:
         """All prompts through the engine, late ones when their step has come; results in prompt order."""
-        listed = as_prompts(prompts)
-        params = params_for(listed, sampling_params)
-        arrivals = arrivals_for(listed, arrival_steps)
+        arrivals = arrivals_for(work, arrival_steps)
         for index in (i for i, step in enumerate(arrivals) if step > 0):
-            engine.abort(engine.add(listed[index], params[index]))  # a bad one is refused before anything runs
-        waiting = deque(sorted(range(len(listed)), key=arrivals.__getitem__))
+            engine.abort(work[index].add_to(engine))  # a bad one is refused before anything runs
+        waiting = deque(sorted(range(len(work)), key=arrivals.__getitem__))
         names: dict[str, int] = {}
         done: dict[int, RequestOutput] = {}
         inbox: list[RequestOutput] = []
         steps = 0
         try:
-            while len(done) < len(listed):
+            while len(done) < len(work):
                 while waiting and (arrivals[waiting[0]] <= steps or len(done) == len(names)):
                     index = waiting.popleft()
-                    name = engine.add(listed[index], params[index])
+                    name = work[index].add_to(engine)
                     names[name], self._inboxes[name] = index, inbox
                 self._step()
                 steps += 1
@@ -187,7 +192,7 @@ class InferenceEngine:
             for name in names:
                 del self._inboxes[name]
                 engine.abort(name)
-        return [done[index] for index in range(len(listed))]
+        return [done[index] for index in range(len(work))]
 
     def _step(self) -> None:
         """One step; its results go to whoever waits for them."""
@@ -246,23 +251,36 @@ class InferenceEngine:
         self._deliver(completion)
         return completion.output()
 
-    def shutdown(self) -> None:
-        """Stop the engine and every process it started, and let its memory go. Safe to call again."""
-        told = False
-        try:
-            told = self._tell_workers()
-        finally:
-            self._end(at_once=not told)
+    # -- weights and memory ------------------------------------------------------------------------------------
 
-    def _tell_workers(self) -> bool:
-        """Ask the worker processes to end; False if one of them cannot hear it any more."""
-        if self._rank is not None and self._processes is not None:
-            self._rank.groups.limit_waits(STOP_SECONDS)
-            try:
-                self._rank.channel.send(SHUTDOWN)
-            except RuntimeError:
-                return False
-        return True
+    def update_weights(self, source: Any) -> None:
+        """Serve the weights of `source` from now on, on the same ranks, groups and cache; cached prefixes go.
+
+        source: the `DeepSpeedEngine` that trains them, a `transformers.PreTrainedModel`, a state dict, or a folder as
+        for `init_inference`; of the model that is served. Raises `RequestError` while requests run and
+        `CheckpointError` for missing or misshapen tensors, before anything is written.
+        """
+        self._shared(lambda engine: engine.check_idle("an update of the weights"))
+        with ExitStack() as cleanup:
+            if self._processes is not None:
+                source = hand_over_weights(source, cleanup)
+            self._everywhere(update_weights, source)
+        self._shared(lambda engine: engine.weights_changed())
+
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back until `wake_up`: the cache's, and with level 2 the weights', too.
+
+        After level 2 `update_weights` has to bring weights again, before or after waking. Raises `RequestError` while
+        requests run; while it sleeps, requests are refused with one.
+        """
+        self._shared(lambda engine: engine.fall_asleep(level))
+        self._everywhere(sleep, level)
+
+    def wake_up(self) -> None:
+        """Take the cache's memory again; nothing if awake. Raises if it is not to be had: the engine sleeps on."""
+        if self._shared(lambda engine: engine.sleep.level):
+            self._everywhere(wake_up)
+            self._shared(lambda engine: engine.woken_up())
 
     def __enter__(self) -> InferenceEngine:
         return self
@@ -270,121 +288,31 @@ class InferenceEngine:
     def __exit__(self, *exception: object) -> None:
         self.shutdown()
 
-    # -- sharing between ranks ---------------------------------------------------------------------------------
-
-    def _shared(self, compute: Callable[[Engine], T]) -> T:
-        """Compute on rank 0 and give every rank the result, or the error."""
-        self._live()
-        if self._engine is None:
-            followed: T = self._follow()
-            return followed
-        try:
-            with self._ending_on_failure():
-                result = compute(self._engine)
-        except UlyssesError as error:
-            if self._spmd and self._rank is not None:
-                self._rank.channel.send_error(error)
-            raise
-        self._share(result)
-        return result
-
-    def _follow(self) -> Any:
-        with self._ending_on_failure():
-            return follow(self._live())
-
-    def _share(self, value: Any) -> None:
-        if self._spmd:
-            with self._ending_on_failure(), fatal("sharing a result"):
-                self._live().channel.send_value(value)
-
-    def _live(self) -> Rank:
-        if self._rank is None:
-            raise EngineDeadError("the engine is shut down; make a new one with init_inference")
-        return self._rank
-
-    @contextmanager
-    def _ending_on_failure(self) -> Iterator[None]:
-        """Anything but a refusal leaves the ranks out of step: the engine ends, and the others are let go."""
-        try:
-            yield
-        except BaseException as error:
-            if isinstance(error, UlyssesError) and not isinstance(error, EngineDeadError):
-                raise
-            cause = error.__cause__ or error
-            losses = self._losses(cause)
-            traceback.clear_frames(cause.__traceback__)  # they hold the groups that `_end` is to close
-            self._end(at_once=True)
-            if losses:
-                raise EngineDeadError(f"the engine ended: {losses}") from cause
-            if isinstance(error, EngineDeadError) or not isinstance(error, Exception):
-                raise
-            raise EngineDeadError(f"the engine ended: {describe(error)}") from error
-
-    def _losses(self, cause: BaseException) -> str:
-        """Which worker processes are gone, if that is what an exchange failed for."""
-        if self._processes is None or not isinstance(cause, RuntimeError) or isinstance(cause, UlyssesError):
-            return ""
-        return self._processes.losses(wait=is_lost_connection(cause))
-
-    def _end(self, at_once: bool) -> None:
-        """Leave the group, end the workers; weights and cache go with the references to them."""
-        processes, rank = self._processes, self._rank
-        self._processes = self._rank = self._engine = None
-        atexit.unregister(self.shutdown)
-        if processes is not None:
-            processes.stop(at_once)
-        elif rank is not None:
-            rank.groups.close()
-
 
 def init_inference(model: Any = None, config: Any = None, **overrides: Any) -> InferenceEngine:
     """Load a model and bring all ranks up.
 
-    model: hub id, folder or `transformers.PreTrainedModel`; None takes the recipe's `model.path`. config: recipe path,
-    dict or `Config`. overrides: nested dicts (`parallel={"sp": 2}`) or, through `**{"a.b": c}`, dotted keys; one that
-    clashes with a dict `config` raises. In plain Python with `parallel` sizes above 1 the engine starts its own worker
-    processes; under `deepspeed`, `torchrun` or `accelerate launch` every rank calls this alike.
+    model: hub id, folder (DeepSpeed ZeRO checkpoints included), `transformers.PreTrainedModel` or the
+    `DeepSpeedEngine` that trains one; None takes the recipe's `model.path`. config: recipe path, dict or `Config`.
+    overrides: nested dicts (`parallel={"sp": 2}`) or, through `**{"a.b": c}`, dotted keys; one that clashes with a dict
+    `config` raises. In plain Python with `parallel` sizes above 1 the engine starts its own worker processes; under
+    `deepspeed`, `torchrun` or `accelerate launch` every rank calls this alike. With a DeepSpeed engine these are the
+    ranks that train: the base mode is then, unless given, SP as in the training and TP over the rest.
 
     Raises `ConfigError`, `CheckpointError` or `UnsupportedModelError`, each with one line, on every rank.
     """
-    settings = _with_model(model, config, overrides)
-    in_memory = None if model is None or isinstance(model, str | os.PathLike) else _unwrapped(model)
-    loaded = load_config(config, settings, strict_clash=isinstance(config, Mapping))
+    settings = _with_model(model, overrides)
+    given = None if model is None or isinstance(model, str | os.PathLike) else given_model(model)
+    loaded = load_config(
+        config, settings, strict_clash=isinstance(config, Mapping), defaults=given.default_base if given else None
+    )
     logging.getLogger("ulysses_infer").setLevel(loaded.runtime.log_level.upper())
-    return InferenceEngine(loaded, in_memory)
+    return InferenceEngine(loaded, given)
 
 
-def _unwrapped(model: Any) -> Any:
-    """The `transformers.PreTrainedModel` itself, out of a DeepSpeed or data-parallel engine. Raises `ConfigError`."""
-    from transformers import PreTrainedModel
-
-    inner = getattr(model, "module", model)
-    if not isinstance(inner, PreTrainedModel):
-        raise ConfigError(
-            f"model is a {type(model).__name__}; give a hub id, a folder or a transformers.PreTrainedModel"
-        )
-    if any(hasattr(parameter, "ds_id") for parameter in inner.parameters()):
-        raise ConfigError(
-            "the model's weights are partitioned by ZeRO stage 3, so no rank has them whole; save a checkpoint with "
-            "consolidated weights and give its folder"
-        )
-    return inner
-
-
-def _with_model(model: Any, config: Any, overrides: Mapping[str, Any]) -> Overrides:
+def _with_model(model: Any, overrides: Mapping[str, Any]) -> Overrides:
     if model is None:
         return overrides
     if not isinstance(model, str | os.PathLike):
         return {**overrides, "model.path": getattr(model, "name_or_path", "") or "(a model in memory)"}
     return {**overrides, "model.path": str(model)}
-
-
-def _folder_of(model: Any) -> Path | None:
-    """Where a model in memory was loaded from, a folder or the hub's cache: its tokenizer is there too."""
-    from huggingface_hub import try_to_load_from_cache
-
-    name = getattr(model, "name_or_path", "") or ""
-    if name and Path(name).is_dir():
-        return Path(name)
-    cached = try_to_load_from_cache(name, "tokenizer_config.json") if name.count("/") == 1 else None
-    return Path(cached).parent if isinstance(cached, str) else None

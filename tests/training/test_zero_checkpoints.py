@@ -1,0 +1,161 @@
+"""What DeepSpeed saves while training is served as it lies, and as the folder that tools/zero_to_hf.py makes of it."""
+
+import argparse
+import shutil
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.equivalence.cases import ModeShuffle, all_logprobs
+from tests.tiny import settings, tiny_config, write_tokenizer
+from tests.training.training import STEPS, training
+from ulysses_infer import SamplingParams, init_inference
+from ulysses_infer.errors import CheckpointError
+from ulysses_infer.model.sources import find_checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # scripts, not a package
+from zero_to_hf import main as zero_to_hf
+
+pytestmark = pytest.mark.distributed
+PROMPTS = [[5], [7, 8, 9, 10, 11], [3] * 17]
+GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, prompt_logprobs=0, logprobs=0)
+KINDS = {  # name: ZeRO stage, SP in training, tied embeddings
+    "zero0": (0, 2, False), "zero1": (1, 2, True), "zero2": (2, 2, False), "zero3": (3, 2, True),
+    "universal2": (2, 1, True), "universal3": (3, 2, True),
+}  # fmt: skip
+TEXT = [5, 6, 7, 8, 40, 41, 42, 43, 44, 45, 60, 61]
+
+
+def train(stage, sequence_parallel, tied, folder):
+    """Train, save, and say what the training's own forward thinks of some texts."""
+    with training(stage, sequence_parallel, tie_word_embeddings=tied) as trained:
+        for _ in range(STEPS):
+            trained.step()
+        trained.engine.save_checkpoint(folder, tag="step20")
+        return trained.logprobs(TEXT)
+
+
+def generate(folder, sp, tp):
+    """Greedy completions with the modes shuffled, and the log-probabilities of `TEXT`."""
+    with init_inference(str(folder), **settings(sp, tp)) as engine:
+        if engine.is_first:
+            engine._engine.choose_mode = ModeShuffle(engine.config.parallel.available_modes)
+        (scored,) = engine.generate([TEXT], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, logprobs=0))
+        outputs = engine.generate(PROMPTS, GREEDY)
+    tokens = [output.outputs[0].token_ids for output in outputs]
+    return all_logprobs(scored)[: len(TEXT) - 1], tokens, [all_logprobs(output) for output in outputs]
+
+
+def to_universal(step, output):
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    arguments = {"input_folder": str(step), "output_folder": str(output), "strict": False, "keep_temp_folder": False}
+    with redirect_stdout(StringIO()):
+        main(argparse.Namespace(num_extract_workers=1, num_merge_workers=1, inject_missing_state=True, **arguments))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, training_ranks):
+    """`saved(kind)`: the checkpoint's folder, and the training's log-probabilities of `TEXT`."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            stage, sequence_parallel, tied = KINDS[kind]
+            run = tmp_path_factory.mktemp(kind)
+            tiny_config(tie_word_embeddings=tied).save_pretrained(run)
+            write_tokenizer(run)
+            folder = run / "checkpoints"
+            expected = training_ranks(2).run(train, stage, sequence_parallel, tied, str(folder))[0]
+            if kind.startswith("universal"):
+                universal = run / "checkpoints_universal"
+                to_universal(folder / "step20", universal / "step20_universal")
+                (universal / "latest_universal").write_text("step20_universal")
+                folder = universal
+            made[kind] = folder, expected
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_checkpoint_is_served_with_the_trainings_own_log_probabilities(kind, saved, rank_pool, tmp_path):
+    folder, expected = saved(kind)
+    zero_to_hf([str(folder), str(tmp_path / "hf")])
+    (direct, tokens, scores), _ = rank_pool(2).run(generate, folder, 2, 1)
+    (from_hf, hf_tokens, hf_scores), _ = rank_pool(2).run(generate, tmp_path / "hf", 1, 2)
+    assert direct == pytest.approx(expected, abs=1e-4)
+    assert from_hf == pytest.approx(expected, abs=1e-4)
+    assert tokens == hf_tokens
+    assert [pytest.approx(row, abs=1e-4) for row in scores] == hf_scores
+
+
+def test_the_converted_folder_is_an_ordinary_one(saved, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, expected = saved("zero3")
+    zero_to_hf([str(folder / "step20"), str(tmp_path / "hf"), "--dtype", "bfloat16"])
+    assert "in torch.bfloat16" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.dtype == torch.bfloat16
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    ours, theirs = (AutoTokenizer.from_pretrained(place) for place in (tmp_path / "hf", folder.parent))
+    assert ours.encode("ab") == theirs.encode("ab")
+    scores = model(torch.tensor([TEXT])).logits[0, :-1].float().log_softmax(-1)
+    found = scores.gather(1, torch.tensor(TEXT[1:])[:, None])[:, 0].tolist()
+    assert found == pytest.approx(expected, abs=0.1)
+
+
+def test_the_tokenizer_is_found_with_the_config(saved):
+    with init_inference(str(saved("zero1")[0]), **settings()) as engine:
+        assert engine.generate("ab")[0].prompt_token_ids == engine.tokenizer.encode("ab")
+
+
+def test_a_config_that_is_nowhere_near_is_asked_for_and_may_be_named(saved, tmp_path):
+    folder, _ = saved("zero2")
+    lonely = tmp_path / "a" / "b" / "c" / "d"
+    shutil.copytree(folder, lonely)
+    with pytest.raises(CheckpointError, match=r"without the config\.json of its model.*model\.hf_config"):
+        init_inference(str(lonely), **settings())
+    with pytest.raises(SystemExit, match=r"^zero_to_hf: .*without the config\.json"):
+        zero_to_hf([str(lonely), str(tmp_path / "hf")])
+    zero_to_hf([str(lonely), str(tmp_path / "hf"), "--config", str(folder.parent)])
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    with init_inference(str(lonely), **settings(**{"model.hf_config": str(folder.parent)})) as engine:
+        assert engine.tokenizer is not None
+
+
+def test_a_config_of_another_model_is_refused(saved, tmp_path):
+    folder, _ = saved("zero2")
+    tiny_config(intermediate_size=96).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"mlp\.(down|gate|up)_proj"):
+        init_inference(str(folder), **settings(**{"model.hf_config": str(tmp_path)}))
+    with pytest.raises(SystemExit, match=r"does not fit its config\.json"):
+        zero_to_hf([str(folder), str(tmp_path / "hf"), "--config", str(tmp_path)])
+
+
+def test_a_lost_or_broken_file_is_one_line(saved, tmp_path):
+    folder, _ = saved("zero1")
+    shutil.copytree(folder.parent, tmp_path / "run")
+    step = tmp_path / "run" / "checkpoints" / "step20"
+    lost = sorted(step.glob("*_optim_states.pt"))[1]
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read: Expected 2 of"):
+        init_inference(str(step), **settings())
+    lost.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        init_inference(str(step), **settings())
+    assert "\n" not in str(caught.value)
+
+
+def test_the_latest_step_is_taken_and_one_that_is_not_there_is_named(saved, tmp_path):
+    folder, _ = saved("zero1")
+    assert find_checkpoint(str(folder)).step == folder / "step20"
+    (tmp_path / "latest").write_text("step7\n")
+    with pytest.raises(CheckpointError, match="names 'step7'"):
+        find_checkpoint(str(tmp_path))
