@@ -26,18 +26,25 @@ Source = str | os.PathLike[str] | Mapping[str, Any] | Config | None
 Overrides = Mapping[str, Any] | Iterable[str]
 
 
-def load_config(source: Source = None, overrides: Overrides = (), *, strict_clash: bool = False) -> Config:
+def load_config(
+    source: Source = None, overrides: Overrides = (), *, strict_clash: bool = False,
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:  # fmt: skip
     """The configuration that a recipe and overrides make; overrides win over the recipe, it over defaults.
 
     `source` is the path of a recipe, a mapping (nested or dotted keys, DeepSpeed's and vLLM's names included)
     or a `Config`. `overrides` is such a mapping, or command-line arguments such as `a.b=c` and
-    `--tensor-parallel-size 2`. With `strict_clash` an override must not change a key that `source` gives.
+    `--tensor-parallel-size 2`. With `strict_clash` an override must not change a key that `source` gives. `defaults`
+    are dotted keys that belong together: they replace the schema's where nobody gives any of them.
 
     Raises ConfigError, one line, for an unknown key, a wrong type, a value out of range, a contradiction.
     """
     given = _source_settings(source)
     changes = _override_settings(overrides)
-    tree = _assign_all(OmegaConf.structured(Config), given)
+    tree = OmegaConf.structured(Config)
+    if defaults and not any(setting.key in defaults for setting in (*given, *changes)):
+        tree = _assign_all(tree, settings_of_mapping(defaults, "the training job"))
+    tree = _assign_all(tree, given)
     if strict_clash:
         _refuse_clashes(tree, given, changes)
     config = _as_config(_assign_all(tree, changes))

@@ -16,6 +16,7 @@ MISSING = "???"
 """A value that a recipe must give (OmegaConf's own spelling)."""
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+CACHE_DTYPES = (*DTYPES, "fp8")
 
 
 def option(
@@ -54,8 +55,12 @@ class ModelConfig:
 
     path: str = option(
         MISSING,
-        help="Checkpoint: a hub id, or a folder, relative to the recipe that names it or to the working "
-        "directory.",
+        help="Checkpoint: a hub id, or a folder (a DeepSpeed ZeRO checkpoint's, too), relative to the recipe that "
+        "names it or to the working directory.",
+    )
+    hf_config: str | None = option(
+        help="Folder with the Hugging Face config.json (and tokenizer) of a checkpoint that lacks one, as DeepSpeed's "
+        "do; null: looked for in the checkpoint and up to three folders above."
     )
     tokenizer: str | None = option(help="Folder or hub id of the tokenizer; null: the checkpoint's own.")
     revision: str | None = option(help="Branch, tag or commit of a hub id; null: its default branch.")
@@ -93,9 +98,12 @@ class ParallelConfig:
         help="Which kind of parallelism neighbouring ranks share; tp_inner for replicas that span nodes.",
     )
     expert_placement: str = option(
-        "replicate",
-        choices=("replicate", "expert", "width"),
-        help="Where the experts of a mixture-of-experts model live; expert and width are not available yet.",
+        "auto",
+        choices=("auto", "replicate", "expert", "width"),
+        help="Where the experts of a mixture-of-experts model live, in every mode. replicate: 1/tp of each on every "
+        "rank, like other weights; expert: each rank owns its share of the experts; width: each rank owns its share of "
+        "every expert; auto: replicate while weights take at most half of a rank's memory, else expert, or width where "
+        "the experts do not divide.",
     )
 
     @property
@@ -177,7 +185,8 @@ class CacheConfig:
 
     block_size: int = option(16, at_least=1, help="Tokens per block.")
     dtype: str = option(
-        "auto", choices=DTYPES, help="Type of cached keys and values; auto: that of the weights."
+        "auto", choices=CACHE_DTYPES,
+        help="Type of cached keys and values; auto: that of the model. fp8 halves them, with the checkpoint's scales.",
     )
     memory_utilization: float = option(
         0.92,
@@ -214,8 +223,9 @@ class RuntimeConfig:
         "auto", choices=("auto", "cpu", "cuda"), help="Where ranks compute; auto: CUDA if present."
     )
     attention_backend: str = option(
-        "auto", help="Attention implementation; auto: the best one for the device."
-    )
+        "auto", help="Attention implementation; auto: the best one for the device. On a CPU native or torch; on a GPU "
+        "flash_attn, flashinfer (where installed), varlen, flex (torch's own) or torch.",
+    )  # fmt: skip
     collectives: str = option(
         "auto", choices=("auto", "torch", "shared_memory"),
         help="How ranks exchange tensors: torch (NCCL, gloo) or memory that they share; auto: the latter on one host "
@@ -225,10 +235,20 @@ class RuntimeConfig:
         "auto", choices=("auto", "torch", "native"),
         help="Matrix products with few rows on a CPU; auto: native where it can be built.",
     )  # fmt: skip
-    fuse: bool = option(True, help="Compute projections of the same input, and what surrounds them, together.")
-    enforce_eager: bool = option(True, help="Run layers one by one, without compiled or captured steps.")
+    fuse: bool = option(
+        True,
+        help="Compute what lies between the matrix products of a layer in one go, and on a GPU projections of the same "
+        "input as one product; each part of a model only if it is proved equal at start (docs/architecture.md).",
+    )
+    enforce_eager: bool | None = option(
+        help="Run every step layer by layer. false: capture decode steps in CUDA graphs, in every mode; null: capture "
+        "them on a GPU where attention and model allow it. A CPU has no graphs."
+    )
     threads_per_rank: int | None = option(
         at_least=1, help="CPU threads of a rank; null: OMP_NUM_THREADS if set, else its share of the cores."
+    )
+    pin_cores: bool = option(
+        True, help="On a CPU, keep each rank of a host to its own share of the cores, if there are enough for all."
     )
     debug: bool = option(False, help="Verify the digest of every step plan on all ranks.")
     step_timeout: float = option(300.0, above=0, help="Seconds after which a step counts as hung.")
@@ -281,6 +301,18 @@ class ServerConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Adapters that are served beside the model's own weights."""
+
+    adapters: dict[str, str] = option(
+        factory=dict,
+        kind="mapping of names to paths",
+        help="LoRA adapters as PEFT saves them (folders or hub ids) by the name under which requests ask for them. "
+        "With any of them runtime.fuse has no effect.",
+    )
+
+
+@dataclass
 class GenerateConfig:
     """What `generate` runs."""
 
@@ -291,6 +323,7 @@ class GenerateConfig:
     sampling: dict[str, Any] = option(
         factory=dict, help="Sampling parameters of every prompt (`SamplingParams`)."
     )
+    adapter: str | None = option(help="LoRA adapter of every prompt, one of lora.adapters; null: none.")
     stream: bool = option(True, help="Print tokens as they come.")
     schedule: list[Any] | None = option(help="Engine step at which each prompt arrives; null: all at once.")
     output: str | None = option(help="File for the results, JSON lines.")
@@ -307,6 +340,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
     @property

@@ -17,7 +17,7 @@ from ulysses_infer.config.keys import all_keys, hint_for, is_key, is_mapping, is
 from ulysses_infer.config.schema import Config
 from ulysses_infer.errors import ConfigError, first_line
 
-PATH_KEYS = ("model.path", "model.tokenizer")
+PATH_KEYS = ("model.path", "model.tokenizer", "lora.adapters")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _setting(name: str, value: Any, origin: str, folder: Path) -> Setting:
         value = alias.translate(value)
     if key.endswith(".dtype"):
         value = dtype_name(value)
-    if key in PATH_KEYS and isinstance(value, str):
+    if (key in PATH_KEYS or key.rpartition(".")[0] in PATH_KEYS) and isinstance(value, str):
         value = _locate(value, folder)
     return Setting(key, value, origin, spelling=name)
 

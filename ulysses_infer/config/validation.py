@@ -35,23 +35,24 @@ def validate(config: Config, explicit: Mapping[str, Setting]) -> None:
     _check_modes(config, explicit)
     _check_policy(config, explicit)
     _check_generate(config, explicit)
+    _check_adapters(config)
+
+
+def _check_adapters(config: Config) -> None:
+    names, wanted = config.lora.adapters, config.generate.adapter
+    if wanted is not None and wanted not in names:
+        raise ConfigError(f"generate.adapter = {wanted!r} is none of lora.adapters ({', '.join(names) or 'empty'})")
+    if config.served_model_name in names:
+        raise ConfigError(
+            f"lora.adapters has {config.served_model_name!r}, which is the model's own name; rename the adapter, or "
+            "set server.served_model_name"
+        )
 
 
 def refuse_unavailable(config: Config) -> None:
     """Raise ConfigError for a setting that the schema knows and this version cannot carry out yet."""
     if config.parallel.dp > 1:
         raise ConfigError(f"parallel.dp = {config.parallel.dp}: replicas are for serve, which has a router; use 1 here")
-    refusals = {
-        f"parallel.expert_placement = {config.parallel.expert_placement}": config.parallel.expert_placement
-        != "replicate",
-    }
-    remedies = {
-        "parallel.expert_placement": "replicate",
-    }
-    for setting, refused in refusals.items():
-        if refused:
-            remedy = remedies[setting.partition(" ")[0]]
-            raise ConfigError(f"{setting} is not available yet; use {remedy}")
 
 
 def warn_ignored(config: Config, explicit: Mapping[str, Setting]) -> None:

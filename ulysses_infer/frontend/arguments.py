@@ -143,10 +143,12 @@ def _parse_generate(arguments: list[str]) -> Command:
     parser.add_argument("--chat", metavar="TEXT", action="append", default=[], help="message to answer; repeatable")
     parser.add_argument("--max-tokens", metavar="N", help="most tokens of each completion")
     parser.add_argument("--temperature", metavar="T", help="0 is greedy")
+    parser.add_argument("--adapter", metavar="NAME", help="LoRA adapter to go through, one of lora.adapters")
     parser.add_argument("--output", metavar="FILE", help="write the results as JSON lines")
     options, model, overrides = parser.parse_command(arguments)
     settings = {
         "model.path": model,
+        "generate.adapter": options.adapter,
         "generate.sampling.max_tokens": options.max_tokens,
         "generate.sampling.temperature": options.temperature,
         "generate.output": options.output,

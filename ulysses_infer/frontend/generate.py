@@ -39,7 +39,9 @@ def run(command: Command, config: Config, rank: int) -> None:
             display.on_step()
 
         with display:
-            outputs = engine.generate(prompts, params, on_step=on_step, arrival_steps=view.arrivals)
+            outputs = engine.generate(
+                prompts, params, on_step=on_step, arrival_steps=view.arrivals, adapter=settings.adapter
+            )
         stats = engine.stats()
     if rank == 0:
         if console.is_terminal or not settings.stream:

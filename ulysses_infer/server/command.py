@@ -132,7 +132,7 @@ def _end(rank: Rank) -> None:
     """Let the other ranks of the replica go."""
     rank.groups.limit_waits(STOP_SECONDS)
     rank.channel.send(SHUTDOWN)
-    rank.groups.close()
+    rank.close()
 
 
 class Signals:
@@ -207,7 +207,7 @@ def follow(replica: Replica, rank: int, guard: Guard) -> None:
         member.report(describe(error))
         raise
     member.leave()
-    started.groups.close()
+    started.close()
 
 
 class Patience:

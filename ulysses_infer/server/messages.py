@@ -20,6 +20,8 @@ class Submit(msgspec.Struct, tag=True, array_like=True):
     """What `SamplingParams.from_mapping` takes."""
     priority: int = 0
     cache_salt: str = ""
+    adapter: str | None = None
+    """Name of a LoRA adapter."""
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True):
@@ -80,6 +82,8 @@ class EngineState(msgspec.Struct, array_like=True):
     num_preemptions: int
     policy: dict[str, Any]
     """Name and settings, as `Policy.describe` gives them."""
+    expert_tokens: list[int] = []
+    """Tokens that the experts of each rank have computed, some seconds old; empty for a model without experts."""
 
 
 class Step(msgspec.Struct, array_like=True):

@@ -201,6 +201,7 @@ def _together(states: list[EngineState]) -> EngineState:
         prefix_cache_hits=total(lambda state: state.prefix_cache_hits),
         num_preemptions=total(lambda state: state.num_preemptions),
         policy=states[0].policy,
+        expert_tokens=[tokens for state in states for tokens in state.expert_tokens],
     )
 
 

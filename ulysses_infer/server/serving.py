@@ -50,6 +50,8 @@ class Serving:
         self._wants_drain = False
         self._is_answered = False
         self._state_changed = False
+        self._expert_tokens: list[int] = []  # of each rank, as last asked
+        self._expert_report_due = time.monotonic() + settings.log_interval
         self._commands = Commands(engine, self.drain, self._tell_aborted)
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -105,6 +107,7 @@ class Serving:
         try:
             with self._watch.working():
                 touched = self._engine.step()
+                self._ask_for_expert_load()
         except Exception as error:  # whatever it was, the ranks are out of step
             self._end(error)
         record = self._engine.stats.recent[-1]
@@ -116,6 +119,12 @@ class Serving:
         self._link.send(Stepped(self.state(), step, tokens))
         if not self._engine.has_unfinished:
             self._check_idle()
+
+    def _ask_for_expert_load(self) -> None:
+        """Now and then: it takes an exchange between all ranks."""
+        if time.monotonic() > self._expert_report_due:
+            self._expert_tokens = self._engine.expert_load().get("expert_tokens_per_rank", [])
+            self._expert_report_due = time.monotonic() + self._settings.log_interval
 
     def _end(self, error: Exception) -> None:
         cause = error.__cause__ or error
@@ -155,7 +164,7 @@ class Serving:
         try:
             params = SamplingParams.from_mapping(message.params)
             self._engine.add(
-                message.token_ids, params, message.request_id, message.priority, message.cache_salt
+                message.token_ids, params, message.request_id, message.priority, message.cache_salt, message.adapter
             )
         except RequestError as error:
             self._refuse(message, str(error), "invalid")
@@ -209,6 +218,7 @@ class Serving:
             prefix_cache_hits=allocator.prefix_stats.hits,
             num_preemptions=scheduler.num_preemptions,
             policy=self._engine.policy.describe(),
+            expert_tokens=self._expert_tokens,
         )
 
     def _tell_state(self) -> None:

@@ -86,15 +86,18 @@ class Answering:
             "id": self.generation.id,
             "object": kind,
             "created": int(time.time()),
-            "model": self.context.model_name,
+            "model": self.generation.adapter or self.context.model_name,
             "system_fingerprint": self.context.fingerprint,
         }
 
 
-def generation_of(prefix: str, body: EngineFields, prompts: list[Prompt], params: SamplingParams) -> Generation:
-    """The work that a request asks for, under an id of its own."""
+def generation_of(
+    context: AppContext, prefix: str, body: EngineFields, prompts: list[Prompt], params: SamplingParams
+) -> Generation:
+    """The work that a request asks for, under an id of its own; its model may be the name of an adapter."""
     name = f"{prefix}-{body.request_id or uuid.uuid4().hex}"
-    return Generation(name, prompts, params, body.priority or 0, body.cache_salt or "")
+    adapter = body.model if body.model in context.config.lora.adapters else None
+    return Generation(name, prompts, params, body.priority or 0, body.cache_salt or "", adapter)
 
 
 def check_streaming(body: EngineFields) -> None:

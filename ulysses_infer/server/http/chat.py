@@ -128,7 +128,7 @@ async def make_chat(context: AppContext, body: ChatRequest) -> Chat:
     variables = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
     text = await context.texts.render(conversation_of(body, variables))
     token_ids = await context.texts.encode(text, bool(body.add_special_tokens))
-    return Chat(context, body, generation_of("chatcmpl", body, [Prompt(token_ids, text)], params), use)
+    return Chat(context, body, generation_of(context, "chatcmpl", body, [Prompt(token_ids, text)], params), use)
 
 
 def _parameters(context: AppContext, body: ChatRequest) -> tuple[ToolUse, SamplingParams]:

@@ -103,7 +103,7 @@ async def make_completion(context: AppContext, body: CompletionRequest) -> Compl
     params = sampling_params(body, **changes)
     context.engine_info()
     prompts = [await _read(context, prompt, body.add_special_tokens is not False) for prompt in body.prompt]
-    generation = generation_of("cmpl", body, prompts, params)
+    generation = generation_of(context, "cmpl", body, prompts, params)
     return Completion(context, body, generation, keeps_tokens=body.max_tokens != 0)
 
 

@@ -45,6 +45,11 @@ class AppContext:
         """The name that clients use."""
         return self.config.served_model_name
 
+    @property
+    def model_names(self) -> list[str]:
+        """The model's name, and then those of its adapters."""
+        return [self.model_name, *self.config.lora.adapters]
+
     @cached_property
     def fingerprint(self) -> str:
         """Changes when equal seeds may give other outputs: with the version, the model, and how it is split."""
@@ -52,9 +57,10 @@ class AppContext:
         return "fp_" + hashlib.blake2s(repr(parts).encode(), digest_size=5).hexdigest()
 
     def check_model(self, name: str | None) -> None:
-        """Raises `ApiError` 404 unless `name` is the served model or None."""
-        if name is not None and name != self.model_name:
-            message = f"the model {name[:200]!r} does not exist; this server has {self.model_name!r}"
+        """Raises `ApiError` 404 unless `name` is the served model, one of its adapters, or None."""
+        if name is not None and name not in self.model_names:
+            served = ", ".join(map(repr, self.model_names))
+            message = f"the model {name[:200]!r} does not exist; this server has {served}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def engine_info(self) -> Ready:

@@ -31,6 +31,7 @@ class Generation:
     params: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    adapter: str | None = None
 
     @property
     def request_ids(self) -> list[str]:
@@ -44,7 +45,7 @@ class Generation:
         """A message to the engine for each prompt."""
         params = self.params.to_mapping()
         return [
-            Submit(name, prompt.token_ids, params, self.priority, self.cache_salt)
+            Submit(name, prompt.token_ids, params, self.priority, self.cache_salt, self.adapter)
             for name, prompt in zip(self.request_ids, self.prompts, strict=True)
         ]
 

@@ -125,10 +125,11 @@ def load_texts(config: Config) -> Texts:
     Raises `CheckpointError`, `ConfigError`.
     """
     from ulysses_infer.engine.prompts import load_tokenizer
-    from ulysses_infer.model.files import resolve_folder
+    from ulysses_infer.model.sources import find_checkpoint
 
-    folder = None if config.model.tokenizer else resolve_folder(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(config.model, folder)
+    model = config.model
+    folder = None if model.tokenizer else find_checkpoint(model.path, model.revision, model.hf_config).find_files()
+    tokenizer = load_tokenizer(model, folder)
     if config.server.chat_template is not None:
         if tokenizer is None:
             raise ConfigError("server.chat_template needs a tokenizer; set model.tokenizer")

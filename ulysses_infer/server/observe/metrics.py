@@ -165,6 +165,9 @@ class _EngineMetrics:
             _Total(metrics.counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")),
             _Total(metrics.counter("num_preemptions", "Requests sent back to wait because blocks ran out.")),
         ]
+        self._expert_tokens = metrics.counter("expert_tokens", "Tokens computed by the experts of a rank.", "rank")
+        self._of_ranks: list[_Total] = []
+        self._metrics = metrics
         self._policy: dict[str, Any] = {}
 
     def take(self, state: EngineState) -> None:
@@ -173,6 +176,10 @@ class _EngineMetrics:
         self.cache_usage.set(state.kv_cache_usage)
         counts = (state.prefix_cache_queries, state.prefix_cache_hits, state.num_preemptions)
         for total, count in zip(self._totals, counts, strict=True):
+            total.set(count)
+        for rank in range(len(self._of_ranks), len(state.expert_tokens)):
+            self._of_ranks.append(_Total(self._metrics.child(self._expert_tokens, str(rank))))
+        for total, count in zip(self._of_ranks, state.expert_tokens, strict=False):
             total.set(count)
         if state.policy != self._policy:
             self._policy = state.policy

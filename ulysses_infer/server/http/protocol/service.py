@@ -11,14 +11,14 @@ from ulysses_infer.server.http.protocol.common import Answer, Body
 
 
 class ModelCard(Answer):
-    """A served model."""
+    """A served model, or an adapter of it."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     root: str = Field(description="Path or hub id it was loaded from.")
-    parent: None
+    parent: str | None = Field(description="The model that an adapter belongs to; null for the model.")
     max_model_len: int | None = Field(description="Longest prompt plus output, in tokens; null while it is loaded.")
 
 

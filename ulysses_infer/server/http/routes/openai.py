@@ -46,8 +46,9 @@ async def chat_completions(request: Request) -> Response:
 
 @router.get("/v1/models", responses=answers(ModelList))
 async def models(request: Request) -> Response:
-    """The served model, in a list."""
-    return json_response({"object": "list", "data": [_card(context_of(request))]})
+    """The served model and its adapters."""
+    context = context_of(request)
+    return json_response({"object": "list", "data": [_card(context, name) for name in context.model_names]})
 
 
 @router.get(
@@ -55,10 +56,10 @@ async def models(request: Request) -> Response:
     openapi_extra=parameter("model", "path", {"type": "string"}),
 )  # fmt: skip
 async def model(request: Request) -> Response:
-    """The served model."""
-    context = context_of(request)
-    context.check_model(request.path_params["model"])
-    return json_response(_card(context))
+    """The served model, or one of its adapters."""
+    context, name = context_of(request), request.path_params["model"]
+    context.check_model(name)
+    return json_response(_card(context, name))
 
 
 def json_response(value: Any) -> Response:
@@ -81,14 +82,14 @@ async def _respond(
         raise timeout_error(timeout or 0) from None
 
 
-def _card(context: AppContext) -> dict[str, Any]:
-    info = context.client.info
+def _card(context: AppContext, name: str) -> dict[str, Any]:
+    info, adapter = context.client.info, context.config.lora.adapters.get(name)
     return {
-        "id": context.model_name,
+        "id": name,
         "object": "model",
         "created": context.created,
         "owned_by": "ulysses_infer",
-        "root": context.config.model.path,
-        "parent": None,
+        "root": adapter or context.config.model.path,
+        "parent": context.model_name if adapter else None,
         "max_model_len": None if info is None else info.max_model_len,
     }

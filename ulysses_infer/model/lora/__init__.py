@@ -1,0 +1,1 @@
+"""Low-rank adapters beside the served weights: read at start, chosen by each request, right in every mode."""

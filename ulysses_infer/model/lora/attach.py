@@ -1,0 +1,128 @@
+"""Adapters attached to the linear layers they change, each rank with its own slice of them in every mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ulysses_infer.errors import CheckpointError
+from ulysses_infer.model.context import step_context
+from ulysses_infer.model.lora.adapter import Adapter, LowRank
+from ulysses_infer.model.matmul import linear
+from ulysses_infer.parallel.layout import Place, Span
+from ulysses_infer.parallel.sharding import Sharding
+
+
+class Slices(NamedTuple):
+    """How a linear layer is cut."""
+
+    cut: str
+    sharding: Sharding
+    base: Place
+
+
+class LayerAdapters:
+    """All adapters of one linear layer, added to its output by a forward hook; the layer itself knows nothing of them.
+
+    A column-cut layer has its own rows of `up` and computes `down` whole. A row-cut one has its own columns of `down`:
+    the sum over the TP group is taken of the few values in between, [n, r], before `up`.
+    """
+
+    def __init__(self, slices: Slices | None) -> None:
+        self._slices = slices
+        self._stored: dict[int, LowRank] = {}
+        self._views: dict[int, LowRank] = {}
+
+    def add(self, index: int, layer: LowRank) -> None:
+        """Keep this rank's base slice of an adapter under its number."""
+        if self._slices is None:
+            self._stored[index] = layer
+            return
+        spans = self._slices.sharding.base_spans(self._slices.base)
+        self._stored[index] = _narrowed(layer, self._slices.cut, spans)
+
+    def bind(self, place: Place) -> None:
+        """Use the part that `place` computes from now on."""
+        self._views = self._stored
+        if self._slices is not None:
+            spans = self._slices.sharding.local_spans(self._slices.base, place)
+            cut = self._slices.cut
+            self._views = {index: _narrowed(layer, cut, spans) for index, layer in self._stored.items()}
+
+    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """The forward hook. inputs: ([..., in],); output: [..., out], changed in place where adapters apply."""
+        context = step_context()
+        flat = inputs[0].flatten(0, -2)
+        for index, rows in context.adapters:
+            layer = self._views.get(index)
+            if layer is None:
+                continue
+            hidden = linear(flat[rows], layer.down)
+            if self._slices is not None and self._slices.cut == "row":
+                hidden = context.collectives.sum_over_tp(hidden)
+            added = linear(hidden, layer.up) * layer.scaling
+            output.view(-1, output.shape[-1]).index_add_(0, rows, added)
+        return output
+
+
+def attach(injection: Any, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device) -> None:
+    """Hook every adapter to the layers it changes; adapter `i` has number `i + 1` in step plans.
+
+    Raises `CheckpointError` for a layer that is not there, cannot have one, or has another shape.
+    """
+    hooked: dict[str, LayerAdapters] = {}
+    for index, adapter in enumerate(adapters, start=1):
+        for name, layer in adapter.layers.items():
+            module = _find(injection, adapter.name, name)
+            if name not in hooked:
+                hooked[name] = LayerAdapters(_slices(module))
+                module.register_forward_hook(hooked[name])
+                injection.bound.append(hooked[name])
+            _check(adapter.name, name, layer, module)
+            moved = LowRank(layer.down.to(device, dtype), layer.up.to(device, dtype), layer.scaling)
+            hooked[name].add(index, moved)
+
+
+def _find(injection: Any, adapter: str, name: str) -> nn.Module:
+    try:
+        module: nn.Module = injection.model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"adapter {adapter!r} changes {name}, which this model does not have") from None
+    if not (hasattr(module, "sharding") or type(module) is nn.Linear):
+        raise CheckpointError(
+            f"adapter {adapter!r} changes {name} ({type(module).__name__}); only projections of attention and "
+            "feed-forward layers can have one"
+        )
+    return module
+
+
+def _slices(module: Any) -> Slices | None:
+    return Slices(module.cut, module.sharding, module.base) if hasattr(module, "sharding") else None
+
+
+def _check(adapter: str, name: str, layer: LowRank, module: Any) -> None:
+    slices = _slices(module)
+    if slices is None:
+        fits = (layer.up.shape[0], layer.down.shape[1]) == tuple(module.weight.shape)
+    else:
+        features = layer.up.shape[0] if slices.cut == "column" else layer.down.shape[1]
+        fits = features == slices.sharding.features
+    if not fits:
+        shape = [layer.up.shape[0], layer.down.shape[1]]
+        raise CheckpointError(f"adapter {adapter!r} is for another model: it changes {name} as if it were {shape}")
+
+
+def _narrowed(layer: LowRank, cut: str, spans: Sequence[Span]) -> LowRank:
+    """The rows of `up`, or columns of `down`, at `spans`."""
+    if cut == "column":
+        return replace(layer, up=_pieces(layer.up, 0, spans))
+    return replace(layer, down=_pieces(layer.down, 1, spans))
+
+
+def _pieces(tensor: torch.Tensor, dimension: int, spans: Sequence[Span]) -> torch.Tensor:
+    parts = [tensor.narrow(dimension, span.start, span.size) for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dimension)
