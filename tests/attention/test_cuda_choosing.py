@@ -1,0 +1,109 @@
+"""Which attention a GPU gets: every refusal has its reason, and what is named is taken or refused in one line."""
+
+import dataclasses
+import itertools
+import logging
+
+import pytest
+import torch
+
+from ulysses_infer.attention import choosing
+from ulysses_infer.attention.backend import AttentionOptions, make_backend
+from ulysses_infer.attention.choosing import CAPABILITIES, AttentionNeeds, choose, make_gpu_backend
+from ulysses_infer.errors import ConfigError
+
+EVERYTHING = set(CAPABILITIES)
+HOPPER = AttentionNeeds((9, 0), torch.bfloat16, torch.bfloat16, 128, 128, block_size=256)
+
+
+def chosen(installed=EVERYTHING, name="auto", **changes):
+    return choose(name, dataclasses.replace(HOPPER, **changes), installed)
+
+
+@pytest.mark.parametrize(("changes", "wanted"), [
+    ({}, "flash_attn"),
+    ({"block_size": 16}, "flashinfer"),
+    ({"block_size": 16, "softcap": True}, "flashinfer"),
+    ({"softcap": True}, "flash_attn"),
+    ({"chunks": True}, "flex"),
+    ({"dtype": torch.float32, "cache_dtype": torch.float32}, "flex"),
+    ({"key_width": 192, "value_width": 192}, "flash_attn"),
+    ({"key_width": 192, "value_width": 128}, "flex"),
+    ({"block_size": 16, "key_width": 96, "value_width": 96}, "flex"),
+    ({"block_size": 8, "key_width": 96, "value_width": 96}, "torch"),
+    ({"cache_dtype": torch.float8_e4m3fn}, "torch"),
+    ({"capability": (7, 5)}, "flex"),
+])  # fmt: skip
+def test_auto_takes_the_first_that_can(changes, wanted):
+    choice = chosen(**changes)
+    assert choice.name == wanted
+    assert list(choice.passed_over) == list(CAPABILITIES)[: list(CAPABILITIES).index(wanted)]
+    assert all(choice.passed_over.values())
+
+
+@pytest.mark.parametrize(("changes", "wanted"), [
+    ({}, "varlen"), ({"softcap": True}, "flex"), ({"block_size": 16}, "flex"), ({"block_size": 4}, "torch"),
+])  # fmt: skip
+def test_without_extra_libraries_torch_has_something_for_everything(changes, wanted):
+    choice = chosen(installed={"varlen", "flex", "torch"}, **changes)
+    assert choice.name == wanted
+    assert choice.passed_over["flash_attn"] == "flash_attn is not installed"
+
+
+@pytest.mark.parametrize(("name", "changes", "why"), [
+    ("varlen", {"softcap": True}, "it has no soft cap"),
+    ("varlen", {"block_size": 16}, "cache.block_size is 16, not a multiple of 256"),
+    ("flash_attn", {"chunks": True}, "it has no chunked attention"),
+    ("flashinfer", {"key_width": 80, "value_width": 80}, "heads are 80 and 80 wide"),
+    ("flex", {"block_size": 24}, "not a power of two from 16 up"),
+    ("native", {}, "a GPU runs flash_attn, flashinfer, varlen, flex, torch"),
+    ("magic", {}, "a GPU runs flash_attn"),
+])  # fmt: skip
+def test_what_is_named_and_cannot_is_refused_with_the_reason(name, changes, why):
+    with pytest.raises(ConfigError) as refusal:
+        chosen(name=name, **changes)
+    message = str(refusal.value)
+    assert message.startswith(f"runtime.attention_backend is {name}, but ")
+    assert why in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", set(CAPABILITIES) - {"torch"})
+def test_what_is_named_and_not_installed_is_refused(name):
+    with pytest.raises(ConfigError, match="is not installed; use auto"):
+        chosen(name=name, installed={"torch"})
+
+
+def test_every_need_is_met_by_something():
+    for dtype, width, block, softcap, chunks in itertools.product(
+        (torch.float32, torch.bfloat16), (64, 80, 512), (1, 16, 256), (False, True), (False, True)
+    ):
+        changes = {"dtype": dtype, "key_width": width, "block_size": block, "softcap": softcap, "chunks": chunks}
+        assert chosen(**changes).name in CAPABILITIES
+
+
+def test_needs_are_what_any_layer_asks_for():
+    layers = [AttentionOptions(1.0, softcap=50.0), AttentionOptions(1.0, sliding_window=8, chunk_size=512)]
+    rest = ((9, 0), torch.bfloat16, torch.bfloat16, 128, 128, 16)
+    needs = AttentionNeeds.of(layers, 1024, *rest)
+    assert (needs.softcap, needs.chunks) == (True, True)
+    assert not AttentionNeeds.of(layers, 512, *rest).chunks, "no sequence outgrows a chunk"
+    assert not AttentionNeeds.of(layers[1:], 1024, *rest).softcap
+
+
+def test_the_log_names_the_choice_and_the_others_faults(caplog, monkeypatch):
+    monkeypatch.setattr(choosing, "installed_backends", lambda: {"torch"})
+    with caplog.at_level(logging.INFO):
+        backend = make_gpu_backend("auto", torch.device("cpu"), HOPPER)
+    assert backend.name == "torch"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING, "it is slow, and nobody asked for it"
+    assert record.getMessage() == (
+        "attention runs on torch (not flash_attn: flash_attn is not installed; not flashinfer: flashinfer is not "
+        "installed; not varlen: torch.nn.attention.varlen is not installed; not flex: triton is not installed)"
+    )
+
+
+def test_a_gpus_backend_is_refused_on_a_cpu():
+    with pytest.raises(ConfigError, match=r"runtime\.attention_backend is 'varlen'"):
+        make_backend("varlen", torch.device("cpu"))

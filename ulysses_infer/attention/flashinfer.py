@@ -1,0 +1,168 @@
+"""Paged attention by the `flashinfer` library: each kind of layer is planned once a step and run layer by layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.attention.kernels import HostSequences, KernelAttention, KernelSequences, running_sums, with_sinks
+
+WORKSPACE_BYTES = 128 * 1024 * 1024  # what the library recommends
+TENSOR_CORE_GROUP = 4  # from this many query heads a KV head on, decodes are faster as small matrix products
+
+
+class PlanKey(NamedTuple):
+    """What a plan is made for: layers alike in all of this share it."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    width: int
+    block_size: int
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    scaling: float
+    window_left: int
+    softcap: float
+
+
+class Pages(NamedTuple):
+    """Block tables as the library takes them, on the host, int32."""
+
+    indptr: torch.Tensor  # [N + 1], where each sequence's pages start
+    indices: torch.Tensor  # [indptr[N]], the pages of all sequences
+    last_page_len: torch.Tensor  # [N], tokens in the last page of each
+
+
+class FlashInferAttention(KernelAttention):
+    """The library's wrappers for decode and for prefill; windows and soft cap are theirs, sinks come from their sums.
+
+    Captured steps have wrappers of their own, one a number of sequences and kind of layer, whose plans live in fixed
+    memory; a rank has the same heads in every mode, so the modes share them.
+    """
+
+    name = "flashinfer"
+
+    def __init__(self, library: Any, device: torch.device) -> None:
+        """library: the module `flashinfer`."""
+        self._library = library
+        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._planned_for: KernelSequences | None = None
+        self._plans: dict[PlanKey, Any] = {}
+        self._captured: dict[int, dict[PlanKey, Any]] = {}
+        self._wrappers: dict[tuple[bool, PlanKey], Any] = {}
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        sequences = metadata.kernel
+        assert sequences is not None
+        planned = self._planned(sequences, _key(query, keys, options))
+        if options.sinks is None:
+            output: torch.Tensor = planned.run(query, (keys, values))
+            return output
+        output, log2_sum = planned.run(query, (keys, values), return_lse=True)  # [T, Hq, d] and [T, Hq], to base 2
+        return with_sinks(output, log2_sum * math.log(2.0), options.sinks)
+
+    def replan(self, host: HostSequences) -> None:
+        """See `KernelAttention.replan`."""
+        for key, wrapper in self._captured[len(host.context_lens)].items():
+            _plan_decode(wrapper, host, key)
+
+    def _planned(self, sequences: KernelSequences, key: PlanKey) -> Any:
+        """The wrapper that runs layers of kind `key` in this step, planned."""
+        if sequences.captured:
+            plans = self._captured.setdefault(sequences.num_sequences, {})
+        else:
+            if self._planned_for is not sequences:
+                self._planned_for, self._plans = sequences, {}
+            plans = self._plans
+        if key not in plans:
+            plans[key] = self._plan(sequences, key)
+        return plans[key]
+
+    def _plan(self, sequences: KernelSequences, key: PlanKey) -> Any:
+        if sequences.captured:
+            wrapper = self._captured_wrapper(sequences, key)
+            _plan_decode(wrapper, sequences.host, key)
+            return wrapper
+        slot = (sequences.decodes_only, key)
+        if slot not in self._wrappers:
+            self._wrappers[slot] = self._wrapper(*slot)
+        wrapper = self._wrappers[slot]
+        plan = _plan_decode if sequences.decodes_only else _plan_prefill
+        plan(wrapper, sequences.host, key)
+        return wrapper
+
+    def _wrapper(self, decodes_only: bool, key: PlanKey) -> Any:
+        if not decodes_only:
+            return self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
+        return self._library.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace, "NHD", use_tensor_cores=_in_tensor_cores(key)
+        )
+
+    def _captured_wrapper(self, sequences: KernelSequences, key: PlanKey) -> Any:
+        count, device = sequences.num_sequences, self._workspace.device
+
+        def fixed(size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        return self._library.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace, "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=_in_tensor_cores(key),
+            paged_kv_indptr_buffer=fixed(count + 1),
+            paged_kv_indices_buffer=fixed(sequences.block_tables.numel()),
+            paged_kv_last_page_len_buffer=fixed(count),
+        )  # fmt: skip
+
+
+def pages_of(host: HostSequences, block_size: int) -> Pages:
+    """The used part of the block tables, sequence by sequence."""
+    counts = -(-host.context_lens // block_size)
+    used = np.arange(host.block_tables.shape[1]) < counts[:, None]
+    last = host.context_lens - (counts - 1) * block_size
+    arrays = running_sums(counts), host.block_tables[used], last
+    return Pages(*(torch.from_numpy(array.astype(np.int32)) for array in arrays))
+
+
+def _key(query: torch.Tensor, keys: torch.Tensor, options: AttentionOptions) -> PlanKey:
+    window = -1 if options.sliding_window is None else options.sliding_window - 1
+    return PlanKey(
+        query.shape[1], keys.shape[2], query.shape[2], keys.shape[1], query.dtype, keys.dtype, options.scaling, window,
+        options.softcap or 0.0,
+    )  # fmt: skip
+
+
+def _in_tensor_cores(key: PlanKey) -> bool:
+    return key.num_attention_heads // key.num_key_value_heads >= TENSOR_CORE_GROUP
+
+
+def _plan_decode(wrapper: Any, host: HostSequences, key: PlanKey) -> None:
+    wrapper.plan(
+        *pages_of(host, key.block_size), key.num_attention_heads, key.num_key_value_heads, key.width, key.block_size,
+        **_common(key),
+    )  # fmt: skip
+
+
+def _plan_prefill(wrapper: Any, host: HostSequences, key: PlanKey) -> None:
+    wrapper.plan(
+        torch.from_numpy(running_sums(host.query_lens)), *pages_of(host, key.block_size),
+        key.num_attention_heads, key.num_key_value_heads, key.width, key.block_size, causal=True, **_common(key),
+    )  # fmt: skip
+
+
+def _common(key: PlanKey) -> dict[str, Any]:
+    return {
+        "sm_scale": key.scaling, "window_left": key.window_left, "logits_soft_cap": key.softcap,
+        "q_data_type": key.dtype, "kv_data_type": key.cache_dtype,
+    }  # fmt: skip
