@@ -1,0 +1,318 @@
+"""tools/compare_peers: the arithmetic, the report, and the processes, with a peer that only pretends to compute."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tools.compare_peers.__main__ import parse, parse_work
+from tools.compare_peers.catalogue import CONTENDERS, LIMITS, Program, Setting
+from tools.compare_peers.environments import COMPLETE, RECIPES, UnavailableError, last_error, prepare
+from tools.compare_peers.floors import Floors, Sizes, floors
+from tools.compare_peers.measuring import Field, Measured, Repeat, Work, first_tokens, run_rounds
+from tools.compare_peers.processes import Worker
+from tools.compare_peers.report import METRICS, as_values, best_of_ours, cells, markdown, notes, same_tokens, table
+from tools.compare_peers.workers.gguf_file import gguf_name, interleaved
+
+FAKE = """
+import os
+from tools.compare_peers.asking import serve
+
+def start(options):
+    if options.get("refuses"):
+        raise RuntimeError(options["refuses"])
+    def measure(task):
+        if options.get("dies"):
+            os._exit(7)
+        if not task:
+            return {"bandwidth": 10e9, "matmul": 1e12}
+        length = task["output_len"] - options.get("short", 0)
+        tokens = [[options["token"]] * length for _ in task["prompts"]]
+        return {"first": 0.25, "seconds": 0.25 + 0.5 * (task["output_len"] - 1), "tokens": tokens}
+    return measure, "1.0"
+
+serve(start)
+"""
+SETTING = Setting(Path("unused"), "bfloat16", 2, 64, 4, Path("unused"))
+LONE, TOGETHER = Work(1, 8, 3), Work(4, 6, 5)
+
+
+def fake(**options: Any) -> Program:
+    return Program([sys.executable, "-c", FAKE], {"token": 5, **options})
+
+
+def children() -> set[int]:
+    return {process.pid for process in psutil.Process().children()}
+
+
+def becomes_stopped(process: psutil.Process) -> bool:
+    deadline = time.monotonic() + 10
+    while process.status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return process.status() == psutil.STATUS_STOPPED
+
+
+def repeat(ttft: float, tpot: float, throughput: float) -> Repeat:
+    return Repeat(ttft, tpot, throughput, foreign_cores=0.02)
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_stopped_unless_it_is_asked_and_leaves_nothing(tmp_path: Path) -> None:
+    before = children()
+    worker = Worker("fake", fake(), tmp_path / "log", seconds=60)
+    (process,) = map(psutil.Process, children() - before)
+
+    assert becomes_stopped(process)
+    with worker.awake():
+        answer = worker.ask(LONE.task(10, 0))
+    assert becomes_stopped(process)
+    worker.end()
+
+    assert (worker.version, answer["tokens"]) == ("1.0", [[5, 5, 5]])
+    assert not process.is_running()
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        (fake(refuses="no\nmemory"), "RuntimeError: no memory"),
+        (Program([sys.executable, "-c", "import nothing_of_this_name"], {}), "No module named 'nothing_of_this_name'"),
+        (Program([sys.executable, "-c", "import time; time.sleep(60)"], {}), "did not start in time"),
+    ],
+)
+def test_a_peer_that_does_not_start_says_why_in_one_line(tmp_path: Path, program: Program, reason: str) -> None:
+    patience, before = 1 if "time.sleep" in program.command[-1] else 60, children()
+
+    with pytest.raises(UnavailableError, match=reason) as caught:
+        Worker("fake", program, tmp_path / "log", patience)
+
+    assert "\n" not in str(caught.value)
+    assert children() == before
+
+
+def test_rounds_go_on_without_the_peers_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(setting: Setting) -> Program:
+        raise UnavailableError("pip install: no such package")
+
+    programs = {
+        LIMITS: lambda setting: fake(), "ours": lambda setting: fake(), "vllm": not_installed,
+        "transformers": lambda setting: fake(dies=True), "llama.cpp": lambda setting: fake(short=1),
+    }  # fmt: skip
+    monkeypatch.setattr("tools.compare_peers.measuring.PROGRAMS", programs)
+    contenders = {name: CONTENDERS[name] for name in ("ours-tp", "ours-sp", "vllm", "transformers", "llama.cpp")}
+    measured, said, before = Measured(), [], children()
+    field = Field(SETTING, tmp_path, 60, measured, said.append)
+
+    with field.started(programs):
+        run_rounds(field, contenders, measured, LONE, TOGETHER, 10, 2, said.append)
+
+    assert {name: len(own) for name, own in measured.repeats.items()} == {"ours-tp": 2, "ours-sp": 2}
+    found = measured.repeats["ours-tp"][0]
+    assert (found.ttft, found.tpot) == (0.25, 0.5)
+    assert found.throughput == pytest.approx(4 * (6 + 5) / 2.25)
+    assert measured.limits == [{"bandwidth": 10e9, "matmul": 1e12}] * 2
+    assert measured.unavailable["vllm"] == "pip install: no such package"
+    assert "ended" in measured.unavailable["transformers"]
+    assert "gave [2] tokens for 1 prompts, not 3" in measured.unavailable["llama.cpp"]
+    assert children() == before
+
+
+def test_tokens_that_differ_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = {LIMITS: 0, "transformers": 5, "ours": 5, "llama.cpp": 6}
+    programs = {name: lambda setting, token=token: fake(token=token) for name, token in tokens.items()}
+    monkeypatch.setattr("tools.compare_peers.measuring.PROGRAMS", programs)
+    contenders = {name: CONTENDERS[name] for name in ("ours-tp", "transformers", "llama.cpp")}
+
+    found = first_tokens(SETTING, contenders, tmp_path, 60, LONE, 10, lambda text: None)
+
+    assert found == {"ours-tp": [5] * 3, "transformers": [5] * 3, "llama.cpp": [6] * 3}
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(same_tokens(found))
+    verdicts = [line.split()[-1] for line in console.export_text().splitlines() if "5 5 5" in line or "6 6 6" in line]
+    assert verdicts == ["yes", "yes", "NO"]
+
+
+# -- environments --------------------------------------------------------------------------------------------------
+
+
+def test_an_environment_that_is_complete_is_not_made_again(tmp_path: Path) -> None:
+    recipe = RECIPES["vllm"]
+    (tmp_path / COMPLETE).write_text(json.dumps({"installs": recipe.installs, "removes": recipe.removes}))
+
+    assert prepare("vllm", tmp_path) == tmp_path / "bin" / "python"
+    assert list(tmp_path.iterdir()) == [tmp_path / COMPLETE]
+
+
+def test_torch_is_installed_before_what_would_bring_another_build() -> None:
+    assert RECIPES["vllm"].installs[0] == ("torch==2.13.0",)
+
+
+def test_the_line_that_matters_of_a_log_is_the_last_error() -> None:
+    assert last_error("a\nERROR: no wheel\nnote: see above\n\n") == "ERROR: no wheel"
+    assert last_error("one\ntwo\n") == "two"
+    assert last_error("") == ""
+
+
+# -- floors --------------------------------------------------------------------------------------------------------
+
+SHAPE = {
+    "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16,
+    "num_hidden_layers": 3, "vocab_size": 32,
+}  # fmt: skip
+
+
+def test_sizes_are_those_of_the_matrices() -> None:
+    sizes = Sizes.of(SHAPE)
+
+    attention = 8 * 8 + 2 * (8 * 4) + 8 * 8  # q, k and v, o
+    assert sizes.layer_weights == attention + 3 * 8 * 16
+    assert sizes.weights == 3 * sizes.layer_weights + 8 * 32
+    assert sizes.decode_bytes(2, 10, 2) == 2 * (sizes.weights + 2 * 10 * 3 * 8)
+
+
+def test_prefill_counts_every_pair_of_tokens_once() -> None:
+    sizes = Sizes.of(SHAPE)
+    pairs = sum(position + 1 for position in range(5))
+
+    expected = 3 * (2 * sizes.layer_weights * 5 + 4 * 8 * pairs) + 2 * 8 * 32
+
+    assert sizes.prefill_operations(5) == expected
+
+
+@given(bandwidth=st.floats(1e3, 1e12), matmul=st.floats(1e3, 1e15))
+def test_a_faster_machine_never_has_a_higher_floor(bandwidth: float, matmul: float) -> None:
+    slow = floors(Sizes.of(SHAPE), LONE, TOGETHER, bandwidth, matmul)
+    fast = floors(Sizes.of(SHAPE), LONE, TOGETHER, 2 * bandwidth, 2 * matmul)
+
+    assert fast.ttft == pytest.approx(slow.ttft / 2)
+    assert fast.tpot == pytest.approx(slow.tpot / 2)
+    assert fast.throughput == pytest.approx(slow.throughput * 2)
+
+
+# -- report --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured() -> Measured:
+    return Measured(
+        repeats={
+            "ours-tp": [repeat(0.1, 0.01, 900), repeat(0.3, 0.02, 1100), repeat(0.2, 0.03, 1000)],
+            "ours-sp": [repeat(0.08, 0.04, 1300)],
+            "vllm": [repeat(0.2, 0.05, 1000)],
+            "transformers": [repeat(0.1, 0.08, 400)],
+        },
+        versions={LIMITS: "2", "vllm": "0.32"},
+        unavailable={"llama.cpp": "no compiler"},
+        limits=[{"bandwidth": bandwidth, "matmul": 1e12} for bandwidth in (1e9, 3e9, 2e9)],
+    )
+
+
+def test_ratios_are_of_medians_to_the_best_peer_of_each_metric(measured: Measured) -> None:
+    ttft, tpot, throughput = (cells(measured, metric, Floors(0.05, 0.01, 2000)) for metric in METRICS)
+
+    assert (ttft["ours-tp"].median, ttft["ours-tp"].low, ttft["ours-tp"].high) == pytest.approx((200, 100, 300))
+    assert ttft["ours-tp"].ratio == pytest.approx(2)  # transformers is the best of the peers here
+    assert tpot["ours-tp"].ratio == pytest.approx(0.4)  # and vLLM here
+    assert throughput["ours-sp"].ratio == pytest.approx(1.3)
+    assert (ttft["vllm"].share, throughput["vllm"].share) == pytest.approx((0.25, 0.5))
+    assert list(ttft) == ["ours-tp", "ours-sp", "vllm", "transformers"]
+
+
+def test_the_best_of_ours_is_chosen_for_each_metric(measured: Measured) -> None:
+    best = [best_of_ours(measured, metric) for metric in METRICS]
+
+    assert [found[0] for found in best if found] == ["ours-sp", "ours-tp", "ours-sp"]
+
+
+def test_without_any_peer_there_is_no_ratio() -> None:
+    alone = Measured(repeats={"ours-tp": [repeat(0.1, 0.01, 900)]})
+
+    assert cells(alone, METRICS[0], None)["ours-tp"].ratio is None
+    assert all("best peer (" not in line for line in notes(alone))
+
+
+def test_the_report_names_who_is_missing_and_why(measured: Measured) -> None:
+    text = "\n".join(notes(measured))
+
+    assert "llama.cpp: not measured: no compiler" in text
+    assert "memory read at 2.0 GB/s" in text
+    assert "0.40 x the best peer (TP over the ranks)" in text
+    assert "other programs kept 0.02 cores busy (median), 0.02 at most\n" in text
+
+
+def test_table_markdown_and_json_say_the_same(measured: Measured) -> None:
+    limits = Floors(0.05, 0.01, 2000)
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(table(measured, limits))
+    printed, page = console.export_text(), markdown("a title", measured, limits)
+    values = json.loads(json.dumps(as_values(measured, limits)))
+
+    for text in (printed, page):
+        assert "900..1100" in text
+        assert "1.30x" in text
+        assert "the machine's limit" in text
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {11}
+    assert values["contenders"]["ours-sp"]["tokens_per_second"]["ratio"] == pytest.approx(1.3)
+    assert values["contenders"]["ours-tp"]["repeats"][1]["ttft"] == 0.3
+    assert values["unavailable"] == {"llama.cpp": "no compiler"}
+
+
+# -- arguments -----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 99), st.integers(1, 9999), st.integers(2, 999))
+def test_work_is_read_as_it_is_written(count: int, given_tokens: int, wanted: int) -> None:
+    assert parse_work(f"{count}x{given_tokens}/{wanted}") == Work(count, given_tokens, wanted)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--peers", "vllm,nobody"], ["--models", "llama-7b"], ["--lone", "512"], ["--together", "32x256/1"], ["policy"]],
+)
+def test_an_argument_that_means_nothing_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+
+    assert "error: " in capsys.readouterr().err
+
+
+def test_prompts_are_equal_for_every_contender_and_differ_between_rounds() -> None:
+    assert LONE.task(100, 3) == LONE.task(100, 3)
+    assert LONE.task(100, 3) != LONE.task(100, 4)
+    assert max(map(max, TOGETHER.task(10, 0)["prompts"])) < 10
+
+
+# -- GGUF ----------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_get_llama_cpp_names() -> None:
+    assert gguf_name("model.layers.11.mlp.down_proj.weight") == "blk.11.ffn_down.weight"
+    assert gguf_name("model.layers.0.post_attention_layernorm.weight") == "blk.0.ffn_norm.weight"
+    assert gguf_name("lm_head.weight") == "output.weight"
+
+
+def test_interleaved_rows_make_rotary_pairs_neighbours() -> None:
+    heads, dim = 3, 8
+    weight = np.arange(heads * dim)[:, None]
+
+    rows = interleaved(weight, heads).reshape(heads, dim)
+
+    # transformers turns row i with row i + dim / 2 of a head, llama.cpp row 2 i with row 2 i + 1
+    for head in range(heads):
+        pairs = rows[head].reshape(-1, 2)
+        assert (pairs[:, 1] - pairs[:, 0] == dim // 2).all()
+        assert sorted(rows[head]) == list(range(head * dim, (head + 1) * dim))

@@ -1,0 +1,1 @@
+"""One module for each engine, run as a process of its own in that engine's virtual environment."""
