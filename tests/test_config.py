@@ -535,10 +535,6 @@ class TestUnavailable:
         ("override", "message"),
         [
             ("parallel.dp=2", "parallel.dp = 2: replicas are for serve, which has a router; use 1 here"),
-            (
-                "parallel.expert_placement=expert",
-                "parallel.expert_placement = expert is not available yet; use replicate",
-            ),
         ],
     )
     def test_feature_not_there_yet_is_refused_by_name(self, override, message):

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, Qwen3Config
 
 from ulysses_infer.config import load_config, refuse_unavailable
+from ulysses_infer.model.model import Blueprint
+from ulysses_infer.model.quantization.linear import QuantizedLinear
 from ulysses_infer.parallel.layout import Mode, check_heads, check_mode, even_span, key_value_span
 
 ROOT = Path(__file__).parents[1]
@@ -140,9 +144,36 @@ def test_weights_of_a_rank_leave_room_for_the_cache(name):
     assert config.model.max_model_len * token_bytes < left
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if "fp8" in name])
-def test_recipe_of_a_feature_not_there_yet_says_so(name):
-    assert "NOT AVAILABLE YET: FP8" in (ROOT / "recipes" / f"{name}.yaml").read_text()
+QUANTIZED = {
+    "llama-3.3-70b-fp8-8xh200": (LlamaConfig, {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"], "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}},
+        },
+    }),
+    "qwen3-32b-fp8-8xh200": (Qwen3Config, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_weights_take_their_published_bytes_and_are_cut_at_whole_blocks(name):
+    """What the loader would keep of the public checkpoint, counted on its true shape without any memory."""
+    config, shape, (kind, quantization) = load_config(ROOT / "recipes" / f"{name}.yaml"), SHAPES[name], QUANTIZED[name]
+    published = kind(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads,
+        head_dim=shape.head_dim, max_position_embeddings=shape.positions, dtype="bfloat16", tie_word_embeddings=False,
+        quantization_config=quantization,
+    )  # fmt: skip
+    layout = config.parallel.layout
+    plan = Blueprint(published, dict, config.model, layout, 3, torch.device("cpu"))
+    elsewhere = shape.vocabulary * shape.hidden * 2 * 7 / 8  # of the head, a rank has its own rows alone
+    assert plan.weight_bytes + elsewhere == pytest.approx(shape.weight_bytes, rel=0.01)
+    layers = [module for module in plan.injection.model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(layers) == 7 * shape.layers
+    for mode in config.parallel.available_modes:
+        plan.injection.bind(layout.place(mode, 3))
+        for _, piece in (product for layer in layers for product in layer._products):
+            assert not any(number % 128 for number in (*piece.rows, *piece.columns))
 
 
 def test_demo_shifts_between_prompt_and_decode_steps():

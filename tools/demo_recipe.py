@@ -74,15 +74,15 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
-def load_recipe(path: str | None, overrides: list[str]) -> Recipe:
-    """Defaults, then the recipe file, then the command line; an unknown key is refused."""
-    schema = OmegaConf.structured(Recipe)
+def load_recipe(path: str | None, overrides: list[str], recipe: type[Any] = Recipe) -> Any:
+    """A `recipe`: its defaults, then the recipe file, then the command line; an unknown key is refused."""
+    schema = OmegaConf.structured(recipe)
     known = list(dotted_keys(_plain(schema)))
     layers = [OmegaConf.load(path)] if path else []
     for layer in [*layers, OmegaConf.from_dotlist(overrides)]:
         reject_unknown_keys(_plain(layer), known)
         schema = OmegaConf.merge(schema, layer)
-    return cast(Recipe, OmegaConf.to_object(schema))
+    return OmegaConf.to_object(schema)
 
 
 def _plain(tree: Any) -> Mapping[str, object]:
@@ -107,11 +107,11 @@ def reject_unknown_keys(layer: Mapping[str, object], known: list[str]) -> None:
             sys.exit(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
 
 
-def parse_arguments(description: str, argv: list[str]) -> Recipe:
+def parse_arguments(description: str, argv: list[str], recipe: type[Any] = Recipe) -> Any:
     """The command line; the DeepSpeed launcher puts `--local_rank=i` before what the user wrote."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", help="recipe (YAML)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args(argv)
-    return load_recipe(arguments.config, arguments.overrides)
+    return load_recipe(arguments.config, arguments.overrides, recipe)

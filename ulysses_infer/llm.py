@@ -17,19 +17,23 @@ class LLM:
         self.engine: InferenceEngine = init_inference(model, config, **overrides)
 
     def generate(
-        self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; see `InferenceEngine.generate`."""
-        return self.engine.generate(prompts, sampling_params)
+        return self.engine.generate(prompts, sampling_params, adapter=adapter)
 
     def chat(
         self,
         messages: list[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of message dicts) or a list of conversations."""
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        return self.engine.generate(conversations, sampling_params)
+        return self.engine.generate(conversations, sampling_params, adapter=adapter)
 
     def shutdown(self) -> None:
         """Stop the engine and its processes."""

@@ -29,5 +29,5 @@ class FakeCollectives:
 @contextmanager
 def step(collectives: Any, **fields: Any) -> Any:
     """Run layers inside a step that knows `collectives` and whatever else is given."""
-    with running(SimpleNamespace(collectives=collectives, **fields)):  # type: ignore[arg-type]
+    with running(SimpleNamespace(collectives=collectives, **{"matmul": None, **fields})):  # type: ignore[arg-type]
         yield

@@ -26,7 +26,7 @@ def shifted(request: pytest.FixtureRequest) -> ShiftModel:
     perturb(model)
     model.to(request.param)
     settings = ModelConfig(path="in memory")
-    return Blueprint.of_pretrained(model, settings, Layout(Mode(2, 2)), 1, torch.device("cpu")).load()
+    return Blueprint.of_pretrained(model, settings, Layout(Mode(2, 2)), 1, torch.device("cpu")).load(fuse=False)
 
 
 def leak_neighbours(module: Any) -> None:

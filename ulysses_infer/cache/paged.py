@@ -8,6 +8,9 @@ import torch
 
 from ulysses_infer.errors import ConfigError
 
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -34,22 +37,41 @@ class CacheShape:
 class PagedCache:
     """keys[layer], values[layer]: [num_blocks, block_size, Hkv, width], Hkv the heads of this rank's shard."""
 
-    def __init__(self, shape: CacheShape, num_blocks: int, device: torch.device) -> None:
-        self.shape, self.num_blocks = shape, num_blocks
-        self.keys = [self._allocate(shape.key_width, device) for _ in range(shape.num_layers)]
-        self.values = [self._allocate(shape.value_width, device) for _ in range(shape.num_layers)]
+    def __init__(self, shape: CacheShape, num_blocks: int, device: torch.device, scratch_blocks: int = 0) -> None:
+        """`scratch_blocks` more than the allocator knows of, for rows that only pad a step."""
+        self.shape, self.num_blocks, self.device = shape, num_blocks, device
+        self._scratch_blocks = scratch_blocks
+        self.take()
 
-    def _allocate(self, width: int, device: torch.device) -> torch.Tensor:
+    def take(self) -> None:
+        """Take the memory; what the blocks hold is undefined."""
+        self.keys = [self._allocate(self.shape.key_width) for _ in range(self.shape.num_layers)]
+        self.values = [self._allocate(self.shape.value_width) for _ in range(self.shape.num_layers)]
+
+    def release(self) -> None:
+        """Give the memory back, until `take`."""
+        self.keys, self.values = [], []
+
+    def _allocate(self, width: int) -> torch.Tensor:
         shape = self.shape
         # Not touched until written: on a CPU the pages are only taken as blocks are first used.
         return torch.empty(
-            self.num_blocks, shape.block_size, shape.num_key_value_heads, width, dtype=shape.dtype, device=device
+            self.num_blocks + self._scratch_blocks, shape.block_size, shape.num_key_value_heads, width,
+            dtype=shape.dtype, device=self.device,
         )
 
     def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the step's keys and values. slots: [T]; key: [T, Hkv, d]; value: [T, Hkv, dv]."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, key.to(self.shape.dtype))
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, value.to(self.shape.dtype))
+        for cached, new in ((self.keys[layer], key), (self.values[layer], value)):
+            if cached.dtype == FP8:  # what it cannot hold becomes the largest that it can; torch copies it as bytes
+                new, cached = new.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8), cached.view(torch.uint8)
+            cached.flatten(0, 1).index_copy_(0, slots, new.to(cached.dtype))
+
+    @property
+    def scratch_block(self) -> int:
+        """The first scratch block."""
+        assert self._scratch_blocks > 0
+        return self.num_blocks
 
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [n, Hkv, d] and values [n, Hkv, dv] at `slots`; for tests and tools."""

@@ -19,6 +19,12 @@ def root_hash(salt: str = "") -> bytes:
     return hashlib.blake2b(salt.encode(), digest_size=DIGEST_SIZE).digest()
 
 
+def prefix_salt(salt: str, adapter: str | None) -> str:
+    """The salt of a request's blocks: what an adapter computed is of no use without it, nor without the user's salt."""
+    given = f"salt {salt}" if salt else ""
+    return given if adapter is None else f"adapter {adapter!r} {given}"
+
+
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """The name of a full block: `token_ids` after the block named `parent`."""
     return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=DIGEST_SIZE).digest()

@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ulysses_infer.errors import RequestError
 from ulysses_infer.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from ulysses_infer.engine.engine import Engine
+
+
+class Work(NamedTuple):
+    """One prompt and how to complete it."""
+
+    prompt: Any
+    params: SamplingParams
+    adapter: str | None
+
+    def add_to(self, engine: Engine) -> str:
+        """Queue it; returns its request id. Raises `RequestError`."""
+        return engine.add(self.prompt, self.params, adapter=self.adapter)
+
+
+def work_of(prompts: Any, sampling_params: Any, adapter: Any) -> list[Work]:
+    """What `generate` was given, one a prompt. Raises `RequestError`."""
+    listed = as_prompts(prompts)
+    params = params_for(listed, sampling_params)
+    return [Work(*parts) for parts in zip(listed, params, _adapters_for(listed, adapter), strict=True)]
+
+
+def _adapters_for(prompts: list[Any], adapter: Any) -> list[str | None]:
+    if not isinstance(adapter, list | tuple):
+        return [adapter] * len(prompts)
+    if len(adapter) != len(prompts):
+        raise RequestError(f"{len(adapter)} adapters for {len(prompts)} prompts; give one for all, or one each")
+    return list(adapter)
 
 
 def as_prompts(prompts: Any) -> list[Any]:
@@ -37,7 +67,7 @@ def as_params(given: Any) -> SamplingParams:
     return given
 
 
-def arrivals_for(prompts: list[Any], arrival_steps: Sequence[int] | None) -> list[int]:
+def arrivals_for(prompts: Sequence[Any], arrival_steps: Sequence[int] | None) -> list[int]:
     """The step at which each prompt arrives, 0 where nothing is said. Raises `RequestError`."""
     if arrival_steps is None:
         return [0] * len(prompts)

@@ -297,6 +297,9 @@ def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:
         "rank_order": worker.groups.layout.rank_order,
         "threads": torch.get_num_threads(),
         "attention": worker.backend.name,
+        "matmul": "torch" if worker.matmul is None else worker.matmul.name,
+        "collectives": "torch" if worker.groups.memory is None else "shared_memory",
+        "fused": model.decoder is not None,
         "cache": {
             "dtype": str(worker.cache.shape.dtype).removeprefix("torch."), "block_size": worker.cache.shape.block_size,
         },

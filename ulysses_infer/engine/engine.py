@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from ulysses_infer.cache.blocks import BlockAllocator
+from ulysses_infer.cache.prefix import prefix_salt
 from ulysses_infer.config import Config, PolicyConfig
 from ulysses_infer.engine.batch import Batch
 from ulysses_infer.engine.calibration import Calibration
 from ulysses_infer.engine.channel import STEP
 from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.detokenizer import Detokenizer
+from ulysses_infer.engine.expert_load import expert_load
 from ulysses_infer.engine.plan import StepPlan, make_plan
 from ulysses_infer.engine.policies import AdaptivePolicy, Decision, Policy, make_policy
 from ulysses_infer.engine.prompts import PromptReader
@@ -22,6 +24,7 @@ from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.results import StepResults
 from ulysses_infer.engine.scheduler import Scheduler
 from ulysses_infer.engine.setup import Rank
+from ulysses_infer.engine.sleep import SleepState
 from ulysses_infer.engine.start_policy import keep_profile, start_policy
 from ulysses_infer.engine.stats import StepRecord, StepStats
 from ulysses_infer.errors import RequestError
@@ -41,12 +44,14 @@ class Engine:
     def __init__(self, config: Config, rank: Rank, prompts: PromptReader, text: bool = True) -> None:
         """`text`: whether outputs carry text; without it only stop strings are looked for."""
         self.config, self.worker, self.channel, self.prompts = config, rank.worker, rank.channel, prompts
+        self._rank = rank
         self._decoder = prompts.decoder if text else None
         cache = rank.worker.cache
         allocator = BlockAllocator(cache.num_blocks, cache.shape.block_size, config.cache.enable_prefix_caching)
         self.scheduler = Scheduler(config.scheduler, allocator, rank.worker.model.shape.max_model_len)
         self.policy: Policy = self._make_policy(config.policy)
         self.stats = StepStats()
+        self.sleep = SleepState()
         self._completions: dict[str, Completion] = {}
         self._owners: dict[int, tuple[Completion, Sequence]] = {}
         self._row_readers: set[int] = set()  # requests for which the best token of a row is not enough
@@ -141,12 +146,14 @@ class Engine:
 
     def add(
         self, prompt: Any, params: SamplingParams, request_id: str | None = None, priority: int = 0,
-        cache_salt: str = "",
+        cache_salt: str = "", adapter: str | None = None,
     ) -> str:  # fmt: skip
         """Queue a prompt (text, token ids, or chat messages); returns its request id.
 
+        `adapter`: the name of a LoRA adapter for its tokens to go through, one of `lora.adapters`.
         Raises `RequestError`, and nothing is queued, if any part of it is invalid.
         """
+        self.sleep.check_awake()
         arrival = time.monotonic()
         params = params.clone()
         params.validate_for(self.worker.model.shape.vocab_size)
@@ -157,14 +164,17 @@ class Engine:
         completion = Completion(name, text, token_ids, params)
         completion.prompt_logprobs = None if params.prompt_logprobs is None else [None]
         seed = self.prompts.seed(params)
+        number = self._adapter_number(adapter)
+        salt = prefix_salt(cache_salt, adapter)
         for index in range(params.n):
-            self._add_sequence(completion, index, derive_seed(seed, index), arrival, priority, cache_salt)
+            self._add_sequence(completion, index, derive_seed(seed, index), arrival, priority, salt, number)
         self._completions[name] = completion
         return name
 
     def _add_sequence(
-        self, completion: Completion, index: int, seed: int, arrival: float, priority: int, cache_salt: str
-    ) -> None:
+        self, completion: Completion, index: int, seed: int, arrival: float, priority: int, cache_salt: str,
+        adapter: int,
+    ) -> None:  # fmt: skip
         params, name = completion.params, completion.request_id
         request = Request(
             request_id=name if params.n == 1 else f"{name}#{index}",
@@ -174,6 +184,7 @@ class Engine:
             arrival_time=arrival,
             priority=priority,
             cache_salt=cache_salt,
+            adapter=adapter,
             eos_token_ids=self.prompts.eos_token_ids,
         )
         row = SamplingRow(
@@ -188,6 +199,14 @@ class Engine:
         self._owners[request.index] = completion, sequence
         if _reads_rows(params):
             self._row_readers.add(request.index)
+
+    def _adapter_number(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        names = list(self.config.lora.adapters)
+        if name not in names:
+            raise RequestError(f"adapter {name!r} is not loaded; loaded are: {', '.join(names) or 'none'}")
+        return names.index(name) + 1
 
     def abort(self, request_id: str) -> Completion | None:
         """End a request in any state; returns what there is of it, or None if it is not known (any more)."""
@@ -255,8 +274,8 @@ class Engine:
 
     def calibrate(self, seconds: float) -> Profile:
         """Measure step times for about `seconds`, in every mode. Raises `RequestError` while requests run."""
-        if self.has_unfinished:
-            raise RequestError("requests are running; calibrate when the engine is idle")
+        self.check_idle("calibrating")
+        self.sleep.check_awake()
         modes = self.config.parallel.available_modes
         calibration = Calibration(
             self.worker, self.channel, self.scheduler.allocator, self.config.scheduler, modes, self._dropped
@@ -265,15 +284,43 @@ class Engine:
         self._dropped = calibration.dropped
         return profile
 
+    def check_idle(self, doing: str) -> None:
+        """Raise `RequestError` while requests run or wait."""
+        if self.has_unfinished:
+            raise RequestError(
+                f"{doing} has to wait: {self.scheduler.num_running} requests are running and "
+                f"{self.scheduler.num_waiting} waiting; let them end, or abort them"
+            )
+
+    def weights_changed(self) -> None:
+        """What the cache holds came from other weights: forget it."""
+        self.sleep.lacks_weights = False
+        self.scheduler.allocator.reset_prefix_cache()
+
+    def fall_asleep(self, level: int) -> None:
+        """Take no requests until `woken_up`, and forget what the cache holds. Raises `RequestError`."""
+        self.check_idle("sleep")
+        self.sleep.deepen(level)
+        self.scheduler.allocator.reset_prefix_cache()
+
+    def woken_up(self) -> None:
+        """Take requests again."""
+        self.sleep.level = 0
+
     def explain(self, step: int | None = None) -> str:
         """Why a step, by default the latest, ran in its mode, in one line. Raises `RequestError` for an unknown one."""
         return self.stats.find(step).explain()
 
+    def expert_load(self) -> dict[str, Any]:
+        """Where the experts are and how many tokens those of each rank have computed; {} without any."""
+        return expert_load(self._rank)
+
     def describe(self) -> dict[str, Any]:
-        """Counters per mode, queue lengths, cache use and the policy, as plain values."""
+        """Counters per mode, queue lengths, cache use, the policy and the load of experts, as plain values."""
         allocator = self.scheduler.allocator
         return {
             **self.stats.as_dict(),
+            **self.expert_load(),
             "policy": self.policy.describe(),
             "policy_stats": self.policy.stats(),
             "num_requests_running": self.scheduler.num_running,

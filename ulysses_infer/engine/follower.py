@@ -5,11 +5,11 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-from ulysses_infer.engine.channel import ERROR, SHUTDOWN, STEP, VALUE
+from ulysses_infer.engine.channel import CALL, ERROR, SHUTDOWN, STEP, VALUE
 from ulysses_infer.engine.failure import fatal
 from ulysses_infer.engine.plan import StepPlan
 from ulysses_infer.engine.setup import Rank
-from ulysses_infer.errors import EngineDeadError
+from ulysses_infer.errors import EngineDeadError, UlyssesError
 
 
 def follow(rank: Rank) -> Any:
@@ -22,6 +22,8 @@ def follow(rank: Rank) -> Any:
             kind, payload = rank.channel.receive()
             if kind == STEP:
                 rank.worker.run(StepPlan.decode(payload))
+            if kind == CALL:
+                _call(rank, payload)
         if kind == VALUE:
             return pickle.loads(payload)
         if kind == ERROR:
@@ -38,3 +40,16 @@ def serve_until_shutdown(rank: Rank) -> None:
             return
         if kind == STEP:
             rank.worker.run(StepPlan.decode(payload))
+        if kind == CALL:
+            _call(rank, payload)
+
+
+def _call(rank: Rank, payload: bytes) -> None:
+    """Run what rank 0 runs at the same time on itself. What is refused is refused on all ranks, and raised there."""
+    action, args = pickle.loads(payload)
+    try:
+        action(rank, *args)
+    except EngineDeadError:
+        raise
+    except UlyssesError:
+        return

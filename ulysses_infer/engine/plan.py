@@ -25,6 +25,8 @@ class PlanItem(NamedTuple):
     new_block_ids: list[int]
     logits: int
     """Which rows need logits: none, the last one, or all (prompt log-probabilities)."""
+    adapter: int = 0
+    """Number of the LoRA adapter that its tokens go through; 0: none."""
 
 
 class StepPlan(NamedTuple):
@@ -71,7 +73,7 @@ def make_plan(sequence: int, mode: Mode, batch: Batch, dropped: Sequence[int], f
         tokens += request.token_ids_from(start, start + count)
         wants_prompt = request.params.prompt_logprobs is not None and start < request.num_prompt_tokens
         logits = ALL_LOGITS if wants_prompt else LAST_LOGITS if samples else NO_LOGITS
-        items.append(PlanItem(request.index, start, count, new_block_ids, logits))
+        items.append(PlanItem(request.index, start, count, new_block_ids, logits, request.adapter))
     return StepPlan(sequence, mode, items, np.array(tokens, dtype=np.int32), list(dropped), full_logits)
 
 
@@ -84,3 +86,12 @@ def logits_positions(items: Iterable[PlanItem]) -> np.ndarray:
     wanted = np.repeat(kinds == ALL_LOGITS, counts)
     wanted[ends[kinds == LAST_LOGITS] - 1] = True
     return np.flatnonzero(wanted)
+
+
+def adapter_rows(items: Sequence[PlanItem], start: int, stop: int) -> list[tuple[int, np.ndarray]]:
+    """(adapter, its tokens counted from `start`) for each that tokens `[start, stop)` of the batch go through."""
+    numbers = np.array([item.adapter for item in items], dtype=np.int64)
+    if not numbers.any():
+        return []
+    own = np.repeat(numbers, [item.num_tokens for item in items])[start:stop]
+    return [(int(number), np.flatnonzero(own == number)) for number in np.unique(own) if number]

@@ -16,10 +16,13 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ulysses_infer.config import Config
 from ulysses_infer.errors import ConfigError, EngineDeadError
+
+if TYPE_CHECKING:
+    from ulysses_infer.model.sources import GivenModel
 
 STOP_SECONDS = 3.0  # for a worker to hear that it is to end, and again to do so
 LOSS_SECONDS = 2.0  # a lost connection is seen before the system reports the end of its process
@@ -32,15 +35,38 @@ def is_launched() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
-def hand_over(config: Config, model: Any, cleanup: contextlib.ExitStack) -> Config:
+def hand_over(config: Config, model: GivenModel, cleanup: contextlib.ExitStack) -> Config:
     """A model in memory has to reach the worker processes: it is written to a folder that they all load from.
 
     Returns the configuration that names the folder. `cleanup` removes it.
     """
+    folder = _temporary_folder(cleanup)
+    model.module.save_pretrained(folder)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=folder))
+
+
+def hand_over_weights(source: Any, cleanup: contextlib.ExitStack) -> str:
+    """Where the worker processes find the weights of `source`: a folder it names, or one they are written to.
+
+    `cleanup` removes that.
+    """
+    if isinstance(source, str | os.PathLike):
+        return str(source)
+    from safetensors.torch import save_file
+
+    from ulysses_infer.model.files import SINGLE_NAME
+    from ulysses_infer.model.sources import open_weights
+
+    folder, weights = _temporary_folder(cleanup), open_weights(source)
+    tensors = {name: weights.read(name, None).cpu().clone() for name in weights.keys()}  # noqa: SIM118
+    save_file(tensors, Path(folder) / SINGLE_NAME)
+    return folder
+
+
+def _temporary_folder(cleanup: contextlib.ExitStack) -> str:
     folder = tempfile.mkdtemp(prefix="ulysses_infer_model_")
     cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
-    model.save_pretrained(folder)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=folder))
+    return folder
 
 
 class WorkerProcesses:

@@ -36,6 +36,8 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     cache_salt: str = ""
     """Requests share cached prefix blocks only with requests of the same salt (as in vLLM)."""
+    adapter: int = 0
+    """Number of the LoRA adapter it goes through; 0: none."""
 
     output_token_ids: list[int] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING

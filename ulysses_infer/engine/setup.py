@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from ulysses_infer.attention.backend import make_backend
+from ulysses_infer.attention.backend import AttentionBackend, make_backend
+from ulysses_infer.attention.choosing import AttentionNeeds, make_gpu_backend
+from ulysses_infer.attention.kernels import KernelAttention
 from ulysses_infer.cache.budget import (
     MemoryBudget,
     activation_bytes,
@@ -19,16 +21,23 @@ from ulysses_infer.cache.budget import (
     check_weights_fit,
     num_cache_blocks,
 )
-from ulysses_infer.cache.paged import CacheShape, PagedCache, check_fits_one_request
+from ulysses_infer.cache.paged import FP8, CacheShape, PagedCache, check_fits_one_request
 from ulysses_infer.config import Config, refuse_unavailable
 from ulysses_infer.engine.channel import Channel
+from ulysses_infer.engine.cores import PinnedCores, pin
+from ulysses_infer.engine.graphs import CudaCapturer, GraphRunner, wants_graphs
 from ulysses_infer.engine.prompts import PromptReader
 from ulysses_infer.engine.tables import BlockTables
 from ulysses_infer.engine.worker import ROWS_PER_GATHER, Worker
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.checkpoint import Progress
 from ulysses_infer.model.files import resolve_folder
+from ulysses_infer.model.lora.adapter import read_adapter, stored_bytes
+from ulysses_infer.model.lora.attach import attach
+from ulysses_infer.model.matmul import make_matmul
 from ulysses_infer.model.model import DTYPES, Blueprint, ShiftModel
+from ulysses_infer.model.sources import Checkpoint, GivenModel, find_checkpoint
+from ulysses_infer.model.weights import Weights
 from ulysses_infer.parallel.groups import Groups, Rendezvous, build_groups, init_distributed
 from ulysses_infer.parallel.layout import check_mode
 
@@ -42,8 +51,20 @@ class Rank:
     worker: Worker
     channel: Channel
     groups: Groups
+    weights: Weights
     folder: Path | None
-    """The checkpoint folder, where the tokenizer is too; None for a model given in memory."""
+    """The folder of the checkpoint's config, where the tokenizer is too; None for a model given in memory."""
+    pinned: PinnedCores | None = None
+
+    def close(self) -> None:
+        """Leave the groups, and the cores that this rank kept to. Not collective."""
+        self.groups.close()
+        self.release_cores()
+
+    def release_cores(self) -> None:
+        """Run on any core again."""
+        if self.pinned is not None:
+            self.pinned.release()
 
 
 def choose_device(name: str) -> torch.device:
@@ -65,13 +86,22 @@ def set_threads(config: Config, device: torch.device, ranks_on_host: int) -> Non
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
 
 
+def _pin(config: Config, device: torch.device, channel: Channel, rank: int, ranks_on_host: int) -> PinnedCores | None:
+    """Before anything large is written: memory is taken near the core that first writes it. Collective."""
+    everyone = channel.gather(frozenset(os.sched_getaffinity(0)))
+    if device.type != "cpu" or not config.runtime.pin_cores:
+        return None
+    index = int(os.environ.get("LOCAL_RANK", rank)) % ranks_on_host
+    return pin(index, ranks_on_host, torch.get_num_threads(), everyone)
+
+
 def start_rank(
-    config: Config, model: Any = None, progress: Progress | None = None,
+    config: Config, model: GivenModel | None = None, progress: Progress | None = None,
     meet: Callable[[], Rendezvous] | None = None,
 ) -> Rank:  # fmt: skip
     """Join the group, load this rank's share, take its cache. Collective.
 
-    `model` is a `transformers.PreTrainedModel` to take the weights from instead of `config.model.path`. `meet` says
+    `model` is one in memory to take the weights from instead of `config.model.path`. `meet` says
     where the ranks meet when no launcher's environment does. An error on any rank is raised on all of them. Raises
     `UlyssesError`s of one line.
     """
@@ -85,23 +115,56 @@ def start_rank(
     if layout.world_size > 1:
         init_distributed(device, meet=meet)
     num_ranks = None if meet is None else layout.world_size
-    groups = build_groups(layout, config.parallel.available_modes, device, num_ranks)
+    groups = build_groups(layout, config.parallel.available_modes, device, num_ranks, config.runtime.collectives)
     channel = Channel(groups)
-    folder = None if model is not None else _find_folder(config, channel)
-    blueprint = channel.together(lambda: _draw(config, model, folder, groups, device))
+    pinned = _pin(config, device, channel, groups.rank, ranks_on_host)
+    try:
+        return _fill_rank(config, model, progress, channel, groups, device, ranks_on_host, pinned)
+    except BaseException:
+        if pinned is not None:
+            pinned.release()
+        raise
+
+
+def _fill_rank(
+    config: Config, model: GivenModel | None, progress: Progress | None, channel: Channel, groups: Groups,
+    device: torch.device, ranks_on_host: int, pinned: PinnedCores | None,
+) -> Rank:  # fmt: skip
+    """Everything in `start_rank` that takes memory."""
+    checkpoint = None if model is not None else _find_checkpoint(config, channel)
+    own = channel.together(lambda: available_memory(device, config.cache.memory_utilization, ranks_on_host))
+    memory = channel.smallest(own)
+    blueprint = channel.together(lambda: _draw(config, model, checkpoint, groups, device, memory))
     budget = channel.together(lambda: _budget(config, blueprint, device, ranks_on_host))
-    loaded = channel.together(lambda: blueprint.load(progress if groups.is_first else None))
-    shape = _cache_shape(config, loaded, groups)
-    most = config.scheduler.max_num_seqs * shape.blocks_for(loaded.shape.max_model_len)
+    fuse = config.runtime.fuse and not config.lora.adapters  # adapters go through the single projections
+    loaded = channel.together(lambda: blueprint.load(progress if groups.is_first else None, fuse))
+    channel.together(lambda: _adapt(config, loaded, device))
+    if _cache_shape(config, loaded, groups).dtype == FP8:
+        channel.together(blueprint.scale_cache)
+    worker = _make_worker(config, loaded, budget, channel, groups, device)
+    weights = Weights(blueprint, loaded, are_borrowed=model is not None and not model.in_training)
+    return Rank(worker, channel, groups, weights, None if checkpoint is None else checkpoint.find_files(), pinned)
+
+
+def _make_worker(
+    config: Config, model: ShiftModel, budget: MemoryBudget, channel: Channel, groups: Groups, device: torch.device
+) -> Worker:
+    """Take the cache and choose the backends. Collective."""
+    shape, longest = _cache_shape(config, model, groups), model.shape.max_model_len
+    most = config.scheduler.max_num_seqs * shape.blocks_for(longest)
     fitting = channel.together(lambda: num_cache_blocks(config.cache, shape, budget, most, device.type == "cpu"))
     num_blocks = channel.smallest(fitting)  # equal shards, but not equally free memory
-    cache = channel.together(lambda: _make_cache(config, shape, num_blocks, loaded.shape.max_model_len, device))
-    tables = BlockTables(
-        config.cache.block_size, config.scheduler.max_num_seqs, cache.shape.blocks_for(loaded.shape.max_model_len)
+    backend = channel.together(lambda: _make_attention(config, model, shape, device))
+    captures = channel.together(lambda: _captures(config, model, backend, device))
+    cache = channel.together(
+        lambda: _make_cache(config, shape, num_blocks, longest, device, scratch_blocks=int(captures))
     )
-    backend = channel.together(lambda: make_backend(config.runtime.attention_backend, device))
-    worker = Worker(loaded, cache, tables, groups, backend, device, config.runtime.debug)
-    return Rank(worker, channel, groups, folder)
+    tables = BlockTables(config.cache.block_size, config.scheduler.max_num_seqs, cache.shape.blocks_for(longest))
+    matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
+    worker = Worker(model, cache, tables, groups, backend, matmul, device, config.runtime.debug)
+    if captures:
+        channel.together(lambda: _capture(worker, config))
+    return worker
 
 
 def finish_start(rank: Rank, config: Config, last: Callable[[], T]) -> tuple[T, list[int]]:
@@ -112,22 +175,35 @@ def finish_start(rank: Rank, config: Config, last: Callable[[], T]) -> tuple[T, 
     return done, weight_bytes
 
 
-def _find_folder(config: Config, channel: Channel) -> Path:
+def _find_checkpoint(config: Config, channel: Channel) -> Checkpoint:
     """Rank 0 finds (or downloads) the checkpoint first; the others then find it in the same place or cache."""
 
-    def find() -> Path:
-        return resolve_folder(config.model.path, config.model.revision)
+    def find() -> Checkpoint:
+        return find_checkpoint(config.model.path, config.model.revision, config.model.hf_config)
 
     found = channel.together(lambda: find() if channel.is_first else None)
     return channel.together(lambda: found or find())
 
 
-def _draw(config: Config, model: Any, folder: Path | None, groups: Groups, device: torch.device) -> Blueprint:
+def _adapt(config: Config, model: ShiftModel, device: torch.device) -> None:
+    """Read the LoRA adapters and attach them."""
+    if config.lora.adapters:
+        adapters = [read_adapter(name, resolve_folder(path, None)) for name, path in config.lora.adapters.items()]
+        attach(model.injection, adapters, model.dtype, device)
+        model.rebind()
+
+
+def _draw(
+    config: Config, model: GivenModel | None, checkpoint: Checkpoint | None, groups: Groups, device: torch.device,
+    memory: int,
+) -> Blueprint:  # fmt: skip
     layout, shard = config.parallel.layout, groups.shard
+    experts = {"expert_placement": config.parallel.expert_placement, "memory": memory}
     if model is not None:
-        return Blueprint.of_pretrained(model, config.model, layout, shard, device)
-    assert folder is not None
-    return Blueprint.of_folder(folder, config.model, layout, shard, device)
+        return Blueprint.of_pretrained(model.module, config.model, layout, shard, device, model.open, **experts)
+    assert checkpoint is not None
+    folder = checkpoint.find_files()
+    return Blueprint.of_folder(folder, config.model, layout, shard, device, checkpoint.open, **experts)
 
 
 def _budget(config: Config, blueprint: Blueprint, device: torch.device, ranks_on_host: int) -> MemoryBudget:
@@ -135,10 +211,11 @@ def _budget(config: Config, blueprint: Blueprint, device: torch.device, ranks_on
     vocab_share = -(-shape.vocab_size // config.parallel.world_size)
     rows = min(max(scheduler.max_num_seqs, ROWS_PER_GATHER), scheduler.max_num_batched_tokens)
     # On one host without a GPU, ranks that keep whole tensors map the same file pages.
-    shares = device.type == "cpu" and config.parallel.tp == 1
+    sharers = ranks_on_host if device.type == "cpu" and config.parallel.tp == 1 else 1
     budget = MemoryBudget(
         available=available_memory(device, config.cache.memory_utilization, ranks_on_host),
-        weights=blueprint.weight_bytes // (ranks_on_host if shares else 1),
+        weights=blueprint.expert_bytes + (blueprint.weight_bytes - blueprint.expert_bytes) // sharers
+        + sum(stored_bytes(resolve_folder(path, None)) for path in config.lora.adapters.values()),
         activations=activation_bytes(
             scheduler.max_num_batched_tokens, shape.hidden_size, shape.intermediate_size, vocab_share, rows,
             blueprint.dtype.itemsize,
@@ -156,22 +233,49 @@ def _cache_shape(config: Config, model: ShiftModel, groups: Groups) -> CacheShap
         key_width=sizes.key_width,
         value_width=sizes.value_width,
         block_size=config.cache.block_size,
-        dtype=model.dtype if config.cache.dtype == "auto" else DTYPES[config.cache.dtype],
+        dtype={"auto": model.dtype, "fp8": FP8, **DTYPES}[config.cache.dtype],
     )
 
 
+def _make_attention(config: Config, model: ShiftModel, shape: CacheShape, device: torch.device) -> AttentionBackend:
+    if device.type == "cpu":
+        return make_backend(config.runtime.attention_backend, device)
+    needs = AttentionNeeds.of(
+        model.attention_options, model.shape.max_model_len, torch.cuda.get_device_capability(device), model.dtype,
+        shape.dtype, shape.key_width, shape.value_width, shape.block_size,
+    )  # fmt: skip
+    return make_gpu_backend(config.runtime.attention_backend, device, needs)
+
+
+def _captures(config: Config, model: ShiftModel, backend: AttentionBackend, device: torch.device) -> bool:
+    return wants_graphs(config.runtime.enforce_eager, device, backend, bool(model.injection.expert_layers))
+
+
+def _capture(worker: Worker, config: Config) -> None:
+    """Capture the decode steps of every mode. Collective."""
+    assert isinstance(worker.backend, KernelAttention)
+    most = min(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
+    worker.graphs = GraphRunner(
+        worker.model, worker.cache, worker.groups, worker.backend, worker.inputs, CudaCapturer(worker.device),
+        worker.device, most,
+    )  # fmt: skip
+    worker.graphs.capture_all()
+
+
 def _make_cache(
-    config: Config, shape: CacheShape, num_blocks: int, max_model_len: int, device: torch.device
+    config: Config, shape: CacheShape, num_blocks: int, max_model_len: int, device: torch.device, scratch_blocks: int
 ) -> PagedCache:
     if config.cache.num_blocks is None:
         check_fits_one_request(num_blocks, shape, max_model_len)
-    return PagedCache(shape, num_blocks, device)
+    return PagedCache(shape, num_blocks, device, scratch_blocks)
 
 
-def make_prompt_reader(config: Config, rank: Rank, tokenizer: Any, model: Any = None) -> PromptReader:
+def make_prompt_reader(
+    config: Config, rank: Rank, tokenizer: Any, model: GivenModel | None = None
+) -> PromptReader:
     """What turns prompts into token ids for the loaded model. `model`: the one given in memory, if one was."""
     loaded = rank.worker.model
-    eos = eos_token_ids(rank.folder, model, loaded.injection.config, tokenizer)
+    eos = eos_token_ids(rank.folder, None if model is None else model.module, loaded.injection.config, tokenizer)
     return PromptReader(tokenizer, loaded.shape.vocab_size, eos, config.model.seed)
 
 

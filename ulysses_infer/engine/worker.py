@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata
+from ulysses_infer.attention.kernels import HostSequences, KernelAttention, KernelSequences, running_sums
 from ulysses_infer.cache.paged import PagedCache
-from ulysses_infer.engine.plan import StepPlan, logits_positions
+from ulysses_infer.engine.graphs import GraphRunner
+from ulysses_infer.engine.inputs import make_inputs
+from ulysses_infer.engine.plan import StepPlan, adapter_rows, logits_positions
 from ulysses_infer.engine.tables import BlockTables, StepArrays
 from ulysses_infer.errors import EngineDeadError
 from ulysses_infer.model.context import StepContext
 from ulysses_infer.model.head import argmax_pairs, best_of, joined, padded
+from ulysses_infer.model.matmul import NativeMatmul
 from ulysses_infer.model.model import ShiftModel
-from ulysses_infer.parallel.collectives import gather_to_first
 from ulysses_infer.parallel.groups import Groups
 from ulysses_infer.parallel.layout import Span, token_spans
 
@@ -29,10 +33,14 @@ class Worker:
 
     def __init__(
         self, model: ShiftModel, cache: PagedCache, tables: BlockTables, groups: Groups,
-        backend: AttentionBackend, device: torch.device, debug: bool = False,
+        backend: AttentionBackend, matmul: NativeMatmul | None, device: torch.device, debug: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.cache, self.tables = model, cache, tables
-        self.groups, self.backend, self.device, self.debug = groups, backend, device, debug
+        self.groups, self.backend, self.matmul, self.device, self.debug = groups, backend, matmul, device, debug
+        self.inputs = make_inputs(device)
+        self.graphs: GraphRunner | None = None
+        """Runs the steps that it has a graph for; None: every step is run layer by layer."""
+        self._serves_kernels = device.type != "cpu" or isinstance(backend, KernelAttention)
 
     def run(self, plan: StepPlan, on_rows: RowsConsumer | None = None) -> list[int]:
         """Run one step on this rank. Collective.
@@ -43,32 +51,53 @@ class Worker:
         if self.debug:
             self._verify(plan)
         arrays = self.tables.apply(plan)
-        spans = token_spans(plan.num_tokens, plan.mode.sp)
-        mine = spans[self.groups.place(plan.mode).token_index]
         rows = logits_positions(plan.items)
-        context = self._context(plan, arrays, spans, rows)
-        logits = self.model.forward(
-            self._tensor(_at_least_one(plan.token_ids[mine.start : mine.stop].astype(np.int64))),
-            self._tensor(_at_least_one(arrays.positions[mine.start : mine.stop])),
-            self._tensor(_within(rows, mine) - mine.start),
-            context,
-        )
+        logits = self._replay(plan, arrays, rows)
+        if logits is None:
+            logits = self._forward(plan, arrays, rows)
         if len(rows) == 0:
             return []
         return self._send_rows(logits, on_rows) if plan.full_logits else self._greedy(logits)
 
-    def _context(self, plan: StepPlan, arrays: StepArrays, spans: list[Span], rows: np.ndarray) -> StepContext:
-        metadata = AttentionMetadata(
-            self._tensor(arrays.slots), arrays.query_lens, arrays.context_lens, self._tensor(arrays.block_tables)
-        )
-        return StepContext(
+    def _replay(self, plan: StepPlan, arrays: StepArrays, rows: np.ndarray) -> torch.Tensor | None:
+        """The logits of `rows` from a captured step, if there is one for this plan: as every rank knows, or none."""
+        size = None if self.graphs is None else self.graphs.bucket(plan)
+        if self.graphs is None or size is None:
+            return None
+        logits = self.graphs.run(plan, arrays, size)
+        return logits if len(rows) == plan.num_tokens else logits[torch.from_numpy(rows).to(self.device)]
+
+    def _forward(self, plan: StepPlan, arrays: StepArrays, rows: np.ndarray) -> torch.Tensor:
+        """Run the step layer by layer. Returns [n, V/W] logits of `rows`."""
+        spans = token_spans(plan.num_tokens, plan.mode.sp)
+        mine = spans[self.groups.place(plan.mode).token_index]
+        host = _host_sequences(arrays) if self._serves_kernels else None
+        token_ids, positions, wanted, slots, block_tables, *lens = self.inputs.send([
+            _at_least_one(plan.token_ids[mine.start : mine.stop].astype(np.int64)),
+            _at_least_one(arrays.positions[mine.start : mine.stop]),
+            _within(rows, mine) - mine.start,
+            arrays.slots,
+            arrays.block_tables if host is None else host.block_tables,
+            *(() if host is None else _lens(host)),
+        ])  # fmt: skip
+        kernel = None
+        if host is not None:
+            longest = max(arrays.query_lens), max(arrays.context_lens)
+            kernel = KernelSequences(lens[0], lens[1], lens[2], block_tables, *longest, host)
+        context = StepContext(
             collectives=self.groups.by_mode[plan.mode],
             token_spans=spans,
             logits_counts=[len(_within(rows, span)) for span in spans],
-            attention=metadata,
+            attention=AttentionMetadata(slots, arrays.query_lens, arrays.context_lens, block_tables, kernel),
             cache=self.cache,
             backend=self.backend,
+            matmul=self.matmul,
+            adapters=[
+                (number, torch.from_numpy(rows).to(self.device))
+                for number, rows in adapter_rows(plan.items, mine.start, mine.stop)
+            ],
         )
+        return self.model.forward(token_ids, positions, wanted, context)
 
     def _greedy(self, logits: torch.Tensor) -> list[int]:
         """The best token of every row: each rank offers its own vocabulary's, rank 0 compares."""
@@ -77,8 +106,10 @@ class Worker:
 
     def _gather(self, shard: torch.Tensor) -> list[torch.Tensor] | None:
         """Every rank's `shard` in shard order, on rank 0; None elsewhere."""
-        with self.groups.clock.timing("gather"):
-            return gather_to_first(shard, self.groups.world, self.groups.rank, self.groups.shard_order)
+        started = time.perf_counter()
+        shards = self.groups.gather_to_first(shard)
+        self.groups.clock.add("gather", started)
+        return shards
 
     def _send_rows(self, logits: torch.Tensor, on_rows: RowsConsumer | None) -> list[int]:
         """Whole rows to rank 0, a bounded number at a time."""
@@ -91,9 +122,6 @@ class Worker:
                 on_rows(start, joined(shards, vocab_size))
         return []
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-
     def _verify(self, plan: StepPlan) -> None:
         """Debug mode: every rank must have the same plan; a difference is a bug and ends the engine."""
         if self.groups.control is None:
@@ -102,6 +130,17 @@ class Worker:
         torch.distributed.all_gather_object(digests, plan.digest, group=self.groups.control)
         if len(set(digests)) != 1:
             raise EngineDeadError(f"ranks disagree on step {plan.sequence}: digests {digests}; please report this")
+
+
+def _host_sequences(arrays: StepArrays) -> HostSequences:
+    """The step's sequences as kernels take them."""
+    query_lens, context_lens = np.array(arrays.query_lens, np.int32), np.array(arrays.context_lens, np.int32)
+    return HostSequences(query_lens, context_lens, arrays.block_tables.astype(np.int32))
+
+
+def _lens(host: HostSequences) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The arrays of `KernelSequences` but for the block tables, in its order."""
+    return running_sums(host.query_lens), running_sums(host.context_lens), host.context_lens
 
 
 def _at_least_one(values: np.ndarray) -> np.ndarray:

@@ -68,12 +68,6 @@ def check_supported(config: Any, allow_unverified: bool) -> None:
     for model_type in model_types:
         if model_type in REFUSED:
             raise UnsupportedModelError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise UnsupportedModelError(
-            f"the checkpoint is quantized ({method}), which is not available yet; use its bfloat16 release"
-        )
     model_type = config.model_type
     if model_type == "gpt_bigcode" and not config.multi_query:
         raise UnsupportedModelError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +11,9 @@ from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.context import StepContext, step_context
 from ulysses_infer.parallel.layout import Mode, Place, Span, even_span, key_value_span
+
+if TYPE_CHECKING:
+    from ulysses_infer.model.quantization.cache_scales import CacheScales
 
 ATTENTION_NAME = "ulysses_infer"
 # What models pass on besides: without meaning here, or (the window) taken. Anything else would change the result.
@@ -27,6 +31,7 @@ class HeadPlan:
         self.local_attention_heads = num_attention_heads
         self.local_key_value_heads = num_key_value_heads
         self.shard_heads = Span(0, num_attention_heads)
+        self.cache_scales: CacheScales | None = None
         self._mode = Mode(1, 1)
         self._order: list[int] | None = None
         self._indices: dict[Mode, torch.Tensor] = {}
@@ -74,48 +79,55 @@ def shift_attention(
     """
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask, which is not supported")
-    context, plan = step_context(), module.head_plan
+    plan = module.head_plan
     options = _options(module, plan, query.shape[-1], scaling, softcap, s_aux, kwargs)
     tokens = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+    return attend_tokens(module.layer_idx, plan, *tokens, options)[None], None
+
+
+def attend_tokens(
+    layer: int, plan: HeadPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
+    """Attention of `layer` in the mode of the step, its tokens first.
+
+    query: [t, Hq/tp, d]; key, value: [t, max(1, Hkv/tp), d | dv]; returns [t, Hq/tp, dv].
+    """
+    context = step_context()
     if context.collectives.place.mode.sp == 1:
-        output = _attend(context, module.layer_idx, *tokens, options)
-        return output[None], None
-    query, key, value = _tokens_to_heads(context, plan, *(x[: context.num_local_tokens] for x in tokens))
-    output = _attend(context, module.layer_idx, query, key, value, options)
+        return _attend(context, layer, plan, query, key, value, options)
+    count = context.num_local_tokens
+    query, key, value = _tokens_to_heads(context, plan, query[:count], key[:count], value[:count])
+    output = _attend(context, layer, plan, query, key, value, options)
     back = context.collectives.heads_to_tokens(output.flatten(1), context.token_spans)
     if back.shape[0] == 0:  # an empty slice runs a stand-in token, whose output nobody reads
         back = back.new_zeros(1, back.shape[1])
-    return back.unflatten(1, (-1, output.shape[-1]))[None], None
+    return back.unflatten(1, (-1, output.shape[-1]))
 
 
 def _attend(
-    context: StepContext, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    context: StepContext, layer: int, plan: HeadPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     options: AttentionOptions,
 ) -> torch.Tensor:  # fmt: skip
     """All tokens, own heads: write the cache, then attend over it. query: [T, Hq/W, d]; returns [T, Hq/W, dv]."""
-    cache = context.cache
-    cache.write(layer, context.attention.slots, key, value)
-    return context.backend.attend(query, cache.keys[layer], cache.values[layer], context.attention, options)
+    cache, scales = context.cache, plan.cache_scales
+    if scales is None:
+        cache.write(layer, context.attention.slots, key, value)
+        return context.backend.attend(query, cache.keys[layer], cache.values[layer], context.attention, options)
+    # The backend sees the cached numbers: scores are linear in keys and the output in values, so their scales come out.
+    cache.write(layer, context.attention.slots, key / scales.key, value / scales.value)
+    options = replace(options, scaling=options.scaling * scales.key)
+    output = context.backend.attend(query, cache.keys[layer], cache.values[layer], context.attention, options)
+    return output * scales.value
 
 
 def _tokens_to_heads(
     context: StepContext, plan: HeadPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One fused all-to-all: [t, heads/tp, d] of my tokens becomes [T, heads/W, d] of my shard, for q, k and v."""
-    sp = context.collectives.place.mode.sp
     index = plan.key_value_index(key.device)
     if index is not None:
         key, value = key.index_select(1, index), value.index_select(1, index)
-    sources = (query, key, value)
-    widths = [x.shape[1] // sp * x.shape[2] for x in sources]
-    packed = query.new_empty(sp, query.shape[0], sum(widths))
-    for piece, x, width in zip(packed.split(widths, dim=-1), sources, widths, strict=True):
-        piece.copy_(x.reshape(-1, sp, width).transpose(0, 1))
-    received = context.collectives.tokens_to_heads(packed, context.token_spans)
-    query, key, value = (
-        piece.unflatten(-1, (-1, x.shape[-1]))
-        for piece, x in zip(received.split(widths, dim=-1), sources, strict=True)
-    )
+    query, key, value = context.collectives.tokens_to_heads((query, key, value), context.token_spans)
     return query, key, value
 
 

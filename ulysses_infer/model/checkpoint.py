@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,10 +24,12 @@ from transformers.core_model_loading import (
 from ulysses_infer.errors import CheckpointError, first_line
 from ulysses_infer.model.files import TensorSource
 from ulysses_infer.model.inject import Injection
+from ulysses_infer.model.quantization.linear import QuantizedLinear, check_plain
 from ulysses_infer.parallel.layout import Span
 
 Progress = Callable[[int, int], None]  # (parameters done, parameters in all)
 Kept = tuple[int, list[Span]] | None
+_Key = tuple[str, str | None]  # (checkpoint key, converter's source pattern)
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Loader:
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self.buffers = dict(self.model.named_buffers())
         self.float32 = _float32_pattern(self.model, dtype)
+        self.quantized = {n: m for n, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
         self.left = set(self.parameters) | (set(self.buffers) & set(self.model.state_dict()))
         transforms = get_model_conversion_mapping(self.model)
         self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -72,6 +76,9 @@ class Loader:
         targets: dict[str, _Target] = {}
         for key in sorted(self.source.keys(), key=dot_natural_key):
             name, pattern = self._rename(key, known)
+            owner, _, leaf = name.rpartition(".")
+            if name not in known and owner in self.quantized:
+                self.quantized[owner].check_foreign(leaf, self.source, key)
             if name in known:
                 target = targets.setdefault(name, _Target())
                 target.keys.append((key, pattern))
@@ -87,16 +94,24 @@ class Loader:
         return name, pattern
 
     def _read_whole_or_slice(self, name: str, key: str) -> torch.Tensor:
+        owner, _, leaf = name.rpartition(".")
+        if owner in self.quantized:
+            return self.quantized[owner].read(leaf, self.source, key)
         found, wanted = self.source.shape(key), self.full_shapes.get(name)
         if wanted is not None and found != wanted:
             raise CheckpointError(_wrong_shape(key, found, wanted))
-        return self.source.read(key, self.injection.slices(name))
+        return check_plain(key, self.source.read(key, self.injection.slices(name)))
 
     def _convert(self, name: str, converter: WeightConverter, keys: list[tuple[str, str | None]]) -> None:
         """Run one of transformers' conversions, on slices where it only stacks and joins, else on whole tensors."""
         kept = self.injection.slices(name)
         sliced = _sliced_sources(converter, kept) if kept is not None else None
-        if sliced is not None:
+        if sliced is not None and kept is not None and kept[0] == 0:
+            keys = self._own_experts(name, keys, kept[1])
+            if not keys:  # more ranks than experts: this one has none
+                self._place(name, torch.empty_like(self.parameters[name], device="cpu"))
+                return
+        elif sliced is not None:
             self._check_sliced(name, keys, kept)
         for key, pattern in keys:
             part = sliced.get(pattern or "") if sliced is not None else None
@@ -114,6 +129,19 @@ class Loader:
             already = sliced is not None and target == name
             self._place(target, tensor if already or wanted is None else _cut(tensor, wanted))
 
+    def _own_experts(self, name: str, keys: list[_Key], own: list[Span]) -> list[_Key]:
+        """Of one tensor an expert, those that this rank keeps: the others are not read at all."""
+        num_experts, chosen = self.full_shapes[name][0], list[_Key]()
+        for pattern in dict.fromkeys(pattern for _, pattern in keys):
+            experts = [key for key in keys if key[1] == pattern]
+            if len(experts) != num_experts:
+                raise CheckpointError(
+                    f"the checkpoint has {len(experts)} tensors like {experts[0][0]}, but the model's config makes it "
+                    f"{num_experts} experts; it is incomplete, or the weights do not belong to this config.json"
+                )
+            chosen += [key for span in own for key in experts[span.start : span.stop]]
+        return chosen
+
     def _check_sliced(self, name: str, keys: list[tuple[str, str | None]], kept: Kept) -> None:
         """A slice of too large a tensor would look right: compare the whole widths that the sources join to."""
         assert kept is not None
@@ -125,13 +153,20 @@ class Loader:
                 raise CheckpointError(_wrong_shape(key, found, whole))
 
     def _place(self, name: str, tensor: torch.Tensor) -> None:
-        """Make `tensor` the parameter or buffer `name`, in its dtype, on the device."""
+        """Make `tensor` the parameter or buffer `name`."""
         if name not in self.left:
             return
         current = self.parameters.get(name, self.buffers.get(name))
         assert current is not None
+        if current.dim() == tensor.dim() + 1 and math.prod(current.shape[:2]) == len(tensor):  # a stacked parameter
+            tensor = tensor.unflatten(0, current.shape[:2])
         if tensor.shape != current.shape:
             raise CheckpointError(_wrong_shape(name, tuple(tensor.shape), tuple(current.shape)))
+        self.store(name, current, tensor)
+        self.left.discard(name)
+
+    def store(self, name: str, current: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Put `tensor`, which has the right shape, in the place of the parameter or buffer `current`."""
         owner_name, _, leaf = name.rpartition(".")
         owner = self.model.get_submodule(owner_name)
         dtype = current.dtype if name in self.buffers else self._dtype_of(name, current)
@@ -140,7 +175,6 @@ class Loader:
             owner.register_buffer(leaf, value)
         else:
             setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-        self.left.discard(name)
 
     def _dtype_of(self, name: str, current: torch.Tensor) -> torch.dtype:
         keep = self.float32 is not None and self.float32.search(name)
@@ -162,7 +196,7 @@ class _Later:
         self.source, self.key, self.kept = source, key, kept
 
     def __call__(self) -> torch.Tensor:
-        return self.source.read(self.key, self.kept)
+        return check_plain(self.key, self.source.read(self.key, self.kept))
 
 
 def _sliced_sources(converter: WeightConverter, kept: tuple[int, list[Span]]) -> dict[str, Kept] | None:
@@ -176,6 +210,8 @@ def _sliced_sources(converter: WeightConverter, kept: tuple[int, list[Span]]) ->
         return None
     dimension, spans = kept
     patterns = converter.source_patterns
+    if dimension == 0:  # whole experts, chosen before they are read
+        return dict.fromkeys(patterns)
     if len(patterns) == 1:
         return {patterns[0]: (dimension - 1, spans)}
     joined = [op for op in converter.operations if isinstance(op, Concatenate)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata
     from ulysses_infer.cache.paged import PagedCache
+    from ulysses_infer.model.matmul import NativeMatmul
     from ulysses_infer.parallel.collectives import Collectives
     from ulysses_infer.parallel.layout import Span
 
@@ -25,6 +28,8 @@ class StepContext:
     attention: AttentionMetadata
     cache: PagedCache
     backend: AttentionBackend
+    matmul: NativeMatmul | None = None  # torch's, if None
+    adapters: Sequence[tuple[int, torch.Tensor]] = ()  # (number, rows of this rank's slice that go through it)
 
     @property
     def num_local_tokens(self) -> int:
@@ -38,6 +43,11 @@ _current: ContextVar[StepContext] = ContextVar("ulysses_infer_step")
 def step_context() -> StepContext:
     """The context of the step being run. Raises LookupError outside a step."""
     return _current.get()
+
+
+def current_step() -> StepContext | None:
+    """The context of the step being run, None outside a step."""
+    return _current.get(None)
 
 
 @contextmanager

@@ -30,6 +30,15 @@ class TensorSource(Protocol):
         """The tensor `key`, or the spans of one dimension of it, joined."""
 
 
+def take(tensor: torch.Tensor, kept: tuple[int, list[Span]] | None) -> torch.Tensor:
+    """`tensor`, or the spans of one dimension of it, joined; a view where one span is all."""
+    if kept is None:
+        return tensor
+    dimension, spans = kept
+    parts = [tensor.narrow(dimension, span.start, span.size) for span in spans or [Span(0, 0)]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dimension)
+
+
 class SafetensorsSource:
     """The safetensors files of one checkpoint folder. Whole tensors are memory-mapped, slices are read."""
 
@@ -80,12 +89,7 @@ class MemorySource:
 
     def read(self, key: str, kept: tuple[int, list[Span]] | None) -> torch.Tensor:
         """The tensor, or the spans of one dimension, joined."""
-        tensor = self._tensors[key].detach()
-        if kept is None:
-            return tensor
-        dimension, spans = kept
-        parts = [tensor.narrow(dimension, span.start, span.size) for span in spans]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dimension)
+        return take(self._tensors[key].detach(), kept)
 
 
 def resolve_folder(path: str, revision: str | None) -> Path:

@@ -14,10 +14,12 @@ from torch import nn
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model import attention, experts
 from ulysses_infer.model.attention import ATTENTION_NAME
-from ulysses_infer.model.experts import EXPERTS_NAME, ExpertPlan, is_experts
+from ulysses_infer.model.experts import EXPERTS_NAME, ExpertLayer, ScaledInputExperts, is_experts, scales_inputs
 from ulysses_infer.model.head import ShardedHead
 from ulysses_infer.model.inject_attention import AttentionInjector, Bound
 from ulysses_infer.model.linear import ShiftLinear, cut_features, is_linear
+from ulysses_infer.model.quantization.layers import replace_whole, shift_linear
+from ulysses_infer.model.quantization.linear import QuantizedLinear
 from ulysses_infer.model.rules import MLP_RULES, PACKED_MLP_INPUTS
 from ulysses_infer.parallel.layout import Layout, Place
 
@@ -30,8 +32,9 @@ class Injection:
     `model` may still be on the meta device; the checkpoint loader then fills what `slices` says this rank keeps.
     """
 
-    def __init__(self, model: Any, layout: Layout, shard: int) -> None:
+    def __init__(self, model: Any, layout: Layout, shard: int, expert_placement: str = "replicate") -> None:
         self.model, self.layout = model, layout
+        self.expert_placement, self.expert_layers = expert_placement, list[ExpertLayer]()
         self.base = layout.place(layout.base, shard)
         self.config = model.config.get_text_config(decoder=True)
         self.whole: list[str] = []
@@ -48,6 +51,7 @@ class Injection:
         self._inject_mlps()
         self.head_name, self.head = self._inject_head()
         self._note_whole()
+        self.bound += replace_whole(model, self.base).values()
 
     def bind(self, place: Place) -> None:
         """Make every layer read its weights as `place` needs them; called when the mode changes."""
@@ -58,24 +62,28 @@ class Injection:
         """What this rank keeps of the full parameter `name`: (dimension, spans), or None for all of it."""
         owner_name, _, leaf = name.rpartition(".")
         owner = self.model.get_submodule(owner_name)
-        if isinstance(owner, ShiftLinear | ShardedHead):
+        if isinstance(owner, ShiftLinear | QuantizedLinear | ShardedHead):
             return owner.slices(leaf)
-        plan = getattr(owner, "expert_plan", None)
-        return plan.slices(leaf) if plan is not None else None
+        experts = getattr(owner, "expert_layer", None)
+        return experts.slices(leaf) if experts is not None else None
 
     # -- feed-forward ------------------------------------------------------------------------------------------
 
     def _inject_experts(self) -> None:
+        for name, module in list(self.decoder.named_modules()):
+            if scales_inputs(module):
+                self.decoder.set_submodule(name, ScaledInputExperts(module))
         for module in self.decoder.modules():
             if is_experts(module):
                 untyped = cast(Any, module)
                 if getattr(untyped, "has_post_expert_norm", False):
                     raise UnsupportedModelError(f"{type(module).__name__} normalises each expert's output")
-                plan = ExpertPlan(module, self.base)
-                untyped.expert_plan = plan
+                layer = ExpertLayer(module, self.expert_placement, self.layout, self.base.shard)
+                untyped.expert_layer = layer
                 untyped.config = self.config
-                _shrink(module, plan)
-                self.bound.append(plan)
+                _shrink(module, layer)
+                self.bound.append(layer)
+                self.expert_layers.append(layer)
 
     def _inject_mlps(self) -> None:
         attention_modules = set(self.attention_layers)
@@ -85,7 +93,7 @@ class Injection:
                     if child in MLP_RULES:
                         cut, rule = MLP_RULES[child]
                         sharding = rule(cut_features(linear, cut))
-                        self._replace(module, child, ShiftLinear(linear, cut, sharding, self.base))
+                        self._replace(module, child, shift_linear(linear, cut, sharding, self.base))
 
     # -- head --------------------------------------------------------------------------------------------------
 
@@ -113,10 +121,10 @@ class Injection:
             logger.info("whole on every rank: %s", ", ".join(self.whole))
 
 
-def _shrink(module: nn.Module, plan: ExpertPlan) -> None:
+def _shrink(module: nn.Module, layer: ExpertLayer) -> None:
     """Replace the full expert weights (still without memory) by ones of the stored slice's shape."""
     for name, parameter in list(module.named_parameters(recurse=False)):
-        kept = plan.slices(name)
+        kept = layer.slices(name)
         shape = list(parameter.shape)
         if kept is not None:
             shape[kept[0]] = sum(span.size for span in kept[1])

@@ -9,8 +9,9 @@ from torch import nn
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.attention import HeadPlan
 from ulysses_infer.model.heads import HeadCounts, HeadVector, attention_heads
-from ulysses_infer.model.linear import ShiftLinear, cut_features, is_linear
+from ulysses_infer.model.linear import cut_features, is_linear
 from ulysses_infer.model.norm import PerHeadNorm, ShardedRMSNorm, is_rms_norm
+from ulysses_infer.model.quantization.layers import shift_linear
 from ulysses_infer.model.rules import (
     ATTENTION_INPUTS,
     ATTENTION_OUTPUTS,
@@ -73,7 +74,7 @@ class AttentionInjector:
             if child in ATTENTION_RULES and is_linear(linear):
                 cut, rule = ATTENTION_RULES[child]
                 sharding = rule(cut_features(linear, cut), heads)
-                self._replace(module, child, ShiftLinear(linear, cut, sharding, self.base))
+                self._replace(module, child, shift_linear(linear, cut, sharding, self.base))
         self._inject_norms(module, heads)
         self._inject_vectors(name, module, heads)
         untyped.config = self.local_config

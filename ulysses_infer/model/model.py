@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
+from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.errors import CheckpointError, UnsupportedModelError, first_line
 from ulysses_infer.model.architectures import check_supported
 from ulysses_infer.model.checkpoint import Loader, Progress
 from ulysses_infer.model.context import StepContext, running
+from ulysses_infer.model.experts import choose_placement, expert_sizes
 from ulysses_infer.model.files import MemorySource, SafetensorsSource, TensorSource
+from ulysses_infer.model.fusion.decoder import FusedDecoder
+from ulysses_infer.model.fusion.fuse import Fusion
 from ulysses_infer.model.heads import attention_heads
 from ulysses_infer.model.inject import Injection
 from ulysses_infer.model.probe import probe
+from ulysses_infer.model.quantization.cache_scales import apply_cache_scales
+from ulysses_infer.model.quantization.formats import read_quantization
+from ulysses_infer.model.quantization.layers import mark_quantised
 from ulysses_infer.model.rotary import freeze_rotary
+from ulysses_infer.model.sources import unpartitioned
 from ulysses_infer.parallel.layout import Layout, Mode, Span, key_value_span
 
 if TYPE_CHECKING:
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LARGE = 1 << 26  # elements
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -55,7 +66,12 @@ class ShiftModel:
     def __init__(self, injection: Injection, shape: ModelShape, dtype: torch.dtype) -> None:
         self.injection, self.shape, self.dtype = injection, shape, dtype
         self.module = injection.model
+        self.decoder: FusedDecoder | None = None
+        self.attention_options: list[AttentionOptions] = []
+        """How each layer attends, as the probe saw it."""
         self._mode: Mode | None = None
+        self.num_moves = 0
+        """How often the weights have moved: whoever has noted where they are must look again."""
 
     @property
     def vocabulary(self) -> Span:
@@ -66,6 +82,12 @@ class ShiftModel:
     def weight_bytes(self) -> int:
         """Bytes of parameters this rank stores, tied ones once. Views of modes add nothing."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
+
+    def rebind(self) -> None:
+        """Take views of the weights anew; to be called when they have moved."""
+        self.injection.bind(self.injection.base)
+        self._mode = self.injection.base.mode
+        self.num_moves += 1
 
     @torch.inference_mode()
     def forward(
@@ -81,6 +103,8 @@ class ShiftModel:
             self.injection.bind(place)
             self._mode = place.mode
         with running(context):
+            if self.decoder is not None:
+                return self.decoder(input_ids, positions, logits_rows)
             output = self.module(
                 input_ids=input_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_rows
             )
@@ -114,46 +138,92 @@ class Blueprint:
 
     def __init__(
         self, config: Any, open_source: Callable[[], TensorSource], settings: ModelConfig, layout: Layout, shard: int,
-        device: torch.device,
+        device: torch.device, expert_placement: str = "replicate", memory: int | None = None,
     ) -> None:  # fmt: skip
+        """`memory`: bytes that the rank with the least may take, for `expert_placement` auto; None for plenty."""
         check_supported(config, settings.allow_unverified)
         self.dtype, self.device = choose_dtype(settings.dtype, config), device
         empty = build_empty(config, self.dtype, settings.trust_remote_code)
         self._full_shapes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
-        self.injection = Injection(empty, layout, shard)
+        quantization = read_quantization(config, lambda: open_source().keys())
+        if quantization is not None:
+            mark_quantised(empty, quantization)
+        placement = choose_placement(expert_placement, layout, expert_sizes(empty), memory)
+        self.injection = Injection(empty, layout, shard, placement)
         self.shape = model_shape(self.injection, settings.max_model_len)
         self._open_source = open_source
 
     @classmethod
     def of_folder(
-        cls, folder: Path, settings: ModelConfig, layout: Layout, shard: int, device: torch.device
-    ) -> Blueprint:
-        """What `shard` will keep of the checkpoint in `folder`."""
+        cls, folder: Path, settings: ModelConfig, layout: Layout, shard: int, device: torch.device,
+        open_source: Callable[[], TensorSource] | None = None, **experts: Any,
+    ) -> Blueprint:  # fmt: skip
+        """What `shard` will keep of the checkpoint in `folder`; `experts`: `expert_placement` and `memory`.
+
+        `open_source` says where the weights are when they are not safetensors beside config.json.
+        """
         config = read_config(folder, settings.trust_remote_code)
-        return cls(config, lambda: SafetensorsSource(folder), settings, layout, shard, device)
+        source = open_source or (lambda: SafetensorsSource(folder))
+        return cls(config, source, settings, layout, shard, device, **experts)
 
     @classmethod
     def of_pretrained(
-        cls, model: Any, settings: ModelConfig, layout: Layout, shard: int, device: torch.device
-    ) -> Blueprint:
-        """What `shard` will keep of a `transformers.PreTrainedModel` in memory, which stays as it is."""
+        cls, model: Any, settings: ModelConfig, layout: Layout, shard: int, device: torch.device,
+        open_source: Callable[[], TensorSource] | None = None, **experts: Any,
+    ) -> Blueprint:  # fmt: skip
+        """What `shard` will keep of a `transformers.PreTrainedModel` in memory, which stays as it is.
+
+        `open_source` reads its weights where its state dict does not have them.
+        """
         config = copy.deepcopy(model.config)
         config.dtype = model.dtype
-        return cls(config, lambda: MemorySource(model.state_dict()), settings, layout, shard, device)
+        source = open_source or (lambda: MemorySource(model.state_dict()))
+        return cls(config, source, settings, layout, shard, device, **experts)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of parameters this rank will store."""
         return sum(p.numel() * p.element_size() for p in self.injection.model.parameters())
 
-    def load(self, progress: Progress | None = None) -> ShiftModel:
-        """Read the weights. Raises `CheckpointError`."""
-        Loader(self.injection, self._open_source(), self._full_shapes, self.dtype, self.device).load(progress)
+    @property
+    def expert_bytes(self) -> int:
+        """Of those, bytes of experts: read into memory of this rank's own."""
+        modules = (layer.weights.module for layer in self.injection.expert_layers)
+        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+    def scale_cache(self) -> None:
+        """Take the scales that the checkpoint has for an FP8 cache. Raises `CheckpointError`."""
+        apply_cache_scales(self.injection, self._open_source())
+
+    def loader(self, source: TensorSource, kind: type[Loader] = Loader) -> Loader:
+        """What fills this rank's parameters from `source`."""
+        return kind(self.injection, source, self._full_shapes, self.dtype, self.device)
+
+    def load(self, progress: Progress | None = None, fuse: bool = True) -> ShiftModel:
+        """Read the weights; `fuse`: let parts of the model take a faster form. Raises `CheckpointError`."""
+        self.loader(self._open_source()).load(progress)
         self.injection.model.to(self.device)
         freeze_rotary(self.injection.model, self.shape.max_model_len)
         model = ShiftModel(self.injection, self.shape, self.dtype)
         probe(model)
+        if fuse:
+            Fusion(model)
+        for layer in self.injection.expert_layers:  # the trials of both were not traffic
+            layer.forget_counts()
         return model
+
+
+class _LargeWithoutMemory(TorchFunctionMode):
+    """Makes large tensors without memory from the first: accelerate first fills llama4's experts with zeros, 2.5 GiB
+    a layer, and then drops them. No buffer is as large."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.zeros, torch.empty) and "device" not in kwargs:
+            size = args[0] if args and isinstance(args[0], Sequence) else args
+            if all(isinstance(n, int) for n in size) and math.prod(size) >= LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
 
 
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -162,7 +232,7 @@ def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
     from transformers import AutoModelForCausalLM
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with unpartitioned(), init_empty_weights(include_buffers=False), _LargeWithoutMemory():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         reason = first_line(error)

@@ -73,8 +73,9 @@ def probe(model: Any) -> None:
 def _first_problem(model: Any) -> str | None:
     cache, attention = ProbeCache(), ProbeAttention()
     layout, shard = model.injection.layout, model.injection.base.shard
-    context = _context(layout, shard, cache, attention)
+    context = trial_context(layout, shard, cache, attention)
     _logits(model, context, [1, 2], [0, 1])
+    model.attention_options = list(attention.options)
     return (
         _wrong_layers(model, cache)
         or _wrong_heads(model, layout, shard, cache)
@@ -83,7 +84,7 @@ def _first_problem(model: Any) -> str | None:
     )
 
 
-def _context(layout: Layout, shard: int, cache: Any, attention: ProbeAttention) -> StepContext:
+def trial_context(layout: Layout, shard: int, cache: Any, attention: ProbeAttention) -> StepContext:
     """Full TP without its sums: every rank runs its slice by itself. The numbers mean nothing, their sameness does."""
     nowhere = torch.zeros(2, dtype=torch.int64)
     metadata = AttentionMetadata(nowhere, [1, 1], [1, 1], nowhere[:, None])

@@ -169,3 +169,19 @@ def test_only_listed_origins_may_read(texts: Texts) -> None:
 
 def test_without_origins_there_is_no_cors(server: Served) -> None:
     assert "access-control-allow-origin" not in server.get("/health", headers={"Origin": "https://a.example"}).headers
+
+
+def test_an_adapter_is_asked_for_as_a_model(server: Served) -> None:
+    server.context.config.lora.adapters["french"] = "/adapters/french"
+    try:
+        assert [model.id for model in server.openai.models.list().data] == [MODEL, "french"]
+        card = server.get("/v1/models/french").json()
+        assert (card["root"], card["parent"]) == ("/adapters/french", MODEL)
+        answer = server.post("/v1/completions", {"model": "french", "prompt": "a"}).json()
+        server.post("/v1/chat/completions", {"model": "french", "messages": [{"role": "user", "content": "a"}]})
+        server.post("/v1/completions", {"model": MODEL, "prompt": "a"})
+        server.post("/v1/completions", {"prompt": "a"})
+    finally:
+        server.context.config.lora.adapters.clear()
+    assert answer["model"] == "french"
+    assert [submit.adapter for submit in server.engine.submits] == ["french", "french", None, None]

@@ -160,3 +160,11 @@ def test_two_observatories_do_not_share_their_metrics(observatory: Observatory) 
     config.server.served_model_name = "models/demo"
     Observatory(config).on_ready(make_ready())
     assert value(observatory, "engine_up") == 0
+
+
+def test_tokens_of_experts_are_counted_for_each_rank(observatory: Observatory) -> None:
+    observatory.on_step(make_state(), None)
+    assert value(observatory, "expert_tokens_total", rank="0") is None
+    for counts in ([5, 7], [9, 7]):
+        observatory.on_step(make_state(expert_tokens=counts), None)
+    assert [value(observatory, "expert_tokens_total", rank=rank) for rank in "01"] == [9, 7]
