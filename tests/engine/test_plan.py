@@ -11,6 +11,7 @@ from ulysses_infer.engine.plan import (
     NO_LOGITS,
     PlanItem,
     StepPlan,
+    adapter_rows,
     logits_positions,
     make_plan,
 )
@@ -21,7 +22,7 @@ from ulysses_infer.sampling_params import SamplingParams
 big = st.integers(0, 2**31 - 1)
 items = st.builds(
     PlanItem, big, st.integers(0, 2**20), st.integers(1, 9), st.lists(big, max_size=5),
-    st.sampled_from([NO_LOGITS, LAST_LOGITS, ALL_LOGITS]),
+    st.sampled_from([NO_LOGITS, LAST_LOGITS, ALL_LOGITS]), st.integers(0, 3),
 )  # fmt: skip
 
 
@@ -51,6 +52,18 @@ def test_plans_that_differ_have_different_digests(plan):
     other = plan._replace(mode=Mode(plan.mode.sp + 1, plan.mode.tp))
     assert other.digest != plan.digest
     assert plan._replace(sequence=plan.sequence + 1).digest != plan.digest
+
+
+@given(st.lists(items, min_size=1, max_size=6), st.data())
+def test_every_token_of_a_slice_goes_through_the_adapter_of_its_sequence(listed, data):
+    adapters = [item.adapter for item in listed for _ in range(item.num_tokens)]
+    start = data.draw(st.integers(0, len(adapters)))
+    stop = data.draw(st.integers(start, len(adapters)))
+    found = dict(adapter_rows(listed, start, stop))
+    assert 0 not in found
+    for number in (1, 2, 3):
+        expected = [row for row, adapter in enumerate(adapters[start:stop]) if adapter == number]
+        assert found.get(number, np.zeros(0)).tolist() == expected
 
 
 @given(st.lists(items, max_size=6))

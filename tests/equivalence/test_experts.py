@@ -28,7 +28,10 @@ def run_dispatching(*arguments: Any) -> Any:
 
 
 def cases() -> list[Any]:
-    """Every family in every placement on every base; what else may differ takes turns."""
+    """Every family in every placement on every base; what else may differ takes turns.
+
+    Two bases in five, other ones for each family and placement, are tested always, the rest by `-m thorough`.
+    """
     chosen, turn = [], 0
     for family in EXPERT_FAMILIES:
         for placement in ("expert", "width", "replicate"):
@@ -37,7 +40,8 @@ def cases() -> list[Any]:
                 profile = (CROWD, WHOLE, TIGHT, INNER if base == (2, 2) else CROWD)[turn % 4]
                 uneven = placement == "expert" and turn % 2 == 0 and family != "deepseek_v3"  # its groups are equal
                 name = f"{family}-{placement}-sp{base[0]}xtp{base[1]}-{profile.name}{'-uneven' if uneven else ''}"
-                chosen.append(pytest.param(family, placement, base, profile, 5 if uneven else 4, id=name))
+                marks = [] if placement == "replicate" or turn % 5 in (0, 2) else [pytest.mark.thorough]
+                chosen.append(pytest.param(family, placement, base, profile, 5 if uneven else 4, id=name, marks=marks))
     return chosen
 
 

@@ -159,7 +159,7 @@ def scale_layer(module: Any) -> None:
 def test_what_computes_something_else_is_left_as_it_is(
     damage: Callable[[Any], None], left: tuple[int, int, int, bool], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="ulysses_infer")
     fused = load("llama", torch.float32, True, damage)
     assert taken(fused) == left
     assert ("not fused" in caplog.text) == (damage is not scale_layer)

@@ -18,7 +18,8 @@ CPU = torch.device("cpu")
 def live_tensor_bytes():
     """Bytes of every storage a live tensor holds, each once."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and thing.device == CPU]
+    kinds = torch.Tensor, torch.nn.Parameter  # others, left alive by torch's own tracing, have no memory
+    tensors = [thing for thing in gc.get_objects() if type(thing) in kinds and thing.device == CPU]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

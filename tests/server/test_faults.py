@@ -71,7 +71,7 @@ def test_ranks_do_not_outlive_the_http_process(long_folder, number):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception_in_the_forward_pass_of_a_rank_is_told_to_everyone(long_folder, rank):
-    with job(long_folder, fault=f"raise:{rank}:60") as server:
+    with job(long_folder, fault=f"raise:{rank}:600") as server:
         streams = [server.stream(max_tokens=LONG) for _ in range(3)]
         assert_everyone_is_told(server, streams)
         assert "a fault to order" in streams[0].errors[0]["error"]["message"]

@@ -47,7 +47,14 @@ def test_one_and_two_ranks(name: str, base: Any, profile: Profile, rank_pool: An
     run(rank_pool, quantised(tmp_path, "llama", name), base, profile)
 
 
-@pytest.mark.parametrize("name", ["fp8-block", "compressed-channel", "awq", "gptq-reordered"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fp8-block",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("compressed-channel", "awq")),
+        "gptq-reordered",
+    ],
+)
 @pytest.mark.parametrize(("family", "changes"), FAMILIES, ids=lambda value: value if isinstance(value, str) else "")
 def test_packed_latent_and_shared_heads(
     family: str, changes: dict[str, Any], name: str, rank_pool: Any, tmp_path: Any
