@@ -57,7 +57,7 @@ def test_user_error_is_one_line_from_all_ranks_together(override: str, message: 
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.thorough), signal.SIGTERM])
 def test_no_rank_outlives_the_launcher(number: int) -> None:
     with Running(deepspeed(2, *ENDLESS)) as job:
         job.wait_for_output(GENERATING)
@@ -69,7 +69,10 @@ def test_no_rank_outlives_the_launcher(number: int) -> None:
         assert "Traceback" not in job.rest_of_output()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.thorough), (signal.SIGTERM, 143)],
+)
 def test_signal_to_the_front_end_ends_the_whole_job(number: int, status: int) -> None:
     with Running(ulysses_infer(*ENDLESS)) as job:
         job.wait_for_output(GENERATING)

@@ -38,8 +38,15 @@ def assert_everyone_is_told(server, streams, seconds=END_SECONDS):
     assert time.monotonic() - started < seconds
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        pytest.param(0, signal.SIGKILL, id="killed-0", marks=pytest.mark.thorough),
+        pytest.param(1, signal.SIGKILL, id="killed-1"),
+        pytest.param(0, signal.SIGSTOP, id="stopped-0"),
+        pytest.param(1, signal.SIGSTOP, id="stopped-1", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_rank_that_is_killed_or_stopped_ends_the_job(long_folder, rank, number):
     with job(long_folder) as server:
         streams = [server.stream(max_tokens=LONG) for _ in range(3)]
@@ -69,7 +76,7 @@ def test_ranks_do_not_outlive_the_http_process(long_folder, number):
         assert "the HTTP process" in server.output
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_an_exception_in_the_forward_pass_of_a_rank_is_told_to_everyone(long_folder, rank):
     with job(long_folder, fault=f"raise:{rank}:600") as server:
         streams = [server.stream(max_tokens=LONG) for _ in range(3)]
@@ -88,7 +95,7 @@ def test_a_wedged_step_shows_where_each_rank_is_stuck(long_folder):
         assert "faulty_run" in server.output
 
 
-@pytest.mark.parametrize("sp", [1, 2])
+@pytest.mark.parametrize("sp", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_a_signal_drains_and_the_job_ends_in_order(long_folder, sp):
     with job(long_folder, sp=sp) as server:
         streams = [server.stream(max_tokens=300) for _ in range(2)]
