@@ -146,7 +146,7 @@ def _last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 def launch(names: Sequence[str], arguments: Sequence[str]) -> int:
     """Run a command on one rank in each namespace, as on so many nodes; returns the exit status of the first to end."""
-    with tempfile.NamedTemporaryFile("w", suffix=".hosts") as hosts:
+    with tempfile.NamedTemporaryFile("w", suffix=".hosts") as hosts, tempfile.TemporaryDirectory() as cache:
         hosts.writelines(f"{name} slots=1\n" for name in names)
         hosts.flush()
         common = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--no_ssh"]
@@ -155,7 +155,7 @@ def launch(names: Sequence[str], arguments: Sequence[str]) -> int:
         nodes = [
             subprocess.Popen(
                 ["ip", "netns", "exec", name, *common, "--node_rank", str(rank), *command],
-                env=rank_environment(len(names)), start_new_session=True,
+                env=rank_environment(len(names), cache), start_new_session=True,
             )
             for rank, name in enumerate(names)
         ]  # fmt: skip
@@ -165,10 +165,14 @@ def launch(names: Sequence[str], arguments: Sequence[str]) -> int:
             _end(nodes)
 
 
-def rank_environment(count: int) -> dict[str, str]:
-    """Environment of a rank, one of `count` on this machine; its collectives go over the link."""
+def rank_environment(count: int, cache: str) -> dict[str, str]:
+    """Environment of a rank, one of `count` on this machine; its collectives go over the link.
+
+    `cache`: a folder instead of the user's, for step times that were measured over another link do not hold here.
+    """
     threads = str(max(1, len(os.sched_getaffinity(0)) // count))
-    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads, **os.environ, "GLOO_SOCKET_IFNAME": INTERFACE}
+    own = {"GLOO_SOCKET_IFNAME": INTERFACE, "XDG_CACHE_HOME": cache}
+    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads, **os.environ, **own}
 
 
 def _first_status(nodes: Sequence[subprocess.Popen[bytes]]) -> int:
