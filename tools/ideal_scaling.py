@@ -35,7 +35,7 @@ from rich.table import Table
 from ulysses_infer import InferenceEngine, init_inference
 from ulysses_infer.bench.load import LoadMeter
 from ulysses_infer.bench.random_model import SHAPES, random_model
-from ulysses_infer.engine.calibration import Calibration, Point
+from ulysses_infer.engine.calibration import Point
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.plan import StepPlan
 from ulysses_infer.parallel.layout import Mode
@@ -134,18 +134,13 @@ class Recorder:
 def run_cases(engine: Engine, recorder: Recorder, wanted: Sequence[Case], repeats: int) -> dict[str, list[int]]:
     """Run every case on all ranks; returns which of the recorded steps are its runs. Rank 0's side."""
     num_ranks = engine.config.parallel.world_size
-    calibration = Calibration(
-        engine.worker, engine.channel, engine.scheduler.allocator, engine.config.scheduler,
-        engine.config.parallel.available_modes, engine._dropped,
-    )  # fmt: skip
     found: dict[str, list[int]] = {}
-    with calibration.prepared(FILL_SECONDS):
+    with engine.calibration() as calibration, calibration.prepared(FILL_SECONDS):
         for case in wanted:
             for turn in range(WARM_UPS + repeats):
                 calibration.step(case.point, case.mode(num_ranks))
                 if turn >= WARM_UPS:
                     found.setdefault(case.name, []).append(len(recorder.steps) - 1)
-    engine._dropped = calibration.dropped
     return found
 
 

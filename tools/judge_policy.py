@@ -24,7 +24,7 @@ from rich.table import Table
 from ulysses_infer import init_inference
 from ulysses_infer.bench.load import LoadMeter
 from ulysses_infer.bench.random_model import SHAPES, random_model
-from ulysses_infer.engine.calibration import Calibration, Limits, Point
+from ulysses_infer.engine.calibration import Limits, Point
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.policies import AdaptivePolicy
 from ulysses_infer.parallel.layout import Mode
@@ -69,11 +69,8 @@ def judge(engine: Engine, count: int, repeats: int, longest: float, seed: int, s
     policy = engine.policy
     assert isinstance(policy, AdaptivePolicy)
     modes = engine.config.parallel.available_modes
-    calibration = Calibration(
-        engine.worker, engine.channel, engine.scheduler.allocator, engine.config.scheduler, modes, engine._dropped
-    )
     judged: list[Judged] = []
-    with calibration.prepared(seconds) as (limits, _):
+    with engine.calibration() as calibration, calibration.prepared(seconds) as (limits, _):
         for point in draw_points(4 * count, limits, seed):
             predicted = dict(zip(modes, policy.model.predict(point.shape), strict=True))
             if len(judged) == count or max(predicted.values()) > longest:
@@ -81,7 +78,6 @@ def judge(engine: Engine, count: int, repeats: int, longest: float, seed: int, s
             rounds = calibration.visit(point, repeats)
             times = {mode: median(times[mode] for times in rounds) for mode in modes}
             judged.append(Judged(point, times, min(predicted, key=predicted.__getitem__)))
-    engine._dropped = calibration.dropped
     return judged
 
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from ulysses_infer import InferenceEngine, SamplingParams, init_inference
 from ulysses_infer.bench.load import LoadMeter
 from ulysses_infer.bench.random_model import SHAPES, random_model
-from ulysses_infer.engine.calibration import Calibration, Limits, Point
+from ulysses_infer.engine.calibration import Limits, Point
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.parallel.layout import Mode
 
@@ -110,16 +110,11 @@ def rows_of(sweep: str, times: dict[tuple[int, Mode], list[float]]) -> list[Row]
 
 def step_times(engine: Engine, seconds: float) -> list[Row]:
     """The three sweeps over synthetic steps, on rank 0's side."""
-    modes = engine.config.parallel.available_modes
-    calibration = Calibration(
-        engine.worker, engine.channel, engine.scheduler.allocator, engine.config.scheduler, modes, engine._dropped
-    )
     rows: list[Row] = []
-    with calibration.prepared(SHARES["fill"] * seconds) as (limits, _):
+    with engine.calibration() as calibration, calibration.prepared(SHARES["fill"] * seconds) as (limits, _):
         for name, points in sweep_points(limits, engine.config.scheduler.max_num_seqs).items():
             times = run_sweep(lambda point: calibration.visit(point, 1)[0], points, SHARES[name] * seconds)
             rows += rows_of(name, times)
-    engine._dropped = calibration.dropped
     return rows
 
 

@@ -27,7 +27,8 @@ from tools.compare_peers.catalogue import CONTENDERS, LIMITS, Setting
 from tools.compare_peers.floors import Floors, Sizes, floors
 from tools.compare_peers.measuring import Field, Measured, Work, first_tokens, run_rounds
 from tools.compare_peers.report import as_values, machine, markdown, notes, same_tokens, table
-from ulysses_infer.bench.random_model import SHAPES, cache_folder, random_model
+from ulysses_infer.bench.random_model import SHAPES, random_model
+from ulysses_infer.caches import cache_folder
 from ulysses_infer.engine.calibration import device_name
 
 WIDTH = 190  # of a table that goes into a file
@@ -45,7 +46,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of each engine, all processes together (default 2)")
     parser.add_argument("--lone", default="1x512/64", help="the lone request: 1 x tokens in / out (default 1x512/64)")
     parser.add_argument("--together", default="32x256/64", help="the requests that come together (default 32x256/64)")
-    parser.add_argument("--environments", type=Path, default=cache_folder().parent / "peers",
+    parser.add_argument("--environments", type=Path, default=cache_folder("peers"),
                         help="folder for the peers' virtual environments (default: in the cache)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("peers"), help="folder for results and logs (./peers)")
     parser.add_argument("--timeout", type=float, default=900, help="most seconds of one start or measurement (900)")

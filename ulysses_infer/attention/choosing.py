@@ -53,13 +53,20 @@ class AttentionNeeds:
         )  # fmt: skip
 
 
-def _against_flash(needs: AttentionNeeds) -> str | None:
+def _against_libraries(needs: AttentionNeeds) -> str | None:
+    """What all of these kernels lack alike."""
     if needs.capability < (8, 0):
         return "it needs an Ampere or newer GPU"
     if needs.chunks:
         return "it has no chunked attention"
     if needs.dtype not in HALF or needs.cache_dtype != needs.dtype:
         return "it needs float16 or bfloat16 in model and cache"
+    return None
+
+
+def _against_flash(needs: AttentionNeeds) -> str | None:
+    if (lack := _against_libraries(needs)) is not None:
+        return lack
     if needs.key_width != needs.value_width or needs.key_width > FLASH_WIDTH or needs.key_width % 8:
         return f"heads are {needs.key_width} and {needs.value_width} wide, not both the same multiple of 8 up to 256"
     if needs.block_size % FLASH_PAGE:
@@ -72,12 +79,8 @@ def _against_varlen(needs: AttentionNeeds) -> str | None:
 
 
 def _against_flashinfer(needs: AttentionNeeds) -> str | None:
-    if needs.capability < (8, 0):
-        return "it needs an Ampere or newer GPU"
-    if needs.chunks:
-        return "it has no chunked attention"
-    if needs.dtype not in HALF or needs.cache_dtype != needs.dtype:
-        return "it needs float16 or bfloat16 in model and cache"
+    if (lack := _against_libraries(needs)) is not None:
+        return lack
     if needs.key_width != needs.value_width or needs.key_width not in FLASHINFER_WIDTHS:
         return f"heads are {needs.key_width} and {needs.value_width} wide, not both 64, 128 or 256"
     return None

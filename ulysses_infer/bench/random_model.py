@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ulysses_infer.caches import cache_folder
 from ulysses_infer.errors import ConfigError
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -27,12 +28,6 @@ MAX_POSITIONS = 8192
 COMPLETE = "model.safetensors"
 
 
-def cache_folder() -> Path:
-    """Where made checkpoints are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ulysses_infer" / "models"
-
-
 def random_model(name: str, folder: Path | None = None) -> Path:
     """The folder of a bfloat16 Llama of a shape in `SHAPES`, made now unless it is there (default: in the cache).
 
@@ -40,7 +35,7 @@ def random_model(name: str, folder: Path | None = None) -> Path:
     """
     if name not in SHAPES:
         raise ConfigError(f"there is no random model {name!r}; choose from {', '.join(SHAPES)}")
-    target = folder or cache_folder() / name
+    target = folder or cache_folder("models") / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_name(target.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

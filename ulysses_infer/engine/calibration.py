@@ -139,15 +139,16 @@ class Calibration:
         self._worker.groups.clock.take()  # what the collectives of these steps took is nobody's
 
     def visit(self, point: Point, repeats: int) -> list[dict[Mode, float]]:
-        """Seconds of `point` in every mode, the modes taking turns; steps too short to trust at once run twice."""
+        """Settled seconds of `point` in every mode, the modes taking turns."""
         return [
-            {mode: self._settled(point, mode) for mode in (self._modes if turn % 2 else self._modes[::-1])}
+            {mode: self.settled(point, mode)[-1] for mode in (self._modes if turn % 2 else self._modes[::-1])}
             for turn in range(repeats)
         ]
 
-    def _settled(self, point: Point, mode: Mode) -> float:
-        took = self.step(point, mode)
-        return self.step(point, mode) if took < SHORT_SECONDS else took
+    def settled(self, point: Point, mode: Mode) -> list[float]:
+        """Seconds of each run of `point`, the last to be believed: steps too short to trust at once run twice."""
+        first = self.step(point, mode)
+        return [first, self.step(point, mode)] if first < SHORT_SECONDS else [first]
 
     @contextmanager
     def _borrowed_blocks(self) -> Iterator[None]:
@@ -245,13 +246,11 @@ class Rounds:
         self._visits += 1
         longest = 0.0
         for place, mode in enumerate(self._modes if self._visits % 2 else self._modes[::-1]):
-            took = first = self._calibration.step(point, mode)
-            if first < SHORT_SECONDS:
-                took = self._calibration.step(point, mode)
-                if turn > 0 and place > 0:  # the same step in another mode: nothing else has changed
-                    self._switches.append(first - took)
+            *before, took = self._calibration.settled(point, mode)
+            if before and turn > 0 and place > 0:  # the same step in another mode: nothing else has changed
+                self._switches.append(before[0] - took)
             self.times.setdefault((point, mode), []).append(took)
-            self.steps += 1 + (first < SHORT_SECONDS)
+            self.steps += len(before) + 1
             longest = max(longest, took)
         return longest
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ulysses_infer.cache.blocks import BlockAllocator
@@ -274,15 +275,20 @@ class Engine:
 
     def calibrate(self, seconds: float) -> Profile:
         """Measure step times for about `seconds`, in every mode. Raises `RequestError` while requests run."""
+        with self.calibration() as calibration:
+            return calibration.run(seconds)
+
+    @contextmanager
+    def calibration(self) -> Iterator[Calibration]:
+        """What runs steps that no request asked for. Raises `RequestError` while requests run."""
         self.check_idle("calibrating")
         self.sleep.check_awake()
         modes = self.config.parallel.available_modes
         calibration = Calibration(
             self.worker, self.channel, self.scheduler.allocator, self.config.scheduler, modes, self._dropped
         )
-        profile = calibration.run(seconds)
+        yield calibration
         self._dropped = calibration.dropped
-        return profile
 
     def check_idle(self, doing: str) -> None:
         """Raise `RequestError` while requests run or wait."""

@@ -76,7 +76,7 @@ class SafetensorsSource:
 class MemorySource:
     """The tensors of a model that is already in memory; slices are views, nothing is copied before it must be."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
         self._tensors = tensors
 
     def keys(self) -> Iterable[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ulysses_infer.errors import CheckpointError, first_line
-from ulysses_infer.model.files import take
+from ulysses_infer.model.files import MemorySource, take
 from ulysses_infer.parallel.layout import Span
 
 POINTERS = ("latest", "latest_universal")  # files that name the folder of the last saved step
@@ -53,19 +53,11 @@ def open_zero(folder: Path) -> ZeroSource:
         ) from error
 
 
-class ZeroSource:
-    """Weights that are put together as they are asked for. `tensors` have `shape` and `contiguous()`."""
+class ZeroSource(MemorySource):
+    """Weights that are put together as they are asked for, tied ones under each of their names.
 
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        self._tensors = tensors
-
-    def keys(self) -> Iterable[str]:
-        """Parameter names of the trained module, tied ones under each of their names."""
-        return self._tensors.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of the whole tensor."""
-        return tuple(self._tensors[key].shape)
+    The tensors have `shape` and `contiguous()`, and nothing else of a tensor.
+    """
 
     def read(self, key: str, kept: tuple[int, list[Span]] | None) -> torch.Tensor:
         """The tensor, or the spans of one dimension, joined."""

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from ulysses_infer.caches import cache_folder
+
 logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 FLAGS = (
@@ -65,7 +67,7 @@ def _built(source: Path) -> Path:
         raise NativeUnavailableError("no C compiler (cc, gcc, clang or $CC) was found")
     text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     identity = b"\0".join([text, *(part.encode() for part in (compiler, *FLAGS, _processor()))])
-    target = _cache_folder() / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    target = cache_folder("native") / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if target.is_file():
         return target
     try:
@@ -106,11 +108,6 @@ def _processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     wanted = ("model name", "flags", "Features", "CPU part")
     return platform.machine() + "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ulysses_infer" / "native"
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ulysses_infer.caches import cache_folder
 from ulysses_infer.errors import ConfigError, first_line
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planner.model import Measurement
@@ -82,9 +83,8 @@ class Profile:
 
 def cached_path(key: Key) -> Path:
     """Where the profile of a model, its modes and a device is kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     identity = json.dumps([key[name] for name in IDENTITY], sort_keys=True)
-    return Path(base) / "ulysses_infer" / "profiles" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
+    return cache_folder("profiles") / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
 
 
 def read_profile(setting: str, key: Key) -> tuple[Profile | None, str]:

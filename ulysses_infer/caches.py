@@ -1,0 +1,12 @@
+"""Where what was made once on this machine is kept between runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder of one kind of thing, in the user's cache (`$XDG_CACHE_HOME`, else ~/.cache); it may not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ulysses_infer" / kind
