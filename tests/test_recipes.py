@@ -12,8 +12,10 @@ import torch
 from transformers import LlamaConfig, Qwen3Config
 
 from ulysses_infer.config import load_config, refuse_unavailable
+from ulysses_infer.model.hf_overrides import overridden
 from ulysses_infer.model.model import Blueprint
 from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.rotary import choose_max_model_len, longest_text
 from ulysses_infer.parallel.layout import Mode, check_heads, check_mode, even_span, key_value_span
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +45,7 @@ class Shape:
 SHAPES = {
     "llama-3.3-70b-fp8-8xh200": Shape(8192, 80, 64, 8, 128, 28672, 128256, 131072, weight_bytes=72.7e9),
     "qwen3-32b-fp8-8xh200": Shape(5120, 64, 64, 8, 128, 25600, 151936, 40960, weight_bytes=34.3e9),
+    "qwen3-32b-yarn-128k-8xh200": Shape(5120, 64, 64, 8, 128, 25600, 151936, 40960, weight_bytes=34.3e9),
     "llama-4-scout-17b-16e-8xh200": Shape(
         5120, 48, 40, 8, 128, 8192, 202048, 10485760, 16, weight_bytes=218e9
     ),
@@ -55,6 +58,7 @@ MODES = {
     "demo": [(2, 1), (1, 2)],
     "llama-3.3-70b-fp8-8xh200": [(8, 1), (1, 8)],
     "qwen3-32b-fp8-8xh200": [(8, 1), (1, 8)],
+    "qwen3-32b-yarn-128k-8xh200": [(8, 1), (1, 8)],
     "llama-4-scout-17b-16e-8xh200": [(4, 2), (1, 8)],
     "qwen3-30b-a3b-8xh200": [(8, 1), (1, 8)],
     "qwen3-8b-2x24gb": [(2, 1), (1, 2)],
@@ -128,8 +132,20 @@ def test_key_value_heads_are_copied_only_where_the_recipe_says_so(recipe):
 
 
 @every_recipe
-def test_context_is_one_the_model_declares(recipe):
-    assert (load_config(recipe).model.max_model_len or 1) <= shape_of(recipe).positions
+def test_context_is_one_the_model_declares_or_is_stretched_to(recipe):
+    model = load_config(recipe).model
+    published = Qwen3Config(max_position_embeddings=shape_of(recipe).positions)
+    assert (model.max_model_len or 1) <= longest_text(overridden(published, model.hf_overrides))
+
+
+def test_the_recipe_of_long_context_has_yarn_as_its_model_card():
+    """Four times the 32768 positions of Qwen3's training, and all of it is served by default."""
+    model = load_config(ROOT / "recipes" / "qwen3-32b-yarn-128k-8xh200.yaml").model
+    changed = overridden(Qwen3Config(max_position_embeddings=40960, rope_theta=1e6), model.hf_overrides)
+    assert changed.rope_parameters == {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768
+    }  # fmt: skip
+    assert choose_max_model_len(changed, None) == model.max_model_len == 131072
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.experts.placement import PLACEMENTS
+from ulysses_infer.model.legacy import repair
 from ulysses_infer.model.model import Blueprint
 from ulysses_infer.parallel.layout import Layout, Mode
 
@@ -52,6 +53,7 @@ def main() -> None:
 def read_config(path: Path) -> Any:
     """transformers' config of a config.json or of the folder it is in."""
     values = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    repair(values)
     return CONFIG_MAPPING[values["model_type"]](**values)
 
 

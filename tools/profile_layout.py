@@ -120,7 +120,7 @@ def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load]
     sizes = model.shape
     shape = CacheShape(
         sizes.num_layers, sizes.key_value_heads_of(groups.shard, layout), sizes.key_width, sizes.value_width,
-        arguments.block_size, model.dtype,
+        arguments.block_size, model.dtype, sizes.values_in_keys,
     )  # fmt: skip
     backend = _attention(arguments.attention_backend, model, shape, device)
     captures = wants_graphs(None, device, backend, bool(model.injection.expert_layers))
@@ -143,7 +143,7 @@ def _attention(name: str, model: ShiftModel, shape: CacheShape, device: torch.de
         return make_backend(name, device)
     needs = AttentionNeeds.of(
         model.attention_options, model.shape.max_model_len, torch.cuda.get_device_capability(device), model.dtype,
-        shape.dtype, shape.key_width, shape.value_width, shape.block_size,
+        shape.dtype, shape.key_width, shape.value_width, shape.block_size, shape.values_in_keys,
     )  # fmt: skip
     return make_gpu_backend(name, device, needs)
 

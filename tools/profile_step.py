@@ -3,9 +3,10 @@
     python tools/profile_step.py --model DIR --sp 1 [--batch 1] [key=value overrides]
     deepspeed --num_gpus 2 tools/profile_step.py --model DIR [--sp 2] [--mode tp] [--batch 1] [key=value overrides]
 
-Runs a decode of `--batch` requests in one mode on every rank, times the three kinds of work on rank 0 through the
-interfaces they sit behind, and prints the median and the least over the decode steps. A collective's time includes
-waiting for the other ranks. The timers themselves cost about a microsecond a call, which counts as overhead.
+Runs a decode of `--batch` requests in one mode on every rank, times the kinds of work on rank 0, and prints the median
+and the least over the decode steps. A collective's time includes waiting for the other ranks. Steps repeated from
+a tape (a CPU's native kernels) are timed there, call by call; others through the interfaces that the kinds of work sit
+behind, where the timers cost about a microsecond a call, which counts as overhead.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from rich.table import Table
 from torch.nn import functional
 
 from ulysses_infer import SamplingParams, init_inference
+from ulysses_infer.engine.tapes import TapeRunner
 from ulysses_infer.inference import InferenceEngine
+from ulysses_infer.native import function as native
 
 Step = tuple[float, defaultdict[str, float]]  # seconds, and seconds by kind of work
-KINDS = ("matrix products", "attention", "collectives")
+KINDS = ("matrix products", "attention", "collectives", "norms, rotary, gates")
+ON_TAPES = dict(zip(native.KINDS, (*KINDS[:2], KINDS[3], KINDS[2], KINDS[2]), strict=True))
 
 
 class Clock:
@@ -90,6 +94,9 @@ def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int
         clock.seconds.clear()
         started = time.perf_counter()
         result = run(plan, *args)
+        if isinstance(worker.graphs, TapeRunner):
+            for kind, seconds in worker.graphs.seconds.items():
+                clock.seconds[ON_TAPES[kind]] += seconds
         if plan.num_tokens == batch:
             steps.append((time.perf_counter() - started, defaultdict(float, clock.seconds)))
         return result
@@ -100,7 +107,7 @@ def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int
     vocab_size = worker.model.shape.vocab_size
     prompts = [[draw.randrange(vocab_size) for _ in range(input_len)] for _ in range(batch)]
     engine.generate(prompts, SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True))
-    return steps[2:]
+    return steps[3:]  # without the first, which is run as ever, and the second, which is recorded
 
 
 def list_functions(engine: InferenceEngine, arguments: argparse.Namespace) -> None:
@@ -110,7 +117,8 @@ def list_functions(engine: InferenceEngine, arguments: argparse.Namespace) -> No
     worker = engine._rank.worker
     worker.run = profiled(worker.run, profiler)  # type: ignore[method-assign]
     measure(engine, arguments.batch, arguments.input_len, arguments.output_len)
-    pstats.Stats(profiler).sort_stats("tottime").print_stats(arguments.functions)
+    if engine.is_first:
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(arguments.functions)
 
 
 def profiled(function: Callable[..., Any], profiler: cProfile.Profile) -> Callable[..., Any]:
@@ -160,7 +168,7 @@ def main() -> None:
     }  # fmt: skip
     with init_inference(arguments.model, None, **settings) as engine:
         steps = measure(engine, arguments.batch, arguments.input_len, arguments.output_len)
-        if engine.is_first and arguments.functions:
+        if arguments.functions:
             list_functions(engine, arguments)
         if engine.is_first:
             threads = torch.get_num_threads()

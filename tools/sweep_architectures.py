@@ -1,6 +1,9 @@
-"""Every causal language model of the installed transformers through the engine: what is served, and docs/models.md.
+"""Every language model of the installed transformers through the engine: what is served, and docs/models.md.
 
-Run from the repository root: `python -m tools.sweep_architectures` (about twenty minutes on two cores). Results are
+Those with picture or sound towers are saved and compared whole, with text alone. Experts are placed otherwise in each
+layout, drawn by the model's name.
+
+Run from the repository root: `python -m tools.sweep_architectures` (about forty minutes on two cores). Results are
 kept in a JSON file as they come, so that a second run goes on where the first one stopped; `--only llama,opt` runs
 some again, `--report` only writes the page. Ends with 1 when `VERIFIED` does not say what the sweep found.
 """
@@ -9,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from tools.models_page import differences, write_page
 from tools.tiny_configs import tiny_configs
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.architectures import REFUSED
+from ulysses_infer.model.experts.placement import PLACEMENTS
 
 BASES = ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2))
 LENGTHS = (1, 3, 9, 17, 26)
@@ -46,7 +52,7 @@ def main() -> int:
             arguments.results.write_text(json.dumps(results, indent=1, sort_keys=True))
     finally:
         pools.close()
-    write_page(results, PAGE, ", ".join(f"sp{sp}xtp{tp}" for sp, tp in BASES))
+    write_page(results, arguments.page, ", ".join(f"sp{sp}xtp{tp}" for sp, tp in BASES))
     problems = differences(results)
     print("\n".join(problems))
     return 1 if problems else 0
@@ -55,15 +61,22 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file of results so far")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write")
     parser.add_argument("--only", default="", help="model types to run again, comma-separated")
     parser.add_argument("--report", action="store_true", help="run nothing, write the page from the results")
     return parser.parse_args()
 
 
 def _to_run(only: str, results: dict[str, Any]) -> list[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+    return only.split(",") if only else [name for name in every_type() if name not in results]
 
-    return only.split(",") if only else [name for name in sorted(NAMES) if name not in results]
+
+def every_type() -> list[str]:
+    """Model types of transformers that have a causal language model, or one with towers, class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TEXT
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
+
+    return sorted({*TEXT, *MULTIMODAL})
 
 
 def sweep_one(model_type: str, pools: RankPools) -> dict[str, Any]:
@@ -74,9 +87,10 @@ def sweep_one(model_type: str, pools: RankPools) -> dict[str, Any]:
         reference = _attempt("untested", lambda: pools(1).run(prepare, model_type, Path(folder), timeout=SECONDS)[0])
         if isinstance(reference, dict):
             return reference
-        errors = []
+        errors, draw = [], random.Random(model_type)
         for base in BASES:
-            error = _attempt("error", lambda base=base: _run_base(base, reference, pools))  # type: ignore[misc]
+            run = partial(_run_base, base, draw.choice(PLACEMENTS), reference, pools)
+            error = _attempt("error", run)
             if isinstance(error, dict):
                 return error
             errors.append(error)
@@ -95,14 +109,15 @@ def _attempt(failure: str, action: Callable[[], Any]) -> Any:
         return {"outcome": failure, "detail": f"{type(error).__name__}: {_line(error)}", "notes": _notes(error)}
 
 
-def _run_base(base: tuple[int, int], reference: Reference, pools: RankPools) -> float:
+def _run_base(base: tuple[int, int], placement: str, reference: Reference, pools: RankPools) -> float:
     pool = pools(base[0] * base[1])
-    outcomes = pool.run(run_case, reference.folder, base, PROFILE, reference.prompts, NEW_TOKENS, timeout=SECONDS)
+    profile = replace(PROFILE, settings={**PROFILE.settings, "parallel.expert_placement": placement})
+    outcomes = pool.run(run_case, reference.folder, base, profile, reference.prompts, NEW_TOKENS, timeout=SECONDS)
     modes = [sp for sp in range(1, base[0] + 1) if base[0] % sp == 0]
     try:
-        return check(outcomes, reference, PROFILE, len(modes))
+        return check(outcomes, reference, profile, len(modes))
     except AssertionError as error:
-        raise AssertionError(f"sp{base[0]}xtp{base[1]}: {_line(error)}") from error
+        raise AssertionError(f"sp{base[0]}xtp{base[1]}, experts {placement}: {_line(error)}") from error
 
 
 def prepare(model_type: str, folder: Path) -> Reference:

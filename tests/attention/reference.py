@@ -58,12 +58,26 @@ def random_step(lengths, contexts, heads, width, value_width, block_size, seed, 
     return torch.cat([query for query, _, _ in sequences]), keys, values, metadata, sequences
 
 
+def unseen_blocks(metadata, options, block_size):
+    """(sequence, block of its table) of every block that none of the step's queries sees."""
+    for sequence, (length, context) in enumerate(zip(metadata.query_lens, metadata.context_lens, strict=True)):
+        for block in range(options.first_visible(context - length) // block_size):
+            yield sequence, block
+
+
+def spoil_unseen(keys, values, metadata, options):
+    """Fill what has been freed behind a window with NaN, which no weight of 0 would hide."""
+    for place in unseen_blocks(metadata, options, keys.shape[1]):
+        keys[metadata.block_tables[place]] = values[metadata.block_tables[place]] = float("nan")
+
+
 def check(
     backend, lengths, contexts, heads, options, width=8, value_width=8, block_size=4, seed=0, dtype=torch.float32
 ):
     """Run the backend on random sequences and compare each with `naive`."""
     step = random_step(lengths, contexts, heads, width, value_width, block_size, seed, dtype)
     query, keys, values, metadata, sequences = step
+    spoil_unseen(keys, values, metadata, options)
     output = backend.attend(query, keys, values, metadata, options)
     assert output.shape == (sum(lengths), heads[0], value_width)
     assert output.dtype == dtype

@@ -48,6 +48,29 @@ def test_block_hash_is_at_least_128_bits_and_the_same_in_every_process():
     assert content.hex().startswith("267d24b57bbd3fc4")
 
 
+def test_blocks_that_a_text_has_passed_go_before_what_others_have_left():
+    allocator = BlockAllocator(4, 4)
+    ended, passed, likely = (publish(allocator, [number] * 4) for number in range(3))
+    (blank,) = allocator.allocate(1)
+    allocator.free(ended)
+    allocator.free_passed(likely[0], is_likely=True)
+    allocator.free_passed(passed[0], is_likely=False)
+    allocator.free_passed(blank, is_likely=False)
+    assert (allocator.num_free, allocator.count_free([*passed, *likely])) == (4, 2)
+    assert allocator.match_prefix(chain([1] * 4)) == passed
+    assert [allocator.allocate(1) for _ in range(4)] == [[blank], passed, ended, likely]
+
+
+def test_a_passed_block_that_was_shared_once_goes_like_any_other():
+    allocator = BlockAllocator(2, 4)
+    shared, ended = (publish(allocator, [number] * 4) for number in range(2))
+    allocator.share(shared)
+    allocator.free(ended)
+    for _ in range(2):
+        allocator.free_passed(shared[0], is_likely=False)
+    assert [allocator.allocate(1) for _ in range(2)] == [ended, shared]
+
+
 def test_a_new_allocator_hands_out_every_block_once():
     allocator = BlockAllocator(5, 4)
     assert sorted(allocator.allocate(5)) == [0, 1, 2, 3, 4]

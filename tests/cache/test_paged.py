@@ -1,10 +1,13 @@
-"""The cache tensors of one rank, and how many blocks it gets."""
+"""The cache tensors of one rank, and how much memory it gets."""
 
 import pytest
 import torch
 
-from ulysses_infer.cache.budget import MemoryBudget, activation_bytes, check_weights_fit, num_cache_blocks
-from ulysses_infer.cache.paged import CacheShape, PagedCache, check_fits_one_request
+from ulysses_infer.attention.reach import Reach
+from ulysses_infer.cache.budget import MemoryBudget, activation_bytes, cache_bytes, check_weights_fit
+from ulysses_infer.cache.groups import LayerGroups
+from ulysses_infer.cache.paged import CacheShape, PagedCache
+from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.config import CacheConfig
 from ulysses_infer.errors import ConfigError
 
@@ -52,31 +55,31 @@ def test_blocks_are_rounded_up(tokens, blocks):
     assert SHAPE.blocks_for(tokens) == blocks
 
 
-def test_a_cache_too_small_for_one_request_is_refused_with_both_remedies():
-    with pytest.raises(ConfigError) as caught:
-        check_fits_one_request(4, SHAPE, max_model_len=17)
-    message = str(caught.value)
-    assert f"cache.memory_bytes to at least {5 * SHAPE.bytes_per_block}" in message
-    assert "model.max_model_len to 16" in message
-    check_fits_one_request(5, SHAPE, max_model_len=17)
+def test_layers_have_the_blocks_of_their_group():
+    groups = LayerGroups((Reach(), Reach(5)), (1, 0, 1))
+    cache = PagedCache(SHAPE, (7, 3), CPU, scratch_blocks=1, groups=groups)
+    assert [len(keys) for keys in cache.keys] == [len(values) for values in cache.values] == [4, 8, 4]
+    assert (cache.num_blocks, cache.scratch_block(0), cache.scratch_block(1)) == (7, 7, 3)
+    assert cache.num_bytes == (3 + 7 + 3) * SHAPE.bytes_per_block // 3
 
 
 BUDGET = MemoryBudget(available=10_000_000, weights=6_000_000, activations=1_000_000)
+SIZING = CacheSizing(SHAPE, LayerGroups.single(3), max_model_len=28, max_num_seqs=1, max_num_batched_tokens=16)
 
 
-def test_the_cache_takes_what_is_left_but_no_more_than_can_be_filled():
-    left = 3_000_000 // SHAPE.bytes_per_block
-    assert num_cache_blocks(CacheConfig(), SHAPE, BUDGET, most=10**9, on_cpu=True) == left
-    assert num_cache_blocks(CacheConfig(), SHAPE, BUDGET, most=7, on_cpu=True) == 7
+def test_the_cache_may_take_what_is_left():
+    assert cache_bytes(CacheConfig(), SIZING, BUDGET, on_cpu=True) == 3_000_000
+    plenty = MemoryBudget(10 << 30, 0, 0)
+    assert cache_bytes(CacheConfig(), SIZING, plenty, on_cpu=True) == 4 << 30
+    assert cache_bytes(CacheConfig(), SIZING, plenty, on_cpu=False) == 10 << 30
 
 
 def test_what_a_recipe_asks_for_is_taken_or_refused():
-    assert num_cache_blocks(CacheConfig(num_blocks=11), SHAPE, BUDGET, most=7, on_cpu=True) == 11
-    asked = CacheConfig(memory_bytes=20 * SHAPE.bytes_per_block + 1)
-    assert num_cache_blocks(asked, SHAPE, BUDGET, most=7, on_cpu=True) == 20
+    assert cache_bytes(CacheConfig(num_blocks=11), SIZING, BUDGET, on_cpu=True) == 11 * SHAPE.bytes_per_block
+    assert cache_bytes(CacheConfig(memory_bytes=20_001), SIZING, BUDGET, on_cpu=True) == 20_001
     for config in (CacheConfig(num_blocks=10**6), CacheConfig(memory_bytes=3_000_001)):
         with pytest.raises(ConfigError, match=r"cache\.(num_blocks|memory_bytes) .* are left"):
-            num_cache_blocks(config, SHAPE, BUDGET, most=7, on_cpu=True)
+            cache_bytes(config, SIZING, BUDGET, on_cpu=True)
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_numbers():

@@ -32,7 +32,8 @@ class SlotRecorder:
     def apply(self, plan):
         arrays = self.apply_plan(plan)
         handles = [item.handle for item in plan.items for _ in range(item.num_tokens)]
-        for handle, position, slot in zip(handles, arrays.positions.tolist(), arrays.slots.tolist(), strict=True):
+        (group,) = arrays.groups
+        for handle, position, slot in zip(handles, arrays.positions.tolist(), group.slots.tolist(), strict=True):
             self.slots[handle, position] = slot
         return arrays
 

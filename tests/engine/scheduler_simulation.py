@@ -1,7 +1,7 @@
 """A pretend engine around the real scheduler, which checks every step.
 
 Its workers know only what batches tell them, its cache slots remember which tokens they depend on, and its
-model reads nothing but the cache.
+model reads nothing but the cache: in every cache group what that group's layers see, and it fails if any of it is gone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ import zlib
 from collections import Counter
 from typing import Any
 
-from ulysses_infer.cache.blocks import BlockAllocator
+import torch
+
+from ulysses_infer.attention.reach import Reach
+from ulysses_infer.cache.groups import LayerGroups
+from ulysses_infer.cache.paged import CacheShape
+from ulysses_infer.cache.pools import BlockPools
+from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.config import SchedulerConfig
 from ulysses_infer.engine.request import Request, RequestStatus
 from ulysses_infer.engine.scheduler import Batch, ScheduledRequest, Scheduler
@@ -43,20 +49,26 @@ class Simulation:
     """Scheduler, pretend workers and pretend model. `requests` has every request ever added."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, max_model_len: int, caching: bool = True, **scheduler: Any
-    ) -> None:
-        self.allocator = BlockAllocator(num_blocks, block_size, caching)
-        self.ticks = itertools.count()
+        self, num_blocks: int, block_size: int, max_model_len: int, caching: bool = True,
+        reaches: tuple[Reach, ...] = (Reach(),), **scheduler: Any,
+    ) -> None:  # fmt: skip
+        """num_blocks: of the first group; the others have what an engine would give them."""
         self.config = SchedulerConfig(**scheduler)
+        sizing = CacheSizing(
+            CacheShape(len(reaches), 1, 1, 1, block_size, torch.float32), LayerGroups(reaches, (*range(len(reaches)),)),
+            max_model_len, self.config.max_num_seqs, self.config.max_num_batched_tokens,
+        )  # fmt: skip
+        self.allocator = BlockPools(sizing.with_first(num_blocks), block_size, caching, reaches)
+        self.ticks = itertools.count()
         self.scheduler = Scheduler(
             self.config, self.allocator, max_model_len, clock=lambda: float(next(self.ticks))
         )
         self.max_model_len = max_model_len
         self.requests: list[Request] = []
         self.slots: dict[
-            tuple[int, int], tuple[int, ...]
-        ] = {}  # (block, offset) -> the tokens its KV depends on
-        self.tables: dict[int, list[int]] = {}  # what workers know, by request index
+            tuple[int, int, int], tuple[int, ...]
+        ] = {}  # (group, block, offset) -> the tokens its KV depends on
+        self.tables: dict[int, list[dict[int, int]]] = {}  # what workers know, by request index: blocks by group
         self.computed: dict[int, int] = {}  # the same: tokens of each request in the cache
         self.admitted: list[int] = []  # indices in order of admission
 
@@ -114,10 +126,14 @@ class Simulation:
         """Holders and reference counts agree, requests that do not run hold nothing, no block is lost."""
         running = [r for r in self.requests if r.status is RequestStatus.RUNNING]
         assert self.scheduler.num_running == len(running)
-        holders = Counter(block for request in running for block in request.block_table)
-        assert all(holders[b] == self.allocator.references(b) for b in range(self.allocator.num_blocks))
-        assert self.allocator.num_used == len(holders)
-        assert all(not r.block_table for r in self.requests if r.status is not RequestStatus.RUNNING)
+        for group, pool in enumerate(self.allocator.pools):
+            holders = Counter(block for request in running for block in request.block_tables[group])
+            assert all(holders[b] == pool.references(b) for b in range(pool.num_blocks))
+            assert pool.num_used == len(holders)
+        assert all(not r.block_tables for r in self.requests if r.status is not RequestStatus.RUNNING)
+        step, size = self.config.max_num_batched_tokens, self.allocator.block_size
+        for request, (group, reach) in itertools.product(running, enumerate(self.allocator.reaches)):
+            assert len(request.block_tables[group]) <= reach.most_blocks(request.num_tokens, step, size)
 
     def _check_limits(self, batch: Batch, unfinished: list[Request]) -> None:
         assert batch.num_tokens <= self.config.max_num_batched_tokens
@@ -143,42 +159,58 @@ class Simulation:
         self.admitted += [request.index for request in sorted(new, key=lambda r: r.precedence)]
         for item in batch.scheduled:
             index = item.request.index
-            if index not in self.tables:
-                self.tables[index], self.computed[index] = [], item.start
-            self.tables[index] += item.new_block_ids
-            assert self.tables[index] == item.request.block_table
+            self._take_blocks(item)
             assert item.start == self.computed[index], "positions must follow without gap or repetition"
             assert 0 < item.num_new_tokens <= item.request.num_tokens - item.start
             assert item.samples == (item.start + item.num_new_tokens == item.request.num_tokens)
-            self._check_slots(item.request, item.start)
+            self._check_slots(item.request, item.start, item.start)
+
+    def _take_blocks(self, item: ScheduledRequest) -> None:
+        index, block_size = item.request.index, self.allocator.block_size
+        is_new, new = index not in self.tables, list(item.new_block_ids)
+        if is_new:
+            self.tables[index], self.computed[index] = [{} for _ in self.allocator.reaches], item.start
+        end = -(-(item.start + item.num_new_tokens) // block_size)
+        for reach, table in zip(self.allocator.reaches, self.tables[index], strict=True):
+            begin = reach.first_visible(item.start) // block_size if is_new else max(table) + 1
+            table.update((block, new.pop(0)) for block in range(begin, end))
+        assert not new
+        for mine, held in zip(self.tables[index], item.request.block_tables, strict=True):
+            assert list(mine.values())[len(mine) - len(held) :] == held
+            assert max(mine) == item.request.num_blocks - 1
 
     def _check_order(self, batch: Batch) -> None:
         keys = [(not item.is_decode, self.admitted.index(item.request.index)) for item in batch.scheduled]
         assert keys == sorted(keys), "decodes first, each part in order of admission"
 
-    def _check_slots(self, request: Request, stop: int) -> None:
+    def _check_slots(self, request: Request, start: int, stop: int) -> None:
+        """What tokens from `start` on see of those before `stop` is in every group where it should be."""
         tokens = tuple(request.token_ids_from(0, stop))
-        for position in range(stop):
-            assert self.slots[self._slot(request, position)] == tokens[: position + 1]
+        for group, reach in enumerate(self.allocator.reaches):
+            for position in range(reach.first_visible(start), stop):
+                slot = self._slot(group, request, position)
+                assert slot[1] in request.block_tables[group], "a block was given back too early"
+                assert self.slots[slot] == tokens[: position + 1]
 
     def _write(self, item: ScheduledRequest) -> None:
         request, stop = item.request, item.start + item.num_new_tokens
         for position in range(item.start, stop):
-            slot = self._slot(request, position)
-            assert request.is_finished or self.allocator.references(slot[0]) == 1, "wrote into a shared block"
-            self.slots[slot] = tuple(request.token_ids_from(0, position + 1))
+            for group, pool in enumerate(self.allocator.pools):
+                slot = self._slot(group, request, position)
+                assert request.is_finished or pool.references(slot[1]) == 1, "wrote into a shared block"
+                self.slots[slot] = tuple(request.token_ids_from(0, position + 1))
         self.computed[request.index] = stop
 
     def _sample(self, item: ScheduledRequest) -> int:
         request = item.request
         if request.is_finished:
             return 0
-        self._check_slots(request, request.num_tokens)
-        return next_token(self.slots[self._slot(request, request.num_tokens - 1)])
+        self._check_slots(request, item.start, request.num_tokens)
+        return next_token(self.slots[self._slot(0, request, request.num_tokens - 1)])
 
-    def _slot(self, request: Request, position: int) -> tuple[int, int]:
+    def _slot(self, group: int, request: Request, position: int) -> tuple[int, int, int]:
         block, offset = divmod(position, self.allocator.block_size)
-        return self.tables[request.index][block], offset
+        return group, self.tables[request.index][group][block], offset
 
 
 def small_simulation(num_blocks=64, block_size=4, max_model_len=128, caching=True, **config):

@@ -6,7 +6,7 @@ import pytest
 
 from tests.engine.test_adaptive import policy
 from tests.planner.costs import MODES, machine
-from ulysses_infer.cache.blocks import BlockAllocator
+from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.config import SchedulerConfig
 from ulysses_infer.engine.policies.chunking import LEAST_CHUNK, ChunkSizer
 from ulysses_infer.engine.request import Request
@@ -77,7 +77,7 @@ def test_a_prompt_that_would_be_late_gets_the_time_that_decodes_have_in_hand():
 
 def small_scheduler(**settings):
     config = SchedulerConfig(**{"max_num_seqs": 8, "max_num_batched_tokens": 64, **settings})
-    return Scheduler(config, BlockAllocator(64, 16), max_model_len=512)
+    return Scheduler(config, BlockPools([64], 16), max_model_len=512)
 
 
 def test_the_scheduler_keeps_the_limit_for_prompts_and_decodes_run_anyway():
@@ -118,7 +118,7 @@ def test_decodes_keep_their_target_in_a_simulated_crowd():
 
 def longest_gap(target):
     chosen = policy(target_tpot_ms=target)
-    scheduler = Scheduler(SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=2048), BlockAllocator(2048, 16), 8192)
+    scheduler = Scheduler(SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=2048), BlockPools([2048], 16), 8192)
     for index in range(6):
         scheduler.add(Request(str(index), index, [1] * 50, SamplingParams(max_tokens=200), arrival_time=0.0))
     longest = 0.0

@@ -113,12 +113,12 @@ def test_admission_announces_the_whole_block_table():
     second = sim.add(prompt(10), ignore_eos=True)
     batch = sim.step()
     announced = batch.scheduled[-1].new_block_ids
-    assert announced == second.block_table
-    assert announced[:2] == first.block_table[:2]
-    assert announced[2] != first.block_table[2]
+    assert announced == second.block_tables[0]
+    assert announced[:2] == first.block_tables[0][:2]
+    assert announced[2] != first.block_tables[0][2]
     for _ in range(4):
         sim.step()
-    assert len(second.block_table) > len(announced)  # the batch keeps what it announced
+    assert len(second.block_tables[0]) > len(announced)  # the batch keeps what it announced
 
 
 def test_a_prompt_entirely_in_the_cache_recomputes_its_last_block():
@@ -219,7 +219,7 @@ def test_a_preempted_request_waits_first_and_keeps_its_output():
         output = list(victim.output_token_ids)
         sim.step()
     assert victim.output_token_ids == output != []
-    assert (victim.status, victim.num_computed_tokens, victim.block_table) == (RequestStatus.WAITING, 0, [])
+    assert (victim.status, victim.num_computed_tokens, victim.block_tables) == (RequestStatus.WAITING, 0, [])
     while victim.status is RequestStatus.WAITING:
         assert late.status is RequestStatus.WAITING
         sim.step()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduler_simulation import Simulation
 
+from ulysses_infer.attention.reach import Reach
 from ulysses_infer.errors import RequestError
 
 PREFIX = [0, 1, 2, 3, 0, 2, 1, 3, 3, 0, 1, 2]
@@ -17,6 +18,14 @@ prompts = st.builds(
     st.integers(0, len(PREFIX)),
     st.lists(st.integers(0, 4), max_size=8),
 )
+GROUPS = (
+    (Reach(),),
+    (Reach(), Reach(5)),
+    (Reach(), Reach(9), Reach(1), Reach(chunk_size=6)),
+    (Reach(7),),
+    (Reach(chunk_size=8), Reach(3)),
+)
+groups = st.sampled_from(GROUPS)
 
 
 class RandomLives(RuleBasedStateMachine):
@@ -28,6 +37,7 @@ class RandomLives(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         max_num_batched_tokens=st.integers(1, 24),
         enable_chunked_prefill=st.booleans(),
+        reaches=groups,
     )
     def start(self, **config):
         self.simulation = Simulation(max_model_len=26, **config)
@@ -46,7 +56,7 @@ class RandomLives(RuleBasedStateMachine):
     def add(self, prompt, **params):
         config, allocator = self.simulation.config, self.simulation.allocator
         longest = min(len(prompt) + (params["max_tokens"] or 26), 26) - 1
-        too_long = longest > allocator.num_blocks * allocator.block_size
+        too_long = allocator.most_blocks(longest, config.max_num_batched_tokens) > allocator.num_blocks
         too_wide = not config.enable_chunked_prefill and len(prompt) > config.max_num_batched_tokens
         with pytest.raises(RequestError) if too_long or too_wide else nullcontext():
             self.simulation.add(prompt, **params)
@@ -129,6 +139,7 @@ def test_crowds_that_preempt_displace_and_share_get_their_lone_outputs(seed):
         if (whole := source.random() < 0.3)
         else source.randint(1, 24),
         enable_chunked_prefill=not whole,
+        reaches=source.choice(GROUPS),
     )
     for _ in range(40):
         if source.random() < 0.5:

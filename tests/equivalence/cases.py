@@ -64,6 +64,7 @@ class Outcome:
     prefix_hits: int
     modes: set[str]
     weight_bytes: list[int]
+    all_windows: bool = False  # whether no layer sees everything: then few blocks are enough (known to rank 0)
 
 
 def run_case(folder: Path, base: tuple[int, int], profile: Profile, prompts: list[list[int]], new_tokens: int) -> Any:
@@ -74,7 +75,7 @@ def run_case(folder: Path, base: tuple[int, int], profile: Profile, prompts: lis
     plain = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     arrivals = [profile.arrival_every * index for index in range(len(prompts))]
     with init_inference(str(folder), **profile.overrides(base)) as engine:
-        modes = ModeShuffle(engine.config.parallel.available_modes)
+        modes, all_windows = ModeShuffle(engine.config.parallel.available_modes), False
         brain: Any = engine._engine  # None on the ranks that follow
         if brain is not None:
             brain.choose_mode = modes
@@ -83,6 +84,7 @@ def run_case(folder: Path, base: tuple[int, int], profile: Profile, prompts: lis
         stats = engine.stats()
         if brain is not None:
             brain.scheduler.allocator.assert_idle()
+            all_windows = brain.scheduler.allocator.reaches[0].is_limited
     return Outcome(
         tokens=[output.outputs[0].token_ids for output in outputs],
         logprobs=[all_logprobs(output) for output in outputs],
@@ -91,6 +93,7 @@ def run_case(folder: Path, base: tuple[int, int], profile: Profile, prompts: lis
         prefix_hits=stats["prefix_cache_hits"],
         modes=modes.used,
         weight_bytes=stats["weight_bytes_per_rank"],
+        all_windows=all_windows,
     )
 
 
@@ -132,7 +135,9 @@ def check(outcomes: list[Outcome], reference: Any, profile: Profile, num_modes: 
     )
     assert error <= TOLERANCE, f"log-probabilities differ by {error:.2g}"
     assert len(first.modes) == num_modes
-    assert (first.num_preempted > 0) == (profile is TIGHT)
-    if profile is not TIGHT:  # there, blocks are taken for others before they can be hit
+    is_tight = profile.name == TIGHT.name
+    if not (is_tight and first.all_windows):
+        assert (first.num_preempted > 0) == is_tight
+    if not is_tight:  # there, blocks are taken for others before they can be hit
         assert (first.prefix_hits > 0) == profile.prefix_caching
     return error

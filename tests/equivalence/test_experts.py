@@ -84,6 +84,17 @@ def test_tokens_sent_to_the_owners_of_their_experts_come_back_right(
         ("llama4_text", 8, "width", (4, 2), run_case),
         ("qwen2_moe", 4, "width", (8, 1), run_case),
         ("deepseek_v2", 4, "expert", (1, 8), run_case),
+        ("olmoe", 8, "width", (2, 4), run_case),
+        ("granitemoe", 9, "expert", (8, 1), run_case),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in (
+                ("deepseek_v3", 16, "expert", (4, 2), run_dispatching),
+                ("glm4_moe", 8, "width", (8, 1), run_case),
+                ("ernie4_5_moe", 6, "expert", (4, 2), run_dispatching),
+                ("minimax_m2", 8, "replicate", (2, 4), run_case),
+            )
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", str(value).replace(" ", "")),
 )

@@ -14,6 +14,7 @@ import pytest
 from tests.equivalence.cases import CROWD, check, run_case
 from tests.equivalence.tiny_models import VOCABULARY, Reference, make_checkpoint, make_prompts, make_reference
 from tools.memory_table import read_config
+from tools.tiny_configs import parts_of, shallow
 from ulysses_infer.config import load_config
 
 pytestmark = pytest.mark.distributed
@@ -50,14 +51,16 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def thin(name: str) -> Any:
-    """The model's config with small widths and two layers."""
-    real = read_config(ROOT / "configs" / "models" / f"{name}.json")
-    values = {key: value for key, value in real.to_dict().items() if key not in ("dtype", "layer_types")}
+    """The model's config with small widths and two layers; of Scout, with a small picture tower too."""
+    whole = read_config(ROOT / "configs" / "models" / f"{name}.json")
+    real = whole.get_text_config(decoder=True)
+    values = {key: value for key, value in real.to_dict().items() if key not in ("dtype", "layer_types", "moe_layers")}
     changes = {key: value for key, value in THIN.items() if key in values}
-    config = type(real)(**{**values, **changes, **LAYER_TYPES.get(real.model_type, {})})
+    text = type(real)(**{**values, **changes, **LAYER_TYPES.get(real.model_type, {})})
     for count in ("num_attention_heads", "num_key_value_heads", "num_experts", "num_local_experts"):
-        assert getattr(config, count, None) == getattr(real, count, None)
-    return config
+        assert getattr(text, count, None) == getattr(real, count, None)
+    towers = {part: shallow(config) for part, config in parts_of(whole).items() if config is not real}
+    return text if whole is real else type(whole)(text_config=text, **towers)
 
 
 @pytest.mark.parametrize(

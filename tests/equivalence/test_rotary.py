@@ -1,4 +1,10 @@
-"""Rotary kinds: those transformers would recompute from each batch are fixed at the engine's longest sequence."""
+"""Every rotary kind that transformers knows; those it would recompute from each batch are fixed for the longest text.
+
+`dynamic` and `longrope` have other frequencies for long texts than for short ones, and transformers takes those of the
+longest text in the batch, for all of it, while keys already cached keep what they had. The engine has one set: that
+of its own longest text. So it must equal transformers frozen alike on every text, and transformers as it is on the
+longest.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.equivalence.cases import CROWD, TOLERANCE, Profile, check, run_case
 from tests.equivalence.families import tiny_config
@@ -36,13 +43,23 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
                          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
     "yarn": ("llama", {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0,
                        "original_max_position_embeddings": 64}),
+    "proportional": ("llama", {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+    "layers": ("gemma3_text", {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "yarn", "rope_theta": 50000.0, "factor": 2.0,
+                           "original_max_position_embeddings": 64}}),
+    "moving layers": ("gemma3_text", {
+        "sliding_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        "full_attention": {"rope_type": "dynamic", "rope_theta": 50000.0, "factor": 2.0}}),
 }  # fmt: skip
+
+MOVING = ("dynamic", "longrope", "moving layers")
 
 
 def rotary_config(kind: str) -> Any:
-    """A tiny config with that kind of rotary embedding, which `dynamic` stretches past 64 positions."""
+    """A tiny config with that kind of rotary embedding; `dynamic` ones stretch past 64 positions."""
     family, parameters = KINDS[kind]
-    positions = 64 if kind == "dynamic" else 128
+    positions = 64 if "dynamic" in str(KINDS[kind]) else 128
     return tiny_config(family, rope_parameters=parameters, max_position_embeddings=positions)
 
 
@@ -63,6 +80,7 @@ def test_crowd_equals_transformers_frozen_alike(checkpoint: tuple[Any, Path], ra
     check(rank_pool(2).run(run_case, folder, (2, 1), profile, expected.prompts, NEW_TOKENS), expected, profile, 2)
 
 
+@pytest.mark.parametrize("checkpoint", MOVING, indirect=True)
 def test_longest_sequence_equals_transformers_as_it_is(checkpoint: tuple[Any, Path], rank_pool: Any) -> None:
     model, folder = checkpoint
     (prompt,) = make_prompts(lengths=(LONGEST - 1,))
@@ -72,3 +90,8 @@ def test_longest_sequence_equals_transformers_as_it_is(checkpoint: tuple[Any, Pa
     whole = torch.tensor([[*prompt, *outcomes[0].tokens[0]]])
     assert whole.shape[1] == LONGEST
     assert outcomes[0].logprobs[0] == pytest.approx(token_logprobs(model, whole), abs=TOLERANCE)
+
+
+def test_every_kind_that_transformers_knows_is_here() -> None:
+    every = [values for _, given in KINDS.values() for values in (given, *given.values()) if isinstance(values, dict)]
+    assert {values["rope_type"] for values in every if "rope_type" in values} == {"default", *ROPE_INIT_FUNCTIONS}

@@ -43,15 +43,22 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
 
 def make_checkpoint(config: Any, folder: Path, seed: int = 0) -> Any:
     """Save a tiny random model of `config` to `folder` and return transformers' own reading of it, in float32."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kind = model_class(config)
+    model = kind.from_config(config, dtype=torch.float32)
     perturb(model, seed)
     model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def model_class(config: Any) -> Any:
+    """The class whose checkpoints have `config`: with its picture and sound towers, where it has some."""
+    from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    return AutoModelForMultimodalLM if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
 
 
 def make_prompts(vocabulary: int = VOCABULARY, lengths: tuple[int, ...] = PROMPT_LENGTHS) -> list[list[int]]:

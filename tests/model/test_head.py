@@ -25,7 +25,7 @@ def heads(source, world_size, tied_to=None):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 13])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 13, 16])
 def test_joined_shards_are_the_whole_heads_logits(world_size, bias):
     source = nn.Linear(6, VOCABULARY, bias=bias)
     hidden = torch.randn(1, 5, 6)
@@ -41,7 +41,7 @@ def test_padding_never_reaches_the_joined_rows():
     assert joined(shards, VOCABULARY).eq(5.0).all()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16])  # 16: more ranks than tokens
 def test_the_best_of_all_shards_is_the_best_of_the_whole_row(world_size):
     logits = torch.randn(50, VOCABULARY)
     assert best_over(logits, world_size) == logits.argmax(dim=1).tolist()

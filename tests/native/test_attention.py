@@ -155,7 +155,8 @@ def test_a_cache_of_another_type_is_torchs():
 
 def test_no_memory_is_an_error():
     made = make_native()
-    made._functions = {torch.float32: ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(lambda *_: 1)}
+    failing = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(lambda *_: 1)
+    made._functions[torch.float32]._function = failing
     with pytest.raises(MemoryError):
         check(made, [1], [5], (4, 2), AttentionOptions(scaling=1.0))
 

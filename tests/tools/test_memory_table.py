@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.equivalence.tiny_models import model_class
 from tools.memory_table import draw, read_config, rows
+from tools.tiny_configs import parts_of, shallow
 from ulysses_infer.parallel.layout import Layout, Mode
 
 ROOT = Path(__file__).parents[2]
@@ -48,9 +50,12 @@ print(json.dumps({"grown": grown, "weights": model.weight_bytes, "experts": plan
 
 
 def reduced(name: str) -> Any:
-    values = json.loads((ROOT / "configs" / "models" / f"{name}.json").read_text())
-    real = read_config(ROOT / "configs" / "models" / f"{name}.json")
-    return type(real)(**{**values, **REDUCED[name]})
+    whole = read_config(ROOT / "configs" / "models" / f"{name}.json")
+    real = whole.get_text_config(decoder=True)
+    values = {key: value for key, value in real.to_dict().items() if key not in ("layer_types", "moe_layers")}
+    text = type(real)(**{**values, **REDUCED[name]})
+    towers = {part: shallow(config) for part, config in parts_of(whole).items() if config is not real}
+    return text if whole is real else type(whole)(text_config=text, dtype="bfloat16", **towers)
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +65,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def get(name: str) -> Path:
         if name not in made:
-            from transformers import AutoModelForCausalLM
-
+            config = reduced(name)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(reduced(name), dtype=torch.bfloat16)
+                model = model_class(config).from_config(config, dtype=torch.bfloat16)
             made[name] = tmp_path_factory.mktemp(name)
             model.to_empty(device="cpu").save_pretrained(made[name])
         return made[name]

@@ -6,6 +6,7 @@ import torch
 from tests.equivalence.cases import ModeShuffle
 from tests.equivalence.tiny_models import make_prompts, make_reference, perturb
 from tests.tiny import settings, tiny_config, tiny_llama
+from tests.training.training import with_adapters
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.errors import CheckpointError, ConfigError, RequestError
 
@@ -28,6 +29,12 @@ def others(tmp_path_factory):
         model.save_pretrained(path)
         made.append((path, model, make_reference(model, path, PROMPTS).tokens))
     return made
+
+
+def tiny_llama_of(folder):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def sources(others):
@@ -55,6 +62,40 @@ def test_a_model_that_was_given_in_memory_keeps_its_own_weights(others):
         engine.update_weights(folder)
         assert generate(engine) == second
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_with_lora_adapters_is_served_as_the_model_that_it_amounts_to(others, ranks):
+    (folder, _, plain), _, _ = others
+    adapted = with_adapters(tiny_llama_of(folder), {"target_modules": ["q_proj", "up_proj"]})
+    with init_inference(adapted, **settings(ranks)) as engine:
+        with_first = generate(engine)
+        for factor in (f for name, f in adapted.named_parameters() if "lora_B" in name):
+            factor.data.mul_(-1)
+        assert generate(engine) == with_first, "they are copies"
+        engine.update_weights(adapted)
+        with_second = generate(engine)
+        with adapted.disable_adapter():
+            engine.update_weights(adapted)
+            assert generate(engine) == plain
+    merged = adapted.merge_and_unload()
+    assert with_second == make_reference(merged, folder, PROMPTS).tokens
+    assert with_first != with_second != plain
+
+
+def test_cached_prefixes_of_other_weights_are_not_read(others):
+    (folder, _, _), (second, _, _), _ = others
+    prompt = [[*range(5, 40)]]
+    with init_inference(folder, **settings()) as engine:
+        hits = []
+        for source in (None, None, second, second):
+            if len(hits) == 2:
+                engine.update_weights(source)
+            engine.generate(prompt, GREEDY)
+            hits.append(engine.stats()["prefix_cache_hits"])
+    assert hits[1] > hits[0] == 0
+    assert hits[2] == hits[1], "the first prompt after the update found nothing"
+    assert hits[3] > hits[2]
 
 
 def refusals(folder, others):

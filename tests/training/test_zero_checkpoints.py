@@ -1,4 +1,8 @@
-"""What DeepSpeed saves while training is served as it lies, and as the folder that tools/zero_to_hf.py makes of it."""
+"""What DeepSpeed saves while training is served as it lies, and as the folder that tools/zero_to_hf.py makes of it.
+
+Trained for 20 steps, saved, converted, and generated from: the same tokens and log-probabilities as by the training
+model's own forward.
+"""
 
 import argparse
 import shutil
@@ -11,6 +15,7 @@ import pytest
 import torch
 
 from tests.equivalence.cases import ModeShuffle, all_logprobs
+from tests.equivalence.tiny_models import token_logprobs
 from tests.tiny import settings, tiny_config, write_tokenizer
 from tests.training.training import STEPS, training
 from ulysses_infer import SamplingParams, init_inference
@@ -22,32 +27,31 @@ from zero_to_hf import main as zero_to_hf
 
 pytestmark = pytest.mark.distributed
 PROMPTS = [[5], [7, 8, 9, 10, 11], [3] * 17]
-GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, prompt_logprobs=0, logprobs=0)
+NEW_TOKENS = 9
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, prompt_logprobs=0, logprobs=0)
 KINDS = {  # name: ZeRO stage, SP in training, tied embeddings
     "zero0": (0, 2, False), "zero1": (1, 2, True), "zero2": (2, 2, False), "zero3": (3, 2, True),
     "universal2": (2, 1, True), "universal3": (3, 2, True),
 }  # fmt: skip
-TEXT = [5, 6, 7, 8, 40, 41, 42, 43, 44, 45, 60, 61]
 
 
 def train(stage, sequence_parallel, tied, folder):
-    """Train, save, and say what the training's own forward thinks of some texts."""
+    """Train and save; the prompts completed by the training's own forward, and its log-probabilities of all tokens."""
     with training(stage, sequence_parallel, tie_word_embeddings=tied) as trained:
         for _ in range(STEPS):
             trained.step()
         trained.engine.save_checkpoint(folder, tag="step20")
-        return trained.logprobs(TEXT)
+        texts = [trained.complete(prompt, NEW_TOKENS) for prompt in PROMPTS]
+        return texts, [trained.logprobs(text) for text in texts]
 
 
 def generate(folder, sp, tp):
-    """Greedy completions with the modes shuffled, and the log-probabilities of `TEXT`."""
+    """As `train`, by the engine, with the modes shuffled."""
     with init_inference(str(folder), **settings(sp, tp)) as engine:
         if engine.is_first:
             engine._engine.choose_mode = ModeShuffle(engine.config.parallel.available_modes)
-        (scored,) = engine.generate([TEXT], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, logprobs=0))
         outputs = engine.generate(PROMPTS, GREEDY)
-    tokens = [output.outputs[0].token_ids for output in outputs]
-    return all_logprobs(scored)[: len(TEXT) - 1], tokens, [all_logprobs(output) for output in outputs]
+    return [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs], [all_logprobs(o) for o in outputs]
 
 
 def to_universal(step, output):
@@ -60,7 +64,7 @@ def to_universal(step, output):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, training_ranks):
-    """`saved(kind)`: the checkpoint's folder, and the training's log-probabilities of `TEXT`."""
+    """`saved(kind)`: the checkpoint's folder, and what `train` returned."""
     made = {}
 
     def get(kind):
@@ -83,21 +87,19 @@ def saved(tmp_path_factory, training_ranks):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_checkpoint_is_served_with_the_trainings_own_log_probabilities(kind, saved, rank_pool, tmp_path):
-    folder, expected = saved(kind)
+def test_what_was_trained_generates_as_the_training_models_own_forward(kind, saved, rank_pool, tmp_path):
+    folder, (texts, logprobs) = saved(kind)
     zero_to_hf([str(folder), str(tmp_path / "hf")])
-    (direct, tokens, scores), _ = rank_pool(2).run(generate, folder, 2, 1)
-    (from_hf, hf_tokens, hf_scores), _ = rank_pool(2).run(generate, tmp_path / "hf", 1, 2)
-    assert direct == pytest.approx(expected, abs=1e-4)
-    assert from_hf == pytest.approx(expected, abs=1e-4)
-    assert tokens == hf_tokens
-    assert [pytest.approx(row, abs=1e-4) for row in scores] == hf_scores
+    for source, sp, tp in ((folder, 2, 1), (tmp_path / "hf", 1, 2)):
+        for found_texts, found in rank_pool(2).run(generate, source, sp, tp):
+            assert found_texts == texts
+            assert found == [pytest.approx(row, abs=1e-4) for row in logprobs]
 
 
 def test_the_converted_folder_is_an_ordinary_one(saved, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, expected = saved("zero3")
+    folder, (texts, logprobs) = saved("zero3")
     zero_to_hf([str(folder / "step20"), str(tmp_path / "hf"), "--dtype", "bfloat16"])
     assert "in torch.bfloat16" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
@@ -105,9 +107,7 @@ def test_the_converted_folder_is_an_ordinary_one(saved, tmp_path, capsys):
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     ours, theirs = (AutoTokenizer.from_pretrained(place) for place in (tmp_path / "hf", folder.parent))
     assert ours.encode("ab") == theirs.encode("ab")
-    scores = model(torch.tensor([TEXT])).logits[0, :-1].float().log_softmax(-1)
-    found = scores.gather(1, torch.tensor(TEXT[1:])[:, None])[:, 0].tolist()
-    assert found == pytest.approx(expected, abs=0.1)
+    assert token_logprobs(model, torch.tensor([texts[1]])) == pytest.approx(logprobs[1], abs=0.1)
 
 
 def test_the_tokenizer_is_found_with_the_config(saved):

@@ -20,7 +20,10 @@ IGNORED = -100
 class Training:
     """One rank's part: `engine` is DeepSpeed's, `step` trains on one random batch, `logprobs` is its own forward."""
 
-    def __init__(self, stage: int, sequence_parallel: int, dtype: str = "fp32", **changes: Any) -> None:
+    def __init__(
+        self, stage: int, sequence_parallel: int, dtype: str = "fp32", lora: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> None:  # fmt: skip
         import deepspeed
         import deepspeed.comm as comm
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -34,6 +37,8 @@ class Training:
         mpu = UlyssesSPAttentionHF.register_with_transformers(
             model, "sdpa", sequence_parallel_size=sequence_parallel, micro_batch_size=ROWS, seq_length_is_variable=True
         )
+        if lora is not None:
+            model = with_adapters(model, lora)
         settings = {
             "train_micro_batch_size_per_gpu": ROWS,
             "gradient_clipping": 1.0,
@@ -47,7 +52,7 @@ class Training:
             },
             "steps_per_print": 10**9,
         }
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         self.engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=settings)[0]
         self._random = torch.Generator().manual_seed(1)
 
@@ -62,9 +67,31 @@ class Training:
         self.engine.backward(loss / (labels != IGNORED).sum())
         self.engine.step()
 
-    @torch.no_grad()
     def logprobs(self, token_ids: list[int]) -> list[float]:
         """By the training's own forward, on all ranks together: the log-probability of each token but the first."""
+        scores = self._scores(token_ids)[:-1]
+        found: list[float] = scores.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
+        return found
+
+    def complete(self, prompt: list[int], count: int) -> list[int]:
+        """By the training's own forward, on all ranks together: `prompt` and the `count` likeliest tokens after it."""
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(self._scores(tokens)[-1].argmax()))
+        return tokens
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Copies of the module's own parameters, whole, by name."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        parameters = dict(self.engine.module.named_parameters())
+        with GatheredParameters(list(parameters.values()), enabled=self.engine.zero_optimization_partition_weights()):
+            return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def _scores(self, token_ids: list[int]) -> torch.Tensor:
+        """[n, V] log-probabilities of what follows each of n tokens."""
         import deepspeed.comm as comm
 
         count = len(token_ids)
@@ -76,9 +103,7 @@ class Training:
             comm.all_gather(slices, logits, group=self.engine.seq_parallel_group)
         else:
             slices = [logits]
-        scores = torch.cat(slices)[: count - 1].log_softmax(-1)
-        found: list[float] = scores.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
-        return found
+        return torch.cat(slices)[:count].log_softmax(-1)
 
     def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: [ROWS, n]; logits of this rank's slice of them, [ROWS, n / sp, V]."""
@@ -90,6 +115,15 @@ class Training:
 
     def _mine(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.chunk(self.sp, dim=1)[self.rank]
+
+
+def with_adapters(model: Any, lora: dict[str, Any]) -> Any:
+    """The model with random adapters of PEFT's on it, the only ones that train."""
+    import peft
+
+    kind = peft.VeraConfig if lora.get("peft_type") == "VERA" else peft.LoraConfig
+    defaults = {"init_lora_weights": False, "r": 4, "lora_alpha": 6} if kind is peft.LoraConfig else {}
+    return peft.get_peft_model(model, kind(**{**defaults, **lora}))
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
@@ -14,11 +14,12 @@ from ulysses_infer.native.library import NativeUnavailableError, is_available
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """The sequences of one step, in batch order; equal on every rank.
+    """The sequences of one step as one cache group's layers read them, in batch order; equal on every rank.
 
     slots: [T] int64, where each batched token's key and value go (block * block_size + offset).
-    query_lens[i] tokens of sequence i are in the batch; context_lens[i] tokens, those included, are in the cache.
-    block_tables: [num_sequences, max_blocks] int64, padded with 0.
+    query_lens[i] tokens of sequence i are in the batch; context_lens[i] tokens, those included, are in its table.
+    block_tables: [num_sequences, max_blocks] int64. Where layers see a part of the past alone, a table begins at a
+    block from which windows and chunks may be counted, and blocks that no query of the step sees are not to be read.
     kernel: the same for the kernels of a GPU; None on a CPU.
     """
 
@@ -27,6 +28,8 @@ class AttentionMetadata:
     context_lens: list[int]
     block_tables: torch.Tensor
     kernel: KernelSequences | None = None
+    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What a backend has made for the step, for its other layers."""
 
 
 @dataclass(frozen=True)

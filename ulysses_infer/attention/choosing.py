@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ulysses_infer.attention.backend import AttentionBackend, AttentionOptions
+from ulysses_infer.attention.flashinfer_latent import WIDTHS as LATENT_WIDTHS
 from ulysses_infer.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -38,11 +39,13 @@ class AttentionNeeds:
     block_size: int
     softcap: bool = False
     chunks: bool = False
+    latents: bool = False
+    """Whether the cache holds latents, whose first numbers are the values."""
 
     @classmethod
     def of(
         cls, options: Iterable[AttentionOptions], max_model_len: int, capability: tuple[int, int], dtype: torch.dtype,
-        cache_dtype: torch.dtype, key_width: int, value_width: int, block_size: int,
+        cache_dtype: torch.dtype, key_width: int, value_width: int, block_size: int, latents: bool = False,
     ) -> AttentionNeeds:  # fmt: skip
         """Gathered from the layers' `options`; chunks that no sequence outgrows are none."""
         layers = list(options)
@@ -50,6 +53,7 @@ class AttentionNeeds:
             capability, dtype, cache_dtype, key_width, value_width, block_size,
             softcap=any(layer.softcap is not None for layer in layers),
             chunks=any(layer.chunk_size is not None and layer.chunk_size < max_model_len for layer in layers),
+            latents=latents,
         )  # fmt: skip
 
 
@@ -81,6 +85,9 @@ def _against_varlen(needs: AttentionNeeds) -> str | None:
 def _against_flashinfer(needs: AttentionNeeds) -> str | None:
     if (lack := _against_libraries(needs)) is not None:
         return lack
+    if needs.latents:
+        fits = (needs.key_width, needs.value_width) == LATENT_WIDTHS
+        return None if fits else f"latents are {needs.key_width} numbers, not {LATENT_WIDTHS[0]}"
     if needs.key_width != needs.value_width or needs.key_width not in FLASHINFER_WIDTHS:
         return f"heads are {needs.key_width} and {needs.value_width} wide, not both 64, 128 or 256"
     return None
@@ -91,6 +98,8 @@ def _against_flex(needs: AttentionNeeds) -> str | None:
         return f"cache.block_size is {needs.block_size}, not a power of two from {FLEX_PAGE} up"
     if needs.cache_dtype != needs.dtype:
         return "it needs a cache of the model's dtype"
+    if needs.latents:
+        return "its tiles of queries and latents do not fit on a GPU's cores"
     return None
 
 
@@ -149,16 +158,22 @@ def make_gpu_backend(name: str, device: torch.device, needs: AttentionNeeds) -> 
     reasons = "; ".join(f"not {other}: {reason}" for other, reason in choice.passed_over.items())
     level = logging.WARNING if choice.name == "torch" and name == "auto" else logging.INFO
     logger.log(level, "attention runs on %s%s", choice.name, f" ({reasons})" if reasons else "")
-    return _open(choice.name, device)
+    return _open(choice.name, device, needs.latents)
 
 
-def _open(name: str, device: torch.device) -> AttentionBackend:
+def _open(name: str, device: torch.device, latents: bool) -> AttentionBackend:
     if name == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
         from ulysses_infer.attention.flash_attn import FlashAttnAttention
 
         return FlashAttnAttention(flash_attn_varlen_func)
+    if name == "flashinfer" and latents:
+        import flashinfer.mla
+
+        from ulysses_infer.attention.flashinfer_latent import FlashInferLatentAttention
+
+        return FlashInferLatentAttention(flashinfer, device)
     if name == "flashinfer":
         import flashinfer
 

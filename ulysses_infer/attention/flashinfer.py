@@ -40,8 +40,8 @@ class Pages(NamedTuple):
 class FlashInferAttention(KernelAttention):
     """The library's wrappers for decode and for prefill; windows and soft cap are theirs, sinks come from their sums.
 
-    Captured steps have wrappers of their own, one a number of sequences and kind of layer, whose plans live in fixed
-    memory; a rank has the same heads in every mode, so the modes share them.
+    Captured steps have wrappers of their own, one for their static sequences and kind of layer, whose plans live in
+    fixed memory; a rank has the same heads in every mode, so the modes share them.
     """
 
     name = "flashinfer"
@@ -50,9 +50,6 @@ class FlashInferAttention(KernelAttention):
         """library: the module `flashinfer`."""
         self._library = library
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._planned_for: KernelSequences | None = None
-        self._plans: dict[PlanKey, Any] = {}
-        self._captured: dict[int, dict[PlanKey, Any]] = {}
         self._wrappers: dict[tuple[bool, PlanKey], Any] = {}
 
     def attend(
@@ -73,22 +70,16 @@ class FlashInferAttention(KernelAttention):
         output, log2_sum = planned.run(query, (keys, values), return_lse=True)  # [T, Hq, d] and [T, Hq], to base 2
         return with_sinks(output, log2_sum * math.log(2.0), options.sinks)
 
-    def replan(self, host: HostSequences) -> None:
+    def replan(self, sequences: KernelSequences, host: HostSequences) -> None:
         """See `KernelAttention.replan`."""
-        for key, wrapper in self._captured[len(host.context_lens)].items():
+        for key, wrapper in sequences.plans.items():
             _plan_decode(wrapper, host, key)
 
     def _planned(self, sequences: KernelSequences, key: PlanKey) -> Any:
         """The wrapper that runs layers of kind `key` in this step, planned."""
-        if sequences.captured:
-            plans = self._captured.setdefault(sequences.num_sequences, {})
-        else:
-            if self._planned_for is not sequences:
-                self._planned_for, self._plans = sequences, {}
-            plans = self._plans
-        if key not in plans:
-            plans[key] = self._plan(sequences, key)
-        return plans[key]
+        if key not in sequences.plans:
+            sequences.plans[key] = self._plan(sequences, key)
+        return sequences.plans[key]
 
     def _plan(self, sequences: KernelSequences, key: PlanKey) -> Any:
         if sequences.captured:

@@ -22,9 +22,9 @@ class Tiles(NamedTuple):
     rows: torch.Tensor  # [B, size], the batched token in each row; padding repeats the tile's first
     places: torch.Tensor  # [T], where in the flattened tiles each batched token is
     positions: torch.Tensor  # [B, size], the row's position in its sequence
-    logical: torch.Tensor  # [B, num_blocks], which block of the tile's sequence a cache block is; -1: none
-    num_blocks: torch.Tensor  # [B], blocks up to the tile's last position
-    blocks: torch.Tensor  # [B, blocks of the longest], the cache blocks in sequence order
+    logical: torch.Tensor  # [B, num_blocks], which block of the tile's sequence a cache block is; -1: none, or unseen
+    num_blocks: torch.Tensor  # [B], blocks from the first that the tile sees up to its last position
+    blocks: torch.Tensor  # [B, blocks of the longest], the cache blocks in sequence order, from the first seen on
 
 
 class FlexAttention:
@@ -39,9 +39,6 @@ class FlexAttention:
     def __init__(self, function: Callable[..., Any]) -> None:
         """function: `flex_attention`, compiled or not."""
         self._function = function
-        self._made_for: AttentionMetadata | None = None
-        self._tiles: Tiles | None = None
-        self._masks: dict[tuple[int | None, int | None], BlockMask] = {}
 
     def attend(
         self,
@@ -71,18 +68,19 @@ class FlexAttention:
     def _prepared(
         self, metadata: AttentionMetadata, keys: torch.Tensor, options: AttentionOptions
     ) -> tuple[Tiles, BlockMask]:
-        """The step's tiles, made by its first layer, and the mask of this layer's kind, made by the first such."""
-        if self._made_for is not metadata or self._tiles is None:
-            assert metadata.kernel is not None
-            self._made_for, self._masks = metadata, {}
-            self._tiles = make_tiles(metadata.kernel.host, keys.shape[0], keys.shape[1], keys.device)
+        """The tiles and the mask of layers of this kind, made by the first of them."""
         kind = (options.sliding_window, options.chunk_size)
-        if kind not in self._masks:
-            self._masks[kind] = make_mask(self._tiles, keys.shape[0], keys.shape[1], options)
-        return self._tiles, self._masks[kind]
+        made: tuple[Tiles, BlockMask] | None = metadata.prepared.get(kind)
+        if made is None:
+            assert metadata.kernel is not None
+            tiles = make_tiles(metadata.kernel.host, keys.shape[0], keys.shape[1], keys.device, options)
+            made = metadata.prepared[kind] = tiles, make_mask(tiles, keys.shape[0], keys.shape[1], options)
+        return made
 
 
-def make_tiles(host: HostSequences, num_blocks: int, block_size: int, device: torch.device) -> Tiles:
+def make_tiles(
+    host: HostSequences, num_blocks: int, block_size: int, device: torch.device, options: AttentionOptions
+) -> Tiles:
     """Cut the sequences' queries into tiles: of one row when all decode, else of up to `TILE`."""
     size = min(TILE, 1 << int(host.query_lens.max() - 1).bit_length())
     counts = -(-host.query_lens // size)  # tiles of each sequence
@@ -93,26 +91,28 @@ def make_tiles(host: HostSequences, num_blocks: int, block_size: int, device: to
     starts = np.cumsum(host.query_lens) - host.query_lens
     positions = (host.context_lens - host.query_lens)[owner][:, None] + np.where(real, inside, first[:, None])
     rows = starts[owner][:, None] + np.where(real, inside, first[:, None])
-    used = positions.max(axis=1) // block_size + 1
+    seen = np.array([options.first_visible(int(position)) for position in positions[:, 0]]) // block_size
+    used = positions.max(axis=1) // block_size + 1 - seen
+    shifted = np.minimum(seen[:, None] + np.arange(used.max()), host.block_tables.shape[1] - 1)
 
     def on_device(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(array).to(device, dtype, non_blocking=True)
 
-    blocks = on_device(host.block_tables[owner], torch.int32)
-    count = on_device(used, torch.int32)
+    blocks = on_device(host.block_tables[owner[:, None], shifted], torch.int32)
+    first, count = on_device(seen, torch.int32), on_device(used, torch.int32)
     return Tiles(
         size, on_device(rows, torch.int64), on_device(np.flatnonzero(real), torch.int64),
-        on_device(positions, torch.int64), _logical(blocks, count, num_blocks), count, blocks,
+        on_device(positions, torch.int64), _logical(blocks, first, count, num_blocks), count, blocks,
     )  # fmt: skip
 
 
-def _logical(blocks: torch.Tensor, count: torch.Tensor, num_blocks: int) -> torch.Tensor:
+def _logical(blocks: torch.Tensor, first: torch.Tensor, count: torch.Tensor, num_blocks: int) -> torch.Tensor:
     """The block tables turned round: [B, num_blocks], -1 where a tile does not use a cache block."""
-    places = torch.arange(blocks.shape[1], device=blocks.device, dtype=torch.int32)
-    used = places < count[:, None]
+    offsets = torch.arange(blocks.shape[1], device=blocks.device, dtype=torch.int32)
+    used, places = offsets < count[:, None], first[:, None] + offsets
     # One column more takes what the tables are padded with, and is cut off.
     table = torch.full((len(blocks), num_blocks + 1), -1, dtype=torch.int32, device=blocks.device)
-    table.scatter_(1, torch.where(used, blocks, num_blocks).long(), places.expand_as(blocks))
+    table.scatter_(1, torch.where(used, blocks, num_blocks).long(), places)
     return table[:, :num_blocks]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ class KernelSequences:
     host: HostSequences
     captured: bool = False
     """Whether the tensors are the static inputs of a captured step; then `host` is what it was captured with."""
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What a backend has planned for them."""
 
     @property
     def num_sequences(self) -> int:
@@ -63,8 +65,11 @@ class KernelAttention(ABC):
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
 
-    def replan(self, host: HostSequences) -> None:  # noqa: B027
-        """Before a captured step is replayed: plan it anew for the sequences it now has. Most kernels plan nothing."""
+    def replan(self, sequences: KernelSequences, host: HostSequences) -> None:  # noqa: B027
+        """Before a captured step is replayed: plan it anew for `host`, what its static `sequences` now are.
+
+        Most kernels plan nothing.
+        """
 
 
 def running_sums(lengths: np.ndarray) -> np.ndarray:

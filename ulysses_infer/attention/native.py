@@ -9,6 +9,7 @@ import torch
 
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
+from ulysses_infer.native.function import ATTENTION, NativeFunction
 from ulysses_infer.native.library import open_library
 
 
@@ -24,12 +25,11 @@ class NativeAttention:
     def __init__(self) -> None:
         library = open_library("attention")
         self._functions = {
-            torch.bfloat16: _declared(library.attend_bfloat16),
-            torch.float32: _declared(library.attend_float32),
+            torch.bfloat16: NativeFunction(library, "attend_bfloat16", "pp", ATTENTION, _no_memory),
+            torch.float32: NativeFunction(library, "attend_float32", "pp", ATTENTION, _no_memory),
         }
         self.longest_query = ctypes.c_int64.in_dll(library, "longest_query").value
         self._torch = TorchLoopAttention()
-        self._step: tuple[AttentionMetadata, _Batch, list[int]] | None = None
 
     def attend(
         self,
@@ -47,20 +47,29 @@ class NativeAttention:
         batch, long = self._split(metadata, keys.shape[1])
         if batch.count:
             layer = _Layer.of(query, keys, values, output, options)
-            if function(ctypes.byref(batch), ctypes.byref(layer)):
-                raise MemoryError("no memory for the sums of attention")
+            function(ctypes.byref(batch), ctypes.byref(layer))
         if long:
             self._torch.attend_sequences(long, query, keys, values, metadata, options, output)
         return output
 
+    def fix(self, metadata: AttentionMetadata, contexts: np.ndarray, block_size: int) -> None:
+        """Attend for decodes in the step of `metadata`, reading its context lengths from `contexts` [n] int64.
+
+        Whoever makes the same calls again may have written other lengths, and other block tables, in their places.
+        """
+        index = np.arange(len(contexts))
+        batch = _Batch.at(metadata, block_size, index, np.ones_like(index), contexts, index)
+        metadata.prepared[self.name] = batch, []
+
     def _split(self, metadata: AttentionMetadata, block_size: int) -> tuple[_Batch, list[int]]:
-        """What the kernel attends for and the numbers of torch's sequences, the same for all layers of a step."""
-        if self._step is None or self._step[0] is not metadata:
+        """What the kernel attends for and the numbers of torch's sequences, made by the first layer that asks."""
+        made: tuple[_Batch, list[int]] | None = metadata.prepared.get(self.name)
+        if made is None:
             lengths = np.array(metadata.query_lens, dtype=np.int64)
             is_short = lengths <= self.longest_query
             batch = _Batch.of(metadata, lengths, np.flatnonzero(is_short), block_size)
-            self._step = metadata, batch, np.flatnonzero(~is_short).tolist()
-        return self._step[1:]
+            made = metadata.prepared[self.name] = batch, np.flatnonzero(~is_short).tolist()
+        return made
 
 
 class _Batch(ctypes.Structure):
@@ -74,11 +83,16 @@ class _Batch(ctypes.Structure):
     @staticmethod
     def of(metadata: AttentionMetadata, lengths: np.ndarray, sequences: np.ndarray, block_size: int) -> _Batch:
         """The `sequences` (their numbers in the batch) of a step whose query lengths are `lengths`."""
-        tables = metadata.block_tables
         contexts = np.array(metadata.context_lens, dtype=np.int64)
-        arrays = ((np.cumsum(lengths) - lengths)[sequences], lengths[sequences], contexts[sequences], sequences)
+        first = np.cumsum(lengths) - lengths
+        return _Batch.at(metadata, block_size, first[sequences], lengths[sequences], contexts[sequences], sequences)
+
+    @staticmethod
+    def at(metadata: AttentionMetadata, block_size: int, *arrays: np.ndarray) -> _Batch:
+        """Of arrays that lie where the kernel is to read them: rows, lengths, contexts, sequences."""
+        tables = metadata.block_tables
         made = _Batch(
-            len(sequences), tables.stride(0), block_size, *(array.ctypes.data for array in arrays), tables.data_ptr()
+            len(arrays[0]), tables.stride(0), block_size, *(array.ctypes.data for array in arrays), tables.data_ptr()
         )
         made.kept = arrays, tables  # alive with the pointers
         return made
@@ -90,7 +104,7 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "output", "sinks")),
         *((name, ctypes.c_int64) for name in ("row_stride", "head_stride", "heads", "groups")),
-        *((name, ctypes.c_int64) for name in ("key_width", "value_width", "window", "chunk")),
+        *((name, ctypes.c_int64) for name in ("key_width", "value_width", "value_stride", "window", "chunk")),
         *((name, ctypes.c_float) for name in ("scaling", "soft_cap")),
     )
 
@@ -98,7 +112,7 @@ class _Layer(ctypes.Structure):
     def of(
         query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, options: AttentionOptions
     ) -> _Layer:
-        """One layer of the step; the caches are contiguous."""
+        """One layer of the step. Keys are contiguous; so are values, or each is the beginning of its key."""
         if query.stride(2) != 1:
             query = query.contiguous()
         heads, key_width = keys.shape[2:]
@@ -106,14 +120,12 @@ class _Layer(ctypes.Structure):
         made = _Layer(
             query.data_ptr(), keys.data_ptr(), values.data_ptr(), output.data_ptr(),
             None if sinks is None else sinks.data_ptr(), query.stride(0), query.stride(1), heads,
-            query.shape[1] // heads, key_width, values.shape[3], options.sliding_window or 0, options.chunk_size or 0,
-            options.scaling, options.softcap or 0.0,
+            query.shape[1] // heads, key_width, values.shape[3], values.stride(2), options.sliding_window or 0,
+            options.chunk_size or 0, options.scaling, options.softcap or 0.0,
         )  # fmt: skip
         made.kept = query, sinks  # alive with the pointers
         return made
 
 
-def _declared(function: ctypes._NamedFuncPointer) -> ctypes._NamedFuncPointer:
-    function.argtypes = [ctypes.c_void_p] * 2
-    function.restype = ctypes.c_int
-    return function
+def _no_memory(_: int) -> None:
+    raise MemoryError("no memory for the sums of attention")

@@ -1,4 +1,4 @@
-"""Which cache blocks are whose: reference counts, free blocks, and the full blocks that can be shared."""
+"""Which blocks of a cache group are whose: reference counts, free blocks, and the full blocks that can be shared."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ class BlockAllocator:
     A block is held by the requests that have it in their block table (its reference count) or free. A full
     block whose content has been computed can be published under its content's hash; any request may then
     share it, and it keeps its content while free, until it is needed. Free blocks without content go first,
-    then the least recently freed. Every operation is O(1) per block.
+    then those that nobody is likely to ask for, then the least recently freed. Every operation is O(1) per block.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.prefix_stats = PrefixCacheStats()
         self._references = [0] * num_blocks
-        # Free blocks: those without content (block 0 goes first), and those with, least recently freed first.
+        # Free blocks: those without content (block 0 goes first), and those with, in the order in which they go.
         self._blank = list(range(num_blocks - 1, -1, -1))
+        self._unlikely: OrderedDict[int, None] = OrderedDict()
         self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._was_shared: set[int] = set()  # with the content that they have now
         self._block_of_hash: dict[bytes, int] = {}
         self._hash_of_block: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
         """Blocks that no request holds."""
-        return len(self._blank) + len(self._evictable)
+        return len(self._blank) + len(self._unlikely) + len(self._evictable)
 
     @property
     def num_used(self) -> int:
@@ -83,16 +84,21 @@ class BlockAllocator:
             blocks.append(block)
         return blocks
 
+    def last_missing(self, block_hashes: Sequence[bytes], start: int, stop: int) -> int | None:
+        """The last index from `start` to before `stop` whose content is not cached; None if all is."""
+        return next((i for i in range(stop - 1, start - 1, -1) if block_hashes[i] not in self._block_of_hash), None)
+
     def count_free(self, blocks: Sequence[int]) -> int:
         """How many of `blocks` are free: sharing them lowers `num_free` by as many."""
-        return sum(block in self._evictable for block in blocks)
+        return sum(self._references[block] == 0 for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
         """Take one more reference to each of `blocks`, which `match_prefix` has just returned."""
         for block in blocks:
             if self._references[block] == 0:
-                del self._evictable[block]
+                del (self._unlikely if block in self._unlikely else self._evictable)[block]
             self._references[block] += 1
+            self._was_shared.add(block)
 
     def publish(self, block: int, content: bytes) -> None:
         """Let others share `block`, held, full and computed, under the hash `content`. The first block with a
@@ -106,18 +112,27 @@ class BlockAllocator:
         """Give back one reference to each block of a sequence. Its tail is evicted before its head, because a
         block is of no use to others once one before it is gone."""
         for block in reversed(block_table):
-            assert self._references[block] > 0, f"block {block} freed twice"
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                self._put_free(block)
+            if self._release(block):
+                self._put_free(block, self._evictable)
+
+    def free_passed(self, block: int, is_likely: bool) -> None:
+        """Give back one reference to a block that its sequence, which goes on, does not see any more.
+
+        Unless it `is_likely` to be asked for, or was asked for before, it goes before what others have left: so
+        a long text takes its own blocks again, and not the ends of texts that may be continued.
+        """
+        if self._release(block):
+            self._put_free(block, self._evictable if is_likely or block in self._was_shared else self._unlikely)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached content, as after a change of weights. Returns False, and changes nothing, while
         any block is held: its sequence would mix old content with new."""
         if self.num_used:
             return False
-        self._blank.extend(self._evictable)
-        self._evictable.clear()
+        for kept in (self._unlikely, self._evictable):
+            self._blank.extend(kept)
+            kept.clear()
+        self._was_shared.clear()
         self._block_of_hash.clear()
         self._hash_of_block.clear()
         return True
@@ -131,12 +146,19 @@ class BlockAllocator:
     def _take_free(self) -> int:
         if self._blank:
             return self._blank.pop()
-        block, _ = self._evictable.popitem(last=False)
+        block, _ = (self._unlikely or self._evictable).popitem(last=False)
         del self._block_of_hash[self._hash_of_block.pop(block)]
+        self._was_shared.discard(block)
         return block
 
-    def _put_free(self, block: int) -> None:
+    def _release(self, block: int) -> bool:
+        """Take a reference away; whether it was the last."""
+        assert self._references[block] > 0, f"block {block} freed twice"
+        self._references[block] -= 1
+        return self._references[block] == 0
+
+    def _put_free(self, block: int, kept: OrderedDict[int, None]) -> None:
         if block in self._hash_of_block:
-            self._evictable[block] = None
+            kept[block] = None
         else:
             self._blank.append(block)

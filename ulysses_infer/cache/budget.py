@@ -1,4 +1,4 @@
-"""How many blocks the cache gets: memory is counted before any of it is taken."""
+"""How much memory the cache gets: it is counted before any of it is taken."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ulysses_infer.cache.paged import CacheShape
+from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.config import CacheConfig
 from ulysses_infer.errors import ConfigError
 
@@ -61,17 +61,16 @@ def check_weights_fit(budget: MemoryBudget) -> None:
         )
 
 
-def num_cache_blocks(config: CacheConfig, shape: CacheShape, budget: MemoryBudget, most: int, on_cpu: bool) -> int:
-    """Blocks this rank can hold. `most` is what the scheduler could ever fill. Raises `ConfigError` if none fit."""
+def cache_bytes(config: CacheConfig, sizing: CacheSizing, budget: MemoryBudget, on_cpu: bool) -> int:
+    """Bytes that this rank may take for its cache. Raises `ConfigError` if the recipe asks for more than are left."""
     if config.num_blocks is not None:
-        wanted = config.num_blocks * shape.bytes_per_block
+        wanted = sizing.num_bytes(sizing.with_first(config.num_blocks))
         _check_wanted(wanted, budget, f"cache.num_blocks {config.num_blocks}")
-        return config.num_blocks
+        return wanted
     if config.memory_bytes is not None:
         _check_wanted(config.memory_bytes, budget, f"cache.memory_bytes {config.memory_bytes}")
-        return config.memory_bytes // shape.bytes_per_block
-    left = min(budget.left, CPU_CACHE_LIMIT) if on_cpu else budget.left
-    return min(left // shape.bytes_per_block, most)
+        return config.memory_bytes
+    return min(budget.left, CPU_CACHE_LIMIT) if on_cpu else budget.left
 
 
 def _check_wanted(wanted: int, budget: MemoryBudget, setting: str) -> None:

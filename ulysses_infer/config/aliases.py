@@ -54,6 +54,7 @@ ALIASES: dict[str, Alias] = {
     "seed": Alias("model.seed"),
     "trust_remote_code": Alias("model.trust_remote_code"),
     "max_model_len": Alias("model.max_model_len"),
+    "hf_overrides": Alias("model.hf_overrides"),
     "gpu_memory_utilization": Alias("cache.memory_utilization"),
     "kv_cache_dtype": Alias("cache.dtype"),
     "block_size": Alias("cache.block_size"),

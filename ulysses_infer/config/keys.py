@@ -76,8 +76,14 @@ def is_mapping(name: str) -> bool:
 
 
 def is_key(name: str) -> bool:
-    """Whether `name` can be given a value: a key of the schema, or an entry of an open one."""
-    return name in all_keys() or is_open(name.rpartition(".")[0])
+    """Whether `name` can be given a value: a key of the schema, an entry of an open one, or what is nested there."""
+    owner, inside = ".".join(name.split(".")[:2]), name.count(".") - 1
+    return name in all_keys() or (is_open(owner) and (inside == 1 or _nests(owner)))
+
+
+def _nests(name: str) -> bool:
+    """Whether entries of the open key `name` may be mappings themselves."""
+    return typing.get_args(all_keys()[name].type)[1] is Any
 
 
 def hint_for(name: str) -> str:

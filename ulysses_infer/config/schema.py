@@ -62,13 +62,22 @@ class ModelConfig:
         help="Folder with the Hugging Face config.json (and tokenizer) of a checkpoint that lacks one, as DeepSpeed's "
         "do; null: looked for in the checkpoint and up to three folders above."
     )
+    hf_overrides: dict[str, Any] = option(
+        factory=dict,
+        kind="mapping",
+        help="Values of the checkpoint's config.json (of its language model) to replace, as in "
+        "`{rope_parameters: {rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}}` "
+        "(docs/long-context.md).",
+    )
     tokenizer: str | None = option(help="Folder or hub id of the tokenizer; null: the checkpoint's own.")
     revision: str | None = option(help="Branch, tag or commit of a hub id; null: its default branch.")
     dtype: str = option(
         "auto", choices=DTYPES, help="Type the weights are kept in; auto: the checkpoint's own."
     )
     max_model_len: int | None = option(
-        at_least=1, help="Longest prompt plus output, in tokens; null: what the checkpoint declares."
+        at_least=1,
+        help="Longest prompt plus output, in tokens; null: what the checkpoint is made for, stretched as its rotary "
+        "embedding says. More is served with a warning.",
     )
     trust_remote_code: bool = option(False, help="Run model code that comes with the checkpoint.")
     allow_unverified: bool = option(
@@ -188,6 +197,10 @@ class CacheConfig:
         "auto", choices=CACHE_DTYPES,
         help="Type of cached keys and values; auto: that of the model. fp8 halves them, with the checkpoint's scales.",
     )
+    latent: bool | None = option(
+        help="Cache latents instead of the heads they expand to, where attention has them (MLA; docs/latent-cache.md). "
+        "null: where that takes less memory a rank."
+    )
     memory_utilization: float = option(
         0.92,
         above=0,
@@ -242,7 +255,8 @@ class RuntimeConfig:
     )
     enforce_eager: bool | None = option(
         help="Run every step layer by layer. false: capture decode steps in CUDA graphs, in every mode; null: capture "
-        "them on a GPU where attention and model allow it. A CPU has no graphs."
+        "them on a GPU where attention and model allow it. On a CPU false and null are the same: steps of up to 64 "
+        "requests are recorded when they come again, and repeated without Python between the native kernels."
     )
     threads_per_rank: int | None = option(
         at_least=1, help="CPU threads of a rank; null: OMP_NUM_THREADS if set, else its share of the cores."

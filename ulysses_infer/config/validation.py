@@ -40,6 +40,8 @@ def validate(config: Config, explicit: Mapping[str, Setting]) -> None:
 
 def _check_adapters(config: Config) -> None:
     names, wanted = config.lora.adapters, config.generate.adapter
+    if names and config.cache.latent:
+        raise ConfigError("cache.latent = true: adapters may change kv_b_proj, which latents go around; use null")
     if wanted is not None and wanted not in names:
         raise ConfigError(f"generate.adapter = {wanted!r} is none of lora.adapters ({', '.join(names) or 'empty'})")
     if config.served_model_name in names:

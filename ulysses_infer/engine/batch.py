@@ -19,7 +19,7 @@ class ScheduledRequest(NamedTuple):
     start: int
     num_new_tokens: int
     new_block_ids: list[int]
-    """Blocks appended to its block table; on (re)admission the whole table, shared prefix blocks first."""
+    """Blocks appended to its block tables, group by group; on (re)admission the whole tables, shared blocks first."""
     samples: bool
     """Whether the step computes the request's last known token and so yields a new one."""
 

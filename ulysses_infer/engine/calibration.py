@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from ulysses_infer import __version__
-from ulysses_infer.cache.blocks import BlockAllocator
+from ulysses_infer.cache.pools import BlockPools, BlockTables
 from ulysses_infer.config import SchedulerConfig
 from ulysses_infer.engine.channel import STEP, Channel
 from ulysses_infer.engine.plan import LAST_LOGITS, PlanItem, StepPlan
@@ -99,13 +99,13 @@ class Calibration:
     """Runs steps that no request asked for. Only rank 0 makes one; the other ranks follow its plans."""
 
     def __init__(
-        self, worker: Worker, channel: Channel, allocator: BlockAllocator, settings: SchedulerConfig,
+        self, worker: Worker, channel: Channel, allocator: BlockPools, settings: SchedulerConfig,
         modes: Sequence[Mode], dropped: Sequence[int] = (),
     ) -> None:  # fmt: skip
         """`dropped`: handles that the ranks are still to forget."""
         self._worker, self._channel, self._allocator, self._modes = worker, channel, allocator, list(modes)
         self._settings = settings
-        self._blocks: list[int] = []
+        self._blocks: BlockTables = []
         self._handles = 0
         self.dropped = list(dropped)
         """Handles for the next plan to forget."""
@@ -152,13 +152,13 @@ class Calibration:
 
     @contextmanager
     def _borrowed_blocks(self) -> Iterator[None]:
-        allocator = self._allocator
-        wanted = min(allocator.num_free, allocator.blocks_for(MOST_FILLED))
-        self._blocks = allocator.allocate(wanted)
+        pools = self._allocator.pools
+        most = self._allocator.blocks_for(MOST_FILLED)
+        self._blocks = [pool.allocate(min(pool.num_free, most)) for pool in pools]
         try:
             yield
         finally:
-            allocator.free(self._blocks)
+            self._allocator.free(self._blocks)
             self._blocks = []
 
     def _limits(self, cached: int) -> Limits:
@@ -166,7 +166,7 @@ class Calibration:
         tables = self._worker.tables
         return Limits(
             num_tokens=min(self._settings.max_num_batched_tokens, cached),
-            num_sequences=min(self._settings.max_num_seqs - len(tables) + len(self.dropped), len(self._blocks)),
+            num_sequences=min(self._settings.max_num_seqs - len(tables) + len(self.dropped), len(self._blocks[0])),
             context=self._worker.model.shape.max_model_len - 1,
             cached=cached,
         )
@@ -178,7 +178,7 @@ class Calibration:
         filled, from the first borrowed block on, and the times of the chunks, which are measurements too.
         """
         block_size = self._allocator.block_size
-        room = len(self._blocks) * block_size
+        room = len(self._blocks[0]) * block_size
         longest = (self._worker.model.shape.max_model_len - 1) // block_size * block_size or 1
         chunk = min(16, room, longest, self._settings.max_num_batched_tokens)
         times: Times = {}
@@ -205,7 +205,7 @@ class Calibration:
         for start, count in point.sequences:
             self._handles -= 1
             used = self._allocator.blocks_for(start + count)
-            items.append(PlanItem(self._handles, start, count, self._blocks[offset : offset + used], LAST_LOGITS))
+            items.append(PlanItem(self._handles, start, count, self._tables(offset, start, used), LAST_LOGITS))
             offset += used
         tokens = np.arange(sum(item.num_tokens for item in items), dtype=np.int32)
         tokens %= self._worker.model.shape.vocab_size
@@ -215,6 +215,15 @@ class Calibration:
         self._channel.send(STEP, plan.encode())
         self._worker.run(plan)
         return time.perf_counter() - started
+
+    def _tables(self, offset: int, start: int, used: int) -> list[int]:
+        """Tables, group by group, of a text of `used` blocks from that borrowed one on, of which all but the tokens
+        from `start` on are there. Of groups with fewer blocks, texts take the same ones in turn."""
+        table: list[int] = []
+        for reach, blocks in zip(self._allocator.reaches, self._blocks, strict=True):
+            first = reach.first_visible(start) // self._allocator.block_size
+            table += [blocks[(offset + block) % len(blocks)] for block in range(first, used)]
+        return table
 
 
 class Rounds:
@@ -289,6 +298,7 @@ def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:
         "model": {
             "type": model.injection.config.model_type, **asdict(model.shape), "weight_bytes": model.weight_bytes,
             "dtype": str(model.dtype).removeprefix("torch."),
+            **({"hf_overrides": dict(model.hf_overrides)} if model.hf_overrides else {}),
         },
         "modes": [list(mode) for mode in modes],
         "device": device_name(worker.device),

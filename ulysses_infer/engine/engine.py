@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ulysses_infer.cache.blocks import BlockAllocator
+from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.cache.prefix import prefix_salt
 from ulysses_infer.config import Config, PolicyConfig
 from ulysses_infer.engine.batch import Batch
@@ -48,7 +48,9 @@ class Engine:
         self._rank = rank
         self._decoder = prompts.decoder if text else None
         cache = rank.worker.cache
-        allocator = BlockAllocator(cache.num_blocks, cache.shape.block_size, config.cache.enable_prefix_caching)
+        allocator = BlockPools(
+            cache.blocks_of_groups, cache.shape.block_size, config.cache.enable_prefix_caching, cache.groups.reaches
+        )
         self.scheduler = Scheduler(config.scheduler, allocator, rank.worker.model.shape.max_model_len)
         self.policy: Policy = self._make_policy(config.policy)
         self.stats = StepStats()

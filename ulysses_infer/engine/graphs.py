@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from ulysses_infer.attention.kernels import HostSequences, KernelAttention, Kern
 from ulysses_infer.cache.paged import PagedCache
 from ulysses_infer.engine.inputs import StepInputs
 from ulysses_infer.engine.plan import StepPlan
-from ulysses_infer.engine.tables import StepArrays
+from ulysses_infer.engine.tables import GroupArrays, StepArrays
 from ulysses_infer.errors import ConfigError, first_line
 from ulysses_infer.model.context import StepContext
 from ulysses_infer.model.model import ShiftModel
@@ -96,53 +96,81 @@ def bucket_sizes(max_num_seqs: int, sp: int) -> list[int]:
     return sorted({-(-size // sp) * sp for size in sizes})
 
 
-class StaticInputs:
-    """The fixed memory that captured steps of `size` rows read, in every mode."""
+class StaticGroup:
+    """What the layers of one cache group read in captured steps of `size` rows."""
 
-    def __init__(self, size: int, block_tables: torch.Tensor, max_model_len: int, scratch_block: int) -> None:
+    def __init__(self, size: int, block_tables: torch.Tensor, max_context_len: int, scratch_block: int) -> None:
         """block_tables: [size, blocks of the longest sequence] int32, which may be part of a larger bucket's."""
         device = block_tables.device
-        self.size = size
-        self._scratch_block = scratch_block
-        self._tokens = torch.zeros(3, size, dtype=torch.int64, device=device)  # ids, positions, slots
+        self.size, self._scratch_block = size, scratch_block
+        self._slots = torch.zeros(size, dtype=torch.int64, device=device)
         self._lens = torch.zeros(2, size + 1, dtype=torch.int32, device=device)  # running sums, lengths and a spare
         self._block_tables = block_tables
-        self.token_ids, self.positions, self._slots = self._tokens
         self._padding = HostSequences(
             np.ones(size, np.int32), np.ones(size, np.int32), np.full((size, 1), scratch_block, np.int32)
         )
         starts = torch.arange(size + 1, dtype=torch.int32, device=device)
-        sequences = KernelSequences(
-            starts, self._lens[0], self._lens[1, :size], block_tables, 1, max_model_len, self._padding, captured=True
+        self.sequences = KernelSequences(
+            starts, self._lens[0], self._lens[1, :size], block_tables, 1, max_context_len, self._padding, captured=True
         )
         # Lists are for backends that are not captured; one that read them would find no sequence at all.
-        self.metadata = AttentionMetadata(self._slots, [], [], block_tables, sequences)
+        self.metadata = AttentionMetadata(self._slots, [], [], block_tables, self.sequences)
 
-    def fill(self, step: tuple[StepPlan, StepArrays] | None, block_size: int, inputs: StepInputs) -> HostSequences:
-        """Write a step of at most `size` rows, None for none, and padding; returns its sequences, padding included."""
-        tokens = np.zeros((3, self.size), dtype=np.int64)
-        tokens[2] = self._scratch_block * block_size
+    def to_send(self, group: GroupArrays | None, block_size: int) -> tuple[HostSequences, list[np.ndarray]]:
+        """The sequences of a step, None for none, padding included, and the arrays that `take` takes."""
+        slots = np.full(self.size, self._scratch_block * block_size, dtype=np.int64)
         host = self._padding
-        if step is not None:
-            plan, arrays = step
-            tokens[:, : plan.num_tokens] = plan.token_ids, arrays.positions, arrays.slots
-            host = self._padded(arrays)
+        if group is not None:
+            slots[: len(group.slots)] = group.slots
+            host = self._padded(group)
         lens = np.zeros((2, self.size + 1), dtype=np.int32)
         lens[0], lens[1, : self.size] = running_sums(host.context_lens), host.context_lens
-        sent_tokens, sent_lens, sent_tables = inputs.send([tokens, lens, host.block_tables])
-        self._tokens.copy_(sent_tokens)
-        self._lens.copy_(sent_lens)
-        # What is further right is of other steps: no length reaches it.
-        self._block_tables[:, : sent_tables.shape[1]].copy_(sent_tables)
-        return host
+        return host, [slots, lens, host.block_tables]
 
-    def _padded(self, arrays: StepArrays) -> HostSequences:
-        count, width = arrays.block_tables.shape
+    def take(self, slots: torch.Tensor, lens: torch.Tensor, block_tables: torch.Tensor) -> None:
+        """Keep what was sent."""
+        self._slots.copy_(slots)
+        self._lens.copy_(lens)
+        # What is further right is of other steps: no length reaches it.
+        self._block_tables[:, : block_tables.shape[1]].copy_(block_tables)
+
+    def _padded(self, group: GroupArrays) -> HostSequences:
+        count, width = group.block_tables.shape
         contexts = np.ones(self.size, dtype=np.int32)
-        contexts[:count] = arrays.context_lens
+        contexts[:count] = group.context_lens
         tables = np.full((self.size, width), self._scratch_block, dtype=np.int32)
-        tables[:count] = arrays.block_tables
+        tables[:count] = group.block_tables
         return HostSequences(self._padding.query_lens, contexts, tables)
+
+
+class StaticInputs:
+    """The fixed memory that captured steps of `size` rows read, in every mode."""
+
+    def __init__(self, size: int, groups: Sequence[StaticGroup], device: torch.device) -> None:
+        self.size, self.groups = size, list(groups)
+        self._tokens = torch.zeros(2, size, dtype=torch.int64, device=device)
+        self.token_ids, self.positions = self._tokens
+
+    def fill(
+        self, step: tuple[StepPlan, StepArrays] | None, block_size: int, inputs: StepInputs
+    ) -> list[HostSequences]:
+        """Write a step of at most `size` rows, None for none, and padding; returns its sequences, padding included."""
+        tokens = np.zeros((2, self.size), dtype=np.int64)
+        arrays: Sequence[GroupArrays | None] = [None] * len(self.groups)
+        if step is not None:
+            plan, laid_out = step
+            tokens[:, : plan.num_tokens] = plan.token_ids, laid_out.positions
+            arrays = laid_out.groups
+        hosts, fields = [], [tokens]
+        for group, own in zip(self.groups, arrays, strict=True):
+            host, sent = group.to_send(own, block_size)
+            hosts.append(host)
+            fields += sent
+        sent_tokens, *rest = inputs.send(fields)
+        self._tokens.copy_(sent_tokens)
+        for number, group in enumerate(self.groups):
+            group.take(*rest[3 * number : 3 * number + 3])
+        return hosts
 
 
 class GraphRunner:
@@ -157,8 +185,10 @@ class GraphRunner:
         self._inputs, self._capturer = inputs, capturer
         self.buckets = {mode: bucket_sizes(max_num_seqs, mode.sp) for mode in groups.by_mode}
         largest = max(sizes[-1] for sizes in self.buckets.values())
-        width = cache.shape.blocks_for(model.shape.max_model_len)
-        self._block_tables = torch.full((largest, width), cache.scratch_block, dtype=torch.int32, device=device)
+        self._block_tables = [
+            torch.full((largest, self._width(group)), cache.scratch_block(group), dtype=torch.int32, device=device)
+            for group in range(len(cache.groups.reaches))
+        ]
         self._rows = torch.arange(largest, device=device)
         self._logits = torch.empty(0, device=device)
         self._static: dict[int, StaticInputs] = {}
@@ -197,21 +227,33 @@ class GraphRunner:
             self.forget()
         if (plan.mode, size) not in self._graphs:
             self._capture(plan.mode, size)
-        host = self._static[size].fill((plan, arrays), self.cache.shape.block_size, self._inputs)
-        self.backend.replan(host)
+        static = self._static[size]
+        hosts = static.fill((plan, arrays), self.cache.shape.block_size, self._inputs)
+        for group, host in zip(static.groups, hosts, strict=True):
+            self.backend.replan(group.sequences, host)
         self._graphs[plan.mode, size].replay()
         return self._logits[: plan.num_tokens]
 
+    def _width(self, group: int) -> int:
+        """The most blocks that a decode reads of a group: a table may begin a block before the first of them."""
+        reach, shape = self.cache.groups.reaches[group], self.cache.shape
+        return reach.most_blocks(self.model.shape.max_model_len, 1, shape.block_size)
+
+    def _make_static(self, size: int) -> StaticInputs:
+        groups = []
+        for group, tables in enumerate(self._block_tables):
+            longest = min(self.model.shape.max_model_len, tables.shape[1] * self.cache.shape.block_size)
+            groups.append(StaticGroup(size, tables[:size], longest, self.cache.scratch_block(group)))
+        return StaticInputs(size, groups, self._rows.device)
+
     def _reserved(self) -> int:
         """Bytes that torch has taken of the GPU's memory."""
-        device = self._block_tables.device
+        device = self._rows.device
         return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
     def _capture(self, mode: Mode, size: int) -> None:
         if size not in self._static:
-            self._static[size] = StaticInputs(
-                size, self._block_tables[:size], self.model.shape.max_model_len, self.cache.scratch_block
-            )
+            self._static[size] = self._make_static(size)
         static = self._static[size]
         static.fill(None, self.cache.shape.block_size, self._inputs)
         context = self._context(mode, static)
@@ -239,14 +281,15 @@ class GraphRunner:
         self._logits[: logits.shape[0]].copy_(logits)
 
     def _context(self, mode: Mode, static: StaticInputs) -> StepContext:
-        spans = token_spans(static.size, mode.sp)
+        spans, attention = token_spans(static.size, mode.sp), [group.metadata for group in static.groups]
         return StepContext(
             collectives=self.groups.by_mode[mode],
             token_spans=spans,
             logits_counts=[span.size for span in spans],
-            attention=static.metadata,
+            attention=attention[0],
             cache=self.cache,
             backend=self.backend,
+            attention_of_layers=self.cache.groups.each_layer(attention),
         )
 
 
@@ -258,9 +301,7 @@ def wants_graphs(enforce_eager: bool | None, device: torch.device, backend: obje
     if enforce_eager:
         return False
     if device.type == "cpu":
-        if enforce_eager is not None:
-            logger.warning("runtime.enforce_eager = false has no effect on a CPU, which has no graphs to capture")
-        return False
+        return False  # it has no graphs, but tapes: see tapes.py
     name = getattr(backend, "name", "?")
     if not isinstance(backend, KernelAttention):
         if enforce_eager is not None:

@@ -23,6 +23,7 @@ class PlanItem(NamedTuple):
     start: int
     num_tokens: int
     new_block_ids: list[int]
+    """Blocks appended to its tables, group by group; how many for each follows from `start` and `num_tokens`."""
     logits: int
     """Which rows need logits: none, the last one, or all (prompt log-probabilities)."""
     adapter: int = 0

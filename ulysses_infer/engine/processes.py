@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import os
@@ -22,6 +23,7 @@ from ulysses_infer.config import Config
 from ulysses_infer.errors import ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
+    from ulysses_infer.model.files import TensorSource
     from ulysses_infer.model.sources import GivenModel
 
 STOP_SECONDS = 3.0  # for a worker to hear that it is to end, and again to do so
@@ -41,7 +43,13 @@ def hand_over(config: Config, model: GivenModel, cleanup: contextlib.ExitStack) 
     Returns the configuration that names the folder. `cleanup` removes it.
     """
     folder = _temporary_folder(cleanup)
-    model.module.save_pretrained(folder)
+    if model.is_copied:  # its state dict is not that of an ordinary model
+        own = copy.deepcopy(model.module.config)
+        own.dtype = model.module.dtype
+        own.save_pretrained(folder)
+        _write_weights(model.open(), folder)
+    else:
+        model.module.save_pretrained(folder)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=folder))
 
 
@@ -52,15 +60,20 @@ def hand_over_weights(source: Any, cleanup: contextlib.ExitStack) -> str:
     """
     if isinstance(source, str | os.PathLike):
         return str(source)
+    from ulysses_infer.model.sources import open_weights
+
+    folder = _temporary_folder(cleanup)
+    _write_weights(open_weights(source), folder)
+    return folder
+
+
+def _write_weights(weights: TensorSource, folder: str) -> None:
     from safetensors.torch import save_file
 
     from ulysses_infer.model.files import SINGLE_NAME
-    from ulysses_infer.model.sources import open_weights
 
-    folder, weights = _temporary_folder(cleanup), open_weights(source)
     tensors = {name: weights.read(name, None).cpu().clone() for name in weights.keys()}  # noqa: SIM118
     save_file(tensors, Path(folder) / SINGLE_NAME)
-    return folder
 
 
 def _temporary_folder(cleanup: contextlib.ExitStack) -> str:

@@ -6,6 +6,7 @@ import enum
 import sys
 from dataclasses import dataclass, field
 
+from ulysses_infer.cache.pools import BlockTables
 from ulysses_infer.sampling_params import SamplingParams
 
 
@@ -22,7 +23,8 @@ class Request:
     """A prompt being completed. Compared by identity; times are in the scheduler clock's seconds.
 
     The tokens at positions `[0, num_tokens)` are *known*: the prompt, then the output. The first
-    `num_computed_tokens` of them have keys and values in the cache blocks of `block_table`.
+    `num_computed_tokens` of them have keys and values in the cache blocks of `block_tables`, or had, where no later
+    token sees them.
     """
 
     request_id: str
@@ -49,11 +51,14 @@ class Request:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache spared this request when it first ran."""
-    block_table: list[int] = field(default_factory=list)
+    block_tables: BlockTables = field(default_factory=list)
+    """One a cache group; empty while it does not run."""
+    num_blocks: int = 0
+    """Blocks that its text takes: where every table ends."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of the leading full blocks of known tokens; extended, never recomputed."""
     num_published_blocks: int = 0
-    """Leading blocks of `block_table` already offered to the prefix cache."""
+    """Leading blocks already offered to the prefix cache."""
     precedence: tuple[int, int] = (0, 0)
     """(priority, or 0 under fcfs; arrival): lower runs first and is preempted last. Set when it is added."""
     length_limit: int = sys.maxsize
@@ -124,15 +129,15 @@ class Request:
     def restart(self) -> None:
         """Preempt: forget everything computed, to compute it again later; the output tokens stay."""
         self.status = RequestStatus.WAITING
-        self.block_table = []
+        self.block_tables, self.num_blocks = [], 0
         self.num_computed_tokens = 0
         self.num_published_blocks = 0
         self.num_preemptions += 1
 
     def end(self, finish_reason: str, stop_reason: int | str | None, now: float) -> None:
-        """Mark the request finished at time `now` (seconds) and drop its block table."""
+        """Mark the request finished at time `now` (seconds) and drop its block tables."""
         self.status = RequestStatus.FINISHED
         self.finish_reason = finish_reason
         self.stop_reason = stop_reason
         self.finish_time = now
-        self.block_table = []
+        self.block_tables, self.num_blocks = [], 0

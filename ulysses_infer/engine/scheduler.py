@@ -20,9 +20,9 @@ from __future__ import annotations
 import bisect
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from ulysses_infer.cache.blocks import BlockAllocator
+from ulysses_infer.cache.pools import BlockPools, BlockTables
 from ulysses_infer.cache.prefix import extend_block_hashes
 from ulysses_infer.config import SchedulerConfig
 from ulysses_infer.engine.batch import Batch, BatchBuilder, ScheduledRequest
@@ -65,7 +65,7 @@ class Scheduler:
     def __init__(
         self,
         config: SchedulerConfig,
-        allocator: BlockAllocator,
+        allocator: BlockPools,
         max_model_len: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -127,7 +127,7 @@ class Scheduler:
             self._waiting.remove(request)
         else:
             del self._running[request.index]
-            self.allocator.free(request.block_table)
+            self.allocator.free(request.block_tables)
         request.end(finish_reason, stop_reason, self._clock())
 
     @property
@@ -189,11 +189,16 @@ class Scheduler:
             return
         num_new_tokens = min(num_tokens_left, budget)
         num_tokens = request.num_computed_tokens + num_new_tokens
-        num_blocks = self.allocator.blocks_for(num_tokens) - len(request.block_table)
-        if num_blocks > self.allocator.num_free and not self._preempt_for(request, num_blocks, step):
-            return
-        new_block_ids = self.allocator.allocate(num_blocks) if num_blocks else []
-        request.block_table += new_block_ids
+        num_blocks = self.allocator.blocks_for(num_tokens) - request.num_blocks
+        new_block_ids = []
+        if num_blocks:
+            self.allocator.free_behind(
+                request.block_tables, request.num_blocks, request.num_computed_tokens, request.num_prompt_tokens
+            )
+            if num_blocks > self.allocator.num_free and not self._preempt_for(request, num_blocks, step):
+                return
+            new_block_ids = self.allocator.extend(request.block_tables, num_blocks)
+            request.num_blocks += num_blocks
         step.put(request, num_new_tokens, new_block_ids, samples=num_new_tokens == num_tokens_left)
 
     def _preempt_for(self, request: Request, num_blocks: int, step: BatchBuilder) -> bool:
@@ -209,23 +214,24 @@ class Scheduler:
         """Start the first waiting request after what the prefix cache has of it, if there is room."""
         if not self._may_have_room(request):
             return False
-        cached = self._cached_prefix(request)
-        num_cached_tokens = len(cached) * self.allocator.block_size
+        num_cached, cached = self._cached_prefix(request)
+        num_cached_tokens = num_cached * self.allocator.block_size
         num_tokens_left = request.num_tokens - num_cached_tokens
         num_new_tokens = self._first_chunk(num_tokens_left, min(step.budget, step.prefill_budget))
         if num_new_tokens == 0 or not self._make_room(request, cached, step):
             return False
         self._waiting.pop()
         self.allocator.share(cached)
-        num_blocks = self.allocator.blocks_for(num_cached_tokens + num_new_tokens) - len(cached)
-        block_table = cached + self.allocator.allocate(num_blocks)
-        self._start(request, block_table, num_cached_tokens)
-        step.put(request, num_new_tokens, block_table, samples=num_new_tokens == num_tokens_left)
+        request.num_blocks = self.allocator.blocks_for(num_cached_tokens + num_new_tokens)
+        request.block_tables = cached
+        self.allocator.extend(cached, request.num_blocks - num_cached)
+        self._start(request, num_cached_tokens)
+        block_ids = [block for table in cached for block in table]
+        step.put(request, num_new_tokens, block_ids, samples=num_new_tokens == num_tokens_left)
         return True
 
-    def _start(self, request: Request, block_table: list[int], num_cached_tokens: int) -> None:
+    def _start(self, request: Request, num_cached_tokens: int) -> None:
         request.status = RequestStatus.RUNNING
-        request.block_table = list(block_table)
         request.num_computed_tokens = num_cached_tokens
         request.num_published_blocks = num_cached_tokens // self.allocator.block_size
         self._running[request.index] = request
@@ -253,7 +259,7 @@ class Scheduler:
             return True
         return any(r.precedence[0] > request.precedence[0] for r in self._running.values())
 
-    def _make_room(self, request: Request, cached: list[int], step: BatchBuilder) -> bool:
+    def _make_room(self, request: Request, cached: BlockTables, step: BatchBuilder) -> bool:
         """Whether a sequence slot and blocks are there for `request`, by displacing running ones if need be.
 
         Only a request of strictly lower priority is displaced (as in vLLM's first scheduler; its V1 lets the
@@ -269,22 +275,21 @@ class Scheduler:
             self._preempt(less_urgent.pop(), step)
         return self._has_room(request, cached)
 
-    def _has_room(self, request: Request, cached: list[int], without: list[Request] | None = None) -> bool:
+    def _has_room(self, request: Request, cached: BlockTables, without: Sequence[Request] = ()) -> bool:
         """Whether a slot and blocks for all known tokens of `request` would be there if `without` did not run
         (an upper bound, as others may share their blocks). One block per running request is left over: with
         less, the newcomer would soon be preempted by their growth."""
-        without = without or []
         num_running = len(self._running) - len(without)
-        num_blocks = self.allocator.blocks_for(request.num_tokens) - len(cached)
-        num_free = self.allocator.num_free - self.allocator.count_free(cached)
-        num_free += sum(len(r.block_table) for r in without)
-        return num_running < self.config.max_num_seqs and num_blocks + num_running <= num_free
+        return num_running < self.config.max_num_seqs and self.allocator.has_room(
+            request.num_tokens, self.config.max_num_batched_tokens, cached, spare=num_running,
+            without=[r.block_tables for r in without],
+        )  # fmt: skip
 
     def _preempt(self, request: Request, step: BatchBuilder) -> None:
         """Send a running request back to wait, without its blocks and without its part in `step`."""
         self.num_preemptions += 1
         del self._running[request.index]
-        self.allocator.free(request.block_table)
+        self.allocator.free(request.block_tables)
         request.restart()
         self._waiting.push(request)
         step.drop(request)
@@ -293,11 +298,11 @@ class Scheduler:
         # Log-probabilities of the prompt need the model's output at every one of its positions.
         return self.allocator.enable_prefix_caching and request.params.prompt_logprobs is None
 
-    def _cached_prefix(self, request: Request) -> list[int]:
-        """Cached blocks that `request` can start after. Its last known token is computed in any case: the
-        step needs that token's output."""
+    def _cached_prefix(self, request: Request) -> tuple[int, BlockTables]:
+        """How many cached blocks `request` can start after, and its tables then. Its last known token is
+        computed in any case: the step needs that token's output."""
         if not self._reads_prefix_cache(request):
-            return []
+            return self.allocator.match_prefix([])
         num_blocks = (request.num_tokens - 1) // self.allocator.block_size
         return self.allocator.match_prefix(self._block_hashes(request, num_blocks)[:num_blocks])
 
@@ -308,7 +313,7 @@ class Scheduler:
             return
         hashes = self._block_hashes(request, num_full)
         for position in range(request.num_published_blocks, num_full):
-            self.allocator.publish(request.block_table[position], hashes[position])
+            self.allocator.publish(request.block_tables, request.num_blocks, position, hashes[position])
         request.num_published_blocks = num_full
 
     def _block_hashes(self, request: Request, num_blocks: int) -> list[bytes]:
@@ -347,7 +352,7 @@ class Scheduler:
     def _check_cache(self, request: Request) -> None:
         # The last token is sampled but never computed, so it takes no room.
         num_tokens = self._length_limit(request) - 1
-        num_blocks = self.allocator.blocks_for(num_tokens)
+        num_blocks = self.allocator.most_blocks(num_tokens, self.config.max_num_batched_tokens)
         if num_blocks > self.allocator.num_blocks:
             room = self.allocator.num_blocks * self.allocator.block_size
             raise RequestError(

@@ -14,28 +14,28 @@ import torch
 from ulysses_infer.attention.backend import AttentionBackend, make_backend
 from ulysses_infer.attention.choosing import AttentionNeeds, make_gpu_backend
 from ulysses_infer.attention.kernels import KernelAttention
-from ulysses_infer.cache.budget import (
-    MemoryBudget,
-    activation_bytes,
-    available_memory,
-    check_weights_fit,
-    num_cache_blocks,
-)
-from ulysses_infer.cache.paged import FP8, CacheShape, PagedCache, check_fits_one_request
-from ulysses_infer.config import Config, refuse_unavailable
+from ulysses_infer.attention.native import NativeAttention
+from ulysses_infer.cache.budget import MemoryBudget, activation_bytes, available_memory, cache_bytes, check_weights_fit
+from ulysses_infer.cache.groups import LayerGroups
+from ulysses_infer.cache.paged import FP8, CacheShape, PagedCache
+from ulysses_infer.cache.sizing import CacheSizing
+from ulysses_infer.config import CacheConfig, Config, refuse_unavailable
 from ulysses_infer.engine.channel import Channel
 from ulysses_infer.engine.cores import PinnedCores, pin
 from ulysses_infer.engine.graphs import CudaCapturer, GraphRunner, wants_graphs
+from ulysses_infer.engine.heap import keep_freed_memory
 from ulysses_infer.engine.prompts import PromptReader
 from ulysses_infer.engine.tables import BlockTables
+from ulysses_infer.engine.tapes import TapeRunner, wants_tapes
 from ulysses_infer.engine.worker import ROWS_PER_GATHER, Worker
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.checkpoint import Progress
 from ulysses_infer.model.files import resolve_folder
+from ulysses_infer.model.latent_chunks import PAGE_BYTES
 from ulysses_infer.model.lora.adapter import read_adapter, stored_bytes
 from ulysses_infer.model.lora.attach import attach
 from ulysses_infer.model.matmul import make_matmul
-from ulysses_infer.model.model import DTYPES, Blueprint, ShiftModel
+from ulysses_infer.model.model import DTYPES, Blueprint, ShiftModel, choose_dtype, read_config
 from ulysses_infer.model.sources import Checkpoint, GivenModel, find_checkpoint
 from ulysses_infer.model.weights import Weights
 from ulysses_infer.parallel.groups import Groups, Rendezvous, build_groups, init_distributed
@@ -115,8 +115,11 @@ def start_rank(
     if layout.world_size > 1:
         init_distributed(device, meet=meet)
     num_ranks = None if meet is None else layout.world_size
-    groups = build_groups(layout, config.parallel.available_modes, device, num_ranks, config.runtime.collectives)
+    lent = None if model is None else model.sequence_parallel_group
+    groups = build_groups(layout, config.parallel.available_modes, device, num_ranks, config.runtime.collectives, lent)
     channel = Channel(groups)
+    if device.type == "cpu":
+        keep_freed_memory()
     pinned = _pin(config, device, channel, groups.rank, ranks_on_host)
     try:
         return _fill_rank(config, model, progress, channel, groups, device, ranks_on_host, pinned)
@@ -135,14 +138,15 @@ def _fill_rank(
     own = channel.together(lambda: available_memory(device, config.cache.memory_utilization, ranks_on_host))
     memory = channel.smallest(own)
     blueprint = channel.together(lambda: _draw(config, model, checkpoint, groups, device, memory))
-    budget = channel.together(lambda: _budget(config, blueprint, device, ranks_on_host))
+    dense = channel.together(lambda: _dense_bytes(config, model or checkpoint, blueprint, device, ranks_on_host))
+    budget = channel.together(lambda: _budget(config, blueprint, dense, device, ranks_on_host))
     fuse = config.runtime.fuse and not config.lora.adapters  # adapters go through the single projections
     loaded = channel.together(lambda: blueprint.load(progress if groups.is_first else None, fuse))
     channel.together(lambda: _adapt(config, loaded, device))
     if _cache_shape(config, loaded, groups).dtype == FP8:
         channel.together(blueprint.scale_cache)
     worker = _make_worker(config, loaded, budget, channel, groups, device)
-    weights = Weights(blueprint, loaded, are_borrowed=model is not None and not model.in_training)
+    weights = Weights(blueprint, loaded, are_borrowed=model is not None and not model.is_copied)
     return Rank(worker, channel, groups, weights, None if checkpoint is None else checkpoint.find_files(), pinned)
 
 
@@ -151,19 +155,28 @@ def _make_worker(
 ) -> Worker:
     """Take the cache and choose the backends. Collective."""
     shape, longest = _cache_shape(config, model, groups), model.shape.max_model_len
-    most = config.scheduler.max_num_seqs * shape.blocks_for(longest)
-    fitting = channel.together(lambda: num_cache_blocks(config.cache, shape, budget, most, device.type == "cpu"))
-    num_blocks = channel.smallest(fitting)  # equal shards, but not equally free memory
+    layers = LayerGroups.of(model.attention_options, longest)
+    sizing = CacheSizing(
+        shape, layers, longest, config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
+    )
+    own = channel.together(lambda: cache_bytes(config.cache, sizing, budget, device.type == "cpu"))
+    num_bytes = channel.smallest(own)  # equal shards, but not equally free memory
     backend = channel.together(lambda: _make_attention(config, model, shape, device))
     captures = channel.together(lambda: _captures(config, model, backend, device))
     cache = channel.together(
-        lambda: _make_cache(config, shape, num_blocks, longest, device, scratch_blocks=int(captures))
+        lambda: _make_cache(config.cache, sizing, num_bytes, device, scratch_blocks=int(captures))
     )
-    tables = BlockTables(config.cache.block_size, config.scheduler.max_num_seqs, cache.shape.blocks_for(longest))
+    tables = BlockTables(
+        config.cache.block_size, config.scheduler.max_num_seqs, shape.blocks_for(longest), layers.reaches
+    )
     matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
     worker = Worker(model, cache, tables, groups, backend, matmul, device, config.runtime.debug)
     if captures:
         channel.together(lambda: _capture(worker, config))
+    elif device.type == "cpu" and wants_tapes(config.runtime.enforce_eager, backend, matmul, shape, model.dtype):
+        assert isinstance(backend, NativeAttention)
+        assert matmul is not None
+        worker.graphs = TapeRunner(model, cache, groups, backend, matmul, config.scheduler.max_num_seqs)
     return worker
 
 
@@ -198,28 +211,52 @@ def _draw(
     memory: int,
 ) -> Blueprint:  # fmt: skip
     layout, shard = config.parallel.layout, groups.shard
-    experts = {"expert_placement": config.parallel.expert_placement, "memory": memory}
+    # Adapters may change kv_b_proj, which is not applied to latents as such.
+    latent = False if config.lora.adapters else config.cache.latent
+    options = {"expert_placement": config.parallel.expert_placement, "memory": memory, "latent": latent}
     if model is not None:
-        return Blueprint.of_pretrained(model.module, config.model, layout, shard, device, model.open, **experts)
+        return Blueprint.of_pretrained(model.module, config.model, layout, shard, device, model.open, **options)
     assert checkpoint is not None
     folder = checkpoint.find_files()
-    return Blueprint.of_folder(folder, config.model, layout, shard, device, checkpoint.open, **experts)
+    return Blueprint.of_folder(folder, config.model, layout, shard, device, checkpoint.open, **options)
 
 
-def _budget(config: Config, blueprint: Blueprint, device: torch.device, ranks_on_host: int) -> MemoryBudget:
+def _dense_bytes(
+    config: Config, origin: GivenModel | Checkpoint | None, blueprint: Blueprint, device: torch.device,
+    ranks_on_host: int,
+) -> int:  # fmt: skip
+    """What all weights but the experts' take of this rank's share of the memory."""
+    dense = blueprint.weight_bytes - blueprint.expert_bytes
+    assert origin is not None
+    if device.type != "cpu" or config.parallel.tp > 1 or origin.is_copied or _own_dtype(origin) != blueprint.dtype:
+        return dense
+    # Whole tensors as they are: views of the caller's model, or pages of the files, which the ranks of a host share.
+    return 0 if isinstance(origin, GivenModel) else dense // ranks_on_host
+
+
+def _own_dtype(origin: GivenModel | Checkpoint) -> torch.dtype:
+    """The dtype that the weights have where they come from."""
+    if isinstance(origin, GivenModel):
+        own: torch.dtype = origin.module.dtype
+        return own
+    return choose_dtype("auto", read_config(origin.find_files()))
+
+
+def _budget(
+    config: Config, blueprint: Blueprint, dense_bytes: int, device: torch.device, ranks_on_host: int
+) -> MemoryBudget:
     shape, scheduler = blueprint.shape, config.scheduler
     vocab_share = -(-shape.vocab_size // config.parallel.world_size)
     rows = min(max(scheduler.max_num_seqs, ROWS_PER_GATHER), scheduler.max_num_batched_tokens)
-    # On one host without a GPU, ranks that keep whole tensors map the same file pages.
-    sharers = ranks_on_host if device.type == "cpu" and config.parallel.tp == 1 else 1
     budget = MemoryBudget(
         available=available_memory(device, config.cache.memory_utilization, ranks_on_host),
-        weights=blueprint.expert_bytes + (blueprint.weight_bytes - blueprint.expert_bytes) // sharers
+        weights=blueprint.expert_bytes
+        + dense_bytes
         + sum(stored_bytes(resolve_folder(path, None)) for path in config.lora.adapters.values()),
         activations=activation_bytes(
             scheduler.max_num_batched_tokens, shape.hidden_size, shape.intermediate_size, vocab_share, rows,
             blueprint.dtype.itemsize,
-        ),
+        ) + (PAGE_BYTES if shape.values_in_keys else 0),
     )  # fmt: skip
     check_weights_fit(budget)
     return budget
@@ -234,6 +271,7 @@ def _cache_shape(config: Config, model: ShiftModel, groups: Groups) -> CacheShap
         value_width=sizes.value_width,
         block_size=config.cache.block_size,
         dtype={"auto": model.dtype, "fp8": FP8, **DTYPES}[config.cache.dtype],
+        values_in_keys=sizes.values_in_keys,
     )
 
 
@@ -242,7 +280,7 @@ def _make_attention(config: Config, model: ShiftModel, shape: CacheShape, device
         return make_backend(config.runtime.attention_backend, device)
     needs = AttentionNeeds.of(
         model.attention_options, model.shape.max_model_len, torch.cuda.get_device_capability(device), model.dtype,
-        shape.dtype, shape.key_width, shape.value_width, shape.block_size,
+        shape.dtype, shape.key_width, shape.value_width, shape.block_size, shape.values_in_keys,
     )  # fmt: skip
     return make_gpu_backend(config.runtime.attention_backend, device, needs)
 
@@ -263,11 +301,14 @@ def _capture(worker: Worker, config: Config) -> None:
 
 
 def _make_cache(
-    config: Config, shape: CacheShape, num_blocks: int, max_model_len: int, device: torch.device, scratch_blocks: int
+    config: CacheConfig, sizing: CacheSizing, num_bytes: int, device: torch.device, scratch_blocks: int
 ) -> PagedCache:
-    if config.cache.num_blocks is None:
-        check_fits_one_request(num_blocks, shape, max_model_len)
-    return PagedCache(shape, num_blocks, device, scratch_blocks)
+    if config.num_blocks is not None:
+        num_blocks = sizing.with_first(config.num_blocks)
+    else:
+        num_blocks = sizing.fitting(num_bytes, all_of_it=config.memory_bytes is not None)
+        sizing.check_fits_one_request(num_blocks)
+    return PagedCache(sizing.shape, num_blocks, device, scratch_blocks, sizing.groups)
 
 
 def make_prompt_reader(
@@ -284,7 +325,7 @@ def eos_token_ids(folder: Path | None, model: Any, config: Any, tokenizer: Any) 
     generation = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if folder is not None and (folder / "generation_config.json").is_file():
         generation = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
-    for ids in (generation, config.eos_token_id, getattr(tokenizer, "eos_token_id", None)):
+    for ids in (generation, getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
         if ids is not None:
             return frozenset(ids if isinstance(ids, list) else [ids])
     return frozenset()

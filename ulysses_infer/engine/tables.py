@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ulysses_infer.engine.plan import StepPlan
+from ulysses_infer.attention.reach import Reach
+from ulysses_infer.engine.plan import PlanItem, StepPlan
+
+
+class GroupArrays(NamedTuple):
+    """A step as the layers of one cache group see it. Its tables begin with the first block that they need."""
+
+    slots: np.ndarray  # [T] int64, where each token's key and value go in the cache
+    context_lens: list[int]  # tokens of each sequence in the blocks of its table, the step's included
+    block_tables: np.ndarray  # [num_sequences, blocks of the longest] int64
 
 
 class StepArrays(NamedTuple):
     """A step's tokens laid out flat, in batch order."""
 
     positions: np.ndarray  # [T] int64, position of each token in its sequence
-    slots: np.ndarray  # [T] int64, where its key and value go in the cache
     query_lens: list[int]
-    context_lens: list[int]
-    block_tables: np.ndarray  # [num_sequences, blocks of the longest] int64
+    groups: list[GroupArrays]
 
 
 class BlockTables:
-    """Follows the block table of every running sequence from the plans' increments."""
+    """Follows the block tables of every running sequence from the plans' increments.
 
-    def __init__(self, block_size: int, max_num_seqs: int, max_blocks_per_sequence: int) -> None:
-        self.block_size = block_size
-        self._blocks = np.zeros((max_num_seqs, max_blocks_per_sequence), dtype=np.int64)
+    Blocks that rank 0 takes back because no later token sees them stay where they are in a row, and are not read.
+    """
+
+    def __init__(
+        self, block_size: int, max_num_seqs: int, max_blocks_per_sequence: int, reaches: Sequence[Reach] = (Reach(),)
+    ) -> None:
+        """reaches: of each cache group."""
+        self.block_size, self.reaches = block_size, tuple(reaches)
+        self._blocks = [np.zeros((max_num_seqs, max_blocks_per_sequence), dtype=np.int64) for _ in self.reaches]
         self._lengths = np.zeros(max_num_seqs, dtype=np.int64)
         self._rows: dict[int, int] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
@@ -36,26 +50,45 @@ class BlockTables:
         """Take in the plan's changes and lay out its tokens."""
         for index in plan.dropped:
             self._drop(index)
-        rows = np.array([self._extend(item.handle, item.new_block_ids) for item in plan.items], dtype=np.int64)
+        rows = np.array([self._extend(item) for item in plan.items], dtype=np.int64)
         lens = np.array([item.num_tokens for item in plan.items], dtype=np.int64)
         starts = np.array([item.start for item in plan.items], dtype=np.int64)
         first = np.cumsum(lens) - lens
         positions = np.arange(plan.num_tokens, dtype=np.int64) + np.repeat(starts - first, lens)
-        blocks = self._blocks[np.repeat(rows, lens), positions // self.block_size]
-        slots = blocks * self.block_size + positions % self.block_size
-        widest = int(-(-(starts + lens).max() // self.block_size))
-        tables = self._blocks[rows, :widest]
-        return StepArrays(positions, slots, lens.tolist(), (starts + lens).tolist(), tables)
+        places = np.repeat(rows, lens), positions // self.block_size
+        offsets = positions % self.block_size
+        groups = []
+        for blocks, reach in zip(self._blocks, self.reaches, strict=True):
+            slots = blocks[places] * self.block_size + offsets
+            groups.append(GroupArrays(slots, *self._seen(blocks, reach, rows, starts, starts + lens)))
+        return StepArrays(positions, lens.tolist(), groups)
 
-    def _extend(self, index: int, new_block_ids: list[int]) -> int:
-        row = self._rows.get(index)
+    def _seen(
+        self, blocks: np.ndarray, reach: Reach, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray
+    ) -> tuple[list[int], np.ndarray]:
+        """Context lengths and tables of sequences whose tokens from `starts` to `ends` are in the step."""
+        last = -(-ends // self.block_size)
+        if not reach.is_limited:
+            return ends.tolist(), blocks[rows, : int(last.max())]
+        first = reach.table_starts(starts, self.block_size)
+        columns = first[:, None] + np.arange(int((last - first).max()))
+        # What is further right than a sequence's last block is not read; any block will do.
+        tables = blocks[rows[:, None], np.minimum(columns, last[:, None] - 1)]
+        return (ends - first * self.block_size).tolist(), tables
+
+    def _extend(self, item: PlanItem) -> int:
+        row, new = self._rows.get(item.handle), item.new_block_ids
+        if row is not None and not new:
+            return row
+        is_known = row is not None
         if row is None:
-            row = self._rows[index] = self._free.pop()
-            self._lengths[row] = 0
-        if new_block_ids:
-            length = self._lengths[row]
-            self._blocks[row, length : length + len(new_block_ids)] = new_block_ids
-            self._lengths[row] = length + len(new_block_ids)
+            row = self._rows[item.handle] = self._free.pop()
+        taken, end = 0, -(-(item.start + item.num_tokens) // self.block_size)
+        for blocks, reach in zip(self._blocks, self.reaches, strict=True):
+            begin = self._lengths[row] if is_known else reach.first_visible(item.start) // self.block_size
+            blocks[row, begin:end] = new[taken : taken + end - begin]
+            taken += end - begin
+        self._lengths[row] = end
         return row
 
     def _drop(self, index: int) -> None:

@@ -8,13 +8,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata
-from ulysses_infer.attention.kernels import HostSequences, KernelAttention, KernelSequences, running_sums
+from ulysses_infer.attention.backend import AttentionBackend
+from ulysses_infer.attention.kernels import KernelAttention
 from ulysses_infer.cache.paged import PagedCache
 from ulysses_infer.engine.graphs import GraphRunner
 from ulysses_infer.engine.inputs import make_inputs
+from ulysses_infer.engine.metadata import StepMetadata
 from ulysses_infer.engine.plan import StepPlan, adapter_rows, logits_positions
 from ulysses_infer.engine.tables import BlockTables, StepArrays
+from ulysses_infer.engine.tapes import TapeRunner
 from ulysses_infer.errors import EngineDeadError
 from ulysses_infer.model.context import StepContext
 from ulysses_infer.model.head import argmax_pairs, best_of, joined, padded
@@ -38,7 +40,7 @@ class Worker:
         self.model, self.cache, self.tables = model, cache, tables
         self.groups, self.backend, self.matmul, self.device, self.debug = groups, backend, matmul, device, debug
         self.inputs = make_inputs(device)
-        self.graphs: GraphRunner | None = None
+        self.graphs: GraphRunner | TapeRunner | None = None
         """Runs the steps that it has a graph for; None: every step is run layer by layer."""
         self._serves_kernels = device.type != "cpu" or isinstance(backend, KernelAttention)
 
@@ -71,24 +73,19 @@ class Worker:
         """Run the step layer by layer. Returns [n, V/W] logits of `rows`."""
         spans = token_spans(plan.num_tokens, plan.mode.sp)
         mine = spans[self.groups.place(plan.mode).token_index]
-        host = _host_sequences(arrays) if self._serves_kernels else None
-        token_ids, positions, wanted, slots, block_tables, *lens = self.inputs.send([
+        metadata = StepMetadata(arrays, self._serves_kernels)
+        token_ids, positions, wanted, *sent = self.inputs.send([
             _at_least_one(plan.token_ids[mine.start : mine.stop].astype(np.int64)),
             _at_least_one(arrays.positions[mine.start : mine.stop]),
             _within(rows, mine) - mine.start,
-            arrays.slots,
-            arrays.block_tables if host is None else host.block_tables,
-            *(() if host is None else _lens(host)),
+            *metadata.to_send(),
         ])  # fmt: skip
-        kernel = None
-        if host is not None:
-            longest = max(arrays.query_lens), max(arrays.context_lens)
-            kernel = KernelSequences(lens[0], lens[1], lens[2], block_tables, *longest, host)
+        attention = metadata.of_groups(sent)
         context = StepContext(
             collectives=self.groups.by_mode[plan.mode],
             token_spans=spans,
             logits_counts=[len(_within(rows, span)) for span in spans],
-            attention=AttentionMetadata(slots, arrays.query_lens, arrays.context_lens, block_tables, kernel),
+            attention=attention[0],
             cache=self.cache,
             backend=self.backend,
             matmul=self.matmul,
@@ -96,6 +93,7 @@ class Worker:
                 (number, torch.from_numpy(rows).to(self.device))
                 for number, rows in adapter_rows(plan.items, mine.start, mine.stop)
             ],
+            attention_of_layers=self.cache.groups.each_layer(attention),
         )
         return self.model.forward(token_ids, positions, wanted, context)
 
@@ -130,17 +128,6 @@ class Worker:
         torch.distributed.all_gather_object(digests, plan.digest, group=self.groups.control)
         if len(set(digests)) != 1:
             raise EngineDeadError(f"ranks disagree on step {plan.sequence}: digests {digests}; please report this")
-
-
-def _host_sequences(arrays: StepArrays) -> HostSequences:
-    """The step's sequences as kernels take them."""
-    query_lens, context_lens = np.array(arrays.query_lens, np.int32), np.array(arrays.context_lens, np.int32)
-    return HostSequences(query_lens, context_lens, arrays.block_tables.astype(np.int32))
-
-
-def _lens(host: HostSequences) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The arrays of `KernelSequences` but for the block tables, in its order."""
-    return running_sums(host.query_lens), running_sums(host.context_lens), host.context_lens
 
 
 def _at_least_one(values: np.ndarray) -> np.ndarray:

@@ -13,13 +13,15 @@ from ulysses_infer.model.context import StepContext, step_context
 from ulysses_infer.parallel.layout import Mode, Place, Span, even_span, key_value_span
 
 if TYPE_CHECKING:
+    from ulysses_infer.model.latent import LatentHeads
     from ulysses_infer.model.quantization.cache_scales import CacheScales
 
 ATTENTION_NAME = "ulysses_infer"
 # What models pass on besides: without meaning here, or (the window) taken. Anything else would change the result.
 KNOWN_EXTRAS = frozenset(
-    ("sliding_window", "position_ids", "use_cache", "output_attentions", "output_router_logits", "logits_to_keep")
-)
+    ("sliding_window", "position_ids", "use_cache", "output_attentions", "output_hidden_states",
+     "output_router_logits", "logits_to_keep", "return_dict")
+)  # fmt: skip
 
 
 class HeadPlan:
@@ -32,6 +34,7 @@ class HeadPlan:
         self.local_key_value_heads = num_key_value_heads
         self.shard_heads = Span(0, num_attention_heads)
         self.cache_scales: CacheScales | None = None
+        self.latent: LatentHeads | None = None
         self._mode = Mode(1, 1)
         self._order: list[int] | None = None
         self._indices: dict[Mode, torch.Tensor] = {}
@@ -51,6 +54,10 @@ class HeadPlan:
         # KV heads are replicated while packing, and only then: the projection computed each of them once.
         self._order = None if order == list(range(held.size)) else order
         self._mode = place.mode
+
+    def share(self, latent: LatentHeads) -> None:
+        """All query heads attend to one key/value head, a latent. To be called before any mode is bound."""
+        self.latent, self.num_key_value_heads = latent, 1
 
     def key_value_index(self, device: torch.device) -> torch.Tensor | None:
         """Local KV head that goes to each receiving head of the mode, in order; None when each goes to one, its own."""
@@ -75,11 +82,14 @@ def shift_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer in any mode (arXiv 2509.16495 §3.1), in the form `AttentionInterface` asks for.
 
-    query: [1, Hq/tp, t, d]; key, value: [1, max(1, Hkv/tp), t, d | dv]; returns ([1, t, Hq/tp, dv], None).
+    query: [1, Hq/tp, t, d]; key, value: [1, max(1, Hkv/tp), t, d | dv], or a latent (`LatentHeads.join`); returns
+    ([1, t, Hq/tp, dv], None).
     """
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask, which is not supported")
     plan = module.head_plan
+    if plan.latent is not None:
+        plan.latent.check(key, value)
     options = _options(module, plan, query.shape[-1], scaling, softcap, s_aux, kwargs)
     tokens = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
     return attend_tokens(module.layer_idx, plan, *tokens, options)[None], None
@@ -109,15 +119,18 @@ def _attend(
     options: AttentionOptions,
 ) -> torch.Tensor:  # fmt: skip
     """All tokens, own heads: write the cache, then attend over it. query: [T, Hq/W, d]; returns [T, Hq/W, dv]."""
-    cache, scales = context.cache, plan.cache_scales
-    if scales is None:
-        cache.write(layer, context.attention.slots, key, value)
-        return context.backend.attend(query, cache.keys[layer], cache.values[layer], context.attention, options)
-    # The backend sees the cached numbers: scores are linear in keys and the output in values, so their scales come out.
-    cache.write(layer, context.attention.slots, key / scales.key, value / scales.value)
-    options = replace(options, scaling=options.scaling * scales.key)
-    output = context.backend.attend(query, cache.keys[layer], cache.values[layer], context.attention, options)
-    return output * scales.value
+    cache, metadata, scales = context.cache, context.attention_of(layer), plan.cache_scales
+    if scales is not None:
+        # The backend sees cached numbers: scores are linear in keys, the output in values, so their scales come out.
+        key, value = key / scales.key, value / scales.value
+        options = replace(options, scaling=options.scaling * scales.key)
+    cache.write(layer, metadata.slots, key, value)
+    cached = cache.keys[layer], cache.values[layer]
+    if plan.latent is None:
+        output = context.backend.attend(query, *cached, metadata, options)
+    else:
+        output = plan.latent.attend(query, *cached, context.backend, metadata, options)
+    return output if scales is None else output * scales.value
 
 
 def _tokens_to_heads(
@@ -125,6 +138,10 @@ def _tokens_to_heads(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One fused all-to-all: [t, heads/tp, d] of my tokens becomes [T, heads/W, d] of my shard, for q, k and v."""
     index = plan.key_value_index(key.device)
+    if plan.latent is not None:  # its values are part of its key
+        key = key if index is None else key.index_select(1, index)
+        query, key = context.collectives.tokens_to_heads((query, key), context.token_spans)
+        return query, key, key[..., : value.shape[-1]]
     if index is not None:
         key, value = key.index_select(1, index), value.index_select(1, index)
     query, key, value = context.collectives.tokens_to_heads((query, key, value), context.token_spans)

@@ -22,9 +22,11 @@ from transformers.core_model_loading import (
 )
 
 from ulysses_infer.errors import CheckpointError, first_line
+from ulysses_infer.model.experts.keys import ExpertKeys
 from ulysses_infer.model.files import TensorSource
 from ulysses_infer.model.inject import Injection
-from ulysses_infer.model.quantization.linear import QuantizedLinear, check_plain
+from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.quantization.reading import check_plain
 from ulysses_infer.parallel.layout import Span
 
 Progress = Callable[[int, int], None]  # (parameters done, parameters in all)
@@ -38,6 +40,29 @@ class _Target:
 
     converter: WeightConverter | None = None
     keys: list[tuple[str, str | None]] = field(default_factory=list)  # (checkpoint key, converter's source pattern)
+    experts: dict[int | None, str] = field(default_factory=dict)  # of quantised experts: the checkpoint key of each
+
+
+class KeyNames:
+    """What a model calls the tensors of a checkpoint: transformers' own renames, and conversions by their sources."""
+
+    def __init__(self, model: Any) -> None:
+        self.known: dict[str, torch.Tensor] = dict(model.state_dict())
+        self.prefix = model.base_model_prefix
+        transforms = get_model_conversion_mapping(model)
+        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    def rename(self, key: str, known: dict[str, Any] | None = None) -> tuple[str, str | None]:
+        """The parameter that the checkpoint's `key` belongs to, and the source pattern of its conversion, if any.
+
+        known: the names that there are, if others than the model's parameters.
+        """
+        known = self.known if known is None else known
+        name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, known)
+        if name not in known and key in known:
+            name, pattern = rename_source_key(key, [], [], self.prefix, known)
+        return name, pattern
 
 
 class Loader:
@@ -54,15 +79,17 @@ class Loader:
         self.float32 = _float32_pattern(self.model, dtype)
         self.quantized = {n: m for n, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
         self.left = set(self.parameters) | (set(self.buffers) & set(self.model.state_dict()))
-        transforms = get_model_conversion_mapping(self.model)
-        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self.names = KeyNames(self.model)
+        positions = {p: i for c in self.names.converters for i, p in enumerate(c.source_patterns)}
+        self.expert_keys = ExpertKeys(self.model, positions)
 
     def load(self, progress: Progress | None = None) -> None:
         """Fill every parameter. Raises `CheckpointError` for tensors that are missing or of the wrong shape."""
         targets = self._targets()
         for done, (name, target) in enumerate(targets.items(), start=1):
-            if target.converter is None:
+            if target.experts:
+                self._place(name, self.expert_keys.read(name, self.source, target.experts))
+            elif target.converter is None:
                 self._place(name, self._read_whole_or_slice(name, target.keys[-1][0]))
             else:
                 self._convert(name, target.converter, target.keys)
@@ -71,11 +98,13 @@ class Loader:
         self._check_nothing_left()
 
     def _targets(self) -> dict[str, _Target]:
-        by_pattern = {pattern: c for c in self.converters for pattern in c.source_patterns}
-        known = dict(self.model.state_dict())
+        by_pattern = {pattern: c for c in self.names.converters for pattern in c.source_patterns}
+        known = self.names.known
         targets: dict[str, _Target] = {}
         for key in sorted(self.source.keys(), key=dot_natural_key):
-            name, pattern = self._rename(key, known)
+            if self._is_of_experts(key, targets):
+                continue
+            name, pattern = self.names.rename(key)
             owner, _, leaf = name.rpartition(".")
             if name not in known and owner in self.quantized:
                 self.quantized[owner].check_foreign(leaf, self.source, key)
@@ -86,12 +115,17 @@ class Loader:
                     target.converter = copy.deepcopy(by_pattern[pattern])
         return targets
 
-    def _rename(self, key: str, known: dict[str, torch.Tensor]) -> tuple[str, str | None]:
-        prefix = self.model.base_model_prefix
-        name, pattern = rename_source_key(key, self.renamings, self.converters, prefix, known)
-        if name not in known and key in known:
-            name, pattern = rename_source_key(key, [], [], prefix, known)
-        return name, pattern
+    def _is_of_experts(self, key: str, targets: dict[str, _Target]) -> bool:
+        """Whether `key` is a tensor of quantised experts, which is then noted."""
+        found = self.expert_keys.find(key, self.names.rename)
+        if found is None:
+            return False
+        name = f"{found.matrix}.{found.leaf}"
+        if name in self.names.known:
+            targets.setdefault(name, _Target()).experts[found.expert] = key
+        else:
+            self.expert_keys.check_foreign(found, self.source, key)
+        return True
 
     def _read_whole_or_slice(self, name: str, key: str) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
@@ -117,7 +151,8 @@ class Loader:
             part = sliced.get(pattern or "") if sliced is not None else None
             converter.add_tensor(name, key, pattern, _Later(self.source, key, part))  # type: ignore[arg-type]
         try:
-            converted = converter.convert(name, model=self.model, config=self.model.config)
+            whole: Any = _WholeShapes(self.full_shapes)
+            converted = converter.convert(name, model=whole, config=self.model.config)
         except RuntimeError as error:  # tensors that should stack or join and do not
             reason = first_line(error)
             raise CheckpointError(
@@ -187,6 +222,17 @@ class Loader:
                 f"the checkpoint lacks {len(missing)} of {len(self.parameters)} tensors the model needs, "
                 f"first {missing[0]}; it is incomplete or of another architecture"
             )
+
+
+class _WholeShapes:
+    """What conversions ask of a model: the shapes of its parameters, which here are those before anything was cut."""
+
+    def __init__(self, full_shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.full_shapes = full_shapes
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """A tensor of the whole parameter's shape, without memory."""
+        return torch.empty(self.full_shapes[name], device="meta")
 
 
 class _Later:

@@ -25,11 +25,16 @@ class StepContext:
     collectives: Collectives
     token_spans: list[Span]  # one a member of the SP group, in batch order
     logits_counts: list[int]  # rows that need logits, one count a member of the SP group
-    attention: AttentionMetadata
+    attention: AttentionMetadata  # of the first cache group, often the only one
     cache: PagedCache
     backend: AttentionBackend
     matmul: NativeMatmul | None = None  # torch's, if None
     adapters: Sequence[tuple[int, torch.Tensor]] = ()  # (number, rows of this rank's slice that go through it)
+    attention_of_layers: Sequence[AttentionMetadata] | None = None  # where there are several cache groups
+
+    def attention_of(self, layer: int) -> AttentionMetadata:
+        """The step's sequences as `layer` reads them."""
+        return self.attention if self.attention_of_layers is None else self.attention_of_layers[layer]
 
     @property
     def num_local_tokens(self) -> int:

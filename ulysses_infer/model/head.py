@@ -49,8 +49,12 @@ class ShardedHead(nn.Module):
 def argmax_pairs(logits: torch.Tensor, vocabulary: Span) -> torch.Tensor:
     """The best of my vocabulary for each row, ready to be compared with the other ranks'.
 
-    logits: [n, V/W]; returns [n, 2] float64: value, token id. Eight bytes hold any id exactly.
+    logits: [n, V/W]; returns [n, 2] float64: value, token id. Eight bytes hold any id exactly. A rank without a token
+    of its own, of more ranks than there are tokens, has the value minus infinity.
     """
+    if not vocabulary.size:
+        nothing = logits.new_tensor([-torch.inf, vocabulary.start], dtype=torch.float64)
+        return nothing.repeat(len(logits), 1)
     values, ids = logits.max(dim=-1)
     return torch.stack([values.double(), (ids + vocabulary.start).double()], dim=-1)
 

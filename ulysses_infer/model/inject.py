@@ -103,7 +103,7 @@ class Injection:
         if name is None or not isinstance(head, nn.Linear):
             raise UnsupportedModelError(f"{type(self.model).__name__} has no linear vocabulary head")
         embedding = self.model.get_input_embeddings()
-        tied = bool(self.config.tie_word_embeddings or self.model.config.tie_word_embeddings)
+        tied = any(getattr(config, "tie_word_embeddings", False) for config in (self.config, self.model.config))
         sharded = ShardedHead(head, self.base, embedding if tied else None)
         self.head_vocab_size = head.out_features
         owner, _, leaf = name.rpartition(".")

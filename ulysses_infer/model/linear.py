@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -88,6 +88,12 @@ class ShiftLinear(nn.Module):
         if self.cut == "row" or self.bias is None:
             return weight, None
         return weight, self.bias.detach().narrow(0, span.start, span.size)
+
+    def reader(self, place: Place) -> Callable[[torch.dtype], torch.Tensor]:
+        """What gives the weight as a column cut in one piece in `place`, [out / tp, in]: a view, in its own dtype."""
+        (span,) = self.sharding.local_spans(self.base, place)
+        weight, _ = self._piece(span)
+        return lambda _: weight
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """inputs: [..., in features of the mode]; returns [..., out features of the mode]."""

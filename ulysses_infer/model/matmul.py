@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.context import current_step
+from ulysses_infer.native.function import MATMUL, NativeFunction
 from ulysses_infer.native.library import NativeUnavailableError, is_available, open_library
 
 
@@ -35,8 +36,8 @@ class NativeMatmul:
     def __init__(self) -> None:
         library = open_library("matmul")
         self._functions = {
-            torch.bfloat16: _declared(library.matmul_bfloat16),
-            torch.float32: _declared(library.matmul_float32),
+            torch.bfloat16: NativeFunction(library, "matmul_bfloat16", "ppppiiiii", MATMUL),
+            torch.float32: NativeFunction(library, "matmul_float32", "ppppiiiii", MATMUL),
         }
         self.most_rows = {
             dtype: ctypes.c_int64.in_dll(library, name).value
@@ -68,9 +69,3 @@ def make_matmul(name: str, device: torch.device) -> NativeMatmul | None:
         return NativeMatmul()
     except NativeUnavailableError as error:
         raise ConfigError(f"runtime.matmul_backend is native, but {error}; use auto or torch") from error
-
-
-def _declared(function: ctypes._NamedFuncPointer) -> ctypes._NamedFuncPointer:
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5
-    function.restype = None
-    return function

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,19 +22,23 @@ from ulysses_infer.model.files import MemorySource, SafetensorsSource, TensorSou
 from ulysses_infer.model.fusion.decoder import FusedDecoder
 from ulysses_infer.model.fusion.fuse import Fusion
 from ulysses_infer.model.heads import attention_heads
+from ulysses_infer.model.hf_overrides import blamed, overridden
 from ulysses_infer.model.inject import Injection
+from ulysses_infer.model.latent import LatentWidths
+from ulysses_infer.model.latent_cache import take_latents
+from ulysses_infer.model.legacy import legacy_config
 from ulysses_infer.model.probe import probe
 from ulysses_infer.model.quantization.cache_scales import apply_cache_scales
 from ulysses_infer.model.quantization.formats import read_quantization
 from ulysses_infer.model.quantization.layers import mark_quantised
-from ulysses_infer.model.rotary import freeze_rotary
+from ulysses_infer.model.rotary import choose_max_model_len, freeze_rotary
 from ulysses_infer.model.sources import unpartitioned
+from ulysses_infer.model.towers import auto_class, drop_towers
+from ulysses_infer.model.tying import settle_tying
 from ulysses_infer.parallel.layout import Layout, Mode, Span, key_value_span
 
 if TYPE_CHECKING:
     from ulysses_infer.config import ModelConfig
-
-logger = logging.getLogger(__name__)
 
 LARGE = 1 << 26  # elements
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -54,6 +57,8 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     max_model_len: int
+    values_in_keys: bool = False
+    """Whether it caches latents: a token's one key, the first numbers of which are its value."""
 
     def key_value_heads_of(self, shard: int, layout: Layout) -> int:
         """KV heads that `shard` caches, in every mode."""
@@ -70,6 +75,8 @@ class ShiftModel:
         self.attention_options: list[AttentionOptions] = []
         """How each layer attends, as the probe saw it."""
         self._mode: Mode | None = None
+        self.hf_overrides: Mapping[str, Any] = {}
+        """What of its config the recipe changed."""
         self.num_moves = 0
         """How often the weights have moved: whoever has noted where they are must look again."""
 
@@ -114,14 +121,15 @@ class ShiftModel:
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """transformers' config of a checkpoint folder. Raises `CheckpointError` with one line when it is unreadable."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; give a folder that save_pretrained wrote")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
+        return legacy_config(folder) or AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {reason}") from error
 
 
@@ -139,37 +147,42 @@ class Blueprint:
     def __init__(
         self, config: Any, open_source: Callable[[], TensorSource], settings: ModelConfig, layout: Layout, shard: int,
         device: torch.device, expert_placement: str = "replicate", memory: int | None = None,
+        latent: bool | None = None,
     ) -> None:  # fmt: skip
-        """`memory`: bytes that the rank with the least may take, for `expert_placement` auto; None for plenty."""
+        """`memory`: bytes that the rank with the least may take, for `expert_placement` auto; None for plenty.
+        `latent`: `cache.latent`."""
+        config = overridden(config, settings.hf_overrides)
         check_supported(config, settings.allow_unverified)
         self.dtype, self.device = choose_dtype(settings.dtype, config), device
         empty = build_empty(config, self.dtype, settings.trust_remote_code)
+        drop_towers(empty)
+        settle_tying(empty, open_source)
         self._full_shapes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
         quantization = read_quantization(config, lambda: open_source().keys())
         if quantization is not None:
             mark_quantised(empty, quantization)
         placement = choose_placement(expert_placement, layout, expert_sizes(empty), memory)
         self.injection = Injection(empty, layout, shard, placement)
-        self.shape = model_shape(self.injection, settings.max_model_len)
-        self._open_source = open_source
+        self.shape = model_shape(self.injection, settings.max_model_len, take_latents(self.injection, latent))
+        self._open_source, self._overrides = open_source, settings.hf_overrides
 
     @classmethod
     def of_folder(
         cls, folder: Path, settings: ModelConfig, layout: Layout, shard: int, device: torch.device,
-        open_source: Callable[[], TensorSource] | None = None, **experts: Any,
+        open_source: Callable[[], TensorSource] | None = None, **options: Any,
     ) -> Blueprint:  # fmt: skip
-        """What `shard` will keep of the checkpoint in `folder`; `experts`: `expert_placement` and `memory`.
+        """What `shard` will keep of the checkpoint in `folder`; `options`: `expert_placement`, `memory`, `latent`.
 
         `open_source` says where the weights are when they are not safetensors beside config.json.
         """
         config = read_config(folder, settings.trust_remote_code)
         source = open_source or (lambda: SafetensorsSource(folder))
-        return cls(config, source, settings, layout, shard, device, **experts)
+        return cls(config, source, settings, layout, shard, device, **options)
 
     @classmethod
     def of_pretrained(
         cls, model: Any, settings: ModelConfig, layout: Layout, shard: int, device: torch.device,
-        open_source: Callable[[], TensorSource] | None = None, **experts: Any,
+        open_source: Callable[[], TensorSource] | None = None, **options: Any,
     ) -> Blueprint:  # fmt: skip
         """What `shard` will keep of a `transformers.PreTrainedModel` in memory, which stays as it is.
 
@@ -178,7 +191,7 @@ class Blueprint:
         config = copy.deepcopy(model.config)
         config.dtype = model.dtype
         source = open_source or (lambda: MemorySource(model.state_dict()))
-        return cls(config, source, settings, layout, shard, device, **experts)
+        return cls(config, source, settings, layout, shard, device, **options)
 
     @property
     def weight_bytes(self) -> int:
@@ -201,10 +214,12 @@ class Blueprint:
 
     def load(self, progress: Progress | None = None, fuse: bool = True) -> ShiftModel:
         """Read the weights; `fuse`: let parts of the model take a faster form. Raises `CheckpointError`."""
-        self.loader(self._open_source()).load(progress)
+        with blamed(self._overrides):
+            self.loader(self._open_source()).load(progress)
         self.injection.model.to(self.device)
         freeze_rotary(self.injection.model, self.shape.max_model_len)
         model = ShiftModel(self.injection, self.shape, self.dtype)
+        model.hf_overrides = self._overrides
         probe(model)
         if fuse:
             Fusion(model)
@@ -227,14 +242,13 @@ class _LargeWithoutMemory(TorchFunctionMode):
 
 
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """transformers' own causal-LM module tree of `config`, its parameters without memory, its buffers real."""
+    """transformers' own module tree of `config`, its parameters without memory, its buffers real."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     try:
         with unpartitioned(), init_empty_weights(include_buffers=False), _LargeWithoutMemory():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except ValueError as error:
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError) as error:
         reason = first_line(error)
         raise UnsupportedModelError(
             f"model type {config.model_type!r} has no causal language model: {reason}"
@@ -242,28 +256,27 @@ def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
     return model.eval()
 
 
-def model_shape(injection: Injection, max_model_len: int | None) -> ModelShape:
-    """Sizes of the injected model; `max_model_len` above the checkpoint's own is refused nowhere, only warned of."""
+def model_shape(injection: Injection, max_model_len: int | None, latent: LatentWidths | None = None) -> ModelShape:
+    """Sizes of the injected model, which caches what is `latent` wide instead of heads, if that is given.
+
+    Raises `ConfigError` for a `max_model_len` that it has no positions for.
+    """
     config, layer = injection.config, injection.attention_layers[0]
     heads = attention_heads(layer, config)
     width = getattr(layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_width, value_width = getattr(layer, "qk_head_dim", None), getattr(layer, "v_head_dim", None)
+    if latent is not None:
+        key_width, value_width = latent.cached, latent.latent
     return ModelShape(
         num_layers=config.num_hidden_layers,
         num_attention_heads=heads.num_attention_heads,
-        num_key_value_heads=heads.num_key_value_heads,
-        key_width=getattr(layer, "qk_head_dim", None) or width,
-        value_width=getattr(layer, "v_head_dim", None) or width,
+        num_key_value_heads=heads.num_key_value_heads if latent is None else 1,
+        key_width=key_width or width,
+        value_width=value_width or width,
         hidden_size=config.hidden_size,
         intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab_size=injection.head_vocab_size,
-        max_model_len=_max_model_len(config, max_model_len),
+        # One rank says what all of them find.
+        max_model_len=choose_max_model_len(config, max_model_len, says=injection.base.shard == 0),
+        values_in_keys=latent is not None,
     )
-
-
-def _max_model_len(config: Any, wanted: int | None) -> int:
-    own = getattr(config, "max_position_embeddings", None)
-    if wanted is None:
-        return int(own or 2048)
-    if own is not None and wanted > own:
-        logger.warning("model.max_model_len %d is above the checkpoint's %d, beyond which it is untested", wanted, own)
-    return wanted

@@ -75,7 +75,8 @@ def _first_problem(model: Any) -> str | None:
     layout, shard = model.injection.layout, model.injection.base.shard
     context = trial_context(layout, shard, cache, attention)
     _logits(model, context, [1, 2], [0, 1])
-    model.attention_options = list(attention.options)
+    by_layer = dict(zip(cache.layers, attention.options, strict=True))
+    model.attention_options = [by_layer[layer] for layer in sorted(by_layer)]
     return (
         _wrong_layers(model, cache)
         or _wrong_heads(model, layout, shard, cache)
@@ -118,8 +119,10 @@ def _wrong_windows(model: Any, cache: ProbeCache, attention: ProbeAttention) -> 
 
 
 def _mixes_tokens(model: Any, context: StepContext) -> str | None:
-    """What every trial finds."""
+    """What every trial finds. A rank without a token of the vocabulary sees no logits: the others judge."""
     found = None
+    if not model.vocabulary.size:
+        return None
     for tokens in TRIALS:
         found = _depends_on_others(model, context, [token % model.shape.vocab_size for token in tokens])
         if found is None:

@@ -1,11 +1,20 @@
-"""Rotary frequencies that transformers would recompute from each batch, settled once."""
+"""Rotary embeddings: what would move with each batch is settled once; and how long texts may be."""
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
+
+from ulysses_infer.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN_LENGTH = 2048  # where a config declares none
 
 
 def freeze_rotary(model: nn.Module, max_model_len: int) -> None:
@@ -33,3 +42,77 @@ def _settle(module: nn.Module, max_model_len: int, layer_type: str | None) -> No
     last = torch.tensor([[max_model_len - 1]])
     extra = {} if layer_type is None else {"layer_type": layer_type}
     module(torch.zeros(1, 1, 1), last, **extra)
+
+
+# -- the longest text ----------------------------------------------------------------------------------------------
+
+
+def choose_max_model_len(config: Any, wanted: int | None, says: bool = True) -> int:
+    """The longest text to serve, in tokens: `wanted`, or what the checkpoint is made for.
+
+    One that is longer than the rotary embedding is made for is warned of (if `says`), with the way to stretch it.
+    Raises `ConfigError` for one that is longer than a table of learned positions.
+    """
+    longest = longest_text(config)
+    if wanted is None:
+        # Above its max_position_embeddings `dynamic` would be frozen for a length that few texts have.
+        moves = _kind(_parameters(config)) == "dynamic"
+        return int((config.max_position_embeddings if moves else longest) or UNKNOWN_LENGTH)
+    if longest is None or wanted <= longest:
+        return wanted
+    if not hasattr(config, "rope_parameters"):
+        raise ConfigError(
+            f"model.max_model_len {wanted} is above {longest}, and model type {config.model_type!r} has learned no "
+            "position beyond; lower it"
+        )
+    if says:
+        logger.warning(
+            "model.max_model_len %d is above the %d tokens that the checkpoint is made for: texts beyond that may come "
+            "out wrong; %s", wanted, longest, _remedy(config, wanted),
+        )  # fmt: skip
+    return wanted
+
+
+def longest_text(config: Any) -> int | None:
+    """Tokens that the checkpoint is made for, its rotary embedding stretched as its config says; None if unknown.
+
+    As vLLM derives it: `yarn` multiplies its original_max_position_embeddings by factor, `linear` and `dynamic`
+    multiply max_position_embeddings, which for every other kind, and for models with parameters for each type of
+    layer, is the stretched length already.
+    """
+    declared: int | None = getattr(config, "max_position_embeddings", None)
+    rope = _parameters(config)
+    kind, factor = _kind(rope), rope.get("factor")
+    if declared is None or not factor:
+        return declared
+    if kind == "yarn":
+        return round(rope.get("original_max_position_embeddings", declared) * factor)
+    stretches = kind in ("linear", "dynamic") and rope is config.rope_parameters
+    return round(declared * factor) if stretches else declared
+
+
+def _parameters(config: Any) -> Mapping[str, Any]:
+    """The rotary embedding of the layers that see the whole text; empty for a model without one."""
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    by_layers = rope and config.nested_rope_parameter_keys(rope)
+    return (rope.get("full_attention") or {}) if by_layers else rope
+
+
+def _kind(rope: Mapping[str, Any]) -> str:
+    kind: str = rope.get("rope_type", "default")
+    return kind
+
+
+def _remedy(config: Any, wanted: int) -> str:
+    """What to write in the recipe for texts of `wanted` tokens."""
+    rope = _parameters(config)
+    if not rope:
+        return "lower it"
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    factor = math.ceil(wanted / original)
+    if _kind(rope) == "yarn":
+        return f"raise the stretch with model.hf_overrides.rope_parameters.factor={factor}.0, or lower it"
+    return (
+        f"stretch it with model.hf_overrides.rope_parameters={{rope_type: yarn, factor: {factor}.0, "
+        f"original_max_position_embeddings: {original}}}, or lower it (docs/long-context.md)"
+    )

@@ -21,6 +21,7 @@ from ulysses_infer.model.files import (
     resolve_folder,
     take,
 )
+from ulysses_infer.model.training import AdaptedSource, TrainingSource, has_adapters
 from ulysses_infer.model.zero import open_zero, zero_folder
 from ulysses_infer.parallel.layout import Span
 
@@ -40,6 +41,11 @@ class Checkpoint:
     def open(self) -> TensorSource:
         """Its weights. Raises `CheckpointError`."""
         return SafetensorsSource(self.folder) if self.step is None else open_zero(self.step)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether every rank reads tensors into memory of its own, rather than map the files."""
+        return self.step is not None
 
     def find_files(self) -> Path:
         """The folder with the model's config.json, and its tokenizer if it has one. Raises `CheckpointError`."""
@@ -74,6 +80,8 @@ class GivenModel:
     """Whether an engine of DeepSpeed's trains it: its weights then change in place, and may be partitioned."""
     sequence_parallel_size: int | None = None
     """Ranks that share a sequence in that training; None outside of one."""
+    sequence_parallel_group: Any = None
+    """Their process group, of this rank's; None if each rank has sequences of its own."""
 
     @property
     def folder(self) -> Path | None:
@@ -87,6 +95,11 @@ class GivenModel:
         return Path(cached).parent if isinstance(cached, str) else None
 
     @property
+    def is_copied(self) -> bool:
+        """Whether every rank gets copies of its tensors, rather than views."""
+        return self.in_training or has_adapters(self.module)
+
+    @property
     def default_base(self) -> dict[str, int]:
         """The base mode where none is given: of a training job's ranks, the SP groups it has, TP over the rest."""
         if self.sequence_parallel_size is None:
@@ -97,20 +110,31 @@ class GivenModel:
         return {"parallel.sp": sp, "parallel.tp": comm.get_world_size() // sp}
 
     def open(self) -> TensorSource:
-        """Its weights: views of an ordinary model's, copies of one's in training."""
+        """Its weights: views of an ordinary model's, copies of one's in training. Raises `ConfigError`."""
+        if has_adapters(self.module):
+            return AdaptedSource(self.module)
         return TrainingSource(self.module) if self.in_training else MemorySource(self.module.state_dict())
 
 
 def given_model(model: Any) -> GivenModel:
-    """The model itself, out of a DeepSpeed or data-parallel engine. Raises `ConfigError`."""
+    """The model itself, out of a DeepSpeed or data-parallel engine, or of PEFT's wrapper. Raises `ConfigError`."""
     from transformers import PreTrainedModel
 
     inner = getattr(model, "module", model)
-    if not isinstance(inner, PreTrainedModel):
-        raise ConfigError(
-            f"model is a {type(model).__name__}; give a hub id, a folder or a transformers.PreTrainedModel"
-        )
-    return GivenModel(inner, inner is not model, getattr(model, "sequence_parallel_size", None))
+    base = _without_wrapper(inner) if hasattr(inner, "get_base_model") else inner
+    if not isinstance(base, PreTrainedModel):
+        found = type(model).__name__ + (f" of a {type(base).__name__}" if base is not model else "")
+        raise ConfigError(f"model is a {found}; give a hub id, a folder or a transformers.PreTrainedModel")
+    group = getattr(model, "seq_parallel_group", None)
+    return GivenModel(base, inner is not model, getattr(model, "sequence_parallel_size", None), group)
+
+
+def _without_wrapper(adapted: Any) -> Any:
+    """The model that PEFT has put adapters into."""
+    kind = adapted.active_peft_config.peft_type.value
+    if kind != "LORA":
+        raise ConfigError(f"the model is adapted with PEFT's {kind}; only LORA can be merged for serving")
+    return adapted.get_base_model()
 
 
 @contextmanager
@@ -128,38 +152,6 @@ def unpartitioned() -> Iterator[None]:
         yield
     finally:
         integration.set_hf_deepspeed_config(kept)
-
-
-class TrainingSource:
-    """The weights of a module that DeepSpeed trains, ZeRO 0 to 3.
-
-    What is read is a copy, because the optimizer changes the original. With ZeRO 3 each read gathers one parameter
-    from all ranks and lets it go again, so all ranks read the same names in the same order.
-    """
-
-    def __init__(self, module: Any) -> None:
-        saved = module.state_dict().keys()
-        self._tensors: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
-        self._tensors |= {name: buffer for name, buffer in module.named_buffers() if name in saved}
-
-    def keys(self) -> Iterable[str]:
-        """Names of parameters and saved buffers."""
-        return self._tensors.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of the whole tensor; nothing is gathered."""
-        tensor = self._tensors[key]
-        return tuple(getattr(tensor, "ds_shape", tensor.shape))
-
-    def read(self, key: str, kept: tuple[int, list[Span]] | None) -> torch.Tensor:
-        """A copy of the tensor, or of the spans of one dimension, joined. Collective with ZeRO 3."""
-        tensor = self._tensors[key]
-        if not hasattr(tensor, "ds_id"):
-            return take(tensor.detach(), kept).clone()
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([tensor]):
-            return take(tensor.detach(), kept).clone()
 
 
 class ShapesOnly:

@@ -9,6 +9,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
+#include "call.h"
 #include "vector.h"
 
 #define CHUNK 64
@@ -35,6 +36,7 @@ struct layer {
     const float *sinks;                /* [Hq], or null */
     int64_t row_stride, head_stride;   /* of the query, in elements */
     int64_t heads, groups, key_width, value_width;
+    int64_t value_stride;      /* from one value to the next, in elements */
     int64_t window, chunk;     /* 0: none */
     float scaling, soft_cap;   /* soft_cap 0: none */
 };
@@ -309,7 +311,7 @@ INLINE void attend_heads(const struct batch *b, const struct layer *l, int64_t s
             const int same = h + 1 < heads;
             struct scratch mine = {own->states + h * rows, own->scores, own->sums + h * rows * sum_width};
             point(keys, l->keys, slots, count, l->heads, first + h, l->key_width, type);
-            point(values, l->values, slots, count, l->heads, first + h, l->value_width, type);
+            point(values, l->values, slots, count, l->heads, first + h, l->value_stride, type);
             point(ahead, l->keys, same ? slots : next, same ? count : next_count, l->heads,
                   same ? first + h + 1 : first, l->key_width, type);
             for (int64_t i = 0; i < rows; i++) {
@@ -397,3 +399,12 @@ INLINE int attend(const struct batch *b, const struct layer *l, enum type type) 
 int attend_bfloat16(const struct batch *b, const struct layer *l) { return attend(b, l, BFLOAT16); }
 
 int attend_float32(const struct batch *b, const struct layer *l) { return attend(b, l, FLOAT32); }
+
+/* rows of `bytes` to the slots that they belong in. */
+void store_rows(char *cache, const int64_t *slots, const char *rows, int64_t count, int64_t bytes, int64_t stride) {
+    for (int64_t i = 0; i < count; i++) memcpy(cache + slots[i] * bytes, rows + i * stride, bytes);
+}
+
+STATUS_CALL(attend_bfloat16, ADDRESS(0), ADDRESS(1))
+STATUS_CALL(attend_float32, ADDRESS(0), ADDRESS(1))
+CALL(store_rows, ADDRESS(0), ADDRESS(1), ADDRESS(2), NUMBER(3), NUMBER(4), NUMBER(5))

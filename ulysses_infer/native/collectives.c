@@ -9,6 +9,7 @@
 #elif defined(__GNUC__)
 #pragma GCC optimize("no-associative-math")
 #endif
+#include "call.h"
 #include "phases.h"
 
 enum { DIRECT_BYTES = 32 * 1024, CHUNK_BYTES = 256 * 1024, BLOCK = 512 };
@@ -373,3 +374,8 @@ void group_close(group_state *group) {
     syscall(SYS_futex, &group->lines[group->me].counter, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     free(group);
 }
+
+STATUS_CALL(group_sum, ADDRESS(0), ADDRESS(1), NUMBER(2), NUMBER(3))
+STATUS_CALL(group_tokens_to_heads, ADDRESS(0), ADDRESS(1), ADDRESS(2), NUMBER(3))
+STATUS_CALL(group_heads_to_tokens, ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), NUMBER(4))
+STATUS_CALL(group_gather, ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3))

@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "call.h"
+
 #define INLINE static inline __attribute__((always_inline))
 enum { PARALLEL_FROM = 65536 }; /* elements; for fewer, waking the other threads costs more than they save */
 
@@ -139,5 +141,13 @@ void NAMED(rotate)(
 GATED(silu_mul, silu)
 GATED(gelu_tanh_mul, gelu_tanh)
 #undef GATED
+
+CALL(NAMED(rms_norm), ADDRESS(0), ADDRESS(1), ADDRESS(2), NUMBER(3), NUMBER(4), FLOAT(5))
+CALL(NAMED(add_rms_norm), ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), NUMBER(4), NUMBER(5), FLOAT(6))
+CALL(
+    NAMED(rotate), ADDRESS(0), NUMBER(1), NUMBER(2), ADDRESS(3), NUMBER(4), NUMBER(5), NUMBER(6), ADDRESS(7),
+    ADDRESS(8), NUMBER(9), NUMBER(10))
+CALL(NAMED(silu_mul), ADDRESS(0), ADDRESS(1), NUMBER(2), ADDRESS(3), NUMBER(4), NUMBER(5), NUMBER(6))
+CALL(NAMED(gelu_tanh_mul), ADDRESS(0), ADDRESS(1), NUMBER(2), ADDRESS(3), NUMBER(4), NUMBER(5), NUMBER(6))
 
 #endif /* TYPE */

@@ -4,6 +4,7 @@
  * rows in registers, one sum a pair; while it does, the next panel is fetched. Every sum runs over k in the same order
  * whatever the number of input rows, so a row's result does not depend on the rows that it is computed with.
  */
+#include "call.h"
 #include "vector.h"
 
 #if defined(HAS_AVX512) || defined(__aarch64__)
@@ -136,3 +137,8 @@ void matmul_float32(const char *inputs, const char *weight, const char *bias, ch
                         num_outputs};
     multiply(&p, FLOAT32);
 }
+
+#define ARGUMENTS                                                                                               \
+    ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), NUMBER(4), NUMBER(5), NUMBER(6), NUMBER(7), NUMBER(8)
+CALL(matmul_bfloat16, ARGUMENTS)
+CALL(matmul_float32, ARGUMENTS)

@@ -23,7 +23,11 @@ class CollectiveClock:
 
     def add(self, kind: str, started: float) -> None:
         """Count what passed since `started`, a `time.perf_counter()`."""
-        self._seconds[kind] = self._seconds.get(kind, 0.0) + time.perf_counter() - started
+        self.count(kind, time.perf_counter() - started)
+
+    def count(self, kind: str, seconds: float) -> None:
+        """Count `seconds`."""
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
         """What was added since the last call, by kind."""

@@ -137,13 +137,15 @@ def init_distributed(
 
 
 def build_groups(
-    layout: Layout, modes: list[Mode], device: torch.device, num_ranks: int | None = None, collectives: str = "auto"
-) -> Groups:
+    layout: Layout, modes: list[Mode], device: torch.device, num_ranks: int | None = None, collectives: str = "auto",
+    lent: Any = None,
+) -> Groups:  # fmt: skip
     """Create the groups of every mode. Collective: all ranks call it with the same arguments.
 
     `num_ranks`: those that belong together, where it is not the launcher's environment that says so. `collectives`:
-    as `runtime.collectives`. Raises `ConfigError`, on every rank, when the job has another number of ranks than the
-    layout, or memory is to be shared and cannot be.
+    as `runtime.collectives`. `lent`: a sequence-parallel process group of the job's, which serves the modes that have
+    the same one and lives on after the engine. Raises `ConfigError`, on every rank, when the job has another number of
+    ranks than the layout, or memory is to be shared and cannot be.
     """
     if layout.world_size == 1:
         _check_world_size(layout, num_ranks or int(os.environ.get("WORLD_SIZE", "1")))
@@ -160,7 +162,7 @@ def build_groups(
     if groups.is_first:
         logger.info("ranks exchange tensors %s", f"by torch: {reason}" if reason else "in memory that they share")
     if reason:
-        _use_torch(groups, modes)
+        _use_torch(groups, modes, lent)
     return groups
 
 
@@ -200,13 +202,14 @@ def _members(layout: Layout, mode: Mode, shard: int) -> tuple[list[int], list[in
     return sorted(layout.sp_group(mode, shard)), sorted(layout.tp_group(mode, shard))
 
 
-def _use_torch(groups: Groups, modes: list[Mode]) -> None:
+def _use_torch(groups: Groups, modes: list[Mode], lent: Any) -> None:
     # A group of our own even for all ranks: its time limits and its end are not those of the job's group.
     world = _new_group(range(groups.layout.world_size))
     groups.owned.append(world)
     groups.world, groups.mailbox = TorchGroup(world), TorchMailbox(groups.control)
     for mode in modes:
-        sp_group, tp_group = (group and TorchGroup(group) for group in _mode_groups(groups, mode, world))
+        borrowed = lent if _is_sp_group(groups, mode, lent) else None
+        sp_group, tp_group = (group and TorchGroup(group) for group in _mode_groups(groups, mode, world, borrowed))
         groups.by_mode[mode] = Collectives(groups.place(mode), sp_group, tp_group, groups.clock)
 
 
@@ -224,19 +227,34 @@ def _check_world_size(layout: Layout, world_size: int) -> None:
         )
 
 
-def _mode_groups(groups: Groups, mode: Mode, world: Any) -> tuple[Any, Any]:
-    """This rank's SP and TP group in `mode`; None for a group of one. Groups made on the way join `owned`."""
+def _is_sp_group(groups: Groups, mode: Mode, lent: Any) -> bool:
+    """Whether `lent` is the SP group of `mode`, on every rank. Collective, unless no rank was lent one."""
+    if lent is None:
+        return False
+    ranks = _members(groups.layout, mode, groups.shard)[0]
+    found: list[bool] = [False] * groups.layout.world_size
+    mine = torch.distributed.get_process_group_ranks(lent) == ranks
+    torch.distributed.all_gather_object(found, mine, group=groups.control)
+    return all(found)
+
+
+def _mode_groups(groups: Groups, mode: Mode, world: Any, borrowed: Any = None) -> tuple[Any, Any]:
+    """This rank's SP and TP group in `mode`; None for a group of one. Groups made on the way join `owned`.
+
+    `borrowed` is the SP group, where the job has it already.
+    """
     layout, shard = groups.layout, groups.shard
     if mode.tp == 1:
-        return world, None  # then shards are in rank order, whatever the rank order is
+        return borrowed or world, None  # then shards are in rank order, whatever the rank order is
     if mode.sp == 1:
         return None, world
-    if layout.rank_order == "sp_inner":
+    if layout.rank_order == "sp_inner" and borrowed is None:
         return _mesh_groups(mode, groups.owned)
     sp_groups = {tuple(layout.sp_group(mode, g)) for g in range(layout.world_size)}
     tp_groups = {tuple(layout.tp_group(mode, g)) for g in range(layout.world_size)}
     rank = layout.rank_of(shard)
-    return _own_group(sp_groups, rank, groups.owned), _own_group(tp_groups, rank, groups.owned)
+    sp_group = borrowed or _own_group(sp_groups, rank, groups.owned)
+    return sp_group, _own_group(tp_groups, rank, groups.owned)
 
 
 def _mesh_groups(mode: Mode, owned: list[Any]) -> tuple[Any, Any]:

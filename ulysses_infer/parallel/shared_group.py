@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
+from ctypes import POINTER, Array, c_char_p, c_int, c_int64, c_void_p
+from itertools import accumulate
 
 import torch
 
+from ulysses_infer.native.function import ALL_REDUCE, ALL_TO_ALL, NativeFunction, is_recording
 from ulysses_infer.parallel.layout import Span
 
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
@@ -29,10 +31,6 @@ class Piece(ctypes.Structure):
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes the signatures of collectives.c."""
     signatures = {
-        "group_sum": [c_void_p, c_void_p, c_int64, c_int],
-        "group_tokens_to_heads": [c_void_p, POINTER(c_int64), POINTER(Piece), c_int],
-        "group_heads_to_tokens": [c_void_p, POINTER(c_int64), c_void_p, c_void_p, c_int64],
-        "group_gather": [c_void_p, POINTER(c_int64), c_void_p, c_void_p],
         "group_gather_to_first": [c_void_p, c_void_p, c_void_p, c_int64],
         "group_send": [c_void_p, c_char_p, c_int64],
         "group_receive": [c_void_p, c_void_p, c_int64, POINTER(c_int64)],
@@ -79,6 +77,10 @@ class SharedGroup(Member):
         super().__init__(library, handle, ranks, mine)
         self._starts = (c_int64 * (len(ranks) + 1))()
         self._pieces = (Piece * MOST_PIECES)()
+        self._sum = NativeFunction(library, "group_sum", "ppii", ALL_REDUCE, self._check)
+        self._tokens_to_heads = NativeFunction(library, "group_tokens_to_heads", "pppi", ALL_TO_ALL, self._check)
+        self._heads_to_tokens = NativeFunction(library, "group_heads_to_tokens", "ppppi", ALL_TO_ALL, self._check)
+        self._gather = NativeFunction(library, "group_gather", "pppp", ALL_TO_ALL, self._check)
 
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
         """Add up in place, in the order of the members and in float32 at least; returns `partial`.
@@ -90,13 +92,13 @@ class SharedGroup(Member):
         kind = KINDS.get(partial.dtype)
         if kind is None:
             raise TypeError(f"tensors of {partial.dtype} cannot be added up in shared memory")
-        self._check(self._library.group_sum(self.handle, partial.data_ptr(), partial.numel(), kind))
+        self._sum(self.handle, partial.data_ptr(), partial.numel(), kind)
         return partial
 
     def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
         """sources: each [t, n * h, d]; returns each as [T, h, d], dense."""
-        starts, pieces, size = self._starts, self._pieces, len(self.ranks)
-        starts[1:] = [span.stop for span in tokens]
+        starts, size = self._bounds([span.stop for span in tokens]), len(self.ranks)
+        pieces = (Piece * MOST_PIECES)() if is_recording() else self._pieces
         targets = []
         for piece, source in zip(pieces, sources, strict=False):
             _, heads, width = source.shape
@@ -108,31 +110,33 @@ class SharedGroup(Member):
             piece.heads, piece.head_bytes = heads // size, width * item
             piece.token_stride, piece.head_stride = token_stride * item, head_stride * item
             targets.append(target)
-        self._check(self._library.group_tokens_to_heads(self.handle, starts, pieces, len(targets)))
+        self._tokens_to_heads(self.handle, starts, pieces, len(targets))
         return targets
 
     def heads_to_tokens(self, output: torch.Tensor, tokens: Sequence[Span]) -> torch.Tensor:
         """output: [T, C]; returns [t, n * C]."""
         output = output.contiguous()
-        width, starts = output.shape[1], self._starts
-        starts[1:] = [span.stop for span in tokens]
+        width, starts = output.shape[1], self._bounds([span.stop for span in tokens])
         target = output.new_empty(tokens[self._mine].size, len(tokens) * width)
         row = width * output.itemsize
-        self._check(
-            self._library.group_heads_to_tokens(self.handle, starts, output.data_ptr(), target.data_ptr(), row)
-        )
+        self._heads_to_tokens(self.handle, starts, output.data_ptr(), target.data_ptr(), row)
         return target
 
     def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """rows: [counts[mine], D]; returns [sum(counts), D]."""
         rows = rows.contiguous()
-        row, total = rows.shape[1] * rows.itemsize, 0
-        for index, count in enumerate(counts, start=1):
-            total += count
-            self._starts[index] = total * row
-        target = rows.new_empty(total, rows.shape[1])
-        self._check(self._library.group_gather(self.handle, self._starts, rows.data_ptr(), target.data_ptr()))
+        row, stops = rows.shape[1] * rows.itemsize, list(accumulate(counts))
+        target = rows.new_empty(stops[-1], rows.shape[1])
+        starts = self._bounds([stop * row for stop in stops])
+        self._gather(self.handle, starts, rows.data_ptr(), target.data_ptr())
         return target
+
+    def _bounds(self, stops: list[int]) -> Array[c_int64]:
+        """0 and `stops`, where they stay as long as a tape needs them."""
+        starts = (c_int64 * (len(self.ranks) + 1))() if is_recording() else self._starts
+        for index, stop in enumerate(stops, start=1):
+            starts[index] = stop
+        return starts
 
     def gather_to_first(self, shard: torch.Tensor) -> list[torch.Tensor] | None:
         """Every member's `shard` in the order of the group, on the first; None elsewhere."""

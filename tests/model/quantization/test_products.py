@@ -26,7 +26,7 @@ from ulysses_infer.model.quantization.products import (
     padded_blocks,
     quantised_tokens,
 )
-from ulysses_infer.model.quantization.scaled import ScaledWeight
+from ulysses_infer.model.quantization.scaled import ScaledWeight, widened
 from ulysses_infer.parallel.layout import Span
 
 OUTPUTS, INPUTS = 256, 512
@@ -208,3 +208,12 @@ def test_a_model_on_row_scaled_products_is_close_to_its_dense_weights(tmp_path, 
     found = [entry[token].logprob for token, entry in zip(prompt[1:], entries, strict=True)]
     errors = (torch.tensor(found) - torch.tensor(expected)).abs()
     assert 0 < errors.mean() < 0.25, "a wrong scale or slice gives errors of several units"
+
+
+def test_every_number_of_e4m3_is_widened_exactly():
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = numbers[~numbers.float().isnan()]
+    assert len(numbers) == 254
+    assert torch.equal(widened(numbers), numbers.float())
+    strided = numbers.repeat(3, 1)[:, 5:9]
+    assert torch.equal(widened(strided), strided.float())

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from tests.model.quantization.checkpoints import FORMATS, compressed_config
+from tests.model.quantization.mixtures import MIXTURES
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.quantization.formats import READERS, read_quantization
+from ulysses_infer.model.quantization.mxfp4 import Mxfp4Weight
 from ulysses_infer.model.quantization.packed import AwqWeight, CompressedWeight, GptqWeight
-from ulysses_infer.model.quantization.scaled import ScaledWeight
+from ulysses_infer.model.quantization.scaled import ScaledWeight, TransposedScaledWeight
 
 UP = "model.layers.3.mlp.up_proj"
 
@@ -66,6 +68,8 @@ def test_an_object_is_read_like_its_dictionary():
         ({"quant_method": "fp8", "modules_to_not_convert": ["model.layers.3"]}, True),
         ({"quant_method": "fp8", "modules_to_not_convert": ["model.layers.33", "proj_up", "gate"]}, False),
         ({"quant_method": "awq", "modules_to_not_convert": ["up_proj"]}, True),
+        ({"quant_method": "gptq", "dynamic": {"-:.*mlp.up.*": {}}}, True),
+        ({"quant_method": "gptq", "dynamic": {"-:mlp": {}, r"-:.*mlp\.gate$": {}}}, False),
         ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*.mlp.*"]}, True),
         ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", "model.layers.3"]}, True),
         ({**compressed_config("float-quantized", type="float"), "ignore": ["re:.*mlp.*"]}, True),
@@ -96,7 +100,7 @@ def test_groups_of_a_config_each_have_their_targets():
     ("given", "words"),
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantized by bitsandbytes; this engine reads awq, "),
-        ({"quant_method": "mxfp4"}, "quantized by mxfp4"),
+        ({"quant_method": "fp_quant"}, "quantized by fp_quant"),
         ({"load_in_8bit": True}, "a method it does not name"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4'"),
@@ -119,5 +123,47 @@ def test_what_cannot_be_read_is_refused_by_name_in_one_line(given, words):
     assert "\n" not in str(caught.value)
 
 
+EXPERTS = "model.layers.3.mlp.experts"
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_each_projection_of_the_experts_has_the_scheme_of_a_linear_layer(has_gate):
+    found = read(FORMATS["awq"].config).experts_of(EXPERTS, has_gate)
+    ups = ["gate_proj", "up_proj"] if has_gate else ["up_proj"]
+    assert dict(found.schemes) == dict.fromkeys([*ups, "down_proj"], AwqWeight(16))
+    assert found.suffixes is None
+
+
+@pytest.mark.parametrize(
+    ("given", "scheme", "names"),
+    [
+        ({"quant_method": "mxfp4"}, Mxfp4Weight(), {"_blocks", "_scales"}),
+        ({"quant_method": "fbgemm_fp8"}, TransposedScaledWeight(), {"", "_scale"}),
+    ],
+)
+def test_experts_in_one_tensor_are_two_matrices(given, scheme, names):
+    found = read(given).experts_of(EXPERTS, has_gate=True)
+    assert dict(found.schemes) == {"gate_up_proj": scheme, "down_proj": scheme}
+    assert set(found.suffixes.values()) == names
+    assert read({**given, "modules_to_not_convert": [EXPERTS]}).experts_of(EXPERTS, has_gate=True) is None
+
+
+def test_mxfp4_is_of_experts_alone():
+    assert read({"quant_method": "mxfp4"}).scheme_of(UP) is None
+
+
+@pytest.mark.parametrize("spared", ["re:.*experts.*", "re:.*mlp.*"])
+def test_experts_may_be_spared(spared):
+    given = {**compressed_config("float-quantized", type="float"), "ignore": [spared]}
+    assert read(given).experts_of(EXPERTS, has_gate=True) is None
+
+
+def test_experts_that_are_quantised_in_part_are_refused():
+    given = {**compressed_config("float-quantized", type="float"), "ignore": ["re:.*experts.*down_proj"]}
+    with pytest.raises(UnsupportedModelError, match=r"mlp.experts are quantized by .*, but not their down"):
+        read(given).experts_of(EXPERTS, has_gate=True)
+
+
 def test_every_method_has_a_checkpoint_in_the_tests():
-    assert {chosen.config["quant_method"] for chosen in FORMATS.values()} == set(READERS)
+    chosen = [*FORMATS.values(), *(mixture.format for mixture in MIXTURES.values())]
+    assert {one.config["quant_method"] for one in chosen} == set(READERS)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
+
+from ulysses_infer.model.quantization.component import Component
+from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK, ExpertScheme
+from ulysses_infer.model.quantization.scheme import MARK
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -17,6 +22,21 @@ def scales_inputs(module: nn.Module) -> bool:
     return type(module).__name__ == "Llama4TextMoe"
 
 
+class ExpertShape(NamedTuple):
+    """Sizes of a layer's experts, as transformers has them."""
+
+    num_experts: int
+    hidden_size: int
+    width: int
+
+
+def expert_shape(module: Any) -> ExpertShape:
+    """Of a module that has its whole weights yet, llama4's too."""
+    num_experts, *sizes = module.down_proj.shape
+    hidden_size, width = reversed(sizes) if getattr(module, "is_transposed", True) else sizes
+    return ExpertShape(num_experts, hidden_size, width)
+
+
 class ExpertSizes(NamedTuple):
     """How much of a whole model is experts that can be placed."""
 
@@ -27,13 +47,47 @@ class ExpertSizes(NamedTuple):
 
 
 def expert_sizes(model: nn.Module) -> ExpertSizes:
-    """Of transformers' own module tree, before injection."""
+    """Of transformers' own module tree, before injection; quantised layers, marked so, as they are stored."""
     found: list[Any] = [module for module in model.modules() if is_experts(module)]
     found += [module.experts for module in model.modules() if scales_inputs(module)]
     experts = sum(_num_bytes(module) for module in found)
-    num_experts = int(found[0].down_proj.shape[0]) if found else 0
+    num_experts = expert_shape(found[0]).num_experts if found else 0
     return ExpertSizes(experts, _num_bytes(model) - experts, num_experts)
 
 
-def _num_bytes(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+def matrix_sizes(name: str, shape: ExpertShape) -> tuple[int, int]:
+    """(outputs, inputs) of one expert's `gate_proj`, `up_proj`, `gate_up_proj` or `down_proj`."""
+    if name == "down_proj":
+        return shape.hidden_size, shape.width
+    return (2 if name == "gate_up_proj" else 1) * shape.width, shape.hidden_size
+
+
+def dense_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The 3-D weights of an experts module, without its biases."""
+    return {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
+
+
+def _num_bytes(model: nn.Module) -> int:
+    """Of all parameters, tied ones once."""
+    return sum(map(_size, model.parameters())) + sum(map(_change, model.modules()))
+
+
+def _change(module: Any) -> int:
+    """What a layer takes more (or less, below zero) than its dense weights, for being stored quantised."""
+    if hasattr(module, MARK):
+        components = getattr(module, MARK).components(module.out_features, module.in_features)
+        return _total(components) - _size(module.weight)
+    if hasattr(module, EXPERTS_MARK):
+        scheme: ExpertScheme = getattr(module, EXPERTS_MARK)
+        shape = expert_shape(module)
+        one = sum(_total(s.components(*matrix_sizes(name, shape))) for name, s in scheme.schemes.items())
+        return shape.num_experts * one - sum(map(_size, dense_weights(module).values()))
+    return 0
+
+
+def _total(components: Mapping[str, Component]) -> int:
+    return sum(component.num_bytes for component in components.values())
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return parameter.numel() * parameter.element_size()

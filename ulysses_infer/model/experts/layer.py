@@ -9,7 +9,9 @@ from torch import nn
 
 from ulysses_infer.model.context import StepContext, step_context
 from ulysses_infer.model.experts.placement import EXPERT, REPLICATE
+from ulysses_infer.model.experts.quantized import QuantizedExpertWeights
 from ulysses_infer.model.experts.weights import ExpertWeights
+from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK
 from ulysses_infer.parallel.experts import dispatch, dispatch_pays, gather_and_scatter
 from ulysses_infer.parallel.layout import Layout, Place, even_span
 
@@ -42,7 +44,8 @@ class ExpertLayer:
     """One layer's experts on one rank: their stored weights, who owns which, and how many tokens came to them."""
 
     def __init__(self, module: nn.Module, placement: str, layout: Layout, shard: int) -> None:
-        self.weights = ExpertWeights(module, placement, layout, shard)
+        kind = QuantizedExpertWeights if hasattr(module, EXPERTS_MARK) else ExpertWeights
+        self.weights = kind(module, placement, layout, shard)
         self.placement, self.first_member = placement, 0
         owners = [even_span(self.weights.num_experts, g, layout.world_size) for g in range(layout.world_size)]
         self._owners = [g for g, span in enumerate(owners) for _ in range(span.size)]

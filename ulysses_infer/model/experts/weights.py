@@ -51,13 +51,19 @@ class ExpertWeights:
 
     def bind(self, place: Place) -> None:
         """Read the weights as `place` needs them from now on. Views only; of `replicate` alone they change."""
-        place = place if self.placement == REPLICATE else self.base
+        place = self._stored_place(place)
         spans = self.up_sharding.local_spans(self.base, place)
         self._up = [(self._view(self.up_name, 1, span), self._bias(f"{self.up_name}_bias", span)) for span in spans]
         (span,) = self.down_sharding.local_spans(self.base, place)
-        # The down bias is part of the sum over the slices of an expert: the first adds it. (Ranks differ on purpose.)
-        bias = self._bias("down_proj_bias", None) if place.weight_index == 0 else None
-        self._down = self._view("down_proj", 2, span), bias
+        self._down = self._view("down_proj", 2, span), self._down_bias(place)
+
+    def _stored_place(self, place: Place) -> Place:
+        """Whose slice of the experts is read in the mode of `place`."""
+        return place if self.placement == REPLICATE else self.base
+
+    def _down_bias(self, place: Place) -> torch.Tensor | None:
+        """It is part of the sum over the slices of an expert: the first adds it. (Ranks differ on purpose.)"""
+        return self._bias("down_proj_bias", None) if place.weight_index == 0 else None
 
     def _view(self, name: str, dimension: int, span: Span) -> torch.Tensor:
         """[E, out, in]; `dimension` is the cut one of the untransposed weight."""
@@ -76,9 +82,13 @@ class ExpertWeights:
         rank's part of the sum over the slices of an expert."""
         assert self._down is not None
         pieces = [_grouped_linear(tokens, weight, offsets, experts) for weight in self._up]
-        hidden = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-        hidden = self.module._apply_gate(hidden) if self.module.has_gate else self.module.act_fn(hidden)
+        hidden = self._activate(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1))
         return _grouped_linear(hidden, self._down, offsets, experts)
+
+    def _activate(self, up: torch.Tensor) -> torch.Tensor:
+        """up: [S, k * I]; returns [S, I]."""
+        hidden: torch.Tensor = self.module._apply_gate(up) if self.module.has_gate else self.module.act_fn(up)
+        return hidden
 
 
 def _slicing_mode(placement: str, layout: Layout) -> Mode:

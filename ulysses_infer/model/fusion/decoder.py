@@ -60,5 +60,7 @@ class FusedDecoder:
             )  # fmt: skip
             residual, normed = layer.attention_norm.after_adding(attended, residual)
             residual, normed = layer.next_norm.after_adding(layer.feed_forward(normed), residual)
-        logits: torch.Tensor = self.head(normed.index_select(1, logits_rows))[0]
+        if len(logits_rows) < normed.shape[1]:  # they are ascending: as many as there are tokens are all of them
+            normed = normed.index_select(1, logits_rows)
+        logits: torch.Tensor = self.head(normed)[0]
         return logits

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
+from ulysses_infer.native.function import ELEMENTWISE, NativeFunction
 from ulysses_infer.native.library import is_available, open_library
 
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -87,10 +87,12 @@ class NativeElementwise:
 
     def __init__(self, dtype: torch.dtype) -> None:
         library, suffix = open_library("elementwise"), SUFFIXES[dtype]
-        self._rms_norm = _function(library, f"rms_norm_{suffix}", "pppiif")
-        self._add_rms_norm = _function(library, f"add_rms_norm_{suffix}", "ppppiif")
-        self._rotate = _function(library, f"rotate_{suffix}", "piipiiippii")
-        self._gated = {name: _function(library, f"{name}_mul_{suffix}", "ppipiii") for name in ACTIVATIONS}
+        self._rms_norm = NativeFunction(library, f"rms_norm_{suffix}", "pppiif", ELEMENTWISE)
+        self._add_rms_norm = NativeFunction(library, f"add_rms_norm_{suffix}", "ppppiif", ELEMENTWISE)
+        self._rotate = NativeFunction(library, f"rotate_{suffix}", "piipiiippii", ELEMENTWISE)
+        self._gated = {
+            name: NativeFunction(library, f"{name}_mul_{suffix}", "ppipiii", ELEMENTWISE) for name in ACTIVATIONS
+        }
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Elementwise`."""
@@ -133,14 +135,6 @@ class NativeElementwise:
             output.data_ptr(), gate.data_ptr(), gate.stride(-2), up.data_ptr(), up.stride(-2), rows, width
         )
         return output
-
-
-def _function(library: ctypes.CDLL, name: str, arguments: str) -> ctypes._NamedFuncPointer:
-    """A function of the library; `arguments`: p for a pointer, i for an int64, f for a float."""
-    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
-    function = library[name]
-    function.argtypes, function.restype = [kinds[kind] for kind in arguments], None
-    return function
 
 
 def _heads_together(x: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,8 @@ def apply_cache_scales(injection: Injection, source: TensorSource) -> None:
         plan: HeadPlan | None = getattr(module, "head_plan", None)  # of an attention layer, fused or not
         if plan is not None:
             scales = CacheScales(_scale(source, keys, name, KEY_NAMES), _scale(source, keys, name, VALUE_NAMES))
+            if plan.latent is not None:  # one number is part of a key and of a value
+                scales = CacheScales(scales.key, scales.key)
             plan.cache_scales = None if scales == CacheScales() else scales
             found.append(scales != CacheScales())
     logger.info("%d of %d layers have scales for the FP8 cache in the checkpoint", sum(found), len(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,16 @@ class Component:
     dtype: torch.dtype
     outputs: Axis | None = None
     inputs: Axis | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole layer."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def stacked(self, count: int) -> Component:
+        """The same tensor of `count` layers alike, one after another in a first dimension."""
+        outputs, inputs = (axis and Axis(axis.dimension + 1, axis.step) for axis in (self.outputs, self.inputs))
+        return Component((count, *self.shape), self.dtype, outputs, inputs)
 
     def axis(self, cut: Cut) -> Axis | None:
         """The dimension that a cut divides: outputs for a column cut, inputs for a row cut."""

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.model.quantization.expert_scheme import ExpertScheme
+from ulysses_infer.model.quantization.mxfp4 import Mxfp4Weight
 from ulysses_infer.model.quantization.packed import AwqWeight, CompressedWeight, GptqWeight
-from ulysses_infer.model.quantization.scaled import ScaledWeight
+from ulysses_infer.model.quantization.scaled import ScaledWeight, TransposedScaledWeight
 from ulysses_infer.model.quantization.scheme import Scheme
 from ulysses_infer.model.quantization.selection import (
     Selection,
+    either,
     everything,
     globbed,
     not_converted,
@@ -22,6 +25,7 @@ from ulysses_infer.model.quantization.selection import (
 )
 
 Keys = Callable[[], Iterable[str]]
+MERGED = ("gate_up_proj", "down_proj")  # matrices of experts that one tensor holds
 BITS_PER_WORD = (2, 4, 8)  # widths of which a whole number fits a word
 
 
@@ -34,12 +38,32 @@ class Quantization:
     ignored: Selection = nothing
     head: bool = False
     """Whether the output embedding may be quantised too; most methods leave it alone without saying so."""
+    merged: ExpertScheme | None = None
+    """Of a checkpoint with tensors that hold all experts of a layer; None for one tensor an expert."""
 
     def scheme_of(self, name: str) -> Scheme | None:
         """How the linear layer `name` is stored; None for one that is not quantised."""
         if self.ignored(name):
             return None
         return next((scheme for selected, scheme in self.groups if selected(name)), None)
+
+    def experts_of(self, name: str, has_gate: bool) -> ExpertScheme | None:
+        """How the experts of the module `name` are stored; None for ones that are not quantised.
+
+        Raises `UnsupportedModelError` where only some of their projections are.
+        """
+        if self.merged is not None:
+            return None if self.ignored(name) else self.merged
+        names = ("gate_proj", "up_proj", "down_proj") if has_gate else ("up_proj", "down_proj")
+        found = {child: self.scheme_of(f"{name}.0.{child}") for child in names}
+        schemes = {child: scheme for child, scheme in found.items() if scheme is not None}
+        if schemes and len(schemes) < len(names):
+            plain = next(child for child in names if child not in schemes)
+            raise UnsupportedModelError(
+                f"the experts {name} are quantized by {self.method}, but not their {plain}; this engine reads experts "
+                "that are quantized whole or left alone"
+            )
+        return ExpertScheme(schemes) if schemes else None
 
 
 def read_quantization(config: Any, keys: Keys) -> Quantization | None:
@@ -86,8 +110,18 @@ def _fp8(values: dict[str, Any], keys: Keys) -> Quantization:
 
 
 def _fbgemm_fp8(values: dict[str, Any], keys: Keys) -> Quantization:
-    scheme = ScaledWeight("weight_scale", "channel")
-    return Quantization("fbgemm_fp8", ((everything, scheme),), _plain_modules(values))
+    """Its experts, llama4's, are `gate_up_proj` [E, H, 2 * I] and `down_proj` [E, I, H], each with a `*_scale`."""
+    scheme, ignored = ScaledWeight("weight_scale", "channel"), _plain_modules(values)
+    suffixes = {"weight": "", "weight_scale": "_scale"}
+    experts = ExpertScheme(dict.fromkeys(MERGED, TransposedScaledWeight()), suffixes)
+    return Quantization("fbgemm_fp8", ((everything, scheme),), ignored, merged=experts)
+
+
+def _mxfp4(values: dict[str, Any], keys: Keys) -> Quantization:
+    """gpt-oss, of which it stores the experts alone."""
+    suffixes = {"blocks": "_blocks", "scales": "_scales"}
+    experts = ExpertScheme(dict.fromkeys(MERGED, Mxfp4Weight()), suffixes)
+    return Quantization("mxfp4", (), _plain_modules(values), merged=experts)
 
 
 def _modelopt(values: dict[str, Any], keys: Keys) -> Quantization:
@@ -112,11 +146,14 @@ def _gptq(values: dict[str, Any], keys: Keys) -> Quantization:
         raise _refuse("gptq", "bits", bits, "2, 4 and 8")
     if layout not in ("gptq", "gptq_v2"):
         raise _refuse("gptq", "checkpoint_format", layout, "gptq and gptq_v2")
-    if values.get("dynamic"):
-        raise _refuse("gptq", "dynamic", sorted(values["dynamic"])[0], "layers that are all quantized alike")
+    others = sorted(pattern for pattern in values.get("dynamic") or () if not pattern.startswith("-:"))
+    if others:
+        raise _refuse("gptq", "dynamic", others[0], "layers that are quantized alike or, by -: patterns, left alone")
     reordered, offset = bool(values.get("desc_act", False)), 1 if layout == "gptq" else 0
     scheme = GptqWeight(values.get("group_size", 128), bits, reordered, offset)
-    return Quantization("gptq", ((everything, scheme),), _plain_modules(values), bool(values.get("lm_head", False)))
+    spared = targeted([f"re:{pattern.removeprefix('-:')}" for pattern in values.get("dynamic") or ()])
+    ignored = either(_plain_modules(values), spared)
+    return Quantization("gptq", ((everything, scheme),), ignored, bool(values.get("lm_head", False)))
 
 
 def _compressed(values: dict[str, Any], keys: Keys) -> Quantization:
@@ -155,6 +192,7 @@ def _compressed_scheme(layout: str, weights: dict[str, Any]) -> Scheme:
 READERS: dict[str, Callable[[dict[str, Any], Keys], Quantization]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm_fp8,
+    "mxfp4": _mxfp4,
     "modelopt": _modelopt,
     "awq": _awq,
     "gptq": _gptq,

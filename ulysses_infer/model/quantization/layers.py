@@ -9,28 +9,25 @@ from torch import nn
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.experts import is_experts, scales_inputs
 from ulysses_infer.model.linear import Cut, ShiftLinear, is_linear
+from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK
 from ulysses_infer.model.quantization.formats import Quantization
 from ulysses_infer.model.quantization.linear import QuantizedLinear
-from ulysses_infer.model.quantization.scheme import Scheme
+from ulysses_infer.model.quantization.scheme import MARK, Scheme
 from ulysses_infer.parallel.layout import Place
 from ulysses_infer.parallel.sharding import Part, Sharding
 
-MARK = "quantization_scheme"  # an attribute of linear layers, which are replaced by layers that keep it
-
 
 def mark_quantised(model: Any, quantization: Quantization) -> None:
-    """Note on every linear layer of a model without weights how its checkpoint stores it.
+    """Note on every linear layer and all experts of a model without weights how its checkpoint stores them.
 
     Raises `UnsupportedModelError` for layers that are quantised and cannot be served so.
     """
     head, method = model.get_output_embeddings(), quantization.method
     for name, module in model.named_modules():
-        experts = f"{name}.experts" if scales_inputs(module) else name if is_experts(module) else None
-        if experts is not None and quantization.scheme_of(f"{experts}.0.gate_proj") is not None:
-            raise UnsupportedModelError(
-                f"the experts {experts} are quantized by {method}; only experts that the checkpoint leaves alone are "
-                "served: use its bfloat16 release"
-            )
+        if is_experts(module):
+            _mark_experts(name, module, quantization)
+        elif scales_inputs(module):
+            _mark_experts(f"{name}.experts", module.experts, quantization)
         if not is_linear(module) or (module is head and not quantization.head):
             continue
         scheme = quantization.scheme_of(name)
@@ -40,6 +37,18 @@ def mark_quantised(model: Any, quantization: Quantization) -> None:
             kind = "vocabulary head" if module is head else type(module).__name__
             raise UnsupportedModelError(f"{name} ({kind}) is quantized by {method}, which this engine cannot slice")
         setattr(module, MARK, scheme)
+
+
+def _mark_experts(name: str, module: Any, quantization: Quantization) -> None:
+    scheme = quantization.experts_of(name, has_gate=getattr(module, "has_gate", True))
+    if scheme is None:
+        return
+    if scheme.suffixes is None and getattr(module, "has_bias", False):
+        raise UnsupportedModelError(
+            f"the experts {name} have biases and are quantized by {quantization.method} one by one, which this engine "
+            "does not read; use the model's mxfp4 or bfloat16 release"
+        )
+    setattr(module, EXPERTS_MARK, scheme)
 
 
 def shift_linear(source: nn.Module, cut: Cut, sharding: Sharding, base: Place) -> ShiftLinear | QuantizedLinear:

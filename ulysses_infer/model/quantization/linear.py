@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from ulysses_infer.errors import CheckpointError
 from ulysses_infer.model.context import step_context
 from ulysses_infer.model.files import TensorSource
 from ulysses_infer.model.linear import Cut
 from ulysses_infer.model.quantization.component import Axis, Component
 from ulysses_infer.model.quantization.products import Piece, Product, choose_product
+from ulysses_infer.model.quantization.reading import check_foreign, read_part
 from ulysses_infer.model.quantization.scheme import Scheme
 from ulysses_infer.parallel.layout import Place, Span
 from ulysses_infer.parallel.sharding import Sharding, merge
-
-EXACT = (torch.float8_e4m3fn, torch.int8, torch.int32)  # dtypes that mean something else when cast
 
 
 class QuantizedLinear(nn.Module):
@@ -56,31 +53,15 @@ class QuantizedLinear(nn.Module):
         """This rank's part of the tensor `name`, which `source` has as `key`. Raises `CheckpointError`."""
         parameter = self.get_parameter(name)
         component = self._components.get(name, Component((self.out_features,), parameter.dtype))
-        found = source.shape(key)
-        if found != component.shape and (component.shape != () or math.prod(found) != 1):
-            raise CheckpointError(
-                f"tensor {key} has shape {list(found)}, but the model's config and its quantization_config make it "
-                f"{list(component.shape)}; the weights do not belong to this config.json"
-            )
-        tensor = source.read(key, self.slices(name))
-        if component.dtype in EXACT and tensor.dtype != component.dtype and not tensor.is_meta:
-            raise CheckpointError(
-                f"tensor {key} is stored as {_plain(tensor.dtype)}, but quantization_config makes it "
-                f"{_plain(component.dtype)}; the weights do not belong to this config.json"
-            )
-        return tensor.reshape(parameter.shape)
+        return read_part(component, source, key, self.slices(name), tuple(parameter.shape))
 
     def check_foreign(self, name: str, source: TensorSource, key: str) -> None:
         """A tensor of the checkpoint that this layer has no place for, e.g. zero points of a symmetric scheme.
 
         Raises `CheckpointError` unless it is known to be of no use, or changes nothing: it is all zeros.
         """
-        if name in self.scheme.ignored:
-            return
-        tensor = source.read(key, None)
-        if not tensor.is_meta and bool((tensor != 0).any()):
-            known = ", ".join(self._components)
-            raise CheckpointError(f"the checkpoint has {key}, but its quantization_config makes the layer of {known}")
+        if name not in self.scheme.ignored:
+            check_foreign(key, source, ", ".join(self._components))
 
     # -- running -----------------------------------------------------------------------------------------------
 
@@ -107,6 +88,12 @@ class QuantizedLinear(nn.Module):
         whole = Component((self.out_features,), self.bias.dtype, Axis(0))
         return whole.view(self.bias.detach(), "column", self._spans, span)
 
+    def reader(self, place: Place) -> Callable[[torch.dtype], torch.Tensor]:
+        """What gives the weight as a column cut in one piece in `place`, [out / tp, in], dequantised at each call."""
+        (span,) = merge(self.sharding.spans(place.weight_index, place.mode.tp))
+        piece = self._piece(span)
+        return lambda dtype: self.scheme.dequantise(piece.parts, piece.rows, piece.columns).to(dtype)
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """inputs: [..., in features of the mode]; returns [..., out features of the mode]."""
         outputs = [product(inputs, piece) for product, piece in self._products]
@@ -118,17 +105,3 @@ class QuantizedLinear(nn.Module):
     def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         """What `forward` of a column cut returns, each part of the sharding by itself."""
         return self.forward(inputs).split(self._part_sizes, dim=-1)
-
-
-def check_plain(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, read for a layer that is not quantised. Raises `CheckpointError` for one that needs a scale."""
-    if tensor.dtype in EXACT[:2]:
-        raise CheckpointError(
-            f"tensor {key} is stored as {_plain(tensor.dtype)}, but the checkpoint's quantization_config does not "
-            "name its layer, or this engine cannot read it quantized"
-        )
-    return tensor
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -19,10 +19,9 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which four bits of a word, counted from 
 
 def unpack(words: torch.Tensor, dimension: int, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
     """The unsigned values of int32 `words`, packed along `dimension`, as int32; the first in the lowest bits."""
-    places = torch.tensor(order or range(WORD_BITS // bits), dtype=torch.int32, device=words.device)
-    shifts = (places * bits).view(-1, *[1] * (words.dim() - 1 - dimension))
-    values = (words.unsqueeze(dimension + 1) >> shifts) & ((1 << bits) - 1)
-    return values.flatten(dimension, dimension + 1)
+    places = order or range(WORD_BITS // bits)
+    values = [(words >> place * bits) & ((1 << bits) - 1) for place in places]
+    return torch.stack(values, dimension + 1).flatten(dimension, dimension + 1)
 
 
 def _grouped(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,17 @@ ACTIVATION_SCALES = frozenset(
     ("input_scale", "input_scale_ub", "activation_scale", "input_zero_point", "k_scale", "v_scale", "output_scale")
 )
 
+E4M3_AS_BFLOAT16 = 2.0**-120  # what the bits of an e4m3 value are as those of a bfloat16, of the value
+
+
+def widened(weight: torch.Tensor) -> torch.Tensor:
+    """float8 or int8 as float32, to be written into. On a CPU by whole registers, where torch casts value by value."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float8_e4m3fn:
+        return weight.float()
+    bits = weight.view(torch.int8).to(torch.int16)  # sign and all, in the places of a bfloat16
+    values = ((bits & 0x7F) << 4).bitwise_or_(bits & -0x8000).view(torch.bfloat16)
+    return values.mul_(1 / E4M3_AS_BFLOAT16).float()
+
 
 @dataclass(frozen=True)
 class ScaledWeight:
@@ -51,4 +62,25 @@ class ScaledWeight:
         scale = parts[self.scale_name]
         if self.grain == "block":
             scale = spread(spread(scale, 0, rows, self.block[0]), 1, columns, self.block[1])
-        return parts["weight"].float().mul_(scale)
+        return widened(parts["weight"]).mul_(scale)
+
+
+@dataclass(frozen=True)
+class TransposedScaledWeight:
+    """`weight` [in, out] of float8 and `weight_scale` [1, out], as llama4 has its experts."""
+
+    @property
+    def ignored(self) -> frozenset[str]:
+        """See `Scheme`."""
+        return ACTIVATION_SCALES
+
+    def components(self, outputs: int, inputs: int) -> dict[str, Component]:
+        """See `Scheme`."""
+        return {
+            "weight": Component((inputs, outputs), torch.float8_e4m3fn, outputs=Axis(1), inputs=Axis(0)),
+            "weight_scale": Component((1, outputs), torch.float32, outputs=Axis(1)),
+        }
+
+    def dequantise(self, parts: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> torch.Tensor:
+        """See `Scheme`."""
+        return widened(parts["weight"]).mul_(parts["weight_scale"]).t()

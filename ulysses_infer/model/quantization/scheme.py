@@ -10,6 +10,8 @@ import torch
 from ulysses_infer.model.quantization.component import Component
 from ulysses_infer.parallel.layout import Span
 
+MARK = "quantization_scheme"  # an attribute of linear layers, which are replaced by layers that keep it
+
 
 class Scheme(Protocol):
     """How one linear layer's weight is stored. Without state: tensors are given."""

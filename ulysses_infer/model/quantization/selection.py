@@ -19,6 +19,11 @@ def nothing(name: str) -> bool:
     return False
 
 
+def either(first: Selection, second: Selection) -> Selection:
+    """What one of two means, or both."""
+    return lambda name: first(name) or second(name)
+
+
 def not_converted(patterns: Sequence[str]) -> Selection:
     """transformers' `modules_to_not_convert`: a start or an end of the name, or an expression that matches it."""
     from transformers.quantizers.quantizers_utils import should_convert_module

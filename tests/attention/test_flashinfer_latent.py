@@ -1,0 +1,130 @@
+"""The adapter to flashinfer's attention over latents, over a stand-in of the library, and when it is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.attention.cuda_fakes import check_int32, paged
+from tests.attention.test_cuda_adapters import BLOCK_SIZE, CASES, NUM_BLOCKS, make_metadata
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.attention.choosing import AttentionNeeds, choose
+from ulysses_infer.attention.flashinfer_latent import FlashInferLatentAttention
+from ulysses_infer.attention.torch_loop import TorchLoopAttention
+from ulysses_infer.model.latent import LatentHeads, LatentWidths
+from ulysses_infer.parallel.layout import Mode, Place
+
+CPU = torch.device("cpu")
+LATENT, ROTARY, HEADS = 12, 4, 6
+HOPPER = AttentionNeeds((9, 0), torch.bfloat16, torch.bfloat16, 576, 512, block_size=16, latents=True)
+
+
+class Wrapper:
+    """`BatchMLAPagedAttentionWrapper` of flashinfer 0.5, in plain torch."""
+
+    def __init__(self, workspace: torch.Tensor) -> None:
+        self.plans, self.runs = 0, 0
+
+    def plan(
+        self, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, kv_len_arr: torch.Tensor,
+        num_heads: int, head_dim_ckv: int, head_dim_kpe: int, page_size: int, causal: bool, sm_scale: float,
+        q_data_type: torch.dtype, kv_data_type: torch.dtype,
+    ) -> None:  # fmt: skip
+        check_int32(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
+        assert causal
+        assert (q_data_type, kv_data_type) == (torch.float32, torch.float32)
+        self.pages = [kv_indices[start:stop].tolist() for start, stop in itertools.pairwise(kv_indptr.tolist())]
+        self.starts, self.contexts, self.scale = qo_indptr.tolist(), kv_len_arr.tolist(), sm_scale
+        self.shapes = (num_heads, head_dim_ckv), (num_heads, head_dim_kpe), page_size
+        self.plans += 1
+
+    def run(
+        self, q_nope: torch.Tensor, q_pe: torch.Tensor, ckv_cache: torch.Tensor, kpe_cache: torch.Tensor
+    ) -> torch.Tensor:
+        assert (q_nope.shape[1:], q_pe.shape[1:], ckv_cache.shape[1]) == self.shapes
+        assert all(tensor.stride(-1) == 1 for tensor in (q_nope, q_pe, ckv_cache, kpe_cache))
+        self.runs += 1
+        query, keys = torch.cat((q_nope, q_pe), -1), torch.cat((ckv_cache, kpe_cache), -1)[:, :, None]
+        values = ckv_cache[:, :, None]
+        output: torch.Tensor = paged(query, keys, values, self.starts, self.contexts, self.pages, self.scale, -1, 0)[0]
+        return output
+
+
+def make() -> tuple[FlashInferLatentAttention, Any]:
+    backend = FlashInferLatentAttention(
+        SimpleNamespace(mla=SimpleNamespace(BatchMLAPagedAttentionWrapper=Wrapper)), CPU
+    )
+    return backend, backend._wrapper
+
+
+def inputs(case: str) -> tuple[Any, ...]:
+    draw = torch.Generator().manual_seed(0)
+    metadata = make_metadata(*CASES[case])
+    keys = torch.randn(NUM_BLOCKS, BLOCK_SIZE, 1, LATENT + ROTARY, generator=draw)
+    query = torch.randn(sum(metadata.query_lens), HEADS, LATENT + ROTARY, generator=draw)
+    return query, keys, keys[..., :LATENT], metadata
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_latents_are_attended_to_as_the_torch_loop_does(case: str) -> None:
+    backend, library = make()
+    for _ in range(2):
+        given = *inputs(case), AttentionOptions(0.4)
+        for _ in range(3):  # layers
+            expected = TorchLoopAttention().attend(*given)
+            torch.testing.assert_close(backend.attend(*given), expected, atol=2e-5, rtol=2e-5)
+    assert (library.plans, library.runs) == (2, 6)
+
+
+def test_another_scale_is_planned_anew() -> None:
+    backend, library = make()
+    given = inputs("decodes")
+    for scaling in (0.4, 0.2, 0.4):
+        expected = TorchLoopAttention().attend(*given, AttentionOptions(scaling))
+        torch.testing.assert_close(backend.attend(*given, AttentionOptions(scaling)), expected, atol=2e-5, rtol=2e-5)
+    assert library.plans == 3
+
+
+@pytest.mark.parametrize("kind", ["expanded", "window"])
+def test_what_the_kernel_lacks_is_left_to_torch(kind: str) -> None:
+    backend, library = make()
+    query, keys, values, metadata = inputs("chunks and decodes")
+    values = values.contiguous() if kind == "expanded" else values
+    options = AttentionOptions(0.4, sliding_window=5 if kind == "window" else None)
+    expected = TorchLoopAttention().attend(query, keys, values, metadata, options)
+    assert torch.equal(backend.attend(query, keys, values, metadata, options), expected)
+    assert library.runs == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_on_a_gpu_divides_a_step_as_one_on_a_cpu(case: str) -> None:
+    widths, draw = LatentWidths(LATENT, ROTARY, 5, 7), torch.Generator().manual_seed(1)
+    weight = torch.randn(HEADS * 12, LATENT, generator=draw)
+    layer = LatentHeads(widths, SimpleNamespace(reader=lambda _: lambda _: weight), Place(Mode(1, 1), 0, 1))
+    _, keys, values, metadata = inputs(case)
+    query = torch.randn(sum(metadata.query_lens), HEADS, 5 + ROTARY, generator=draw)
+    on_cpu = AttentionMetadata(metadata.slots, metadata.query_lens, metadata.context_lens, metadata.block_tables)
+    expected = layer.attend(query, keys, values, TorchLoopAttention(), on_cpu, AttentionOptions(0.4))
+    backend, library = make()
+    found = layer.attend(query, keys, values, backend, metadata, AttentionOptions(0.4))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    assert library.runs == (0 if case == "a prompt" else 1)
+
+
+@pytest.mark.parametrize(("changes", "wanted"), [
+    ({}, "flashinfer"),
+    ({"block_size": 256}, "flashinfer"),
+    ({"key_width": 288, "value_width": 256}, "torch"),
+    ({"cache_dtype": torch.float8_e4m3fn}, "torch"),
+    ({"dtype": torch.float32, "cache_dtype": torch.float32}, "torch"),
+])  # fmt: skip
+def test_a_gpu_takes_the_kernel_for_latents_of_its_widths(changes: dict[str, Any], wanted: str) -> None:
+    choice = choose(
+        "auto", dataclasses.replace(HOPPER, **changes), {"flash_attn", "flashinfer", "varlen", "flex", "torch"}
+    )
+    assert choice.name == wanted

@@ -1,0 +1,38 @@
+"""Freed memory stays with the process, to be used again without touching new pages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+TENSORS, MEBIBYTES, PAGE = 8, 12, 4096
+PROGRAM = f"""
+import resource, sys, torch
+from ulysses_infer.engine.heap import keep_freed_memory
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    print("unknown"); sys.exit()
+def step():
+    return [torch.ones({MEBIBYTES} << 20, dtype=torch.uint8) for _ in range({TENSORS})]
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> int:
+    """Pages that five steps touch for the first time, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
+    if done.stdout.strip() == "unknown":
+        pytest.skip("this C library has no mallopt")
+    return int(done.stdout)
+
+
+def test_a_step_touches_no_new_pages_once_memory_is_kept():
+    pages_of_a_step = (TENSORS * MEBIBYTES << 20) // PAGE
+    assert faults("keep") < pages_of_a_step / 10
+    assert faults("leave") > 4 * pages_of_a_step

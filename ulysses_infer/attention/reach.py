@@ -1,0 +1,67 @@
+"""How far back a layer looks: what none of its queries can see any more need not be kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Of one layer: everything before a query, a sliding window of it, or the query's own chunk.
+
+    A window is in tokens, the query's own included; chunks are counted from position 0. With both, what both show.
+    """
+
+    sliding_window: int | None = None
+    chunk_size: int | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there are tokens that later ones do not see."""
+        return self.sliding_window is not None or self.chunk_size is not None
+
+    @property
+    def span(self) -> int | None:
+        """The most tokens that a query sees, itself included; None: all before it."""
+        limits = [limit for limit in (self.sliding_window, self.chunk_size) if limit is not None]
+        return min(limits, default=None)
+
+    def within(self, max_model_len: int) -> Reach:
+        """The same for texts of at most so many tokens: what is wider than those limits nothing."""
+        window, chunk = self.sliding_window, self.chunk_size
+        return Reach(
+            None if window is None or window >= max_model_len else window,
+            None if chunk is None or chunk >= max_model_len else chunk,
+        )
+
+    def first_visible(self, position: int) -> int:
+        """The earliest position that a query at `position` sees; later queries see none before it."""
+        first = 0
+        if self.sliding_window is not None:
+            first = max(first, position - self.sliding_window + 1)
+        if self.chunk_size is not None:
+            first = max(first, position - position % self.chunk_size)
+        return first
+
+    def table_starts(self, positions: np.ndarray, block_size: int) -> np.ndarray:
+        """The blocks from which on tables are given to attention whose first queries are at `positions`, int64.
+
+        Not after the first visible block, and such that windows and chunks may be counted from there.
+        """
+        firsts = np.zeros_like(positions)
+        if self.sliding_window is not None:
+            firsts = np.maximum(firsts, positions - self.sliding_window + 1)
+        if self.chunk_size is None:
+            return firsts // block_size
+        firsts = np.maximum(firsts, positions - positions % self.chunk_size)
+        return firsts // (whole := math.lcm(self.chunk_size, block_size)) * (whole // block_size)
+
+    def most_blocks(self, num_tokens: int, step_tokens: int, block_size: int) -> int:
+        """The most blocks that a sequence of `num_tokens` ever holds, with up to `step_tokens` of them in a step."""
+        whole = -(-num_tokens // block_size)
+        span = self.span
+        # What the step's first token sees and the step itself begin and end anywhere in their blocks.
+        return whole if span is None else min(whole, -(-(span - 1 + step_tokens) // block_size) + 1)

@@ -1,0 +1,47 @@
+"""Which layers share block tables: those that see equally far back, because they can give back the same blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from ulysses_infer.attention.reach import Reach
+
+if TYPE_CHECKING:
+    from ulysses_infer.attention.backend import AttentionOptions
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """A model's layers sorted into cache groups, the one that sees furthest first.
+
+    Every group has blocks and, for each sequence, a block table of its own: one pool a group, so that a block is of
+    one size and a table is read by all its layers alike, whatever the numbers of layers are.
+    """
+
+    reaches: tuple[Reach, ...]
+    of_layer: tuple[int, ...]
+    """The group of each layer."""
+
+    @classmethod
+    def single(cls, num_layers: int, reach: Reach | None = None) -> LayerGroups:
+        """All layers alike."""
+        return cls((reach or Reach(),), (0,) * num_layers)
+
+    @classmethod
+    def of(cls, options: Iterable[AttentionOptions], max_model_len: int) -> LayerGroups:
+        """By how each layer attends, in the order of layers, in texts of up to `max_model_len` tokens."""
+        layers = [Reach(o.sliding_window, o.chunk_size).within(max_model_len) for o in options]
+        reaches = sorted(dict.fromkeys(layers), key=lambda reach: reach.span or max_model_len, reverse=True)
+        return cls(tuple(reaches), tuple(reaches.index(reach) for reach in layers))
+
+    def each_layer(self, of_groups: Sequence[T]) -> list[T] | None:
+        """What `of_groups` has for the group of each layer; None where all layers are of one."""
+        return [of_groups[group] for group in self.of_layer] if len(of_groups) > 1 else None
+
+    def num_layers(self, group: int) -> int:
+        """Layers of a group."""
+        return self.of_layer.count(group)

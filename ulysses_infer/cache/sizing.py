@@ -1,0 +1,87 @@
+"""How a cache of several groups shares its memory out among them, and what one request takes of it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ulysses_infer.cache.groups import LayerGroups
+from ulysses_infer.cache.paged import CacheShape
+from ulysses_infer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CacheSizing:
+    """What a rank's cache is to hold. Lists are by group, the one that sees furthest first."""
+
+    shape: CacheShape
+    groups: LayerGroups
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def num_bytes(self, num_blocks: Sequence[int]) -> int:
+        """Bytes of so many blocks."""
+        per_layer = self.shape.bytes_per_block // self.shape.num_layers
+        return sum(count * self.groups.num_layers(group) * per_layer for group, count in enumerate(num_blocks))
+
+    def blocks_of_request(self, num_tokens: int) -> list[int]:
+        """The most blocks that a request of so many tokens ever holds."""
+        step, size = self.max_num_batched_tokens, self.shape.block_size
+        return [reach.most_blocks(num_tokens, step, size) for reach in self.groups.reaches]
+
+    def with_first(self, num_blocks: int) -> list[int]:
+        """So many blocks of the first group, and of the others as many, or what running requests can ever hold.
+
+        Then no request has to wait for blocks of another group than the first, whatever its length.
+        """
+        return self._with_first(num_blocks, self.max_num_seqs)
+
+    def fitting(self, num_bytes: int, all_of_it: bool = False) -> list[int]:
+        """The blocks that take up to so many bytes; unless `all_of_it`, no more than the scheduler could fill.
+
+        As `with_first` has them; where a request of `max_model_len` tokens would not fit so, for fewer at once.
+        """
+        most = num_bytes // self.num_bytes([1]) if all_of_it else self._most(0, self.max_num_seqs)
+        first = self._largest(range(most + 1), self.with_first, num_bytes)
+        longest = self.blocks_of_request(self.max_model_len)
+        if first >= longest[0] or self.num_bytes(longest) > num_bytes:
+            return self.with_first(first)
+        requests = range(self.max_num_seqs + 1)
+        return self._with_first(
+            longest[0], self._largest(requests, lambda count: self._with_first(longest[0], count), num_bytes)
+        )
+
+    def check_fits_one_request(self, num_blocks: Sequence[int]) -> None:
+        """Raise `ConfigError` when so many blocks cannot hold a single request of `max_model_len` tokens."""
+        needed = self.blocks_of_request(self.max_model_len)
+        if all(have >= want for have, want in zip(num_blocks, needed, strict=True)):
+            return
+        held = self.num_bytes(num_blocks)
+        lengths = range(self.max_model_len + 1)
+        longest = bisect_right(lengths, held, key=lambda length: self.num_bytes(self.blocks_of_request(length))) - 1
+        raise ConfigError(
+            f"the cache holds {num_blocks[0]} blocks = {num_blocks[0] * self.shape.block_size} tokens, less than one "
+            f"request of max_model_len {self.max_model_len}; raise cache.memory_bytes to at least "
+            f"{self.num_bytes(needed)} or lower model.max_model_len to {longest}"
+        )
+
+    def _with_first(self, num_blocks: int, num_requests: int) -> list[int]:
+        others = range(1, len(self.groups.reaches))
+        least = self.blocks_of_request(self.max_model_len)
+        wanted = [max(least[group], self._most(group, num_requests)) for group in others]
+        return [num_blocks, *(min(num_blocks, count) for count in wanted)]
+
+    def _most(self, group: int, num_requests: int) -> int:
+        """What so many requests can hold of a group, and leave free while another begins: see `Scheduler`."""
+        reach, size = self.groups.reaches[group], self.shape.block_size
+        whole = num_requests * self.shape.blocks_for(self.max_model_len)
+        if reach.span is None:
+            return whole
+        each = reach.most_blocks(self.max_model_len, 1, size) + 2
+        return min(whole, num_requests * each + self.shape.blocks_for(self.max_num_batched_tokens))
+
+    def _largest(self, counts: range, blocks: Callable[[int], list[int]], num_bytes: int) -> int:
+        """The last of `counts` whose blocks take up to so many bytes."""
+        return counts[max(0, bisect_right(counts, num_bytes, key=lambda count: self.num_bytes(blocks(count))) - 1)]

@@ -1,0 +1,130 @@
+"""One matrix of the experts that a rank keeps, quantised: an expert's is read, and made dense, when it has tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulysses_infer.errors import CheckpointError
+from ulysses_infer.model.files import TensorSource
+from ulysses_infer.model.linear import Cut
+from ulysses_infer.model.quantization.grouped import TokenGroups, grouped_product, is_grouped
+from ulysses_infer.model.quantization.products import Piece, choose_product
+from ulysses_infer.model.quantization.reading import check_foreign, read_part
+from ulysses_infer.model.quantization.scaled import ScaledWeight
+from ulysses_infer.model.quantization.scheme import Scheme
+from ulysses_infer.parallel.layout import Place, Span
+from ulysses_infer.parallel.sharding import Sharding, merge
+
+
+class ExpertMatrix(nn.Module):
+    """What `QuantizedLinear` is to a layer, this is to one projection of all of a layer's experts.
+
+    Its parameters are the tensors of the checkpoint, those of one expert after another's in a first dimension; each
+    is cut as a linear layer's would be, and blocks and words that a cut goes through are kept by both neighbours.
+    """
+
+    def __init__(
+        self, scheme: Scheme, sizes: tuple[int, int], cut: Cut, sharding: Sharding, num_experts: int, own: Span,
+        base: Place, device: torch.device,
+    ) -> None:  # fmt: skip
+        """sizes: (outputs, inputs) of one expert's whole matrix; own: the experts that this rank keeps."""
+        super().__init__()
+        self.scheme, self.sizes, self.cut, self.sharding = scheme, sizes, cut, sharding
+        self.num_experts, self.own, self._spans = num_experts, own, sharding.base_spans(base)
+        self._components = dict(scheme.components(*sizes))
+        for name, component in self._components.items():
+            shape = (own.size, *component.stored_shape(cut, self._spans))
+            empty = torch.empty(shape, dtype=component.dtype, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self._pieces: list[tuple[Span, Span, dict[str, torch.Tensor]]] = []
+
+    # -- loading -----------------------------------------------------------------------------------------------
+
+    def read(self, name: str, source: TensorSource, keys: Mapping[int, str]) -> torch.Tensor:
+        """This rank's part of the component `name`, which `source` has as one tensor an expert, `keys` by number.
+
+        Raises `CheckpointError`. No more than one expert's part is held beside what is returned.
+        """
+        if sorted(keys) != list(range(self.num_experts)):
+            raise CheckpointError(
+                f"the checkpoint has {len(keys)} tensors like {next(iter(keys.values()))}, but the model's config "
+                f"makes it {self.num_experts} experts; it is incomplete, or the weights do not belong to this "
+                "config.json"
+            )
+        component, parameter = self._components[name], self.get_parameter(name)
+        kept, whole = component.kept(self.cut, self._spans), torch.empty(0)
+        for place, expert in enumerate(range(*self.own)):
+            part = read_part(component, source, keys[expert], kept, tuple(parameter.shape[1:]))
+            if place == 0:
+                whole = torch.empty(parameter.shape, dtype=component.dtype, device=part.device)
+            whole[place] = part
+        return whole if self.own.size else torch.empty(parameter.shape, dtype=component.dtype)
+
+    def read_merged(self, name: str, source: TensorSource, key: str) -> torch.Tensor:
+        """This rank's part of the component `name`, which `source` has as the one tensor `key` for all experts.
+
+        A rank keeps whole experts, or a part of every one.
+        """
+        component = self._components[name].stacked(self.num_experts)
+        kept = component.kept(self.cut, self._spans)
+        if self.own.size < self.num_experts:
+            kept = 0, [self.own]
+        return read_part(component, source, key, kept, tuple(self.get_parameter(name).shape))
+
+    def check_foreign(self, name: str, source: TensorSource, key: str) -> None:
+        """See `QuantizedLinear.check_foreign`."""
+        if name not in self.scheme.ignored:
+            check_foreign(key, source, ", ".join(self._components))
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    def bind(self, place: Place) -> None:
+        """Read the weights as `place` needs them from now on. Views only; nothing is copied."""
+        spans = merge(self.sharding.spans(place.weight_index, place.mode.tp))
+        outputs, inputs = (Span(0, size) for size in self.sizes)
+        self._pieces = [
+            (span, inputs, self._views(span)) if self.cut == "column" else (outputs, span, self._views(span))
+            for span in spans
+        ]
+
+    def _views(self, span: Span) -> dict[str, torch.Tensor]:
+        """Of all own experts, what covers the features `span` of the cut."""
+        stacked = {name: component.stacked(self.num_experts) for name, component in self._components.items()}
+        return {
+            name: component.view(self.get_parameter(name).detach(), self.cut, self._spans, span)
+            for name, component in stacked.items()
+        }
+
+    def forward(self, tokens: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
+        """tokens: [S, inputs of the mode], one expert's after another's; returns [S, outputs of the mode].
+
+        Rows past the last own expert's are left as they were in memory.
+        """
+        outputs = [
+            grouped_product(tokens, groups, self.scheme, views)
+            if isinstance(self.scheme, ScaledWeight) and is_grouped(self.scheme, views)
+            else self._one_by_one(tokens, groups, rows, columns, views)
+            for rows, columns, views in self._pieces
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _one_by_one(
+        self, tokens: torch.Tensor, groups: TokenGroups, rows: Span, columns: Span, views: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Experts without tokens are not read."""
+        output = tokens.new_empty(len(tokens), rows.size)
+        for expert, (start, end) in enumerate(pairwise((0, *groups.ends))):
+            if end > start:
+                piece = Piece(rows, columns, self._components, {n: v[expert] for n, v in views.items()}, None)
+                output[start:end] = choose_product(self.scheme, piece)(tokens[start:end], piece)
+        return output
+
+
+def matrices_of(module: Any) -> dict[str, ExpertMatrix]:
+    """The quantised matrices of an experts module, by name; none of one that is not quantised."""
+    return {name: child for name, child in module.named_children() if isinstance(child, ExpertMatrix)}

@@ -1,0 +1,67 @@
+"""What one rank stores of the experts of a layer that its checkpoint has quantised, and how a mode reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ulysses_infer.model.experts.kinds import dense_weights, expert_shape, matrix_sizes
+from ulysses_infer.model.experts.matrix import ExpertMatrix
+from ulysses_infer.model.experts.weights import ExpertWeights
+from ulysses_infer.model.linear import Cut
+from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK, ExpertScheme
+from ulysses_infer.model.quantization.grouped import TokenGroups
+from ulysses_infer.parallel.layout import Layout, Place
+from ulysses_infer.parallel.sharding import Part, Sharding
+
+
+class QuantizedExpertWeights(ExpertWeights):
+    """`ExpertWeights` of a module whose weights are an `ExpertMatrix` each; its biases, if any, are plain.
+
+    Gate and up are one matrix where the checkpoint has one tensor for both, else one each.
+    """
+
+    def __init__(self, module: Any, placement: str, layout: Layout, shard: int) -> None:
+        super().__init__(module, placement, layout, shard)
+        scheme: ExpertScheme = getattr(module, EXPERTS_MARK)
+        shape, device = expert_shape(module), module.down_proj.device
+        for name in dense_weights(module):
+            delattr(module, name)
+        for name, of_matrix in scheme.schemes.items():
+            sharding = self.up_sharding if name == "gate_up_proj" else Sharding((Part(shape.width),))
+            cut: Cut = "row" if name == "down_proj" else "column"
+            sizes = matrix_sizes(name, shape)
+            module.add_module(
+                name, ExpertMatrix(of_matrix, sizes, cut, sharding, shape.num_experts, self.own, self.base, device)
+            )
+        self._ups: list[ExpertMatrix] = [getattr(module, name) for name in scheme.schemes if name != "down_proj"]
+        self._biases: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+
+    def bind(self, place: Place) -> None:
+        """Read the weights as `place` needs them from now on. Views only."""
+        place = self._stored_place(place)
+        for matrix in (*self._ups, self.module.down_proj):
+            matrix.bind(place)
+        self._biases = self._up_bias(place), self._down_bias(place)
+
+    def _up_bias(self, place: Place) -> torch.Tensor | None:
+        if not self.module.has_bias:
+            return None
+        bias: torch.Tensor = getattr(self.module, f"{self.up_name}_bias").detach()
+        parts = [bias.narrow(1, span.start, span.size) for span in self.up_sharding.local_spans(self.base, place)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def forward(self, tokens: torch.Tensor, offsets: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """See `ExpertWeights.forward`; waits for the device where experts are multiplied one by one."""
+        groups, (up_bias, down_bias) = TokenGroups(offsets), self._biases
+        up = self._joined([matrix(tokens, groups) for matrix in self._ups])
+        hidden = self._activate(up if up_bias is None else up + up_bias[experts])
+        output: torch.Tensor = self.module.down_proj(hidden, groups)
+        return output if down_bias is None else output + down_bias[experts]
+
+    def _joined(self, ups: list[torch.Tensor]) -> torch.Tensor:
+        """Gate and up in the order that the module's gate takes them apart."""
+        if len(ups) == 1:
+            return ups[0]
+        return torch.cat(ups, dim=-1) if self.module.is_concatenated else torch.stack(ups, dim=-1).flatten(-2)

@@ -1,0 +1,39 @@
+"""config.json files that were released with values transformers no longer reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# By model type and name: what makes of the released value the one that is meant.
+RELEASED: dict[tuple[str, str], Callable[[Any], Any]] = {
+    ("llama4_text", "attn_temperature_tuning"): bool,  # Llama 4 Scout and Maverick say 4 for true
+}
+
+
+def legacy_config(folder: Path) -> Any | None:
+    """transformers' config of a folder whose config.json has such values; None if it has none.
+
+    Raises OSError or ValueError if it cannot be read.
+    """
+    from transformers import CONFIG_MAPPING
+
+    values = json.loads((folder / "config.json").read_text())
+    is_old = isinstance(values, dict) and repair(values)
+    return CONFIG_MAPPING[values["model_type"]].from_dict(values) if is_old else None
+
+
+def repair(values: dict[str, Any]) -> bool:
+    """Give `values`, of a config.json, the form that transformers reads. Returns whether any had to change."""
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+    return sum(_repair_part(part) for part in parts) > 0
+
+
+def _repair_part(values: dict[str, Any]) -> int:
+    """How many of `values`, of a model or a part of one, had to change."""
+    found = [(name, meant) for (kind, name), meant in RELEASED.items() if kind == values.get("model_type")]
+    changed = {name: meant(values[name]) for name, meant in found if type(values.get(name)) is int}
+    values |= changed
+    return len(changed)

@@ -1,0 +1,22 @@
+"""How a checkpoint stores the experts of a layer: every expert's projections, or all experts in one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ulysses_infer.model.quantization.scheme import Scheme
+
+EXPERTS_MARK = "expert_scheme"  # an attribute of experts modules, whose weights are replaced by what is stored
+
+
+@dataclass(frozen=True)
+class ExpertScheme:
+    """The schemes of a layer's matrices: `gate_proj`, `up_proj` and `down_proj`, or `gate_up_proj` and `down_proj`.
+
+    `suffixes` is of the latter, whose tensors hold all experts: what follows a matrix's name in the name of each of
+    its components. The former has a tensor an expert, `{experts}.{number}.{matrix}.{component}`.
+    """
+
+    schemes: Mapping[str, Scheme]
+    suffixes: Mapping[str, str] | None = None

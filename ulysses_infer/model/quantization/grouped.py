@@ -1,0 +1,61 @@
+"""One product for all experts with FP8 weights, on tensor cores that have it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ulysses_infer.model.quantization.products import is_aligned, quantised_tokens
+from ulysses_infer.model.quantization.scaled import ScaledWeight
+from ulysses_infer.model.quantization.scheme import Scheme
+
+CAPABILITY = (9, 0)  # Hopper, for which alone torch has it
+
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """Where the tokens of each expert are: those of expert e end before row `offsets[e]`."""
+
+    offsets: torch.Tensor
+    """[E] int32"""
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The same on the host; waits for the device."""
+        ends: list[int] = self.offsets.tolist()
+        return ends
+
+
+def is_grouped(scheme: Scheme, views: Mapping[str, torch.Tensor]) -> bool:
+    """Whether `grouped_product` can read these views of all experts' components, on their device."""
+    weight = views.get("weight")
+    if weight is None or weight.device.type != "cuda" or not isinstance(scheme, ScaledWeight):
+        return False
+    return torch.cuda.get_device_capability(weight.device) == CAPABILITY and is_groupable(scheme, weight)
+
+
+def is_groupable(scheme: ScaledWeight, weight: torch.Tensor) -> bool:
+    """Whether the kernel has the arithmetic and can follow the strides. weight: [E, N, K]."""
+    is_row_scaled = scheme.grain in ("tensor", "channel") and scheme.dtype == torch.float8_e4m3fn
+    return is_row_scaled and len(weight) > 0 and is_aligned(weight[0])
+
+
+def grouped_product(
+    tokens: torch.Tensor, groups: TokenGroups, scheme: ScaledWeight, views: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """tokens: [S, K], each quantised by its own largest value; views of [E, N, K]; returns [S, N].
+
+    A scale a token and one an output channel of an expert, or one for all of an expert's. No copy of the weight: what
+    the kernel reads is column-major, a transposed view of it.
+    """
+    weight, scale = views["weight"], views[scheme.scale_name]
+    values, scales = quantised_tokens(tokens.contiguous(), tokens.shape[1])
+    channels = scale.reshape(len(weight), -1).expand(-1, weight.shape[1]).contiguous()
+    output = torch._scaled_grouped_mm(
+        values, weight.transpose(1, 2), scales[:, 0].contiguous(), channels, offs=groups.offsets,
+        out_dtype=torch.bfloat16,
+    )  # fmt: skip
+    return output.to(tokens.dtype)

@@ -1,0 +1,52 @@
+"""Models with picture or sound towers, taken as the language models that they are without them.
+
+Prompts are text, so the towers and what joins them to the text are never reached: they are taken out before anything
+is laid out, and their weights are neither read nor kept. What is left runs transformers' own forward of the whole
+model. The kinds of RoPE with a position each for time, height and width get the same position for all three, as
+transformers itself gives them for text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers for checkpoints of `config`: the whole model where it has towers."""
+    from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    return AutoModelForMultimodalLM if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
+
+
+def drop_towers(model: Any) -> None:
+    """Put nothing in the place of every part of `model` with weights that text does not reach, if it has towers."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return
+    embedding = model.get_input_embeddings()
+    _drop_beside(model, {model.get_decoder(), embedding, model.get_output_embeddings()}, Dropped(embedding))
+
+
+class Dropped(nn.Module):
+    """Stands where a tower was, and is on the device of the text, which some models ask their towers for."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self._embedding = [embedding]  # in a list, so that it is not registered as a child and loaded twice
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text's input embedding is."""
+        return next(self._embedding[0].parameters()).device
+
+
+def _drop_beside(module: nn.Module, text: set[Any], dropped: Dropped) -> None:
+    for name, child in module.named_children():
+        if child in text:
+            continue
+        if not text.isdisjoint(child.modules()):
+            _drop_beside(child, text, dropped)
+        elif any(True for _ in child.parameters()):
+            setattr(module, name, dropped)
