@@ -51,7 +51,7 @@ def check(native, rows, outputs, width, dtype, bias=False, stride=None, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("rows", [*range(1, 14), 33, 64, 97])
+@pytest.mark.parametrize("rows", [*range(1, 14), 28, 33, 48, 64, 75, 96, 97])
 def test_products_of_any_number_of_rows(native, rows, dtype):
     check(native, rows, 29, 96, dtype, bias=rows % 2 == 0)
 
@@ -76,8 +76,15 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(native, dtype):
     inputs, weight = torch.randn(40, 300).to(dtype), torch.randn(37, 300).to(dtype)
     native.most_rows = dict.fromkeys(DTYPES.values(), 1000)
     alone = torch.cat([native(row[None], weight) for row in inputs])
-    for rows in (2, 3, 5, 8, 13, 40):
+    for rows in (2, 3, 5, 8, 13, 20):
         assert torch.equal(torch.cat([native(part, weight) for part in inputs.split(rows)]), alone)
+
+
+def test_nor_do_many_rows_in_bfloat16_on_one_another(native):
+    inputs, weight = torch.randn(96, 300).bfloat16(), torch.randn(61, 300).bfloat16()
+    together = native(inputs, weight)
+    for first, last in ((0, 28), (5, 37), (40, 81), (1, 96)):
+        assert torch.equal(native(inputs[first:last], weight), together[first:last])
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -2,10 +2,14 @@
  *
  * outputs[t, n] = sum over k of inputs[t, k] * weight[n, k], plus bias[n]. A panel of weight rows meets a block of input
  * rows in registers, one sum a pair; while it does, the next panel is fetched. Every sum runs over k in the same order
- * whatever the number of input rows, so a row's result does not depend on the rows that it is computed with.
+ * whatever the number of input rows, so a row's result does not depend on the rows that it is computed with. Dozens of
+ * rows in bfloat16 go another way (many_rows.h), of which the same is true.
  */
 #include "call.h"
 #include "vector.h"
+#ifdef HAS_BFLOAT16_DOT
+#include "many_rows.h"
+#endif
 
 #if defined(HAS_AVX512) || defined(__aarch64__)
 #define MOST_ROWS 6 /* sums fill the 32 vector registers */
@@ -124,10 +128,57 @@ INLINE void multiply(const struct product *p, enum type type) {
     }
 }
 
+#ifdef HAS_BFLOAT16_DOT
+/* Rows n .. n + GROUP of the weight, or fewer at the end, with all input rows; `sums` is the thread's own. */
+static void group_of(const struct product *p, const struct pairs *x, int64_t n, float *sums) {
+    const int64_t bytes = p->weight_stride * sizeof(bfloat16), left = p->num_outputs - n;
+    const int64_t count = left < GROUP ? left : GROUP;
+    const char *weight = p->weight + n * bytes;
+    float bias[GROUP] = {0};
+    for (int64_t i = 0; i < count; i++) bias[i] = bias_of(p, n + i, BFLOAT16);
+#define TAKE(panel)                                                                                      \
+    for (; i + panel <= count; i += panel)                                                               \
+        all_vectors(x, weight + i * bytes, bytes, panel, p->width, weight + (i + panel) * bytes,         \
+                    (int)(left - i - panel < panel ? left - i - panel : panel), sums + i * x->vectors * LANES)
+    int64_t i = 0;
+    if (x->vectors <= 3) TAKE(8);
+    TAKE(4);
+    TAKE(1);
+#undef TAKE
+    bfloat16 *to = (bfloat16 *)p->outputs + n;
+    if (count == GROUP)
+        put_group(sums, bias, p->num_rows, x->vectors, to, p->outputs_stride);
+    else
+        put_rest(sums, bias, p->num_rows, x->vectors, to, p->outputs_stride, count);
+}
+
+/* Returns 0 without memory for the inputs turned round. */
+static int multiply_together(const struct product *p) {
+    const int64_t vectors = vectors_of(p->num_rows);
+    uint32_t *values = aligned_alloc(LINE, p->width / 2 * vectors * LINE);
+    if (!values) return 0;
+    turn(values, (const bfloat16 *)p->inputs, p->num_rows, p->width, p->inputs_stride);
+    const struct pairs x = {values, vectors};
+    const int64_t groups = (p->num_outputs + GROUP - 1) / GROUP;
+    const int worth = p->num_rows * p->num_outputs * p->width >= 2 * (int64_t)WORK_A_THREAD;
+#pragma omp parallel for schedule(static) if (worth)
+    for (int64_t group = 0; group < groups; group++) {
+        float sums[GROUP * MOST_VECTORS * LANES];
+        group_of(p, &x, group * GROUP, sums);
+    }
+    free(values);
+    return 1;
+}
+#endif
+
 void matmul_bfloat16(const char *inputs, const char *weight, const char *bias, char *outputs, int64_t num_rows,
                      int64_t num_outputs, int64_t width, int64_t inputs_stride, int64_t weight_stride) {
     struct product p = {inputs, weight, bias, outputs, num_rows, num_outputs, width, inputs_stride, weight_stride,
                         num_outputs};
+#ifdef HAS_BFLOAT16_DOT
+    const int fits = num_rows >= FEWEST_ROWS_TOGETHER && num_rows <= MOST_VECTORS * LANES && width % 2 == 0;
+    if (fits && multiply_together(&p)) return;
+#endif
     multiply(&p, BFLOAT16);
 }
 
