@@ -27,9 +27,9 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 class NativeMatmul:
     """Products of few rows by `native/matmul.c`, which reads the weight at the memory's speed; torch does the others.
 
-    A row's result does not depend on the rows it is computed with, up to `most_rows` of them; with bfloat16 dot products
-    28 rows and more are summed in another order than fewer. Raises `NativeUnavailableError` where the library cannot be
-    built.
+    A row's result does not depend on the rows it is computed with, up to `most_rows` of them; with bfloat16 dot
+    products 28 rows and more are summed in another order than fewer. Raises `NativeUnavailableError` where the library
+    cannot be built.
     """
 
     name = "native"
