@@ -106,7 +106,7 @@ def test_a_family_takes_its_forms_and_gives_the_same(family: str, dtype: torch.d
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2"])
 def test_without_native_code_torch_does_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = logprobs(load(family, torch.float32, False))
-    monkeypatch.setattr("ulysses_infer.model.fusion.fuse.make_elementwise", lambda *_: TorchElementwise())
+    monkeypatch.setattr("ulysses_infer.model.fusion.fuse.make_elementwise", lambda dtype, _: TorchElementwise(dtype))
     fused = load(family, torch.float32, True)
     assert taken(fused) == FORMS[family]
     assert (logprobs(fused) - expected).abs().max() < 1e-4

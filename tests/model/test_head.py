@@ -82,3 +82,18 @@ def test_a_tied_head_is_a_view_of_the_embedding():
         rows = head.rows()
         assert torch.equal(rows, embedding.weight[slice(*head.vocabulary)])
         assert rows.untyped_storage().data_ptr() == embedding.weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 7, 1000])
+def test_the_best_of_each_row_is_what_torch_says(dtype, width):
+    logits = torch.randn(9, width).mul(3).round().to(dtype)  # many ties
+    logits[1], logits[2], logits[3] = -torch.inf, torch.inf, -0.0
+    logits[4, width // 2:], logits[5], logits[6, width // 3] = 0.0, -5.0, torch.nan
+    expected = logits.max(dim=-1)
+    values, ids = argmax_pairs(logits, Span(40, 40 + width)).T
+    torch.testing.assert_close(values, expected.values.double(), equal_nan=True)
+    lowest = [
+        int(torch.nonzero(row.isnan() | (row == row.max()))[0]) for row in logits.double().nan_to_num(nan=1e9)
+    ]  # fmt: skip
+    assert ids.tolist() == [40 + index for index in lowest]

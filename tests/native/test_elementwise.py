@@ -16,7 +16,7 @@ SHAPES = [(1, 64), (3, 100), (5, 17), (130, 1536)]  # whole and broken vectors; 
 
 def pair(dtype: torch.dtype) -> tuple[NativeElementwise, TorchElementwise]:
     """Ours, and what it must equal."""
-    return NativeElementwise(dtype), TorchElementwise()
+    return NativeElementwise(dtype), TorchElementwise(dtype)
 
 
 def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
@@ -120,3 +120,28 @@ def test_other_types_and_devices_are_left_to_torch() -> None:
     assert isinstance(make_elementwise(torch.float16, torch.device("cpu")), TorchElementwise)
     assert isinstance(make_elementwise(torch.bfloat16, torch.device("cuda")), TorchElementwise)
     assert isinstance(make_elementwise(torch.bfloat16, torch.device("cpu")), NativeElementwise)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn"])
+def test_rotary_angles_are_those_of_transformers(kind: str, dtype: torch.dtype) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, max_position_embeddings=4096)
+    stretched = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4} if kind == "default" else stretched
+    source = LlamaRotaryEmbedding(config)
+    positions = torch.cat((torch.arange(300), torch.tensor([4095, 131071])))
+    expected = source(torch.zeros(1, 1, 1, dtype=dtype), positions[None])
+    for made in pair(dtype):
+        found = made.rotary(positions, source.inv_freq, float(source.attention_scaling))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one[None], other, rtol=ULP[dtype], atol=2e-7 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_a_table_are_taken(dtype: torch.dtype) -> None:
+    table, ids = draw(50, 33, dtype=dtype), torch.tensor([3, 49, 0, 3])
+    for made in pair(dtype):
+        assert torch.equal(made.embed(ids, table), table[ids])

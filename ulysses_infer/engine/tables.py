@@ -51,12 +51,15 @@ class BlockTables:
         for index in plan.dropped:
             self._drop(index)
         rows = np.array([self._extend(item) for item in plan.items], dtype=np.int64)
-        lens = np.array([item.num_tokens for item in plan.items], dtype=np.int64)
         starts = np.array([item.start for item in plan.items], dtype=np.int64)
-        first = np.cumsum(lens) - lens
-        positions = np.arange(plan.num_tokens, dtype=np.int64) + np.repeat(starts - first, lens)
-        places = np.repeat(rows, lens), positions // self.block_size
-        offsets = positions % self.block_size
+        lens, positions, rows_of_tokens = np.ones_like(starts), starts, rows
+        if plan.num_tokens > len(plan.items):
+            lens = np.array([item.num_tokens for item in plan.items], dtype=np.int64)
+            first = np.cumsum(lens) - lens
+            positions = np.arange(plan.num_tokens, dtype=np.int64) + np.repeat(starts - first, lens)
+            rows_of_tokens = np.repeat(rows, lens)
+        numbers, offsets = np.divmod(positions, self.block_size)
+        places = rows_of_tokens, numbers
         groups = []
         for blocks, reach in zip(self._blocks, self.reaches, strict=True):
             slots = blocks[places] * self.block_size + offsets

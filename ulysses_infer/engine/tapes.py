@@ -31,6 +31,7 @@ LARGEST = 64  # rows; in larger steps the work hides what Python adds
 class _Recorded:
     tape: Tape
     logits: torch.Tensor  # [T, V/W], valid until the next step
+    inputs: tuple[object, ...]  # alive, because the tape has but their addresses
 
 
 class TapeRunner:
@@ -105,7 +106,7 @@ class TapeRunner:
         if reason is None and tape.num_torch_calls > tape.num_native_calls:
             reason = f"{tape.num_torch_calls} of its operations are torch's, {tape.num_native_calls} native"
         if reason is None:
-            self._recorded[mode, size] = _Recorded(tape, logits)
+            self._recorded[mode, size] = _Recorded(tape, logits, (ids, positions, context))
         else:
             self._refused.add(mode)
             logger.debug("decode steps of mode %s are not recorded: %s", mode, reason)

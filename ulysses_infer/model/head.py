@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ulysses_infer.model.context import step_context
 from ulysses_infer.model.matmul import linear
+from ulysses_infer.native.function import ELEMENTWISE, NativeFunction
+from ulysses_infer.native.library import is_available, open_library
 from ulysses_infer.parallel.layout import Place, Span, even_span
 
 
@@ -55,16 +60,32 @@ def argmax_pairs(logits: torch.Tensor, vocabulary: Span) -> torch.Tensor:
     if not vocabulary.size:
         nothing = logits.new_tensor([-torch.inf, vocabulary.start], dtype=torch.float64)
         return nothing.repeat(len(logits), 1)
+    best = _native_best(logits.dtype) if logits.device.type == "cpu" else None
+    if best is not None and logits.stride(-1) == 1:
+        pairs = torch.empty(len(logits), 2, dtype=torch.float64)
+        best(
+            pairs.data_ptr(), logits.data_ptr(), len(logits), vocabulary.size, logits.stride(0), vocabulary.start
+        )  # fmt: skip
+        return pairs
     values, ids = logits.max(dim=-1)
     return torch.stack([values.double(), (ids + vocabulary.start).double()], dim=-1)
 
 
+@functools.cache
+def _native_best(dtype: torch.dtype) -> NativeFunction | None:
+    """The same in C, for numbers of `dtype` on a CPU."""
+    suffix = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(dtype)
+    if suffix is None or not is_available("elementwise"):
+        return None
+    return NativeFunction(open_library("elementwise"), f"best_of_rows_{suffix}", "ppiiii", ELEMENTWISE)
+
+
 def best_of(pairs: list[torch.Tensor]) -> list[int]:
     """Greedy tokens from every rank's `argmax_pairs`, in shard order; ties go to the lowest id."""
-    stacked = torch.stack(pairs)  # [W, n, 2]
-    winners = stacked[..., 0].argmax(dim=0)
-    rows = torch.arange(stacked.shape[1], device=stacked.device)
-    return [int(token) for token in stacked[winners, rows, 1].tolist()]
+    stacked = np.stack([each.cpu().numpy() for each in pairs])  # [W, n, 2]; on the host numpy takes a tenth of the time
+    winners = stacked[..., 0].argmax(axis=0)
+    tokens: list[int] = stacked[winners, np.arange(stacked.shape[1]), 1].astype(np.int64).tolist()
+    return tokens
 
 
 def padded(logits: torch.Tensor, vocab_size: int, world_size: int) -> torch.Tensor:

@@ -51,6 +51,25 @@ INLINE float silu(float x) { return x / (1.0f + exponential(-x)); }
 /* 0.5 x (1 + tanh(u)) is x / (1 + e^-2u). */
 INLINE float gelu_tanh(float x) { return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x))); }
 
+/* Rows of a table, `bytes` each, to where they lie one after another. */
+void take_rows(char *to, const char *table, const int64_t *rows, int64_t count, int64_t bytes) {
+    for (int64_t i = 0; i < count; i++) memcpy(to + i * bytes, table + rows[i] * bytes, bytes);
+}
+
+CALL(take_rows, ADDRESS(0), ADDRESS(1), ADDRESS(2), NUMBER(3), NUMBER(4))
+
+/* Whole numbers in the order of floating-point ones, both zeros alike; NaN is the greatest, as torch has it. */
+INLINE int32_t order_of_bf16(uint16_t bits) {
+    int16_t key = (int16_t)(bits ^ (((int16_t)bits >> 15) & 0x7fff));
+    return key + (key == -1);
+}
+INLINE int32_t order_of_f32(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    int32_t key = bits ^ ((bits >> 31) & 0x7fffffff);
+    return key + (key == -1);
+}
+
 #define TYPE uint16_t
 #define NAMED(name) name##_bf16
 #define READ(value) float_of_bf16(value)
@@ -142,6 +161,41 @@ GATED(silu_mul, silu)
 GATED(gelu_tanh_mul, gelu_tanh)
 #undef GATED
 
+/* Cosine and sine of every position times every frequency, times `scaling`: [rows, 2 * half], the halves alike. */
+void NAMED(rotary_angles)(
+    TYPE *cosine, TYPE *sine, const int64_t *positions, const float *frequencies, int64_t rows, int64_t half,
+    float scaling) {
+#pragma omp parallel for schedule(static) if (rows * half > PARALLEL_FROM / 16)
+    for (int64_t row = 0; row < rows; row++) {
+        TYPE *c = cosine + row * 2 * half, *s = sine + row * 2 * half;
+        for (int64_t i = 0; i < half; i++) {
+            float angle = (float)positions[row] * frequencies[i];
+            c[i] = c[i + half] = ROUND(cosf(angle) * scaling);
+            s[i] = s[i + half] = ROUND(sinf(angle) * scaling);
+        }
+    }
+}
+
+/* The greatest of each row and its column counted from `first`, the lowest of equals: pairs[rows][2]. */
+void NAMED(best_of_rows)(double *pairs, const TYPE *x, int64_t rows, int64_t width, int64_t stride, int64_t first) {
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)
+    for (int64_t row = 0; row < rows; row++) {
+        const TYPE *values = x + row * stride;
+        int32_t most = INT32_MIN;
+        for (int64_t i = 0; i < width; i++) {
+            int32_t key = NAMED(order_of)(values[i]);
+            most = key > most ? key : most;
+        }
+        int64_t place = 0;
+        while (NAMED(order_of)(values[place]) != most) place++;
+        pairs[2 * row] = READ(values[place]);
+        pairs[2 * row + 1] = (double)(first + place);
+    }
+}
+
+CALL(
+    NAMED(rotary_angles), ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), NUMBER(4), NUMBER(5), FLOAT(6))
+CALL(NAMED(best_of_rows), ADDRESS(0), ADDRESS(1), NUMBER(2), NUMBER(3), NUMBER(4), NUMBER(5))
 CALL(NAMED(rms_norm), ADDRESS(0), ADDRESS(1), ADDRESS(2), NUMBER(3), NUMBER(4), FLOAT(5))
 CALL(NAMED(add_rms_norm), ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), NUMBER(4), NUMBER(5), FLOAT(6))
 CALL(

@@ -8,44 +8,49 @@
 
 #include "vector.h"
 
-#define GROUP 16 /* weight rows whose sums are put out together */
-#define MOST_VECTORS 6
+#define GROUP 16         /* weight rows whose sums are put out together */
+#define PANEL_TOGETHER 8 /* weight rows at a time */
+#define MOST_VECTORS 3   /* of inputs at a time: with those, sums fill the registers */
 #define FEWEST_ROWS_TOGETHER 28 /* measured: below, lanes without a row cost more than sums across lanes */
 
-struct pairs { /* of inputs: [width / 2][vectors * LANES] */
-    const uint32_t *values;
-    int64_t vectors;
+/* Inputs turned round, `rows` of them, in blocks of 1 to MOST_VECTORS vectors: [block][width / 2][vectors * LANES]. */
+struct pairs {
+    uint32_t *values;
+    int64_t rows, vectors, blocks;
 };
 
-static int64_t vectors_of(int64_t rows) { return (rows + LANES - 1) / LANES; }
+static struct pairs pairs_of(uint32_t *values, int64_t rows) {
+    const int64_t vectors = (rows + LANES - 1) / LANES;
+    return (struct pairs){values, rows, vectors, (vectors + MOST_VECTORS - 1) / MOST_VECTORS};
+}
 
-/* Turn `rows` inputs round; lanes without a row are zero. */
-static void turn(uint32_t *to, const bfloat16 *inputs, int64_t rows, int64_t width, int64_t stride) {
-    const int64_t vectors = vectors_of(rows);
+/* The first vector of a block: they are of nearly equal size. */
+static int64_t start_of(const struct pairs *x, int64_t block) { return x->vectors * block / x->blocks; }
+
+/* Turn inputs round; lanes without a row are zero. */
+static void turn(const struct pairs *x, int64_t block, const bfloat16 *inputs, int64_t width, int64_t stride) {
+    const int64_t first = start_of(x, block), vectors = start_of(x, block + 1) - first;
     for (int64_t v = 0; v < vectors; v++) {
-        const int64_t left = rows - v * LANES;
+        const int64_t row = (first + v) * LANES, left = x->rows - row;
         const __mmask16 there = left < LANES ? (__mmask16)((1u << left) - 1) : 0xffff;
         int32_t offsets[LANES];
         for (int i = 0; i < LANES; i++) offsets[i] = i < left ? (int32_t)(i * stride * sizeof *inputs) : 0;
         const __m512i index = _mm512_loadu_si512(offsets);
-        const char *from = (const char *)(inputs + v * LANES * stride);
-        for (int64_t k = 0; k < width / 2; k++, from += 4) {
-            __m512i pair = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, index, from, 1);
-            _mm512_storeu_si512(to + (k * vectors + v) * LANES, pair);
-        }
+        const char *from = (const char *)(inputs + row * stride);
+        uint32_t *to = x->values + (first * (width / 2) + v) * LANES;
+        for (int64_t k = 0; k < width / 2; k++, from += 4, to += vectors * LANES)
+            _mm512_storeu_si512(to, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, index, from, 1));
     }
 }
 
-/* Sums of `panel` weight rows, `bytes` apart, with `count` vectors of rows from `first` on: sums[panel][...]. Lines of
+/* Sums of `panel` weight rows, `bytes` apart, with `count` vectors of inputs: sums[panel][MOST_VECTORS * LANES]. Lines of
  * `fetched` rows from `next` on are fetched meanwhile. */
-INLINE void add_pairs_of(const struct pairs *x, int64_t first, const int count, const char *weight, int64_t bytes,
-                         const int panel, int64_t width, const char *next, int fetched, float *sums) {
-    __m512 held[8][MOST_VECTORS];
+INLINE void add_pairs_of(const uint32_t *values, const int count, const char *weight, int64_t bytes, const int panel,
+                         int64_t width, const char *next, int fetched, float *sums) {
+    __m512 held[PANEL_TOGETHER][MOST_VECTORS];
     UNROLL for (int i = 0; i < panel; i++)
         UNROLL for (int v = 0; v < count; v++) held[i][v] = _mm512_setzero_ps();
-    const uint32_t *values = x->values + first * LANES;
-    const int64_t step = x->vectors * LANES;
-    for (int64_t k = 0; k < width / 2; k++, values += step) {
+    for (int64_t k = 0; k < width / 2; k++, values += count * LANES) {
         if (k % (LINE / 4) == 0)
             for (int i = 0; i < fetched; i++) __builtin_prefetch(next + i * bytes + k * 4, 0, 2);
         __m512bh rows[MOST_VECTORS];
@@ -59,38 +64,28 @@ INLINE void add_pairs_of(const struct pairs *x, int64_t first, const int count, 
     }
     UNROLL for (int i = 0; i < panel; i++)
         UNROLL for (int v = 0; v < count; v++)
-            _mm512_storeu_ps(sums + (i * x->vectors + first + v) * LANES, held[i][v]);
+            _mm512_storeu_ps(sums + (i * MOST_VECTORS + v) * LANES, held[i][v]);
 }
 
-/* `panel` weight rows with all rows of the inputs, as many vectors at a time as registers hold: 3 with 8 weight rows. */
-INLINE void all_vectors(const struct pairs *x, const char *weight, int64_t bytes, const int panel, int64_t width,
-                        const char *next, int fetched, float *sums) {
-    const int most = panel == 8 ? 3 : MOST_VECTORS, fewer = panel == 8 ? 4 : panel;
-#define WITH(count, panel) add_pairs_of(x, first, count, weight, bytes, panel, width, next, fetched, sums)
-    for (int64_t first = 0; first < x->vectors; first += most, fetched = 0) {
-        int64_t left = x->vectors - first;
-        switch (left < most ? left : most) {
-            case 1: WITH(1, panel); break;
-            case 2: WITH(2, panel); break;
-            case 3: WITH(3, panel); break;
-            case 4: WITH(4, fewer); break;
-            case 5: WITH(5, fewer); break;
-            default: WITH(6, fewer);
-        }
+/* The same for 1 to MOST_VECTORS vectors. */
+INLINE void add_block(const uint32_t *values, int64_t vectors, const char *weight, int64_t bytes, const int panel,
+                      int64_t width, const char *next, int fetched, float *sums) {
+    switch (vectors) {
+        case 1: add_pairs_of(values, 1, weight, bytes, panel, width, next, fetched, sums); break;
+        case 2: add_pairs_of(values, 2, weight, bytes, panel, width, next, fetched, sums); break;
+        default: add_pairs_of(values, 3, weight, bytes, panel, width, next, fetched, sums);
     }
-#undef WITH
 }
 
-/* The sums of GROUP weight rows, [GROUP][vectors * LANES], to where each input row has its outputs. */
-static void put_group(const float *sums, const float *bias, int64_t rows, int64_t vectors, bfloat16 *to,
-                      int64_t stride) {
-    const int64_t wide = vectors * LANES;
+/* The sums of GROUP weight rows, [GROUP][MOST_VECTORS * LANES], to where each of `rows` inputs has its outputs. */
+static void put_group(const float *sums, const float *bias, int64_t rows, bfloat16 *to, int64_t stride) {
+    const int64_t wide = MOST_VECTORS * LANES;
     /* From the numbers of two weight rows, one after the other, to pairs of them. */
     uint16_t places[2 * LANES];
     for (int i = 0; i < LANES; i++) places[2 * i] = i, places[2 * i + 1] = LANES + i;
     const __m512i interleave = _mm512_loadu_si512(places);
     const __m256i column = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(LANES));
-    for (int64_t v = 0; v < vectors; v++) {
+    for (int64_t v = 0; v * LANES < rows; v++) {
         uint32_t pairs[GROUP / 2][LANES];
         for (int i = 0; i < GROUP; i += 2) {
             const float *from = sums + i * wide + v * LANES;
@@ -107,9 +102,9 @@ static void put_group(const float *sums, const float *bias, int64_t rows, int64_
 }
 
 /* The same for the last `count` weight rows, fewer than GROUP. */
-static void put_rest(const float *sums, const float *bias, int64_t rows, int64_t vectors, bfloat16 *to,
-                     int64_t stride, int64_t count) {
+static void put_rest(const float *sums, const float *bias, int64_t rows, bfloat16 *to, int64_t stride,
+                     int64_t count) {
     for (int64_t t = 0; t < rows; t++)
         for (int64_t i = 0; i < count; i++)
-            to[t * stride + i] = bfloat16_of(sums[i * vectors * LANES + t] + bias[i]);
+            to[t * stride + i] = bfloat16_of(sums[i * MOST_VECTORS * LANES + t] + bias[i]);
 }

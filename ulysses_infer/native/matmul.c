@@ -129,42 +129,45 @@ INLINE void multiply(const struct product *p, enum type type) {
 }
 
 #ifdef HAS_BFLOAT16_DOT
-/* Rows n .. n + GROUP of the weight, or fewer at the end, with all input rows; `sums` is the thread's own. */
-static void group_of(const struct product *p, const struct pairs *x, int64_t n, float *sums) {
-    const int64_t bytes = p->weight_stride * sizeof(bfloat16), left = p->num_outputs - n;
-    const int64_t count = left < GROUP ? left : GROUP;
+/* Rows n .. n + GROUP of the weight, or fewer at the end, with a block of the inputs. */
+static void group_of(const struct product *p, const struct pairs *x, int64_t block, int64_t n) {
+    const int64_t bytes = p->weight_stride * sizeof(bfloat16), left = p->num_outputs - n, first = start_of(x, block);
+    const int64_t count = left < GROUP ? left : GROUP, vectors = start_of(x, block + 1) - first;
+    const int64_t last = x->rows - first * LANES, rows = last < vectors * LANES ? last : vectors * LANES;
+    const uint32_t *values = x->values + first * LANES * (p->width / 2);
     const char *weight = p->weight + n * bytes;
-    float bias[GROUP] = {0};
+    float bias[GROUP] = {0}, sums[GROUP * MOST_VECTORS * LANES];
     for (int64_t i = 0; i < count; i++) bias[i] = bias_of(p, n + i, BFLOAT16);
-#define TAKE(panel)                                                                                      \
-    for (; i + panel <= count; i += panel)                                                               \
-        all_vectors(x, weight + i * bytes, bytes, panel, p->width, weight + (i + panel) * bytes,         \
-                    (int)(left - i - panel < panel ? left - i - panel : panel), sums + i * x->vectors * LANES)
+#define TAKE(panel)                                                                                             \
+    for (; i + panel <= count; i += panel)                                                                      \
+        add_block(values, vectors, weight + i * bytes, bytes, panel, p->width, weight + (i + panel) * bytes,    \
+                  block ? 0 : (int)(left - i - panel < panel ? left - i - panel : panel), sums + i * MOST_VECTORS * LANES)
     int64_t i = 0;
-    if (x->vectors <= 3) TAKE(8);
-    TAKE(4);
+    TAKE(PANEL_TOGETHER);
     TAKE(1);
 #undef TAKE
-    bfloat16 *to = (bfloat16 *)p->outputs + n;
+    bfloat16 *to = (bfloat16 *)p->outputs + first * LANES * p->outputs_stride + n;
     if (count == GROUP)
-        put_group(sums, bias, p->num_rows, x->vectors, to, p->outputs_stride);
+        put_group(sums, bias, rows, to, p->outputs_stride);
     else
-        put_rest(sums, bias, p->num_rows, x->vectors, to, p->outputs_stride, count);
+        put_rest(sums, bias, rows, to, p->outputs_stride, count);
 }
 
 /* Returns 0 without memory for the inputs turned round. */
 static int multiply_together(const struct product *p) {
-    const int64_t vectors = vectors_of(p->num_rows);
-    uint32_t *values = aligned_alloc(LINE, p->width / 2 * vectors * LINE);
+    const int64_t padded = (p->num_rows + LANES - 1) / LANES * LANES;
+    uint32_t *values = aligned_alloc(LINE, padded * p->width * sizeof(bfloat16));
     if (!values) return 0;
-    turn(values, (const bfloat16 *)p->inputs, p->num_rows, p->width, p->inputs_stride);
-    const struct pairs x = {values, vectors};
-    const int64_t groups = (p->num_outputs + GROUP - 1) / GROUP;
+    const struct pairs x = pairs_of(values, p->num_rows);
     const int worth = p->num_rows * p->num_outputs * p->width >= 2 * (int64_t)WORK_A_THREAD;
-#pragma omp parallel for schedule(static) if (worth)
-    for (int64_t group = 0; group < groups; group++) {
-        float sums[GROUP * MOST_VECTORS * LANES];
-        group_of(p, &x, group * GROUP, sums);
+#pragma omp parallel if (worth)
+    {
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < x.blocks; block++)
+            turn(&x, block, (const bfloat16 *)p->inputs, p->width, p->inputs_stride);
+#pragma omp for schedule(static)
+        for (int64_t group = 0; group < (p->num_outputs + GROUP - 1) / GROUP; group++)
+            for (int64_t block = 0; block < x.blocks; block++) group_of(p, &x, block, group * GROUP);
     }
     free(values);
     return 1;
@@ -176,7 +179,7 @@ void matmul_bfloat16(const char *inputs, const char *weight, const char *bias, c
     struct product p = {inputs, weight, bias, outputs, num_rows, num_outputs, width, inputs_stride, weight_stride,
                         num_outputs};
 #ifdef HAS_BFLOAT16_DOT
-    const int fits = num_rows >= FEWEST_ROWS_TOGETHER && num_rows <= MOST_VECTORS * LANES && width % 2 == 0;
+    const int fits = num_rows >= FEWEST_ROWS_TOGETHER && width % 2 == 0;
     if (fits && multiply_together(&p)) return;
 #endif
     multiply(&p, BFLOAT16);

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.projections import weighted
 
@@ -26,8 +27,10 @@ class _Layer:
 class FusedDecoder:
     """llama's model: embedding, pre-norm layers, final norm, head. It holds the model's own modules and no weight."""
 
-    def __init__(self, base: Any, head: nn.Module) -> None:
-        self.embedding, self.rotary, self.head = base.embed_tokens, base.rotary_emb, head
+    def __init__(self, base: Any, head: nn.Module, rotary: nn.Module, elementwise: Elementwise) -> None:
+        """`rotary`: the base's own embedding of positions, or a faster form of it."""
+        self.embedding, self.rotary, self.head = base.embed_tokens, rotary, head
+        self._elementwise = elementwise
         self.first_norm: FusedRMSNorm = base.layers[0].input_layernorm
         following = [*(layer.input_layernorm for layer in base.layers[1:]), base.norm]
         self.layers = [
@@ -49,7 +52,7 @@ class FusedDecoder:
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_rows: torch.Tensor) -> torch.Tensor:
         """input_ids, positions: [t]; logits_rows: indices into them; returns [n, V/W] as `ShiftModel.forward`."""
-        residual = self.embedding(input_ids[None])
+        residual = self._embedded(input_ids)[None]
         position_ids = positions[None]
         rotary = self.rotary(residual, position_ids)
         normed = self.first_norm(residual)
@@ -64,3 +67,9 @@ class FusedDecoder:
             normed = normed.index_select(1, logits_rows)
         logits: torch.Tensor = self.head(normed)[0]
         return logits
+
+    def _embedded(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if type(self.embedding) is nn.Embedding:  # others may scale what they find
+            return self._elementwise.embed(input_ids, self.embedding.weight)
+        embedded: torch.Tensor = self.embedding(input_ids)
+        return embedded

@@ -38,16 +38,29 @@ class Elementwise(Protocol):
         """`activation(gate) * up`, all [..., F]; `activation` is one of `ACTIVATIONS`."""
         ...
 
+    def rotary(
+        self, positions: torch.Tensor, frequencies: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of positions [t] int64 times frequencies [r / 2] float32, times `scaling`: each [t, r]."""
+        ...
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """token_ids: [t] int64; table: [V, D]; returns [t, D]."""
+        ...
+
 
 def make_elementwise(dtype: torch.dtype, device: torch.device) -> Elementwise:
     """The fastest way there is for tensors of `dtype` on `device`."""
     if device.type == "cpu" and dtype in SUFFIXES and is_available("elementwise"):
         return NativeElementwise(dtype)
-    return TorchElementwise()
+    return TorchElementwise(dtype)
 
 
 class TorchElementwise:
     """In torch's own functions, on any device."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Elementwise`."""
@@ -72,6 +85,18 @@ class TorchElementwise:
         active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
         return active * up
 
+    def rotary(
+        self, positions: torch.Tensor, frequencies: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Elementwise`."""
+        angles = positions[:, None].float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * scaling).to(self.dtype), (angles.sin() * scaling).to(self.dtype)
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """See `Elementwise`."""
+        return F.embedding(token_ids, table)
+
 
 def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """x: [t, H, d]; cosine, sine: [t, r]."""
@@ -87,9 +112,12 @@ class NativeElementwise:
 
     def __init__(self, dtype: torch.dtype) -> None:
         library, suffix = open_library("elementwise"), SUFFIXES[dtype]
+        self.dtype = dtype
         self._rms_norm = NativeFunction(library, f"rms_norm_{suffix}", "pppiif", ELEMENTWISE)
         self._add_rms_norm = NativeFunction(library, f"add_rms_norm_{suffix}", "ppppiif", ELEMENTWISE)
         self._rotate = NativeFunction(library, f"rotate_{suffix}", "piipiiippii", ELEMENTWISE)
+        self._rotary = NativeFunction(library, f"rotary_angles_{suffix}", "ppppiif", ELEMENTWISE)
+        self._take_rows = NativeFunction(library, "take_rows", "pppii", ELEMENTWISE)
         self._gated = {
             name: NativeFunction(library, f"{name}_mul_{suffix}", "ppipiii", ELEMENTWISE) for name in ACTIVATIONS
         }
@@ -134,6 +162,25 @@ class NativeElementwise:
         self._gated[activation](
             output.data_ptr(), gate.data_ptr(), gate.stride(-2), up.data_ptr(), up.stride(-2), rows, width
         )
+        return output
+
+    def rotary(
+        self, positions: torch.Tensor, frequencies: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Elementwise`."""
+        rows, half = len(positions), len(frequencies)
+        cosine, sine = (torch.empty(rows, 2 * half, dtype=self.dtype) for _ in range(2))
+        self._rotary(
+            cosine.data_ptr(), sine.data_ptr(), positions.data_ptr(), frequencies.data_ptr(), rows, half, scaling
+        )
+        return cosine, sine
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """See `Elementwise`. The table's rows are whole: no mode cuts an embedding."""
+        output = table.new_empty(len(token_ids), table.shape[1])
+        self._take_rows(
+            output.data_ptr(), table.data_ptr(), token_ids.data_ptr(), len(token_ids), output[0].nbytes
+        )  # fmt: skip
         return output
 
 

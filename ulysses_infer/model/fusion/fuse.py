@@ -21,6 +21,7 @@ from ulysses_infer.model.fusion.elementwise import ACTIVATIONS, Elementwise, mak
 from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.proof import OTHER_FORM, Call, equal_on, recording, same
+from ulysses_infer.model.fusion.rotary import FusedRotary
 from ulysses_infer.model.fusion.stacked import StackedLinears
 from ulysses_infer.model.probe import ProbeAttention, ProbeCache, trial_context
 
@@ -143,7 +144,7 @@ class Fusion:
         if not FusedDecoder.candidate(base):
             return None
         expected = self._logits()
-        self.model.decoder = FusedDecoder(base, self.injection.head)
+        self.model.decoder = FusedDecoder(base, self.injection.head, self._rotary(base), self.elementwise)
         try:
             proved = same(self._logits(), expected)
         except OTHER_FORM:
@@ -151,6 +152,15 @@ class Fusion:
         if not proved:
             self.model.decoder = None
         return self.model.decoder
+
+    def _rotary(self, base: Any) -> nn.Module:
+        source: nn.Module = base.rotary_emb
+        hidden = torch.zeros(1, 1, 1, dtype=self.model.dtype, device=self._tokens.device)
+        if FusedRotary.candidate(source):
+            fused = FusedRotary(source, self.elementwise)
+            if fused.is_equal(hidden, self.model.shape.max_model_len - 1):
+                return fused
+        return source
 
     def _say(self) -> None:
         loop = "the loop over layers too" if self.decoder else "transformers' own loop over layers"

@@ -1,0 +1,51 @@
+"""Rotary angles of a step's positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulysses_infer.model.fusion.elementwise import Elementwise
+from ulysses_infer.model.fusion.proof import OTHER_FORM, same
+
+PROVED_AT = 64
+"""Positions, from the first to the last that there may be."""
+
+
+class FusedRotary(nn.Module):
+    """Cosine and sine of position times frequency, scaled: every kind of rotary embedding whose frequencies are fixed.
+
+    It reads the frequencies of `source` where they are, and holds no weight.
+    """
+
+    def __init__(self, source: Any, elementwise: Elementwise) -> None:
+        super().__init__()
+        self._source, self._elementwise = [source], elementwise  # in a list, so that it is not registered twice
+
+    @staticmethod
+    def candidate(source: Any) -> bool:
+        """Whether `source` may be such an embedding."""
+        frequencies = getattr(source, "inv_freq", None)
+        return (
+            isinstance(frequencies, torch.Tensor) and frequencies.dim() == 1 and frequencies.dtype == torch.float32
+            and isinstance(getattr(source, "attention_scaling", None), float | int)
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [1, t, D], whose type and place the result has; position_ids: [1, t] int64; returns two of [1, t, r]."""
+        (source,) = self._source
+        cosine, sine = self._elementwise.rotary(position_ids[0], source.inv_freq, float(source.attention_scaling))
+        return cosine[None], sine[None]
+
+    @torch.inference_mode()
+    def is_equal(self, hidden: torch.Tensor, last_position: int) -> bool:
+        """Whether it gives what `source` does, from the first position to the last. hidden: any of [1, 1, D]."""
+        (source,) = self._source
+        positions = torch.linspace(0, last_position, PROVED_AT, dtype=torch.float64, device=hidden.device).long()[None]
+        try:
+            pairs = zip(self(hidden, positions), source(hidden, positions), strict=True)
+            return all(same(found, expected) for found, expected in pairs)
+        except OTHER_FORM:
+            return False
