@@ -158,6 +158,7 @@ def test_what_was_measured_is_stored_found_again_and_refused_elsewhere(folder, t
 
 
 @pytest.mark.distributed
+@pytest.mark.thorough
 def test_without_calibration_it_learns_from_traffic(folder):
     with init_inference(folder, **adaptive(2, **{"policy.calibration_seconds": 0})) as engine:
         assert engine.stats()["policy"]["profile"] == "the sizes of the model, until steps are measured"
@@ -196,6 +197,7 @@ def test_under_a_launcher_every_rank_gets_the_same(folder, rank_pool, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.thorough
 def test_chunks_of_a_long_prompt_are_made_small_for_a_target(folder):
     with init_inference(folder, **adaptive(2, **{"policy.target_tpot_ms": 0.001})) as engine:
         engine.generate(["a", encode("b" * 100)], GREEDY, arrival_steps=[0, 3])

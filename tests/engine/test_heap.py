@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-TENSORS, MEBIBYTES, PAGE = 8, 12, 4096
+TENSORS, MEBIBYTES, PAGE = 3, 40, 4096
 PROGRAM = f"""
 import resource, sys, torch
 from ulysses_infer.engine.heap import keep_freed_memory

@@ -233,7 +233,7 @@ def test_what_expands_otherwise_keeps_its_heads(
 ) -> None:
     theirs = build("deepseek_v3")
     monkeypatch.setattr(type(theirs.model.layers[0].self_attn), "expand_kv", expand)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="ulysses_infer"):
         shape = draw(theirs, None).shape
     assert (shape.num_key_value_heads, shape.values_in_keys) == (8, False)
     assert "the cache holds heads: its expand_kv is not proved" in caplog.text

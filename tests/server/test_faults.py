@@ -59,6 +59,7 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_job(long_folder, rank, number
             assert "stacks of rank 0" in server.output
 
 
+@pytest.mark.thorough
 def test_a_rank_that_dies_while_nothing_runs_ends_the_job(long_folder):
     with job(long_folder) as server:
         assert server.complete().status_code == 200
@@ -66,7 +67,13 @@ def test_a_rank_that_dies_while_nothing_runs_ends_the_job(long_folder):
         assert_everyone_is_told(server, [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="killed"),
+        pytest.param(signal.SIGSTOP, id="stopped", marks=pytest.mark.thorough),
+    ],
+)
 def test_ranks_do_not_outlive_the_http_process(long_folder, number):
     with job(long_folder) as server:
         server.stream(max_tokens=LONG)
@@ -128,6 +135,7 @@ def test_a_second_signal_stops_at_once(long_folder):
         assert server.exit_codes[0] == 128 + signal.SIGTERM
 
 
+@pytest.mark.thorough
 def test_draining_ends_at_its_limit(long_folder):
     with job(long_folder, **{"server.shutdown_timeout": 1}) as server:
         stream = server.stream(max_tokens=LONG)
@@ -142,7 +150,7 @@ def test_draining_ends_at_its_limit(long_folder):
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("which", ["deepspeed", "helper"])
+@pytest.mark.parametrize("which", ["deepspeed", pytest.param("helper", marks=pytest.mark.thorough)])
 def test_ranks_do_not_outlive_a_killed_launcher(long_folder, which):
     with job(long_folder, how="deepspeed") as server:
         server.stream(max_tokens=LONG)
@@ -153,6 +161,7 @@ def test_ranks_do_not_outlive_a_killed_launcher(long_folder, which):
 
 
 @pytest.mark.launcher
+@pytest.mark.thorough
 def test_a_signal_to_the_whole_group_of_a_launcher_drains(long_folder):
     with job(long_folder, how="deepspeed") as server:
         stream = server.stream(max_tokens=300)
@@ -194,6 +203,7 @@ def test_two_nodes_serve_as_one_and_end_as_one(long_folder):
 
 
 @pytest.mark.launcher
+@pytest.mark.thorough
 def test_a_node_that_loses_its_launcher_takes_the_other_one_along(long_folder):
     with job(long_folder, how="nodes") as server:
         stream = server.stream(max_tokens=LONG)

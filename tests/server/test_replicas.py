@@ -255,6 +255,7 @@ def test_two_replicas_of_two_ranks_answer_alike_and_end_with_any_of_their_ranks(
 
 
 @pytest.mark.distributed
+@pytest.mark.thorough
 def test_replicas_of_one_rank_drain_and_end_in_order(long_folder):
     with Job(long_folder, sp=1, dp=2, **{"cache.num_blocks": 2048}) as server:
         streams = [server.stream(max_tokens=300) for _ in range(3)]

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST_IN_HEAP = 32 << 20
-"""Bytes; larger tensors get pages of their own in any case: glibc takes no higher threshold."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Let the heap of this process keep what is freed, but for tensors above `LARGEST_IN_HEAP`.
+    """Let the heap of this process keep what is freed, until `return_freed_memory`.
 
     As it is, glibc gives the intermediate results of every large step back to the system, and the next step touches
-    them page by page again: in a prefill of 2000 tokens of a small model a tenth of the time. `malloc_trim` still gives
-    it back, as `sleep` does. Returns False where the C library has no such setting.
+    them page by page again: in a prefill of 2000 tokens of a small model a tenth of the time. Returns False where the C
+    library has no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
     keeps = mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_IN_HEAP) and keeps)
+    return bool(mallopt(M_MMAP_MAX, 0) and keeps)
+
+
+def return_freed_memory() -> None:
+    """Give the system every page that nothing uses, also from the middle of the heap."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others keep little
+    if trim is not None:
+        trim(0)

@@ -23,7 +23,7 @@ from ulysses_infer.config import CacheConfig, Config, refuse_unavailable
 from ulysses_infer.engine.channel import Channel
 from ulysses_infer.engine.cores import PinnedCores, pin
 from ulysses_infer.engine.graphs import CudaCapturer, GraphRunner, wants_graphs
-from ulysses_infer.engine.heap import keep_freed_memory
+from ulysses_infer.engine.heap import keep_freed_memory, return_freed_memory
 from ulysses_infer.engine.prompts import PromptReader
 from ulysses_infer.engine.tables import BlockTables
 from ulysses_infer.engine.tapes import TapeRunner, wants_tapes
@@ -57,9 +57,12 @@ class Rank:
     pinned: PinnedCores | None = None
 
     def close(self) -> None:
-        """Leave the groups, and the cores that this rank kept to. Not collective."""
+        """Leave the groups, the cores that this rank kept to, and the memory. Not collective."""
         self.groups.close()
         self.release_cores()
+        self.worker.cache.release()
+        if self.worker.device.type == "cpu":
+            return_freed_memory()
 
     def release_cores(self) -> None:
         """Run on any core again."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 
 from ulysses_infer.engine.failure import fatal
+from ulysses_infer.engine.heap import return_freed_memory
 from ulysses_infer.engine.setup import Rank
 from ulysses_infer.engine.sleep import WEIGHTS_TOO
 from ulysses_infer.model.sources import open_weights
@@ -44,7 +44,5 @@ def _return_free_memory(device: torch.device) -> None:
     """Have the allocator give back what it keeps for later, so that others can have it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others keep little
-    if trim is not None:
-        trim(0)
+    else:
+        return_freed_memory()
