@@ -1,12 +1,13 @@
-"""Where a decode step's time goes: matrix products, attention, collectives, and the rest (the engine's overhead).
+"""Where a step's time goes: matrix products, attention, collectives, and the rest (the engine's overhead).
 
     python tools/profile_step.py --model DIR --sp 1 [--batch 1] [key=value overrides]
     deepspeed --num_gpus 2 tools/profile_step.py --model DIR [--sp 2] [--mode tp] [--batch 1] [key=value overrides]
 
-Runs a decode of `--batch` requests in one mode on every rank, times the kinds of work on rank 0, and prints the median
-and the least over the decode steps. A collective's time includes waiting for the other ranks. Steps repeated from
-a tape (a CPU's native kernels) are timed there, call by call; others through the interfaces that the kinds of work sit
-behind, where the timers cost about a microsecond a call, which counts as overhead.
+Runs decodes of `--batch` requests, or with `--prefill N` prompts of N tokens, in one mode on every rank, times the
+kinds of work on rank 0, and prints the median and the least over the steps. A collective's time includes waiting for
+the other ranks. Steps repeated from a tape (decodes on a CPU's native kernels) are timed there, call by call; others
+through the interfaces that the kinds of work sit behind, where the timers cost about a microsecond a call, which counts
+as overhead; norms, rotary angles and gates are then under "everything else".
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ulysses_infer.inference import InferenceEngine
 from ulysses_infer.native import function as native
 
 Step = tuple[float, defaultdict[str, float]]  # seconds, and seconds by kind of work
+PREFILLS = 12
 KINDS = ("matrix products", "attention", "collectives", "norms, rotary, gates")
 ON_TAPES = dict(zip(native.KINDS, (*KINDS[:2], KINDS[3], KINDS[2], KINDS[2]), strict=True))
 
@@ -82,8 +84,8 @@ def attach(engine: InferenceEngine, clock: Clock) -> None:
     worker.matmul = clock.timed("matrix products", worker.matmul or functional.linear)  # type: ignore[assignment]
 
 
-def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int) -> list[Step]:
-    """Decode steps of a full batch: (seconds, seconds by kind) of each, on rank 0."""
+def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int, prefill: int = 0) -> list[Step]:
+    """Decode steps of a full batch, or prefills: (seconds, seconds by kind) of each, on rank 0."""
     clock = Clock()
     steps: list[Step] = []
     assert engine._rank is not None
@@ -97,7 +99,7 @@ def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int
         if isinstance(worker.graphs, TapeRunner):
             for kind, seconds in worker.graphs.seconds.items():
                 clock.seconds[ON_TAPES[kind]] += seconds
-        if plan.num_tokens == batch:
+        if plan.num_tokens == (prefill or batch):
             steps.append((time.perf_counter() - started, defaultdict(float, clock.seconds)))
         return result
 
@@ -105,8 +107,11 @@ def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int
     worker.run = run_step  # type: ignore[assignment, method-assign]
     draw = random.Random(0)
     vocab_size = worker.model.shape.vocab_size
-    prompts = [[draw.randrange(vocab_size) for _ in range(input_len)] for _ in range(batch)]
-    engine.generate(prompts, SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True))
+    groups = [[prefill]] * PREFILLS if prefill else [[input_len] * batch]
+    for lengths in groups:
+        prompts = [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]
+        output_tokens = 1 if prefill else output_len
+        engine.generate(prompts, SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True))
     return steps[3:]  # without the first, which is run as ever, and the second, which is recorded
 
 
@@ -155,6 +160,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--mode", default="tp", help="tp or sp")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt: time prefills, not decodes")
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=32)
     parser.add_argument("--sp", type=int, default=2)
@@ -167,12 +173,16 @@ def main() -> None:
         **dict(pair.split("=", 1) for pair in arguments.overrides),
     }  # fmt: skip
     with init_inference(arguments.model, None, **settings) as engine:
-        steps = measure(engine, arguments.batch, arguments.input_len, arguments.output_len)
+        steps = measure(
+            engine, arguments.batch, arguments.input_len, arguments.output_len, arguments.prefill
+        )  # fmt: skip
         if arguments.functions:
             list_functions(engine, arguments)
         if engine.is_first:
             threads = torch.get_num_threads()
-            report(steps, f"decode step, {arguments.batch} requests, mode {arguments.mode}, {threads} thread(s) a rank")
+            tokens, requests = arguments.prefill, arguments.batch
+            kind = f"prefill, {tokens} tokens" if tokens else f"decode, {requests} requests"
+            report(steps, f"{kind}, mode {arguments.mode}, {threads} thread(s) a rank")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@
 #define BLOCK 4           /* rows whose sums are in registers at once */
 #define ROWS_A_TASK 64    /* bounds what a task keeps in the nearest caches */
 #define TASKS_A_THREAD 4
+#define STORE_A_THREAD 65536 /* bytes that are worth waking a thread for */
 
 /* Up to how many query tokens this is faster than torch, measured; with matrix units torch is soon ahead. */
 #if defined(HAS_BFLOAT16_DOT) && !defined(__AMX_BF16__)
@@ -402,6 +403,7 @@ int attend_float32(const struct batch *b, const struct layer *l) { return attend
 
 /* rows of `bytes` to the slots that they belong in. */
 void store_rows(char *cache, const int64_t *slots, const char *rows, int64_t count, int64_t bytes, int64_t stride) {
+#pragma omp parallel for schedule(static) if (count * bytes > STORE_A_THREAD)
     for (int64_t i = 0; i < count; i++) memcpy(cache + slots[i] * bytes, rows + i * stride, bytes);
 }
 
