@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ulysses_infer.cache.groups import LayerGroups
-from ulysses_infer.native.function import ELEMENTWISE, NativeFunction
-from ulysses_infer.native.library import is_available, open_library
+from ulysses_infer.native.function import ELEMENTWISE, native_function
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -57,7 +56,8 @@ class PagedCache:
         self.groups = groups or LayerGroups.single(shape.num_layers)
         self.blocks_of_groups = (num_blocks,) if isinstance(num_blocks, int) else tuple(num_blocks)
         self._scratch_blocks = scratch_blocks
-        self._store = _native_store() if device.type == "cpu" else None
+        on_cpu = device.type == "cpu"
+        self._store = native_function("attention", "store_rows", "pppiii", ELEMENTWISE) if on_cpu else None
         self.take()
 
     def take(self) -> None:
@@ -114,13 +114,6 @@ class PagedCache:
         """Bytes of the whole cache."""
         counts = [self.blocks_of_groups[group] for group in self.groups.of_layer]
         return sum(counts) * self.shape.bytes_per_block // self.shape.num_layers
-
-
-def _native_store() -> NativeFunction | None:
-    """What puts rows into slots in C (native/attention.c), where that can be built."""
-    if not is_available("attention"):
-        return None
-    return NativeFunction(open_library("attention"), "store_rows", "pppiii", ELEMENTWISE)
 
 
 def _is_dense(rows: torch.Tensor) -> bool:

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from ulysses_infer.model.context import step_context
 from ulysses_infer.model.matmul import linear
-from ulysses_infer.native.function import ELEMENTWISE, NativeFunction
-from ulysses_infer.native.library import is_available, open_library
+from ulysses_infer.native.function import ELEMENTWISE, NativeFunction, native_function
 from ulysses_infer.parallel.layout import Place, Span, even_span
 
 
@@ -75,9 +74,7 @@ def argmax_pairs(logits: torch.Tensor, vocabulary: Span) -> torch.Tensor:
 def _native_best(dtype: torch.dtype) -> NativeFunction | None:
     """The same in C, for numbers of `dtype` on a CPU."""
     suffix = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(dtype)
-    if suffix is None or not is_available("elementwise"):
-        return None
-    return NativeFunction(open_library("elementwise"), f"best_of_rows_{suffix}", "ppiiii", ELEMENTWISE)
+    return None if suffix is None else native_function("elementwise", f"best_of_rows_{suffix}", "ppiiii", ELEMENTWISE)
 
 
 def best_of(pairs: list[torch.Tensor]) -> list[int]:

@@ -31,7 +31,9 @@ class Arena:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor of undefined content; its memory is free again when no view of it is left."""
         count = int(np.prod(shape, dtype=np.int64))
-        size = max(-(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT, ALIGNMENT)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        size = -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         piece = self._pieces.take(size)
         if piece is None:
             self._grow(size)
@@ -40,8 +42,6 @@ class Arena:
         index, start, _ = piece
         memory = self._chunks[index][start : start + count * dtype.itemsize]
         weakref.finalize(memory, self._pieces.give_back, piece)
-        if count == 0:
-            return torch.empty(shape, dtype=dtype)
         return torch.from_numpy(memory).view(dtype).view(shape)
 
     def _grow(self, size: int) -> None:

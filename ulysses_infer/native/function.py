@@ -6,6 +6,8 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ulysses_infer.native.library import is_available, open_library
+
 MATMUL, ATTENTION, ELEMENTWISE, ALL_REDUCE, ALL_TO_ALL = KINDS = (
     "matmul", "attention", "elementwise", "all_reduce", "all_to_all",
 )  # fmt: skip
@@ -57,3 +59,8 @@ class NativeFunction:
             self.check(status)
         if recording.recorder is not None:
             recording.recorder.note(self, arguments)
+
+
+def native_function(library: str, name: str, arguments: str, kind: str) -> NativeFunction | None:
+    """`name` of the file `library`.c, where that can be built; None: whoever asks has another way."""
+    return NativeFunction(open_library(library), name, arguments, kind) if is_available(library) else None
