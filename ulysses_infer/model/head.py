@@ -79,7 +79,7 @@ def _native_best(dtype: torch.dtype) -> NativeFunction | None:
 
 def best_of(pairs: list[torch.Tensor]) -> list[int]:
     """Greedy tokens from every rank's `argmax_pairs`, in shard order; ties go to the lowest id."""
-    stacked = np.stack([each.cpu().numpy() for each in pairs])  # [W, n, 2]; on the host numpy takes a tenth of the time
+    stacked = torch.stack(pairs).cpu().numpy()  # [W, n, 2]: one copy from a device, and few calls on the host
     winners = stacked[..., 0].argmax(axis=0)
     tokens: list[int] = stacked[winners, np.arange(stacked.shape[1]), 1].astype(np.int64).tolist()
     return tokens
