@@ -53,7 +53,7 @@ class Simulation:
         reaches: tuple[Reach, ...] = (Reach(),), **scheduler: Any,
     ) -> None:  # fmt: skip
         """num_blocks: of the first group; the others have what an engine would give them."""
-        self.config = SchedulerConfig(**scheduler)
+        self.config = SchedulerConfig(**{"max_num_batched_tokens": 8192, **scheduler})
         sizing = CacheSizing(
             CacheShape(len(reaches), 1, 1, 1, block_size, torch.float32), LayerGroups(reaches, (*range(len(reaches)),)),
             max_model_len, self.config.max_num_seqs, self.config.max_num_batched_tokens,
@@ -71,6 +71,8 @@ class Simulation:
         self.tables: dict[int, list[dict[int, int]]] = {}  # what workers know, by request index: blocks by group
         self.computed: dict[int, int] = {}  # the same: tokens of each request in the cache
         self.admitted: list[int] = []  # indices in order of admission
+        self.outputs: dict[int, list[int]] = {}  # sampled tokens of each request, known to the host or not yet
+        self.sampled: dict[int, dict[int, int]] = {}  # by id of a batch on its way, what it sampled
 
     def add(self, prompt: list[int], priority: int = 0, salt: str = "", **params: Any) -> Request:
         index = len(self.requests)
@@ -93,22 +95,26 @@ class Simulation:
         self.finish_step(batch)
         return batch
 
-    def schedule(self) -> Batch:
+    def schedule(self, ahead: bool = False) -> Batch:
+        """Schedule a step and run it: every token writes its slot, then the requests that sample read all theirs.
+
+        `ahead`: `finish_step` of the step before has not been called.
+        """
         unfinished = [r for r in self.requests if not r.is_finished]
-        batch = self.scheduler.schedule()
-        self._check_limits(batch, unfinished)
+        batch = self.scheduler.schedule(ahead=ahead)
+        self._check_limits(batch, unfinished, ahead)
         self._check_preempted(batch, unfinished)
         self._mirror(batch)
         self._check_order(batch)
         self.check_blocks()
+        for item in batch.scheduled:
+            self._write(item)
+        self.sampled[id(batch)] = {i.request.index: self._sample(i) for i in batch.scheduled if i.samples}
         return batch
 
     def finish_step(self, batch: Batch) -> list[Request]:
-        """The rest of a step: every token writes its slot, then the requests that sample read all theirs."""
-        for item in batch.scheduled:
-            self._write(item)
-        sampled = {item.request.index: self._sample(item) for item in batch.scheduled if item.samples}
-        finished = self.scheduler.update(batch, sampled)
+        """The scheduler hears what a step has sampled."""
+        finished = self.scheduler.update(batch, self.sampled.pop(id(batch)))
         for request in finished:
             assert request.output_token_ids == lone_output(request, self.max_model_len)
         return finished
@@ -133,13 +139,21 @@ class Simulation:
         assert all(not r.block_tables for r in self.requests if r.status is not RequestStatus.RUNNING)
         step, size = self.config.max_num_batched_tokens, self.allocator.block_size
         for request, (group, reach) in itertools.product(running, enumerate(self.allocator.reaches)):
-            assert len(request.block_tables[group]) <= reach.most_blocks(request.num_tokens, step, size)
+            num_tokens = request.num_tokens + request.num_awaited_tokens
+            assert len(request.block_tables[group]) <= reach.most_blocks(num_tokens, step, size)
 
-    def _check_limits(self, batch: Batch, unfinished: list[Request]) -> None:
+    def _tokens(self, request: Request) -> list[int]:
+        return [*request.prompt_token_ids, *self.outputs.get(request.index, ())]
+
+    def _check_limits(self, batch: Batch, unfinished: list[Request], ahead: bool) -> None:
         assert batch.num_tokens <= self.config.max_num_batched_tokens
         assert self.scheduler.num_running <= self.config.max_num_seqs
         assert len({item.request.index for item in batch.scheduled}) == len(batch.scheduled)
-        assert batch.is_empty == (not unfinished), "a step without progress"
+        if ahead:
+            assert not batch.preempted
+        else:
+            assert batch.is_empty == (not unfinished), "a step without progress"
+            assert not batch.lacks_room
 
     def _check_preempted(self, batch: Batch, unfinished: list[Request]) -> None:
         running = [r for r in unfinished if r.status is RequestStatus.RUNNING]
@@ -161,8 +175,10 @@ class Simulation:
             index = item.request.index
             self._take_blocks(item)
             assert item.start == self.computed[index], "positions must follow without gap or repetition"
-            assert 0 < item.num_new_tokens <= item.request.num_tokens - item.start
-            assert item.samples == (item.start + item.num_new_tokens == item.request.num_tokens)
+            num_tokens = len(self._tokens(item.request))
+            assert num_tokens < item.request.length_limit, "a token that is surely not wanted"
+            assert 0 < item.num_new_tokens <= num_tokens - item.start
+            assert item.samples == (item.start + item.num_new_tokens == num_tokens)
             self._check_slots(item.request, item.start, item.start)
 
     def _take_blocks(self, item: ScheduledRequest) -> None:
@@ -185,7 +201,7 @@ class Simulation:
 
     def _check_slots(self, request: Request, start: int, stop: int) -> None:
         """What tokens from `start` on see of those before `stop` is in every group where it should be."""
-        tokens = tuple(request.token_ids_from(0, stop))
+        tokens = tuple(self._tokens(request)[:stop])
         for group, reach in enumerate(self.allocator.reaches):
             for position in range(reach.first_visible(start), stop):
                 slot = self._slot(group, request, position)
@@ -197,16 +213,16 @@ class Simulation:
         for position in range(item.start, stop):
             for group, pool in enumerate(self.allocator.pools):
                 slot = self._slot(group, request, position)
-                assert request.is_finished or pool.references(slot[1]) == 1, "wrote into a shared block"
-                self.slots[slot] = tuple(request.token_ids_from(0, position + 1))
+                assert pool.references(slot[1]) == 1, "wrote into a shared block"
+                self.slots[slot] = tuple(self._tokens(request)[: position + 1])
         self.computed[request.index] = stop
 
     def _sample(self, item: ScheduledRequest) -> int:
-        request = item.request
-        if request.is_finished:
-            return 0
-        self._check_slots(request, item.start, request.num_tokens)
-        return next_token(self.slots[self._slot(0, request, request.num_tokens - 1)])
+        request, num_tokens = item.request, len(self._tokens(item.request))
+        self._check_slots(request, item.start, num_tokens)
+        token = next_token(self.slots[self._slot(0, request, num_tokens - 1)])
+        self.outputs.setdefault(request.index, []).append(token)
+        return token
 
     def _slot(self, group: int, request: Request, position: int) -> tuple[int, int, int]:
         block, offset = divmod(position, self.allocator.block_size)

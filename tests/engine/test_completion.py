@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import encode, write_tokenizer
 from ulysses_infer.config import ModelConfig
-from ulysses_infer.engine.completion import Completion, Sequence, top_logprobs
+from ulysses_infer.engine.completion import Completion, Sequence, TokenScores
 from ulysses_infer.engine.detokenizer import Detokenizer, TokenDecoder
 from ulysses_infer.engine.prompts import load_tokenizer
 from ulysses_infer.engine.request import Request, RequestStatus
@@ -25,39 +25,39 @@ def decoder(tmp_path_factory):
 
 
 def test_the_chosen_token_comes_first_then_the_likeliest():
-    (entry,) = top_logprobs(LOGITS[:1], [2], [2], None)
+    (entry,) = TokenScores(LOGITS[:1], torch.tensor([2]), [2]).entries(None)
     assert list(entry) == [2, 1, 3]
     assert [value.rank for value in entry.values()] == [3, 1, 2]
     assert entry[1].logprob == pytest.approx(float(LOGITS[0].log_softmax(0)[1]))
 
 
 def test_a_chosen_token_among_the_likeliest_is_listed_once():
-    (entry,) = top_logprobs(LOGITS[:1], [1], [2], None)
+    (entry,) = TokenScores(LOGITS[:1], torch.tensor([1]), [2]).entries(None)
     assert list(entry) == [1, 3]
     assert entry[1].rank == 1
 
 
 def test_no_likeliest_tokens_leave_the_chosen_one():
-    (entry,) = top_logprobs(LOGITS[:1], [4], [0], None)
+    (entry,) = TokenScores(LOGITS[:1], torch.tensor([4]), [0]).entries(None)
     assert list(entry) == [4]
     assert entry[4].rank == 5
 
 
 def test_minus_one_is_the_whole_vocabulary():
-    (entry,) = top_logprobs(LOGITS[:1], [4], [-1], None)
+    (entry,) = TokenScores(LOGITS[:1], torch.tensor([4]), [-1]).entries(None)
     assert sorted(entry) == [0, 1, 2, 3, 4]
     assert math.fsum(math.exp(value.logprob) for value in entry.values()) == pytest.approx(1.0)
 
 
 def test_rows_may_want_different_counts():
-    one, all_of_them = top_logprobs(LOGITS, [1, 0], [1, -1], None)
+    one, all_of_them = TokenScores(LOGITS, torch.tensor([1, 0]), [1, -1]).entries(None)
     assert (len(one), len(all_of_them)) == (1, 5)
     assert all_of_them[0].logprob == pytest.approx(math.log(0.2))
 
 
 def test_tokens_are_shown_as_text(decoder):
     logits = torch.zeros(1, 99)
-    (entry,) = top_logprobs(logits, encode("x"), [0], decoder)
+    (entry,) = TokenScores(logits, torch.tensor(encode("x")), [0]).entries(decoder)
     assert entry[encode("x")[0]].decoded_token == "x"
 
 

@@ -25,7 +25,7 @@ from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.config import load_config
 from ulysses_infer.engine.graphs import GraphRunner, Repeater, StaticGroup, StaticInputs, bucket_sizes, wants_graphs
 from ulysses_infer.engine.inputs import PackedInputs
-from ulysses_infer.engine.plan import LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan
+from ulysses_infer.engine.plan import LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, awaited
 from ulysses_infer.engine.setup import start_rank
 from ulysses_infer.engine.tables import BlockTables, GroupArrays, StepArrays
 from ulysses_infer.engine.worker import Worker
@@ -78,9 +78,13 @@ class Driver:
         self.random, self.modes = random.Random(seed), modes
         self.tokens, self.blocks, self.tables, self.done = {}, {}, {}, {}
         self.pools, self.sequence, self.next_handle = BlockPools([40] * len(reaches), 4, reaches=reaches), 0, 0
+        self.chosen, self.rows_before, self.num_awaited = [], {}, 0  # tokens of the last step's rows, and whose
 
     def plan(self, step):
-        """A new prompt, or decodes of some of the sequences; now and then one ends."""
+        """A new prompt, or decodes of some of the sequences; now and then one ends.
+
+        Some of its tokens are awaited from the step before; `known` are what they will be.
+        """
         dropped = []
         if step < PROMPTS or self.random.random() < 0.15:
             handle, self.next_handle = self.next_handle, self.next_handle + 1
@@ -92,7 +96,7 @@ class Driver:
                 dropped = [self.random.choice(list(self.tokens))]
                 del self.tokens[dropped[0]]
             chosen = self.random.sample(list(self.tokens), self.random.randint(1, len(self.tokens)))
-        items, ids = [], []
+        items, ids, known, rows, tokens = [], [], [], {}, []
         for handle in chosen:
             own, start = self.tokens[handle], self.done[handle]
             self.pools.free_behind(self.tables[handle], self.blocks[handle], start, len(own))
@@ -101,11 +105,30 @@ class Driver:
             logits = NO_LOGITS if len(chosen) > 1 and self.random.random() < 0.2 else LAST_LOGITS
             items.append(PlanItem(handle, start, len(own) - start, new, logits))
             ids += own[start:]
+            known += own[start:]
+            if handle in self.rows_before and self.random.random() < 0.7:
+                ids[-1] = awaited(self.rows_before[handle])
+                self.num_awaited += 1
             self.done[handle] = len(own)
             own.append((7 * sum(own) + step) % 90)  # any token will do: what is compared are logits
+            if logits == LAST_LOGITS:
+                rows[handle] = len(tokens)
+                tokens.append(own[-1])
         self.sequence += 1
-        mode = self.random.choice(self.modes)
-        return StepPlan(self.sequence, mode, items, np.array(ids, dtype=np.int32), dropped, full_logits=True)
+        mode, feeds = self.random.choice(self.modes), self.random.random() < 0.7
+        self.chosen, self.rows_before = tokens, rows if feeds else {}
+        self.known = np.array(known, dtype=np.int32)
+        ids = np.array(ids, dtype=np.int32)
+        return StepPlan(self.sequence, mode, items, ids, dropped, full_logits=True, feeds=feeds)
+
+    def keep(self, found):
+        """What chooses the tokens of rows, and keeps the rows in `found`."""
+
+        def choose(start, rows):
+            found.append(rows.clone())
+            return torch.tensor(self.chosen[start : start + len(rows)])
+
+        return choose
 
 
 def make_worker(rank, backend, capturer=None):
@@ -139,14 +162,16 @@ def compare(folder, sp, tp, name, lazily, seed):
         for step in range(STEPS):
             plan = driver.plan(step)
             found, wanted = [], []
-            eager.run(plan, lambda start, rows, wanted=wanted: wanted.append(rows.clone()))
-            captured.run(plan, lambda start, rows, found=found: found.append(rows.clone()))
+            known = plan._replace(token_ids=driver.known, feeds=False)
+            assert (eager.run(known, driver.keep(wanted)) is None) == (not wanted)
+            captured.run(plan, driver.keep(found))
             if step == STEPS // 2:
                 rank.worker.model.rebind()
             for rows, others in zip(found, wanted, strict=True):
                 assert rows.isfinite().all()
                 count += len(rows)
                 difference = max(difference, float((rows - others).abs().max()))
+        assert driver.num_awaited > 3
         assert capturer.captured > (0 if lazily else sum(map(len, captured.graphs.buckets.values()))), "captured again"
         return count, difference, capturer.captured, capturer.replays
     finally:

@@ -1,7 +1,7 @@
 """How requests end, and which are never let in."""
 
 import pytest
-from scheduler_simulation import EOS, prompt, small_simulation
+from scheduler_simulation import EOS, prompt, shape, small_simulation
 
 from ulysses_infer.engine.request import Request
 from ulysses_infer.errors import RequestError
@@ -132,10 +132,61 @@ def test_steps_are_stamped_with_the_clock():
 def test_scheduling_twice_without_an_update_is_noticed():
     sim = small_simulation()
     sim.add(prompt(4), ignore_eos=True)
-    first, second = sim.scheduler.schedule(), sim.scheduler.schedule()
-    sim.scheduler.update(first, {0: 1})
+    sim.scheduler.schedule()
     with pytest.raises(AssertionError, match="every schedule"):
-        sim.scheduler.update(second, {0: 1})
+        sim.scheduler.schedule()
+
+
+def test_no_more_than_one_step_is_scheduled_ahead():
+    sim = small_simulation()
+    sim.add(prompt(4), ignore_eos=True)
+    sim.scheduler.schedule()
+    assert shape(sim.scheduler.schedule(ahead=True)) == {"r0": (4, 1)}
+    with pytest.raises(AssertionError, match="every schedule"):
+        sim.scheduler.schedule(ahead=True)
+
+
+def test_a_step_ahead_leaves_out_whoever_ends_with_the_awaited_token():
+    sim = small_simulation()
+    sim.add(prompt(4), ignore_eos=True, max_tokens=1)
+    sim.add(prompt(5, 1), ignore_eos=True, max_tokens=2)
+    first = sim.schedule()
+    second = sim.schedule(ahead=True)
+    assert shape(second) == {"r1": (5, 1)}
+    assert [r.request_id for r in sim.finish_step(first)] == ["r0"]
+    assert sim.schedule(ahead=True).is_empty
+    assert [r.request_id for r in sim.finish_step(second)] == ["r1"]
+
+
+def test_a_token_computed_ahead_for_a_request_that_has_ended_is_dropped():
+    sim = small_simulation()
+    request = sim.add(prompt(4), max_tokens=9, ignore_eos=True)
+    first = sim.schedule()
+    second = sim.schedule(ahead=True)
+    sim.finish_step(first)
+    sim.scheduler.finish(request, "stop", "END")
+    assert sim.finish_step(second) == []
+    assert request.num_output_tokens == 1
+    sim.allocator.assert_idle()
+
+
+def test_a_step_ahead_preempts_nobody_and_says_that_room_is_short():
+    sim = small_simulation(num_blocks=6)
+    sim.add(prompt(8), ignore_eos=True, max_tokens=9)
+    sim.add(prompt(7, 1), ignore_eos=True, max_tokens=9)
+    batch = sim.schedule()
+    assert len(batch.scheduled) == 2
+    for _ in range(9):
+        following = sim.schedule(ahead=True)
+        sim.finish_step(batch)
+        batch = following
+        if batch.lacks_room:
+            break
+    assert batch.lacks_room
+    assert len(batch.scheduled) < 2
+    assert sim.scheduler.num_preemptions == 0
+    sim.finish_step(batch)
+    assert len(sim.schedule().preempted) == 1
 
 
 # --- refusals

@@ -72,6 +72,13 @@ class RandomLives(RuleBasedStateMachine):
         self.simulation.finish_step(self.in_flight)
         self.in_flight = None
 
+    @precondition(lambda self: self.in_flight is not None and not self.in_flight.lacks_room)
+    @rule()
+    def schedule_ahead(self):
+        following = self.simulation.schedule(ahead=True)
+        self.simulation.finish_step(self.in_flight)
+        self.in_flight = None if following.is_empty else following
+
     @precondition(lambda self: self.in_flight is None)
     @rule(count=st.integers(1, 6))
     def steps(self, count):
@@ -147,6 +154,10 @@ def test_crowds_that_preempt_displace_and_share_get_their_lone_outputs(seed):
         batch = simulation.schedule()
         if source.random() < 0.1 and simulation.requests:
             simulation.scheduler.abort(source.choice(simulation.requests).request_id)
+        while source.random() < 0.8 and not batch.lacks_room:
+            following = simulation.schedule(ahead=True)
+            simulation.finish_step(batch)
+            batch = following
         simulation.finish_step(batch)
     simulation.run()
 

@@ -19,6 +19,7 @@ class Profile:
     max_num_batched_tokens: int = 16
     max_num_seqs: int = 4
     chunked: bool = True
+    async_scheduling: bool = False
     prefix_caching: bool = True
     num_blocks: int = 64
     arrival_every: int = 0  # steps between arrivals; 0: all at once
@@ -35,7 +36,7 @@ class Profile:
             },
             "scheduler": {
                 "max_num_batched_tokens": self.max_num_batched_tokens, "max_num_seqs": self.max_num_seqs,
-                "enable_chunked_prefill": self.chunked,
+                "enable_chunked_prefill": self.chunked, "async_scheduling": self.async_scheduling,
             },
             "runtime": {"threads_per_rank": 1, "device": "cpu", "debug": True},
             **self.settings,
@@ -43,8 +44,10 @@ class Profile:
 
 
 CROWD = Profile("crowd", arrival_every=2)
-WHOLE = Profile("whole", chunked=False, prefix_caching=False, max_num_batched_tokens=64, max_num_seqs=8)
-TIGHT = Profile("tight", num_blocks=14, max_num_seqs=8)
+WHOLE = Profile(
+    "whole", chunked=False, async_scheduling=True, prefix_caching=False, max_num_batched_tokens=64, max_num_seqs=8
+)
+TIGHT = Profile("tight", async_scheduling=True, num_blocks=14, max_num_seqs=8)
 INNER = replace(CROWD, name="inner", rank_order="tp_inner")
 
 

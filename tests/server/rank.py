@@ -16,13 +16,13 @@ from ulysses_infer.frontend.rank import main
 run, make = Worker.run, Engine.warm_up
 
 
-def faulty_run(self, plan, on_rows=None):
+def faulty_run(self, plan, choose=None):
     kind, rank, step = os.environ["ULYSSES_TEST_FAULT"].split(":")
     if os.environ.get("RANK", "0") == rank and plan.sequence == int(step):
         if kind == "raise":
             raise ValueError("a fault to order")
         time.sleep(3600)
-    return run(self, plan, on_rows)
+    return run(self, plan, choose)
 
 
 def flipping_warm_up(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +52,7 @@ class FlashInferAttention(KernelAttention):
         self._library = library
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[bool, PlanKey], Any] = {}
+        self._copied: dict[Any, torch.cuda.Event] = {}  # by wrapper
 
     def attend(
         self,
@@ -73,7 +75,7 @@ class FlashInferAttention(KernelAttention):
     def replan(self, sequences: KernelSequences, host: HostSequences) -> None:
         """See `KernelAttention.replan`."""
         for key, wrapper in sequences.plans.items():
-            _plan_decode(wrapper, host, key)
+            self._write(_plan_decode, wrapper, host, key)
 
     def _planned(self, sequences: KernelSequences, key: PlanKey) -> Any:
         """The wrapper that runs layers of kind `key` in this step, planned."""
@@ -84,15 +86,26 @@ class FlashInferAttention(KernelAttention):
     def _plan(self, sequences: KernelSequences, key: PlanKey) -> Any:
         if sequences.captured:
             wrapper = self._captured_wrapper(sequences, key)
-            _plan_decode(wrapper, sequences.host, key)
+            self._write(_plan_decode, wrapper, sequences.host, key)
             return wrapper
         slot = (sequences.decodes_only, key)
         if slot not in self._wrappers:
             self._wrappers[slot] = self._wrapper(*slot)
         wrapper = self._wrappers[slot]
         plan = _plan_decode if sequences.decodes_only else _plan_prefill
-        plan(wrapper, sequences.host, key)
+        self._write(plan, wrapper, sequences.host, key)
         return wrapper
+
+    def _write(
+        self, plan: Callable[[Any, HostSequences, PlanKey], None], wrapper: Any, host: HostSequences, key: PlanKey
+    ) -> None:
+        """Have `wrapper` planned. It copies plans from one pinned buffer, which a step that is asked for while the last
+        runs must not overwrite before that copy."""
+        if wrapper in self._copied:
+            self._copied[wrapper].synchronize()
+        plan(wrapper, host, key)
+        if self._workspace.is_cuda:
+            self._copied.setdefault(wrapper, torch.cuda.Event()).record()
 
     def _wrapper(self, decodes_only: bool, key: PlanKey) -> Any:
         if not decodes_only:

@@ -130,9 +130,11 @@ class BlockPools:
             pool.share(table)
 
     def publish(self, tables: BlockTables, num_blocks: int, index: int, content: bytes) -> None:
-        """Let others share block `index` of a sequence, in every group; the tables end at block `num_blocks`."""
+        """Let others share block `index` of a sequence, in every group that still holds it; the tables end at block
+        `num_blocks`."""
         for pool, table in zip(self.pools, tables, strict=True):
-            pool.publish(table[index - num_blocks], content)
+            if num_blocks - index <= len(table):
+                pool.publish(table[index - num_blocks], content)
 
     def reset_prefix_cache(self) -> bool:
         """See `BlockAllocator.reset_prefix_cache`: of all groups or none."""

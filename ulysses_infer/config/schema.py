@@ -226,6 +226,10 @@ class SchedulerConfig:
         help="Order of waiting requests: arrival, or priority then arrival.",
     )
     enable_chunked_prefill: bool = option(True, help="Split a prompt over several steps, mixed with decodes.")
+    async_scheduling: bool | None = option(
+        help="Schedule and launch the next step while a short one runs, before its tokens are known; null: on a GPU. "
+        "On a CPU, which computes a step at once, tokens would come a step later."
+    )
 
 
 @dataclass

@@ -35,6 +35,8 @@ class Batch:
 
     scheduled: list[ScheduledRequest]
     preempted: list[Request]
+    lacks_room: bool = False
+    """Whether somebody would have been preempted, had it been allowed."""
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +78,9 @@ class BatchBuilder:
     """Tokens that the step may still take."""
     prefill_budget: int
     """Of these, tokens that requests with more than one token left may take."""
+    ahead: bool = False
+    """Whether the tokens of the step before are not here; then nobody is preempted."""
+    lacks_room: bool = False
     decodes: dict[int, ScheduledRequest] = field(default_factory=dict)
     prefills: dict[int, ScheduledRequest] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
@@ -97,4 +102,4 @@ class BatchBuilder:
 
     def build(self) -> Batch:
         """The finished batch."""
-        return Batch([*self.decodes.values(), *self.prefills.values()], self.preempted)
+        return Batch([*self.decodes.values(), *self.prefills.values()], self.preempted, self.lacks_room)

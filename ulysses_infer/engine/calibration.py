@@ -221,7 +221,9 @@ class Calibration:
         self.dropped = [item.handle for item in items]
         started = time.perf_counter()
         self._channel.send(STEP, plan.encode())
-        self._worker.run(plan)
+        arrival = self._worker.run(plan)
+        if arrival is not None:
+            arrival.wait()
         return time.perf_counter() - started
 
     def _tables(self, offset: int, start: int, used: int) -> list[int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ulysses_infer.engine.arrival import Arrival
 from ulysses_infer.engine.detokenizer import Detokenizer, TokenDecoder
 from ulysses_infer.engine.request import Request
 from ulysses_infer.model.sampler import SamplingRow
@@ -101,28 +102,36 @@ def _metrics(requests: list[Request]) -> RequestMetrics:
     )
 
 
-def top_logprobs(
-    logits: torch.Tensor, token_ids: list[int], counts: list[int], decoder: TokenDecoder | None
-) -> list[dict[int, Logprob]]:
+class TokenScores:
     """Log-probabilities of each row's chosen token and its most likely ones, from the model's own logits.
 
-    logits: [n, V] float32; counts[i] likeliest tokens are wanted for row i (-1: all). The chosen token comes first,
-    then the likeliest in order, as in vLLM.
+    They are asked of the device when this is made, and waited for when they are read.
     """
-    vocab_size = logits.shape[1]
-    wanted = [vocab_size if count < 0 else count for count in counts]
-    logprobs = logits.float().log_softmax(dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
-    ranks = (logprobs > chosen).sum(dim=1) + 1
-    values, ids = logprobs.topk(max(wanted), dim=-1)
-    entries = []
-    for token, logprob, rank in zip(token_ids, chosen[:, 0].tolist(), ranks.tolist(), strict=True):
-        entries.append({token: Logprob(logprob, rank, _text(decoder, token))})
-    for entry, count, row_values, row_ids in zip(entries, wanted, values.tolist(), ids.tolist(), strict=True):
-        for position, (other, value) in enumerate(zip(row_ids[:count], row_values[:count], strict=True), start=1):
-            entry.setdefault(other, Logprob(value, position, _text(decoder, other)))
-    return entries
+
+    def __init__(self, logits: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> None:
+        """logits: [n, V] float32; tokens: [n] int64, on the same device, none where negative; counts[i] likeliest
+        tokens are wanted for row i (-1: all)."""
+        vocab_size = logits.shape[1]
+        self._counts = counts
+        logprobs = logits.float().log_softmax(dim=-1)
+        chosen = logprobs.gather(1, tokens.clamp(min=0)[:, None])
+        values, ids = logprobs.topk(max(vocab_size if count < 0 else count for count in counts), dim=-1)
+        ranks = (logprobs > chosen).sum(dim=1) + 1
+        self._parts = [Arrival(part) for part in (tokens, chosen[:, 0], ranks, values, ids)]
+
+    def entries(self, decoder: TokenDecoder | None) -> list[dict[int, Logprob]]:
+        """By token, one dictionary a row: the chosen token comes first, then the likeliest in order, as in vLLM."""
+        entries = []
+        for count, token, logprob, rank, values, ids in zip(
+            self._counts, *(part.wait().tolist() for part in self._parts), strict=True
+        ):
+            entry = {token: Logprob(logprob, rank, _text(decoder, token))}
+            wanted = len(ids) if count < 0 else count
+            for position, (other, value) in enumerate(zip(ids[:wanted], values[:wanted], strict=True), start=1):
+                entry.setdefault(other, Logprob(value, position, _text(decoder, other)))
+            entries.append(entry)
+        return entries
 
 
 def _text(decoder: TokenDecoder | None, token: int) -> str | None:
-    return None if decoder is None else decoder.decode([token], False)
+    return None if decoder is None or token < 0 else decoder.decode([token], False)

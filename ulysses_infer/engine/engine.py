@@ -12,12 +12,13 @@ from typing import Any
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.cache.prefix import prefix_salt
 from ulysses_infer.config import Config, PolicyConfig
-from ulysses_infer.engine.batch import Batch
+from ulysses_infer.engine.batch import Batch, ScheduledRequest
 from ulysses_infer.engine.calibration import Calibration
 from ulysses_infer.engine.channel import STEP
 from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.detokenizer import Detokenizer
 from ulysses_infer.engine.expert_load import expert_load
+from ulysses_infer.engine.flight import LONGEST, Flight
 from ulysses_infer.engine.plan import StepPlan, make_plan
 from ulysses_infer.engine.policies import AdaptivePolicy, Decision, Policy, make_policy
 from ulysses_infer.engine.prompts import PromptReader
@@ -29,7 +30,7 @@ from ulysses_infer.engine.sleep import SleepState
 from ulysses_infer.engine.start_policy import keep_profile, start_policy
 from ulysses_infer.engine.stats import StepRecord, StepStats
 from ulysses_infer.errors import RequestError
-from ulysses_infer.model.sampler import SamplingRow, derive_seed, needs_full_logits
+from ulysses_infer.model.sampler import SamplingRow, derive_seed, needs_full_logits, reads_outputs
 from ulysses_infer.outputs import CONSTRAINTS
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planner.profile import Profile
@@ -58,7 +59,12 @@ class Engine:
         self._completions: dict[str, Completion] = {}
         self._owners: dict[int, tuple[Completion, Sequence]] = {}
         self._row_readers: set[int] = set()  # requests for which the best token of a row is not enough
+        self._output_readers: set[int] = set()  # requests whose next token cannot be chosen before the last is here
         self._dropped: list[int] = []
+        wanted, is_cpu = config.scheduler.async_scheduling, rank.worker.device.type == "cpu"
+        self._is_async = not is_cpu if wanted is None else wanted
+        self._flight: Flight | None = None
+        self._landed = 0.0
         self._indices, self._names, self._sequence = itertools.count(), itertools.count(), itertools.count()
         self.choose_mode: Callable[[Batch], Mode] | None = None
         """Overrides the policy; for tests and tools that drive the modes themselves."""
@@ -71,27 +77,53 @@ class Engine:
         return self.scheduler.has_unfinished
 
     def step(self) -> list[Completion]:
-        """Run one step; returns the requests that got a token or ended in it."""
-        batch = self.scheduler.schedule(
-            self.policy.prefill_limit(self.scheduler.running, self.scheduler.next_waiting)
-        )
-        if batch.is_empty:
+        """Run one step; returns the requests that got a token or ended in it.
+
+        The step after it may be on its way already (`scheduler.async_scheduling`): see `Flight`.
+        """
+        flight = self._flight or self._launch()
+        if flight is None:
             return []
+        self._flight = self._launch(flight) if flight.may_be_followed else None
+        return self._land(flight)
+
+    def _launch(self, before: Flight | None = None) -> Flight | None:
+        """Schedule a step, tell the other ranks and ask this one's device for its share; None: there is nothing to do.
+
+        `before`: the step that is still on its way.
+        """
+        scheduler = self.scheduler
+        limit = self.policy.prefill_limit(scheduler.running, scheduler.next_waiting)
+        batch = scheduler.schedule(limit, ahead=before is not None)
+        self._dropped += [request.index for request in batch.preempted]
+        if batch.is_empty:
+            return None
         decision = self._decide(batch)
-        plan = self._plan(batch, decision.mode)
+        plan = self._plan(batch, decision.mode, before)
         started = time.perf_counter()
-        results = self._run(plan, batch)
-        self._record(plan, batch, decision, time.perf_counter() - started)
-        self._end_impossible(results)
-        self.scheduler.update(batch, results.tokens)
-        return self._collect(batch, results)
+        self.channel.send(STEP, plan.encode())
+        results = StepResults(batch, plan.items, self._owners, self._decoder)
+        arrival = self.worker.run(plan, results.choose)
+        return Flight(batch, plan, decision, results, arrival, started)
+
+    def _land(self, flight: Flight) -> list[Completion]:
+        """Wait for a step's tokens and give them to their requests; returns whom they touched."""
+        flight.land()
+        self._record(flight)
+        living = [item for item in flight.batch.scheduled if not item.request.is_finished]
+        self._end_impossible(flight.results)
+        self.scheduler.update(flight.batch, flight.results.tokens)
+        return self._collect(living, flight.results)
 
     def _decide(self, batch: Batch) -> Decision:
         if self.choose_mode is not None:
             return Decision(self.choose_mode(batch), FORCED)
         return self.policy.decide(batch)
 
-    def _record(self, plan: StepPlan, batch: Batch, decision: Decision, seconds: float) -> None:
+    def _record(self, flight: Flight) -> None:
+        plan, batch, decision = flight.plan, flight.batch, flight.decision
+        now = time.perf_counter()
+        seconds, self._landed = now - max(flight.started, self._landed), now
         record = StepRecord(plan.sequence, plan.mode, plan.num_tokens, batch.num_decodes, seconds, decision)
         self.stats.record(record)
         # A GPU is only known to be done when a row of logits has come back from it.
@@ -100,20 +132,12 @@ class Engine:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s", record.explain())
 
-    def _plan(self, batch: Batch, mode: Mode) -> StepPlan:
-        dropped = self._dropped + [request.index for request in batch.preempted]
-        self._dropped = []
+    def _plan(self, batch: Batch, mode: Mode, before: Flight | None) -> StepPlan:
+        dropped, self._dropped = self._dropped, []
         full = bool(self._row_readers) and any(i.request.index in self._row_readers for i in batch.scheduled)
-        return make_plan(next(self._sequence), mode, batch, dropped, full)
-
-    def _run(self, plan: StepPlan, batch: Batch) -> StepResults:
-        """Tell the other ranks, run this one's share, turn the rows into tokens."""
-        self.channel.send(STEP, plan.encode())
-        results = StepResults(batch, plan.items, self._owners, self._decoder)
-        greedy = self.worker.run(plan, results.take_rows)
-        if greedy:
-            results.take_greedy(greedy)
-        return results
+        feeds = self._is_async and batch.num_tokens <= LONGEST and not self._output_readers
+        rows_before = None if before is None else before.results.rows_of_requests
+        return make_plan(next(self._sequence), mode, batch, dropped, full, feeds, rows_before)
 
     def _end_impossible(self, results: StepResults) -> None:
         """A row whose constraints leave no token ends that request alone: well, if its grammar is complete."""
@@ -126,10 +150,10 @@ class Engine:
                 logger.warning("request %s allows no token at all; ended with an error", completion.request_id)
                 self.scheduler.finish(sequence.request, "error", CONSTRAINTS if sequence.row.is_constrained else None)
 
-    def _collect(self, batch: Batch, results: StepResults) -> list[Completion]:
+    def _collect(self, items: list[ScheduledRequest], results: StepResults) -> list[Completion]:
         """Give sampled tokens to their texts, end what a stop string ended; returns whom this step touched."""
         touched: dict[str, Completion] = {}
-        for item in batch.scheduled:
+        for item in items:
             if not item.samples:
                 continue
             completion, sequence = self._owners[item.request.index]
@@ -202,6 +226,8 @@ class Engine:
         self._owners[request.index] = completion, sequence
         if _reads_rows(params):
             self._row_readers.add(request.index)
+        if reads_outputs(params):
+            self._output_readers.add(request.index)
 
     def _adapter_number(self, name: str | None) -> int:
         if name is None:
@@ -236,6 +262,9 @@ class Engine:
         if self._owners.pop(request.index, None) is not None:
             self._dropped.append(request.index)
             self._row_readers.discard(request.index)
+            self._output_readers.discard(request.index)
+        if not self.has_unfinished:
+            self._flight = None  # nobody waits for what it brings
 
     def warm_up(self) -> None:
         """Run a prefill and a decode in every mode: proof that all ranks can, before anyone waits for it."""

@@ -17,6 +17,7 @@ import torch
 from ulysses_infer.attention.backend import AttentionMetadata
 from ulysses_infer.attention.kernels import HostSequences, KernelAttention, KernelSequences, running_sums
 from ulysses_infer.cache.paged import PagedCache
+from ulysses_infer.engine.feed import Feed
 from ulysses_infer.engine.inputs import StepInputs
 from ulysses_infer.engine.plan import StepPlan
 from ulysses_infer.engine.tables import GroupArrays, StepArrays
@@ -221,7 +222,7 @@ class GraphRunner:
             return None
         return next((size for size in self.buckets[plan.mode] if size >= plan.num_tokens), None)
 
-    def run(self, plan: StepPlan, arrays: StepArrays, size: int) -> torch.Tensor:
+    def run(self, plan: StepPlan, arrays: StepArrays, size: int, feed: Feed) -> torch.Tensor:
         """Run `plan` in the bucket of `size` rows; returns [T, V/W] logits of all its rows, valid until the next."""
         if self.model.num_moves != self._num_moves:
             self.forget()
@@ -229,6 +230,8 @@ class GraphRunner:
             self._capture(plan.mode, size)
         static = self._static[size]
         hosts = static.fill((plan, arrays), self.cache.shape.block_size, self._inputs)
+        if plan.awaits_tokens:
+            feed.fill_in(static.token_ids)
         for group, host in zip(static.groups, hosts, strict=True):
             self.backend.replan(group.sequences, host)
         self._graphs[plan.mode, size].replay()

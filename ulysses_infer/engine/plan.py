@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgpack
@@ -37,16 +37,23 @@ class StepPlan(NamedTuple):
     mode: Mode
     items: list[PlanItem]
     token_ids: np.ndarray
-    """[T] int32, the step's tokens in item order."""
+    """[T] int32, the step's tokens in item order; negative ones (`awaited`) are chosen by the step before."""
     dropped: list[int]
     """Sequences whose block tables are to be forgotten before the step: finished, aborted, preempted."""
     full_logits: bool
     """Whether rank 0 needs whole rows of logits; otherwise each rank's best token is enough."""
+    feeds: bool = False
+    """Whether every rank is to keep the chosen tokens, because the next step may be asked for before they are here."""
 
     @property
     def num_tokens(self) -> int:
         """Batched tokens T of the step."""
         return len(self.token_ids)
+
+    @property
+    def awaits_tokens(self) -> bool:
+        """Whether some of its tokens are those that the step before chooses."""
+        return bool((self.token_ids < 0).any())
 
     @property
     def digest(self) -> int:
@@ -55,27 +62,41 @@ class StepPlan(NamedTuple):
 
     def encode(self) -> bytes:
         """The plan as bytes; `decode` is the inverse."""
-        fields = (self.sequence, self.mode, self.items, self.token_ids.tobytes(), self.dropped, self.full_logits)
+        fields = (
+            self.sequence, self.mode, self.items, self.token_ids.tobytes(), self.dropped, self.full_logits, self.feeds
+        )  # fmt: skip
         encoded: bytes = msgpack.packb(fields)
         return encoded
 
     @classmethod
     def decode(cls, data: bytes) -> StepPlan:
         """A plan from `encode`'s bytes."""
-        sequence, mode, items, tokens, dropped, full_logits = msgpack.unpackb(data)
+        sequence, mode, items, tokens, dropped, full_logits, feeds = msgpack.unpackb(data)
         token_ids = np.frombuffer(tokens, dtype=np.int32)
-        return cls(sequence, Mode(*mode), [PlanItem(*item) for item in items], token_ids, dropped, full_logits)
+        return cls(sequence, Mode(*mode), [PlanItem(*item) for item in items], token_ids, dropped, full_logits, feeds)
 
 
-def make_plan(sequence: int, mode: Mode, batch: Batch, dropped: Sequence[int], full_logits: bool) -> StepPlan:
-    """The plan of `batch` in `mode`."""
+def awaited(row: int) -> int:
+    """What stands for the token that the step before chooses in its row `row` of logits."""
+    return -1 - row
+
+
+def make_plan(
+    sequence: int, mode: Mode, batch: Batch, dropped: Sequence[int], full_logits: bool, feeds: bool = False,
+    rows_before: Mapping[int, int] | None = None,
+) -> StepPlan:  # fmt: skip
+    """The plan of `batch` in `mode`. `rows_before`: by request, the row of the step before whose token it awaits."""
     items, tokens = [], []
     for request, start, count, new_block_ids, samples in batch.scheduled:
-        tokens += request.token_ids_from(start, start + count)
+        known = request.token_ids_from(start, start + count)
+        tokens += known
+        if len(known) < count:
+            assert rows_before is not None, "a token is awaited, and from no step"
+            tokens.append(awaited(rows_before[request.index]))
         wants_prompt = request.params.prompt_logprobs is not None and start < request.num_prompt_tokens
         logits = ALL_LOGITS if wants_prompt else LAST_LOGITS if samples else NO_LOGITS
         items.append(PlanItem(request.index, start, count, new_block_ids, logits, request.adapter))
-    return StepPlan(sequence, mode, items, np.array(tokens, dtype=np.int32), list(dropped), full_logits)
+    return StepPlan(sequence, mode, items, np.array(tokens, dtype=np.int32), list(dropped), full_logits, feeds)
 
 
 def logits_positions(items: Iterable[PlanItem]) -> np.ndarray:

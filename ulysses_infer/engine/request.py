@@ -49,6 +49,9 @@ class Request:
     """The stop token id or stop string that ended the request; None for end-of-sequence and other endings."""
 
     num_computed_tokens: int = 0
+    """Tokens in the cache once every step that was scheduled has run."""
+    num_awaited_tokens: int = 0
+    """Tokens that scheduled steps will add to the output."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache spared this request when it first ran."""
     block_tables: BlockTables = field(default_factory=list)
@@ -89,6 +92,16 @@ class Request:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
+    def num_tokens_left(self) -> int:
+        """Tokens that no step has been scheduled for, awaited ones included."""
+        return self.num_tokens + self.num_awaited_tokens - self.num_computed_tokens
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether the request will end with a token that is awaited, whichever it is."""
+        return self.num_awaited_tokens > 0 and self.num_tokens + self.num_awaited_tokens >= self.length_limit
+
+    @property
     def is_finished(self) -> bool:
         """Whether the request has ended, however it did."""
         return self.status is RequestStatus.FINISHED
@@ -107,8 +120,9 @@ class Request:
         return self.prompt_token_ids[start:] + output if start < num_prompt_tokens else output
 
     def append_token(self, token_id: int, now: float) -> None:
-        """Add a sampled token at time `now` (seconds)."""
+        """Add a sampled token, which was awaited, at time `now` (seconds)."""
         self.output_token_ids.append(token_id)
+        self.num_awaited_tokens -= 1
         self.last_token_time = now
         if self.first_token_time is None:
             self.first_token_time = now

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Rows
+
 import torch
 
 from ulysses_infer.engine.batch import Batch, ScheduledRequest
-from ulysses_infer.engine.completion import Completion, Sequence, top_logprobs
+from ulysses_infer.engine.completion import Completion, Sequence, TokenScores
 from ulysses_infer.engine.detokenizer import TokenDecoder
 from ulysses_infer.engine.plan import ALL_LOGITS, LAST_LOGITS, PlanItem
-from ulysses_infer.model.sampler import Sampler
+from ulysses_infer.model.sampler import NO_TOKEN, Sampler
 
 
 class StepResults:
-    """Consumes one step's logits rows as they arrive and keeps what was made of them.
+    """Chooses tokens for one step's logits rows as they come, and once those are known says whose they are.
 
     Rows come in batch order: for a sequence with prompt log-probabilities one a computed token, else its last one.
     """
@@ -28,44 +30,56 @@ class StepResults:
             first = {ALL_LOGITS: item.start, LAST_LOGITS: end - 1}.get(item.logits, end)
             for position in range(first, end):
                 self._rows.append((scheduled, position, scheduled.samples and position == end - 1))
+        self._scores: list[tuple[list[Sequence], TokenScores]] = []
         self.tokens: dict[int, int] = {}
+        """The token of each request that got one and still runs; `NO_TOKEN` where none is possible."""
 
-    def take_greedy(self, tokens: list[int]) -> None:
-        """The best token of every row, chosen by the ranks together."""
-        for (scheduled, _, samples), token in zip(self._rows, tokens, strict=True):
-            if samples:
-                self.tokens[scheduled.request.index] = token
+    @property
+    def rows_of_requests(self) -> dict[int, int]:
+        """By request that samples, its row."""
+        return {scheduled.request.index: row for row, (scheduled, _, samples) in enumerate(self._rows) if samples}
 
-    def take_rows(self, start: int, logits: torch.Tensor) -> None:
-        """Whole rows `[start, start + n)`. logits: [n, V] float32."""
+    def choose(self, start: int, logits: torch.Tensor) -> torch.Tensor:
+        """The tokens of whole rows `[start, start + n)`, of which those that sample nothing have any.
+
+        logits: [n, V] float32; returns [n] int64.
+        """
         rows = self._rows[start : start + logits.shape[0]]
-        self._sample(logits, rows)
+        places = [place for place, (_, _, samples) in enumerate(rows) if samples]
+        tokens = torch.full((len(rows),), NO_TOKEN, dtype=torch.int64, device=logits.device)
+        if len(places) == len(rows):
+            tokens = self._sample(logits, rows)
+        elif places:
+            tokens[places] = self._sample(logits[places], [rows[place] for place in places])
         self._score_prompt(logits, rows)
+        return tokens
 
-    def _sample(self, logits: torch.Tensor, rows: list[tuple[ScheduledRequest, int, bool]]) -> None:
-        chosen = [(i, self._owners[s.request.index][1]) for i, (s, _, samples) in enumerate(rows) if samples]
-        if not chosen:
-            return
-        picked = logits[[i for i, _ in chosen]]
-        tokens = self._sampler.sample(picked, [sequence.row for _, sequence in chosen])
-        scored = []
-        for row, ((_, sequence), token) in enumerate(zip(chosen, tokens, strict=True)):
-            self.tokens[sequence.request.index] = token
-            if sequence.request.params.logprobs is not None and token >= 0:
-                scored.append((row, sequence, token))
-        self._score_tokens(picked, scored)
+    def land(self, tokens: list[int]) -> None:
+        """Take in the token of every row. What a request got that has ended meanwhile is dropped."""
+        for (scheduled, _, samples), token in zip(self._rows, tokens, strict=True):
+            if samples and not scheduled.request.is_finished:
+                self.tokens[scheduled.request.index] = token
+        for sequences, scores in self._scores:
+            for sequence, entry in zip(sequences, scores.entries(self._decoder), strict=True):
+                token = self.tokens.get(sequence.request.index, NO_TOKEN)
+                if token >= 0:
+                    sequence.logprobs.append(entry)
+                    sequence.cumulative_logprob += entry[token].logprob
 
-    def _score_tokens(self, logits: torch.Tensor, scored: list[tuple[int, Sequence, int]]) -> None:
-        if not scored:
-            return
-        counts = [sequence.request.params.logprobs or 0 for _, sequence, _ in scored]
-        tokens = [token for _, _, token in scored]
-        entries = top_logprobs(logits[[row for row, _, _ in scored]], tokens, counts, self._decoder)
-        for (_, sequence, token), entry in zip(scored, entries, strict=True):
-            sequence.logprobs.append(entry)
-            sequence.cumulative_logprob += entry[token].logprob
+    def _sample(self, logits: torch.Tensor, rows: Rows[tuple[ScheduledRequest, int, bool]]) -> torch.Tensor:
+        sequences = [self._owners[scheduled.request.index][1] for scheduled, _, _ in rows]
+        for sequence in sequences:
+            sequence.row.num_awaited = sequence.request.num_awaited_tokens - 1  # this one is not chosen yet
+        tokens = self._sampler.choose(logits, [sequence.row for sequence in sequences])
+        scored = [place for place, s in enumerate(sequences) if s.request.params.logprobs is not None]
+        if scored:
+            counts = [sequences[place].request.params.logprobs or 0 for place in scored]
+            every = len(scored) == len(sequences)
+            scores = TokenScores(logits if every else logits[scored], tokens if every else tokens[scored], counts)
+            self._scores.append(([sequences[place] for place in scored], scores))
+        return tokens
 
-    def _score_prompt(self, logits: torch.Tensor, rows: list[tuple[ScheduledRequest, int, bool]]) -> None:
+    def _score_prompt(self, logits: torch.Tensor, rows: Rows[tuple[ScheduledRequest, int, bool]]) -> None:
         """The row at position p scores the prompt's token at p + 1."""
         for i, (scheduled, position, _) in enumerate(rows):
             request = scheduled.request
@@ -74,6 +88,6 @@ class StepResults:
             wants = request.params.prompt_logprobs is not None and position + 1 < request.num_prompt_tokens
             # Siblings and recomputed chunks meet positions that are scored already.
             if wants and listed is not None and len(listed) == position + 1:
-                token = request.prompt_token_ids[position + 1]
+                token = logits.new_tensor([request.prompt_token_ids[position + 1]], dtype=torch.int64)
                 count = request.params.prompt_logprobs or 0
-                listed += top_logprobs(logits[i : i + 1], [token], [count], self._decoder)
+                listed += TokenScores(logits[i : i + 1], token, [count]).entries(self._decoder)

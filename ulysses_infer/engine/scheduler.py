@@ -59,7 +59,7 @@ class Scheduler:
     """Keeps every unfinished request and says what the next step computes.
 
     Call `schedule`, run the batch, call `update`, in turn; `add`, `abort` and `finish` at any time between
-    calls.
+    calls. One batch may be scheduled `ahead` of the `update` of the one before.
     """
 
     def __init__(
@@ -140,24 +140,31 @@ class Scheduler:
         """The request to be admitted next."""
         return self._waiting.first if self._waiting else None
 
-    def schedule(self, max_prefill_tokens: int | None = None) -> Batch:
+    def schedule(self, max_prefill_tokens: int | None = None, ahead: bool = False) -> Batch:
         """Choose the next step: up to `max_num_batched_tokens` tokens of up to `max_num_seqs` requests.
 
         Of these at most `max_prefill_tokens` (at least 1) belong to prompts or recomputed texts; that needs chunked
         prefill, or a long prompt would wait for ever.
+
+        `ahead`: the tokens of the step before are not here. Whoever may still end with them decodes on, in vain if
+        it does. Nobody is preempted: when room is short the batch says so, and the next is not to be ahead.
         """
         most = self.config.max_num_batched_tokens
-        step = BatchBuilder(most, most if max_prefill_tokens is None else max_prefill_tokens)
+        step = BatchBuilder(most, most if max_prefill_tokens is None else max_prefill_tokens, ahead)
         for request in list(self._running.values()):
-            if step.budget == 0:
+            if step.budget == 0 or step.lacks_room:
                 break
             if request.status is RequestStatus.RUNNING:  # not preempted a moment ago, by one before it
                 self._continue(request, step)
-        while self._waiting and min(step.budget, step.prefill_budget) > 0:
+        while self._waiting and min(step.budget, step.prefill_budget) > 0 and not step.lacks_room:
             request = self._waiting.first
             if request in step.preempted or not self._admit(request, step):
                 break
-        return step.build()
+        batch = step.build()
+        for item in batch.scheduled:
+            item.request.num_computed_tokens += item.num_new_tokens
+            item.request.num_awaited_tokens += item.samples
+        return batch
 
     def update(self, batch: Batch, sampled: Mapping[int, int]) -> list[Request]:
         """Take in the result of `batch`: `sampled` maps `request.index` to the sampled token id.
@@ -170,9 +177,7 @@ class Scheduler:
             request = item.request
             if request.is_finished:
                 continue
-            assert request.num_computed_tokens == item.start, "every schedule() needs its update()"
-            request.num_computed_tokens += item.num_new_tokens
-            self._publish_full_blocks(request)
+            self._publish_full_blocks(request, item.start + item.num_new_tokens)
             if item.samples:
                 request.append_token(sampled[request.index], now)
                 ending = request.ending()
@@ -183,7 +188,10 @@ class Scheduler:
 
     def _continue(self, request: Request, step: BatchBuilder) -> None:
         """Schedule the next tokens of a running request, preempting others, or itself, if blocks run out."""
-        num_tokens_left = request.num_tokens - request.num_computed_tokens
+        assert request.num_awaited_tokens <= step.ahead, "every schedule() needs its update()"
+        if request.awaits_last_token:
+            return
+        num_tokens_left = request.num_tokens_left
         budget = step.budget if num_tokens_left == 1 else min(step.budget, step.prefill_budget)
         if budget <= 0:
             return
@@ -203,6 +211,9 @@ class Scheduler:
 
     def _preempt_for(self, request: Request, num_blocks: int, step: BatchBuilder) -> bool:
         """Preempt from the end of precedence until `num_blocks` are free. False if that reached `request`."""
+        if step.ahead:
+            step.lacks_room = True
+            return False
         while num_blocks > self.allocator.num_free:
             victim = max(self._running.values(), key=_precedence)
             self._preempt(victim, step)
@@ -270,6 +281,9 @@ class Scheduler:
         less_urgent = [r for r in self._running.values() if r.precedence[0] > request.precedence[0]]
         if not self._has_room(request, cached, without=less_urgent):
             return False
+        if step.ahead:
+            step.lacks_room = True
+            return False
         less_urgent.sort(key=_precedence)
         while less_urgent and not self._has_room(request, cached):
             self._preempt(less_urgent.pop(), step)
@@ -306,9 +320,9 @@ class Scheduler:
         num_blocks = (request.num_tokens - 1) // self.allocator.block_size
         return self.allocator.match_prefix(self._block_hashes(request, num_blocks)[:num_blocks])
 
-    def _publish_full_blocks(self, request: Request) -> None:
-        """Offer the blocks that the last step filled to the prefix cache: only now are they computed."""
-        num_full = request.num_computed_tokens // self.allocator.block_size
+    def _publish_full_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Offer the blocks that a step has filled to the prefix cache: only now are their tokens known."""
+        num_full = num_computed_tokens // self.allocator.block_size
         if num_full == request.num_published_blocks or not self.allocator.enable_prefix_caching:
             return
         hashes = self._block_hashes(request, num_full)

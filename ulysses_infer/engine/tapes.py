@@ -11,6 +11,7 @@ import torch
 from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.cache.paged import CacheShape, PagedCache
+from ulysses_infer.engine.feed import Feed
 from ulysses_infer.engine.plan import StepPlan
 from ulysses_infer.engine.tables import GroupArrays, StepArrays
 from ulysses_infer.model.context import StepContext
@@ -73,11 +74,13 @@ class TapeRunner:
         return None
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, arrays: StepArrays, size: int) -> torch.Tensor:
+    def run(self, plan: StepPlan, arrays: StepArrays, size: int, feed: Feed) -> torch.Tensor:
         """Run `plan`, of `size` rows; returns [T, V/W] logits of all its rows, valid until the next."""
         if self.model.num_moves != self._num_moves:
             self.forget()
         self._tokens[:, :size] = plan.token_ids, arrays.positions
+        if plan.awaits_tokens:
+            feed.fill_in(torch.from_numpy(self._tokens[0, :size]))
         for inputs, group in zip(self._groups, arrays.groups, strict=True):
             inputs.fill(group, size)
         recorded = self._recorded.get((plan.mode, size))

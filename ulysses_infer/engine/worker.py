@@ -11,6 +11,8 @@ import torch
 from ulysses_infer.attention.backend import AttentionBackend
 from ulysses_infer.attention.kernels import KernelAttention
 from ulysses_infer.cache.paged import PagedCache
+from ulysses_infer.engine.arrival import Arrival
+from ulysses_infer.engine.feed import Feed
 from ulysses_infer.engine.graphs import GraphRunner
 from ulysses_infer.engine.inputs import make_inputs
 from ulysses_infer.engine.metadata import StepMetadata
@@ -26,8 +28,8 @@ from ulysses_infer.parallel.groups import Groups
 from ulysses_infer.parallel.layout import Span, token_spans
 
 ROWS_PER_GATHER = 256  # bounds what rank 0 holds of whole logits rows at a time
-RowsConsumer = Callable[[int, torch.Tensor], None]
-"""Called on rank 0 with (index of the first row, whole logits rows [n, V] float32)."""
+Chooser = Callable[[int, torch.Tensor], torch.Tensor]
+"""Called on rank 0 with (index of the first row, whole logits rows [n, V] float32); returns their tokens [n] int64."""
 
 
 class Worker:
@@ -40,15 +42,16 @@ class Worker:
         self.model, self.cache, self.tables = model, cache, tables
         self.groups, self.backend, self.matmul, self.device, self.debug = groups, backend, matmul, device, debug
         self.inputs = make_inputs(device)
+        self.feed = Feed(groups.world)
         self.graphs: GraphRunner | TapeRunner | None = None
         """Runs the steps that it has a graph for; None: every step is run layer by layer."""
         self._serves_kernels = device.type != "cpu" or isinstance(backend, KernelAttention)
 
-    def run(self, plan: StepPlan, on_rows: RowsConsumer | None = None) -> list[int]:
-        """Run one step on this rank. Collective.
+    def run(self, plan: StepPlan, choose: Chooser | None = None) -> Arrival | None:
+        """Run one step on this rank; a GPU is asked for it and not waited for. Collective.
 
-        Rank 0 gets the greedy token of every row that needs logits, or, for a plan with `full_logits`, the rows
-        themselves through `on_rows` and an empty list. Other ranks get an empty list.
+        Rank 0 gets a token for every row that needs logits: the greedy one, or, for a plan with `full_logits`, what
+        `choose` makes of the row. Other ranks, and steps without such rows, get None.
         """
         if self.debug:
             self._verify(plan)
@@ -58,15 +61,18 @@ class Worker:
         if logits is None:
             logits = self._forward(plan, arrays, rows)
         if len(rows) == 0:
-            return []
-        return self._send_rows(logits, on_rows) if plan.full_logits else self._greedy(logits)
+            return None
+        tokens = self._chosen(logits, choose) if plan.full_logits else self._greedy(logits)
+        if plan.feeds:
+            self.feed.share(tokens, len(rows), self.device)
+        return None if tokens is None else Arrival(tokens)
 
     def _replay(self, plan: StepPlan, arrays: StepArrays, rows: np.ndarray) -> torch.Tensor | None:
         """The logits of `rows` from a captured step, if there is one for this plan: as every rank knows, or none."""
         size = None if self.graphs is None else self.graphs.bucket(plan)
         if self.graphs is None or size is None:
             return None
-        logits = self.graphs.run(plan, arrays, size)
+        logits = self.graphs.run(plan, arrays, size, self.feed)
         return logits if len(rows) == plan.num_tokens else logits[torch.from_numpy(rows).to(self.device)]
 
     def _forward(self, plan: StepPlan, arrays: StepArrays, rows: np.ndarray) -> torch.Tensor:
@@ -80,6 +86,8 @@ class Worker:
             _within(rows, mine) - mine.start,
             *metadata.to_send(),
         ])  # fmt: skip
+        if plan.awaits_tokens:
+            self.feed.fill_in(token_ids)
         attention = metadata.of_groups(sent)
         context = StepContext(
             collectives=self.groups.by_mode[plan.mode],
@@ -97,10 +105,10 @@ class Worker:
         )
         return self.model.forward(token_ids, positions, wanted, context)
 
-    def _greedy(self, logits: torch.Tensor) -> list[int]:
+    def _greedy(self, logits: torch.Tensor) -> torch.Tensor | None:
         """The best token of every row: each rank offers its own vocabulary's, rank 0 compares."""
         pairs = self._gather(argmax_pairs(logits, self.model.vocabulary))
-        return [] if pairs is None else best_of(pairs)
+        return None if pairs is None else best_of(pairs)
 
     def _gather(self, shard: torch.Tensor) -> list[torch.Tensor] | None:
         """Every rank's `shard` in shard order, on rank 0; None elsewhere."""
@@ -109,16 +117,17 @@ class Worker:
         self.groups.clock.add("gather", started)
         return shards
 
-    def _send_rows(self, logits: torch.Tensor, on_rows: RowsConsumer | None) -> list[int]:
-        """Whole rows to rank 0, a bounded number at a time."""
+    def _chosen(self, logits: torch.Tensor, choose: Chooser | None) -> torch.Tensor | None:
+        """Whole rows to rank 0, a bounded number at a time, and what it makes of them."""
         vocab_size, world_size = self.model.shape.vocab_size, self.groups.layout.world_size
+        chosen = []
         for start in range(0, logits.shape[0], ROWS_PER_GATHER):
             shard = padded(logits[start : start + ROWS_PER_GATHER], vocab_size, world_size)
             shards = self._gather(shard)
-            # Rank 0 alone has a consumer: it samples, the others go on.
-            if shards is not None and on_rows is not None:
-                on_rows(start, joined(shards, vocab_size))
-        return []
+            # Rank 0 alone chooses: it samples, the others go on.
+            if shards is not None and choose is not None:
+                chosen.append(choose(start, joined(shards, vocab_size)))
+        return torch.cat(chosen) if chosen else None
 
     def _verify(self, plan: StepPlan) -> None:
         """Debug mode: every rank must have the same plan; a difference is a bug and ends the engine."""

@@ -77,12 +77,15 @@ def _native_best(dtype: torch.dtype) -> NativeFunction | None:
     return None if suffix is None else native_function("elementwise", f"best_of_rows_{suffix}", "ppiiii", ELEMENTWISE)
 
 
-def best_of(pairs: list[torch.Tensor]) -> list[int]:
-    """Greedy tokens from every rank's `argmax_pairs`, in shard order; ties go to the lowest id."""
-    stacked = torch.stack(pairs).cpu().numpy()  # [W, n, 2]: one copy from a device, and few calls on the host
-    winners = stacked[..., 0].argmax(axis=0)
-    tokens: list[int] = stacked[winners, np.arange(stacked.shape[1]), 1].astype(np.int64).tolist()
-    return tokens
+def best_of(pairs: list[torch.Tensor]) -> torch.Tensor:
+    """Greedy tokens from every rank's `argmax_pairs`, in shard order; ties go to the lowest id. Returns [n] int64."""
+    stacked = torch.stack(pairs)  # [W, n, 2]
+    if stacked.device.type == "cpu":  # in numpy, whose calls are shorter
+        table = stacked.numpy()
+        winners = table[..., 0].argmax(axis=0)
+        return torch.from_numpy(table[winners, np.arange(table.shape[1]), 1].astype(np.int64))
+    winners = stacked[..., 0].argmax(dim=0, keepdim=True)
+    return stacked[..., 1].gather(0, winners)[0].long()
 
 
 def padded(logits: torch.Tensor, vocab_size: int, world_size: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,11 @@ def _has_processors(params: SamplingParams) -> bool:
         or params.logit_bias
         or _has_penalties(params)
     )
+
+
+def reads_outputs(params: SamplingParams) -> bool:
+    """Whether the next token of a row depends on which its earlier ones are, beyond the logits."""
+    return bool(params.structured_outputs or params.bad_words) or _has_penalties(params)
 
 
 def _has_penalties(params: SamplingParams) -> bool:
@@ -123,11 +128,18 @@ class SamplingRow:
     eos_token_ids: frozenset[int] = frozenset()
     bad_word_token_ids: Sequence[Sequence[int]] = ()
     grammar: Grammar | None = None
+    num_awaited: int = 0
+    """Output tokens that are chosen, and not in the list yet."""
     is_plain: bool = field(init=False)  # greedy on the raw logits
     _history: TokenHistory | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.is_plain = not needs_full_logits(self.params)
+
+    @property
+    def position(self) -> int:
+        """Where in the output the next token will be."""
+        return len(self.output_token_ids) + self.num_awaited
 
     @property
     def may_end(self) -> bool:
@@ -150,7 +162,7 @@ class SamplingRow:
     def forbidden_token_ids(self) -> list[int]:
         """Tokens that `min_tokens` and `bad_words` rule out for the next position."""
         forbidden: list[int] = []
-        if len(self.output_token_ids) < self.params.min_tokens:
+        if self.position < self.params.min_tokens:
             forbidden += [*self.eos_token_ids, *(self.params.stop_token_ids or ())]
         for *prefix, last in self.bad_word_token_ids:
             start = len(self.output_token_ids) - len(prefix)
@@ -163,30 +175,40 @@ class Sampler:
     """Chooses the next token of each row. Stateless; what lasts from step to step lives in the rows."""
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-        """One token id per row of `logits: [n, V]` float32, which is left as it is.
+        """One token id per row of `logits: [n, V]` float32, which is left as it is; see `choose`."""
+        tokens: list[int] = self.choose(logits, rows).tolist()
+        return tokens
+
+    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        """The same as [n] int64 on the device of `logits`, for which a GPU's host does not wait (unless a row
+        `reads_outputs`).
 
         A row with no possible token gets `NO_TOKEN`; the others are unharmed.
         """
-        tokens = [NO_TOKEN] * len(rows)
+        tokens = torch.full((len(rows),), NO_TOKEN, dtype=torch.int64, device=logits.device)
         plain = [index for index, row in enumerate(rows) if row.is_plain]
         if plain:
             self._store(tokens, plain, *_most_likely(_take_rows(logits, plain)))
         special = [index for index, row in enumerate(rows) if not row.is_plain]
         for chunk in _chunks(special, max(MAX_ELEMENTS // logits.shape[1], 1)):
-            scores, chunk_rows = logits[chunk], [rows[index] for index in chunk]
+            scores, chunk_rows = logits[_sent(chunk, logits)], [rows[index] for index in chunk]
             _apply_processors(scores, chunk_rows)
             self._store(tokens, chunk, *_choose(scores, chunk_rows))
         return tokens
 
-    def _store(self, tokens: list[int], indices: list[int], chosen: torch.Tensor, peak: torch.Tensor) -> None:
+    def _store(self, tokens: torch.Tensor, indices: list[int], chosen: torch.Tensor, peak: torch.Tensor) -> None:
         """Write `chosen: [m]` at `indices`; NO_TOKEN where `peak: [m]`, the largest score, is not finite."""
-        chosen = torch.where(peak.isfinite(), chosen, NO_TOKEN)
-        for index, token in zip(indices, chosen.tolist(), strict=True):
-            tokens[index] = token
+        tokens[_sent(indices, tokens)] = torch.where(peak.isfinite(), chosen, NO_TOKEN)
+
+
+def _sent(values: Sequence[Any], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`values` on the device of `like`, which is asked to copy them and not waited for."""
+    made = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
+    return made.to(like.device, non_blocking=True)
 
 
 def _take_rows(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
-    return logits if len(indices) == len(logits) else logits[indices]
+    return logits if len(indices) == len(logits) else logits[_sent(indices, logits)]
 
 
 def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
@@ -205,7 +227,8 @@ def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Te
     tokens, peak = _most_likely(scores)
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
-        tokens[drawn] = _draw(_take_rows(scores, drawn), peak[drawn], [rows[index] for index in drawn])
+        places = _sent(drawn, scores)
+        tokens[places] = _draw(_take_rows(scores, drawn), peak[places], [rows[index] for index in drawn])
     return tokens, peak
 
 
@@ -230,7 +253,7 @@ def _follow_grammars(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
 def _keep_allowed(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     for index, row in enumerate(rows):
         if row.params.allowed_token_ids:
-            allowed = torch.tensor(row.params.allowed_token_ids, device=scores.device)
+            allowed = _sent(row.params.allowed_token_ids, scores)
             kept = scores[index, allowed]
             scores[index] = -torch.inf
             scores[index, allowed] = kept
@@ -239,7 +262,7 @@ def _keep_allowed(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
 def _forbid(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     entries = [(index, token) for index, row in enumerate(rows) for token in row.forbidden_token_ids()]
     if entries:
-        row_ids, token_ids = torch.tensor(entries, device=scores.device).T
+        row_ids, token_ids = _sent(entries, scores).T
         scores[row_ids, token_ids] = -torch.inf
 
 
@@ -247,8 +270,7 @@ def _add_bias(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     entries = [(index, *item) for index, row in enumerate(rows) for item in (row.params.logit_bias or {}).items()]
     if entries:
         row_ids, token_ids, biases = zip(*entries, strict=True)
-        where = (torch.tensor(row_ids, device=scores.device), torch.tensor(token_ids, device=scores.device))
-        scores[where] += torch.tensor(biases, dtype=scores.dtype, device=scores.device)
+        scores[_sent(row_ids, scores), _sent(token_ids, scores)] += _sent(biases, scores, scores.dtype)
 
 
 def _penalise(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -277,7 +299,7 @@ def _penalise(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     """`values` as a [m, 1] column of `like`'s type and device."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return _sent(values, like, like.dtype)[:, None]
 
 
 # --- the draw ---
@@ -289,8 +311,8 @@ def _draw(scores: torch.Tensor, peak: torch.Tensor, rows: Sequence[SamplingRow])
     weights = ((scores - peak[:, None]) / temperature).exp_()  # [m, V], the largest is 1
     _truncate(weights, [row.params for row in rows])
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    numbers = [uniform(row.seed, len(row.output_token_ids)) for row in rows]
-    target = torch.tensor(numbers, dtype=torch.float64, device=scores.device)[:, None] * cumulative[:, -1:]
+    numbers = [uniform(row.seed, row.position) for row in rows]
+    target = _column(numbers, cumulative) * cumulative[:, -1:]
     # The first token whose sum exceeds the target: never one of weight 0.
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
@@ -302,29 +324,35 @@ def _truncate(weights: torch.Tensor, params: Sequence[SamplingParams]) -> None:
     vocab_size = weights.shape[1]
     cut = [index for index, p in enumerate(params) if 0 < p.top_k < vocab_size or p.top_p < 1]
     if cut:
-        top_k = torch.tensor([params[i].top_k or vocab_size for i in cut], device=weights.device)
+        top_k = [min(params[i].top_k or vocab_size, vocab_size) for i in cut]
         # A top_p of 1 keeps all: no rounding of the sums may drop the smallest.
         top_p = [params[i].top_p if params[i].top_p < 1 else torch.inf for i in cut]
-        weights[cut] = _keep_largest(weights[cut], top_k.clamp_(max=vocab_size), _column(top_p, weights).double())
+        places = _sent(cut, weights)
+        weights[places] = _keep_largest(weights[places], top_k, _column(top_p, weights).double())
 
 
 def _keep_largest(
-    weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, probe: int = NUCLEUS_PROBE
+    weights: torch.Tensor, top_k: Sequence[int], top_p: torch.Tensor, probe: int = NUCLEUS_PROBE
 ) -> torch.Tensor:
     """`weights: [m, V]` with zeros outside the top_k: [m] largest and, of these, the top_p: [m, 1] nucleus
-    (Holtzman et al. 2020, arXiv 1904.09751). Of equal weights at the edge the lowest ids stay. A nucleus is
-    looked for among the `probe` largest weights first.
+    (Holtzman et al. 2020, arXiv 1904.09751). Of equal weights at the edge the lowest ids stay. On a CPU a nucleus is
+    looked for among the `probe` largest weights first; a GPU sorts all, faster than it could say whether they do.
     """
     vocab_size = weights.shape[1]
-    unbounded = top_k == vocab_size
-    bounded_k = int(top_k.masked_fill(unbounded, 1).max())
-    num_values = min(max(bounded_k, probe), vocab_size) if bool(unbounded.any()) else bounded_k
+    num_values = max((k for k in top_k if k < vocab_size), default=1)
+    if vocab_size in top_k:
+        num_values = vocab_size if weights.is_cuda else min(max(num_values, probe), vocab_size)
     values = weights.topk(num_values).values  # [m, num_values], descending
-    kept = _prefix_lengths(weights, values, top_k, top_p)
+    sizes = _sent(top_k, weights)
+    kept = _prefix_lengths(weights, values, sizes, top_p)
     result = _keep_prefix(weights, values, kept)
-    wider = unbounded & (kept == num_values) & (num_values < vocab_size)
-    if bool(wider.any()):
-        result[wider] = _keep_largest(weights[wider], top_k[wider], top_p[wider], probe * PROBE_GROWTH)
+    if num_values == vocab_size or vocab_size not in top_k:
+        return result
+    wider = ((sizes == vocab_size) & (kept == num_values)).nonzero()[:, 0].tolist()
+    if wider:
+        result[wider] = _keep_largest(
+            weights[wider], [vocab_size] * len(wider), top_p[wider], probe * PROBE_GROWTH
+        )  # fmt: skip
     return result
 
 
@@ -345,6 +373,7 @@ def _keep_prefix(weights: torch.Tensor, values: torch.Tensor, kept: torch.Tensor
     above = weights > edge
     room = kept[:, None] - above.sum(-1, keepdim=True)
     at_edge = weights == edge
-    if bool((at_edge.sum(-1, keepdim=True) > room).any()):
+    # A GPU would have to be waited for, to know whether it is needed.
+    if weights.is_cuda or bool((at_edge.sum(-1, keepdim=True) > room).any()):
         at_edge &= at_edge.cumsum(-1) <= room
     return torch.where(above | at_edge, weights, 0.0)

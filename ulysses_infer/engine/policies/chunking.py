@@ -42,7 +42,7 @@ class ChunkSizer:
         if not decodes or prompt is None:
             return None
         chunk = self._largest(decodes, prompt, self._target_tpot * MARGIN)
-        if chunk < _tokens_left(prompt) and self._is_late(prompt, chunk):
+        if chunk < prompt.num_tokens_left and self._is_late(prompt, chunk):
             in_hand = self._time_in_hand(decodes, self._target_tpot)
             chunk = max(chunk, self._largest(decodes, prompt, in_hand * MARGIN))
         return chunk
@@ -55,7 +55,7 @@ class ChunkSizer:
         def fits(chunk: int) -> bool:
             return self._fastest(StepShape.of(contexts, [(start, chunk)])) <= seconds
 
-        most = _tokens_left(prompt)
+        most = prompt.num_tokens_left
         if most <= LEAST_CHUNK or fits(most):
             return max(most, LEAST_CHUNK)
         low, high = LEAST_CHUNK, most
@@ -68,7 +68,7 @@ class ChunkSizer:
         """Whether chunks of this size, each a `target_tpot` long, bring the first token too late."""
         if self._target_ttft is None or self._target_tpot is None or prompt.first_token_time is not None:
             return False
-        steps = -(-_tokens_left(prompt) // chunk)
+        steps = -(-prompt.num_tokens_left // chunk)
         return self._clock() + steps * self._target_tpot > prompt.arrival_time + self._target_ttft
 
     def _time_in_hand(self, decodes: Sequence[Request], target: float) -> float:
@@ -81,8 +81,4 @@ class ChunkSizer:
 
 
 def _is_decoding(request: Request) -> bool:
-    return request.num_output_tokens > 0 and _tokens_left(request) == 1
-
-
-def _tokens_left(request: Request) -> int:
-    return request.num_tokens - request.num_computed_tokens
+    return request.num_output_tokens + request.num_awaited_tokens > 0 and request.num_tokens_left == 1
