@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ulysses_infer.config import Config, load_config
 from ulysses_infer.config.loading import Overrides
@@ -40,6 +40,14 @@ OnStep = Callable[[dict[int, RequestOutput]], None]
 """Called on rank 0 after each step with what that step touched, by the index of the prompt."""
 
 
+class _Inbox(NamedTuple):
+    """Where a request's results go as they come."""
+
+    outputs: list[RequestOutput]
+    only_finished: bool = False
+    """Whether what there is before its end is of no interest: making it takes as long as the output is."""
+
+
 class InferenceEngine(SharedEngine):
     """One model on all ranks. Every public method is collective under a launcher: all ranks call it, all get the same.
 
@@ -49,7 +57,7 @@ class InferenceEngine(SharedEngine):
     def __init__(self, config: Config, model: GivenModel | None = None, progress: Progress | None = None) -> None:
         super().__init__(spmd=is_launched() and config.parallel.world_size > 1)
         self.config = config
-        self._inboxes: dict[str, list[RequestOutput]] = {}
+        self._inboxes: dict[str, _Inbox] = {}
         try:
             with ExitStack() as cleanup, self._ending_on_failure():
                 self._rank = self._start(model, progress, cleanup)
@@ -135,7 +143,8 @@ class InferenceEngine(SharedEngine):
             yield from self._follow_stream()
             return
         name = self._shared(lambda engine: engine.add(prompt, as_params(sampling_params), adapter=adapter))
-        inbox = self._inboxes[name] = []
+        inbox: list[RequestOutput] = []
+        self._inboxes[name] = _Inbox(inbox)
         finished = False
         try:
             while not finished:
@@ -180,7 +189,7 @@ class InferenceEngine(SharedEngine):
                 while waiting and (arrivals[waiting[0]] <= steps or len(done) == len(names)):
                     index = waiting.popleft()
                     name = work[index].add_to(engine)
-                    names[name], self._inboxes[name] = index, inbox
+                    names[name], self._inboxes[name] = index, _Inbox(inbox, only_finished=on_step is None)
                 self._step()
                 steps += 1
                 touched = {names[output.request_id]: output for output in inbox}
@@ -204,8 +213,9 @@ class InferenceEngine(SharedEngine):
             self._deliver(completion)
 
     def _deliver(self, completion: Completion) -> None:
-        if completion.request_id in self._inboxes:
-            self._inboxes[completion.request_id].append(completion.output())
+        inbox = self._inboxes.get(completion.request_id)
+        if inbox is not None and (completion.is_finished or not inbox.only_finished):
+            inbox.outputs.append(completion.output())
 
     # -- control -----------------------------------------------------------------------------------------------
 
