@@ -35,7 +35,7 @@ from ulysses_infer.native import function as native
 Step = tuple[float, defaultdict[str, float]]  # seconds, and seconds by kind of work
 PREFILLS = 12
 KINDS = ("matrix products", "attention", "collectives", "norms, rotary, gates")
-ON_TAPES = dict(zip(native.KINDS, (*KINDS[:2], KINDS[3], KINDS[2], KINDS[2]), strict=True))
+ON_TAPES = dict(zip(native.KINDS, (*KINDS[:2], KINDS[3], *[KINDS[2]] * 3), strict=True))
 
 
 class Clock:

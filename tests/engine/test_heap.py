@@ -36,3 +36,15 @@ def test_steps_touch_few_new_pages_once_memory_is_kept():
     left = faults("leave")
     assert left >= 5 * TENSORS * (MEBIBYTES << 20) // PAGE
     assert faults("keep") < left / 4  # the heap may grow once more
+
+
+def test_settled_objects_are_not_looked_at_again():
+    program = """
+import gc
+from ulysses_infer.engine.heap import settle_objects
+kept = [[number] for number in range(1000)]
+settle_objects()
+assert gc.get_freeze_count() > 1000
+assert not any(kept[0] is each for each in gc.get_objects())
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

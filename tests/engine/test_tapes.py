@@ -31,11 +31,11 @@ class Replays:
         self.count = 0
         if self.runner is not None:
             run = self.runner.run
-            self.runner.run = lambda plan, arrays, size, feed: self._count(run, plan, arrays, size, feed)
+            self.runner.run = lambda plan, *others: self._count(run, plan, *others)
 
-    def _count(self, run: Any, plan: Any, arrays: Any, size: int, feed: Any) -> Any:
-        self.count += (plan.mode, size) in self.runner._recorded
-        return run(plan, arrays, size, feed)
+    def _count(self, run: Any, plan: Any, *others: Any) -> Any:
+        self.count += (plan.mode, plan.num_tokens, plan.full_logits) in self.runner._recorded
+        return run(plan, *others)
 
 
 def run(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.model.fake_step import FakeCollectives, step
-from ulysses_infer.model.head import ShardedHead, argmax_pairs, best_of, joined, padded
+from ulysses_infer.model.head import ShardedHead, argmax_pairs, best_in_torch, best_of, joined, padded
 from ulysses_infer.parallel.layout import Layout, Mode, Span
 
 VOCABULARY = 13
@@ -33,12 +33,12 @@ def test_joined_shards_are_the_whole_heads_logits(world_size, bias):
         shards = [head(hidden)[0] for head in heads(source, world_size)]
     sent = [padded(shard, VOCABULARY, world_size) for shard in shards]
     assert len({shard.shape for shard in sent}) == 1, "equal shapes travel in one gather"
-    torch.testing.assert_close(joined(sent, VOCABULARY), source(hidden)[0])
+    torch.testing.assert_close(joined(torch.stack(sent), VOCABULARY), source(hidden)[0])
 
 
 def test_padding_never_reaches_the_joined_rows():
     shards = [padded(torch.full((2, size), 5.0), VOCABULARY, 8) for size in (1, 2, 1, 2, 2, 1, 2, 2)]
-    assert joined(shards, VOCABULARY).eq(5.0).all()
+    assert joined(torch.stack(shards), VOCABULARY).eq(5.0).all()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16])  # 16: more ranks than tokens
@@ -60,17 +60,27 @@ def best_over(logits, world_size):
     layout = Layout(Mode(world_size, 1))
     spans = [ShardedHead(nn.Linear(1, VOCABULARY), layout.place(layout.base, g), None).vocabulary
              for g in range(world_size)]  # fmt: skip
-    return best_of([argmax_pairs(logits[:, slice(*span)], span) for span in spans])
+    pairs = torch.stack([argmax_pairs(logits[:, slice(*span)], span) for span in spans])
+    found = best_of(pairs).tolist()
+    assert best_of(pairs.flip(0)).tolist() == found, "in whatever order members come"
+    assert best_in_torch(pairs).tolist() == best_in_torch(pairs.flip(0)).tolist() == found
+    return found
+
+
+@pytest.mark.parametrize("best", [best_of, best_in_torch])
+def test_a_value_that_is_no_number_is_the_greatest_wherever_it_is(best):
+    pairs = torch.tensor([[[3.0, 1], [torch.nan, 2], [1.0, 0]], [[torch.nan, 7], [9.0, 8], [2.0, 9]]]).double()
+    assert best(pairs).tolist() == [7, 2, 9]
 
 
 def test_large_ids_survive_the_comparison():
     span = Span(16_777_216, 16_777_218)  # float32 cannot tell these ids apart
-    assert best_of([argmax_pairs(torch.tensor([[0.0, 1.0]]), span)]) == [16_777_217]
+    assert best_of(argmax_pairs(torch.tensor([[0.0, 1.0]]), span)[None]).tolist() == [16_777_217]
 
 
 def test_bfloat16_logits_are_compared_as_they_are():
-    pairs = [argmax_pairs(torch.tensor([[1.0, 1.0078125]], dtype=torch.bfloat16), Span(0, 2))]
-    assert best_of(pairs) == [1]
+    pairs = argmax_pairs(torch.tensor([[1.0, 1.0078125]], dtype=torch.bfloat16), Span(0, 2))
+    assert best_of(pairs[None]).tolist() == [1]
 
 
 def test_a_tied_head_is_a_view_of_the_embedding():

@@ -115,7 +115,8 @@ def exchange(groups, mode, kind, dtype, num_tokens, heads, inputs):
     if kind == 2:
         rows = torch.randn(local, 33 * heads, generator=inputs).to(dtype)
         return [collectives.gather_rows(rows, [span.size for span in spans])]
-    return groups.gather_to_first(torch.randn(num_tokens, 40 * heads, generator=inputs).to(dtype)) or []
+    gathered = groups.gather_to_first(torch.randn(num_tokens, 40 * heads, generator=inputs).to(dtype))
+    return [] if gathered is None else [gathered]
 
 
 @pytest.mark.parametrize(("sp", "tp", "order"), LAYOUTS)
@@ -285,7 +286,8 @@ def lose_a_rank(folder, number):
     groups = shared(Layout(Mode(3, 1)))
     groups.limit_waits(60.0 if number == signal.SIGKILL else 1.0)
     groups.world.sum(torch.ones(10))
-    pids = [int(pid) for pid in groups.gather_to_first(torch.tensor([os.getpid()])) or []]
+    gathered = groups.gather_to_first(torch.tensor([os.getpid()]))
+    pids = [] if gathered is None else gathered.flatten().tolist()
     if groups.rank == 2:
         os.kill(os.getpid(), number)
     started = time.monotonic()

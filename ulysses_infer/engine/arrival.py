@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -10,16 +12,18 @@ class Arrival:
     later."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
-        self._numbers = numbers
         self._event: torch.cuda.Event | None = None
         if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
+        else:
+            self._numbers: list[Any] = numbers.tolist()
 
-    def wait(self) -> torch.Tensor:
-        """The numbers, on the host."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._numbers
+    def wait(self) -> list[Any]:
+        """The numbers, nested as the tensor is."""
+        if self._event is None:
+            return self._numbers
+        self._event.synchronize()
+        return self._host.tolist()

@@ -123,7 +123,7 @@ class TokenScores:
         """By token, one dictionary a row: the chosen token comes first, then the likeliest in order, as in vLLM."""
         entries = []
         for count, token, logprob, rank, values, ids in zip(
-            self._counts, *(part.wait().tolist() for part in self._parts), strict=True
+            self._counts, *(part.wait() for part in self._parts), strict=True
         ):
             entry = {token: Logprob(logprob, rank, _text(decoder, token))}
             wanted = len(ids) if count < 0 else count

@@ -37,4 +37,4 @@ class Flight:
 
     def land(self) -> None:
         """Wait for the step's tokens and give them to its results."""
-        self.results.land([] if self.arrival is None else self.arrival.wait().tolist())
+        self.results.land([] if self.arrival is None else self.arrival.wait())

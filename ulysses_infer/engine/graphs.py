@@ -29,6 +29,9 @@ from ulysses_infer.parallel.layout import Mode, token_spans
 
 logger = logging.getLogger(__name__)
 
+Finish = Callable[[torch.Tensor], torch.Tensor | None]
+"""What is made of a step's logits [n, V/W] on its rank: the tokens, on rank 0, or the logits themselves."""
+
 LARGEST = 512  # rows; larger steps are long enough to hide their launches
 
 
@@ -222,8 +225,13 @@ class GraphRunner:
             return None
         return next((size for size in self.buckets[plan.mode] if size >= plan.num_tokens), None)
 
-    def run(self, plan: StepPlan, arrays: StepArrays, size: int, feed: Feed) -> torch.Tensor:
-        """Run `plan` in the bucket of `size` rows; returns [T, V/W] logits of all its rows, valid until the next."""
+    def run(
+        self, plan: StepPlan, arrays: StepArrays, rows: np.ndarray, size: int, feed: Feed, finish: Finish
+    ) -> torch.Tensor | None:
+        """Run `plan` in the bucket of `size` rows; returns what `finish` makes of the logits of `rows`.
+
+        Those are valid until the next run.
+        """
         if self.model.num_moves != self._num_moves:
             self.forget()
         if (plan.mode, size) not in self._graphs:
@@ -235,7 +243,8 @@ class GraphRunner:
         for group, host in zip(static.groups, hosts, strict=True):
             self.backend.replan(group.sequences, host)
         self._graphs[plan.mode, size].replay()
-        return self._logits[: plan.num_tokens]
+        logits = self._logits[: plan.num_tokens]
+        return finish(logits if len(rows) == plan.num_tokens else logits[torch.from_numpy(rows).to(logits.device)])
 
     def _width(self, group: int) -> int:
         """The most blocks that a decode reads of a group: a table may begin a block before the first of them."""

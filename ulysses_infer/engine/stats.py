@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -42,13 +42,13 @@ class StepStats:
     """Totals per mode, switches, and a record of each of the last `RECENT_STEPS` steps."""
 
     def __init__(self) -> None:
-        self.by_mode: dict[Mode, ModeCounters] = {}
+        self.by_mode: defaultdict[Mode, ModeCounters] = defaultdict(ModeCounters)
         self.switches: Counter[tuple[Mode, Mode]] = Counter()
         self.recent: deque[StepRecord] = deque(maxlen=RECENT_STEPS)
 
     def record(self, step: StepRecord) -> None:
         """Count one step."""
-        counters = self.by_mode.setdefault(step.mode, ModeCounters())
+        counters = self.by_mode[step.mode]
         counters.steps += 1
         counters.tokens += step.num_tokens
         counters.seconds += step.seconds

@@ -50,29 +50,32 @@ class BlockTables:
         """Take in the plan's changes and lay out its tokens."""
         for index in plan.dropped:
             self._drop(index)
+        query_lens = [item.num_tokens for item in plan.items]
         rows = np.array([self._extend(item) for item in plan.items], dtype=np.int64)
         starts = np.array([item.start for item in plan.items], dtype=np.int64)
-        lens, positions, rows_of_tokens = np.ones_like(starts), starts, rows
-        if plan.num_tokens > len(plan.items):
-            lens = np.array([item.num_tokens for item in plan.items], dtype=np.int64)
+        if plan.num_tokens == len(plan.items):  # a decode, where every microsecond counts
+            positions, rows_of_tokens, ends = starts, rows, starts + 1
+        else:
+            lens = np.array(query_lens, dtype=np.int64)
             first = np.cumsum(lens) - lens
             positions = np.arange(plan.num_tokens, dtype=np.int64) + np.repeat(starts - first, lens)
-            rows_of_tokens = np.repeat(rows, lens)
-        numbers, offsets = np.divmod(positions, self.block_size)
-        places = rows_of_tokens, numbers
+            rows_of_tokens, ends = np.repeat(rows, lens), starts + lens
+        numbers = positions // self.block_size
+        offsets = positions - numbers * self.block_size
         groups = []
         for blocks, reach in zip(self._blocks, self.reaches, strict=True):
-            slots = blocks[places] * self.block_size + offsets
-            groups.append(GroupArrays(slots, *self._seen(blocks, reach, rows, starts, starts + lens)))
-        return StepArrays(positions, lens.tolist(), groups)
+            slots = blocks[rows_of_tokens, numbers] * self.block_size + offsets
+            groups.append(GroupArrays(slots, *self._seen(blocks, reach, rows, starts, ends)))
+        return StepArrays(positions, query_lens, groups)
 
     def _seen(
         self, blocks: np.ndarray, reach: Reach, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray
     ) -> tuple[list[int], np.ndarray]:
         """Context lengths and tables of sequences whose tokens from `starts` to `ends` are in the step."""
-        last = -(-ends // self.block_size)
         if not reach.is_limited:
-            return ends.tolist(), blocks[rows, : int(last.max())]
+            lens = ends.tolist()
+            return lens, blocks[rows, : -(-max(lens) // self.block_size)]
+        last = -(-ends // self.block_size)
         first = reach.table_starts(starts, self.block_size)
         columns = first[:, None] + np.arange(int((last - first).max()))
         # What is further right than a sequence's last block is not read; any block will do.

@@ -12,13 +12,14 @@ from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.cache.paged import CacheShape, PagedCache
 from ulysses_infer.engine.feed import Feed
-from ulysses_infer.engine.plan import StepPlan
+from ulysses_infer.engine.graphs import Finish
+from ulysses_infer.engine.plan import NO_LOGITS, StepPlan
 from ulysses_infer.engine.tables import GroupArrays, StepArrays
 from ulysses_infer.model.context import StepContext
 from ulysses_infer.model.matmul import NativeMatmul
 from ulysses_infer.model.model import ShiftModel
 from ulysses_infer.native.arena import Arena
-from ulysses_infer.native.function import ALL_REDUCE, ALL_TO_ALL
+from ulysses_infer.native.function import EXCHANGES, KINDS
 from ulysses_infer.native.tape import Tape
 from ulysses_infer.parallel.groups import Groups
 from ulysses_infer.parallel.layout import Mode, token_spans
@@ -28,10 +29,13 @@ logger = logging.getLogger(__name__)
 LARGEST = 64  # rows; in larger steps the work hides what Python adds
 
 
+_Key = tuple[Mode, int, bool]  # mode, rows, whether the logits are wanted
+
+
 @dataclass(frozen=True)
 class _Recorded:
     tape: Tape
-    logits: torch.Tensor  # [T, V/W], valid until the next step
+    result: torch.Tensor | None  # of `finish`, valid until the next step
     inputs: tuple[object, ...]  # alive, because the tape has but their addresses
 
 
@@ -48,72 +52,85 @@ class TapeRunner:
         self.model, self.cache, self.groups, self.backend, self.matmul = model, cache, groups, backend, matmul
         self._largest = min(max_num_seqs, LARGEST)
         width = cache.shape.blocks_for(model.shape.max_model_len)
-        self._tokens = np.zeros((2, self._largest), dtype=np.int64)  # ids, positions
+        self._token_ids, self._positions = np.zeros((2, self._largest), dtype=np.int64)
         self._groups = [_GroupInputs(self._largest, width) for _ in cache.groups.reaches]
         self._arena = Arena()
-        self._recorded: dict[tuple[Mode, int], _Recorded] = {}
-        self._seen: set[tuple[Mode, int]] = set()
+        self._recorded: dict[_Key, _Recorded] = {}
+        self._seen: set[_Key] = set()
         self._refused: set[Mode] = set()
         self._num_moves = model.num_moves
-        self.seconds: dict[str, float] = {}
+        self._played: Tape | None = None
+
+    @property
+    def seconds(self) -> dict[str, float]:
         """By kind of native call, what the last step spent in them; empty if it was not repeated from a tape."""
+        return {} if self._played is None else {kind: self._played.seconds_of(kind) for kind in KINDS}
 
     def bucket(self, plan: StepPlan) -> int | None:
         """The number of rows, if `plan` is a step to be recorded or repeated: one token a sequence, and not too many.
 
         Steps with adapters are not: which rows go through which is decided on the host.
         """
-        self.seconds, count = {}, plan.num_tokens
+        self._played, count = None, plan.num_tokens
         if count != len(plan.items) or count > self._largest or plan.mode in self._refused:
             return None
-        if any(item.adapter for item in plan.items):
+        if any(item.adapter or item.logits == NO_LOGITS for item in plan.items):
             return None
-        if (plan.mode, count) in self._seen:
+        key = plan.mode, count, plan.full_logits
+        if key in self._seen:
             return count
-        self._seen.add((plan.mode, count))
+        self._seen.add(key)
         return None
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, arrays: StepArrays, size: int, feed: Feed) -> torch.Tensor:
-        """Run `plan`, of `size` rows; returns [T, V/W] logits of all its rows, valid until the next."""
+    def run(
+        self, plan: StepPlan, arrays: StepArrays, rows: np.ndarray, size: int, feed: Feed, finish: Finish
+    ) -> torch.Tensor | None:
+        """Run `plan`, of `size` rows; returns what `finish` makes of all their logits, valid until the next run.
+
+        `finish` is recorded too: plans that differ in `full_logits` may have others, those that do not, the same.
+        """
         if self.model.num_moves != self._num_moves:
             self.forget()
-        self._tokens[:, :size] = plan.token_ids, arrays.positions
+        self._token_ids[:size] = plan.token_ids
+        self._positions[:size] = arrays.positions
         if plan.awaits_tokens:
-            feed.fill_in(torch.from_numpy(self._tokens[0, :size]))
+            feed.fill_in(torch.from_numpy(self._token_ids[:size]))
         for inputs, group in zip(self._groups, arrays.groups, strict=True):
             inputs.fill(group, size)
-        recorded = self._recorded.get((plan.mode, size))
+        key = plan.mode, size, plan.full_logits
+        recorded = self._recorded.get(key)
         if recorded is None:
-            return self._record(plan.mode, size)
+            return self._record(key, finish)
+        self._played = recorded.tape
         recorded.tape.replay()
-        self.seconds = recorded.tape.take_seconds()
-        for kind in (ALL_REDUCE, ALL_TO_ALL):
-            self.groups.clock.count(kind, self.seconds[kind])
-        return recorded.logits
+        for kind in EXCHANGES:
+            self.groups.clock.count(kind, recorded.tape.seconds_of(kind))
+        return recorded.result
 
     def forget(self) -> None:
         """The cache or the weights have moved: each step is recorded again when it next comes."""
         self._recorded.clear()
         self._num_moves = self.model.num_moves
 
-    def _record(self, mode: Mode, size: int) -> torch.Tensor:
+    def _record(self, key: _Key, finish: Finish) -> torch.Tensor | None:
         """Run the step that the inputs hold, layer by layer, and keep what it did."""
+        mode, size, _ = key
         context = self._context(mode, size)
         mine = context.token_spans[context.collectives.place.token_index]
-        ids, positions = (_at_least_one(self._tokens[row, mine.start : mine.stop]) for row in (0, 1))
+        ids, positions = (_at_least_one(x[mine.start : mine.stop]) for x in (self._token_ids, self._positions))
         rows, tape = torch.arange(mine.size), Tape(self._arena)
         with tape.recording():
-            logits = self.model.forward(ids, positions, rows, context)
+            result = finish(self.model.forward(ids, positions, rows, context))
         reason = tape.problem
         if reason is None and tape.num_torch_calls > tape.num_native_calls:
             reason = f"{tape.num_torch_calls} of its operations are torch's, {tape.num_native_calls} native"
         if reason is None:
-            self._recorded[mode, size] = _Recorded(tape, logits, (ids, positions, context))
+            self._recorded[key] = _Recorded(tape, result, (ids, positions, context))
         else:
             self._refused.add(mode)
             logger.debug("decode steps of mode %s are not recorded: %s", mode, reason)
-        return logits
+        return result
 
     def _context(self, mode: Mode, size: int) -> StepContext:
         spans = token_spans(size, mode.sp)

@@ -57,23 +57,22 @@ class Worker:
             self._verify(plan)
         arrays = self.tables.apply(plan)
         rows = logits_positions(plan.items)
-        logits = self._replay(plan, arrays, rows)
-        if logits is None:
-            logits = self._forward(plan, arrays, rows)
+        finish = self._as_they_are if plan.full_logits or len(rows) == 0 else self._greedy
+        size = None if self.graphs is None else self.graphs.bucket(plan)
+        if self.graphs is None or size is None:
+            result = finish(self._forward(plan, arrays, rows))
+        else:  # as every rank knows, or whichever: a tape exchanges what the step did
+            result = self.graphs.run(plan, arrays, rows, size, self.feed, finish)
         if len(rows) == 0:
             return None
-        tokens = self._chosen(logits, choose) if plan.full_logits else self._greedy(logits)
+        tokens = self._chosen(result, choose) if plan.full_logits else result
         if plan.feeds:
             self.feed.share(tokens, len(rows), self.device)
         return None if tokens is None else Arrival(tokens)
 
-    def _replay(self, plan: StepPlan, arrays: StepArrays, rows: np.ndarray) -> torch.Tensor | None:
-        """The logits of `rows` from a captured step, if there is one for this plan: as every rank knows, or none."""
-        size = None if self.graphs is None else self.graphs.bucket(plan)
-        if self.graphs is None or size is None:
-            return None
-        logits = self.graphs.run(plan, arrays, size, self.feed)
-        return logits if len(rows) == plan.num_tokens else logits[torch.from_numpy(rows).to(self.device)]
+    @staticmethod
+    def _as_they_are(logits: torch.Tensor) -> torch.Tensor | None:
+        return logits
 
     def _forward(self, plan: StepPlan, arrays: StepArrays, rows: np.ndarray) -> torch.Tensor:
         """Run the step layer by layer. Returns [n, V/W] logits of `rows`."""
@@ -110,15 +109,16 @@ class Worker:
         pairs = self._gather(argmax_pairs(logits, self.model.vocabulary))
         return None if pairs is None else best_of(pairs)
 
-    def _gather(self, shard: torch.Tensor) -> list[torch.Tensor] | None:
-        """Every rank's `shard` in shard order, on rank 0; None elsewhere."""
+    def _gather(self, shard: torch.Tensor) -> torch.Tensor | None:
+        """Every rank's `shard` in the order of ranks, on rank 0: [W, *shape]; None elsewhere."""
         started = time.perf_counter()
         shards = self.groups.gather_to_first(shard)
         self.groups.clock.add("gather", started)
         return shards
 
-    def _chosen(self, logits: torch.Tensor, choose: Chooser | None) -> torch.Tensor | None:
+    def _chosen(self, logits: torch.Tensor | None, choose: Chooser | None) -> torch.Tensor | None:
         """Whole rows to rank 0, a bounded number at a time, and what it makes of them."""
+        assert logits is not None
         vocab_size, world_size = self.model.shape.vocab_size, self.groups.layout.world_size
         chosen = []
         for start in range(0, logits.shape[0], ROWS_PER_GATHER):
@@ -126,7 +126,7 @@ class Worker:
             shards = self._gather(shard)
             # Rank 0 alone chooses: it samples, the others go on.
             if shards is not None and choose is not None:
-                chosen.append(choose(start, joined(shards, vocab_size)))
+                chosen.append(choose(start, joined(shards[self.groups.shard_order], vocab_size)))
         return torch.cat(chosen) if chosen else None
 
     def _verify(self, plan: StepPlan) -> None:

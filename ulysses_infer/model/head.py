@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -77,15 +76,30 @@ def _native_best(dtype: torch.dtype) -> NativeFunction | None:
     return None if suffix is None else native_function("elementwise", f"best_of_rows_{suffix}", "ppiiii", ELEMENTWISE)
 
 
-def best_of(pairs: list[torch.Tensor]) -> torch.Tensor:
-    """Greedy tokens from every rank's `argmax_pairs`, in shard order; ties go to the lowest id. Returns [n] int64."""
-    stacked = torch.stack(pairs)  # [W, n, 2]
-    if stacked.device.type == "cpu":  # in numpy, whose calls are shorter
-        table = stacked.numpy()
-        winners = table[..., 0].argmax(axis=0)
-        return torch.from_numpy(table[winners, np.arange(table.shape[1]), 1].astype(np.int64))
-    winners = stacked[..., 0].argmax(dim=0, keepdim=True)
-    return stacked[..., 1].gather(0, winners)[0].long()
+def best_of(pairs: torch.Tensor) -> torch.Tensor:
+    """Greedy tokens from every rank's `argmax_pairs`; ties go to the lowest id, and NaN is the greatest.
+
+    pairs: [W, n, 2]; returns [n] int64.
+    """
+    native = _native_best_of_members() if pairs.device.type == "cpu" else None
+    if native is not None:
+        tokens = torch.empty(pairs.shape[1], dtype=torch.int64)
+        native(tokens.data_ptr(), pairs.data_ptr(), *pairs.shape[:2])
+        return tokens
+    return best_in_torch(pairs)
+
+
+def best_in_torch(pairs: torch.Tensor) -> torch.Tensor:
+    """`best_of` on any device."""
+    values, ids = pairs.unbind(-1)
+    is_best = (values == values.amax(dim=0)) | values.isnan()
+    return torch.where(is_best, ids, torch.inf).amin(dim=0).long()
+
+
+@functools.cache
+def _native_best_of_members() -> NativeFunction | None:
+    """The same in C, on a CPU."""
+    return native_function("elementwise", "best_of_members", "ppii", ELEMENTWISE)
 
 
 def padded(logits: torch.Tensor, vocab_size: int, world_size: int) -> torch.Tensor:
@@ -94,7 +108,7 @@ def padded(logits: torch.Tensor, vocab_size: int, world_size: int) -> torch.Tens
     return F.pad(logits.float(), (0, largest - logits.shape[-1]))
 
 
-def joined(shards: list[torch.Tensor], vocab_size: int) -> torch.Tensor:
-    """[n, V] from the gathered `padded` shards in shard order."""
+def joined(shards: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """[n, V] from the gathered `padded` shards in shard order, [W, n, V/W]."""
     spans = [even_span(vocab_size, index, len(shards)) for index in range(len(shards))]
     return torch.cat([shard[:, : span.size] for shard, span in zip(shards, spans, strict=True)], dim=-1)

@@ -58,6 +58,22 @@ void take_rows(char *to, const char *table, const int64_t *rows, int64_t count, 
 
 CALL(take_rows, ADDRESS(0), ADDRESS(1), ADDRESS(2), NUMBER(3), NUMBER(4))
 
+/* Of `members` tables pairs[rows][2], as `best_of_rows` makes them: for each row the column of the greatest value, the
+ * lowest of equals; NaN is the greatest. */
+void best_of_members(int64_t *columns, const double *pairs, int64_t members, int64_t rows) {
+    for (int64_t row = 0; row < rows; row++) {
+        const double *best = pairs + 2 * row;
+        for (int64_t member = 1; member < members; member++) {
+            const double *other = pairs + 2 * (member * rows + row);
+            const int less = other[0] < best[0] || best[0] != best[0];
+            if (!less && (other[0] != best[0] || other[1] < best[1])) best = other;
+        }
+        columns[row] = (int64_t)best[1];
+    }
+}
+
+CALL(best_of_members, ADDRESS(0), ADDRESS(1), NUMBER(2), NUMBER(3))
+
 /* Whole numbers in the order of floating-point ones, both zeros alike; NaN is the greatest, as torch has it. */
 INLINE int32_t order_of_bf16(uint16_t bits) {
     int16_t key = (int16_t)(bits ^ (((int16_t)bits >> 15) & 0x7fff));

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from ulysses_infer.native.library import is_available, open_library
 
-MATMUL, ATTENTION, ELEMENTWISE, ALL_REDUCE, ALL_TO_ALL = KINDS = (
-    "matmul", "attention", "elementwise", "all_reduce", "all_to_all",
+MATMUL, ATTENTION, ELEMENTWISE, ALL_REDUCE, ALL_TO_ALL, GATHER = KINDS = (
+    "matmul", "attention", "elementwise", "all_reduce", "all_to_all", "gather",
 )  # fmt: skip
 """Kinds of work, by which a tape keeps the time."""
+EXCHANGES = (ALL_REDUCE, ALL_TO_ALL, GATHER)
 
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 

@@ -92,14 +92,13 @@ class Tape(TorchDispatchMode):
 
     def replay(self) -> None:
         """Do it again, on what its inputs hold now."""
+        ctypes.memset(self._nanoseconds, 0, ctypes.sizeof(self._nanoseconds))
         for part in self._parts:
             part()
 
-    def take_seconds(self) -> dict[str, float]:
-        """Seconds that replays since the last call spent in native calls, by kind."""
-        taken = {kind: nanoseconds * 1e-9 for kind, nanoseconds in zip(KINDS, self._nanoseconds, strict=True)}
-        ctypes.memset(self._nanoseconds, 0, ctypes.sizeof(self._nanoseconds))
-        return taken
+    def seconds_of(self, kind: str) -> float:
+        """Seconds that the last replay spent in native calls of a kind."""
+        return self._nanoseconds[KINDS.index(kind)] * 1e-9
 
     def note(self, function: NativeFunction, arguments: tuple[Any, ...]) -> None:
         """See `Recorder.note`."""

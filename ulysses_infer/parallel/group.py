@@ -30,8 +30,8 @@ class Group(Protocol):
     def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """rows: [counts[mine], D]; returns [sum(counts), D], the members' one after the other."""
 
-    def gather_to_first(self, shard: torch.Tensor) -> list[torch.Tensor] | None:
-        """Every member's `shard`, all of one shape, in the order of the group, on the first; None elsewhere."""
+    def gather_to_first(self, shard: torch.Tensor) -> torch.Tensor | None:
+        """Every member's `shard`, all of one shape, on the first: [n, *shape]; None elsewhere."""
 
 
 class Mailbox(Protocol):

@@ -76,13 +76,12 @@ class Groups:
         if self.memory is not None:
             self.memory.limit_waits(seconds)
 
-    def gather_to_first(self, shard: torch.Tensor) -> list[torch.Tensor] | None:
-        """Every rank's `shard`, all of one shape, in the order of head shards, on rank 0; None elsewhere."""
+    def gather_to_first(self, shard: torch.Tensor) -> torch.Tensor | None:
+        """Every rank's `shard`, all of one shape, on rank 0, in the order of ranks: [W, *shape]; None elsewhere."""
         if self.layout.world_size == 1:
-            return [shard]
+            return shard[None]
         assert self.world is not None
-        collected = self.world.gather_to_first(shard)
-        return None if collected is None else [collected[rank] for rank in self.shard_order]
+        return self.world.gather_to_first(shard)
 
     @property
     def shard(self) -> int:

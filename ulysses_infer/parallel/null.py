@@ -45,9 +45,9 @@ class NullGroup:
         """rows: [counts[mine], D]; returns [sum(counts), D], the own rows repeated."""
         return _rows(rows, sum(counts))
 
-    def gather_to_first(self, shard: torch.Tensor) -> list[torch.Tensor] | None:
+    def gather_to_first(self, shard: torch.Tensor) -> torch.Tensor | None:
         """`shard` as everybody's on the first member; None elsewhere."""
-        return [shard] * self._size if self._index == 0 else None
+        return torch.stack([shard] * self._size) if self._index == 0 else None
 
 
 def null_collectives(place: Place) -> Collectives:

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 
-from ulysses_infer.native.function import ALL_REDUCE, ALL_TO_ALL, NativeFunction, is_recording
+from ulysses_infer.native.function import ALL_REDUCE, ALL_TO_ALL, GATHER, NativeFunction, is_recording
 from ulysses_infer.parallel.layout import Span
 
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
@@ -31,7 +31,6 @@ class Piece(ctypes.Structure):
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes the signatures of collectives.c."""
     signatures = {
-        "group_gather_to_first": [c_void_p, c_void_p, c_void_p, c_int64],
         "group_send": [c_void_p, c_char_p, c_int64],
         "group_receive": [c_void_p, c_void_p, c_int64, POINTER(c_int64)],
         "memory_unmap": [c_void_p, c_int64],
@@ -81,6 +80,7 @@ class SharedGroup(Member):
         self._tokens_to_heads = NativeFunction(library, "group_tokens_to_heads", "pppi", ALL_TO_ALL, self._check)
         self._heads_to_tokens = NativeFunction(library, "group_heads_to_tokens", "ppppi", ALL_TO_ALL, self._check)
         self._gather = NativeFunction(library, "group_gather", "pppp", ALL_TO_ALL, self._check)
+        self._gather_to_first = NativeFunction(library, "group_gather_to_first", "pppi", GATHER, self._check)
 
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
         """Add up in place, in the order of the members and in float32 at least; returns `partial`.
@@ -138,15 +138,13 @@ class SharedGroup(Member):
             starts[index] = stop
         return starts
 
-    def gather_to_first(self, shard: torch.Tensor) -> list[torch.Tensor] | None:
-        """Every member's `shard` in the order of the group, on the first; None elsewhere."""
+    def gather_to_first(self, shard: torch.Tensor) -> torch.Tensor | None:
+        """Every member's `shard` on the first, [n, *shape]; None elsewhere."""
         shard = shard.contiguous()
         is_first = self._mine == 0
         target = shard.new_empty(len(self.ranks), *shard.shape) if is_first else shard
-        self._check(
-            self._library.group_gather_to_first(self.handle, shard.data_ptr(), target.data_ptr(), shard.nbytes)
-        )
-        return list(target) if is_first else None
+        self._gather_to_first(self.handle, shard.data_ptr(), target.data_ptr(), shard.nbytes)
+        return target if is_first else None
 
 
 class SharedMailbox(Member):

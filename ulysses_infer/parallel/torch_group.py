@@ -58,11 +58,12 @@ class TorchGroup:
         self._exchange(received, rows.repeat(len(counts), 1), list(counts), [rows.shape[0]] * len(counts))
         return received
 
-    def gather_to_first(self, shard: torch.Tensor) -> list[torch.Tensor] | None:
-        """Every member's `shard` in the order of the group, on the first; None elsewhere."""
+    def gather_to_first(self, shard: torch.Tensor) -> torch.Tensor | None:
+        """Every member's `shard` on the first, [n, *shape]; None elsewhere."""
         shard = shard.contiguous()
-        collected = [torch.empty_like(shard) for _ in self.ranks] if self._mine == 0 else None
-        _comm().gather(shard, gather_list=collected, dst=self.ranks[0], group=self.process_group)
+        collected = shard.new_empty(len(self.ranks), *shard.shape) if self._mine == 0 else None
+        parts = None if collected is None else list(collected)
+        _comm().gather(shard, gather_list=parts, dst=self.ranks[0], group=self.process_group)
         return collected
 
     def _exchange(

@@ -20,6 +20,7 @@ from ulysses_infer.engine.channel import SHUTDOWN
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.failure import describe, is_lost_connection
 from ulysses_infer.engine.follower import serve_until_shutdown
+from ulysses_infer.engine.heap import settle_objects
 from ulysses_infer.engine.heartbeat import Address, Hub, Member
 from ulysses_infer.engine.prompts import load_tokenizer
 from ulysses_infer.engine.setup import Rank, finish_start, make_prompt_reader, start_rank
@@ -106,6 +107,7 @@ def _start(replica: Replica, hub: Address, console: Console) -> tuple[Rank, Engi
     rank.groups.limit_waits(config.runtime.step_timeout + TIMEOUT_MARGIN)
     engine.warm_up()
     engine.prepare_policy()
+    settle_objects()
     console.print(Text(f"  loaded in {time.monotonic() - started:.1f} s, every mode tried", style="dim"))
     return rank, engine, weight_bytes
 
@@ -199,6 +201,7 @@ def follow(replica: Replica, rank: int, guard: Guard) -> None:
     started.groups.limit_waits(config.runtime.step_timeout + TIMEOUT_MARGIN)
     patience = Patience(config.server, rank, member, guard)
     guard.take_over(patience.take, patience.take_orphaned)
+    settle_objects()
     try:
         serve_until_shutdown(started)
     except Exception as error:

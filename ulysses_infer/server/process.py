@@ -157,6 +157,7 @@ def main() -> None:
 
 async def serve(order: Order, link: socket.socket, listener: socket.socket, door: socket.socket) -> None:
     """Connect the engine, the application and the port, and keep them together until the end."""
+    from ulysses_infer.engine.heap import settle_objects
     from ulysses_infer.server.http.app import make_app
     from ulysses_infer.server.http.context import make_context
     from ulysses_infer.server.observe import Observatory
@@ -168,6 +169,7 @@ async def serve(order: Order, link: socket.socket, listener: socket.socket, door
     tasks = await _connect(engine, order, link, door)
     tasks.append(asyncio.create_task(_watch_hub(order, engine)))
     tasks.append(asyncio.create_task(observatory.status_lines(_log)))
+    settle_objects()
     await asyncio.wait([serving, asyncio.create_task(engine.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
     if engine.death:
         await asyncio.sleep(FAREWELL_SECONDS)
