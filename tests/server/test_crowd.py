@@ -19,8 +19,9 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def server(long_folder):
-    """128 blocks of 4 tokens: a few dozen of the sequences below fill them."""
-    with Job(long_folder, fault="flip", **{"server.max_num_queued_requests": 2000}) as job:
+    """128 blocks of 4 tokens: a few dozen of the sequences below fill them. Steps are asked for ahead, as on a GPU."""
+    changes = {"server.max_num_queued_requests": 2000, "scheduler.async_scheduling": True}
+    with Job(long_folder, fault="flip", **changes) as job:
         yield job
 
 
