@@ -14,7 +14,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -30,10 +30,27 @@ from ulysses_infer.model.matmul import NativeMatmul
 VISITED_BYTES = 400_000_000
 WEIGHTS = ((2560, 1536), (9216, 1536), (1536, 4608), (16384, 1536))  # 0.5 B parameters: qkv, gate and up, down, head
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-HEADS, KEY_VALUE_HEADS, WIDTH, BLOCK_SIZE = 12, 4, 128, 16
+BLOCK_SIZE = 16
 CONTEXTS = ((1, 512), (1, 4096), (1, 32768), (8, 512), (8, 4096), (32, 512), (32, 2048), (128, 256))
-PROMPTS = ((128, 0), (512, 0), (2048, 0), (512, 1024), (512, 8192), (512, 30000), (64, 8192))
+PROMPTS = (
+    (64, 0), (128, 0), (256, 0), (512, 0), (2048, 0), (8192, 0),
+    (16, 8192), (64, 8192), (512, 1024), (512, 8192), (512, 30000), (2048, 6144),
+)  # fmt: skip
 Calls = dict[str, Callable[[], Any]]
+
+
+class Heads(NamedTuple):
+    """Heads of a query, heads of a key and value, width of each."""
+
+    query: int
+    key_value: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.query}/{self.key_value} heads of {self.width}"
+
+
+OF_60M, OF_05B = Heads(8, 4, 64), Heads(12, 4, 128)
 
 
 def fastest(calls: Calls, seconds: float) -> dict[str, tuple[float, float]]:
@@ -96,12 +113,13 @@ def measure_matmul(dtype: torch.dtype, seconds: float) -> Table:
 class Batch:
     """Sequences of one length and context each in a paged cache of several layers, their blocks shuffled."""
 
-    def __init__(self, count: int, length: int, context: int, dtype: torch.dtype) -> None:
+    def __init__(self, count: int, length: int, context: int, dtype: torch.dtype, heads: Heads = OF_05B) -> None:
+        self.heads = heads
         blocks = -(-context // BLOCK_SIZE)
-        token_bytes = 2 * KEY_VALUE_HEADS * WIDTH * dtype.itemsize
+        token_bytes = 2 * heads.key_value * heads.width * dtype.itemsize
         self.num_bytes = count * context * token_bytes
         layers = max(2, VISITED_BYTES // self.num_bytes | 1)
-        shape = CacheShape(layers, KEY_VALUE_HEADS, WIDTH, WIDTH, BLOCK_SIZE, dtype)
+        shape = CacheShape(layers, heads.key_value, heads.width, heads.width, BLOCK_SIZE, dtype)
         self.cache = PagedCache(shape, count * blocks, torch.device("cpu"))
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor.normal_()
@@ -109,13 +127,13 @@ class Batch:
         slots = [tables[i, p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
                  for i in range(count) for p in range(context - length, context)]  # fmt: skip
         self.metadata = AttentionMetadata(torch.stack(slots), [length] * count, [context] * count, tables)
-        self.query = torch.randn(count * length, HEADS, WIDTH).to(dtype)
-        self.new = torch.randn(count * length, KEY_VALUE_HEADS, WIDTH).to(dtype)
+        self.query = torch.randn(count * length, heads.query, heads.width).to(dtype)
+        self.new = torch.randn(count * length, heads.key_value, heads.width).to(dtype)
         self._layers = itertools.cycle(range(layers))
 
     def attend(self, backend: Any) -> Callable[[], torch.Tensor]:
         """A call of `backend` on the next layer."""
-        options = AttentionOptions(scaling=WIDTH**-0.5)
+        options = AttentionOptions(scaling=self.heads.width**-0.5)
 
         def call() -> torch.Tensor:
             layer = next(self._layers)
@@ -130,27 +148,35 @@ class Batch:
 
 def measure_attention(dtype: torch.dtype, seconds: float) -> Table:
     """Decodes: one query token a sequence."""
-    title = f"attention of decodes, {HEADS}/{KEY_VALUE_HEADS} heads of {WIDTH}, {dtype}"
+    title = f"attention of decodes, {OF_05B}, {dtype}"
     table = table_of(title, ("sequences", "context"), ("torch", "native"))
     for count, context in CONTEXTS:
         batch = Batch(count, 1, context, dtype)
         calls: Calls = {"torch": batch.attend(TorchLoopAttention()), "native": batch.attend(NativeAttention())}
-        times = fastest(calls, seconds)
-        table.add_row(*row_of((count, context), times, batch.num_bytes, 4 * count * context * HEADS * WIDTH))
+        operations = 4 * count * context * OF_05B.query * OF_05B.width
+        table.add_row(*row_of((count, context), fastest(calls, seconds), batch.num_bytes, operations))
     return table
+
+
+def rate_of_products(dtype: torch.dtype, seconds: float) -> float:
+    """Operations a second of a large product, beside which those of attention may be held."""
+    size = 1024
+    one, other = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / fastest({"torch": lambda: F.linear(one, other)}, seconds)["torch"][0]
 
 
 def measure_prompts(dtype: torch.dtype, seconds: float) -> Table:
     """Prompts and their later chunks."""
-    table = table_of(f"attention of prompts, {dtype}", ("tokens", "cached before"), ("torch", "native"))
+    title = f"attention of prompts, {dtype}; a large product: {rate_of_products(dtype, seconds) / 1e12:.3f} TFLOP/s"
+    table = table_of(title, ("heads", "tokens", "cached before"), ("torch", "native"))
     native = NativeAttention()
     native.longest_query = max(length for length, _ in PROMPTS)
-    for length, past in PROMPTS:
-        batch = Batch(1, length, past + length, dtype)
+    for heads, (length, past) in itertools.product((OF_60M, OF_05B), PROMPTS):
+        batch = Batch(1, length, past + length, dtype, heads)
         calls: Calls = {"torch": batch.attend(TorchLoopAttention()), "native": batch.attend(native)}
-        times = fastest(calls, seconds)
         seen = length * past + length * (length + 1) // 2
-        table.add_row(*row_of((length, past), times, batch.num_bytes, 4 * seen * HEADS * WIDTH))
+        operations = 4 * seen * heads.query * heads.width
+        table.add_row(*row_of((heads, length, past), fastest(calls, seconds), batch.num_bytes, operations))
     return table
 
 
@@ -159,7 +185,7 @@ def measure_writes(dtype: torch.dtype, seconds: float) -> Table:
     table = table_of(f"cache writes, {dtype}", ("tokens",), ("torch",))
     for count, length in ((1, 1), (8, 1), (32, 1), (128, 1), (1, 512)):
         batch = Batch(count, length, length + 100, dtype)
-        size = 4 * count * length * KEY_VALUE_HEADS * WIDTH * dtype.itemsize
+        size = 4 * count * length * OF_05B.key_value * OF_05B.width * dtype.itemsize
         table.add_row(*row_of((count * length,), fastest({"torch": batch.write}, seconds), size, 0))
     return table
 

@@ -73,6 +73,62 @@ def test_more_query_heads_of_a_key_value_head_than_a_task_has_rows(heads):
     check(make_native(), [1, 3], [70, 20], heads, make_options("sinks", heads[0]))
 
 
+# Tokens in tiles of 16 rows and chunks of 64 keys: none of these numbers is a multiple of them, or just one.
+PROMPTS = {"whole": ([33], [33]), "later": ([49], [177]), "mixed": ([1, 64, 3, 97], [70, 64, 129, 300])}
+REACHES = {"all": {}, "window": {"sliding_window": 63}, "aligned window": {"sliding_window": 64},
+           "wide window": {"sliding_window": 65}, "chunks": {"chunk_size": 80}}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("heads", [(2, 2), (8, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("reach", REACHES)
+@pytest.mark.parametrize("batch", PROMPTS)
+def test_a_prompt_of_any_length_and_reach(batch, reach, heads, dtype):
+    options = AttentionOptions(scaling=0.2, **REACHES[reach])
+    check(make_native(), *PROMPTS[batch], heads, options, 64, 40, 16, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("options", ["soft cap", "sinks", "window and sinks", "window and soft cap", "all"])
+@pytest.mark.parametrize("architecture", X86)
+def test_a_prompt_with_caps_and_sinks(architecture, options, dtype):
+    lengths, contexts = PROMPTS["mixed"]
+    check(make_native(architecture), lengths, contexts, (8, 2), make_options(options, 8), 24, 64, 16, dtype=dtype)
+
+
+def test_a_prompt_with_a_negative_scaling():
+    check(make_native(), [40], [50], (4, 2), AttentionOptions(scaling=-0.3), dtype=torch.float32)
+
+
+def parts_of(metadata, lengths):
+    """The only sequence of a step, its tokens in steps of `lengths`."""
+    before = metadata.context_lens[0] - sum(lengths)
+    for length in lengths:
+        before += length
+        yield backend.AttentionMetadata(metadata.slots[:length], [length], [before], metadata.block_tables)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("architecture", X86)
+def test_a_long_prompt_in_parts_is_the_same_to_the_bit(architecture, window, dtype):
+    lengths = [37, 100, 41, 72]
+    query, keys, values, metadata, _ = random_step([250], [287], (8, 2), 64, 64, 16, 0, dtype)
+    made, options = make_native(architecture), AttentionOptions(scaling=0.125, sliding_window=window)
+    whole = made.attend(query, keys, values, metadata, options)
+    steps = zip(query.split(lengths), parts_of(metadata, lengths), strict=True)
+    assert torch.equal(torch.cat([made.attend(part, keys, values, own, options) for part, own in steps]), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_prompt_does_not_depend_on_the_batch(dtype):
+    query, keys, values, metadata, _ = random_step([1, 90, 20], [80, 100, 20], (8, 2), 64, 64, 16, 0, dtype)
+    made, options = make_native(), AttentionOptions(scaling=0.125)
+    alone = backend.AttentionMetadata(metadata.slots[1:91], [90], [100], metadata.block_tables[1:2])
+    whole = made.attend(query, keys, values, metadata, options)
+    assert torch.equal(made.attend(query[1:91], keys, values, alone, options), whole[1:91])
+
+
 def outputs_of(backend, step, options):
     query, keys, values, metadata, _ = step
     return backend.attend(query, keys, values, metadata, options)
@@ -91,7 +147,7 @@ def test_a_decode_does_not_depend_on_the_batch(dtype):
         assert torch.equal(made.attend(query[row : row + 1], keys, values, alone, options), whole[row : row + 1])
 
 
-@pytest.mark.parametrize("lengths", [[1], [1] * 40, [30, 1, 100]], ids=["one", "many", "prompts"])
+@pytest.mark.parametrize("lengths", [[1], [1] * 40, [30, 1, 100, 400]], ids=["one", "many", "prompts"])
 def test_the_number_of_threads_changes_nothing(lengths):
     step = random_step(lengths, [length + 70 for length in lengths], (8, 4), 64, 64, 16, 0, torch.bfloat16)
     options, made = AttentionOptions(scaling=0.125), make_native()
@@ -106,7 +162,7 @@ def test_the_number_of_threads_changes_nothing(lengths):
 
 
 def test_scores_of_any_size_stay_finite():
-    query, keys, values, metadata, _ = random_step([1, 9], [300, 90], (4, 2), 64, 64, 16, 0, torch.float32)
+    query, keys, values, metadata, _ = random_step([1, 9, 70], [300, 90, 70], (4, 2), 64, 64, 16, 0, torch.float32)
     for scale in (1e-30, 1e4, 1e15):
         output = make_native().attend(query * scale, keys, values, metadata, AttentionOptions(scaling=1.0))
         assert output.isfinite().all()
@@ -123,6 +179,18 @@ def test_nan_is_not_hidden(options, architecture, dtype):
     assert output[1, 2:].isnan().all()
     assert output[0].isfinite().all()
     assert output[1, :2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("architecture", X86)
+@pytest.mark.parametrize("options", ["plain", "soft cap"])
+def test_nan_reaches_the_tokens_of_a_prompt_that_see_it(options, architecture, dtype):
+    query, keys, values, metadata, _ = random_step([60], [80], (4, 2), 16, 16, 4, 0, dtype)
+    keys[metadata.block_tables[0, 12], 3, 1] = float("nan")  # position 51, that of the query's row 31
+    output = make_native(architecture).attend(query, keys, values, metadata, make_options(options, 4))
+    assert output[31:, 2:].isnan().all()
+    assert output[:31].isfinite().all()
+    assert output[:, :2].isfinite().all()
 
 
 def test_queries_may_have_any_strides():

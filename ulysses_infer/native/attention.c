@@ -1,393 +1,111 @@
 /* Attention over a paged cache: keys and values are read where they lie, through the block table, for decodes and
  * prompts alike.
  *
- * The positions of a sequence are taken CHUNK at a time, all query heads of a key/value head at once; the softmax is
- * carried from chunk to chunk (Milakov and Gimelshein 2018, arXiv 1805.02867). Sums run in an order that a sequence
- * alone determines: neither the rest of the batch nor the number of threads changes a result.
+ * Sums run in an order that a sequence alone determines: neither the rest of the batch nor the number of threads
+ * changes a result.
  */
-#include <math.h>
 #include <omp.h>
 #include <stdlib.h>
 
+#include "attention_rows.h"
+#include "attention_tiles.h"
 #include "call.h"
-#include "vector.h"
 
-#define CHUNK 64
-#define BLOCK 4           /* rows whose sums are in registers at once */
-#define ROWS_A_TASK 64    /* bounds what a task keeps in the nearest caches */
+#define FEWEST_ROWS_IN_TILES 32 /* of a sequence with a key/value head; measured */
+#define ROWS_A_TASK 64          /* bounds what a task keeps in the nearest caches */
+#define TILE_ROWS_A_TASK 384    /* the same in tiles, for the cache of a core */
 #define TASKS_A_THREAD 4
 #define STORE_A_THREAD 65536 /* bytes that are worth waking a thread for */
 
 /* Up to how many query tokens this is faster than torch, measured; with matrix units torch is soon ahead. */
-#if defined(HAS_BFLOAT16_DOT) && !defined(__AMX_BF16__)
+#if LANES >= 8 && !defined(__AMX_BF16__)
 const int64_t longest_query = INT64_MAX;
 #else
 const int64_t longest_query = 16;
 #endif
 
-struct batch { /* the sequences to attend for; their tokens are rows of the query */
-    int64_t count, table_stride, block_size;
-    const int64_t *rows, *lengths, *contexts; /* first row of the query, tokens there, tokens in the cache */
-    const int64_t *sequences, *tables;        /* row of the block tables, and those */
-};
-
-struct layer {
-    const char *query, *keys, *values; /* [T, Hq, d], [slots, Hkv, d], [slots, Hkv, dv] */
-    char *output;                      /* [T, Hq, dv] */
-    const float *sinks;                /* [Hq], or null */
-    int64_t row_stride, head_stride;   /* of the query, in elements */
-    int64_t heads, groups, key_width, value_width;
-    int64_t value_stride;      /* from one value to the next, in elements */
-    int64_t window, chunk;     /* 0: none */
-    float scaling, soft_cap;   /* soft_cap 0: none */
-};
-
-/* What a task remembers of one query row between chunks. */
-struct state {
-    float most, total, rescale;
-};
-
-struct scratch {
-    struct state *states;
-    float *scores; /* [rows, CHUNK], then weights in the same place */
-    float *sums;   /* [rows, width of a sum] */
-};
-
-static int64_t first_visible(const struct layer *l, int64_t position) {
-    int64_t first = 0;
-    if (l->window && position - l->window + 1 > first) first = position - l->window + 1;
-    if (l->chunk && position - position % l->chunk > first) first = position - position % l->chunk;
-    return first;
-}
-
-static int64_t width_of_sum(const struct layer *l) { return (l->value_width + 63) / 64 * 64; }
-
-/* Scores of `rows` queries with four keys. */
-INLINE void score(const char *const *query, const char *const *keys, const int rows, int64_t width, float *scores,
-                  enum type type) {
-    const int step = step_of(type);
-    const size_t size = size_of(type);
-    floats sums[BLOCK][4];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int j = 0; j < 4; j++) sums[r][j] = (floats){0};
-    int64_t k = 0;
-    for (; k + step <= width; k += step) {
-        floats key[4];
-        UNROLL for (int j = 0; j < 4; j++) key[j] = load(keys[j] + k * size, type);
-        UNROLL for (int r = 0; r < rows; r++) {
-            floats q = load(query[r] + k * size, type);
-            UNROLL for (int j = 0; j < 4; j++) sums[r][j] = multiply_add(sums[r][j], q, key[j], type);
-        }
-    }
-    if (k < width) {
-        int rest = (int)(width - k);
-        floats key[4];
-        UNROLL for (int j = 0; j < 4; j++) key[j] = load_part(keys[j] + k * size, rest, type);
-        UNROLL for (int r = 0; r < rows; r++) {
-            floats q = load_part(query[r] + k * size, rest, type);
-            UNROLL for (int j = 0; j < 4; j++) sums[r][j] = multiply_add(sums[r][j], q, key[j], type);
-        }
-    }
-    UNROLL for (int r = 0; r < rows; r++)
-        sum_four(scores + r * CHUNK, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
-}
-
-/* Scores of all rows of a head with a chunk of keys; the values are fetched meanwhile. Past `count`, the last key's. */
-INLINE void score_chunk(const struct layer *l, const char *const *query, int64_t rows, const char *const *keys,
-                        const char *const *values, int64_t count, float *scores, enum type type) {
-    const int64_t value_bytes = l->value_width * size_of(type);
-    for (int64_t j = 0; j < count; j += 4) {
-        const char *four[4];
-        for (int i = 0; i < 4; i++) four[i] = keys[j + i < count ? j + i : count - 1];
-        for (int i = 0; i < 4 && j + i < count; i++)
-            for (int64_t at = 0; at < value_bytes; at += LINE) __builtin_prefetch(values[j + i] + at, 0, 2);
-        for (int64_t r = 0; r < rows; r += BLOCK) {
-            float *to = scores + r * CHUNK + j;
-            switch (rows - r) {
-                case 1: score(query + r, four, 1, l->key_width, to, type); break;
-                case 2: score(query + r, four, 2, l->key_width, to, type); break;
-                case 3: score(query + r, four, 3, l->key_width, to, type); break;
-                default: score(query + r, four, BLOCK, l->key_width, to, type);
-            }
-        }
-    }
-}
-
-/* Scores to weights in place, for a row that sees keys `low` .. `high` of the chunk. */
-INLINE void weigh(const struct layer *l, struct state *state, float *scores, int64_t low, int64_t high,
-                  enum type type) {
-    state->rescale = 1;
-    if (low >= high) {
-        memset(scores, 0, CHUNK * sizeof *scores);
-        return;
-    }
-    for (int j = 0; j < CHUNK; j += LANES) {
-        floats s = load(scores + j, FLOAT32) * l->scaling;
-        if (l->soft_cap != 0) s = tanh_of(s / l->soft_cap) * l->soft_cap;
-        memcpy(scores + j, &s, sizeof s);
-    }
-    for (int64_t j = 0; j < low; j++) scores[j] = -INFINITY;
-    for (int64_t j = high; j < CHUNK; j++) scores[j] = -INFINITY;
-    floats best = splat(-INFINITY), added = {0};
-    for (int j = 0; j < CHUNK; j += LANES) best = larger_of(load(scores + j, FLOAT32), best);
-    float most = state->most;
-    for (int i = 0; i < LANES; i++) most = best[i] > most ? best[i] : most;
-    for (int j = 0; j < CHUNK; j += LANES) {
-        floats weight = exp_of(load(scores + j, FLOAT32) - most);
-        added += weight;
-        memcpy(scores + j, &weight, sizeof weight);
-    }
-    state->rescale = exp_of_one(state->most - most);
-    state->total = state->total * state->rescale + sum_of_lanes(added);
-    state->most = most;
-#ifdef HAS_BFLOAT16_DOT
-    if (type == BFLOAT16) /* pairs of weights, as the products of pairs of values want them */
-        for (int j = 0; j < CHUNK; j += 2 * LANES) {
-            __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(scores + j + LANES), _mm512_loadu_ps(scores + j));
-            memcpy(scores + j / 2, &pairs, sizeof pairs);
-        }
-#endif
-}
-
-#ifdef HAS_BFLOAT16_DOT
-/* sums = sums * rescale + weights times the values of `slices` times 32 columns, `rest` of which are there if it is not
- * 0. A sum holds the columns of a slice in the order in which two values' halves are interleaved. */
-INLINE void add_pairs(const struct state *states, const float *weights, const char *const *values, int64_t count,
-                      int64_t column, const int rows, const int slices, int rest, float *sums, int64_t sum_width,
-                      const char *const *ahead) {
-    __m512 low[BLOCK][2], high[BLOCK][2];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int s = 0; s < slices; s++) {
-            __m512 rescale = _mm512_set1_ps(states[r].rescale);
-            const float *from = sums + r * sum_width + column + s * 32;
-            low[r][s] = _mm512_mul_ps(_mm512_loadu_ps(from), rescale);
-            high[r][s] = _mm512_mul_ps(_mm512_loadu_ps(from + 16), rescale);
-        }
-    for (int64_t j = 0; j < count; j += 2) {
-        const char *first = values[j] + column * 2, *second = j + 1 < count ? values[j + 1] + column * 2 : NULL;
-        if (ahead) {
-            __builtin_prefetch(ahead[j] + column * 2, 0, 2);
-            __builtin_prefetch(ahead[j + 1] + column * 2, 0, 2);
-            if (slices == 2) {
-                __builtin_prefetch(ahead[j] + column * 2 + LINE, 0, 2);
-                __builtin_prefetch(ahead[j + 1] + column * 2 + LINE, 0, 2);
-            }
-        }
-        UNROLL for (int s = 0; s < slices; s++) {
-            floats none = {0};
-            floats a = rest ? load_part(first, rest, BFLOAT16) : load(first + s * 64, BFLOAT16);
-            floats b = !second ? none : rest ? load_part(second, rest, BFLOAT16) : load(second + s * 64, BFLOAT16);
-            __m512bh lows = (__m512bh)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
-            __m512bh highs = (__m512bh)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
-            UNROLL for (int r = 0; r < rows; r++) {
-                int pair;
-                memcpy(&pair, weights + r * CHUNK + j / 2, sizeof pair);
-                __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
-                low[r][s] = _mm512_dpbf16_ps(low[r][s], lows, weight);
-                high[r][s] = _mm512_dpbf16_ps(high[r][s], highs, weight);
-            }
-        }
-    }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int s = 0; s < slices; s++) {
-            float *to = sums + r * sum_width + column + s * 32;
-            _mm512_storeu_ps(to, low[r][s]);
-            _mm512_storeu_ps(to + 16, high[r][s]);
-        }
-}
-#endif
-
-/* sums = sums * rescale + weights times one vector of columns of the values, `rest` of which are there if not 0. */
-INLINE void add_columns(const struct state *states, const float *weights, const char *const *values, int64_t count,
-                        int64_t column, const int rows, int rest, float *sums, int64_t sum_width,
-                        const char *const *ahead, enum type type) {
-    const size_t at = column * size_of(type);
-    floats held[BLOCK];
-    UNROLL for (int r = 0; r < rows; r++) held[r] = load(sums + r * sum_width + column, FLOAT32) * states[r].rescale;
-    for (int64_t j = 0; j < count; j++) {
-        if (ahead) __builtin_prefetch(ahead[j] + at, 0, 2);
-        const char *from = values[j] + at;
-#ifdef HAS_BFLOAT16_DOT
-        floats v = rest ? load_part(from, rest, FLOAT32) : load(from, FLOAT32); /* bfloat16 goes by pairs */
-#else
-        floats v = rest ? load_part(from, rest, type) : load(from, type);
-#endif
-        UNROLL for (int r = 0; r < rows; r++) held[r] += v * weights[r * CHUNK + j];
-    }
-    UNROLL for (int r = 0; r < rows; r++) memcpy(sums + r * sum_width + column, &held[r], sizeof held[r]);
-}
-
-INLINE void add_values(const struct layer *l, const struct scratch *own, int64_t row, const int rows,
-                       const char *const *values, int64_t count, const char *const *ahead, enum type type) {
-    const int64_t width = l->value_width, sum_width = width_of_sum(l);
-    const struct state *states = own->states + row;
-    const float *weights = own->scores + row * CHUNK;
-    float *sums = own->sums + row * sum_width;
-    int64_t column = 0;
-#ifdef HAS_BFLOAT16_DOT
-    if (type == BFLOAT16) {
-        for (; column + 64 <= width; column += 64)
-            add_pairs(states, weights, values, count, column, rows, 2, 0, sums, sum_width, ahead);
-        for (; column + 32 <= width; column += 32)
-            add_pairs(states, weights, values, count, column, rows, 1, 0, sums, sum_width, ahead);
-        if (column < width)
-            add_pairs(states, weights, values, count, column, rows, 1, (int)(width - column), sums, sum_width, ahead);
-        return;
-    }
-#endif
-    for (; column + LANES <= width; column += LANES)
-        add_columns(states, weights, values, count, column, rows, 0, sums, sum_width, ahead, type);
-    if (column < width)
-        add_columns(states, weights, values, count, column, rows, (int)(width - column), sums, sum_width, ahead, type);
-}
-
-#ifdef HAS_BFLOAT16_DOT
-/* The columns of a slice back in order: see `add_pairs`. */
-INLINE void put_pairs(bfloat16 *to, const float *sums, int64_t width, float share) {
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    for (int64_t column = 0; column < width; column += 32) {
-        __m512 low = _mm512_mul_ps(_mm512_loadu_ps(sums + column), _mm512_set1_ps(share));
-        __m512 high = _mm512_mul_ps(_mm512_loadu_ps(sums + column + 16), _mm512_set1_ps(share));
-        __m512bh both = _mm512_cvtne2ps_pbh(_mm512_permutex2var_ps(low, second, high),
-                                            _mm512_permutex2var_ps(low, first, high));
-        uint64_t there = width - column < 32 ? (1ull << (width - column)) - 1 : 0xffffffff;
-        _mm512_mask_storeu_epi16(to + column, (__mmask32)there, (__m512i)both);
-    }
-}
-#endif
-
-INLINE void put(const struct layer *l, const struct state *state, const float *sums, int64_t row, int64_t head,
-                enum type type) {
-    int64_t base = (row * l->heads * l->groups + head) * l->value_width;
-    float share = 1 / state->total;
-#ifdef HAS_BFLOAT16_DOT
-    if (type == BFLOAT16) {
-        put_pairs((bfloat16 *)l->output + base, sums, l->value_width, share);
-        return;
-    }
-#endif
-    for (int64_t column = 0; column < l->value_width; column++)
-        if (type == FLOAT32)
-            ((float *)l->output)[base + column] = sums[column] * share;
-        else
-            ((bfloat16 *)l->output)[base + column] = bfloat16_of(sums[column] * share);
-}
-
-/* Where the tokens from `start` on are in the cache, up to the end of their chunk or `context`; how many. */
-static int64_t find(const struct batch *b, int64_t s, int64_t start, int64_t context, int64_t *slots) {
-    const int64_t *table = b->tables + b->sequences[s] * b->table_stride;
-    int64_t end = start - start % CHUNK + CHUNK;
-    if (end > context) end = context;
-    int64_t block = start / b->block_size, offset = start % b->block_size;
-    for (int64_t i = 0; i < end - start; i++) {
-        slots[i] = table[block] * b->block_size + offset;
-        if (++offset == b->block_size) offset = 0, block++;
-    }
-    return end > start ? end - start : 0;
-}
-
-INLINE void point(const char **to, const char *base, const int64_t *slots, int64_t count, int64_t heads, int64_t head,
-                  int64_t width, enum type type) {
-    for (int64_t j = 0; j < count; j++) to[j] = base + (slots[j] * heads + head) * width * size_of(type);
-    for (int64_t j = count; j < CHUNK; j++) to[j] = base; /* so that all may be fetched */
-}
-
-/* Queries `from` .. `from + length` of sequence s with key/value heads `first` .. `first + heads`. */
-INLINE void attend_heads(const struct batch *b, const struct layer *l, int64_t s, int64_t from, int64_t length,
-                         int64_t first, int64_t heads, const struct scratch *own, enum type type) {
-    const int64_t context = b->contexts[s] - b->lengths[s] + from + length, row = b->rows[s] + from;
-    const int64_t rows = length * l->groups, sum_width = width_of_sum(l);
-    for (int64_t i = 0; i < heads * rows; i++) {
-        float sink = l->sinks ? l->sinks[first * l->groups + i / rows * l->groups + i % l->groups] : 0;
-        own->states[i] = l->sinks ? (struct state){sink, 1, 1} : (struct state){-INFINITY, 0, 1};
-    }
-    memset(own->sums, 0, heads * rows * sum_width * sizeof *own->sums);
-    int64_t buffers[2][CHUNK], *slots = buffers[0], *next = buffers[1];
-    int64_t start = first_visible(l, context - length), count = find(b, s, start, context, slots);
-    while (count) {
-        int64_t next_count = find(b, s, start + count, context, next);
-        for (int64_t h = 0; h < heads; h++) {
-            const char *keys[CHUNK], *values[CHUNK], *ahead[CHUNK], *query[rows];
-            const int same = h + 1 < heads;
-            struct scratch mine = {own->states + h * rows, own->scores, own->sums + h * rows * sum_width};
-            point(keys, l->keys, slots, count, l->heads, first + h, l->key_width, type);
-            point(values, l->values, slots, count, l->heads, first + h, l->value_stride, type);
-            point(ahead, l->keys, same ? slots : next, same ? count : next_count, l->heads,
-                  same ? first + h + 1 : first, l->key_width, type);
-            for (int64_t i = 0; i < rows; i++) {
-                int64_t head = (first + h) * l->groups + i % l->groups;
-                query[i] = l->query + ((row + i / l->groups) * l->row_stride + head * l->head_stride) * size_of(type);
-            }
-            score_chunk(l, query, rows, keys, values, count, mine.scores, type);
-            for (int64_t i = 0; i < rows; i++) {
-                int64_t position = context - length + i / l->groups;
-                int64_t low = first_visible(l, position) - start, high = position + 1 - start;
-                weigh(l, mine.states + i, mine.scores + i * CHUNK, low < 0 ? 0 : low, high < count ? high : count,
-                      type);
-            }
-            for (int64_t r = 0; r < rows; r += BLOCK) {
-                const char *const *fetched = r ? NULL : ahead;
-                switch (rows - r) {
-                    case 1: add_values(l, &mine, r, 1, values, count, fetched, type); break;
-                    case 2: add_values(l, &mine, r, 2, values, count, fetched, type); break;
-                    case 3: add_values(l, &mine, r, 3, values, count, fetched, type); break;
-                    default: add_values(l, &mine, r, BLOCK, values, count, fetched, type);
-                }
-            }
-        }
-        int64_t *seen = slots;
-        start += count, count = next_count, slots = next, next = seen;
-    }
-    for (int64_t i = 0; i < heads * rows; i++)
-        put(l, own->states + i, own->sums + i * sum_width, row + i % rows / l->groups,
-            (first + i / rows) * l->groups + i % l->groups, type);
-}
-
 /* How the work on one sequence is cut: queries and key/value heads a task. */
 struct cut {
     int64_t queries, heads, tasks_a_query, tasks;
+    int in_tiles;
 };
 
-static struct cut cut_of(const struct batch *b, const struct layer *l, int64_t s) {
-    struct cut cut;
-    int64_t most = l->groups < ROWS_A_TASK ? ROWS_A_TASK / l->groups : 1;
-    cut.queries = b->lengths[s] < most ? b->lengths[s] : most;
-    cut.heads = most / cut.queries < l->heads ? most / cut.queries : l->heads;
-    if (omp_get_max_threads() > 1 && b->count < TASKS_A_THREAD * omp_get_max_threads()) cut.heads = 1;
+/* Rows of a task in tiles: fewer where threads would have nothing to do. */
+static int64_t tile_rows(const struct batch *b, const struct layer *l, int64_t s, int threads) {
+    const int64_t share = b->count * b->lengths[s] * l->groups * l->heads / (TASKS_A_THREAD * threads);
+    if (threads == 1 || share > TILE_ROWS_A_TASK) return TILE_ROWS_A_TASK;
+    return share < ROWS_A_TASK ? ROWS_A_TASK : share;
+}
+
+static struct cut cut_of(const struct batch *b, const struct layer *l, int64_t s, int threads) {
+    struct cut cut = {.heads = 1, .in_tiles = b->lengths[s] * l->groups >= FEWEST_ROWS_IN_TILES};
+    const int64_t rows = cut.in_tiles ? tile_rows(b, l, s, threads) : ROWS_A_TASK;
+    const int64_t most = l->groups < rows ? rows / l->groups : 1, parts = (b->lengths[s] + most - 1) / most;
+    cut.queries = (b->lengths[s] + parts - 1) / parts;
+    if (parts > 1) cut.queries = round_up(cut.queries * l->groups, TILE_VECTORS * LANES) / l->groups; /* whole tiles */
+    if (!cut.in_tiles && (threads == 1 || b->count >= TASKS_A_THREAD * threads))
+        cut.heads = most / cut.queries < l->heads ? most / cut.queries : l->heads;
     cut.tasks_a_query = (l->heads + cut.heads - 1) / cut.heads;
     cut.tasks = (b->lengths[s] + cut.queries - 1) / cut.queries * cut.tasks_a_query;
     return cut;
 }
 
-INLINE void run_task(const struct batch *b, const struct layer *l, int64_t s, int64_t task, const struct scratch *own,
-                     enum type type) {
-    struct cut cut = cut_of(b, l, s);
-    int64_t from = task / cut.tasks_a_query * cut.queries, first = task % cut.tasks_a_query * cut.heads;
-    int64_t length = b->lengths[s] - from < cut.queries ? b->lengths[s] - from : cut.queries;
-    int64_t heads = l->heads - first < cut.heads ? l->heads - first : cut.heads;
-    attend_heads(b, l, s, from, length, first, heads, own, type);
+/* The kernels of a type, each a function of its own: in one, the compiler keeps less of what they hold in registers. */
+#define KERNELS(name, type)                                                                                      \
+    static APART void attend_rows_##name(const struct batch *b, const struct layer *l, int64_t s, int64_t from,  \
+                                         int64_t length, int64_t first, int64_t heads, char *memory) {           \
+        attend_rows(b, l, s, from, length, first, heads, memory, type);                                          \
+    }                                                                                                            \
+    static APART void attend_tiles_##name(const struct batch *b, const struct layer *l, int64_t s, int64_t from, \
+                                          int64_t length, int64_t head, char *memory) {                          \
+        attend_tiles(b, l, s, from, length, head, memory, type);                                                 \
+    }
+#define APART __attribute__((noinline))
+
+KERNELS(bfloat16, BFLOAT16)
+KERNELS(float32, FLOAT32)
+
+/* Task number `task` of sequence s. The last queries, which see most, come first. */
+static void run_task(const struct batch *b, const struct layer *l, int64_t s, int64_t task, int threads,
+                     char *memory, enum type type) {
+    const struct cut cut = cut_of(b, l, s, threads);
+    const int64_t from = (cut.tasks - 1 - task) / cut.tasks_a_query * cut.queries;
+    const int64_t first = task % cut.tasks_a_query * cut.heads;
+    const int64_t length = b->lengths[s] - from < cut.queries ? b->lengths[s] - from : cut.queries;
+    const int64_t heads = l->heads - first < cut.heads ? l->heads - first : cut.heads;
+    if (cut.in_tiles)
+        (type == BFLOAT16 ? attend_tiles_bfloat16 : attend_tiles_float32)(b, l, s, from, length, first, memory);
+    else
+        (type == BFLOAT16 ? attend_rows_bfloat16 : attend_rows_float32)(b, l, s, from, length, first, heads, memory);
 }
 
 /* All tasks of all sequences, shared out among the threads. Returns 0, or 1 when memory ran out. */
-INLINE int attend(const struct batch *b, const struct layer *l, enum type type) {
-    int64_t rows = l->groups < ROWS_A_TASK ? ROWS_A_TASK : l->groups, total = 0;
+static int attend(const struct batch *b, const struct layer *l, enum type type) {
+    const int threads = omp_get_max_threads();
+    int64_t most_rows = 0, most_tile_rows = 0, total = 0;
     int64_t *ends = malloc(b->count * sizeof *ends); /* the number of tasks up to a sequence and with it */
     if (!ends) return 1;
-    for (int64_t s = 0; s < b->count; s++) ends[s] = total += cut_of(b, l, s).tasks;
-    size_t sums = rows * width_of_sum(l), scores = rows * CHUNK;
-    size_t bytes = (sums + scores) * sizeof(float) + rows * sizeof(struct state);
+    for (int64_t s = 0; s < b->count; s++) {
+        const struct cut cut = cut_of(b, l, s, threads);
+        int64_t *most = cut.in_tiles ? &most_tile_rows : &most_rows, own = cut.queries * cut.heads * l->groups;
+        if (own > *most) *most = own;
+        ends[s] = total += cut.tasks;
+    }
+    struct scratch scratch;
+    struct tiles tiles;
+    const size_t row_bytes = place_rows(&scratch, l, most_rows, NULL);
+    const size_t tile_bytes = most_tile_rows ? place_tiles(&tiles, l, most_tile_rows, NULL, type) : 0;
+    const size_t bytes = row_bytes > tile_bytes ? row_bytes : tile_bytes;
     int failed = 0;
 #pragma omp parallel if (total > 1)
     {
-        float *memory = aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
-        struct scratch own = {(struct state *)(memory + sums + scores), memory + sums, memory};
+        char *memory = aligned_alloc(LINE, bytes);
         int64_t s = 0;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < total; task++) {
             while (ends[s] <= task) s++; /* a thread gets its tasks in order */
             if (memory)
-                run_task(b, l, s, task - (s ? ends[s - 1] : 0), &own, type);
+                run_task(b, l, s, task - (s ? ends[s - 1] : 0), threads, memory, type);
             else
                 failed = 1;
         }

@@ -91,6 +91,74 @@ INLINE floats multiply_add(floats sum, floats a, floats b, enum type type) {
     return sum + a * b;
 }
 
+#ifdef HAS_BFLOAT16_DOT
+/* In lane i the halves i and i + `distance` of what a permutation is given. */
+INLINE __m512i halves_apart(int distance) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(distance << 16));
+}
+
+/* Two floats of each lane to a pair of bfloat16. */
+INLINE floats pair_up(floats first, floats second) {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return (floats)_mm512_permutexvar_epi16(halves_apart(LANES), halves);
+}
+
+/* Two rows of bfloat16 to pairs, one number of each: `both` holds those of the lower and of the upper halves. */
+INLINE void interleave(floats first, floats second, floats both[2]) {
+    const __m512i index = halves_apart(2 * LANES), upper = _mm512_set1_epi32(LANES * 0x10001);
+    both[0] = (floats)_mm512_permutex2var_epi16((__m512i)first, index, (__m512i)second);
+    both[1] = (floats)_mm512_permutex2var_epi16((__m512i)first, _mm512_add_epi32(index, upper), (__m512i)second);
+}
+#endif
+
+/* `x` in a register from here on: not read from memory again for each of its uses. */
+INLINE floats in_register(floats x) {
+#ifdef HAS_AVX512
+    __asm__("" : "+v"(x));
+#endif
+    return x;
+}
+
+/* 32 bits to all lanes. */
+INLINE floats to_all_lanes(const void *from) {
+    uint32_t bits;
+    memcpy(&bits, from, sizeof bits);
+    words all = (words){0} + bits;
+    return (floats)all;
+}
+
+/* Rows to columns. */
+INLINE void turn_square(floats square[LANES]) {
+#ifdef HAS_AVX512
+    __m512 pairs[LANES], fours[LANES];
+    UNROLL for (int i = 0; i < LANES; i += 2) {
+        pairs[i] = _mm512_unpacklo_ps((__m512)square[i], (__m512)square[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_ps((__m512)square[i], (__m512)square[i + 1]);
+    }
+    UNROLL for (int i = 0; i < LANES; i++) { /* 4q + c: column c of each quarter, of rows 4q .. 4q + 3 */
+        __m512d low = (__m512d)pairs[(i & ~3) + (i >> 1 & 1)], high = (__m512d)pairs[(i & ~3) + (i >> 1 & 1) + 2];
+        fours[i] = (__m512)(i & 1 ? _mm512_unpackhi_pd(low, high) : _mm512_unpacklo_pd(low, high));
+    }
+    UNROLL for (int c = 0; c < 4; c++) {
+        __m512 even = _mm512_shuffle_f32x4(fours[c], fours[c + 4], 0x88), more;
+        more = _mm512_shuffle_f32x4(fours[c + 8], fours[c + 12], 0x88);
+        square[c] = (floats)_mm512_shuffle_f32x4(even, more, 0x88);
+        square[c + 8] = (floats)_mm512_shuffle_f32x4(even, more, 0xdd);
+        __m512 odd = _mm512_shuffle_f32x4(fours[c], fours[c + 4], 0xdd);
+        more = _mm512_shuffle_f32x4(fours[c + 8], fours[c + 12], 0xdd);
+        square[c + 4] = (floats)_mm512_shuffle_f32x4(odd, more, 0x88);
+        square[c + 12] = (floats)_mm512_shuffle_f32x4(odd, more, 0xdd);
+    }
+#else
+    float rows[LANES][LANES], columns[LANES][LANES];
+    memcpy(rows, square, sizeof rows);
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) columns[j][i] = rows[i][j];
+    memcpy(square, columns, sizeof columns);
+#endif
+}
+
 /* The lanes of a vector added up, always in the same order. */
 INLINE float sum_of_lanes(floats vector) {
     float lanes[LANES];
@@ -135,7 +203,42 @@ INLINE floats exp_of(floats x) {
 
 INLINE float exp_of_one(float x) { return exp_of(splat(x))[0]; }
 
+/* 2 to the power of x, for x no greater than 0: exact for 0, 0 from -126 on; NaN stays NaN. The relative error is below
+ * 2e-7, and below 3e-6 where the result is to be a bfloat16. */
+INLINE floats exp2_of(floats x, enum type type) {
+#ifdef HAS_AVX512
+    const __mmask16 visible = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ); /* NaN too */
+    floats n = (floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    integers visible = ~(x <= -126.0f);
+    x = (floats)((integers)x & visible);
+    integers whole = __builtin_convertvector(x - 0.5f, integers);
+    floats n = __builtin_convertvector(whole, floats);
+#endif
+    floats r = x - n, power;
+    if (type == BFLOAT16) {
+        power = splat(9.582853094e-3f) * r + 5.590642460e-2f;
+        power = power * r + 2.402409861e-1f;
+        power = power * r + 6.931241934e-1f;
+    } else {
+        power = splat(1.326472720e-3f) * r + 9.671512640e-3f;
+        power = power * r + 5.550733743e-2f;
+        power = power * r + 2.402224209e-1f;
+        power = power * r + 6.931469776e-1f;
+    }
+    power = power * r + 1.0f;
+#ifdef HAS_AVX512
+    return (floats)_mm512_maskz_scalef_ps(visible, (__m512)power, (__m512)n);
+#else
+    return (floats)((integers)(power * (floats)((whole + 127) << 23)) & visible);
+#endif
+}
+
+/* Lane by lane; b where either is NaN. */
 INLINE floats larger_of(floats a, floats b) {
+#ifdef HAS_AVX512
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
     integers first = a > b;
     return (floats)(((integers)a & first) | ((integers)b & ~first));
 }
@@ -145,4 +248,65 @@ INLINE floats tanh_of(floats x) {
     floats size = (floats)((integers)x & INT32_MAX);
     floats small = exp_of(size * -2.0f);
     return (floats)((integers)((1.0f - small) / (1.0f + small)) | sign);
+}
+
+/* LANES numbers of memory as float32. */
+INLINE floats take(const void *from, enum type type) {
+    floats result;
+    if (type == FLOAT32) {
+        memcpy(&result, from, sizeof result);
+        return result;
+    }
+#ifdef HAS_AVX512
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#endif
+    halves narrow;
+    memcpy(&narrow, from, sizeof narrow);
+    words bits = __builtin_convertvector(narrow, words) << 16;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+/* What `x` is once it has been stored as `type`; on processors that round so, numbers below 2^-126 are zero. */
+INLINE floats rounded(floats x, enum type type) {
+    if (type == FLOAT32) return x;
+#ifdef HAS_BFLOAT16_DOT
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
+#else
+    integers ordered = x == x;
+    words bits = (words)x, result = bits + 0x7fff + (bits >> 16 & 1);
+    return (floats)(((result & (words)ordered) | (0x7fc00000 & ~(words)ordered)) & 0xffff0000);
+#endif
+}
+
+/* LANES numbers to memory, rounded. */
+INLINE void give(void *to, floats x, enum type type) {
+    if (type == FLOAT32) {
+        memcpy(to, &x, sizeof x);
+        return;
+    }
+#ifdef HAS_BFLOAT16_DOT
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+    halves narrow = __builtin_convertvector((words)rounded(x, type) >> 16, halves);
+    memcpy(to, &narrow, sizeof narrow);
+#endif
+}
+
+/* The same of `count` numbers, up to LANES: the others are zero, and memory has none of them. */
+INLINE floats take_some(const void *from, const int count, enum type type) {
+    if (count == LANES) return take(from, type);
+    char whole[LANES * 4] = {0};
+    memcpy(whole, from, count * size_of(type));
+    return take(whole, type);
+}
+
+INLINE void give_some(void *to, floats x, const int count, enum type type) {
+    if (count == LANES) {
+        give(to, x, type);
+        return;
+    }
+    char whole[LANES * 4];
+    give(whole, x, type);
+    memcpy(to, whole, count * size_of(type));
 }

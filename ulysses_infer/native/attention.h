@@ -1,0 +1,38 @@
+/* Attention over a paged cache: what is attended for, and who sees what. */
+#pragma once
+#include "vector.h"
+
+struct batch { /* the sequences to attend for; their tokens are rows of the query */
+    int64_t count, table_stride, block_size;
+    const int64_t *rows, *lengths, *contexts; /* first row of the query, tokens there, tokens in the cache */
+    const int64_t *sequences, *tables;        /* row of the block tables, and those */
+};
+
+struct layer {
+    const char *query, *keys, *values; /* [T, Hq, d], [slots, Hkv, d], [slots, Hkv, dv] */
+    char *output;                      /* [T, Hq, dv] */
+    const float *sinks;                /* [Hq], or null */
+    int64_t row_stride, head_stride;   /* of the query, in elements */
+    int64_t heads, groups, key_width, value_width;
+    int64_t value_stride;      /* from one value to the next, in elements */
+    int64_t window, chunk;     /* 0: none */
+    float scaling, soft_cap;   /* soft_cap 0: none */
+};
+
+static int64_t first_visible(const struct layer *l, int64_t position) {
+    int64_t first = 0;
+    if (l->window && position - l->window + 1 > first) first = position - l->window + 1;
+    if (l->chunk && position - position % l->chunk > first) first = position - position % l->chunk;
+    return first;
+}
+
+/* Where the tokens `start` .. `end` of sequence s are in the cache; how many. */
+static int64_t find(const struct batch *b, int64_t s, int64_t start, int64_t end, int64_t *slots) {
+    const int64_t *table = b->tables + b->sequences[s] * b->table_stride;
+    int64_t block = start / b->block_size, offset = start % b->block_size;
+    for (int64_t i = 0; i < end - start; i++) {
+        slots[i] = table[block] * b->block_size + offset;
+        if (++offset == b->block_size) offset = 0, block++;
+    }
+    return end > start ? end - start : 0;
+}
