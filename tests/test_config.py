@@ -11,7 +11,14 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from ulysses_infer.config import Config, load_config, refuse_unavailable, resolved_yaml, schema_reference
+from ulysses_infer.config import (
+    Config,
+    choose_for_device,
+    load_config,
+    refuse_unavailable,
+    resolved_yaml,
+    schema_reference,
+)
 from ulysses_infer.config.keys import all_keys
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.layout import Mode
@@ -528,6 +535,27 @@ class TestIgnoredSettings:
         monkeypatch.setenv("RANK", "1")
         load(["policy.mode=tp"])
         assert not caplog.records
+
+
+class TestWhatTheDeviceChooses:
+    @pytest.mark.parametrize(("device", "tokens"), [("cpu", 2048), ("cuda", 8192)])
+    def test_the_largest_step(self, device, tokens):
+        config = load()
+        assert config.scheduler.max_num_batched_tokens is None
+        choose_for_device(config, device)
+        assert config.scheduler.max_num_batched_tokens == tokens
+
+    @pytest.mark.parametrize(("device", "ahead"), [("cpu", False), ("cuda", True)])
+    def test_whether_steps_are_scheduled_ahead(self, device, ahead):
+        config = load()
+        choose_for_device(config, device)
+        assert config.scheduler.async_scheduling is ahead
+
+    def test_what_somebody_wrote_stays(self):
+        config = load(["scheduler.max_num_batched_tokens=77", "scheduler.async_scheduling=true"])
+        choose_for_device(config, "cpu")
+        assert config.scheduler.max_num_batched_tokens == 77
+        assert config.scheduler.async_scheduling is True
 
 
 class TestUnavailable:

@@ -499,6 +499,12 @@ def test_weights_and_cache_go_with_the_shutdown(folder):
     assert [reference() for reference in kept] == [None, None]
 
 
+def test_the_largest_step_is_a_number_once_the_device_is_known(folder, engine):
+    with init_inference(folder, **settings(**{"scheduler.max_num_batched_tokens": None})) as other:
+        assert other.config.scheduler.max_num_batched_tokens == 2048
+        assert tokens(other.generate(PROMPTS, GREEDY)) == tokens(engine.generate(PROMPTS, GREEDY))
+
+
 def test_an_exception_inside_the_with_block_passes_through(folder):
     with pytest.raises(KeyError), init_inference(folder, **settings()) as engine:
         raise KeyError

@@ -84,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     num_steps = options.steps + 4
-    contenders = {
+    contenders: dict[str, Transformers | Ours] = {
         "transformers, as it is": Transformers(options.model, options.context, num_steps, compiled=False),
         "transformers, torch.compile": Transformers(options.model, options.context, num_steps, compiled=True),
         "recorded step": Ours(options.model, options.context, num_steps, options.threads),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.native.building import X86, build_for
+from ulysses_infer.model.fusion import elementwise
 from ulysses_infer.model.fusion.elementwise import ACTIVATIONS, NativeElementwise, TorchElementwise, make_elementwise
 from ulysses_infer.native.library import is_available
 
@@ -12,6 +14,12 @@ pytestmark = pytest.mark.skipif(not is_available("elementwise"), reason="no C co
 DTYPES = (torch.bfloat16, torch.float32)
 ULP = {torch.bfloat16: 2**-7, torch.float32: 2**-21}
 SHAPES = [(1, 64), (3, 100), (5, 17), (130, 1536)]  # whole and broken vectors; one row, several, enough for threads
+
+
+@pytest.fixture(params=X86, autouse=True)
+def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs on this processor's code and on that of lesser ones."""
+    monkeypatch.setattr(elementwise, "open_library", lambda name: build_for(name, request.param))
 
 
 def pair(dtype: torch.dtype) -> tuple[NativeElementwise, TorchElementwise]:

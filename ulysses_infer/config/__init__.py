@@ -1,5 +1,6 @@
 """The recipe: what it may hold (`schema.py`), how it is put together (`loading.py`), what is refused."""
 
+from ulysses_infer.config.device import choose_for_device
 from ulysses_infer.config.loading import load_config
 from ulysses_infer.config.reference import resolved_yaml, schema_reference
 from ulysses_infer.config.schema import (
@@ -27,6 +28,7 @@ __all__ = [
     "RuntimeConfig",
     "SchedulerConfig",
     "ServerConfig",
+    "choose_for_device",
     "load_config",
     "refuse_unavailable",
     "resolved_yaml",

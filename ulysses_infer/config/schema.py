@@ -8,9 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ulysses_infer.parallel.layout import Layout, Mode
+
+if TYPE_CHECKING:
+    ChosenInt = int
+else:
+    ChosenInt = int | None
+    """Null in a recipe; a number for all who read it, since start-up chooses one (`device.py`)."""
 
 MISSING = "???"
 """A value that a recipe must give (OmegaConf's own spelling)."""
@@ -219,7 +225,11 @@ class SchedulerConfig:
     """Which requests run in a step."""
 
     max_num_seqs: int = option(256, at_least=1, help="Most requests in one step.")
-    max_num_batched_tokens: int = option(8192, at_least=1, help="Most tokens in one step.")
+    max_num_batched_tokens: ChosenInt = option(
+        at_least=1,
+        help="Most tokens in one step; null: 8192 on a GPU, 2048 on a CPU, where larger steps are hardly faster and "
+        "running streams wait for them.",
+    )
     policy: str = option(
         "fcfs",
         choices=("fcfs", "priority"),
@@ -250,7 +260,7 @@ class RuntimeConfig:
     )  # fmt: skip
     matmul_backend: str = option(
         "auto", choices=("auto", "torch", "native"),
-        help="Matrix products with few rows on a CPU; auto: native where it can be built.",
+        help="Matrix products on a CPU; auto: native where it can be built, for as many rows as it is faster with.",
     )  # fmt: skip
     fuse: bool = option(
         True,
@@ -259,7 +269,7 @@ class RuntimeConfig:
     )
     enforce_eager: bool | None = option(
         help="Run every step layer by layer. false: capture decode steps in CUDA graphs, in every mode; null: capture "
-        "them on a GPU where attention and model allow it. On a CPU false and null are the same: steps of up to 64 "
+        "them on a GPU where attention and model allow it. On a CPU false and null are the same: steps of up to 256 "
         "requests are recorded when they come again, and repeated without Python between the native kernels."
     )
     threads_per_rank: int | None = option(

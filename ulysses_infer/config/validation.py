@@ -77,9 +77,10 @@ def _ignored(config: Config) -> list[tuple[str, str]]:
         ignored.append(("policy.target_ttft_ms", "chunks are only made smaller for policy.target_tpot_ms"))
     if cache.num_blocks is not None:
         ignored.append(("cache.memory_bytes", "cache.num_blocks sets the size of the cache"))
-    if config.scheduler.max_num_seqs > config.scheduler.max_num_batched_tokens:
+    most = config.scheduler.max_num_batched_tokens
+    if most is not None and config.scheduler.max_num_seqs > most:
         reason = "each request of a step takes at least one of scheduler.max_num_batched_tokens"
-        ignored.append(("scheduler.max_num_seqs", f"{reason} = {config.scheduler.max_num_batched_tokens}"))
+        ignored.append(("scheduler.max_num_seqs", f"{reason} = {most}"))
     return ignored
 
 

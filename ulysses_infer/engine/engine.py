@@ -61,8 +61,7 @@ class Engine:
         self._row_readers: set[int] = set()  # requests for which the best token of a row is not enough
         self._output_readers: set[int] = set()  # requests whose next token cannot be chosen before the last is here
         self._dropped: list[int] = []
-        wanted, is_cpu = config.scheduler.async_scheduling, rank.worker.device.type == "cpu"
-        self._is_async = not is_cpu if wanted is None else wanted
+        self._is_async = bool(config.scheduler.async_scheduling)
         self._flight: Flight | None = None
         self._landed = 0.0
         self._indices, self._names, self._sequence = itertools.count(), itertools.count(), itertools.count()

@@ -19,7 +19,7 @@ from ulysses_infer.cache.budget import MemoryBudget, activation_bytes, available
 from ulysses_infer.cache.groups import LayerGroups
 from ulysses_infer.cache.paged import FP8, CacheShape, PagedCache
 from ulysses_infer.cache.sizing import CacheSizing
-from ulysses_infer.config import CacheConfig, Config, refuse_unavailable
+from ulysses_infer.config import CacheConfig, Config, choose_for_device, refuse_unavailable
 from ulysses_infer.engine.channel import Channel
 from ulysses_infer.engine.cores import PinnedCores, pin
 from ulysses_infer.engine.graphs import CudaCapturer, GraphRunner, wants_graphs
@@ -110,6 +110,7 @@ def start_rank(
     """
     refuse_unavailable(config)
     device = choose_device(config.runtime.device)
+    choose_for_device(config, device.type)
     layout = config.parallel.layout
     for mode in config.parallel.available_modes:
         check_mode(layout, mode)

@@ -26,7 +26,7 @@ from ulysses_infer.parallel.layout import Mode, token_spans
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 64  # rows; in larger steps the work hides what Python adds
+LARGEST = 256  # rows; in larger steps the work hides what Python adds
 
 
 _Key = tuple[Mode, int, bool]  # mode, rows, whether the logits are wanted

@@ -1,4 +1,4 @@
-"""The matrix product of linear layers: torch's, and on a CPU a kernel of our own for few rows."""
+"""The matrix product of linear layers: torch's, and on a CPU kernels of our own."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 class NativeMatmul:
-    """Products of few rows by `native/matmul.c`, which reads the weight at the memory's speed; torch does the others.
+    """Products of up to `most_rows` rows by `native/matmul.c`; torch does the others.
 
-    A row's result does not depend on the rows it is computed with, up to `most_rows` of them; with bfloat16 dot
-    products 28 rows and more are summed in another order than fewer. Raises `NativeUnavailableError` where the library
-    cannot be built.
+    Few rows are multiplied as fast as memory gives the weight; on processors with bfloat16 dot products and without
+    matrix units, any number of them faster than by torch. A row's result does not depend on the rows it is computed
+    with, up to `most_rows` of them; but with bfloat16 dot products 13 to 16 rows, and 28 and more, are summed in
+    another order than other numbers of them. Raises `NativeUnavailableError` where the library cannot be built.
     """
 
     name = "native"

@@ -8,48 +8,60 @@
 #include <string.h>
 
 #include "call.h"
+#include "vector.h"
 
-#define INLINE static inline __attribute__((always_inline))
+#define TOGETHER 4 /* vectors of activations */
 enum { PARALLEL_FROM = 65536 }; /* elements; for fewer, waking the other threads costs more than they save */
 
-INLINE float float_of_bf16(uint16_t value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
+/* Do what follows `width` for every vector of `width` numbers, which begins at `i` and has `count`: LANES but for the last. */
+#define EACH_VECTOR(width, ...)                                                                                  \
+    do {                                                                                                         \
+        int64_t i = 0;                                                                                           \
+        for (; i + LANES <= (width); i += LANES) {                                                               \
+            const int count = LANES;                                                                             \
+            __VA_ARGS__;                                                                                         \
+        }                                                                                                        \
+        if (i < (width)) {                                                                                       \
+            const int count = (int)((width) - i);                                                                \
+            __VA_ARGS__;                                                                                         \
+        }                                                                                                        \
+    } while (0)
+
+/* x / y for y from 1 to 2. */
+INLINE floats divided(floats x, floats y, enum type type) {
+#ifdef HAS_AVX512
+    if (type == BFLOAT16) { /* off by less than the rounding of a float32, and in a third of a division's time */
+        floats guess = (floats)_mm512_rcp14_ps((__m512)y);
+        return x * (guess * (2.0f - y * guess));
+    }
+#endif
+    return x / y;
 }
 
-/* Round to nearest, ties to even, as torch does; NaN stays NaN. */
-INLINE uint16_t bf16_of_float(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint16_t rounded = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    return value != value ? 0x7fc0 : rounded;
+/* x[v] / (1 + e^-z[v]) of `n` vectors, step by step for all of them: the steps of one wait for each other. */
+INLINE void times_sigmoid(floats *x, const floats *z, const int n, enum type type) {
+    floats power[TOGETHER]; /* e^-|z|, at most 1 */
+    integers positive[TOGETHER];
+#define EACH UNROLL for (int v = 0; v < n; v++)
+    EACH power[v] = exp2_of((floats)((integers)z[v] | INT32_MIN) * 1.44269504f, FLOAT32);
+    EACH positive[v] = z[v] > 0.0f;
+    EACH x[v] *= (floats)(((integers)splat(1.0f) & positive[v]) | ((integers)power[v] & ~positive[v]));
+    EACH x[v] = divided(x[v], 1.0f + power[v], type);
+#undef EACH
 }
 
-/* e^x within an ulp or two; the products are fused by hand so that none is reordered. */
-INLINE float exponential(float x) {
-    x = x > 88.0f ? 88.0f : x < -87.0f ? -87.0f : x;
-    float n = __builtin_rintf(x * 1.44269504f);
-    float f = __builtin_fmaf(n, 2.12194440e-4f, __builtin_fmaf(n, -0.693359375f, x));
-    float sum = 1.98412698e-4f;
-    sum = __builtin_fmaf(sum, f, 1.38888889e-3f);
-    sum = __builtin_fmaf(sum, f, 8.33333333e-3f);
-    sum = __builtin_fmaf(sum, f, 4.16666667e-2f);
-    sum = __builtin_fmaf(sum, f, 1.66666667e-1f);
-    sum = __builtin_fmaf(sum, f, 0.5f);
-    sum = __builtin_fmaf(sum, f, 1.0f);
-    sum = __builtin_fmaf(sum, f, 1.0f);
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return sum * power;
+INLINE void silu(floats *x, const int n, enum type type) {
+    floats z[TOGETHER];
+    UNROLL for (int v = 0; v < n; v++) z[v] = x[v];
+    times_sigmoid(x, z, n, type);
 }
-
-INLINE float silu(float x) { return x / (1.0f + exponential(-x)); }
 
 /* 0.5 x (1 + tanh(u)) is x / (1 + e^-2u). */
-INLINE float gelu_tanh(float x) { return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x))); }
+INLINE void gelu_tanh(floats *x, const int n, enum type type) {
+    floats z[TOGETHER];
+    UNROLL for (int v = 0; v < n; v++) z[v] = 1.5957691216f * (x[v] + 0.044715f * x[v] * x[v] * x[v]);
+    times_sigmoid(x, z, n, type);
+}
 
 /* Rows of a table, `bytes` each, to where they lie one after another. */
 void take_rows(char *to, const char *table, const int64_t *rows, int64_t count, int64_t bytes) {
@@ -86,16 +98,19 @@ INLINE int32_t order_of_f32(float value) {
     return key + (key == -1);
 }
 
-#define TYPE uint16_t
+#define TYPE bfloat16
+#define KIND BFLOAT16
 #define NAMED(name) name##_bf16
-#define READ(value) float_of_bf16(value)
-#define ROUND(value) bf16_of_float(value)
+#define READ(value) float_of(value)
+#define ROUND(value) bfloat16_of(value)
 #include "elementwise.c"
 #undef TYPE
+#undef KIND
 #undef NAMED
 #undef READ
 #undef ROUND
 #define TYPE float
+#define KIND FLOAT32
 #define NAMED(name) name##_f32
 #define READ(value) (value)
 #define ROUND(value) (value)
@@ -103,21 +118,28 @@ INLINE int32_t order_of_f32(float value) {
 
 #else /* TYPE */
 
-INLINE void NAMED(norm_row)(TYPE *normed, const TYPE *x, const TYPE *weight, int64_t width, float eps) {
-    float squares = 0.0f;
-    for (int64_t i = 0; i < width; i++) squares += READ(x[i]) * READ(x[i]);
-    float scale = 1.0f / sqrtf(squares / (float)width + eps);
-    for (int64_t i = 0; i < width; i++) {
-        TYPE unit = ROUND(READ(x[i]) * scale);
-        normed[i] = ROUND(READ(weight[i]) * READ(unit));
-    }
+/* x divided by the root of its mean square, times weight; `squares` is the sum of the squares of x. */
+INLINE void NAMED(norm_row)(
+    TYPE *normed, const TYPE *x, const TYPE *weight, int64_t width, floats squares, float eps) {
+    const float scale = 1.0f / sqrtf(sum_of_lanes(squares) / (float)width + eps);
+    EACH_VECTOR(width, {
+        floats unit = rounded(take_some(x + i, count, KIND) * scale, KIND);
+        give_some(normed + i, take_some(weight + i, count, KIND) * unit, count, KIND);
+    });
 }
 
 /* normed, x: [rows, width]; weight: [width]. */
 void NAMED(rms_norm)(TYPE *normed, const TYPE *x, const TYPE *weight, int64_t rows, int64_t width, float eps) {
 #pragma omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)
-    for (int64_t row = 0; row < rows; row++)
-        NAMED(norm_row)(normed + row * width, x + row * width, weight, width, eps);
+    for (int64_t row = 0; row < rows; row++) {
+        const TYPE *own = x + row * width;
+        floats squares = {0};
+        EACH_VECTOR(width, {
+            floats value = take_some(own + i, count, KIND);
+            squares += value * value;
+        });
+        NAMED(norm_row)(normed + row * width, own, weight, width, squares, eps);
+    }
 }
 
 /* residual += x, and the norm of that. normed, residual, x: [rows, width]; weight: [width]. */
@@ -127,21 +149,28 @@ void NAMED(add_rms_norm)(
     for (int64_t row = 0; row < rows; row++) {
         TYPE *sum = residual + row * width;
         const TYPE *more = x + row * width;
-        for (int64_t i = 0; i < width; i++) sum[i] = ROUND(READ(sum[i]) + READ(more[i]));
-        NAMED(norm_row)(normed + row * width, sum, weight, width, eps);
+        floats squares = {0};
+        EACH_VECTOR(width, {
+            floats value = rounded(take_some(sum + i, count, KIND) + take_some(more + i, count, KIND), KIND);
+            give_some(sum + i, value, count, KIND);
+            squares += value * value;
+        });
+        NAMED(norm_row)(normed + row * width, sum, weight, width, squares, eps);
     }
 }
 
 INLINE void NAMED(rotate_token)(
     TYPE *x, int64_t heads, int64_t head_width, const TYPE *cosine, const TYPE *sine, int64_t half) {
     for (int64_t head = 0; head < heads; head++, x += head_width)
-        for (int64_t i = 0; i < half; i++) {
-            float first = READ(x[i]), second = READ(x[i + half]);
-            TYPE first_part = ROUND(first * READ(cosine[i])), first_turn = ROUND(-second * READ(sine[i]));
-            TYPE second_part = ROUND(second * READ(cosine[i + half])), second_turn = ROUND(first * READ(sine[i + half]));
-            x[i] = ROUND(READ(first_part) + READ(first_turn));
-            x[i + half] = ROUND(READ(second_part) + READ(second_turn));
-        }
+        EACH_VECTOR(half, {
+            floats first = take_some(x + i, count, KIND), second = take_some(x + half + i, count, KIND);
+            floats first_part = rounded(first * take_some(cosine + i, count, KIND), KIND);
+            floats first_turn = rounded(second * take_some(sine + i, count, KIND), KIND);
+            floats second_part = rounded(second * take_some(cosine + half + i, count, KIND), KIND);
+            floats second_turn = rounded(first * take_some(sine + half + i, count, KIND), KIND);
+            give_some(x + i, first_part - first_turn, count, KIND);
+            give_some(x + half + i, second_part + second_turn, count, KIND);
+        });
 }
 
 /* The first 2 * half values of every head of q and k, in place. Heads lie `head_width` apart, tokens as far as their
@@ -159,20 +188,29 @@ void NAMED(rotate)(
 
 /* gate, up: rows of `width` that lie `gate_stride`, `up_stride` apart; out: [rows, width]. */
 #define GATED(NAME, ACTIVATION)                                                                                  \
-    INLINE void NAMED(NAME##_row)(TYPE * out, const TYPE *gate, const TYPE *up, int64_t width) {                 \
-        for (int64_t i = 0; i < width; i++) {                                                                    \
-            TYPE active = ROUND(ACTIVATION(READ(gate[i])));                                                      \
-            out[i] = ROUND(READ(active) * READ(up[i]));                                                          \
+    INLINE void NAMED(NAME##_some)(TYPE * out, const TYPE *gate, const TYPE *up, const int n, const int count) { \
+        floats x[TOGETHER];                                                                                      \
+        UNROLL for (int v = 0; v < n; v++) x[v] = take_some(gate + v * LANES, count, KIND);                      \
+        ACTIVATION(x, n, KIND);                                                                                  \
+        UNROLL for (int v = 0; v < n; v++) {                                                                     \
+            floats product = rounded(x[v], KIND) * take_some(up + v * LANES, count, KIND);                       \
+            give_some(out + v * LANES, product, count, KIND);                                                    \
         }                                                                                                        \
+    }                                                                                                            \
+    INLINE void NAMED(NAME##_row)(TYPE * out, const TYPE *gate, const TYPE *up, int64_t width) {                 \
+        const int64_t together = TOGETHER * LANES, whole = width - width % together;                             \
+        for (int64_t i = 0; i < whole; i += together)                                                            \
+            NAMED(NAME##_some)(out + i, gate + i, up + i, TOGETHER, LANES);                                      \
+        out += whole, gate += whole, up += whole;                                                                \
+        EACH_VECTOR(width - whole, NAMED(NAME##_some)(out + i, gate + i, up + i, 1, count));                     \
     }                                                                                                            \
     void NAMED(NAME)(                                                                                            \
         TYPE * out, const TYPE *gate, int64_t gate_stride, const TYPE *up, int64_t up_stride, int64_t rows,      \
         int64_t width) {                                                                                         \
-        _Pragma("omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)")                                 \
+        _Pragma("omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)")                           \
         for (int64_t row = 0; row < rows; row++)                                                                 \
             NAMED(NAME##_row)(out + row * width, gate + row * gate_stride, up + row * up_stride, width);         \
     }
-
 GATED(silu_mul, silu)
 GATED(gelu_tanh_mul, gelu_tanh)
 #undef GATED

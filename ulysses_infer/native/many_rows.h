@@ -1,4 +1,4 @@
-/* Products of a dozen rows and more, in bfloat16: a lane of a vector is an input row, so that no sum crosses lanes.
+/* Products of dozens of rows and more, in bfloat16: a lane of a vector is an input row, so that no sum crosses lanes.
  *
  * The inputs are turned round first: pairs of neighbouring numbers of all rows lie side by side. A weight row is then
  * read pair by pair, each pair sent to all lanes. Sums run over k in order, whatever the number of rows.
@@ -8,10 +8,12 @@
 
 #include "vector.h"
 
-#define GROUP 16         /* weight rows whose sums are put out together */
-#define PANEL_TOGETHER 8 /* weight rows at a time */
+#define GROUP 32         /* weight rows whose sums are put out together: a cache line of each input's outputs */
+#define PANEL_TOGETHER 8 /* weight rows at a time; twice as many with a single vector of inputs */
 #define MOST_VECTORS 3   /* of inputs at a time: with those, sums fill the registers */
-#define FEWEST_ROWS_TOGETHER 28 /* measured: below, lanes without a row cost more than sums across lanes */
+#define NEAR_BYTES (640 << 10) /* of inputs that may lie in the second cache beside the weight */
+/* Numbers of rows that go together, measured: with others, lanes without a row cost more than sums across lanes. */
+#define ROWS_TOGETHER(rows) ((rows) >= 28 || ((rows) > 12 && (rows) <= LANES))
 
 /* Inputs turned round, `rows` of them, in blocks of 1 to MOST_VECTORS vectors: [block][width / 2][vectors * LANES]. */
 struct pairs {
@@ -29,17 +31,23 @@ static int64_t start_of(const struct pairs *x, int64_t block) { return x->vector
 
 /* Turn inputs round; lanes without a row are zero. */
 static void turn(const struct pairs *x, int64_t block, const bfloat16 *inputs, int64_t width, int64_t stride) {
-    const int64_t first = start_of(x, block), vectors = start_of(x, block + 1) - first;
+    const int64_t first = start_of(x, block), vectors = start_of(x, block + 1) - first, wide = vectors * LANES;
     for (int64_t v = 0; v < vectors; v++) {
-        const int64_t row = (first + v) * LANES, left = x->rows - row;
-        const __mmask16 there = left < LANES ? (__mmask16)((1u << left) - 1) : 0xffff;
-        int32_t offsets[LANES];
-        for (int i = 0; i < LANES; i++) offsets[i] = i < left ? (int32_t)(i * stride * sizeof *inputs) : 0;
-        const __m512i index = _mm512_loadu_si512(offsets);
-        const char *from = (const char *)(inputs + row * stride);
+        const int64_t row = (first + v) * LANES, rows = x->rows - row < LANES ? x->rows - row : LANES;
         uint32_t *to = x->values + (first * (width / 2) + v) * LANES;
-        for (int64_t k = 0; k < width / 2; k++, from += 4, to += vectors * LANES)
-            _mm512_storeu_si512(to, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, index, from, 1));
+        for (int64_t k = 0; k < width / 2; k += LANES, to += LANES * wide) {
+            const int64_t count = width / 2 - k < LANES ? width / 2 - k : LANES;
+            const __mmask16 there = (__mmask16)((1u << count) - 1);
+            floats words[LANES];
+            UNROLL for (int i = 0; i < LANES; i++)
+                words[i] = i < rows ? (floats)_mm512_maskz_loadu_epi32(there, inputs + (row + i) * stride + 2 * k)
+                                    : (floats){0};
+            turn_square(words);
+            if (count == LANES)
+                UNROLL for (int i = 0; i < LANES; i++) _mm512_storeu_ps(to + i * wide, (__m512)words[i]);
+            else
+                for (int i = 0; i < count; i++) _mm512_storeu_ps(to + i * wide, (__m512)words[i]);
+        }
     }
 }
 
@@ -47,19 +55,21 @@ static void turn(const struct pairs *x, int64_t block, const bfloat16 *inputs, i
  * `fetched` rows from `next` on are fetched meanwhile. */
 INLINE void add_pairs_of(const uint32_t *values, const int count, const char *weight, int64_t bytes, const int panel,
                          int64_t width, const char *next, int fetched, float *sums) {
-    __m512 held[PANEL_TOGETHER][MOST_VECTORS];
+    __m512 held[2 * PANEL_TOGETHER][MOST_VECTORS];
     UNROLL for (int i = 0; i < panel; i++)
         UNROLL for (int v = 0; v < count; v++) held[i][v] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < width / 2; k++, values += count * LANES) {
-        if (k % (LINE / 4) == 0)
-            for (int i = 0; i < fetched; i++) __builtin_prefetch(next + i * bytes + k * 4, 0, 2);
-        __m512bh rows[MOST_VECTORS];
-        UNROLL for (int v = 0; v < count; v++) rows[v] = (__m512bh)_mm512_loadu_si512(values + v * LANES);
-        UNROLL for (int i = 0; i < panel; i++) {
-            int pair;
-            memcpy(&pair, weight + i * bytes + k * 4, sizeof pair);
-            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            UNROLL for (int v = 0; v < count; v++) held[i][v] = _mm512_dpbf16_ps(held[i][v], rows[v], both);
+    for (int64_t first = 0; first < width / 2; first += LINE / 4) {
+        const int64_t stop = width / 2 - first < LINE / 4 ? width / 2 : first + LINE / 4;
+        for (int i = 0; i < fetched; i++) __builtin_prefetch(next + i * bytes + first * 4, 0, 2);
+        for (int64_t k = first; k < stop; k++, values += count * LANES) {
+            __m512bh rows[MOST_VECTORS];
+            UNROLL for (int v = 0; v < count; v++) rows[v] = (__m512bh)_mm512_loadu_si512(values + v * LANES);
+            UNROLL for (int i = 0; i < panel; i++) {
+                int pair;
+                memcpy(&pair, weight + i * bytes + k * 4, sizeof pair);
+                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                UNROLL for (int v = 0; v < count; v++) held[i][v] = _mm512_dpbf16_ps(held[i][v], rows[v], both);
+            }
         }
     }
     UNROLL for (int i = 0; i < panel; i++)
@@ -80,23 +90,17 @@ INLINE void add_block(const uint32_t *values, int64_t vectors, const char *weigh
 /* The sums of GROUP weight rows, [GROUP][MOST_VECTORS * LANES], to where each of `rows` inputs has its outputs. */
 static void put_group(const float *sums, const float *bias, int64_t rows, bfloat16 *to, int64_t stride) {
     const int64_t wide = MOST_VECTORS * LANES;
-    /* From the numbers of two weight rows, one after the other, to pairs of them. */
-    uint16_t places[2 * LANES];
-    for (int i = 0; i < LANES; i++) places[2 * i] = i, places[2 * i + 1] = LANES + i;
-    const __m512i interleave = _mm512_loadu_si512(places);
-    const __m256i column = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(LANES));
     for (int64_t v = 0; v * LANES < rows; v++) {
-        uint32_t pairs[GROUP / 2][LANES];
-        for (int i = 0; i < GROUP; i += 2) {
-            const float *from = sums + i * wide + v * LANES;
-            __m512 first = _mm512_add_ps(_mm512_loadu_ps(from), _mm512_set1_ps(bias[i]));
-            __m512 second = _mm512_add_ps(_mm512_loadu_ps(from + wide), _mm512_set1_ps(bias[i + 1]));
-            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-            _mm512_storeu_si512(pairs[i / 2], _mm512_permutexvar_epi16(interleave, both));
-        }
-        for (int64_t t = 0; t < LANES && v * LANES + t < rows; t++) {
-            __m256i outputs = _mm256_i32gather_epi32((const int *)&pairs[0][t], column, 4);
-            _mm256_storeu_si256((__m256i *)(to + (v * LANES + t) * stride), outputs);
+        const int64_t left = rows - v * LANES < LANES ? rows - v * LANES : LANES;
+        for (int64_t part = 0; part < GROUP; part += LANES) {
+            const float *from = sums + part * wide + v * LANES;
+            bfloat16 *out = to + v * LANES * stride + part;
+            floats square[LANES];
+            UNROLL for (int i = 0; i < LANES; i++)
+                square[i] = (floats)_mm512_loadu_ps(from + i * wide) + bias[part + i];
+            turn_square(square);
+            UNROLL for (int t = 0; t < LANES; t++)
+                if (t < left) give(out + t * stride, square[t], BFLOAT16);
         }
     }
 }

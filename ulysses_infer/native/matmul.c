@@ -2,8 +2,8 @@
  *
  * outputs[t, n] = sum over k of inputs[t, k] * weight[n, k], plus bias[n]. A panel of weight rows meets a block of input
  * rows in registers, one sum a pair; while it does, the next panel is fetched. Every sum runs over k in the same order
- * whatever the number of input rows, so a row's result does not depend on the rows that it is computed with. Dozens of
- * rows in bfloat16 go another way (many_rows.h), of which the same is true.
+ * whatever the number of input rows, so a row's result does not depend on the rows that it is computed with. In bfloat16
+ * 13 to 16 rows, and 28 and more, go another way (many_rows.h), of which the same is true.
  */
 #include "call.h"
 #include "vector.h"
@@ -20,7 +20,7 @@
 #ifdef __AMX_BF16__
 const int64_t most_rows_bfloat16 = 8;
 #elif defined(HAS_BFLOAT16_DOT)
-const int64_t most_rows_bfloat16 = 96;
+const int64_t most_rows_bfloat16 = INT64_MAX;
 #else
 const int64_t most_rows_bfloat16 = 16;
 #endif
@@ -143,6 +143,7 @@ static void group_of(const struct product *p, const struct pairs *x, int64_t blo
         add_block(values, vectors, weight + i * bytes, bytes, panel, p->width, weight + (i + panel) * bytes,    \
                   block ? 0 : (int)(left - i - panel < panel ? left - i - panel : panel), sums + i * MOST_VECTORS * LANES)
     int64_t i = 0;
+    if (vectors == 1) TAKE(2 * PANEL_TOGETHER);
     TAKE(PANEL_TOGETHER);
     TAKE(1);
 #undef TAKE
@@ -153,21 +154,30 @@ static void group_of(const struct product *p, const struct pairs *x, int64_t blo
         put_rest(sums, bias, rows, to, p->outputs_stride, count);
 }
 
+/* Rows of the inputs that are turned round at a time: as many whole blocks as stay in the second cache. */
+static int64_t rows_at_a_time(int64_t width) {
+    const int64_t block = MOST_VECTORS * LANES, fit = NEAR_BYTES / (width * (int64_t)sizeof(bfloat16)) / block * block;
+    return fit > block ? fit : block;
+}
+
 /* Returns 0 without memory for the inputs turned round. */
 static int multiply_together(const struct product *p) {
-    const int64_t padded = (p->num_rows + LANES - 1) / LANES * LANES;
-    uint32_t *values = aligned_alloc(LINE, padded * p->width * sizeof(bfloat16));
+    const int64_t most = rows_at_a_time(p->width), held = p->num_rows < most ? p->num_rows : most;
+    uint32_t *values = aligned_alloc(LINE, (held + LANES - 1) / LANES * LANES * p->width * sizeof(bfloat16));
     if (!values) return 0;
-    const struct pairs x = pairs_of(values, p->num_rows);
     const int worth = p->num_rows * p->num_outputs * p->width >= 2 * (int64_t)WORK_A_THREAD;
 #pragma omp parallel if (worth)
-    {
+    for (int64_t row = 0; row < p->num_rows; row += most) {
+        const struct pairs x = pairs_of(values, p->num_rows - row < most ? p->num_rows - row : most);
+        struct product part = *p;
+        part.inputs += row * p->inputs_stride * sizeof(bfloat16);
+        part.outputs += row * p->outputs_stride * sizeof(bfloat16);
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < x.blocks; block++)
-            turn(&x, block, (const bfloat16 *)p->inputs, p->width, p->inputs_stride);
+            turn(&x, block, (const bfloat16 *)part.inputs, p->width, p->inputs_stride);
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < (p->num_outputs + GROUP - 1) / GROUP; group++)
-            for (int64_t block = 0; block < x.blocks; block++) group_of(p, &x, block, group * GROUP);
+            for (int64_t block = 0; block < x.blocks; block++) group_of(&part, &x, block, group * GROUP);
     }
     free(values);
     return 1;
@@ -179,7 +189,7 @@ void matmul_bfloat16(const char *inputs, const char *weight, const char *bias, c
     struct product p = {inputs, weight, bias, outputs, num_rows, num_outputs, width, inputs_stride, weight_stride,
                         num_outputs};
 #ifdef HAS_BFLOAT16_DOT
-    const int fits = num_rows >= FEWEST_ROWS_TOGETHER && width % 2 == 0;
+    const int fits = ROWS_TOGETHER(num_rows) && width % 2 == 0;
     if (fits && multiply_together(&p)) return;
 #endif
     multiply(&p, BFLOAT16);

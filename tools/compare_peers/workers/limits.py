@@ -1,4 +1,7 @@
-"""What the processors can do at best: reading memory, and bfloat16 matrix products. Measured between the engines."""
+"""What the processors can do at best: reading memory, and bfloat16 matrix products. Measured between the engines.
+
+Both by torch and by this project's kernels, whichever is faster.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from tools.compare_peers.asking import Answer, Measure, Task, serve
 READ_BYTES = 1 << 29  # far beyond any cache
 PRODUCTS = ((512, 1536, 4608), (2048, 1536, 4608), (2048, 2048, 2048), (512, 512, 3584))  # (m, k, n)
 REPEATS = 5
+ROW = 4096  # numbers in a row of the weight that one row of inputs is multiplied with, to read it
 
 
 def best_rate(work: float, run: Callable[[], Any]) -> float:
@@ -27,18 +31,26 @@ def start(options: dict[str, Any]) -> tuple[Measure, str]:
     """options: `threads`."""
     import torch
 
+    from ulysses_infer.model.matmul import make_matmul
+
     torch.set_num_threads(options["threads"])
+    multiply = [torch.nn.functional.linear, make_matmul("auto", torch.device("cpu"))]
+    ways = [way for way in multiply if way is not None]
     memory = torch.ones(READ_BYTES // 4)
+    row, wide = torch.ones(1, ROW).bfloat16(), memory.view(torch.bfloat16).view(-1, ROW)
 
-    def product(m: int, k: int, n: int) -> tuple[float, Callable[[], Any]]:
+    def products(m: int, k: int, n: int) -> list[tuple[float, Callable[[], Any]]]:
         x, weight = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
-        return 2.0 * m * k * n, lambda: torch.nn.functional.linear(x, weight)
+        return [(2.0 * m * k * n, lambda way=way: way(x, weight)) for way in ways]  # type: ignore[misc]
 
-    products = [product(*sizes) for sizes in PRODUCTS]
+    every = [product for sizes in PRODUCTS for product in products(*sizes)]
+    reads: list[Callable[[], Any]] = [memory.sum, *(lambda way=way: way(row, wide) for way in ways)]
 
     def measure(task: Task) -> Answer:
-        rates = [best_rate(work, run) for work, run in products]
-        return {"bandwidth": best_rate(READ_BYTES, memory.sum), "matmul": max(rates)}
+        return {
+            "bandwidth": max(best_rate(READ_BYTES, read) for read in reads),
+            "matmul": max(best_rate(work, run) for work, run in every),
+        }
 
     return measure, torch.__version__
 
