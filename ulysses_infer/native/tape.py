@@ -57,6 +57,7 @@ class _NativeRun:
         if self._packed is None:
             words = (ctypes.c_int64 * len(self._words))(*self._words)
             self._packed = (_Call * len(self._calls))(*self._calls), words
+            self._words, self._calls = [], []  # there may be hundreds of tapes
         calls, words = self._packed
         done = self._run(calls, len(calls), words, self._clock, ctypes.byref(self._status))
         if done < len(calls):
