@@ -85,26 +85,37 @@ def attach(engine: InferenceEngine, clock: Clock) -> None:
 
 
 def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int, prefill: int = 0) -> list[Step]:
-    """Decode steps of a full batch, or prefills: (seconds, seconds by kind) of each, on rank 0."""
+    """Decode steps of a full batch, or prefills: (seconds, seconds by kind) of each.
+
+    On rank 0 a step is all that the engine does for one: from choosing the requests to giving them their tokens.
+    """
     clock = Clock()
     steps: list[Step] = []
     assert engine._rank is not None
     worker = engine._rank.worker
-    run = worker.run
+    run, brain = worker.run, engine._engine
 
-    def run_step(plan: Any, *args: Any) -> Any:
+    def run_share(plan: Any, *args: Any) -> Any:
         clock.seconds.clear()
-        started = time.perf_counter()
         result = run(plan, *args)
         if isinstance(worker.graphs, TapeRunner):
             for kind, seconds in worker.graphs.seconds.items():
                 clock.seconds[ON_TAPES[kind]] += seconds
-        if plan.num_tokens == (prefill or batch):
-            steps.append((time.perf_counter() - started, defaultdict(float, clock.seconds)))
+        return result
+
+    def run_step() -> Any:
+        assert brain is not None
+        started = time.perf_counter()
+        result = step()
+        seconds = time.perf_counter() - started
+        if brain.stats.recent[-1].num_tokens == (prefill or batch):
+            steps.append((seconds, defaultdict(float, clock.seconds)))
         return result
 
     attach(engine, clock)
-    worker.run = run_step  # type: ignore[assignment, method-assign]
+    worker.run = run_share  # type: ignore[assignment, method-assign]
+    if brain is not None:  # the other ranks do no more than their share
+        step, brain.step = brain.step, run_step  # type: ignore[method-assign]
     draw = random.Random(0)
     vocab_size = worker.model.shape.vocab_size
     groups = [[prefill]] * PREFILLS if prefill else [[input_len] * batch]
