@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from ulysses_infer.cache.paged import CacheShape, PagedCache
 from ulysses_infer.model.matmul import NativeMatmul
 
 VISITED_BYTES = 400_000_000
+WIDTH = 150  # of the tables where nobody looks
 WEIGHTS = ((2560, 1536), (9216, 1536), (1536, 4608), (16384, 1536))  # 0.5 B parameters: qkv, gate and up, down, head
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 BLOCK_SIZE = 16
@@ -204,7 +206,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="of every alternative and shape")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     with torch.inference_mode():
         for name in arguments.what or MEASURES:
             console.print(MEASURES[name](getattr(torch, arguments.dtype), arguments.seconds))
