@@ -10,7 +10,7 @@ from ulysses_infer.engine.batch import Batch, ScheduledRequest
 from ulysses_infer.engine.completion import Completion, Sequence, TokenScores
 from ulysses_infer.engine.detokenizer import TokenDecoder
 from ulysses_infer.engine.plan import ALL_LOGITS, LAST_LOGITS, PlanItem
-from ulysses_infer.model.sampler import NO_TOKEN, Sampler
+from ulysses_infer.model.sampler import NO_TOKEN, Sampler, sent
 
 
 class StepResults:
@@ -50,7 +50,8 @@ class StepResults:
         if len(places) == len(rows):
             tokens = self._sample(logits, rows)
         elif places:
-            tokens[places] = self._sample(logits[places], [rows[place] for place in places])
+            chosen = sent(places, logits)
+            tokens[chosen] = self._sample(logits[chosen], [rows[place] for place in places])
         self._score_prompt(logits, rows)
         return tokens
 
@@ -74,8 +75,11 @@ class StepResults:
         scored = [place for place, s in enumerate(sequences) if s.request.params.logprobs is not None]
         if scored:
             counts = [sequences[place].request.params.logprobs or 0 for place in scored]
-            every = len(scored) == len(sequences)
-            scores = TokenScores(logits if every else logits[scored], tokens if every else tokens[scored], counts)
+            chosen = tokens
+            if len(scored) < len(sequences):
+                places = sent(scored, logits)
+                logits, chosen = logits[places], tokens[places]
+            scores = TokenScores(logits, chosen, counts)
             self._scores.append(([sequences[place] for place in scored], scores))
         return tokens
 

@@ -126,7 +126,8 @@ class Worker:
             shards = self._gather(shard)
             # Rank 0 alone chooses: it samples, the others go on.
             if shards is not None and choose is not None:
-                chosen.append(choose(start, joined(shards[self.groups.shard_order], vocab_size)))
+                in_order = [shards[rank] for rank in self.groups.shard_order]
+                chosen.append(choose(start, joined(in_order, vocab_size)))
         return torch.cat(chosen) if chosen else None
 
     def _verify(self, plan: StepPlan) -> None:

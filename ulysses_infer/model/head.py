@@ -108,7 +108,7 @@ def padded(logits: torch.Tensor, vocab_size: int, world_size: int) -> torch.Tens
     return F.pad(logits.float(), (0, largest - logits.shape[-1]))
 
 
-def joined(shards: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """[n, V] from the gathered `padded` shards in shard order, [W, n, V/W]."""
+def joined(shards: list[torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """[n, V] from the gathered `padded` shards in shard order."""
     spans = [even_span(vocab_size, index, len(shards)) for index in range(len(shards))]
     return torch.cat([shard[:, : span.size] for shard, span in zip(shards, spans, strict=True)], dim=-1)

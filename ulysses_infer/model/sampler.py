@@ -191,24 +191,24 @@ class Sampler:
             self._store(tokens, plain, *_most_likely(_take_rows(logits, plain)))
         special = [index for index, row in enumerate(rows) if not row.is_plain]
         for chunk in _chunks(special, max(MAX_ELEMENTS // logits.shape[1], 1)):
-            scores, chunk_rows = logits[_sent(chunk, logits)], [rows[index] for index in chunk]
+            scores, chunk_rows = logits[sent(chunk, logits)], [rows[index] for index in chunk]
             _apply_processors(scores, chunk_rows)
             self._store(tokens, chunk, *_choose(scores, chunk_rows))
         return tokens
 
     def _store(self, tokens: torch.Tensor, indices: list[int], chosen: torch.Tensor, peak: torch.Tensor) -> None:
         """Write `chosen: [m]` at `indices`; NO_TOKEN where `peak: [m]`, the largest score, is not finite."""
-        tokens[_sent(indices, tokens)] = torch.where(peak.isfinite(), chosen, NO_TOKEN)
+        tokens[sent(indices, tokens)] = torch.where(peak.isfinite(), chosen, NO_TOKEN)
 
 
-def _sent(values: Sequence[Any], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def sent(values: Sequence[Any], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """`values` on the device of `like`, which is asked to copy them and not waited for."""
     made = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
     return made.to(like.device, non_blocking=True)
 
 
 def _take_rows(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
-    return logits if len(indices) == len(logits) else logits[_sent(indices, logits)]
+    return logits if len(indices) == len(logits) else logits[sent(indices, logits)]
 
 
 def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
@@ -227,7 +227,7 @@ def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Te
     tokens, peak = _most_likely(scores)
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
-        places = _sent(drawn, scores)
+        places = sent(drawn, scores)
         tokens[places] = _draw(_take_rows(scores, drawn), peak[places], [rows[index] for index in drawn])
     return tokens, peak
 
@@ -253,7 +253,7 @@ def _follow_grammars(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
 def _keep_allowed(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     for index, row in enumerate(rows):
         if row.params.allowed_token_ids:
-            allowed = _sent(row.params.allowed_token_ids, scores)
+            allowed = sent(row.params.allowed_token_ids, scores)
             kept = scores[index, allowed]
             scores[index] = -torch.inf
             scores[index, allowed] = kept
@@ -262,7 +262,7 @@ def _keep_allowed(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
 def _forbid(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     entries = [(index, token) for index, row in enumerate(rows) for token in row.forbidden_token_ids()]
     if entries:
-        row_ids, token_ids = _sent(entries, scores).T
+        row_ids, token_ids = sent(entries, scores).T
         scores[row_ids, token_ids] = -torch.inf
 
 
@@ -270,7 +270,7 @@ def _add_bias(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     entries = [(index, *item) for index, row in enumerate(rows) for item in (row.params.logit_bias or {}).items()]
     if entries:
         row_ids, token_ids, biases = zip(*entries, strict=True)
-        scores[_sent(row_ids, scores), _sent(token_ids, scores)] += _sent(biases, scores, scores.dtype)
+        scores[sent(row_ids, scores), sent(token_ids, scores)] += sent(biases, scores, scores.dtype)
 
 
 def _penalise(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -299,7 +299,7 @@ def _penalise(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     """`values` as a [m, 1] column of `like`'s type and device."""
-    return _sent(values, like, like.dtype)[:, None]
+    return sent(values, like, like.dtype)[:, None]
 
 
 # --- the draw ---
@@ -327,7 +327,7 @@ def _truncate(weights: torch.Tensor, params: Sequence[SamplingParams]) -> None:
         top_k = [min(params[i].top_k or vocab_size, vocab_size) for i in cut]
         # A top_p of 1 keeps all: no rounding of the sums may drop the smallest.
         top_p = [params[i].top_p if params[i].top_p < 1 else torch.inf for i in cut]
-        places = _sent(cut, weights)
+        places = sent(cut, weights)
         weights[places] = _keep_largest(weights[places], top_k, _column(top_p, weights).double())
 
 
@@ -343,7 +343,7 @@ def _keep_largest(
     if vocab_size in top_k:
         num_values = vocab_size if weights.is_cuda else min(max(num_values, probe), vocab_size)
     values = weights.topk(num_values).values  # [m, num_values], descending
-    sizes = _sent(top_k, weights)
+    sizes = sent(top_k, weights)
     kept = _prefix_lengths(weights, values, sizes, top_p)
     result = _keep_prefix(weights, values, kept)
     if num_values == vocab_size or vocab_size not in top_k:

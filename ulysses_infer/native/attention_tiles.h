@@ -18,7 +18,6 @@
 #else
 #define PANEL 4
 #endif
-#define LOG2_E 1.44269504f
 
 /* The query rows of a task with one key/value head; a row is a token's query head. */
 struct tiles {

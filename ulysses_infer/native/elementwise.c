@@ -43,7 +43,7 @@ INLINE void times_sigmoid(floats *x, const floats *z, const int n, enum type typ
     floats power[TOGETHER]; /* e^-|z|, at most 1 */
     integers positive[TOGETHER];
 #define EACH UNROLL for (int v = 0; v < n; v++)
-    EACH power[v] = exp2_of((floats)((integers)z[v] | INT32_MIN) * 1.44269504f, FLOAT32);
+    EACH power[v] = exp2_of((floats)((integers)z[v] | INT32_MIN) * LOG2_E, FLOAT32);
     EACH positive[v] = z[v] > 0.0f;
     EACH x[v] *= (floats)(((integers)splat(1.0f) & positive[v]) | ((integers)power[v] & ~positive[v]));
     EACH x[v] = divided(x[v], 1.0f + power[v], type);

@@ -25,6 +25,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
 #define LINE 64 /* bytes of a cache line */
+#define LOG2_E 1.44269504f
 
 typedef uint16_t bfloat16;
 typedef float floats __attribute__((vector_size(LANES * 4)));
@@ -187,7 +188,7 @@ INLINE floats splat(float value) { return value - (floats){0}; }
 INLINE floats exp_of(floats x) {
     integers visible = ~(x <= -87.0f); /* NaN too */
     floats clamped = (floats)((integers)x & visible);
-    integers whole = __builtin_convertvector(clamped * 1.44269504f - 0.5f, integers);
+    integers whole = __builtin_convertvector(clamped * LOG2_E - 0.5f, integers);
     floats n = __builtin_convertvector(whole, floats);
     floats r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
     floats power = splat(1.9875691500e-4f);
