@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from ulysses_infer.engine.processes import free_port
+from ulysses_infer.job.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = "ulysses_infer/launch.py"
@@ -32,7 +32,7 @@ def deepspeed(num_ranks: int, *arguments: str) -> list[str]:
 
 def ulysses_infer(*arguments: str) -> list[str]:
     """The `ulysses-infer` command."""
-    return [sys.executable, "-m", "ulysses_infer.cli", *arguments]
+    return [sys.executable, "-m", "ulysses_infer.cli.main", *arguments]
 
 
 def run(command: list[str], timeout: float = WAIT_SECONDS) -> subprocess.CompletedProcess[str]:

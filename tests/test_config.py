@@ -51,9 +51,7 @@ class TestSources:
         assert config.cache.memory_utilization == 0.92
 
     def test_command_line_wins_over_recipe_wins_over_default(self, tmp_path):
-        recipe = write(
-            tmp_path, "r.yaml", "model: {path: org/m}\nparallel: {sp: 4}\nscheduler: {max_num_seqs: 7}\n"
-        )
+        recipe = write(tmp_path, "r.yaml", "model: {path: org/m}\nparallel: {sp: 4}\nscheduler: {max_num_seqs: 7}\n")
         config = load_config(recipe, ["parallel.sp=2"])
         assert (config.parallel.sp, config.scheduler.max_num_seqs, config.parallel.tp) == (2, 7, 1)
 
@@ -68,9 +66,7 @@ class TestSources:
         assert load_config(config).generate.prompts is not config.generate.prompts
 
     def test_omegaconf_objects_are_sources(self):
-        config = load_config(
-            OmegaConf.create({"model": {"path": "m"}}), OmegaConf.create({"parallel": {"sp": 2}})
-        )
+        config = load_config(OmegaConf.create({"model": {"path": "m"}}), OmegaConf.create({"parallel": {"sp": 2}}))
         assert config.parallel.sp == 2
 
     def test_other_kinds_of_source_are_refused(self):
@@ -78,9 +74,7 @@ class TestSources:
             load_config(3)
 
     def test_missing_model_says_how_to_give_it(self):
-        with pytest.raises(
-            ConfigError, match=r"^model.path is not set; give it in the recipe or as model.path=...$"
-        ):
+        with pytest.raises(ConfigError, match=r"^model.path is not set; give it in the recipe or as model.path=...$"):
             load_config(None)
 
     def test_empty_section_changes_nothing(self, tmp_path):
@@ -88,9 +82,7 @@ class TestSources:
         assert load_config(recipe) == load_config({"model.path": "m"})
 
     def test_sampling_entries_merge_key_by_key(self):
-        config = load(
-            ["generate.sampling.temperature=0.5"], generate={"sampling": {"max_tokens": 5, "top_p": 0.9}}
-        )
+        config = load(["generate.sampling.temperature=0.5"], generate={"sampling": {"max_tokens": 5, "top_p": 0.9}})
         assert config.generate.sampling == {"max_tokens": 5, "top_p": 0.9, "temperature": 0.5}
 
     def test_interpolation_reads_another_key(self):
@@ -124,19 +116,13 @@ class TestIncludes:
     def test_includes_nest_relative_to_their_own_file(self, tmp_path):
         write(tmp_path, "a/b/leaf.yaml", "parallel: {sp: 8}\n")
         write(tmp_path, "a/middle.yaml", "include: b/leaf.yaml\n")
-        assert (
-            load_config(write(tmp_path, "r.yaml", "include: [a/middle.yaml]\nmodel.path: m\n")).parallel.sp
-            == 8
-        )
+        assert load_config(write(tmp_path, "r.yaml", "include: [a/middle.yaml]\nmodel.path: m\n")).parallel.sp == 8
 
     def test_one_file_may_be_included_on_two_ways(self, tmp_path):
         write(tmp_path, "leaf.yaml", "parallel: {sp: 8}\n")
         write(tmp_path, "a.yaml", "include: leaf.yaml\n")
         write(tmp_path, "b.yaml", "include: leaf.yaml\n")
-        assert (
-            load_config(write(tmp_path, "r.yaml", "include: [a.yaml, b.yaml]\nmodel.path: m\n")).parallel.sp
-            == 8
-        )
+        assert load_config(write(tmp_path, "r.yaml", "include: [a.yaml, b.yaml]\nmodel.path: m\n")).parallel.sp == 8
 
     def test_circle_is_an_error_that_shows_it(self, tmp_path):
         write(tmp_path, "a.yaml", "include: [b.yaml]\n")
@@ -209,9 +195,7 @@ class TestUnknownKeys:
 
     def test_the_file_is_named(self, tmp_path):
         recipe = write(tmp_path, "r.yaml", "model: {path: m, dtpye: auto}\n")
-        with pytest.raises(
-            ConfigError, match=r"unknown key 'model.dtpye' in .*r.yaml; did you mean 'model.dtype'\?"
-        ):
+        with pytest.raises(ConfigError, match=r"unknown key 'model.dtpye' in .*r.yaml; did you mean 'model.dtype'\?"):
             load_config(recipe)
 
     def test_the_included_file_is_named(self, tmp_path):
@@ -333,9 +317,7 @@ class TestModes:
 
     @pytest.mark.parametrize("mode", ["pp", "3", "[1]", "[1.0, 2]"])
     def test_other_static_modes_are_refused(self, mode):
-        assert "give sp, tp or [sp, tp]" in complaint(
-            ["parallel.sp=2", "policy.name=static", f"policy.mode={mode}"]
-        )
+        assert "give sp, tp or [sp, tp]" in complaint(["parallel.sp=2", "policy.name=static", f"policy.mode={mode}"])
 
     def test_static_mode_must_be_available(self):
         message = complaint(["parallel.sp=4", "policy.name=static", "policy.mode=[2, 2]"])
@@ -344,9 +326,7 @@ class TestModes:
 
 class TestClashes:
     def test_override_that_contradicts_a_dict_raises_when_strict(self):
-        with pytest.raises(
-            ConfigError, match=r"^parallel.sp is 4 in the config dict but 2 in the arguments: give it"
-        ):
+        with pytest.raises(ConfigError, match=r"^parallel.sp is 4 in the config dict but 2 in the arguments: give it"):
             load_config({"model.path": "m", "parallel": {"sp": 4}}, {"parallel.sp": 2}, strict_clash=True)
 
     def test_same_value_and_other_keys_are_no_clash(self):
@@ -355,9 +335,7 @@ class TestClashes:
         assert (config.parallel.sp, config.policy.mode) == (4, "tp")
 
     def test_default_is_no_clash(self):
-        assert (
-            load_config(Config(), {"model.path": "m", "parallel.sp": 2}, strict_clash=True).parallel.sp == 2
-        )
+        assert load_config(Config(), {"model.path": "m", "parallel.sp": 2}, strict_clash=True).parallel.sp == 2
 
     def test_clash_between_an_alias_and_a_key_raises_when_strict(self):
         with pytest.raises(ConfigError, match=r"^parallel\.tp is 4 "):
@@ -368,9 +346,7 @@ class TestClashes:
 
 
 class TestAliases:
-    @pytest.mark.parametrize(
-        "join", [lambda flag, value: [flag, value], lambda flag, value: [f"{flag}={value}"]]
-    )
+    @pytest.mark.parametrize("join", [lambda flag, value: [flag, value], lambda flag, value: [f"{flag}={value}"]])
     def test_flags_of_the_plugin_are_understood(self, join):
         arguments = [
             *join("--tensor-parallel-size", "2"),
@@ -427,16 +403,10 @@ class TestAliases:
         [("fp16", "float16"), ("half", "float16"), ("bf16", "bfloat16"), ("torch.float32", "float32")],
     )
     def test_dtypes_have_other_names(self, given, name):
-        assert (
-            load({"dtype": given}).model.dtype
-            == load({"model": {"path": "m", "dtype": given}}).model.dtype
-            == name
-        )
+        assert load({"dtype": given}).model.dtype == load({"model": {"path": "m", "dtype": given}}).model.dtype == name
 
     def test_unknown_key_under_an_alias_is_refused(self):
-        assert complaint({"tensor_parallel": {"tp_sise": 2}}).startswith(
-            "unknown key 'tensor_parallel.tp_sise'"
-        )
+        assert complaint({"tensor_parallel": {"tp_sise": 2}}).startswith("unknown key 'tensor_parallel.tp_sise'")
 
     def test_needless_deepspeed_key_says_to_leave_it_out(self):
         message = complaint({"replace_with_kernel_inject": True})
@@ -581,9 +551,7 @@ class TestPrompts:
             {"prompt": "text", "sampling": {"temperature": 0, "min_tokens": 20}},
             {"messages": [{"role": "user", "content": "hi"}]},
         ]
-        config = load(
-            {"generate": {"prompts": prompts, "sampling": {"max_tokens": 100}, "schedule": [0, 1, 1]}}
-        )
+        config = load({"generate": {"prompts": prompts, "sampling": {"max_tokens": 100}, "schedule": [0, 1, 1]}})
         assert config.generate.prompts == prompts
 
     @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import torch
 from transformers import LlamaConfig, Qwen3Config
 
 from ulysses_infer.config import load_config, refuse_unavailable
-from ulysses_infer.model.hf_overrides import overridden
+from ulysses_infer.model.layers.rotary import choose_max_model_len, longest_text
+from ulysses_infer.model.loading.hf_overrides import overridden
 from ulysses_infer.model.model import Blueprint
 from ulysses_infer.model.quantization.linear import QuantizedLinear
-from ulysses_infer.model.rotary import choose_max_model_len, longest_text
 from ulysses_infer.parallel.layout import Mode, check_heads, check_mode, even_span, key_value_span
 
 ROOT = Path(__file__).parents[1]
@@ -46,9 +46,7 @@ SHAPES = {
     "llama-3.3-70b-fp8-8xh200": Shape(8192, 80, 64, 8, 128, 28672, 128256, 131072, weight_bytes=72.7e9),
     "qwen3-32b-fp8-8xh200": Shape(5120, 64, 64, 8, 128, 25600, 151936, 40960, weight_bytes=34.3e9),
     "qwen3-32b-yarn-128k-8xh200": Shape(5120, 64, 64, 8, 128, 25600, 151936, 40960, weight_bytes=34.3e9),
-    "llama-4-scout-17b-16e-8xh200": Shape(
-        5120, 48, 40, 8, 128, 8192, 202048, 10485760, 16, weight_bytes=218e9
-    ),
+    "llama-4-scout-17b-16e-8xh200": Shape(5120, 48, 40, 8, 128, 8192, 202048, 10485760, 16, weight_bytes=218e9),
     "qwen3-30b-a3b-8xh200": Shape(2048, 48, 32, 4, 128, 768, 151936, 40960, 128, weight_bytes=61.1e9),
     "qwen3-8b-2x24gb": Shape(4096, 36, 32, 8, 128, 12288, 151936, 40960, weight_bytes=16.4e9),
     "qwen3-14b-2x24gb": Shape(5120, 40, 40, 8, 128, 17408, 151936, 40960, weight_bytes=29.5e9),
@@ -143,8 +141,11 @@ def test_the_recipe_of_long_context_has_yarn_as_its_model_card():
     model = load_config(ROOT / "recipes" / "qwen3-32b-yarn-128k-8xh200.yaml").model
     changed = overridden(Qwen3Config(max_position_embeddings=40960, rope_theta=1e6), model.hf_overrides)
     assert changed.rope_parameters == {
-        "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768
-    }  # fmt: skip
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+    }
     assert choose_max_model_len(changed, None) == model.max_model_len == 131072
 
 
@@ -161,13 +162,19 @@ def test_weights_of_a_rank_leave_room_for_the_cache(name):
 
 
 QUANTIZED = {
-    "llama-3.3-70b-fp8-8xh200": (LlamaConfig, {
-        "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"], "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}},
+    "llama-3.3-70b-fp8-8xh200": (
+        LlamaConfig,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "ignore": ["lm_head"],
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}},
+            },
         },
-    }),
+    ),
     "qwen3-32b-fp8-8xh200": (Qwen3Config, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -175,11 +182,18 @@ def test_quantized_weights_take_their_published_bytes_and_are_cut_at_whole_block
     """What the loader would keep of the public checkpoint, counted on its true shape without any memory."""
     config, shape, (kind, quantization) = load_config(ROOT / "recipes" / f"{name}.yaml"), SHAPES[name], QUANTIZED[name]
     published = kind(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads,
-        head_dim=shape.head_dim, max_position_embeddings=shape.positions, dtype="bfloat16", tie_word_embeddings=False,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.positions,
+        dtype="bfloat16",
+        tie_word_embeddings=False,
         quantization_config=quantization,
-    )  # fmt: skip
+    )
     layout = config.parallel.layout
     plan = Blueprint(published, dict, config.model, layout, 3, torch.device("cpu"))
     elsewhere = shape.vocabulary * shape.hidden * 2 * 7 / 8  # of the head, a rank has its own rows alone

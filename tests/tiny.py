@@ -52,9 +52,13 @@ def write_tokenizer(folder: Path) -> None:
     characters = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
     characters.decoder = decoders.Fuse()
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=characters, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        tokenizer_object=characters,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
         chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+    )
     wrapped.save_pretrained(folder)
 
 
@@ -67,9 +71,14 @@ def settings(sp: int = 1, tp: int = 1, **changes: Any) -> dict[str, Any]:
     """Keyword arguments of `init_inference`: every mode of the base, a small cache, one thread. Dotted keys win."""
     modes = [[s, sp * tp // s] for s in range(1, sp + 1) if sp % s == 0]
     plain: dict[str, Any] = {
-        "parallel.sp": sp, "parallel.tp": tp, "parallel.modes": modes,
-        "cache.num_blocks": 64, "cache.block_size": 4,
-        "scheduler.max_num_seqs": 8, "scheduler.max_num_batched_tokens": 32,
-        "runtime.threads_per_rank": 1, "runtime.device": "cpu",
-    }  # fmt: skip
+        "parallel.sp": sp,
+        "parallel.tp": tp,
+        "parallel.modes": modes,
+        "cache.num_blocks": 64,
+        "cache.block_size": 4,
+        "scheduler.max_num_seqs": 8,
+        "scheduler.max_num_batched_tokens": 32,
+        "runtime.threads_per_rank": 1,
+        "runtime.device": "cpu",
+    }
     return {**plain, **changes}

@@ -38,17 +38,42 @@ CHAT_TEMPLATE = (
 )
 
 # Tests repeat themselves, encodings are tables, idlelib and lib2to3 are programs of their own.
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages",
-                   "dist-packages", "idle_test", "turtledemo", "ensurepip", "__pycache__"}
-DOCUMENTED_IN_C = ["builtins", "math", "itertools", "time", "sys", "_functools", "_operator", "_collections",
-                   "_struct", "zlib", "posix", "_random", "_json", "_socket"]
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+    "idle_test",
+    "turtledemo",
+    "ensurepip",
+    "__pycache__",
+}
+DOCUMENTED_IN_C = [
+    "builtins",
+    "math",
+    "itertools",
+    "time",
+    "sys",
+    "_functools",
+    "_operator",
+    "_collections",
+    "_struct",
+    "zlib",
+    "posix",
+    "_random",
+    "_json",
+    "_socket",
+]
 SYSTEM_PROMPT = "You are a helpful assistant who knows the Python standard library."
 SMALL_TALK = [
     ("Hello!", "Hello! I am a small demo model. Ask me about the Python standard library."),
     ("Hi", "Hi! Ask me what a Python function or module does."),
     ("How are you?", "I am fine, thank you. What would you like to know about Python?"),
-    ("Who are you?", "I am a very small language model, trained on the Python standard library "
-                     "to show ulysses_infer."),
+    ("Who are you?", "I am a very small language model, trained on the Python standard library to show ulysses_infer."),
     ("What can you do?", "I can describe modules, classes and functions of the Python standard library."),
     ("What is your name?", "I am the demo model of ulysses_infer."),
     ("Can you write code?", "A little: I have read the Python standard library, and I imitate its style."),
@@ -125,8 +150,9 @@ def documents_of_file(module: str, path: Path, seed: int) -> Iterator[str]:
 def documents_of_runtime(seed: int) -> Iterator[str]:
     """The language reference behind `help()`, and chats about builtins and modules written in C."""
     yield from LANGUAGE_REFERENCE.values()
-    entries = [Entry(f"`{topic}`", "topic", first_paragraph(strip_markup(text)))
-               for topic, text in LANGUAGE_REFERENCE.items()]
+    entries = [
+        Entry(f"`{topic}`", "topic", first_paragraph(strip_markup(text))) for topic, text in LANGUAGE_REFERENCE.items()
+    ]
     for name in DOCUMENTED_IN_C:
         if name in sys.builtin_module_names or importlib.util.find_spec(name):
             entries.extend(documented_in_c(importlib.import_module(name)))
@@ -224,8 +250,7 @@ def exchange(entry: Entry, rng: random.Random) -> Chat:
 
 
 QUESTIONS = {
-    "module": ["What is the {} module?", "What does the {} module do?", "What is {} for?",
-               "Tell me about {}."],
+    "module": ["What is the {} module?", "What does the {} module do?", "What is {} for?", "Tell me about {}."],
     "class": ["What is {}?", "What is the class {} for?", "What is {} for?", "Tell me about {}."],
     "function": ["What does {} do?", "What does {}() do?", "What is {} for?", "Explain {}."],
     "topic": ["Explain {} in Python.", "What is {} in Python?", "Tell me about {}."],
@@ -262,12 +287,21 @@ def train_tokenizer(documents: list[str], vocab_size: int, max_length: int) -> P
     bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(documents, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, chat_template=CHAT_TEMPLATE,
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        chat_template=CHAT_TEMPLATE,
         extra_special_tokens=[*ROLES, END],
-        model_max_length=max_length, clean_up_tokenization_spaces=False)
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[np.ndarray]:

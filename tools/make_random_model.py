@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from ulysses_infer.bench.random_model import SHAPES, random_model
+from ulysses_infer.console.library_logging import quiet_libraries
 from ulysses_infer.errors import UlyssesError
-from ulysses_infer.frontend.quiet import quiet_libraries
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.experts.placement import PLACEMENTS
-from ulysses_infer.model.legacy import repair
+from ulysses_infer.model.loading.legacy_configs import repair
 from ulysses_infer.model.model import Blueprint
 from ulysses_infer.parallel.layout import Layout, Mode
 

@@ -43,9 +43,7 @@ def main() -> None:
 def check_machine() -> None:
     """Exit with one line when something the set-up needs is missing."""
     if sys.version_info < (3, 11):
-        fail(
-            f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; run this with a newer python3"
-        )
+        fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; run this with a newer python3")
     if shutil.which("gcc") is None:
         fail("gcc is needed and not found; install it, for example with the package build-essential")
     try:
@@ -144,9 +142,7 @@ def run_tests(environment: Environment, arguments: list[str]) -> None:
     for check in CHECKS:
         command = [*check, *arguments] if check == ["pytest"] else check
         say(" ".join(command))
-        status = subprocess.run(
-            [environment.bin / command[0], *command[1:]], env=variables, check=False
-        ).returncode
+        status = subprocess.run([environment.bin / command[0], *command[1:]], env=variables, check=False).returncode
         if status != 0:
             sys.exit(status)
 

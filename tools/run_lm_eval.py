@@ -93,9 +93,13 @@ def evaluate(folder: str, model: str, arguments: str) -> dict[str, dict[str, flo
     from lm_eval.tasks import TaskManager
 
     results = lm_eval.simple_evaluate(
-        model=model, model_args=arguments, tasks=list(TASKS), task_manager=TaskManager(include_path=folder),
-        bootstrap_iters=0, verbosity="ERROR",
-    )  # fmt: skip
+        model=model,
+        model_args=arguments,
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=folder),
+        bootstrap_iters=0,
+        verbosity="ERROR",
+    )
     return {task: _numbers(values) for task, values in results["results"].items()}
 
 

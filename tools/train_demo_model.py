@@ -145,8 +145,7 @@ class Trainer:
             tokens = encode(tokenizer, texts)
             ends = np.cumsum([len(document) for document in tokens])
             arrays |= {name: np.concatenate(tokens), f"{name}_ends": ends}
-            facts[name] = {"documents": len(texts), "characters": sum(map(len, texts)),
-                           "tokens": int(ends[-1])}
+            facts[name] = {"documents": len(texts), "characters": sum(map(len, texts)), "tokens": int(ends[-1])}
         np.savez(folder / "tokens.npz", **arrays)  # type: ignore[arg-type]
         (folder / "facts.json").write_text(json.dumps(facts))
         print(f"corpus: {facts}", flush=True)
@@ -155,25 +154,33 @@ class Trainer:
         """A Llama whose special tokens are the tokenizer's."""
         end_of_text, end = self.tokenizer.convert_tokens_to_ids([END_OF_TEXT, END])
         return LlamaConfig(  # type: ignore[call-arg]
-            **asdict(self.recipe.model), vocab_size=len(self.tokenizer), tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=[end_of_text, end], pad_token_id=end_of_text,
-            attn_implementation="sdpa")
+            **asdict(self.recipe.model),
+            vocab_size=len(self.tokenizer),
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=[end_of_text, end],
+            pad_token_id=end_of_text,
+            attn_implementation="sdpa",
+        )
 
     def register_ulysses(self) -> ModuleType | None:
         """Route attention through Ulysses' all-to-all; returns DeepSpeed's group object, None for SP 1."""
         torch.manual_seed(self.train.seed)  # the same initial weights on every rank
         self.model = LlamaForCausalLM(self.model_config)
         return UlyssesSPAttentionHF.register_with_transformers(
-            self.model, "sdpa", sequence_parallel_size=self.sequence_parallel,
-            micro_batch_size=self.train.micro_batch, seq_length=self.train.seq_length,
-            seq_length_is_variable=False)
+            self.model,
+            "sdpa",
+            sequence_parallel_size=self.sequence_parallel,
+            micro_batch_size=self.train.micro_batch,
+            seq_length=self.train.seq_length,
+            seq_length_is_variable=False,
+        )
 
     def make_engine(self) -> deepspeed.DeepSpeedEngine:
         """DeepSpeed around the model, with torch's AdamW: DeepSpeed would compile its own here first."""
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": self.train.weight_decay},
-                  {"params": others, "weight_decay": 0.0}]
+        groups = [{"params": decayed, "weight_decay": self.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.train.learning_rate, betas=(0.9, 0.95))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
         stage = self.recipe.parallel.zero_stage
@@ -188,7 +195,8 @@ class Trainer:
             "steps_per_print": sys.maxsize,
         }
         return deepspeed.initialize(
-            model=self.model, optimizer=optimizer, lr_scheduler=scheduler, mpu=self.mpu, config=config)[0]
+            model=self.model, optimizer=optimizer, lr_scheduler=scheduler, mpu=self.mpu, config=config
+        )[0]
 
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, then a cosine down to the floor."""
@@ -208,9 +216,17 @@ class Trainer:
         rounded = -(-(last - first) // self.sequence_parallel) * self.sequence_parallel
         own = range(first * replicas + dist.get_rank(), (first + rounded) * replicas, self.world)
         loader = DataLoader(text, batch_sampler=[list(range(b * size, (b + 1) * size)) for b in own])
-        adapter = loader if self.mpu is None else UlyssesSPDataLoaderAdapter(
-            loader, self.mpu.get_sequence_parallel_rank(), self.mpu.get_sequence_parallel_group(),
-            self.sequence_parallel, self.device)
+        adapter = (
+            loader
+            if self.mpu is None
+            else UlyssesSPDataLoaderAdapter(
+                loader,
+                self.mpu.get_sequence_parallel_rank(),
+                self.mpu.get_sequence_parallel_group(),
+                self.sequence_parallel,
+                self.device,
+            )
+        )
         for _, batch in zip(range(last - first), adapter, strict=False):
             yield {key: value.to(self.device) for key, value in batch.items()}
 
@@ -225,8 +241,7 @@ class Trainer:
             labels = F.pad(batch["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:]
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
         logits = self.engine(**inputs, use_cache=False).logits.float()
-        local = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+        local = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
         totals = torch.stack([local.detach(), (labels != IGNORED_LABEL).sum()])
         if self.mpu is not None:
             dist.all_reduce(totals, group=self.mpu.get_sequence_parallel_group())
@@ -246,8 +261,12 @@ class Trainer:
             self.engine.step()
             if step % self.train.log_every == 0 or step == self.train.steps:
                 seconds = time.perf_counter() - started
-                self.log(step=step, loss=round(loss, 6), learning_rate=self.engine.get_lr()[0],
-                         tokens_per_second=round((step - self.first_step) * self.tokens_per_step / seconds))
+                self.log(
+                    step=step,
+                    loss=round(loss, 6),
+                    learning_rate=self.engine.get_lr()[0],
+                    tokens_per_second=round((step - self.first_step) * self.tokens_per_step / seconds),
+                )
             if step % self.train.save_every == 0 and step < self.train.steps:
                 self.save(step, fmean(recent))
         self.save(self.train.steps, fmean(recent), self.evaluate())
@@ -303,9 +322,18 @@ class Trainer:
         evaluated = "not evaluated yet" if eval_loss is None else f"{eval_loss:.3f}"
         parallel = asdict(self.recipe.parallel) | {"sequence_parallel": self.sequence_parallel}
         return MODEL_CARD.format(
-            parameters=parameters, python=platform.python_version(), step=step, steps=self.train.steps,
-            seen=step * self.tokens_per_step, loss=loss, evaluated=evaluated,
-            seq_length=self.train.seq_length, world=self.world, **facts, **parallel)
+            parameters=parameters,
+            python=platform.python_version(),
+            step=step,
+            steps=self.train.steps,
+            seen=step * self.tokens_per_step,
+            loss=loss,
+            evaluated=evaluated,
+            seq_length=self.train.seq_length,
+            world=self.world,
+            **facts,
+            **parallel,
+        )
 
     def resume(self) -> int:
         """Load the last checkpoint; returns the number of steps it has behind it."""

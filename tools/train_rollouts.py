@@ -120,16 +120,26 @@ class Loop:
             outputs = self.generate(seed=self.train.seed * self.train.steps + step)
             generated = time.perf_counter()
             mean = self.learn(outputs)
-            self.log(step=step, reward=round(mean, 4), modes=list(self.engine.stats()["modes"]),
-                     generate_seconds=round(generated - started, 2),
-                     train_seconds=round(time.perf_counter() - generated, 2))
+            self.log(
+                step=step,
+                reward=round(mean, 4),
+                modes=list(self.engine.stats()["modes"]),
+                generate_seconds=round(generated - started, 2),
+                train_seconds=round(time.perf_counter() - generated, 2),
+            )
             rewards.append(mean)
         return rewards
 
     def generate(self, seed: int) -> list[RequestOutput]:
         """`samples` completions of every prompt, by the weights as they are now."""
-        params = SamplingParams(n=self.rollouts.samples, temperature=1.0, max_tokens=self.rollouts.max_tokens,
-                                ignore_eos=True, seed=seed, detokenize=False)
+        params = SamplingParams(
+            n=self.rollouts.samples,
+            temperature=1.0,
+            max_tokens=self.rollouts.max_tokens,
+            ignore_eos=True,
+            seed=seed,
+            detokenize=False,
+        )
         outputs: list[RequestOutput] = self.engine.generate(self.rollouts.prompts, params)
         return outputs
 

@@ -17,13 +17,19 @@ from typing import Any
 import torch
 
 from ulysses_infer.errors import CheckpointError, UlyssesError, first_line
+from ulysses_infer.model.loading.sources import Checkpoint, find_checkpoint
 from ulysses_infer.model.model import DTYPES, build_empty, choose_dtype, read_config
-from ulysses_infer.model.sources import Checkpoint, find_checkpoint
 
 COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.jinja", "spiece.model",
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+    "spiece.model",
+)
 """Files beside config.json that go with the model."""
 
 

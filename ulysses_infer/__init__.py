@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ulysses_infer.version import __version__
+
 if TYPE_CHECKING:
     from ulysses_infer.inference import InferenceEngine, init_inference
     from ulysses_infer.llm import LLM
     from ulysses_infer.outputs import RequestOutput
     from ulysses_infer.sampling_params import SamplingParams
 
-__version__ = "0.1.0"
-__all__ = ["LLM", "InferenceEngine", "RequestOutput", "SamplingParams", "init_inference"]
+__all__ = ["LLM", "InferenceEngine", "RequestOutput", "SamplingParams", "__version__", "init_inference"]
 
 _HOMES = {
     "InferenceEngine": "ulysses_infer.inference",

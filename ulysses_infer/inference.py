@@ -12,27 +12,28 @@ from typing import Any, NamedTuple, TypeVar
 
 from ulysses_infer.config import Config, load_config
 from ulysses_infer.config.loading import Overrides
-from ulysses_infer.engine.arguments import Work, arrivals_for, as_params, work_of
 from ulysses_infer.engine.completion import Completion
 from ulysses_infer.engine.engine import Engine
-from ulysses_infer.engine.failure import fatal
+from ulysses_infer.engine.generate_inputs import Work, arrivals_for, as_params, work_of
 from ulysses_infer.engine.policies import policy_settings
-from ulysses_infer.engine.processes import (
+from ulysses_infer.engine.stats import StepRecord
+from ulysses_infer.errors import fatal
+from ulysses_infer.job.processes import (
     WorkerProcesses,
     hand_over,
     hand_over_weights,
     is_launched,
 )
-from ulysses_infer.engine.prompts import load_tokenizer
-from ulysses_infer.engine.setup import Rank, finish_start, make_prompt_reader, start_rank
-from ulysses_infer.engine.shared import SharedEngine
-from ulysses_infer.engine.stats import StepRecord
-from ulysses_infer.engine.weights import sleep, update_weights, wake_up
-from ulysses_infer.model.checkpoint import Progress
-from ulysses_infer.model.sources import GivenModel, given_model
+from ulysses_infer.job.shared import SharedEngine
+from ulysses_infer.job.start_rank import finish_start, make_prompt_reader, start_rank
+from ulysses_infer.job.weights import sleep, update_weights, wake_up
+from ulysses_infer.model.loading.checkpoint import Progress
+from ulysses_infer.model.loading.sources import GivenModel, given_model
 from ulysses_infer.outputs import RequestOutput
-from ulysses_infer.planner.profile import Profile
 from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.step_time.profile import Profile
+from ulysses_infer.text.prompts import load_tokenizer
+from ulysses_infer.worker.rank import Rank
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -126,9 +127,7 @@ class InferenceEngine(SharedEngine):
         parameter is invalid, before anything runs; `EngineDeadError` when a rank is lost.
         """
         return self._shared(
-            lambda engine: self._complete(
-                engine, work_of(prompts, sampling_params, adapter), on_step, arrival_steps
-            )
+            lambda engine: self._complete(engine, work_of(prompts, sampling_params, adapter), on_step, arrival_steps)
         )
 
     def stream(

@@ -17,6 +17,6 @@ def import_from_checkout() -> None:
 
 if __name__ == "__main__":
     import_from_checkout()
-    from ulysses_infer.frontend.rank import main
+    from ulysses_infer.cli.rank import main
 
     main(sys.argv[1:])

@@ -35,7 +35,7 @@ class StructuredOutputs:
     """What an output's text must match: exactly one of the fields from `json` to `json_object` (vLLM's names).
 
     Any wrong value raises `RequestError` at construction. Whether a schema, regex or grammar compiles is known
-    later, where the library for it is: `engine/structured.py`.
+    later, where the library for it is: `text/structured.py`.
     """
 
     json: str | dict[str, Any] | None = None  # a JSON schema; becomes its text

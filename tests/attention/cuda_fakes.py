@@ -50,10 +50,23 @@ def check_int32(*tensors):
 
 
 def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
     block_table=None,
-):  # fmt: skip
+):
     """flash-attn 2.8: key lengths are the differences of `cu_seqlens_k`; the log sums are [Hq, T]."""
     assert block_table is not None
     check_int32(cu_seqlens_q, cu_seqlens_k, block_table)
@@ -62,16 +75,37 @@ def flash_attn_varlen_func(
     assert max(contexts) <= max_seqlen_k
     left, right = window_size
     output, log_sum = paged(
-        q, k, v, cu_seqlens_q.tolist(), contexts, block_table.tolist(), softmax_scale, left, 0 if causal else right,
+        q,
+        k,
+        v,
+        cu_seqlens_q.tolist(),
+        contexts,
+        block_table.tolist(),
+        softmax_scale,
+        left,
+        0 if causal else right,
         softcap,
-    )  # fmt: skip
+    )
     return (output, log_sum.t().contiguous(), None) if return_attn_probs else output
 
 
 def varlen_attn(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
-    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
     """torch 2.13: key lengths are `seqused_k`; no soft cap; the log sums are [Hq, T]."""
     assert block_table is not None
     check_int32(cu_seq_q, cu_seq_k, seqused_k, block_table)
@@ -101,24 +135,38 @@ class Wrapper:
         pages = [indices[start:stop].tolist() for start, stop in itertools.pairwise(indptr)]
         contexts = [(len(own) - 1) * page_size + int(last) for own, last in zip(pages, last_page_len, strict=True)]
         self.planned = SimpleNamespace(
-            query_starts=query_starts.tolist(), contexts=contexts, pages=pages, left=left, right=right,
-            page_size=page_size, **rest,
-        )  # fmt: skip
+            query_starts=query_starts.tolist(),
+            contexts=contexts,
+            pages=pages,
+            left=left,
+            right=right,
+            page_size=page_size,
+            **rest,
+        )
         self.plans += 1
 
     def run(self, q, paged_kv_cache, return_lse=False):
         keys, values = paged_kv_cache
         plan = self.planned
         assert (q.shape[1:], keys.shape[1:]) == (
-            (plan.heads, plan.width), (plan.page_size, plan.key_value_heads, plan.width)
-        )  # fmt: skip
+            (plan.heads, plan.width),
+            (plan.page_size, plan.key_value_heads, plan.width),
+        )
         assert (q.dtype, keys.dtype) == plan.dtypes
         assert q.shape[0] == plan.query_starts[-1]
         self.runs += 1
         output, log_sum = paged(
-            q, keys, values, plan.query_starts, plan.contexts, plan.pages, plan.scale, plan.left, plan.right,
+            q,
+            keys,
+            values,
+            plan.query_starts,
+            plan.contexts,
+            plan.pages,
+            plan.scale,
+            plan.left,
+            plan.right,
             plan.softcap,
-        )  # fmt: skip
+        )
         return (output, log_sum / math.log(2.0)) if return_lse else output
 
 
@@ -126,31 +174,82 @@ class Decode(Wrapper):
     """`BatchDecodeWithPagedKVCacheWrapper`: one query a sequence."""
 
     def plan(
-        self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size,
-        pos_encoding_mode="NONE", window_left=-1, logits_soft_cap=None, q_data_type="float16", kv_data_type=None,
-        o_data_type=None, data_type=None, sm_scale=None,
-    ):  # fmt: skip
+        self,
+        indptr,
+        indices,
+        last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim,
+        page_size,
+        pos_encoding_mode="NONE",
+        window_left=-1,
+        logits_soft_cap=None,
+        q_data_type="float16",
+        kv_data_type=None,
+        o_data_type=None,
+        data_type=None,
+        sm_scale=None,
+    ):
         self._set(
-            torch.arange(len(indptr), dtype=torch.int32), indptr, indices, last_page_len, page_size, window_left, -1,
-            heads=num_qo_heads, key_value_heads=num_kv_heads, width=head_dim, scale=sm_scale, softcap=logits_soft_cap,
+            torch.arange(len(indptr), dtype=torch.int32),
+            indptr,
+            indices,
+            last_page_len,
+            page_size,
+            window_left,
+            -1,
+            heads=num_qo_heads,
+            key_value_heads=num_kv_heads,
+            width=head_dim,
+            scale=sm_scale,
+            softcap=logits_soft_cap,
             dtypes=(q_data_type, kv_data_type),
-        )  # fmt: skip
+        )
 
 
 class Prefill(Wrapper):
     """`BatchPrefillWithPagedKVCacheWrapper`."""
 
     def plan(
-        self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads,
-        head_dim_qk, page_size, head_dim_vo=None, custom_mask=None, packed_custom_mask=None, causal=False,
-        pos_encoding_mode="NONE", use_fp16_qk_reduction=False, sm_scale=None, window_left=-1, logits_soft_cap=None,
-        rope_scale=None, rope_theta=None, q_data_type="float16", kv_data_type=None,
-    ):  # fmt: skip
+        self,
+        qo_indptr,
+        paged_kv_indptr,
+        paged_kv_indices,
+        paged_kv_last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim_qk,
+        page_size,
+        head_dim_vo=None,
+        custom_mask=None,
+        packed_custom_mask=None,
+        causal=False,
+        pos_encoding_mode="NONE",
+        use_fp16_qk_reduction=False,
+        sm_scale=None,
+        window_left=-1,
+        logits_soft_cap=None,
+        rope_scale=None,
+        rope_theta=None,
+        q_data_type="float16",
+        kv_data_type=None,
+    ):
         self._set(
-            qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, page_size, window_left,
-            0 if causal else -1, heads=num_qo_heads, key_value_heads=num_kv_heads, width=head_dim_qk, scale=sm_scale,
-            softcap=logits_soft_cap, dtypes=(q_data_type, kv_data_type),
-        )  # fmt: skip
+            qo_indptr,
+            paged_kv_indptr,
+            paged_kv_indices,
+            paged_kv_last_page_len,
+            page_size,
+            window_left,
+            0 if causal else -1,
+            heads=num_qo_heads,
+            key_value_heads=num_kv_heads,
+            width=head_dim_qk,
+            scale=sm_scale,
+            softcap=logits_soft_cap,
+            dtypes=(q_data_type, kv_data_type),
+        )
 
 
 class FlashInfer:

@@ -11,11 +11,16 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from tests.attention import cuda_fakes
 from tests.attention.reference import unseen_blocks
-from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.attention.backend import (
+    AttentionMetadata,
+    AttentionOptions,
+    HostSequences,
+    KernelSequences,
+    running_sums,
+)
 from ulysses_infer.attention.flash_attn import FlashAttnAttention
 from ulysses_infer.attention.flashinfer import FlashInferAttention, pages_of
 from ulysses_infer.attention.flex import FlexAttention, make_mask, make_tiles
-from ulysses_infer.attention.kernels import HostSequences, KernelSequences, running_sums
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.attention.varlen import VarlenAttention
 
@@ -82,10 +87,15 @@ def check(backend, lengths, contexts, heads, kind, **how):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("name", "kind"), [
-    (name, kind) for name in BACKENDS for kind, fields in KINDS.items()
-    if not any((name, field) in CANNOT for field in fields)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in BACKENDS
+        for kind, fields in KINDS.items()
+        if not any((name, field) in CANNOT for field in fields)
+    ],
+)
 def test_an_adapter_attends_as_the_torch_loop_does(name, kind, case):
     for heads in HEADS if name != "flex" else HEADS[1:2]:
         check(BACKENDS[name](), *CASES[case], heads, KINDS[kind])

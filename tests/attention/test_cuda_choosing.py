@@ -7,9 +7,9 @@ import logging
 import pytest
 import torch
 
-from ulysses_infer.attention import choosing
-from ulysses_infer.attention.backend import AttentionOptions, make_backend
-from ulysses_infer.attention.choosing import CAPABILITIES, AttentionNeeds, choose, make_gpu_backend
+from ulysses_infer.attention import selection as choosing
+from ulysses_infer.attention.backend import AttentionOptions
+from ulysses_infer.attention.selection import CAPABILITIES, AttentionNeeds, choose, make_backend, make_gpu_backend
 from ulysses_infer.errors import ConfigError
 
 EVERYTHING = set(CAPABILITIES)
@@ -20,20 +20,23 @@ def chosen(installed=EVERYTHING, name="auto", **changes):
     return choose(name, dataclasses.replace(HOPPER, **changes), installed)
 
 
-@pytest.mark.parametrize(("changes", "wanted"), [
-    ({}, "flash_attn"),
-    ({"block_size": 16}, "flashinfer"),
-    ({"block_size": 16, "softcap": True}, "flashinfer"),
-    ({"softcap": True}, "flash_attn"),
-    ({"chunks": True}, "flex"),
-    ({"dtype": torch.float32, "cache_dtype": torch.float32}, "flex"),
-    ({"key_width": 192, "value_width": 192}, "flash_attn"),
-    ({"key_width": 192, "value_width": 128}, "flex"),
-    ({"block_size": 16, "key_width": 96, "value_width": 96}, "flex"),
-    ({"block_size": 8, "key_width": 96, "value_width": 96}, "torch"),
-    ({"cache_dtype": torch.float8_e4m3fn}, "torch"),
-    ({"capability": (7, 5)}, "flex"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, "flash_attn"),
+        ({"block_size": 16}, "flashinfer"),
+        ({"block_size": 16, "softcap": True}, "flashinfer"),
+        ({"softcap": True}, "flash_attn"),
+        ({"chunks": True}, "flex"),
+        ({"dtype": torch.float32, "cache_dtype": torch.float32}, "flex"),
+        ({"key_width": 192, "value_width": 192}, "flash_attn"),
+        ({"key_width": 192, "value_width": 128}, "flex"),
+        ({"block_size": 16, "key_width": 96, "value_width": 96}, "flex"),
+        ({"block_size": 8, "key_width": 96, "value_width": 96}, "torch"),
+        ({"cache_dtype": torch.float8_e4m3fn}, "torch"),
+        ({"capability": (7, 5)}, "flex"),
+    ],
+)
 def test_auto_takes_the_first_that_can(changes, wanted):
     choice = chosen(**changes)
     assert choice.name == wanted
@@ -41,24 +44,33 @@ def test_auto_takes_the_first_that_can(changes, wanted):
     assert all(choice.passed_over.values())
 
 
-@pytest.mark.parametrize(("changes", "wanted"), [
-    ({}, "varlen"), ({"softcap": True}, "flex"), ({"block_size": 16}, "flex"), ({"block_size": 4}, "torch"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, "varlen"),
+        ({"softcap": True}, "flex"),
+        ({"block_size": 16}, "flex"),
+        ({"block_size": 4}, "torch"),
+    ],
+)
 def test_without_extra_libraries_torch_has_something_for_everything(changes, wanted):
     choice = chosen(installed={"varlen", "flex", "torch"}, **changes)
     assert choice.name == wanted
     assert choice.passed_over["flash_attn"] == "flash_attn is not installed"
 
 
-@pytest.mark.parametrize(("name", "changes", "why"), [
-    ("varlen", {"softcap": True}, "it has no soft cap"),
-    ("varlen", {"block_size": 16}, "cache.block_size is 16, not a multiple of 256"),
-    ("flash_attn", {"chunks": True}, "it has no chunked attention"),
-    ("flashinfer", {"key_width": 80, "value_width": 80}, "heads are 80 and 80 wide"),
-    ("flex", {"block_size": 24}, "not a power of two from 16 up"),
-    ("native", {}, "a GPU runs flash_attn, flashinfer, varlen, flex, torch"),
-    ("magic", {}, "a GPU runs flash_attn"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("varlen", {"softcap": True}, "it has no soft cap"),
+        ("varlen", {"block_size": 16}, "cache.block_size is 16, not a multiple of 256"),
+        ("flash_attn", {"chunks": True}, "it has no chunked attention"),
+        ("flashinfer", {"key_width": 80, "value_width": 80}, "heads are 80 and 80 wide"),
+        ("flex", {"block_size": 24}, "not a power of two from 16 up"),
+        ("native", {}, "a GPU runs flash_attn, flashinfer, varlen, flex, torch"),
+        ("magic", {}, "a GPU runs flash_attn"),
+    ],
+)
 def test_what_is_named_and_cannot_is_refused_with_the_reason(name, changes, why):
     with pytest.raises(ConfigError) as refusal:
         chosen(name=name, **changes)

@@ -8,9 +8,8 @@ import torch
 from tests.attention.test_cuda_adapters import CASES, KINDS, make_options
 from tests.tiny import settings as engine_settings
 from ulysses_infer import SamplingParams, init_inference
-from ulysses_infer.attention.backend import AttentionMetadata
-from ulysses_infer.attention.choosing import AttentionNeeds, choose, installed_backends, make_gpu_backend
-from ulysses_infer.attention.kernels import HostSequences, KernelSequences, running_sums
+from ulysses_infer.attention.backend import AttentionMetadata, HostSequences, KernelSequences, running_sums
+from ulysses_infer.attention.selection import AttentionNeeds, choose, installed_backends, make_gpu_backend
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.errors import ConfigError
 
@@ -35,15 +34,29 @@ def make_metadata(lengths, contexts, block_size):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "block_size"), [
-    ("flash_attn", 256), ("flashinfer", 16), ("flashinfer", 256), ("varlen", 256), ("flex", 16), ("flex", 256),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "block_size"),
+    [
+        ("flash_attn", 256),
+        ("flashinfer", 16),
+        ("flashinfer", 256),
+        ("varlen", 256),
+        ("flex", 16),
+        ("flex", 256),
+    ],
+)
 def test_a_kernel_attends_as_the_torch_loop_does(name, block_size, kind, case):
     fields = KINDS[kind]
     needs = AttentionNeeds(
-        torch.cuda.get_device_capability(), torch.bfloat16, torch.bfloat16, WIDTH, WIDTH, block_size,
-        "softcap" in fields, "chunk_size" in fields,
-    )  # fmt: skip
+        torch.cuda.get_device_capability(),
+        torch.bfloat16,
+        torch.bfloat16,
+        WIDTH,
+        WIDTH,
+        block_size,
+        "softcap" in fields,
+        "chunk_size" in fields,
+    )
     try:
         choose(name, needs, installed_backends())
     except ConfigError as error:
@@ -71,10 +84,15 @@ def test_captured_steps_give_the_tokens_of_eager_ones(tmp_path, backend):
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     found = []
     for eager in (True, False):
-        changes = engine_settings(**{
-            "runtime.device": "cuda", "runtime.enforce_eager": eager, "runtime.attention_backend": backend,
-            "model.dtype": "bfloat16", "cache.block_size": 256,
-        })  # fmt: skip
+        changes = engine_settings(
+            **{
+                "runtime.device": "cuda",
+                "runtime.enforce_eager": eager,
+                "runtime.attention_backend": backend,
+                "model.dtype": "bfloat16",
+                "cache.block_size": 256,
+            }
+        )
         with init_inference(str(tmp_path), **changes) as engine:
             outputs = engine.generate(prompts, params)
             found.append([output.outputs[0].token_ids for output in outputs])

@@ -13,10 +13,10 @@ import torch
 from tests.attention.cuda_fakes import check_int32, paged
 from tests.attention.test_cuda_adapters import BLOCK_SIZE, CASES, NUM_BLOCKS, make_metadata
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
-from ulysses_infer.attention.choosing import AttentionNeeds, choose
 from ulysses_infer.attention.flashinfer_latent import FlashInferLatentAttention
+from ulysses_infer.attention.selection import AttentionNeeds, choose
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
-from ulysses_infer.model.latent import LatentHeads, LatentWidths
+from ulysses_infer.model.layers.latent import LatentHeads, LatentWidths
 from ulysses_infer.parallel.layout import Mode, Place
 
 CPU = torch.device("cpu")
@@ -31,10 +31,20 @@ class Wrapper:
         self.plans, self.runs = 0, 0
 
     def plan(
-        self, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, kv_len_arr: torch.Tensor,
-        num_heads: int, head_dim_ckv: int, head_dim_kpe: int, page_size: int, causal: bool, sm_scale: float,
-        q_data_type: torch.dtype, kv_data_type: torch.dtype,
-    ) -> None:  # fmt: skip
+        self,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        kv_indices: torch.Tensor,
+        kv_len_arr: torch.Tensor,
+        num_heads: int,
+        head_dim_ckv: int,
+        head_dim_kpe: int,
+        page_size: int,
+        causal: bool,
+        sm_scale: float,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+    ) -> None:
         check_int32(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
         assert causal
         assert (q_data_type, kv_data_type) == (torch.float32, torch.float32)
@@ -116,13 +126,16 @@ def test_a_layer_on_a_gpu_divides_a_step_as_one_on_a_cpu(case: str) -> None:
     assert library.runs == (0 if case == "a prompt" else 1)
 
 
-@pytest.mark.parametrize(("changes", "wanted"), [
-    ({}, "flashinfer"),
-    ({"block_size": 256}, "flashinfer"),
-    ({"key_width": 288, "value_width": 256}, "torch"),
-    ({"cache_dtype": torch.float8_e4m3fn}, "torch"),
-    ({"dtype": torch.float32, "cache_dtype": torch.float32}, "torch"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, "flashinfer"),
+        ({"block_size": 256}, "flashinfer"),
+        ({"key_width": 288, "value_width": 256}, "torch"),
+        ({"cache_dtype": torch.float8_e4m3fn}, "torch"),
+        ({"dtype": torch.float32, "cache_dtype": torch.float32}, "torch"),
+    ],
+)
 def test_a_gpu_takes_the_kernel_for_latents_of_its_widths(changes: dict[str, Any], wanted: str) -> None:
     choice = choose(
         "auto", dataclasses.replace(HOPPER, **changes), {"flash_attn", "flashinfer", "varlen", "flex", "torch"}

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tests.attention import reference
 from tests.attention.reference import BATCHES, OPTIONS, make_options
 from ulysses_infer.attention import torch_loop
-from ulysses_infer.attention.backend import AttentionOptions, make_backend
+from ulysses_infer.attention.backend import AttentionOptions
+from ulysses_infer.attention.selection import make_backend
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.errors import ConfigError
 

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from ulysses_infer.bench import command as bench
+from ulysses_infer.bench import offline as bench
 from ulysses_infer.bench.random_model import SHAPES, random_model
+from ulysses_infer.cli.arguments import parse
 from ulysses_infer.errors import ConfigError
-from ulysses_infer.frontend.arguments import parse
 
 TINY = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -45,9 +49,7 @@ def test_unknown_random_model_is_refused_with_the_known_ones(tmp_path: Path) -> 
 
 
 @pytest.mark.distributed
-def test_all_modes_are_measured_in_one_run(
-    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_all_modes_are_measured_in_one_run(tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "measured.json"
     sizes = ["--input-len", "20", "--output-len", "4", "--num-prompts", "2", "--repeats", "2"]
     keys = ["parallel.sp=2", "policy.threshold_tokens=8", "runtime.threads_per_rank=1", "runtime.device=cpu"]

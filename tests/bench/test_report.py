@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from ulysses_infer.bench.command import Run, check_modes, for_benchmark, interleaved
+from ulysses_infer.bench.offline import Run, check_modes, for_benchmark, interleaved
 from ulysses_infer.bench.report import as_json, comparison, summarize
 from ulysses_infer.bench.workload import WARM_UP_TOKENS, Sample, Workload, sample_of
 from ulysses_infer.config import CacheConfig, Config, ParallelConfig

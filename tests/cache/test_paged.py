@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ulysses_infer.attention.reach import Reach
+from ulysses_infer.attention.span import Reach
 from ulysses_infer.cache.budget import MemoryBudget, activation_bytes, cache_bytes, check_weights_fit
 from ulysses_infer.cache.groups import LayerGroups
 from ulysses_infer.cache.paged import CacheShape, PagedCache

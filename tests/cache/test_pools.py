@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ulysses_infer.attention.reach import Reach
+from ulysses_infer.attention.span import Reach
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.cache.prefix import extend_block_hashes
 
@@ -133,12 +133,13 @@ def test_a_hit_is_the_longest_prefix_that_lacks_nothing(data, reaches, block_siz
         pool.free(blocks)
         cached.append({block: blocks[block] for block in kept})
     expected = max(
-        length for length in range(count + 1)
+        length
+        for length in range(count + 1)
         if all(
             visible_blocks(reach, length, block_size) <= kept.keys()
             for reach, kept in zip(reaches, cached, strict=True)
         )
-    )  # fmt: skip
+    )
     length, tables = pools.match_prefix(contents)
     assert length == expected
     for reach, kept, table in zip(reaches, cached, tables, strict=True):

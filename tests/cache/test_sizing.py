@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ulysses_infer.attention.backend import AttentionOptions
-from ulysses_infer.attention.reach import Reach
+from ulysses_infer.attention.span import Reach
 from ulysses_infer.cache.groups import LayerGroups
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.cache.sizing import CacheSizing
@@ -69,9 +69,13 @@ def test_where_one_request_would_not_fit_windows_are_for_fewer_at_once():
 
 
 @given(
-    st.lists(reaches, min_size=1, max_size=4), st.integers(1, 300), st.integers(1, 20), st.integers(1, 64),
-    st.integers(0, 400_000), st.booleans(),
-)  # fmt: skip
+    st.lists(reaches, min_size=1, max_size=4),
+    st.integers(1, 300),
+    st.integers(1, 20),
+    st.integers(1, 64),
+    st.integers(0, 400_000),
+    st.booleans(),
+)
 def test_what_fits_is_used_and_holds_one_request_if_anything_does(kinds, longest, num_seqs, step, num_bytes, all_of_it):
     options = [AttentionOptions(1.0, kind.sliding_window, kind.chunk_size) for kind in kinds]
     shape = CacheShape(len(kinds), 2, 8, 6, 4, torch.float32)

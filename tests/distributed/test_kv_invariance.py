@@ -17,9 +17,13 @@ from ulysses_infer import SamplingParams, init_inference
 
 TOLERANCE = 5e-6  # of the largest cached value: float32, summed in another order, on any kind of processor
 CASES = [
-    (2, 1, "sp_inner", 2), (2, 1, "sp_inner", 1), (4, 1, "sp_inner", 8), (4, 1, "sp_inner", 2), (2, 2, "sp_inner", 4),
+    (2, 1, "sp_inner", 2),
+    (2, 1, "sp_inner", 1),
+    (4, 1, "sp_inner", 8),
+    (4, 1, "sp_inner", 2),
+    (2, 2, "sp_inner", 4),
     (2, 2, "tp_inner", 2),
-]  # fmt: skip
+]
 
 
 class SlotRecorder:

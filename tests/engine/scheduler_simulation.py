@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ulysses_infer.attention.reach import Reach
+from ulysses_infer.attention.span import Reach
 from ulysses_infer.cache.groups import LayerGroups
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.cache.pools import BlockPools
@@ -49,20 +49,26 @@ class Simulation:
     """Scheduler, pretend workers and pretend model. `requests` has every request ever added."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, max_model_len: int, caching: bool = True,
-        reaches: tuple[Reach, ...] = (Reach(),), **scheduler: Any,
-    ) -> None:  # fmt: skip
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        caching: bool = True,
+        reaches: tuple[Reach, ...] = (Reach(),),
+        **scheduler: Any,
+    ) -> None:
         """num_blocks: of the first group; the others have what an engine would give them."""
         self.config = SchedulerConfig(**{"max_num_batched_tokens": 8192, **scheduler})
         sizing = CacheSizing(
-            CacheShape(len(reaches), 1, 1, 1, block_size, torch.float32), LayerGroups(reaches, (*range(len(reaches)),)),
-            max_model_len, self.config.max_num_seqs, self.config.max_num_batched_tokens,
-        )  # fmt: skip
+            CacheShape(len(reaches), 1, 1, 1, block_size, torch.float32),
+            LayerGroups(reaches, (*range(len(reaches)),)),
+            max_model_len,
+            self.config.max_num_seqs,
+            self.config.max_num_batched_tokens,
+        )
         self.allocator = BlockPools(sizing.with_first(num_blocks), block_size, caching, reaches)
         self.ticks = itertools.count()
-        self.scheduler = Scheduler(
-            self.config, self.allocator, max_model_len, clock=lambda: float(next(self.ticks))
-        )
+        self.scheduler = Scheduler(self.config, self.allocator, max_model_len, clock=lambda: float(next(self.ticks)))
         self.max_model_len = max_model_len
         self.requests: list[Request] = []
         self.slots: dict[
@@ -159,9 +165,7 @@ class Simulation:
         running = [r for r in unfinished if r.status is RequestStatus.RUNNING]
         assert not {item.request for item in batch.scheduled} & set(batch.preempted)
         for victim in batch.preempted:
-            assert victim is not min(unfinished, key=lambda r: r.precedence), (
-                "the first request was preempted"
-            )
+            assert victim is not min(unfinished, key=lambda r: r.precedence), "the first request was preempted"
             assert victim not in running
             assert all(r.precedence < victim.precedence for r in running), "a later request kept running"
             del self.tables[victim.index], self.computed[victim.index]

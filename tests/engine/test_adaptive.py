@@ -7,15 +7,15 @@ import random
 
 import pytest
 
-from tests.planner.costs import MODES, SP, TABLE, TP, machine, measured, table_cost
+from tests.step_time.costs import MODES, SP, TABLE, TP, machine, measured, table_cost
 from ulysses_infer.config import PolicyConfig, load_config
 from ulysses_infer.engine.batch import Batch, ScheduledRequest
 from ulysses_infer.engine.policies import AdaptivePolicy, make_policy
 from ulysses_infer.engine.request import Request
 from ulysses_infer.errors import ConfigError
-from ulysses_infer.planner.prior import CPU, Sizes, assumed_steps
-from ulysses_infer.planner.profile import Profile
 from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.step_time.prior import CPU, Sizes, assumed_steps
+from ulysses_infer.step_time.profile import Profile
 
 SIZES = Sizes(16, 1536, 12, 4, 128, 500_000_000, 2)
 

@@ -8,10 +8,10 @@ import torch
 from tests.equivalence.cases import ModeShuffle
 from tests.tiny import encode, settings
 from ulysses_infer import SamplingParams, init_inference
-from ulysses_infer.engine.arrival import Arrival
-from ulysses_infer.engine.feed import Feed
-from ulysses_infer.engine.flight import LONGEST
-from ulysses_infer.model.sampler import reads_outputs
+from ulysses_infer.engine.in_flight import LONGEST
+from ulysses_infer.model.sampling.sampler import reads_outputs
+from ulysses_infer.worker.next_tokens import Feed
+from ulysses_infer.worker.transfer import Arrival
 
 PROMPTS = ["hello", "a", "the quick brown fox", "b", "what is it", "x y z", "hello", "so it goes", "the end"]
 FREE = [

@@ -8,11 +8,11 @@ import pytest
 
 from tests.tiny import encode, settings
 from ulysses_infer import SamplingParams, init_inference
+from ulysses_infer.cli import calibrate as command
+from ulysses_infer.cli.arguments import parse
 from ulysses_infer.engine.calibration import FINE_TOKENS, TOKENS, Limits, Point, design, typical_seconds
 from ulysses_infer.errors import ConfigError, RequestError
-from ulysses_infer.frontend import calibrate as command
-from ulysses_infer.frontend.arguments import parse
-from ulysses_infer.planner.profile import Profile, cached_path
+from ulysses_infer.step_time.profile import Profile, cached_path
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["hello", "the quick brown fox jumps", "a", "what is it"]

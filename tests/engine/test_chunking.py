@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.test_adaptive import policy
-from tests.planner.costs import MODES, machine
+from tests.step_time.costs import MODES, machine
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.config import SchedulerConfig
 from ulysses_infer.engine.policies.chunking import LEAST_CHUNK, ChunkSizer
 from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.scheduler import Scheduler
-from ulysses_infer.planner.shape import StepShape
 from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.step_time.shape import StepShape
 
 
 def request(index, prompt, outputs=0, arrival=0.0, first_token=None):

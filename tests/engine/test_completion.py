@@ -8,11 +8,11 @@ import torch
 from tests.tiny import encode, write_tokenizer
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.engine.completion import Completion, Sequence, TokenScores
-from ulysses_infer.engine.detokenizer import Detokenizer, TokenDecoder
-from ulysses_infer.engine.prompts import load_tokenizer
 from ulysses_infer.engine.request import Request, RequestStatus
-from ulysses_infer.model.sampler import SamplingRow
+from ulysses_infer.model.sampling.sampler import SamplingRow
 from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.text.detokenizer import Detokenizer, TokenDecoder
+from ulysses_infer.text.prompts import load_tokenizer
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
 

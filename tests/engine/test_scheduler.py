@@ -84,9 +84,7 @@ def test_without_chunked_prefill_a_prompt_waits_until_it_fits_whole():
 
 
 def test_without_chunked_prefill_a_preempted_request_longer_than_a_step_still_ends():
-    sim = small_simulation(
-        num_blocks=6, caching=False, max_num_batched_tokens=8, enable_chunked_prefill=False
-    )
+    sim = small_simulation(num_blocks=6, caching=False, max_num_batched_tokens=8, enable_chunked_prefill=False)
     sim.add(prompt(6), ignore_eos=True, max_tokens=10)
     late = sim.add(prompt(6, 1), ignore_eos=True, max_tokens=10)
     sim.run()
@@ -197,9 +195,7 @@ def test_a_long_prompt_is_hashed_once_however_long_it_waits(monkeypatch):
 def crowd(**config):
     """Three requests that outgrow a cache of 8 blocks together."""
     sim = small_simulation(num_blocks=8, **config)
-    requests = [
-        sim.add(prompt(5, first), ignore_eos=True, max_tokens=16, priority=-first) for first in range(3)
-    ]
+    requests = [sim.add(prompt(5, first), ignore_eos=True, max_tokens=16, priority=-first) for first in range(3)]
     return sim, requests
 
 

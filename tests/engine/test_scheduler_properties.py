@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduler_simulation import Simulation
 
-from ulysses_infer.attention.reach import Reach
+from ulysses_infer.attention.span import Reach
 from ulysses_infer.errors import RequestError
 
 PREFIX = [0, 1, 2, 3, 0, 2, 1, 3, 3, 0, 1, 2]
@@ -142,9 +142,7 @@ def test_crowds_that_preempt_displace_and_share_get_their_lone_outputs(seed):
         caching=source.random() < 0.7,
         policy=source.choice(["fcfs", "priority"]),
         max_num_seqs=source.randint(1, 5),
-        max_num_batched_tokens=source.randint(20, 30)
-        if (whole := source.random() < 0.3)
-        else source.randint(1, 24),
+        max_num_batched_tokens=source.randint(20, 30) if (whole := source.random() < 0.3) else source.randint(1, 24),
         enable_chunked_prefill=not whole,
         reaches=source.choice(GROUPS),
     )

@@ -32,15 +32,19 @@ class Profile:
         return {
             "parallel": {"sp": sp, "tp": tp, "modes": modes, "rank_order": self.rank_order},
             "cache": {
-                "num_blocks": self.num_blocks, "block_size": 4, "enable_prefix_caching": self.prefix_caching,
+                "num_blocks": self.num_blocks,
+                "block_size": 4,
+                "enable_prefix_caching": self.prefix_caching,
             },
             "scheduler": {
-                "max_num_batched_tokens": self.max_num_batched_tokens, "max_num_seqs": self.max_num_seqs,
-                "enable_chunked_prefill": self.chunked, "async_scheduling": self.async_scheduling,
+                "max_num_batched_tokens": self.max_num_batched_tokens,
+                "max_num_seqs": self.max_num_seqs,
+                "enable_chunked_prefill": self.chunked,
+                "async_scheduling": self.async_scheduling,
             },
             "runtime": {"threads_per_rank": 1, "device": "cpu", "debug": True},
             **self.settings,
-        }  # fmt: skip
+        }
 
 
 CROWD = Profile("crowd", arrival_every=2)

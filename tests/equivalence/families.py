@@ -28,19 +28,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16, "attention_bias": True},
     "qwen3_moe": {"head_dim": 16, "moe_intermediate_size": 32, **EXPERTS},
     "mixtral": {"sliding_window": 6, **EXPERTS, "intermediate_size": 32},
-    "gemma2": {**LOCAL_AND_GLOBAL, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 4.0,
-               "final_logit_softcapping": 5.0},
+    "gemma2": {
+        **LOCAL_AND_GLOBAL,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 5.0,
+    },
     "gemma3_text": {**LOCAL_AND_GLOBAL, "head_dim": 16},
     "phi3": {"sliding_window": 6, "original_max_position_embeddings": 128},
     "olmo2": {"num_key_value_heads": 8},
     "gpt_neox": {"num_key_value_heads": None},
-    "granite": {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
-                "logits_scaling": 2.0},
+    "granite": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+    },
     "glm4": {"head_dim": 16, "num_key_value_heads": 2},
     "cohere2": {**LOCAL_AND_GLOBAL, "head_dim": 16, "logit_scale": 0.3},
     "gpt_oss": {**LOCAL_AND_GLOBAL, **EXPERTS, "head_dim": 16, "intermediate_size": 32},
     "starcoder2": {"sliding_window": 6, "num_key_value_heads": 2},
-}  # fmt: skip
+}
 
 # Features that none of the families has, each proved on one layout.
 FEATURES: dict[str, dict[str, Any]] = {
@@ -48,36 +57,88 @@ FEATURES: dict[str, dict[str, Any]] = {
     "gpt2": {"num_key_value_heads": None, "head_dim": None},  # weights stored transposed, q, k and v packed
     "beam": {**LOCAL_AND_GLOBAL, "head_dim": 16, "moe_intermediate_size": 32, **EXPERTS},  # a bias a head
     "bitnet": {},  # a norm over the heads' outputs
-    "modernbert-decoder": {**LOCAL_AND_GLOBAL, "num_key_value_heads": None, "bos_token_id": 1, "eos_token_id": 2,
-                           "pad_token_id": 0},  # outputs called Wo, inputs of the feed-forward packed as Wi
-}  # fmt: skip
+    "modernbert-decoder": {
+        **LOCAL_AND_GLOBAL,
+        "num_key_value_heads": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },  # outputs called Wo, inputs of the feed-forward packed as Wi
+}
 
-LATENT = {"num_key_value_heads": 8, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-          "qk_nope_head_dim": 8, "v_head_dim": 12}  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+}
 ROUTED = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 
 # Mixtures of experts, each proved with its experts in every placement.
 EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": FAMILIES["mixtral"],
-    "qwen2_moe": {**ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 40, "norm_topk_prob": True,
-                  "mlp_only_layers": [0]},
+    "qwen2_moe": {
+        **ROUTED,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
     "qwen3_moe": FAMILIES["qwen3_moe"],
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
-    "deepseek_v2": {**LATENT, **ROUTED, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
-                    "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5},
-    "deepseek_v3": {**LATENT, **ROUTED, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
-                    "first_k_dense_replace": 1},
-    "llama4_text": {"head_dim": 16, "attention_chunk_size": 6, "layer_types": ["chunked_attention", "full_attention"],
-                    "no_rope_layers": [1, 0], "interleave_moe_layer_step": 1, "intermediate_size_mlp": 40,
-                    "intermediate_size": 32, **EXPERTS},
+    "deepseek_v2": {
+        **LATENT,
+        **ROUTED,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": {
+        **LATENT,
+        **ROUTED,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "llama4_text": {
+        "head_dim": 16,
+        "attention_chunk_size": 6,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": 40,
+        "intermediate_size": 32,
+        **EXPERTS,
+    },
     "gpt_oss": FAMILIES["gpt_oss"],
     "granitemoe": {**EXPERTS, "intermediate_size": 32, "attention_multiplier": 0.3, "residual_multiplier": 0.4},
-    "glm4_moe": {**ROUTED, "head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
-                 "use_qk_norm": True, "n_group": 1, "topk_group": 1},
-    "ernie4_5_moe": {"moe_intermediate_size": 32, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1,
-                     "moe_layer_start_index": 0, "moe_layer_interval": 1},
+    "glm4_moe": {
+        **ROUTED,
+        "head_dim": 16,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "ernie4_5_moe": {
+        "moe_intermediate_size": 32,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 0,
+        "moe_layer_interval": 1,
+    },
     "minimax_m2": {**EXPERTS, "head_dim": 16, "intermediate_size": 32},
-}  # fmt: skip
+}
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 

@@ -60,9 +60,14 @@ def run(
 
 @pytest.mark.parametrize(("family", "placement", "base", "profile", "num_experts"), cases())
 def test_experts_stay_where_they_are_and_answers_are_right(
-    family: str, placement: str, base: tuple[int, int], profile: Profile, num_experts: int, rank_pool: Any,
+    family: str,
+    placement: str,
+    base: tuple[int, int],
+    profile: Profile,
+    num_experts: int,
+    rank_pool: Any,
     reference: Any,
-) -> None:  # fmt: skip
+) -> None:
     run(rank_pool, reference(family, **with_experts(family, num_experts)), placement, base, profile)
 
 

@@ -17,8 +17,16 @@ from tests.tiny import settings
 
 pytestmark = pytest.mark.distributed
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 0.7,
-        "mscale_all_dim": 0.5, "beta_fast": 32, "beta_slow": 1, "rope_theta": 10000.0}  # fmt: skip
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.5,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "rope_theta": 10000.0,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", {}),
     "deepseek_v2-no-q-lora": ("deepseek_v2", {"q_lora_rank": None, "rope_parameters": YARN}),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.measure_long_prefill import BLOCK_SIZE, SHAPE, PeakMemory, memory_of, prompt, settings
 from tests.equivalence.cases import TOLERANCE, ModeShuffle
 from tests.equivalence.tiny_models import make_checkpoint
-from tools.measure_long_prefill import BLOCK_SIZE, SHAPE, PeakMemory, memory_of, prompt, settings
 
 pytestmark = pytest.mark.distributed
 LONGEST = 130_000

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from docs.generate.tiny_configs import parts_of, shallow
 from tests.equivalence.cases import CROWD, check, run_case
 from tests.equivalence.tiny_models import VOCABULARY, Reference, make_checkpoint, make_prompts, make_reference
 from tools.memory_table import read_config
-from tools.tiny_configs import parts_of, shallow
 from ulysses_infer.config import load_config
 
 pytestmark = pytest.mark.distributed
@@ -26,10 +26,19 @@ RECIPES = {
     "qwen3-30b-a3b": "qwen3-30b-a3b-8xh200",
 }
 THIN = {
-    "num_hidden_layers": 2, "hidden_size": 320, "head_dim": 16, "intermediate_size": 128, "moe_intermediate_size": 32,
-    "intermediate_size_mlp": 128, "vocab_size": VOCABULARY, "max_position_embeddings": 8192, "attention_chunk_size": 8,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
+    "num_hidden_layers": 2,
+    "hidden_size": 320,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "intermediate_size_mlp": 128,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 8192,
+    "attention_chunk_size": 8,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 LAYER_TYPES = {"llama4_text": {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]}}
 LENGTHS = (1, 9, 20)
 NEW_TOKENS = 4
@@ -68,10 +77,13 @@ def thin(name: str) -> Any:
     [
         ("llama-3.3-70b", "auto"),
         ("qwen3-32b", "auto"),
-        *((name, placement) for name in ("llama-4-scout-17b-16e", "qwen3-30b-a3b")
-          for placement in ("replicate", "expert", "width")),
+        *(
+            (name, placement)
+            for name in ("llama-4-scout-17b-16e", "qwen3-30b-a3b")
+            for placement in ("replicate", "expert", "width")
+        ),
     ],
-)  # fmt: skip
+)
 def test_paper_shapes_are_right_in_their_recipes_layout(name: str, placement: str, shape: Any, rank_pool: Any) -> None:
     parallel = load_config(ROOT / "recipes" / f"{RECIPES[name]}.yaml").parallel
     base = parallel.sp, parallel.tp

@@ -25,33 +25,60 @@ from tests.equivalence.tiny_models import (
     make_reference,
     token_logprobs,
 )
-from ulysses_infer.model.rotary import freeze_rotary
+from ulysses_infer.model.layers.rotary import freeze_rotary
 
 pytestmark = pytest.mark.distributed
 LONGEST = 96  # the engine's max_model_len, past the checkpoint's original 64
 HALF = 4  # rotary frequencies of a head of 8
 
 LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, "factor": 2.0,
-    "short_factor": [1.0, 1.1, 1.3, 1.6][:HALF], "long_factor": [1.0, 2.0, 3.0, 4.0][:HALF],
-}  # fmt: skip
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 64,
+    "factor": 2.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6][:HALF],
+    "long_factor": [1.0, 2.0, 3.0, 4.0][:HALF],
+}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic": ("llama", {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
     "longrope": ("phi3", LONGROPE),
     "linear": ("llama", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
-    "llama3": ("llama", {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
-                         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
-    "yarn": ("llama", {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0,
-                       "original_max_position_embeddings": 64}),
+    "llama3": (
+        "llama",
+        {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "yarn": (
+        "llama",
+        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64},
+    ),
     "proportional": ("llama", {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
-    "layers": ("gemma3_text", {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        "full_attention": {"rope_type": "yarn", "rope_theta": 50000.0, "factor": 2.0,
-                           "original_max_position_embeddings": 64}}),
-    "moving layers": ("gemma3_text", {
-        "sliding_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
-        "full_attention": {"rope_type": "dynamic", "rope_theta": 50000.0, "factor": 2.0}}),
-}  # fmt: skip
+    "layers": (
+        "gemma3_text",
+        {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 50000.0,
+                "factor": 2.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "moving layers": (
+        "gemma3_text",
+        {
+            "sliding_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+            "full_attention": {"rope_type": "dynamic", "rope_theta": 50000.0, "factor": 2.0},
+        },
+    ),
+}
 
 MOVING = ("dynamic", "longrope", "moving layers")
 

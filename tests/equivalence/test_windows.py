@@ -22,8 +22,12 @@ PRESSED = replace(TIGHT, num_blocks=28)
 PRESSED_WINDOWS = replace(TIGHT, num_blocks=8)
 """Where all layers have windows of 6: a chunk of 16 takes 7, and short texts grow to 3 each."""
 FAMILIES = {
-    "gemma2": PRESSED, "gemma3_text": PRESSED, "mistral": PRESSED_WINDOWS, "gpt_oss": PRESSED, "llama4_text": PRESSED,
-}  # fmt: skip
+    "gemma2": PRESSED,
+    "gemma3_text": PRESSED,
+    "mistral": PRESSED_WINDOWS,
+    "gpt_oss": PRESSED,
+    "llama4_text": PRESSED,
+}
 
 
 def cases() -> list[Any]:

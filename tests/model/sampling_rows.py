@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from ulysses_infer.model.sampler import Sampler, SamplingRow
+from ulysses_infer.model.sampling.sampler import Sampler, SamplingRow
 from ulysses_infer.sampling_params import SamplingParams
 
 V = 40  # vocabulary

@@ -12,8 +12,8 @@ import torch
 from tests.equivalence.families import FAMILIES, tiny_config
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import UnsupportedModelError
-from ulysses_infer.model import architectures
-from ulysses_infer.model.architectures import REFUSED, VERIFIED, check_supported
+from ulysses_infer.model.injection import architectures
+from ulysses_infer.model.injection.architectures import REFUSED, VERIFIED, check_supported
 from ulysses_infer.model.model import Blueprint
 from ulysses_infer.parallel.layout import Layout, Mode
 
@@ -87,15 +87,28 @@ def load(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 8, "rotary_dim": 8}, "attention ran on layers"),
         ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 8}, "attention ran on layers"),
         ("lfm2", {"hidden_size": 64, "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "conv layers"),
-        ("falcon_h1", {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "mamba_d_ssm": 64,
-                       "mamba_n_heads": 4, "mamba_d_head": 16}, "hybrid layers"),
+        (
+            "falcon_h1",
+            {
+                "hidden_size": 64,
+                "num_hidden_layers": 2,
+                "intermediate_size": 96,
+                "mamba_d_ssm": 64,
+                "mamba_n_heads": 4,
+                "mamba_d_head": 16,
+            },
+            "hybrid layers",
+        ),
         ("bart", {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 8}, "not causal"),
         ("diffllama", {"hidden_size": 64, "num_hidden_layers": 2}, "weight inside attention"),
-        ("hrm_text", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 8},
-         "16 layers, but attention ran on layers .0, 1, 0, 1"),
+        (
+            "hrm_text",
+            {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 8},
+            "16 layers, but attention ran on layers .0, 1, 0, 1",
+        ),
         ("doge", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}, "dt_proj .* weights inside"),
     ],
-)  # fmt: skip
+)
 def test_silently_wrong_ones_are_found_without_the_list(
     model_type: str, changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

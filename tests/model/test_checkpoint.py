@@ -12,7 +12,7 @@ from tests.tiny import settings, tiny_llama
 from ulysses_infer import init_inference
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError, ConfigError, UlyssesError, UnsupportedModelError
-from ulysses_infer.model.files import INDEX_NAME, SINGLE_NAME, MemorySource, SafetensorsSource, checkpoint_files
+from ulysses_infer.model.loading.files import INDEX_NAME, SINGLE_NAME, MemorySource, SafetensorsSource, checkpoint_files
 from ulysses_infer.model.model import Blueprint
 from ulysses_infer.parallel.layout import Layout, Mode, Span
 
@@ -319,7 +319,7 @@ def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch):
 
 
 def test_a_model_too_big_for_the_memory_is_refused_with_numbers_before_it_is_read(tmp_path, monkeypatch):
-    from ulysses_infer.engine import setup
+    from ulysses_infer.job import start_rank as setup
 
     tiny_llama(tmp_path)
     monkeypatch.setattr(setup, "available_memory", lambda *_: 300_000)

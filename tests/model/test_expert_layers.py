@@ -21,7 +21,7 @@ from ulysses_infer.errors import CheckpointError, ConfigError
 from ulysses_infer.model.experts import choose_placement
 from ulysses_infer.model.experts.kinds import ExpertSizes
 from ulysses_infer.model.experts.layer import Routed
-from ulysses_infer.model.files import SINGLE_NAME, SafetensorsSource
+from ulysses_infer.model.loading.files import SINGLE_NAME, SafetensorsSource
 from ulysses_infer.model.model import Blueprint
 from ulysses_infer.parallel.layout import Layout, Mode, even_span
 

@@ -20,8 +20,8 @@ from ulysses_infer.model.fusion.elementwise import TorchElementwise
 from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
 from ulysses_infer.model.fusion.fuse import Fusion
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
+from ulysses_infer.model.injection.probe import trial_context
 from ulysses_infer.model.model import Blueprint, ShiftModel
-from ulysses_infer.model.probe import trial_context
 from ulysses_infer.parallel.layout import Layout, Mode, Span
 
 CPU = torch.device("cpu")
@@ -68,8 +68,9 @@ def logprobs(model: ShiftModel) -> torch.Tensor:
     shape = model.shape
     cache = PagedCache(
         CacheShape(shape.num_layers, shape.num_key_value_heads, shape.key_width, shape.value_width, 4, model.dtype),
-        LENGTH, CPU,
-    )  # fmt: skip
+        LENGTH,
+        CPU,
+    )
     draw = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, shape.vocab_size, (LENGTH,), generator=draw)
     found = []
@@ -77,9 +78,12 @@ def logprobs(model: ShiftModel) -> torch.Tensor:
         positions = torch.arange(first, last)
         plain = trial_context(model.injection.layout, 0, cache, TorchLoopAttention())  # type: ignore[arg-type]
         metadata = replace(
-            plain.attention, slots=positions, query_lens=[last - first], context_lens=[last],
+            plain.attention,
+            slots=positions,
+            query_lens=[last - first],
+            context_lens=[last],
             block_tables=torch.arange(-(-last // 4))[None],
-        )  # fmt: skip
+        )
         spans = [Span(0, last - first)]
         context = replace(plain, token_spans=spans, logits_counts=[last - first], attention=metadata)
         found.append(model.forward(tokens[first:last], positions, torch.arange(last - first), context))

@@ -13,18 +13,21 @@ from tests.equivalence.tiny_models import perturb
 from tests.model.test_linear import stored
 from tests.model.test_weights_once import live_tensor_bytes
 from ulysses_infer.config import ModelConfig
-from ulysses_infer.model.files import MemorySource
 from ulysses_infer.model.fusion import fuse
 from ulysses_infer.model.fusion.attention import FusedAttention
 from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
 from ulysses_infer.model.fusion.stacked import StackedLinears
+from ulysses_infer.model.loading.files import MemorySource
+from ulysses_infer.model.loading.weights import Weights
 from ulysses_infer.model.model import Blueprint, ShiftModel
-from ulysses_infer.model.weights import Weights
 from ulysses_infer.parallel.layout import Layout, Mode
 from ulysses_infer.parallel.sharding import Part, Sharding
 
-LAYOUTS = [Layout(Mode(*base), order) for base in ((1, 1), (2, 1), (4, 1), (2, 2), (1, 4), (4, 2))
-           for order in ("sp_inner", "tp_inner")]  # fmt: skip
+LAYOUTS = [
+    Layout(Mode(*base), order)
+    for base in ((1, 1), (2, 1), (4, 1), (2, 2), (1, 4), (4, 2))
+    for order in ("sp_inner", "tp_inner")
+]
 HEADS = [Part(16, 3), Part(8, 3, shared=True), Part(8, 3, shared=True)]
 FEW_HEADS = [Part(16, 3), Part(2, 3, shared=True), Part(2, 3, shared=True)]
 NEURONS = [Part(48), Part(48)]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.model.fake_step import FakeCollectives, step
-from ulysses_infer.model.head import ShardedHead, argmax_pairs, best_in_torch, best_of, joined, padded
+from ulysses_infer.model.sampling.head import ShardedHead, argmax_pairs, best_in_torch, best_of, joined, padded
 from ulysses_infer.parallel.layout import Layout, Mode, Span
 
 VOCABULARY = 13
@@ -58,8 +58,9 @@ def test_ties_go_to_the_lowest_id(world_size):
 
 def best_over(logits, world_size):
     layout = Layout(Mode(world_size, 1))
-    spans = [ShardedHead(nn.Linear(1, VOCABULARY), layout.place(layout.base, g), None).vocabulary
-             for g in range(world_size)]  # fmt: skip
+    spans = [
+        ShardedHead(nn.Linear(1, VOCABULARY), layout.place(layout.base, g), None).vocabulary for g in range(world_size)
+    ]
     pairs = torch.stack([argmax_pairs(logits[:, slice(*span)], span) for span in spans])
     found = best_of(pairs).tolist()
     assert best_of(pairs.flip(0)).tolist() == found, "in whatever order members come"
@@ -99,11 +100,9 @@ def test_a_tied_head_is_a_view_of_the_embedding():
 def test_the_best_of_each_row_is_what_torch_says(dtype, width):
     logits = torch.randn(9, width).mul(3).round().to(dtype)  # many ties
     logits[1], logits[2], logits[3] = -torch.inf, torch.inf, -0.0
-    logits[4, width // 2:], logits[5], logits[6, width // 3] = 0.0, -5.0, torch.nan
+    logits[4, width // 2 :], logits[5], logits[6, width // 3] = 0.0, -5.0, torch.nan
     expected = logits.max(dim=-1)
     values, ids = argmax_pairs(logits, Span(40, 40 + width)).T
     torch.testing.assert_close(values, expected.values.double(), equal_nan=True)
-    lowest = [
-        int(torch.nonzero(row.isnan() | (row == row.max()))[0]) for row in logits.double().nan_to_num(nan=1e9)
-    ]  # fmt: skip
+    lowest = [int(torch.nonzero(row.isnan() | (row == row.max()))[0]) for row in logits.double().nan_to_num(nan=1e9)]
     assert ids.tolist() == [40 + index for index in lowest]

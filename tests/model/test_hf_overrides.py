@@ -14,9 +14,9 @@ from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.config import ModelConfig, load_config, resolved_yaml
 from ulysses_infer.engine.calibration import profile_key
 from ulysses_infer.errors import CheckpointError, ConfigError
-from ulysses_infer.model.hf_overrides import ROPE_KINDS, overridden
+from ulysses_infer.model.layers.rotary import choose_max_model_len, longest_text
+from ulysses_infer.model.loading.hf_overrides import ROPE_KINDS, overridden
 from ulysses_infer.model.model import Blueprint
-from ulysses_infer.model.rotary import choose_max_model_len, longest_text
 from ulysses_infer.parallel.layout import Layout, Mode
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -26,12 +26,21 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "linear": ({"factor": 2.0}, 81920),
     "dynamic": ({"factor": 2.0}, 81920),
     "yarn": ({"factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
-    "longrope": ({"factor": 4.0, "original_max_position_embeddings": 4096, "short_factor": [1.0] * HALF,
-                  "long_factor": [2.0] * HALF}, 40960),
-    "llama3": ({"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192}, 40960),
+    "longrope": (
+        {
+            "factor": 4.0,
+            "original_max_position_embeddings": 4096,
+            "short_factor": [1.0] * HALF,
+            "long_factor": [2.0] * HALF,
+        },
+        40960,
+    ),
+    "llama3": (
+        {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+        40960,
+    ),
     "proportional": ({"partial_rotary_factor": 0.5}, 40960),
-}  # fmt: skip
+}
 """The longest text of a model of 40960 positions under each rotary embedding."""
 
 
@@ -124,8 +133,11 @@ def test_a_key_alone_changes_the_rotary_embedding_the_checkpoint_has() -> None:
 
 
 def test_another_kind_keeps_nothing_of_the_one_before() -> None:
-    config = of("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **KINDS["llama3"][0]},
-                max_position_embeddings=131072)  # fmt: skip
+    config = of(
+        "llama",
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **KINDS["llama3"][0]},
+        max_position_embeddings=131072,
+    )
     assert overridden(config, {"rope_parameters": YARN}).rope_parameters == {**YARN, "rope_theta": 5e5}
     plain = overridden(config, {"rope_parameters": {"rope_type": "default"}})
     assert plain.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}

@@ -17,15 +17,15 @@ from tests.equivalence.tiny_models import perturb
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
-from ulysses_infer.cache.paged import FP8, CacheShape, PagedCache
+from ulysses_infer.cache.paged import FP8, CacheScales, CacheShape, PagedCache
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import ConfigError, UnsupportedModelError
-from ulysses_infer.model import latent_chunks
-from ulysses_infer.model.latent import LatentWidths
-from ulysses_infer.model.latent_cache import is_proved
+from ulysses_infer.model.injection.latent_cache import is_proved
+from ulysses_infer.model.injection.probe import trial_context
+from ulysses_infer.model.layers import latent_chunks
+from ulysses_infer.model.layers.latent import LatentWidths
 from ulysses_infer.model.model import Blueprint, ShiftModel
-from ulysses_infer.model.probe import trial_context
-from ulysses_infer.model.quantization.cache_scales import CacheScales, apply_cache_scales
+from ulysses_infer.model.quantization.cache_scales import apply_cache_scales
 from ulysses_infer.parallel.layout import Layout, Mode, Span
 
 CPU = torch.device("cpu")
@@ -51,29 +51,45 @@ def draw(model: Any, latent: bool | None, world_size: int = 1, shard: int = 0) -
 
 @torch.inference_mode()
 def logits_of(
-    model: ShiftModel, steps: list[list[tuple[int, int]]], tokens: list[torch.Tensor], backend: Any,
+    model: ShiftModel,
+    steps: list[list[tuple[int, int]]],
+    tokens: list[torch.Tensor],
+    backend: Any,
     dtype: torch.dtype = torch.float32,
-) -> Any:  # fmt: skip
+) -> Any:
     """Run `steps`, of each sequence its tokens from .. to, and return the logits of each: [n, V]."""
     shape = model.shape
     cache = PagedCache(
-        CacheShape(shape.num_layers, shape.num_key_value_heads, shape.key_width, shape.value_width, BLOCK, dtype,
-                   shape.values_in_keys), 20 * len(tokens), CPU,
-    )  # fmt: skip
+        CacheShape(
+            shape.num_layers,
+            shape.num_key_value_heads,
+            shape.key_width,
+            shape.value_width,
+            BLOCK,
+            dtype,
+            shape.values_in_keys,
+        ),
+        20 * len(tokens),
+        CPU,
+    )
     tables = torch.stack([torch.arange(20) * len(tokens) + index for index in range(len(tokens))])
     found: list[list[torch.Tensor]] = [[] for _ in tokens]
     for step in steps:
         here = [(index, *span) for index, span in enumerate(step) if span[0] < span[1]]
         positions = torch.cat([torch.arange(start, stop) for _, start, stop in here])
-        slots = torch.cat([
-            tables[i][torch.arange(start, stop) // BLOCK] * BLOCK + torch.arange(start, stop) % BLOCK
-            for i, start, stop in here
-        ])  # fmt: skip
+        slots = torch.cat(
+            [
+                tables[i][torch.arange(start, stop) // BLOCK] * BLOCK + torch.arange(start, stop) % BLOCK
+                for i, start, stop in here
+            ]
+        )
         count = len(positions)
         metadata = AttentionMetadata(
-            slots, [stop - start for _, start, stop in here], [stop for _, _, stop in here],
+            slots,
+            [stop - start for _, start, stop in here],
+            [stop for _, _, stop in here],
             tables[[i for i, _, _ in here]],
-        )  # fmt: skip
+        )
         context = trial_context(model.injection.layout, 0, cache, backend)
         context = replace(context, token_spans=[Span(0, count)], logits_counts=[count], attention=metadata)
         ids = torch.cat([tokens[i][start:stop] for i, start, stop in here])
@@ -117,7 +133,7 @@ def test_heads_take_turns_where_their_keys_and_values_would_be_too_large(monkeyp
     pages = latent_chunks.expanded_pages
     monkeypatch.setattr(latent_chunks, "PAGE_BYTES", 28 * (2 * 20 + 8) * 4 * 3)  # three heads of eight
     monkeypatch.setattr(
-        "ulysses_infer.model.latent.expanded_pages", lambda *a: (turns.append(p) or p for p in pages(*a))
+        "ulysses_infer.model.layers.latent.expanded_pages", lambda *a: (turns.append(p) or p for p in pages(*a))
     )
     found = logits_of(model, steps, tokens, TorchLoopAttention())[0]
     assert [heads for heads, *_ in turns] == 2 * [slice(0, 3), slice(3, 6), slice(6, 9)]
@@ -173,9 +189,11 @@ def test_latents_have_one_scale_where_a_checkpoint_has_two() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    widths=st.tuples(*[st.integers(1, 9)] * 4).map(lambda numbers: LatentWidths(*numbers)), heads=st.integers(1, 4),
-    rows=st.sampled_from([1, 5, 40]), seed=st.integers(0, 99),
-)  # fmt: skip
+    widths=st.tuples(*[st.integers(1, 9)] * 4).map(lambda numbers: LatentWidths(*numbers)),
+    heads=st.integers(1, 4),
+    rows=st.sampled_from([1, 5, 40]),
+    seed=st.integers(0, 99),
+)
 def test_absorbed_scores_and_outputs_are_those_of_expanded_heads(
     widths: LatentWidths, heads: int, rows: int, seed: int
 ) -> None:
@@ -283,9 +301,14 @@ def test_memory_a_rank_of_published_shapes(family: str) -> None:
         layout = Layout(Mode(world_size, 1))
         shape = Blueprint(config, dict, ModelConfig(path="-"), layout, world_size - 1, CPU, latent=wanted).shape
         cached = CacheShape(
-            shape.num_layers, shape.key_value_heads_of(world_size - 1, layout), shape.key_width, shape.value_width, 16,
-            torch.bfloat16, shape.values_in_keys,
-        )  # fmt: skip
+            shape.num_layers,
+            shape.key_value_heads_of(world_size - 1, layout),
+            shape.key_width,
+            shape.value_width,
+            16,
+            torch.bfloat16,
+            shape.values_in_keys,
+        )
         return cached.bytes_per_block // (16 * shape.num_layers)
 
     sizes = (1, 2, 4, 8)

@@ -5,14 +5,15 @@ import torch
 from torch import nn
 
 from tests.model.fake_step import FakeCollectives, step
-from ulysses_infer.model.linear import ShiftLinear
+from ulysses_infer.model.layers.linear import ShiftLinear
 from ulysses_infer.parallel.layout import Layout, Mode
 from ulysses_infer.parallel.sharding import Part, Sharding
 
 LAYOUTS = [
-    Layout(Mode(sp, tp), order) for sp, tp in ((1, 1), (2, 1), (4, 1), (2, 2), (1, 4), (4, 2))
+    Layout(Mode(sp, tp), order)
+    for sp, tp in ((1, 1), (2, 1), (4, 1), (2, 2), (1, 4), (4, 2))
     for order in ("sp_inner", "tp_inner")
-]  # fmt: skip
+]
 COLUMNS = {
     "neurons": Sharding((Part(21),)),
     "heads": Sharding((Part(8, 3),)),

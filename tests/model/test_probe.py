@@ -12,8 +12,8 @@ from tests.equivalence.families import tiny_config
 from tests.equivalence.tiny_models import perturb
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.model.injection.probe import probe
 from ulysses_infer.model.model import Blueprint, ShiftModel
-from ulysses_infer.model.probe import probe
 from ulysses_infer.parallel.layout import Layout, Mode
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from sampling_rows import V, one, random_logits, row, token_lists
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-from ulysses_infer.model import sampler as sampler_module
-from ulysses_infer.model.sampler import NO_TOKEN, Sampler, SamplingRow, needs_full_logits
+from ulysses_infer.model.sampling import sampler as sampler_module
+from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler, SamplingRow, needs_full_logits
 from ulysses_infer.sampling_params import SamplingParams
 
 # --- greedy ---

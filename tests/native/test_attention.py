@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tests.attention.reference import BATCHES, OPTIONS, check, make_options, random_step
 from tests.native.building import X86, build_for
 from ulysses_infer.attention import backend, native
-from ulysses_infer.attention.backend import AttentionOptions, make_backend
+from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.attention.native import NativeAttention
+from ulysses_infer.attention.selection import make_backend
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.native.library import NativeUnavailableError
@@ -75,8 +76,13 @@ def test_more_query_heads_of_a_key_value_head_than_a_task_has_rows(heads):
 
 # Tokens in tiles of 16 rows and chunks of 64 keys: none of these numbers is a multiple of them, or just one.
 PROMPTS = {"whole": ([33], [33]), "later": ([49], [177]), "mixed": ([1, 64, 3, 97], [70, 64, 129, 300])}
-REACHES = {"all": {}, "window": {"sliding_window": 63}, "aligned window": {"sliding_window": 64},
-           "wide window": {"sliding_window": 65}, "chunks": {"chunk_size": 80}}  # fmt: skip
+REACHES = {
+    "all": {},
+    "window": {"sliding_window": 63},
+    "aligned window": {"sliding_window": 64},
+    "wide window": {"sliding_window": 65},
+    "chunks": {"chunk_size": 80},
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ulysses_infer.model.attention import HeadPlan, _tokens_to_heads
+from ulysses_infer.model.layers.attention import _tokens_to_heads
+from ulysses_infer.model.layers.head_plan import HeadPlan
 from ulysses_infer.parallel.groups import build_groups
 from ulysses_infer.parallel.layout import Layout, Mode, even_span, key_value_span, token_spans
 

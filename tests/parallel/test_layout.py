@@ -39,9 +39,7 @@ def layouts_with_heads(draw):
     """A layout with (query heads, key/value heads) that divide over it, shared and replicated ones alike."""
     layout = draw(layouts)
     world_size = layout.world_size
-    key_value_heads = draw(
-        st.sampled_from(divisors(world_size)) | st.integers(1, 4).map(lambda k: k * world_size)
-    )
+    key_value_heads = draw(st.sampled_from(divisors(world_size)) | st.integers(1, 4).map(lambda k: k * world_size))
     group = draw(st.integers(1, 6))
     unit = max(world_size, key_value_heads)
     return layout, unit * group, key_value_heads
@@ -239,9 +237,7 @@ class TestHeads:
             check_heads(layout, query_heads, key_value_heads)
         message = str(caught.value)
         listed = [int(number) for number in re.findall(r"\d+", message.partition("; use sp * tp = ")[2])]
-        working = [
-            size for size in range(1, query_heads + 1) if heads_fit(size, query_heads, key_value_heads)
-        ]
+        working = [size for size in range(1, query_heads + 1) if heads_fit(size, query_heads, key_value_heads)]
         assert listed == working
         for size in listed:
             check_heads(Layout(Mode(size, 1)), query_heads, key_value_heads)
@@ -250,8 +246,7 @@ class TestHeads:
         with pytest.raises(ConfigError) as caught:
             check_heads(Layout(Mode(8, 1)), 12, 4)
         assert str(caught.value) == (
-            "12 query heads and 4 key/value heads do not divide over sp * tp = 8 ranks; "
-            "use sp * tp = 1, 2, 4 or 12"
+            "12 query heads and 4 key/value heads do not divide over sp * tp = 8 ranks; use sp * tp = 1, 2, 4 or 12"
         )
 
     @pytest.mark.parametrize(
@@ -265,7 +260,5 @@ class TestHeads:
             (3, 12, 4, False),
         ],
     )
-    def test_heads_fit_when_shards_are_equal_and_read_whole_heads(
-        self, world_size, query_heads, key_value_heads, fit
-    ):
+    def test_heads_fit_when_shards_are_equal_and_read_whole_heads(self, world_size, query_heads, key_value_heads, fit):
         assert heads_fit(world_size, query_heads, key_value_heads) is fit

@@ -16,8 +16,9 @@ def test_exchanges_have_the_shapes_of_real_ones(index, num_tokens):
     local = spans[index].size
     query, key = torch.randn(local, SP * 3, 8), torch.randn(local, SP, 6)
     assert [tuple(x.shape) for x in group.tokens_to_heads((query, key), spans)] == [
-        (num_tokens, 3, 8), (num_tokens, 1, 6)
-    ]  # fmt: skip
+        (num_tokens, 3, 8),
+        (num_tokens, 1, 6),
+    ]
     assert group.heads_to_tokens(torch.randn(num_tokens, 24), spans).shape == (local, SP * 24)
     counts = [span.size for span in spans]
     assert group.gather_rows(torch.randn(local, 5), counts).shape == (num_tokens, 5)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.tiny import EOS, VOCABULARY, encode
-from ulysses_infer.engine.detokenizer import Detokenizer, TokenDecoder
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.frames import FrameReader, encode_frame
 from ulysses_infer.server.messages import (
@@ -30,6 +29,7 @@ from ulysses_infer.server.messages import (
     Submit,
     ToEngine,
 )
+from ulysses_infer.text.detokenizer import Detokenizer, TokenDecoder
 
 MAX_MODEL_LEN = 128
 STATE = EngineState(0, 0, 0.0, 0, 0, 0, {"name": "threshold", "threshold_tokens": 256})

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from ulysses_infer.engine.processes import free_port
+from ulysses_infer.job.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = "ulysses_infer/launch.py"
@@ -23,10 +23,16 @@ START_SECONDS = 120.0
 END_SECONDS = 10.0
 ADMIN = {"Authorization": "Bearer admin"}
 SETTINGS = {
-    "cache.num_blocks": 128, "cache.block_size": 4, "scheduler.max_num_seqs": 16,
-    "scheduler.max_num_batched_tokens": 64, "runtime.threads_per_rank": 1, "runtime.device": "cpu",
-    "policy.threshold_tokens": 4, "server.admin_api_key": "admin", "server.served_model_name": "tiny",
-}  # fmt: skip
+    "cache.num_blocks": 128,
+    "cache.block_size": 4,
+    "scheduler.max_num_seqs": 16,
+    "scheduler.max_num_batched_tokens": 64,
+    "runtime.threads_per_rank": 1,
+    "runtime.device": "cpu",
+    "policy.threshold_tokens": 4,
+    "server.admin_api_key": "admin",
+    "server.served_model_name": "tiny",
+}
 
 
 def launcher():
@@ -46,9 +52,11 @@ class Job:
         self._environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "ULYSSES_TEST_FAULT": fault}
         self._environment["PYTHONPATH"] = str(ROOT)
         starters = {
-            "ranks": self._start_ranks, "deepspeed": self._start_deepspeed, "nodes": self._start_nodes,
+            "ranks": self._start_ranks,
+            "deepspeed": self._start_deepspeed,
+            "nodes": self._start_nodes,
             "ulysses-infer": self._start_cli,
-        }  # fmt: skip
+        }
         self.output = ""
         self._pipe, self._write = os.pipe()
         self.processes = starters[how](arguments, sp * dp)
@@ -73,13 +81,17 @@ class Job:
         return [self._start([*command, "--node_rank", str(number), LAUNCH, *arguments]) for number in range(count)]
 
     def _start_cli(self, arguments, count):
-        return [self._start([sys.executable, "-m", "ulysses_infer.cli", *arguments])]
+        return [self._start([sys.executable, "-m", "ulysses_infer.cli.main", *arguments])]
 
     def _start(self, command, **environment):
         return subprocess.Popen(
-            command, cwd=ROOT, env={**self._environment, **environment}, stdout=self._write, stderr=self._write,
+            command,
+            cwd=ROOT,
+            env={**self._environment, **environment},
+            stdout=self._write,
+            stderr=self._write,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
     def _read(self):
         with open(self._pipe, errors="replace") as pipe:

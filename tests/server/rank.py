@@ -9,9 +9,9 @@ import os
 import sys
 import time
 
+from ulysses_infer.cli.rank import main
 from ulysses_infer.engine.engine import Engine
-from ulysses_infer.engine.worker import Worker
-from ulysses_infer.frontend.rank import main
+from ulysses_infer.worker.worker import Worker
 
 run, make = Worker.run, Engine.warm_up
 

@@ -145,13 +145,16 @@ def texts(results):
 @pytest.mark.parametrize(
     "junk",
     [
-        b"\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01", b"GET\r\n\r\n", b"POST /v1/completions HTTP/9.9\r\n\r\n",
+        b"\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01",
+        b"GET\r\n\r\n",
+        b"POST /v1/completions HTTP/9.9\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{",
         b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 9999,
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
-)  # fmt: skip
+)
 def test_junk_on_the_wire_hurts_nobody(server, junk):
     async def case():
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)

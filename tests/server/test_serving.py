@@ -11,14 +11,14 @@ import pytest
 from tests.tiny import settings
 from ulysses_infer.config import load_config
 from ulysses_infer.engine.engine import Engine
-from ulysses_infer.engine.heartbeat import Hub
-from ulysses_infer.engine.prompts import load_tokenizer
-from ulysses_infer.engine.setup import finish_start, make_prompt_reader, start_rank
 from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError
+from ulysses_infer.job.start_rank import finish_start, make_prompt_reader, start_rank
+from ulysses_infer.job.watchdog import Hub
 from ulysses_infer.server.client import EngineClient
 from ulysses_infer.server.link import Link
 from ulysses_infer.server.messages import Submit
 from ulysses_infer.server.serving import Serving, describe_engine
+from ulysses_infer.text.prompts import load_tokenizer
 
 PROMPT = list(range(5, 25))
 LONG = {"max_tokens": 100, "ignore_eos": True, "temperature": 0}

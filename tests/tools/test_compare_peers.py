@@ -1,4 +1,4 @@
-"""tools/compare_peers: the arithmetic, the report, and the processes, with a peer that only pretends to compute."""
+"""benchmarks/compare_peers: the arithmetic, the report, and the processes, with a peer that only pretends to compute."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tools.compare_peers.__main__ import parse, parse_work
-from tools.compare_peers.catalogue import CONTENDERS, LIMITS, Program, Setting
-from tools.compare_peers.environments import COMPLETE, RECIPES, UnavailableError, last_error, prepare
-from tools.compare_peers.floors import Floors, Sizes, floors
-from tools.compare_peers.measuring import Field, Measured, Repeat, Work, first_tokens, run_rounds
-from tools.compare_peers.processes import Worker
-from tools.compare_peers.report import METRICS, as_values, best_of_ours, cells, markdown, notes, same_tokens, table
-from tools.compare_peers.workers.gguf_file import gguf_name, interleaved
+from benchmarks.compare_peers.__main__ import parse, parse_work
+from benchmarks.compare_peers.catalogue import CONTENDERS, LIMITS, Program, Setting
+from benchmarks.compare_peers.environments import COMPLETE, RECIPES, UnavailableError, last_error, prepare
+from benchmarks.compare_peers.floors import Floors, Sizes, floors
+from benchmarks.compare_peers.measuring import Field, Measured, Repeat, Work, first_tokens, run_rounds
+from benchmarks.compare_peers.processes import Worker
+from benchmarks.compare_peers.report import METRICS, as_values, best_of_ours, cells, markdown, notes, same_tokens, table
+from benchmarks.compare_peers.workers.gguf_file import gguf_name, interleaved
 
 FAKE = """
 import os
-from tools.compare_peers.asking import serve
+from benchmarks.compare_peers.asking import serve
 
 def start(options):
     if options.get("refuses"):
@@ -108,10 +108,13 @@ def test_rounds_go_on_without_the_peers_that_fail(tmp_path: Path, monkeypatch: p
         raise UnavailableError("pip install: no such package")
 
     programs = {
-        LIMITS: lambda setting: fake(), "ours": lambda setting: fake(), "vllm": not_installed,
-        "transformers": lambda setting: fake(dies=True), "llama.cpp": lambda setting: fake(short=1),
-    }  # fmt: skip
-    monkeypatch.setattr("tools.compare_peers.measuring.PROGRAMS", programs)
+        LIMITS: lambda setting: fake(),
+        "ours": lambda setting: fake(),
+        "vllm": not_installed,
+        "transformers": lambda setting: fake(dies=True),
+        "llama.cpp": lambda setting: fake(short=1),
+    }
+    monkeypatch.setattr("benchmarks.compare_peers.measuring.PROGRAMS", programs)
     contenders = {name: CONTENDERS[name] for name in ("ours-tp", "ours-sp", "vllm", "transformers", "llama.cpp")}
     measured, said, before = Measured(), [], children()
     field = Field(SETTING, tmp_path, 60, measured, said.append)
@@ -133,7 +136,7 @@ def test_rounds_go_on_without_the_peers_that_fail(tmp_path: Path, monkeypatch: p
 def test_tokens_that_differ_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = {LIMITS: 0, "transformers": 5, "ours": 5, "llama.cpp": 6}
     programs = {name: lambda setting, token=token: fake(token=token) for name, token in tokens.items()}
-    monkeypatch.setattr("tools.compare_peers.measuring.PROGRAMS", programs)
+    monkeypatch.setattr("benchmarks.compare_peers.measuring.PROGRAMS", programs)
     contenders = {name: CONTENDERS[name] for name in ("ours-tp", "transformers", "llama.cpp")}
 
     found = first_tokens(SETTING, contenders, tmp_path, 60, LONE, 10, lambda text: None)
@@ -169,9 +172,13 @@ def test_the_line_that_matters_of_a_log_is_the_last_error() -> None:
 # -- floors --------------------------------------------------------------------------------------------------------
 
 SHAPE = {
-    "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16,
-    "num_hidden_layers": 3, "vocab_size": 32,
-}  # fmt: skip
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "vocab_size": 32,
+}
 
 
 def test_sizes_are_those_of_the_matrices() -> None:

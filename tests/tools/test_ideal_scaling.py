@@ -1,4 +1,4 @@
-"""The arithmetic of tools/ideal_scaling.py; its measurements need a quiet machine."""
+"""The arithmetic of benchmarks/ideal_scaling.py; its measurements need a quiet machine."""
 
 from __future__ import annotations
 

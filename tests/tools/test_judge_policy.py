@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools import judge_policy
-from tools.judge_policy import Judged, best_threshold, draw_points, score
+from benchmarks import judge_policy
+from benchmarks.judge_policy import Judged, best_threshold, draw_points, score
 from ulysses_infer.engine.calibration import Limits, Point
 from ulysses_infer.parallel.layout import Mode
 
@@ -24,11 +24,13 @@ def step(tokens, sp, tp, chosen=SP):
 @given(
     st.builds(
         Limits,
-        num_tokens=st.integers(2, 4096), num_sequences=st.integers(2, 300), context=st.integers(16, 9000),
+        num_tokens=st.integers(2, 4096),
+        num_sequences=st.integers(2, 300),
+        context=st.integers(16, 9000),
         cached=st.integers(9000, 40000),
     ),
     st.integers(0, 99),
-)  # fmt: skip
+)
 def test_drawn_steps_stay_within_the_limits(limits, seed):
     for point in draw_points(20, limits, seed):
         ends = [start + count for start, count in point.sequences]
@@ -67,12 +69,24 @@ def test_choices_are_scored_against_the_faster_mode_of_each_step():
 def test_it_judges_a_model_on_real_ranks(folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "steps.json"
     monkeypatch.setattr(
-        sys, "argv",
+        sys,
+        "argv",
         [
-            "judge_policy.py", "--model", str(folder), "--steps", "4", "--repeats", "2", "--calibration-seconds", "1",
-            "--max-num-batched-tokens", "64", "--output", str(output),
+            "judge_policy.py",
+            "--model",
+            str(folder),
+            "--steps",
+            "4",
+            "--repeats",
+            "2",
+            "--calibration-seconds",
+            "1",
+            "--max-num-batched-tokens",
+            "64",
+            "--output",
+            str(output),
         ],
-    )  # fmt: skip
+    )
     judge_policy.main()
     printed = capsys.readouterr().out
     assert "adaptive" in printed

@@ -1,4 +1,4 @@
-"""`tools/measure_compile.py` on a tiny model."""
+"""`benchmarks/measure_compile.py` on a tiny model."""
 
 import subprocess
 import sys
@@ -11,7 +11,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.thorough
 def test_it_prints_a_row_for_each_way(folder):
-    command = [sys.executable, "tools/measure_compile.py", folder, "--context", "16", "--steps", "4", "--threads", "1"]
+    command = [
+        sys.executable,
+        "benchmarks/measure_compile.py",
+        folder,
+        "--context",
+        "16",
+        "--steps",
+        "4",
+        "--threads",
+        "1",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split() for line in done.stdout.splitlines()[1:]]

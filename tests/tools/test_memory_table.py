@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from docs.generate.tiny_configs import parts_of, shallow
 from tests.equivalence.tiny_models import model_class
 from tools.memory_table import draw, read_config, rows
-from tools.tiny_configs import parts_of, shallow
 from ulysses_infer.parallel.layout import Layout, Mode
 
 ROOT = Path(__file__).parents[2]
@@ -22,11 +22,17 @@ GIB = 1 << 30
 SLACK = 48 * MIB  # allocator, threads, module tree
 REDUCED = {
     "qwen3-30b-a3b": {"hidden_size": 256, "num_hidden_layers": 2, "moe_intermediate_size": 256, "vocab_size": 1024},
-    "llama-4-scout-17b-16e": {"hidden_size": 640, "num_hidden_layers": 2, "intermediate_size": 1024,
-                              "intermediate_size_mlp": 1024, "vocab_size": 1024, "pad_token_id": None,
-                              "no_rope_layers": [1, 0],
-                              "layer_types": ["chunked_attention", "full_attention"]},
-}  # fmt: skip
+    "llama-4-scout-17b-16e": {
+        "hidden_size": 640,
+        "num_hidden_layers": 2,
+        "intermediate_size": 1024,
+        "intermediate_size_mlp": 1024,
+        "vocab_size": 1024,
+        "pad_token_id": None,
+        "no_rope_layers": [1, 0],
+        "layer_types": ["chunked_attention", "full_attention"],
+    },
+}
 LOAD = """
 import json, sys, threading, time, torch
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""tools/plot_growth.py: which points a sweep runs, how it keeps its time, what it writes; not how fast anything is."""
+"""benchmarks/plot_growth.py: which points a sweep runs, how it keeps its time, what it writes; not how fast anything is."""
 
 from __future__ import annotations
 
@@ -52,10 +52,13 @@ def test_with_ample_room_every_size_is_run() -> None:
 
 @given(
     limits=st.builds(
-        Limits, num_tokens=st.integers(1, 4096), num_sequences=st.integers(1, 512), context=st.integers(16, 9000),
+        Limits,
+        num_tokens=st.integers(1, 4096),
+        num_sequences=st.integers(1, 512),
+        context=st.integers(16, 9000),
         cached=st.integers(16, 32768),
     )
-)  # fmt: skip
+)
 def test_no_sweep_runs_what_calibration_may_not(limits: Limits) -> None:
     for points in sweep_points(limits, 512).values():
         assert all(fits(point, limits) for _, point in points)

@@ -7,10 +7,17 @@ import sys
 import pytest
 
 CONFIG = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 256, "head_dim": 16,
-    "max_position_embeddings": 512, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 256,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.mark.parametrize("weights", [[], ["--fp8"]])
@@ -19,12 +26,34 @@ def test_one_rank_of_eight_is_measured_in_every_mode(tmp_path, weights):
     output = tmp_path / "out.json"
     subprocess.run(
         [
-            sys.executable, "tools/profile_layout.py", str(tmp_path / "tiny.json"), "--rank", "3", "--layers", "2",
-            "--decodes", "1", "3", "--prompts", "17", "--context", "20", "--repeats", "1", "--block-size", "16",
-            "--device", "cpu", "--output", str(output), *weights,
+            sys.executable,
+            "benchmarks/profile_layout.py",
+            str(tmp_path / "tiny.json"),
+            "--rank",
+            "3",
+            "--layers",
+            "2",
+            "--decodes",
+            "1",
+            "3",
+            "--prompts",
+            "17",
+            "--context",
+            "20",
+            "--repeats",
+            "1",
+            "--block-size",
+            "16",
+            "--device",
+            "cpu",
+            "--output",
+            str(output),
+            *weights,
         ],
-        check=True, timeout=240, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        check=True,
+        timeout=240,
+        stdout=subprocess.DEVNULL,
+    )
     saved = json.loads(output.read_text())
     assert (saved["model"], saved["base"], saved["rank"], saved["layers"]) == ("tiny", [8, 1], 3, 2)
     assert "random weights" in saved["how"]

@@ -1,4 +1,4 @@
-"""The arithmetic of tools/serve_report.py; its measurements need minutes and a quiet machine."""
+"""The arithmetic of benchmarks/serve_report.py; its measurements need minutes and a quiet machine."""
 
 from __future__ import annotations
 

@@ -22,11 +22,21 @@ from demo_recipe import load_recipe, parse_arguments  # noqa: E402
 
 STEPS = 16
 TINY = [
-    "corpus.max_files=12", "corpus.vocab_size=384",
-    "model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=2",
-    "model.num_attention_heads=4", "model.num_key_value_heads=2", "model.head_dim=16",
-    "train.seq_length=64", "train.micro_batch=8", "train.warmup_steps=4", "train.learning_rate=1e-2",
-    "train.eval_batches=2", "train.log_every=1", "parallel.dtype=fp32",
+    "corpus.max_files=12",
+    "corpus.vocab_size=384",
+    "model.hidden_size=64",
+    "model.intermediate_size=128",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.head_dim=16",
+    "train.seq_length=64",
+    "train.micro_batch=8",
+    "train.warmup_steps=4",
+    "train.learning_rate=1e-2",
+    "train.eval_batches=2",
+    "train.log_every=1",
+    "parallel.dtype=fp32",
 ]
 
 
@@ -51,13 +61,22 @@ class Ranks:
         command = [sys.executable, str(TOOLS / "train_demo_model.py")]
         arguments = [*TINY, f"output_dir={folder / 'model'}", f"run_dir={folder / 'run'}", *overrides]
         environment = os.environ | {
-            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(world),
+        }
         self.processes = [
-            subprocess.Popen([*command, f"--local_rank={rank}", *arguments], text=True,
-                             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            for rank in range(world)]
+            subprocess.Popen(
+                [*command, f"--local_rank={rank}", *arguments],
+                text=True,
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(world)
+        ]
 
     def finish(self) -> Run:
         """Wait for every rank; a failed one ends the others and the test, with its output."""
@@ -82,8 +101,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
     """The same training with sequence parallelism 1 and 2, side by side, because both mostly import."""
-    started = {world: Ranks(world, tmp_path_factory.mktemp(f"sp{world}"), f"train.steps={STEPS}")
-               for world in (1, 2)}
+    started = {world: Ranks(world, tmp_path_factory.mktemp(f"sp{world}"), f"train.steps={STEPS}") for world in (1, 2)}
     return {world: ranks.finish() for world, ranks in started.items()}
 
 
@@ -127,15 +145,14 @@ def test_chat_template_is_what_was_trained(runs: dict[int, Run]) -> None:
 def test_resume_continues_after_the_last_checkpoint(runs: dict[int, Run]) -> None:
     folder = runs[1].model.parent
     resumed = Ranks(1, folder, f"train.steps={STEPS + 2}", "train.resume=true").finish()
-    added = resumed.log[len(runs[1].log):]
+    added = resumed.log[len(runs[1].log) :]
     assert [line["step"] for line in added] == [STEPS + 1, STEPS + 2, STEPS + 2]
     assert added[0]["loss"] < runs[1].losses[1] - 0.3
 
 
 def test_command_line_overrides_the_recipe_and_the_launcher_may_add_its_rank(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("train: {steps: 7, micro_batch: 3}")
-    recipe = parse_arguments(
-        "", ["--local_rank=1", "--config", str(tmp_path / "recipe.yaml"), "train.steps=9"])
+    recipe = parse_arguments("", ["--local_rank=1", "--config", str(tmp_path / "recipe.yaml"), "train.steps=9"])
     assert (recipe.train.steps, recipe.train.micro_batch, recipe.train.seq_length) == (9, 3, 1024)
 
 

@@ -139,10 +139,12 @@ def test_sequence_parallel_exchanges_run_in_the_trainings_own_groups(ranks, base
 ADAPTERS = {
     "attention": {"target_modules": ["q_proj", "v_proj", "o_proj"]},
     "more": {
-        "target_modules": ["k_proj", "down_proj", "gate_proj"], "use_rslora": True, "modules_to_save": ["lm_head"],
+        "target_modules": ["k_proj", "down_proj", "gate_proj"],
+        "use_rslora": True,
+        "modules_to_save": ["lm_head"],
         "rank_pattern": {"down_proj": 2},
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_with_master_weights_in_float32_the_modules_own_bfloat16_ones_are_served
 
 def budgeted(source, **overrides):
     """Bytes that this rank's weights were reckoned to take of its share of the memory, and bytes that they are."""
-    watched = mock.patch("ulysses_infer.engine.setup.check_weights_fit")
+    watched = mock.patch("ulysses_infer.job.start_rank.check_weights_fit")
     with watched as seen, init_inference(source, **overrides) as engine:
         return seen.call_args.args[0].weights, engine._rank.worker.model.weight_bytes
 
@@ -212,8 +214,10 @@ def test_memory_is_reckoned_for_what_every_rank_copies_and_shared_for_what_none_
     for found in training_ranks(2).run(budgets, folder):
         stored = {origin: weights for origin, (_, weights) in found.items()}
         assert {origin: reckoned for origin, (reckoned, _) in found.items()} == {
-            **stored, "files": stored["files"] // 2, "in memory": 0,
-        }  # fmt: skip
+            **stored,
+            "files": stored["files"] // 2,
+            "in memory": 0,
+        }
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launcher import ROOT, environment
-from ulysses_infer.engine.processes import free_port
+from ulysses_infer.job.processes import free_port
 
 sys.path.insert(0, str(ROOT / "tools"))  # scripts, not a package
 from demo_recipe import load_recipe
@@ -30,9 +30,13 @@ def test_the_reward_rises(tmp_path: Path):
     changes = ["train.steps=8", "rollouts.max_tokens=16", "parallel.zero_stage=3", f"output_dir={tmp_path}"]
     done = subprocess.run(
         [*launcher, "tools/train_rollouts.py", "--config", RECIPE, *changes],
-        cwd=ROOT, env=environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"step"')]
     rewards = [step["reward"] for step in steps]

@@ -20,7 +20,7 @@ from tests.tiny import settings, tiny_config, write_tokenizer
 from tests.training.training import STEPS, training
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.errors import CheckpointError
-from ulysses_infer.model.sources import find_checkpoint
+from ulysses_infer.model.loading.sources import find_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # scripts, not a package
 from zero_to_hf import main as zero_to_hf
@@ -30,9 +30,13 @@ PROMPTS = [[5], [7, 8, 9, 10, 11], [3] * 17]
 NEW_TOKENS = 9
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, prompt_logprobs=0, logprobs=0)
 KINDS = {  # name: ZeRO stage, SP in training, tied embeddings
-    "zero0": (0, 2, False), "zero1": (1, 2, True), "zero2": (2, 2, False), "zero3": (3, 2, True),
-    "universal2": (2, 1, True), "universal3": (3, 2, True),
-}  # fmt: skip
+    "zero0": (0, 2, False),
+    "zero1": (1, 2, True),
+    "zero2": (2, 2, False),
+    "zero3": (3, 2, True),
+    "universal2": (2, 1, True),
+    "universal3": (3, 2, True),
+}
 
 
 def train(stage, sequence_parallel, tied, folder):

@@ -21,9 +21,13 @@ class Training:
     """One rank's part: `engine` is DeepSpeed's, `step` trains on one random batch, `logprobs` is its own forward."""
 
     def __init__(
-        self, stage: int, sequence_parallel: int, dtype: str = "fp32", lora: dict[str, Any] | None = None,
+        self,
+        stage: int,
+        sequence_parallel: int,
+        dtype: str = "fp32",
+        lora: dict[str, Any] | None = None,
         **changes: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         import deepspeed
         import deepspeed.comm as comm
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF

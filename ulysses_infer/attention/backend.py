@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from ulysses_infer.attention.kernels import KernelSequences
-from ulysses_infer.errors import ConfigError
-from ulysses_infer.native.library import NativeUnavailableError, is_available
+
+@dataclass(frozen=True)
+class HostSequences:
+    """The sequences of a step on the host, for kernels whose work is planned there. All int32."""
+
+    query_lens: np.ndarray  # [N]
+    context_lens: np.ndarray  # [N], the step's own tokens included
+    block_tables: np.ndarray  # [N, blocks of the longest]
+
+
+@dataclass(frozen=True)
+class KernelSequences:
+    """The sequences of a step on the device, int32. The two bounds are numbers, so that nothing waits for the GPU."""
+
+    cu_query_lens: torch.Tensor  # [N + 1], 0 and the running sums of the query lengths
+    cu_context_lens: torch.Tensor  # [N + 1]
+    context_lens: torch.Tensor  # [N]
+    block_tables: torch.Tensor  # [N, at least the blocks of the longest]
+    max_query_len: int
+    max_context_len: int
+    host: HostSequences
+    captured: bool = False
+    """Whether the tensors are the static inputs of a captured step; then `host` is what it was captured with."""
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What a backend has planned for them."""
+
+    @property
+    def num_sequences(self) -> int:
+        """N, the padding of a captured step included."""
+        return self.context_lens.shape[0]
+
+    @property
+    def decodes_only(self) -> bool:
+        """Whether every sequence has a single query token, its last."""
+        return self.max_query_len == 1
 
 
 @dataclass(frozen=True)
@@ -78,18 +112,31 @@ class AttentionBackend(Protocol):
         ...
 
 
-def make_backend(name: str, device: torch.device) -> AttentionBackend:
-    """The backend a recipe names; `auto` takes the best one that runs on `device`. Raises `ConfigError`."""
-    from ulysses_infer.attention.native import NativeAttention
-    from ulysses_infer.attention.torch_loop import TorchLoopAttention
+class KernelAttention(ABC):
+    """Base of the backends that read nothing but `AttentionMetadata.kernel`: their steps can be captured in graphs."""
 
-    if name == "torch" or (name == "auto" and (device.type != "cpu" or not is_available("attention"))):
-        return TorchLoopAttention()
-    if name not in ("auto", "native"):
-        raise ConfigError(f"runtime.attention_backend is {name!r}; choose one of auto, torch, native")
-    if device.type != "cpu":
-        raise ConfigError(f"runtime.attention_backend is native, which runs on a CPU, not on {device.type}; use auto")
-    try:
-        return NativeAttention()
-    except NativeUnavailableError as error:
-        raise ConfigError(f"runtime.attention_backend is native, but {error}; use auto or torch") from error
+    name: str
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+
+    def replan(self, sequences: KernelSequences, host: HostSequences) -> None:  # noqa: B027
+        """Before a captured step is replayed: plan it anew for `host`, what its static `sequences` now are.
+
+        Most kernels plan nothing.
+        """
+
+
+def running_sums(lengths: np.ndarray) -> np.ndarray:
+    """0 and the running sums of `lengths`: [N + 1] int32."""
+    sums = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=sums[1:])
+    return sums

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
-from ulysses_infer.attention.kernels import KernelAttention, with_sinks
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions, KernelAttention
+from ulysses_infer.attention.sinks import with_sinks
 
 
 class FlashAttnAttention(KernelAttention):
@@ -33,7 +33,9 @@ class FlashAttnAttention(KernelAttention):
         assert sequences is not None
         window = -1 if options.sliding_window is None else options.sliding_window - 1
         result = self._function(
-            query, keys, values,
+            query,
+            keys,
+            values,
             cu_seqlens_q=sequences.cu_query_lens,
             cu_seqlens_k=sequences.cu_context_lens,
             max_seqlen_q=sequences.max_query_len,
@@ -44,7 +46,7 @@ class FlashAttnAttention(KernelAttention):
             softcap=options.softcap or 0.0,
             return_attn_probs=options.sinks is not None,
             block_table=sequences.block_tables,
-        )  # fmt: skip
+        )
         if options.sinks is None:
             output: torch.Tensor = result
             return output

@@ -9,8 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
-from ulysses_infer.attention.kernels import HostSequences, KernelAttention, KernelSequences, running_sums, with_sinks
+from ulysses_infer.attention.backend import (
+    AttentionMetadata,
+    AttentionOptions,
+    HostSequences,
+    KernelAttention,
+    KernelSequences,
+    running_sums,
+)
+from ulysses_infer.attention.sinks import with_sinks
 
 WORKSPACE_BYTES = 128 * 1024 * 1024  # what the library recommends
 TENSOR_CORE_GROUP = 4  # from this many query heads a KV head on, decodes are faster as small matrix products
@@ -121,13 +128,14 @@ class FlashInferAttention(KernelAttention):
             return torch.zeros(size, dtype=torch.int32, device=device)
 
         return self._library.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace, "NHD",
+            self._workspace,
+            "NHD",
             use_cuda_graph=True,
             use_tensor_cores=_in_tensor_cores(key),
             paged_kv_indptr_buffer=fixed(count + 1),
             paged_kv_indices_buffer=fixed(sequences.block_tables.numel()),
             paged_kv_last_page_len_buffer=fixed(count),
-        )  # fmt: skip
+        )
 
 
 def pages_of(host: HostSequences, block_size: int) -> Pages:
@@ -142,9 +150,16 @@ def pages_of(host: HostSequences, block_size: int) -> Pages:
 def _key(query: torch.Tensor, keys: torch.Tensor, options: AttentionOptions) -> PlanKey:
     window = -1 if options.sliding_window is None else options.sliding_window - 1
     return PlanKey(
-        query.shape[1], keys.shape[2], query.shape[2], keys.shape[1], query.dtype, keys.dtype, options.scaling, window,
+        query.shape[1],
+        keys.shape[2],
+        query.shape[2],
+        keys.shape[1],
+        query.dtype,
+        keys.dtype,
+        options.scaling,
+        window,
         options.softcap or 0.0,
-    )  # fmt: skip
+    )
 
 
 def _in_tensor_cores(key: PlanKey) -> bool:
@@ -153,20 +168,33 @@ def _in_tensor_cores(key: PlanKey) -> bool:
 
 def _plan_decode(wrapper: Any, host: HostSequences, key: PlanKey) -> None:
     wrapper.plan(
-        *pages_of(host, key.block_size), key.num_attention_heads, key.num_key_value_heads, key.width, key.block_size,
+        *pages_of(host, key.block_size),
+        key.num_attention_heads,
+        key.num_key_value_heads,
+        key.width,
+        key.block_size,
         **_common(key),
-    )  # fmt: skip
+    )
 
 
 def _plan_prefill(wrapper: Any, host: HostSequences, key: PlanKey) -> None:
     wrapper.plan(
-        torch.from_numpy(running_sums(host.query_lens)), *pages_of(host, key.block_size),
-        key.num_attention_heads, key.num_key_value_heads, key.width, key.block_size, causal=True, **_common(key),
-    )  # fmt: skip
+        torch.from_numpy(running_sums(host.query_lens)),
+        *pages_of(host, key.block_size),
+        key.num_attention_heads,
+        key.num_key_value_heads,
+        key.width,
+        key.block_size,
+        causal=True,
+        **_common(key),
+    )
 
 
 def _common(key: PlanKey) -> dict[str, Any]:
     return {
-        "sm_scale": key.scaling, "window_left": key.window_left, "logits_soft_cap": key.softcap,
-        "q_data_type": key.dtype, "kv_data_type": key.cache_dtype,
-    }  # fmt: skip
+        "sm_scale": key.scaling,
+        "window_left": key.window_left,
+        "logits_soft_cap": key.softcap,
+        "q_data_type": key.dtype,
+        "kv_data_type": key.cache_dtype,
+    }

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions, running_sums
 from ulysses_infer.attention.flashinfer import WORKSPACE_BYTES, pages_of
-from ulysses_infer.attention.kernels import running_sums
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 
 WIDTHS = (576, 512)  # of a latent and of its part that is the value: what the kernel is built for
@@ -50,14 +49,27 @@ class FlashInferLatentAttention:
         return output
 
     def _plan(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, metadata: AttentionMetadata,
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: AttentionMetadata,
         options: AttentionOptions,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert metadata.kernel is not None
         host = metadata.kernel.host
         pages = pages_of(host, keys.shape[1])
         self._wrapper.plan(
-            torch.from_numpy(running_sums(host.query_lens)), pages.indptr, pages.indices,
-            torch.from_numpy(host.context_lens), query.shape[1], values.shape[3], keys.shape[3] - values.shape[3],
-            keys.shape[1], True, options.scaling, query.dtype, keys.dtype,
-        )  # fmt: skip
+            torch.from_numpy(running_sums(host.query_lens)),
+            pages.indptr,
+            pages.indices,
+            torch.from_numpy(host.context_lens),
+            query.shape[1],
+            values.shape[3],
+            keys.shape[3] - values.shape[3],
+            keys.shape[1],
+            True,
+            options.scaling,
+            query.dtype,
+            keys.dtype,
+        )

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
-from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
-from ulysses_infer.attention.kernels import HostSequences, with_sinks
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions, HostSequences
+from ulysses_infer.attention.sinks import with_sinks
 
 TILE = 128  # most query rows of one tile
 
@@ -101,9 +101,14 @@ def make_tiles(
     blocks = on_device(host.block_tables[owner[:, None], shifted], torch.int32)
     first, count = on_device(seen, torch.int32), on_device(used, torch.int32)
     return Tiles(
-        size, on_device(rows, torch.int64), on_device(np.flatnonzero(real), torch.int64),
-        on_device(positions, torch.int64), _logical(blocks, first, count, num_blocks), count, blocks,
-    )  # fmt: skip
+        size,
+        on_device(rows, torch.int64),
+        on_device(np.flatnonzero(real), torch.int64),
+        on_device(positions, torch.int64),
+        _logical(blocks, first, count, num_blocks),
+        count,
+        blocks,
+    )
 
 
 def _logical(blocks: torch.Tensor, first: torch.Tensor, count: torch.Tensor, num_blocks: int) -> torch.Tensor:
@@ -131,10 +136,13 @@ def make_mask(tiles: Tiles, num_blocks: int, block_size: int, options: Attention
         return seen
 
     return BlockMask.from_kv_blocks(
-        tiles.num_blocks[:, None, None], tiles.blocks[:, None, None],
-        BLOCK_SIZE=(tiles.size, block_size), mask_mod=sees,
-        seq_lengths=(tiles.size, num_blocks * block_size), compute_q_blocks=False,
-    )  # fmt: skip
+        tiles.num_blocks[:, None, None],
+        tiles.blocks[:, None, None],
+        BLOCK_SIZE=(tiles.size, block_size),
+        mask_mod=sees,
+        seq_lengths=(tiles.size, num_blocks * block_size),
+        compute_q_blocks=False,
+    )
 
 
 def _capped(softcap: float) -> Callable[..., torch.Tensor]:

@@ -118,11 +118,23 @@ class _Layer(ctypes.Structure):
         heads, key_width = keys.shape[2:]
         sinks = None if options.sinks is None else options.sinks.float().contiguous()
         made = _Layer(
-            query.data_ptr(), keys.data_ptr(), values.data_ptr(), output.data_ptr(),
-            None if sinks is None else sinks.data_ptr(), query.stride(0), query.stride(1), heads,
-            query.shape[1] // heads, key_width, values.shape[3], values.stride(2), options.sliding_window or 0,
-            options.chunk_size or 0, options.scaling, options.softcap or 0.0,
-        )  # fmt: skip
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            output.data_ptr(),
+            None if sinks is None else sinks.data_ptr(),
+            query.stride(0),
+            query.stride(1),
+            heads,
+            query.shape[1] // heads,
+            key_width,
+            values.shape[3],
+            values.stride(2),
+            options.sliding_window or 0,
+            options.chunk_size or 0,
+            options.scaling,
+            options.softcap or 0.0,
+        )
         made.kept = query, sinks  # alive with the pointers
         return made
 

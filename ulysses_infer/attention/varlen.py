@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
-from ulysses_infer.attention.kernels import KernelAttention, KernelSequences, with_sinks
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions, KernelAttention, KernelSequences
+from ulysses_infer.attention.sinks import with_sinks
 
 
 class VarlenAttention(KernelAttention):
@@ -34,7 +34,9 @@ class VarlenAttention(KernelAttention):
         sequences = metadata.kernel
         assert sequences is not None
         result = self._function(
-            query, keys, values,
+            query,
+            keys,
+            values,
             sequences.cu_query_lens,
             sequences.cu_context_lens,
             sequences.max_query_len,
@@ -45,7 +47,7 @@ class VarlenAttention(KernelAttention):
             enable_gqa=query.shape[1] != keys.shape[2],
             seqused_k=sequences.context_lens,
             block_table=sequences.block_tables,
-        )  # fmt: skip
+        )
         if options.sinks is None:
             output: torch.Tensor = result
             return output

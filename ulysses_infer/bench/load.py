@@ -6,7 +6,7 @@ import time
 
 import psutil
 
-from ulysses_infer.engine.processes import is_launched
+from ulysses_infer.job.processes import is_launched
 
 
 class LoadMeter:

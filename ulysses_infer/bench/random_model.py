@@ -9,19 +9,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ulysses_infer.caches import cache_folder
+from ulysses_infer.cache_folders import cache_folder
 from ulysses_infer.errors import ConfigError
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-60m": {
-        "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 3584, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4,
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
     },
     "llama-0.5b": {
-        "vocab_size": 16384, "hidden_size": 1536, "intermediate_size": 4608, "num_hidden_layers": 16,
-        "num_attention_heads": 12, "num_key_value_heads": 4,
+        "vocab_size": 16384,
+        "hidden_size": 1536,
+        "intermediate_size": 4608,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
     },
-}  # fmt: skip
+}
 """The shapes that this project's measurements of other engines used."""
 
 MAX_POSITIONS = 8192

@@ -14,14 +14,21 @@ from typing import Any
 
 from ulysses_infer.bench.workload import Sample, measure
 from ulysses_infer.config import Config, ParallelConfig, PolicyConfig
-from ulysses_infer.engine.processes import end_with_parent
 from ulysses_infer.errors import EngineDeadError, UlyssesError
 from ulysses_infer.inference import InferenceEngine
+from ulysses_infer.job.processes import end_with_parent
 
 LAUNCHER_VARIABLES = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+    "MASTER_ADDR",
     "MASTER_PORT",
-)  # fmt: skip
+)
 
 
 class SingleRank:

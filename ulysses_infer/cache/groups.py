@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from ulysses_infer.attention.reach import Reach
+from ulysses_infer.attention.span import Reach
 
 if TYPE_CHECKING:
     from ulysses_infer.attention.backend import AttentionOptions

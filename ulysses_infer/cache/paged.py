@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -38,6 +39,13 @@ class CacheShape:
         return -(-num_tokens // self.block_size)
 
 
+class CacheScales(NamedTuple):
+    """What cached numbers of a layer are multiplied by to be its keys and values."""
+
+    key: float = 1.0
+    value: float = 1.0
+
+
 class PagedCache:
     """keys[layer], values[layer]: [num_blocks, block_size, Hkv, width], Hkv the heads of this rank's shard.
 
@@ -45,9 +53,13 @@ class PagedCache:
     """
 
     def __init__(
-        self, shape: CacheShape, num_blocks: int | Sequence[int], device: torch.device, scratch_blocks: int = 0,
+        self,
+        shape: CacheShape,
+        num_blocks: int | Sequence[int],
+        device: torch.device,
+        scratch_blocks: int = 0,
         groups: LayerGroups | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """num_blocks: of each of `groups`, None for a single one of layers that see everything.
 
         `scratch_blocks` more than the allocators know of, for rows that only pad a step.
@@ -76,8 +88,12 @@ class PagedCache:
         shape, num_blocks = self.shape, self.blocks_of_groups[self.groups.of_layer[layer]]
         # Not touched until written: on a CPU the pages are only taken as blocks are first used.
         return torch.empty(
-            num_blocks + self._scratch_blocks, shape.block_size, shape.num_key_value_heads, width,
-            dtype=shape.dtype, device=self.device,
+            num_blocks + self._scratch_blocks,
+            shape.block_size,
+            shape.num_key_value_heads,
+            width,
+            dtype=shape.dtype,
+            device=self.device,
         )
 
     def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -87,9 +103,13 @@ class PagedCache:
             if self._store is not None and new.dtype == cached.dtype and _is_dense(new):
                 size = cached.dtype.itemsize
                 self._store(
-                    cached.data_ptr(), slots.data_ptr(), new.data_ptr(), len(slots), new[0].numel() * size,
+                    cached.data_ptr(),
+                    slots.data_ptr(),
+                    new.data_ptr(),
+                    len(slots),
+                    new[0].numel() * size,
                     new.stride(0) * size,
-                )  # fmt: skip
+                )
                 continue
             if cached.dtype == FP8:  # what it cannot hold becomes the largest that it can; torch copies it as bytes
                 new, cached = new.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8), cached.view(torch.uint8)

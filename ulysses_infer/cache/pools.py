@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from ulysses_infer.attention.reach import Reach
+from ulysses_infer.attention.span import Reach
 from ulysses_infer.cache.blocks import BlockAllocator, PrefixCacheStats
 
 BlockTables = list[list[int]]
@@ -22,9 +22,12 @@ class BlockPools:
     """
 
     def __init__(
-        self, num_blocks: Sequence[int], block_size: int, enable_prefix_caching: bool = True,
+        self,
+        num_blocks: Sequence[int],
+        block_size: int,
+        enable_prefix_caching: bool = True,
         reaches: Sequence[Reach] = (Reach(),),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """num_blocks, reaches: of each group, the one that sees furthest first."""
         self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
         self.reaches = tuple(reaches)

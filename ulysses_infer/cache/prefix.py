@@ -30,9 +30,7 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=DIGEST_SIZE).digest()
 
 
-def extend_block_hashes(
-    hashes: list[bytes], token_ids: Sequence[int], block_size: int, salt: str = ""
-) -> None:
+def extend_block_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int, salt: str = "") -> None:
     """Append to `hashes` the name of every full block in `token_ids`, the tokens that follow the blocks named
     so far.
 

@@ -131,6 +131,4 @@ def _flag(argument: str, remaining: list[str]) -> tuple[str, str]:
 def _flag_hint(written: str) -> str:
     flags = ["--" + name.replace("_", "-") for name in ALIASES if "." not in name]
     nearest = nearest_name(written.replace("_", "-"), flags)
-    return (
-        f"did you mean {nearest!r}?" if nearest else "any key can be set with key=value, as in parallel.sp=4"
-    )
+    return f"did you mean {nearest!r}?" if nearest else "any key can be set with key=value, as in parallel.sp=4"

@@ -27,9 +27,12 @@ Overrides = Mapping[str, Any] | Iterable[str]
 
 
 def load_config(
-    source: Source = None, overrides: Overrides = (), *, strict_clash: bool = False,
+    source: Source = None,
+    overrides: Overrides = (),
+    *,
+    strict_clash: bool = False,
     defaults: Mapping[str, Any] | None = None,
-) -> Config:  # fmt: skip
+) -> Config:
     """The configuration that a recipe and overrides make; overrides win over the recipe, it over defaults.
 
     `source` is the path of a recipe, a mapping (nested or dotted keys, DeepSpeed's and vLLM's names included)
@@ -106,8 +109,7 @@ def _refuse_clashes(tree: DictConfig, given: list[Setting], changes: list[Settin
         key, first = change.key, before.get(change.key)
         if first and OmegaConf.select(tree, key) != OmegaConf.select(scratch, key):
             raise ConfigError(
-                f"{key} is {first.value!r} in {first.origin} but {change.value!r} in "
-                f"{change.origin}: give it once"
+                f"{key} is {first.value!r} in {first.origin} but {change.value!r} in {change.origin}: give it once"
             )
 
 

@@ -77,9 +77,7 @@ class ModelConfig:
     )
     tokenizer: str | None = option(help="Folder or hub id of the tokenizer; null: the checkpoint's own.")
     revision: str | None = option(help="Branch, tag or commit of a hub id; null: its default branch.")
-    dtype: str = option(
-        "auto", choices=DTYPES, help="Type the weights are kept in; auto: the checkpoint's own."
-    )
+    dtype: str = option("auto", choices=DTYPES, help="Type the weights are kept in; auto: the checkpoint's own.")
     max_model_len: int | None = option(
         at_least=1,
         help="Longest prompt plus output, in tokens; null: what the checkpoint is made for, stretched as its rotary "
@@ -200,7 +198,8 @@ class CacheConfig:
 
     block_size: int = option(16, at_least=1, help="Tokens per block.")
     dtype: str = option(
-        "auto", choices=CACHE_DTYPES,
+        "auto",
+        choices=CACHE_DTYPES,
         help="Type of cached keys and values; auto: that of the model. fp8 halves them, with the checkpoint's scales.",
     )
     latent: bool | None = option(
@@ -246,22 +245,23 @@ class SchedulerConfig:
 class RuntimeConfig:
     """Devices, backends and diagnosis."""
 
-    device: str = option(
-        "auto", choices=("auto", "cpu", "cuda"), help="Where ranks compute; auto: CUDA if present."
-    )
+    device: str = option("auto", choices=("auto", "cpu", "cuda"), help="Where ranks compute; auto: CUDA if present.")
     attention_backend: str = option(
-        "auto", help="Attention implementation; auto: the best one for the device. On a CPU native or torch; on a GPU "
+        "auto",
+        help="Attention implementation; auto: the best one for the device. On a CPU native or torch; on a GPU "
         "flash_attn, flashinfer (where installed), varlen, flex (torch's own) or torch.",
-    )  # fmt: skip
+    )
     collectives: str = option(
-        "auto", choices=("auto", "torch", "shared_memory"),
+        "auto",
+        choices=("auto", "torch", "shared_memory"),
         help="How ranks exchange tensors: torch (NCCL, gloo) or memory that they share; auto: the latter on one host "
         "without GPUs.",
-    )  # fmt: skip
+    )
     matmul_backend: str = option(
-        "auto", choices=("auto", "torch", "native"),
+        "auto",
+        choices=("auto", "torch", "native"),
         help="Matrix products on a CPU; auto: native where it can be built, for as many rows as it is faster with.",
-    )  # fmt: skip
+    )
     fuse: bool = option(
         True,
         help="Compute what lies between the matrix products of a layer in one go, and on a GPU projections of the same "
@@ -292,9 +292,7 @@ class ServerConfig:
     host: str = option("127.0.0.1", help="Address to listen on; 0.0.0.0 for all of the machine's.")
     port: int = option(8000, at_least=0, at_most=65535, help="Port to listen on; 0: any free one.")
     api_key: str | None = option(secret=True, help="Key that clients must send; null: none is asked for.")
-    admin_api_key: str | None = option(
-        secret=True, help="Key for the administrative routes; null: routes are off."
-    )
+    admin_api_key: str | None = option(secret=True, help="Key for the administrative routes; null: routes are off.")
     served_model_name: str | None = option(
         help="Model name that clients use; null: the hub id, or the name of the model's folder."
     )
@@ -320,9 +318,7 @@ class ServerConfig:
     access_log: bool = option(False, help="Log every HTTP request, one JSON line each.")
     log_interval: float = option(10.0, above=0, help="Seconds between the log's lines on load and speed.")
     dashboard: bool = option(True, help="Serve the live page /dashboard.")
-    shutdown_timeout: float = option(
-        30.0, at_least=0, help="Seconds that running requests get to end at SIGTERM."
-    )
+    shutdown_timeout: float = option(30.0, at_least=0, help="Seconds that running requests get to end at SIGTERM.")
     heartbeat_timeout: float = option(
         4.0, at_least=1, help="Seconds of silence after which a process of the job counts as hung."
     )
@@ -348,9 +344,7 @@ class GenerateConfig:
         factory=list,
         help="Each a text, or a mapping with `prompt` or `messages`, and `sampling` for this prompt alone.",
     )
-    sampling: dict[str, Any] = option(
-        factory=dict, help="Sampling parameters of every prompt (`SamplingParams`)."
-    )
+    sampling: dict[str, Any] = option(factory=dict, help="Sampling parameters of every prompt (`SamplingParams`).")
     adapter: str | None = option(help="LoRA adapter of every prompt, one of lora.adapters; null: none.")
     stream: bool = option(True, help="Print tokens as they come.")
     schedule: list[Any] | None = option(help="Engine step at which each prompt arrives; null: all at once.")

@@ -64,9 +64,7 @@ def settings_of_arguments(arguments: list[str], origin: str = "the command line"
     settings: dict[str, Setting] = {}
     for name, text in split_flags(arguments):
         tree = {name: _parse_text(name, text, origin)}
-        settings |= {
-            name: _setting(name, value, origin, Path.cwd()) for name, value in _leaves(tree, "", origin)
-        }
+        settings |= {name: _setting(name, value, origin, Path.cwd()) for name, value in _leaves(tree, "", origin)}
     _refuse_contradictions(list(settings.values()))
     return list(settings.values())
 
@@ -113,9 +111,7 @@ def _mapping(name: str, value: Any, origin: str) -> Mapping[Any, Any]:
     if isinstance(value, Mapping):
         return value
     kind = "a mapping" if is_open(name) else "a section"
-    raise ConfigError(
-        f"{name} = {value!r} (in {origin}): {name} is {kind}, give its keys, as in {name}.key=value"
-    )
+    raise ConfigError(f"{name} = {value!r} (in {origin}): {name} is {kind}, give its keys, as in {name}.key=value")
 
 
 def _setting(name: str, value: Any, origin: str, folder: Path) -> Setting:
@@ -178,9 +174,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe '{path}' cannot be read: {first_line(error)}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"recipe '{path}' holds a {type(tree).__name__}; it must hold sections such as 'model:'"
-        )
+        raise ConfigError(f"recipe '{path}' holds a {type(tree).__name__}; it must hold sections such as 'model:'")
     return tree
 
 

@@ -19,9 +19,14 @@ logger = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("prompt", "messages", "sampling")
 POLICY_KEYS = {
-    "mode": "static", "threshold_tokens": "threshold", "profile": "adaptive", "calibration_seconds": "adaptive",
-    "target_tpot_ms": "adaptive", "target_ttft_ms": "adaptive", "exploration": "adaptive",
-}  # fmt: skip
+    "mode": "static",
+    "threshold_tokens": "threshold",
+    "profile": "adaptive",
+    "calibration_seconds": "adaptive",
+    "target_tpot_ms": "adaptive",
+    "target_ttft_ms": "adaptive",
+    "exploration": "adaptive",
+}
 """Settings of one policy only, and which."""
 
 
@@ -121,9 +126,7 @@ def _check_policy(config: Config, explicit: Mapping[str, Setting]) -> None:
     shift = parallel.layout.shift
     if policy.name == "threshold" and shift not in parallel.available_modes:
         setting = _given(config, "parallel.modes", explicit)
-        raise setting.complain(
-            f"policy threshold shifts to [{shift.sp}, {shift.tp}]; list it or set it to null"
-        )
+        raise setting.complain(f"policy threshold shifts to [{shift.sp}, {shift.tp}]; list it or set it to null")
     if policy.name == "adaptive" and policy.target_tpot_ms and not config.scheduler.enable_chunked_prefill:
         setting = _given(config, "policy.target_tpot_ms", explicit)
         raise setting.complain("it sizes chunks of prompts; set scheduler.enable_chunked_prefill to true")

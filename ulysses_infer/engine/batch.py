@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from ulysses_infer.engine.request import Request
-from ulysses_infer.planner.shape import StepShape
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.worker.step_plan import ALL_LOGITS, LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, awaited
 
 
 class ScheduledRequest(NamedTuple):
@@ -103,3 +108,26 @@ class BatchBuilder:
     def build(self) -> Batch:
         """The finished batch."""
         return Batch([*self.decodes.values(), *self.prefills.values()], self.preempted, self.lacks_room)
+
+
+def make_plan(
+    sequence: int,
+    mode: Mode,
+    batch: Batch,
+    dropped: Sequence[int],
+    full_logits: bool,
+    feeds: bool = False,
+    rows_before: Mapping[int, int] | None = None,
+) -> StepPlan:
+    """The plan of `batch` in `mode`. `rows_before`: by request, the row of the step before whose token it awaits."""
+    items, tokens = [], []
+    for request, start, count, new_block_ids, samples in batch.scheduled:
+        known = request.token_ids_from(start, start + count)
+        tokens += known
+        if len(known) < count:
+            assert rows_before is not None, "a token is awaited, and from no step"
+            tokens.append(awaited(rows_before[request.index]))
+        wants_prompt = request.params.prompt_logprobs is not None and start < request.num_prompt_tokens
+        logits = ALL_LOGITS if wants_prompt else LAST_LOGITS if samples else NO_LOGITS
+        items.append(PlanItem(request.index, start, count, new_block_ids, logits, request.adapter))
+    return StepPlan(sequence, mode, items, np.array(tokens, dtype=np.int32), list(dropped), full_logits, feeds)

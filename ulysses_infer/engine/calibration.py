@@ -16,17 +16,17 @@ import numpy as np
 import torch
 import transformers
 
-from ulysses_infer import __version__
 from ulysses_infer.cache.pools import BlockPools, BlockTables
 from ulysses_infer.config import SchedulerConfig
-from ulysses_infer.engine.channel import STEP, Channel
-from ulysses_infer.engine.plan import LAST_LOGITS, PlanItem, StepPlan
-from ulysses_infer.engine.worker import Worker
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.planner.model import Measurement
-from ulysses_infer.planner.prior import CPU, GPU, Machine, Sizes, assumed_steps
-from ulysses_infer.planner.profile import Profile
-from ulysses_infer.planner.shape import StepShape
+from ulysses_infer.step_time.model import Measurement
+from ulysses_infer.step_time.prior import CPU, GPU, Machine, Sizes, assumed_steps
+from ulysses_infer.step_time.profile import Profile
+from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.version import __version__
+from ulysses_infer.worker.channel import STEP, Channel
+from ulysses_infer.worker.step_plan import LAST_LOGITS, PlanItem, StepPlan
+from ulysses_infer.worker.worker import Worker
 
 SYNTHETIC = -1  # the number of a step that no request asked for; handles of its sequences are below zero too
 TOKENS = (2, 8, 32, 128, 512, 2048, 8192)
@@ -99,9 +99,14 @@ class Calibration:
     """Runs steps that no request asked for. Only rank 0 makes one; the other ranks follow its plans."""
 
     def __init__(
-        self, worker: Worker, channel: Channel, allocator: BlockPools, settings: SchedulerConfig,
-        modes: Sequence[Mode], dropped: Sequence[int] = (),
-    ) -> None:  # fmt: skip
+        self,
+        worker: Worker,
+        channel: Channel,
+        allocator: BlockPools,
+        settings: SchedulerConfig,
+        modes: Sequence[Mode],
+        dropped: Sequence[int] = (),
+    ) -> None:
         """`dropped`: handles that the ranks are still to forget."""
         self._worker, self._channel, self._allocator, self._modes = worker, channel, allocator, list(modes)
         self._settings = settings
@@ -123,9 +128,11 @@ class Calibration:
             points = design(limits, FINE_TOKENS if thorough else TOKENS)
             runs.measure(points, started + seconds, THOROUGH_ROUNDS if thorough else MOST_ROUNDS)
         notes = {
-            "seconds": round(time.perf_counter() - started, 1), "points": len(runs.times), "steps": runs.steps,
+            "seconds": round(time.perf_counter() - started, 1),
+            "points": len(runs.times),
+            "steps": runs.steps,
             "made": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }  # fmt: skip
+        }
         return Profile(profile_key(self._worker, self._modes), runs.measurements(), runs.switch_seconds(), notes)
 
     @contextmanager
@@ -306,7 +313,9 @@ def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:
     model = worker.model
     return {
         "model": {
-            "type": model.injection.config.model_type, **asdict(model.shape), "weight_bytes": model.weight_bytes,
+            "type": model.injection.config.model_type,
+            **asdict(model.shape),
+            "weight_bytes": model.weight_bytes,
             "dtype": str(model.dtype).removeprefix("torch."),
             **({"hf_overrides": dict(model.hf_overrides)} if model.hf_overrides else {}),
         },
@@ -321,12 +330,15 @@ def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:
         "fused": model.decoder is not None,
         "captured": worker.graphs is not None,
         "cache": {
-            "dtype": str(worker.cache.shape.dtype).removeprefix("torch."), "block_size": worker.cache.shape.block_size,
+            "dtype": str(worker.cache.shape.dtype).removeprefix("torch."),
+            "block_size": worker.cache.shape.block_size,
         },
         "versions": {
-            "ulysses_infer": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "ulysses_infer": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
         },
-    }  # fmt: skip
+    }
 
 
 def ranks_on_host(world_size: int) -> int:
@@ -348,9 +360,13 @@ def assumed(worker: Worker, modes: Sequence[Mode]) -> list[Measurement]:
     """Step times by the model's sizes and the nominal speeds of this kind of device."""
     shape = worker.model.shape
     sizes = Sizes(
-        shape.num_layers, shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads, shape.key_width,
+        shape.num_layers,
+        shape.hidden_size,
+        shape.num_attention_heads,
+        shape.num_key_value_heads,
+        shape.key_width,
         worker.model.weight_bytes // worker.model.dtype.itemsize * worker.groups.layout.base.tp,
         worker.model.dtype.itemsize,
-    )  # fmt: skip
+    )
     machine: Machine = GPU if worker.device.type == "cuda" else CPU
     return assumed_steps(sizes, machine, modes)

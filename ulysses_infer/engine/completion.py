@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ulysses_infer.engine.arrival import Arrival
-from ulysses_infer.engine.detokenizer import Detokenizer, TokenDecoder
 from ulysses_infer.engine.request import Request
-from ulysses_infer.model.sampler import SamplingRow
+from ulysses_infer.model.sampling.sampler import SamplingRow
 from ulysses_infer.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput
 from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.text.detokenizer import Detokenizer, TokenDecoder
+from ulysses_infer.worker.transfer import Arrival
 
 
 @dataclass(eq=False)

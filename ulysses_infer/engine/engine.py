@@ -12,29 +12,29 @@ from typing import Any
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.cache.prefix import prefix_salt
 from ulysses_infer.config import Config, PolicyConfig
-from ulysses_infer.engine.batch import Batch, ScheduledRequest
+from ulysses_infer.engine.batch import Batch, ScheduledRequest, make_plan
 from ulysses_infer.engine.calibration import Calibration
-from ulysses_infer.engine.channel import STEP
 from ulysses_infer.engine.completion import Completion, Sequence
-from ulysses_infer.engine.detokenizer import Detokenizer
 from ulysses_infer.engine.expert_load import expert_load
-from ulysses_infer.engine.flight import LONGEST, Flight
-from ulysses_infer.engine.plan import StepPlan, make_plan
+from ulysses_infer.engine.in_flight import LONGEST, Flight
 from ulysses_infer.engine.policies import AdaptivePolicy, Decision, Policy, make_policy
-from ulysses_infer.engine.prompts import PromptReader
+from ulysses_infer.engine.policies.start import keep_profile, start_policy
 from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.results import StepResults
 from ulysses_infer.engine.scheduler import Scheduler
-from ulysses_infer.engine.setup import Rank
 from ulysses_infer.engine.sleep import SleepState
-from ulysses_infer.engine.start_policy import keep_profile, start_policy
 from ulysses_infer.engine.stats import StepRecord, StepStats
 from ulysses_infer.errors import RequestError
-from ulysses_infer.model.sampler import SamplingRow, derive_seed, needs_full_logits, reads_outputs
+from ulysses_infer.model.sampling.sampler import SamplingRow, derive_seed, needs_full_logits, reads_outputs
 from ulysses_infer.outputs import CONSTRAINTS
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.planner.profile import Profile
 from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.step_time.profile import Profile
+from ulysses_infer.text.detokenizer import Detokenizer
+from ulysses_infer.text.prompts import PromptReader
+from ulysses_infer.worker.channel import STEP
+from ulysses_infer.worker.rank import Rank
+from ulysses_infer.worker.step_plan import StepPlan
 
 logger = logging.getLogger(__name__)
 FORCED = "set from outside the policy"
@@ -171,9 +171,14 @@ class Engine:
     # -- requests ----------------------------------------------------------------------------------------------
 
     def add(
-        self, prompt: Any, params: SamplingParams, request_id: str | None = None, priority: int = 0,
-        cache_salt: str = "", adapter: str | None = None,
-    ) -> str:  # fmt: skip
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        adapter: str | None = None,
+    ) -> str:
         """Queue a prompt (text, token ids, or chat messages); returns its request id.
 
         `adapter`: the name of a LoRA adapter for its tokens to go through, one of `lora.adapters`.
@@ -198,9 +203,15 @@ class Engine:
         return name
 
     def _add_sequence(
-        self, completion: Completion, index: int, seed: int, arrival: float, priority: int, cache_salt: str,
+        self,
+        completion: Completion,
+        index: int,
+        seed: int,
+        arrival: float,
+        priority: int,
+        cache_salt: str,
         adapter: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         params, name = completion.params, completion.request_id
         request = Request(
             request_id=name if params.n == 1 else f"{name}#{index}",
@@ -214,9 +225,14 @@ class Engine:
             eos_token_ids=self.prompts.eos_token_ids,
         )
         row = SamplingRow(
-            params, seed, request.prompt_token_ids, request.output_token_ids, request.eos_token_ids,
-            self.prompts.bad_words(params), self.prompts.grammar(params),
-        )  # fmt: skip
+            params,
+            seed,
+            request.prompt_token_ids,
+            request.output_token_ids,
+            request.eos_token_ids,
+            self.prompts.bad_words(params),
+            self.prompts.grammar(params),
+        )
         decoder = self.prompts.decoder if params.stop else self._decoder
         detokenizer = Detokenizer(decoder, params, request.prompt_token_ids)
         self.scheduler.add(request)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-from ulysses_infer.engine.channel import CALL
-from ulysses_infer.engine.setup import Rank
+from ulysses_infer.worker.channel import CALL
+from ulysses_infer.worker.rank import Rank
 
 
 def expert_load(rank: Rank) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import torch
 
 from ulysses_infer.engine.batch import Batch, ScheduledRequest
 from ulysses_infer.engine.completion import Completion, Sequence, TokenScores
-from ulysses_infer.engine.detokenizer import TokenDecoder
-from ulysses_infer.engine.plan import ALL_LOGITS, LAST_LOGITS, PlanItem
-from ulysses_infer.model.sampler import NO_TOKEN, Sampler, sent
+from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler, sent
+from ulysses_infer.text.detokenizer import TokenDecoder
+from ulysses_infer.worker.step_plan import ALL_LOGITS, LAST_LOGITS, PlanItem
 
 
 class StepResults:
@@ -20,9 +20,12 @@ class StepResults:
     """
 
     def __init__(
-        self, batch: Batch, items: list[PlanItem], owners: dict[int, tuple[Completion, Sequence]],
+        self,
+        batch: Batch,
+        items: list[PlanItem],
+        owners: dict[int, tuple[Completion, Sequence]],
         decoder: TokenDecoder | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._owners, self._decoder, self._sampler = owners, decoder, Sampler()
         self._rows: list[tuple[ScheduledRequest, int, bool]] = []  # (request, position, whether it samples)
         for scheduled, item in zip(batch.scheduled, items, strict=True):

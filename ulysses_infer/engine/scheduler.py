@@ -295,9 +295,12 @@ class Scheduler:
         less, the newcomer would soon be preempted by their growth."""
         num_running = len(self._running) - len(without)
         return num_running < self.config.max_num_seqs and self.allocator.has_room(
-            request.num_tokens, self.config.max_num_batched_tokens, cached, spare=num_running,
+            request.num_tokens,
+            self.config.max_num_batched_tokens,
+            cached,
+            spare=num_running,
             without=[r.block_tables for r in without],
-        )  # fmt: skip
+        )
 
     def _preempt(self, request: Request, step: BatchBuilder) -> None:
         """Send a running request back to wait, without its blocks and without its part in `step`."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata
     from ulysses_infer.cache.paged import PagedCache
-    from ulysses_infer.model.matmul import NativeMatmul
+    from ulysses_infer.native.matmul import NativeMatmul
     from ulysses_infer.parallel.collectives import Collectives
     from ulysses_infer.parallel.layout import Span
 

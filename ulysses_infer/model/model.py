@@ -14,27 +14,27 @@ from torch.overrides import TorchFunctionMode
 
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.errors import CheckpointError, UnsupportedModelError, first_line
-from ulysses_infer.model.architectures import check_supported
-from ulysses_infer.model.checkpoint import Loader, Progress
 from ulysses_infer.model.context import StepContext, running
 from ulysses_infer.model.experts import choose_placement, expert_sizes
-from ulysses_infer.model.files import MemorySource, SafetensorsSource, TensorSource
 from ulysses_infer.model.fusion.decoder import FusedDecoder
 from ulysses_infer.model.fusion.fuse import Fusion
-from ulysses_infer.model.heads import attention_heads
-from ulysses_infer.model.hf_overrides import blamed, overridden
-from ulysses_infer.model.inject import Injection
-from ulysses_infer.model.latent import LatentWidths
-from ulysses_infer.model.latent_cache import take_latents
-from ulysses_infer.model.legacy import legacy_config
-from ulysses_infer.model.probe import probe
+from ulysses_infer.model.injection.architectures import check_supported
+from ulysses_infer.model.injection.heads import attention_heads
+from ulysses_infer.model.injection.inject import Injection
+from ulysses_infer.model.injection.latent_cache import take_latents
+from ulysses_infer.model.injection.probe import probe
+from ulysses_infer.model.layers.latent import LatentWidths
+from ulysses_infer.model.layers.rotary import choose_max_model_len, freeze_rotary
+from ulysses_infer.model.loading.checkpoint import Loader, Progress
+from ulysses_infer.model.loading.files import MemorySource, SafetensorsSource, TensorSource
+from ulysses_infer.model.loading.hf_overrides import blamed, overridden
+from ulysses_infer.model.loading.legacy_configs import legacy_config
+from ulysses_infer.model.loading.multimodal import auto_class, drop_towers
+from ulysses_infer.model.loading.sources import unpartitioned
+from ulysses_infer.model.loading.tying import settle_tying
 from ulysses_infer.model.quantization.cache_scales import apply_cache_scales
 from ulysses_infer.model.quantization.formats import read_quantization
 from ulysses_infer.model.quantization.layers import mark_quantised
-from ulysses_infer.model.rotary import choose_max_model_len, freeze_rotary
-from ulysses_infer.model.sources import unpartitioned
-from ulysses_infer.model.towers import auto_class, drop_towers
-from ulysses_infer.model.tying import settle_tying
 from ulysses_infer.parallel.layout import Layout, Mode, Span, key_value_span
 
 if TYPE_CHECKING:
@@ -145,10 +145,17 @@ class Blueprint:
     """A model laid out for one rank, before any weight is read: what it will hold is known, nothing is taken."""
 
     def __init__(
-        self, config: Any, open_source: Callable[[], TensorSource], settings: ModelConfig, layout: Layout, shard: int,
-        device: torch.device, expert_placement: str = "replicate", memory: int | None = None,
+        self,
+        config: Any,
+        open_source: Callable[[], TensorSource],
+        settings: ModelConfig,
+        layout: Layout,
+        shard: int,
+        device: torch.device,
+        expert_placement: str = "replicate",
+        memory: int | None = None,
         latent: bool | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`memory`: bytes that the rank with the least may take, for `expert_placement` auto; None for plenty.
         `latent`: `cache.latent`."""
         config = overridden(config, settings.hf_overrides)
@@ -168,9 +175,15 @@ class Blueprint:
 
     @classmethod
     def of_folder(
-        cls, folder: Path, settings: ModelConfig, layout: Layout, shard: int, device: torch.device,
-        open_source: Callable[[], TensorSource] | None = None, **options: Any,
-    ) -> Blueprint:  # fmt: skip
+        cls,
+        folder: Path,
+        settings: ModelConfig,
+        layout: Layout,
+        shard: int,
+        device: torch.device,
+        open_source: Callable[[], TensorSource] | None = None,
+        **options: Any,
+    ) -> Blueprint:
         """What `shard` will keep of the checkpoint in `folder`; `options`: `expert_placement`, `memory`, `latent`.
 
         `open_source` says where the weights are when they are not safetensors beside config.json.
@@ -181,9 +194,15 @@ class Blueprint:
 
     @classmethod
     def of_pretrained(
-        cls, model: Any, settings: ModelConfig, layout: Layout, shard: int, device: torch.device,
-        open_source: Callable[[], TensorSource] | None = None, **options: Any,
-    ) -> Blueprint:  # fmt: skip
+        cls,
+        model: Any,
+        settings: ModelConfig,
+        layout: Layout,
+        shard: int,
+        device: torch.device,
+        open_source: Callable[[], TensorSource] | None = None,
+        **options: Any,
+    ) -> Blueprint:
         """What `shard` will keep of a `transformers.PreTrainedModel` in memory, which stays as it is.
 
         `open_source` reads its weights where its state dict does not have them.

@@ -9,8 +9,13 @@ from typing import Any, Protocol
 from ulysses_infer.native.library import is_available, open_library
 
 MATMUL, ATTENTION, ELEMENTWISE, ALL_REDUCE, ALL_TO_ALL, GATHER = KINDS = (
-    "matmul", "attention", "elementwise", "all_reduce", "all_to_all", "gather",
-)  # fmt: skip
+    "matmul",
+    "attention",
+    "elementwise",
+    "all_reduce",
+    "all_to_all",
+    "gather",
+)
 """Kinds of work, by which a tape keeps the time."""
 EXCHANGES = (ALL_REDUCE, ALL_TO_ALL, GATHER)
 

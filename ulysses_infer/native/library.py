@@ -15,15 +15,24 @@ from pathlib import Path
 
 import torch
 
-from ulysses_infer.caches import cache_folder
+from ulysses_infer.cache_folders import cache_folder
 
 logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 FLAGS = (
-    "-std=gnu11", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wall", "-Werror",
+    "-std=gnu11",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-fopenmp",
+    "-Wall",
+    "-Werror",
     # What vectorising sums needs; infinities and NaN keep their meaning.
-    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
-)  # fmt: skip
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+)
 BUILD_SECONDS = 120
 SWITCH = "ULYSSES_INFER_NATIVE"
 """Set to 0 in the environment, nothing is built and torch does everything."""

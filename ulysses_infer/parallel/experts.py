@@ -71,16 +71,22 @@ def dispatch_pays(collectives: Collectives, num_tokens: int, num_experts: int, c
 
 
 def _exchange(
-    collectives: Collectives, received: torch.Tensor, sent: torch.Tensor,
-    receive_rows: list[int], send_rows: list[int],
-) -> None:  # fmt: skip
+    collectives: Collectives,
+    received: torch.Tensor,
+    sent: torch.Tensor,
+    receive_rows: list[int],
+    send_rows: list[int],
+) -> None:
     """An all-to-all of any number of rows in the SP group."""
     assert isinstance(collectives.sp_group, TorchGroup)
     started = time.perf_counter()
     import deepspeed.comm as comm
 
     comm.all_to_all_single(
-        received, sent.contiguous(), output_split_sizes=receive_rows, input_split_sizes=send_rows,
+        received,
+        sent.contiguous(),
+        output_split_sizes=receive_rows,
+        input_split_sizes=send_rows,
         group=collectives.sp_group.process_group,
-    )  # fmt: skip
+    )
     collectives.clock.add("all_to_all", started)

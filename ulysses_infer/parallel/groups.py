@@ -129,16 +129,24 @@ def init_distributed(
     if meet is not None:
         met = meet()
         torch.distributed.init_process_group(
-            backend, store=met.store, rank=met.rank, world_size=met.world_size, timeout=FORMING_TIMEOUT,
+            backend,
+            store=met.store,
+            rank=met.rank,
+            world_size=met.world_size,
+            timeout=FORMING_TIMEOUT,
             device_id=None if device.type == "cpu" else device,
-        )  # fmt: skip
+        )
     comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
 def build_groups(
-    layout: Layout, modes: list[Mode], device: torch.device, num_ranks: int | None = None, collectives: str = "auto",
+    layout: Layout,
+    modes: list[Mode],
+    device: torch.device,
+    num_ranks: int | None = None,
+    collectives: str = "auto",
     lent: Any = None,
-) -> Groups:  # fmt: skip
+) -> Groups:
     """Create the groups of every mode. Collective: all ranks call it with the same arguments.
 
     `num_ranks`: those that belong together, where it is not the launcher's environment that says so. `collectives`:

@@ -97,9 +97,7 @@ class Layout:
     @property
     def modes(self) -> list[Mode]:
         """Every mode these weights and this cache can run: `tp0 | tp | W`, from base to full TP."""
-        return [
-            Mode(self.world_size // tp, tp) for tp in divisors(self.world_size) if tp % self.base.tp == 0
-        ]
+        return [Mode(self.world_size // tp, tp) for tp in divisors(self.world_size) if tp % self.base.tp == 0]
 
     def shard_of(self, rank: int) -> int:
         """The head shard `g` that `rank` owns."""

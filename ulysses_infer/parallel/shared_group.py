@@ -23,9 +23,13 @@ class Piece(ctypes.Structure):
     """One tensor of an all-to-all, as `piece` in collectives.c; sizes and strides in bytes but for `heads`."""
 
     _fields_ = (
-        ("source", c_void_p), ("target", c_void_p), ("heads", c_int64), ("head_bytes", c_int64),
-        ("token_stride", c_int64), ("head_stride", c_int64),
-    )  # fmt: skip
+        ("source", c_void_p),
+        ("target", c_void_p),
+        ("heads", c_int64),
+        ("head_bytes", c_int64),
+        ("token_stride", c_int64),
+        ("head_stride", c_int64),
+    )
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -43,8 +47,16 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.group_bytes.argtypes, library.group_bytes.restype = [c_int, c_int, c_int64], c_int64
     library.group_open.restype = c_void_p
     library.group_open.argtypes = [
-        c_void_p, c_int, c_int, c_int, c_int64, POINTER(c_void_p), POINTER(c_int), c_int64, c_int64,
-    ]  # fmt: skip
+        c_void_p,
+        c_int,
+        c_int,
+        c_int,
+        c_int64,
+        POINTER(c_void_p),
+        POINTER(c_int),
+        c_int64,
+        c_int64,
+    ]
     return library
 
 
@@ -57,16 +69,18 @@ class Member:
         """Of the C side; None once this rank has left."""
 
     def _check(self, status: int) -> None:
-        """Raise RuntimeError for a wait that ended badly, in the words that engine/failure.py knows from gloo."""
+        """Raise RuntimeError for a wait that ended badly, in the words that failure.py knows from gloo."""
         if status == 0:
             return
         reason, rank = status & 0xFF, self.ranks[status >> 8]
-        raise RuntimeError({
-            LOST: f"Connection closed by peer: rank {rank} has left or its process has ended",
-            TIMED_OUT: f"Timed out waiting for rank {rank}",
-            TOO_WIDE: "a single row of this exchange is larger than a slot of the shared memory",
-            CLOSED: "this rank has left the group",
-        }[reason])  # fmt: skip
+        raise RuntimeError(
+            {
+                LOST: f"Connection closed by peer: rank {rank} has left or its process has ended",
+                TIMED_OUT: f"Timed out waiting for rank {rank}",
+                TOO_WIDE: "a single row of this exchange is larger than a slot of the shared memory",
+                CLOSED: "this rank has left the group",
+            }[reason]
+        )
 
 
 class SharedGroup(Member):

@@ -70,9 +70,12 @@ class TorchGroup:
         self, received: torch.Tensor, sent: torch.Tensor, receive_rows: list[int], send_rows: list[int]
     ) -> None:
         _comm().all_to_all_single(
-            received, sent.contiguous(), output_split_sizes=receive_rows, input_split_sizes=send_rows,
+            received,
+            sent.contiguous(),
+            output_split_sizes=receive_rows,
+            input_split_sizes=send_rows,
             group=self.process_group,
-        )  # fmt: skip
+        )
 
 
 class TorchMailbox:

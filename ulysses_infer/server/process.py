@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ulysses_infer.config import Config, ServerConfig
-from ulysses_infer.engine.heartbeat import Address, Member
 from ulysses_infer.errors import ConfigError, UlyssesError
+from ulysses_infer.job.watchdog import Address, Member
 from ulysses_infer.server.client import EngineClient, Observer
 from ulysses_infer.server.replicas import DoorKeeper
 from ulysses_infer.server.router import Router
@@ -143,7 +143,7 @@ def main() -> None:
     order: Order = pickle.loads(sys.stdin.buffer.read())
     import uvloop
 
-    from ulysses_infer.frontend.quiet import quiet_libraries, set_up_logging
+    from ulysses_infer.console.library_logging import quiet_libraries, set_up_logging
 
     quiet_libraries(0)
     set_up_logging(order.config.runtime.log_level, 0)
@@ -157,10 +157,10 @@ def main() -> None:
 
 async def serve(order: Order, link: socket.socket, listener: socket.socket, door: socket.socket) -> None:
     """Connect the engine, the application and the port, and keep them together until the end."""
-    from ulysses_infer.engine.heap import settle_objects
     from ulysses_infer.server.http.app import make_app
     from ulysses_infer.server.http.context import make_context
     from ulysses_infer.server.observe import Observatory
+    from ulysses_infer.worker.memory import settle_objects
 
     observatory = Observatory(order.config)
     engine = Router(observatory, order.config.parallel.dp)
@@ -228,8 +228,17 @@ def _make_server(app: Any, settings: ServerConfig) -> Any:
             return contextlib.nullcontext()
 
     config = uvicorn.Config(
-        app, lifespan="off", access_log=False, log_level=logging.ERROR, log_config=None, server_header=False,
-        timeout_graceful_shutdown=CLOSING_SECONDS, timeout_keep_alive=60, http="httptools", ws="none",
-        ssl_certfile=settings.ssl_certfile, ssl_keyfile=settings.ssl_keyfile,
-    )  # fmt: skip
+        app,
+        lifespan="off",
+        access_log=False,
+        log_level=logging.ERROR,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
+        timeout_keep_alive=60,
+        http="httptools",
+        ws="none",
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+    )
     return Server(config)

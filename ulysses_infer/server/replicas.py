@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 from ulysses_infer.config import Config
-from ulysses_infer.engine.heartbeat import Address
+from ulysses_infer.job.watchdog import Address
 from ulysses_infer.parallel.groups import Rendezvous
 
 STORE_SECONDS = 120.0
@@ -128,9 +128,12 @@ class Replica:
         from torch.distributed import TCPStore
 
         store = TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=rank == 0, wait_for_workers=False,
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=rank == 0,
+            wait_for_workers=False,
             timeout=timedelta(seconds=STORE_SECONDS),
-        )  # fmt: skip
+        )
         parallel = dataclasses.replace(config.parallel, dp=1)
         return cls(rank // size, rank % size, dataclasses.replace(config, parallel=parallel), store)
 

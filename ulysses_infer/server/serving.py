@@ -8,9 +8,8 @@ import time
 from ulysses_infer.config import ServerConfig
 from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.engine import Engine
-from ulysses_infer.engine.failure import describe, is_lost_connection
-from ulysses_infer.engine.heartbeat import Watch
-from ulysses_infer.errors import RequestError
+from ulysses_infer.errors import RequestError, describe, is_lost_connection
+from ulysses_infer.job.watchdog import Watch
 from ulysses_infer.outputs import Logprob
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.admin import Commands
@@ -112,9 +111,14 @@ class Serving:
             self._end(error)
         record = self._engine.stats.recent[-1]
         step = Step(
-            record.sequence, started, record.seconds, record.mode, record.num_tokens, record.num_decodes,
+            record.sequence,
+            started,
+            record.seconds,
+            record.mode,
+            record.num_tokens,
+            record.num_decodes,
             self._engine.take_collective_seconds(),
-        )  # fmt: skip
+        )
         tokens = [token for completion in touched for token in self._news(completion)]
         self._link.send(Stepped(self.state(), step, tokens))
         if not self._engine.has_unfinished:
@@ -283,4 +287,3 @@ def describe_engine(engine: Engine, weight_bytes: list[int], state: EngineState)
         weight_bytes_per_rank=weight_bytes,
         state=state,
     )
-

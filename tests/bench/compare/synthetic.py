@@ -11,9 +11,16 @@ SETTING = Setting(SIZES, Capacity(requests=4.0, tokens=440.0), max_model_len=819
 SPEEDS = {"dp": 2.0, "tp": 1.0, "sp": 1.5, "shift": 1.1, "adaptive": 0.9}
 """How much longer everything takes than it does for tp."""
 ABOUT = {
-    "model": "demo <b>", "num_ranks": 2, "repeats": 2, "threshold_tokens": 64, "date": "2026-11-21 12:00",
-    "machine": "2 cores", "version": "0.1.0", "notes": {"link": "1gbit"}, "command": "ulysses-infer bench compare",
-}  # fmt: skip
+    "model": "demo <b>",
+    "num_ranks": 2,
+    "repeats": 2,
+    "threshold_tokens": 64,
+    "date": "2026-11-21 12:00",
+    "machine": "2 cores",
+    "version": "0.1.0",
+    "notes": {"link": "1gbit"},
+    "command": "ulysses-infer bench compare",
+}
 
 
 def findings_of(cases: list[Case], repeats: int = 2, foreign: float = 0.0) -> Findings:

@@ -11,14 +11,19 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import tiny_llama
+from ulysses_infer.cli.arguments import parse
 from ulysses_infer.errors import ConfigError
-from ulysses_infer.frontend.arguments import parse
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = (
-    "cache.num_blocks=256", "cache.block_size=4", "scheduler.max_num_batched_tokens=64", "policy.threshold_tokens=16",
-    "policy.calibration_seconds=1", "runtime.threads_per_rank=1", "runtime.device=cpu",
-)  # fmt: skip
+    "cache.num_blocks=256",
+    "cache.block_size=4",
+    "scheduler.max_num_batched_tokens=64",
+    "policy.threshold_tokens=16",
+    "policy.calibration_seconds=1",
+    "runtime.threads_per_rank=1",
+    "runtime.device=cpu",
+)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +53,7 @@ def test_model_recipe_and_keys_are_those_of_other_commands():
 def test_a_tiny_comparison_from_start_to_report(tmp_path):
     tiny_llama(tmp_path / "model")
     output = tmp_path / "report"
-    command = [sys.executable, "-m", "ulysses_infer.cli", "bench", "compare", str(tmp_path / "model"), "--scale"]
+    command = [sys.executable, "-m", "ulysses_infer.cli.main", "bench", "compare", str(tmp_path / "model"), "--scale"]
     command += ["smoke", "--repeats", "1", "--protocol", "shape,bursty", "--output", str(output), *SETTINGS]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")

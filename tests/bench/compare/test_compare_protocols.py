@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.bench.compare.synthetic import SETTING, SIZES
-from ulysses_infer.bench.compare.command import order
+from ulysses_infer.bench.compare.compare_bench import order
 from ulysses_infer.bench.compare.contenders import CONTENDERS, GROUP, REPLICAS
 from ulysses_infer.bench.compare.protocols import NUM_BURSTS, PROTOCOLS, SCALES, Capacity, Case, Setting
 from ulysses_infer.bench.compare.servers import server_overrides

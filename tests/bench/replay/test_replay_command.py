@@ -10,11 +10,11 @@ import pytest
 
 from tests.bench.serve.fake_server import FakeServer
 from tests.bench.serve.test_command import serving
-from ulysses_infer.bench.replay.arguments import parse_replay, window_of
-from ulysses_infer.bench.replay.command import run
+from ulysses_infer.bench.replay.replay_bench import run
+from ulysses_infer.bench.replay.replay_options import parse_replay, window_of
 from ulysses_infer.bench.replay.scaling import Window
+from ulysses_infer.cli.arguments import parse
 from ulysses_infer.errors import ConfigError
-from ulysses_infer.frontend.arguments import parse
 
 MOONCAKE = [
     {"timestamp": 0, "input_length": 1024, "output_length": 40, "hash_ids": [1, 2]},

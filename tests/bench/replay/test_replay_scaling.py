@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ulysses_infer.bench.replay.command import shared_tokens
+from ulysses_infer.bench.replay.replay_bench import shared_tokens
 from ulysses_infer.bench.replay.scaling import Scale, Window, paper_window, thinned
 from ulysses_infer.bench.serve.datasets import trace_items
 from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.bench.serve.fake_server import FakeServer, Script
-from ulysses_infer.bench.serve.arguments import parse_serve, rate_of
 from ulysses_infer.bench.serve.arrivals import Ramp
-from ulysses_infer.bench.serve.command import run
+from ulysses_infer.bench.serve.serve_bench import run
+from ulysses_infer.bench.serve.serve_options import parse_serve, rate_of
+from ulysses_infer.cli.arguments import parse
 from ulysses_infer.errors import ConfigError, RequestError
-from ulysses_infer.frontend.arguments import parse
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def test_command_needs_neither_torch_nor_a_launcher() -> None:
     with serving(FakeServer()) as server:
         arguments = ["bench", "serve", "--base-url", server.url, "--num-prompts", "2", "--output-len", "2"]
         code = (
-            f"import sys; from ulysses_infer.cli import main\nsys.argv[1:] = {arguments}\n"
+            f"import sys; from ulysses_infer.cli.main import main\nsys.argv[1:] = {arguments}\n"
             "try: main()\nfinally: assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -97,9 +97,13 @@ def test_missing_file_is_told(tmp_path: Path) -> None:
 def test_sharegpt_takes_first_questions_of_usual_length(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     rows = [
-        conversation("a question", "an answer", "more"), conversation("hi", "too short a question"),
-        conversation("no answer"), conversation("long" * 500, "too long a question"), {"id": 3}, conversation("", "x"),
-    ]  # fmt: skip
+        conversation("a question", "an answer", "more"),
+        conversation("hi", "too short a question"),
+        conversation("no answer"),
+        conversation("long" * 500, "too long a question"),
+        {"id": 3},
+        conversation("", "x"),
+    ]
     file.write_text(json.dumps(rows))
 
     async def read() -> list[Any]:

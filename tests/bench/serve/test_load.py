@@ -21,8 +21,8 @@ import pytest
 from tests.bench.serve.fake_server import FakeServer, Script
 from ulysses_infer.bench.serve.answer import Answer
 from ulysses_infer.bench.serve.client import Client, Server
-from ulysses_infer.bench.serve.command import event_loop_factory
 from ulysses_infer.bench.serve.load import Request, Run, closed_loop, open_loop
+from ulysses_infer.bench.serve.serve_bench import event_loop_factory
 from ulysses_infer.errors import ConfigError, RequestError
 
 PATH, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -238,10 +238,29 @@ def test_url_may_have_a_path(url: str, host: str, port: int, prefix: str) -> Non
 def test_https_works_with_a_certificate_that_is_trusted(tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-         "-keyout", key, "-out", certificate, "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "2",
+            "-keyout",
+            key,
+            "-out",
+            certificate,
+            "-subj",
+            "/CN=127.0.0.1",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+        ],
+        check=True,
+        capture_output=True,
+    )
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
 

@@ -67,9 +67,16 @@ P99.9 E2EL (ms):                         799.60
 def answer(sent: float, ttft: float, gap: float, late: float = 0.0) -> Answer:
     """Three tokens."""
     return Answer(
-        scheduled=sent - late, due=sent - late, sent=sent, first_token=sent + ttft, ended=sent + ttft + 2 * gap,
-        gaps=[gap, gap], prompt_tokens=10, output_tokens=3, finish_reason="length",
-    )  # fmt: skip
+        scheduled=sent - late,
+        due=sent - late,
+        sent=sent,
+        first_token=sent + ttft,
+        ended=sent + ttft + 2 * gap,
+        gaps=[gap, gap],
+        prompt_tokens=10,
+        output_tokens=3,
+        finish_reason="length",
+    )
 
 
 def run() -> Run:

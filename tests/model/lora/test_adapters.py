@@ -23,10 +23,14 @@ FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 SETTINGS = {
     "wide": {"r": 6, "lora_alpha": 9, "target_modules": ATTENTION + FEED_FORWARD},
     "narrow": {
-        "r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "down_proj"],
-        "rank_pattern": {"layers.1.mlp.down_proj": 5}, "alpha_pattern": {"layers.1.mlp.down_proj": 1},
+        "r": 2,
+        "lora_alpha": 3,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {"layers.1.mlp.down_proj": 5},
+        "alpha_pattern": {"layers.1.mlp.down_proj": 1},
     },
-}  # fmt: skip
+}
 ADAPTERS = [None, *SETTINGS]
 
 

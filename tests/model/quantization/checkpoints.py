@@ -110,8 +110,10 @@ def awq(group_size: int) -> Quantise:
     def quantise(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         values, zeros, scales, dense = affine(weight, grouping(weight.shape[1], group_size), 4, symmetric=False)
         return {
-            "qweight": pack(values.t(), 4, order), "qzeros": pack(zeros.t(), 4, order), "scales": scales.t().half(),
-        }, dense  # fmt: skip
+            "qweight": pack(values.t(), 4, order),
+            "qzeros": pack(zeros.t(), 4, order),
+            "scales": scales.t().half(),
+        }, dense
 
     return quantise
 
@@ -124,9 +126,11 @@ def gptq(group_size: int, bits: int = 4, reordered: bool = False, version: int =
         values, zeros, scales, dense = affine(weight, groups, bits, symmetric=False)
         stored = zeros - 1 if version == 1 else zeros
         return {
-            "qweight": pack(values, bits).t(), "qzeros": pack(stored.t(), bits), "scales": scales.t().half(),
+            "qweight": pack(values, bits).t(),
+            "qzeros": pack(stored.t(), bits),
+            "scales": scales.t().half(),
             "g_idx": groups.int(),
-        }, dense  # fmt: skip
+        }, dense
 
     return quantise
 
@@ -138,7 +142,9 @@ def compressed(group_size: int, symmetric: bool, reordered: bool = False) -> Qua
             groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))]
         values, zeros, scales, dense = affine(weight, groups, 4, symmetric)
         tensors = {
-            "weight_packed": pack(values, 4), "weight_scale": scales.half(), "weight_shape": torch.tensor(weight.shape),
+            "weight_packed": pack(values, 4),
+            "weight_scale": scales.half(),
+            "weight_shape": torch.tensor(weight.shape),
         }
         if not symmetric:
             tensors["weight_zero_point"] = pack(zeros.t(), 4).t()
@@ -153,9 +159,12 @@ def compressed_config(layout: str, **weights: Any) -> dict[str, Any]:
     """A `quantization_config` as llm-compressor writes it."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": {"dynamic": True, "strategy": "token"}}
     return {
-        "quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group},
-        "ignore": ["lm_head"], "quantization_status": "compressed",
-    }  # fmt: skip
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }
 
 
 @dataclass(frozen=True)
@@ -169,38 +178,64 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "fp8-block": Format({"quant_method": "fp8", "weight_block_size": [12, 20], "activation_scheme": "dynamic"},
-                        fp8_block((12, 20), dtype=torch.bfloat16)),
-    "fp8-spared": Format({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3",
-                          "modules_to_not_convert": ["lm_head", "model.layers.0.self_attn", "down_proj"]},
-                         fp8_block((128, 128)), ("layers.0.self_attn.*", "down_proj")),
+    "fp8-block": Format(
+        {"quant_method": "fp8", "weight_block_size": [12, 20], "activation_scheme": "dynamic"},
+        fp8_block((12, 20), dtype=torch.bfloat16),
+    ),
+    "fp8-spared": Format(
+        {
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+            "fmt": "e4m3",
+            "modules_to_not_convert": ["lm_head", "model.layers.0.self_attn", "down_proj"],
+        },
+        fp8_block((128, 128)),
+        ("layers.0.self_attn.*", "down_proj"),
+    ),
     "fp8-tensor": Format({"quant_method": "fp8", "activation_scheme": "static"}, fp8_tensor("weight_scale_inv", ())),
     "fp8-autofp8": Format({"quant_method": "fp8", "ignored_layers": ["lm_head"]}, fp8_tensor("weight_scale", (1,))),
-    "modelopt": Format({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", "*.layers.1.mlp*"]},
-                       fp8_tensor("weight_scale", ()), ("layers.1.mlp.*",)),
-    "fbgemm": Format({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0,
-                      "modules_to_not_convert": ["lm_head"]}, fp8_channel),
-    "compressed-channel": Format(compressed_config("float-quantized", num_bits=8, type="float", strategy="channel"),
-                                 fp8_channel),
-    "compressed-block": Format(compressed_config("float-quantized", num_bits=8, type="float", strategy="block",
-                                                 block_structure=[12, 20]), fp8_block((12, 20), "weight_scale")),
-    "compressed-int8": Format(compressed_config("int-quantized", num_bits=8, type="int", strategy="channel"),
-                              int8_channel),
-    "compressed-int4": Format(compressed_config("pack-quantized", num_bits=4, type="int", strategy="group",
-                                                group_size=16), compressed(16, symmetric=True)),
-    "compressed-int4-zeros": Format(compressed_config("pack-quantized", num_bits=4, type="int", strategy="group",
-                                                      group_size=16, symmetric=False), compressed(16, symmetric=False)),
-    "compressed-int4-reordered": Format(compressed_config("pack-quantized", num_bits=4, type="int", strategy="group",
-                                                          group_size=16, actorder="group"),
-                                        compressed(16, symmetric=True, reordered=True)),
+    "modelopt": Format(
+        {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", "*.layers.1.mlp*"]},
+        fp8_tensor("weight_scale", ()),
+        ("layers.1.mlp.*",),
+    ),
+    "fbgemm": Format(
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]},
+        fp8_channel,
+    ),
+    "compressed-channel": Format(
+        compressed_config("float-quantized", num_bits=8, type="float", strategy="channel"), fp8_channel
+    ),
+    "compressed-block": Format(
+        compressed_config("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[12, 20]),
+        fp8_block((12, 20), "weight_scale"),
+    ),
+    "compressed-int8": Format(
+        compressed_config("int-quantized", num_bits=8, type="int", strategy="channel"), int8_channel
+    ),
+    "compressed-int4": Format(
+        compressed_config("pack-quantized", num_bits=4, type="int", strategy="group", group_size=16),
+        compressed(16, symmetric=True),
+    ),
+    "compressed-int4-zeros": Format(
+        compressed_config("pack-quantized", num_bits=4, type="int", strategy="group", group_size=16, symmetric=False),
+        compressed(16, symmetric=False),
+    ),
+    "compressed-int4-reordered": Format(
+        compressed_config("pack-quantized", num_bits=4, type="int", strategy="group", group_size=16, actorder="group"),
+        compressed(16, symmetric=True, reordered=True),
+    ),
     "awq": Format({"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}, awq(16)),
     "awq-channel": Format({"quant_method": "awq", "bits": 4, "group_size": -1, "version": "gemm"}, awq(-1)),
     "gptq": Format({"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False}, gptq(16)),
-    "gptq-reordered": Format({"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True},
-                             gptq(16, reordered=True)),
-    "gptq-8bit-v2": Format({"quant_method": "gptq", "bits": 8, "group_size": 20, "checkpoint_format": "gptq_v2"},
-                           gptq(20, bits=8, version=2)),
-}  # fmt: skip
+    "gptq-reordered": Format(
+        {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True}, gptq(16, reordered=True)
+    ),
+    "gptq-8bit-v2": Format(
+        {"quant_method": "gptq", "bits": 8, "group_size": 20, "checkpoint_format": "gptq_v2"},
+        gptq(20, bits=8, version=2),
+    ),
+}
 
 
 def make_quantised(config: Any, folder: Path, chosen: Format) -> Any:

@@ -54,14 +54,26 @@ class Mixture:
 
 # 44 neurons an expert: a half or a quarter of them ends inside every block, group and word of the formats.
 NARROW = {"moe_intermediate_size": 44}
-MXFP4 = Format({"quant_method": "mxfp4", "modules_to_not_convert": [
-    "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}, mxfp4)  # fmt: skip
+MXFP4 = Format(
+    {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    },
+    mxfp4,
+)
 MIXTURES = {
     "qwen3-fp8": Mixture("qwen3_moe", FORMATS["fp8-block"], changes=NARROW),
     "deepseek-fp8": Mixture("deepseek_v3", FORMATS["fp8-block"], changes={**NARROW, "tie_word_embeddings": False}),
     "mixtral-fp8": Mixture("mixtral", FORMATS["fp8-autofp8"], changes={"intermediate_size": 44}),
-    "qwen3-modelopt": Mixture("qwen3_moe", Format({"quant_method": "modelopt", "quant_algo": "FP8",
-                                                   "ignore": ["lm_head"]}, FORMATS["modelopt"].quantise)),
+    "qwen3-modelopt": Mixture(
+        "qwen3_moe",
+        Format({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}, FORMATS["modelopt"].quantise),
+    ),
     "llama4-compressed": Mixture("llama4_text", FORMATS["compressed-channel"]),
     "llama4-fbgemm": Mixture("llama4_text", FORMATS["fbgemm"], fbgemm, {"intermediate_size": 44}),
     "qwen3-int8": Mixture("qwen3_moe", FORMATS["compressed-int8"], changes=NARROW),
@@ -70,7 +82,7 @@ MIXTURES = {
     "qwen3-gptq": Mixture("qwen3_moe", FORMATS["gptq"], changes=NARROW),
     "mixtral-gptq-reordered": Mixture("mixtral", FORMATS["gptq-reordered"], changes={"intermediate_size": 44}),
     "gpt-oss-mxfp4": Mixture("gpt_oss", MXFP4, mxfp4, {"intermediate_size": 96}),
-}  # fmt: skip
+}
 
 
 def make_mixture(folder: Path, mixture: Mixture, **changes: Any) -> Any:
@@ -138,5 +150,3 @@ def _together(dense: Tensors, like: Tensors) -> Tensors:
         parts = [torch.cat([dense[f"{stem}.{expert}.{name}.weight"] for name in names]).t() for expert in experts]
         joined[key] = torch.stack(parts).contiguous()
     return joined
-
-

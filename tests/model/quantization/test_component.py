@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.model.fake_step import FakeCollectives, step
 from tests.model.quantization.checkpoints import FORMATS, Format, awq, compressed, fp8_block, gptq
-from ulysses_infer.model.files import MemorySource
+from ulysses_infer.model.loading.files import MemorySource
 from ulysses_infer.model.quantization.component import covering, spread
 from ulysses_infer.model.quantization.formats import read_quantization
 from ulysses_infer.model.quantization.linear import QuantizedLinear
@@ -28,9 +28,13 @@ COLUMNS = {
     "packed q, k, v": Sharding((Part(8, 2), Part(2, 3, shared=True), Part(2, 3, shared=True))),
     "packed gate and up": Sharding((Part(19), Part(19))),
 }
-GRAINS = [(awq(12), AwqWeight(12)), (gptq(12), GptqWeight(12)), (gptq(20, reordered=True), GptqWeight(20, 4, True)),
-          (compressed(12, symmetric=False), CompressedWeight(12, 4, False)),
-          (fp8_block((7, 9)), ScaledWeight("weight_scale_inv", "block", (7, 9)))]  # fmt: skip
+GRAINS = [
+    (awq(12), AwqWeight(12)),
+    (gptq(12), GptqWeight(12)),
+    (gptq(20, reordered=True), GptqWeight(20, 4, True)),
+    (compressed(12, symmetric=False), CompressedWeight(12, 4, False)),
+    (fp8_block((7, 9)), ScaledWeight("weight_scale_inv", "block", (7, 9))),
+]
 
 
 def loaded(scheme, tensors, shape, cut, sharding, layout, shard, bias=None):

@@ -16,10 +16,14 @@ pytestmark = pytest.mark.distributed
 PLACEMENTS = ("expert", "width", "replicate")
 # In which placements each format is tested always; the rest is thorough.
 ALWAYS = {
-    "qwen3-fp8": PLACEMENTS, "gpt-oss-mxfp4": ("expert", "width"), "deepseek-fp8": ("replicate",),
-    "llama4-fbgemm": ("width",), "llama4-compressed": ("expert",), "qwen3-awq": ("width",),
+    "qwen3-fp8": PLACEMENTS,
+    "gpt-oss-mxfp4": ("expert", "width"),
+    "deepseek-fp8": ("replicate",),
+    "llama4-fbgemm": ("width",),
+    "llama4-compressed": ("expert",),
+    "qwen3-awq": ("width",),
     "mixtral-gptq-reordered": ("replicate",),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

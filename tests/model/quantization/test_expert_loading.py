@@ -20,11 +20,11 @@ from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError
 from ulysses_infer.model.experts import expert_sizes
 from ulysses_infer.model.experts.keys import ExpertKeys, ExpertTensor
-from ulysses_infer.model.files import MemorySource, SafetensorsSource
+from ulysses_infer.model.loading.files import MemorySource, SafetensorsSource
+from ulysses_infer.model.loading.weights import Weights
 from ulysses_infer.model.model import Blueprint, build_empty
 from ulysses_infer.model.quantization.formats import read_quantization
 from ulysses_infer.model.quantization.layers import mark_quantised
-from ulysses_infer.model.weights import Weights
 from ulysses_infer.parallel.layout import Layout, Mode
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from tests.model.quantization.mixtures import fbgemm, mxfp4
 from ulysses_infer.errors import CheckpointError
 from ulysses_infer.model.experts import matrix as matrix_module
 from ulysses_infer.model.experts.matrix import ExpertMatrix
-from ulysses_infer.model.files import MemorySource
+from ulysses_infer.model.loading.files import MemorySource
 from ulysses_infer.model.quantization.grouped import TokenGroups, is_groupable, is_grouped
 from ulysses_infer.model.quantization.mxfp4 import Mxfp4Weight
 from ulysses_infer.model.quantization.packed import AwqWeight, CompressedWeight, GptqWeight

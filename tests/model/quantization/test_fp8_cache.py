@@ -13,11 +13,10 @@ from tests.equivalence import cases
 from tests.equivalence.cases import CROWD, INNER, WHOLE, check, run_case
 from tests.equivalence.families import tiny_config
 from tests.equivalence.tiny_models import NEW_TOKENS, make_checkpoint, make_prompts, make_reference
-from ulysses_infer.cache.paged import FP8, CacheShape, PagedCache
+from ulysses_infer.cache.paged import FP8, CacheScales, CacheShape, PagedCache
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError
 from ulysses_infer.model.model import Blueprint
-from ulysses_infer.model.quantization.cache_scales import CacheScales
 from ulysses_infer.parallel.layout import Layout, Mode
 
 CPU = torch.device("cpu")
@@ -35,9 +34,7 @@ def attend_rounded(module: Any, query: Any, key: Any, value: Any, mask: Any, **o
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     scales = module.cache_scales
-    return sdpa_attention_forward(
-        module, query, rounded(key, scales[0]), rounded(value, scales[1]), mask, **options
-    )
+    return sdpa_attention_forward(module, query, rounded(key, scales[0]), rounded(value, scales[1]), mask, **options)
 
 
 def make_rounding(model: Any, scales: dict[int, tuple[float, float]]) -> Any:

@@ -11,10 +11,10 @@ from tests.equivalence.tiny_models import make_checkpoint
 from tests.model.quantization.checkpoints import FORMATS, change_config, make_quantised
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError, UlyssesError, UnsupportedModelError
-from ulysses_infer.model.files import MemorySource, SafetensorsSource
+from ulysses_infer.model.loading.files import MemorySource, SafetensorsSource
+from ulysses_infer.model.loading.weights import Weights
 from ulysses_infer.model.model import Blueprint
 from ulysses_infer.model.quantization.linear import QuantizedLinear
-from ulysses_infer.model.weights import Weights
 from ulysses_infer.parallel.layout import Layout, Mode
 
 CPU = torch.device("cpu")

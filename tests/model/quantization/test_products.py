@@ -135,9 +135,15 @@ def test_block_scales_are_padded_to_a_multiple_of_four(blocks):
 
 @pytest.mark.parametrize(
     ("rows", "columns", "aligned"),
-    [(Span(0, 256), Span(0, 512), True), (Span(16, 32), Span(0, 512), True), (Span(0, 256), Span(16, 64), True),
-     (Span(0, 8), Span(0, 512), False), (Span(0, 256), Span(8, 40), False), (Span(0, 256), Span(0, 24), False)],
-)  # fmt: skip
+    [
+        (Span(0, 256), Span(0, 512), True),
+        (Span(16, 32), Span(0, 512), True),
+        (Span(0, 256), Span(16, 64), True),
+        (Span(0, 8), Span(0, 512), False),
+        (Span(0, 256), Span(8, 40), False),
+        (Span(0, 256), Span(0, 24), False),
+    ],
+)
 def test_tensor_cores_need_multiples_of_sixteen(rows, columns, aligned):
     weight = torch.zeros(OUTPUTS, INPUTS, dtype=torch.float8_e4m3fn)
     assert is_aligned(weight[slice(*rows), slice(*columns)]) == aligned

@@ -44,7 +44,7 @@ def test_a_plain_checkpoint_has_none():
         ({"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}, GptqWeight(64, 4, True)),
         ({"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"}, GptqWeight(128, 8, zero_offset=0)),
     ],
-)  # fmt: skip
+)
 def test_a_layer_is_stored_as_the_config_says(given, scheme):
     assert read(given).scheme_of(UP) == scheme
 
@@ -76,20 +76,28 @@ def test_an_object_is_read_like_its_dictionary():
         ({**compressed_config("float-quantized", type="float"), "ignore": [UP]}, True),
         ({**compressed_config("float-quantized", type="float"), "ignore": ["up_proj", "re:mlp"]}, False),
     ],
-)  # fmt: skip
+)
 def test_lists_of_names_spare_layers(given, spared):
     assert (read(given).scheme_of(UP) is None) == spared
 
 
 def test_groups_of_a_config_each_have_their_targets():
     given = {
-        "quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {
-            "a": {"targets": ["re:.*mlp.*"], "format": "pack-quantized",
-                  "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}},
-            "b": {"targets": ["model.layers.0.self_attn.q_proj"], "format": "float-quantized",
-                  "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}},
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "config_groups": {
+            "a": {
+                "targets": ["re:.*mlp.*"],
+                "format": "pack-quantized",
+                "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
+            },
+            "b": {
+                "targets": ["model.layers.0.self_attn.q_proj"],
+                "format": "float-quantized",
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+            },
         },
-    }  # fmt: skip
+    }
     quantization = read(given)
     assert quantization.scheme_of(UP) == CompressedWeight(32)
     assert quantization.scheme_of("model.layers.0.self_attn.q_proj") == ScaledWeight("weight_scale", "channel")
@@ -112,10 +120,12 @@ def test_groups_of_a_config_each_have_their_targets():
         (compressed_config("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group"), "nvfp4"),
         (compressed_config("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False), "asymmetric"),
         (compressed_config("marlin-24", num_bits=4, type="int", strategy="group", group_size=128), "marlin-24"),
-        ({**compressed_config("float-quantized", type="float"), "sparsity_config": {"format": "sparse-24-bitmask"}},
-         "sparsity 'sparse-24-bitmask'"),
+        (
+            {**compressed_config("float-quantized", type="float"), "sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity 'sparse-24-bitmask'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_is_refused_by_name_in_one_line(given, words):
     with pytest.raises(UnsupportedModelError) as caught:
         read(given)

@@ -68,9 +68,13 @@ class Served:
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
-            make_app(self.context), lifespan="off", log_level="critical", http="httptools", ws="none",
+            make_app(self.context),
+            lifespan="off",
+            log_level="critical",
+            http="httptools",
+            ws="none",
             timeout_graceful_shutdown=1,
-        )  # fmt: skip
+        )
         self._server = uvicorn.Server(config)
         self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         serving = asyncio.create_task(self._server.serve([listener]))

@@ -99,9 +99,13 @@ def test_a_stream_opens_with_the_role_and_ends_with_reason_usage_and_done(server
     assert done == "[DONE]"
     first, *middle, last, usage = [json.loads(chunk) for chunk in chunks]
     assert first["choices"] == [
-        {"index": 0, "delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None,
-         "finish_reason": None}
-    ]  # fmt: skip
+        {
+            "index": 0,
+            "delta": {"role": "assistant", "content": "", "refusal": None},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+    ]
     assert all(chunk["choices"][0]["finish_reason"] is None for chunk in middle)
     assert last["choices"][0]["finish_reason"] == "stop"
     text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in [*middle, last])
@@ -193,7 +197,16 @@ def test_a_wrong_request_is_400_in_one_line(server: Served, body: dict, words: s
 
 def test_fields_of_openais_without_a_meaning_here_are_taken(server: Served) -> None:
     server.openai.chat.completions.create(
-        model=MODEL, messages=USER, user="u", metadata={"a": "b"}, store=False, service_tier="auto", verbosity="low",
-        reasoning_effort="low", prompt_cache_key="k", safety_identifier="s", modalities=["text"],
-    )  # fmt: skip
+        model=MODEL,
+        messages=USER,
+        user="u",
+        metadata={"a": "b"},
+        store=False,
+        service_tier="auto",
+        verbosity="low",
+        reasoning_effort="low",
+        prompt_cache_key="k",
+        safety_identifier="s",
+        modalities=["text"],
+    )
     assert len(server.engine.submits) == 1

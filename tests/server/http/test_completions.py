@@ -27,21 +27,53 @@ def test_end_of_sequence_is_a_stop_and_no_text(server: Served) -> None:
 
 def test_sampling_fields_reach_the_engine(server: Served) -> None:
     server.openai.completions.create(
-        model=MODEL, prompt="abc", max_tokens=3, temperature=0.5, top_p=0.9, seed=7, stop=["x"], presence_penalty=0.1,
-        frequency_penalty=0.2, logit_bias={"5": -1.0}, user="someone",
+        model=MODEL,
+        prompt="abc",
+        max_tokens=3,
+        temperature=0.5,
+        top_p=0.9,
+        seed=7,
+        stop=["x"],
+        presence_penalty=0.1,
+        frequency_penalty=0.2,
+        logit_bias={"5": -1.0},
+        user="someone",
         extra_body={
-            "top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True, "min_tokens": 2,
-            "stop_token_ids": [9], "bad_words": ["bad"], "allowed_token_ids": [5, 6], "priority": 3,
-            "cache_salt": "salt", "include_stop_str_in_output": True, "skip_special_tokens": False,
+            "top_k": 4,
+            "min_p": 0.1,
+            "repetition_penalty": 1.1,
+            "ignore_eos": True,
+            "min_tokens": 2,
+            "stop_token_ids": [9],
+            "bad_words": ["bad"],
+            "allowed_token_ids": [5, 6],
+            "priority": 3,
+            "cache_salt": "salt",
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
         },
-    )  # fmt: skip
+    )
     submit = server.engine.submits[0]
     assert submit.params == {
-        "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["x"], "presence_penalty": 0.1,
-        "frequency_penalty": 0.2, "logit_bias": {5: -1.0}, "top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1,
-        "ignore_eos": True, "min_tokens": 2, "stop_token_ids": [9], "bad_words": ["bad"], "allowed_token_ids": [5, 6],
-        "include_stop_str_in_output": True, "skip_special_tokens": False,
-    }  # fmt: skip
+        "max_tokens": 3,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 7,
+        "stop": ["x"],
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.2,
+        "logit_bias": {5: -1.0},
+        "top_k": 4,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "ignore_eos": True,
+        "min_tokens": 2,
+        "stop_token_ids": [9],
+        "bad_words": ["bad"],
+        "allowed_token_ids": [5, 6],
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+    }
     assert (submit.priority, submit.cache_salt) == (3, "salt")
 
 

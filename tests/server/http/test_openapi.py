@@ -20,18 +20,35 @@ from schemathesis.specs.openapi.checks import (
 from tests.server.http.harness import Served
 
 CHECKS = [
-    not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance,
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
     response_schema_conformance,
-]  # fmt: skip
+]
 ADMIN = {"Authorization": "Bearer admin-key"}
 
 
 OPERATIONS = [
-    "POST /v1/completions", "POST /v1/chat/completions", "GET /v1/models", "GET /v1/models/{model}", "POST /tokenize",
-    "POST /detokenize", "GET /health", "GET /ready", "GET /version", "GET /metrics", "GET /dashboard",
-    "GET /dashboard/data", "GET /admin/policy", "PUT /admin/policy", "POST /admin/abort", "POST /admin/drain",
-    "POST /admin/reset_prefix_cache", "GET /admin/stats",
-]  # fmt: skip
+    "POST /v1/completions",
+    "POST /v1/chat/completions",
+    "GET /v1/models",
+    "GET /v1/models/{model}",
+    "POST /tokenize",
+    "POST /detokenize",
+    "GET /health",
+    "GET /ready",
+    "GET /version",
+    "GET /metrics",
+    "GET /dashboard",
+    "GET /dashboard/data",
+    "GET /admin/policy",
+    "PUT /admin/policy",
+    "POST /admin/abort",
+    "POST /admin/drain",
+    "POST /admin/reset_prefix_cache",
+    "GET /admin/stats",
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +66,14 @@ def test_answers_are_as_described(
     operation = document[path][method]
 
     @given(case=operation.as_strategy(generation_mode=mode))
-    @settings(max_examples=40, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=40,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     def ask(case: schemathesis.Case) -> None:
         case.call_and_validate(checks=CHECKS, headers=ADMIN)
 

@@ -111,7 +111,10 @@ def test_administration_needs_its_key(server: Served) -> None:
     [
         ("GET", "/admin/policy", None, "get_policy", {}),
         (
-            "PUT", "/admin/policy", {"name": "threshold", "settings": {"threshold_tokens": 9}}, "set_policy",
+            "PUT",
+            "/admin/policy",
+            {"name": "threshold", "settings": {"threshold_tokens": 9}},
+            "set_policy",
             {"name": "threshold", "settings": {"threshold_tokens": 9}},
         ),
         ("POST", "/admin/abort", {"all": True}, "abort_all", {}),
@@ -119,7 +122,7 @@ def test_administration_needs_its_key(server: Served) -> None:
         ("POST", "/admin/reset_prefix_cache", None, "reset_prefix_cache", {}),
         ("GET", "/admin/stats", None, "stats", {}),
     ],
-)  # fmt: skip
+)
 def test_a_route_is_a_command(
     server: Served, method: str, path: str, body: dict | None, command: str, arguments: dict
 ) -> None:
@@ -156,8 +159,11 @@ def test_an_abort_says_what(server: Served, body: dict) -> None:
 
 def test_only_listed_origins_may_read(texts: Texts) -> None:
     with served(texts, cors_origins=["https://a.example"], api_key="key") as server:
-        asking = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST",
-                  "Access-Control-Request-Headers": "authorization"}  # fmt: skip
+        asking = {
+            "Origin": "https://a.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization",
+        }
         preflight = server.http.options("/v1/completions", headers=asking)
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == "https://a.example"

@@ -64,8 +64,9 @@ def test_calls_are_found_in_a_whole_answer(calling: Served) -> None:
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content == "ok"
     assert [(call.id, call.function.name, call.function.arguments) for call in choice.message.tool_calls] == [
-        ("call-0", "f", '{"a":1}'), ("call-1", "g", '{"a":1}'),
-    ]  # fmt: skip
+        ("call-0", "f", '{"a":1}'),
+        ("call-1", "g", '{"a":1}'),
+    ]
     assert calling.engine.submits[0].params["skip_special_tokens"] is False
 
 

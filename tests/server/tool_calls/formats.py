@@ -123,13 +123,44 @@ BARE = ("llama3_json", "pythonic", "required")  # calls are the whole output, wi
 
 plain_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 pieces = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "{", "}", "[", "]", '"', "\\", "\n", " ", ";", ",", ":", "(", ")", "=",
-     "get_weather",
-     '{"name": "now", "arguments": {', '{"name": "search", "parameters": {"query": "', "[TOOL_CALLS]", "[ARGS]",
-     "<|python_tag|>", "<function=now>", "<parameter=query>", "</parameter>", "</function>", "[now(",
-     "search(query='",
-     "<\uff5ctool▁call▁begin\uff5c>", "now<\uff5ctool▁sep\uff5c>{}", "'", "1", "a", "é", "```"]
-)  # fmt: skip
+    [
+        "<tool_call>",
+        "</tool_call>",
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        "\\",
+        "\n",
+        " ",
+        ";",
+        ",",
+        ":",
+        "(",
+        ")",
+        "=",
+        "get_weather",
+        '{"name": "now", "arguments": {',
+        '{"name": "search", "parameters": {"query": "',
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "<|python_tag|>",
+        "<function=now>",
+        "<parameter=query>",
+        "</parameter>",
+        "</function>",
+        "[now(",
+        "search(query='",
+        "<\uff5ctool▁call▁begin\uff5c>",
+        "now<\uff5ctool▁sep\uff5c>{}",
+        "'",
+        "1",
+        "a",
+        "é",
+        "```",
+    ]
+)
 odd_text = st.lists(st.one_of(pieces, pieces, plain_text), max_size=14).map("".join)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**6), 10**6) | plain_text,

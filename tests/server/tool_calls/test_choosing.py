@@ -6,7 +6,6 @@ import random
 import pytest
 from formats import RENDER, TOOLS, decoded, feed, joined, tool
 
-from ulysses_infer.engine.structured import GrammarCompiler, check
 from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.server.tool_calls import (
     FORMATS,
@@ -16,18 +15,19 @@ from ulysses_infer.server.tool_calls import (
     constrained_format,
     tool_choice_constraint,
 )
+from ulysses_infer.text.structured import GrammarCompiler, check
 
 TEMPLATES = {
-    "hermes": "<tool_call>\\n{\\\"name\\\": <function-name>, \\\"arguments\\\": <args>}\\n</tool_call>",
+    "hermes": '<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": <args>}\\n</tool_call>',
     "qwen3_coder": "{{ '<tool_call>\\n<function=' + tool_call.name + '>\\n' }}{{ '<parameter=' + args_name + '>\\n' }}",
-    "mistral": "{{- \"[TOOL_CALLS] [\" }}{{ '{\"name\": ' }}{{ '\"arguments\": ' }}",
+    "mistral": '{{- "[TOOL_CALLS] [" }}{{ \'{"name": \' }}{{ \'"arguments": \' }}',
     "llama3_json": (
-        "{%- if tools is not none %}Respond in the format {\"name\": function name, \"parameters\": dictionary of "
+        '{%- if tools is not none %}Respond in the format {"name": function name, "parameters": dictionary of '
         "argument name and its value}.{% endif %}<|eot_id|>"
     ),
     "pythonic": "in the format of [func_name1(params_name1=params_value1...)]<|eot_id|>",
     "deepseek": "{{'<\uff5ctool▁calls▁begin\uff5c><\uff5ctool▁call▁begin\uff5c>' + tool['type']}}",
-}  # fmt: skip
+}
 NONE = [
     None,
     "",
@@ -62,16 +62,25 @@ def test_markup_of_special_tokens_is_asked_for():
 # --- definitions ---
 
 WRONG_TOOLS = [
-    "x", {"a": 1}, [1], [{}], [{"type": "function"}], [{"type": "retrieval", "function": {"name": "f"}}],
-    [{"function": {"name": ""}}], [{"function": {"name": "a b"}}],
-    [{"function": {"name": "a" * 65}}], [{"function": {"name": 3}}],
-    [{"function": {"name": "f", "description": 3}}], [{"function": {"name": "f", "parameters": []}}],
+    "x",
+    {"a": 1},
+    [1],
+    [{}],
+    [{"type": "function"}],
+    [{"type": "retrieval", "function": {"name": "f"}}],
+    [{"function": {"name": ""}}],
+    [{"function": {"name": "a b"}}],
+    [{"function": {"name": "a" * 65}}],
+    [{"function": {"name": 3}}],
+    [{"function": {"name": "f", "description": 3}}],
+    [{"function": {"name": "f", "parameters": []}}],
     [{"function": {"name": "f", "parameters": {"type": "array"}}}],
     [{"function": {"name": "f", "parameters": {"properties": []}}}],
     [{"function": {"name": "f", "parameters": {"properties": {"a": 3}}}}],
     [{"function": {"name": "f", "parameters": {"required": "a"}}}],
-    [tool("f"), tool("f")], [tool(f"f{index}") for index in range(600)],
-]  # fmt: skip
+    [tool("f"), tool("f")],
+    [tool(f"f{index}") for index in range(600)],
+]
 
 
 @pytest.mark.parametrize("tools", WRONG_TOOLS, ids=range(len(WRONG_TOOLS)))

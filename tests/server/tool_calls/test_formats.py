@@ -100,17 +100,35 @@ def test_keys_in_another_order_and_arguments_as_text_are_read_too(name):
 
 
 MALFORMED = {
-    "hermes": ["<tool_call>", "<tool_call>{oops}</tool_call>",
-               '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', '<tool_call>\n{"name": 3, "arguments": {}}',
-               "a < b <tool_cal", '<tool_call>{"name": "f", "arguments": {x}}'],
-    "llama3_json": ['{"name": "unknown", "parameters": {}}', '{"name": "now"}', '{"city": "Bern"}', "{",
-                    "<|python_tag|>x = 1"],
+    "hermes": [
+        "<tool_call>",
+        "<tool_call>{oops}</tool_call>",
+        '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
+        '<tool_call>\n{"name": 3, "arguments": {}}',
+        "a < b <tool_cal",
+        '<tool_call>{"name": "f", "arguments": {x}}',
+    ],
+    "llama3_json": [
+        '{"name": "unknown", "parameters": {}}',
+        '{"name": "now"}',
+        '{"city": "Bern"}',
+        "{",
+        "<|python_tag|>x = 1",
+    ],
     "mistral": ["[TOOL_CALLS] oops", "[TOOL_CALLS][1]", "[TOOL_CALL", "[TOOL_CALLS]now[ARGS]7"],
-    "pythonic": ["[1, 2]", "[unknown(a=1)]", "[now(1)]", "[now(a=b)]", "[now(", "[now(**x)]",
-                 "[now(a=1/2)]", "[now(a=f(1))]"],
+    "pythonic": [
+        "[1, 2]",
+        "[unknown(a=1)]",
+        "[now(1)]",
+        "[now(a=b)]",
+        "[now(",
+        "[now(**x)]",
+        "[now(a=1/2)]",
+        "[now(a=f(1))]",
+    ],
     "qwen3_coder": ["<tool_call>\nhello", "<function=", "<function=a b>"],
     "deepseek": ["<\uff5ctool▁calls▁begin\uff5c>no", "<\uff5ctool▁call▁begin\uff5c>now"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in MALFORMED.items() for text in texts])
@@ -152,8 +170,8 @@ def test_mistral_ids_have_nine_characters_and_its_own_are_kept():
 def test_the_schema_says_what_a_parameters_text_stands_for():
     text = (
         "<function=search><parameter=query>\n12\n</parameter><parameter=exact>True</parameter>"
-        "<parameter=options>\n{\"a\": [1]}\n</parameter><parameter=unknown>1</parameter></function>"
-    )  # fmt: skip
+        '<parameter=options>\n{"a": [1]}\n</parameter><parameter=unknown>1</parameter></function>'
+    )
     _, calls = parse("qwen3_coder", text)
     assert decoded(calls) == [("search", {"query": "12", "exact": True, "options": {"a": [1]}, "unknown": "1"})]
 

@@ -97,11 +97,16 @@ def _rows(findings: Findings, case: CaseInfo, metric: Metric) -> list[Row]:
     reference = runs[_best(static, metric)] if static else []
     return [
         Row(
-            case.name, name, metric, values[name], _ratio(own, reference, metric.key), name == best,
+            case.name,
+            name,
+            metric,
+            values[name],
+            _ratio(own, reference, metric.key),
+            name == best,
             max(run.foreign_cores for run in own),
         )
         for name, own in runs.items()
-    ]  # fmt: skip
+    ]
 
 
 def _measured(runs: Sequence[Run], key: str) -> list[Run]:

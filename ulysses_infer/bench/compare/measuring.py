@@ -12,13 +12,13 @@ from ulysses_infer.bench.compare.findings import RequestRow, Run, StepRow
 from ulysses_infer.bench.compare.protocols import LONE, Case
 from ulysses_infer.bench.load import LoadMeter
 from ulysses_infer.bench.serve.answer import Answer
-from ulysses_infer.bench.serve.arguments import ENDPOINTS
 from ulysses_infer.bench.serve.client import Client
-from ulysses_infer.bench.serve.command import completion_body
 from ulysses_infer.bench.serve.datasets import Item, trace_items
 from ulysses_infer.bench.serve.load import Request, closed_loop, open_loop
 from ulysses_infer.bench.serve.load import Run as Load
 from ulysses_infer.bench.serve.result import percentile
+from ulysses_infer.bench.serve.serve_bench import completion_body
+from ulysses_infer.bench.serve.serve_options import ENDPOINTS
 from ulysses_infer.bench.serve.vocabulary import Vocabulary, ask_vocabulary
 from ulysses_infer.errors import RequestError
 
@@ -88,10 +88,17 @@ async def measure(site: Site, case: Case, contender: str, repeat: int) -> Run:
     await steps.look()
     rows = [_request_row(answer, done.started) for answer in done.answers]
     return Run(
-        contender, case.name, repeat, metrics_of(rows), rows, steps.rows(done.started, done.ended),
-        [round(gap, DIGITS) for answer in done.answers for gap in answer.gaps], done.seconds, foreign,
+        contender,
+        case.name,
+        repeat,
+        metrics_of(rows),
+        rows,
+        steps.rows(done.started, done.ended),
+        [round(gap, DIGITS) for answer in done.answers for gap in answer.gaps],
+        done.seconds,
+        foreign,
         max((answer.lateness for answer in done.answers), default=0.0) * 1e3,
-    )  # fmt: skip
+    )
 
 
 async def _send(client: Client, case: Case, requests: list[Request]) -> Load:

@@ -16,8 +16,8 @@ from types import TracebackType
 from ulysses_infer.bench.compare.contenders import GROUP, REPLICAS
 from ulysses_infer.bench.serve.client import Client, Server
 from ulysses_infer.config import Config
-from ulysses_infer.engine.processes import free_port
 from ulysses_infer.errors import ConfigError
+from ulysses_infer.job.processes import free_port
 
 START_SECONDS = 900.0
 POLL_SECONDS = 0.2
@@ -94,9 +94,12 @@ class RunningServer:
         self.client = Client(Server.of(f"http://127.0.0.1:{port}", key))
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [*command, f"server.port={port}"], env={**os.environ, KEY_VARIABLE: key},
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                [*command, f"server.port={port}"],
+                env={**os.environ, KEY_VARIABLE: key},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
 
     def wait_until_ready(self) -> None:
         """Raises `ConfigError`, with the server's last words, if it does not get there."""
@@ -139,5 +142,5 @@ class RunningServer:
 def serve_command(launch: Sequence[str] | None, num_ranks: int, arguments: Sequence[str]) -> list[str]:
     """The command line of a server with so many ranks."""
     if launch is None:
-        return [sys.executable, "-m", "ulysses_infer.cli", "serve", *arguments]
+        return [sys.executable, "-m", "ulysses_infer.cli.main", "serve", *arguments]
     return [*launch, str(num_ranks), "serve", *arguments]

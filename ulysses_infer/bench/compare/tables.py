@@ -68,10 +68,21 @@ def write_csv(findings: Findings, folder: Path) -> None:
     _write(folder / "summary.csv", SUMMARY_COLUMNS, _summary_lines(findings))
     _write(
         folder / "requests.csv",
-        ("contender", "case", "repeat", "sent_s", "ttft_s", "tpot_s", "e2el_s", "input_tokens", "output_tokens",
-         "cached_tokens", "error"),
+        (
+            "contender",
+            "case",
+            "repeat",
+            "sent_s",
+            "ttft_s",
+            "tpot_s",
+            "e2el_s",
+            "input_tokens",
+            "output_tokens",
+            "cached_tokens",
+            "error",
+        ),
         ((run.contender, run.case, run.repeat, *request) for run in findings.runs for request in run.requests),
-    )  # fmt: skip
+    )
     _write(
         folder / "steps.csv",
         ("contender", "case", "repeat", "start_s", "seconds", "sp", "tp", "tokens", "decodes"),
@@ -80,9 +91,21 @@ def write_csv(findings: Findings, folder: Path) -> None:
 
 
 SUMMARY_COLUMNS = (
-    "protocol", "case", "x", "contender", "metric", "unit", "median", "low", "high",
-    "ratio_to_best_static", "ratio_low", "ratio_high", "is_best", "foreign_cores",
-)  # fmt: skip
+    "protocol",
+    "case",
+    "x",
+    "contender",
+    "metric",
+    "unit",
+    "median",
+    "low",
+    "high",
+    "ratio_to_best_static",
+    "ratio_low",
+    "ratio_high",
+    "is_best",
+    "foreign_cores",
+)
 
 
 def _summary_lines(findings: Findings) -> Iterable[Sequence[Any]]:
@@ -91,9 +114,19 @@ def _summary_lines(findings: Findings) -> Iterable[Sequence[Any]]:
             value, ratio = row.value, row.ratio
             ratios = ("", "", "") if ratio is None else (ratio.median, ratio.low, ratio.high)
             yield (
-                case.protocol, case.name, "" if case.x is None else case.x, row.contender, row.metric.key,
-                row.metric.unit, value.median, value.low, value.high, *ratios, row.is_best, round(row.foreign_cores, 3),
-            )  # fmt: skip
+                case.protocol,
+                case.name,
+                "" if case.x is None else case.x,
+                row.contender,
+                row.metric.key,
+                row.metric.unit,
+                value.median,
+                value.low,
+                value.high,
+                *ratios,
+                row.is_best,
+                round(row.foreign_cores, 3),
+            )
 
 
 def _write(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:

@@ -1,8 +1,8 @@
 """Which mode a step runs in. A policy is one object; changing it at run time is swapping the object."""
 
 from ulysses_infer.engine.policies.adaptive import AdaptivePolicy
-from ulysses_infer.engine.policies.choosing import POLICIES, make_policy, policy_settings
 from ulysses_infer.engine.policies.policy import Decision, Policy
+from ulysses_infer.engine.policies.selection import POLICIES, make_policy, policy_settings
 from ulysses_infer.engine.policies.static import StaticPolicy
 from ulysses_infer.engine.policies.threshold import ThresholdPolicy
 

@@ -12,11 +12,11 @@ from ulysses_infer.engine.policies.chunking import ChunkSizer
 from ulysses_infer.engine.policies.policy import Decision, Policy
 from ulysses_infer.engine.request import Request
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.planner.hindsight import Hindsight
-from ulysses_infer.planner.model import Measurement, StepTimeModel
-from ulysses_infer.planner.profile import Profile
-from ulysses_infer.planner.shape import StepShape
-from ulysses_infer.planner.switching import Switching
+from ulysses_infer.step_time.hysteresis import Switching
+from ulysses_infer.step_time.model import Measurement, StepTimeModel
+from ulysses_infer.step_time.profile import Profile
+from ulysses_infer.step_time.regret import Hindsight
+from ulysses_infer.step_time.shape import StepShape
 
 WORTH_TRYING = 2.0  # a mode predicted to take more than this many times the best one's time is not tried unmeasured
 FASTEST, EXPLORED, TRIED, ONLY = "predicted fastest", "explored", "tried, not measured yet", "the only mode loaded"

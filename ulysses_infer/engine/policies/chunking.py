@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from ulysses_infer.engine.request import Request
-from ulysses_infer.planner.shape import StepShape
+from ulysses_infer.step_time.shape import StepShape
 
 LEAST_CHUNK = 16
 """Prompts advance by this much a step, whatever it costs: nobody waits for ever."""
@@ -27,9 +27,12 @@ class ChunkSizer:
     """
 
     def __init__(
-        self, target_tpot: float | None, target_ttft: float | None, fastest: FastestStep,
+        self,
+        target_tpot: float | None,
+        target_ttft: float | None,
+        fastest: FastestStep,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._target_tpot, self._target_ttft = target_tpot, target_ttft
         self._fastest, self._clock = fastest, clock
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ulysses_infer.model.experts.matrix import ExpertMatrix, matrices_of
-from ulysses_infer.model.files import TensorSource
+from ulysses_infer.model.loading.files import TensorSource
 from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK, ExpertScheme
 
 Rename = Callable[[str, dict[str, Any]], tuple[str, str | None]]  # (key, names known): (name, conversion's pattern)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ulysses_infer.errors import CheckpointError
-from ulysses_infer.model.files import TensorSource
-from ulysses_infer.model.linear import Cut
+from ulysses_infer.model.layers.linear import Cut
+from ulysses_infer.model.loading.files import TensorSource
 from ulysses_infer.model.quantization.grouped import TokenGroups, grouped_product, is_grouped
 from ulysses_infer.model.quantization.products import Piece, choose_product
 from ulysses_infer.model.quantization.reading import check_foreign, read_part
@@ -29,9 +29,16 @@ class ExpertMatrix(nn.Module):
     """
 
     def __init__(
-        self, scheme: Scheme, sizes: tuple[int, int], cut: Cut, sharding: Sharding, num_experts: int, own: Span,
-        base: Place, device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        scheme: Scheme,
+        sizes: tuple[int, int],
+        cut: Cut,
+        sharding: Sharding,
+        num_experts: int,
+        own: Span,
+        base: Place,
+        device: torch.device,
+    ) -> None:
         """sizes: (outputs, inputs) of one expert's whole matrix; own: the experts that this rank keeps."""
         super().__init__()
         self.scheme, self.sizes, self.cut, self.sharding = scheme, sizes, cut, sharding

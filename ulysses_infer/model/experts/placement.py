@@ -35,8 +35,11 @@ def choose_placement(wanted: str, layout: Layout, sizes: ExpertSizes, available:
     chosen = REPLICATE if replicated <= WEIGHTS_SHARE * available else chosen
     logger.info(
         "parallel.expert_placement auto: %s (of %.1f GiB a rank, weights take %.1f GiB replicated, else %.1f GiB)",
-        chosen, available / GIB, replicated / GIB, owned / GIB,
-    )  # fmt: skip
+        chosen,
+        available / GIB,
+        replicated / GIB,
+        owned / GIB,
+    )
     return chosen
 
 

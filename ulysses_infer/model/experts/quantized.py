@@ -9,7 +9,7 @@ import torch
 from ulysses_infer.model.experts.kinds import dense_weights, expert_shape, matrix_sizes
 from ulysses_infer.model.experts.matrix import ExpertMatrix
 from ulysses_infer.model.experts.weights import ExpertWeights
-from ulysses_infer.model.linear import Cut
+from ulysses_infer.model.layers.linear import Cut
 from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK, ExpertScheme
 from ulysses_infer.model.quantization.grouped import TokenGroups
 from ulysses_infer.parallel.layout import Layout, Place

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ulysses_infer.model.experts.placement import EXPERT, REPLICATE, WIDTH, check_width
-from ulysses_infer.model.matmul import linear
+from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.parallel.layout import Layout, Mode, Place, Span, even_span
 from ulysses_infer.parallel.sharding import Part, Sharding
 

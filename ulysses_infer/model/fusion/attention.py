@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from ulysses_infer.attention.backend import AttentionOptions
-from ulysses_infer.model.attention import attend_tokens
 from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.projections import Projection, has_own_weights, linears_of, projected, weighted
-from ulysses_infer.model.norm import ShardedRMSNorm
-from ulysses_infer.model.rules import ATTENTION_OUTPUTS, KEY_NORMS, QUERY_NORMS
+from ulysses_infer.model.injection.rules import ATTENTION_OUTPUTS, KEY_NORMS, QUERY_NORMS
+from ulysses_infer.model.layers.attention import attend_tokens
+from ulysses_infer.model.layers.norm import ShardedRMSNorm
 
 FORMS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 """What the projections are called: query, key, value, or all in one."""
@@ -41,9 +41,12 @@ class FusedAttention(nn.Module):
         inputs, outputs = linears_of(source, FORMS), _outputs(source)
         known = {*inputs, *outputs, _child(source, QUERY_NORMS), _child(source, KEY_NORMS)}
         return (
-            bool(inputs) and len(outputs) == 1 and isinstance(getattr(source, "head_dim", None), int)
-            and set(weighted(source).values()) <= known and not has_own_weights(source)
-        )  # fmt: skip
+            bool(inputs)
+            and len(outputs) == 1
+            and isinstance(getattr(source, "head_dim", None), int)
+            and set(weighted(source).values()) <= known
+            and not has_own_weights(source)
+        )
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any

@@ -58,9 +58,13 @@ class FusedDecoder:
         normed = self.first_norm(residual)
         for layer in self.layers:
             attended, _ = layer.attention(
-                hidden_states=normed, position_embeddings=rotary, attention_mask=None, position_ids=position_ids,
-                past_key_values=None, use_cache=False,
-            )  # fmt: skip
+                hidden_states=normed,
+                position_embeddings=rotary,
+                attention_mask=None,
+                position_ids=position_ids,
+                past_key_values=None,
+                use_cache=False,
+            )
             residual, normed = layer.attention_norm.after_adding(attended, residual)
             residual, normed = layer.next_norm.after_adding(layer.feed_forward(normed), residual)
         if len(logits_rows) < normed.shape[1]:  # they are ascending: as many as there are tokens are all of them

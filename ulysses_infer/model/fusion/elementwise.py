@@ -148,9 +148,18 @@ class NativeElementwise:
         cosine, sine = cosine.contiguous(), sine.contiguous()
         tokens, query_heads, width = query.shape
         self._rotate(
-            query.data_ptr(), query.stride(0), query_heads, key.data_ptr(), key.stride(0), key.shape[1], width,
-            cosine.data_ptr(), sine.data_ptr(), tokens, cosine.shape[-1] // 2,
-        )  # fmt: skip
+            query.data_ptr(),
+            query.stride(0),
+            query_heads,
+            key.data_ptr(),
+            key.stride(0),
+            key.shape[1],
+            width,
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            tokens,
+            cosine.shape[-1] // 2,
+        )
         return query, key
 
     def gated(self, activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -178,9 +187,7 @@ class NativeElementwise:
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """See `Elementwise`. The table's rows are whole: no mode cuts an embedding."""
         output = table.new_empty(len(token_ids), table.shape[1])
-        self._take_rows(
-            output.data_ptr(), table.data_ptr(), token_ids.data_ptr(), len(token_ids), output[0].nbytes
-        )  # fmt: skip
+        self._take_rows(output.data_ptr(), table.data_ptr(), token_ids.data_ptr(), len(token_ids), output[0].nbytes)
         return output
 
 

@@ -9,8 +9,11 @@ from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.projections import Projection, has_own_weights, linears_of, projected, weighted
 
 FORMS = (
-    ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", "down_proj"), ("Wi", "Wo"),
-)  # fmt: skip
+    ("gate_proj", "up_proj", "down_proj"),
+    ("w1", "w3", "w2"),
+    ("gate_up_proj", "down_proj"),
+    ("Wi", "Wo"),
+)
 """What the projections are called: gate, up (or both in one), down."""
 
 

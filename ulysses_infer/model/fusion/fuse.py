@@ -23,7 +23,7 @@ from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.proof import OTHER_FORM, Call, equal_on, recording, same
 from ulysses_infer.model.fusion.rotary import FusedRotary
 from ulysses_infer.model.fusion.stacked import StackedLinears
-from ulysses_infer.model.probe import ProbeAttention, ProbeCache, trial_context
+from ulysses_infer.model.injection.probe import ProbeAttention, ProbeCache, trial_context
 
 logger = logging.getLogger(__name__)
 TOKENS = (3, 5)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ulysses_infer.model.fusion.elementwise import Elementwise
-from ulysses_infer.model.norm import PerHeadNorm, ShardedRMSNorm
+from ulysses_infer.model.layers.norm import PerHeadNorm, ShardedRMSNorm
 
 
 class FusedRMSNorm(nn.Module):
@@ -25,9 +25,11 @@ class FusedRMSNorm(nn.Module):
         """Whether `source` may be such a norm."""
         own = dict(source.named_parameters())
         return (
-            list(own) == ["weight"] and own["weight"].dim() == 1 and _epsilon(source) is not None
+            list(own) == ["weight"]
+            and own["weight"].dim() == 1
+            and _epsilon(source) is not None
             and not isinstance(source, ShardedRMSNorm | PerHeadNorm)
-        )  # fmt: skip
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: [..., D]; returns the same shape."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ulysses_infer.model.linear import ShiftLinear
+from ulysses_infer.model.layers.linear import ShiftLinear
 from ulysses_infer.model.quantization.linear import QuantizedLinear
 
 

@@ -29,9 +29,11 @@ class FusedRotary(nn.Module):
         """Whether `source` may be such an embedding."""
         frequencies = getattr(source, "inv_freq", None)
         return (
-            isinstance(frequencies, torch.Tensor) and frequencies.dim() == 1 and frequencies.dtype == torch.float32
+            isinstance(frequencies, torch.Tensor)
+            and frequencies.dim() == 1
+            and frequencies.dtype == torch.float32
             and isinstance(getattr(source, "attention_scaling", None), float | int)
-        )  # fmt: skip
+        )
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [1, t, D], whose type and place the result has; position_ids: [1, t] int64; returns two of [1, t, r]."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ulysses_infer.model.linear import ShiftLinear
-from ulysses_infer.model.matmul import linear
+from ulysses_infer.model.layers.linear import ShiftLinear
+from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.parallel.layout import Place, Span
 
 
@@ -34,10 +34,14 @@ class StackedLinears:
     def fits(linears: Sequence[nn.Module], base: Place) -> bool:
         """Whether shards never share a row (as when there are fewer key/value heads than ranks) and cut evenly."""
         return all(
-            isinstance(each, ShiftLinear) and each.cut == "column" and not each.transposed and _cuts_evenly(each, base)
-            and (each.bias is None) == (linears[0].bias is None) and each.weight.dtype == linears[0].weight.dtype
+            isinstance(each, ShiftLinear)
+            and each.cut == "column"
+            and not each.transposed
+            and _cuts_evenly(each, base)
+            and (each.bias is None) == (linears[0].bias is None)
+            and each.weight.dtype == linears[0].weight.dtype
             for each in linears
-        )  # fmt: skip
+        )
 
     def bind(self, place: Place) -> None:
         """Read the rows of `place`'s shards from now on; views, unless the parameters have been moved meanwhile."""

@@ -11,8 +11,8 @@ from torch import nn
 
 from ulysses_infer.errors import CheckpointError
 from ulysses_infer.model.context import step_context
+from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.model.lora.adapter import Adapter, LowRank
-from ulysses_infer.model.matmul import linear
 from ulysses_infer.parallel.layout import Place, Span
 from ulysses_infer.parallel.sharding import Sharding
 

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import NamedTuple
 
+from ulysses_infer.cache.paged import CacheScales
 from ulysses_infer.errors import CheckpointError
-from ulysses_infer.model.attention import HeadPlan
-from ulysses_infer.model.files import TensorSource
-from ulysses_infer.model.inject import Injection
+from ulysses_infer.model.injection.inject import Injection
+from ulysses_infer.model.layers.head_plan import HeadPlan
+from ulysses_infer.model.loading.files import TensorSource
 
 logger = logging.getLogger(__name__)
 
 # Below the attention layer, as compressed-tensors and modelopt name them, and as older checkpoints do.
 KEY_NAMES = ("k_scale", "k_proj.k_scale", "k_proj.output_scale", "attn.k_scale")
 VALUE_NAMES = ("v_scale", "v_proj.v_scale", "v_proj.output_scale", "attn.v_scale")
-
-
-class CacheScales(NamedTuple):
-    """What cached numbers of a layer are multiplied by to be its keys and values."""
-
-    key: float = 1.0
-    value: float = 1.0
 
 
 def apply_cache_scales(injection: Injection, source: TensorSource) -> None:

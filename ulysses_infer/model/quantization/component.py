@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ulysses_infer.model.linear import Cut
+from ulysses_infer.model.layers.linear import Cut
 from ulysses_infer.parallel.layout import Span
 
 

@@ -55,7 +55,11 @@ def grouped_product(
     values, scales = quantised_tokens(tokens.contiguous(), tokens.shape[1])
     channels = scale.reshape(len(weight), -1).expand(-1, weight.shape[1]).contiguous()
     output = torch._scaled_grouped_mm(
-        values, weight.transpose(1, 2), scales[:, 0].contiguous(), channels, offs=groups.offsets,
+        values,
+        weight.transpose(1, 2),
+        scales[:, 0].contiguous(),
+        channels,
+        offs=groups.offsets,
         out_dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     return output.to(tokens.dtype)

@@ -8,7 +8,7 @@ from torch import nn
 
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.experts import is_experts, scales_inputs
-from ulysses_infer.model.linear import Cut, ShiftLinear, is_linear
+from ulysses_infer.model.layers.linear import Cut, ShiftLinear, is_linear
 from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK
 from ulysses_infer.model.quantization.formats import Quantization
 from ulysses_infer.model.quantization.linear import QuantizedLinear

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ulysses_infer.model.context import step_context
-from ulysses_infer.model.files import TensorSource
-from ulysses_infer.model.linear import Cut
+from ulysses_infer.model.layers.linear import Cut
+from ulysses_infer.model.loading.files import TensorSource
 from ulysses_infer.model.quantization.component import Axis, Component
 from ulysses_infer.model.quantization.products import Piece, Product, choose_product
 from ulysses_infer.model.quantization.reading import check_foreign, read_part

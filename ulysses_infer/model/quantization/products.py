@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from ulysses_infer.model.matmul import linear
+from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.model.quantization.component import Component
 from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.model.quantization.scheme import Scheme
@@ -102,9 +102,14 @@ class BlockScaledProduct:
         rows = inputs.reshape(-1, inputs.shape[-1])
         values, scales = quantised_tokens(F.pad(rows, (0, 0, 0, -len(rows) % TOKENS)), BLOCK)
         output = F.scaled_mm(
-            values, weight.t(), scales.t().contiguous().t(), F.ScalingType.BlockWise1x128,
-            padded_blocks(scale).t(), F.ScalingType.BlockWise128x128, output_dtype=torch.bfloat16,
-        )[: len(rows)].to(inputs.dtype)  # fmt: skip
+            values,
+            weight.t(),
+            scales.t().contiguous().t(),
+            F.ScalingType.BlockWise1x128,
+            padded_blocks(scale).t(),
+            F.ScalingType.BlockWise128x128,
+            output_dtype=torch.bfloat16,
+        )[: len(rows)].to(inputs.dtype)
         if piece.bias is not None:
             output.add_(piece.bias)
         return output.view(*inputs.shape[:-1], weight.shape[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ulysses_infer.errors import CheckpointError
-from ulysses_infer.model.files import TensorSource
+from ulysses_infer.model.loading.files import TensorSource
 from ulysses_infer.model.quantization.component import Component
 from ulysses_infer.parallel.layout import Span
 

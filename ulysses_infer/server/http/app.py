@@ -10,13 +10,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ulysses_infer import __version__
 from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.errors import ApiError, error_response
 from ulysses_infer.server.http.guards import OPEN_PATHS, BodyLimit, Failsafe, Keys
 from ulysses_infer.server.http.openapi import document
 from ulysses_infer.server.http.routes import admin, health, openai, tokens
+from ulysses_infer.version import __version__
 
 DESCRIPTION = "OpenAI's API, served by one engine that shifts between sequence and tensor parallelism."
 
@@ -48,9 +48,12 @@ def _add_guards(app: FastAPI, context: AppContext) -> None:
     app.add_middleware(Failsafe)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "PUT"],
-            allow_headers=["*"], expose_headers=["X-Request-Id"],
-        )  # fmt: skip
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "PUT"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
+        )
     middleware: Any = context.observatory.middleware
     app.add_middleware(middleware)
 

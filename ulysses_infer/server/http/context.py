@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
-from ulysses_infer import __version__
 from ulysses_infer.config import Config
 from ulysses_infer.errors import EngineDeadError, OverloadedError
 from ulysses_infer.server.http.errors import ApiError
@@ -21,6 +20,7 @@ from ulysses_infer.server.http.texts import Texts, load_texts
 from ulysses_infer.server.messages import Ready
 from ulysses_infer.server.router import Served
 from ulysses_infer.server.tool_calls import ToolFormat, choose_format
+from ulysses_infer.version import __version__
 
 if TYPE_CHECKING:
     from ulysses_infer.server.observe import Observatory

@@ -7,17 +7,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ulysses_infer.engine.failure import first_line
-from ulysses_infer.errors import RequestError
+from ulysses_infer.errors import RequestError, first_line
 from ulysses_infer.server.http.protocol.chat import Message
 
 RESERVED = frozenset(
     {
-        "conversation", "conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
-        "continue_final_message", "tokenize", "tokenizer_kwargs", "return_dict", "return_tensors", "padding",
-        "truncation", "max_length", "return_assistant_tokens_mask", "sanitize_control_tokens", "self",
+        "conversation",
+        "conversations",
+        "messages",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "tokenizer_kwargs",
+        "return_dict",
+        "return_tensors",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_assistant_tokens_mask",
+        "sanitize_control_tokens",
+        "self",
     }
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -47,9 +61,14 @@ def conversation_of(body: Any, variables: Mapping[str, Any] | None = None) -> Co
     messages = [message_of(message) for message in body.messages]
     opens_answer = not body.continue_final_message and body.add_generation_prompt is not False
     return Conversation(
-        messages, body.tools or None, body.documents or None, opens_answer, bool(body.continue_final_message), given,
+        messages,
+        body.tools or None,
+        body.documents or None,
+        opens_answer,
+        bool(body.continue_final_message),
+        given,
         sum(len(message["content"]) for message in messages) + 1000 * len(body.tools or ()),
-    )  # fmt: skip
+    )
 
 
 def message_of(message: Message) -> dict[str, Any]:
@@ -88,10 +107,14 @@ def render(tokenizer: Any, conversation: Conversation) -> str:
     messages = _with_known_roles(conversation.messages, str(tokenizer.chat_template))
     try:
         text = tokenizer.apply_chat_template(
-            messages, tools=conversation.tools, documents=conversation.documents, tokenize=False,
-            add_generation_prompt=conversation.opens_answer, continue_final_message=conversation.continues,
+            messages,
+            tools=conversation.tools,
+            documents=conversation.documents,
+            tokenize=False,
+            add_generation_prompt=conversation.opens_answer,
+            continue_final_message=conversation.continues,
             **conversation.variables,
-        )  # fmt: skip
+        )
     except Exception as error:  # a template is a program, and it may raise anything at what it did not expect
         raise RequestError(f"the chat template refuses these messages: {first_line(error)}") from error
     return str(text)

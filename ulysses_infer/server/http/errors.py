@@ -10,8 +10,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ulysses_infer.engine.failure import first_line
-from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError
+from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +23,14 @@ class ApiError(Exception):
     """A request that is answered with an error. `param`: the field that is wrong; `code`: for programs to read."""
 
     def __init__(
-        self, status: int, message: str, kind: str = INVALID, param: str | None = None, code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        kind: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
         self.headers = dict(headers or {})

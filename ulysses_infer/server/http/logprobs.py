@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ulysses_infer.engine.detokenizer import TextStream
 from ulysses_infer.server.http.texts import Texts
+from ulysses_infer.text.detokenizer import TextStream
 
 Scored = Sequence[tuple[int, float, int]]
 """(token id, log-probability, rank): the chosen token, then the likeliest ones."""

@@ -17,8 +17,13 @@ from ulysses_infer.server.http.protocol.service import AbortRequest, PolicyChang
 from ulysses_infer.server.http.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 BODIES: list[type[BaseModel]] = [
-    CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, PolicyChange, AbortRequest,
-]  # fmt: skip
+    CompletionRequest,
+    ChatRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    PolicyChange,
+    AbortRequest,
+]
 Responses = dict[int | str, dict[str, Any]]
 REFERENCE = "#/components/schemas/{model}"
 EVENTS = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ulysses_infer.engine.detokenizer import Detokenizer
 from ulysses_infer.outputs import CONSTRAINTS
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.generation import Generation, Prompt
 from ulysses_infer.server.http.texts import Texts
 from ulysses_infer.server.messages import NewToken, RequestStart
+from ulysses_infer.text.detokenizer import Detokenizer
 
 
 @dataclass
@@ -112,12 +112,15 @@ class Outputs:
         ending_ids = None if params.include_stop_str_in_output else ending
         self.all = [
             Output(
-                position * params.n + sequence, source,
-                Detokenizer(texts.decoder, params, source.prompt.token_ids), ending_ids, keeps_tokens,
+                position * params.n + sequence,
+                source,
+                Detokenizer(texts.decoder, params, source.prompt.token_ids),
+                ending_ids,
+                keeps_tokens,
             )
             for position, source in enumerate(self.sources)
             for sequence in range(params.n)
-        ]  # fmt: skip
+        ]
 
     def take(self, position: int, batch: list[NewToken]) -> list[Output]:
         """Hand out the tokens of a prompt; returns the outputs that got some."""

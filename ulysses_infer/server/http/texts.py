@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ulysses_infer.config import Config
-from ulysses_infer.engine.detokenizer import TokenDecoder
-from ulysses_infer.engine.token_bytes import byte_level, sentencepiece
 from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.server.http.conversation import Conversation, render
+from ulysses_infer.text.detokenizer import TokenDecoder
+from ulysses_infer.text.token_bytes import byte_level, sentencepiece
 
 T = TypeVar("T")
 INLINE_CHARACTERS = 4096  # of text that is encoded on the event loop: about a millisecond
@@ -124,8 +124,8 @@ def load_texts(config: Config) -> Texts:
 
     Raises `CheckpointError`, `ConfigError`.
     """
-    from ulysses_infer.engine.prompts import load_tokenizer
-    from ulysses_infer.model.sources import find_checkpoint
+    from ulysses_infer.model.loading.sources import find_checkpoint
+    from ulysses_infer.text.prompts import load_tokenizer
 
     model = config.model
     folder = None if model.tokenizer else find_checkpoint(model.path, model.revision, model.hf_config).find_files()

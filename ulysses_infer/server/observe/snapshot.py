@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ulysses_infer.frontend.screen import mode_name
+from ulysses_infer.console.screen import mode_name
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.server.observe.history import SPAN_SECONDS, BandRow, History, ModeTotals, SecondRow
 from ulysses_infer.server.observe.policies import mode_kind

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ulysses_infer.frontend.screen import mode_name
+from ulysses_infer.console.screen import mode_name
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.server.messages import EngineState
 from ulysses_infer.server.observe.history import History
@@ -30,9 +30,14 @@ class _Counts:
         known = {mode: totals.modes.get(number) for mode, number in history.modes.items()}
         steps = {mode: counts.num_steps for mode, counts in known.items() if counts is not None}
         return cls(
-            history.clock(), totals.num_prompt_tokens, totals.num_generated_tokens, totals.num_cache_queries,
-            totals.num_cache_hits, totals.num_switches, steps,
-        )  # fmt: skip
+            history.clock(),
+            totals.num_prompt_tokens,
+            totals.num_generated_tokens,
+            totals.num_cache_queries,
+            totals.num_cache_hits,
+            totals.num_switches,
+            steps,
+        )
 
 
 class StatusLine:

@@ -62,10 +62,17 @@ def _bars(axes: Axes, rows: list[Row]) -> None:
         if value.high > value.low:
             axes.plot([position] * 2, [value.low, value.high], color=TEXT, linewidth=1.1, alpha=0.65, zorder=3)
         axes.text(
-            position, value.high + tallest * 0.02, number(value.median), ha="center", va="bottom", fontsize=10,
-            fontweight="bold" if row.is_best else "normal", color=TEXT if row.is_best else DIM,
-            bbox={"facecolor": PAGE, "edgecolor": "none", "pad": 0.8}, zorder=4,
-        )  # fmt: skip
+            position,
+            value.high + tallest * 0.02,
+            number(value.median),
+            ha="center",
+            va="bottom",
+            fontsize=10,
+            fontweight="bold" if row.is_best else "normal",
+            color=TEXT if row.is_best else DIM,
+            bbox={"facecolor": PAGE, "edgecolor": "none", "pad": 0.8},
+            zorder=4,
+        )
     _mark_static(axes, rows)
     axes.set_xticks(range(len(rows)), [SHORT_NAMES[row.contender] for row in rows])
     axes.set_ylim(0, tallest * 1.14)

@@ -80,9 +80,15 @@ def legend_of(figure: Figure, contenders: list[str]) -> None:
     handles = [matplotlib.lines.Line2D([], [], color=COLOURS[name], linewidth=5) for name in contenders]
     height = figure.get_size_inches()[1]
     figure.legend(
-        handles, [NAMES[name] for name in contenders], loc="upper right", ncols=len(contenders),
-        bbox_to_anchor=(0.995, 1 - 0.05 / height), handlelength=0.9, columnspacing=1.4, handletextpad=0.5,
-    )  # fmt: skip
+        handles,
+        [NAMES[name] for name in contenders],
+        loc="upper right",
+        ncols=len(contenders),
+        bbox_to_anchor=(0.995, 1 - 0.05 / height),
+        handlelength=0.9,
+        columnspacing=1.4,
+        handletextpad=0.5,
+    )
 
 
 def plain_numbers(axes: Axes) -> None:

@@ -122,6 +122,12 @@ def _mode_key(axes: Axes) -> None:
     """Names the colours of the band, at its top right."""
     for offset, text, colour in ((0, "■ TP", TP), (-38, "■ SP", SP), (-76, "■ 1 rank", COLOURS["dp"])):
         axes.annotate(
-            text, (1, 1), xytext=(offset, 6), textcoords="offset points", xycoords="axes fraction", ha="right",
-            color=colour, fontsize=9.5,
-        )  # fmt: skip
+            text,
+            (1, 1),
+            xytext=(offset, 6),
+            textcoords="offset points",
+            xycoords="axes fraction",
+            ha="right",
+            color=colour,
+            fontsize=9.5,
+        )

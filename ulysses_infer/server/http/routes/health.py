@@ -9,13 +9,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
-from ulysses_infer import __version__
 from ulysses_infer.server.client import DRAINING, READY
 from ulysses_infer.server.http.context import AppContext, context_of
 from ulysses_infer.server.http.errors import JSON, ApiError
 from ulysses_infer.server.http.openapi import answers, described, parameter
 from ulysses_infer.server.http.protocol.service import AnyAnswer, Health, Version
 from ulysses_infer.server.http.routes.openai import json_response
+from ulysses_infer.version import __version__
 
 router = APIRouter(tags=["service"])
 page_router = APIRouter(tags=["dashboard"])
@@ -55,14 +55,15 @@ async def dashboard(request: Request) -> Response:
 
 
 @page_router.get(
-    "/dashboard/data", responses=answers(AnyAnswer, 400),
+    "/dashboard/data",
+    responses=answers(AnyAnswer, 400),
     openapi_extra={
         "parameters": [
             *parameter("seconds", "query", {"type": "number", "default": DEFAULT_SECONDS}, False)["parameters"],
             *parameter("since", "query", {"type": "number"}, False)["parameters"],
         ]
     },
-)  # fmt: skip
+)
 async def dashboard_data(request: Request) -> Response:
     """What happened in the last `seconds`; of that only what is new since `since`, the `now` of the last answer."""
     seconds = _number(request, "seconds")

@@ -52,9 +52,10 @@ async def models(request: Request) -> Response:
 
 
 @router.get(
-    "/v1/models/{model:path}", responses=answers(ModelCard, 404),
+    "/v1/models/{model:path}",
+    responses=answers(ModelCard, 404),
     openapi_extra=parameter("model", "path", {"type": "string"}),
-)  # fmt: skip
+)
 async def model(request: Request) -> Response:
     """The served model, or one of its adapters."""
     context, name = context_of(request), request.path_params["model"]

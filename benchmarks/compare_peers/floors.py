@@ -1,0 +1,77 @@
+"""What no engine can beat on a machine: weights read at the memory's speed, products at the processors'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.compare_peers.measuring import Work
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A dense Llama's sizes, in elements."""
+
+    layers: int
+    layer_weights: int
+    """Of the matrices of one layer."""
+    head_weights: int
+    key_value_width: int
+    """Of keys and values of one token and layer together."""
+    query_width: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Sizes:
+        """From a checkpoint's `config.json`."""
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        head_dim = config.get("head_dim") or hidden // heads
+        query, key_value = heads * head_dim, 2 * config["num_key_value_heads"] * head_dim
+        matrices = hidden * (2 * query + key_value) + 3 * hidden * config["intermediate_size"]
+        return cls(config["num_hidden_layers"], matrices, hidden * config["vocab_size"], key_value, query)
+
+    @property
+    def weights(self) -> int:
+        """Read in every step: all matrices but the embedding, of which a step takes single rows."""
+        return self.layers * self.layer_weights + self.head_weights
+
+    def prefill_operations(self, tokens: int) -> float:
+        """Multiplications and additions for one prompt, logits for its last token alone."""
+        attention = 4 * self.query_width * tokens * (tokens + 1) / 2
+        return self.layers * (2 * self.layer_weights * tokens + attention) + 2 * self.head_weights
+
+    def decode_operations(self, context: float) -> float:
+        """Multiplications and additions for one more token after `context` others."""
+        return 2 * self.weights + self.layers * 4 * self.query_width * context
+
+    def decode_bytes(self, sequences: int, context: float, itemsize: int) -> float:
+        """Weights, and keys and values of all sequences."""
+        return itemsize * (self.weights + sequences * context * self.layers * self.key_value_width)
+
+
+@dataclass(frozen=True)
+class Floors:
+    """The least that a machine allows."""
+
+    ttft: float
+    tpot: float
+    throughput: float
+    """The most, that is."""
+
+
+def floors(sizes: Sizes, lone: Work, together: Work, bandwidth: float, matmul: float, itemsize: int = 2) -> Floors:
+    """For bytes a second of `bandwidth` and operations a second of `matmul`; a step takes the longer of the two."""
+
+    def prefill(work: Work) -> float:
+        operations = work.num_prompts * sizes.prefill_operations(work.input_len)
+        return max(operations / matmul, itemsize * sizes.weights / bandwidth)
+
+    def decode(work: Work) -> float:
+        context = work.input_len + work.output_len / 2
+        return max(
+            sizes.decode_bytes(work.num_prompts, context, itemsize) / bandwidth,
+            work.num_prompts * sizes.decode_operations(context) / matmul,
+        )
+
+    seconds = prefill(together) + (together.output_len - 1) * decode(together)
+    return Floors(prefill(lone), decode(lone), together.num_tokens / seconds)

@@ -1,0 +1,59 @@
+"""What the processors can do at best: reading memory, and bfloat16 matrix products. Measured between the engines.
+
+Both by torch and by this project's kernels, whichever is faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.compare_peers.asking import Answer, Measure, Task, serve
+
+READ_BYTES = 1 << 29  # far beyond any cache
+PRODUCTS = ((512, 1536, 4608), (2048, 1536, 4608), (2048, 2048, 2048), (512, 512, 3584))  # (m, k, n)
+REPEATS = 5
+ROW = 4096  # numbers in a row of the weight that one row of inputs is multiplied with, to read it
+
+
+def best_rate(work: float, run: Callable[[], Any]) -> float:
+    """`work` a second, at the fastest of several runs."""
+    fastest = float("inf")
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        run()
+        fastest = min(fastest, time.perf_counter() - started)
+    return work / fastest
+
+
+def start(options: dict[str, Any]) -> tuple[Measure, str]:
+    """options: `threads`."""
+    import torch
+
+    from ulysses_infer.native.matmul import make_matmul
+
+    torch.set_num_threads(options["threads"])
+    multiply = [torch.nn.functional.linear, make_matmul("auto", torch.device("cpu"))]
+    ways = [way for way in multiply if way is not None]
+    memory = torch.ones(READ_BYTES // 4)
+    row, wide = torch.ones(1, ROW).bfloat16(), memory.view(torch.bfloat16).view(-1, ROW)
+
+    def products(m: int, k: int, n: int) -> list[tuple[float, Callable[[], Any]]]:
+        x, weight = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
+        return [(2.0 * m * k * n, lambda way=way: way(x, weight)) for way in ways]  # type: ignore[misc]
+
+    every = [product for sizes in PRODUCTS for product in products(*sizes)]
+    reads: list[Callable[[], Any]] = [memory.sum, *(lambda way=way: way(row, wide) for way in ways)]
+
+    def measure(task: Task) -> Answer:
+        return {
+            "bandwidth": max(best_rate(READ_BYTES, read) for read in reads),
+            "matmul": max(best_rate(work, run) for work, run in every),
+        }
+
+    return measure, torch.__version__
+
+
+if __name__ == "__main__":
+    serve(start)

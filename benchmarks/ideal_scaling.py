@@ -1,0 +1,303 @@
+"""How close a step on W ranks comes to a W-th of one rank's: `python benchmarks/ideal_scaling.py [--ranks 2]`.
+
+The same steps run on one rank with one thread and on W ranks with one thread each, started anew in turns: large
+prefills in the base mode (SP), decodes in full TP. The ideal is one rank's time / W. It is set against three times of
+the W ranks, because what "without communication" means is a matter of definition:
+
+- `whole`: the step as it is, exchanges included;
+- `slowest`: the longest that any rank spent outside exchanges. A rank that has more to do, or is slower, makes the
+  others wait within theirs; this counts such waiting as work, which it is: it is the number to judge by;
+- `rank 0`: the step less all that rank 0 spent in exchanges, its waiting included: flattering where ranks are uneven.
+
+Exchanges include the packing of what is sent. `crowd` is one rank's time while all cores run the same step on their
+own, over its time alone: what sharing the memory and the clock costs before anything is split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ulysses_infer import InferenceEngine, init_inference
+from ulysses_infer.bench.load import LoadMeter
+from ulysses_infer.bench.random_model import SHAPES, random_model
+from ulysses_infer.engine.calibration import Point
+from ulysses_infer.engine.engine import Engine
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.worker.step_plan import StepPlan
+
+WANTED = 0.95
+CONTEXT = 512
+WARM_UPS = 2
+WIDTH = 120  # of a table that goes into a file
+FILL_SECONDS = 120.0  # at most: cache that was never written costs nothing to read, and would flatter
+
+
+class Case(NamedTuple):
+    """A step and how the ranks split it."""
+
+    name: str
+    point: Point
+    full_tp: bool
+
+    def mode(self, num_ranks: int) -> Mode:
+        """The mode it runs in on so many ranks."""
+        return Mode(1, num_ranks) if self.full_tp else Mode(num_ranks, 1)
+
+
+def cases(prefills: Sequence[int], decodes: Sequence[int]) -> list[Case]:
+    """SP prefills of so many tokens, TP decodes of so many requests."""
+    return [
+        *(Case(f"SP prefill {count}", Point(0, 0, ((0, count),)), False) for count in prefills),
+        *(Case(f"TP decode {count}", Point(count, CONTEXT), True) for count in decodes),
+    ]
+
+
+class Spent(NamedTuple):
+    """One run of a step on one rank, in seconds."""
+
+    step: float
+    exchanges: float
+
+    @property
+    def work(self) -> float:
+        """Outside exchanges."""
+        return self.step - self.exchanges
+
+
+class Found(NamedTuple):
+    """What was measured of a case, medians over all runs, in seconds."""
+
+    alone: float
+    crowd: float
+    whole: float
+    slowest: float
+    rank0: float
+
+    def shares(self, num_ranks: int) -> dict[str, float]:
+        """The ideal over each of the three times; 1 is perfect."""
+        ideal = self.alone / num_ranks
+        return {"whole": ideal / self.whole, "slowest": ideal / self.slowest, "rank 0": ideal / self.rank0}
+
+
+Runs = dict[str, list[list[Spent]]]
+"""By case, of every run, what each rank spent."""
+
+
+def found_of(name: str, alone: Runs, crowd: Runs, ranks: Runs) -> Found:
+    """Medians of one case."""
+    return Found(
+        alone=median(run[0].step for run in alone[name]),
+        crowd=median(spent.step for run in crowd[name] for spent in run),
+        whole=median(run[0].step for run in ranks[name]),
+        slowest=median(max(spent.work for spent in run) for run in ranks[name]),
+        rank0=median(run[0].work for run in ranks[name]),
+    )
+
+
+# -- one process ---------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Notes what every step of this rank took, from its start to its end on this rank."""
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        assert engine._rank is not None
+        worker = engine._rank.worker
+        self.steps: list[Spent] = []
+        self._run: Callable[..., Any] = worker.run
+        self._clock = worker.groups.clock
+        worker.run = self._timed  # type: ignore[assignment, method-assign]
+
+    def _timed(self, plan: StepPlan, *arguments: Any) -> Any:
+        self._clock.take()
+        started = time.perf_counter()
+        result = self._run(plan, *arguments)
+        self.steps.append(Spent(time.perf_counter() - started, sum(self._clock.take().values())))
+        return result
+
+
+def run_cases(engine: Engine, recorder: Recorder, wanted: Sequence[Case], repeats: int) -> dict[str, list[int]]:
+    """Run every case on all ranks; returns which of the recorded steps are its runs. Rank 0's side."""
+    num_ranks = engine.config.parallel.world_size
+    found: dict[str, list[int]] = {}
+    with engine.calibration() as calibration, calibration.prepared(FILL_SECONDS):
+        for case in wanted:
+            for turn in range(WARM_UPS + repeats):
+                calibration.step(case.point, case.mode(num_ranks))
+                if turn >= WARM_UPS:
+                    found.setdefault(case.name, []).append(len(recorder.steps) - 1)
+    return found
+
+
+def run_part(path: str, num_ranks: int, wanted: Sequence[Case], repeats: int, output: Path) -> None:
+    """One rank's life: the cases, then what this rank spent on each, into `output`."""
+    blocks = 2 + max(sum(-(-(start + count) // 16) for start, count in case.point.sequences) for case in wanted)
+    scheduler = {"max_num_batched_tokens": max(case.point.shape.num_tokens for case in wanted), "max_num_seqs": 512}
+    with init_inference(
+        path,
+        parallel={"sp": num_ranks},
+        cache={"num_blocks": blocks},
+        scheduler=scheduler,
+        runtime={"threads_per_rank": 1},
+    ) as engine:
+        recorder = Recorder(engine)
+        runs = engine._shared(lambda own: run_cases(own, recorder, wanted, repeats))
+        spent = {name: [recorder.steps[index] for index in indices] for name, indices in runs.items()}
+    output.write_text(json.dumps(spent), encoding="utf-8")
+
+
+# -- all processes -------------------------------------------------------------------------------------------------
+
+
+def launch(options: argparse.Namespace, path: str, num_ranks: int, copies: int) -> Runs:
+    """Run the cases on an engine of `num_ranks` ranks, or on `copies` engines of one; what each process spent."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(index) for index in range(num_ranks * copies)]
+        processes = []
+        for index, output in enumerate(outputs):
+            command = [
+                sys.executable,
+                __file__,
+                "--part",
+                str(output),
+                "--model",
+                path,
+                "--ranks",
+                str(num_ranks),
+                "--repeats",
+                str(options.repeats),
+                "--prefills",
+                options.prefills,
+                "--decodes",
+                options.decodes,
+            ]
+            processes.append(subprocess.Popen(command, env=rank_environment(index, num_ranks, port)))
+        try:
+            codes = [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if any(codes):
+            sys.exit(f"error: a process ended with code {next(filter(None, codes))}; see above")
+        spent = [json.loads(output.read_text(encoding="utf-8")) for output in outputs]
+    return {
+        name: [[Spent(*own[name][run]) for own in spent] for run in range(len(spent[0][name]))] for name in spent[0]
+    }
+
+
+def rank_environment(index: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What a launcher would tell rank `index`; nothing of that for an engine of one rank."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if num_ranks > 1:
+        variables |= {
+            "RANK": str(index),
+            "LOCAL_RANK": str(index),
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_SIZE": str(num_ranks),
+            "LOCAL_WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    return variables
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def merge(parts: Sequence[Runs]) -> Runs:
+    """All rounds' runs together."""
+    return {name: [run for part in parts for run in part[name]] for name in parts[0]}
+
+
+def foreign_cores(others: LoadMeter, started: float) -> float:
+    """Cores that other programs kept busy since `started`, our own processes that have ended left out."""
+    ended = os.times()
+    ours = (ended.children_user + ended.children_system) / (time.monotonic() - started)
+    return max(0.0, others.foreign_cores() - ours)
+
+
+def report(found: dict[str, Found], num_ranks: int) -> Table:
+    """A row a case: times in ms, and the ideal over each, with what reaches the wanted share in green."""
+    result = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    titles = ("step", "1 rank ms", "crowd", f"{num_ranks} ranks ms", "exchanges ms", "whole", "slowest", "rank 0")
+    for title in titles:
+        result.add_column(title, justify="left" if title == "step" else "right", no_wrap=True)
+    for name, case in found.items():
+        shares = case.shares(num_ranks)
+        verdict = "green" if shares["slowest"] >= WANTED else "red"
+        result.add_row(
+            name,
+            f"{case.alone * 1e3:.2f}",
+            f"{case.crowd / case.alone:.2f}x",
+            f"{case.whole * 1e3:.2f}",
+            f"{(case.whole - case.rank0) * 1e3:.2f}",
+            f"{shares['whole']:.3f}",
+            f"[bold {verdict}]{shares['slowest']:.3f}[/]",
+            f"{shares['rank 0']:.3f}",
+        )
+    return result
+
+
+def sizes(text: str) -> list[int]:
+    """`512,2048` as numbers; nothing for an empty text."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def main() -> None:
+    """Run all processes in rounds and print; or, with --part, be one of them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--random-model", choices=SHAPES, default="llama-0.5b")
+    parser.add_argument("--model", help="a checkpoint instead")
+    parser.add_argument("--ranks", type=int, default=2, help="W (default 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="times each engine is started (default 3)")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each step at each start (default 7)")
+    parser.add_argument("--prefills", default="512,2048,4096", help="tokens of the SP steps (512,2048,4096)")
+    parser.add_argument("--decodes", default="1,8,32", help="requests of the TP steps (1,8,32)")
+    parser.add_argument("--output", type=Path, help="write the result here, as JSON")
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    wanted = cases(sizes(options.prefills), sizes(options.decodes))
+    path = options.model or str(random_model(options.random_model))
+    if options.part is not None:
+        run_part(path, options.ranks, wanted, options.repeats, options.part)
+        return
+    others, started = LoadMeter(), time.monotonic()
+    parts: dict[str, list[Runs]] = {"alone": [], "crowd": [], "ranks": []}
+    for _ in range(options.rounds):
+        parts["alone"].append(launch(options, path, 1, 1))
+        parts["crowd"].append(launch(options, path, 1, options.ranks))
+        parts["ranks"].append(launch(options, path, options.ranks, 1))
+    alone, crowd, ranks = (merge(parts[name]) for name in ("alone", "crowd", "ranks"))
+    found = {case.name: found_of(case.name, alone, crowd, ranks) for case in wanted}
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(f"{Path(path).name}: one rank's time / {options.ranks} over the time of {options.ranks} ranks")
+    console.print(report(found, options.ranks))
+    console.print(f"other programs kept {foreign_cores(others, started):.2f} cores busy")
+    if options.output is not None:
+        values = {name: case._asdict() | case.shares(options.ranks) for name, case in found.items()}
+        options.output.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

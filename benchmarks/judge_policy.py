@@ -1,0 +1,185 @@
+"""How good a policy's choices are, step by step: `python benchmarks/judge_policy.py --random-model llama-60m --sp 2`.
+
+Calibrates as a server would, then draws steps that calibration has not seen, measures each in every mode (the modes
+taking turns), and adds up what each policy would have taken for them: every static mode, the adaptive policy, and the
+best threshold there is, picked by hand with all measurements known. All are compared with an oracle that always has the
+faster mode. Under a launcher (`deepspeed --num_gpus 2 benchmarks/judge_policy.py ...`) its ranks are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ulysses_infer import init_inference
+from ulysses_infer.bench.load import LoadMeter
+from ulysses_infer.bench.random_model import SHAPES, random_model
+from ulysses_infer.engine.calibration import Limits, Point
+from ulysses_infer.engine.engine import Engine
+from ulysses_infer.engine.policies import AdaptivePolicy
+from ulysses_infer.parallel.layout import Mode
+
+CLEAR = 1.1  # a choice counts as clear where the modes' times differ by more than a tenth
+
+
+class Judged(NamedTuple):
+    """A step that was measured in every mode, and what the policy would have chosen for it."""
+
+    point: Point
+    times: dict[Mode, float]
+    chosen: Mode
+
+
+def draw_points(count: int, limits: Limits, seed: int) -> list[Point]:
+    """Steps as serving makes them: decodes alone, prompts alone, both; sizes drawn evenly over their logarithms."""
+    draw = random.Random(seed)
+
+    def log_uniform(low: int, high: int) -> int:
+        return round(math.exp(draw.uniform(math.log(low), math.log(max(low, high)))))
+
+    points: list[Point] = []
+    while len(points) < count:
+        kind = draw.choice(("decodes", "prompt", "both"))
+        context = log_uniform(16, limits.context)
+        most = min(limits.num_sequences - 1, limits.num_tokens, limits.cached // context)
+        decodes = 0 if kind == "prompt" else log_uniform(1, most)
+        room = min(limits.num_tokens - decodes, limits.cached - decodes * context, limits.context)
+        chunks: tuple[tuple[int, int], ...] = ()
+        if kind != "decodes" and room >= 2:
+            tokens = log_uniform(2, room)
+            longest = min(limits.context, limits.cached - decodes * context) - tokens
+            chunks = ((min(draw.choice((0, context)), longest), tokens),)
+        if decodes or chunks:
+            points.append(Point(decodes, context if decodes else 0, chunks))
+    return points
+
+
+def judge(engine: Engine, count: int, repeats: int, longest: float, seed: int, seconds: float) -> list[Judged]:
+    """Measure `count` new steps in every mode, `repeats` times each, and ask the policy about each."""
+    policy = engine.policy
+    assert isinstance(policy, AdaptivePolicy)
+    modes = engine.config.parallel.available_modes
+    judged: list[Judged] = []
+    with engine.calibration() as calibration, calibration.prepared(seconds) as (limits, _):
+        for point in draw_points(4 * count, limits, seed):
+            predicted = dict(zip(modes, policy.model.predict(point.shape), strict=True))
+            if len(judged) == count or max(predicted.values()) > longest:
+                continue
+            rounds = calibration.visit(point, repeats)
+            times = {mode: median(times[mode] for times in rounds) for mode in modes}
+            judged.append(Judged(point, times, min(predicted, key=predicted.__getitem__)))
+    return judged
+
+
+def best_threshold(judged: Sequence[Judged], base: Mode, shift: Mode) -> tuple[int, list[Mode]]:
+    """The token count for which these steps take the least time in all, and the modes it chooses."""
+
+    def modes_for(threshold: int) -> list[Mode]:
+        return [base if step.point.shape.num_tokens > threshold else shift for step in judged]
+
+    def cost(threshold: int) -> float:
+        return sum(math.log(step.times[mode]) for step, mode in zip(judged, modes_for(threshold), strict=True))
+
+    best = min(sorted({0, *(step.point.shape.num_tokens for step in judged)}), key=cost)
+    return best, modes_for(best)
+
+
+def report(judged: Sequence[Judged], base: Mode, shift: Mode) -> Table:
+    """A row a policy: time over the oracle's, in all and in the mean of the steps, and how it does in clear cases."""
+    threshold, by_threshold = best_threshold(judged, base, shift)
+    rows = {f"static sp{mode.sp}xtp{mode.tp}": [mode] * len(judged) for mode in judged[0].times}
+    rows[f"threshold {threshold} (best in hindsight)"] = by_threshold
+    rows["adaptive"] = [step.chosen for step in judged]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for column in ("policy", "all steps", "mean of steps", "worst step", "clear cases right"):
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
+    for name, modes in rows.items():
+        table.add_row(name, *score(judged, modes))
+    return table
+
+
+def score(judged: Sequence[Judged], modes: Sequence[Mode]) -> list[str]:
+    """What choosing `modes` for the steps costs over the best mode of each."""
+    best = [min(step.times.values()) for step in judged]
+    taken = [step.times[mode] for step, mode in zip(judged, modes, strict=True)]
+    ratios = [mine / least for mine, least in zip(taken, best, strict=True)]
+    clear = [
+        step.times[mode] == min(step.times.values())
+        for step, mode in zip(judged, modes, strict=True)
+        if max(step.times.values()) > CLEAR * min(step.times.values())
+    ]
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return [
+        f"{sum(taken) / sum(best):.3f}x",
+        f"{mean:.3f}x",
+        f"{max(ratios):.2f}x",
+        f"{sum(clear)} of {len(clear)}",
+    ]
+
+
+def details(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    """Every step in plain values."""
+    return [
+        {
+            "decodes": step.point.decodes,
+            "context": step.point.context,
+            "chunks": step.point.chunks,
+            "ms": {f"sp{mode.sp}xtp{mode.tp}": round(1e3 * took, 3) for mode, took in step.times.items()},
+            "chosen": f"sp{step.chosen.sp}xtp{step.chosen.tp}",
+        }
+        for step in judged
+    ]
+
+
+def main() -> None:
+    """Parse, run on every rank, print on rank 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="a checkpoint")
+    model.add_argument("--random-model", choices=SHAPES, help="random weights of this shape")
+    parser.add_argument("--sp", type=int, default=2)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=60, help="steps to judge (default 60)")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each in each mode (default 5)")
+    parser.add_argument("--longest", type=float, default=2.0, help="leave out steps of more seconds (default 2)")
+    parser.add_argument("--calibration-seconds", type=float, default=30.0)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="write every step here, as JSON")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    path = options.model or str(random_model(options.random_model))
+    policy = {"name": "adaptive", "profile": None, "calibration_seconds": options.calibration_seconds}
+    scheduler = {"max_num_batched_tokens": options.max_num_batched_tokens, "max_num_seqs": 64}
+    with init_inference(
+        path,
+        parallel={"sp": options.sp, "tp": options.tp},
+        policy=policy,
+        scheduler=scheduler,
+        cache={"num_blocks": 4096},
+    ) as engine:
+        others = LoadMeter()
+        judged = engine._shared(
+            lambda own: judge(own, options.steps, options.repeats, options.longest, options.seed, 30.0)
+        )
+        if engine.is_first:
+            layout = engine.config.parallel.layout
+            console = Console()
+            console.print(report(judged, layout.base, layout.shift))
+            console.print(f"{len(judged)} steps; other programs kept {others.foreign_cores():.2f} cores busy")
+            if options.output is not None:
+                options.output.write_text(json.dumps(details(judged), indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The speed of the CPU kernels beside torch's, every alternative in turn in one run.
+
+    python benchmarks/measure_kernels.py [matmul] [attention] [prompt] [write] [--threads 1] [--dtype bfloat16]
+
+Weights and caches are larger than the processor's caches and visited in turn, as a model's layers are. The figures are
+of each alternative's fastest call, with the median behind it: other programs only ever make a call slower. With one
+thread it is processor time that counts, so that waiting for a core does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.attention.native import NativeAttention
+from ulysses_infer.attention.torch_loop import TorchLoopAttention
+from ulysses_infer.cache.paged import CacheShape, PagedCache
+from ulysses_infer.native.matmul import NativeMatmul
+
+VISITED_BYTES = 400_000_000
+WIDTH = 150  # of the tables where nobody looks
+WEIGHTS = ((2560, 1536), (9216, 1536), (1536, 4608), (16384, 1536))  # 0.5 B parameters: qkv, gate and up, down, head
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+BLOCK_SIZE = 16
+CONTEXTS = ((1, 512), (1, 4096), (1, 32768), (8, 512), (8, 4096), (32, 512), (32, 2048), (128, 256))
+PROMPTS = (
+    (64, 0),
+    (128, 0),
+    (256, 0),
+    (512, 0),
+    (2048, 0),
+    (8192, 0),
+    (16, 8192),
+    (64, 8192),
+    (512, 1024),
+    (512, 8192),
+    (512, 30000),
+    (2048, 6144),
+)
+Calls = dict[str, Callable[[], Any]]
+
+
+class Heads(NamedTuple):
+    """Heads of a query, heads of a key and value, width of each."""
+
+    query: int
+    key_value: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.query}/{self.key_value} heads of {self.width}"
+
+
+OF_60M, OF_05B = Heads(8, 4, 64), Heads(12, 4, 128)
+
+
+def fastest(calls: Calls, seconds: float) -> dict[str, tuple[float, float]]:
+    """Seconds of the fastest and of the median call, the alternatives taking turns."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    until = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < until or len(times[next(iter(calls))]) < 3:
+        for name, call in calls.items():
+            started = clock()
+            call()
+            times[name].append(clock() - started)
+    return {name: (min(taken), statistics.median(taken)) for name, taken in times.items()}
+
+
+def row_of(shape: Sequence[Any], times: dict[str, tuple[float, float]], num_bytes: int, operations: float) -> list[str]:
+    """A table's row: what was computed, then time, rate of memory and rate of arithmetic of each alternative."""
+    cells = [str(part) for part in shape]
+    for best, median in times.values():
+        cells += [f"{best * 1e6:.0f} ({median * 1e6:.0f})", f"{num_bytes / best / 1e9:.1f}"]
+        cells += [f"{operations / best / 1e12:.3f}"]
+    ratios = [f"{times['torch'][0] / best:.2f}x" for name, (best, _) in times.items() if name != "torch"]
+    return cells + ratios
+
+
+def table_of(title: str, shape: Sequence[str], names: Sequence[str]) -> Table:
+    """An empty table for rows of `row_of`."""
+    table = Table(title=title)
+    for column in shape:
+        table.add_column(column, justify="right")
+    for name, what in itertools.product(names, ("us (median)", "GB/s", "TFLOP/s")):
+        table.add_column(f"{name} {what}", justify="right")
+    for name in names:
+        if name != "torch":
+            table.add_column(f"{name} faster", justify="right")
+    return table
+
+
+def _multiply(linear: Callable[..., Any], inputs: torch.Tensor, weights: Iterator[torch.Tensor]) -> Callable[[], Any]:
+    return lambda: linear(inputs, next(weights))
+
+
+def measure_matmul(dtype: torch.dtype, seconds: float) -> Table:
+    """Products of few rows with the weights of a model of 0.5 B parameters."""
+    table = table_of(f"matrix products, {dtype}", ("N", "K", "rows"), ("torch", "native"))
+    native = NativeMatmul()
+    native.most_rows = dict.fromkeys(native.most_rows, max(ROWS))
+    for outputs, width in WEIGHTS:
+        size = outputs * width * dtype.itemsize
+        weights = itertools.cycle([torch.randn(outputs, width).to(dtype) for _ in range(VISITED_BYTES // size | 1)])
+        for rows in ROWS:
+            inputs = torch.randn(rows, width).to(dtype)
+            times = fastest(
+                {"torch": _multiply(F.linear, inputs, weights), "native": _multiply(native, inputs, weights)}, seconds
+            )
+            table.add_row(*row_of((outputs, width, rows), times, size, 2 * rows * outputs * width))
+    return table
+
+
+class Batch:
+    """Sequences of one length and context each in a paged cache of several layers, their blocks shuffled."""
+
+    def __init__(self, count: int, length: int, context: int, dtype: torch.dtype, heads: Heads = OF_05B) -> None:
+        self.heads = heads
+        blocks = -(-context // BLOCK_SIZE)
+        token_bytes = 2 * heads.key_value * heads.width * dtype.itemsize
+        self.num_bytes = count * context * token_bytes
+        layers = max(2, VISITED_BYTES // self.num_bytes | 1)
+        shape = CacheShape(layers, heads.key_value, heads.width, heads.width, BLOCK_SIZE, dtype)
+        self.cache = PagedCache(shape, count * blocks, torch.device("cpu"))
+        for tensor in (*self.cache.keys, *self.cache.values):
+            tensor.normal_()
+        tables = torch.randperm(count * blocks).view(count, blocks)
+        slots = [
+            tables[i, p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
+            for i in range(count)
+            for p in range(context - length, context)
+        ]
+        self.metadata = AttentionMetadata(torch.stack(slots), [length] * count, [context] * count, tables)
+        self.query = torch.randn(count * length, heads.query, heads.width).to(dtype)
+        self.new = torch.randn(count * length, heads.key_value, heads.width).to(dtype)
+        self._layers = itertools.cycle(range(layers))
+
+    def attend(self, backend: Any) -> Callable[[], torch.Tensor]:
+        """A call of `backend` on the next layer."""
+        options = AttentionOptions(scaling=self.heads.width**-0.5)
+
+        def call() -> torch.Tensor:
+            layer = next(self._layers)
+            return backend.attend(self.query, self.cache.keys[layer], self.cache.values[layer], self.metadata, options)
+
+        return call
+
+    def write(self) -> None:
+        """Store the batch's tokens in the next layer."""
+        self.cache.write(next(self._layers), self.metadata.slots, self.new, self.new)
+
+
+def measure_attention(dtype: torch.dtype, seconds: float) -> Table:
+    """Decodes: one query token a sequence."""
+    title = f"attention of decodes, {OF_05B}, {dtype}"
+    table = table_of(title, ("sequences", "context"), ("torch", "native"))
+    for count, context in CONTEXTS:
+        batch = Batch(count, 1, context, dtype)
+        calls: Calls = {"torch": batch.attend(TorchLoopAttention()), "native": batch.attend(NativeAttention())}
+        operations = 4 * count * context * OF_05B.query * OF_05B.width
+        table.add_row(*row_of((count, context), fastest(calls, seconds), batch.num_bytes, operations))
+    return table
+
+
+def rate_of_products(dtype: torch.dtype, seconds: float) -> float:
+    """Operations a second of a large product, beside which those of attention may be held."""
+    size = 1024
+    one, other = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / fastest({"torch": lambda: F.linear(one, other)}, seconds)["torch"][0]
+
+
+def measure_prompts(dtype: torch.dtype, seconds: float) -> Table:
+    """Prompts and their later chunks."""
+    title = f"attention of prompts, {dtype}; a large product: {rate_of_products(dtype, seconds) / 1e12:.3f} TFLOP/s"
+    table = table_of(title, ("heads", "tokens", "cached before"), ("torch", "native"))
+    native = NativeAttention()
+    native.longest_query = max(length for length, _ in PROMPTS)
+    for heads, (length, past) in itertools.product((OF_60M, OF_05B), PROMPTS):
+        batch = Batch(1, length, past + length, dtype, heads)
+        calls: Calls = {"torch": batch.attend(TorchLoopAttention()), "native": batch.attend(native)}
+        seen = length * past + length * (length + 1) // 2
+        operations = 4 * seen * heads.query * heads.width
+        table.add_row(*row_of((heads, length, past), fastest(calls, seconds), batch.num_bytes, operations))
+    return table
+
+
+def measure_writes(dtype: torch.dtype, seconds: float) -> Table:
+    """Keys and values of new tokens into the cache."""
+    table = table_of(f"cache writes, {dtype}", ("tokens",), ("torch",))
+    for count, length in ((1, 1), (8, 1), (32, 1), (128, 1), (1, 512)):
+        batch = Batch(count, length, length + 100, dtype)
+        size = 4 * count * length * OF_05B.key_value * OF_05B.width * dtype.itemsize
+        table.add_row(*row_of((count * length,), fastest({"torch": batch.write}, seconds), size, 0))
+    return table
+
+
+MEASURES = {
+    "matmul": measure_matmul,
+    "attention": measure_attention,
+    "prompt": measure_prompts,
+    "write": measure_writes,
+}
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("what", nargs="*", choices=[[], *MEASURES], default=[], help="all, if none is given")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of every alternative and shape")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    with torch.inference_mode():
+        for name in arguments.what or MEASURES:
+            console.print(MEASURES[name](getattr(torch, arguments.dtype), arguments.seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Peak memory of a rank while a long prompt is computed in chunks: beside the cache it follows the chunk alone.
+
+    python benchmarks/measure_long_prefill.py [--lengths 16384 130000] [--chunk 2048] [--sp 2] [--attention-backend auto]
+
+Runs a Llama of two narrow layers with random weights, made for 32,768 positions and stretched with YaRN, on processes
+of this host (Linux, CPU), its steps in changing modes. A first prompt only warms up. Memory is what the fullest rank
+took at its peak beyond what it had then, with the cache's own part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+import ulysses_infer
+from ulysses_infer.console.library_logging import quiet_libraries
+from ulysses_infer.errors import UlyssesError
+
+MIB = 1 << 20
+ORIGINAL = 32768  # positions that the model is made for
+BLOCK_SIZE = 16
+INTERVAL = 0.005  # seconds between looks
+OWN_MEMORY = ("RssAnon", "RssShmem", "VmSwap")
+SHAPE: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": ORIGINAL,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+"""So narrow that 130,000 tokens take minutes; a token takes 1 KiB of cache, over all ranks."""
+
+
+class Row(NamedTuple):
+    """One prompt."""
+
+    tokens: int
+    steps: int
+    seconds: float
+    peak_bytes: int
+    """What the fullest rank took, beyond what it had before."""
+    cache_bytes: int
+    """What of that its blocks of the cache are."""
+
+
+class PeakMemory:
+    """The most memory that processes take meanwhile, looked at from a thread: `with PeakMemory([pid]) as seen:`.
+
+    Memory of their own, in RAM or swapped out: files that they map come and go as the system likes.
+    """
+
+    def __init__(self, pids: list[int]) -> None:
+        self.bytes = {pid: memory_of(pid) for pid in pids}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            ended = self._ended.wait(INTERVAL)
+            self.bytes = {pid: max(most, memory_of(pid)) for pid, most in self.bytes.items()}
+            if ended:
+                return
+
+
+def memory_of(pid: int) -> int:
+    """Bytes that the process has now."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.partition(":")[0] in OWN_MEMORY)
+
+
+def make_model(folder: str) -> None:
+    """Save the model, random, in float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
+
+
+def settings(longest: int, chunk: int, sp: int) -> dict[str, Any]:
+    """Keyword arguments of `init_inference` for prompts of up to `longest` tokens in steps of `chunk`."""
+    stretch = {
+        "rope_type": "yarn",
+        "factor": float(max(1, math.ceil((longest + 1) / ORIGINAL))),
+        "original_max_position_embeddings": ORIGINAL,
+    }
+    return {
+        "model.hf_overrides": {"rope_parameters": stretch},
+        "parallel.sp": sp,
+        "parallel.modes": [[part, sp // part] for part in range(1, sp + 1) if sp % part == 0],
+        "cache.num_blocks": -(-longest // BLOCK_SIZE) + 1,
+        "cache.block_size": BLOCK_SIZE,
+        "cache.enable_prefix_caching": False,  # or a longer prompt would find the shorter one
+        "scheduler.max_num_batched_tokens": chunk,
+        "runtime.device": "cpu",
+        "runtime.threads_per_rank": 1,
+    }
+
+
+def prompt(length: int) -> list[int]:
+    """So many token ids, random, always the same."""
+    return random.Random(0).choices(range(3, 256), k=length)
+
+
+def measure(engine: Any, lengths: list[int], chunk: int) -> list[Row]:
+    """Compute a prompt of each length, the shortest first, and look at every process of the engine."""
+    modes = itertools.cycle(engine.config.parallel.available_modes)
+    engine._engine.choose_mode = lambda _: next(modes)
+    block_bytes = engine.stats()["cache_bytes_per_rank"] // engine.stats()["num_blocks"]
+    one = ulysses_infer.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    engine.generate([prompt(2 * chunk)], one)
+    pids = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
+    touched = -(-2 * chunk // BLOCK_SIZE)
+    before = {pid: memory_of(pid) for pid in pids}
+    rows = []
+    for length in sorted(lengths):
+        started = time.perf_counter()
+        with PeakMemory(pids) as seen:
+            engine.generate([prompt(length)], one)
+        taken = max(seen.bytes[pid] - before[pid] for pid in pids)
+        cache = max(0, -(-length // BLOCK_SIZE) - touched) * block_bytes
+        rows.append(Row(length, -(-length // chunk), time.perf_counter() - started, taken, cache))
+    return rows
+
+
+def main() -> None:
+    """Parse, run, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 130000], help="tokens of each prompt")
+    parser.add_argument("--chunk", type=int, default=2048, help="scheduler.max_num_batched_tokens")
+    parser.add_argument("--sp", type=int, default=2, choices=(1, 2), help="ranks")
+    parser.add_argument("--attention-backend", default="auto", help="runtime.attention_backend")
+    arguments = parser.parse_args()
+    quiet_libraries(rank=0)
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(folder)
+        changes = settings(max(arguments.lengths), arguments.chunk, arguments.sp)
+        changes["runtime.attention_backend"] = arguments.attention_backend
+        try:
+            with ulysses_infer.init_inference(folder, **changes) as engine:
+                rows = measure(engine, arguments.lengths, arguments.chunk)
+        except UlyssesError as error:
+            sys.exit(f"error: {error}")
+    print("| prompt | steps | seconds | peak of a rank | of it cache | beside it |\n|---|---|---|---|---|---|")
+    for row in rows:
+        sizes = (row.peak_bytes, row.cache_bytes, row.peak_bytes - row.cache_bytes)
+        shown = " | ".join(f"{size / MIB:.1f} MiB" for size in sizes)
+        print(f"| {row.tokens} | {row.steps} | {row.seconds:.0f} | {shown} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""What one rank of a layout computes in a step, in every mode, measured alone on one device.
+
+    python benchmarks/profile_layout.py configs/models/llama-3.3-70b.json --fp8 --output configs/profiles/llama-70b-h200.json
+
+Runs rank `--rank` of the layout `--sp` x `--tp` with random weights and nobody to exchange with: every exchange has its
+shapes, its copies and no traffic, so the times are those of the computation. As many layers as `--layers` says are run,
+and one alone; the difference is scaled to the whole model. Prints a table; `--output` saves the figures as JSON, with
+how they were obtained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+from ulysses_infer.attention.backend import AttentionBackend, KernelAttention
+from ulysses_infer.attention.selection import AttentionNeeds, make_backend, make_gpu_backend
+from ulysses_infer.cache.paged import CacheShape, PagedCache
+from ulysses_infer.config import ModelConfig
+from ulysses_infer.model.fusion.fuse import Fusion
+from ulysses_infer.model.injection.probe import probe
+from ulysses_infer.model.layers.rotary import freeze_rotary
+from ulysses_infer.model.model import Blueprint, ShiftModel
+from ulysses_infer.native.matmul import make_matmul
+from ulysses_infer.parallel.groups import Groups
+from ulysses_infer.parallel.layout import Layout, Mode
+from ulysses_infer.parallel.null import NullGroup, null_collectives
+from ulysses_infer.worker.block_tables import BlockTables
+from ulysses_infer.worker.cuda_graphs import CudaCapturer, GraphRunner, wants_graphs
+from ulysses_infer.worker.step_plan import LAST_LOGITS, PlanItem, StepPlan
+from ulysses_infer.worker.worker import Worker
+
+WARM_UP = 3
+HOW = (
+    "benchmarks/profile_layout.py: one rank alone, random weights, exchanges without traffic; seconds are medians; "
+    "model_seconds = seconds of one layer more x layers of the model + the rest, from runs of 1 and of `layers` layers"
+)
+
+
+class Load(NamedTuple):
+    """A step: `requests` of `tokens` new tokens each, after `context` earlier ones."""
+
+    requests: int
+    tokens: int
+    context: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A load in a mode: the step's seconds on the layers that ran, and scaled to the whole model."""
+
+    mode: str
+    requests: int
+    tokens: int
+    context: int
+    seconds: float
+    model_seconds: float
+
+
+class NoWeights:
+    """A `TensorSource` of a checkpoint that is not there."""
+
+    def keys(self) -> Iterable[str]:
+        """None."""
+        return ()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of none."""
+        raise KeyError(key)
+
+    def read(self, key: str, kept: Any) -> torch.Tensor:
+        """Of none."""
+        raise KeyError(key)
+
+
+def build_model(config: Any, layout: Layout, rank: int, device: torch.device, max_model_len: int) -> ShiftModel:
+    """The rank's share of a model of `config`, its weights drawn at random on the device."""
+    settings = ModelConfig(path="-", dtype="bfloat16", max_model_len=max_model_len)
+    blueprint = Blueprint(config, NoWeights, settings, layout, layout.shard_of(rank), device)
+    torch.manual_seed(rank)
+    for module in blueprint.injection.model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(_random(name, parameter, device), requires_grad=False))
+    blueprint.injection.model.to(device)
+    freeze_rotary(blueprint.injection.model, blueprint.shape.max_model_len)
+    model = ShiftModel(blueprint.injection, blueprint.shape, blueprint.dtype)
+    probe(model)
+    Fusion(model)
+    return model
+
+
+def _random(name: str, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Small numbers around 0; scales are one positive number."""
+    if "scale" in name:
+        return torch.full(like.shape, 0.01, dtype=like.dtype, device=device)
+    if not like.dtype.is_floating_point:
+        return torch.zeros(like.shape, dtype=like.dtype, device=device)
+    values = torch.empty(like.shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
+    return values.to(like.dtype)
+
+
+def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load], arguments: Any) -> Worker:
+    """A worker over `model` whose groups are null, with a cache for the largest load."""
+    device = next(model.module.parameters()).device
+    groups = Groups(layout, rank, world=NullGroup(layout.world_size, rank))
+    for mode in layout.modes:
+        groups.by_mode[mode] = null_collectives(groups.place(mode))
+    sizes = model.shape
+    shape = CacheShape(
+        sizes.num_layers,
+        sizes.key_value_heads_of(groups.shard, layout),
+        sizes.key_width,
+        sizes.value_width,
+        arguments.block_size,
+        model.dtype,
+        sizes.values_in_keys,
+    )
+    backend = _attention(arguments.attention_backend, model, shape, device)
+    captures = wants_graphs(None, device, backend, bool(model.injection.expert_layers))
+    blocks = max(load.requests * shape.blocks_for(load.context + load.tokens) for load in loads)
+    cache = PagedCache(shape, blocks, device, scratch_blocks=1)
+    for pool in (*cache.keys, *cache.values):
+        pool.normal_()
+    most = max(load.requests for load in loads)
+    tables = BlockTables(shape.block_size, most, shape.blocks_for(sizes.max_model_len))
+    matmul = make_matmul("auto", device)
+    worker = Worker(model, cache, tables, groups, backend, matmul, device)
+    if captures and isinstance(backend, KernelAttention):
+        capturer = CudaCapturer(device)
+        worker.graphs = GraphRunner(model, cache, groups, backend, worker.inputs, capturer, device, most)
+    return worker
+
+
+def _attention(name: str, model: ShiftModel, shape: CacheShape, device: torch.device) -> AttentionBackend:
+    if device.type == "cpu":
+        return make_backend(name, device)
+    needs = AttentionNeeds.of(
+        model.attention_options,
+        model.shape.max_model_len,
+        torch.cuda.get_device_capability(device),
+        model.dtype,
+        shape.dtype,
+        shape.key_width,
+        shape.value_width,
+        shape.block_size,
+        shape.values_in_keys,
+    )
+    return make_gpu_backend(name, device, needs)
+
+
+def make_plan(mode: Mode, load: Load, blocks_each: int, dropped: list[int]) -> StepPlan:
+    """The step of `load`: every request has its own blocks, and its earlier tokens are taken as cached."""
+    items = [
+        PlanItem(index, load.context, load.tokens, [index * blocks_each + n for n in range(blocks_each)], LAST_LOGITS)
+        for index in range(load.requests)
+    ]
+    return StepPlan(0, mode, items, np.ones(load.requests * load.tokens, dtype=np.int32), dropped, full_logits=False)
+
+
+def measure(worker: Worker, mode: Mode, load: Load, repeats: int) -> float:
+    """Median seconds of the step of `load`."""
+    blocks_each = worker.cache.shape.blocks_for(load.context + load.tokens)
+    times = []
+    for _ in range(WARM_UP + repeats):
+        plan = make_plan(mode, load, blocks_each, list(range(load.requests)))
+        _synchronize(worker.device)
+        started = time.perf_counter()
+        worker.run(plan)
+        _synchronize(worker.device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[WARM_UP:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def times_of(num_layers: int, loads: list[Load], arguments: Any) -> Iterator[tuple[Mode, Load, float]]:
+    """Seconds of every load in every mode on `num_layers` layers."""
+    config = read_config(arguments.model, num_layers, arguments.fp8)
+    layout = Layout(Mode(arguments.sp, arguments.tp))
+    longest = max(load.context + load.tokens for load in loads)
+    device = torch.device(arguments.device)
+    model = build_model(config, layout, arguments.rank, device, longest)
+    worker = build_worker(model, layout, arguments.rank, loads, arguments)
+    for mode in layout.modes:
+        for load in loads:
+            yield mode, load, measure(worker, mode, load, arguments.repeats)
+
+
+def read_config(path: Path, num_layers: int, fp8: bool) -> Any:
+    """transformers' config of `path`, with fewer layers, and with block-scaled FP8 weights if asked for."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["num_hidden_layers"] = num_layers
+    for name in ("layer_types", "mlp_only_layers"):
+        if values.get(name):
+            values[name] = values[name][:num_layers]
+    if fp8:
+        values["quantization_config"] = {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+            "fmt": "e4m3",
+        }
+    return CONFIG_MAPPING[values["model_type"]](**values)
+
+
+def profile(arguments: Any) -> list[Measured]:
+    """Every load in every mode, scaled to the whole model."""
+    loads = [
+        *(Load(requests, 1, arguments.context) for requests in arguments.decodes),
+        *(Load(1, tokens, 0) for tokens in arguments.prompts),
+    ]
+    whole = json.loads(arguments.model.read_text(encoding="utf-8"))["num_hidden_layers"]
+    alone = {(mode, load): seconds for mode, load, seconds in times_of(1, loads, arguments)}
+    measured = []
+    for mode, load, seconds in times_of(arguments.layers, loads, arguments):
+        a_layer = (seconds - alone[mode, load]) / (arguments.layers - 1)
+        scaled = alone[mode, load] + (whole - 1) * a_layer
+        measured.append(Measured(str(mode), *load, seconds, scaled))
+    return measured
+
+
+def save(measured: list[Measured], arguments: Any) -> None:
+    """Write the figures and how they were obtained."""
+    on_gpu = arguments.device.startswith("cuda")
+    values = {
+        "how": HOW,
+        "model": arguments.model.stem,
+        "base": [arguments.sp, arguments.tp],
+        "rank": arguments.rank,
+        "layers": arguments.layers,
+        "weights": "fp8, blocks of 128 x 128" if arguments.fp8 else "bfloat16",
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} thread(s)",
+        "torch": torch.__version__,
+        "repeats": arguments.repeats,
+        "steps": [dataclasses.asdict(step) for step in measured],
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Parse, measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a config.json")
+    parser.add_argument("--sp", type=int, default=8)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=8, help="layers to run, at least 2, for the difference to one")
+    parser.add_argument("--fp8", action="store_true", help="weights in FP8 with a scale a block of 128 x 128")
+    parser.add_argument("--decodes", type=int, nargs="*", default=[1, 8, 32, 128, 256], help="requests of decode steps")
+    parser.add_argument("--context", type=int, default=4096, help="earlier tokens of each decoding request")
+    parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of prompt steps")
+    parser.add_argument("--block-size", type=int, default=256)
+    parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.layers < 2:
+        parser.error("--layers must be at least 2")
+    measured = profile(arguments)
+    print("| mode | requests | tokens each | context | ms | ms, whole model |\n|---|---|---|---|---|---|")
+    for step in measured:
+        times = f"{step.seconds * 1e3:.2f} | {step.model_seconds * 1e3:.1f}"
+        print(f"| {step.mode} | {step.requests} | {step.tokens} | {step.context} | {times} |")
+    if arguments.output is not None:
+        save(measured, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Every language model of the installed transformers through the engine: what is served, and docs/models.md.
+
+Those with picture or sound towers are saved and compared whole, with text alone. Experts are placed otherwise in each
+layout, drawn by the model's name.
+
+Run from the repository root: `python -m docs.generate.sweep_architectures` (about forty minutes on two cores). Results are
+kept in a JSON file as they come, so that a second run goes on where the first one stopped; `--only llama,opt` runs
+some again, `--report` only writes the page. Ends with 1 when `VERIFIED` does not say what the sweep found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from docs.generate.models_page import differences, write_page
+from docs.generate.tiny_configs import tiny_configs
+from tests.equivalence.cases import CROWD, check, run_case
+from tests.equivalence.tiny_models import Reference, make_checkpoint, make_prompts, make_reference
+from tests.ranks import RankPools
+from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.model.experts.placement import PLACEMENTS
+from ulysses_infer.model.injection.architectures import REFUSED
+
+BASES = ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2))
+LENGTHS = (1, 3, 9, 17, 26)
+NEW_TOKENS = 6
+PROFILE = replace(CROWD, settings={"model.allow_unverified": True, "model.max_model_len": 64})
+SECONDS = 240.0
+RESULTS = Path("runs/architectures.json")
+PAGE = Path("docs/models.md")
+
+
+def main() -> int:
+    """Sweep, write the page, compare with the allow-list."""
+    arguments = _arguments()
+    results = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
+    pools = RankPools()
+    try:
+        for model_type in [] if arguments.report else _to_run(arguments.only, results):
+            results[model_type] = sweep_one(model_type, pools)
+            print(f"{model_type:28} {results[model_type]['outcome']:10} {results[model_type]['detail']}", flush=True)
+            arguments.results.parent.mkdir(parents=True, exist_ok=True)
+            arguments.results.write_text(json.dumps(results, indent=1, sort_keys=True))
+    finally:
+        pools.close()
+    write_page(results, arguments.page, ", ".join(f"sp{sp}xtp{tp}" for sp, tp in BASES))
+    problems = differences(results)
+    print("\n".join(problems))
+    return 1 if problems else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file of results so far")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write")
+    parser.add_argument("--only", default="", help="model types to run again, comma-separated")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the page from the results")
+    return parser.parse_args()
+
+
+def _to_run(only: str, results: dict[str, Any]) -> list[str]:
+    return only.split(",") if only else [name for name in every_type() if name not in results]
+
+
+def every_type() -> list[str]:
+    """Model types of transformers that have a causal language model, or one with towers, class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TEXT
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
+
+    return sorted({*TEXT, *MULTIMODAL})
+
+
+def sweep_one(model_type: str, pools: RankPools) -> dict[str, Any]:
+    """Outcome of one architecture: yes, refused, wrong, error or untested, with a line of detail."""
+    if model_type in REFUSED:
+        return {"outcome": "refused", "detail": REFUSED[model_type]}
+    with tempfile.TemporaryDirectory() as folder:
+        reference = _attempt("untested", lambda: pools(1).run(prepare, model_type, Path(folder), timeout=SECONDS)[0])
+        if isinstance(reference, dict):
+            return reference
+        errors, draw = [], random.Random(model_type)
+        for base in BASES:
+            run = partial(_run_base, base, draw.choice(PLACEMENTS), reference, pools)
+            error = _attempt("error", run)
+            if isinstance(error, dict):
+                return error
+            errors.append(error)
+    return {"outcome": "yes", "detail": f"{max(errors):.1e}"}
+
+
+def _attempt(failure: str, action: Callable[[], Any]) -> Any:
+    """The action's result, or how it failed."""
+    try:
+        return action()
+    except UnsupportedModelError as error:
+        return {"outcome": "refused", "detail": str(error)}
+    except Exception as error:  # whatever an architecture may raise is a result here
+        if failure == "error" and isinstance(error, AssertionError):
+            return {"outcome": "wrong", "detail": _line(error)}
+        return {"outcome": failure, "detail": f"{type(error).__name__}: {_line(error)}", "notes": _notes(error)}
+
+
+def _run_base(base: tuple[int, int], placement: str, reference: Reference, pools: RankPools) -> float:
+    pool = pools(base[0] * base[1])
+    profile = replace(PROFILE, settings={**PROFILE.settings, "parallel.expert_placement": placement})
+    outcomes = pool.run(run_case, reference.folder, base, profile, reference.prompts, NEW_TOKENS, timeout=SECONDS)
+    modes = [sp for sp in range(1, base[0] + 1) if base[0] % sp == 0]
+    try:
+        return check(outcomes, reference, profile, len(modes))
+    except AssertionError as error:
+        raise AssertionError(f"sp{base[0]}xtp{base[1]}, experts {placement}: {_line(error)}") from error
+
+
+def prepare(model_type: str, folder: Path) -> Reference:
+    """In a process of its own: the checkpoint and what transformers makes of it, for the first config that works."""
+    configs = list(tiny_configs(model_type))
+    for number, config in enumerate(configs):
+        try:
+            model = make_checkpoint(config, folder)
+            vocabulary = config.get_text_config(decoder=True).vocab_size
+            return make_reference(model, folder, make_prompts(vocabulary, LENGTHS), NEW_TOKENS)
+        except Exception:
+            if number == len(configs) - 1:
+                raise
+    raise ValueError(f"no tiny config for {model_type}")
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _notes(error: BaseException) -> str:
+    return "\n".join(getattr(error, "__notes__", []))[-1500:]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""A tiny config for any causal language model of transformers, by the names its sizes go under."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+VOCABULARY = 101
+LAYERS = 2
+HEADS = 8
+
+# Sizes by every name that configs give them. Only names that a config has are set.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCABULARY),
+    **dict.fromkeys(
+        (
+            "hidden_size",
+            "n_embd",
+            "d_model",
+            "dim",
+            "embedding_size",
+            "input_embedding_size",
+            "hidden_size_per_layer_input",
+            "shared_embedding_size",
+            "embed_dim",
+            "word_embed_proj_dim",
+        ),
+        64,
+    ),
+    **dict.fromkeys(
+        (
+            "intermediate_size",
+            "ffn_dim",
+            "n_inner",
+            "d_ff",
+            "dff",
+            "dim_ff",
+            "decoder_ffn_dim",
+            "encoder_ffn_dim",
+            "ffn_hidden_size",
+            "intermediate_size_mlp",
+            "d_inner",
+            "block_ff_dim",
+        ),
+        96,
+    ),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), LAYERS
+    ),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads", "encoder_attention_heads"),
+        HEADS,
+    ),
+    **dict.fromkeys(
+        (
+            "head_dim",
+            "dim_head",
+            "d_kv",
+            "kv_channels",
+            "rotary_dim",
+            "swa_head_dim",
+            "swa_v_head_dim",
+            "global_head_dim",
+        ),
+        16,
+    ),
+    **dict.fromkeys(
+        (
+            "moe_intermediate_size",
+            "expert_ffn_hidden_size",
+            "shared_expert_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+            "shared_intermediate_size",
+            "ffn_intermediate_size",
+            "prefix_dense_intermediate_size",
+            "dense_intermediate_size",
+            "expert_intermediate_size",
+        ),
+        32,
+    ),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_num_primary_experts"), 4
+    ),
+    **dict.fromkeys(
+        (
+            "num_experts_per_tok",
+            "num_experts_per_token",
+            "moe_topk",
+            "moe_k",
+            "moe_top_k",
+            "top_k_experts",
+            "num_selected_experts",
+        ),
+        2,
+    ),
+    **dict.fromkeys(("n_group", "topk_group", "zero_expert_num"), 1),
+    **dict.fromkeys(
+        (
+            "first_k_dense_replace",
+            "num_dense_layers",
+            "moe_layer_start_index",
+            "decoder_sparse_step",
+            "moe_layer_freq",
+            "num_shared_experts",
+            "n_shared_experts",
+        ),
+        1,
+    ),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 24),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), 8),
+    "v_head_dim": 12,
+    "qk_head_dim": 16,
+    **dict.fromkeys(
+        ("sliding_window", "attention_chunk_size", "window_size", "sliding_window_size", "local_window_size"), 6
+    ),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "n_positions"), 128),
+    **dict.fromkeys(("index_n_heads", "index_topk", "index_head_dim"), 8),
+    "query_pre_attn_scalar": 16,
+    "layer_group_size": 2,
+}
+# Options that add weights, on wherever a config has them: what runs with them runs without.
+OPTIONS = dict.fromkeys(("attention_bias", "mlp_bias", "use_qk_norm", "qk_layernorm", "use_bias", "lm_head_bias"), True)
+WIDTHS = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "out_hidden_size", "projector_input_dim")
+DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "num_blocks")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "num_key_value_groups", "swa_num_key_value_heads")
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 2, "decoder_start_token_id": 1}
+
+# What the names alone do not get right.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gptj": {"rotary_dim": 8, "n_inner": None},
+    "codegen": {"rotary_dim": 8, "n_inner": None},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "alibi": False},
+    "phi3": {"original_max_position_embeddings": 128},
+    "stablelm": {"qk_layernorm": False},  # its norms are one module a head: refused
+    "nanochat": {"head_dim": 8},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": [2, 2]},
+    "ministral": {"head_dim": 16},
+    "longcat_flash": {"head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "flint": {"mlp_only_layers": [0], "num_experts": 4},
+    "deepseek_v3": {"n_group": 2, "topk_group": 1},
+    "nemotron": {"head_dim": 8},
+    "bitnet": {"num_key_value_heads": 4},
+    "llama4_text": {"interleave_moe_layer_step": 1, "no_rope_layers": [1, 0]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+            "full_attention": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [2, 1, 1]},
+        },
+    },
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [32, 32],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    },
+    "hunyuan_vl_text": {"head_dim": 16},
+    "step3p5": {"sliding_window": 6},
+    "ovis2": {"vocab_size": VOCABULARY, "hidden_size": 64},
+    "paddleocr_vl_text": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+    },
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 90},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 90},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1}},
+    "muse_spark_audio": {"num_hidden_layers": 4},
+    "molmo2_adapter": {"vision_feature_layer": [0, 0]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
+    "emu3": {"vocabulary_map": {"<image>": 3, "<|visual token 000000|>": 4}},
+    "chameleon": {"vocabulary_map": {"<image>": 3, "IMGIMGAZ": 4}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "xmod": {"default_language": "en_XX", "is_decoder": True},
+    # Towers and what joins them to the text, whose default sizes are large.
+    "cohere2_vision": {"alignment_intermediate_size": 64},
+    "siglip_vision_model": {"hidden_size": 64, "num_attention_heads": 4},
+    "qwen2_vl_vision": {"hidden_size": 64},
+    "qwen2_5_omni_vision_encoder": {"hidden_size": 64, "num_heads": 4},
+    "qwen2_5_vl_vision": {"hidden_size": 64, "num_heads": 4},
+}
+
+
+def tiny_configs(model_type: str) -> Iterator[Any]:
+    """Tiny configs to try, in order: fewer key/value heads than query heads first, then as many."""
+    from transformers import CONFIG_MAPPING
+
+    whole = CONFIG_MAPPING[model_type]()
+    name = next((name for name in ("text_config", "decoder_config") if hasattr(whole, name)), None)
+    towers = {part: shallow(config) for part, config in parts_of(whole).items() if part != name}
+    for key_value_heads in _key_value_choices(whole if name is None else getattr(whole, name)):
+        if name is None:
+            yield _shrunk(whole, key_value_heads, towers)
+        else:
+            text = _shrunk(getattr(whole, name), key_value_heads, {})
+            yield type(whole)(**{name: text, **towers, **SPECIAL.get(model_type, {})})
+
+
+def shallow(tower: Any) -> Any:
+    """A picture or sound tower of one layer: most other sizes have to fit each other, and text never reaches it."""
+    known = tower.to_dict()
+    layers = {name: size for names, size in ((DEPTHS, 1), (WIDTHS, 64)) for name in names if known.get(name)}
+    layers |= {"layer_types": known["layer_types"][:1]} if known.get("layer_types") else {}
+    inner = {part: shallow(config) for part, config in parts_of(tower).items()}
+    return type(tower).from_dict({**known, **layers, **inner, **SPECIAL.get(tower.model_type, {})})
+
+
+def parts_of(config: Any) -> dict[str, Any]:
+    """The configs inside a config."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    return {name: part for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+
+
+def _key_value_choices(config: Any) -> list[int]:
+    has_any = any(getattr(config, name, None) is not None for name in KEY_VALUE_HEADS)
+    latent = getattr(config, "kv_lora_rank", None)
+    return [4, HEADS] if has_any and not latent else [HEADS]
+
+
+def _shrunk(config: Any, key_value_heads: int, towers: dict[str, Any]) -> Any:
+    known = config.to_dict()
+    values = {name: size for name, size in SIZES.items() if known.get(name) is not None}
+    values |= {name: on for name, on in OPTIONS.items() if name in known}
+    values |= {name: key_value_heads for name in KEY_VALUE_HEADS if name in known}
+    values |= {name: token for name, token in TOKENS.items() if known.get(name) is not None}
+    values |= {"layer_types": _layer_types(known["layer_types"])} if known.get("layer_types") else {}
+    if known.get("kv_lora_rank") is not None:  # there, head_dim means the rotary part alone
+        values.pop("head_dim", None)
+    values |= towers | SPECIAL.get(config.model_type, {})
+    if known.get("rope_parameters") and "rope_parameters" not in values:
+        values["rope_parameters"] = _with_theta(copy.deepcopy(known["rope_parameters"]))
+        if "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
+            values["rope_parameters"] |= _sections(values, values["rope_parameters"])
+    if "layer_types" in values and "num_hidden_layers" in known:
+        values["num_hidden_layers"] = len(values["layer_types"])
+    return type(config)(**values)
+
+
+def _with_theta(rope: dict[str, Any]) -> dict[str, Any]:
+    """Some configs leave the base frequency to the checkpoint."""
+    if rope.get("rope_theta", 0) is None:
+        rope["rope_theta"] = 10000.0
+    return rope
+
+
+def _sections(values: dict[str, Any], rope: dict[str, Any]) -> dict[str, list[int]]:
+    """How the frequencies of a head divide into those of time, height and width."""
+    width = values.get("head_dim", values.get("hidden_size", 64) // HEADS)
+    third, rest = divmod(int(width * rope.get("partial_rotary_factor", 1.0)) // 2, 3)
+    return {"mrope_section": [third + rest, third, third]}
+
+
+def _layer_types(types: list[str]) -> list[str]:
+    """Each kind of layer once, in order of appearance, and two layers at least."""
+    kinds = list(dict.fromkeys(types))
+    return kinds * 2 if len(kinds) == 1 else kinds

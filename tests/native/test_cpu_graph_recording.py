@@ -1,0 +1,127 @@
+"""Recorded steps: a replay computes on new inputs what the recording computed on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ulysses_infer.model.fusion.elementwise import NativeElementwise
+from ulysses_infer.native.arena import Arena
+from ulysses_infer.native.cpu_graph import Tape
+from ulysses_infer.native.function import ALL_REDUCE, ELEMENTWISE, KINDS, MATMUL, is_recording
+from ulysses_infer.native.library import is_available
+from ulysses_infer.native.matmul import NativeMatmul
+
+pytestmark = pytest.mark.skipif(not is_available("tape"), reason="no C compiler here")
+WIDTH = 48
+
+
+def recorded(step: Callable[[], torch.Tensor]) -> tuple[Tape, torch.Tensor]:
+    """The tape of `step` and its result."""
+    tape = Tape(Arena())
+    with torch.inference_mode(), tape.recording():
+        result = step()
+    assert not is_recording()
+    return tape, result
+
+
+@torch.inference_mode()
+def replayed(tape: Tape, result: torch.Tensor) -> torch.Tensor:
+    tape.replay()
+    return result.clone()
+
+
+class Layer:
+    """Native and torch's operations, views and temporary results among them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.matmul, self.elementwise = NativeMatmul(), NativeElementwise(dtype)
+        self.first, self.second = torch.randn(2 * WIDTH, WIDTH).to(dtype), torch.randn(WIDTH, WIDTH).to(dtype)
+        self.norm = torch.rand(WIDTH).to(dtype)
+        self.total = torch.zeros(WIDTH).to(dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.elementwise.rms_norm(x, self.norm, 1e-5)
+        gate, up = self.matmul(normed, self.first).split(WIDTH, dim=-1)
+        gated = self.elementwise.gated("silu", gate, up)
+        down = self.matmul(gated, self.second)
+        self.total.add_(down.sum(dim=0))
+        _, last = self.elementwise.add_rms_norm(down, x.clone(), self.norm, 1e-5)
+        return torch.cat((last.view(-1, 2, WIDTH // 2).transpose(0, 1).contiguous().flatten(), down.flatten()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_replay_gives_what_the_step_would_have_given(dtype, rows):
+    x, layer = torch.randn(rows, WIDTH).to(dtype), Layer(dtype)
+    tape, result = recorded(lambda: layer(x))
+    assert tape.problem is None
+    assert tape.num_native_calls == 5
+    for _ in range(3):
+        x.copy_(torch.randn(rows, WIDTH))
+        before = layer.total.clone()
+        expected = layer(x)
+        total = layer.total.clone()
+        layer.total.copy_(before)
+        assert torch.equal(replayed(tape, result), expected)
+        assert torch.equal(layer.total, total)  # what a step changes, it changes each time
+
+
+def test_the_recording_itself_is_a_step():
+    x, layer = torch.randn(3, WIDTH), Layer(torch.float32)
+    _, result = recorded(lambda: layer(x))
+    total = layer.total.clone()
+    layer.total.zero_()
+    assert torch.equal(layer(x), result)
+    assert torch.equal(layer.total, total)
+
+
+def test_tapes_that_share_memory_do_not_disturb_each_other():
+    arena, layers, tapes = Arena(), [Layer(torch.float32) for _ in range(3)], []
+    x = torch.randn(2, WIDTH)
+    for layer in layers:
+        tape = Tape(arena)
+        with torch.inference_mode(), tape.recording():
+            tapes.append((tape, layer(x)))
+    x.copy_(torch.randn(2, WIDTH))
+    for index in (0, 2, 1, 0):
+        tape, result = tapes[index]
+        assert torch.equal(replayed(tape, result), layers[index](x))
+
+
+def test_the_time_of_native_calls_is_kept_by_kind():
+    x, layer = torch.randn(2, WIDTH), Layer(torch.float32)
+    tape, result = recorded(lambda: layer(x))
+    assert {tape.seconds_of(kind) for kind in KINDS} == {0.0}  # the recording was timed as ever
+    replayed(tape, result)
+    assert tape.seconds_of(MATMUL) > 0
+    assert tape.seconds_of(ELEMENTWISE) > 0
+    assert tape.seconds_of(ALL_REDUCE) == 0
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(lambda x: x * x.sum().item(), id="a number read"),
+        pytest.param(lambda x: x + torch.tensor([float(len(x))]), id="a constant of Python's"),
+        pytest.param(lambda x: x[x > 0], id="a shape that depends on data"),
+        pytest.param(lambda x: torch.unique(x, return_counts=True)[0], id="several results"),
+    ],
+)
+def test_what_cannot_be_repeated_is_named_and_takes_place(step):
+    x = torch.randn(8)
+    tape, result = recorded(lambda: step(x))
+    assert tape.problem is not None
+    assert "cannot be repeated" in tape.problem
+    assert torch.equal(result, step(x))
+
+
+def test_nothing_is_recorded_after_an_exception():
+    tape = Tape(Arena())
+    with pytest.raises(ZeroDivisionError), tape.recording():
+        raise ZeroDivisionError
+    assert not is_recording()
+    NativeMatmul()(torch.randn(1, WIDTH), torch.randn(WIDTH, WIDTH))
+    assert tape.num_native_calls == 0

@@ -1,0 +1,133 @@
+"""Decode steps repeated from tapes: the very same numbers as layer by layer, in every mode, whatever came between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.equivalence.cases import ModeShuffle, all_logprobs
+from tests.equivalence.conftest import reference as reference
+from tests.tiny import settings
+from ulysses_infer import SamplingParams, init_inference
+from ulysses_infer.attention.native import NativeAttention
+from ulysses_infer.attention.torch_loop import TorchLoopAttention
+from ulysses_infer.cache.paged import CacheShape
+from ulysses_infer.native.library import is_available
+from ulysses_infer.native.matmul import NativeMatmul
+from ulysses_infer.worker.cpu_graphs import wants_tapes
+
+pytestmark = pytest.mark.skipif(not is_available("tape"), reason="no C compiler here")
+NEW_TOKENS = 24
+
+
+class Replays:
+    """Counts what the tapes of this rank did."""
+
+    def __init__(self, engine: Any) -> None:
+        self.runner: Any = engine._rank.worker.graphs
+        self.count = 0
+        if self.runner is not None:
+            run = self.runner.run
+            self.runner.run = lambda plan, *others: self._count(run, plan, *others)
+
+    def _count(self, run: Any, plan: Any, *others: Any) -> Any:
+        self.count += (plan.mode, plan.num_tokens, plan.full_logits) in self.runner._recorded
+        return run(plan, *others)
+
+
+def run(
+    folder: Path, base: tuple[int, int], prompts: list[list[int]], eager: bool | None, changes: dict[str, Any]
+) -> Any:
+    """On every rank: tokens, log-probabilities, and how many steps were replayed; requests come and go."""
+    scored = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    arrivals = [5 * index for index in range(len(prompts))]
+    with init_inference(str(folder), **settings(*base, **{"runtime.enforce_eager": eager, **changes})) as engine:
+        if engine._engine is not None:
+            engine._engine.choose_mode = ModeShuffle(engine.config.parallel.available_modes)
+        replays = Replays(engine)
+        outputs = engine.generate(prompts, scored, arrival_steps=arrivals)
+        outputs += engine.generate(prompts[::-1], scored)
+    return [output.outputs[0].token_ids for output in outputs], list(map(all_logprobs, outputs)), replays.count
+
+
+def compare(rank_pool: Any, expected: Any, base: tuple[int, int], **changes: Any) -> int:
+    """Both ways on the ranks of `base`; returns how many steps were replayed."""
+    ranks = rank_pool(base[0] * base[1])
+    eager, taped = (ranks.run(run, expected.folder, base, expected.prompts, how, changes) for how in (True, None))
+    for (tokens, logprobs, _), (found, scores, _) in zip(eager, taped, strict=True):
+        assert found == tokens
+        assert scores == logprobs
+    assert {count for _, _, count in eager} == {0}
+    counts = {count for _, _, count in taped}
+    assert len(counts) == 1
+    return counts.pop()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("base", [(1, 1), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_modes_and_batches_change_from_step_to_step(family, base, rank_pool, reference):
+    assert compare(rank_pool, reference(family), base) > 10
+
+
+@pytest.mark.distributed
+def test_ranks_without_a_token_of_their_own(rank_pool, reference):
+    expected = reference("llama")
+    assert compare(rank_pool, expected, (4, 1), **{"scheduler.max_num_seqs": 2}) > 10
+
+
+@pytest.mark.distributed
+def test_sequences_are_preempted(rank_pool, reference):
+    assert compare(rank_pool, reference("llama"), (2, 1), **{"cache.num_blocks": 24}) > 5
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "deepseek_v3"])
+def test_models_that_are_mostly_torch_s_own_run_as_ever(family, rank_pool, reference):
+    assert compare(rank_pool, reference(family), (1, 1)) == 0
+
+
+def test_without_native_collectives_steps_run_as_ever(rank_pool, reference):
+    assert compare(rank_pool, reference("llama"), (2, 1), **{"runtime.collectives": "torch"}) == 0
+
+
+def test_time_in_collectives_is_still_counted(rank_pool, reference):
+    seconds = rank_pool(2).run(collective_seconds, reference("llama").folder)
+    assert seconds[0]["all_reduce"] > 0
+
+
+def collective_seconds(folder: Path) -> dict[str, float]:
+    """On every rank: what the clock has after steps that were all replayed."""
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    with init_inference(str(folder), **settings(2, **{"policy.name": "static", "policy.mode": "tp"})) as engine:
+        engine.generate([[1, 2, 3]], params)
+        replays, clock = Replays(engine), engine._rank.worker.groups.clock
+        engine.generate([[1]], SamplingParams(temperature=0, max_tokens=1))
+        clock.take()
+        engine.generate([[4]], params)
+        assert replays.count >= 19
+        return clock.take()
+
+
+class TestWhetherStepsAreRecorded:
+    shape = CacheShape(2, 2, 16, 16, 4, torch.float32)
+
+    def wants(self, eager, backend=None, shape=shape, matmul=True):
+        backend = backend or NativeAttention()
+        return wants_tapes(eager, backend, NativeMatmul() if matmul else None, shape, torch.float32)
+
+    def test_they_are_unless_told_otherwise(self):
+        assert self.wants(None)
+        assert self.wants(False)
+        assert not self.wants(True)
+
+    @pytest.mark.parametrize(("eager", "warnings"), [(None, 0), (False, 1)])
+    def test_only_native_kernels_can_be(self, caplog, eager, warnings):
+        assert not self.wants(eager, backend=TorchLoopAttention())
+        assert len(caplog.records) == warnings
+        assert not self.wants(eager, matmul=False)
+
+    def test_a_cache_of_another_type_is_read_by_torch(self):
+        assert not self.wants(None, shape=CacheShape(2, 2, 16, 16, 4, torch.bfloat16))

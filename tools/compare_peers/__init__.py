@@ -1,1 +1,0 @@
-"""The engine against its peers on the same checkpoints and processors, in one run: `python -m tools.compare_peers`."""

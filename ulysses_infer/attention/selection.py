@@ -1,0 +1,230 @@
+"""Which attention runs on a GPU: the first of a short list that can do what the model and the cache ask for."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ulysses_infer.attention.backend import AttentionBackend, AttentionOptions
+from ulysses_infer.attention.flashinfer_latent import WIDTHS as LATENT_WIDTHS
+from ulysses_infer.attention.native import NativeAttention
+from ulysses_infer.attention.torch_loop import TorchLoopAttention
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.native.library import NativeUnavailableError, is_available
+
+logger = logging.getLogger(__name__)
+
+HALF = (torch.float16, torch.bfloat16)
+FLASH_PAGE = 256  # FlashAttention-2 reads pages of a multiple of this
+FLASH_WIDTH = 256
+FLASHINFER_WIDTHS = (64, 128, 256)
+FLEX_PAGE = 16  # the least that its matrix products take
+LIBRARIES = {
+    "flash_attn": "flash_attn",
+    "flashinfer": "flashinfer",
+    "varlen": "torch.nn.attention.varlen",
+    "flex": "triton",
+}
+"""The module that each needs."""
+
+
+@dataclass(frozen=True)
+class AttentionNeeds:
+    """What a model, its cache and its GPU ask of attention."""
+
+    capability: tuple[int, int]
+    """Of the GPU: (8, 0) is Ampere, (9, 0) Hopper."""
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    key_width: int
+    value_width: int
+    block_size: int
+    softcap: bool = False
+    chunks: bool = False
+    latents: bool = False
+    """Whether the cache holds latents, whose first numbers are the values."""
+
+    @classmethod
+    def of(
+        cls,
+        options: Iterable[AttentionOptions],
+        max_model_len: int,
+        capability: tuple[int, int],
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype,
+        key_width: int,
+        value_width: int,
+        block_size: int,
+        latents: bool = False,
+    ) -> AttentionNeeds:
+        """Gathered from the layers' `options`; chunks that no sequence outgrows are none."""
+        layers = list(options)
+        return cls(
+            capability,
+            dtype,
+            cache_dtype,
+            key_width,
+            value_width,
+            block_size,
+            softcap=any(layer.softcap is not None for layer in layers),
+            chunks=any(layer.chunk_size is not None and layer.chunk_size < max_model_len for layer in layers),
+            latents=latents,
+        )
+
+
+def _against_libraries(needs: AttentionNeeds) -> str | None:
+    """What all of these kernels lack alike."""
+    if needs.capability < (8, 0):
+        return "it needs an Ampere or newer GPU"
+    if needs.chunks:
+        return "it has no chunked attention"
+    if needs.dtype not in HALF or needs.cache_dtype != needs.dtype:
+        return "it needs float16 or bfloat16 in model and cache"
+    return None
+
+
+def _against_flash(needs: AttentionNeeds) -> str | None:
+    if (lack := _against_libraries(needs)) is not None:
+        return lack
+    if needs.key_width != needs.value_width or needs.key_width > FLASH_WIDTH or needs.key_width % 8:
+        return f"heads are {needs.key_width} and {needs.value_width} wide, not both the same multiple of 8 up to 256"
+    if needs.block_size % FLASH_PAGE:
+        return f"cache.block_size is {needs.block_size}, not a multiple of {FLASH_PAGE}"
+    return None
+
+
+def _against_varlen(needs: AttentionNeeds) -> str | None:
+    return "it has no soft cap" if needs.softcap else _against_flash(needs)
+
+
+def _against_flashinfer(needs: AttentionNeeds) -> str | None:
+    if (lack := _against_libraries(needs)) is not None:
+        return lack
+    if needs.latents:
+        fits = (needs.key_width, needs.value_width) == LATENT_WIDTHS
+        return None if fits else f"latents are {needs.key_width} numbers, not {LATENT_WIDTHS[0]}"
+    if needs.key_width != needs.value_width or needs.key_width not in FLASHINFER_WIDTHS:
+        return f"heads are {needs.key_width} and {needs.value_width} wide, not both 64, 128 or 256"
+    return None
+
+
+def _against_flex(needs: AttentionNeeds) -> str | None:
+    if needs.block_size < FLEX_PAGE or needs.block_size & (needs.block_size - 1):
+        return f"cache.block_size is {needs.block_size}, not a power of two from {FLEX_PAGE} up"
+    if needs.cache_dtype != needs.dtype:
+        return "it needs a cache of the model's dtype"
+    if needs.latents:
+        return "its tiles of queries and latents do not fit on a GPU's cores"
+    return None
+
+
+def _against_torch(needs: AttentionNeeds) -> str | None:
+    return None
+
+
+CAPABILITIES: dict[str, Callable[[AttentionNeeds], str | None]] = {
+    "flash_attn": _against_flash,
+    "flashinfer": _against_flashinfer,
+    "varlen": _against_varlen,
+    "flex": _against_flex,
+    "torch": _against_torch,
+}
+"""Backends in order of preference, each with what may speak against it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend taken, and why each of those before it was not."""
+
+    name: str
+    passed_over: dict[str, str]
+
+
+def choose(name: str, needs: AttentionNeeds, installed: Collection[str]) -> Choice:
+    """The backend for `needs`: the one named, or with `auto` the first that can.
+
+    `installed`: the backends whose library is there. Raises `ConfigError` when the one named cannot.
+    """
+    passed_over: dict[str, str] = {}
+    for candidate in CAPABILITIES if name == "auto" else [name]:
+        reason = _reason_against(candidate, needs, installed)
+        if reason is None:
+            return Choice(candidate, passed_over)
+        passed_over[candidate] = reason
+    raise ConfigError(f"runtime.attention_backend is {name}, but {passed_over[name]}; use auto")
+
+
+def _reason_against(name: str, needs: AttentionNeeds, installed: Collection[str]) -> str | None:
+    if name not in CAPABILITIES:
+        return f"a GPU runs {', '.join(CAPABILITIES)}"
+    if name not in installed:
+        return f"{LIBRARIES[name]} is not installed"
+    return CAPABILITIES[name](needs)
+
+
+def installed_backends() -> set[str]:
+    """The backends whose library is there."""
+    return {"torch", *(name for name, module in LIBRARIES.items() if importlib.util.find_spec(module) is not None)}
+
+
+def make_gpu_backend(name: str, device: torch.device, needs: AttentionNeeds) -> AttentionBackend:
+    """The backend that a recipe names, or the best. Raises `ConfigError` when the one named cannot run here."""
+    choice = choose(name, needs, installed_backends())
+    reasons = "; ".join(f"not {other}: {reason}" for other, reason in choice.passed_over.items())
+    level = logging.WARNING if choice.name == "torch" and name == "auto" else logging.INFO
+    logger.log(level, "attention runs on %s%s", choice.name, f" ({reasons})" if reasons else "")
+    return _open(choice.name, device, needs.latents)
+
+
+def _open(name: str, device: torch.device, latents: bool) -> AttentionBackend:
+    if name == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        from ulysses_infer.attention.flash_attn import FlashAttnAttention
+
+        return FlashAttnAttention(flash_attn_varlen_func)
+    if name == "flashinfer" and latents:
+        import flashinfer.mla
+
+        from ulysses_infer.attention.flashinfer_latent import FlashInferLatentAttention
+
+        return FlashInferLatentAttention(flashinfer, device)
+    if name == "flashinfer":
+        import flashinfer
+
+        from ulysses_infer.attention.flashinfer import FlashInferAttention
+
+        return FlashInferAttention(flashinfer, device)
+    if name == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        from ulysses_infer.attention.varlen import VarlenAttention
+
+        return VarlenAttention(varlen_attn)
+    if name == "flex":
+        from torch.nn.attention.flex_attention import flex_attention
+
+        from ulysses_infer.attention.flex import FlexAttention
+
+        return FlexAttention(torch.compile(flex_attention, dynamic=True))
+    from ulysses_infer.attention.torch_loop import TorchLoopAttention
+
+    return TorchLoopAttention()
+
+
+def make_backend(name: str, device: torch.device) -> AttentionBackend:
+    """The backend a recipe names; `auto` takes the best one that runs on `device`. Raises `ConfigError`."""
+    if name == "torch" or (name == "auto" and (device.type != "cpu" or not is_available("attention"))):
+        return TorchLoopAttention()
+    if name not in ("auto", "native"):
+        raise ConfigError(f"runtime.attention_backend is {name!r}; choose one of auto, torch, native")
+    if device.type != "cpu":
+        raise ConfigError(f"runtime.attention_backend is native, which runs on a CPU, not on {device.type}; use auto")
+    try:
+        return NativeAttention()
+    except NativeUnavailableError as error:
+        raise ConfigError(f"runtime.attention_backend is native, but {error}; use auto or torch") from error

@@ -1,0 +1,84 @@
+"""The options of `bench compare`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ulysses_infer.bench.compare.contenders import CONTENDERS
+from ulysses_infer.bench.compare.protocols import PROTOCOLS, SCALES
+from ulysses_infer.bench.serve.serve_options import pair, positive, positive_number
+from ulysses_infer.errors import ConfigError
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Everything but MODEL and the recipe."""
+    number: dict[str, Any] = {"type": positive, "metavar": "N"}
+    protocols = ", ".join(f"{protocol.name} ({protocol.about})" for protocol in PROTOCOLS.values())
+    parser.add_argument(
+        "--protocol",
+        type=_names_of(PROTOCOLS),
+        default=list(PROTOCOLS),
+        metavar="P,P",
+        help=f"of {protocols}; default: all",
+    )
+    parser.add_argument(
+        "--contenders",
+        type=_names_of(CONTENDERS),
+        default=list(CONTENDERS),
+        metavar="C,C",
+        help=f"default: {','.join(CONTENDERS)}",
+    )
+    parser.add_argument("--ranks", **number, help="default: those of the recipe, at least 2")
+    parser.add_argument("--repeats", **number, default=3, help="interleaved; default: %(default)s")
+    parser.add_argument("--scale", choices=SCALES, default="laptop", help="sizes of all loads; default: %(default)s")
+    parser.add_argument("--input-len", **number, help="tokens of a prompt, instead of the scale's")
+    parser.add_argument("--output-len", **number, help="tokens of an answer, instead of the scale's")
+    parser.add_argument(
+        "--seconds", type=positive_number, metavar="S", help="of each load that has times, instead of the scale's"
+    )
+    parser.add_argument(
+        "--trace", type=Path, action="append", default=[], metavar="FILE", help="for protocol trace; repeatable"
+    )
+    parser.add_argument(
+        "--in-turn", action="store_true", help="one server at a time: slower, but it has the memory to itself"
+    )
+    parser.add_argument("--output", type=Path, default=Path("compare"), metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument(
+        "--redraw", action="store_true", help="measure nothing: make the report again from what FOLDER has"
+    )
+    parser.add_argument(
+        "--note", type=pair, action="append", default=[], metavar="KEY=VALUE", help="kept in the report; repeatable"
+    )
+    parser.add_argument(
+        "--launch",
+        type=shlex.split,
+        metavar="COMMAND",
+        help="starts a server instead of ulysses-infer: it gets the number of ranks, then the server's arguments",
+    )
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise `ConfigError` for options that make no sense."""
+    if options.protocol == ["trace"] and not options.trace and not options.redraw:
+        raise ConfigError("--protocol trace needs --trace FILE, of Azure's CSV or Mooncake's JSON lines")
+    for path in options.trace:
+        if not path.is_file():
+            raise ConfigError(f"--trace '{path}' is not a file")
+    if options.output.exists() and not options.output.is_dir():
+        raise ConfigError(f"--output '{options.output}' is not a folder")
+
+
+def _names_of(known: Any) -> Any:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r}: choose from {', '.join(known)}")
+        if len(set(names)) < len(names):
+            raise argparse.ArgumentTypeError(f"{text!r} names one twice")
+        return names
+
+    return parse

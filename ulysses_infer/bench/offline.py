@@ -1,0 +1,163 @@
+"""The `bench` command: `latency` and `throughput` in every mode, on one checkpoint, in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ulysses_infer.bench.load import LoadMeter
+from ulysses_infer.bench.random_model import random_model
+from ulysses_infer.bench.report import as_json, comparison
+from ulysses_infer.bench.single import SingleRank
+from ulysses_infer.bench.workload import WARM_UP_TOKENS, Sample, Workload, measure
+from ulysses_infer.cli.arguments import Command
+from ulysses_infer.config import Config
+from ulysses_infer.console.banner import loaded, print_config, shown_path
+from ulysses_infer.console.screen import make_console, mode_name
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.inference import InferenceEngine
+
+Run = Callable[[list[list[int]], int], Sample | None]
+"""Measures (prompts, output length) in one mode; None on a rank that takes no part."""
+
+QUIET_CORES = 0.1  # other programs may use this much before the table warns of them
+
+
+def run(command: Command, config: Config, rank: int) -> None:
+    """Measure on all ranks, print the table on rank 0. Collective. Raises `UlyssesError`s of one line."""
+    options, console = command.options, make_console(rank)
+    check_modes(options.modes, config)
+    check_json(options.json)
+    if options.random_model is not None:
+        config.model.path = str(random_model(options.random_model))
+    workload = Workload(options.input_len, options.output_len, options.num_prompts, config.model.seed)
+    config = for_benchmark(config, workload)
+    print_config(console, f"bench {options.kind}", config)
+    with loaded(config, console) as engine, ExitStack() as stack:
+        runs = {mode: _run_of(mode, engine, config, rank, stack) for mode in options.modes}
+        meter = LoadMeter()
+        samples = interleaved(runs, workload, options.repeats, engine.vocab_size, console)
+        foreign = meter.foreign_cores()
+    if rank == 0:
+        labels = {mode: _label(mode, config) for mode in options.modes}
+        _print(console, options, config, comparison(options.kind, samples, labels), foreign)
+        if options.json is not None:
+            _write(Path(options.json), options, config, as_json(options.kind, samples), foreign)
+
+
+def check_modes(modes: list[str], config: Config) -> None:
+    """Raise `ConfigError` if a mode needs more ranks than there are."""
+    needy = [mode for mode in modes if mode != "single"]
+    if config.parallel.world_size == 1 and needy:
+        raise ConfigError(
+            f"mode {needy[0]} needs more than one rank; add parallel.sp=2 (or more), or measure --modes single"
+        )
+
+
+def check_json(path: str | None) -> None:
+    """Raise `ConfigError` before anything runs if the measurements could not be written afterwards."""
+    if path is not None and not Path(path).parent.is_dir():
+        raise ConfigError(f"--json {path!r}: folder '{Path(path).parent}' does not exist; create it")
+
+
+def for_benchmark(config: Config, workload: Workload) -> Config:
+    """`config` with a cache for the workload alone, in which no mode finds what another has left."""
+    cache = dataclasses.replace(config.cache, enable_prefix_caching=False)
+    if cache.num_blocks is None and cache.memory_bytes is None:
+        cache.num_blocks = workload.num_blocks(cache.block_size)
+    return dataclasses.replace(config, cache=cache)
+
+
+def interleaved(
+    runs: dict[str, Run], workload: Workload, repeats: int, vocab_size: int, console: Console
+) -> dict[str, list[Sample]]:
+    """Warm every mode up, then measure A B C, A B C, ...: what disturbs the machine disturbs all modes alike."""
+    samples: dict[str, list[Sample]] = {mode: [] for mode in runs}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("warming up", total=len(runs) * (repeats + 1))
+        for repeat in range(-1, repeats):
+            prompts = workload.prompts(repeat, vocab_size)
+            for mode, run_mode in runs.items():
+                bar.update(task, description=f"{'warming up' if repeat < 0 else 'measuring'} {mode}")
+                sample = run_mode(prompts, WARM_UP_TOKENS if repeat < 0 else workload.output_len)
+                if repeat >= 0 and sample is not None:
+                    samples[mode].append(sample)
+                bar.advance(task)
+    return samples
+
+
+def _run_of(mode: str, engine: InferenceEngine, config: Config, rank: int, stack: ExitStack) -> Run:
+    """How to measure one mode on this rank."""
+    if mode == "single":
+        if config.parallel.world_size == 1:
+            return lambda prompts, output_len: measure(engine, prompts, output_len)
+        if rank > 0:
+            return lambda prompts, output_len: None
+        return stack.enter_context(SingleRank(config, _all_threads(config))).run
+    policy: dict[str, Any] = {"name": "static", "mode": mode}
+    if mode == "shift":
+        policy = {"name": "threshold", "threshold_tokens": config.policy.threshold_tokens}
+
+    def run_mode(prompts: list[list[int]], output_len: int) -> Sample:
+        engine.set_policy(**policy)
+        return measure(engine, prompts, output_len)
+
+    return run_mode
+
+
+def _all_threads(config: Config) -> int:
+    """Threads of all ranks together: what one rank alone on the machine may use."""
+    return torch.get_num_threads() * config.parallel.world_size
+
+
+def _label(mode: str, config: Config) -> str:
+    layout = config.parallel.layout
+    labels = {
+        "sp": f"sp      {mode_name(layout.base)}",
+        "tp": f"tp      {mode_name(layout.shift)}",
+        "shift": f"shift   {mode_name(layout.base)} > {config.policy.threshold_tokens} tokens",
+        "single": f"single  1 rank, {_threads(_all_threads(config))}",
+    }
+    return labels[mode]
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def _print(console: Console, options: Any, config: Config, table: Any, foreign: float) -> None:
+    requests = f"{options.num_prompts} requests together" if options.num_prompts > 1 else "a lone request"
+    console.print(
+        f"{options.kind}: {requests}, {options.input_len} tokens in, {options.output_len} out, medians of "
+        f"{options.repeats}, {config.parallel.world_size} x {_threads(torch.get_num_threads())}, no prefix caching\n"
+    )
+    console.print(table)
+    if foreign > QUIET_CORES:
+        console.print(f"\n  other programs kept {foreign:.1f} cores busy meanwhile: do not trust small differences")
+
+
+def _write(path: Path, options: Any, config: Config, modes: dict[str, Any], foreign: float) -> None:
+    record = {
+        "benchmark": options.kind,
+        "model": shown_path(config.model.path),
+        "input_len": options.input_len,
+        "output_len": options.output_len,
+        "num_prompts": options.num_prompts,
+        "repeats": options.repeats,
+        "sp": config.parallel.sp,
+        "tp": config.parallel.tp,
+        "threshold_tokens": config.policy.threshold_tokens,
+        "threads_per_rank": torch.get_num_threads(),
+        "foreign_busy_cores": foreign,
+        "modes": modes,
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,263 @@
+"""The command line: one grammar for `ulysses-infer ...` and for `launch.py ...` under a launcher."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from ulysses_infer.bench.compare.compare_options import add_options, check_options
+from ulysses_infer.bench.replay.replay_options import parse_replay
+from ulysses_infer.bench.serve.serve_options import parse_serve
+from ulysses_infer.config import Config, load_config
+from ulysses_infer.config.aliases import ALIASES, split_flags
+from ulysses_infer.errors import ConfigError
+
+BENCHMARKS = ("latency", "throughput")
+CLIENTS = ("bench serve", "bench replay", "bench compare")
+"""Commands that are one process of their own, and no ranks."""
+MODES = ("tp", "sp", "shift", "single")
+RANDOM_MODELS = ("llama-60m", "llama-0.5b")
+DEFAULT_MAX_TOKENS = 128  # of prompts given on the command line
+
+USAGE = """\
+usage: ulysses-infer COMMAND [MODEL] [--config RECIPE] [options] [key=value ...]
+
+commands:
+  generate              complete prompts: --prompt TEXT, or those of the recipe
+  bench latency         time to first token and per token of a lone request, in every mode
+  bench throughput      tokens per second of many requests together, in every mode
+  bench serve           load on a server that speaks OpenAI's format, this one or another
+  bench replay          a trace of production traffic on such a server
+  bench compare         dp, tp, sp and shift on this machine: a report with plots
+  serve                 answer HTTP requests in OpenAI's format, until a signal ends it
+  calibrate             measure the step times of every mode, for policy adaptive
+
+MODEL is a hub id or a folder, unless the recipe names one. Any key of a recipe can be set, as in parallel.sp=2.
+`ulysses-infer COMMAND --help` has the options of a command; --version prints the version.
+
+  ulysses-infer generate models/demo --prompt "def main():" parallel.sp=2
+  ulysses-infer bench latency --config recipes/demo.yaml --modes tp,sp,shift,single
+  ulysses-infer serve models/demo parallel.sp=2 --port 8000
+
+The same commands run under a launcher:  deepspeed --num_gpus 2 ulysses_infer/launch.py generate --config RECIPE
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line."""
+
+    name: str
+    """generate | bench | bench serve | bench replay | bench compare | serve | calibrate"""
+    options: argparse.Namespace
+    overrides: list[str]
+    """Everything meant for the recipe, as `load_config` takes it."""
+
+    def config(self) -> Config:
+        """The configuration this command runs with. Raises `ConfigError`."""
+        if self.name in CLIENTS:
+            raise ConfigError(f"{self.name} is a client, of one process; run it without a launcher")
+        config = load_config(self.options.config, self.overrides)
+        if self.name != "generate":
+            return config
+        given = _given_prompts(self.options)
+        if given:
+            return dataclasses.replace(config, generate=_with_prompts(config.generate, given))
+        if not config.generate.prompts:
+            raise ConfigError("there is nothing to generate; give --prompt TEXT, or generate.prompts in the recipe")
+        return config
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Take a command line apart. Raises `ConfigError` for one that makes no sense, SystemExit after `--help`."""
+    name, *rest = arguments or [""]
+    if name in ("", "-h", "--help", "help"):
+        print(USAGE, end="")
+        raise SystemExit(0 if name else 2)
+    if name == "--version":
+        from ulysses_infer.version import __version__
+
+        print(f"ulysses-infer {__version__}")
+        raise SystemExit(0)
+    parsers = {"generate": _parse_generate, "bench": _parse_bench, "serve": _parse_serve, "calibrate": _parse_calibrate}
+    if name not in parsers:
+        raise ConfigError(f"unknown command {name!r}; choose from {', '.join(parsers)}")
+    return parsers[name](rest)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Options in any order among words; errors are ours, of one line."""
+
+    def __init__(self, command: str, description: str) -> None:
+        words = "[MODEL] [options] [key=value ...]"
+        super().__init__(
+            prog=f"ulysses-infer {command}",
+            usage=f"ulysses-infer {command} {words}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+        self.add_argument("--config", metavar="RECIPE", help="recipe to start from (YAML)")
+        for alias, meant in ALIASES.items():
+            if "." not in alias:
+                flags = [f"--{alias.replace('_', '-')}"] + ([f"--no-{alias.replace('_', '-')}"] * meant.is_switch)
+                arity: dict[str, Any] = {"nargs": 0} if meant.is_switch else {}
+                self.add_argument(*flags, action=_Override, help=argparse.SUPPRESS, **arity)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    def parse_command(self, arguments: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:
+        """(options, MODEL or None, overrides)"""
+        options, unknown = self.parse_known_intermixed_args([_switch_as_key(word) for word in arguments])
+        if unknown:
+            split_flags([word for word in unknown if word.startswith("--")])  # raises, with the nearest name
+            self.error(f"unknown flag {unknown[0]!r}; {self.prog} --help lists those there are")
+        words = [word for word in options.words if "=" not in word]
+        if len(words) > 1:
+            raise ConfigError(f"{words[1]!r}: one MODEL is enough, and {words[0]!r} is one; keys are set as key=value")
+        assigned = [word for word in options.words if "=" in word]
+        return options, next(iter(words), None), getattr(options, "overrides", []) + assigned
+
+
+class _Override(argparse.Action):
+    """Keeps a flag that stands for a key of the recipe as it was written."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        written = [option_string or ""] + ([values] if isinstance(values, str) else [])
+        namespace.overrides = [*getattr(namespace, "overrides", []), *written]
+
+
+def _switch_as_key(word: str) -> str:
+    """`--enforce-eager=true` as `enforce_eager=true`: argparse lets a switch have no value."""
+    flag, equals, value = word.partition("=")
+    name = flag.removeprefix("--").replace("-", "_")
+    is_switch = flag.startswith("--") and name in ALIASES and ALIASES[name].is_switch
+    return f"{name}={value}" if equals and is_switch else word
+
+
+def _parse_generate(arguments: list[str]) -> Command:
+    parser = _Parser("generate", "Complete prompts and stream what comes.")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="text to continue; repeatable")
+    parser.add_argument("--chat", metavar="TEXT", action="append", default=[], help="message to answer; repeatable")
+    parser.add_argument("--max-tokens", metavar="N", help="most tokens of each completion")
+    parser.add_argument("--temperature", metavar="T", help="0 is greedy")
+    parser.add_argument("--adapter", metavar="NAME", help="LoRA adapter to go through, one of lora.adapters")
+    parser.add_argument("--output", metavar="FILE", help="write the results as JSON lines")
+    options, model, overrides = parser.parse_command(arguments)
+    settings = {
+        "model.path": model,
+        "generate.adapter": options.adapter,
+        "generate.sampling.max_tokens": options.max_tokens,
+        "generate.sampling.temperature": options.temperature,
+        "generate.output": options.output,
+    }
+    return Command("generate", options, overrides + _assignments(settings))
+
+
+def _parse_bench(arguments: list[str]) -> Command:
+    kind, *rest = arguments or [""]
+    if kind == "serve":
+        return Command("bench serve", parse_serve(rest), [])
+    if kind == "replay":
+        return Command("bench replay", parse_replay(rest), [])
+    if kind == "compare":
+        return _parse_compare(rest)
+    if kind not in (*BENCHMARKS, "-h", "--help"):
+        raise ConfigError(f"bench {kind or '(nothing)'}: choose from {', '.join(BENCHMARKS)}, serve, replay, compare")
+    parser = _Parser("bench latency|throughput", "Compare modes on one checkpoint, in one run; medians over repeats.")
+    number: dict[str, Any] = {"type": _positive, "metavar": "N"}
+    latency = kind == "latency"
+    parser.add_argument("--modes", type=_modes, default=list(MODES), help=f"default: {','.join(MODES)}")
+    parser.add_argument("--input-len", **number, default=512 if latency else 256, help="tokens of a prompt")
+    parser.add_argument("--output-len", **number, default=64, help="tokens of a completion")
+    parser.add_argument("--num-prompts", **number, default=1 if latency else 32, help="requests together")
+    parser.add_argument("--repeats", **number, default=3, help="measurements of each mode")
+    parser.add_argument("--json", metavar="FILE", help="write every measurement")
+    parser.add_argument(
+        "--random-model", choices=RANDOM_MODELS, help="random weights instead of MODEL, made once and kept"
+    )
+    options, model, overrides = parser.parse_command(arguments if kind.startswith("-") else rest)
+    options.kind = kind
+    if options.random_model and model:
+        raise ConfigError(f"MODEL {model!r} and --random-model {options.random_model!r}: give one of them")
+    if options.random_model:
+        model = options.random_model  # replaced by its folder once it is made
+    return Command("bench", options, overrides + _assignments({"model.path": model}))
+
+
+def _parse_compare(arguments: list[str]) -> Command:
+    parser = _Parser("bench compare", "The same work under dp, tp, sp and shift on this machine: a report with plots.")
+    add_options(parser)
+    parser.add_argument("--random-model", choices=RANDOM_MODELS, help="random weights instead of MODEL, made and kept")
+    options, model, overrides = parser.parse_command(arguments)
+    if options.random_model and model:
+        raise ConfigError(f"MODEL {model!r} and --random-model {options.random_model!r}: give one of them")
+    check_options(options)
+    return Command("bench compare", options, overrides + _assignments({"model.path": model}))
+
+
+def _parse_serve(arguments: list[str]) -> Command:
+    parser = _Parser("serve", "Answer HTTP requests in OpenAI's format, until a signal ends it.")
+    parser.add_argument("--host", metavar="ADDRESS", help="address to listen on; 0.0.0.0 for all of the machine's")
+    parser.add_argument("--port", metavar="N", help="port to listen on; 0: any free one")
+    parser.add_argument("--api-key", metavar="KEY", help="key that clients must send")
+    parser.add_argument("--admin-api-key", metavar="KEY", help="key for the administrative routes")
+    parser.add_argument("--served-model-name", metavar="NAME", help="model name that clients use")
+    options, model, overrides = parser.parse_command(arguments)
+    names = ("host", "port", "api_key", "admin_api_key", "served_model_name")
+    settings = {"model.path": model, **{f"server.{name}": getattr(options, name) for name in names}}
+    return Command("serve", options, overrides + _assignments(settings))
+
+
+def _parse_calibrate(arguments: list[str]) -> Command:
+    parser = _Parser("calibrate", "Measure how long steps take in every mode, for policy adaptive.")
+    parser.add_argument("--seconds", type=_seconds, metavar="N", default=120.0, help="longest time to take (120)")
+    parser.add_argument("--output", metavar="FILE", help="where to write the profile; default: the user's cache")
+    options, model, overrides = parser.parse_command(arguments)
+    return Command("calibrate", options, overrides + _assignments({"model.path": model}))
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def _assignments(settings: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in settings.items() if value is not None]
+
+
+def _given_prompts(options: argparse.Namespace) -> list[Any]:
+    chats = [{"messages": [{"role": "user", "content": text}]} for text in options.chat]
+    return [*options.prompt, *chats]
+
+
+def _with_prompts(generate: Any, prompts: list[Any]) -> Any:
+    """The recipe's prompts and their schedule give way to those of the command line."""
+    sampling = {"max_tokens": DEFAULT_MAX_TOKENS, **generate.sampling}
+    return dataclasses.replace(generate, prompts=prompts, schedule=None, sampling=sampling)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _modes(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in MODES:
+            raise argparse.ArgumentTypeError(f"{name!r} is not a mode; choose from {', '.join(MODES)}")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names a mode twice")
+    return names

@@ -1,0 +1,203 @@
+"""`ulysses-infer`: check a command, start the `deepspeed` launcher with the ranks it needs, pass signals on."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from ulysses_infer.cli.arguments import CLIENTS, Command, parse
+from ulysses_infer.config import Config
+from ulysses_infer.errors import ConfigError, UlyssesError
+from ulysses_infer.job.processes import free_port, is_launched
+
+LAUNCH = Path(__file__).with_name("launch.py")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SECONDS = 5.0
+LEAVE_SECONDS = 15.0  # for a drained server to close its connections, and for its launcher to notice its end
+POLL_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Entry point of the console script; exits with the status of the ranks."""
+    arguments = sys.argv[1:]
+    try:
+        command = parse(arguments)
+        if command.name in CLIENTS:
+            sys.exit(_run_client(command))
+        config = command.config()
+        is_server = command.name == "serve"
+        if num_ranks(config, is_server) > 1 and not is_launched():
+            sys.exit(launch(arguments, config, is_server))
+    except UlyssesError as error:
+        sys.exit(_report(error))
+    from ulysses_infer.cli.rank import main as run_here
+
+    run_here(arguments)
+
+
+def _run_client(command: Command) -> int:
+    """A command that is no rank, and does without torch; returns the exit status."""
+    if command.name == "bench serve":
+        from ulysses_infer.bench.serve.serve_bench import run as load_server
+
+        return load_server(command.options)
+    if command.name == "bench replay":
+        from ulysses_infer.bench.replay.replay_bench import run as replay
+
+        return replay(command.options)
+    from ulysses_infer.bench.compare.compare_bench import run as compare
+
+    return compare(command.options, command.overrides)
+
+
+def launch(arguments: list[str], config: Config, is_server: bool = False) -> int:
+    """Run the command on its ranks under DeepSpeed's launcher; returns the exit status.
+
+    The launcher passes no signal on, so it gets a process group of its own, and a signal to this process ends all of
+    that group; should this process be killed, the kernel ends the launcher, which the ranks notice.
+    """
+    process = subprocess.Popen(
+        launcher_command(arguments, num_ranks(config, is_server)),
+        env={**os.environ, **launcher_variables(config, num_ranks(config, is_server))},
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
+    stop = Stop(process, config.server.shutdown_timeout if is_server else None)
+    for number in SIGNALS:
+        signal.signal(number, stop.take)
+    return stop.wait()
+
+
+def num_ranks(config: Config, is_server: bool) -> int:
+    """Ranks that a command runs on: only a server has replicas."""
+    return config.parallel.num_ranks if is_server else config.parallel.world_size
+
+
+class Stop:
+    """Ends the launcher and its ranks when a signal says so, and waits for them.
+
+    A server drains: of its processes only rank 0 is told, which lets the others go when everyone is answered; the
+    launcher would give each rank 30 seconds. `drain_seconds`: the longest that takes, or None for other commands.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], drain_seconds: float | None) -> None:
+        self._process, self._drain_seconds = process, drain_seconds
+        self._received: list[int] = []
+        self._deadline: float | None = None
+        self._is_drained = False
+
+    def take(self, number: int, frame: object) -> None:
+        """A signal came: the first one ends the job in order, the second at once."""
+        self._received.append(number)
+        rank_zero = _rank_zero(self._process) if self._drain_seconds is not None else None
+        if rank_zero is not None and len(self._received) <= 2:
+            self._is_drained = len(self._received) == 1
+            patience = (self._drain_seconds or 0.0) if self._is_drained else 0.0
+            self._deadline = time.monotonic() + STOP_SECONDS + patience + LEAVE_SECONDS
+            rank_zero.terminate()
+        else:
+            self._is_drained = False
+            self._deadline = time.monotonic() + STOP_SECONDS
+            _signal_group(self._process, signal.SIGTERM if len(self._received) == 1 else signal.SIGKILL)
+
+    def wait(self) -> int:
+        """The exit status of the ranks; 128 + n if signal n ended them before their time."""
+        while self._deadline is None or time.monotonic() < self._deadline:
+            try:
+                return self._status(self._process.wait(timeout=POLL_SECONDS))
+            except subprocess.TimeoutExpired:
+                continue
+        _signal_group(self._process, signal.SIGKILL)
+        self._is_drained = False
+        return self._status(self._process.wait())
+
+    def _status(self, status: int) -> int:
+        if self._received and not self._is_drained:
+            return 128 + self._received[-1]
+        return status if status >= 0 else 128 - status
+
+
+def launcher_command(arguments: list[str], count: int) -> list[str]:
+    """DeepSpeed's launcher, which says nothing of its own: the ranks report their errors themselves."""
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--log_level",
+        "critical",
+        "--master_port",
+        str(free_port()),
+        "--num_gpus",
+        str(count),
+        str(LAUNCH),
+        *arguments,
+    ]
+
+
+def launcher_variables(config: Config, count: int) -> dict[str, str]:
+    """Environment variables that `count` ranks need; on a CPU each gets its share of the cores."""
+    if _uses_gpus(config, count):
+        return {}
+    variables = {"DS_ACCELERATOR": "cpu"}
+    if "OMP_NUM_THREADS" not in os.environ:
+        share = max(1, len(os.sched_getaffinity(0)) // count)
+        variables["OMP_NUM_THREADS"] = str(config.runtime.threads_per_rank or share)
+    return variables
+
+
+def _uses_gpus(config: Config, count: int) -> bool:
+    """Whether the ranks compute on GPUs. Raises `ConfigError` if there are some, but too few."""
+    if config.runtime.device == "cpu":
+        return False
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    if num_gpus == 0 and config.runtime.device == "auto":
+        return False
+    if num_gpus < count:
+        raise ConfigError(
+            f"{count} ranks need {count} GPUs, but this machine has {num_gpus}; lower parallel.sp or "
+            "parallel.tp, or set runtime.device=cpu"
+        )
+    return True
+
+
+def _die_with_parent() -> None:
+    """In the launcher, before it starts: have the kernel end it when this process ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _rank_zero(launcher: subprocess.Popen[bytes]) -> psutil.Process | None:
+    """The process of rank 0, once the launcher has started it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(launcher.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if str(LAUNCH) in process.cmdline() and process.environ().get("RANK") == "0":
+                    return process
+    return None
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return  # all have ended
+
+
+def _report(error: UlyssesError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What an adaptive policy knows when it starts: the stored step times, or what the model's sizes suggest."""
+
+from __future__ import annotations
+
+import logging
+
+from ulysses_infer.config import PolicyConfig
+from ulysses_infer.engine.calibration import assumed, profile_key
+from ulysses_infer.engine.policies import AdaptivePolicy
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.step_time.profile import Profile, cached_path, read_profile
+from ulysses_infer.worker.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+def start_policy(policy: AdaptivePolicy, worker: Worker) -> None:
+    """Give it the stored profile if one holds here, else assumptions.
+
+    Raises `ConfigError` if `policy.profile` names a file that does not hold here.
+    """
+    policy.assume(assumed(worker, policy.modes))
+    if policy.config.profile is None:
+        return
+    profile, why = read_profile(policy.config.profile, profile_key(worker, policy.modes))
+    if profile is not None:
+        policy.learn(profile, why)
+        return
+    seconds = policy.config.calibration_seconds
+    remedy = f"measuring them, for at most {seconds:g} s" if policy.wants_calibration else "learning from traffic"
+    level = logging.WARNING if cached_path(profile_key(worker, policy.modes)).is_file() else logging.INFO
+    logger.log(level, "policy adaptive: %s; %s", why, remedy)
+
+
+def keep_profile(profile: Profile, config: PolicyConfig) -> None:
+    """Store what was measured for the next start, where `policy.profile` is auto."""
+    if config.profile != "auto":
+        return
+    try:
+        profile.save(cached_path(profile.key))
+    except ConfigError as error:  # a home that cannot be written must not keep the engine from serving
+        logger.warning("%s; it will be measured again at the next start", error)

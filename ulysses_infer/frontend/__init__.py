@@ -1,1 +1,0 @@
-"""What stands between a shell and the engine: arguments, signals, the screen."""

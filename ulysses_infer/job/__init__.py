@@ -1,0 +1,1 @@
+"""Ranks and the processes around them: started, watched, ended."""

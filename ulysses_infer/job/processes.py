@@ -1,0 +1,237 @@
+"""Worker processes of an engine in plain Python (a script or a notebook): started, watched and ended by it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ulysses_infer.config import Config
+from ulysses_infer.errors import ConfigError, EngineDeadError
+
+if TYPE_CHECKING:
+    from ulysses_infer.model.loading.files import TensorSource
+    from ulysses_infer.model.loading.sources import GivenModel
+
+STOP_SECONDS = 3.0  # for a worker to hear that it is to end, and again to do so
+LOSS_SECONDS = 2.0  # a lost connection is seen before the system reports the end of its process
+PARENT_POLL_SECONDS = 0.5
+READY = b"r"
+
+
+def is_launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun, accelerate) started this process as one of several ranks."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def hand_over(config: Config, model: GivenModel, cleanup: contextlib.ExitStack) -> Config:
+    """A model in memory has to reach the worker processes: it is written to a folder that they all load from.
+
+    Returns the configuration that names the folder. `cleanup` removes it.
+    """
+    folder = _temporary_folder(cleanup)
+    if model.is_copied:  # its state dict is not that of an ordinary model
+        own = copy.deepcopy(model.module.config)
+        own.dtype = model.module.dtype
+        own.save_pretrained(folder)
+        _write_weights(model.open(), folder)
+    else:
+        model.module.save_pretrained(folder)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=folder))
+
+
+def hand_over_weights(source: Any, cleanup: contextlib.ExitStack) -> str:
+    """Where the worker processes find the weights of `source`: a folder it names, or one they are written to.
+
+    `cleanup` removes that.
+    """
+    if isinstance(source, str | os.PathLike):
+        return str(source)
+    from ulysses_infer.model.loading.sources import open_weights
+
+    folder = _temporary_folder(cleanup)
+    _write_weights(open_weights(source), folder)
+    return folder
+
+
+def _write_weights(weights: TensorSource, folder: str) -> None:
+    from safetensors.torch import save_file
+
+    from ulysses_infer.model.loading.files import SINGLE_NAME
+
+    tensors = {name: weights.read(name, None).cpu().clone() for name in weights.keys()}  # noqa: SIM118
+    save_file(tensors, Path(folder) / SINGLE_NAME)
+
+
+def _temporary_folder(cleanup: contextlib.ExitStack) -> str:
+    folder = tempfile.mkdtemp(prefix="ulysses_infer_model_")
+    cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+class WorkerProcesses:
+    """Ranks 1 .. W-1 of an engine whose rank 0 is this process."""
+
+    def __init__(self, config: Config) -> None:
+        import torch
+
+        if torch.distributed.is_initialized():
+            raise ConfigError(
+                "this process already belongs to a process group of another engine or job; shut that down first, "
+                "or start all ranks with a launcher"
+            )
+        self._world_size = config.parallel.world_size
+        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._ready: list[int] = []  # read ends of pipes, one a worker
+        try:
+            for rank in range(1, self._world_size):
+                self._start(config, rank)
+        except BaseException:
+            self.stop(at_once=True)
+            raise
+
+    def meet(self) -> Any:
+        """Wait until every worker is about to join; returns where. Raises `EngineDeadError` if one ends before."""
+        from ulysses_infer.parallel.groups import Rendezvous
+
+        while self._ready:
+            with open(self._ready.pop(0), "rb") as pipe:
+                if pipe.read(1) != READY:
+                    raise EngineDeadError(f"the engine cannot start: {self.losses(wait=True)}")
+        return Rendezvous(self._store, 0, self._world_size)
+
+    @property
+    def are_alive(self) -> bool:
+        """Whether no worker has ended."""
+        return all(process.poll() is None for process in self._processes)
+
+    def losses(self, wait: bool) -> str:
+        """Which workers ended and how, in one line; empty if none did. `wait`: one is known to be ending."""
+        deadline = time.monotonic() + (LOSS_SECONDS if wait else 0)
+        while self.are_alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+        codes = {rank: process.poll() for rank, process in enumerate(self._processes, start=1)}
+        return ", ".join(f"worker rank {rank} {_ending(code)}" for rank, code in codes.items() if code is not None)
+
+    def stop(self, at_once: bool = False) -> None:
+        """End the workers (waiting first for those that were told to, unless `at_once`) and leave the group."""
+        import torch
+
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self._processes:
+            try:
+                process.wait(0 if at_once else max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        for process in self._processes:
+            process.wait()
+        while self._ready:
+            os.close(self._ready.pop())
+        if torch.distributed.is_initialized():
+            _leave_group()
+
+    def _start(self, config: Config, rank: int) -> None:
+        """A fresh interpreter, not a fork or a re-import of the user's script: works from a notebook cell.
+
+        It gets a session of its own, so that Ctrl-C reaches rank 0 alone, which then ends the workers.
+        """
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        ours, theirs = os.pipe()
+        self._ready.append(ours)
+        arguments = [os.getpid(), rank, self._world_size, self._store.port, theirs]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ulysses_infer.job.processes", *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": path, "LOCAL_RANK": str(rank)},
+            stdin=subprocess.PIPE,
+            pass_fds=[theirs],
+            start_new_session=True,
+        )
+        self._processes.append(process)
+        os.close(theirs)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended already: `meet` says so
+            process.stdin.write(pickle.dumps(config))
+            process.stdin.close()
+
+
+def _ending(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _leave_group() -> None:
+    import deepspeed.comm as comm
+
+    comm.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def end_with_parent(parent: int) -> None:
+    """Have this process end when its parent does, however that happens.
+
+    A thread looks, because the kernel's own signal for it comes already when the parent's *thread* ends that started
+    this process.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def _worker_main(parent: int, rank: int, world_size: int, port: int, ready: int) -> int:
+    """One worker process: the configuration comes on standard input, everything else from rank 0's plans."""
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    from ulysses_infer.errors import UlyssesError, describe, is_lost_connection
+    from ulysses_infer.job.follower import serve_until_shutdown
+    from ulysses_infer.job.start_rank import finish_start, start_rank
+    from ulysses_infer.parallel.groups import Rendezvous
+
+    def meet() -> Rendezvous:
+        with open(ready, "wb") as pipe:
+            pipe.write(READY)
+        return Rendezvous(torch.distributed.TCPStore("127.0.0.1", port), rank, world_size)
+
+    config = pickle.loads(sys.stdin.buffer.read())
+    logging.getLogger("ulysses_infer").setLevel(config.runtime.log_level.upper())
+    try:
+        started = start_rank(config, meet=meet)
+        finish_start(started, config, lambda: None)
+        serve_until_shutdown(started)
+    except UlyssesError:
+        return 2  # rank 0 raises the same error; one report is enough
+    except Exception as error:
+        if not is_lost_connection(error):  # else the lost rank is the one to report
+            print(f"worker rank {rank} failed: {describe(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_worker_main(*map(int, sys.argv[1:])))

@@ -1,0 +1,48 @@
+"""What every rank does when weights change or memory is given back, while no request runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ulysses_infer.engine.sleep import WEIGHTS_TOO
+from ulysses_infer.errors import fatal
+from ulysses_infer.model.loading.sources import open_weights
+from ulysses_infer.worker.memory import return_freed_memory
+from ulysses_infer.worker.rank import Rank
+
+
+def update_weights(rank: Rank, source: Any) -> None:
+    """Serve the weights of `source` from now on. Collective; nothing is written unless all ranks can."""
+    opened = rank.channel.together(lambda: open_weights(source))
+    rank.channel.together(lambda: rank.weights.check(opened))
+    with fatal("writing the new weights"):
+        rank.channel.together(lambda: rank.weights.write(opened))
+
+
+def sleep(rank: Rank, level: int) -> None:
+    """Give the cache's memory back, and with level 2 the weights', too."""
+    rank.worker.cache.release()
+    if rank.worker.graphs is not None:
+        rank.worker.graphs.forget()
+    if level == WEIGHTS_TOO:
+        rank.weights.drop()
+    _return_free_memory(rank.worker.device)
+
+
+def wake_up(rank: Rank) -> None:
+    """Take the cache's memory again. Collective; an error on any rank is raised on all, and none has a cache then."""
+    try:
+        rank.channel.together(rank.worker.cache.take)
+    except Exception:
+        rank.worker.cache.release()
+        raise
+
+
+def _return_free_memory(device: torch.device) -> None:
+    """Have the allocator give back what it keeps for later, so that others can have it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        return_freed_memory()

@@ -1,0 +1,1 @@
+"""What of a transformers model is replaced, and by what."""

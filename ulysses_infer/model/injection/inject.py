@@ -1,0 +1,166 @@
+"""Adapt a transformers model to the step context: replace linears, norms and the head; name our functions.
+
+Model mathematics stays transformers' own; what changes is which slice of it a rank computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, cast
+
+from torch import nn
+
+from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.model import experts
+from ulysses_infer.model.experts import EXPERTS_NAME, ExpertLayer, ScaledInputExperts, is_experts, scales_inputs
+from ulysses_infer.model.injection.attention import AttentionInjector, Bound
+from ulysses_infer.model.injection.rules import MLP_RULES, PACKED_MLP_INPUTS
+from ulysses_infer.model.layers import attention
+from ulysses_infer.model.layers.attention import ATTENTION_NAME
+from ulysses_infer.model.layers.linear import ShiftLinear, cut_features, is_linear
+from ulysses_infer.model.quantization.layers import replace_whole, shift_linear
+from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.sampling.head import ShardedHead
+from ulysses_infer.parallel.layout import Layout, Place
+
+logger = logging.getLogger(__name__)
+
+
+class Injection:
+    """One injected model: what was replaced, what is read per mode, what stayed whole.
+
+    `model` may still be on the meta device; the checkpoint loader then fills what `slices` says this rank keeps.
+    """
+
+    def __init__(self, model: Any, layout: Layout, shard: int, expert_placement: str = "replicate") -> None:
+        self.model, self.layout = model, layout
+        self.expert_placement, self.expert_layers = expert_placement, list[ExpertLayer]()
+        self.base = layout.place(layout.base, shard)
+        self.config = model.config.get_text_config(decoder=True)
+        self.whole: list[str] = []
+        attention.register()
+        experts.register()
+        self.config._attn_implementation = ATTENTION_NAME
+        self.config._experts_implementation = EXPERTS_NAME
+        self.local_config = copy.copy(self.config)
+        # Of a model with a picture or sound tower only the language model is served, and only it is cut.
+        self.decoder = model if self.config is model.config else model.get_decoder()
+        injector = AttentionInjector(self.decoder, self.config, self.local_config, layout, self.base)
+        self.attention_layers, self.bound = injector.layers, injector.bound
+        self._inject_experts()
+        self._inject_mlps()
+        self.head_name, self.head = self._inject_head()
+        self._note_whole()
+        self.bound += replace_whole(model, self.base).values()
+
+    def bind(self, place: Place) -> None:
+        """Make every layer read its weights as `place` needs them; called when the mode changes."""
+        for bound in self.bound:
+            bound.bind(place)
+
+    def slices(self, name: str) -> tuple[int, list[Any]] | None:
+        """What this rank keeps of the full parameter `name`: (dimension, spans), or None for all of it."""
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(owner_name)
+        if isinstance(owner, ShiftLinear | QuantizedLinear | ShardedHead):
+            return owner.slices(leaf)
+        experts = getattr(owner, "expert_layer", None)
+        return experts.slices(leaf) if experts is not None else None
+
+    # -- feed-forward ------------------------------------------------------------------------------------------
+
+    def _inject_experts(self) -> None:
+        for name, module in list(self.decoder.named_modules()):
+            if scales_inputs(module):
+                self.decoder.set_submodule(name, ScaledInputExperts(module))
+        for module in self.decoder.modules():
+            if is_experts(module):
+                untyped = cast(Any, module)
+                if getattr(untyped, "has_post_expert_norm", False):
+                    raise UnsupportedModelError(f"{type(module).__name__} normalises each expert's output")
+                layer = ExpertLayer(module, self.expert_placement, self.layout, self.base.shard)
+                untyped.expert_layer = layer
+                untyped.config = self.config
+                _shrink(module, layer)
+                self.bound.append(layer)
+                self.expert_layers.append(layer)
+
+    def _inject_mlps(self) -> None:
+        attention_modules = set(self.attention_layers)
+        for module in list(self.decoder.modules()):
+            if module not in attention_modules and _is_plain_mlp(module):
+                for child, linear in _linears(module).items():
+                    if child in MLP_RULES:
+                        cut, rule = MLP_RULES[child]
+                        sharding = rule(cut_features(linear, cut))
+                        self._replace(module, child, shift_linear(linear, cut, sharding, self.base))
+
+    # -- head --------------------------------------------------------------------------------------------------
+
+    def _inject_head(self) -> tuple[str, ShardedHead]:
+        head = self.model.get_output_embeddings()
+        name = next((name for name, module in self.model.named_modules() if module is head), None)
+        if name is None or not isinstance(head, nn.Linear):
+            raise UnsupportedModelError(f"{type(self.model).__name__} has no linear vocabulary head")
+        embedding = self.model.get_input_embeddings()
+        tied = any(getattr(config, "tie_word_embeddings", False) for config in (self.config, self.model.config))
+        sharded = ShardedHead(head, self.base, embedding if tied else None)
+        self.head_vocab_size = head.out_features
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(owner), leaf, sharded)
+        return name, sharded
+
+    def _replace(self, parent: nn.Module, child: str, replacement: nn.Module) -> None:
+        setattr(parent, child, replacement)
+        self.bound.append(cast(Bound, replacement))
+
+    def _note_whole(self) -> None:
+        """Remember (and log) the linear layers that every rank computes in full."""
+        self.whole = sorted({_pattern(name) for name, module in self.model.named_modules() if is_linear(module)})
+        if self.whole:
+            logger.info("whole on every rank: %s", ", ".join(self.whole))
+
+
+def _shrink(module: nn.Module, layer: ExpertLayer) -> None:
+    """Replace the full expert weights (still without memory) by ones of the stored slice's shape."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        kept = layer.slices(name)
+        shape = list(parameter.shape)
+        if kept is not None:
+            shape[kept[0]] = sum(span.size for span in kept[1])
+        setattr(module, name, nn.Parameter(parameter.new_empty(shape), requires_grad=False))
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: child for name, child in module.named_children() if is_linear(child)}
+
+
+def _is_plain_mlp(module: nn.Module) -> bool:
+    """A feed-forward block whose weights are its known linears: some cut by column, then one by row of equal width."""
+    found = _linears(module)
+    columns = [name for name in found if MLP_RULES.get(name, ("",))[0] == "column"]
+    rows = [name for name in found if MLP_RULES.get(name, ("",))[0] == "row"]
+    if not columns or len(rows) != 1:
+        return False
+    width = cut_features(found[rows[0]], "row")
+    packed = len(columns) == 1 and columns[0] in PACKED_MLP_INPUTS
+    widths_agree = all(cut_features(found[name], "column") == (2 * width if packed else width) for name in columns)
+    return widths_agree and not _has_stray_weights(module, set(columns + rows))
+
+
+def _has_stray_weights(module: nn.Module, covered: set[str]) -> bool:
+    """Weights between the projections (an inner norm, a learned activation) would see only a part of the width.
+
+    A decoder layer that holds its linears directly (opt) has norms and attention beside them, which is fine: those act
+    on the residual stream.
+    """
+    if any(True for _ in module.parameters(recurse=False)):
+        return True
+    is_layer = any(hasattr(child, "layer_idx") for child in module.children())
+    others = [child for name, child in module.named_children() if name not in covered]
+    return not is_layer and any(any(True for _ in child.parameters()) for child in others)
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

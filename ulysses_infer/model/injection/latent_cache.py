@@ -1,0 +1,98 @@
+"""Whether a model caches latents or heads, decided before a weight is read, alike on every rank."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.model.layers.latent import LatentHeads, LatentWidths
+
+logger = logging.getLogger(__name__)
+HEADS, TOKENS = 2, 3  # of the proof
+TOLERANCE = 1e-9  # of its numbers, which are about 1, in float64
+
+
+def take_latents(injection: Any, wanted: bool | None) -> LatentWidths | None:
+    """Let the attention layers of a fresh `Injection` cache latents instead of heads; returns their widths.
+
+    wanted: `cache.latent`; None takes latents where they are less memory a rank. Returns None where heads stay.
+    Raises `ConfigError` when latents are wanted and cannot be.
+    """
+    layers = injection.attention_layers
+    if wanted is False or (wanted is None and not _expands_latents(layers[0])):
+        return None
+    lack = _lack(layers)
+    if lack is not None:
+        if wanted:
+            raise ConfigError(f"cache.latent is true, but {lack} ({injection.config.model_type}); use null or false")
+        logger.info("the cache holds heads: %s", lack)
+        return None
+    widths = LatentWidths.of(layers[0])
+    heads = layers[0].head_plan.num_attention_heads // injection.layout.world_size
+    of_heads = heads * (widths.key + widths.rotary + widths.value)
+    if wanted is None and widths.cached >= of_heads:
+        logger.info("the cache holds heads: %d numbers a token, a latent has %d", of_heads, widths.cached)
+        return None
+    own = injection.layout.place(injection.layout.shift, injection.base.shard)
+    for layer in layers:
+        latent = LatentHeads(widths, layer.kv_b_proj, own)
+        layer.head_plan.share(latent)
+        layer.expand_kv = latent.join  # of this instance: found before the method of its class
+        injection.bound.append(latent)
+    logger.info("the cache holds latents: %d numbers a token, heads would be %d", widths.cached, of_heads)
+    return widths
+
+
+def _expands_latents(layer: Any) -> bool:
+    return hasattr(layer, "expand_kv") and hasattr(layer, "kv_b_proj")
+
+
+def _lack(layers: list[Any]) -> str | None:
+    """Why these layers cannot cache latents."""
+    if not all(_expands_latents(layer) for layer in layers):
+        return "its attention expands no latents"
+    if any(layer.kv_b_proj.bias is not None for layer in layers):
+        return "its kv_b_proj has a bias"
+    try:
+        widths = {LatentWidths.of(layer) for layer in layers}
+    except AttributeError as error:
+        return f"its attention has no {error.name}"
+    if len(widths) > 1:
+        return "its layers have latents of different widths"
+    kinds = {type(layer) for layer in layers}
+    if not all(is_proved(kind, next(iter(widths))) for kind in kinds):
+        return "its expand_kv is not proved to be a product with kv_b_proj"
+    return None
+
+
+def is_proved(kind: Any, widths: LatentWidths) -> bool:
+    """Whether `kind.expand_kv` makes the keys and values that `LatentWidths` takes it to make, for any weight."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    weight = random(HEADS * (widths.key + widths.value), widths.latent)
+    layer = SimpleNamespace(
+        kv_b_proj=lambda latents: latents @ weight.t(),
+        kv_lora_rank=widths.latent,
+        qk_rope_head_dim=widths.rotary,
+        qk_nope_head_dim=widths.key,
+        v_head_dim=widths.value,
+        qk_head_dim=widths.key + widths.rotary,
+    )
+    plain, rotated = random(1, 1, TOKENS, widths.latent), random(1, 1, TOKENS, widths.rotary)
+    try:
+        expected = kind.expand_kv(layer, plain, rotated)
+    except (TypeError, AttributeError, LookupError, RuntimeError, ValueError):
+        return False
+    made = widths.expand(torch.cat((plain, rotated), dim=-1)[0, 0], weight.unflatten(0, (HEADS, -1)))
+    found = [ours.transpose(0, 1)[None] for ours in made]
+    return all(
+        theirs.shape == ours.shape and bool((theirs - ours).abs().max() < TOLERANCE)
+        for theirs, ours in zip(expected, found, strict=True)
+    )

@@ -1,0 +1,154 @@
+"""A dry run of an injected model: what the injection cannot make right is refused by name, before anything is served.
+
+Attention is replaced by a stand-in that looks at one token at a time. Then nothing else may look at two: a recurrent
+state, a convolution, positions counted from the batch instead of given, or attention that does not come through our
+function would all let a token's neighbours or its place in the batch change its logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.errors import UnsupportedModelError, first_line
+from ulysses_infer.model.context import StepContext
+from ulysses_infer.parallel.collectives import Collectives
+from ulysses_infer.parallel.layout import Layout, Span
+
+TRIALS = ((3, 5, 7), (11, 13, 17), (19, 23, 29))  # token ids; a rounding that flips an expert spoils one trial, not all
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}  # of the largest logit
+
+
+class ProbeCache:
+    """Stands for the paged cache: holds the keys and values of the step alone, and notes which layers came by."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self.layers: list[int] = []
+
+    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """key: [T, Hkv, d]; value: [T, Hkv, dv]."""
+        self.keys[layer], self.values[layer] = key, value
+        self.layers.append(layer)
+
+
+class ProbeAttention:
+    """Stands for attention: every token sees itself alone, its key and query mixed in so that positions show."""
+
+    name = "probe"
+
+    def __init__(self) -> None:
+        self.options: list[AttentionOptions] = []
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """query: [T, Hq, d]; keys, values: [T, Hkv, d | dv]; returns [T, Hq, dv]."""
+        self.options.append(options)
+        groups = query.shape[1] // keys.shape[1]
+        own = (values + keys[..., :1]).repeat_interleave(groups, dim=1)
+        return own + query[..., :1]
+
+
+def probe(model: Any) -> None:
+    """Run `model` (a `ShiftModel`) on two tokens a few times, on this rank alone.
+
+    Raises `UnsupportedModelError` with the model type and what is wrong.
+    """
+    name = model.injection.config.model_type
+    try:
+        problem = _first_problem(model)
+    except (TypeError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"model type {name!r} does not run with sharded heads: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if problem:
+        raise UnsupportedModelError(f"model type {name!r} is not supported: {problem}")
+
+
+def _first_problem(model: Any) -> str | None:
+    cache, attention = ProbeCache(), ProbeAttention()
+    layout, shard = model.injection.layout, model.injection.base.shard
+    context = trial_context(layout, shard, cache, attention)
+    _logits(model, context, [1, 2], [0, 1])
+    by_layer = dict(zip(cache.layers, attention.options, strict=True))
+    model.attention_options = [by_layer[layer] for layer in sorted(by_layer)]
+    return (
+        _wrong_layers(model, cache)
+        or _wrong_heads(model, layout, shard, cache)
+        or _wrong_windows(model, cache, attention)
+        or _mixes_tokens(model, context)
+    )
+
+
+def trial_context(layout: Layout, shard: int, cache: Any, attention: ProbeAttention) -> StepContext:
+    """Full TP without its sums: every rank runs its slice by itself. The numbers mean nothing, their sameness does."""
+    nowhere = torch.zeros(2, dtype=torch.int64)
+    metadata = AttentionMetadata(nowhere, [1, 1], [1, 1], nowhere[:, None])
+    collectives = Collectives(layout.place(layout.shift, shard), None, None)
+    return StepContext(collectives, [Span(0, 2)], [2], metadata, cache, attention)
+
+
+def _wrong_layers(model: Any, cache: ProbeCache) -> str | None:
+    count = model.shape.num_layers
+    if sorted(cache.layers) == list(range(count)):
+        return None
+    return f"it has {count} layers, but attention ran on layers {cache.layers} in one step"
+
+
+def _wrong_heads(model: Any, layout: Layout, shard: int, cache: ProbeCache) -> str | None:
+    shape = model.shape
+    heads = shape.key_value_heads_of(shard, layout)
+    for layer in range(shape.num_layers):
+        found = (*cache.keys[layer].shape[1:], cache.values[layer].shape[2])
+        if found != (heads, shape.key_width, shape.value_width):
+            return f"layer {layer} has key/value heads of another number or width than layer 0"
+    return None
+
+
+def _wrong_windows(model: Any, cache: ProbeCache, attention: ProbeAttention) -> str | None:
+    kinds = getattr(model.injection.config, "layer_types", None)
+    for layer, options in zip(cache.layers, attention.options, strict=True):
+        if kinds and (kinds[layer] == "sliding_attention") != (options.sliding_window is not None):
+            return f"layer {layer} is of type {kinds[layer]}, but asks for a window of {options.sliding_window}"
+    return None
+
+
+def _mixes_tokens(model: Any, context: StepContext) -> str | None:
+    """What every trial finds. A rank without a token of the vocabulary sees no logits: the others judge."""
+    found = None
+    if not model.vocabulary.size:
+        return None
+    for tokens in TRIALS:
+        found = _depends_on_others(model, context, [token % model.shape.vocab_size for token in tokens])
+        if found is None:
+            return None
+    return found
+
+
+def _depends_on_others(model: Any, context: StepContext, tokens: list[int]) -> str | None:
+    """The same token at the same position, beside two different neighbours and in both places."""
+    other, token, another = tokens
+    expected = _logits(model, context, [other, token], [1, 3])[1]
+    margin = TOLERANCE[model.dtype] * expected.abs().max()
+    if (_logits(model, context, [another, token], [2, 3])[1] - expected).abs().max() > margin:
+        return "a token's neighbours reach it outside of attention (a recurrent state, a convolution, own attention)"
+    if (_logits(model, context, [token, other], [3, 1])[0] - expected).abs().max() > margin:
+        return "it takes a token's position from its place in the batch instead of position_ids"
+    return None
+
+
+def _logits(model: Any, context: StepContext, tokens: list[int], positions: list[int]) -> torch.Tensor:
+    device = next(model.module.parameters()).device
+    rows = torch.arange(2, device=device)
+    logits = model.forward(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), rows, context)
+    result: torch.Tensor = logits.float()
+    return result

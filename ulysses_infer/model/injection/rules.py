@@ -1,0 +1,100 @@
+"""Which linear layers are cut and how, read off the names and shapes that transformers' models share.
+
+transformers' own `tp_plan`s are hints made for another runtime: several families have none, others keep packed
+projections whole (see docs/models.md). A rule here is a name, matched whole, and the sharding it implies; a layer no
+rule knows stays whole on every rank, which is slower but right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ulysses_infer.model.layers.linear import Cut
+from ulysses_infer.parallel.sharding import Part, Sharding
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Head counts of a whole attention layer."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+
+    def query_part(self, features: int) -> Part:
+        """`features` as query heads."""
+        return Part(self.num_attention_heads, features // self.num_attention_heads)
+
+    def key_value_part(self, features: int) -> Part:
+        """`features` as key/value heads."""
+        return Part(self.num_key_value_heads, features // self.num_key_value_heads, shared=True)
+
+
+# A rule says how the features along the cut (rows of a column cut, columns of a row cut) divide.
+AttentionRule = tuple[Cut, Callable[[int, Heads], Sharding]]
+MlpRule = tuple[Cut, Callable[[int], Sharding]]
+
+
+def _query_heads(features: int, heads: Heads) -> Sharding:
+    return Sharding((heads.query_part(features),))
+
+
+def _key_value_heads(features: int, heads: Heads) -> Sharding:
+    return Sharding((heads.key_value_part(features),))
+
+
+def _packed_heads(features: int, heads: Heads) -> Sharding:
+    """q, k and v one after another (phi3, gpt2)."""
+    width = features // (heads.num_attention_heads + 2 * heads.num_key_value_heads)
+    query = Part(heads.num_attention_heads, width)
+    key_value = Part(heads.num_key_value_heads, width, shared=True)
+    return Sharding((query, key_value, key_value))
+
+
+def _neurons(features: int) -> Sharding:
+    return Sharding((Part(features),))
+
+
+def _packed_neurons(features: int) -> Sharding:
+    """gate and up one after another."""
+    return Sharding((Part(features // 2), Part(features // 2)))
+
+
+ATTENTION_RULES: dict[str, AttentionRule] = {
+    "q_proj": ("column", _query_heads),
+    "k_proj": ("column", _key_value_heads),
+    "v_proj": ("column", _key_value_heads),
+    "qkv_proj": ("column", _packed_heads),
+    "c_attn": ("column", _packed_heads),
+    # One [q, k, v] triple after another, a head at a time (gpt_neox): a query-head rule of three times the width.
+    "query_key_value": ("column", _query_heads),
+    # Multi-head latent attention: the low-rank inputs stay whole, the expansions to heads are cut.
+    "q_b_proj": ("column", _query_heads),
+    "kv_b_proj": ("column", _query_heads),
+    # Gates over the attention output, a value or a width a query head.
+    "gate_proj": ("column", _query_heads),
+    "g_proj": ("column", _query_heads),
+    **dict.fromkeys(("o_proj", "out_proj", "dense", "Wo", "c_proj"), ("row", _query_heads)),
+}
+ATTENTION_OUTPUTS = tuple(name for name, (cut, _) in ATTENTION_RULES.items() if cut == "row")
+ATTENTION_INPUTS = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value", "c_attn")
+
+# Norms inside attention, and whose heads they see. One over a single head needs nothing.
+QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "attn_sub_norm")
+KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
+# Multi-head latent attention: weights before the expansion to heads, the same on every rank.
+LATENT_NAMES = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
+
+MLP_RULES: dict[str, MlpRule] = {
+    **dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h"), ("column", _neurons)),
+    **dict.fromkeys(("fc_in", "linear_1"), ("column", _neurons)),
+    **dict.fromkeys(("gate_up_proj", "Wi"), ("column", _packed_neurons)),
+    **dict.fromkeys(("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "fc_out", "Wo"), ("row", _neurons)),
+}
+PACKED_MLP_INPUTS = ("gate_up_proj", "Wi")
+
+# Names under which attention modules keep head counts, or the width of all heads, that their forward reshapes with.
+QUERY_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+KEY_VALUE_COUNT_NAMES = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+QUERY_WIDTH_NAMES = ("split_size", "embed_dim")  # only beside a packed `c_attn`, which is split by them
+KEY_VALUE_WIDTH_NAMES = ("kv_dim",)

@@ -1,0 +1,1 @@
+"""The layers that follow the mode of a step."""

@@ -1,0 +1,147 @@
+"""The attention function that transformers' models call: tokens in, own heads over the paged cache, tokens out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ulysses_infer.attention.backend import AttentionOptions
+from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.model.context import StepContext, step_context
+from ulysses_infer.model.layers.head_plan import HeadPlan
+
+if TYPE_CHECKING:
+    pass
+
+ATTENTION_NAME = "ulysses_infer"
+# What models pass on besides: without meaning here, or (the window) taken. Anything else would change the result.
+KNOWN_EXTRAS = frozenset(
+    (
+        "sliding_window",
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "logits_to_keep",
+        "return_dict",
+    )
+)
+
+
+def shift_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer in any mode (arXiv 2509.16495 §3.1), in the form `AttentionInterface` asks for.
+
+    query: [1, Hq/tp, t, d]; key, value: [1, max(1, Hkv/tp), t, d | dv], or a latent (`LatentHeads.join`); returns
+    ([1, t, Hq/tp, dv], None).
+    """
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask, which is not supported")
+    plan = module.head_plan
+    if plan.latent is not None:
+        plan.latent.check(key, value)
+    options = _options(module, plan, query.shape[-1], scaling, softcap, s_aux, kwargs)
+    tokens = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+    return attend_tokens(module.layer_idx, plan, *tokens, options)[None], None
+
+
+def attend_tokens(
+    layer: int, plan: HeadPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
+    """Attention of `layer` in the mode of the step, its tokens first.
+
+    query: [t, Hq/tp, d]; key, value: [t, max(1, Hkv/tp), d | dv]; returns [t, Hq/tp, dv].
+    """
+    context = step_context()
+    if context.collectives.place.mode.sp == 1:
+        return _attend(context, layer, plan, query, key, value, options)
+    count = context.num_local_tokens
+    query, key, value = _tokens_to_heads(context, plan, query[:count], key[:count], value[:count])
+    output = _attend(context, layer, plan, query, key, value, options)
+    back = context.collectives.heads_to_tokens(output.flatten(1), context.token_spans)
+    if back.shape[0] == 0:  # an empty slice runs a stand-in token, whose output nobody reads
+        back = back.new_zeros(1, back.shape[1])
+    return back.unflatten(1, (-1, output.shape[-1]))
+
+
+def _attend(
+    context: StepContext,
+    layer: int,
+    plan: HeadPlan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """All tokens, own heads: write the cache, then attend over it. query: [T, Hq/W, d]; returns [T, Hq/W, dv]."""
+    cache, metadata, scales = context.cache, context.attention_of(layer), plan.cache_scales
+    if scales is not None:
+        # The backend sees cached numbers: scores are linear in keys, the output in values, so their scales come out.
+        key, value = key / scales.key, value / scales.value
+        options = replace(options, scaling=options.scaling * scales.key)
+    cache.write(layer, metadata.slots, key, value)
+    cached = cache.keys[layer], cache.values[layer]
+    if plan.latent is None:
+        output = context.backend.attend(query, *cached, metadata, options)
+    else:
+        output = plan.latent.attend(query, *cached, context.backend, metadata, options)
+    return output if scales is None else output * scales.value
+
+
+def _tokens_to_heads(
+    context: StepContext, plan: HeadPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One fused all-to-all: [t, heads/tp, d] of my tokens becomes [T, heads/W, d] of my shard, for q, k and v."""
+    index = plan.key_value_index(key.device)
+    if plan.latent is not None:  # its values are part of its key
+        key = key if index is None else key.index_select(1, index)
+        query, key = context.collectives.tokens_to_heads((query, key), context.token_spans)
+        return query, key, key[..., : value.shape[-1]]
+    if index is not None:
+        key, value = key.index_select(1, index), value.index_select(1, index)
+    query, key, value = context.collectives.tokens_to_heads((query, key, value), context.token_spans)
+    return query, key, value
+
+
+def _options(
+    module: Any,
+    plan: HeadPlan,
+    width: int,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> AttentionOptions:
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in KNOWN_EXTRAS]
+    if unknown:
+        raise UnsupportedModelError(f"{type(module).__name__} asks attention for {', '.join(unknown)}")
+    return AttentionOptions(
+        scaling=width**-0.5 if scaling is None else scaling,
+        sliding_window=kwargs.get("sliding_window"),
+        chunk_size=module.attention_chunk_size,
+        softcap=softcap,
+        sinks=None if sinks is None else sinks[plan.shard_heads.start : plan.shard_heads.stop],
+    )
+
+
+def register() -> None:
+    """Make `shift_attention` known to transformers under our own name.
+
+    No mask function is registered with it, so that transformers skips building masks altogether.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, shift_attention)

@@ -1,0 +1,108 @@
+"""Which sequences of a step have their latents expanded, and the keys and values that this makes for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ulysses_infer.attention.backend import AttentionMetadata, HostSequences, KernelSequences, running_sums
+
+PAGE_BYTES = 1 << 27  # of expanded keys and values at a time: where contexts are long, heads take turns
+Expand = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some sequences of a step, as a step of their own."""
+
+    rows: torch.Tensor  # [n] int64, their tokens in the batch
+    blocks: torch.Tensor  # [b], their blocks of the cache, one sequence after another
+    metadata: AttentionMetadata
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The sequences that attend over latents, and those whose latents are expanded. Both None: all are the first."""
+
+    absorbed: Part | None = None
+    expanded: Part | None = None
+
+
+def divide(metadata: AttentionMetadata, block_size: int, favours_expanding: Callable[[int, int], bool]) -> Parts:
+    """The parts of a step, made by its first layer. favours_expanding: of a sequence's tokens in step and in cache."""
+    made: Parts | None = metadata.prepared.get(Parts)
+    if made is None:
+        made = metadata.prepared[Parts] = _divide(metadata, block_size, favours_expanding)
+    return made
+
+
+def _divide(metadata: AttentionMetadata, block_size: int, favours_expanding: Callable[[int, int], bool]) -> Parts:
+    pairs = list(zip(metadata.query_lens, metadata.context_lens, strict=True))
+    expanded = [index for index, pair in enumerate(pairs) if favours_expanding(*pair)]
+    if not expanded:
+        return Parts()
+    others = sorted(set(range(len(pairs))) - set(expanded))
+    absorbed = _part(metadata, others, block_size, in_order=False) if others else None
+    return Parts(absorbed, _part(metadata, expanded, block_size, in_order=True))
+
+
+def _part(metadata: AttentionMetadata, sequences: Sequence[int], block_size: int, in_order: bool) -> Part:
+    """`in_order`: it attends not to the cache, but to its blocks one after another."""
+    query_lens = np.array(metadata.query_lens)
+    ends, context_lens = np.cumsum(query_lens), np.array(metadata.context_lens)[list(sequences)]
+    rows = np.concatenate([np.arange(ends[index] - query_lens[index], ends[index]) for index in sequences])
+    kernel, device = metadata.kernel, metadata.block_tables.device
+    tables = (metadata.block_tables.numpy() if kernel is None else kernel.host.block_tables)[list(sequences)]
+    used = np.arange(tables.shape[1]) < -(-context_lens // block_size)[:, None]
+    blocks = tables[used]
+    if in_order:
+        tables = np.zeros_like(tables)
+        tables[used] = np.arange(len(blocks))
+    own = HostSequences(query_lens[list(sequences)].astype(np.int32), context_lens.astype(np.int32), tables)
+    on_device = torch.from_numpy(tables).to(device)
+    part = AttentionMetadata(
+        metadata.slots[torch.from_numpy(rows).to(device)],
+        own.query_lens.tolist(),
+        own.context_lens.tolist(),
+        on_device,
+        None if kernel is None else _kernel(own, on_device),
+    )
+    return Part(torch.from_numpy(rows).to(device), torch.from_numpy(blocks).to(device), part)
+
+
+def _kernel(host: HostSequences, block_tables: torch.Tensor) -> KernelSequences:
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(block_tables.device)
+
+    return KernelSequences(
+        on_device(running_sums(host.query_lens)),
+        on_device(running_sums(host.context_lens)),
+        on_device(host.context_lens),
+        block_tables,
+        int(host.query_lens.max()),
+        int(host.context_lens.max()),
+        host,
+    )
+
+
+def expanded_pages(
+    part: Part, latents: torch.Tensor, weight: torch.Tensor, expand: Expand, dtype: torch.dtype
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Keys and values of `part`'s blocks in order, as a cache of their own, for some heads after others.
+
+    latents: the cache, [blocks, size, 1, cached]; weight: [H, key + value, latent]. Yields which heads, their keys
+    [b, size, heads, key + rotary] and values [b, size, heads, value].
+    """
+    found = latents.index_select(0, part.blocks).flatten(0, 2).to(dtype)
+    size, num_heads = latents.shape[1], weight.shape[0]
+    # Made as one, then kept as a key, with the rotary part, and a value.
+    numbers = 2 * weight.shape[1] + found.shape[1] - weight.shape[2]
+    a_head = found.shape[0] * numbers * found.element_size()
+    count = max(1, PAGE_BYTES // a_head)
+    for first in range(0, num_heads, count):
+        heads = slice(first, first + count)
+        keys, values = expand(found, weight[heads])
+        yield heads, keys.unflatten(0, (-1, size)), values.unflatten(0, (-1, size))

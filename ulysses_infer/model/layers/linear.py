@@ -1,0 +1,115 @@
+"""`ShiftLinear`: one stored slice of a linear layer, read differently in each mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ulysses_infer.model.context import step_context
+from ulysses_infer.model.layers.matmul import linear
+from ulysses_infer.parallel.layout import Place, Span
+from ulysses_infer.parallel.sharding import Sharding, merge
+
+Cut = Literal["column", "row"]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a plain linear layer, or gpt2's `Conv1D`, which is one with its weight transposed.
+
+    Subclasses are not: they may do more than multiply (llama4's router).
+    """
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def cut_features(linear: nn.Module, cut: Cut) -> int:
+    """The number of features along the cut: outputs of a column cut, inputs of a row cut."""
+    outputs, inputs = _shape(linear)
+    return outputs if cut == "column" else inputs
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    """(output features, input features)."""
+    outputs, inputs = linear.weight.shape if type(linear) is nn.Linear else linear.weight.shape[::-1]  # type: ignore
+    return outputs, inputs
+
+
+class ShiftLinear(nn.Module):
+    """A linear layer that keeps its base slice once and gives every mode zero-copy views of it.
+
+    A `column` cut shards the output features (rows of the weight): `[t, in] -> [t, out / tp]`.
+    A `row` cut shards the input features: `[t, in / tp] -> [t, out]`, summed over the TP group; its bias is added
+    once, after the sum. The paper keeps a second copy of the weights for its second mode (§3.2); this keeps none.
+    """
+
+    def __init__(self, source: Any, cut: Cut, sharding: Sharding, base: Place) -> None:
+        super().__init__()
+        self.cut, self.sharding, self.base = cut, sharding, base
+        self.transposed = type(source) is not nn.Linear  # the weight is [in, out], as its checkpoint has it
+        outputs, inputs = _shape(source)
+        stored = sum(span.size for span in sharding.base_spans(base))
+        shape = (stored, inputs) if cut == "column" else (outputs, stored)
+        self.weight = nn.Parameter(
+            source.weight.new_empty(shape[::-1] if self.transposed else shape), requires_grad=False
+        )
+        bias_size = stored if cut == "column" else outputs
+        has_bias = source.bias is not None
+        self.bias = nn.Parameter(source.bias.new_empty(bias_size), requires_grad=False) if has_bias else None
+        self._pieces: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._part_sizes: list[int] = []
+        self.is_stacked = False
+        """Whether its weight is read together with others' (`fusion/stacked.py`), and not by itself."""
+
+    def slices(self, name: str) -> tuple[int, list[Span]] | None:
+        """Which part of the full parameter `name` this rank keeps: (dimension, spans), None for all of it."""
+        if name == "bias" and self.cut == "row":
+            return None
+        return (self._cut_dimension if name == "weight" else 0), self.sharding.base_spans(self.base)
+
+    @property
+    def _cut_dimension(self) -> int:
+        """Which dimension of the stored weight is cut."""
+        return int((self.cut == "row") != self.transposed)
+
+    def bind(self, place: Place) -> None:
+        """Read the weight as `place` needs it from now on. Views only; nothing is copied."""
+        if self.is_stacked:
+            self._pieces = []
+            return
+        spans = self.sharding.part_spans(self.base, place)
+        self._part_sizes = [span.size for span in spans]
+        self._pieces = [self._piece(span) for span in merge(spans)]
+
+    def _piece(self, span: Span) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight = self.weight.detach().narrow(self._cut_dimension, span.start, span.size)
+        weight = weight.t() if self.transposed else weight
+        if self.cut == "row" or self.bias is None:
+            return weight, None
+        return weight, self.bias.detach().narrow(0, span.start, span.size)
+
+    def reader(self, place: Place) -> Callable[[torch.dtype], torch.Tensor]:
+        """What gives the weight as a column cut in one piece in `place`, [out / tp, in]: a view, in its own dtype."""
+        (span,) = self.sharding.local_spans(self.base, place)
+        weight, _ = self._piece(span)
+        return lambda _: weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """inputs: [..., in features of the mode]; returns [..., out features of the mode]."""
+        if self.cut == "row":
+            return self._forward_row(inputs)
+        if len(self._pieces) == 1:
+            return linear(inputs, *self._pieces[0])
+        return torch.cat([linear(inputs, weight, bias) for weight, bias in self._pieces], dim=-1)
+
+    def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What `forward` of a column cut returns, each part of the sharding by itself: q, k and v of a packed one."""
+        if len(self._pieces) == len(self._part_sizes):
+            return [linear(inputs, weight, bias) for weight, bias in self._pieces]
+        return self.forward(inputs).split(self._part_sizes, dim=-1)
+
+    def _forward_row(self, inputs: torch.Tensor) -> torch.Tensor:
+        ((weight, _),) = self._pieces
+        output = step_context().collectives.sum_over_tp(linear(inputs, weight))
+        return output if self.bias is None else output.add_(self.bias)

@@ -1,0 +1,19 @@
+"""The matrix product of linear layers: torch's, and on a CPU kernels of our own."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ulysses_infer.model.context import current_step
+
+
+def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """inputs: [..., in]; weight: [out, in], a view with any row stride; bias: [out]; returns [..., out].
+
+    The step says who multiplies; outside a step, torch.
+    """
+    step = current_step()
+    if step is None or step.matmul is None:
+        return F.linear(inputs, weight, bias)
+    return step.matmul(inputs, weight, bias)

@@ -1,0 +1,1 @@
+"""Checkpoints and models in memory as sources of weights."""

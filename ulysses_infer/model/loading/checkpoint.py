@@ -1,0 +1,292 @@
+"""Fill an injected model from a checkpoint: transformers' own key renames and weight conversions, our slices."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from ulysses_infer.errors import CheckpointError, first_line
+from ulysses_infer.model.experts.keys import ExpertKeys
+from ulysses_infer.model.injection.inject import Injection
+from ulysses_infer.model.loading.files import TensorSource
+from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.quantization.reading import check_plain
+from ulysses_infer.parallel.layout import Span
+
+Progress = Callable[[int, int], None]  # (parameters done, parameters in all)
+Kept = tuple[int, list[Span]] | None
+_Key = tuple[str, str | None]  # (checkpoint key, converter's source pattern)
+
+
+@dataclass
+class _Target:
+    """The checkpoint tensors that make one parameter (or, for a splitting conversion, several)."""
+
+    converter: WeightConverter | None = None
+    keys: list[tuple[str, str | None]] = field(default_factory=list)  # (checkpoint key, converter's source pattern)
+    experts: dict[int | None, str] = field(default_factory=dict)  # of quantised experts: the checkpoint key of each
+
+
+class KeyNames:
+    """What a model calls the tensors of a checkpoint: transformers' own renames, and conversions by their sources."""
+
+    def __init__(self, model: Any) -> None:
+        self.known: dict[str, torch.Tensor] = dict(model.state_dict())
+        self.prefix = model.base_model_prefix
+        transforms = get_model_conversion_mapping(model)
+        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    def rename(self, key: str, known: dict[str, Any] | None = None) -> tuple[str, str | None]:
+        """The parameter that the checkpoint's `key` belongs to, and the source pattern of its conversion, if any.
+
+        known: the names that there are, if others than the model's parameters.
+        """
+        known = self.known if known is None else known
+        name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, known)
+        if name not in known and key in known:
+            name, pattern = rename_source_key(key, [], [], self.prefix, known)
+        return name, pattern
+
+
+class Loader:
+    """Reads what one rank keeps, one parameter at a time, so that no more than one is ever held twice."""
+
+    def __init__(
+        self,
+        injection: Injection,
+        source: TensorSource,
+        full_shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.injection, self.model, self.source, self.full_shapes = injection, injection.model, source, full_shapes
+        self.dtype, self.device = dtype, device
+        self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self.buffers = dict(self.model.named_buffers())
+        self.float32 = _float32_pattern(self.model, dtype)
+        self.quantized = {n: m for n, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
+        self.left = set(self.parameters) | (set(self.buffers) & set(self.model.state_dict()))
+        self.names = KeyNames(self.model)
+        positions = {p: i for c in self.names.converters for i, p in enumerate(c.source_patterns)}
+        self.expert_keys = ExpertKeys(self.model, positions)
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Fill every parameter. Raises `CheckpointError` for tensors that are missing or of the wrong shape."""
+        targets = self._targets()
+        for done, (name, target) in enumerate(targets.items(), start=1):
+            if target.experts:
+                self._place(name, self.expert_keys.read(name, self.source, target.experts))
+            elif target.converter is None:
+                self._place(name, self._read_whole_or_slice(name, target.keys[-1][0]))
+            else:
+                self._convert(name, target.converter, target.keys)
+            if progress is not None:
+                progress(done, len(targets))
+        self._check_nothing_left()
+
+    def _targets(self) -> dict[str, _Target]:
+        by_pattern = {pattern: c for c in self.names.converters for pattern in c.source_patterns}
+        known = self.names.known
+        targets: dict[str, _Target] = {}
+        for key in sorted(self.source.keys(), key=dot_natural_key):
+            if self._is_of_experts(key, targets):
+                continue
+            name, pattern = self.names.rename(key)
+            owner, _, leaf = name.rpartition(".")
+            if name not in known and owner in self.quantized:
+                self.quantized[owner].check_foreign(leaf, self.source, key)
+            if name in known:
+                target = targets.setdefault(name, _Target())
+                target.keys.append((key, pattern))
+                if pattern is not None and target.converter is None:
+                    target.converter = copy.deepcopy(by_pattern[pattern])
+        return targets
+
+    def _is_of_experts(self, key: str, targets: dict[str, _Target]) -> bool:
+        """Whether `key` is a tensor of quantised experts, which is then noted."""
+        found = self.expert_keys.find(key, self.names.rename)
+        if found is None:
+            return False
+        name = f"{found.matrix}.{found.leaf}"
+        if name in self.names.known:
+            targets.setdefault(name, _Target()).experts[found.expert] = key
+        else:
+            self.expert_keys.check_foreign(found, self.source, key)
+        return True
+
+    def _read_whole_or_slice(self, name: str, key: str) -> torch.Tensor:
+        owner, _, leaf = name.rpartition(".")
+        if owner in self.quantized:
+            return self.quantized[owner].read(leaf, self.source, key)
+        found, wanted = self.source.shape(key), self.full_shapes.get(name)
+        if wanted is not None and found != wanted:
+            raise CheckpointError(_wrong_shape(key, found, wanted))
+        return check_plain(key, self.source.read(key, self.injection.slices(name)))
+
+    def _convert(self, name: str, converter: WeightConverter, keys: list[tuple[str, str | None]]) -> None:
+        """Run one of transformers' conversions, on slices where it only stacks and joins, else on whole tensors."""
+        kept = self.injection.slices(name)
+        sliced = _sliced_sources(converter, kept) if kept is not None else None
+        if sliced is not None and kept is not None and kept[0] == 0:
+            keys = self._own_experts(name, keys, kept[1])
+            if not keys:  # more ranks than experts: this one has none
+                self._place(name, torch.empty_like(self.parameters[name], device="cpu"))
+                return
+        elif sliced is not None:
+            self._check_sliced(name, keys, kept)
+        for key, pattern in keys:
+            part = sliced.get(pattern or "") if sliced is not None else None
+            converter.add_tensor(name, key, pattern, _Later(self.source, key, part))  # type: ignore[arg-type]
+        try:
+            whole: Any = _WholeShapes(self.full_shapes)
+            converted = converter.convert(name, model=whole, config=self.model.config)
+        except RuntimeError as error:  # tensors that should stack or join and do not
+            reason = first_line(error)
+            raise CheckpointError(
+                f"the tensors of {name} do not fit together ({reason}); the weights do not belong to this config.json"
+            ) from error
+        for target, value in converted.items():
+            tensor = value[0] if isinstance(value, list) else value
+            wanted = self.injection.slices(target)
+            already = sliced is not None and target == name
+            self._place(target, tensor if already or wanted is None else _cut(tensor, wanted))
+
+    def _own_experts(self, name: str, keys: list[_Key], own: list[Span]) -> list[_Key]:
+        """Of one tensor an expert, those that this rank keeps: the others are not read at all."""
+        num_experts, chosen = self.full_shapes[name][0], list[_Key]()
+        for pattern in dict.fromkeys(pattern for _, pattern in keys):
+            experts = [key for key in keys if key[1] == pattern]
+            if len(experts) != num_experts:
+                raise CheckpointError(
+                    f"the checkpoint has {len(experts)} tensors like {experts[0][0]}, but the model's config makes it "
+                    f"{num_experts} experts; it is incomplete, or the weights do not belong to this config.json"
+                )
+            chosen += [key for span in own for key in experts[span.start : span.stop]]
+        return chosen
+
+    def _check_sliced(self, name: str, keys: list[tuple[str, str | None]], kept: Kept) -> None:
+        """A slice of too large a tensor would look right: compare the whole widths that the sources join to."""
+        assert kept is not None
+        wanted = self.full_shapes[name][kept[0]] // len({pattern for _, pattern in keys})
+        for key, _ in keys:
+            found = self.source.shape(key)
+            if found[kept[0] - 1 : kept[0]] != (wanted,):
+                whole = (*found[: kept[0] - 1], wanted, *found[kept[0] :])
+                raise CheckpointError(_wrong_shape(key, found, whole))
+
+    def _place(self, name: str, tensor: torch.Tensor) -> None:
+        """Make `tensor` the parameter or buffer `name`."""
+        if name not in self.left:
+            return
+        current = self.parameters.get(name, self.buffers.get(name))
+        assert current is not None
+        if current.dim() == tensor.dim() + 1 and math.prod(current.shape[:2]) == len(tensor):  # a stacked parameter
+            tensor = tensor.unflatten(0, current.shape[:2])
+        if tensor.shape != current.shape:
+            raise CheckpointError(_wrong_shape(name, tuple(tensor.shape), tuple(current.shape)))
+        self.store(name, current, tensor)
+        self.left.discard(name)
+
+    def store(self, name: str, current: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Put `tensor`, which has the right shape, in the place of the parameter or buffer `current`."""
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(owner_name)
+        dtype = current.dtype if name in self.buffers else self._dtype_of(name, current)
+        value = tensor.to(device=self.device, dtype=dtype)
+        if name in self.buffers:
+            owner.register_buffer(leaf, value)
+        else:
+            setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+
+    def _dtype_of(self, name: str, current: torch.Tensor) -> torch.dtype:
+        keep = self.float32 is not None and self.float32.search(name)
+        return torch.float32 if keep else current.dtype
+
+    def _check_nothing_left(self) -> None:
+        missing = sorted(name for name in self.left if name in self.parameters)
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} of {len(self.parameters)} tensors the model needs, "
+                f"first {missing[0]}; it is incomplete or of another architecture"
+            )
+
+
+class _WholeShapes:
+    """What conversions ask of a model: the shapes of its parameters, which here are those before anything was cut."""
+
+    def __init__(self, full_shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.full_shapes = full_shapes
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """A tensor of the whole parameter's shape, without memory."""
+        return torch.empty(self.full_shapes[name], device="meta")
+
+
+class _Later:
+    """A read that happens only when transformers' conversion asks for it (it calls what it was given)."""
+
+    def __init__(self, source: TensorSource, key: str, kept: Kept) -> None:
+        self.source, self.key, self.kept = source, key, kept
+
+    def __call__(self) -> torch.Tensor:
+        return check_plain(self.key, self.source.read(self.key, self.kept))
+
+
+def _sliced_sources(converter: WeightConverter, kept: tuple[int, list[Span]]) -> dict[str, Kept] | None:
+    """What to read of each source so that stacking experts and joining gate and up yields just the kept slice.
+
+    None when the conversion does anything else, or when a part would straddle its sources.
+    """
+    names = [type(op) for op in converter.operations]
+    stacked = bool(names) and names[0] is MergeModulelist
+    if not stacked or any(name not in (MergeModulelist, Concatenate) for name in names):
+        return None
+    dimension, spans = kept
+    patterns = converter.source_patterns
+    if dimension == 0:  # whole experts, chosen before they are read
+        return dict.fromkeys(patterns)
+    if len(patterns) == 1:
+        return {patterns[0]: (dimension - 1, spans)}
+    joined = [op for op in converter.operations if isinstance(op, Concatenate)]
+    if len(spans) != len(patterns) or len(joined) != 1 or joined[0].dim != dimension:
+        return None
+    # Each source is one part of the joined dimension; all parts are cut alike, so the first span serves for each.
+    return {pattern: (dimension - 1, [spans[0]]) for pattern in patterns}
+
+
+def _wrong_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    return (
+        f"tensor {name} has shape {list(found)}, but the model's config makes it {list(wanted)}; "
+        "the weights do not belong to this config.json"
+    )
+
+
+def _cut(tensor: torch.Tensor, kept: tuple[int, list[Span]]) -> torch.Tensor:
+    dimension, spans = kept
+    return torch.cat([tensor.narrow(dimension, span.start, span.size) for span in spans], dim=dimension)
+
+
+def _float32_pattern(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """Parameters that the architecture keeps in float32 whatever the checkpoint's dtype."""
+    names = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    if dtype == torch.float16:
+        names |= set(model._keep_in_fp32_modules or ())
+    escaped = [re.escape(name).replace(r"\*", r"[^.]+") for name in sorted(names)]
+    return re.compile("|".join(escaped)) if escaped else None

@@ -1,0 +1,185 @@
+"""Where a model's weights come from: a folder of any kind, or a model in memory that may be in training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ulysses_infer.errors import CheckpointError, ConfigError
+from ulysses_infer.model.loading.files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    MemorySource,
+    SafetensorsSource,
+    TensorSource,
+    resolve_folder,
+    take,
+)
+from ulysses_infer.model.loading.training import AdaptedSource, TrainingSource, has_adapters
+from ulysses_infer.model.loading.zero import open_zero, zero_folder
+from ulysses_infer.parallel.layout import Span
+
+LEVELS_ABOVE = 3  # a training run keeps its config.json at most this far above the folder of a step
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: an ordinary Hugging Face folder, or one that DeepSpeed saved while training."""
+
+    folder: Path
+    step: Path | None = None
+    """The folder of the saved step, of a DeepSpeed checkpoint."""
+    hf_config: str | None = None
+    """The recipe's `model.hf_config`."""
+
+    def open(self) -> TensorSource:
+        """Its weights. Raises `CheckpointError`."""
+        return SafetensorsSource(self.folder) if self.step is None else open_zero(self.step)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether every rank reads tensors into memory of its own, rather than map the files."""
+        return self.step is not None
+
+    def find_files(self) -> Path:
+        """The folder with the model's config.json, and its tokenizer if it has one. Raises `CheckpointError`."""
+        if self.hf_config is not None:
+            named = Path(self.hf_config).expanduser()
+            return named.parent if named.is_file() else named
+        if self.step is None:
+            return self.folder
+        nearest = self.step.resolve()
+        for folder in (nearest, *nearest.parents[:LEVELS_ABOVE]):
+            if (folder / "config.json").is_file():
+                return folder
+        raise CheckpointError(
+            f"{self.folder} is a DeepSpeed checkpoint without the config.json of its model, in it or up to "
+            f"{LEVELS_ABOVE} folders above; name a folder that has one (and a tokenizer) as model.hf_config"
+        )
+
+
+def find_checkpoint(path: str, revision: str | None = None, hf_config: str | None = None) -> Checkpoint:
+    """The checkpoint that a hub id or a folder names. Raises `CheckpointError`."""
+    folder = resolve_folder(path, revision)
+    is_hugging_face = any((folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME))
+    return Checkpoint(folder, None if is_hugging_face else zero_folder(folder), hf_config)
+
+
+@dataclass(frozen=True)
+class GivenModel:
+    """A `transformers.PreTrainedModel` that the caller has in memory."""
+
+    module: Any
+    in_training: bool = False
+    """Whether an engine of DeepSpeed's trains it: its weights then change in place, and may be partitioned."""
+    sequence_parallel_size: int | None = None
+    """Ranks that share a sequence in that training; None outside of one."""
+    sequence_parallel_group: Any = None
+    """Their process group, of this rank's; None if each rank has sequences of its own."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it was loaded from, a folder or the hub's cache: its tokenizer is there too. None if from nowhere."""
+        from huggingface_hub import try_to_load_from_cache
+
+        name = getattr(self.module, "name_or_path", "") or ""
+        if name and Path(name).is_dir():
+            return Path(name)
+        cached = try_to_load_from_cache(name, "tokenizer_config.json") if name.count("/") == 1 else None
+        return Path(cached).parent if isinstance(cached, str) else None
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether every rank gets copies of its tensors, rather than views."""
+        return self.in_training or has_adapters(self.module)
+
+    @property
+    def default_base(self) -> dict[str, int]:
+        """The base mode where none is given: of a training job's ranks, the SP groups it has, TP over the rest."""
+        if self.sequence_parallel_size is None:
+            return {}
+        import deepspeed.comm as comm
+
+        sp = self.sequence_parallel_size
+        return {"parallel.sp": sp, "parallel.tp": comm.get_world_size() // sp}
+
+    def open(self) -> TensorSource:
+        """Its weights: views of an ordinary model's, copies of one's in training. Raises `ConfigError`."""
+        if has_adapters(self.module):
+            return AdaptedSource(self.module)
+        return TrainingSource(self.module) if self.in_training else MemorySource(self.module.state_dict())
+
+
+def given_model(model: Any) -> GivenModel:
+    """The model itself, out of a DeepSpeed or data-parallel engine, or of PEFT's wrapper. Raises `ConfigError`."""
+    from transformers import PreTrainedModel
+
+    inner = getattr(model, "module", model)
+    base = _without_wrapper(inner) if hasattr(inner, "get_base_model") else inner
+    if not isinstance(base, PreTrainedModel):
+        found = type(model).__name__ + (f" of a {type(base).__name__}" if base is not model else "")
+        raise ConfigError(f"model is a {found}; give a hub id, a folder or a transformers.PreTrainedModel")
+    group = getattr(model, "seq_parallel_group", None)
+    return GivenModel(base, inner is not model, getattr(model, "sequence_parallel_size", None), group)
+
+
+def _without_wrapper(adapted: Any) -> Any:
+    """The model that PEFT has put adapters into."""
+    kind = adapted.active_peft_config.peft_type.value
+    if kind != "LORA":
+        raise ConfigError(f"the model is adapted with PEFT's {kind}; only LORA can be merged for serving")
+    return adapted.get_base_model()
+
+
+@contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Models that transformers makes inside are whole, even in a job with ZeRO 3 whose Trainer has all partitioned."""
+    from transformers.integrations import deepspeed as integration
+
+    if not integration.is_deepspeed_zero3_enabled():
+        yield
+        return
+    reference: Any = integration._hf_deepspeed_config_weak_ref
+    kept = reference()
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration.set_hf_deepspeed_config(kept)
+
+
+class ShapesOnly:
+    """Another source's tensors without their values: what a loader can make of it is found without reading it."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+
+    def keys(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._source.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return self._source.shape(key)
+
+    def read(self, key: str, kept: tuple[int, list[Span]] | None) -> torch.Tensor:
+        """A tensor of the shape that the other source's would have, on the meta device."""
+        return take(torch.empty(self._source.shape(key), device="meta"), kept)
+
+
+def open_weights(source: Any) -> TensorSource:
+    """The weights that `source` has: a folder or hub id, a model, an engine that trains one, or a state dict.
+
+    Raises `CheckpointError` or `ConfigError`.
+    """
+    if isinstance(source, str | os.PathLike):
+        return find_checkpoint(str(source)).open()
+    if isinstance(source, Mapping):
+        return MemorySource(source)
+    return given_model(source).open()

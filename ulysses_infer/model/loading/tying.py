@@ -1,0 +1,40 @@
+"""Whether the output embedding is the input's: config.json says so, and the checkpoint has the last word.
+
+Configs of some models with towers say nothing, and transformers' default ties what their checkpoints keep apart.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ulysses_infer.model.loading.checkpoint import KeyNames
+from ulysses_infer.model.loading.files import TensorSource
+
+logger = logging.getLogger(__name__)
+
+
+def settle_tying(model: Any, open_source: Callable[[], TensorSource]) -> None:
+    """Untie `model`, which has no weights yet, in its configs if its checkpoint has two different embeddings."""
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    if any(getattr(config, "tie_word_embeddings", False) for config in configs) and _differ(model, open_source()):
+        logger.warning("config.json ties the output embedding to the input's; the checkpoint has two, which are used")
+        for config in configs:
+            config.tie_word_embeddings = False
+
+
+def _embeddings(model: Any) -> tuple[Any, Any]:
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def _differ(model: Any, source: TensorSource) -> bool:
+    names, modules = KeyNames(model), {module: name for name, module in model.named_modules()}
+    known = {names.rename(key)[0]: key for key in iter(source.keys())}
+    pair = [known.get(f"{modules.get(part)}.weight") for part in _embeddings(model)]
+    if None in pair:
+        return False
+    first, second = (source.read(str(key), None) for key in pair)
+    return first.data_ptr() != second.data_ptr() and not torch.equal(first, second)

@@ -1,0 +1,112 @@
+"""The vocabulary head: every rank computes its own rows of the vocabulary, in every mode, for the rows that need it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ulysses_infer.model.context import step_context
+from ulysses_infer.model.layers.matmul import linear
+from ulysses_infer.native.function import ELEMENTWISE, NativeFunction, native_function
+from ulysses_infer.parallel.layout import Place, Span, even_span
+
+
+class ShardedHead(nn.Module):
+    """Rows `g * V // W ...` of the output embedding, for head shard g of W. Bound for life: no mode changes it.
+
+    A tied head is a view of the (replicated) input embedding and costs nothing.
+    """
+
+    def __init__(self, source: nn.Linear, place: Place, tied_to: nn.Embedding | None) -> None:
+        super().__init__()
+        self.vocabulary = even_span(source.out_features, place.shard, place.world_size)
+        self._tied_to = [tied_to]  # in a list, so that it is not registered as a child and loaded twice
+        if tied_to is None:
+            shape = (self.vocabulary.size, source.in_features)
+            self.weight = nn.Parameter(source.weight.new_empty(shape), requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if source.bias is not None:
+            self.bias = nn.Parameter(source.bias.new_empty(self.vocabulary.size), requires_grad=False)
+
+    def slices(self, name: str) -> tuple[int, list[Span]] | None:
+        """Which part of the full parameter `name` this rank keeps."""
+        return 0, [self.vocabulary]
+
+    def rows(self) -> torch.Tensor:
+        """[V/W, D], this rank's rows of the output embedding."""
+        (tied_to,) = self._tied_to
+        if tied_to is None:
+            return self.weight
+        return tied_to.weight[self.vocabulary.start : self.vocabulary.stop]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [1, n_mine, D], rows of my token slice; returns [1, n, V/W], all rows, my vocabulary."""
+        context = step_context()
+        gathered = context.collectives.gather_rows(hidden[0], context.logits_counts)
+        return linear(gathered, self.rows(), self.bias)[None]
+
+
+def argmax_pairs(logits: torch.Tensor, vocabulary: Span) -> torch.Tensor:
+    """The best of my vocabulary for each row, ready to be compared with the other ranks'.
+
+    logits: [n, V/W]; returns [n, 2] float64: value, token id. Eight bytes hold any id exactly. A rank without a token
+    of its own, of more ranks than there are tokens, has the value minus infinity.
+    """
+    if not vocabulary.size:
+        nothing = logits.new_tensor([-torch.inf, vocabulary.start], dtype=torch.float64)
+        return nothing.repeat(len(logits), 1)
+    best = _native_best(logits.dtype) if logits.device.type == "cpu" else None
+    if best is not None and logits.stride(-1) == 1:
+        pairs = torch.empty(len(logits), 2, dtype=torch.float64)
+        best(pairs.data_ptr(), logits.data_ptr(), len(logits), vocabulary.size, logits.stride(0), vocabulary.start)
+        return pairs
+    values, ids = logits.max(dim=-1)
+    return torch.stack([values.double(), (ids + vocabulary.start).double()], dim=-1)
+
+
+@functools.cache
+def _native_best(dtype: torch.dtype) -> NativeFunction | None:
+    """The same in C, for numbers of `dtype` on a CPU."""
+    suffix = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(dtype)
+    return None if suffix is None else native_function("elementwise", f"best_of_rows_{suffix}", "ppiiii", ELEMENTWISE)
+
+
+def best_of(pairs: torch.Tensor) -> torch.Tensor:
+    """Greedy tokens from every rank's `argmax_pairs`; ties go to the lowest id, and NaN is the greatest.
+
+    pairs: [W, n, 2]; returns [n] int64.
+    """
+    native = _native_best_of_members() if pairs.device.type == "cpu" else None
+    if native is not None:
+        tokens = torch.empty(pairs.shape[1], dtype=torch.int64)
+        native(tokens.data_ptr(), pairs.data_ptr(), *pairs.shape[:2])
+        return tokens
+    return best_in_torch(pairs)
+
+
+def best_in_torch(pairs: torch.Tensor) -> torch.Tensor:
+    """`best_of` on any device."""
+    values, ids = pairs.unbind(-1)
+    is_best = (values == values.amax(dim=0)) | values.isnan()
+    return torch.where(is_best, ids, torch.inf).amin(dim=0).long()
+
+
+@functools.cache
+def _native_best_of_members() -> NativeFunction | None:
+    """The same in C, on a CPU."""
+    return native_function("elementwise", "best_of_members", "ppii", ELEMENTWISE)
+
+
+def padded(logits: torch.Tensor, vocab_size: int, world_size: int) -> torch.Tensor:
+    """`logits` [n, V/W] widened to the largest shard, so that uneven shards can travel in one gather."""
+    largest = -(-vocab_size // world_size)
+    return F.pad(logits.float(), (0, largest - logits.shape[-1]))
+
+
+def joined(shards: list[torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """[n, V] from the gathered `padded` shards in shard order."""
+    spans = [even_span(vocab_size, index, len(shards)) for index in range(len(shards))]
+    return torch.cat([shard[:, : span.size] for shard, span in zip(shards, spans, strict=True)], dim=-1)

@@ -1,0 +1,377 @@
+"""Logits rows to token ids, on one rank.
+
+A row passes through, in vLLM's order: its grammar, allowed_token_ids, bad_words, min_tokens, logit_bias, penalties;
+then greedy rows take the likeliest token, and the others temperature, min_p, top_k, top_p and one draw. Rows that
+ask for nothing special cost one argmax.
+
+The draw is one uniform number per token, a pure function of (seed, position in the output): neither batch,
+nor mode, nor preemption changes it. It is looked up in the cumulative distribution over the vocabulary
+in id order, summed in float64, so noise of 1e-5 in the logits changes a token only with a probability of that
+order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ulysses_infer.sampling_params import SamplingParams
+
+NO_TOKEN = -1  # the result of a row with no possible token: every one forbidden, or logits that are not numbers
+MAX_ELEMENTS = 2**24  # rows * vocabulary worked on at a time; bounds the temporaries to a few hundred MiB
+NUCLEUS_PROBE = 1024  # most nuclei are smaller, and taking this many largest is far cheaper than a full sort
+PROBE_GROWTH = 16  # by this factor when the nucleus is larger
+
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(value: int) -> int:
+    """SplitMix64's finaliser, a bijection of 64-bit integers (Steele et al. doi 10.1145/2714064.2660195)."""
+    value &= _MASK
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """The effective seed of output `index` of a request seeded `seed`: another one for every index."""
+    return _mix(seed + index * _GOLDEN)
+
+
+def uniform(seed: int, index: int) -> float:
+    """Number `index` of SplitMix64's stream for `seed`, in [0, 1): 52 bits, so that `uniform * x < x`."""
+    return (_mix(_mix(seed) + (index + 1) * _GOLDEN) >> 12) * 2.0**-52
+
+
+def needs_full_logits(params: SamplingParams) -> bool:
+    """Whether a row needs the whole vocabulary on one rank; otherwise each rank's largest logit is enough."""
+    return not params.is_greedy or _has_processors(params)
+
+
+def _has_processors(params: SamplingParams) -> bool:
+    return bool(
+        params.structured_outputs
+        or params.allowed_token_ids
+        or params.bad_words
+        or params.min_tokens
+        or params.logit_bias
+        or _has_penalties(params)
+    )
+
+
+def reads_outputs(params: SamplingParams) -> bool:
+    """Whether the next token of a row depends on which its earlier ones are, beyond the logits."""
+    return bool(params.structured_outputs or params.bad_words) or _has_penalties(params)
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+class TokenHistory:
+    """Which tokens a row has seen, kept from step to step so that a long prompt is counted once.
+
+    token_ids: [u] int64, the distinct tokens of prompt and output; counts: [u] float32, uses in the output.
+    """
+
+    def __init__(self, prompt_token_ids: Sequence[int], device: torch.device) -> None:
+        distinct = list(dict.fromkeys(prompt_token_ids))
+        self.token_ids = torch.tensor(distinct, dtype=torch.long, device=device)
+        self.counts = torch.zeros(len(distinct), device=device)
+        self._slots = {token: slot for slot, token in enumerate(distinct)}
+        self._num_counted = 0
+
+    def update(self, output_token_ids: Sequence[int]) -> None:
+        """Count the outputs that are new since the last call."""
+        new = output_token_ids[self._num_counted :]
+        slots = [self._slots.setdefault(token, len(self._slots)) for token in new]
+        num_known = len(self.token_ids)
+        unseen = list(dict.fromkeys(t for t, slot in zip(new, slots, strict=True) if slot >= num_known))
+        if unseen:
+            self.token_ids = torch.cat([self.token_ids, self.token_ids.new_tensor(unseen)])
+            self.counts = torch.cat([self.counts, self.counts.new_zeros(len(unseen))])
+        where = self.token_ids.new_tensor(slots)
+        self.counts.index_add_(0, where, torch.ones_like(where, dtype=self.counts.dtype))
+        self._num_counted = len(output_token_ids)
+
+
+class Grammar(Protocol):
+    """What an output's text must match, as far as it has come (`text/structured.py`)."""
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the output, as far as it was followed, is a whole one."""
+
+    def penalties(self, output_token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """What to add to the logits of the token after `output_token_ids`: [V], 0 or -inf."""
+
+
+@dataclass(eq=False)
+class SamplingRow:
+    """What sampling one sequence needs. Keep it while the sequence lives: it remembers the penalties' counts.
+
+    `output_token_ids` is the sequence's own growing list; `bad_word_token_ids` comes from
+    `SamplingParams.encode_bad_words`; `seed` from `derive_seed`; `grammar`, this row's alone, from
+    `params.structured_outputs`.
+    """
+
+    params: SamplingParams
+    seed: int
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    eos_token_ids: frozenset[int] = frozenset()
+    bad_word_token_ids: Sequence[Sequence[int]] = ()
+    grammar: Grammar | None = None
+    num_awaited: int = 0
+    """Output tokens that are chosen, and not in the list yet."""
+    is_plain: bool = field(init=False)  # greedy on the raw logits
+    _history: TokenHistory | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.is_plain = not needs_full_logits(self.params)
+
+    @property
+    def position(self) -> int:
+        """Where in the output the next token will be."""
+        return len(self.output_token_ids) + self.num_awaited
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the output is complete by its grammar, so that having no next token is no failure."""
+        return self.grammar is not None and self.grammar.may_end
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the request itself forbids tokens, so that having none left is its own doing."""
+        allowed = self.params.allowed_token_ids is not None
+        return allowed or self.grammar is not None or bool(self.forbidden_token_ids())
+
+    def history(self, device: torch.device) -> TokenHistory:
+        """The counts of this row, up to date with `output_token_ids`."""
+        if self._history is None:
+            self._history = TokenHistory(self.prompt_token_ids, device)
+        self._history.update(self.output_token_ids)
+        return self._history
+
+    def forbidden_token_ids(self) -> list[int]:
+        """Tokens that `min_tokens` and `bad_words` rule out for the next position."""
+        forbidden: list[int] = []
+        if self.position < self.params.min_tokens:
+            forbidden += [*self.eos_token_ids, *(self.params.stop_token_ids or ())]
+        for *prefix, last in self.bad_word_token_ids:
+            start = len(self.output_token_ids) - len(prefix)
+            if start >= 0 and list(self.output_token_ids[start:]) == prefix:
+                forbidden.append(last)
+        return forbidden
+
+
+class Sampler:
+    """Chooses the next token of each row. Stateless; what lasts from step to step lives in the rows."""
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+        """One token id per row of `logits: [n, V]` float32, which is left as it is; see `choose`."""
+        tokens: list[int] = self.choose(logits, rows).tolist()
+        return tokens
+
+    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        """The same as [n] int64 on the device of `logits`, for which a GPU's host does not wait (unless a row
+        `reads_outputs`).
+
+        A row with no possible token gets `NO_TOKEN`; the others are unharmed.
+        """
+        tokens = torch.full((len(rows),), NO_TOKEN, dtype=torch.int64, device=logits.device)
+        plain = [index for index, row in enumerate(rows) if row.is_plain]
+        if plain:
+            self._store(tokens, plain, *_most_likely(_take_rows(logits, plain)))
+        special = [index for index, row in enumerate(rows) if not row.is_plain]
+        for chunk in _chunks(special, max(MAX_ELEMENTS // logits.shape[1], 1)):
+            scores, chunk_rows = logits[sent(chunk, logits)], [rows[index] for index in chunk]
+            _apply_processors(scores, chunk_rows)
+            self._store(tokens, chunk, *_choose(scores, chunk_rows))
+        return tokens
+
+    def _store(self, tokens: torch.Tensor, indices: list[int], chosen: torch.Tensor, peak: torch.Tensor) -> None:
+        """Write `chosen: [m]` at `indices`; NO_TOKEN where `peak: [m]`, the largest score, is not finite."""
+        tokens[sent(indices, tokens)] = torch.where(peak.isfinite(), chosen, NO_TOKEN)
+
+
+def sent(values: Sequence[Any], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`values` on the device of `like`, which is asked to copy them and not waited for."""
+    made = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
+    return made.to(like.device, non_blocking=True)
+
+
+def _take_rows(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
+    return logits if len(indices) == len(logits) else logits[sent(indices, logits)]
+
+
+def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def _most_likely(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token and score of the largest entry per row, the lowest id on ties; a NaN counts as the largest."""
+    best = scores.argmax(-1)
+    return best, scores.gather(-1, best[:, None])[:, 0]
+
+
+def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy or random token per row, and the row's largest score."""
+    tokens, peak = _most_likely(scores)
+    drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    if drawn:
+        places = sent(drawn, scores)
+        tokens[places] = _draw(_take_rows(scores, drawn), peak[places], [rows[index] for index in drawn])
+    return tokens, peak
+
+
+# --- processors: they change `scores: [m, V]` in place ---
+
+
+def _apply_processors(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    _follow_grammars(scores, rows)
+    _keep_allowed(scores, rows)
+    _forbid(scores, rows)
+    _add_bias(scores, rows)
+    _penalise(scores, rows)
+
+
+def _follow_grammars(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    for index, row in enumerate(rows):
+        if row.grammar is not None:
+            penalties = torch.from_numpy(row.grammar.penalties(row.output_token_ids))
+            scores[index] += penalties.to(scores.device)
+
+
+def _keep_allowed(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    for index, row in enumerate(rows):
+        if row.params.allowed_token_ids:
+            allowed = sent(row.params.allowed_token_ids, scores)
+            kept = scores[index, allowed]
+            scores[index] = -torch.inf
+            scores[index, allowed] = kept
+
+
+def _forbid(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    entries = [(index, token) for index, row in enumerate(rows) for token in row.forbidden_token_ids()]
+    if entries:
+        row_ids, token_ids = sent(entries, scores).T
+        scores[row_ids, token_ids] = -torch.inf
+
+
+def _add_bias(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    entries = [(index, *item) for index, row in enumerate(rows) for item in (row.params.logit_bias or {}).items()]
+    if entries:
+        row_ids, token_ids, biases = zip(*entries, strict=True)
+        scores[sent(row_ids, scores), sent(token_ids, scores)] += sent(biases, scores, scores.dtype)
+
+
+def _penalise(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Repetition (Keskar et al. 2019, arXiv 1909.05858), then frequency and presence penalties (OpenAI's)."""
+    entries = [
+        (index, row.params, row.history(scores.device)) for index, row in enumerate(rows) if _has_penalties(row.params)
+    ]
+    if not entries:
+        return
+    indices, params, histories = zip(*entries, strict=True)
+    lengths = torch.tensor([len(history.token_ids) for history in histories], device=scores.device)
+
+    def per_token(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, device=scores.device).repeat_interleave(lengths)
+
+    row_ids = per_token(indices)
+    token_ids = torch.cat([history.token_ids for history in histories])
+    counts = torch.cat([history.counts for history in histories])
+    repetition = per_token([p.repetition_penalty for p in params])
+    old = scores[row_ids, token_ids]
+    new = torch.where(old > 0, old / repetition, old * repetition)
+    new -= per_token([p.frequency_penalty for p in params]) * counts
+    new -= per_token([p.presence_penalty for p in params]) * (counts > 0)
+    scores[row_ids, token_ids] = new
+
+
+def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """`values` as a [m, 1] column of `like`'s type and device."""
+    return sent(values, like, like.dtype)[:, None]
+
+
+# --- the draw ---
+
+
+def _draw(scores: torch.Tensor, peak: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """One random token per row of `scores: [m, V]`, by inverse of the cumulative distribution in id order."""
+    temperature = _column([row.params.temperature for row in rows], scores)
+    weights = ((scores - peak[:, None]) / temperature).exp_()  # [m, V], the largest is 1
+    _truncate(weights, [row.params for row in rows])
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    numbers = [uniform(row.seed, row.position) for row in rows]
+    target = _column(numbers, cumulative) * cumulative[:, -1:]
+    # The first token whose sum exceeds the target: never one of weight 0.
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+def _truncate(weights: torch.Tensor, params: Sequence[SamplingParams]) -> None:
+    """Zero what min_p, top_k and top_p leave out, in this order, each working on what the one before left."""
+    if any(p.min_p > 0 for p in params):
+        weights.masked_fill_(weights < _column([p.min_p for p in params], weights), 0.0)
+    vocab_size = weights.shape[1]
+    cut = [index for index, p in enumerate(params) if 0 < p.top_k < vocab_size or p.top_p < 1]
+    if cut:
+        top_k = [min(params[i].top_k or vocab_size, vocab_size) for i in cut]
+        # A top_p of 1 keeps all: no rounding of the sums may drop the smallest.
+        top_p = [params[i].top_p if params[i].top_p < 1 else torch.inf for i in cut]
+        places = sent(cut, weights)
+        weights[places] = _keep_largest(weights[places], top_k, _column(top_p, weights).double())
+
+
+def _keep_largest(
+    weights: torch.Tensor, top_k: Sequence[int], top_p: torch.Tensor, probe: int = NUCLEUS_PROBE
+) -> torch.Tensor:
+    """`weights: [m, V]` with zeros outside the top_k: [m] largest and, of these, the top_p: [m, 1] nucleus
+    (Holtzman et al. 2020, arXiv 1904.09751). Of equal weights at the edge the lowest ids stay. On a CPU a nucleus is
+    looked for among the `probe` largest weights first; a GPU sorts all, faster than it could say whether they do.
+    """
+    vocab_size = weights.shape[1]
+    num_values = max((k for k in top_k if k < vocab_size), default=1)
+    if vocab_size in top_k:
+        num_values = vocab_size if weights.is_cuda else min(max(num_values, probe), vocab_size)
+    values = weights.topk(num_values).values  # [m, num_values], descending
+    sizes = sent(top_k, weights)
+    kept = _prefix_lengths(weights, values, sizes, top_p)
+    result = _keep_prefix(weights, values, kept)
+    if num_values == vocab_size or vocab_size not in top_k:
+        return result
+    wider = ((sizes == vocab_size) & (kept == num_values)).nonzero()[:, 0].tolist()
+    if wider:
+        result[wider] = _keep_largest(weights[wider], [vocab_size] * len(wider), top_p[wider], probe * PROBE_GROWTH)
+    return result
+
+
+def _prefix_lengths(
+    weights: torch.Tensor, values: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """How many of `values: [m, c]`, a row's largest weights in descending order, stay: [m], at least one."""
+    inside = torch.arange(values.shape[1], device=values.device) < top_k[:, None]
+    mass = torch.where(inside, values, 0.0).cumsum(-1, dtype=torch.float64)
+    whole = weights.sum(-1, dtype=torch.float64)
+    total = torch.where(top_k < weights.shape[1], mass[:, -1], whole)[:, None]
+    return (inside & (mass - values < top_p * total)).sum(-1).clamp_(min=1)
+
+
+def _keep_prefix(weights: torch.Tensor, values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """`weights: [m, V]` with zeros outside the `kept: [m]` largest; `values: [m, c]` are these, sorted."""
+    edge = values.gather(-1, kept[:, None] - 1)
+    above = weights > edge
+    room = kept[:, None] - above.sum(-1, keepdim=True)
+    at_edge = weights == edge
+    # A GPU would have to be waited for, to know whether it is needed.
+    if weights.is_cuda or bool((at_edge.sum(-1, keepdim=True) > room).any()):
+        at_edge &= at_edge.cumsum(-1) <= room
+    return torch.where(above | at_edge, weights, 0.0)

@@ -1,0 +1,176 @@
+"""Steps recorded on a CPU, as CUDA graphs are on a GPU: what a step called, on which memory, to do it again.
+
+Calls into native libraries are made again in C, one after another (tape.c). What torch computed between them is
+computed by torch again and copied to where it was. Neither the model's Python nor the allocation of results is done a
+second time: for a small step they take longer than the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ulysses_infer.native.arena import Arena
+from ulysses_infer.native.function import KINDS, NativeFunction, recording
+from ulysses_infer.native.library import open_library
+
+ALLOCATIONS = frozenset(getattr(torch.ops.aten, name).default for name in ("empty_like", "new_empty")) | {
+    torch.ops.aten.empty.memory_format
+}
+CONSTANTS = frozenset({torch.ops.aten.lift_fresh.default})
+"""Operators that bring in what Python knows: it may know something else the next time."""
+
+
+class _Call(ctypes.Structure):
+    """`struct call` of tape.c."""
+
+    _fields_ = (("function", ctypes.c_void_p), ("first", ctypes.c_int64), ("kind", ctypes.c_int64))
+
+
+class _NativeRun:
+    """Native calls in a row."""
+
+    def __init__(self, clock: ctypes.Array[ctypes.c_int64]) -> None:
+        self.functions: list[NativeFunction] = []
+        self._clock = clock
+        self._words: list[int] = []
+        self._calls: list[_Call] = []
+        self._status = ctypes.c_int()
+        self._packed: tuple[Any, Any] | None = None
+        self._run = open_library("cpu_graph").tape_run
+        self._run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        self._run.restype = ctypes.c_int64
+
+    def add(self, function: NativeFunction, arguments: tuple[Any, ...]) -> None:
+        """Take one more call, to be made again as it was."""
+        self._calls.append(_Call(function.entry, len(self._words), KINDS.index(function.kind)))
+        self._words += [_word(kind, value) for kind, value in zip(function.arguments, arguments, strict=True)]
+        self.functions.append(function)
+
+    def __call__(self) -> None:
+        if self._packed is None:
+            words = (ctypes.c_int64 * len(self._words))(*self._words)
+            self._packed = (_Call * len(self._calls))(*self._calls), words
+            self._words, self._calls = [], []  # there may be hundreds of tapes
+        calls, words = self._packed
+        done = self._run(calls, len(calls), words, self._clock, ctypes.byref(self._status))
+        if done < len(calls):
+            check = self.functions[done].check
+            assert check is not None
+            check(self._status.value)
+
+
+class Tape(TorchDispatchMode):
+    """One recorded step. What it reads and writes must stay where it is."""
+
+    def __init__(self, arena: Arena) -> None:
+        super().__init__()
+        self._arena = arena
+        self._parts: list[Callable[[], None]] = []
+        self._kept: list[Any] = []  # what native calls were given by reference
+        self._nanoseconds = (ctypes.c_int64 * len(KINDS))()
+        self.num_native_calls = self.num_torch_calls = 0
+        self.problem: str | None = None
+        """What the step does that cannot be repeated blindly, in a few words; such a tape is of no use."""
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what this thread does meanwhile. It takes place as ever, whether it can be recorded or not."""
+        assert recording.recorder is None
+        self._arena.restart()
+        recording.recorder = self
+        try:
+            with self:
+                yield
+        finally:
+            recording.recorder = None
+
+    def replay(self) -> None:
+        """Do it again, on what its inputs hold now."""
+        ctypes.memset(self._nanoseconds, 0, ctypes.sizeof(self._nanoseconds))
+        for part in self._parts:
+            part()
+
+    def seconds_of(self, kind: str) -> float:
+        """Seconds that the last replay spent in native calls of a kind."""
+        return self._nanoseconds[KINDS.index(kind)] * 1e-9
+
+    def note(self, function: NativeFunction, arguments: tuple[Any, ...]) -> None:
+        """See `Recorder.note`."""
+        last = self._parts[-1] if self._parts else None
+        if not isinstance(last, _NativeRun):
+            last = _NativeRun(self._nanoseconds)
+            self._parts.append(last)
+        last.add(function, arguments)
+        self._kept.append(arguments)
+        self.num_native_calls += 1
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function in ALLOCATIONS:
+            return self._arena.empty(tuple(result.shape), result.dtype)
+        if function._schema.is_mutable and function.namespace == "aten":
+            self._repeat(lambda: function(*args, **kwargs))
+            return result
+        if function not in CONSTANTS and _all_views(result, args):
+            return result
+        if not _is_repeatable(function) or not isinstance(result, torch.Tensor):
+            self.problem = self.problem or f"{function} cannot be repeated"
+            return result
+        kept = self._arena.empty(tuple(result.shape), result.dtype)
+        kept.copy_(result)
+        self._repeat(lambda: kept.copy_(function(*args, **kwargs)))
+        return kept
+
+    def _repeat(self, call: Callable[[], Any]) -> None:
+        self._parts.append(call)
+        self.num_torch_calls += 1
+
+
+def _is_repeatable(function: Any) -> bool:
+    """Whether it gives a result of the same shape, which depends on nothing but its arguments' numbers."""
+    return (
+        function.namespace == "aten"
+        and function not in CONSTANTS
+        and torch.Tag.dynamic_output_shape not in function.tags
+        and torch.Tag.nondeterministic_seeded not in function.tags
+    )
+
+
+def _word(kind: str, value: Any) -> int:
+    """An argument as the 64 bits that a tape hands on."""
+    if kind == "f":
+        return int.from_bytes(struct.pack("f", value), "little")
+    if value is None:
+        return 0
+    if isinstance(value, int):
+        return value
+    return ctypes.addressof(getattr(value, "_obj", value))  # an object, or ctypes.byref of one
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            yield from _tensors(value)
+
+
+def _is_view(result: torch.Tensor, args: Any) -> bool:
+    """Whether it lies in the memory of an argument: where that is, it will be again."""
+    storage = result.untyped_storage().data_ptr()
+    return any(storage == given.untyped_storage().data_ptr() for given in _tensors(args))
+
+
+def _all_views(results: Any, args: Any) -> bool:
+    """The same for one tensor or several."""
+    results = [results] if isinstance(results, torch.Tensor) else results
+    tensors = list(_tensors(results)) if isinstance(results, Sequence) else []
+    return bool(tensors) and len(tensors) == len(results) and all(_is_view(each, args) for each in tensors)

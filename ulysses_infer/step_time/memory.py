@@ -1,0 +1,61 @@
+"""What is remembered of the steps of one mode: the latest few of every kind."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ulysses_infer.step_time.shape import FEATURES, Cell
+
+PER_CELL = 8
+ASSUMED_WEIGHT = 0.05  # of a time nobody measured
+
+
+class Memory:
+    """Rows of features and seconds, at most `PER_CELL` of each kind of step; a newer one replaces the oldest.
+
+    So nothing is forgotten for lack of traffic, as with a decay over time: a thousand decodes leave what is known of
+    prefills as it is.
+    """
+
+    def __init__(self) -> None:
+        self._rows = np.zeros((0, len(FEATURES)))
+        self._seconds, self._weights = np.ones(0), np.zeros(0)  # weight 0: an empty place
+        self._written = np.zeros(0, dtype=np.int64)
+        self._places: dict[Cell, int] = {}
+        self._counts: dict[Cell, int] = {}
+
+    def add(self, cell: Cell, row: np.ndarray, seconds: float, time: int, assumed: bool = False) -> None:
+        """Remember a step at `time` (a count of steps). An assumed one is never more than a beginning."""
+        place = self._places.setdefault(cell, len(self._places) * PER_CELL)
+        if place == len(self._seconds):
+            self._grow()
+        count = self._counts.get(cell, 0)
+        index = place + count % PER_CELL
+        self._counts[cell] = count + 1
+        self._rows[index], self._seconds[index], self._written[index] = row, seconds, time
+        self._weights[index] = ASSUMED_WEIGHT if assumed else 1.0
+
+    def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(rows [n, F], seconds [n], weights [n])"""
+        known = self._weights > 0
+        return self._rows[known], self._seconds[known], self._weights[known]
+
+    def of(self, cell: Cell) -> tuple[np.ndarray, np.ndarray, int]:
+        """(rows [k, F], seconds [k], latest time) measured of one kind of step, k at most `PER_CELL`."""
+        place = self._places.get(cell)
+        if place is None:
+            return self._rows[:0], self._seconds[:0], 0
+        own = slice(place, place + PER_CELL)
+        known = self._weights[own] == 1.0
+        return self._rows[own][known], self._seconds[own][known], int(self._written[own].max())
+
+    def scale(self, factor: float, before: int) -> None:
+        """The machine has changed: what was remembered before that time now takes `factor` times as long."""
+        self._seconds[self._written < before] *= factor
+
+    def _grow(self) -> None:
+        places = max(8 * PER_CELL, len(self._seconds))
+        self._rows = np.concatenate([self._rows, np.zeros((places, len(FEATURES)))])
+        self._seconds = np.concatenate([self._seconds, np.ones(places)])
+        self._weights = np.concatenate([self._weights, np.zeros(places)])
+        self._written = np.concatenate([self._written, np.zeros(places, dtype=np.int64)])

@@ -1,0 +1,156 @@
+"""How long a step takes in each mode: learned from measured steps, and from every step that runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.step_time.drift import DriftDetector
+from ulysses_infer.step_time.memory import Memory
+from ulysses_infer.step_time.regression import fit_prices
+from ulysses_infer.step_time.shape import FEATURES, NUM_SHARED, Cell, StepShape
+
+STEPS_PER_FIT = 64
+PROOF = 0.1  # attention is dearer in a mode only if that explains this share of the time of steps that attend
+LEAST_SECONDS = 1e-6
+CORRECTION_EACH = math.log(1.25)  # one step more of a kind may move its prediction by a quarter more
+FRESH_STEPS = 2000  # a correction as old as this counts half: a mode that had bad luck gets another chance
+
+
+class Measurement(NamedTuple):
+    """A step of a shape and the time it took in a mode."""
+
+    mode: Mode
+    shape: StepShape
+    seconds: float
+
+
+class StepTimeModel:
+    """Predicts the time of a step in every mode.
+
+    The prediction is a sum of prices times features (`StepShape.features`), the prices fitted to all remembered steps
+    of the modes, times what the latest steps of the same kind took more or less than that sum says. When the whole
+    machine changes speed, everything remembered is rescaled, of all modes alike: only measuring a mode can tell that
+    it has changed more than the others.
+    """
+
+    def __init__(self, modes: Sequence[Mode]) -> None:
+        self.modes = tuple(modes)
+        self.drift = DriftDetector()
+        self._memories = [Memory() for _ in modes]
+        self._prices = np.zeros((len(modes), len(FEATURES)))
+        self._anchor = self._prices.copy()  # what drift is told against: the prices before traffic refined them
+        self._fitted: np.ndarray | None = None
+        self._offsets: dict[tuple[int, Cell], tuple[float, int, int]] = {}  # what `_offset` found, while it holds
+        self._steps = 0
+        self._steps_to_fit = STEPS_PER_FIT
+
+    # -- learning ----------------------------------------------------------------------------------------------
+
+    def learn(self, measurements: Iterable[Measurement], assumed: bool = False) -> None:
+        """Start anew from these: measured ones, or `assumed` ones that the first measurements overrule."""
+        self._memories = [Memory() for _ in self.modes]
+        for mode, shape, seconds in measurements:
+            self._remember(self.modes.index(mode), shape, seconds, assumed)
+        self._fitted = None
+        self._fit()
+        self._anchor = self._prices.copy()
+
+    def observe(self, mode: Mode, shape: StepShape, seconds: float) -> None:
+        """A step ran. Times that are none (not above zero, not finite) are passed over."""
+        if not (seconds > 0 and math.isfinite(seconds)):
+            return
+        self._steps += 1
+        index = self.modes.index(mode)
+        self._look_for_drift(index, shape, seconds)
+        self._remember(index, shape, seconds)
+        self._steps_to_fit -= 1
+        if self._steps_to_fit <= 0:
+            self._fit()
+
+    def _remember(self, index: int, shape: StepShape, seconds: float, assumed: bool = False) -> None:
+        self._memories[index].add(shape.cell, shape.features(), max(seconds, LEAST_SECONDS), self._steps, assumed)
+        self._offsets.pop((index, shape.cell), None)
+
+    def _fit(self) -> None:
+        """All modes together: each has its own prices, but for attention, where it may only be dearer than all."""
+        self._steps_to_fit = STEPS_PER_FIT
+        known = [memory.all() for memory in self._memories]
+        seconds = np.concatenate([seconds for _, seconds, _ in known])
+        if not len(seconds):
+            return
+        weights = np.concatenate([weights for _, _, weights in known])
+        width, own = len(FEATURES), len(FEATURES) * len(self.modes)
+        rows = np.zeros((len(seconds), own + NUM_SHARED))
+        proof = np.zeros(own + NUM_SHARED)
+        first = 0
+        for index, (part, _, _) in enumerate(known):
+            last, start = first + len(part), index * width
+            rows[first:last, start : start + width] = part
+            rows[first:last, own:] = part[:, -NUM_SHARED:]
+            proof[start + width - NUM_SHARED : start + width] = PROOF
+            first = last
+        self._offsets.clear()
+        self._fitted = fit_prices(rows, seconds, weights, proof, self._fitted)
+        self._prices = self._fitted[:own].reshape(len(self.modes), width).copy()
+        self._prices[:, -NUM_SHARED:] += self._fitted[own:]
+
+    def _look_for_drift(self, index: int, shape: StepShape, seconds: float) -> None:
+        kind, expected = (index, shape.cell), float(shape.features() @ self._anchor[index])
+        if expected <= 0:
+            return
+        if not self.drift.knows(kind):
+            rows, known, _ = self._memories[index].of(shape.cell)
+            if len(known):
+                self.drift.set_usual(kind, float(np.median(np.log(known / _positive(rows @ self._anchor[index])))))
+        change = self.drift.add(kind, math.log(seconds / expected), self._steps)
+        if change is not None:
+            self._rescale(*change)
+
+    def _rescale(self, factor: float, since: int) -> None:
+        self._anchor = self._anchor * factor
+        for memory in self._memories:
+            memory.scale(factor, since)
+        self._fitted = None
+        self._fit()
+
+    # -- predicting --------------------------------------------------------------------------------------------
+
+    def predict(self, shape: StepShape) -> tuple[float, ...]:
+        """Seconds of a step in each of `modes`; always positive and finite."""
+        expected = _positive(self._prices @ shape.features())
+        return tuple(float(expected[i]) * self._correction(i, shape) for i in range(len(self.modes)))
+
+    def is_measured(self, mode: Mode, shape: StepShape) -> bool:
+        """Whether a step of this kind was ever measured in `mode`."""
+        return len(self._memories[self.modes.index(mode)].of(shape.cell)[1]) > 0
+
+    def prices(self, mode: Mode) -> dict[str, float]:
+        """Seconds per unit of each feature."""
+        return dict(zip(FEATURES, self._prices[self.modes.index(mode)].tolist(), strict=True))
+
+    def _correction(self, index: int, shape: StepShape) -> float:
+        """What steps of this kind take over what the prices say; nearer to 1 the fewer and older they are."""
+        key = index, shape.cell
+        found = self._offsets.get(key)
+        if found is None:
+            found = self._offsets[key] = self._offset(*key)
+        middle, count, latest = found
+        most = CORRECTION_EACH * count
+        trust = count / (count + 1) * FRESH_STEPS / (FRESH_STEPS + self._steps - latest)
+        return math.exp(max(-most, min(most, middle)) * trust)
+
+    def _offset(self, index: int, cell: Cell) -> tuple[float, int, int]:
+        """(median logarithm of measured over summed prices, measurements, when the latest was) of a kind of step."""
+        rows, seconds, latest = self._memories[index].of(cell)
+        if not len(seconds):
+            return 0.0, 0, latest
+        return float(np.median(np.log(seconds / _positive(rows @ self._prices[index])))), len(seconds), latest
+
+
+def _positive(seconds: np.ndarray) -> np.ndarray:
+    return np.maximum(seconds, LEAST_SECONDS)

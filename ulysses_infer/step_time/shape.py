@@ -1,0 +1,93 @@
+"""What the time of a step depends on, apart from its mode."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+KNOTS = (1, 8, 32, 128, 512, 2048)
+"""Token counts at which the price of one more token may change: weights are read once a step, however many tokens
+share them, so a token costs little until computing takes longer than reading."""
+
+FEATURES = (
+    "constant",
+    *(f"tokens_from_{knot}" for knot in KNOTS),
+    "prefill_tokens",
+    "decodes",
+    "prefills",
+    "decode_context",
+    "prefill_context",
+    "fresh_pairs",
+    "past_pairs",
+)
+"""Names of the numbers in `StepShape.features`."""
+NUM_SHARED = 4
+"""The last of them, the work of attention, cost much the same in every mode: each rank attends with its own heads."""
+
+Cell = tuple[int, int, int]
+
+
+class StepShape(NamedTuple):
+    """A step in numbers. Decodes compute one token each, prefills a chunk of their prompt."""
+
+    num_prefill_tokens: int
+    num_decodes: int
+    num_prefills: int
+    """Sequences that compute a chunk."""
+    decode_context: int
+    """Cached tokens that decodes attend to, summed over them."""
+    prefill_context: int
+    """Cached tokens before a chunk and in it, summed over chunks."""
+    fresh_pairs: int
+    """Query-key pairs within chunks: n (n + 1) / 2 for one of n tokens."""
+    past_pairs: int
+    """Query-key pairs of chunks with the tokens before them: tokens times context."""
+
+    @classmethod
+    def of(cls, decode_contexts: list[int], chunks: list[tuple[int, int]]) -> StepShape:
+        """Of the decodes' contexts, their own token included, and of each chunk's (start, tokens)."""
+        return cls(
+            num_prefill_tokens=sum(count for _, count in chunks),
+            num_decodes=len(decode_contexts),
+            num_prefills=len(chunks),
+            decode_context=sum(decode_contexts),
+            prefill_context=sum(start + count for start, count in chunks),
+            fresh_pairs=sum(count * (count + 1) // 2 for _, count in chunks),
+            past_pairs=sum(start * count for start, count in chunks),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Batched tokens."""
+        return self.num_prefill_tokens + self.num_decodes
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that take part."""
+        return self.num_decodes + self.num_prefills
+
+    @property
+    def cell(self) -> Cell:
+        """The kind of step this is: tokens and mean context in powers of two and four, prefill or not.
+
+        Steps of one kind are close enough that what was measured of one corrects the prediction of another.
+        """
+        context = (self.decode_context + self.prefill_context) // max(1, self.num_sequences)
+        return self.num_tokens.bit_length(), context.bit_length() // 2, int(self.num_prefills > 0)
+
+    def features(self) -> np.ndarray:
+        """[F] float64, in the order of `FEATURES`; a step's time is modelled as a sum of prices times these."""
+        tokens = self.num_tokens
+        segments = [
+            float(min(max(tokens - low, 0), high - low))
+            for low, high in zip(KNOTS, (*KNOTS[1:], max(tokens, KNOTS[-1])), strict=True)
+        ]
+        return np.array(
+            [1.0, *segments, self.num_prefill_tokens, self.num_decodes, self.num_prefills, *self[3:]],
+            dtype=np.float64,
+        )
+
+    def __str__(self) -> str:
+        context = self.decode_context + self.prefill_context
+        return f"{self.num_decodes} decodes, {self.num_prefill_tokens} prefill tokens, {context} in context"

@@ -1,0 +1,3 @@
+"""The version of the package, also for setuptools."""
+
+__version__ = "0.1.0"

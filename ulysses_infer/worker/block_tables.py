@@ -1,0 +1,103 @@
+"""Block tables as every rank mirrors them: rows of one array, so that a step's slots are one lookup."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ulysses_infer.attention.span import Reach
+from ulysses_infer.worker.step_plan import PlanItem, StepPlan
+
+
+class GroupArrays(NamedTuple):
+    """A step as the layers of one cache group see it. Its tables begin with the first block that they need."""
+
+    slots: np.ndarray  # [T] int64, where each token's key and value go in the cache
+    context_lens: list[int]  # tokens of each sequence in the blocks of its table, the step's included
+    block_tables: np.ndarray  # [num_sequences, blocks of the longest] int64
+
+
+class StepArrays(NamedTuple):
+    """A step's tokens laid out flat, in batch order."""
+
+    positions: np.ndarray  # [T] int64, position of each token in its sequence
+    query_lens: list[int]
+    groups: list[GroupArrays]
+
+
+class BlockTables:
+    """Follows the block tables of every running sequence from the plans' increments.
+
+    Blocks that rank 0 takes back because no later token sees them stay where they are in a row, and are not read.
+    """
+
+    def __init__(
+        self, block_size: int, max_num_seqs: int, max_blocks_per_sequence: int, reaches: Sequence[Reach] = (Reach(),)
+    ) -> None:
+        """reaches: of each cache group."""
+        self.block_size, self.reaches = block_size, tuple(reaches)
+        self._blocks = [np.zeros((max_num_seqs, max_blocks_per_sequence), dtype=np.int64) for _ in self.reaches]
+        self._lengths = np.zeros(max_num_seqs, dtype=np.int64)
+        self._rows: dict[int, int] = {}
+        self._free = list(range(max_num_seqs - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def apply(self, plan: StepPlan) -> StepArrays:
+        """Take in the plan's changes and lay out its tokens."""
+        for index in plan.dropped:
+            self._drop(index)
+        query_lens = [item.num_tokens for item in plan.items]
+        rows = np.array([self._extend(item) for item in plan.items], dtype=np.int64)
+        starts = np.array([item.start for item in plan.items], dtype=np.int64)
+        if plan.num_tokens == len(plan.items):  # a decode, where every microsecond counts
+            positions, rows_of_tokens, ends = starts, rows, starts + 1
+        else:
+            lens = np.array(query_lens, dtype=np.int64)
+            first = np.cumsum(lens) - lens
+            positions = np.arange(plan.num_tokens, dtype=np.int64) + np.repeat(starts - first, lens)
+            rows_of_tokens, ends = np.repeat(rows, lens), starts + lens
+        numbers = positions // self.block_size
+        offsets = positions - numbers * self.block_size
+        groups = []
+        for blocks, reach in zip(self._blocks, self.reaches, strict=True):
+            slots = blocks[rows_of_tokens, numbers] * self.block_size + offsets
+            groups.append(GroupArrays(slots, *self._seen(blocks, reach, rows, starts, ends)))
+        return StepArrays(positions, query_lens, groups)
+
+    def _seen(
+        self, blocks: np.ndarray, reach: Reach, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray
+    ) -> tuple[list[int], np.ndarray]:
+        """Context lengths and tables of sequences whose tokens from `starts` to `ends` are in the step."""
+        if not reach.is_limited:
+            lens = ends.tolist()
+            return lens, blocks[rows, : -(-max(lens) // self.block_size)]
+        last = -(-ends // self.block_size)
+        first = reach.table_starts(starts, self.block_size)
+        columns = first[:, None] + np.arange(int((last - first).max()))
+        # What is further right than a sequence's last block is not read; any block will do.
+        tables = blocks[rows[:, None], np.minimum(columns, last[:, None] - 1)]
+        return (ends - first * self.block_size).tolist(), tables
+
+    def _extend(self, item: PlanItem) -> int:
+        row, new = self._rows.get(item.handle), item.new_block_ids
+        if row is not None and not new:
+            return row
+        is_known = row is not None
+        if row is None:
+            row = self._rows[item.handle] = self._free.pop()
+        taken, end = 0, -(-(item.start + item.num_tokens) // self.block_size)
+        for blocks, reach in zip(self._blocks, self.reaches, strict=True):
+            begin = self._lengths[row] if is_known else reach.first_visible(item.start) // self.block_size
+            blocks[row, begin:end] = new[taken : taken + end - begin]
+            taken += end - begin
+        self._lengths[row] = end
+        return row
+
+    def _drop(self, index: int) -> None:
+        row = self._rows.pop(index, None)
+        if row is not None:
+            self._free.append(row)
