@@ -238,7 +238,7 @@ def foreign_cores(others: LoadMeter, started: float) -> float:
 
 
 def report(found: dict[str, Found], num_ranks: int) -> Table:
-    """A row a case: times in ms, and the ideal over each, with what reaches the wanted share in green."""
+    """A row a case: times in ms, and the ideal over each, with what attention_spans the wanted share in green."""
     result = Table(box=box.SIMPLE_HEAD, show_edge=False)
     titles = ("step", "1 rank ms", "crowd", f"{num_ranks} ranks ms", "exchanges ms", "whole", "slowest", "rank 0")
     for title in titles:

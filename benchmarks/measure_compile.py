@@ -51,7 +51,7 @@ class Transformers:
 
 
 class Ours:
-    """A step of the engine, whose third decode is the first that is repeated from its tape."""
+    """A step of the engine, whose third decode is the first that is repeated from its graph."""
 
     def __init__(self, path: Path, context: int, num_steps: int, threads: int) -> None:
         started = time.perf_counter()

@@ -37,7 +37,7 @@ from ulysses_infer.parallel.groups import Groups
 from ulysses_infer.parallel.layout import Layout, Mode
 from ulysses_infer.parallel.null import NullGroup, null_collectives
 from ulysses_infer.worker.block_tables import BlockTables
-from ulysses_infer.worker.cuda_graphs import CudaCapturer, GraphRunner, wants_graphs
+from ulysses_infer.worker.cuda_graphs import CudaCapturer, CudaGraphRunner, wants_cuda_graphs
 from ulysses_infer.worker.step_plan import LAST_LOGITS, PlanItem, StepPlan
 from ulysses_infer.worker.worker import Worker
 
@@ -127,7 +127,7 @@ def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load]
         sizes.values_in_keys,
     )
     backend = _attention(arguments.attention_backend, model, shape, device)
-    captures = wants_graphs(None, device, backend, bool(model.injection.expert_layers))
+    captures = wants_cuda_graphs(None, device, backend, bool(model.injection.expert_layers))
     blocks = max(load.requests * shape.blocks_for(load.context + load.tokens) for load in loads)
     cache = PagedCache(shape, blocks, device, scratch_blocks=1)
     for pool in (*cache.keys, *cache.values):
@@ -138,7 +138,7 @@ def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load]
     worker = Worker(model, cache, tables, groups, backend, matmul, device)
     if captures and isinstance(backend, KernelAttention):
         capturer = CudaCapturer(device)
-        worker.graphs = GraphRunner(model, cache, groups, backend, worker.inputs, capturer, device, most)
+        worker.graphs = CudaGraphRunner(model, cache, groups, backend, worker.inputs, capturer, device, most)
     return worker
 
 

@@ -5,7 +5,7 @@
 
 Runs decodes of `--batch` requests, or with `--prefill N` prompts of N tokens, in one mode on every rank, times the
 kinds of work on rank 0, and prints the median and the least over the steps. A collective's time includes waiting for
-the other ranks. Steps repeated from a tape (decodes on a CPU's native kernels) are timed there, call by call; others
+the other ranks. Steps repeated from a graph (decodes on a CPU's native kernels) are timed there, call by call; others
 through the interfaces that the kinds of work sit behind, where the timers cost about a microsecond a call, which counts
 as overhead; norms, rotary angles and gates are then under "everything else".
 """
@@ -30,7 +30,7 @@ from torch.nn import functional
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.inference import InferenceEngine
 from ulysses_infer.native import function as native
-from ulysses_infer.worker.cpu_graphs import TapeRunner
+from ulysses_infer.worker.cpu_graphs import CpuGraphRunner
 
 Step = tuple[float, defaultdict[str, float]]  # seconds, and seconds by kind of work
 PREFILLS = 12
@@ -98,7 +98,7 @@ def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int
     def run_share(plan: Any, *args: Any) -> Any:
         clock.seconds.clear()
         result = run(plan, *args)
-        if isinstance(worker.graphs, TapeRunner):
+        if isinstance(worker.graphs, CpuGraphRunner):
             for kind, seconds in worker.graphs.seconds.items():
                 clock.seconds[ON_TAPES[kind]] += seconds
         return result

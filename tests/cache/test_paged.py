@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ulysses_infer.attention.span import Reach
+from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.budget import MemoryBudget, activation_bytes, cache_bytes, check_weights_fit
 from ulysses_infer.cache.groups import LayerGroups
 from ulysses_infer.cache.paged import CacheShape, PagedCache
@@ -56,7 +56,7 @@ def test_blocks_are_rounded_up(tokens, blocks):
 
 
 def test_layers_have_the_blocks_of_their_group():
-    groups = LayerGroups((Reach(), Reach(5)), (1, 0, 1))
+    groups = LayerGroups((AttentionSpan(), AttentionSpan(5)), (1, 0, 1))
     cache = PagedCache(SHAPE, (7, 3), CPU, scratch_blocks=1, groups=groups)
     assert [len(keys) for keys in cache.keys] == [len(values) for values in cache.values] == [4, 8, 4]
     assert (cache.num_blocks, cache.scratch_block(0), cache.scratch_block(1)) == (7, 7, 3)

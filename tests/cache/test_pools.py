@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ulysses_infer.attention.span import Reach
+from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.cache.prefix import extend_block_hashes
 
-MIXED = (Reach(), Reach(6))
-limits = st.builds(Reach, st.none() | st.integers(1, 20), st.none() | st.integers(1, 20))
+MIXED = (AttentionSpan(), AttentionSpan(6))
+limits = st.builds(AttentionSpan, st.none() | st.integers(1, 20), st.none() | st.integers(1, 20))
 kinds = st.lists(limits, min_size=1, max_size=4).map(
-    lambda found: tuple(sorted(set(found), key=lambda reach: reach.span or 99, reverse=True))
+    lambda found: tuple(sorted(set(found), key=lambda attention_span: attention_span.length or 99, reverse=True))
 )
 
 
@@ -23,7 +23,7 @@ def chain(count, block_size, text=0):
 
 def compute(pools, num_blocks, text=0):
     """A text computed and published block by block, what it does not see any more given back; its tables."""
-    tables, contents = [[] for _ in pools.reaches], chain(num_blocks, pools.block_size, text)
+    tables, contents = [[] for _ in pools.attention_spans], chain(num_blocks, pools.block_size, text)
     for block, content in enumerate(contents):
         pools.free_behind(tables, block, block * pools.block_size, num_blocks * pools.block_size)
         pools.extend(tables, 1)
@@ -31,14 +31,14 @@ def compute(pools, num_blocks, text=0):
     return tables
 
 
-def visible_blocks(reach, num_blocks, block_size):
+def visible_blocks(attention_span, num_blocks, block_size):
     """Those of a prefix of so many blocks that the token after it sees, by trying each position."""
     query = num_blocks * block_size
-    return {position // block_size for position in range(reach.first_visible(query), query)}
+    return {position // block_size for position in range(attention_span.first_visible(query), query)}
 
 
 def test_a_long_text_holds_all_of_the_first_group_and_a_window_of_the_other():
-    pools = BlockPools([40, 10], 4, reaches=MIXED)
+    pools = BlockPools([40, 10], 4, attention_spans=MIXED)
     tables = compute(pools, 30)
     assert [len(table) for table in tables] == [30, 3]
     assert (pools.num_used, pools.num_free, pools.usage) == (33, 7, 30 / 40)
@@ -47,7 +47,7 @@ def test_a_long_text_holds_all_of_the_first_group_and_a_window_of_the_other():
 
 
 def test_blocks_are_given_back_once_and_only_behind_what_is_seen():
-    pools = BlockPools([10, 10], 4, reaches=MIXED)
+    pools = BlockPools([10, 10], 4, attention_spans=MIXED)
     tables = [[], []]
     assert pools.extend(tables, 4) == [*tables[0], *tables[1]]
     first, second = tables[1][:2]
@@ -57,14 +57,16 @@ def test_blocks_are_given_back_once_and_only_behind_what_is_seen():
         assert [len(table) for table in tables] == [4, 4 - gone]
 
 
-@pytest.mark.parametrize("reaches", [MIXED, (Reach(6),), (Reach(chunk_size=8), Reach(3))])
-def test_what_was_just_computed_is_a_prefix_of_its_continuation(reaches):
-    pools = BlockPools([60] * len(reaches), 4, reaches=reaches)
+@pytest.mark.parametrize(
+    "attention_spans", [MIXED, (AttentionSpan(6),), (AttentionSpan(chunk_size=8), AttentionSpan(3))]
+)
+def test_what_was_just_computed_is_a_prefix_of_its_continuation(attention_spans):
+    pools = BlockPools([60] * len(attention_spans), 4, attention_spans=attention_spans)
     tables = compute(pools, 20)
     length, found = pools.match_prefix(chain(30, 4))
     assert length == 20
-    for reach, table, blocks in zip(reaches, tables, found, strict=True):
-        wanted = len(visible_blocks(reach, 20, 4))
+    for attention_span, table, blocks in zip(attention_spans, tables, found, strict=True):
+        wanted = len(visible_blocks(attention_span, 20, 4))
         assert blocks == table[len(table) - wanted :]
     pools.share(found)
     assert [pools.pools[0].references(block) for block in found[0]] == [2] * len(found[0])
@@ -74,7 +76,7 @@ def test_what_was_just_computed_is_a_prefix_of_its_continuation(reaches):
 
 
 def test_a_prefix_whose_window_is_gone_is_not_a_hit():
-    pools = BlockPools([60, 6], 4, reaches=MIXED)
+    pools = BlockPools([60, 6], 4, attention_spans=MIXED)
     pools.free(compute(pools, 20))
     assert pools.match_prefix(chain(12, 4)) == (0, [[], []]), "its window went for the blocks that followed"
     assert pools.match_prefix(chain(20, 4))[0] == 20
@@ -85,7 +87,7 @@ def test_a_prefix_whose_window_is_gone_is_not_a_hit():
 
 
 def test_a_long_text_takes_its_own_blocks_and_leaves_the_ends_of_others():
-    pools = BlockPools([200, 20], 4, reaches=MIXED)
+    pools = BlockPools([200, 20], 4, attention_spans=MIXED)
     pools.free(compute(pools, 20, text=1))
     long = compute(pools, 100, text=2)
     assert pools.match_prefix(chain(25, 4, text=1))[0] == 20, "its end is still there"
@@ -94,7 +96,7 @@ def test_a_long_text_takes_its_own_blocks_and_leaves_the_ends_of_others():
 
 
 def test_the_end_of_a_prompt_stays_cached_while_its_answer_grows():
-    pools = BlockPools([200, 20], 4, reaches=MIXED)
+    pools = BlockPools([200, 20], 4, attention_spans=MIXED)
     tables, contents = [[], []], chain(100, 4)
     for block, content in enumerate(contents):
         pools.free_behind(tables, block, block * 4, num_prompt_tokens=43)
@@ -105,7 +107,7 @@ def test_the_end_of_a_prompt_stays_cached_while_its_answer_grows():
 
 
 def test_what_was_asked_for_once_stays_cached_longer():
-    pools = BlockPools([200, 20], 4, reaches=MIXED)
+    pools = BlockPools([200, 20], 4, attention_spans=MIXED)
     tables = compute(pools, 12)
     shared = pools.match_prefix(chain(9, 4))
     assert shared[0] == 9, "a beginning that texts share"
@@ -121,9 +123,9 @@ def test_what_was_asked_for_once_stays_cached_longer():
 
 
 @given(st.data(), kinds, st.integers(1, 5), st.integers(1, 12))
-def test_a_hit_is_the_longest_prefix_that_lacks_nothing(data, reaches, block_size, count):
+def test_a_hit_is_the_longest_prefix_that_lacks_nothing(data, attention_spans, block_size, count):
     """Whichever blocks are gone: what is found is what trying every length finds."""
-    pools = BlockPools([count] * len(reaches), block_size, reaches=reaches)
+    pools = BlockPools([count] * len(attention_spans), block_size, attention_spans=attention_spans)
     contents, cached = chain(count, block_size), []
     for pool in pools.pools:
         kept = data.draw(st.sets(st.integers(0, count - 1)))
@@ -136,18 +138,18 @@ def test_a_hit_is_the_longest_prefix_that_lacks_nothing(data, reaches, block_siz
         length
         for length in range(count + 1)
         if all(
-            visible_blocks(reach, length, block_size) <= kept.keys()
-            for reach, kept in zip(reaches, cached, strict=True)
+            visible_blocks(attention_span, length, block_size) <= kept.keys()
+            for attention_span, kept in zip(attention_spans, cached, strict=True)
         )
     )
     length, tables = pools.match_prefix(contents)
     assert length == expected
-    for reach, kept, table in zip(reaches, cached, tables, strict=True):
-        assert table == [kept[block] for block in sorted(visible_blocks(reach, length, block_size))]
+    for attention_span, kept, table in zip(attention_spans, cached, tables, strict=True):
+        assert table == [kept[block] for block in sorted(visible_blocks(attention_span, length, block_size))]
 
 
 def test_room_is_asked_of_every_group():
-    pools = BlockPools([20, 6], 4, reaches=MIXED)
+    pools = BlockPools([20, 6], 4, attention_spans=MIXED)
     nothing = [[], []]
     assert pools.has_room(80, 8, nothing, spare=0), "a window of 6 and a step of 8 take up to 5 blocks"
     assert not pools.has_room(81, 8, nothing, spare=0)
@@ -160,7 +162,7 @@ def test_room_is_asked_of_every_group():
 
 
 def test_an_idle_engine_has_every_block_of_every_group():
-    pools = BlockPools([4, 4], 4, reaches=MIXED)
+    pools = BlockPools([4, 4], 4, attention_spans=MIXED)
     pools.assert_idle()
     pools.pools[1].allocate(1)
     assert pools.reset_prefix_cache() is False

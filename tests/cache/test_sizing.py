@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ulysses_infer.attention.backend import AttentionOptions
-from ulysses_infer.attention.span import Reach
+from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.groups import LayerGroups
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.cache.sizing import CacheSizing
@@ -14,8 +14,8 @@ from ulysses_infer.errors import ConfigError
 
 SHAPE = CacheShape(3, 2, key_width=8, value_width=6, block_size=4, dtype=torch.float32)
 ALL = LayerGroups.single(3)
-MIXED = LayerGroups((Reach(), Reach(6)), (1, 0, 1))
-reaches = st.builds(Reach, st.none() | st.integers(1, 60), st.none() | st.integers(1, 60))
+MIXED = LayerGroups((AttentionSpan(), AttentionSpan(6)), (1, 0, 1))
+attention_spans = st.builds(AttentionSpan, st.none() | st.integers(1, 60), st.none() | st.integers(1, 60))
 
 
 def sizing(groups=ALL, max_model_len=28, max_num_seqs=1, max_num_batched_tokens=16):
@@ -26,7 +26,12 @@ def test_layers_that_see_alike_are_a_group_and_the_furthest_seeing_is_the_first(
     windows = (6, None, 6, 200, 9)
     options = [AttentionOptions(1.0, sliding_window=window) for window in windows] + [AttentionOptions(1.0, None, 8)]
     groups = LayerGroups.of(options, max_model_len=100)
-    assert groups.reaches == (Reach(), Reach(9), Reach(chunk_size=8), Reach(6)), "a window of 200 shows all of 100"
+    assert groups.attention_spans == (
+        AttentionSpan(),
+        AttentionSpan(9),
+        AttentionSpan(chunk_size=8),
+        AttentionSpan(6),
+    ), "a window of 200 shows all of 100"
     assert groups.of_layer == (3, 0, 3, 0, 1, 2)
     assert [groups.num_layers(group) for group in range(4)] == [2, 1, 1, 2]
     assert groups.each_layer("abcd") == list("dadabc")
@@ -35,15 +40,15 @@ def test_layers_that_see_alike_are_a_group_and_the_furthest_seeing_is_the_first(
 def test_layers_that_are_all_alike_are_one_group():
     for window in (None, 5):
         groups = LayerGroups.of([AttentionOptions(1.0, sliding_window=window)] * 3, max_model_len=100)
-        assert groups == LayerGroups.single(3, Reach(window))
+        assert groups == LayerGroups.single(3, AttentionSpan(window))
         assert groups.each_layer("a") is None
 
 
-@given(reaches, st.integers(0, 120), st.integers(1, 30), st.integers(1, 9))
-def test_a_sequence_never_holds_more_blocks_than_is_said(reach, start, count, block_size):
+@given(attention_spans, st.integers(0, 120), st.integers(1, 30), st.integers(1, 9))
+def test_a_sequence_never_holds_more_blocks_than_is_said(attention_span, start, count, block_size):
     """Of any step: from the first block that its first token sees to the last that it writes."""
-    held = -(-(start + count) // block_size) - reach.first_visible(start) // block_size
-    assert held <= reach.most_blocks(start + count, count, block_size) <= -(-(start + count) // block_size)
+    held = -(-(start + count) // block_size) - attention_span.first_visible(start) // block_size
+    assert held <= attention_span.most_blocks(start + count, count, block_size) <= -(-(start + count) // block_size)
 
 
 def test_layers_that_see_everything_share_the_memory_out_evenly():
@@ -69,7 +74,7 @@ def test_where_one_request_would_not_fit_windows_are_for_fewer_at_once():
 
 
 @given(
-    st.lists(reaches, min_size=1, max_size=4),
+    st.lists(attention_spans, min_size=1, max_size=4),
     st.integers(1, 300),
     st.integers(1, 20),
     st.integers(1, 64),
@@ -107,5 +112,7 @@ def test_a_long_request_takes_little_of_layers_with_windows():
     made = CacheSizing(shape, LayerGroups.of(options, 131072), 131072, 256, 2048)
     before = shape.blocks_for(32768) * shape.bytes_per_block
     after = made.num_bytes(made.blocks_of_request(32768))
-    decoding = made.num_bytes([reach.most_blocks(32768, 1, 16) for reach in made.groups.reaches])
+    decoding = made.num_bytes(
+        [attention_span.most_blocks(32768, 1, 16) for attention_span in made.groups.attention_spans]
+    )
     assert [round(count / 2**30, 2) for count in (before, after, decoding)] == [15.5, 3.73, 2.91]

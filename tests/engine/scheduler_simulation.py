@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ulysses_infer.attention.span import Reach
+from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.groups import LayerGroups
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.cache.pools import BlockPools
@@ -54,19 +54,19 @@ class Simulation:
         block_size: int,
         max_model_len: int,
         caching: bool = True,
-        reaches: tuple[Reach, ...] = (Reach(),),
+        attention_spans: tuple[AttentionSpan, ...] = (AttentionSpan(),),
         **scheduler: Any,
     ) -> None:
         """num_blocks: of the first group; the others have what an engine would give them."""
         self.config = SchedulerConfig(**{"max_num_batched_tokens": 8192, **scheduler})
         sizing = CacheSizing(
-            CacheShape(len(reaches), 1, 1, 1, block_size, torch.float32),
-            LayerGroups(reaches, (*range(len(reaches)),)),
+            CacheShape(len(attention_spans), 1, 1, 1, block_size, torch.float32),
+            LayerGroups(attention_spans, (*range(len(attention_spans)),)),
             max_model_len,
             self.config.max_num_seqs,
             self.config.max_num_batched_tokens,
         )
-        self.allocator = BlockPools(sizing.with_first(num_blocks), block_size, caching, reaches)
+        self.allocator = BlockPools(sizing.with_first(num_blocks), block_size, caching, attention_spans)
         self.ticks = itertools.count()
         self.scheduler = Scheduler(self.config, self.allocator, max_model_len, clock=lambda: float(next(self.ticks)))
         self.max_model_len = max_model_len
@@ -144,9 +144,9 @@ class Simulation:
             assert pool.num_used == len(holders)
         assert all(not r.block_tables for r in self.requests if r.status is not RequestStatus.RUNNING)
         step, size = self.config.max_num_batched_tokens, self.allocator.block_size
-        for request, (group, reach) in itertools.product(running, enumerate(self.allocator.reaches)):
+        for request, (group, attention_span) in itertools.product(running, enumerate(self.allocator.attention_spans)):
             num_tokens = request.num_tokens + request.num_awaited_tokens
-            assert len(request.block_tables[group]) <= reach.most_blocks(num_tokens, step, size)
+            assert len(request.block_tables[group]) <= attention_span.most_blocks(num_tokens, step, size)
 
     def _tokens(self, request: Request) -> list[int]:
         return [*request.prompt_token_ids, *self.outputs.get(request.index, ())]
@@ -189,10 +189,10 @@ class Simulation:
         index, block_size = item.request.index, self.allocator.block_size
         is_new, new = index not in self.tables, list(item.new_block_ids)
         if is_new:
-            self.tables[index], self.computed[index] = [{} for _ in self.allocator.reaches], item.start
+            self.tables[index], self.computed[index] = [{} for _ in self.allocator.attention_spans], item.start
         end = -(-(item.start + item.num_new_tokens) // block_size)
-        for reach, table in zip(self.allocator.reaches, self.tables[index], strict=True):
-            begin = reach.first_visible(item.start) // block_size if is_new else max(table) + 1
+        for attention_span, table in zip(self.allocator.attention_spans, self.tables[index], strict=True):
+            begin = attention_span.first_visible(item.start) // block_size if is_new else max(table) + 1
             table.update((block, new.pop(0)) for block in range(begin, end))
         assert not new
         for mine, held in zip(self.tables[index], item.request.block_tables, strict=True):
@@ -206,8 +206,8 @@ class Simulation:
     def _check_slots(self, request: Request, start: int, stop: int) -> None:
         """What tokens from `start` on see of those before `stop` is in every group where it should be."""
         tokens = tuple(self._tokens(request)[:stop])
-        for group, reach in enumerate(self.allocator.reaches):
-            for position in range(reach.first_visible(start), stop):
+        for group, attention_span in enumerate(self.allocator.attention_spans):
+            for position in range(attention_span.first_visible(start), stop):
                 slot = self._slot(group, request, position)
                 assert slot[1] in request.block_tables[group], "a block was given back too early"
                 assert self.slots[slot] == tokens[: position + 1]

@@ -10,8 +10,8 @@ from tests.tiny import encode, settings
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.engine.in_flight import LONGEST
 from ulysses_infer.model.sampling.sampler import reads_outputs
-from ulysses_infer.worker.next_tokens import Feed
-from ulysses_infer.worker.transfer import Arrival
+from ulysses_infer.worker.next_tokens import NextTokenBuffer
+from ulysses_infer.worker.transfer import DeviceToHostCopy
 
 PROMPTS = ["hello", "a", "the quick brown fox", "b", "what is it", "x y z", "hello", "so it goes", "the end"]
 FREE = [
@@ -55,7 +55,7 @@ def serve(folder, sp, params, num_blocks, is_async):
         arrivals = [3 * index for index in range(len(given))]
         outputs = engine.generate(prompts, given, arrival_steps=arrivals)
         if brain is not None:
-            assert brain._flight is None
+            assert brain._in_flight is None
             brain.scheduler.allocator.assert_idle()
             assert all(flight.plan.num_tokens <= 32 for flight in ahead)
             return [shown(output) for output in outputs], len(ahead), brain.scheduler.num_preemptions
@@ -117,7 +117,7 @@ def test_requests_may_be_aborted_while_their_steps_are_on_the_way(folder, seed):
             ended |= {done.request_id: done.output() for done in brain.step() if done.is_finished}
         while brain.has_unfinished:
             ended |= {done.request_id: done.output() for done in brain.step() if done.is_finished}
-        assert brain._flight is None
+        assert brain._in_flight is None
         brain.scheduler.allocator.assert_idle()
         assert len(ended) > 5
         assert all(output.outputs[0].token_ids == wanted[output.prompt] for output in ended.values())
@@ -129,9 +129,9 @@ def test_an_abort_of_everybody_forgets_the_step_on_its_way_and_its_time(folder):
         brain = engine._engine
         brain.add("hello", params)
         brain.step()
-        assert brain._flight is not None
+        assert brain._in_flight is not None
         brain.abort_all()
-        assert brain._flight is None
+        assert brain._in_flight is None
         assert brain.step() == []
 
 
@@ -146,7 +146,7 @@ def test_steps_with_many_tokens_are_not_followed_before_they_end(folder):
             for number in range(count):
                 brain.add([number + 1] * length, params)
             brain.step()
-            followed.append(brain._flight is not None)
+            followed.append(brain._in_flight is not None)
             brain.abort_all()
         assert followed == [True, False]
 
@@ -155,16 +155,16 @@ def test_null_is_off_on_a_cpu(folder):
     with init_inference(folder, **settings()) as engine:
         engine._engine.add("hello", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
         engine._engine.step()
-        assert engine._engine._flight is None
+        assert engine._engine._in_flight is None
         engine._engine.abort_all()
 
 
 def test_awaited_tokens_are_filled_in_where_they_are_and_no_token_becomes_any():
-    feed, ids = Feed(None), torch.tensor([7, -1, 9, -3, -2])
-    feed.share(torch.tensor([4, -1, 6]), 3, torch.device("cpu"))
-    feed.fill_in(ids)
+    next_tokens, ids = NextTokenBuffer(None), torch.tensor([7, -1, 9, -3, -2])
+    next_tokens.share(torch.tensor([4, -1, 6]), 3, torch.device("cpu"))
+    next_tokens.fill_placeholders(ids)
     assert ids.tolist() == [7, 4, 9, 6, 0]
 
 
 def test_what_a_cpu_sends_is_there_at_once():
-    assert Arrival(torch.tensor([3, 1])).wait() == [3, 1]
+    assert DeviceToHostCopy(torch.tensor([3, 1])).wait() == [3, 1]

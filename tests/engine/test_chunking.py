@@ -12,7 +12,7 @@ from ulysses_infer.engine.policies.chunking import LEAST_CHUNK, ChunkSizer
 from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.scheduler import Scheduler
 from ulysses_infer.sampling_params import SamplingParams
-from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.step_time.step_shape import StepShape
 
 
 def request(index, prompt, outputs=0, arrival=0.0, first_token=None):

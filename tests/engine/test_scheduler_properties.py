@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduler_simulation import Simulation
 
-from ulysses_infer.attention.span import Reach
+from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.errors import RequestError
 
 PREFIX = [0, 1, 2, 3, 0, 2, 1, 3, 3, 0, 1, 2]
@@ -19,11 +19,11 @@ prompts = st.builds(
     st.lists(st.integers(0, 4), max_size=8),
 )
 GROUPS = (
-    (Reach(),),
-    (Reach(), Reach(5)),
-    (Reach(), Reach(9), Reach(1), Reach(chunk_size=6)),
-    (Reach(7),),
-    (Reach(chunk_size=8), Reach(3)),
+    (AttentionSpan(),),
+    (AttentionSpan(), AttentionSpan(5)),
+    (AttentionSpan(), AttentionSpan(9), AttentionSpan(1), AttentionSpan(chunk_size=6)),
+    (AttentionSpan(7),),
+    (AttentionSpan(chunk_size=8), AttentionSpan(3)),
 )
 groups = st.sampled_from(GROUPS)
 
@@ -37,7 +37,7 @@ class RandomLives(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         max_num_batched_tokens=st.integers(1, 24),
         enable_chunked_prefill=st.booleans(),
-        reaches=groups,
+        attention_spans=groups,
     )
     def start(self, **config):
         self.simulation = Simulation(max_model_len=26, **config)
@@ -144,7 +144,7 @@ def test_crowds_that_preempt_displace_and_share_get_their_lone_outputs(seed):
         max_num_seqs=source.randint(1, 5),
         max_num_batched_tokens=source.randint(20, 30) if (whole := source.random() < 0.3) else source.randint(1, 24),
         enable_chunked_prefill=not whole,
-        reaches=source.choice(GROUPS),
+        attention_spans=source.choice(GROUPS),
     )
     for _ in range(40):
         if source.random() < 0.5:

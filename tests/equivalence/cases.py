@@ -91,7 +91,7 @@ def run_case(folder: Path, base: tuple[int, int], profile: Profile, prompts: lis
         stats = engine.stats()
         if brain is not None:
             brain.scheduler.allocator.assert_idle()
-            all_windows = brain.scheduler.allocator.reaches[0].is_limited
+            all_windows = brain.scheduler.allocator.attention_spans[0].is_limited
     return Outcome(
         tokens=[output.outputs[0].token_ids for output in outputs],
         logprobs=[all_logprobs(output) for output in outputs],

@@ -170,7 +170,7 @@ def fail_in_a_step(folder, loser):
     import os
     import time
 
-    # Layer by layer: a step from a tape calls no layer that could raise.
+    # Layer by layer: a step from a graph calls no layer that could raise.
     engine = init_inference(folder, **settings(2, **{"runtime.enforce_eager": True}))
     engine.generate("hello")
     if int(os.environ["RANK"]) == loser:

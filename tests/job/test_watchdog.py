@@ -18,8 +18,8 @@ SECONDS = 8.0
 
 HUB = """
 import json, sys, time
-from ulysses_infer.job.watchdog import Hub
-hub = Hub("127.0.0.1", 1.5, float(sys.argv[1]))
+from ulysses_infer.job.watchdog import WatchdogServer
+hub = WatchdogServer("127.0.0.1", 1.5, float(sys.argv[1]))
 hub.on_end = lambda reason: print("end", reason, flush=True)
 print(json.dumps(hub.address), flush=True)
 for line in sys.stdin:
@@ -36,9 +36,9 @@ for line in sys.stdin:
 """
 MEMBER = """
 import json, sys, time
-from ulysses_infer.job.watchdog import Address, Member
+from ulysses_infer.job.watchdog import Address, WatchdogClient
 host, port, word, process = json.loads(sys.argv[1])
-member = Member(Address(host, port, word, tuple(process)), sys.argv[2], 1.5)
+member = WatchdogClient(Address(host, port, word, tuple(process)), sys.argv[2], 1.5)
 print("ready", flush=True)
 for line in sys.stdin:
     match line.split():

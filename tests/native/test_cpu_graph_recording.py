@@ -9,27 +9,27 @@ import torch
 
 from ulysses_infer.model.fusion.elementwise import NativeElementwise
 from ulysses_infer.native.arena import Arena
-from ulysses_infer.native.cpu_graph import Tape
+from ulysses_infer.native.cpu_graph import CpuGraph
 from ulysses_infer.native.function import ALL_REDUCE, ELEMENTWISE, KINDS, MATMUL, is_recording
 from ulysses_infer.native.library import is_available
 from ulysses_infer.native.matmul import NativeMatmul
 
-pytestmark = pytest.mark.skipif(not is_available("tape"), reason="no C compiler here")
+pytestmark = pytest.mark.skipif(not is_available("graph"), reason="no C compiler here")
 WIDTH = 48
 
 
-def recorded(step: Callable[[], torch.Tensor]) -> tuple[Tape, torch.Tensor]:
-    """The tape of `step` and its result."""
-    tape = Tape(Arena())
-    with torch.inference_mode(), tape.recording():
+def recorded(step: Callable[[], torch.Tensor]) -> tuple[CpuGraph, torch.Tensor]:
+    """The graph of `step` and its result."""
+    graph = CpuGraph(Arena())
+    with torch.inference_mode(), graph.recording():
         result = step()
     assert not is_recording()
-    return tape, result
+    return graph, result
 
 
 @torch.inference_mode()
-def replayed(tape: Tape, result: torch.Tensor) -> torch.Tensor:
-    tape.replay()
+def replayed(graph: CpuGraph, result: torch.Tensor) -> torch.Tensor:
+    graph.replay()
     return result.clone()
 
 
@@ -56,16 +56,16 @@ class Layer:
 @pytest.mark.parametrize("rows", [1, 5])
 def test_a_replay_gives_what_the_step_would_have_given(dtype, rows):
     x, layer = torch.randn(rows, WIDTH).to(dtype), Layer(dtype)
-    tape, result = recorded(lambda: layer(x))
-    assert tape.problem is None
-    assert tape.num_native_calls == 5
+    graph, result = recorded(lambda: layer(x))
+    assert graph.problem is None
+    assert graph.num_native_calls == 5
     for _ in range(3):
         x.copy_(torch.randn(rows, WIDTH))
         before = layer.total.clone()
         expected = layer(x)
         total = layer.total.clone()
         layer.total.copy_(before)
-        assert torch.equal(replayed(tape, result), expected)
+        assert torch.equal(replayed(graph, result), expected)
         assert torch.equal(layer.total, total)  # what a step changes, it changes each time
 
 
@@ -79,26 +79,26 @@ def test_the_recording_itself_is_a_step():
 
 
 def test_tapes_that_share_memory_do_not_disturb_each_other():
-    arena, layers, tapes = Arena(), [Layer(torch.float32) for _ in range(3)], []
+    arena, layers, graphs = Arena(), [Layer(torch.float32) for _ in range(3)], []
     x = torch.randn(2, WIDTH)
     for layer in layers:
-        tape = Tape(arena)
-        with torch.inference_mode(), tape.recording():
-            tapes.append((tape, layer(x)))
+        graph = CpuGraph(arena)
+        with torch.inference_mode(), graph.recording():
+            graphs.append((graph, layer(x)))
     x.copy_(torch.randn(2, WIDTH))
     for index in (0, 2, 1, 0):
-        tape, result = tapes[index]
-        assert torch.equal(replayed(tape, result), layers[index](x))
+        graph, result = graphs[index]
+        assert torch.equal(replayed(graph, result), layers[index](x))
 
 
 def test_the_time_of_native_calls_is_kept_by_kind():
     x, layer = torch.randn(2, WIDTH), Layer(torch.float32)
-    tape, result = recorded(lambda: layer(x))
-    assert {tape.seconds_of(kind) for kind in KINDS} == {0.0}  # the recording was timed as ever
-    replayed(tape, result)
-    assert tape.seconds_of(MATMUL) > 0
-    assert tape.seconds_of(ELEMENTWISE) > 0
-    assert tape.seconds_of(ALL_REDUCE) == 0
+    graph, result = recorded(lambda: layer(x))
+    assert {graph.seconds_of(kind) for kind in KINDS} == {0.0}  # the recording was timed as ever
+    replayed(graph, result)
+    assert graph.seconds_of(MATMUL) > 0
+    assert graph.seconds_of(ELEMENTWISE) > 0
+    assert graph.seconds_of(ALL_REDUCE) == 0
 
 
 @pytest.mark.parametrize(
@@ -112,16 +112,16 @@ def test_the_time_of_native_calls_is_kept_by_kind():
 )
 def test_what_cannot_be_repeated_is_named_and_takes_place(step):
     x = torch.randn(8)
-    tape, result = recorded(lambda: step(x))
-    assert tape.problem is not None
-    assert "cannot be repeated" in tape.problem
+    graph, result = recorded(lambda: step(x))
+    assert graph.problem is not None
+    assert "cannot be repeated" in graph.problem
     assert torch.equal(result, step(x))
 
 
 def test_nothing_is_recorded_after_an_exception():
-    tape = Tape(Arena())
-    with pytest.raises(ZeroDivisionError), tape.recording():
+    graph = CpuGraph(Arena())
+    with pytest.raises(ZeroDivisionError), graph.recording():
         raise ZeroDivisionError
     assert not is_recording()
     NativeMatmul()(torch.randn(1, WIDTH), torch.randn(WIDTH, WIDTH))
-    assert tape.num_native_calls == 0
+    assert graph.num_native_calls == 0

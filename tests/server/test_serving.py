@@ -13,7 +13,7 @@ from ulysses_infer.config import load_config
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError
 from ulysses_infer.job.start_rank import finish_start, make_prompt_reader, start_rank
-from ulysses_infer.job.watchdog import Hub
+from ulysses_infer.job.watchdog import WatchdogServer
 from ulysses_infer.server.client import EngineClient
 from ulysses_infer.server.link import Link
 from ulysses_infer.server.messages import Submit
@@ -66,7 +66,7 @@ def engine(folder):
 async def served(engine, **changes):
     """(client, its log, the serving loop, the engine's thread)"""
     ours, theirs = socket.socketpair()
-    hub = Hub("127.0.0.1", 5.0, 60.0)
+    hub = WatchdogServer("127.0.0.1", 5.0, 60.0)
     config = load_config(engine.config, {f"server.{key}": value for key, value in changes.items()})
     serving = Serving(engine, Link(ours), hub, config.server)
     thread = threading.Thread(target=lambda: serving.run(describe_engine(engine, [1], serving.state())))

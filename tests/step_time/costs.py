@@ -9,7 +9,7 @@ from itertools import pairwise
 from ulysses_infer.engine.calibration import Limits, design
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.model import Measurement, StepTimeModel
-from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.step_time.step_shape import StepShape
 
 SP, TP = Mode(2, 1), Mode(1, 2)
 MODES = [SP, TP]

@@ -10,30 +10,30 @@ from hypothesis import strategies as st
 
 from tests.step_time.costs import MODES, SP, TP, machine, measured, model_of
 from ulysses_infer.step_time.crossover import fastest_by_tokens
-from ulysses_infer.step_time.hysteresis import Switching
-from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.step_time.hysteresis import SwitchHysteresis
+from ulysses_infer.step_time.step_shape import StepShape
 
 
 def test_a_free_change_is_always_made():
-    switching = Switching(0.0)
+    switching = SwitchHysteresis(0.0)
     for times in ({SP: 1.0, TP: 2.0}, {SP: 2.0, TP: 1.999}, {SP: 1.0, TP: 1.001}):
         assert switching.choose(times) == min(times, key=times.get)
 
 
 def test_a_small_gain_changes_the_mode_once_it_has_added_up_to_the_cost():
-    switching = Switching(1.0)
+    switching = SwitchHysteresis(1.0)
     assert switching.choose({SP: 1.0, TP: 2.0}) == SP
     assert [switching.choose({SP: 1.3, TP: 1.0}) for _ in range(4)] == [SP, SP, SP, TP]
 
 
 def test_a_large_gain_changes_it_at_once():
-    switching = Switching(1.0)
+    switching = SwitchHysteresis(1.0)
     switching.choose({SP: 1.0, TP: 2.0})
     assert switching.choose({SP: 9.0, TP: 1.0}) == TP
 
 
 def test_modes_that_take_turns_at_being_a_little_faster_change_nothing():
-    switching = Switching(1.0)
+    switching = SwitchHysteresis(1.0)
     chosen = [switching.choose({SP: 1.0, TP: 1.0 + (-1) ** step * 0.1}) for step in range(50)]
     assert set(chosen) == {SP}
 
@@ -42,7 +42,7 @@ def test_modes_that_take_turns_at_being_a_little_faster_change_nothing():
 def test_never_much_worse_than_the_best_plan_in_hindsight(seed, cost):
     draw = random.Random(seed)
     steps = [{mode: draw.uniform(0, 2) for mode in MODES} for _ in range(60)]
-    switching, total, current = Switching(cost), 0.0, None
+    switching, total, current = SwitchHysteresis(cost), 0.0, None
     plans = dict.fromkeys(MODES, 0.0)
     for times in steps:
         mode = switching.choose(times)

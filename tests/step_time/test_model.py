@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.step_time.costs import MODES, SP, TABLE, TP, machine, measured, model_of, some_step, table_cost
 from ulysses_infer.step_time.model import StepTimeModel
 from ulysses_infer.step_time.prior import CPU, Sizes, assumed_steps
-from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.step_time.step_shape import StepShape
 
 SIZES = Sizes(16, 1536, 12, 4, 128, 500_000_000, 2)
 

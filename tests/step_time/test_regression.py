@@ -1,4 +1,4 @@
-"""Least squares without negative prices, without faith in outliers."""
+"""Least squares without negative coefficients, without faith in outliers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ulysses_infer.step_time.regression import fit_prices, nonnegative_least_squares
+from ulysses_infer.step_time.regression import fit_coefficients, nonnegative_least_squares
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -15,9 +15,9 @@ SEEDS = st.integers(0, 2**32 - 1)
 def problem(seed, unknowns=6, rows=80):
     random = np.random.default_rng(seed)
     matrix = random.uniform(0, 1, (rows, unknowns)) * 10.0 ** random.uniform(-2, 4, unknowns)
-    prices = random.uniform(0.2, 2.0, unknowns) / matrix.mean(axis=0) * (random.random(unknowns) < 0.7)
-    prices[0] = 1.0 / matrix[:, 0].mean()
-    return random, matrix, prices
+    coefficients = random.uniform(0.2, 2.0, unknowns) / matrix.mean(axis=0) * (random.random(unknowns) < 0.7)
+    coefficients[0] = 1.0 / matrix[:, 0].mean()
+    return random, matrix, coefficients
 
 
 @given(SEEDS)
@@ -43,25 +43,25 @@ def test_where_it_starts_does_not_change_the_solution(seed, passive):
 
 @given(SEEDS)
 def test_exact_times_give_the_exact_prices(seed):
-    _, matrix, prices = problem(seed)
-    fitted = fit_prices(matrix, matrix @ prices, np.ones(len(matrix)))
-    np.testing.assert_allclose(matrix @ fitted, matrix @ prices, rtol=1e-3)
+    _, matrix, coefficients = problem(seed)
+    fitted = fit_coefficients(matrix, matrix @ coefficients, np.ones(len(matrix)))
+    np.testing.assert_allclose(matrix @ fitted, matrix @ coefficients, rtol=1e-3)
 
 
 @given(SEEDS)
 def test_noise_and_one_row_in_ten_that_took_far_too_long_move_predictions_little(seed):
-    random, matrix, prices = problem(seed, rows=200)
-    truth = matrix @ prices
+    random, matrix, coefficients = problem(seed, rows=200)
+    truth = matrix @ coefficients
     seconds = truth * np.exp(random.normal(0, 0.03, len(truth)))
     seconds[random.random(len(truth)) < 0.1] *= 8
-    fitted = fit_prices(matrix, seconds, np.ones(len(truth)))
+    fitted = fit_coefficients(matrix, seconds, np.ones(len(truth)))
     assert np.median(np.abs(matrix @ fitted / truth - 1)) < 0.05
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(1e-6, 1e4)), min_size=1, max_size=20))
 def test_prices_are_finite_and_not_negative_whatever_was_measured(pairs):
     rows = np.array([[1.0, x, x] for x, _ in pairs])
-    fitted = fit_prices(rows, np.array([y for _, y in pairs]), np.ones(len(pairs)))
+    fitted = fit_coefficients(rows, np.array([y for _, y in pairs]), np.ones(len(pairs)))
     assert np.all(np.isfinite(fitted))
     assert np.all(fitted >= 0)
 
@@ -70,15 +70,15 @@ def test_a_feature_that_has_to_prove_itself_gets_no_price_for_noise():
     random = np.random.default_rng(0)
     rows = np.column_stack([np.ones(60), random.uniform(0, 1, 60)])
     seconds = np.exp(random.normal(0, 0.02, 60))
-    fitted = fit_prices(rows, seconds, np.ones(60), proof=np.array([0.0, 0.05]))
+    fitted = fit_coefficients(rows, seconds, np.ones(60), proof=np.array([0.0, 0.05]))
     assert fitted[1] == 0
     seconds += rows[:, 1]
-    assert fit_prices(rows, seconds, np.ones(60), proof=np.array([0.0, 0.05]))[1] == pytest.approx(1, abs=0.3)
+    assert fit_coefficients(rows, seconds, np.ones(60), proof=np.array([0.0, 0.05]))[1] == pytest.approx(1, abs=0.3)
 
 
 def test_a_later_fit_of_the_same_rows_agrees():
-    _, matrix, prices = problem(3)
-    seconds = matrix @ prices
-    first = fit_prices(matrix, seconds, np.ones(len(seconds)))
-    again = fit_prices(matrix, seconds * 1.2, np.ones(len(seconds)), start=first)
+    _, matrix, coefficients = problem(3)
+    seconds = matrix @ coefficients
+    first = fit_coefficients(matrix, seconds, np.ones(len(seconds)))
+    again = fit_coefficients(matrix, seconds * 1.2, np.ones(len(seconds)), start=first)
     np.testing.assert_allclose(matrix @ again, seconds * 1.2, rtol=1e-3)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.test_policy import batch_of
-from ulysses_infer.step_time.shape import FEATURES, KNOTS, StepShape
+from ulysses_infer.step_time.step_shape import BREAKPOINTS, FEATURES, StepShape
 
 CONTEXTS = st.lists(st.integers(1, 9000), max_size=40)
 CHUNKS = st.lists(st.tuples(st.integers(0, 9000), st.integers(1, 9000)), max_size=8)
@@ -32,8 +32,8 @@ def test_features_are_never_negative_and_segments_add_up_to_the_tokens(contexts,
     shape = StepShape.of(contexts, chunks)
     features = dict(zip(FEATURES, shape.features(), strict=True))
     assert min(features.values()) >= 0
-    segments = [features[f"tokens_from_{knot}"] for knot in KNOTS]
-    assert sum(segments) == max(0, shape.num_tokens - KNOTS[0])
+    segments = [features[f"tokens_from_{knot}"] for knot in BREAKPOINTS]
+    assert sum(segments) == max(0, shape.num_tokens - BREAKPOINTS[0])
     assert features["constant"] == 1
 
 
@@ -50,7 +50,7 @@ def test_a_batch_tells_decodes_from_chunks():
 
 
 def test_steps_of_one_kind_have_tokens_and_context_of_one_size():
-    assert StepShape.of([100] * 9, []).cell == StepShape.of([120] * 15, []).cell
-    assert StepShape.of([100] * 9, []).cell != StepShape.of([100] * 16, []).cell
-    assert StepShape.of([100] * 9, []).cell != StepShape.of([900] * 9, []).cell
-    assert StepShape.of([100], []).cell != StepShape.of([], [(99, 1)]).cell
+    assert StepShape.of([100] * 9, []).bucket == StepShape.of([120] * 15, []).bucket
+    assert StepShape.of([100] * 9, []).bucket != StepShape.of([100] * 16, []).bucket
+    assert StepShape.of([100] * 9, []).bucket != StepShape.of([900] * 9, []).bucket
+    assert StepShape.of([100], []).bucket != StepShape.of([], [(99, 1)]).bucket

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ulysses_infer.attention.span import Reach
+from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.block_tables import BlockTables
@@ -123,20 +123,20 @@ def test_a_row_is_free_again_once_its_sequence_is_dropped():
         tables.apply(plan_of([PlanItem(7, 0, 1, [7], LAST_LOGITS)]))
 
 
-limits = st.builds(Reach, st.none() | st.integers(1, 20), st.none() | st.integers(1, 12))
+limits = st.builds(AttentionSpan, st.none() | st.integers(1, 20), st.none() | st.integers(1, 12))
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(limits, min_size=1, max_size=3), st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 4))
-def test_tables_of_every_group_show_what_its_layers_see_and_no_more_than_that(reaches, counts, cached):
+def test_tables_of_every_group_show_what_its_layers_see_and_no_more_than_that(attention_spans, counts, cached):
     """Two sequences over groups that give blocks back: one computed from the start, one after a cached prefix."""
-    pools = BlockPools([60] * len(reaches), BLOCK_SIZE, reaches=reaches)
-    tables = BlockTables(BLOCK_SIZE, 2, 20, reaches)
-    starts, held, ends = [0, cached * BLOCK_SIZE], [[[] for _ in reaches] for _ in range(2)], [0, cached]
-    for group, reach in enumerate(reaches):  # as a hit of so many blocks would share them
-        count = cached - reach.first_visible(starts[1]) // BLOCK_SIZE
+    pools = BlockPools([60] * len(attention_spans), BLOCK_SIZE, attention_spans=attention_spans)
+    tables = BlockTables(BLOCK_SIZE, 2, 20, attention_spans)
+    starts, held, ends = [0, cached * BLOCK_SIZE], [[[] for _ in attention_spans] for _ in range(2)], [0, cached]
+    for group, attention_span in enumerate(attention_spans):  # as a hit of so many blocks would share them
+        count = cached - attention_span.first_visible(starts[1]) // BLOCK_SIZE
         held[1][group] = pools.pools[group].allocate(count)
-    truth = [[{} for _ in reaches] for _ in range(2)]
+    truth = [[{} for _ in attention_spans] for _ in range(2)]
     for turn, count in enumerate(counts):
         items, parts = [], list(enumerate(starts))[:: 1 if turn % 2 else -1]
         for index, start in parts:
@@ -149,26 +149,28 @@ def test_tables_of_every_group_show_what_its_layers_see_and_no_more_than_that(re
             for known, table in zip(truth[index], held[index], strict=True):
                 known.update(zip(range(end - len(table), end), table, strict=True))
         arrays = tables.apply(plan_of(items))
-        for (group, reach), (row, (index, start)) in product(enumerate(reaches), enumerate(parts)):
-            check_seen(arrays.groups[group], row, truth[index][group], reach, start, count)
+        for (group, attention_span), (row, (index, start)) in product(enumerate(attention_spans), enumerate(parts)):
+            check_seen(arrays.groups[group], row, truth[index][group], attention_span, start, count)
 
 
-def check_seen(seen, row, blocks, reach, start, count):
+def check_seen(seen, row, blocks, attention_span, start, count):
     """The row of a sequence with tokens `start` to `start + count` in the step; `blocks`: its true ones by number."""
     offset = start + count - seen.context_lens[row]
     assert offset % BLOCK_SIZE == 0
-    assert offset <= reach.first_visible(start)
+    assert offset <= attention_span.first_visible(start)
     slots = seen.slots[row * count : (row + 1) * count].tolist()
     for position, slot in zip(range(start, start + count), slots, strict=True):
         assert slot == blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-        first = reach.first_visible(position)
-        assert reach.first_visible(position - offset) == first - offset, "windows and chunks are where they were"
+        first = attention_span.first_visible(position)
+        assert attention_span.first_visible(position - offset) == first - offset, (
+            "windows and chunks are where they were"
+        )
         for other in range(first, position + 1):
             assert seen.block_tables[row, (other - offset) // BLOCK_SIZE] == blocks[other // BLOCK_SIZE]
 
 
 def test_tables_of_a_window_are_as_wide_as_the_window():
-    tables = BlockTables(BLOCK_SIZE, 2, 100, (Reach(), Reach(6)))
+    tables = BlockTables(BLOCK_SIZE, 2, 100, (AttentionSpan(), AttentionSpan(6)))
     tables.apply(plan_of([PlanItem(3, 0, 100, [*range(25), *range(50, 75)], LAST_LOGITS)]))
     whole, window = tables.apply(plan_of([PlanItem(3, 100, 1, [25, 75], LAST_LOGITS)])).groups
     assert (whole.block_tables.tolist(), whole.context_lens) == ([[*range(26)]], [101])

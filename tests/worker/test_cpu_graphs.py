@@ -1,4 +1,4 @@
-"""Decode steps repeated from tapes: the very same numbers as layer by layer, in every mode, whatever came between."""
+"""Decode steps repeated from graphs: the very same numbers as layer by layer, in every mode, whatever came between."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.native.library import is_available
 from ulysses_infer.native.matmul import NativeMatmul
-from ulysses_infer.worker.cpu_graphs import wants_tapes
+from ulysses_infer.worker.cpu_graphs import wants_cpu_graphs
 
-pytestmark = pytest.mark.skipif(not is_available("tape"), reason="no C compiler here")
+pytestmark = pytest.mark.skipif(not is_available("graph"), reason="no C compiler here")
 NEW_TOKENS = 24
 
 
 class Replays:
-    """Counts what the tapes of this rank did."""
+    """Counts what the graphs of this rank did."""
 
     def __init__(self, engine: Any) -> None:
         self.runner: Any = engine._rank.worker.graphs
@@ -116,7 +116,7 @@ class TestWhetherStepsAreRecorded:
 
     def wants(self, eager, backend=None, shape=shape, matmul=True):
         backend = backend or NativeAttention()
-        return wants_tapes(eager, backend, NativeMatmul() if matmul else None, shape, torch.float32)
+        return wants_cpu_graphs(eager, backend, NativeMatmul() if matmul else None, shape, torch.float32)
 
     def test_they_are_unless_told_otherwise(self):
         assert self.wants(None)

@@ -28,14 +28,14 @@ from ulysses_infer.job.start_rank import start_rank
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.block_tables import BlockTables, GroupArrays, StepArrays
 from ulysses_infer.worker.cuda_graphs import (
-    GraphRunner,
+    CudaGraphRunner,
     Repeater,
     StaticGroup,
     StaticInputs,
     bucket_sizes,
-    wants_graphs,
+    wants_cuda_graphs,
 )
-from ulysses_infer.worker.step_plan import LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, awaited
+from ulysses_infer.worker.step_plan import LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, placeholder
 from ulysses_infer.worker.transfer import PackedInputs
 from ulysses_infer.worker.worker import Worker
 
@@ -81,16 +81,20 @@ class CountingCapturer(Repeater):
 class Driver:
     """Random traffic over one rank: the plans are the same on all of them."""
 
-    def __init__(self, modes, reaches, seed):
+    def __init__(self, modes, attention_spans, seed):
         self.random, self.modes = random.Random(seed), modes
         self.tokens, self.blocks, self.tables, self.done = {}, {}, {}, {}
-        self.pools, self.sequence, self.next_handle = BlockPools([40] * len(reaches), 4, reaches=reaches), 0, 0
+        self.pools, self.sequence, self.next_handle = (
+            BlockPools([40] * len(attention_spans), 4, attention_spans=attention_spans),
+            0,
+            0,
+        )
         self.chosen, self.rows_before, self.num_awaited = [], {}, 0  # tokens of the last step's rows, and whose
 
     def plan(self, step):
         """A new prompt, or decodes of some of the sequences; now and then one ends.
 
-        Some of its tokens are awaited from the step before; `known` are what they will be.
+        Some of its tokens are placeholder from the step before; `known` are what they will be.
         """
         dropped = []
         if step < PROMPTS or self.random.random() < 0.15:
@@ -114,7 +118,7 @@ class Driver:
             ids += own[start:]
             known += own[start:]
             if handle in self.rows_before and self.random.random() < 0.7:
-                ids[-1] = awaited(self.rows_before[handle])
+                ids[-1] = placeholder(self.rows_before[handle])
                 self.num_awaited += 1
             self.done[handle] = len(own)
             own.append((7 * sum(own) + step) % 90)  # any token will do: what is compared are logits
@@ -122,11 +126,11 @@ class Driver:
                 rows[handle] = len(tokens)
                 tokens.append(own[-1])
         self.sequence += 1
-        mode, feeds = self.random.choice(self.modes), self.random.random() < 0.7
-        self.chosen, self.rows_before = tokens, rows if feeds else {}
+        mode, keeps_tokens = self.random.choice(self.modes), self.random.random() < 0.7
+        self.chosen, self.rows_before = tokens, rows if keeps_tokens else {}
         self.known = np.array(known, dtype=np.int32)
         ids = np.array(ids, dtype=np.int32)
-        return StepPlan(self.sequence, mode, items, ids, dropped, full_logits=True, feeds=feeds)
+        return StepPlan(self.sequence, mode, items, ids, dropped, full_logits=True, keeps_tokens=keeps_tokens)
 
     def keep(self, found):
         """What chooses the tokens of rows, and keeps the rows in `found`."""
@@ -142,15 +146,15 @@ def make_worker(rank, backend, capturer=None):
     """A second worker over the same model, with a cache of its own and graphs if there is a capturer."""
     worker = rank.worker
     shape, groups = worker.cache.shape, worker.cache.groups
-    cache = PagedCache(shape, [40] * len(groups.reaches), CPU, scratch_blocks=1, groups=groups)
+    cache = PagedCache(shape, [40] * len(groups.attention_spans), CPU, scratch_blocks=1, groups=groups)
     for pool in (*cache.keys, *cache.values):
         pool.fill_(float("nan"))
     longest = shape.blocks_for(worker.model.shape.max_model_len)
-    tables = BlockTables(shape.block_size, 64, longest, groups.reaches)
+    tables = BlockTables(shape.block_size, 64, longest, groups.attention_spans)
     made = Worker(worker.model, cache, tables, rank.groups, backend, None, CPU)
     made.inputs = PackedInputs(CPU)
     if capturer is not None:
-        made.graphs = GraphRunner(
+        made.graphs = CudaGraphRunner(
             worker.model, cache, rank.groups, backend, made.inputs, capturer, CPU, max_num_seqs=LARGEST
         )
     return made
@@ -164,12 +168,12 @@ def compare(folder, sp, tp, name, lazily, seed):
         eager, captured = make_worker(rank, TorchLoopAttention()), make_worker(rank, BACKENDS[name](), capturer)
         if not lazily:
             captured.graphs.capture_all()
-        driver = Driver(list(rank.groups.by_mode), rank.worker.cache.groups.reaches, seed)
+        driver = Driver(list(rank.groups.by_mode), rank.worker.cache.groups.attention_spans, seed)
         count, difference = 0, 0.0
         for step in range(STEPS):
             plan = driver.plan(step)
             found, wanted = [], []
-            known = plan._replace(token_ids=driver.known, feeds=False)
+            known = plan._replace(token_ids=driver.known, keeps_tokens=False)
             assert (eager.run(known, driver.keep(wanted)) is None) == (not wanted)
             captured.run(plan, driver.keep(found))
             if step == STEPS // 2:
@@ -244,22 +248,22 @@ class TestWhetherStepsAreCaptured:
     flash, flex, loop = BACKENDS["flash_attn"](), FlexAttention(None), TorchLoopAttention()
 
     def test_on_a_gpu_they_are_where_attention_allows(self):
-        assert wants_graphs(None, CUDA, self.flash, has_experts=False)
-        assert wants_graphs(False, CUDA, self.flash, has_experts=False)
-        assert not wants_graphs(None, CUDA, self.flex, has_experts=False)
-        assert not wants_graphs(True, CUDA, self.flash, has_experts=False)
+        assert wants_cuda_graphs(None, CUDA, self.flash, has_experts=False)
+        assert wants_cuda_graphs(False, CUDA, self.flash, has_experts=False)
+        assert not wants_cuda_graphs(None, CUDA, self.flex, has_experts=False)
+        assert not wants_cuda_graphs(True, CUDA, self.flash, has_experts=False)
 
     def test_experts_are_only_captured_on_request(self):
-        assert not wants_graphs(None, CUDA, self.flash, has_experts=True)
-        assert wants_graphs(False, CUDA, self.flash, has_experts=True)
+        assert not wants_cuda_graphs(None, CUDA, self.flash, has_experts=True)
+        assert wants_cuda_graphs(False, CUDA, self.flash, has_experts=True)
 
     def test_asking_for_what_attention_cannot_is_an_error(self):
         with pytest.raises(ConfigError, match=r"runtime\.enforce_eager is false, but attention runs on torch"):
-            wants_graphs(False, CUDA, self.loop, has_experts=False)
+            wants_cuda_graphs(False, CUDA, self.loop, has_experts=False)
 
     @pytest.mark.parametrize("value", [None, True, False])
     def test_on_a_cpu_they_never_are(self, value):
-        assert not wants_graphs(value, CPU, self.loop, has_experts=False)
+        assert not wants_cuda_graphs(value, CPU, self.loop, has_experts=False)
 
 
 def test_a_step_that_cannot_be_captured_is_one_line(rank_pool, folder):

@@ -8,7 +8,7 @@ from tests.model.sampling_rows import random_logits, row
 from tests.tiny import settings
 from ulysses_infer import init_inference
 from ulysses_infer.model.sampling.sampler import Sampler
-from ulysses_infer.worker.transfer import Arrival
+from ulysses_infer.worker.transfer import DeviceToHostCopy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -36,7 +36,7 @@ def test_nobody_waits_for_the_gpu_to_choose_tokens():
     wanted = Sampler().sample(logits, rows)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        arrival = Arrival(Sampler().choose(logits, rows))
+        arrival = DeviceToHostCopy(Sampler().choose(logits, rows))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert arrival.wait() == wanted

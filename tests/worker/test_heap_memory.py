@@ -41,9 +41,9 @@ def test_steps_touch_few_new_pages_once_memory_is_kept():
 def test_settled_objects_are_not_looked_at_again():
     program = """
 import gc
-from ulysses_infer.worker.memory import settle_objects
+from ulysses_infer.worker.memory import freeze_gc
 kept = [[number] for number in range(1000)]
-settle_objects()
+freeze_gc()
 assert gc.get_freeze_count() > 1000
 assert not any(kept[0] is each for each in gc.get_objects())
 """

@@ -137,14 +137,14 @@ CAPABILITIES: dict[str, Callable[[AttentionNeeds], str | None]] = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """The backend taken, and why each of those before it was not."""
 
     name: str
     passed_over: dict[str, str]
 
 
-def choose(name: str, needs: AttentionNeeds, installed: Collection[str]) -> Choice:
+def choose(name: str, needs: AttentionNeeds, installed: Collection[str]) -> BackendChoice:
     """The backend for `needs`: the one named, or with `auto` the first that can.
 
     `installed`: the backends whose library is there. Raises `ConfigError` when the one named cannot.
@@ -153,7 +153,7 @@ def choose(name: str, needs: AttentionNeeds, installed: Collection[str]) -> Choi
     for candidate in CAPABILITIES if name == "auto" else [name]:
         reason = _reason_against(candidate, needs, installed)
         if reason is None:
-            return Choice(candidate, passed_over)
+            return BackendChoice(candidate, passed_over)
         passed_over[candidate] = reason
     raise ConfigError(f"runtime.attention_backend is {name}, but {passed_over[name]}; use auto")
 

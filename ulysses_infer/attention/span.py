@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Reach:
+class AttentionSpan:
     """Of one layer: everything before a query, a sliding window of it, or the query's own chunk.
 
     A window is in tokens, the query's own included; chunks are counted from position 0. With both, what both show.
@@ -24,15 +24,15 @@ class Reach:
         return self.sliding_window is not None or self.chunk_size is not None
 
     @property
-    def span(self) -> int | None:
+    def length(self) -> int | None:
         """The most tokens that a query sees, itself included; None: all before it."""
         limits = [limit for limit in (self.sliding_window, self.chunk_size) if limit is not None]
         return min(limits, default=None)
 
-    def within(self, max_model_len: int) -> Reach:
+    def within(self, max_model_len: int) -> AttentionSpan:
         """The same for texts of at most so many tokens: what is wider than those limits nothing."""
         window, chunk = self.sliding_window, self.chunk_size
-        return Reach(
+        return AttentionSpan(
             None if window is None or window >= max_model_len else window,
             None if chunk is None or chunk >= max_model_len else chunk,
         )
@@ -62,6 +62,6 @@ class Reach:
     def most_blocks(self, num_tokens: int, step_tokens: int, block_size: int) -> int:
         """The most blocks that a sequence of `num_tokens` ever holds, with up to `step_tokens` of them in a step."""
         whole = -(-num_tokens // block_size)
-        span = self.span
+        length = self.length
         # What the step's first token sees and the step itself begin and end anywhere in their blocks.
-        return whole if span is None else min(whole, -(-(span - 1 + step_tokens) // block_size) + 1)
+        return whole if length is None else min(whole, -(-(length - 1 + step_tokens) // block_size) + 1)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from ulysses_infer.attention.span import Reach
+from ulysses_infer.attention.span import AttentionSpan
 
 if TYPE_CHECKING:
     from ulysses_infer.attention.backend import AttentionOptions
@@ -22,21 +22,23 @@ class LayerGroups:
     one size and a table is read by all its layers alike, whatever the numbers of layers are.
     """
 
-    reaches: tuple[Reach, ...]
+    attention_spans: tuple[AttentionSpan, ...]
     of_layer: tuple[int, ...]
     """The group of each layer."""
 
     @classmethod
-    def single(cls, num_layers: int, reach: Reach | None = None) -> LayerGroups:
+    def single(cls, num_layers: int, attention_span: AttentionSpan | None = None) -> LayerGroups:
         """All layers alike."""
-        return cls((reach or Reach(),), (0,) * num_layers)
+        return cls((attention_span or AttentionSpan(),), (0,) * num_layers)
 
     @classmethod
     def of(cls, options: Iterable[AttentionOptions], max_model_len: int) -> LayerGroups:
         """By how each layer attends, in the order of layers, in texts of up to `max_model_len` tokens."""
-        layers = [Reach(o.sliding_window, o.chunk_size).within(max_model_len) for o in options]
-        reaches = sorted(dict.fromkeys(layers), key=lambda reach: reach.span or max_model_len, reverse=True)
-        return cls(tuple(reaches), tuple(reaches.index(reach) for reach in layers))
+        layers = [AttentionSpan(o.sliding_window, o.chunk_size).within(max_model_len) for o in options]
+        attention_spans = sorted(
+            dict.fromkeys(layers), key=lambda attention_span: attention_span.length or max_model_len, reverse=True
+        )
+        return cls(tuple(attention_spans), tuple(attention_spans.index(attention_span) for attention_span in layers))
 
     def each_layer(self, of_groups: Sequence[T]) -> list[T] | None:
         """What `of_groups` has for the group of each layer; None where all layers are of one."""

@@ -29,7 +29,7 @@ class CacheSizing:
     def blocks_of_request(self, num_tokens: int) -> list[int]:
         """The most blocks that a request of so many tokens ever holds."""
         step, size = self.max_num_batched_tokens, self.shape.block_size
-        return [reach.most_blocks(num_tokens, step, size) for reach in self.groups.reaches]
+        return [attention_span.most_blocks(num_tokens, step, size) for attention_span in self.groups.attention_spans]
 
     def with_first(self, num_blocks: int) -> list[int]:
         """So many blocks of the first group, and of the others as many, or what running requests can ever hold.
@@ -68,18 +68,18 @@ class CacheSizing:
         )
 
     def _with_first(self, num_blocks: int, num_requests: int) -> list[int]:
-        others = range(1, len(self.groups.reaches))
+        others = range(1, len(self.groups.attention_spans))
         least = self.blocks_of_request(self.max_model_len)
         wanted = [max(least[group], self._most(group, num_requests)) for group in others]
         return [num_blocks, *(min(num_blocks, count) for count in wanted)]
 
     def _most(self, group: int, num_requests: int) -> int:
         """What so many requests can hold of a group, and leave free while another begins: see `Scheduler`."""
-        reach, size = self.groups.reaches[group], self.shape.block_size
+        attention_span, size = self.groups.attention_spans[group], self.shape.block_size
         whole = num_requests * self.shape.blocks_for(self.max_model_len)
-        if reach.span is None:
+        if attention_span.length is None:
             return whole
-        each = reach.most_blocks(self.max_model_len, 1, size) + 2
+        each = attention_span.most_blocks(self.max_model_len, 1, size) + 2
         return min(whole, num_requests * each + self.shape.blocks_for(self.max_num_batched_tokens))
 
     def _largest(self, counts: range, blocks: Callable[[int], list[int]], num_bytes: int) -> int:

@@ -19,7 +19,7 @@ from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.crossover import Stretch, fastest_by_tokens
 from ulysses_infer.step_time.model import StepTimeModel
 from ulysses_infer.step_time.profile import Profile, cached_path
-from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.step_time.step_shape import StepShape
 
 LONG_CONTEXT = 4096
 

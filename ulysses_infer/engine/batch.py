@@ -10,8 +10,8 @@ import numpy as np
 
 from ulysses_infer.engine.request import Request
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.step_time.shape import StepShape
-from ulysses_infer.worker.step_plan import ALL_LOGITS, LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, awaited
+from ulysses_infer.step_time.step_shape import StepShape
+from ulysses_infer.worker.step_plan import ALL_LOGITS, LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, placeholder
 
 
 class ScheduledRequest(NamedTuple):
@@ -116,7 +116,7 @@ def make_plan(
     batch: Batch,
     dropped: Sequence[int],
     full_logits: bool,
-    feeds: bool = False,
+    keeps_tokens: bool = False,
     rows_before: Mapping[int, int] | None = None,
 ) -> StepPlan:
     """The plan of `batch` in `mode`. `rows_before`: by request, the row of the step before whose token it awaits."""
@@ -125,9 +125,9 @@ def make_plan(
         known = request.token_ids_from(start, start + count)
         tokens += known
         if len(known) < count:
-            assert rows_before is not None, "a token is awaited, and from no step"
-            tokens.append(awaited(rows_before[request.index]))
+            assert rows_before is not None, "a token is placeholder, and from no step"
+            tokens.append(placeholder(rows_before[request.index]))
         wants_prompt = request.params.prompt_logprobs is not None and start < request.num_prompt_tokens
         logits = ALL_LOGITS if wants_prompt else LAST_LOGITS if samples else NO_LOGITS
         items.append(PlanItem(request.index, start, count, new_block_ids, logits, request.adapter))
-    return StepPlan(sequence, mode, items, np.array(tokens, dtype=np.int32), list(dropped), full_logits, feeds)
+    return StepPlan(sequence, mode, items, np.array(tokens, dtype=np.int32), list(dropped), full_logits, keeps_tokens)

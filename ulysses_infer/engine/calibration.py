@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import transformers
 
-from ulysses_infer.cache.pools import BlockPools, BlockTables
+from ulysses_infer.cache.pools import BlockPools, GroupBlockIds
 from ulysses_infer.config import SchedulerConfig
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.model import Measurement
 from ulysses_infer.step_time.prior import CPU, GPU, Machine, Sizes, assumed_steps
 from ulysses_infer.step_time.profile import Profile
-from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.step_time.step_shape import StepShape
 from ulysses_infer.version import __version__
 from ulysses_infer.worker.channel import STEP, Channel
 from ulysses_infer.worker.step_plan import LAST_LOGITS, PlanItem, StepPlan
@@ -110,7 +110,7 @@ class Calibration:
         """`dropped`: handles that the ranks are still to forget."""
         self._worker, self._channel, self._allocator, self._modes = worker, channel, allocator, list(modes)
         self._settings = settings
-        self._blocks: BlockTables = []
+        self._blocks: GroupBlockIds = []
         self._handles = 0
         self._recorded: set[tuple[Mode, int]] = set()
         self.dropped = list(dropped)
@@ -156,7 +156,7 @@ class Calibration:
     def settled(self, point: Point, mode: Mode) -> list[float]:
         """Seconds of each run of `point`, the last to be believed: steps too short to trust at once run twice.
 
-        Decodes of a number that has not come yet run twice before: on a CPU the second time is recorded (tapes.py).
+        Decodes of a number that has not come yet run twice before: on a CPU the second time is recorded (graphs.py).
         """
         if not point.chunks and (mode, point.decodes) not in self._recorded:
             self._recorded.add((mode, point.decodes))
@@ -237,8 +237,8 @@ class Calibration:
         """Tables, group by group, of a text of `used` blocks from that borrowed one on, of which all but the tokens
         from `start` on are there. Of groups with fewer blocks, texts take the same ones in turn."""
         table: list[int] = []
-        for reach, blocks in zip(self._allocator.reaches, self._blocks, strict=True):
-            first = reach.first_visible(start) // self._allocator.block_size
+        for attention_span, blocks in zip(self._allocator.attention_spans, self._blocks, strict=True):
+            first = attention_span.first_visible(start) // self._allocator.block_size
             table += [blocks[(offset + block) % len(blocks)] for block in range(first, used)]
         return table
 
@@ -343,7 +343,7 @@ def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:
 
 def ranks_on_host(world_size: int) -> int:
     """Ranks of the job on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    return ranks_on_this_host(world_size)
 
 
 def device_name(device: torch.device) -> str:

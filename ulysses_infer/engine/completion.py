@@ -11,7 +11,7 @@ from ulysses_infer.model.sampling.sampler import SamplingRow
 from ulysses_infer.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.text.detokenizer import Detokenizer, TokenDecoder
-from ulysses_infer.worker.transfer import Arrival
+from ulysses_infer.worker.transfer import DeviceToHostCopy
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class Sequence:
         return self.request.is_finished
 
     def take_token(self) -> str | None:
-        """Feed the newest token to the text; returns a stop string if it completed one."""
+        """NextTokenBuffer the newest token to the text; returns a stop string if it completed one."""
         request = self.request
         ended_by_token = request.finish_reason == "stop"
         if not ended_by_token or request.params.include_stop_str_in_output:
@@ -117,7 +117,7 @@ class TokenScores:
         chosen = logprobs.gather(1, tokens.clamp(min=0)[:, None])
         values, ids = logprobs.topk(max(vocab_size if count < 0 else count for count in counts), dim=-1)
         ranks = (logprobs > chosen).sum(dim=1) + 1
-        self._parts = [Arrival(part) for part in (tokens, chosen[:, 0], ranks, values, ids)]
+        self._parts = [DeviceToHostCopy(part) for part in (tokens, chosen[:, 0], ranks, values, ids)]
 
     def entries(self, decoder: TokenDecoder | None) -> list[dict[int, Logprob]]:
         """By token, one dictionary a row: the chosen token comes first, then the likeliest in order, as in vLLM."""

@@ -16,7 +16,7 @@ from ulysses_infer.engine.batch import Batch, ScheduledRequest, make_plan
 from ulysses_infer.engine.calibration import Calibration
 from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.expert_load import expert_load
-from ulysses_infer.engine.in_flight import LONGEST, Flight
+from ulysses_infer.engine.in_flight import MAX_ASYNC_TOKENS, InFlightStep
 from ulysses_infer.engine.policies import AdaptivePolicy, Decision, Policy, make_policy
 from ulysses_infer.engine.policies.start import keep_profile, start_policy
 from ulysses_infer.engine.request import Request
@@ -50,7 +50,10 @@ class Engine:
         self._decoder = prompts.decoder if text else None
         cache = rank.worker.cache
         allocator = BlockPools(
-            cache.blocks_of_groups, cache.shape.block_size, config.cache.enable_prefix_caching, cache.groups.reaches
+            cache.blocks_of_groups,
+            cache.shape.block_size,
+            config.cache.enable_prefix_caching,
+            cache.groups.attention_spans,
         )
         self.scheduler = Scheduler(config.scheduler, allocator, rank.worker.model.shape.max_model_len)
         self.policy: Policy = self._make_policy(config.policy)
@@ -62,8 +65,8 @@ class Engine:
         self._output_readers: set[int] = set()  # requests whose next token cannot be chosen before the last is here
         self._dropped: list[int] = []
         self._is_async = bool(config.scheduler.async_scheduling)
-        self._flight: Flight | None = None
-        self._landed = 0.0
+        self._in_flight: InFlightStep | None = None
+        self._last_completed = 0.0
         self._indices, self._names, self._sequence = itertools.count(), itertools.count(), itertools.count()
         self.choose_mode: Callable[[Batch], Mode] | None = None
         """Overrides the policy; for tests and tools that drive the modes themselves."""
@@ -78,15 +81,15 @@ class Engine:
     def step(self) -> list[Completion]:
         """Run one step; returns the requests that got a token or ended in it.
 
-        The step after it may be on its way already (`scheduler.async_scheduling`): see `Flight`.
+        The step after it may be on its way already (`scheduler.async_scheduling`): see `InFlightStep`.
         """
-        flight = self._flight or self._launch()
-        if flight is None:
+        step = self._in_flight or self._launch()
+        if step is None:
             return []
-        self._flight = self._launch(flight) if flight.may_be_followed else None
-        return self._land(flight)
+        self._in_flight = self._launch(step) if step.may_be_followed else None
+        return self._complete(step)
 
-    def _launch(self, before: Flight | None = None) -> Flight | None:
+    def _launch(self, before: InFlightStep | None = None) -> InFlightStep | None:
         """Schedule a step, tell the other ranks and ask this one's device for its share; None: there is nothing to do.
 
         `before`: the step that is still on its way.
@@ -103,26 +106,26 @@ class Engine:
         self.channel.send(STEP, plan.encode())
         results = StepResults(batch, plan.items, self._owners, self._decoder)
         arrival = self.worker.run(plan, results.choose)
-        return Flight(batch, plan, decision, results, arrival, started)
+        return InFlightStep(batch, plan, decision, results, arrival, started)
 
-    def _land(self, flight: Flight) -> list[Completion]:
+    def _complete(self, step: InFlightStep) -> list[Completion]:
         """Wait for a step's tokens and give them to their requests; returns whom they touched."""
-        flight.land()
-        self._record(flight)
-        living = [item for item in flight.batch.scheduled if not item.request.is_finished]
-        self._end_impossible(flight.results)
-        self.scheduler.update(flight.batch, flight.results.tokens)
-        return self._collect(living, flight.results)
+        step.complete()
+        self._record(step)
+        living = [item for item in step.batch.scheduled if not item.request.is_finished]
+        self._end_impossible(step.results)
+        self.scheduler.update(step.batch, step.results.tokens)
+        return self._collect(living, step.results)
 
     def _decide(self, batch: Batch) -> Decision:
         if self.choose_mode is not None:
             return Decision(self.choose_mode(batch), FORCED)
         return self.policy.decide(batch)
 
-    def _record(self, flight: Flight) -> None:
-        plan, batch, decision = flight.plan, flight.batch, flight.decision
+    def _record(self, step: InFlightStep) -> None:
+        plan, batch, decision = step.plan, step.batch, step.decision
         now = time.perf_counter()
-        seconds, self._landed = now - max(flight.started, self._landed), now
+        seconds, self._last_completed = now - max(step.started, self._last_completed), now
         record = StepRecord(plan.sequence, plan.mode, plan.num_tokens, batch.num_decodes, seconds, decision)
         self.stats.record(record)
         # A GPU is only known to be done when a row of logits has come back from it.
@@ -131,12 +134,12 @@ class Engine:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s", record.explain())
 
-    def _plan(self, batch: Batch, mode: Mode, before: Flight | None) -> StepPlan:
+    def _plan(self, batch: Batch, mode: Mode, before: InFlightStep | None) -> StepPlan:
         dropped, self._dropped = self._dropped, []
         full = bool(self._row_readers) and any(i.request.index in self._row_readers for i in batch.scheduled)
-        feeds = self._is_async and batch.num_tokens <= LONGEST and not self._output_readers
+        keeps_tokens = self._is_async and batch.num_tokens <= MAX_ASYNC_TOKENS and not self._output_readers
         rows_before = None if before is None else before.results.rows_of_requests
-        return make_plan(next(self._sequence), mode, batch, dropped, full, feeds, rows_before)
+        return make_plan(next(self._sequence), mode, batch, dropped, full, keeps_tokens, rows_before)
 
     def _end_impossible(self, results: StepResults) -> None:
         """A row whose constraints leave no token ends that request alone: well, if its grammar is complete."""
@@ -279,7 +282,7 @@ class Engine:
             self._row_readers.discard(request.index)
             self._output_readers.discard(request.index)
         if not self.has_unfinished:
-            self._flight = None  # nobody waits for what it brings
+            self._in_flight = None  # nobody waits for what it brings
 
     def warm_up(self) -> None:
         """Run a prefill and a decode in every mode: proof that all ranks can, before anyone waits for it."""

@@ -12,20 +12,22 @@ from ulysses_infer.engine.batch import Batch
 from ulysses_infer.engine.policies import Decision
 from ulysses_infer.engine.results import StepResults
 from ulysses_infer.worker.step_plan import StepPlan
-from ulysses_infer.worker.transfer import Arrival
+from ulysses_infer.worker.transfer import DeviceToHostCopy
 
-LONGEST = 512  # tokens; longer steps hide what the host does, and requests that come meanwhile would wait for one more
+MAX_ASYNC_TOKENS = (
+    512  # tokens; longer steps hide what the host does, and requests that come meanwhile would wait for one more
+)
 
 
 @dataclass
-class Flight:
+class InFlightStep:
     """A step on its way, as rank 0 sees it."""
 
     batch: Batch
     plan: StepPlan
     decision: Decision
     results: StepResults
-    arrival: Arrival | None
+    arrival: DeviceToHostCopy | None
     """Of a token for each row that needs logits; None without any."""
     started: float
     """Moment, by `time.perf_counter`."""
@@ -33,8 +35,8 @@ class Flight:
     @property
     def may_be_followed(self) -> bool:
         """Whether another step may be asked for before its tokens are here."""
-        return self.plan.feeds and not self.batch.lacks_room
+        return self.plan.keeps_tokens and not self.batch.lacks_room
 
-    def land(self) -> None:
+    def complete(self) -> None:
         """Wait for the step's tokens and give them to its results."""
-        self.results.land([] if self.arrival is None else self.arrival.wait())
+        self.results.complete([] if self.arrival is None else self.arrival.wait())

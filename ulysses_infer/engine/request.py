@@ -6,7 +6,7 @@ import enum
 import sys
 from dataclasses import dataclass, field
 
-from ulysses_infer.cache.pools import BlockTables
+from ulysses_infer.cache.pools import GroupBlockIds
 from ulysses_infer.sampling_params import SamplingParams
 
 
@@ -54,7 +54,7 @@ class Request:
     """Tokens that scheduled steps will add to the output."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache spared this request when it first ran."""
-    block_tables: BlockTables = field(default_factory=list)
+    block_tables: GroupBlockIds = field(default_factory=list)
     """One a cache group; empty while it does not run."""
     num_blocks: int = 0
     """Blocks that its text takes: where every table ends."""
@@ -93,12 +93,12 @@ class Request:
 
     @property
     def num_tokens_left(self) -> int:
-        """Tokens that no step has been scheduled for, awaited ones included."""
+        """Tokens that no step has been scheduled for, placeholder ones included."""
         return self.num_tokens + self.num_awaited_tokens - self.num_computed_tokens
 
     @property
-    def awaits_last_token(self) -> bool:
-        """Whether the request will end with a token that is awaited, whichever it is."""
+    def is_last_token_pending(self) -> bool:
+        """Whether the request will end with a token that is placeholder, whichever it is."""
         return self.num_awaited_tokens > 0 and self.num_tokens + self.num_awaited_tokens >= self.length_limit
 
     @property
@@ -120,7 +120,7 @@ class Request:
         return self.prompt_token_ids[start:] + output if start < num_prompt_tokens else output
 
     def append_token(self, token_id: int, now: float) -> None:
-        """Add a sampled token, which was awaited, at time `now` (seconds)."""
+        """Add a sampled token, which was placeholder, at time `now` (seconds)."""
         self.output_token_ids.append(token_id)
         self.num_awaited_tokens -= 1
         self.last_token_time = now

@@ -58,7 +58,7 @@ class StepResults:
         self._score_prompt(logits, rows)
         return tokens
 
-    def land(self, tokens: list[int]) -> None:
+    def complete(self, tokens: list[int]) -> None:
         """Take in the token of every row. What a request got that has ended meanwhile is dropped."""
         for (scheduled, _, samples), token in zip(self._rows, tokens, strict=True):
             if samples and not scheduled.request.is_finished:

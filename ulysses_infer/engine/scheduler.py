@@ -22,7 +22,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from ulysses_infer.cache.pools import BlockPools, BlockTables
+from ulysses_infer.cache.pools import BlockPools, GroupBlockIds
 from ulysses_infer.cache.prefix import extend_block_hashes
 from ulysses_infer.config import SchedulerConfig
 from ulysses_infer.engine.batch import Batch, BatchBuilder, ScheduledRequest
@@ -189,7 +189,7 @@ class Scheduler:
     def _continue(self, request: Request, step: BatchBuilder) -> None:
         """Schedule the next tokens of a running request, preempting others, or itself, if blocks run out."""
         assert request.num_awaited_tokens <= step.ahead, "every schedule() needs its update()"
-        if request.awaits_last_token:
+        if request.is_last_token_pending:
             return
         num_tokens_left = request.num_tokens_left
         budget = step.budget if num_tokens_left == 1 else min(step.budget, step.prefill_budget)
@@ -270,7 +270,7 @@ class Scheduler:
             return True
         return any(r.precedence[0] > request.precedence[0] for r in self._running.values())
 
-    def _make_room(self, request: Request, cached: BlockTables, step: BatchBuilder) -> bool:
+    def _make_room(self, request: Request, cached: GroupBlockIds, step: BatchBuilder) -> bool:
         """Whether a sequence slot and blocks are there for `request`, by displacing running ones if need be.
 
         Only a request of strictly lower priority is displaced (as in vLLM's first scheduler; its V1 lets the
@@ -289,7 +289,7 @@ class Scheduler:
             self._preempt(less_urgent.pop(), step)
         return self._has_room(request, cached)
 
-    def _has_room(self, request: Request, cached: BlockTables, without: Sequence[Request] = ()) -> bool:
+    def _has_room(self, request: Request, cached: GroupBlockIds, without: Sequence[Request] = ()) -> bool:
         """Whether a slot and blocks for all known tokens of `request` would be there if `without` did not run
         (an upper bound, as others may share their blocks). One block per running request is left over: with
         less, the newcomer would soon be preempted by their growth."""
@@ -315,7 +315,7 @@ class Scheduler:
         # Log-probabilities of the prompt need the model's output at every one of its positions.
         return self.allocator.enable_prefix_caching and request.params.prompt_logprobs is None
 
-    def _cached_prefix(self, request: Request) -> tuple[int, BlockTables]:
+    def _cached_prefix(self, request: Request) -> tuple[int, GroupBlockIds]:
         """How many cached blocks `request` can start after, and its tables then. Its last known token is
         computed in any case: the step needs that token's output."""
         if not self._reads_prefix_cache(request):

@@ -147,7 +147,7 @@ class WorkerProcesses:
     def _start(self, config: Config, rank: int) -> None:
         """A fresh interpreter, not a fork or a re-import of the user's script: works from a notebook cell.
 
-        It gets a session of its own, so that Ctrl-C reaches rank 0 alone, which then ends the workers.
+        It gets a session of its own, so that Ctrl-C attention_spans rank 0 alone, which then ends the workers.
         """
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))

@@ -34,8 +34,8 @@ from ulysses_infer.text.prompts import PromptReader
 from ulysses_infer.worker.block_tables import BlockTables
 from ulysses_infer.worker.channel import Channel
 from ulysses_infer.worker.cores import PinnedCores, pin
-from ulysses_infer.worker.cpu_graphs import TapeRunner, wants_tapes
-from ulysses_infer.worker.cuda_graphs import CudaCapturer, GraphRunner, wants_graphs
+from ulysses_infer.worker.cpu_graphs import CpuGraphRunner, wants_cpu_graphs
+from ulysses_infer.worker.cuda_graphs import CudaCapturer, CudaGraphRunner, wants_cuda_graphs
 from ulysses_infer.worker.memory import keep_freed_memory
 from ulysses_infer.worker.rank import Rank
 from ulysses_infer.worker.worker import ROWS_PER_GATHER, Worker
@@ -89,13 +89,15 @@ def start_rank(
     layout = config.parallel.layout
     for mode in config.parallel.available_modes:
         check_mode(layout, mode)
-    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or layout.world_size)
+    ranks_on_host = ranks_on_this_host(layout.world_size)
     set_threads(config, device, ranks_on_host)
     if layout.world_size > 1:
         init_distributed(device, meet=meet)
     num_ranks = None if meet is None else layout.world_size
-    lent = None if model is None else model.sequence_parallel_group
-    groups = build_groups(layout, config.parallel.available_modes, device, num_ranks, config.runtime.collectives, lent)
+    external_group = None if model is None else model.sequence_parallel_group
+    groups = build_groups(
+        layout, config.parallel.available_modes, device, num_ranks, config.runtime.collectives, external_group
+    )
     channel = Channel(groups)
     if device.type == "cpu":
         keep_freed_memory()
@@ -148,16 +150,16 @@ def _make_worker(
     captures = channel.together(lambda: _captures(config, model, backend, device))
     cache = channel.together(lambda: _make_cache(config.cache, sizing, num_bytes, device, scratch_blocks=int(captures)))
     tables = BlockTables(
-        config.cache.block_size, config.scheduler.max_num_seqs, shape.blocks_for(longest), layers.reaches
+        config.cache.block_size, config.scheduler.max_num_seqs, shape.blocks_for(longest), layers.attention_spans
     )
     matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
     worker = Worker(model, cache, tables, groups, backend, matmul, device, config.runtime.debug)
     if captures:
         channel.together(lambda: _capture(worker, config))
-    elif device.type == "cpu" and wants_tapes(config.runtime.enforce_eager, backend, matmul, shape, model.dtype):
+    elif device.type == "cpu" and wants_cpu_graphs(config.runtime.enforce_eager, backend, matmul, shape, model.dtype):
         assert isinstance(backend, NativeAttention)
         assert matmul is not None
-        worker.graphs = TapeRunner(model, cache, groups, backend, matmul, config.scheduler.max_num_seqs)
+        worker.graphs = CpuGraphRunner(model, cache, groups, backend, matmul, config.scheduler.max_num_seqs)
     return worker
 
 
@@ -286,14 +288,14 @@ def _make_attention(config: Config, model: ShiftModel, shape: CacheShape, device
 
 
 def _captures(config: Config, model: ShiftModel, backend: AttentionBackend, device: torch.device) -> bool:
-    return wants_graphs(config.runtime.enforce_eager, device, backend, bool(model.injection.expert_layers))
+    return wants_cuda_graphs(config.runtime.enforce_eager, device, backend, bool(model.injection.expert_layers))
 
 
 def _capture(worker: Worker, config: Config) -> None:
     """Capture the decode steps of every mode. Collective."""
     assert isinstance(worker.backend, KernelAttention)
     most = min(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
-    worker.graphs = GraphRunner(
+    worker.graphs = CudaGraphRunner(
         worker.model,
         worker.cache,
         worker.groups,

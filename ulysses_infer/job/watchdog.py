@@ -108,7 +108,7 @@ def _nothing(reason: str) -> None:
     """Nobody to tell."""
 
 
-class Watch(Protocol):
+class Watchdog(Protocol):
     """What a process that runs steps needs of its end of the heartbeat, hub or member."""
 
     def working(self) -> AbstractContextManager[None]:
@@ -121,7 +121,7 @@ class Watch(Protocol):
         """End the job. Does not return."""
 
 
-class Hub:
+class WatchdogServer:
     """Rank 0's end. `timeout`: seconds of silence that count as a hang. `step_timeout`: the longest a step may take.
 
     `on_end(reason)` is called, in the hub's thread, before the processes are told; a second later this one is gone.
@@ -278,7 +278,7 @@ class Hub:
         os._exit(FAILURE)
 
 
-class Member:
+class WatchdogClient:
     """Any other process's end. `on_end(reason)` is called, in its thread, when the job has failed; with None the
     process then ends, after writing down where it was if the hub wants to know."""
 

@@ -29,9 +29,9 @@ from ulysses_infer.model.loading.checkpoint import Loader, Progress
 from ulysses_infer.model.loading.files import MemorySource, SafetensorsSource, TensorSource
 from ulysses_infer.model.loading.hf_overrides import blamed, overridden
 from ulysses_infer.model.loading.legacy_configs import legacy_config
-from ulysses_infer.model.loading.multimodal import auto_class, drop_towers
+from ulysses_infer.model.loading.multimodal import auto_class, drop_multimodal_encoders
 from ulysses_infer.model.loading.sources import unpartitioned
-from ulysses_infer.model.loading.tying import settle_tying
+from ulysses_infer.model.loading.weight_tying import resolve_weight_tying
 from ulysses_infer.model.quantization.cache_scales import apply_cache_scales
 from ulysses_infer.model.quantization.formats import read_quantization
 from ulysses_infer.model.quantization.layers import mark_quantised
@@ -77,7 +77,7 @@ class ShiftModel:
         self._mode: Mode | None = None
         self.hf_overrides: Mapping[str, Any] = {}
         """What of its config the recipe changed."""
-        self.num_moves = 0
+        self.weights_version = 0
         """How often the weights have moved: whoever has noted where they are must look again."""
 
     @property
@@ -94,7 +94,7 @@ class ShiftModel:
         """Take views of the weights anew; to be called when they have moved."""
         self.injection.bind(self.injection.base)
         self._mode = self.injection.base.mode
-        self.num_moves += 1
+        self.weights_version += 1
 
     @torch.inference_mode()
     def forward(
@@ -162,8 +162,8 @@ class Blueprint:
         check_supported(config, settings.allow_unverified)
         self.dtype, self.device = choose_dtype(settings.dtype, config), device
         empty = build_empty(config, self.dtype, settings.trust_remote_code)
-        drop_towers(empty)
-        settle_tying(empty, open_source)
+        drop_multimodal_encoders(empty)
+        resolve_weight_tying(empty, open_source)
         self._full_shapes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
         quantization = read_quantization(config, lambda: open_source().keys())
         if quantization is not None:

@@ -1,4 +1,4 @@
-/* How a tape (tape.c) calls a function: its arguments are words in a row, numbers and addresses alike. */
+/* How a graph (graph.c) calls a function: its arguments are words in a row, numbers and addresses alike. */
 #pragma once
 #include <stdint.h>
 #include <string.h>

@@ -16,7 +16,7 @@ static int64_t now_ns(void) {
 
 /* Make `count` calls, adding up the nanoseconds of each kind. Returns how many succeeded; the status of the one that
  * did not is put into `*status`. */
-int64_t tape_run(const struct call *calls, int64_t count, const int64_t *words, int64_t *nanoseconds, int *status) {
+int64_t cpu_graph_run(const struct call *calls, int64_t count, const int64_t *words, int64_t *nanoseconds, int *status) {
     int64_t started = now_ns();
     for (int64_t i = 0; i < count; i++) {
         *status = calls[i].function(words + calls[i].first);

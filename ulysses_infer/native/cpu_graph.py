@@ -1,6 +1,6 @@
 """Steps recorded on a CPU, as CUDA graphs are on a GPU: what a step called, on which memory, to do it again.
 
-Calls into native libraries are made again in C, one after another (tape.c). What torch computed between them is
+Calls into native libraries are made again in C, one after another (graph.c). What torch computed between them is
 computed by torch again and copied to where it was. Neither the model's Python nor the allocation of results is done a
 second time: for a small step they take longer than the work.
 """
@@ -28,7 +28,7 @@ CONSTANTS = frozenset({torch.ops.aten.lift_fresh.default})
 
 
 class _Call(ctypes.Structure):
-    """`struct call` of tape.c."""
+    """`struct call` of graph.c."""
 
     _fields_ = (("function", ctypes.c_void_p), ("first", ctypes.c_int64), ("kind", ctypes.c_int64))
 
@@ -43,7 +43,7 @@ class _NativeRun:
         self._calls: list[_Call] = []
         self._status = ctypes.c_int()
         self._packed: tuple[Any, Any] | None = None
-        self._run = open_library("cpu_graph").tape_run
+        self._run = open_library("cpu_graph").cpu_graph_run
         self._run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         self._run.restype = ctypes.c_int64
 
@@ -57,7 +57,7 @@ class _NativeRun:
         if self._packed is None:
             words = (ctypes.c_int64 * len(self._words))(*self._words)
             self._packed = (_Call * len(self._calls))(*self._calls), words
-            self._words, self._calls = [], []  # there may be hundreds of tapes
+            self._words, self._calls = [], []  # there may be hundreds of graphs
         calls, words = self._packed
         done = self._run(calls, len(calls), words, self._clock, ctypes.byref(self._status))
         if done < len(calls):
@@ -66,7 +66,7 @@ class _NativeRun:
             check(self._status.value)
 
 
-class Tape(TorchDispatchMode):
+class CpuGraph(TorchDispatchMode):
     """One recorded step. What it reads and writes must stay where it is."""
 
     def __init__(self, arena: Arena) -> None:
@@ -77,7 +77,7 @@ class Tape(TorchDispatchMode):
         self._nanoseconds = (ctypes.c_int64 * len(KINDS))()
         self.num_native_calls = self.num_torch_calls = 0
         self.problem: str | None = None
-        """What the step does that cannot be repeated blindly, in a few words; such a tape is of no use."""
+        """What the step does that cannot be repeated blindly, in a few words; such a graph is of no use."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -145,7 +145,7 @@ def _is_repeatable(function: Any) -> bool:
 
 
 def _word(kind: str, value: Any) -> int:
-    """An argument as the 64 bits that a tape hands on."""
+    """An argument as the 64 bits that a graph hands on."""
     if kind == "f":
         return int.from_bytes(struct.pack("f", value), "little")
     if value is None:

@@ -1,4 +1,4 @@
-"""A function of a native library: called through ctypes, and noted by a tape that is recording."""
+"""A function of a native library: called through ctypes, and noted by a graph that is recording."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MATMUL, ATTENTION, ELEMENTWISE, ALL_REDUCE, ALL_TO_ALL, GATHER = KINDS = (
     "all_to_all",
     "gather",
 )
-"""Kinds of work, by which a tape keeps the time."""
+"""Kinds of work, by which a graph keeps the time."""
 EXCHANGES = (ALL_REDUCE, ALL_TO_ALL, GATHER)
 
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -53,7 +53,7 @@ class NativeFunction:
         """`check`, for a function that returns a status, raises what a status other than 0 means."""
         self.arguments, self.kind, self.check = arguments, kind, check
         self.entry = ctypes.cast(library[f"{name}_call"], ctypes.c_void_p).value
-        """Address of its form for tapes (native/call.h)."""
+        """Address of its form for graphs (native/call.h)."""
         self._function = library[name]
         self._function.argtypes = [_TYPES[kind] for kind in arguments]
         self._function.restype = None if check is None else ctypes.c_int

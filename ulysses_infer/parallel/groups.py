@@ -145,12 +145,12 @@ def build_groups(
     device: torch.device,
     num_ranks: int | None = None,
     collectives: str = "auto",
-    lent: Any = None,
+    external_group: Any = None,
 ) -> Groups:
     """Create the groups of every mode. Collective: all ranks call it with the same arguments.
 
     `num_ranks`: those that belong together, where it is not the launcher's environment that says so. `collectives`:
-    as `runtime.collectives`. `lent`: a sequence-parallel process group of the job's, which serves the modes that have
+    as `runtime.collectives`. `external_group`: a sequence-parallel process group of the job's, which serves the modes that have
     the same one and lives on after the engine. Raises `ConfigError`, on every rank, when the job has another number of
     ranks than the layout, or memory is to be shared and cannot be.
     """
@@ -169,7 +169,7 @@ def build_groups(
     if groups.is_first:
         logger.info("ranks exchange tensors %s", f"by torch: {reason}" if reason else "in memory that they share")
     if reason:
-        _use_torch(groups, modes, lent)
+        _use_torch(groups, modes, external_group)
     return groups
 
 
@@ -209,13 +209,13 @@ def _members(layout: Layout, mode: Mode, shard: int) -> tuple[list[int], list[in
     return sorted(layout.sp_group(mode, shard)), sorted(layout.tp_group(mode, shard))
 
 
-def _use_torch(groups: Groups, modes: list[Mode], lent: Any) -> None:
+def _use_torch(groups: Groups, modes: list[Mode], external_group: Any) -> None:
     # A group of our own even for all ranks: its time limits and its end are not those of the job's group.
     world = _new_group(range(groups.layout.world_size))
     groups.owned.append(world)
     groups.world, groups.mailbox = TorchGroup(world), TorchMailbox(groups.control)
     for mode in modes:
-        borrowed = lent if _is_sp_group(groups, mode, lent) else None
+        borrowed = external_group if _is_sp_group(groups, mode, external_group) else None
         sp_group, tp_group = (group and TorchGroup(group) for group in _mode_groups(groups, mode, world, borrowed))
         groups.by_mode[mode] = Collectives(groups.place(mode), sp_group, tp_group, groups.clock)
 
@@ -234,13 +234,13 @@ def _check_world_size(layout: Layout, world_size: int) -> None:
         )
 
 
-def _is_sp_group(groups: Groups, mode: Mode, lent: Any) -> bool:
-    """Whether `lent` is the SP group of `mode`, on every rank. Collective, unless no rank was lent one."""
-    if lent is None:
+def _is_sp_group(groups: Groups, mode: Mode, external_group: Any) -> bool:
+    """Whether `external_group` is the SP group of `mode`, on every rank. Collective, unless no rank was external_group one."""
+    if external_group is None:
         return False
     ranks = _members(groups.layout, mode, groups.shard)[0]
     found: list[bool] = [False] * groups.layout.world_size
-    mine = torch.distributed.get_process_group_ranks(lent) == ranks
+    mine = torch.distributed.get_process_group_ranks(external_group) == ranks
     torch.distributed.all_gather_object(found, mine, group=groups.control)
     return all(found)
 

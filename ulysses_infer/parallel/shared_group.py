@@ -60,7 +60,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-class Member:
+class GroupMember:
     """This rank's end of something that some ranks share, the `ranks` of the job."""
 
     def __init__(self, library: ctypes.CDLL, handle: int, ranks: list[int], mine: int) -> None:
@@ -83,7 +83,7 @@ class Member:
         )
 
 
-class SharedGroup(Member):
+class SharedGroup(GroupMember):
     """A `Group` (see there) over shared memory. Not thread-safe, as an engine is not."""
 
     def __init__(self, library: ctypes.CDLL, handle: int, ranks: list[int], mine: int) -> None:
@@ -161,7 +161,7 @@ class SharedGroup(Member):
         return target if is_first else None
 
 
-class SharedMailbox(Member):
+class SharedMailbox(GroupMember):
     """A `Mailbox` (see there) in shared memory. Rank 0 may be some messages ahead of the others."""
 
     def __init__(self, library: ctypes.CDLL, handle: int, ranks: list[int], mine: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ulysses_infer.native.library import NativeUnavailableError, open_library
-from ulysses_infer.parallel.shared_group import Member, SharedGroup, SharedMailbox, declare
+from ulysses_infer.parallel.shared_group import GroupMember, SharedGroup, SharedMailbox, declare
 
 LINE_BYTES = 128  # apart in the cache, also of processors that fetch lines in pairs
 WORD_BYTES = 32
@@ -27,14 +27,14 @@ NANOSECONDS = 1_000_000_000
 # How long a rank that waits keeps its core before it sleeps: first looking all the time, unless the other was last
 # seen on the same core, then only while nobody else wants it. So it does no harm where ranks share cores.
 SPIN_NS, YIELD_NS = 20_000, 2_000_000
-T = TypeVar("T", bound=Member)
+T = TypeVar("T", bound=GroupMember)
 
 
 class SharedMemoryUnavailableError(Exception):
     """Why these ranks cannot share memory, in a few words; raised on all of them alike."""
 
 
-class Offer(NamedTuple):
+class MemoryRendezvous(NamedTuple):
     """What a rank tells the others before they share memory."""
 
     host: str
@@ -53,7 +53,7 @@ class SharedMemory:
     def __init__(self, library: ctypes.CDLL, base: int, size: int, rank: int, processes: Sequence[int]) -> None:
         self._library, self._base, self._rank, self._processes = library, base, rank, list(processes)
         self._next = _head_bytes(len(processes))
-        self._members: list[Member] = []
+        self._members: list[GroupMember] = []
         self._handles: list[int] = []
         self._release = weakref.finalize(self, _release, library, base, size, self._processes, self._handles)
         self._release.atexit = False  # the end of the process says it all, and others may still close engines
@@ -110,11 +110,11 @@ def share_memory(rank: int, groups: Sequence[Sequence[int]], control: Any) -> Sh
             file = os.memfd_create("ulysses_infer", os.MFD_CLOEXEC)
             os.truncate(file, size)
             os.pwrite(file, word, 0)
-        offer = Offer(_host(), os.getpid(), file, word)
+        offer = MemoryRendezvous(_host(), os.getpid(), file, word)
     except (NativeUnavailableError, OSError, AttributeError) as error:
-        offer = Offer(_host(), os.getpid(), file, word, f"rank {rank}: {error}")
+        offer = MemoryRendezvous(_host(), os.getpid(), file, word, f"rank {rank}: {error}")
     try:
-        offers: list[Offer] = _gather(offer, control)
+        offers: list[MemoryRendezvous] = _gather(offer, control)
         _raise_first([other.problem for other in offers])
         if len({other.host for other in offers}) > 1:
             raise SharedMemoryUnavailableError("the ranks are not on one host")
@@ -131,7 +131,7 @@ def share_memory(rank: int, groups: Sequence[Sequence[int]], control: Any) -> Sh
     return memory
 
 
-def _open(library: ctypes.CDLL, size: int, rank: int, offers: Sequence[Offer]) -> SharedMemory:
+def _open(library: ctypes.CDLL, size: int, rank: int, offers: Sequence[MemoryRendezvous]) -> SharedMemory:
     first = offers[0]
     with open(f"/proc/{first.process}/fd/{first.file}", "r+b", buffering=0) as file:
         if file.read(WORD_BYTES) != first.word:

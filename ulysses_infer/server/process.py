@@ -19,7 +19,7 @@ from typing import Any
 
 from ulysses_infer.config import Config, ServerConfig
 from ulysses_infer.errors import ConfigError, UlyssesError
-from ulysses_infer.job.watchdog import Address, Member
+from ulysses_infer.job.watchdog import Address, WatchdogClient
 from ulysses_infer.server.client import EngineClient, Observer
 from ulysses_infer.server.replicas import DoorKeeper
 from ulysses_infer.server.router import Router
@@ -160,7 +160,7 @@ async def serve(order: Order, link: socket.socket, listener: socket.socket, door
     from ulysses_infer.server.http.app import make_app
     from ulysses_infer.server.http.context import make_context
     from ulysses_infer.server.observe import Observatory
-    from ulysses_infer.worker.memory import settle_objects
+    from ulysses_infer.worker.memory import freeze_gc
 
     observatory = Observatory(order.config)
     engine = Router(observatory, order.config.parallel.dp)
@@ -169,7 +169,7 @@ async def serve(order: Order, link: socket.socket, listener: socket.socket, door
     tasks = await _connect(engine, order, link, door)
     tasks.append(asyncio.create_task(_watch_hub(order, engine)))
     tasks.append(asyncio.create_task(observatory.status_lines(_log)))
-    settle_objects()
+    freeze_gc()
     await asyncio.wait([serving, asyncio.create_task(engine.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
     if engine.death:
         await asyncio.sleep(FAREWELL_SECONDS)
@@ -213,7 +213,7 @@ async def _watch_hub(order: Order, engine: Router) -> None:
     def on_end(reason: str) -> None:
         loop.call_soon_threadsafe(engine.die, reason)
 
-    member = Member(order.hub, "the HTTP process", order.config.server.heartbeat_timeout, on_end)
+    member = WatchdogClient(order.hub, "the HTTP process", order.config.server.heartbeat_timeout, on_end)
     await engine.ended.wait()
     member.leave()
 

@@ -23,7 +23,7 @@ from ulysses_infer.errors import ConfigError, RequestError, describe, is_lost_co
 from ulysses_infer.job.follower import serve_until_shutdown
 from ulysses_infer.job.lifetime import Guard
 from ulysses_infer.job.start_rank import finish_start, make_prompt_reader, start_rank
-from ulysses_infer.job.watchdog import Address, Hub, Member
+from ulysses_infer.job.watchdog import Address, WatchdogClient, WatchdogServer
 from ulysses_infer.server.link import Link
 from ulysses_infer.server.messages import Dead
 from ulysses_infer.server.process import Order, bind, check, http_process, url_of
@@ -31,7 +31,7 @@ from ulysses_infer.server.replicas import News, Replica, make_door
 from ulysses_infer.server.serving import Serving, describe_engine
 from ulysses_infer.text.prompts import load_tokenizer
 from ulysses_infer.worker.channel import SHUTDOWN
-from ulysses_infer.worker.memory import settle_objects
+from ulysses_infer.worker.memory import freeze_gc
 from ulysses_infer.worker.rank import Rank
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def lead(config: Config, replica: Replica, guard: Guard) -> None:
     url = url_of(listener, config.server)
     print_config(console, "serve", config)
     with ExitStack() as stack:
-        hub = Hub(_hub_host(), config.server.heartbeat_timeout, config.runtime.step_timeout)
+        hub = WatchdogServer(_hub_host(), config.server.heartbeat_timeout, config.runtime.step_timeout)
         entrance, door = make_door(_hub_host())
         process = stack.enter_context(http_process(Order(config, hub.address, door.word), listener, entrance))
         link = Link(process.connection)
@@ -107,7 +107,7 @@ def _start(replica: Replica, hub: Address, console: Console) -> tuple[Rank, Engi
     rank.groups.limit_waits(config.runtime.step_timeout + TIMEOUT_MARGIN)
     engine.warm_up()
     engine.prepare_policy()
-    settle_objects()
+    freeze_gc()
     console.print(Text(f"  loaded in {time.monotonic() - started:.1f} s, every mode tried", style="dim"))
     return rank, engine, weight_bytes
 
@@ -140,7 +140,7 @@ def _end(rank: Rank) -> None:
 class Signals:
     """What signals mean to rank 0, heard in the guard's thread: the first drains, a second one stops at once."""
 
-    def __init__(self, serving: Serving, hub: Hub, guard: Guard) -> None:
+    def __init__(self, serving: Serving, hub: WatchdogServer, guard: Guard) -> None:
         self._serving, self._hub, self._guard = serving, hub, guard
         self._first: float | None = None
         self.status = 0
@@ -182,7 +182,7 @@ def assist(replica: Replica, rank: int, guard: Guard) -> None:
     news, server = replica.hear(), replica.config.server
     started, engine, weight_bytes = _start(replica, news.hub, make_console(rank))
     limit = replica.config.runtime.step_timeout
-    member = Member(news.hub, f"rank {rank}", server.heartbeat_timeout, step_timeout=limit)
+    member = WatchdogClient(news.hub, f"rank {rank}", server.heartbeat_timeout, step_timeout=limit)
     serving = Serving(engine, Link(news.door.enter(replica.index)), member, server)
     patience = Patience(server, rank, member, guard)
     guard.take_over(patience.take, patience.take_orphaned)
@@ -197,11 +197,11 @@ def follow(replica: Replica, rank: int, guard: Guard) -> None:
     started = start_rank(config, meet=replica.meeting)
     finish_start(started, config, lambda: None)
     address = started.channel.gather(None)[0]
-    member = Member(address, f"rank {rank}", config.server.heartbeat_timeout)
+    member = WatchdogClient(address, f"rank {rank}", config.server.heartbeat_timeout)
     started.groups.limit_waits(config.runtime.step_timeout + TIMEOUT_MARGIN)
     patience = Patience(config.server, rank, member, guard)
     guard.take_over(patience.take, patience.take_orphaned)
-    settle_objects()
+    freeze_gc()
     try:
         serve_until_shutdown(started)
     except Exception as error:
@@ -216,7 +216,7 @@ def follow(replica: Replica, rank: int, guard: Guard) -> None:
 class Patience:
     """What signals mean to the other ranks: rank 0 got them too and will say when to end, within its limits."""
 
-    def __init__(self, settings: ServerConfig, rank: int, member: Member, guard: Guard) -> None:
+    def __init__(self, settings: ServerConfig, rank: int, member: WatchdogClient, guard: Guard) -> None:
         self._limit = settings.shutdown_timeout + LEAVE_SECONDS
         self._rank, self._member, self._guard = rank, member, guard
 

@@ -9,7 +9,7 @@ from ulysses_infer.config import ServerConfig
 from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.errors import RequestError, describe, is_lost_connection
-from ulysses_infer.job.watchdog import Watch
+from ulysses_infer.job.watchdog import Watchdog
 from ulysses_infer.outputs import Logprob
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.admin import Commands
@@ -41,7 +41,7 @@ NAMING_SECONDS = 0.5  # for the heartbeat to say which rank was lost, when a col
 class Serving:
     """The engine at the service of the HTTP process. `drain` and `stop` may be called from any thread."""
 
-    def __init__(self, engine: Engine, link: Link, watch: Watch, settings: ServerConfig) -> None:
+    def __init__(self, engine: Engine, link: Link, watch: Watchdog, settings: ServerConfig) -> None:
         self._engine, self._link, self._watch, self._settings = engine, link, watch, settings
         self._reported: dict[int, int] = {}  # tokens sent of each unfinished sequence, by its request's index
         self._deadline: float | None = None

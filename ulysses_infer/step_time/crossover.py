@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.model import StepTimeModel
-from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.step_time.step_shape import StepShape
 
 NOTEWORTHY = 1.01  # a mode that is faster by less than this does not take over
 STEPS_PER_DOUBLING = 8

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ulysses_infer.parallel.layout import Mode
 
 
-class Switching:
+class SwitchHysteresis:
     """Leaves a mode when staying in it has lost as much as a change costs, and at once where that costs nothing.
 
     So whatever comes next, changes and stays together never cost more than about twice what the best plan would have

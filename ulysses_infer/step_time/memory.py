@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ulysses_infer.step_time.shape import FEATURES, Cell
+from ulysses_infer.step_time.step_shape import FEATURES, Bucket
 
-PER_CELL = 8
+PER_BUCKET = 8
 ASSUMED_WEIGHT = 0.05  # of a time nobody measured
 
 
 class Memory:
-    """Rows of features and seconds, at most `PER_CELL` of each kind of step; a newer one replaces the oldest.
+    """Rows of features and seconds, at most `PER_BUCKET` of each kind of step; a newer one replaces the oldest.
 
     So nothing is forgotten for lack of traffic, as with a decay over time: a thousand decodes leave what is known of
     prefills as it is.
@@ -21,17 +21,17 @@ class Memory:
         self._rows = np.zeros((0, len(FEATURES)))
         self._seconds, self._weights = np.ones(0), np.zeros(0)  # weight 0: an empty place
         self._written = np.zeros(0, dtype=np.int64)
-        self._places: dict[Cell, int] = {}
-        self._counts: dict[Cell, int] = {}
+        self._places: dict[Bucket, int] = {}
+        self._counts: dict[Bucket, int] = {}
 
-    def add(self, cell: Cell, row: np.ndarray, seconds: float, time: int, assumed: bool = False) -> None:
+    def add(self, bucket: Bucket, row: np.ndarray, seconds: float, time: int, assumed: bool = False) -> None:
         """Remember a step at `time` (a count of steps). An assumed one is never more than a beginning."""
-        place = self._places.setdefault(cell, len(self._places) * PER_CELL)
+        place = self._places.setdefault(bucket, len(self._places) * PER_BUCKET)
         if place == len(self._seconds):
             self._grow()
-        count = self._counts.get(cell, 0)
-        index = place + count % PER_CELL
-        self._counts[cell] = count + 1
+        count = self._counts.get(bucket, 0)
+        index = place + count % PER_BUCKET
+        self._counts[bucket] = count + 1
         self._rows[index], self._seconds[index], self._written[index] = row, seconds, time
         self._weights[index] = ASSUMED_WEIGHT if assumed else 1.0
 
@@ -40,12 +40,12 @@ class Memory:
         known = self._weights > 0
         return self._rows[known], self._seconds[known], self._weights[known]
 
-    def of(self, cell: Cell) -> tuple[np.ndarray, np.ndarray, int]:
-        """(rows [k, F], seconds [k], latest time) measured of one kind of step, k at most `PER_CELL`."""
-        place = self._places.get(cell)
+    def of(self, bucket: Bucket) -> tuple[np.ndarray, np.ndarray, int]:
+        """(rows [k, F], seconds [k], latest time) measured of one kind of step, k at most `PER_BUCKET`."""
+        place = self._places.get(bucket)
         if place is None:
             return self._rows[:0], self._seconds[:0], 0
-        own = slice(place, place + PER_CELL)
+        own = slice(place, place + PER_BUCKET)
         known = self._weights[own] == 1.0
         return self._rows[own][known], self._seconds[own][known], int(self._written[own].max())
 
@@ -54,7 +54,7 @@ class Memory:
         self._seconds[self._written < before] *= factor
 
     def _grow(self) -> None:
-        places = max(8 * PER_CELL, len(self._seconds))
+        places = max(8 * PER_BUCKET, len(self._seconds))
         self._rows = np.concatenate([self._rows, np.zeros((places, len(FEATURES)))])
         self._seconds = np.concatenate([self._seconds, np.ones(places)])
         self._weights = np.concatenate([self._weights, np.zeros(places)])

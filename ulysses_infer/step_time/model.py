@@ -11,8 +11,8 @@ import numpy as np
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.drift import DriftDetector
 from ulysses_infer.step_time.memory import Memory
-from ulysses_infer.step_time.regression import fit_prices
-from ulysses_infer.step_time.shape import FEATURES, NUM_SHARED, Cell, StepShape
+from ulysses_infer.step_time.regression import fit_coefficients
+from ulysses_infer.step_time.step_shape import FEATURES, NUM_SHARED, Bucket, StepShape
 
 STEPS_PER_FIT = 64
 PROOF = 0.1  # attention is dearer in a mode only if that explains this share of the time of steps that attend
@@ -32,7 +32,7 @@ class Measurement(NamedTuple):
 class StepTimeModel:
     """Predicts the time of a step in every mode.
 
-    The prediction is a sum of prices times features (`StepShape.features`), the prices fitted to all remembered steps
+    The prediction is a sum of coefficients times features (`StepShape.features`), the coefficients fitted to all remembered steps
     of the modes, times what the latest steps of the same kind took more or less than that sum says. When the whole
     machine changes speed, everything remembered is rescaled, of all modes alike: only measuring a mode can tell that
     it has changed more than the others.
@@ -43,9 +43,9 @@ class StepTimeModel:
         self.drift = DriftDetector()
         self._memories = [Memory() for _ in modes]
         self._prices = np.zeros((len(modes), len(FEATURES)))
-        self._anchor = self._prices.copy()  # what drift is told against: the prices before traffic refined them
+        self._anchor = self._prices.copy()  # what drift is told against: the coefficients before traffic refined them
         self._fitted: np.ndarray | None = None
-        self._offsets: dict[tuple[int, Cell], tuple[float, int, int]] = {}  # what `_offset` found, while it holds
+        self._offsets: dict[tuple[int, Bucket], tuple[float, int, int]] = {}  # what `_offset` found, while it holds
         self._steps = 0
         self._steps_to_fit = STEPS_PER_FIT
 
@@ -73,11 +73,11 @@ class StepTimeModel:
             self._fit()
 
     def _remember(self, index: int, shape: StepShape, seconds: float, assumed: bool = False) -> None:
-        self._memories[index].add(shape.cell, shape.features(), max(seconds, LEAST_SECONDS), self._steps, assumed)
-        self._offsets.pop((index, shape.cell), None)
+        self._memories[index].add(shape.bucket, shape.features(), max(seconds, LEAST_SECONDS), self._steps, assumed)
+        self._offsets.pop((index, shape.bucket), None)
 
     def _fit(self) -> None:
-        """All modes together: each has its own prices, but for attention, where it may only be dearer than all."""
+        """All modes together: each has its own coefficients, but for attention, where it may only be dearer than all."""
         self._steps_to_fit = STEPS_PER_FIT
         known = [memory.all() for memory in self._memories]
         seconds = np.concatenate([seconds for _, seconds, _ in known])
@@ -95,16 +95,16 @@ class StepTimeModel:
             proof[start + width - NUM_SHARED : start + width] = PROOF
             first = last
         self._offsets.clear()
-        self._fitted = fit_prices(rows, seconds, weights, proof, self._fitted)
+        self._fitted = fit_coefficients(rows, seconds, weights, proof, self._fitted)
         self._prices = self._fitted[:own].reshape(len(self.modes), width).copy()
         self._prices[:, -NUM_SHARED:] += self._fitted[own:]
 
     def _look_for_drift(self, index: int, shape: StepShape, seconds: float) -> None:
-        kind, expected = (index, shape.cell), float(shape.features() @ self._anchor[index])
+        kind, expected = (index, shape.bucket), float(shape.features() @ self._anchor[index])
         if expected <= 0:
             return
         if not self.drift.knows(kind):
-            rows, known, _ = self._memories[index].of(shape.cell)
+            rows, known, _ = self._memories[index].of(shape.bucket)
             if len(known):
                 self.drift.set_usual(kind, float(np.median(np.log(known / _positive(rows @ self._anchor[index])))))
         change = self.drift.add(kind, math.log(seconds / expected), self._steps)
@@ -127,15 +127,15 @@ class StepTimeModel:
 
     def is_measured(self, mode: Mode, shape: StepShape) -> bool:
         """Whether a step of this kind was ever measured in `mode`."""
-        return len(self._memories[self.modes.index(mode)].of(shape.cell)[1]) > 0
+        return len(self._memories[self.modes.index(mode)].of(shape.bucket)[1]) > 0
 
-    def prices(self, mode: Mode) -> dict[str, float]:
+    def coefficients(self, mode: Mode) -> dict[str, float]:
         """Seconds per unit of each feature."""
         return dict(zip(FEATURES, self._prices[self.modes.index(mode)].tolist(), strict=True))
 
     def _correction(self, index: int, shape: StepShape) -> float:
-        """What steps of this kind take over what the prices say; nearer to 1 the fewer and older they are."""
-        key = index, shape.cell
+        """What steps of this kind take over what the coefficients say; nearer to 1 the fewer and older they are."""
+        key = index, shape.bucket
         found = self._offsets.get(key)
         if found is None:
             found = self._offsets[key] = self._offset(*key)
@@ -144,9 +144,9 @@ class StepTimeModel:
         trust = count / (count + 1) * FRESH_STEPS / (FRESH_STEPS + self._steps - latest)
         return math.exp(max(-most, min(most, middle)) * trust)
 
-    def _offset(self, index: int, cell: Cell) -> tuple[float, int, int]:
-        """(median logarithm of measured over summed prices, measurements, when the latest was) of a kind of step."""
-        rows, seconds, latest = self._memories[index].of(cell)
+    def _offset(self, index: int, bucket: Bucket) -> tuple[float, int, int]:
+        """(median logarithm of measured over summed coefficients, measurements, when the latest was) of a kind of step."""
+        rows, seconds, latest = self._memories[index].of(bucket)
         if not len(seconds):
             return 0.0, 0, latest
         return float(np.median(np.log(seconds / _positive(rows @ self._prices[index])))), len(seconds), latest

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.model import Measurement
-from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.step_time.step_shape import StepShape
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 CONTEXTS = (16, 512, 4096)

@@ -14,7 +14,7 @@ from ulysses_infer.cache_folders import cache_folder
 from ulysses_infer.errors import ConfigError, first_line
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.model import Measurement
-from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.step_time.step_shape import StepShape
 
 FORMAT = 1
 IDENTITY = ("model", "modes", "device")

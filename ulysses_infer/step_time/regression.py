@@ -1,10 +1,10 @@
-"""Prices that explain measured times: least squares without negative prices and without faith in outliers."""
+"""Prices that explain measured times: least squares without negative coefficients and without faith in outliers."""
 
 from __future__ import annotations
 
 import numpy as np
 
-RIDGE = 1e-10  # of the scaled problem: prices that no measurement tells apart still have one answer
+RIDGE = 1e-10  # of the scaled problem: coefficients that no measurement tells apart still have one answer
 HUBER = 1.5  # residuals beyond this many typical ones count less
 LEAST_SPREAD = 0.01  # a fit this close to all measurements needs no outliers
 TOLERANCE = 1e-12
@@ -45,20 +45,20 @@ def _solve_passive(gram: np.ndarray, moment: np.ndarray, passive: np.ndarray, so
     return np.zeros(len(moment))
 
 
-def fit_prices(
+def fit_coefficients(
     rows: np.ndarray,
     seconds: np.ndarray,
     weights: np.ndarray,
     proof: np.ndarray | None = None,
     start: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Prices [F] >= 0 with rows [n, F] @ prices close to seconds [n] > 0, in relative terms and for most rows.
+    """Prices [F] >= 0 with rows [n, F] @ coefficients close to seconds [n] > 0, in relative terms and for most rows.
 
     Relative, since a millisecond matters to a step of ten and not to one of a thousand. Iteratively reweighted: first
     towards the least absolute error, which a minority of wild rows cannot move far, then by Huber's weights. `proof`
     [F]: the share of the time, in rows that have it, which a feature must explain beyond what the others do, to be
-    given a price at all (as in the relaxed lasso of Meinshausen, 2007).
-    `start` [F]: prices of an earlier fit of much the same rows, from where fewer iterations will do.
+    given a coefficient at all (as in the relaxed lasso of Meinshausen, 2007).
+    `start` [F]: coefficients of an earlier fit of much the same rows, from where fewer iterations will do.
     """
     relative = rows / seconds[:, None]
     scales = np.sqrt((relative**2).mean(axis=0))
@@ -67,7 +67,7 @@ def fit_prices(
     trust, passive = np.ones(len(seconds)), None
     if start is not None:
         trust, passive = _trust(np.abs(rows @ start / seconds - 1.0), absolute=False), start > 0
-    prices = np.zeros(rows.shape[1])
+    coefficients = np.zeros(rows.shape[1])
     iterations = 9 if start is None else 4
     for iteration in range(iterations):
         weighted = scaled * (weights * trust)[:, None]
@@ -76,12 +76,12 @@ def fit_prices(
         moment = weighted.sum(axis=0)
         if proof is not None and iteration < iterations - 1:
             moment *= 1 - proof
-        elif proof is not None:  # what has proved itself gets its full price, the others none
-            moment[(proof > 0) & (prices <= 0)] = -np.inf
-        prices = nonnegative_least_squares(gram, moment, passive)
-        passive = prices > 0
-        trust = _trust(np.abs(scaled @ prices - 1.0), absolute=start is None and iteration < 4)
-    return prices / scales
+        elif proof is not None:  # what has proved itself gets its full coefficient, the others none
+            moment[(proof > 0) & (coefficients <= 0)] = -np.inf
+        coefficients = nonnegative_least_squares(gram, moment, passive)
+        passive = coefficients > 0
+        trust = _trust(np.abs(scaled @ coefficients - 1.0), absolute=start is None and iteration < 4)
+    return coefficients / scales
 
 
 def _trust(errors: np.ndarray, absolute: bool) -> np.ndarray:

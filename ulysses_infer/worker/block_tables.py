@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ulysses_infer.attention.span import Reach
+from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.worker.step_plan import PlanItem, StepPlan
 
 
@@ -34,11 +34,15 @@ class BlockTables:
     """
 
     def __init__(
-        self, block_size: int, max_num_seqs: int, max_blocks_per_sequence: int, reaches: Sequence[Reach] = (Reach(),)
+        self,
+        block_size: int,
+        max_num_seqs: int,
+        max_blocks_per_sequence: int,
+        attention_spans: Sequence[AttentionSpan] = (AttentionSpan(),),
     ) -> None:
-        """reaches: of each cache group."""
-        self.block_size, self.reaches = block_size, tuple(reaches)
-        self._blocks = [np.zeros((max_num_seqs, max_blocks_per_sequence), dtype=np.int64) for _ in self.reaches]
+        """attention_spans: of each cache group."""
+        self.block_size, self.attention_spans = block_size, tuple(attention_spans)
+        self._blocks = [np.zeros((max_num_seqs, max_blocks_per_sequence), dtype=np.int64) for _ in self.attention_spans]
         self._lengths = np.zeros(max_num_seqs, dtype=np.int64)
         self._rows: dict[int, int] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
@@ -63,20 +67,20 @@ class BlockTables:
         numbers = positions // self.block_size
         offsets = positions - numbers * self.block_size
         groups = []
-        for blocks, reach in zip(self._blocks, self.reaches, strict=True):
+        for blocks, attention_span in zip(self._blocks, self.attention_spans, strict=True):
             slots = blocks[rows_of_tokens, numbers] * self.block_size + offsets
-            groups.append(GroupArrays(slots, *self._seen(blocks, reach, rows, starts, ends)))
+            groups.append(GroupArrays(slots, *self._seen(blocks, attention_span, rows, starts, ends)))
         return StepArrays(positions, query_lens, groups)
 
     def _seen(
-        self, blocks: np.ndarray, reach: Reach, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray
+        self, blocks: np.ndarray, attention_span: AttentionSpan, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray
     ) -> tuple[list[int], np.ndarray]:
         """Context lengths and tables of sequences whose tokens from `starts` to `ends` are in the step."""
-        if not reach.is_limited:
+        if not attention_span.is_limited:
             lens = ends.tolist()
             return lens, blocks[rows, : -(-max(lens) // self.block_size)]
         last = -(-ends // self.block_size)
-        first = reach.table_starts(starts, self.block_size)
+        first = attention_span.table_starts(starts, self.block_size)
         columns = first[:, None] + np.arange(int((last - first).max()))
         # What is further right than a sequence's last block is not read; any block will do.
         tables = blocks[rows[:, None], np.minimum(columns, last[:, None] - 1)]
@@ -90,8 +94,8 @@ class BlockTables:
         if row is None:
             row = self._rows[item.handle] = self._free.pop()
         taken, end = 0, -(-(item.start + item.num_tokens) // self.block_size)
-        for blocks, reach in zip(self._blocks, self.reaches, strict=True):
-            begin = self._lengths[row] if is_known else reach.first_visible(item.start) // self.block_size
+        for blocks, attention_span in zip(self._blocks, self.attention_spans, strict=True):
+            begin = self._lengths[row] if is_known else attention_span.first_visible(item.start) // self.block_size
             blocks[row, begin:end] = new[taken : taken + end - begin]
             taken += end - begin
         self._lengths[row] = end

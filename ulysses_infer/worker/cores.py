@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 SYSTEM = Path("/sys/devices/system")
-Place = tuple[int, int, int]
+CoreAssignment = tuple[int, int, int]
 """(NUMA node, physical core, number): neighbours in this order share the most."""
 
 
@@ -24,7 +24,7 @@ class PinnedCores:
         os.sched_setaffinity(0, self._before)
 
 
-def share_of(allowed: Sequence[int], index: int, count: int, place: Callable[[int], Place]) -> list[int]:
+def share_of(allowed: Sequence[int], index: int, count: int, place: Callable[[int], CoreAssignment]) -> list[int]:
     """The cores of rank `index` of `count` on a host: equal runs of neighbours; what does not divide is left over."""
     ordered = sorted(allowed, key=place)
     size = len(ordered) // count
@@ -45,7 +45,7 @@ def pin(index: int, count: int, threads: int, everyone: Sequence[frozenset[int]]
     return PinnedCores(share_of(sorted(allowed), index, count, core_place))
 
 
-def core_place(core: int) -> Place:
+def core_place(core: int) -> CoreAssignment:
     """Where a core is; all in one place where the system does not say."""
     folder = SYSTEM / "cpu" / f"cpu{core}"
     nodes = [int(match[1]) for path in folder.glob("node*") if (match := re.fullmatch(r"node(\d+)", path.name))]

@@ -14,14 +14,14 @@ from ulysses_infer.cache.paged import CacheShape, PagedCache
 from ulysses_infer.model.context import StepContext
 from ulysses_infer.model.model import ShiftModel
 from ulysses_infer.native.arena import Arena
-from ulysses_infer.native.cpu_graph import Tape
+from ulysses_infer.native.cpu_graph import CpuGraph
 from ulysses_infer.native.function import EXCHANGES, KINDS
 from ulysses_infer.native.matmul import NativeMatmul
 from ulysses_infer.parallel.groups import Groups
 from ulysses_infer.parallel.layout import Mode, token_spans
 from ulysses_infer.worker.block_tables import GroupArrays, StepArrays
 from ulysses_infer.worker.cuda_graphs import Finish
-from ulysses_infer.worker.next_tokens import Feed
+from ulysses_infer.worker.next_tokens import NextTokenBuffer
 from ulysses_infer.worker.step_plan import NO_LOGITS, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -34,13 +34,13 @@ _Key = tuple[Mode, int, bool]  # mode, rows, whether the logits are wanted
 
 @dataclass(frozen=True)
 class _Recorded:
-    tape: Tape
+    graph: CpuGraph
     result: torch.Tensor | None  # of `finish`, valid until the next step
-    inputs: tuple[object, ...]  # alive, because the tape has but their addresses
+    inputs: tuple[object, ...]  # alive, because the graph has but their addresses
 
 
-class TapeRunner:
-    """Runs the decode steps of one rank from tapes, one for each mode and number of rows that comes more than once.
+class CpuGraphRunner:
+    """Runs the decode steps of one rank from graphs, one for each mode and number of rows that comes more than once.
 
     Whether a step is recorded, repeated or run as ever is each rank's own affair: its exchanges are the same.
     """
@@ -58,25 +58,25 @@ class TapeRunner:
         self._largest = min(max_num_seqs, LARGEST)
         width = cache.shape.blocks_for(model.shape.max_model_len)
         self._token_ids, self._positions = np.zeros((2, self._largest), dtype=np.int64)
-        self._groups = [_GroupInputs(self._largest, width) for _ in cache.groups.reaches]
+        self._groups = [_GroupInputs(self._largest, width) for _ in cache.groups.attention_spans]
         self._arena = Arena()
         self._recorded: dict[_Key, _Recorded] = {}
         self._seen: set[_Key] = set()
         self._refused: set[Mode] = set()
-        self._num_moves = model.num_moves
-        self._played: Tape | None = None
+        self._weights_version = model.weights_version
+        self._replayed: CpuGraph | None = None
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By kind of native call, what the last step spent in them; empty if it was not repeated from a tape."""
-        return {} if self._played is None else {kind: self._played.seconds_of(kind) for kind in KINDS}
+        """By kind of native call, what the last step spent in them; empty if it was not repeated from a graph."""
+        return {} if self._replayed is None else {kind: self._replayed.seconds_of(kind) for kind in KINDS}
 
     def bucket(self, plan: StepPlan) -> int | None:
         """The number of rows, if `plan` is a step to be recorded or repeated: one token a sequence, and not too many.
 
         Steps with adapters are not: which rows go through which is decided on the host.
         """
-        self._played, count = None, plan.num_tokens
+        self._replayed, count = None, plan.num_tokens
         if count != len(plan.items) or count > self._largest or plan.mode in self._refused:
             return None
         if any(item.adapter or item.logits == NO_LOGITS for item in plan.items):
@@ -89,34 +89,40 @@ class TapeRunner:
 
     @torch.inference_mode()
     def run(
-        self, plan: StepPlan, arrays: StepArrays, rows: np.ndarray, size: int, feed: Feed, finish: Finish
+        self,
+        plan: StepPlan,
+        arrays: StepArrays,
+        rows: np.ndarray,
+        size: int,
+        next_tokens: NextTokenBuffer,
+        finish: Finish,
     ) -> torch.Tensor | None:
         """Run `plan`, of `size` rows; returns what `finish` makes of all their logits, valid until the next run.
 
         `finish` is recorded too: plans that differ in `full_logits` may have others, those that do not, the same.
         """
-        if self.model.num_moves != self._num_moves:
+        if self.model.weights_version != self._weights_version:
             self.forget()
         self._token_ids[:size] = plan.token_ids
         self._positions[:size] = arrays.positions
-        if plan.awaits_tokens:
-            feed.fill_in(torch.from_numpy(self._token_ids[:size]))
+        if plan.has_placeholders:
+            next_tokens.fill_placeholders(torch.from_numpy(self._token_ids[:size]))
         for inputs, group in zip(self._groups, arrays.groups, strict=True):
             inputs.fill(group, size)
         key = plan.mode, size, plan.full_logits
         recorded = self._recorded.get(key)
         if recorded is None:
             return self._record(key, finish)
-        self._played = recorded.tape
-        recorded.tape.replay()
+        self._replayed = recorded.graph
+        recorded.graph.replay()
         for kind in EXCHANGES:
-            self.groups.clock.count(kind, recorded.tape.seconds_of(kind))
+            self.groups.clock.count(kind, recorded.graph.seconds_of(kind))
         return recorded.result
 
     def forget(self) -> None:
         """The cache or the weights have moved: each step is recorded again when it next comes."""
         self._recorded.clear()
-        self._num_moves = self.model.num_moves
+        self._weights_version = self.model.weights_version
 
     def _record(self, key: _Key, finish: Finish) -> torch.Tensor | None:
         """Run the step that the inputs hold, layer by layer, and keep what it did."""
@@ -124,14 +130,14 @@ class TapeRunner:
         context = self._context(mode, size)
         mine = context.token_spans[context.collectives.place.token_index]
         ids, positions = (_at_least_one(x[mine.start : mine.stop]) for x in (self._token_ids, self._positions))
-        rows, tape = torch.arange(mine.size), Tape(self._arena)
-        with tape.recording():
+        rows, graph = torch.arange(mine.size), CpuGraph(self._arena)
+        with graph.recording():
             result = finish(self.model.forward(ids, positions, rows, context))
-        reason = tape.problem
-        if reason is None and tape.num_torch_calls > tape.num_native_calls:
-            reason = f"{tape.num_torch_calls} of its operations are torch's, {tape.num_native_calls} native"
+        reason = graph.problem
+        if reason is None and graph.num_torch_calls > graph.num_native_calls:
+            reason = f"{graph.num_torch_calls} of its operations are torch's, {graph.num_native_calls} native"
         if reason is None:
-            self._recorded[key] = _Recorded(tape, result, (ids, positions, context))
+            self._recorded[key] = _Recorded(graph, result, (ids, positions, context))
         else:
             self._refused.add(mode)
             logger.debug("decode steps of mode %s are not recorded: %s", mode, reason)
@@ -161,7 +167,7 @@ class _GroupInputs:
         self._tables = np.zeros((largest, width), dtype=np.int64)
 
     def fill(self, group: GroupArrays, size: int) -> None:
-        """Write a step of `size` rows. What is further right in the tables is of other steps: no length reaches it."""
+        """Write a step of `size` rows. What is further right in the tables is of other steps: no length attention_spans it."""
         self._slots[:size], self._contexts[:size] = group.slots, group.context_lens
         self._tables[:size, : group.block_tables.shape[1]] = group.block_tables
 
@@ -173,7 +179,7 @@ class _GroupInputs:
         return made
 
 
-def wants_tapes(
+def wants_cpu_graphs(
     enforce_eager: bool | None,
     backend: AttentionBackend,
     matmul: NativeMatmul | None,

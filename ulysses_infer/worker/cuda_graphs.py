@@ -28,7 +28,7 @@ from ulysses_infer.model.model import ShiftModel
 from ulysses_infer.parallel.groups import Groups
 from ulysses_infer.parallel.layout import Mode, token_spans
 from ulysses_infer.worker.block_tables import GroupArrays, StepArrays
-from ulysses_infer.worker.next_tokens import Feed
+from ulysses_infer.worker.next_tokens import NextTokenBuffer
 from ulysses_infer.worker.step_plan import StepPlan
 from ulysses_infer.worker.transfer import StepInputs
 
@@ -140,7 +140,7 @@ class StaticGroup:
         """Keep what was sent."""
         self._slots.copy_(slots)
         self._lens.copy_(lens)
-        # What is further right is of other steps: no length reaches it.
+        # What is further right is of other steps: no length attention_spans it.
         self._block_tables[:, : block_tables.shape[1]].copy_(block_tables)
 
     def _padded(self, group: GroupArrays) -> HostSequences:
@@ -182,7 +182,7 @@ class StaticInputs:
         return hosts
 
 
-class GraphRunner:
+class CudaGraphRunner:
     """Runs the decode steps of one rank from graphs. Collective where the model is: all ranks capture alike."""
 
     def __init__(
@@ -203,13 +203,13 @@ class GraphRunner:
         largest = max(sizes[-1] for sizes in self.buckets.values())
         self._block_tables = [
             torch.full((largest, self._width(group)), cache.scratch_block(group), dtype=torch.int32, device=device)
-            for group in range(len(cache.groups.reaches))
+            for group in range(len(cache.groups.attention_spans))
         ]
         self._rows = torch.arange(largest, device=device)
         self._logits = torch.empty(0, device=device)
         self._static: dict[int, StaticInputs] = {}
         self._graphs: dict[tuple[Mode, int], Captured] = {}
-        self._num_moves = model.num_moves
+        self._weights_version = model.weights_version
 
     def capture_all(self) -> None:
         """Capture every mode's buckets, the largest first, whose memory the others then share. Raises `ConfigError`."""
@@ -226,7 +226,7 @@ class GraphRunner:
     def forget(self) -> None:
         """The cache or the weights have moved: each graph is captured again when it is next needed."""
         self._graphs.clear()
-        self._num_moves = self.model.num_moves
+        self._weights_version = self.model.weights_version
 
     def bucket(self, plan: StepPlan) -> int | None:
         """The smallest bucket that `plan` fits into; None unless it has one token a sequence and is small enough.
@@ -238,20 +238,26 @@ class GraphRunner:
         return next((size for size in self.buckets[plan.mode] if size >= plan.num_tokens), None)
 
     def run(
-        self, plan: StepPlan, arrays: StepArrays, rows: np.ndarray, size: int, feed: Feed, finish: Finish
+        self,
+        plan: StepPlan,
+        arrays: StepArrays,
+        rows: np.ndarray,
+        size: int,
+        next_tokens: NextTokenBuffer,
+        finish: Finish,
     ) -> torch.Tensor | None:
         """Run `plan` in the bucket of `size` rows; returns what `finish` makes of the logits of `rows`.
 
         Those are valid until the next run.
         """
-        if self.model.num_moves != self._num_moves:
+        if self.model.weights_version != self._weights_version:
             self.forget()
         if (plan.mode, size) not in self._graphs:
             self._capture(plan.mode, size)
         static = self._static[size]
         hosts = static.fill((plan, arrays), self.cache.shape.block_size, self._inputs)
-        if plan.awaits_tokens:
-            feed.fill_in(static.token_ids)
+        if plan.has_placeholders:
+            next_tokens.fill_placeholders(static.token_ids)
         for group, host in zip(static.groups, hosts, strict=True):
             self.backend.replan(group.sequences, host)
         self._graphs[plan.mode, size].replay()
@@ -260,8 +266,8 @@ class GraphRunner:
 
     def _width(self, group: int) -> int:
         """The most blocks that a decode reads of a group: a table may begin a block before the first of them."""
-        reach, shape = self.cache.groups.reaches[group], self.cache.shape
-        return reach.most_blocks(self.model.shape.max_model_len, 1, shape.block_size)
+        attention_span, shape = self.cache.groups.attention_spans[group], self.cache.shape
+        return attention_span.most_blocks(self.model.shape.max_model_len, 1, shape.block_size)
 
     def _make_static(self, size: int) -> StaticInputs:
         groups = []
@@ -317,7 +323,7 @@ class GraphRunner:
         )
 
 
-def wants_graphs(enforce_eager: bool | None, device: torch.device, backend: object, has_experts: bool) -> bool:
+def wants_cuda_graphs(enforce_eager: bool | None, device: torch.device, backend: object, has_experts: bool) -> bool:
     """Whether decode steps are to be captured; `enforce_eager` None: where nothing speaks against it.
 
     Raises `ConfigError` when they are to be, and attention cannot.
@@ -325,7 +331,7 @@ def wants_graphs(enforce_eager: bool | None, device: torch.device, backend: obje
     if enforce_eager:
         return False
     if device.type == "cpu":
-        return False  # it has no graphs, but tapes: see tapes.py
+        return False  # it has no graphs, but graphs: see graphs.py
     name = getattr(backend, "name", "?")
     if not isinstance(backend, KernelAttention):
         if enforce_eager is not None:

@@ -29,7 +29,7 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def settle_objects() -> None:
+def freeze_gc() -> None:
     """Take all that there is by now out of the sight of Python's garbage collector, which cannot free it anyway.
 
     For a process that does nothing but serve: looking through the objects of torch and transformers alone would stop

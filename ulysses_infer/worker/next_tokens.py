@@ -7,7 +7,7 @@ import torch
 from ulysses_infer.parallel.group import Group
 
 
-class Feed:
+class NextTokenBuffer:
     """The tokens that the last step chose, on the device of every rank, for the next step to begin with."""
 
     def __init__(self, world: Group | None) -> None:
@@ -26,8 +26,8 @@ class Feed:
             tokens = self._world.gather_rows(tokens[:, None], counts)[:, 0]
         self._tokens = tokens.clamp(min=0)
 
-    def fill_in(self, token_ids: torch.Tensor) -> None:
-        """Put tokens where the plan could only say which row of the last step they are of (`plan.awaited`), in place.
+    def fill_placeholders(self, token_ids: torch.Tensor) -> None:
+        """Put tokens where the plan could only say which row of the last step they are of (`plan.placeholder`), in place.
 
         token_ids: [t] int64.
         """

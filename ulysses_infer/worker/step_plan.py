@@ -36,12 +36,12 @@ class StepPlan(NamedTuple):
     mode: Mode
     items: list[PlanItem]
     token_ids: np.ndarray
-    """[T] int32, the step's tokens in item order; negative ones (`awaited`) are chosen by the step before."""
+    """[T] int32, the step's tokens in item order; negative ones (`placeholder`) are chosen by the step before."""
     dropped: list[int]
     """Sequences whose block tables are to be forgotten before the step: finished, aborted, preempted."""
     full_logits: bool
     """Whether rank 0 needs whole rows of logits; otherwise each rank's best token is enough."""
-    feeds: bool = False
+    keeps_tokens: bool = False
     """Whether every rank is to keep the chosen tokens, because the next step may be asked for before they are here."""
 
     @property
@@ -50,7 +50,7 @@ class StepPlan(NamedTuple):
         return len(self.token_ids)
 
     @property
-    def awaits_tokens(self) -> bool:
+    def has_placeholders(self) -> bool:
         """Whether some of its tokens are those that the step before chooses."""
         return bool((self.token_ids < 0).any())
 
@@ -68,7 +68,7 @@ class StepPlan(NamedTuple):
             self.token_ids.tobytes(),
             self.dropped,
             self.full_logits,
-            self.feeds,
+            self.keeps_tokens,
         )
         encoded: bytes = msgpack.packb(fields)
         return encoded
@@ -76,12 +76,14 @@ class StepPlan(NamedTuple):
     @classmethod
     def decode(cls, data: bytes) -> StepPlan:
         """A plan from `encode`'s bytes."""
-        sequence, mode, items, tokens, dropped, full_logits, feeds = msgpack.unpackb(data)
+        sequence, mode, items, tokens, dropped, full_logits, keeps_tokens = msgpack.unpackb(data)
         token_ids = np.frombuffer(tokens, dtype=np.int32)
-        return cls(sequence, Mode(*mode), [PlanItem(*item) for item in items], token_ids, dropped, full_logits, feeds)
+        return cls(
+            sequence, Mode(*mode), [PlanItem(*item) for item in items], token_ids, dropped, full_logits, keeps_tokens
+        )
 
 
-def awaited(row: int) -> int:
+def placeholder(row: int) -> int:
     """What stands for the token that the step before chooses in its row `row` of logits."""
     return -1 - row
 

@@ -89,7 +89,7 @@ def _field(buffer: torch.Tensor, start: int, array: np.ndarray) -> torch.Tensor:
     return buffer[start : start + array.nbytes].view(dtype).view(array.shape)
 
 
-class Arrival:
+class DeviceToHostCopy:
     """Numbers on their way from the device to the host, which will wait for these and for nothing asked of the device
     later."""
 

@@ -19,11 +19,11 @@ from ulysses_infer.parallel.groups import Groups
 from ulysses_infer.parallel.layout import Span, token_spans
 from ulysses_infer.worker.attention_inputs import StepMetadata
 from ulysses_infer.worker.block_tables import BlockTables, StepArrays
-from ulysses_infer.worker.cpu_graphs import TapeRunner
-from ulysses_infer.worker.cuda_graphs import GraphRunner
-from ulysses_infer.worker.next_tokens import Feed
+from ulysses_infer.worker.cpu_graphs import CpuGraphRunner
+from ulysses_infer.worker.cuda_graphs import CudaGraphRunner
+from ulysses_infer.worker.next_tokens import NextTokenBuffer
 from ulysses_infer.worker.step_plan import StepPlan, adapter_rows, logits_positions
-from ulysses_infer.worker.transfer import Arrival, make_inputs
+from ulysses_infer.worker.transfer import DeviceToHostCopy, make_inputs
 
 ROWS_PER_GATHER = 256  # bounds what rank 0 holds of whole logits rows at a time
 Chooser = Callable[[int, torch.Tensor], torch.Tensor]
@@ -47,12 +47,12 @@ class Worker:
         self.model, self.cache, self.tables = model, cache, tables
         self.groups, self.backend, self.matmul, self.device, self.debug = groups, backend, matmul, device, debug
         self.inputs = make_inputs(device)
-        self.feed = Feed(groups.world)
-        self.graphs: GraphRunner | TapeRunner | None = None
+        self.next_tokens = NextTokenBuffer(groups.world)
+        self.graphs: CudaGraphRunner | CpuGraphRunner | None = None
         """Runs the steps that it has a graph for; None: every step is run layer by layer."""
         self._serves_kernels = device.type != "cpu" or isinstance(backend, KernelAttention)
 
-    def run(self, plan: StepPlan, choose: Chooser | None = None) -> Arrival | None:
+    def run(self, plan: StepPlan, choose: Chooser | None = None) -> DeviceToHostCopy | None:
         """Run one step on this rank; a GPU is asked for it and not waited for. Collective.
 
         Rank 0 gets a token for every row that needs logits: the greedy one, or, for a plan with `full_logits`, what
@@ -66,14 +66,14 @@ class Worker:
         size = None if self.graphs is None else self.graphs.bucket(plan)
         if self.graphs is None or size is None:
             result = finish(self._forward(plan, arrays, rows))
-        else:  # as every rank knows, or whichever: a tape exchanges what the step did
-            result = self.graphs.run(plan, arrays, rows, size, self.feed, finish)
+        else:  # as every rank knows, or whichever: a graph exchanges what the step did
+            result = self.graphs.run(plan, arrays, rows, size, self.next_tokens, finish)
         if len(rows) == 0:
             return None
         tokens = self._chosen(result, choose) if plan.full_logits else result
-        if plan.feeds:
-            self.feed.share(tokens, len(rows), self.device)
-        return None if tokens is None else Arrival(tokens)
+        if plan.keeps_tokens:
+            self.next_tokens.share(tokens, len(rows), self.device)
+        return None if tokens is None else DeviceToHostCopy(tokens)
 
     @staticmethod
     def _as_they_are(logits: torch.Tensor) -> torch.Tensor | None:
@@ -92,8 +92,8 @@ class Worker:
                 *metadata.to_send(),
             ]
         )
-        if plan.awaits_tokens:
-            self.feed.fill_in(token_ids)
+        if plan.has_placeholders:
+            self.next_tokens.fill_placeholders(token_ids)
         attention = metadata.of_groups(sent)
         context = StepContext(
             collectives=self.groups.by_mode[plan.mode],

@@ -27,7 +27,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 HEADINGS = {
     "shape": "One shape",
     "context": "Length of the context",
-    "rate": "Arrival rate",
+    "rate": "DeviceToHostCopy rate",
     "bursty": "Bursts",
     "trace": "Production traces",
 }

@@ -12,11 +12,11 @@ from ulysses_infer.engine.policies.chunking import ChunkSizer
 from ulysses_infer.engine.policies.policy import Decision, Policy
 from ulysses_infer.engine.request import Request
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.step_time.hysteresis import Switching
+from ulysses_infer.step_time.hysteresis import SwitchHysteresis
 from ulysses_infer.step_time.model import Measurement, StepTimeModel
 from ulysses_infer.step_time.profile import Profile
-from ulysses_infer.step_time.regret import Hindsight
-from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.step_time.regret import RegretTracker
+from ulysses_infer.step_time.step_shape import StepShape
 
 WORTH_TRYING = 2.0  # a mode predicted to take more than this many times the best one's time is not tried unmeasured
 FASTEST, EXPLORED, TRIED, ONLY = "predicted fastest", "explored", "tried, not measured yet", "the only mode loaded"
@@ -40,9 +40,9 @@ class AdaptivePolicy(Policy):
         """Whether it started from measured steps."""
         self._origin = "nothing"
         self._random = random.Random(seed)
-        self._hindsight = Hindsight(self.model)
+        self._hindsight = RegretTracker(self.model)
         self._chunks = ChunkSizer(_seconds(config.target_tpot_ms), _seconds(config.target_ttft_ms), self._fastest)
-        self._switching = Switching()
+        self._switching = SwitchHysteresis()
         self._shape = StepShape.of([], [])
 
     # -- where it starts ---------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class AdaptivePolicy(Policy):
     def learn(self, profile: Profile, origin: str) -> None:
         """Start from measured steps; `origin` says in words where they come from."""
         self.model.learn(profile.measurements)
-        self._switching = Switching(profile.switch_seconds)
+        self._switching = SwitchHysteresis(profile.switch_seconds)
         self.is_calibrated, self._origin = True, origin
 
     def assume(self, measurements: Iterable[Measurement]) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from ulysses_infer.engine.request import Request
-from ulysses_infer.step_time.shape import StepShape
+from ulysses_infer.step_time.step_shape import StepShape
 
 LEAST_CHUNK = 16
 """Prompts advance by this much a step, whatever it costs: nobody waits for ever."""

@@ -21,7 +21,7 @@ def auto_class(config: Any) -> Any:
     return AutoModelForMultimodalLM if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
 
 
-def drop_towers(model: Any) -> None:
+def drop_multimodal_encoders(model: Any) -> None:
     """Put nothing in the place of every part of `model` with weights that text does not reach, if it has towers."""
     if model.config.get_text_config(decoder=True) is model.config:
         return

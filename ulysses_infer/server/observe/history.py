@@ -12,7 +12,7 @@ from ulysses_infer.server.messages import EngineState, Step
 from ulysses_infer.server.observe.windows import Samples, TimeGrid
 
 SPAN_SECONDS = 900.0
-"""How far back it reaches."""
+"""How far back it attention_spans."""
 BAND_SECONDS = 0.1
 """Resolution of the band of modes."""
 RECENT_STEPS = 1024

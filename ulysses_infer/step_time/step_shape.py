@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-KNOTS = (1, 8, 32, 128, 512, 2048)
-"""Token counts at which the price of one more token may change: weights are read once a step, however many tokens
+BREAKPOINTS = (1, 8, 32, 128, 512, 2048)
+"""Token counts at which the coefficient of one more token may change: weights are read once a step, however many tokens
 share them, so a token costs little until computing takes longer than reading."""
 
 FEATURES = (
     "constant",
-    *(f"tokens_from_{knot}" for knot in KNOTS),
+    *(f"tokens_from_{knot}" for knot in BREAKPOINTS),
     "prefill_tokens",
     "decodes",
     "prefills",
@@ -25,7 +25,7 @@ FEATURES = (
 NUM_SHARED = 4
 """The last of them, the work of attention, cost much the same in every mode: each rank attends with its own heads."""
 
-Cell = tuple[int, int, int]
+Bucket = tuple[int, int, int]
 
 
 class StepShape(NamedTuple):
@@ -68,7 +68,7 @@ class StepShape(NamedTuple):
         return self.num_decodes + self.num_prefills
 
     @property
-    def cell(self) -> Cell:
+    def bucket(self) -> Bucket:
         """The kind of step this is: tokens and mean context in powers of two and four, prefill or not.
 
         Steps of one kind are close enough that what was measured of one corrects the prediction of another.
@@ -77,11 +77,11 @@ class StepShape(NamedTuple):
         return self.num_tokens.bit_length(), context.bit_length() // 2, int(self.num_prefills > 0)
 
     def features(self) -> np.ndarray:
-        """[F] float64, in the order of `FEATURES`; a step's time is modelled as a sum of prices times these."""
+        """[F] float64, in the order of `FEATURES`; a step's time is modelled as a sum of coefficients times these."""
         tokens = self.num_tokens
         segments = [
             float(min(max(tokens - low, 0), high - low))
-            for low, high in zip(KNOTS, (*KNOTS[1:], max(tokens, KNOTS[-1])), strict=True)
+            for low, high in zip(BREAKPOINTS, (*BREAKPOINTS[1:], max(tokens, BREAKPOINTS[-1])), strict=True)
         ]
         return np.array(
             [1.0, *segments, self.num_prefill_tokens, self.num_decodes, self.num_prefills, *self[3:]],

@@ -17,7 +17,7 @@ from ulysses_infer.model.loading.files import TensorSource
 logger = logging.getLogger(__name__)
 
 
-def settle_tying(model: Any, open_source: Callable[[], TensorSource]) -> None:
+def resolve_weight_tying(model: Any, open_source: Callable[[], TensorSource]) -> None:
     """Untie `model`, which has no weights yet, in its configs if its checkpoint has two different embeddings."""
     configs = (model.config, model.config.get_text_config(decoder=True))
     if any(getattr(config, "tie_word_embeddings", False) for config in configs) and _differ(model, open_source()):
