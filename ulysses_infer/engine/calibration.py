@@ -18,6 +18,7 @@ import transformers
 
 from ulysses_infer.cache.pools import BlockPools, GroupBlockIds
 from ulysses_infer.config import SchedulerConfig
+from ulysses_infer.host import ranks_on_this_host
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.model import Measurement
 from ulysses_infer.step_time.prior import CPU, GPU, Machine, Sizes, assumed_steps
@@ -321,7 +322,7 @@ def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:
         },
         "modes": [list(mode) for mode in modes],
         "device": device_name(worker.device),
-        "hosts": worker.groups.layout.world_size // ranks_on_host(worker.groups.layout.world_size),
+        "hosts": worker.groups.layout.world_size // ranks_on_this_host(worker.groups.layout.world_size),
         "rank_order": worker.groups.layout.rank_order,
         "threads": torch.get_num_threads(),
         "attention": worker.backend.name,
@@ -339,11 +340,6 @@ def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
-
-
-def ranks_on_host(world_size: int) -> int:
-    """Ranks of the job on this host."""
-    return ranks_on_this_host(world_size)
 
 
 def device_name(device: torch.device) -> str:

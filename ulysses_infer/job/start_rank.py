@@ -19,6 +19,7 @@ from ulysses_infer.cache.paged import FP8, CacheShape, PagedCache
 from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.config import CacheConfig, Config, choose_for_device, refuse_unavailable
 from ulysses_infer.errors import ConfigError
+from ulysses_infer.host import ranks_on_this_host
 from ulysses_infer.model.layers.latent_chunks import PAGE_BYTES
 from ulysses_infer.model.loading.checkpoint import Progress
 from ulysses_infer.model.loading.files import resolve_folder

@@ -24,10 +24,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol
 
 import psutil
+
+from ulysses_infer.host import host_identity
 
 BEAT_SECONDS = 0.5
 GRACE_SECONDS = 1.0  # for the others to leave before they are killed
@@ -57,22 +58,16 @@ class HostProcess(NamedTuple):
     @classmethod
     def this(cls) -> HostProcess:
         """This process."""
-        return cls(_host(), os.getpid(), psutil.Process().create_time())
+        return cls(host_identity(), os.getpid(), psutil.Process().create_time())
 
     def kill(self) -> None:
         """End it for certain, if it is on this host and still there."""
-        if self.host != _host():
+        if self.host != host_identity():
             return
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
             if process.create_time() == self.started:
                 process.kill()
-
-
-def _host() -> str:
-    """This host and no other, container or namespace: the number of the boot and what processes see of it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 @dataclass(eq=False)

@@ -11,11 +11,11 @@ import os
 import secrets
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from ulysses_infer.host import host_identity
 from ulysses_infer.native.library import NativeUnavailableError, open_library
 from ulysses_infer.parallel.shared_group import GroupMember, SharedGroup, SharedMailbox, declare
 
@@ -110,9 +110,9 @@ def share_memory(rank: int, groups: Sequence[Sequence[int]], control: Any) -> Sh
             file = os.memfd_create("ulysses_infer", os.MFD_CLOEXEC)
             os.truncate(file, size)
             os.pwrite(file, word, 0)
-        offer = MemoryRendezvous(_host(), os.getpid(), file, word)
+        offer = MemoryRendezvous(host_identity(), os.getpid(), file, word)
     except (NativeUnavailableError, OSError, AttributeError) as error:
-        offer = MemoryRendezvous(_host(), os.getpid(), file, word, f"rank {rank}: {error}")
+        offer = MemoryRendezvous(host_identity(), os.getpid(), file, word, f"rank {rank}: {error}")
     try:
         offers: list[MemoryRendezvous] = _gather(offer, control)
         _raise_first([other.problem for other in offers])
@@ -168,9 +168,3 @@ def _head_bytes(num_ranks: int) -> int:
 def _total_bytes(library: ctypes.CDLL, num_ranks: int, groups: Sequence[Sequence[int]]) -> int:
     total = _head_bytes(num_ranks) + library.group_bytes(num_ranks, NUM_MAIL_SLOTS, MAIL_SLOT_BYTES)
     return int(total + sum(library.group_bytes(len(ranks), NUM_SLOTS, SLOT_BYTES) for ranks in groups))
-
-
-def _host() -> str:
-    """This host and no other, container or process namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"

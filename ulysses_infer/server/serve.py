@@ -20,6 +20,7 @@ from ulysses_infer.console.banner import loading_bar, print_config
 from ulysses_infer.console.screen import make_console
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.errors import ConfigError, RequestError, describe, is_lost_connection
+from ulysses_infer.host import ranks_on_this_host
 from ulysses_infer.job.follower import serve_until_shutdown
 from ulysses_infer.job.lifetime import Guard
 from ulysses_infer.job.start_rank import finish_start, make_prompt_reader, start_rank
@@ -114,9 +115,8 @@ def _start(replica: Replica, hub: Address, console: Console) -> tuple[Rank, Engi
 
 def _hub_host() -> str:
     """The address by which other hosts know this one, if there are any."""
-    ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    alone = ranks_here is None or ranks_here == os.environ.get("WORLD_SIZE")
-    return "127.0.0.1" if alone else os.environ["MASTER_ADDR"]
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return "127.0.0.1" if ranks_on_this_host(world_size) == world_size else os.environ["MASTER_ADDR"]
 
 
 def _say_dead(link: Link, reason: str) -> None:
