@@ -135,7 +135,7 @@ def run_cases(engine: Engine, recorder: Recorder, wanted: Sequence[Case], repeat
     """Run every case on all ranks; returns which of the recorded steps are its runs. Rank 0's side."""
     num_ranks = engine.config.parallel.world_size
     found: dict[str, list[int]] = {}
-    with engine.calibration() as calibration, calibration.prepared(FILL_SECONDS):
+    with engine.policies.calibration() as calibration, calibration.prepared(FILL_SECONDS):
         for case in wanted:
             for turn in range(WARM_UPS + repeats):
                 calibration.step(case.point, case.mode(num_ranks))
@@ -156,7 +156,7 @@ def run_part(path: str, num_ranks: int, wanted: Sequence[Case], repeats: int, ou
         runtime={"threads_per_rank": 1},
     ) as engine:
         recorder = Recorder(engine)
-        runs = engine._shared(lambda own: run_cases(own, recorder, wanted, repeats))
+        runs = engine._on_rank_0(lambda own: run_cases(own, recorder, wanted, repeats))
         spent = {name: [recorder.steps[index] for index in indices] for name, indices in runs.items()}
     output.write_text(json.dumps(spent), encoding="utf-8")
 

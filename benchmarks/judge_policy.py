@@ -66,11 +66,11 @@ def draw_points(count: int, limits: Limits, seed: int) -> list[Point]:
 
 def judge(engine: Engine, count: int, repeats: int, longest: float, seed: int, seconds: float) -> list[Judged]:
     """Measure `count` new steps in every mode, `repeats` times each, and ask the policy about each."""
-    policy = engine.policy
+    policy = engine.policies.policy
     assert isinstance(policy, AdaptivePolicy)
     modes = engine.config.parallel.available_modes
     judged: list[Judged] = []
-    with engine.calibration() as calibration, calibration.prepared(seconds) as (limits, _):
+    with engine.policies.calibration() as calibration, calibration.prepared(seconds) as (limits, _):
         for point in draw_points(4 * count, limits, seed):
             predicted = dict(zip(modes, policy.model.predict(point.shape), strict=True))
             if len(judged) == count or max(predicted.values()) > longest:
@@ -169,7 +169,7 @@ def main() -> None:
         cache={"num_blocks": 4096},
     ) as engine:
         others = LoadMeter()
-        judged = engine._shared(
+        judged = engine._on_rank_0(
             lambda own: judge(own, options.steps, options.repeats, options.longest, options.seed, 30.0)
         )
         if engine.is_first:

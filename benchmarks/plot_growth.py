@@ -111,7 +111,7 @@ def rows_of(sweep: str, times: dict[tuple[int, Mode], list[float]]) -> list[Row]
 def step_times(engine: Engine, seconds: float) -> list[Row]:
     """The three sweeps over synthetic steps, on rank 0's side."""
     rows: list[Row] = []
-    with engine.calibration() as calibration, calibration.prepared(SHARES["fill"] * seconds) as (limits, _):
+    with engine.policies.calibration() as calibration, calibration.prepared(SHARES["fill"] * seconds) as (limits, _):
         for name, points in sweep_points(limits, engine.config.scheduler.max_num_seqs).items():
             times = run_sweep(lambda point: calibration.visit(point, 1)[0], points, SHARES[name] * seconds)
             rows += rows_of(name, times)
@@ -294,7 +294,7 @@ def main() -> None:
         cache={"num_blocks": CACHED_TOKENS // BLOCK_SIZE + options.max_num_seqs, "enable_prefix_caching": False},
         scheduler={"max_num_seqs": options.max_num_seqs, "max_num_batched_tokens": 4096},
     ) as engine:
-        rows = engine._shared(lambda own: step_times(own, options.seconds))
+        rows = engine._on_rank_0(lambda own: step_times(own, options.seconds))
         rows += throughput(engine, min(256, options.max_num_seqs), SHARES["throughput"] * options.seconds)
         busy = others.foreign_cores()
     rows += memory([name for name in options.memory_models.split(",") if name], options.sp, console)

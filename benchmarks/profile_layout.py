@@ -138,7 +138,7 @@ def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load]
     worker = Worker(model, cache, tables, groups, backend, matmul, device)
     if captures and isinstance(backend, KernelAttention):
         capturer = CudaCapturer(device)
-        worker.graphs = CudaGraphRunner(model, cache, groups, backend, worker.inputs, capturer, device, most)
+        worker.graphs = CudaGraphRunner(model, cache, groups, backend, worker.eager.inputs, capturer, device, most)
     return worker
 
 

@@ -80,8 +80,8 @@ def attach(engine: InferenceEngine, clock: Clock) -> None:
     exchanges = ("tokens_to_heads", "heads_to_tokens", "gather_rows", "sum_over_tp")
     for mode, collectives in list(worker.groups.by_mode.items()):
         worker.groups.by_mode[mode] = Timed(collectives, clock, "collectives", exchanges)  # type: ignore[assignment]
-    worker.backend = Timed(worker.backend, clock, "attention", ("attend",))
-    worker.matmul = clock.timed("matrix products", worker.matmul or functional.linear)  # type: ignore[assignment]
+    worker.contexts.backend = Timed(worker.backend, clock, "attention", ("attend",))
+    worker.contexts.matmul = clock.timed("matrix products", worker.matmul or functional.linear)  # type: ignore[assignment]
 
 
 def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int, prefill: int = 0) -> list[Step]:

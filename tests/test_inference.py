@@ -33,7 +33,7 @@ def engine(shared):
     """The module's engine; every test leaves it idle with all its blocks."""
     yield shared
     assert not shared._engine.has_unfinished
-    assert not shared._inboxes
+    assert not shared._subscriptions
     shared._engine.scheduler.allocator.assert_idle()
 
 

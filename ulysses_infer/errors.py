@@ -54,7 +54,7 @@ def is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_CONNECTION)
 
 
-def describe(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """Why an exchange or a step failed, in one line."""
     if is_lost_connection(error):
         return "another rank was lost"
@@ -76,4 +76,4 @@ def fatal(doing: str) -> Iterator[None]:
     except EngineDeadError:
         raise
     except Exception as error:
-        raise EngineDeadError(f"{doing} failed and the engine ended: {describe(error)}") from error
+        raise EngineDeadError(f"{doing} failed and the engine ended: {failure_reason(error)}") from error

@@ -12,20 +12,22 @@ from typing import Any, NamedTuple, TypeVar
 
 from ulysses_infer.config import Config, load_config
 from ulysses_infer.config.loading import Overrides
+from ulysses_infer.engine import operations
 from ulysses_infer.engine.completion import Completion
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.generate_inputs import Work, arrivals_for, as_params, work_of
 from ulysses_infer.engine.policies import policy_settings
 from ulysses_infer.engine.stats import StepRecord
 from ulysses_infer.errors import fatal
+from ulysses_infer.job.multi_rank_engine import MultiRankEngine
 from ulysses_infer.job.processes import (
     WorkerProcesses,
     hand_over,
     hand_over_weights,
     is_launched,
 )
-from ulysses_infer.job.shared import SharedEngine
-from ulysses_infer.job.start_rank import finish_start, make_prompt_reader, start_rank
+from ulysses_infer.job.prompt_reader import make_prompt_reader
+from ulysses_infer.job.start_rank import finish_start, start_rank
 from ulysses_infer.job.weights import sleep, update_weights, wake_up
 from ulysses_infer.model.loading.checkpoint import Progress
 from ulysses_infer.model.loading.sources import GivenModel, given_model
@@ -41,7 +43,7 @@ OnStep = Callable[[dict[int, RequestOutput]], None]
 """Called on rank 0 after each step with what that step touched, by the index of the prompt."""
 
 
-class _Inbox(NamedTuple):
+class _Subscription(NamedTuple):
     """Where a request's results go as they come."""
 
     outputs: list[RequestOutput]
@@ -49,7 +51,7 @@ class _Inbox(NamedTuple):
     """Whether what there is before its end is of no interest: making it takes as long as the output is."""
 
 
-class InferenceEngine(SharedEngine):
+class InferenceEngine(MultiRankEngine):
     """One model on all ranks. Every public method is collective under a launcher: all ranks call it, all get the same.
 
     Use it as a context manager, or call `shutdown`.
@@ -58,13 +60,13 @@ class InferenceEngine(SharedEngine):
     def __init__(self, config: Config, model: GivenModel | None = None, progress: Progress | None = None) -> None:
         super().__init__(spmd=is_launched() and config.parallel.world_size > 1)
         self.config = config
-        self._inboxes: dict[str, _Inbox] = {}
+        self._subscriptions: dict[str, _Subscription] = {}
         try:
-            with ExitStack() as cleanup, self._ending_on_failure():
+            with ExitStack() as cleanup, self._end_on_failure():
                 self._rank = self._start(model, progress, cleanup)
                 self._engine, self._weight_bytes = finish_start(self._rank, config, lambda: self._make_engine(model))
                 if config.policy.name == "adaptive":
-                    self._shared(lambda engine: engine.prepare_policy())
+                    self._on_rank_0(lambda engine: engine.policies.prepare())
         except BaseException:
             self._end(at_once=True)
             raise
@@ -85,7 +87,7 @@ class InferenceEngine(SharedEngine):
         return start_rank(config, None, progress, self._processes.meet)
 
     def _make_engine(self, model: GivenModel | None) -> Engine | None:
-        rank = self._live()
+        rank = self._running_rank()
         if not rank.groups.is_first:
             return None
         folder = rank.folder if model is None else model.folder
@@ -100,12 +102,12 @@ class InferenceEngine(SharedEngine):
     @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
-        return self._live().worker.model.shape.vocab_size
+        return self._running_rank().worker.model.shape.vocab_size
 
     @property
     def max_model_len(self) -> int:
         """Most tokens of a prompt and its output together."""
-        return self._live().worker.model.shape.max_model_len
+        return self._running_rank().worker.model.shape.max_model_len
 
     # -- generation --------------------------------------------------------------------------------------------
 
@@ -126,7 +128,7 @@ class InferenceEngine(SharedEngine):
         for all or one each. Raises `RequestError` if any prompt or
         parameter is invalid, before anything runs; `EngineDeadError` when a rank is lost.
         """
-        return self._shared(
+        return self._on_rank_0(
             lambda engine: self._complete(engine, work_of(prompts, sampling_params, adapter), on_step, arrival_steps)
         )
 
@@ -141,9 +143,9 @@ class InferenceEngine(SharedEngine):
         if not self.is_first:
             yield from self._follow_stream()
             return
-        name = self._shared(lambda engine: engine.add(prompt, as_params(sampling_params), adapter=adapter))
+        name = self._on_rank_0(lambda engine: engine.add(prompt, as_params(sampling_params), adapter=adapter))
         inbox: list[RequestOutput] = []
-        self._inboxes[name] = _Inbox(inbox)
+        self._subscriptions[name] = _Subscription(inbox)
         finished = False
         try:
             while not finished:
@@ -151,24 +153,24 @@ class InferenceEngine(SharedEngine):
                     self._step()
                 output = inbox.pop(0)
                 finished = output.finished
-                self._share(output)
+                self._broadcast(output)
                 yield output
         finally:
-            del self._inboxes[name]
+            del self._subscriptions[name]
             if self._engine is not None:
                 self._engine.abort(name)
-                self._share(None)
+                self._broadcast(None)
 
     def _follow_stream(self) -> Iterator[RequestOutput]:
         """The other ranks' side of `stream`: results come from rank 0 until None."""
-        self._follow()  # the request id, or the error that `add` raised
+        self._receive()  # the request id, or the error that `add` raised
         finished = False
         try:
-            while (output := self._follow()) is not None:
+            while (output := self._receive()) is not None:
                 yield output
             finished = True
         finally:
-            while not finished and self._rank is not None and self._follow() is not None:
+            while not finished and self._rank is not None and self._receive() is not None:
                 pass
 
     def _complete(
@@ -188,7 +190,7 @@ class InferenceEngine(SharedEngine):
                 while waiting and (arrivals[waiting[0]] <= steps or len(done) == len(names)):
                     index = waiting.popleft()
                     name = work[index].add_to(engine)
-                    names[name], self._inboxes[name] = index, _Inbox(inbox, only_finished=on_step is None)
+                    names[name], self._subscriptions[name] = index, _Subscription(inbox, only_finished=on_step is None)
                 self._step()
                 steps += 1
                 touched = {names[output.request_id]: output for output in inbox}
@@ -198,21 +200,21 @@ class InferenceEngine(SharedEngine):
                     on_step(touched)
         finally:
             for name in names:
-                del self._inboxes[name]
+                del self._subscriptions[name]
                 engine.abort(name)
         return [done[index] for index in range(len(work))]
 
     def _step(self) -> None:
         """One step; its results go to whoever waits for them."""
-        self._live()
+        self._running_rank()
         assert self._engine is not None
-        with self._ending_on_failure(), fatal("a step"):
+        with self._end_on_failure(), fatal("a step"):
             touched = self._engine.step()
         for completion in touched:
             self._deliver(completion)
 
     def _deliver(self, completion: Completion) -> None:
-        inbox = self._inboxes.get(completion.request_id)
+        inbox = self._subscriptions.get(completion.request_id)
         if inbox is not None and (completion.is_finished or not inbox.only_finished):
             inbox.outputs.append(completion.output())
 
@@ -223,27 +225,27 @@ class InferenceEngine(SharedEngine):
 
         Raises `ConfigError` for an unknown policy or setting, or a mode that is not loaded.
         """
-        self._shared(lambda engine: engine.set_policy(policy_settings(self.config, name, settings)))
+        self._on_rank_0(lambda engine: engine.policies.set_policy(policy_settings(self.config, name, settings)))
 
     def explain(self, step: int | None = None) -> str:
         """Why a step, by default the latest, ran in its mode: the times predicted and taken, in one line.
 
         Raises `RequestError` for a step that has not run, or too long ago to be known.
         """
-        return self._shared(lambda engine: engine.explain(step))
+        return self._on_rank_0(lambda engine: engine.stats.find(step).explain())
 
     def calibrate(self, seconds: float = 120.0) -> Profile:
         """Measure the step times of every mode for about `seconds`; returns them, and changes nothing.
 
         `Profile.save` writes a file for `policy.profile`. Raises `RequestError` while requests run.
         """
-        return self._shared(lambda engine: engine.calibrate(seconds))
+        return self._on_rank_0(lambda engine: engine.policies.calibrate(seconds))
 
     def stats(self) -> dict[str, Any]:
         """Counters per mode (steps, tokens, seconds), switches, queues, cache and weight bytes of each rank."""
-        return self._shared(
+        return self._on_rank_0(
             lambda engine: {
-                **engine.describe(),
+                **operations.describe(engine),
                 "weight_bytes_per_rank": self._weight_bytes,
                 "cache_bytes_per_rank": engine.worker.cache.num_bytes,
             }
@@ -251,7 +253,7 @@ class InferenceEngine(SharedEngine):
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request in any state; what there is of it, or None if it is unknown."""
-        return self._shared(lambda engine: self._abort(engine, request_id))
+        return self._on_rank_0(lambda engine: self._abort(engine, request_id))
 
     def _abort(self, engine: Engine, request_id: str) -> RequestOutput | None:
         completion = engine.abort(request_id)
@@ -269,12 +271,12 @@ class InferenceEngine(SharedEngine):
         for `init_inference`; of the model that is served. Raises `RequestError` while requests run and
         `CheckpointError` for missing or misshapen tensors, before anything is written.
         """
-        self._shared(lambda engine: engine.check_idle("an update of the weights"))
+        self._on_rank_0(lambda engine: engine.requests.check_idle("an update of the weights"))
         with ExitStack() as cleanup:
             if self._processes is not None:
                 source = hand_over_weights(source, cleanup)
-            self._everywhere(update_weights, source)
-        self._shared(lambda engine: engine.weights_changed())
+            self._on_all_ranks(update_weights, source)
+        self._on_rank_0(operations.weights_changed)
 
     def sleep(self, level: int = 1) -> None:
         """Give memory back until `wake_up`: the cache's, and with level 2 the weights', too.
@@ -282,14 +284,14 @@ class InferenceEngine(SharedEngine):
         After level 2 `update_weights` has to bring weights again, before or after waking. Raises `RequestError` while
         requests run; while it sleeps, requests are refused with one.
         """
-        self._shared(lambda engine: engine.fall_asleep(level))
-        self._everywhere(sleep, level)
+        self._on_rank_0(lambda engine: operations.fall_asleep(engine, level))
+        self._on_all_ranks(sleep, level)
 
     def wake_up(self) -> None:
         """Take the cache's memory again; nothing if awake. Raises if it is not to be had: the engine sleeps on."""
-        if self._shared(lambda engine: engine.sleep.level):
-            self._everywhere(wake_up)
-            self._shared(lambda engine: engine.woken_up())
+        if self._on_rank_0(lambda engine: engine.sleep.level):
+            self._on_all_ranks(wake_up)
+            self._on_rank_0(operations.wake_up)
 
     def __enter__(self) -> InferenceEngine:
         return self

@@ -8,7 +8,7 @@ import torch
 from tests.equivalence.cases import ModeShuffle
 from tests.tiny import encode, settings
 from ulysses_infer import SamplingParams, init_inference
-from ulysses_infer.engine.in_flight import LONGEST
+from ulysses_infer.engine.in_flight import MAX_ASYNC_TOKENS
 from ulysses_infer.model.sampling.sampler import reads_outputs
 from ulysses_infer.worker.next_tokens import NextTokenBuffer
 from ulysses_infer.worker.transfer import DeviceToHostCopy
@@ -137,12 +137,12 @@ def test_an_abort_of_everybody_forgets_the_step_on_its_way_and_its_time(folder):
 
 def test_steps_with_many_tokens_are_not_followed_before_they_end(folder):
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    changes = {"scheduler.max_num_batched_tokens": 2 * LONGEST, "cache.num_blocks": 600}
+    changes = {"scheduler.max_num_batched_tokens": 2 * MAX_ASYNC_TOKENS, "cache.num_blocks": 600}
     with init_inference(folder, **settings(**changes, **{"scheduler.async_scheduling": True})) as engine:
         brain = engine._engine
         followed = []
         for count, length in (4, 10), (8, 100):
-            assert (count * length > LONGEST) == (count == 8)
+            assert (count * length > MAX_ASYNC_TOKENS) == (count == 8)
             for number in range(count):
                 brain.add([number + 1] * length, params)
             brain.step()

@@ -38,7 +38,7 @@ def prefill(folder: Path, lengths: list[int], chunk: int, fixed: tuple[int, int]
         if engine._engine is not None:  # rank 0 alone chooses modes
             engine._engine.choose_mode = modes
         engine.generate([prompt(2 * chunk)], one)
-        worker, before = engine._live().worker, memory_of(os.getpid())
+        worker, before = engine._running_rank().worker, memory_of(os.getpid())
         token_bytes = worker.cache.shape.bytes_per_block / BLOCK_SIZE
         if getattr(worker.backend, "longest_query", 0) < chunk:  # it gathers the keys and values of a layer
             token_bytes *= 1 + 1 / worker.model.shape.num_layers

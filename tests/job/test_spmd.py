@@ -76,7 +76,7 @@ def everything(folder):
         assert (idle["num_requests_running"], idle["kv_cache_usage_perc"]) == (0, 0)
         if engine.is_first:
             engine._engine.scheduler.allocator.assert_idle()
-            assert len(engine._rank.worker.tables) <= 1 + len(engine._engine._dropped)
+            assert len(engine._rank.worker.tables) <= 1 + len(engine._engine.requests._forgotten)
     return seen
 
 
@@ -134,16 +134,16 @@ def fail_alone(folder, phase):
     """Rank 1 alone fails in one phase of the start; what each rank raises, and that a second start works."""
     import os
 
-    from ulysses_infer.job import start_rank as setup
+    from ulysses_infer.job import load_model, make_worker
     from ulysses_infer.model.model import Blueprint
 
     with pytest.MonkeyPatch.context() as patch:
         if os.environ["RANK"] == "1":
             holder, name, error = {
-                "budget": (setup, "available_memory", ConfigError("rank 1 has no memory")),
+                "budget": (load_model, "available_memory", ConfigError("rank 1 has no memory")),
                 "load": (Blueprint, "load", CheckpointError("rank 1 cannot read")),
-                "cache": (setup, "PagedCache", RuntimeError("rank 1 is out of memory\nmore lines")),
-                "blueprint": (setup, "_draw", KeyError("rank 1 has a bug")),
+                "cache": (make_worker, "PagedCache", RuntimeError("rank 1 is out of memory\nmore lines")),
+                "blueprint": (load_model, "_make_blueprint", KeyError("rank 1 has a bug")),
             }[phase]
 
             def fail(*args, **kwargs):

@@ -319,10 +319,10 @@ def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch):
 
 
 def test_a_model_too_big_for_the_memory_is_refused_with_numbers_before_it_is_read(tmp_path, monkeypatch):
-    from ulysses_infer.job import start_rank as setup
+    from ulysses_infer.job import load_model
 
     tiny_llama(tmp_path)
-    monkeypatch.setattr(setup, "available_memory", lambda *_: 300_000)
+    monkeypatch.setattr(load_model, "available_memory", lambda *_: 300_000)
     monkeypatch.setattr(Blueprint, "load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match=r"the model does not fit: .* GiB"):
         init_inference(str(tmp_path), **settings())

@@ -176,7 +176,7 @@ def test_step_times_are_not_taken_from_the_model_without_them(folder: str) -> No
     keys = []
     for overrides in ({}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}):
         with served(folder, overrides) as engine:
-            keys.append(profile_key(engine._live().worker, []))
+            keys.append(profile_key(engine._running_rank().worker, []))
     assert "hf_overrides" not in keys[0]["model"]
     assert keys[1]["model"]["hf_overrides"]["rope_parameters"]["factor"] == 2.0
 

@@ -10,10 +10,10 @@ import sys
 import time
 
 from ulysses_infer.cli.rank import main
-from ulysses_infer.engine.engine import Engine
+from ulysses_infer.server import serve
 from ulysses_infer.worker.worker import Worker
 
-run, make = Worker.run, Engine.warm_up
+run, warm_up = Worker.run, serve.warm_up
 
 
 def faulty_run(self, plan, choose=None):
@@ -25,16 +25,16 @@ def faulty_run(self, plan, choose=None):
     return run(self, plan, choose)
 
 
-def flipping_warm_up(self):
-    make(self)
-    modes, steps = self.config.parallel.available_modes, iter(range(10**9))
-    self.choose_mode = lambda batch: modes[next(steps) % len(modes)]
+def flipping_warm_up(engine):
+    warm_up(engine)
+    modes, steps = engine.config.parallel.available_modes, iter(range(10**9))
+    engine.choose_mode = lambda batch: modes[next(steps) % len(modes)]
 
 
 if __name__ == "__main__":
     fault = os.environ.get("ULYSSES_TEST_FAULT", "")
     if fault == "flip":
-        Engine.warm_up = flipping_warm_up
+        serve.warm_up = flipping_warm_up
     elif fault:
         Worker.run = faulty_run
     main(sys.argv[1:])

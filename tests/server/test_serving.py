@@ -12,7 +12,8 @@ from tests.tiny import settings
 from ulysses_infer.config import load_config
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError
-from ulysses_infer.job.start_rank import finish_start, make_prompt_reader, start_rank
+from ulysses_infer.job.prompt_reader import make_prompt_reader
+from ulysses_infer.job.start_rank import finish_start, start_rank
 from ulysses_infer.job.watchdog import WatchdogServer
 from ulysses_infer.server.client import EngineClient
 from ulysses_infer.server.link import Link
@@ -190,7 +191,7 @@ def test_leaving_early_aborts_in_any_state_and_returns_the_blocks(engine):
             assert len(await collect(client, "after")) == 5
 
     asyncio.run(case())
-    assert not engine._owners
+    assert not engine.requests.sequences
     assert not engine._completions
 
 

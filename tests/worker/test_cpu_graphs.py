@@ -19,7 +19,7 @@ from ulysses_infer.native.library import is_available
 from ulysses_infer.native.matmul import NativeMatmul
 from ulysses_infer.worker.cpu_graphs import wants_cpu_graphs
 
-pytestmark = pytest.mark.skipif(not is_available("graph"), reason="no C compiler here")
+pytestmark = pytest.mark.skipif(not is_available("cpu_graph"), reason="no C compiler here")
 NEW_TOKENS = 24
 
 
@@ -31,11 +31,12 @@ class Replays:
         self.count = 0
         if self.runner is not None:
             run = self.runner.run
-            self.runner.run = lambda plan, *others: self._count(run, plan, *others)
+            self.runner.run = lambda step, finish: self._count(run, step, finish)
 
-    def _count(self, run: Any, plan: Any, *others: Any) -> Any:
+    def _count(self, run: Any, step: Any, finish: Any) -> Any:
+        plan = step.plan
         self.count += (plan.mode, plan.num_tokens, plan.full_logits) in self.runner._recorded
-        return run(plan, *others)
+        return run(step, finish)
 
 
 def run(

@@ -208,7 +208,7 @@ def _worker_main(parent: int, rank: int, world_size: int, port: int, ready: int)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
-    from ulysses_infer.errors import UlyssesError, describe, is_lost_connection
+    from ulysses_infer.errors import UlyssesError, failure_reason, is_lost_connection
     from ulysses_infer.job.follower import serve_until_shutdown
     from ulysses_infer.job.start_rank import finish_start, start_rank
     from ulysses_infer.parallel.groups import Rendezvous
@@ -221,14 +221,14 @@ def _worker_main(parent: int, rank: int, world_size: int, port: int, ready: int)
     config = pickle.loads(sys.stdin.buffer.read())
     logging.getLogger("ulysses_infer").setLevel(config.runtime.log_level.upper())
     try:
-        started = start_rank(config, meet=meet)
+        started = start_rank(config, rendezvous=meet)
         finish_start(started, config, lambda: None)
         serve_until_shutdown(started)
     except UlyssesError:
         return 2  # rank 0 raises the same error; one report is enough
     except Exception as error:
         if not is_lost_connection(error):  # else the lost rank is the one to report
-            print(f"worker rank {rank} failed: {describe(error)}", file=sys.stderr)
+            print(f"worker rank {rank} failed: {failure_reason(error)}", file=sys.stderr)
         return 1
     return 0
 

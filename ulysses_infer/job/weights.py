@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ulysses_infer.engine.sleep import WEIGHTS_TOO
+from ulysses_infer.engine.sleep import CACHE_AND_WEIGHTS
 from ulysses_infer.errors import fatal
 from ulysses_infer.model.loading.sources import open_weights
 from ulysses_infer.worker.memory import return_freed_memory
@@ -25,8 +25,8 @@ def sleep(rank: Rank, level: int) -> None:
     """Give the cache's memory back, and with level 2 the weights', too."""
     rank.worker.cache.release()
     if rank.worker.graphs is not None:
-        rank.worker.graphs.forget()
-    if level == WEIGHTS_TOO:
+        rank.worker.graphs.invalidate()
+    if level == CACHE_AND_WEIGHTS:
         rank.weights.drop()
     _return_free_memory(rank.worker.device)
 

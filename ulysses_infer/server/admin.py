@@ -7,6 +7,7 @@ from typing import Any
 
 from ulysses_infer.engine.completion import Completion
 from ulysses_infer.engine.engine import Engine
+from ulysses_infer.engine.operations import describe
 from ulysses_infer.engine.policies import POLICIES, policy_settings
 from ulysses_infer.errors import ConfigError, RequestError
 
@@ -37,12 +38,12 @@ class Commands:
     def get_policy(self) -> dict[str, Any]:
         """Name and settings of the policy, and the policies and modes there are."""
         modes = [list(mode) for mode in self._engine.config.parallel.available_modes]
-        return {**self._engine.policy.describe(), "available": list(POLICIES), "modes": modes}
+        return {**self._engine.policies.policy.describe(), "available": list(POLICIES), "modes": modes}
 
     def set_policy(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Change the policy from the next step on; returns the new one."""
         try:
-            self._engine.set_policy(policy_settings(self._engine.config, name, settings))
+            self._engine.policies.set_policy(policy_settings(self._engine.config, name, settings))
         except ConfigError as error:
             raise RequestError(str(error)) from error
         return self.get_policy()
@@ -74,4 +75,4 @@ class Commands:
 
     def stats(self) -> dict[str, Any]:
         """Counters per mode, queues, cache use and policy."""
-        return self._engine.describe()
+        return describe(self._engine)

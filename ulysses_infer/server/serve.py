@@ -19,11 +19,13 @@ from ulysses_infer.config import Config, ServerConfig
 from ulysses_infer.console.banner import loading_bar, print_config
 from ulysses_infer.console.screen import make_console
 from ulysses_infer.engine.engine import Engine
-from ulysses_infer.errors import ConfigError, RequestError, describe, is_lost_connection
+from ulysses_infer.engine.operations import warm_up
+from ulysses_infer.errors import ConfigError, RequestError, failure_reason, is_lost_connection
 from ulysses_infer.host import ranks_on_this_host
 from ulysses_infer.job.follower import serve_until_shutdown
 from ulysses_infer.job.lifetime import Guard
-from ulysses_infer.job.start_rank import finish_start, make_prompt_reader, start_rank
+from ulysses_infer.job.prompt_reader import make_prompt_reader
+from ulysses_infer.job.start_rank import finish_start, start_rank
 from ulysses_infer.job.watchdog import Address, WatchdogClient, WatchdogServer
 from ulysses_infer.server.link import Link
 from ulysses_infer.server.messages import Dead
@@ -106,8 +108,8 @@ def _start(replica: Replica, hub: Address, console: Console) -> tuple[Rank, Engi
     engine, weight_bytes = finish_start(rank, config, make_engine)
     rank.channel.gather(hub)
     rank.groups.limit_waits(config.runtime.step_timeout + TIMEOUT_MARGIN)
-    engine.warm_up()
-    engine.prepare_policy()
+    warm_up(engine)
+    engine.policies.prepare()
     freeze_gc()
     console.print(Text(f"  loaded in {time.monotonic() - started:.1f} s, every mode tried", style="dim"))
     return rank, engine, weight_bytes
@@ -194,7 +196,7 @@ def assist(replica: Replica, rank: int, guard: Guard) -> None:
 def follow(replica: Replica, rank: int, guard: Guard) -> None:
     """Any other rank: run its leader's plans until it says that is all. Raises what went wrong here."""
     config = replica.config
-    started = start_rank(config, meet=replica.meeting)
+    started = start_rank(config, rendezvous=replica.meeting)
     finish_start(started, config, lambda: None)
     address = started.channel.gather(None)[0]
     member = WatchdogClient(address, f"rank {rank}", config.server.heartbeat_timeout)
@@ -207,7 +209,7 @@ def follow(replica: Replica, rank: int, guard: Guard) -> None:
     except Exception as error:
         if is_lost_connection(error):
             time.sleep(WORD_SECONDS)  # the heartbeat ends this process, and says who was lost
-        member.report(describe(error))
+        member.report(failure_reason(error))
         raise
     member.leave()
     started.close()

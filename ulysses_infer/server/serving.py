@@ -8,7 +8,8 @@ import time
 from ulysses_infer.config import ServerConfig
 from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.engine import Engine
-from ulysses_infer.errors import RequestError, describe, is_lost_connection
+from ulysses_infer.engine.expert_load import expert_load
+from ulysses_infer.errors import RequestError, failure_reason, is_lost_connection
 from ulysses_infer.job.watchdog import Watchdog
 from ulysses_infer.outputs import Logprob
 from ulysses_infer.sampling_params import SamplingParams
@@ -117,7 +118,7 @@ class Serving:
             record.mode,
             record.num_tokens,
             record.num_decodes,
-            self._engine.take_collective_seconds(),
+            self._engine.worker.groups.clock.take(),
         )
         tokens = [token for completion in touched for token in self._news(completion)]
         self._link.send(Stepped(self.state(), step, tokens))
@@ -127,7 +128,7 @@ class Serving:
     def _ask_for_expert_load(self) -> None:
         """Now and then: it takes an exchange between all ranks."""
         if time.monotonic() > self._expert_report_due:
-            self._expert_tokens = self._engine.expert_load().get("expert_tokens_per_rank", [])
+            self._expert_tokens = expert_load(self._engine.rank).get("expert_tokens_per_rank", [])
             self._expert_report_due = time.monotonic() + self._settings.log_interval
 
     def _end(self, error: Exception) -> None:
@@ -136,7 +137,7 @@ class Serving:
             time.sleep(NAMING_SECONDS)
         else:
             logger.error("a step failed", exc_info=error)
-        self._watch.fail(f"a step failed: {describe(cause)}")
+        self._watch.fail(f"a step failed: {failure_reason(cause)}")
 
     def _check_idle(self) -> None:
         """An idle engine has all its blocks: anything else is a leak, and a bug to report."""
@@ -162,7 +163,7 @@ class Serving:
             self._refuse(message, "the server is shutting down; try another one", "overloaded")
             return
         limit = self._settings.max_num_queued_requests
-        if limit is not None and self._engine.is_full(limit):
+        if limit is not None and self._engine.requests.is_full(limit):
             self._refuse(message, f"{limit} requests are waiting already; try again later", "overloaded")
             return
         try:
@@ -175,7 +176,7 @@ class Serving:
         except Exception as error:  # nothing runs on it yet: a bug that one request meets must not end the others
             logger.exception("request %s could not be added", message.request_id)
             self._engine.abort(message.request_id)
-            self._refuse(message, f"the engine could not take the request: {describe(error)}", "internal")
+            self._refuse(message, f"the engine could not take the request: {failure_reason(error)}", "internal")
         self._state_changed = True
 
     def _refuse(self, message: Submit, reason: str, kind: str) -> None:
@@ -203,7 +204,7 @@ class Serving:
             return Reply(call.number, error=str(error))
         except Exception as error:  # a bug in one command must not end the requests of others
             logger.exception("command %s failed", call.name)
-            return Reply(call.number, error=f"{call.name} failed: {describe(error)}")
+            return Reply(call.number, error=f"{call.name} failed: {failure_reason(error)}")
         self._state_changed = True
         return Reply(call.number, value)
 
@@ -221,7 +222,7 @@ class Serving:
             prefix_cache_queries=allocator.prefix_stats.queries,
             prefix_cache_hits=allocator.prefix_stats.hits,
             num_preemptions=scheduler.num_preemptions,
-            policy=self._engine.policy.describe(),
+            policy=self._engine.policies.policy.describe(),
             expert_tokens=self._expert_tokens,
         )
 

@@ -1,4 +1,4 @@
-"""What attention reads of a step, group by group, on its way to the device."""
+"""What attention reads of a step: arrays per cache group on the host, attention metadata on the device."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from ulysses_infer.attention.backend import AttentionMetadata, HostSequences, Ke
 from ulysses_infer.worker.block_tables import GroupArrays, StepArrays
 
 
-class StepMetadata:
-    """The arrays of a step that are sent to the device, and what is made of them there."""
+class AttentionInputs:
+    """The attention inputs of one step, before and after their transfer to the device."""
 
     def __init__(self, arrays: StepArrays, for_kernels: bool) -> None:
-        """`for_kernels`: whether the kernels of a GPU are to read them."""
+        """for_kernels: also prepare the 32-bit arrays that GPU kernels read."""
         self._arrays = arrays
         self._hosts = [_host_sequences(arrays, group) if for_kernels else None for group in arrays.groups]
 
     def to_send(self) -> list[np.ndarray]:
-        """The arrays of all groups."""
-        sent: list[np.ndarray] = []
+        """The arrays of all cache groups to transfer."""
+        fields: list[np.ndarray] = []
         for group, host in zip(self._arrays.groups, self._hosts, strict=True):
-            sent += [group.slots, group.block_tables] if host is None else [group.slots, *_kernel_arrays(host)]
-        return sent
+            fields += [group.slots, group.block_tables] if host is None else [group.slots, *_kernel_arrays(host)]
+        return fields
 
-    def of_groups(self, sent: Sequence[torch.Tensor]) -> list[AttentionMetadata]:
-        """One a group. `sent`: the tensors of `to_send`."""
-        each = len(sent) // len(self._hosts)
+    def metadata(self, sent: Sequence[torch.Tensor]) -> list[AttentionMetadata]:
+        """The metadata of each cache group. sent: the tensors of `to_send`, in its order."""
+        width = len(sent) // len(self._hosts)
         return [
-            self._metadata(group, host, *sent[number * each : (number + 1) * each])
+            self._metadata_of(group, host, *sent[number * width : (number + 1) * width])
             for number, (group, host) in enumerate(zip(self._arrays.groups, self._hosts, strict=True))
         ]
 
-    def _metadata(
+    def _metadata_of(
         self,
         group: GroupArrays,
         host: HostSequences | None,
@@ -50,7 +50,7 @@ class StepMetadata:
 
 
 def _host_sequences(arrays: StepArrays, group: GroupArrays) -> HostSequences:
-    """The step's sequences as kernels take them."""
+    """The step's sequences as 32-bit arrays."""
     query_lens, context_lens = np.array(arrays.query_lens, np.int32), np.array(group.context_lens, np.int32)
     return HostSequences(query_lens, context_lens, group.block_tables.astype(np.int32))
 

@@ -1,4 +1,4 @@
-"""One engine on several ranks: what rank 0 computes all of them get, and a failure on any ends it on all."""
+"""An engine on several ranks: rank 0 computes and all ranks get the result; a failure on any rank ends all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ulysses_infer.engine.engine import Engine
-from ulysses_infer.errors import EngineDeadError, UlyssesError, describe, fatal, is_lost_connection
+from ulysses_infer.errors import EngineDeadError, UlyssesError, failure_reason, fatal, is_lost_connection
 from ulysses_infer.job.follower import follow
 from ulysses_infer.job.processes import STOP_SECONDS, WorkerProcesses
 from ulysses_infer.worker.channel import CALL, SHUTDOWN
@@ -19,26 +19,26 @@ from ulysses_infer.worker.rank import Rank
 T = TypeVar("T")
 
 
-class SharedEngine:
-    """This rank's part of an engine, and its end."""
+class MultiRankEngine:
+    """This rank's part of an engine, from start to end."""
 
     def __init__(self, spmd: bool) -> None:
-        """`spmd`: every rank makes the same calls, as under a launcher; else the others are worker processes."""
+        """spmd: every rank makes the same calls, as under a launcher; otherwise the other ranks are worker processes."""
         self._spmd = spmd
         self._processes: WorkerProcesses | None = None
         self._rank: Rank | None = None
-        self._engine: Engine | None = None  # rank 0 alone has it
+        self._engine: Engine | None = None  # only on rank 0
 
     def shutdown(self) -> None:
-        """Stop the engine and every process it started, and let its memory go. Safe to call again."""
-        told = False
+        """Stop the engine and every process it started, and free its memory. Safe to call again."""
+        stopped = False
         try:
-            told = self._tell_workers()
+            stopped = self._stop_workers()
         finally:
-            self._end(at_once=not told)
+            self._end(at_once=not stopped)
 
-    def _tell_workers(self) -> bool:
-        """Ask the worker processes to end; False if one of them cannot hear it any more."""
+    def _stop_workers(self) -> bool:
+        """Ask the worker processes to end; False if they can no longer be reached."""
         if self._rank is not None and self._processes is not None:
             self._rank.groups.limit_waits(STOP_SECONDS)
             try:
@@ -47,47 +47,49 @@ class SharedEngine:
                 return False
         return True
 
-    def _shared(self, compute: Callable[[Engine], T]) -> T:
-        """Compute on rank 0 and give every rank the result, or the error."""
-        self._live()
+    def _on_rank_0(self, compute: Callable[[Engine], T]) -> T:
+        """Run `compute(engine)` on rank 0; its result is returned, or its error raised, on every rank."""
+        self._running_rank()
         if self._engine is None:
-            followed: T = self._follow()
-            return followed
+            result: T = self._receive()
+            return result
         try:
-            with self._ending_on_failure():
+            with self._end_on_failure():
                 result = compute(self._engine)
         except UlyssesError as error:
             if self._spmd and self._rank is not None:
                 self._rank.channel.send_error(error)
             raise
-        self._share(result)
+        self._broadcast(result)
         return result
 
-    def _follow(self) -> Any:
-        with self._ending_on_failure():
-            return follow(self._live())
-
-    def _share(self, value: Any) -> None:
-        if self._spmd:
-            with self._ending_on_failure(), fatal("sharing a result"):
-                self._live().channel.send_value(value)
-
-    def _live(self) -> Rank:
-        if self._rank is None:
-            raise EngineDeadError("the engine is shut down; make a new one with init_inference")
-        return self._rank
-
-    def _everywhere(self, action: Callable[..., None], *args: Any) -> None:
-        """Run `action(rank, *args)` on all ranks; worker processes are told to."""
-        rank = self._live()
-        with self._ending_on_failure():
+    def _on_all_ranks(self, action: Callable[..., None], *args: Any) -> None:
+        """Run `action(rank, *args)` on every rank; worker processes are told to."""
+        rank = self._running_rank()
+        with self._end_on_failure():
             if self._processes is not None:
                 rank.channel.send(CALL, pickle.dumps((action, args)))
             action(rank, *args)
 
+    def _receive(self) -> Any:
+        """On other ranks than 0: run steps until rank 0 broadcasts a value or an error."""
+        with self._end_on_failure():
+            return follow(self._running_rank())
+
+    def _broadcast(self, value: Any) -> None:
+        """On rank 0: give `value` to every rank that waits in `_receive`."""
+        if self._spmd:
+            with self._end_on_failure(), fatal("sharing a result"):
+                self._running_rank().channel.send_value(value)
+
+    def _running_rank(self) -> Rank:
+        if self._rank is None:
+            raise EngineDeadError("the engine is shut down; make a new one with init_inference")
+        return self._rank
+
     @contextmanager
-    def _ending_on_failure(self) -> Iterator[None]:
-        """Anything but a refusal leaves the ranks out of step: the engine ends, and the others are let go."""
+    def _end_on_failure(self) -> Iterator[None]:
+        """End the engine on any error except a refused request: after it, ranks may be out of step."""
         try:
             yield
         except BaseException as error:
@@ -95,22 +97,22 @@ class SharedEngine:
                 raise
             cause = error.__cause__ or error
             losses = self._losses(cause)
-            traceback.clear_frames(cause.__traceback__)  # they hold the groups that `_end` is to close
+            traceback.clear_frames(cause.__traceback__)  # they hold the process groups that `_end` closes
             self._end(at_once=True)
             if losses:
                 raise EngineDeadError(f"the engine ended: {losses}") from cause
             if isinstance(error, EngineDeadError) or not isinstance(error, Exception):
                 raise
-            raise EngineDeadError(f"the engine ended: {describe(error)}") from error
+            raise EngineDeadError(f"the engine ended: {failure_reason(error)}") from error
 
     def _losses(self, cause: BaseException) -> str:
-        """Which worker processes are gone, if that is what an exchange failed for."""
+        """Names the worker processes that are gone, if that is why a collective failed."""
         if self._processes is None or not isinstance(cause, RuntimeError) or isinstance(cause, UlyssesError):
             return ""
         return self._processes.losses(wait=is_lost_connection(cause))
 
     def _end(self, at_once: bool) -> None:
-        """Leave the group, end the workers; weights and cache go with the references to them."""
+        """Leave the process groups and end the workers. Weights and cache are freed with the references to them."""
         processes, rank = self._processes, self._rank
         self._processes = self._rank = self._engine = None
         atexit.unregister(self.shutdown)

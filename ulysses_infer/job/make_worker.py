@@ -1,0 +1,110 @@
+"""Makes a rank's worker: allocates the KV cache, chooses the kernels, and captures or records decode steps."""
+
+from __future__ import annotations
+
+import torch
+
+from ulysses_infer.attention.backend import AttentionBackend, KernelAttention
+from ulysses_infer.attention.native import NativeAttention
+from ulysses_infer.attention.selection import AttentionNeeds, make_backend, make_gpu_backend
+from ulysses_infer.cache.budget import MemoryBudget, cache_bytes
+from ulysses_infer.cache.groups import LayerGroups
+from ulysses_infer.cache.paged import FP8, CacheShape, PagedCache
+from ulysses_infer.cache.sizing import CacheSizing
+from ulysses_infer.config import CacheConfig, Config
+from ulysses_infer.model.model import DTYPES, ShiftModel
+from ulysses_infer.native.matmul import make_matmul
+from ulysses_infer.parallel.groups import Groups
+from ulysses_infer.worker.block_tables import BlockTables
+from ulysses_infer.worker.channel import Channel
+from ulysses_infer.worker.cpu_graphs import CpuGraphRunner, wants_cpu_graphs
+from ulysses_infer.worker.cuda_graphs import CudaCapturer, CudaGraphRunner, wants_cuda_graphs
+from ulysses_infer.worker.worker import Worker
+
+
+def make_worker(
+    config: Config, model: ShiftModel, budget: MemoryBudget, channel: Channel, groups: Groups, device: torch.device
+) -> Worker:
+    """The worker of this rank, ready to run steps. Collective. Raises `ConfigError`, on all ranks alike."""
+    shape, scheduler, max_model_len = cache_shape(config, model, groups), config.scheduler, model.shape.max_model_len
+    layers = LayerGroups.of(model.attention_options, max_model_len)
+    sizing = CacheSizing(shape, layers, max_model_len, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+    own = channel.together(lambda: cache_bytes(config.cache, sizing, budget, device.type == "cpu"))
+    num_bytes = channel.smallest(own)  # shards are equal, free memory may not be
+    backend = channel.together(lambda: _make_backend(config, model, shape, device))
+    captures = channel.together(
+        lambda: wants_cuda_graphs(config.runtime.enforce_eager, device, backend, bool(model.injection.expert_layers))
+    )
+    cache = channel.together(lambda: _make_cache(config.cache, sizing, num_bytes, device, scratch_blocks=int(captures)))
+    tables = BlockTables(
+        config.cache.block_size, scheduler.max_num_seqs, shape.blocks_for(max_model_len), layers.attention_spans
+    )
+    matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
+    worker = Worker(model, cache, tables, groups, backend, matmul, device, config.runtime.debug)
+    if captures:
+        channel.together(lambda: _capture_cuda_graphs(worker, config))
+    elif device.type == "cpu" and wants_cpu_graphs(config.runtime.enforce_eager, backend, matmul, shape, model.dtype):
+        assert isinstance(backend, NativeAttention)
+        assert matmul is not None
+        worker.graphs = CpuGraphRunner(model, cache, groups, backend, matmul, scheduler.max_num_seqs)
+    return worker
+
+
+def cache_shape(config: Config, model: ShiftModel, groups: Groups) -> CacheShape:
+    """The shape of this rank's cache blocks."""
+    sizes = model.shape
+    return CacheShape(
+        num_layers=sizes.num_layers,
+        num_key_value_heads=sizes.key_value_heads_of(groups.shard, groups.layout),
+        key_width=sizes.key_width,
+        value_width=sizes.value_width,
+        block_size=config.cache.block_size,
+        dtype={"auto": model.dtype, "fp8": FP8, **DTYPES}[config.cache.dtype],
+        values_in_keys=sizes.values_in_keys,
+    )
+
+
+def _make_backend(config: Config, model: ShiftModel, shape: CacheShape, device: torch.device) -> AttentionBackend:
+    if device.type == "cpu":
+        return make_backend(config.runtime.attention_backend, device)
+    needs = AttentionNeeds.of(
+        model.attention_options,
+        model.shape.max_model_len,
+        torch.cuda.get_device_capability(device),
+        model.dtype,
+        shape.dtype,
+        shape.key_width,
+        shape.value_width,
+        shape.block_size,
+        shape.values_in_keys,
+    )
+    return make_gpu_backend(config.runtime.attention_backend, device, needs)
+
+
+def _make_cache(
+    config: CacheConfig, sizing: CacheSizing, num_bytes: int, device: torch.device, scratch_blocks: int
+) -> PagedCache:
+    if config.num_blocks is not None:
+        num_blocks = sizing.with_first(config.num_blocks)
+    else:
+        num_blocks = sizing.fitting(num_bytes, all_of_it=config.memory_bytes is not None)
+        sizing.check_fits_one_request(num_blocks)
+    return PagedCache(sizing.shape, num_blocks, device, scratch_blocks, sizing.groups)
+
+
+def _capture_cuda_graphs(worker: Worker, config: Config) -> None:
+    """Capture the decode steps of every mode. Collective."""
+    assert isinstance(worker.backend, KernelAttention)
+    max_rows = min(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
+    runner = CudaGraphRunner(
+        worker.model,
+        worker.cache,
+        worker.groups,
+        worker.backend,
+        worker.eager.inputs,
+        CudaCapturer(worker.device),
+        worker.device,
+        max_rows,
+    )
+    runner.capture_all()
+    worker.graphs = runner

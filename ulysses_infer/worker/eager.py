@@ -1,0 +1,57 @@
+"""Runs steps layer by layer. Works for every step; graphs are a faster way for some of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ulysses_infer.attention.backend import KernelAttention
+from ulysses_infer.model.model import ShiftModel
+from ulysses_infer.parallel.layout import Span
+from ulysses_infer.worker.attention_inputs import AttentionInputs
+from ulysses_infer.worker.step import Finish, Step
+from ulysses_infer.worker.step_context import StepContextBuilder, at_least_one, rows_within
+from ulysses_infer.worker.step_plan import StepPlan, adapter_rows
+from ulysses_infer.worker.transfer import make_inputs
+
+
+class EagerRunner:
+    """Implements `StepRunner` for any step."""
+
+    def __init__(self, model: ShiftModel, contexts: StepContextBuilder, device: torch.device) -> None:
+        self.model, self.contexts, self.device = model, contexts, device
+        self.inputs = make_inputs(device)
+        self._for_kernels = device.type != "cpu" or isinstance(contexts.backend, KernelAttention)
+
+    def accepts(self, plan: StepPlan) -> bool:
+        """See `StepRunner.accepts`."""
+        return True
+
+    def run(self, step: Step, finish: Finish) -> torch.Tensor | None:
+        """See `StepRunner.run`."""
+        plan, arrays = step.plan, step.arrays
+        local = self.contexts.local_span(plan.mode, plan.num_tokens)
+        attention_inputs = AttentionInputs(arrays, self._for_kernels)
+        token_ids, positions, logits_rows, *sent = self.inputs.send(
+            [
+                at_least_one(plan.token_ids[local.start : local.stop].astype(np.int64)),
+                at_least_one(arrays.positions[local.start : local.stop]),
+                rows_within(step.logits_rows, local) - local.start,
+                *attention_inputs.to_send(),
+            ]
+        )
+        step.fill_placeholders(token_ids)
+        attention = attention_inputs.metadata(sent)
+        context = self.contexts.build(
+            plan.mode, plan.num_tokens, attention, step.logits_rows, self._adapters(plan, local)
+        )
+        return finish(self.model.forward(token_ids, positions, logits_rows, context))
+
+    def invalidate(self) -> None:
+        """See `StepRunner.invalidate`. Nothing is kept between steps."""
+
+    def _adapters(self, plan: StepPlan, local: Span) -> list[tuple[int, torch.Tensor]]:
+        return [
+            (number, torch.from_numpy(rows).to(self.device))
+            for number, rows in adapter_rows(plan.items, local.start, local.stop)
+        ]

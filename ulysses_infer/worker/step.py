@@ -1,0 +1,46 @@
+"""A step laid out on one rank, and the interface of the ways to run it: eager, CUDA graph, CPU graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from ulysses_infer.worker.block_tables import StepArrays
+from ulysses_infer.worker.next_tokens import NextTokenBuffer
+from ulysses_infer.worker.step_plan import StepPlan
+
+Finish = Callable[[torch.Tensor], torch.Tensor | None]
+"""Turns a rank's logits [n, V/W] into the chosen tokens [n] (rank 0; None elsewhere), or returns the logits."""
+
+
+class Step(NamedTuple):
+    """A step plan and what this rank needs to run it."""
+
+    plan: StepPlan
+    arrays: StepArrays
+    logits_rows: np.ndarray  # [n] int64, positions in the batch whose logits are needed, ascending
+    next_tokens: NextTokenBuffer
+
+    def fill_placeholders(self, token_ids: torch.Tensor) -> None:
+        """Replace placeholder tokens by the tokens that the previous step chose, in place. token_ids: [t] int64."""
+        if self.plan.has_placeholders:
+            self.next_tokens.fill_placeholders(token_ids)
+
+
+class StepRunner(Protocol):
+    """One way to run a step."""
+
+    def accepts(self, plan: StepPlan) -> bool:
+        """Whether this runner can run the step."""
+        ...
+
+    def run(self, step: Step, finish: Finish) -> torch.Tensor | None:
+        """Run the forward pass and return `finish(logits)`, valid until the next run. Collective."""
+        ...
+
+    def invalidate(self) -> None:
+        """Drop everything that refers to the memory of the weights or the cache, because it has moved."""
+        ...
