@@ -55,7 +55,7 @@ def test_all_modes_are_measured_in_one_run(tiny_model: Path, tmp_path: Path, cap
     keys = ["parallel.sp=2", "policy.threshold_tokens=8", "runtime.threads_per_rank=1", "runtime.device=cpu"]
     command = parse(["bench", "throughput", "--random-model", "llama-60m", *sizes, "--json", str(file), *keys])
 
-    bench.run(command, command.config(), rank=0)
+    bench.run(command.options, command.config(), rank=0)
 
     record = json.loads(file.read_text())
     assert list(record["modes"]) == ["tp", "sp", "shift", "single"]

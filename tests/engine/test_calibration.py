@@ -214,7 +214,7 @@ def test_the_command_prints_a_table_and_writes_a_profile(folder, tmp_path, capfd
     path = tmp_path / "profile.json"
     words = [f"{key}={value}" for key, value in settings(2).items()]
     parsed = parse(["calibrate", folder, "--seconds", "2", "--output", str(path), *words])
-    command.run(parsed, parsed.config(), rank=0)
+    command.run(parsed.options, parsed.config(), rank=0)
     printed = capfd.readouterr().out
     assert "1 x 16 prompt tokens" in printed or "1 x 8 prompt tokens" in printed
     for name in ("SP 2 ms", "TP 2 ms", "fastest", "decodes at 256", "prompt after 0", f"policy.profile={path}"):

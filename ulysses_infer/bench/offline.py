@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from ulysses_infer.bench.random_model import random_model
 from ulysses_infer.bench.report import as_json, comparison
 from ulysses_infer.bench.single import SingleRank
 from ulysses_infer.bench.workload import WARM_UP_TOKENS, Sample, Workload, measure
-from ulysses_infer.cli.arguments import Command
 from ulysses_infer.config import Config
 from ulysses_infer.console.banner import loaded, print_config, shown_path
 from ulysses_infer.console.screen import make_console, mode_name
@@ -31,9 +31,9 @@ Run = Callable[[list[list[int]], int], Sample | None]
 QUIET_CORES = 0.1  # other programs may use this much before the table warns of them
 
 
-def run(command: Command, config: Config, rank: int) -> None:
+def run(options: argparse.Namespace, config: Config, rank: int) -> None:
     """Measure on all ranks, print the table on rank 0. Collective. Raises `UlyssesError`s of one line."""
-    options, console = command.options, make_console(rank)
+    console = make_console(rank)
     check_modes(options.modes, config)
     check_json(options.json)
     if options.random_model is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ulysses_infer.cli.arguments import Command
 from ulysses_infer.config import Config, PolicyConfig
 from ulysses_infer.console.banner import loaded, print_config
 from ulysses_infer.console.screen import make_console, mode_name, mode_style
@@ -24,9 +24,9 @@ from ulysses_infer.step_time.step_shape import StepShape
 LONG_CONTEXT = 4096
 
 
-def run(command: Command, config: Config, rank: int) -> None:
+def run(options: argparse.Namespace, config: Config, rank: int) -> None:
     """Measure on all ranks; rank 0 shows and stores it. Collective. Raises `UlyssesError`s of one line."""
-    options, console = command.options, make_console(rank)
+    console = make_console(rank)
     check_output(options.output)
     config = dataclasses.replace(config, policy=PolicyConfig(name="static"))
     print_config(console, "calibrate", config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from ulysses_infer.cli.arguments import Command
 from ulysses_infer.config import Config, GenerateConfig, resolved_yaml
 from ulysses_infer.console.banner import loaded, print_config
 from ulysses_infer.console.lines import LineDisplay
@@ -22,13 +22,13 @@ from ulysses_infer.outputs import RequestOutput
 from ulysses_infer.sampling_params import SamplingParams
 
 
-def run(command: Command, config: Config, rank: int) -> None:
+def run(options: argparse.Namespace, config: Config, rank: int) -> None:
     """Generate on all ranks, show it on rank 0. Collective. Raises `UlyssesError`s of one line."""
     settings, console = config.generate, make_console(rank)
     check_output(settings.output)
     prompts = [prompt_of(item) for item in settings.prompts]
     params = [params_of(item, settings.sampling) for item in settings.prompts]
-    print_config(console, command.name, config)
+    print_config(console, "generate", config)
     with loaded(config, console) as engine:
         arrivals = list(settings.schedule or [0] * len(params))
         view = RunView([title_of(item) for item in settings.prompts], params, arrivals)

@@ -60,7 +60,7 @@ def run(command: Command, rank: int, guard: Guard) -> None:
 
         serve(config, rank, guard)
     else:
-        importlib.import_module(RUNNERS[command.name]).run(command, config, rank)
+        importlib.import_module(RUNNERS[command.name]).run(command.options, config, rank)
 
 
 def check_world_size(config: Config, world_size: int, replicas: bool = False) -> None:
