@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
 
-def ceil_div(numerator: int, denominator: int) -> int:
-    """`numerator / denominator` rounded up. Also works elementwise on integer arrays."""
+import numpy as np
+
+Integers = TypeVar("Integers", int, np.ndarray)
+
+
+def ceil_div(numerator: Integers, denominator: int) -> Integers:
+    """`numerator / denominator` rounded up, elementwise for arrays."""
     return -(-numerator // denominator)
 
 

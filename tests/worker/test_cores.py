@@ -77,5 +77,5 @@ def test_an_engine_keeps_to_its_cores_while_it_lives(folder, monkeypatch, pins):
     with init_inference(folder, **settings(**{"runtime.pin_cores": pins})) as engine:
         inside = os.sched_getaffinity(0)
         engine.generate([[5, 6]], SamplingParams(max_tokens=1))
-    assert inside == ({min(before, key=cores.core_place)} if pins else before)
+    assert inside == ({min(before, key=cores.core_location)} if pins else before)
     assert os.sched_getaffinity(0) == before

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.backend import (
     AttentionMetadata,
     AttentionOptions,
@@ -140,7 +141,7 @@ class FlashInferAttention(KernelAttention):
 
 def pages_of(host: HostSequences, block_size: int) -> Pages:
     """The used part of the block tables, sequence by sequence."""
-    counts = -(-host.context_lens // block_size)
+    counts = ceil_div(host.context_lens, block_size)
     used = np.arange(host.block_tables.shape[1]) < counts[:, None]
     last = host.context_lens - (counts - 1) * block_size
     arrays = running_sums(counts), host.block_tables[used], last

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions, HostSequences
 from ulysses_infer.attention.sinks import with_sinks
 
@@ -83,7 +84,7 @@ def make_tiles(
 ) -> Tiles:
     """Cut the sequences' queries into tiles: of one row when all decode, else of up to `TILE`."""
     size = min(TILE, 1 << int(host.query_lens.max() - 1).bit_length())
-    counts = -(-host.query_lens // size)  # tiles of each sequence
+    counts = ceil_div(host.query_lens, size)  # tiles of each sequence
     owner = np.repeat(np.arange(len(counts)), counts)
     first = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * size  # in the sequence's queries
     inside = first[:, None] + np.arange(size)

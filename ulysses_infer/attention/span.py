@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ulysses_infer.arithmetic import ceil_div
+
 
 @dataclass(frozen=True)
 class AttentionSpan:
@@ -61,7 +63,7 @@ class AttentionSpan:
 
     def most_blocks(self, num_tokens: int, step_tokens: int, block_size: int) -> int:
         """The most blocks that a sequence of `num_tokens` ever holds, with up to `step_tokens` of them in a step."""
-        whole = -(-num_tokens // block_size)
+        whole = ceil_div(num_tokens, block_size)
         length = self.length
         # What the step's first token sees and the step itself begin and end anywhere in their blocks.
-        return whole if length is None else min(whole, -(-(length - 1 + step_tokens) // block_size) + 1)
+        return whole if length is None else min(whole, ceil_div(length - 1 + step_tokens, block_size) + 1)

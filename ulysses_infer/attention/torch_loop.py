@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch.nn import functional as F
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 
 SCORES_PER_CALL = 1 << 24  # bounds explicit scores (soft cap, sinks) to 64 MiB of float32
@@ -51,7 +52,7 @@ class TorchLoopAttention:
             length, context = metadata.query_lens[index], metadata.context_lens[index]
             first = options.first_visible(context - length)
             start = first // keys.shape[1]
-            blocks = metadata.block_tables[index, start : -(-context // keys.shape[1])]
+            blocks = metadata.block_tables[index, start : ceil_div(context, keys.shape[1])]
             first = start * keys.shape[1]
             key = self._gather("keys", keys, blocks)[: context - first]
             value = self._gather("values", values, blocks)[: context - first]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.inference import InferenceEngine
 from ulysses_infer.outputs import RequestOutput
 from ulysses_infer.sampling_params import SamplingParams
@@ -28,7 +29,7 @@ class Workload:
 
     def num_blocks(self, block_size: int) -> int:
         """Cache blocks that hold all of it at once."""
-        return self.num_prompts * -(-(self.input_len + self.output_len) // block_size)
+        return self.num_prompts * ceil_div(self.input_len + self.output_len, block_size)
 
 
 @dataclass(frozen=True)

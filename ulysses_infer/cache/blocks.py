@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ulysses_infer.arithmetic import ceil_div
+
 
 @dataclass
 class PrefixCacheStats:
@@ -59,7 +61,7 @@ class BlockAllocator:
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens of one sequence take."""
-        return -(-num_tokens // self.block_size)
+        return ceil_div(num_tokens, self.block_size)
 
     def references(self, block: int) -> int:
         """How many requests hold `block`."""

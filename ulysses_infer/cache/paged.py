@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.cache.groups import LayerGroups
 from ulysses_infer.native.function import ELEMENTWISE, native_function
 
@@ -36,7 +37,7 @@ class CacheShape:
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens of one sequence."""
-        return -(-num_tokens // self.block_size)
+        return ceil_div(num_tokens, self.block_size)
 
 
 class CacheScales(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.blocks import BlockAllocator, PrefixCacheStats
 
@@ -64,7 +65,7 @@ class BlockPools:
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens of one sequence take while none is given back."""
-        return -(-num_tokens // self.block_size)
+        return ceil_div(num_tokens, self.block_size)
 
     def has_room(
         self,

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.console.run_view import RunView
 from ulysses_infer.console.screen import mode_style, mode_text, one_line, printable, timeline
 
@@ -52,7 +53,7 @@ class LiveDisplay:
     def _panels(self) -> RenderableType:
         across = 2 if self._console.width >= WIDE and len(self._view.titles) > 1 else 1
         room = self._console.height - FOOTER_LINES
-        down = min(-(-len(self._view.titles) // across), max(1, room // 4))
+        down = min(ceil_div(len(self._view.titles), across), max(1, room // 4))
         body_lines = min(MOST_BODY_LINES, max(1, room // down - 2))
         shown = sorted(self._by_interest()[: across * down])
         width = self._console.width // across - (across > 1)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import transformers
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.cache.pools import BlockPools, GroupBlockIds
 from ulysses_infer.config import SchedulerConfig
 from ulysses_infer.host import ranks_on_this_host
@@ -76,7 +77,7 @@ class Limits(NamedTuple):
 
 def design(limits: Limits, tokens: Sequence[int] = TOKENS) -> list[Point]:
     """Points that tell the features of a step apart, within `limits`, the cheap ones first."""
-    points = [Point(0, 0, ((0, count),)) for count in (*tokens, -(-limits.num_tokens // 2), limits.num_tokens)]
+    points = [Point(0, 0, ((0, count),)) for count in (*tokens, ceil_div(limits.num_tokens, 2), limits.num_tokens)]
     points += [Point(0, 0, ((context, count),)) for context in CONTEXTS[1:] for count in tokens[2:5:2]]
     points += [Point(count, context) for context in CONTEXTS for count in (1, *tokens[:4], limits.num_sequences)]
     points += [Point(8, 256, ((0, chunk),)) for chunk in (32, 256)]

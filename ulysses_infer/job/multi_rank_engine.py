@@ -23,7 +23,7 @@ class MultiRankEngine:
     """This rank's part of an engine, from start to end."""
 
     def __init__(self, spmd: bool) -> None:
-        """spmd: every rank makes the same calls, as under a launcher; otherwise the other ranks are worker processes."""
+        """spmd: every rank makes the same calls, as under a launcher; else the other ranks are worker processes."""
         self._spmd = spmd
         self._processes: WorkerProcesses | None = None
         self._rank: Rank | None = None

@@ -7,6 +7,8 @@ import weakref
 import numpy as np
 import torch
 
+from ulysses_infer.arithmetic import round_up
+
 ALIGNMENT = 64  # bytes: a cache line, a vector register
 CHUNK_BYTES = 1 << 20
 
@@ -33,7 +35,7 @@ class Arena:
         count = int(np.prod(shape, dtype=np.int64))
         if count == 0:
             return torch.empty(shape, dtype=dtype)
-        size = -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        size = round_up(count * dtype.itemsize, ALIGNMENT)
         piece = self._pieces.take(size)
         if piece is None:
             self._grow(size)

@@ -150,8 +150,8 @@ def build_groups(
     """Create the groups of every mode. Collective: all ranks call it with the same arguments.
 
     `num_ranks`: those that belong together, where it is not the launcher's environment that says so. `collectives`:
-    as `runtime.collectives`. `external_group`: a sequence-parallel process group of the job's, which serves the modes that have
-    the same one and lives on after the engine. Raises `ConfigError`, on every rank, when the job has another number of
+    as `runtime.collectives`. `external_group`: a sequence-parallel process group of the job. Modes with
+    the same members use it, and it outlives the engine. Raises `ConfigError`, on every rank, when the job has another number of
     ranks than the layout, or memory is to be shared and cannot be.
     """
     if layout.world_size == 1:
@@ -235,7 +235,7 @@ def _check_world_size(layout: Layout, world_size: int) -> None:
 
 
 def _is_sp_group(groups: Groups, mode: Mode, external_group: Any) -> bool:
-    """Whether `external_group` is the SP group of `mode`, on every rank. Collective, unless no rank was external_group one."""
+    """Whether `external_group` is the SP group of `mode`, on every rank. Collective, unless no rank was given one."""
     if external_group is None:
         return False
     ranks = _members(groups.layout, mode, groups.shard)[0]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.errors import ConfigError
 
 
@@ -64,7 +65,7 @@ def key_value_span(num_key_value_heads: int, index: int, parts: int) -> Span:
     """KV heads that the query heads of part `index` of `parts` read: an equal share while `parts` divides the
     heads, else every head the part touches (one head, shared with its neighbours, when `parts` is a multiple)."""
     start = index * num_key_value_heads // parts
-    stop = -(-(index + 1) * num_key_value_heads // parts)
+    stop = ceil_div((index + 1) * num_key_value_heads, parts)
     return Span(start, stop)
 
 

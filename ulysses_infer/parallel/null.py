@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.parallel.collectives import Collectives
 from ulysses_infer.parallel.layout import Place, Span
 
@@ -64,5 +65,5 @@ def _rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     """`count` rows out of any number of them, over and over; zeros out of none."""
     if rows.shape[0] == 0:
         return rows.new_zeros(count, *rows.shape[1:])
-    times = -(-count // rows.shape[0])
+    times = ceil_div(count, rows.shape[0])
     return rows.repeat(times, *(1 for _ in rows.shape[1:]))[:count]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from ulysses_infer.arithmetic import round_up
 from ulysses_infer.host import host_identity
 from ulysses_infer.native.library import NativeUnavailableError, open_library
 from ulysses_infer.parallel.shared_group import GroupMember, SharedGroup, SharedMailbox, declare
@@ -162,7 +163,7 @@ def _gather(value: Any, control: Any) -> list[Any]:
 
 
 def _head_bytes(num_ranks: int) -> int:
-    return -(-LINE_BYTES * (num_ranks + 2) // 4096) * 4096
+    return round_up(LINE_BYTES * (num_ranks + 2), 4096)
 
 
 def _total_bytes(library: ctypes.CDLL, num_ranks: int, groups: Sequence[Sequence[int]]) -> int:

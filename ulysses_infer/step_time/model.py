@@ -32,9 +32,9 @@ class Measurement(NamedTuple):
 class StepTimeModel:
     """Predicts the time of a step in every mode.
 
-    The prediction is a sum of coefficients times features (`StepShape.features`), the coefficients fitted to all remembered steps
-    of the modes, times what the latest steps of the same kind took more or less than that sum says. When the whole
-    machine changes speed, everything remembered is rescaled, of all modes alike: only measuring a mode can tell that
+    The prediction is a linear model, coefficients times features (`StepShape.features`), times a correction from the
+    latest steps of the same kind. The coefficients are fitted to all remembered steps of all modes. When the whole
+    machine changes speed, the remembered steps of all modes are rescaled: only measuring a mode can tell that
     it has changed more than the others.
     """
 
@@ -77,7 +77,7 @@ class StepTimeModel:
         self._offsets.pop((index, shape.bucket), None)
 
     def _fit(self) -> None:
-        """All modes together: each has its own coefficients, but for attention, where it may only be dearer than all."""
+        """Fit all modes together: each has its own coefficients, except for attention, where it may only be slower."""
         self._steps_to_fit = STEPS_PER_FIT
         known = [memory.all() for memory in self._memories]
         seconds = np.concatenate([seconds for _, seconds, _ in known])
@@ -145,7 +145,7 @@ class StepTimeModel:
         return math.exp(max(-most, min(most, middle)) * trust)
 
     def _offset(self, index: int, bucket: Bucket) -> tuple[float, int, int]:
-        """(median logarithm of measured over summed coefficients, measurements, when the latest was) of a kind of step."""
+        """(median log of measured over modelled time, number of measurements, step of the latest) of a bucket."""
         rows, seconds, latest = self._memories[index].of(bucket)
         if not len(seconds):
             return 0.0, 0, latest

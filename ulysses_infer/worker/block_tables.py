@@ -1,4 +1,4 @@
-"""Block tables as every rank mirrors them: rows of one array, so that a step's slots are one lookup."""
+"""Block tables, mirrored on every rank as rows of one array, so that the slots of a step are one lookup."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.worker.step_plan import PlanItem, StepPlan
 
 
 class GroupArrays(NamedTuple):
-    """A step as the layers of one cache group see it. Its tables begin with the first block that they need."""
+    """What the layers of one cache group need of a step. Tables start with the first block that is still visible."""
 
-    slots: np.ndarray  # [T] int64, where each token's key and value go in the cache
-    context_lens: list[int]  # tokens of each sequence in the blocks of its table, the step's included
+    slots: np.ndarray  # [T] int64, cache slot of each token's key and value
+    context_lens: list[int]  # tokens of each sequence in the blocks of its table, including the step's
     block_tables: np.ndarray  # [num_sequences, blocks of the longest] int64
 
 
 class StepArrays(NamedTuple):
-    """A step's tokens laid out flat, in batch order."""
+    """The tokens of a step, flattened in batch order."""
 
     positions: np.ndarray  # [T] int64, position of each token in its sequence
     query_lens: list[int]
@@ -28,9 +29,9 @@ class StepArrays(NamedTuple):
 
 
 class BlockTables:
-    """Follows the block tables of every running sequence from the plans' increments.
+    """Mirrors the block tables of all running sequences, updated by each plan.
 
-    Blocks that rank 0 takes back because no later token sees them stay where they are in a row, and are not read.
+    Blocks that rank 0 has freed because they are out of the window stay in their row and are not read.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class BlockTables:
         max_blocks_per_sequence: int,
         attention_spans: Sequence[AttentionSpan] = (AttentionSpan(),),
     ) -> None:
-        """attention_spans: of each cache group."""
+        """attention_spans: one per cache group."""
         self.block_size, self.attention_spans = block_size, tuple(attention_spans)
         self._blocks = [np.zeros((max_num_seqs, max_blocks_per_sequence), dtype=np.int64) for _ in self.attention_spans]
         self._lengths = np.zeros(max_num_seqs, dtype=np.int64)
@@ -51,13 +52,13 @@ class BlockTables:
         return len(self._rows)
 
     def apply(self, plan: StepPlan) -> StepArrays:
-        """Take in the plan's changes and lay out its tokens."""
+        """Apply the plan's changes and lay out its tokens."""
         for index in plan.dropped:
             self._drop(index)
         query_lens = [item.num_tokens for item in plan.items]
         rows = np.array([self._extend(item) for item in plan.items], dtype=np.int64)
         starts = np.array([item.start for item in plan.items], dtype=np.int64)
-        if plan.num_tokens == len(plan.items):  # a decode, where every microsecond counts
+        if plan.num_tokens == len(plan.items):  # decodes take this short cut
             positions, rows_of_tokens, ends = starts, rows, starts + 1
         else:
             lens = np.array(query_lens, dtype=np.int64)
@@ -69,20 +70,20 @@ class BlockTables:
         groups = []
         for blocks, attention_span in zip(self._blocks, self.attention_spans, strict=True):
             slots = blocks[rows_of_tokens, numbers] * self.block_size + offsets
-            groups.append(GroupArrays(slots, *self._seen(blocks, attention_span, rows, starts, ends)))
+            groups.append(GroupArrays(slots, *self._visible(blocks, attention_span, rows, starts, ends)))
         return StepArrays(positions, query_lens, groups)
 
-    def _seen(
+    def _visible(
         self, blocks: np.ndarray, attention_span: AttentionSpan, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray
     ) -> tuple[list[int], np.ndarray]:
-        """Context lengths and tables of sequences whose tokens from `starts` to `ends` are in the step."""
+        """Context lengths and block tables of the sequences whose tokens `[starts, ends)` are in the step."""
         if not attention_span.is_limited:
             lens = ends.tolist()
-            return lens, blocks[rows, : -(-max(lens) // self.block_size)]
-        last = -(-ends // self.block_size)
+            return lens, blocks[rows, : ceil_div(max(lens), self.block_size)]
+        last = ceil_div(ends, self.block_size)
         first = attention_span.table_starts(starts, self.block_size)
         columns = first[:, None] + np.arange(int((last - first).max()))
-        # What is further right than a sequence's last block is not read; any block will do.
+        # Columns right of a sequence's last block are not read; any block will do.
         tables = blocks[rows[:, None], np.minimum(columns, last[:, None] - 1)]
         return (ends - first * self.block_size).tolist(), tables
 
@@ -93,7 +94,7 @@ class BlockTables:
         is_known = row is not None
         if row is None:
             row = self._rows[item.handle] = self._free.pop()
-        taken, end = 0, -(-(item.start + item.num_tokens) // self.block_size)
+        taken, end = 0, ceil_div(item.start + item.num_tokens, self.block_size)
         for blocks, attention_span in zip(self._blocks, self.attention_spans, strict=True):
             begin = self._lengths[row] if is_known else attention_span.first_visible(item.start) // self.block_size
             blocks[row, begin:end] = new[taken : taken + end - begin]

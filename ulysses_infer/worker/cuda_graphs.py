@@ -70,7 +70,7 @@ class CudaCapturer:
 
 
 def bucket_sizes(max_num_seqs: int, sp: int) -> list[int]:
-    """Rows of the captured steps of a mode with `sp` token slices, ascending. Every slice has the same size, at least 1.
+    """Rows of the captured steps of a mode with `sp` token slices, ascending. All slices have the same size.
 
     1, 2, 4, 8, 16, then each power of two and the number half-way to the next: above 16 rows, padding is less than
     half of a step.
@@ -156,7 +156,7 @@ class CudaGraphRunner:
         return finish(logits if len(rows) == num_tokens else logits[torch.from_numpy(rows).to(logits.device)])
 
     def _max_blocks(self, cache_group: int) -> int:
-        """The most blocks that a decode reads of a cache group; a table may start one block before the first of them."""
+        """The most blocks that a decode reads of a cache group; a table may start one block earlier."""
         attention_span, shape = self.cache.groups.attention_spans[cache_group], self.cache.shape
         return attention_span.most_blocks(self.model.shape.max_model_len, 1, shape.block_size)
 

@@ -1,4 +1,4 @@
-"""A process's heaps: what steps on a CPU free is kept for the next; the objects that stay are left alone."""
+"""The heap of this process: freed memory is kept for the next step, and live objects are hidden from the collector."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Let the heap of this process keep what is freed, until `return_freed_memory`.
+    """Stop the heap from returning freed memory to the system, until `return_freed_memory`.
 
-    As it is, glibc gives the intermediate results of every large step back to the system, and the next step touches
-    them page by page again: in a prefill of 2000 tokens of a small model a tenth of the time. Returns False where the C
-    library has no such setting.
+    By default glibc returns the intermediate results of every large step, and the next step has to touch new pages
+    again: a tenth of the time of a 2000-token prefill of a small model. Returns False if the C library has no such
+    setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -23,17 +23,17 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Give the system every page that nothing uses, also from the middle of the heap."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others keep little
+    """Return every unused page to the system, also from the middle of the heap."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only; other allocators keep little
     if trim is not None:
         trim(0)
 
 
 def freeze_gc() -> None:
-    """Take all that there is by now out of the sight of Python's garbage collector, which cannot free it anyway.
+    """Freeze live objects so that the garbage collector stops scanning them.
 
-    For a process that does nothing but serve: looking through the objects of torch and transformers alone would stop
-    it for a fifth of a second now and then, amid somebody's tokens.
+    For serving processes: a full collection over the objects of torch and transformers would stop token streams for a
+    fifth of a second.
     """
     gc.collect()
     gc.freeze()

@@ -74,7 +74,7 @@ class CudaInputs:
         self.token_ids, self.positions = self._tokens
 
     def fill(self, step: Step | None, block_size: int, transfer: StepInputs) -> list[HostSequences]:
-        """Write a step of at most `size` rows, padded; returns its sequences with padding. step: None is padding only."""
+        """Write a step of at most `size` rows; returns its sequences with padding. step: None is padding only."""
         tokens = np.zeros((2, self.size), dtype=np.int64)
         group_arrays: Sequence[GroupArrays | None] = [None] * len(self.groups)
         if step is not None:

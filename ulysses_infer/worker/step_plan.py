@@ -1,4 +1,4 @@
-"""The step plan: what rank 0 tells every rank to run. Small, typed, and the same bytes on all of them."""
+"""The step plan: what rank 0 sends to every rank for one step. Small, typed, and identical on all ranks."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ NO_LOGITS, LAST_LOGITS, ALL_LOGITS = 0, 1, 2
 
 
 class PlanItem(NamedTuple):
-    """One sequence's part of the step: `num_tokens` tokens from position `start`."""
+    """One sequence's part of a step: `num_tokens` tokens from position `start`."""
 
     handle: int
     """The request's `index`."""
     start: int
     num_tokens: int
     new_block_ids: list[int]
-    """Blocks appended to its tables, group by group; how many for each follows from `start` and `num_tokens`."""
+    """Blocks appended to its tables, one cache group after another; `start` and `num_tokens` imply the counts."""
     logits: int
     """Which rows need logits: none, the last one, or all (prompt log-probabilities)."""
     adapter: int = 0
-    """Number of the LoRA adapter that its tokens go through; 0: none."""
+    """Number of the LoRA adapter applied to its tokens; 0: none."""
 
 
 class StepPlan(NamedTuple):
-    """Everything a rank needs for one step, besides the block tables it has followed so far."""
+    """Everything a rank needs for one step besides the block tables, which it mirrors."""
 
     sequence: int
     mode: Mode
     items: list[PlanItem]
     token_ids: np.ndarray
-    """[T] int32, the step's tokens in item order; negative ones (`placeholder`) are chosen by the step before."""
+    """[T] int32, the step's tokens in item order; negative ones are placeholders (see `placeholder`)."""
     dropped: list[int]
-    """Sequences whose block tables are to be forgotten before the step: finished, aborted, preempted."""
+    """Sequences whose block tables are dropped before the step: finished, aborted or preempted."""
     full_logits: bool
-    """Whether rank 0 needs whole rows of logits; otherwise each rank's best token is enough."""
+    """Whether rank 0 needs whole logits rows; otherwise each rank's best token is enough."""
     keeps_tokens: bool = False
-    """Whether every rank is to keep the chosen tokens, because the next step may be asked for before they are here."""
+    """Whether every rank keeps the chosen tokens, because the next step may start before rank 0 has received them."""
 
     @property
     def num_tokens(self) -> int:
@@ -51,7 +51,7 @@ class StepPlan(NamedTuple):
 
     @property
     def has_placeholders(self) -> bool:
-        """Whether some of its tokens are those that the step before chooses."""
+        """Whether some of its tokens are placeholders."""
         return bool((self.token_ids < 0).any())
 
     @property
@@ -60,7 +60,7 @@ class StepPlan(NamedTuple):
         return zlib.crc32(self.encode())
 
     def encode(self) -> bytes:
-        """The plan as bytes; `decode` is the inverse."""
+        """The plan as bytes."""
         fields = (
             self.sequence,
             self.mode,
@@ -75,7 +75,7 @@ class StepPlan(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> StepPlan:
-        """A plan from `encode`'s bytes."""
+        """The inverse of `encode`."""
         sequence, mode, items, tokens, dropped, full_logits, keeps_tokens = msgpack.unpackb(data)
         token_ids = np.frombuffer(tokens, dtype=np.int32)
         return cls(
@@ -84,15 +84,15 @@ class StepPlan(NamedTuple):
 
 
 def placeholder(row: int) -> int:
-    """What stands for the token that the step before chooses in its row `row` of logits."""
+    """The placeholder token for the one that the previous step chooses from its logits row `row`."""
     return -1 - row
 
 
 def logits_positions(items: Iterable[PlanItem]) -> np.ndarray:
-    """Where in the batch the rows that need logits are, ascending: [n] int64."""
+    """Positions in the batch whose logits are needed, ascending: [n] int64."""
     items = list(items)
     if all(item.num_tokens == 1 and item.logits != NO_LOGITS for item in items):
-        return np.arange(len(items))  # a decode, where every microsecond counts
+        return np.arange(len(items))  # decodes take this short cut
     counts, kinds = np.array([(item.num_tokens, item.logits) for item in items], dtype=np.int64).reshape(-1, 2).T
     ends = np.cumsum(counts)
     if not (kinds == ALL_LOGITS).any():
@@ -103,7 +103,7 @@ def logits_positions(items: Iterable[PlanItem]) -> np.ndarray:
 
 
 def adapter_rows(items: Sequence[PlanItem], start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-    """(adapter, its tokens counted from `start`) for each that tokens `[start, stop)` of the batch go through."""
+    """(adapter number, its rows counted from `start`) for each adapter used by tokens `[start, stop)` of the batch."""
     numbers = np.array([item.adapter for item in items], dtype=np.int64)
     if not numbers.any():
         return []

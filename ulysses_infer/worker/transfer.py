@@ -1,4 +1,4 @@
-"""A step's numbers on their way to the device: on a GPU packed into one pinned buffer and copied without waiting."""
+"""Transfers between host and device that neither side waits for: a step's inputs, and its tokens on the way back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-ALIGNMENT = 16  # bytes; every field starts at a multiple
-DEPTH = 2  # buffers in turn: one is written while the other is still being copied
+from ulysses_infer.arithmetic import round_up
+
+ALIGNMENT = 16  # bytes; every field starts at a multiple of it
+DEPTH = 2  # buffers: one is written while the other is still being copied
 
 
 class StepInputs(Protocol):
-    """Brings the host arrays of a step to the device."""
+    """Transfers the host arrays of a step to the device."""
 
     def send(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """The arrays as tensors on the device, of the same shapes and types, valid until the next `send`."""
@@ -21,7 +23,7 @@ class StepInputs(Protocol):
 
 
 class DirectInputs:
-    """For a CPU: the tensors are the arrays' own memory."""
+    """For a CPU: the tensors share the arrays' memory."""
 
     def send(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """See `StepInputs.send`."""
@@ -29,20 +31,20 @@ class DirectInputs:
 
 
 class PackedInputs:
-    """For a GPU: one copy a step, on the stream of the kernels that read it, so that neither side waits."""
+    """For a GPU: all arrays packed into one pinned buffer and copied once per step, on the stream of the kernels."""
 
     def __init__(self, device: torch.device) -> None:
         self._buffers = [_Buffer(device) for _ in range(DEPTH)]
-        self._turn = 0
+        self._index = 0
 
     def send(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """See `StepInputs.send`."""
-        self._turn = (self._turn + 1) % DEPTH
-        return self._buffers[self._turn].send(arrays)
+        self._index = (self._index + 1) % DEPTH
+        return self._buffers[self._index].send(arrays)
 
 
 class _Buffer:
-    """Host and device memory of one step's inputs, and the event that says when the host's may be written again."""
+    """Pinned and device memory of one step's inputs, and the event after which the pinned memory may be rewritten."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -64,7 +66,7 @@ class _Buffer:
         return [_field(used, start, array) for start, array in zip(starts, arrays, strict=False)]
 
     def _reserve(self, size: int) -> None:
-        """Grow to at least `size` bytes, by doubling, so that it soon never happens again."""
+        """Grow to at least `size` bytes, to a power of two."""
         if size > self._host.numel():
             size = 1 << (size - 1).bit_length()
             self._host = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
@@ -72,15 +74,15 @@ class _Buffer:
 
 
 def make_inputs(device: torch.device) -> StepInputs:
-    """What brings inputs to `device`."""
+    """The transfer for `device`."""
     return DirectInputs() if device.type == "cpu" else PackedInputs(device)
 
 
 def _starts(arrays: Sequence[np.ndarray]) -> list[int]:
-    """Where each array begins in the buffer, and at the end its size."""
+    """The offset of each array in the buffer, then the total size."""
     starts = [0]
     for array in arrays:
-        starts.append(starts[-1] + -(-array.nbytes // ALIGNMENT) * ALIGNMENT)
+        starts.append(starts[-1] + round_up(array.nbytes, ALIGNMENT))
     return starts
 
 
@@ -90,8 +92,7 @@ def _field(buffer: torch.Tensor, start: int, array: np.ndarray) -> torch.Tensor:
 
 
 class DeviceToHostCopy:
-    """Numbers on their way from the device to the host, which will wait for these and for nothing asked of the device
-    later."""
+    """A copy to the host in progress. Waiting for it does not wait for later work of the device."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -104,7 +105,7 @@ class DeviceToHostCopy:
             self._numbers: list[Any] = numbers.tolist()
 
     def wait(self) -> list[Any]:
-        """The numbers, nested as the tensor is."""
+        """The numbers, as nested lists of the tensor's shape."""
         if self._event is None:
             return self._numbers
         self._event.synchronize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.engine.request import Request
 from ulysses_infer.step_time.step_shape import StepShape
 
@@ -71,7 +72,7 @@ class ChunkSizer:
         """Whether chunks of this size, each a `target_tpot` long, bring the first token too late."""
         if self._target_ttft is None or self._target_tpot is None or prompt.first_token_time is not None:
             return False
-        steps = -(-prompt.num_tokens_left // chunk)
+        steps = ceil_div(prompt.num_tokens_left, chunk)
         return self._clock() + steps * self._target_tpot > prompt.arrival_time + self._target_ttft
 
     def _time_in_hand(self, decodes: Sequence[Request], target: float) -> float:

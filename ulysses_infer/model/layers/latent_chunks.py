@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.backend import AttentionMetadata, HostSequences, KernelSequences, running_sums
 
 PAGE_BYTES = 1 << 27  # of expanded keys and values at a time: where contexts are long, heads take turns
@@ -56,7 +57,7 @@ def _part(metadata: AttentionMetadata, sequences: Sequence[int], block_size: int
     rows = np.concatenate([np.arange(ends[index] - query_lens[index], ends[index]) for index in sequences])
     kernel, device = metadata.kernel, metadata.block_tables.device
     tables = (metadata.block_tables.numpy() if kernel is None else kernel.host.block_tables)[list(sequences)]
-    used = np.arange(tables.shape[1]) < -(-context_lens // block_size)[:, None]
+    used = np.arange(tables.shape[1]) < ceil_div(context_lens, block_size)[:, None]
     blocks = tables[used]
     if in_order:
         tables = np.zeros_like(tables)

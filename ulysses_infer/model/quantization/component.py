@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.model.layers.linear import Cut
 from ulysses_infer.parallel.layout import Span
 
@@ -79,7 +80,7 @@ class Component:
 
 def covering(span: Span, step: int) -> Span:
     """The indices whose `step` features each together cover `span`."""
-    return Span(span.start // step, -(-span.stop // step))
+    return Span(span.start // step, ceil_div(span.stop, step))
 
 
 def spread(values: torch.Tensor, dimension: int, span: Span, step: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.model.quantization.component import Axis, Component
 from ulysses_infer.parallel.layout import Span
 
@@ -29,7 +30,7 @@ class Mxfp4Weight:
 
     def components(self, outputs: int, inputs: int) -> dict[str, Component]:
         """See `Scheme`."""
-        blocks = -(-inputs // BLOCK_VALUES)
+        blocks = ceil_div(inputs, BLOCK_VALUES)
         along = Axis(1, BLOCK_VALUES)
         return {
             "blocks": Component((outputs, blocks, BLOCK_VALUES // 2), torch.uint8, Axis(0), along),

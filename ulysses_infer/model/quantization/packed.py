@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.model.quantization.component import Axis, Component
 from ulysses_infer.parallel.layout import Span
 
@@ -54,7 +55,7 @@ class AwqWeight:
     def components(self, outputs: int, inputs: int) -> dict[str, Component]:
         """See `Scheme`."""
         size = _size(self.group_size, inputs)
-        groups, words = -(-inputs // size), -(-outputs // 8)
+        groups, words = ceil_div(inputs, size), ceil_div(outputs, 8)
         return {
             "qweight": Component((inputs, words), torch.int32, Axis(1, 8), Axis(0)),
             "qzeros": Component((groups, words), torch.int32, Axis(1, 8), Axis(0, size)),
@@ -93,11 +94,11 @@ class GptqWeight:
     def components(self, outputs: int, inputs: int) -> dict[str, Component]:
         """See `Scheme`."""
         size = _size(self.group_size, inputs)
-        words, groups = self._per_word, -(-inputs // size)
+        words, groups = self._per_word, ceil_div(inputs, size)
         along = None if self.reordered else Axis(0, size)
         found = {
-            "qweight": Component((-(-inputs // words), outputs), torch.int32, Axis(1), Axis(0, words)),
-            "qzeros": Component((groups, -(-outputs // words)), torch.int32, Axis(1, words), along),
+            "qweight": Component((ceil_div(inputs, words), outputs), torch.int32, Axis(1), Axis(0, words)),
+            "qzeros": Component((groups, ceil_div(outputs, words)), torch.int32, Axis(1, words), along),
             "scales": Component((groups, outputs), torch.float32, Axis(1), along),
         }
         if self.reordered:
@@ -133,14 +134,14 @@ class CompressedWeight:
     def components(self, outputs: int, inputs: int) -> dict[str, Component]:
         """See `Scheme`."""
         size, words = _size(self.group_size, inputs), WORD_BITS // self.bits
-        groups = -(-inputs // size)
+        groups = ceil_div(inputs, size)
         along = None if self.reordered else Axis(1, size)
         found = {
-            "weight_packed": Component((outputs, -(-inputs // words)), torch.int32, Axis(0), Axis(1, words)),
+            "weight_packed": Component((outputs, ceil_div(inputs, words)), torch.int32, Axis(0), Axis(1, words)),
             "weight_scale": Component((outputs, groups), torch.float32, Axis(0), along),
         }
         if not self.symmetric:
-            shape = (-(-outputs // words), groups)
+            shape = (ceil_div(outputs, words), groups)
             found["weight_zero_point"] = Component(shape, torch.int32, Axis(0, words), along)
         if self.reordered:
             found["weight_g_idx"] = Component((inputs,), torch.int32, inputs=Axis(0))

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.model.quantization.component import Axis, Component, spread
 from ulysses_infer.parallel.layout import Span
 
@@ -54,7 +55,7 @@ class ScaledWeight:
         if self.grain == "channel":
             return Component((outputs, 1), torch.float32, outputs=Axis(0))
         rows, columns = self.block
-        shape = (-(-outputs // rows), -(-inputs // columns))
+        shape = (ceil_div(outputs, rows), ceil_div(inputs, columns))
         return Component(shape, torch.float32, Axis(0, rows), Axis(1, columns))
 
     def dequantise(self, parts: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> torch.Tensor:

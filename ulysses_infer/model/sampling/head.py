@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.model.context import step_context
 from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.native.function import ELEMENTWISE, NativeFunction, native_function
@@ -102,7 +103,7 @@ def _native_best_of_members() -> NativeFunction | None:
 
 def padded(logits: torch.Tensor, vocab_size: int, world_size: int) -> torch.Tensor:
     """`logits` [n, V/W] widened to the largest shard, so that uneven shards can travel in one gather."""
-    largest = -(-vocab_size // world_size)
+    largest = ceil_div(vocab_size, world_size)
     return F.pad(logits.float(), (0, largest - logits.shape[-1]))
 
 
