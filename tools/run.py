@@ -2,7 +2,8 @@
 
 Both make a virtual environment first (in .venv, or where the variable ULYSSES_VENV says) and use it again.
 `demo` then runs recipes/demo.yaml on two ranks, overrides such as policy.threshold_tokens=4 may follow;
-`test` runs the linter, the type checker and the tests, with any pytest arguments that follow.
+`test` runs the formatter and linter (as checks), the type checker and the tests. `test --thorough` adds the tests marked
+`thorough`: more cases of kinds that are tested anyway. Other arguments go to pytest.
 
 Needs Python 3.11 or newer and gcc; nothing but the standard library.
 """
@@ -21,7 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"  # the release the engine is developed on
 EXTRAS = {"demo": "", "test": "[serve,bench,train,test]"}
-CHECKS = (["ruff", "check", "."], ["mypy"], ["pytest"])
+CHECKS = (["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"])
+PYTEST = ["pytest", "--durations=10"]
+THOROUGH = "--thorough"
 
 
 def main() -> None:
@@ -139,12 +142,17 @@ def run_tests(environment: Environment, arguments: list[str]) -> None:
     variables = environment.variables()
     if environment.count_gpus() == 0:
         variables = cpu_variables(variables)
-    for check in CHECKS:
-        command = [*check, *arguments] if check == ["pytest"] else check
+    for command in (*CHECKS, pytest_command(arguments)):
         say(" ".join(command))
         status = subprocess.run([environment.bin / command[0], *command[1:]], env=variables, check=False).returncode
         if status != 0:
             sys.exit(status)
+
+
+def pytest_command(arguments: list[str]) -> list[str]:
+    """pytest with the user's arguments; `--thorough` lifts the default selection of tests."""
+    selection = ["-m", ""] if THOROUGH in arguments else []
+    return [*PYTEST, *selection, *(argument for argument in arguments if argument != THOROUGH)]
 
 
 def cpu_variables(variables: dict[str, str]) -> dict[str, str]:

@@ -42,8 +42,8 @@ class StepTimeModel:
         self.modes = tuple(modes)
         self.drift = DriftDetector()
         self._memories = [Memory() for _ in modes]
-        self._prices = np.zeros((len(modes), len(FEATURES)))
-        self._anchor = self._prices.copy()  # what drift is told against: the coefficients before traffic refined them
+        self._coefficients = np.zeros((len(modes), len(FEATURES)))
+        self._anchor = self._coefficients.copy()  # what drift is told against: the coefficients before traffic refined them
         self._fitted: np.ndarray | None = None
         self._offsets: dict[tuple[int, Bucket], tuple[float, int, int]] = {}  # what `_offset` found, while it holds
         self._steps = 0
@@ -58,7 +58,7 @@ class StepTimeModel:
             self._remember(self.modes.index(mode), shape, seconds, assumed)
         self._fitted = None
         self._fit()
-        self._anchor = self._prices.copy()
+        self._anchor = self._coefficients.copy()
 
     def observe(self, mode: Mode, shape: StepShape, seconds: float) -> None:
         """A step ran. Times that are none (not above zero, not finite) are passed over."""
@@ -96,8 +96,8 @@ class StepTimeModel:
             first = last
         self._offsets.clear()
         self._fitted = fit_coefficients(rows, seconds, weights, proof, self._fitted)
-        self._prices = self._fitted[:own].reshape(len(self.modes), width).copy()
-        self._prices[:, -NUM_SHARED:] += self._fitted[own:]
+        self._coefficients = self._fitted[:own].reshape(len(self.modes), width).copy()
+        self._coefficients[:, -NUM_SHARED:] += self._fitted[own:]
 
     def _look_for_drift(self, index: int, shape: StepShape, seconds: float) -> None:
         kind, expected = (index, shape.bucket), float(shape.features() @ self._anchor[index])
@@ -122,7 +122,7 @@ class StepTimeModel:
 
     def predict(self, shape: StepShape) -> tuple[float, ...]:
         """Seconds of a step in each of `modes`; always positive and finite."""
-        expected = _positive(self._prices @ shape.features())
+        expected = _positive(self._coefficients @ shape.features())
         return tuple(float(expected[i]) * self._correction(i, shape) for i in range(len(self.modes)))
 
     def is_measured(self, mode: Mode, shape: StepShape) -> bool:
@@ -131,7 +131,7 @@ class StepTimeModel:
 
     def coefficients(self, mode: Mode) -> dict[str, float]:
         """Seconds per unit of each feature."""
-        return dict(zip(FEATURES, self._prices[self.modes.index(mode)].tolist(), strict=True))
+        return dict(zip(FEATURES, self._coefficients[self.modes.index(mode)].tolist(), strict=True))
 
     def _correction(self, index: int, shape: StepShape) -> float:
         """What steps of this kind take over what the coefficients say; nearer to 1 the fewer and older they are."""
@@ -149,7 +149,7 @@ class StepTimeModel:
         rows, seconds, latest = self._memories[index].of(bucket)
         if not len(seconds):
             return 0.0, 0, latest
-        return float(np.median(np.log(seconds / _positive(rows @ self._prices[index])))), len(seconds), latest
+        return float(np.median(np.log(seconds / _positive(rows @ self._coefficients[index])))), len(seconds), latest
 
 
 def _positive(seconds: np.ndarray) -> np.ndarray:
