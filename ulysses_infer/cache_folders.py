@@ -1,4 +1,4 @@
-"""Where what was made once on this machine is kept between runs."""
+"""Folders for files cached between runs: profiles, random models, compiled libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors a user can act on. Each message is one line: what was wrong, the value, the remedy."""
+"""The errors of the package, and what they look like to users: one line with the fault, the value, the remedy."""
 
 from __future__ import annotations
 

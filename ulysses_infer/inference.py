@@ -1,4 +1,4 @@
-"""`init_inference` and `InferenceEngine`: the same calls under a launcher (every rank) and in plain Python."""
+"""`init_inference` and `InferenceEngine`, the Python interface, under a launcher or in plain Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `deepspeed --num_gpus N ulysses_infer/launch.py generate|bench ...` runs on every rank; torchrun works too."""
+"""The script that `deepspeed --num_gpus N ulysses_infer/launch.py ...` (or torchrun) runs on every rank."""
 
 import os
 import sys

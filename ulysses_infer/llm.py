@@ -1,4 +1,4 @@
-"""`LLM`: the engine under the names that vLLM's users know."""
+"""`LLM`: the engine with vLLM's interface."""
 
 from __future__ import annotations
 

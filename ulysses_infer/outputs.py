@@ -1,4 +1,4 @@
-"""What a request gives back, under vLLM's names. Plain picklable data: no torch."""
+"""The outputs of a request, with vLLM's names. Plain picklable data without torch."""
 
 from __future__ import annotations
 

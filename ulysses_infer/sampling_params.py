@@ -1,4 +1,4 @@
-"""How one request is sampled: `SamplingParams`, with vLLM's field names and defaults, every value checked.
+"""`SamplingParams`: how a request is sampled, with vLLM's names and defaults; every value is checked.
 
 An invalid value is a `RequestError` of one line: field, value, remedy. Light: no torch, no tokenizer library.
 """

@@ -1,0 +1,1 @@
+"""Attention backends: the queries of a step against the paged KV cache."""

@@ -1,4 +1,4 @@
-"""What every attention backend takes and gives: queries of one step against the paged cache."""
+"""The interface of attention backends, and the metadata of a step that they read."""
 
 from __future__ import annotations
 

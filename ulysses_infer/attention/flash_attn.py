@@ -1,4 +1,4 @@
-"""Paged attention by the `flash-attn` library (FlashAttention-2)."""
+"""Attention backend of the `flash-attn` library (FlashAttention-2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paged attention by the `flashinfer` library: each kind of layer is planned once a step and run layer by layer."""
+"""Attention backend of the `flashinfer` library: planned once per step and kind of layer, run per layer."""
 
 from __future__ import annotations
 

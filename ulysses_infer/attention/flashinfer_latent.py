@@ -1,4 +1,4 @@
-"""Attention over a cache of latents by the `flashinfer` library, whose kernel reads each of them once for all heads."""
+"""Attention backend of the `flashinfer` library for latents (MLA)."""
 
 from __future__ import annotations
 

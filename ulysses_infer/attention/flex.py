@@ -1,4 +1,4 @@
-"""Paged attention by torch's `flex_attention`, compiled: every mask and score the engine knows, any block size."""
+"""Attention backend of torch's compiled `flex_attention`: every mask and score function, any block size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention by `native/attention.c`, straight over the block tables: no key or value is gathered or copied."""
+"""CPU attention backend in C (`native/attention.c`): reads the block tables directly, gathers nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which attention runs on a GPU: the first of a short list that can do what the model and the cache ask for."""
+"""Selects the attention backend that a model, its cache and its device can use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention sinks for kernels that do not know them."""
+"""Attention sinks for kernels without support for them."""
 
 from __future__ import annotations
 

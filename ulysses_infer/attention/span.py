@@ -1,4 +1,4 @@
-"""How far back a layer looks: what none of its queries can see any more need not be kept."""
+"""The attention span of a layer: how far back its queries see, and so which blocks may be freed."""
 
 from __future__ import annotations
 

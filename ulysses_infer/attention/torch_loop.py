@@ -1,4 +1,4 @@
-"""Paged attention in plain torch: one fused attention call a sequence. Runs on every device and needs no build."""
+"""Attention backend in plain torch: one fused attention call per sequence, on any device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paged attention by torch's own `torch.nn.attention.varlen.varlen_attn` (its built-in FlashAttention-2)."""
+"""Attention backend of `torch.nn.attention.varlen.varlen_attn`, torch's built-in FlashAttention-2."""
 
 from __future__ import annotations
 

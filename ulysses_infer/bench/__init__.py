@@ -1,1 +1,1 @@
-"""Offline benchmarks: the modes of one engine, and a single rank, compared on one checkpoint in one run."""
+"""Benchmarks: of the engine itself, of servers by load and by trace, and of ways to use the same ranks."""

@@ -1,4 +1,4 @@
-"""How busy a machine is with other things: a benchmark on a shared machine is worth what this says."""
+"""Measures how many cores other programs use, because benchmarks on a busy machine are unreliable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `bench` command: `latency` and `throughput` in every mode, on one checkpoint, in one run."""
+"""The `bench latency` and `bench throughput` commands: every mode on one checkpoint in one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints with random weights, made once and kept: speed needs no training, and no download."""
+"""Checkpoints with random weights, generated once and cached: speed does not depend on training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Medians over repeats, their spread, the ratio to the best mode; as a table and as JSON."""
+"""Medians over repeats, their spread and ratios to the best mode, as a table and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank alone on the machine: an engine without parallelism, in a process of its own beside rank 0."""
+"""A single-rank engine in its own process, to compare parallel modes with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark asks of an engine, and what one run of it measured."""
+"""The workload of an offline benchmark and the measurement of one run."""
 
 from __future__ import annotations
 

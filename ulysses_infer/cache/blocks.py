@@ -1,4 +1,4 @@
-"""Which blocks of a cache group are whose: reference counts, free blocks, and the full blocks that can be shared."""
+"""Block allocator of one cache group: reference counts, free blocks, and cached full blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory the cache gets: it is counted before any of it is taken."""
+"""The memory budget: what the cache may use, computed before anything is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers share block tables: those that see equally far back, because they can give back the same blocks."""
+"""Cache groups: layers with the same attention span share a block table."""
 
 from __future__ import annotations
 

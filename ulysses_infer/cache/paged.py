@@ -1,4 +1,4 @@
-"""The KV cache of one rank: blocks of keys and values of its own head shard, the same in every mode."""
+"""The KV cache tensors of one rank: blocks of keys and values of its head shard, the same in every mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The blocks of every cache group, and what sequences hold of them."""
+"""One block allocator per cache group, and the block tables of sequences over all groups."""
 
 from __future__ import annotations
 

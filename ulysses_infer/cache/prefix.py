@@ -1,4 +1,4 @@
-"""Names for the content of full cache blocks: a chain of hashes, so that equal names mean equal prefixes.
+"""Hash chains over full blocks: equal hashes mean equal prefixes.
 
 Source: hash-based automatic prefix caching as in vLLM (Kwon et al., "Efficient Memory Management for Large
 Language Model Serving with PagedAttention", SOSP 2023, and its prefix caching design document).

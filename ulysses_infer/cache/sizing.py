@@ -1,4 +1,4 @@
-"""How a cache of several groups shares its memory out among them, and what one request takes of it."""
+"""Divides the cache memory among cache groups, and computes what one request needs."""
 
 from __future__ import annotations
 

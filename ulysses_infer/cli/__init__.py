@@ -1,1 +1,1 @@
-"""The command line: what `ulysses-infer` and `launch.py` do with their arguments."""
+"""The command line: `ulysses-infer` and `launch.py`."""

@@ -1,4 +1,4 @@
-"""The command line: one grammar for `ulysses-infer ...` and for `launch.py ...` under a launcher."""
+"""The grammar of the command line, the same for `ulysses-infer` and for `launch.py`."""
 
 from __future__ import annotations
 

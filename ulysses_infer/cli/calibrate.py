@@ -1,4 +1,4 @@
-"""The `calibrate` command: step times of every mode, measured thoroughly, shown and kept."""
+"""The `calibrate` command: measures the step times of every mode, prints and stores them."""
 
 from __future__ import annotations
 

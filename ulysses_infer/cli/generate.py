@@ -1,4 +1,4 @@
-"""The `generate` command: the prompts of a recipe, or of the command line, streamed and accounted for."""
+"""The `generate` command: streams completions of the prompts of a recipe or the command line."""
 
 from __future__ import annotations
 

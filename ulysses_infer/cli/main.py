@@ -1,4 +1,4 @@
-"""`ulysses-infer`: check a command, start the `deepspeed` launcher with the ranks it needs, pass signals on."""
+"""The `ulysses-infer` program: checks a command, starts the `deepspeed` launcher, forwards signals."""
 
 from __future__ import annotations
 

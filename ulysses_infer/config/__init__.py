@@ -1,4 +1,4 @@
-"""The recipe: what it may hold (`schema.py`), how it is put together (`loading.py`), what is refused."""
+"""The recipe: its schema, how it is loaded, and what is refused."""
 
 from ulysses_infer.config.device import choose_for_device
 from ulysses_infer.config.loading import load_config

@@ -1,4 +1,4 @@
-"""Names people bring from DeepSpeed and vLLM, translated into keys of the recipe.
+"""Aliases of recipe keys that users know from DeepSpeed and vLLM.
 
 DeepSpeed: the keys of `deepspeed.init_inference(model, config)`. vLLM: its engine arguments and the flags of
 its Shift Parallelism plug-in, as `--tensor-parallel-size 2` on a command line or `tensor_parallel_size=2` in

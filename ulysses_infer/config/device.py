@@ -1,4 +1,4 @@
-"""What a recipe leaves to the device."""
+"""Defaults that depend on the device."""
 
 from __future__ import annotations
 

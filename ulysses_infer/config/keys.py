@@ -1,4 +1,4 @@
-"""The keys of the schema by dotted name: what exists, what type each has, and which one a typo meant."""
+"""The keys of the schema by dotted name: their types, and the nearest key to a misspelled one."""
 
 from __future__ import annotations
 

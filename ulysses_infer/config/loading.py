@@ -1,4 +1,4 @@
-"""`load_config`: defaults, then the recipe, then the overrides, each value checked where it enters."""
+"""`load_config`: defaults, then the recipe, then overrides, each value checked when it is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A configuration as text: the resolved recipe, and the reference of all keys."""
+"""The configuration as text: the resolved recipe, and the reference of all keys."""
 
 from __future__ import annotations
 

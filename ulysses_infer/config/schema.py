@@ -1,4 +1,4 @@
-"""The recipe schema: one typed dataclass per section, each key with its meaning and the values it takes.
+"""The recipe schema: one typed dataclass per section, with the meaning and the values of each key.
 
 The meanings are the text of `docs/recipe-reference.md`; choices and ranges are enforced by `validation.py`.
 """

@@ -1,4 +1,4 @@
-"""Settings: single values with their origin, read from recipes, mappings, command lines, `Config` objects."""
+"""Settings: values with their origin, read from recipes, mappings, command lines and `Config` objects."""
 
 from __future__ import annotations
 

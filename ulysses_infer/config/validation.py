@@ -1,4 +1,4 @@
-"""What a configuration may not be: values out of range, settings that contradict, features not there yet."""
+"""Checks of a whole configuration: ranges, contradictions, unavailable features."""
 
 from __future__ import annotations
 

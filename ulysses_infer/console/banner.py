@@ -1,4 +1,4 @@
-"""What rank 0 shows before the first token: the configuration, then the checkpoint being loaded."""
+"""Output before the first token: the configuration, and the progress of loading."""
 
 from __future__ import annotations
 

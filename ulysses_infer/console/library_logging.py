@@ -1,4 +1,4 @@
-"""Keep the chatter of libraries off the screen, by their own settings; what matters still comes through."""
+"""Silences the log chatter of libraries; warnings and errors still appear."""
 
 from __future__ import annotations
 

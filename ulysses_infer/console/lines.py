@@ -1,4 +1,4 @@
-"""The display of a log file: completions line by line as they come, each line with the number of its request."""
+"""Output for log files: completions line by line, each with the number of its request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The live display of a terminal: a panel per request, and below them the progress and the mode of every step."""
+"""The live terminal display: one panel per request, with progress and the mode of every step."""
 
 from __future__ import annotations
 

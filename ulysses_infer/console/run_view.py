@@ -1,4 +1,4 @@
-"""What is known of a running `generate`, for whatever shows it."""
+"""The state of a running `generate`, for the displays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The terminal, or the log file, that rank 0 writes to, and how things look on it."""
+"""The terminal or log file of rank 0, and the style of modes on it."""
 
 from __future__ import annotations
 

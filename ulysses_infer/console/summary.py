@@ -1,4 +1,4 @@
-"""What rank 0 shows after the last token: the completions, then where the steps and the time went."""
+"""Output after the last token: completions, then steps and time per mode."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The engine of rank 0: scheduling, policies, requests, results."""

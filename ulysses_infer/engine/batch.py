@@ -1,4 +1,4 @@
-"""What one step computes: which tokens of which requests."""
+"""The batch of one step: tokens of requests, and the step plan made from it."""
 
 from __future__ import annotations
 

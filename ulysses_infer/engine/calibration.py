@@ -1,4 +1,4 @@
-"""Measuring the step times of this machine: synthetic steps through the engine's own worker, on all ranks."""
+"""Calibration: measures step times with synthetic steps on all ranks."""
 
 from __future__ import annotations
 

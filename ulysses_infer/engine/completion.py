@@ -1,4 +1,4 @@
-"""One user request as it grows: `n` sequences over one prompt, their text and their log-probabilities."""
+"""A user's request in progress: `n` sequences over one prompt, with text and log-probabilities."""
 
 from __future__ import annotations
 

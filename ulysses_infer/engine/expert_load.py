@@ -1,4 +1,4 @@
-"""How many tokens the experts of each rank have computed: counted in every step, collected when somebody asks."""
+"""Counts how many tokens the experts of each rank have computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arguments of `generate` and `stream`, in any of the forms they may have, made one a prompt."""
+"""Normalises the arguments of `generate` and `stream` to one set per prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One request inside the engine: its tokens, how many of them are in the KV cache, and how it ended."""
+"""One sequence inside the scheduler: its tokens, its progress in the KV cache, how it ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits rows to tokens and log-probabilities, for one step, on rank 0."""
+"""Turns the logits rows of one step into tokens and log-probabilities, on rank 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens of which requests each step computes: continuous batching over a paged cache.
+"""The scheduler: continuous batching with chunked prefill over a paged cache.
 
 Every step, running requests go on first, in the order they were admitted; what is left of the token budget
 then admits waiting requests, strictly in their order of precedence (no later request overtakes one that does

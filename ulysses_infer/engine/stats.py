@@ -1,4 +1,4 @@
-"""What the engine has done: counters per mode, and the mode of every recent step."""
+"""Counters per mode, and a record of each recent step."""
 
 from __future__ import annotations
 

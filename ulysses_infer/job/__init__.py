@@ -1,1 +1,1 @@
-"""Ranks and the processes around them: started, watched, ended."""
+"""Ranks and processes of a job: start, supervision, end."""

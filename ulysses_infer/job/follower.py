@@ -1,4 +1,4 @@
-"""What every rank but rank 0 does: run the plans that rank 0 sends until it says something else."""
+"""The loop of every rank except rank 0: receive messages and run step plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that ends when it should: at a signal, and when whatever launched it is gone."""
+"""Ends a rank at a signal, or when its launcher is gone."""
 
 from __future__ import annotations
 

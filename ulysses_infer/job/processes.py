@@ -1,4 +1,4 @@
-"""Worker processes of an engine in plain Python (a script or a notebook): started, watched and ended by it."""
+"""Worker processes of an engine in plain Python: started, supervised and ended by it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every process of a job tells rank 0 that it lives, and is told the same: who falls silent ends the job.
+"""The watchdog: ends the whole job when one of its processes dies, hangs or gets stuck.
 
 Collectives find a process that is gone only when they next run, and one that is stopped only after their time limit.
 So each process keeps one connection to rank 0 (the hub), on which a thread says something every half second. A

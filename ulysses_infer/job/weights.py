@@ -1,4 +1,4 @@
-"""What every rank does when weights change or memory is given back, while no request runs."""
+"""Weight updates, sleep and wake-up on one rank, while no request runs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""transformers' models, adapted to run in any mode."""

@@ -1,1 +1,1 @@
-"""Kernels in C for what torch does slowly on a CPU: built on first use, kept, and never required."""
+"""Kernels in C for CPUs: compiled at first use, cached, and optional."""

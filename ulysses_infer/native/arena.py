@@ -1,4 +1,4 @@
-"""Memory for the intermediate results of recorded steps: used again as soon as nothing refers to it."""
+"""Reusable memory for the intermediate results of CPU graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps recorded on a CPU, as CUDA graphs are on a GPU: what a step called, on which memory, to do it again.
+"""CPU graphs: a recorded step whose calls are repeated in C on the same memory, as CUDA graphs on a GPU.
 
 Calls into native libraries are made again in C, one after another (graph.c). What torch computed between them is
 computed by torch again and copied to where it was. Neither the model's Python nor the allocation of results is done a

@@ -1,4 +1,4 @@
-"""A function of a native library: called through ctypes, and noted by a graph that is recording."""
+"""Functions of native libraries, called through ctypes and recorded by CPU graphs."""
 
 from __future__ import annotations
 

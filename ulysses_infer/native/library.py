@@ -1,4 +1,4 @@
-"""Building and opening the C files of this folder: one shared library each, compiled once a machine and kept."""
+"""Compiles and loads the C files of this folder: one shared library each, compiled once per machine."""
 
 from __future__ import annotations
 

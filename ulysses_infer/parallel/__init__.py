@@ -1,0 +1,1 @@
+"""Head shards, process groups, and the collectives of each mode."""

@@ -1,4 +1,4 @@
-"""The few exchanges a step needs. Who owns what is decided in `layout.py`, how it travels by the groups."""
+"""The collectives of a step in one mode, timed."""
 
 from __future__ import annotations
 

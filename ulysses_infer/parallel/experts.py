@@ -1,4 +1,4 @@
-"""How tokens reach the experts of other ranks and their results come back, where experts never move.
+"""Dispatches tokens to the owners of their experts and combines the results.
 
 In mode (sp, tp) the members of an SP group hold different tokens, and between them some of the experts (or a part of
 each). Both ways here give a rank the sum over what its own SP group holds, for its own tokens; the sum over the TP

@@ -1,4 +1,4 @@
-"""What ranks exchange in a step, as an interface: `TorchGroup` (NCCL, gloo) and `SharedGroup` (memory) carry it out."""
+"""The interface of process groups: the exchanges of a step, and the mailbox for messages of rank 0."""
 
 from __future__ import annotations
 

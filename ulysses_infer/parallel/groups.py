@@ -1,4 +1,4 @@
-"""Process groups of one replica, taken from DeepSpeed's own device meshes."""
+"""All process groups of one replica, taken from DeepSpeed's device meshes."""
 
 from __future__ import annotations
 

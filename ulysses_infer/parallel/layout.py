@@ -1,4 +1,4 @@
-"""Who owns what: the arithmetic of head shards, modes and token slices. Pure functions, no torch, no groups.
+"""The arithmetic of head shards, modes and token slices. Pure functions without torch.
 
 Source: Hidayetoglu et al., "Shift Parallelism", arXiv 2509.16495, §3. The one idea: a rank owns head shard `g`
 for life, and a mode `(sp, tp)` only says how to read it (see docs/life-of-a-request.md).

@@ -1,4 +1,4 @@
-"""A group whose other members are not there: the shapes of every exchange and none of its traffic.
+"""A process group without other members: the shapes of every exchange without traffic.
 
 For measuring what one rank of a layout computes, alone on one device. The numbers that come out mean nothing.
 """

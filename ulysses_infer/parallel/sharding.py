@@ -1,4 +1,4 @@
-"""How the features of one weight divide over shards, and where a mode's share lies inside the stored base slice."""
+"""How the features of a weight divide over shards, and where a mode's slice lies in the base slice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exchanges over memory that the members share; the work is done in native/collectives.c."""
+"""A process group over shared memory (`native/collectives.c`)."""
 
 from __future__ import annotations
 

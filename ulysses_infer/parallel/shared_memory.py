@@ -1,4 +1,4 @@
-"""One piece of memory for all ranks of a replica on one host: made by rank 0, opened by the others, or not at all.
+"""The shared memory of a replica's ranks on one host.
 
 It is an anonymous file (memfd) that rank 0 holds open until the others have mapped it through /proc: it has no name,
 so nothing is left of it when the last process is gone, however that ends.

@@ -1,4 +1,4 @@
-"""Exchanges over `deepspeed.comm`: NCCL between GPUs, gloo between hosts without."""
+"""A process group over `deepspeed.comm`: NCCL between GPUs, gloo between CPUs."""
 
 from __future__ import annotations
 

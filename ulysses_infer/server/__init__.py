@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP server: a process beside rank 0, and rank 0's side of it."""
+"""The OpenAI-compatible server: an HTTP process, and rank 0's side of it."""

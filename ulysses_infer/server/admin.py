@@ -1,4 +1,4 @@
-"""Administrative commands, carried out by rank 0 between steps."""
+"""Administrative commands, run by rank 0 between steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP process's view of the engine: requests go out, tokens come back, and nobody waits for a dead engine."""
+"""The HTTP process's client of the engine: sends requests, receives tokens, fails when the engine dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages on a byte stream: four bytes of length, then MessagePack."""
+"""Message framing on a byte stream: a four-byte length, then MessagePack."""
 
 from __future__ import annotations
 

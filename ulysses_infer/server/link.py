@@ -1,4 +1,4 @@
-"""Rank 0's end of the socket to the HTTP process: never blocks a step, in either direction."""
+"""Rank 0's end of the socket to the HTTP process; it never blocks a step."""
 
 from __future__ import annotations
 

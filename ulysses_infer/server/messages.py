@@ -1,4 +1,4 @@
-"""What the HTTP process and rank 0 say to each other, as typed messages in MessagePack.
+"""Typed messages between the HTTP process and rank 0.
 
 Requests travel as token ids, results as the newest token of each sequence: text is the HTTP process's business.
 Moments are seconds on the monotonic clock, which all processes of a host share.

@@ -1,4 +1,4 @@
-"""The HTTP process: started by rank 0 before it loads the model, ended when rank 0 is."""
+"""The HTTP process: started by rank 0 before it loads the model, ended with it."""
 
 from __future__ import annotations
 

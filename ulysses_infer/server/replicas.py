@@ -1,4 +1,4 @@
-"""Several replicas in one job: which one a rank is in, where its ranks meet, and how its leader finds the HTTP process.
+"""Replicas of one job: rank assignment, rendezvous, and the connection of each leader to the HTTP process.
 
 A replica is a torch world of its own: its ranks meet in a part of the job's store that others do not see, so nothing
 of the engine has to know of the rest of the job.

@@ -1,4 +1,4 @@
-"""Several replicas behind one door: each request goes to the one that has least to do."""
+"""Routes each request to the replica with the least outstanding work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `serve` command on every rank: rank 0 leads and has the HTTP process beside it, the others follow.
+"""The `serve` command on every rank.
 
 With several replicas each has a leader of its own, whose plans its ranks follow; all are served by one HTTP process.
 """

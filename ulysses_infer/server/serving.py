@@ -1,4 +1,4 @@
-"""Rank 0's loop while it serves: take what the HTTP process sends, run a step, send what came of it."""
+"""Rank 0's loop while serving: receive requests, run a step, send results."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a step costs: step times learned from measurements, and what is known before any. No torch, no ranks."""
+"""Step times: predicted from measurements, or estimated before any. Without torch and ranks."""

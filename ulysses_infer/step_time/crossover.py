@@ -1,4 +1,4 @@
-"""Where one mode stops being the fastest and another begins."""
+"""The token counts at which another mode becomes the fastest."""
 
 from __future__ import annotations
 

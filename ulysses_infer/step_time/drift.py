@@ -1,4 +1,4 @@
-"""When the machine itself has become slower or faster, as opposed to the model being wrong about some steps."""
+"""Detects when the machine itself has become slower or faster."""
 
 from __future__ import annotations
 

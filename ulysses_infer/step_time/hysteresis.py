@@ -1,4 +1,4 @@
-"""When a faster mode is worth the change to it."""
+"""Switch hysteresis: when a faster mode is worth the change to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is remembered of the steps of one mode: the latest few of every kind."""
+"""The latest measured steps of one mode, by bucket."""
 
 from __future__ import annotations
 

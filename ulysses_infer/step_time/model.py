@@ -1,4 +1,4 @@
-"""How long a step takes in each mode: learned from measured steps, and from every step that runs."""
+"""The step time model: fitted to measured steps, refined by every step that runs."""
 
 from __future__ import annotations
 

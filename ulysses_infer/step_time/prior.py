@@ -1,4 +1,4 @@
-"""What a step should cost by the sizes of the model, where nothing has been measured yet."""
+"""Estimates of step times from the sizes of the model, before anything is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured step times, kept in a file with what they hold for."""
+"""Measured step times in a file, with the machine and model they hold for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prices that explain measured times: least squares without negative coefficients and without faith in outliers."""
+"""Robust least squares with non-negative coefficients."""
 
 from __future__ import annotations
 

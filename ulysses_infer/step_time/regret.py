@@ -1,4 +1,4 @@
-"""What the choices of modes have cost, judged by all that is known now."""
+"""Regret: what the mode choices have cost, compared with the best mode in hindsight."""
 
 from __future__ import annotations
 

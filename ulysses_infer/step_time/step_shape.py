@@ -1,4 +1,4 @@
-"""What the time of a step depends on, apart from its mode."""
+"""The features of a step that determine its time."""
 
 from __future__ import annotations
 

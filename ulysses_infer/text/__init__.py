@@ -1,1 +1,1 @@
-"""Between text and token ids."""
+"""Prompts to token ids, token ids to text, and structured outputs."""

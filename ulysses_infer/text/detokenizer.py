@@ -1,4 +1,4 @@
-"""Output tokens to text, piece by piece: never half a character, never half a stop string.
+"""Incremental detokenization: never half a character, never half a stop string.
 
 `TokenDecoder` wraps a Hugging Face tokenizer once per engine; a `Detokenizer` per output turns new tokens
 into the text to stream. Joined, the pieces are the tokenizer's decoding of all tokens, cut at a stop string.

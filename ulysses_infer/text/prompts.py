@@ -1,4 +1,4 @@
-"""What users give as a prompt, made into token ids; and what else only the tokenizer knows."""
+"""Prompts to token ids, and what else needs the tokenizer."""
 
 from __future__ import annotations
 

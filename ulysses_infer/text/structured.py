@@ -1,4 +1,4 @@
-"""Outputs that match a JSON schema, regex, choice or grammar: which tokens may come next.
+"""Structured outputs: which tokens may come next under a JSON schema, regex, choice or grammar.
 
 The library is llguidance (an Earley parser over regex derivatives, computing masks token by token). Measured on one
 CPU core with a byte-level vocabulary of 128,000 tokens, a schema of nine fields and an output of 68 tokens:

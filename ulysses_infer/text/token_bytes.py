@@ -1,4 +1,4 @@
-"""The bytes of text that each token stands for, which a grammar over bytes needs.
+"""The bytes of each token, which byte-level grammars need.
 
 Tokenizers write their pieces in one of three alphabets, and no attribute says reliably in which: byte-level BPE
 (GPT-2's stand-in characters), sentencepiece (`▁` for a space, `<0x0A>` for a byte) or plain text. So each is tried,

@@ -1,1 +1,1 @@
-"""`bench compare`: the same work under data, tensor, sequence and shift parallelism, and a report of it."""
+"""`bench compare`: the same workloads under data, tensor, sequence and shift parallelism, with a report."""

@@ -1,4 +1,4 @@
-"""The `bench compare` command: start the servers, learn what the machine can do, run everything, report."""
+"""The `bench compare` command: starts the servers, measures the machine, runs all cases, writes the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the runs say: medians over repeats, their spread, and ratios to the best static mode, repeat by repeat."""
+"""Statistics over the runs of a comparison: medians, spread, ratios to the best static mode per repeat."""
 
 from __future__ import annotations
 

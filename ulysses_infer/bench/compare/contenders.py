@@ -1,4 +1,4 @@
-"""Who is compared: ways of using the same ranks."""
+"""The contenders of a comparison: ways of using the same ranks."""
 
 from __future__ import annotations
 

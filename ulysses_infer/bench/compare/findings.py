@@ -1,4 +1,4 @@
-"""Everything a comparison found, as it is kept on disk: reports are made from it, now or later."""
+"""The results of a comparison as stored on disk, from which reports are made."""
 
 from __future__ import annotations
 

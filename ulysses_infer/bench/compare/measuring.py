@@ -1,4 +1,4 @@
-"""One run: a contender gets one case, and everything that can be seen of it is noted."""
+"""Measures one run: one contender, one case."""
 
 from __future__ import annotations
 

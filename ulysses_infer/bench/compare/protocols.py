@@ -1,4 +1,4 @@
-"""What everybody is asked to do: the protocols of the Shift Parallelism paper, to the scale of a machine.
+"""The workloads of a comparison: the protocols of the Shift Parallelism paper, scaled to the machine.
 
 Loads with times are sized by what the machine can do (`Capacity`), which is measured first: the same share of it is the
 same pressure on a laptop and on eight GPUs.

@@ -1,4 +1,4 @@
-"""The report: pictures as PNG files, and one HTML page that holds everything it shows."""
+"""Writes the report: PNG plots and one self-contained HTML page."""
 
 from __future__ import annotations
 

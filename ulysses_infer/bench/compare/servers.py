@@ -1,4 +1,4 @@
-"""The servers that are compared: started as anyone would start them, and ended whatever happens."""
+"""Starts and ends the servers under comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison on the terminal, and as CSV."""
+"""The comparison as terminal tables and CSV."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`bench replay`: a trace of production traffic, sent to a server as it came, or to scale."""
+"""`bench replay`: sends a trace of production traffic to a server, at its own pace or scaled."""

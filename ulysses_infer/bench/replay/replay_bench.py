@@ -1,4 +1,4 @@
-"""The `bench replay` command: cut and scale the trace, build the prompts, send them, print, write."""
+"""The `bench replay` command: cuts and scales a trace, builds prompts, sends them, reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stretch of a trace, to scale: the same shape for a smaller model, or for less time."""
+"""Cuts a window from a trace and scales its rate and lengths."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`bench serve`: load on a server that speaks OpenAI's format, from one process without torch, and what came of it."""
+"""`bench serve`: a load generator for servers with the OpenAI API, in one process without torch."""

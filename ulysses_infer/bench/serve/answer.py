@@ -1,4 +1,4 @@
-"""What one request was answered, and when each piece of it came."""
+"""The answer to one request, with the time of each of its parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When requests are sent: gamma-distributed gaps at a rate that may ramp, as moments counted from the start.
+"""Arrival times of requests: gamma-distributed gaps at a rate that may ramp.
 
 A ramp is the same process on a warped clock: after t seconds the rate has let `expected(t)` requests through, so the
 moment at which an arrival of a unit-rate process falls due is the inverse of that.

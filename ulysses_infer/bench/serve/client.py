@@ -1,4 +1,4 @@
-"""A lean HTTP/1.1 client on asyncio: kept connections, and no task switch per token."""
+"""A lean asyncio HTTP/1.1 client: persistent connections and no task switch per token."""
 
 from __future__ import annotations
 

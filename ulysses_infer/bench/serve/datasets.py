@@ -1,4 +1,4 @@
-"""What is asked: random prompts, prompts that share prefixes, files of prompts, traces."""
+"""Prompts of a benchmark: random, with shared prefixes, from files, from traces."""
 
 from __future__ import annotations
 

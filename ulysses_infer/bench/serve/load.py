@@ -1,4 +1,4 @@
-"""Sends requests at their moments, or as many at a time as asked, and watches whether this process keeps up."""
+"""Sends requests on schedule or at fixed concurrency, and checks that this process keeps up."""
 
 from __future__ import annotations
 

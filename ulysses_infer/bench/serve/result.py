@@ -1,4 +1,4 @@
-"""The numbers of a run under the field's names (vLLM's), as a table and as JSON: results compare line by line."""
+"""The metrics of a run under vLLM's names, as a table and as JSON."""
 
 from __future__ import annotations
 

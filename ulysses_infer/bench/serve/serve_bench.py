@@ -1,4 +1,4 @@
-"""The `bench serve` command: ask the server what it is, prepare every request, run, print, write."""
+"""The `bench serve` command: queries the server, prepares requests, runs, reports."""
 
 from __future__ import annotations
 

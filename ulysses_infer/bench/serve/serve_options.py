@@ -1,4 +1,4 @@
-"""The options of `bench serve`; the field's spellings of them are understood too."""
+"""The options of `bench serve`, including vLLM's spellings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traces of production traffic: when each request came and how long its prompt and its answer were.
+"""Reads traces of production traffic: arrival time, input length and output length per request.
 
 Two published formats: Mooncake's JSON lines (Qin et al., FAST 2025) and Azure's CSV (Patel et al., ISCA 2024).
 """

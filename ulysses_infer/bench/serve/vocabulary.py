@@ -1,4 +1,4 @@
-"""What random prompts are made of: token ids that the server's tokenizer really makes, or words."""
+"""The material of random prompts: token ids of the server's tokenizer, or words."""
 
 from __future__ import annotations
 

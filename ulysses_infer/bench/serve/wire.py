@@ -1,4 +1,4 @@
-"""Bytes off the wire: HTTP/1.1 responses and server-sent events, taken apart as they come.
+"""Incremental parsers for HTTP/1.1 responses and server-sent events.
 
 Own parsers because the client shares its cores with the server under test: per token they cost a few slices.
 """

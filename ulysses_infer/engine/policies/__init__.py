@@ -1,4 +1,4 @@
-"""Which mode a step runs in. A policy is one object; changing it at run time is swapping the object."""
+"""Policies: objects that choose the mode of each step; they can be replaced at run time."""
 
 from ulysses_infer.engine.policies.adaptive import AdaptivePolicy
 from ulysses_infer.engine.policies.policy import Decision, Policy

@@ -1,4 +1,4 @@
-"""The mode that measurements of this machine say is the fastest for the very step at hand."""
+"""The adaptive policy: chooses the mode with the lowest predicted step time."""
 
 from __future__ import annotations
 

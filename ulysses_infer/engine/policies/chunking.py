@@ -1,4 +1,4 @@
-"""How large a prefill chunk may be, so that those who decode beside it get their tokens in time."""
+"""Limits prefill chunks so that decodes in the same step meet their latency target."""
 
 from __future__ import annotations
 

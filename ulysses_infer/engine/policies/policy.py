@@ -1,4 +1,4 @@
-"""What every policy is: it decides the mode of a step and can say why."""
+"""The interface of policies, and the decision they return."""
 
 from __future__ import annotations
 

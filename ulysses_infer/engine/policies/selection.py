@@ -1,4 +1,4 @@
-"""From settings to a policy."""
+"""Makes a policy from its settings."""
 
 from __future__ import annotations
 

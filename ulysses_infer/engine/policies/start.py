@@ -1,4 +1,4 @@
-"""What an adaptive policy knows when it starts: the stored step times, or what the model's sizes suggest."""
+"""The initial step times of an adaptive policy: a stored profile, or estimates from the model's sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One mode for every step."""
+"""The static policy: the same mode for every step."""
 
 from __future__ import annotations
 

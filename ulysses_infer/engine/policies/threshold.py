@@ -1,4 +1,4 @@
-"""One mode for large steps, another for small ones."""
+"""The threshold policy: one mode above a number of tokens, another below (Algorithm 2 of the paper)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers: where experts live, what a rank stores of them, and the function transformers calls."""
+"""Mixture-of-experts layers: placement, stored weights, and the function that transformers calls."""
 
 from ulysses_infer.model.experts.kinds import expert_sizes, is_experts, scales_inputs
 from ulysses_infer.model.experts.layer import EXPERTS_NAME, ExpertLayer, register

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint make the quantised experts of a model, by transformers' own names for them."""
+"""Names of checkpoint tensors that hold quantized experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules of transformers are experts, and what they weigh."""
+"""Which transformers modules are experts, and how large they are."""
 
 from __future__ import annotations
 

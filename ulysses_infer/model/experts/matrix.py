@@ -1,4 +1,4 @@
-"""One matrix of the experts that a rank keeps, quantised: an expert's is read, and made dense, when it has tokens."""
+"""One quantized matrix of all stored experts; an expert is dequantized when it has tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the experts of a model live: the three placements and the choice between them. The same in every mode.
+"""The three placements of experts on ranks, and the choice between them. It is the same in every mode.
 
 `replicate`: every TP slice of the base mode holds its part of the width of every expert, as dense layers do, and modes
 read views of it (arXiv 2509.16495 §3.2). `expert`: each of the W ranks owns E/W whole experts. `width`: each rank owns

@@ -1,4 +1,4 @@
-"""What one rank stores of the experts of a layer that its checkpoint has quantised, and how a mode reads it."""
+"""The quantized experts that a rank stores of a layer, and the view of each mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama4's experts: the router scales what goes in, and transformers runs every token through every expert.
+"""Experts of llama4, whose router scales the inputs.
 
 Rows of unchosen experts are zero there, and stay zero. So only the chosen ones are computed here, by the same function
 and with the same placements as everybody's.

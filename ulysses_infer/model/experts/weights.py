@@ -1,4 +1,4 @@
-"""What one rank stores of the experts of a layer, and how a mode reads it."""
+"""The experts that a rank stores of a layer, and the view of each mode."""
 
 from __future__ import annotations
 

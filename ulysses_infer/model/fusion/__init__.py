@@ -1,1 +1,1 @@
-"""Passes over an injected model that compute together what transformers computes apart, each proved equal at load."""
+"""Fusion passes over a loaded model; every fused form is proved equal when the model is loaded."""

@@ -1,4 +1,4 @@
-"""Attention blocks: query, key and value, norms over heads, rotary positions, attention, output."""
+"""Fused attention blocks: projections, head norms, rotary embedding, attention, output projection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop over a model's layers, each residual sum computed with the norm that follows it."""
+"""The fused layer loop: each residual addition is combined with the norm that follows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a layer: norms, rotary positions, gated activations."""
+"""Fused elementwise operations: norms, rotary embedding, gated activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gated feed-forward blocks: gate and up, their product, down."""
+"""Fused gated feed-forward blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pass over a loaded model: every part of it that has a fused form, and is proved equal to it, takes that form.
+"""The fusion pass: replaces parts of a model by fused forms that are proved equal.
 
 Ranks decide this each for themselves: either form exchanges the same with the others.
 """

@@ -1,4 +1,4 @@
-"""Whether a module computes what another does: both are run, on what the other was really given and on multiples."""
+"""Proves that two modules compute the same, on recorded inputs and scaled copies of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary angles of a step's positions."""
+"""Fused rotary angles."""
 
 from __future__ import annotations
 

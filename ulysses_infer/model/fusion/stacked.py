@@ -1,4 +1,4 @@
-"""Several column-cut linears of one input as one matrix product, their weights in one tensor, in every mode."""
+"""Several column-parallel linears of one input, stored in one tensor and computed as one product."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What of a transformers model is replaced, and by what."""
+"""Replaces parts of a transformers model by layers that follow the mode."""

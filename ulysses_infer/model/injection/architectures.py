@@ -1,4 +1,4 @@
-"""Which architectures are served. Fails closed: a family is served once the equivalence suite has proved it."""
+"""The list of supported architectures. A family is served only if the equivalence suite has proved it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapt attention layers: cut their projections by heads, keep their head counts local, refuse what no rule covers."""
+"""Adapts attention layers: splits projections by heads, and refuses what no rule covers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an attention module knows of its heads, kept equal to the heads it has in the current mode."""
+"""Keeps the head counts inside attention modules equal to the local heads of the current mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapt a transformers model to the step context: replace linears, norms and the head; name our functions.
+"""Adapts a transformers model: replaces linears, norms, experts and the head, and names our functions.
 
 Model mathematics stays transformers' own; what changes is which slice of it a rank computes.
 """

@@ -1,4 +1,4 @@
-"""Whether a model caches latents or heads, decided before a weight is read, alike on every rank."""
+"""Decides whether a model caches latents or heads, before any weight is read and alike on every rank."""
 
 from __future__ import annotations
 

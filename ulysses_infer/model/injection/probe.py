@@ -1,4 +1,4 @@
-"""A dry run of an injected model: what the injection cannot make right is refused by name, before anything is served.
+"""A dry run of the adapted model that refuses models in which tokens influence each other outside of attention.
 
 Attention is replaced by a stand-in that looks at one token at a time. Then nothing else may look at two: a recurrent
 state, a convolution, positions counted from the batch instead of given, or attention that does not come through our

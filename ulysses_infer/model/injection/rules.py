@@ -1,4 +1,4 @@
-"""Which linear layers are cut and how, read off the names and shapes that transformers' models share.
+"""Rules that say which linear layers are split and how, by the names and shapes in transformers' models.
 
 transformers' own `tp_plan`s are hints made for another runtime: several families have none, others keep packed
 projections whole (see docs/models.md). A rule here is a name, matched whole, and the sharding it implies; a layer no

@@ -1,1 +1,1 @@
-"""The layers that follow the mode of a step."""
+"""Layers whose view of the weights follows the mode of a step."""

@@ -1,4 +1,4 @@
-"""The attention function that transformers' models call: tokens in, own heads over the paged cache, tokens out."""
+"""The attention function that transformers' models call: all-to-all, cache write, attention, all-to-all."""
 
 from __future__ import annotations
 

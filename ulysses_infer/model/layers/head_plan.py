@@ -1,4 +1,4 @@
-"""Which heads an attention layer has in the current mode."""
+"""Which heads an attention layer computes in the current mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (MLA) over a cache of latents: one a token and layer, the same in every mode.
+"""Multi-head latent attention (MLA) over cached latents: one per token and layer, the same in every mode.
 
 A layer of this kind (DeepSeek-V2, arXiv 2405.04434 §2.1) makes the keys and values of all its heads of one latent: `c`,
 which `kv_b_proj` expands, and `r`, a rotated part that the keys of all heads share. With `U` and `V` the rows of

@@ -1,4 +1,4 @@
-"""Which sequences of a step have their latents expanded, and the keys and values that this makes for them."""
+"""Expands the latents of long prefill chunks into keys and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ShiftLinear`: one stored slice of a linear layer, read differently in each mode."""
+"""`ShiftLinear`: one stored slice of a linear layer, viewed differently in each mode."""
 
 from __future__ import annotations
 

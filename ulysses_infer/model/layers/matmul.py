@@ -1,4 +1,4 @@
-"""The matrix product of linear layers: torch's, and on a CPU kernels of our own."""
+"""`linear`: the matrix product of linear layers, by torch or by our CPU kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms that look across heads: their input is sharded, so their statistics or weights must follow the mode."""
+"""Norms over all heads, whose input is sharded: their statistics or weights follow the mode."""
 
 from __future__ import annotations
 

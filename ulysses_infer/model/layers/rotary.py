@@ -1,4 +1,4 @@
-"""Rotary embeddings: what would move with each batch is settled once; and how long texts may be."""
+"""Rotary embeddings that would depend on the batch are fixed once; the maximum model length."""
 
 from __future__ import annotations
 

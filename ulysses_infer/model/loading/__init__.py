@@ -1,1 +1,1 @@
-"""Checkpoints and models in memory as sources of weights."""
+"""Sources of weights: checkpoints, models in memory, training engines."""

@@ -1,4 +1,4 @@
-"""Fill an injected model from a checkpoint: transformers' own key renames and weight conversions, our slices."""
+"""Loads a rank's slices from a checkpoint, with transformers' own key renames and weight conversions."""
 
 from __future__ import annotations
 

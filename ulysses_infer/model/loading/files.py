@@ -1,4 +1,4 @@
-"""Where a checkpoint's tensors are: its files, opened lazily, read whole or by slices."""
+"""Checkpoint files: opened lazily, read whole or by slices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`model.hf_overrides`: what a recipe changes in transformers' config of a checkpoint before the model is built."""
+"""`model.hf_overrides`: changes of transformers' config before the model is built."""
 
 from __future__ import annotations
 

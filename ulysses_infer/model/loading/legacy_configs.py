@@ -1,4 +1,4 @@
-"""config.json files that were released with values transformers no longer reads."""
+"""Repairs published config.json files with values that transformers no longer reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models with picture or sound towers, taken as the language models that they are without them.
+"""Multimodal checkpoints served as text models, without their image and audio encoders.
 
 Prompts are text, so the towers and what joins them to the text are never reached: they are taken out before anything
 is laid out, and their weights are neither read nor kept. What is left runs transformers' own forward of the whole

@@ -1,4 +1,4 @@
-"""Where a model's weights come from: a folder of any kind, or a model in memory that may be in training."""
+"""Finds the source of a model's weights: a folder, a hub id, or a model in memory."""
 
 from __future__ import annotations
 

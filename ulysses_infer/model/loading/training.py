@@ -1,4 +1,4 @@
-"""The weights of a model in training, as they are now: partitioned by ZeRO, or with LoRA adapters of PEFT's on them."""
+"""Weights of a model in training: ZeRO-partitioned, or with PEFT's LoRA adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the output embedding is the input's: config.json says so, and the checkpoint has the last word.
+"""Resolves whether input and output embeddings are tied: config.json says so, the checkpoint decides.
 
 Configs of some models with towers say nothing, and transformers' default ties what their checkpoints keep apart.
 """

@@ -1,4 +1,4 @@
-"""One rank's weights, as something that can change while an engine lives."""
+"""The weights of one rank, which can be replaced while the engine lives."""
 
 from __future__ import annotations
 

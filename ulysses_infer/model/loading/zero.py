@@ -1,4 +1,4 @@
-"""DeepSpeed's own checkpoints as sources of weights: ZeRO stages 0 to 3, and universal ones."""
+"""DeepSpeed checkpoints as sources of weights: ZeRO stages 0 to 3, and universal checkpoints."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Low-rank adapters beside the served weights: read at start, chosen by each request, right in every mode."""
+"""LoRA adapters: loaded at start, chosen per request, applied in every mode."""

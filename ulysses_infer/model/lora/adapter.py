@@ -1,4 +1,4 @@
-"""A LoRA adapter as PEFT saves it: two small matrices for each linear layer it changes."""
+"""Reads a LoRA adapter in PEFT's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters attached to the linear layers they change, each rank with its own slice of them in every mode."""
+"""Attaches adapters to the linear layers they change, with this rank's slice for every mode."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Quantised checkpoints: weights stay in memory as they are stored, in the one base slice that every mode views."""
+"""Quantized checkpoints: weights stay as stored, in one base slice that every mode views."""

@@ -1,4 +1,4 @@
-"""Scales of an FP8 cache, one for keys and one for values of a layer, where the checkpoint has calibrated them."""
+"""Scales of an FP8 KV cache, read from the checkpoint."""
 
 from __future__ import annotations
 

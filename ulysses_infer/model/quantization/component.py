@@ -1,4 +1,4 @@
-"""One stored tensor of a quantised layer, and how its indices lie over the layer's features."""
+"""One stored tensor of a quantized layer, and how its axes map to the layer's features."""
 
 from __future__ import annotations
 

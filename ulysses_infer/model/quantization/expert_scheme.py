@@ -1,4 +1,4 @@
-"""How a checkpoint stores the experts of a layer: every expert's projections, or all experts in one tensor."""
+"""How a checkpoint stores quantized experts: one tensor per expert, or one for all."""
 
 from __future__ import annotations
 

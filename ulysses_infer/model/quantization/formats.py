@@ -1,4 +1,4 @@
-"""From a checkpoint's `quantization_config` to the scheme of each linear layer; the unknown is refused by name."""
+"""Reads `quantization_config`: the scheme of each linear layer. Unknown formats are refused by name."""
 
 from __future__ import annotations
 

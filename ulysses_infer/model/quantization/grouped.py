@@ -1,4 +1,4 @@
-"""One product for all experts with FP8 weights, on tensor cores that have it."""
+"""Grouped FP8 product over all experts, on tensor cores that support it."""
 
 from __future__ import annotations
 

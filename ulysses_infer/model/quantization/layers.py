@@ -1,4 +1,4 @@
-"""Where quantised layers enter a model: layers are marked before it is injected, and made when they are replaced."""
+"""Marks the quantized layers of a model before it is adapted, and creates them."""
 
 from __future__ import annotations
 

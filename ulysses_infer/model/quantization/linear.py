@@ -1,4 +1,4 @@
-"""`QuantizedLinear`: one stored slice of a quantised linear layer, read differently in each mode."""
+"""`QuantizedLinear`: one stored slice of a quantized linear layer, viewed differently in each mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in the OCP microscaling format MXFP4: four bits of e2m1 a value, a power of two for 32 of them.
+"""Weights in MXFP4, the OCP microscaling format: e2m1 values with one power-of-two scale per 32.
 
 Source: "OCP Microscaling Formats (MX) Specification", version 1.0; the layout is that of gpt-oss.
 """

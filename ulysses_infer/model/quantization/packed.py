@@ -1,4 +1,4 @@
-"""Weights of a few bits, packed into words of 32, with a scale (and zero point) a group of inputs.
+"""Weights of a few bits, packed into 32-bit words, with scales and zero points per group of inputs.
 
 AWQ: Lin et al., arXiv 2306.00978; GPTQ: Frantar et al., arXiv 2210.17323; the layouts are those of their checkpoints.
 """

@@ -1,4 +1,4 @@
-"""Matrix products with quantised weights: on FP8 tensor cores where they can read the views, else dequantised."""
+"""Matrix products with quantized weights: on FP8 tensor cores where possible, else dequantized."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading the tensors of quantised layers: what is stored must be what the checkpoint's config says."""
+"""Reads and checks the stored tensors of quantized layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in eight bits with a scale: for the whole layer, an output channel or a block."""
+"""Eight-bit weights with scales per tensor, per output channel or per block."""
 
 from __future__ import annotations
 

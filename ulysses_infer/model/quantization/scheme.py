@@ -1,4 +1,4 @@
-"""What every way of quantising a linear layer's weight has in common."""
+"""The interface of quantization schemes of a linear layer."""
 
 from __future__ import annotations
 

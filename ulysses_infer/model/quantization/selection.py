@@ -1,4 +1,4 @@
-"""Which linear layers a checkpoint's lists of names mean."""
+"""Which linear layers a checkpoint's name patterns select."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The vocabulary head: every rank computes its own rows of the vocabulary, in every mode, for the rows that need it."""
+"""The sharded output head: every rank computes its rows of the vocabulary in every mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits rows to token ids, on one rank.
+"""The sampler: logits rows to token ids, on rank 0.
 
 A row passes through, in vLLM's order: its grammar, allowed_token_ids, bad_words, min_tokens, logit_bias, penalties;
 then greedy rows take the likeliest token, and the others temperature, min_p, top_k, top_p and one draw. Rows that

@@ -1,1 +1,1 @@
-"""The HTTP side of the server: OpenAI's wire format in, token ids to the engine, text back."""
+"""The HTTP application: OpenAI's wire format to token ids and back."""

@@ -1,4 +1,4 @@
-"""One HTTP request from the engine's tokens to its answer: what completions and chats have in common."""
+"""Turns the engine's tokens into the answer of one HTTP request, whole or streamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application: routes, and what every request passes on its way to one."""
+"""The FastAPI application: routes and middleware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request's body: JSON into a pydantic type, or one line that says what is wrong with it."""
+"""Parses a request body into a pydantic type, or raises one line that says what is wrong."""
 
 from __future__ import annotations
 

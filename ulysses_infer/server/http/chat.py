@@ -1,4 +1,4 @@
-"""/v1/chat/completions: messages to the engine's work, its outputs to messages."""
+"""/v1/chat/completions: messages to a prompt, outputs to chat choices."""
 
 from __future__ import annotations
 

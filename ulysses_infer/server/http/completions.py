@@ -1,4 +1,4 @@
-"""/v1/completions: a request to the engine's work, its outputs to choices."""
+"""/v1/completions: prompts to engine requests, outputs to choices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every route needs."""
+"""The application context: what every route needs."""
 
 from __future__ import annotations
 

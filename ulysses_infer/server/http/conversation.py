@@ -1,4 +1,4 @@
-"""Messages to a prompt's text, by the checkpoint's chat template."""
+"""Renders chat messages with the checkpoint's chat template."""
 
 from __future__ import annotations
 

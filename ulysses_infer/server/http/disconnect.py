@@ -1,4 +1,4 @@
-"""Work that ends when the one who asked for it leaves."""
+"""Cancels work when the client disconnects."""
 
 from __future__ import annotations
 

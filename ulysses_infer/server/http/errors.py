@@ -1,4 +1,4 @@
-"""Errors as clients see them: OpenAI's shape, one line, and a status that says whether trying again can help."""
+"""Errors in OpenAI's shape, with a status that says whether a retry can help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One HTTP request's work for the engine: some prompts, each completed `n` times, all at once."""
+"""The engine requests of one HTTP request: several prompts, `n` completions each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request meets before its route: keys, the limit on its size, and an answer to whatever goes wrong."""
+"""Middleware: API keys, the body size limit, and a response to every failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-probabilities in the three shapes that clients know."""
+"""Log-probabilities in the three shapes of the API."""
 
 from __future__ import annotations
 

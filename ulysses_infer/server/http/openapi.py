@@ -1,4 +1,4 @@
-"""/openapi.json, made to be true: routes read bodies themselves, so they say here what they take and answer."""
+"""The parts of /openapi.json that FastAPI cannot derive, because routes parse bodies themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The outputs of one HTTP request as they grow: tokens in, text out, and how much was used."""
+"""The outputs of one HTTP request in progress: tokens in, text and usage out."""
 
 from __future__ import annotations
 

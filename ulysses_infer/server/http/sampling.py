@@ -1,4 +1,4 @@
-"""The fields of a request as `SamplingParams`."""
+"""Converts request fields to `SamplingParams`."""
 
 from __future__ import annotations
 

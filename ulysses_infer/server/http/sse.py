@@ -1,4 +1,4 @@
-"""Server-sent events: an answer that is written while it is made."""
+"""Server-sent events."""
 
 from __future__ import annotations
 

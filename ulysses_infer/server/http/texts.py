@@ -1,4 +1,4 @@
-"""The tokenizer, as the server uses it: text to token ids without holding up streams, token ids to text."""
+"""The tokenizer of the server: encodes without blocking streams, decodes incrementally."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools in a chat request: what the engine is told to match, and how the output is read."""
+"""Tools of a chat request: the constraint on the output, and the parser that reads it."""
 
 from __future__ import annotations
 

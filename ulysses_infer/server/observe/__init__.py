@@ -1,4 +1,4 @@
-"""What the server shows of itself: metrics, the live page, the log."""
+"""Metrics, dashboard and logs of the server."""
 
 from ulysses_infer.server.observe.observatory import Observatory
 

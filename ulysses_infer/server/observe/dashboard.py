@@ -1,4 +1,4 @@
-"""The live page: its parts in `page/` put together into one file that needs nothing else."""
+"""The dashboard: one self-contained page made from the files in `page/`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last minutes of the engine, for the live page: what each step ran in, how much, how fast."""
+"""The last minutes of the engine, for the dashboard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics under vLLM's suffixes, so that its dashboards carry over, and those of modes and switches."""
+"""Prometheus metrics with vLLM's suffixes, and those of modes and switches."""
 
 from __future__ import annotations
 

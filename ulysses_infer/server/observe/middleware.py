@@ -1,4 +1,4 @@
-"""What every HTTP request gets, whatever route it takes: an id, a place in the metrics, a line in the access log."""
+"""Middleware that gives every HTTP request an id, metrics and an access log line."""
 
 from __future__ import annotations
 

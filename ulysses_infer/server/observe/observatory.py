@@ -1,4 +1,4 @@
-"""The one who watches: takes the client's events and gives metrics, the live page and the log."""
+"""Collects engine events into metrics, dashboard and logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A policy's plain description, as the engine sends it, in words."""
+"""Descriptions of policies in words."""
 
 from __future__ import annotations
 

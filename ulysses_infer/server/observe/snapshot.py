@@ -1,4 +1,4 @@
-"""The history as the live page reads it: one JSON object a second, of which only what is new is sent."""
+"""The history as JSON for the dashboard, sent incrementally once per second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log's line on load and speed, each few seconds while something happens."""
+"""The periodic log line on load and throughput."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounded memory of the last minutes: rows of fixed width in time, and samples counted by size."""
+"""Bounded time windows and histograms of recent values."""
 
 from __future__ import annotations
 

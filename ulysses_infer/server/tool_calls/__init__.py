@@ -1,4 +1,4 @@
-"""Tool calls: finding them in what a model writes, and making a model write them.
+"""Tool calls: parses them from model output, and constrains outputs to them.
 
 `choose_format` tells how a model writes calls; the format's parser turns an output's text, as it streams, into content
 and calls. `tool_choice_constraint` and `constrained_format` do the same for a `tool_choice` that leaves no choice.

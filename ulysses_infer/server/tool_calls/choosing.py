@@ -1,4 +1,4 @@
-"""Which format a model writes its tool calls in: by name, or told from its chat template."""
+"""Selects the tool-call format of a model, by name or from its chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `tool_choice` that leaves no choice, as a constraint on the output, and the format of such an output."""
+"""A required `tool_choice` as a constraint on the output."""
 
 from __future__ import annotations
 

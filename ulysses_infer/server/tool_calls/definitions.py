@@ -1,4 +1,4 @@
-"""The `tools` and `tool_choice` of a request, checked."""
+"""Checks the `tools` and `tool_choice` of a request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a parser of tool calls says while text streams, and what a format and a parser are."""
+"""The interface of tool-call formats and parsers, and the events they emit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats whose calls carry their arguments as a JSON object, which streams to the client as the model writes it.
+"""Tool-call formats whose arguments are a JSON object, streamed while the model writes it.
 
 Sources: the chat templates of Qwen 2.5 and Hermes 2 Pro, of Llama 3.1, of Mistral's v3 to v13 tokenizers and of
 DeepSeek V3 and V3.1.

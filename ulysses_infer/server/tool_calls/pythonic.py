@@ -1,4 +1,4 @@
-"""Calls as a Python list, `[f(a=1), g(b="x")]`, over the whole output (Llama 3.2 and 4).
+"""Tool calls as a Python list, `[f(a=1), g(b="x")]` (Llama 3.2 and 4).
 
 Values are Python literals, so that a call is given out when it is complete, not before. The list begins the output, or
 stands in Llama 4's `<|python_start|>…<|python_end|>`. Only known names make a call: lists are common in plain text.

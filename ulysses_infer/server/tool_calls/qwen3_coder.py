@@ -1,4 +1,4 @@
-"""Calls in tags, one for each argument (Qwen3-Coder's chat template):
+"""Tool calls in tags, one per argument (Qwen3-Coder's chat template):
 
     <tool_call>
     <function=name>

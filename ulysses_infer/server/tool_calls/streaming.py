@@ -1,4 +1,4 @@
-"""What parsers of tool calls share: text that comes in pieces, and markup recognised before any of it is shown.
+"""Base of streaming tool-call parsers: text in pieces, markup recognised before any of it is shown.
 
 A parser is a state machine. A state looks at the text that was not taken yet and either takes some of it and names
 the next state, or waits for more. It decides only what no further text can change, so that cuts make no difference.

@@ -1,1 +1,1 @@
-"""Pictures of a comparison: each function here gives a matplotlib figure."""
+"""Plots of a comparison; each function returns a matplotlib figure."""

@@ -1,4 +1,4 @@
-"""Latency and throughput of one shape, as bars: the paper's Fig. 12."""
+"""Bar charts of latency and throughput (Fig. 12 of the paper)."""
 
 from __future__ import annotations
 

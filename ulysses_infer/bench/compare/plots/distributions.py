@@ -1,4 +1,4 @@
-"""How latencies are distributed: all repeats of a case together, as cumulative shares."""
+"""Cumulative distributions of latencies over all repeats of a case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How pictures look: colours as on the live page, quiet axes, type that can be read from the back of a room."""
+"""The style of all plots: colours as on the dashboard, large type, light axes."""
 
 from __future__ import annotations
 

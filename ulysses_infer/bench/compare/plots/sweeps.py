@@ -1,4 +1,4 @@
-"""A metric over the length of the context or the arrival rate: a line for each contender, whiskers for its repeats."""
+"""A metric over context length or arrival rate, one line per contender."""
 
 from __future__ import annotations
 

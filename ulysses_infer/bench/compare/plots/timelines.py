@@ -1,4 +1,4 @@
-"""What requests saw over time, above what the engine did: the paper's Figs. 9 to 11, with the mode of every step."""
+"""Timelines of requests above the mode of every step (Figs. 9 to 11 of the paper)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What goes over the wire, as pydantic types: they check requests and describe everything in /openapi.json."""
+"""The wire format as pydantic types."""

@@ -1,4 +1,4 @@
-"""Fields that several requests share, and the pieces of answers."""
+"""Fields shared by requests, and parts of responses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models, health, version and administration."""
+"""Types of models, health, version and administration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, in vLLM's shapes."""
+"""Types of /tokenize and /detokenize, as in vLLM."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The endpoints, a file for each kind."""
+"""The endpoints, one file per kind."""

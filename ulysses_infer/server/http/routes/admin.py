@@ -1,4 +1,4 @@
-"""What an administrator may do; `guards.Keys` has asked for the key."""
+"""Administrative endpoints; `guards.Keys` checks the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Probes, version, metrics and the live page."""
+"""Probes, version, metrics and the dashboard."""
 
 from __future__ import annotations
 

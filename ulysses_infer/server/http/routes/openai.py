@@ -1,4 +1,4 @@
-"""OpenAI's routes: completions, chat, models."""
+"""Endpoints of the OpenAI API: completions, chat, models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize."""
+"""The endpoints /tokenize and /detokenize."""
 
 from __future__ import annotations
 
