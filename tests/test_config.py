@@ -613,6 +613,6 @@ class TestPrinting:
 
     def test_documented_reference_is_up_to_date(self):
         root = Path(__file__).parents[1]
-        command = [sys.executable, str(root / "tools" / "make_docs.py"), "--check"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "docs.generate.make_docs", "--check"]
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from ulysses_infer.config import schema_reference
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "ulysses_infer"
 
 RECIPE_REFERENCE = """# Recipe reference
 
@@ -21,10 +25,44 @@ same keys, nested (`parallel={{"sp": 4}}`) or dotted. A literal `${{` in a text 
 
 {sections}"""
 
+MODULE_MAP = """# Module map
+
+<!-- Generated from the first sentence of every file by docs/generate/make_docs.py; do not edit. -->
+
+Every folder and file of `ulysses_infer/`, with the first sentence of the file. [architecture.md](architecture.md) has
+the order of folders and the ideas behind it.
+
+{folders}"""
+
 
 def generated_pages() -> dict[Path, str]:
     """The text of every generated page, by path."""
-    return {ROOT / "docs" / "recipe-reference.md": RECIPE_REFERENCE.format(sections=schema_reference())}
+    docs = ROOT / "docs"
+    return {
+        docs / "recipe-reference.md": RECIPE_REFERENCE.format(sections=schema_reference()),
+        docs / "module-map.md": MODULE_MAP.format(folders="\n".join(folder_sections())),
+    }
+
+
+def folder_sections() -> Iterator[str]:
+    """One section per folder of the package, in alphabetical order, with a line for each of its files."""
+    folders = [PACKAGE, *sorted(path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)]
+    for folder in folders:
+        name = folder.relative_to(PACKAGE.parent)
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".py", ".c", ".h"))
+        lines = [f"- `{path.name}`: {first_sentence(path)}" for path in files if path.name != "__init__.py"]
+        yield "\n".join([f"## {name}/", "", first_sentence(folder / "__init__.py"), "", *lines, ""])
+
+
+def first_sentence(path: Path) -> str:
+    """The first paragraph of a file's docstring, or of its opening comment in C, on one line."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        described = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        comment = re.match(r"\s*/\*(.*?)\*/", text, re.DOTALL)
+        described = re.sub(r"^ \*", "", comment[1], flags=re.MULTILINE) if comment else ""
+    return " ".join(described.strip().split("\n\n")[0].split())
 
 
 def is_current(path: Path, text: str) -> bool:
@@ -41,7 +79,7 @@ def main() -> int:
     for path, text in stale.items():
         if check:
             print(
-                f"error: {path.relative_to(ROOT)} is out of date; run: python docs/generate/make_docs.py",
+                f"error: {path.relative_to(ROOT)} is out of date; run: python -m docs.generate.make_docs",
                 file=sys.stderr,
             )
         else:

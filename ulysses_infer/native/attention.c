@@ -1,4 +1,4 @@
-/* Attention over a paged cache: keys and values are read where they lie, through the block table, for decodes and
+/* Attention over a paged KV cache, read in place through the block table, for decodes and
  * prompts alike.
  *
  * Sums run in an order that a sequence alone determines: neither the rest of the batch nor the number of threads

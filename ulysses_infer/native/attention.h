@@ -1,4 +1,4 @@
-/* Attention over a paged cache: what is attended for, and who sees what. */
+/* Arguments of the attention kernels: sequences, cache, and which keys each query sees. */
 #pragma once
 #include "vector.h"
 

@@ -1,4 +1,4 @@
-/* How a graph (graph.c) calls a function: its arguments are words in a row, numbers and addresses alike. */
+/* How a CPU graph (cpu_graph.c) calls a function: its arguments are 64-bit words, numbers and addresses alike. */
 #pragma once
 #include <stdint.h>
 #include <string.h>

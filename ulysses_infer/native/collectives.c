@@ -1,4 +1,4 @@
-/* Collectives of ranks that share memory: sums, all-to-alls, gathers, and messages of the first member.
+/* Collectives over shared memory: sums, all-to-alls, gathers, and messages from the first member.
  *
  * Each takes as many phases (phases.h) as its message needs slots.
  */

@@ -1,4 +1,4 @@
-/* A step's calls into native libraries, made again without Python between them. */
+/* Replays the native calls of a recorded step without Python between them. */
 #include <stdint.h>
 #include <time.h>
 

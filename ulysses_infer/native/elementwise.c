@@ -1,4 +1,4 @@
-/* What stands between the matrix products of a decoder layer: norms, rotary positions, gated activations.
+/* Elementwise operations of a decoder layer: norms, rotary positions, gated activations.
  *
  * Every intermediate result is rounded to the tensors' type where transformers' modeling code rounds it, so that these
  * differ from it by no more than the order of a float32 sum. The file includes itself once for each type. */

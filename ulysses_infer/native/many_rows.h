@@ -1,4 +1,4 @@
-/* Products of dozens of rows and more, in bfloat16: a lane of a vector is an input row, so that no sum crosses lanes.
+/* bfloat16 products of dozens of rows and more: a lane of a vector is an input row, so that no sum crosses lanes.
  *
  * The inputs are turned round first: pairs of neighbouring numbers of all rows lie side by side. A weight row is then
  * read pair by pair, each pair sent to all lanes. Sums run over k in order, whatever the number of rows.

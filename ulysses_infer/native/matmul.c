@@ -1,4 +1,4 @@
-/* Products of a few input rows with a weight matrix: the weight is read once, in order, as fast as memory gives it.
+/* Matrix products of a few input rows: the weight is read once, in order, at memory speed.
  *
  * outputs[t, n] = sum over k of inputs[t, k] * weight[n, k], plus bias[n]. A panel of weight rows meets a block of input
  * rows in registers, one sum a pair; while it does, the next panel is fetched. Every sum runs over k in the same order

@@ -1,4 +1,4 @@
-/* Ranks that share memory take turns in phases: each writes into a slot of its own and reads the slots of the others.
+/* Phases of ranks that share memory: each writes its own slot, then reads the slots of the others.
  *
  * A group is one line of counters a member, and a ring of slots a member. Members run the same exchanges in the same
  * order; an exchange is one phase, or more where the message is larger than a slot. The counter of a member says how

@@ -150,7 +150,8 @@ def build_groups(
     """Create the groups of every mode. Collective: all ranks call it with the same arguments.
 
     `num_ranks`: those that belong together, where it is not the launcher's environment that says so. `collectives`:
-    as `runtime.collectives`. `external_group`: a sequence-parallel process group of the job. Modes with
+    as `runtime.collectives`. `external_group`: a sequence-parallel process group of the
+    job. Modes with
     the same members use it, and it outlives the engine. Raises `ConfigError`, on every rank, when the job has another number of
     ranks than the layout, or memory is to be shared and cannot be.
     """
