@@ -52,7 +52,6 @@ def trace_step(eager: bool) -> Trace:
         sys.setprofile(trace)
         next(stream)
         sys.setprofile(None)
-        stream.close()
     return trace
 
 

@@ -11,13 +11,13 @@ from ulysses_infer.arithmetic import ceil_div
 
 @dataclass
 class PrefixCacheStats:
-    """Counters since start, in tokens: asked of the prefix cache, and found there."""
+    """Tokens looked up and found in the prefix cache, since the start."""
 
     queries: int = 0
     hits: int = 0
 
     def record(self, queries: int, hits: int) -> None:
-        """Count one request that asked for `queries` tokens and found the first `hits` of them."""
+        """Count one request that looked up `queries` tokens and found the first `hits` of them."""
         self.queries += queries
         self.hits += hits
 
@@ -36,7 +36,7 @@ class BlockAllocator:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._references = [0] * num_blocks
-        # Free blocks: those without content (block 0 goes first), and those with, in the order in which they go.
+        # Free blocks in the order of reuse: those without content (block 0 first), then those with content.
         self._blank = list(range(num_blocks - 1, -1, -1))
         self._unlikely: OrderedDict[int, None] = OrderedDict()
         self._evictable: OrderedDict[int, None] = OrderedDict()
@@ -60,7 +60,7 @@ class BlockAllocator:
         return self.num_used / self.num_blocks
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` tokens of one sequence take."""
+        """Blocks needed for `num_tokens` tokens of one sequence."""
         return ceil_div(num_tokens, self.block_size)
 
     def references(self, block: int) -> int:
@@ -76,8 +76,7 @@ class BlockAllocator:
         return blocks
 
     def match_prefix(self, block_hashes: Sequence[bytes]) -> list[int]:
-        """Blocks with the content of the longest leading run of `block_hashes` still cached. Takes no
-        reference."""
+        """The blocks of the longest cached run at the start of `block_hashes`. Takes no reference."""
         blocks = []
         for content in block_hashes:
             block = self._block_of_hash.get(content)
@@ -87,15 +86,15 @@ class BlockAllocator:
         return blocks
 
     def last_missing(self, block_hashes: Sequence[bytes], start: int, stop: int) -> int | None:
-        """The last index from `start` to before `stop` whose content is not cached; None if all is."""
+        """The last index in `[start, stop)` whose content is not cached; None if all are."""
         return next((i for i in range(stop - 1, start - 1, -1) if block_hashes[i] not in self._block_of_hash), None)
 
     def count_free(self, blocks: Sequence[int]) -> int:
-        """How many of `blocks` are free: sharing them lowers `num_free` by as many."""
+        """How many of `blocks` are free. Sharing them lowers `num_free` by that number."""
         return sum(self._references[block] == 0 for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Take one more reference to each of `blocks`, which `match_prefix` has just returned."""
+        """Add a reference to each of `blocks`, which `match_prefix` has just returned."""
         for block in blocks:
             if self._references[block] == 0:
                 del (self._unlikely if block in self._unlikely else self._evictable)[block]
@@ -103,32 +102,32 @@ class BlockAllocator:
             self._was_shared.add(block)
 
     def publish(self, block: int, content: bytes) -> None:
-        """Let others share `block`, held, full and computed, under the hash `content`. The first block with a
-        content keeps its place; a later equal one stays private."""
+        """Publish `block`, which is held, full and computed, under the hash `content`. If the content is published
+        already, this block stays private."""
         assert self._references[block] > 0, f"block {block} is free"
         if self.enable_prefix_caching and content not in self._block_of_hash:
             self._block_of_hash[content] = block
             self._hash_of_block[block] = content
 
     def free(self, block_table: Sequence[int]) -> None:
-        """Give back one reference to each block of a sequence. Its tail is evicted before its head, because a
-        block is of no use to others once one before it is gone."""
+        """Release one reference to each block of a sequence. Its tail is evicted before its head, because a block is
+        useless without those before it."""
         for block in reversed(block_table):
             if self._release(block):
                 self._put_free(block, self._evictable)
 
     def free_passed(self, block: int, is_likely: bool) -> None:
-        """Give back one reference to a block that its sequence, which goes on, does not see any more.
+        """Release a block that its sequence no longer sees.
 
-        Unless it `is_likely` to be asked for, or was asked for before, it goes before what others have left: so
-        a long text takes its own blocks again, and not the ends of texts that may be continued.
+        Unless it `is_likely` to be requested, or was before, it is evicted before other cached blocks. So a long text
+        reuses its own blocks instead of evicting prefixes that may be continued.
         """
         if self._release(block):
             self._put_free(block, self._evictable if is_likely or block in self._was_shared else self._unlikely)
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached content, as after a change of weights. Returns False, and changes nothing, while
-        any block is held: its sequence would mix old content with new."""
+        """Drop all cached content, for example after a change of weights. Returns False, and does nothing, while any
+        block is held: its sequence would mix old and new content."""
         if self.num_used:
             return False
         for kept in (self._unlikely, self._evictable):
@@ -154,7 +153,7 @@ class BlockAllocator:
         return block
 
     def _release(self, block: int) -> bool:
-        """Take a reference away; whether it was the last."""
+        """Release a reference; returns whether it was the last."""
         assert self._references[block] > 0, f"block {block} freed twice"
         self._references[block] -= 1
         return self._references[block] == 0

@@ -18,7 +18,7 @@ FP8_MAX = torch.finfo(FP8).max
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What one rank caches a token and layer: its own KV heads; key and value widths may differ (MLA)."""
+    """What one rank caches per token and layer: its own KV heads. Key and value widths may differ (MLA)."""
 
     num_layers: int
     num_key_value_heads: int
@@ -27,30 +27,30 @@ class CacheShape:
     block_size: int
     dtype: torch.dtype
     values_in_keys: bool = False
-    """Whether values are the first numbers of keys (latents), and not stored besides."""
+    """Whether values are the first numbers of the keys (latents) and not stored separately."""
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of one block's keys and values, all layers."""
+        """Bytes of one block's keys and values in all layers."""
         values = self.num_key_value_heads * (self.key_width + (0 if self.values_in_keys else self.value_width))
         return self.num_layers * self.block_size * values * self.dtype.itemsize
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens of one sequence."""
+        """Blocks needed for `num_tokens` tokens of one sequence."""
         return ceil_div(num_tokens, self.block_size)
 
 
 class CacheScales(NamedTuple):
-    """What cached numbers of a layer are multiplied by to be its keys and values."""
+    """Factors that turn the cached numbers of a layer into its keys and values."""
 
     key: float = 1.0
     value: float = 1.0
 
 
 class PagedCache:
-    """keys[layer], values[layer]: [num_blocks, block_size, Hkv, width], Hkv the heads of this rank's shard.
+    """keys[layer], values[layer]: [num_blocks, block_size, Hkv, width], with the Hkv heads of this rank's shard.
 
-    The layers of a cache group have as many blocks as that group.
+    All layers of a cache group have the same number of blocks.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class PagedCache:
         scratch_blocks: int = 0,
         groups: LayerGroups | None = None,
     ) -> None:
-        """num_blocks: of each of `groups`, None for a single one of layers that see everything.
+        """num_blocks: one per cache group; groups: None is a single group that sees everything.
 
-        `scratch_blocks` more than the allocators know of, for rows that only pad a step.
+        scratch_blocks: additional blocks, unknown to the allocators, for padding rows.
         """
         self.shape, self.device = shape, device
         self.groups = groups or LayerGroups.single(shape.num_layers)
@@ -74,7 +74,7 @@ class PagedCache:
         self.take()
 
     def take(self) -> None:
-        """Take the memory; what the blocks hold is undefined."""
+        """Allocate the memory; its content is undefined."""
         self.keys = [self._allocate(layer, self.shape.key_width) for layer in range(self.shape.num_layers)]
         if self.shape.values_in_keys:
             self.values = [keys[..., : self.shape.value_width] for keys in self.keys]
@@ -82,12 +82,12 @@ class PagedCache:
             self.values = [self._allocate(layer, self.shape.value_width) for layer in range(self.shape.num_layers)]
 
     def release(self) -> None:
-        """Give the memory back, until `take`."""
+        """Free the memory, until `take`."""
         self.keys, self.values = [], []
 
     def _allocate(self, layer: int, width: int) -> torch.Tensor:
         shape, num_blocks = self.shape, self.blocks_of_groups[self.groups.of_layer[layer]]
-        # Not touched until written: on a CPU the pages are only taken as blocks are first used.
+        # Not touched before it is written: on a CPU, pages are allocated when blocks are first used.
         return torch.empty(
             num_blocks + self._scratch_blocks,
             shape.block_size,
@@ -112,17 +112,17 @@ class PagedCache:
                     new.stride(0) * size,
                 )
                 continue
-            if cached.dtype == FP8:  # what it cannot hold becomes the largest that it can; torch copies it as bytes
+            if cached.dtype == FP8:  # saturate to the largest representable value; torch copies float8 as bytes
                 new, cached = new.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8), cached.view(torch.uint8)
             cached.flatten(0, 1).index_copy_(0, slots, new.to(cached.dtype))
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the first group: what limits how long texts can be."""
+        """Blocks of the first cache group, which limits the length of texts."""
         return self.blocks_of_groups[0]
 
     def scratch_block(self, group: int) -> int:
-        """The first scratch block of a group."""
+        """The first scratch block of a cache group."""
         assert self._scratch_blocks > 0
         return self.blocks_of_groups[group]
 
@@ -138,5 +138,5 @@ class PagedCache:
 
 
 def _is_dense(rows: torch.Tensor) -> bool:
-    """[T, H, d]: whether what a token has lies together."""
+    """[T, H, d]: whether the numbers of a token are contiguous."""
     return len(rows) > 0 and rows.stride(2) == 1 and (rows.stride(1) == rows.shape[2] or rows.shape[1] == 1)

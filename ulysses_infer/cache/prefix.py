@@ -11,30 +11,29 @@ from array import array
 from collections.abc import Sequence
 
 DIGEST_SIZE = 32
-"""Bytes. Wide enough that a client cannot craft a prompt that collides with another's cached blocks."""
+"""Bytes. Wide enough that a client cannot craft a prompt whose blocks collide with another's."""
 
 
 def root_hash(salt: str = "") -> bytes:
-    """The parent of a sequence's first block. Sequences of different `salt` share nothing."""
+    """The parent hash of a sequence's first block. Sequences of different `salt` share nothing."""
     return hashlib.blake2b(salt.encode(), digest_size=DIGEST_SIZE).digest()
 
 
 def prefix_salt(salt: str, adapter: str | None) -> str:
-    """The salt of a request's blocks: what an adapter computed is of no use without it, nor without the user's salt."""
+    """The salt of a request's blocks: its own salt and its adapter, because adapters change keys and values."""
     given = f"salt {salt}" if salt else ""
     return given if adapter is None else f"adapter {adapter!r} {given}"
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The name of a full block: `token_ids` after the block named `parent`."""
+    """The hash of a full block: `token_ids` after the block with hash `parent`."""
     return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=DIGEST_SIZE).digest()
 
 
 def extend_block_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int, salt: str = "") -> None:
-    """Append to `hashes` the name of every full block in `token_ids`, the tokens that follow the blocks named
-    so far.
+    """Append to `hashes` the hash of every full block in `token_ids`, the tokens after the blocks hashed so far.
 
-    An unfilled last block gets no name.
+    The last block is left out if it is not full.
     """
     parent = hashes[-1] if hashes else root_hash(salt)
     for start in range(0, len(token_ids) - block_size + 1, block_size):

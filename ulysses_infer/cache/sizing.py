@@ -13,7 +13,7 @@ from ulysses_infer.errors import ConfigError
 
 @dataclass(frozen=True)
 class CacheSizing:
-    """What a rank's cache is to hold. Lists are by group, the one that sees furthest first."""
+    """The demands on a rank's cache. Lists are per cache group, longest attention span first."""
 
     shape: CacheShape
     groups: LayerGroups
@@ -22,26 +22,26 @@ class CacheSizing:
     max_num_batched_tokens: int
 
     def num_bytes(self, num_blocks: Sequence[int]) -> int:
-        """Bytes of so many blocks."""
+        """Bytes of these numbers of blocks."""
         per_layer = self.shape.bytes_per_block // self.shape.num_layers
         return sum(count * self.groups.num_layers(group) * per_layer for group, count in enumerate(num_blocks))
 
     def blocks_of_request(self, num_tokens: int) -> list[int]:
-        """The most blocks that a request of so many tokens ever holds."""
+        """The most blocks that a request of `num_tokens` tokens ever holds."""
         step, size = self.max_num_batched_tokens, self.shape.block_size
         return [attention_span.most_blocks(num_tokens, step, size) for attention_span in self.groups.attention_spans]
 
     def with_first(self, num_blocks: int) -> list[int]:
-        """So many blocks of the first group, and of the others as many, or what running requests can ever hold.
+        """`count` blocks for the first cache group; for the others as many, or what running requests can hold at most.
 
-        Then no request has to wait for blocks of another group than the first, whatever its length.
+        So no request ever waits for blocks of another group than the first, whatever its length.
         """
         return self._with_first(num_blocks, self.max_num_seqs)
 
     def fitting(self, num_bytes: int, all_of_it: bool = False) -> list[int]:
-        """The blocks that take up to so many bytes; unless `all_of_it`, no more than the scheduler could fill.
+        """The blocks that fit into `num_bytes`; unless `all_of_it`, not more than the scheduler could use.
 
-        As `with_first` has them; where a request of `max_model_len` tokens would not fit so, for fewer at once.
+        As `with_first`; if a request of `max_model_len` tokens would not fit, windows are for fewer requests.
         """
         most = num_bytes // self.num_bytes([1]) if all_of_it else self._most(0, self.max_num_seqs)
         first = self._largest(range(most + 1), self.with_first, num_bytes)
@@ -54,7 +54,7 @@ class CacheSizing:
         )
 
     def check_fits_one_request(self, num_blocks: Sequence[int]) -> None:
-        """Raise `ConfigError` when so many blocks cannot hold a single request of `max_model_len` tokens."""
+        """Raise `ConfigError` if these blocks cannot hold one request of `max_model_len` tokens."""
         needed = self.blocks_of_request(self.max_model_len)
         if all(have >= want for have, want in zip(num_blocks, needed, strict=True)):
             return
@@ -74,7 +74,8 @@ class CacheSizing:
         return [num_blocks, *(min(num_blocks, count) for count in wanted)]
 
     def _most(self, group: int, num_requests: int) -> int:
-        """What so many requests can hold of a group, and leave free while another begins: see `Scheduler`."""
+        """What this number of requests can hold of a group, plus what must stay free while another starts: see
+        `Scheduler`."""
         attention_span, size = self.groups.attention_spans[group], self.shape.block_size
         whole = num_requests * self.shape.blocks_for(self.max_model_len)
         if attention_span.length is None:
@@ -83,5 +84,5 @@ class CacheSizing:
         return min(whole, num_requests * each + self.shape.blocks_for(self.max_num_batched_tokens))
 
     def _largest(self, counts: range, blocks: Callable[[int], list[int]], num_bytes: int) -> int:
-        """The last of `counts` whose blocks take up to so many bytes."""
+        """The last of `counts` whose blocks fit into `num_bytes`."""
         return counts[max(0, bisect_right(counts, num_bytes, key=lambda count: self.num_bytes(blocks(count))) - 1)]

@@ -17,31 +17,32 @@ from ulysses_infer.worker.step_plan import ALL_LOGITS, LAST_LOGITS, NO_LOGITS, P
 class ScheduledRequest(NamedTuple):
     """One request's part of a step: its tokens at positions `[start, start + num_new_tokens)`.
 
-    A named tuple, because hundreds are made every step.
+    A named tuple, because every step makes up to hundreds of them.
     """
 
     request: Request
     start: int
     num_new_tokens: int
     new_block_ids: list[int]
-    """Blocks appended to its block tables, group by group; on (re)admission the whole tables, shared blocks first."""
+    """Blocks appended to its block tables, one cache group after another; on admission the whole tables, shared blocks
+    first."""
     samples: bool
-    """Whether the step computes the request's last known token and so yields a new one."""
+    """Whether the step computes the request's last known token and so samples a new one."""
 
     @property
     def is_decode(self) -> bool:
-        """Whether the step computes nothing but the token sampled last."""
+        """Whether the step computes only the token sampled last."""
         return self.samples and self.num_new_tokens == 1 and self.start >= len(self.request.prompt_token_ids)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: decodes in running order, then prefill chunks; and who was preempted to make room."""
+    """One step: decodes in running order, then prefill chunks; and the requests preempted for it."""
 
     scheduled: list[ScheduledRequest]
     preempted: list[Request]
     lacks_room: bool = False
-    """Whether somebody would have been preempted, had it been allowed."""
+    """Whether a request would have been preempted if that had been allowed."""
 
     @property
     def num_tokens(self) -> int:
@@ -55,12 +56,12 @@ class Batch:
 
     @property
     def num_prefill_tokens(self) -> int:
-        """Tokens of prefill chunks, recomputed ones included."""
+        """Tokens of prefill chunks, including recomputed ones."""
         return self.num_tokens - self.num_decodes
 
     @property
     def shape(self) -> StepShape:
-        """The step in the numbers that its time depends on."""
+        """The features of the step that its time depends on."""
         contexts, chunks = [], []
         for item in self.scheduled:
             if item.is_decode:
@@ -77,14 +78,14 @@ class Batch:
 
 @dataclass
 class BatchBuilder:
-    """A batch in the making."""
+    """A batch under construction."""
 
     budget: int
-    """Tokens that the step may still take."""
+    """Tokens that the step can still take."""
     prefill_budget: int
-    """Of these, tokens that requests with more than one token left may take."""
+    """How many of these may belong to requests with more than one token left."""
     ahead: bool = False
-    """Whether the tokens of the step before are not here; then nobody is preempted."""
+    """Whether the previous step's tokens are not known yet; nothing is preempted then."""
     lacks_room: bool = False
     decodes: dict[int, ScheduledRequest] = field(default_factory=dict)
     prefills: dict[int, ScheduledRequest] = field(default_factory=dict)
@@ -98,7 +99,7 @@ class BatchBuilder:
         self.prefill_budget -= 0 if item.is_decode else num_new_tokens
 
     def drop(self, request: Request) -> None:
-        """Take a preempted request out again, if it was in; its tokens return to the budget."""
+        """Remove a preempted request, if the batch contains it; its tokens return to the budget."""
         item = self.decodes.pop(request.index, None) or self.prefills.pop(request.index, None)
         if item is not None:
             self.budget += item.num_new_tokens
@@ -117,16 +118,17 @@ def make_plan(
     dropped: Sequence[int],
     full_logits: bool,
     keeps_tokens: bool = False,
-    rows_before: Mapping[int, int] | None = None,
+    previous_rows: Mapping[int, int] | None = None,
 ) -> StepPlan:
-    """The plan of `batch` in `mode`. `rows_before`: by request, the row of the step before whose token it awaits."""
+    """The plan of `batch` in `mode`. previous_rows: for each request with a placeholder token, the logits row of the
+    previous step that determines it."""
     items, tokens = [], []
     for request, start, count, new_block_ids, samples in batch.scheduled:
         known = request.token_ids_from(start, start + count)
         tokens += known
         if len(known) < count:
-            assert rows_before is not None, "a token is placeholder, and from no step"
-            tokens.append(placeholder(rows_before[request.index]))
+            assert previous_rows is not None, "a token is placeholder, and from no step"
+            tokens.append(placeholder(previous_rows[request.index]))
         wants_prompt = request.params.prompt_logprobs is not None and start < request.num_prompt_tokens
         logits = ALL_LOGITS if wants_prompt else LAST_LOGITS if samples else NO_LOGITS
         items.append(PlanItem(request.index, start, count, new_block_ids, logits, request.adapter))

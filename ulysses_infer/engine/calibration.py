@@ -30,17 +30,17 @@ from ulysses_infer.worker.channel import STEP, Channel
 from ulysses_infer.worker.step_plan import LAST_LOGITS, PlanItem, StepPlan
 from ulysses_infer.worker.worker import Worker
 
-SYNTHETIC = -1  # the number of a step that no request asked for; handles of its sequences are below zero too
+SYNTHETIC = -1  # sequence number of synthetic steps; the handles of their sequences are negative too
 TOKENS = (2, 8, 32, 128, 512, 2048, 8192)
 FINE_TOKENS = tuple(sorted({*(2**power for power in range(1, 15)), *(3 * 2**power for power in range(12))}))
 CONTEXTS = (16, 1024, 4096, 16384)
-MOST_FILLED = 32768  # tokens of cache that synthetic contexts may take
+MOST_FILLED = 32768  # tokens of cache that synthetic contexts may use
 FILL_CHUNK = 512
-FILL_SHARE = 0.3  # of the time, for computing the contexts that later steps attend to
-POINT_SHARE = 0.1  # of the time that is left, for one point in all modes
+FILL_SHARE = 0.3  # share of the time spent on computing the contexts that later steps attend to
+POINT_SHARE = 0.1  # share of the remaining time for one point in all modes
 MOST_ROUNDS, THOROUGH_ROUNDS = 5, 15
 THOROUGH_SECONDS = 60.0
-SHORT_SECONDS = 0.1  # shorter steps are run twice in a row, the first to settle
+SHORT_SECONDS = 0.1  # shorter steps run twice in a row, and only the second counts
 
 
 class Point(NamedTuple):
@@ -57,26 +57,26 @@ class Point(NamedTuple):
 
     @property
     def shape(self) -> StepShape:
-        """What its time depends on."""
+        """The features that its time depends on."""
         return StepShape.of([self.context] * self.decodes, list(self.chunks))
 
 
 Times = dict[tuple[Point, Mode], list[float]]
-"""Seconds of every run of a point in a mode."""
+"""Seconds of every run of a point, per mode."""
 
 
 class Limits(NamedTuple):
-    """What a step may be."""
+    """Limits of a step."""
 
     num_tokens: int
     num_sequences: int
     context: int
     cached: int
-    """Tokens of cache for all its sequences together."""
+    """Tokens of cache for all its sequences."""
 
 
 def design(limits: Limits, tokens: Sequence[int] = TOKENS) -> list[Point]:
-    """Points that tell the features of a step apart, within `limits`, the cheap ones first."""
+    """Points that separate the features of a step, within `limits`, cheap ones first."""
     points = [Point(0, 0, ((0, count),)) for count in (*tokens, ceil_div(limits.num_tokens, 2), limits.num_tokens)]
     points += [Point(0, 0, ((context, count),)) for context in CONTEXTS[1:] for count in tokens[2:5:2]]
     points += [Point(count, context) for context in CONTEXTS for count in (1, *tokens[:4], limits.num_sequences)]
@@ -98,7 +98,7 @@ def _fits(point: Point, limits: Limits) -> bool:
 
 
 class Calibration:
-    """Runs steps that no request asked for. Only rank 0 makes one; the other ranks follow its plans."""
+    """Runs synthetic steps. Only rank 0 has one; the other ranks run its plans."""
 
     def __init__(
         self,
@@ -109,19 +109,20 @@ class Calibration:
         modes: Sequence[Mode],
         dropped: Sequence[int] = (),
     ) -> None:
-        """`dropped`: handles that the ranks are still to forget."""
+        """dropped: sequences that the other ranks still have to forget."""
         self._worker, self._channel, self._allocator, self._modes = worker, channel, allocator, list(modes)
         self._settings = settings
         self._blocks: GroupBlockIds = []
         self._handles = 0
         self._recorded: set[tuple[Mode, int]] = set()
         self.dropped = list(dropped)
-        """Handles for the next plan to forget."""
+        """Sequences for the next plan to drop."""
 
     def run(self, seconds: float) -> Profile:
-        """Measure for at most about `seconds`. Blocks are borrowed and given back; cached prefixes may go for them.
+        """Measure for about `seconds` at most. Uses free blocks temporarily, so cached prefixes may be evicted.
 
-        The modes take turns, so that what disturbs the machine disturbs all of them alike; medians of every point.
+        Modes alternate, so that disturbances of the machine affect all of them; the result is the median of every
+        point.
         """
         started = time.perf_counter()
         thorough = seconds >= THOROUGH_SECONDS
@@ -139,26 +140,26 @@ class Calibration:
 
     @contextmanager
     def prepared(self, seconds: float) -> Iterator[tuple[Limits, Times]]:
-        """Borrow blocks and fill them for about so many seconds; gives what `step` may run, and times of the filling.
+        """Allocate blocks and fill them for about `seconds`; yields the limits for `step` and the times of the filling.
 
-        Afterwards no counter has moved, and the blocks are back.
+        Afterwards all counters and blocks are as before.
         """
         with self._borrowed_blocks():
             filled, times = self._fill(time.perf_counter() + seconds)
             yield self._limits(filled), times
-        self._worker.groups.clock.take()  # what the collectives of these steps took is nobody's
+        self._worker.groups.clock.take()  # collective times of synthetic steps are not reported
 
     def visit(self, point: Point, repeats: int) -> list[dict[Mode, float]]:
-        """Settled seconds of `point` in every mode, the modes taking turns."""
+        """Seconds of `point` in every mode, with alternating modes."""
         return [
             {mode: self.settled(point, mode)[-1] for mode in (self._modes if turn % 2 else self._modes[::-1])}
             for turn in range(repeats)
         ]
 
     def settled(self, point: Point, mode: Mode) -> list[float]:
-        """Seconds of each run of `point`, the last to be believed: steps too short to trust at once run twice.
+        """Seconds of each run of `point`; the last one counts. Steps too short to measure at once run twice.
 
-        Decodes of a number that has not come yet run twice before: on a CPU the second time is recorded (graphs.py).
+        Decodes of a new number of rows run twice before: on a CPU the second run records a CPU graph.
         """
         if not point.chunks and (mode, point.decodes) not in self._recorded:
             self._recorded.add((mode, point.decodes))
@@ -179,7 +180,7 @@ class Calibration:
             self._blocks = []
 
     def _limits(self, cached: int) -> Limits:
-        """Limits of the points, of which the model's longest text is one: its last token is never computed."""
+        """Limits of the points. The last token of the longest text is never computed."""
         tables = self._worker.tables
         return Limits(
             num_tokens=min(self._settings.max_num_batched_tokens, cached),
@@ -189,10 +190,10 @@ class Calibration:
         )
 
     def _fill(self, deadline: float) -> tuple[int, Times]:
-        """Compute the keys and values of texts as long as they may be, a chunk at a time.
+        """Compute keys and values of texts of the maximum length, one chunk at a time.
 
-        Cache that was never written is not real memory on a CPU, and reading it costs nothing. Returns the tokens
-        filled, from the first borrowed block on, and the times of the chunks, which are measurements too.
+        On a CPU, cache pages that were never written are not backed by memory, and reading them costs nothing. Returns
+        the tokens filled, starting at the first block, and the times of the chunks, which are measurements too.
         """
         block_size = self._allocator.block_size
         room = len(self._blocks[0]) * block_size
@@ -200,10 +201,10 @@ class Calibration:
         chunk = min(16, room, longest, self._settings.max_num_batched_tokens)
         times: Times = {}
         for mode in self._modes:
-            self.step(Point(0, 0, ((0, chunk),)), mode)  # the first step of a mode sets it up
+            self.step(Point(0, 0, ((0, chunk),)), mode)  # the first step of a mode initialises it
         filled, turn = 0, 0
         while filled < room:
-            offset = filled // longest * longest  # another text begins where one is full
+            offset = filled // longest * longest  # the text is full: start the next one
             count = min(chunk, room - filled, longest - (filled - offset))
             point, mode = Point(0, 0, ((filled - offset, count),)), self._modes[turn % len(self._modes)]
             took = self.step(point, mode, offset // block_size)
@@ -217,7 +218,7 @@ class Calibration:
         return filled, times
 
     def step(self, point: Point, mode: Mode, first_block: int = 0) -> float:
-        """Run `point` once in `mode`, its sequences in borrowed blocks from that one on; returns the seconds."""
+        """Run `point` once in `mode`, with its sequences in the blocks from that one on; returns the seconds."""
         items, offset = [], first_block
         for start, count in point.sequences:
             self._handles -= 1
@@ -236,8 +237,8 @@ class Calibration:
         return time.perf_counter() - started
 
     def _tables(self, offset: int, start: int, used: int) -> list[int]:
-        """Tables, group by group, of a text of `used` blocks from that borrowed one on, of which all but the tokens
-        from `start` on are there. Of groups with fewer blocks, texts take the same ones in turn."""
+        """New blocks per cache group for a text of `used` blocks, of which all but the tokens from `start` on exist.
+        Groups with fewer blocks reuse theirs in turn."""
         table: list[int] = []
         for attention_span, blocks in zip(self._allocator.attention_spans, self._blocks, strict=True):
             first = attention_span.first_visible(start) // self._allocator.block_size
@@ -246,7 +247,7 @@ class Calibration:
 
 
 class Rounds:
-    """Measures points over and over, in every mode, until the time is up."""
+    """Measures points repeatedly, in every mode, until the time is up."""
 
     def __init__(self, calibration: Calibration, modes: list[Mode], times: Times) -> None:
         self._calibration, self._modes = calibration, modes
@@ -256,7 +257,7 @@ class Rounds:
         self._visits = 0
 
     def measure(self, points: list[Point], deadline: float, most_rounds: int) -> None:
-        """Visit every point in rounds; one that would take too much of what time is left is passed over."""
+        """Visit every point in rounds; skip those that would take too much of the remaining time."""
         per_token = 0.0
         for turn in range(most_rounds):
             for point in points:
@@ -275,7 +276,7 @@ class Rounds:
         longest = 0.0
         for place, mode in enumerate(self._modes if self._visits % 2 else self._modes[::-1]):
             *before, took = self._calibration.settled(point, mode)
-            if before and turn > 0 and place > 0:  # the same step in another mode: nothing else has changed
+            if before and turn > 0 and place > 0:  # the same step in another mode, so the difference is the switch
                 self._switches.append(before[0] - took)
             self.times.setdefault((point, mode), []).append(took)
             self.steps += len(before) + 1
@@ -283,7 +284,7 @@ class Rounds:
         return longest
 
     def measurements(self) -> list[Measurement]:
-        """Every point in every mode: medians over its visits."""
+        """Medians over the visits of every point in every mode."""
         found = []
         for point in dict.fromkeys(point for point, _ in self.times):
             modes = [mode for mode in self._modes if (point, mode) in self.times]
@@ -292,15 +293,15 @@ class Rounds:
         return found
 
     def switch_seconds(self) -> float:
-        """What a change of mode costs the step after it, median."""
+        """Median seconds that a change of mode adds to the next step."""
         return max(0.0, median(self._switches)) if self._switches else 0.0
 
 
 def typical_seconds(times: Sequence[Sequence[float]]) -> list[float]:
     """A step's time in each mode, from `times` by mode and visit.
 
-    What slows a visit down slows all its modes: how they compare is taken within visits, and only the time they take
-    together from all visits at once. Medians of logarithms.
+    What slows down a visit slows down all its modes. So modes are compared within visits, and only their sum is taken
+    over all visits. Medians of logarithms.
     """
     if len({len(visits) for visits in times}) > 1:
         return [median(visits) for visits in times]
@@ -311,7 +312,7 @@ def typical_seconds(times: Sequence[Sequence[float]]) -> list[float]:
 
 
 def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:
-    """Under which conditions step times hold, as plain values."""
+    """The conditions under which step times hold, as plain values."""
     model = worker.model
     return {
         "model": {
@@ -344,7 +345,7 @@ def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and how many cores this process may use."""
+    """The GPU's name, or the processor's name and the number of usable cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = Path("/proc/cpuinfo")
@@ -354,7 +355,7 @@ def device_name(device: torch.device) -> str:
 
 
 def assumed(worker: Worker, modes: Sequence[Mode]) -> list[Measurement]:
-    """Step times by the model's sizes and the nominal speeds of this kind of device."""
+    """Estimated step times, from the model's sizes and the nominal speed of this kind of device."""
     shape = worker.model.shape
     sizes = Sizes(
         shape.num_layers,

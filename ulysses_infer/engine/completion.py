@@ -16,7 +16,7 @@ from ulysses_infer.worker.transfer import DeviceToHostCopy
 
 @dataclass(eq=False)
 class Sequence:
-    """One of the `n` outputs: the scheduler's request, and what turns its tokens into results."""
+    """One of the `n` outputs: the scheduler's request, its sampling state and its detokenizer."""
 
     request: Request
     row: SamplingRow
@@ -26,11 +26,11 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
-        """Whether this output has ended, however it did."""
+        """Whether this output has ended, for whatever reason."""
         return self.request.is_finished
 
     def take_token(self) -> str | None:
-        """NextTokenBuffer the newest token to the text; returns a stop string if it completed one."""
+        """Detokenize the newest token; returns the stop string that it completed, if any."""
         request = self.request
         ended_by_token = request.finish_reason == "stop"
         if not ended_by_token or request.params.include_stop_str_in_output:
@@ -40,7 +40,7 @@ class Sequence:
         return self.detokenizer.stop_reason
 
     def output(self, index: int) -> CompletionOutput:
-        """What there is of this sequence so far."""
+        """The output so far."""
         request = self.request
         wants_logprobs = request.params.logprobs is not None
         return CompletionOutput(
@@ -56,7 +56,7 @@ class Sequence:
 
 @dataclass(eq=False)
 class Completion:
-    """A user's request: its prompt and its sequences."""
+    """A user's request: a prompt and its sequences."""
 
     request_id: str
     prompt: str | None
@@ -68,12 +68,12 @@ class Completion:
     @property
     def is_finished(self) -> bool:
         """Whether every output has ended."""
-        if len(self.sequences) == 1:  # hundreds are asked every step
+        if len(self.sequences) == 1:  # called hundreds of times per step
             return self.sequences[0].request.is_finished
         return all(sequence.is_finished for sequence in self.sequences)
 
     def output(self) -> RequestOutput:
-        """What there is of every sequence so far."""
+        """The outputs so far."""
         first = self.sequences[0].request
         return RequestOutput(
             request_id=self.request_id,
@@ -88,7 +88,7 @@ class Completion:
 
 
 def _metrics(requests: list[Request]) -> RequestMetrics:
-    """Moments of the whole request: the first of its sequences to start, the last to end."""
+    """Times of the whole request: from the start of its first sequence to the end of its last."""
     first_tokens = [r.first_token_time for r in requests if r.first_token_time is not None]
     last_tokens = [r.last_token_time for r in requests if r.last_token_time is not None]
     ends = [r.finish_time for r in requests if r.finish_time is not None]
@@ -103,14 +103,14 @@ def _metrics(requests: list[Request]) -> RequestMetrics:
 
 
 class TokenScores:
-    """Log-probabilities of each row's chosen token and its most likely ones, from the model's own logits.
+    """Log-probabilities of each row's chosen token and its most likely tokens, from the model's own logits.
 
-    They are asked of the device when this is made, and waited for when they are read.
+    The device starts computing them when this is made, and is waited for when they are read.
     """
 
     def __init__(self, logits: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> None:
-        """logits: [n, V] float32; tokens: [n] int64, on the same device, none where negative; counts[i] likeliest
-        tokens are wanted for row i (-1: all)."""
+        """logits: [n, V] float32; tokens: [n] int64 on the same device, negative for none; counts[i]: the number of
+        most likely tokens for row i (-1: all)."""
         vocab_size = logits.shape[1]
         self._counts = counts
         logprobs = logits.float().log_softmax(dim=-1)
@@ -120,7 +120,7 @@ class TokenScores:
         self._parts = [DeviceToHostCopy(part) for part in (tokens, chosen[:, 0], ranks, values, ids)]
 
     def entries(self, decoder: TokenDecoder | None) -> list[dict[int, Logprob]]:
-        """By token, one dictionary a row: the chosen token comes first, then the likeliest in order, as in vLLM."""
+        """One dictionary per row, by token: the chosen token first, then the most likely in order, as in vLLM."""
         entries = []
         for count, token, logprob, rank, values, ids in zip(
             self._counts, *(part.wait() for part in self._parts), strict=True

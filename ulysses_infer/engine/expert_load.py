@@ -10,9 +10,9 @@ from ulysses_infer.worker.rank import Rank
 
 
 def expert_load(rank: Rank) -> dict[str, Any]:
-    """On rank 0, while no step runs: the placement and every rank's counts; {} for a model without experts.
+    """The placement and every rank's counts; {} for a model without experts. On rank 0, between steps.
 
-    A token counts once for each expert that a rank computed it with, or computed a part of: with slices on several
+    A token counts once for each expert that a rank computed for it, fully or in part: with width slices on several
     ranks, once on each. Counts run from the start.
     """
     layers = rank.worker.model.injection.expert_layers
@@ -30,13 +30,13 @@ def expert_load(rank: Rank) -> dict[str, Any]:
 
 
 def _collect(rank: Rank) -> list[list[list[int]]]:
-    """Every rank's counts, in head-shard order: [W][layers][own experts]. Collective."""
+    """Every rank's counts in head-shard order: [W][layers][own experts]. Collective."""
     counts = rank.channel.gather([layer.token_counts() for layer in rank.worker.model.injection.expert_layers])
     return [counts[index] for index in rank.groups.shard_order]
 
 
 def _of_layer(counts: list[list[int]], num_experts: int) -> list[int]:
-    """Tokens of each expert of a layer, over all ranks, from the counts of those that each rank owns."""
+    """Tokens of each expert of a layer over all ranks, from the counts of the experts that each rank owns."""
     if any(len(of_rank) != num_experts for of_rank in counts):
         return [count for of_rank in counts for count in of_rank]
     return [sum(of_expert) for of_expert in zip(*counts, strict=True)]

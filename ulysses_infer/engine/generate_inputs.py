@@ -25,7 +25,7 @@ class Work(NamedTuple):
 
 
 def work_of(prompts: Any, sampling_params: Any, adapter: Any) -> list[Work]:
-    """What `generate` was given, one a prompt. Raises `RequestError`."""
+    """The arguments of `generate` as one item per prompt. Raises `RequestError`."""
     listed = as_prompts(prompts)
     params = params_for(listed, sampling_params)
     return [Work(*parts) for parts in zip(listed, params, _adapters_for(listed, adapter), strict=True)]
@@ -48,7 +48,7 @@ def as_prompts(prompts: Any) -> list[Any]:
 
 
 def params_for(prompts: list[Any], sampling_params: Any) -> list[SamplingParams]:
-    """One set of sampling parameters a prompt, from one for all or a list. Raises `RequestError`."""
+    """One set of sampling parameters per prompt, from one for all or a list. Raises `RequestError`."""
     if not isinstance(sampling_params, list | tuple):
         return [as_params(sampling_params)] * len(prompts)
     if len(sampling_params) != len(prompts):
@@ -59,7 +59,7 @@ def params_for(prompts: list[Any], sampling_params: Any) -> list[SamplingParams]
 
 
 def as_params(given: Any) -> SamplingParams:
-    """What was given for one prompt, or the defaults. Raises `RequestError`."""
+    """The sampling parameters of one prompt, or the defaults. Raises `RequestError`."""
     if given is None:
         return SamplingParams()
     if not isinstance(given, SamplingParams):
@@ -68,7 +68,7 @@ def as_params(given: Any) -> SamplingParams:
 
 
 def arrivals_for(prompts: Sequence[Any], arrival_steps: Sequence[int] | None) -> list[int]:
-    """The step at which each prompt arrives, 0 where nothing is said. Raises `RequestError`."""
+    """The step at which each prompt arrives, 0 by default. Raises `RequestError`."""
     if arrival_steps is None:
         return [0] * len(prompts)
     if len(arrival_steps) != len(prompts):

@@ -11,7 +11,7 @@ from ulysses_infer.sampling_params import SamplingParams
 
 
 class RequestStatus(enum.Enum):
-    """Where a request stands. A preempted request is WAITING again, with its output tokens kept."""
+    """The state of a request. A preempted request is WAITING again and keeps its output tokens."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -20,16 +20,15 @@ class RequestStatus(enum.Enum):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt being completed. Compared by identity; times are in the scheduler clock's seconds.
+    """A prompt being completed. Compared by identity; times are in seconds of the scheduler's clock.
 
-    The tokens at positions `[0, num_tokens)` are *known*: the prompt, then the output. The first
-    `num_computed_tokens` of them have keys and values in the cache blocks of `block_tables`, or had, where no later
-    token sees them.
+    The tokens at positions `[0, num_tokens)` are *known*: the prompt, then the output. The first `num_computed_tokens`
+    of them have keys and values in the blocks of `block_tables`, except blocks freed because no later token sees them.
     """
 
     request_id: str
     index: int
-    """Small handle used in step plans and as the key of sampled tokens; unique for the engine's life."""
+    """A small handle for step plans and sampled tokens; unique during the engine's life."""
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_time: float
@@ -39,7 +38,7 @@ class Request:
     cache_salt: str = ""
     """Requests share cached prefix blocks only with requests of the same salt (as in vLLM)."""
     adapter: int = 0
-    """Number of the LoRA adapter it goes through; 0: none."""
+    """Number of its LoRA adapter; 0: none."""
 
     output_token_ids: list[int] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
@@ -49,21 +48,22 @@ class Request:
     """The stop token id or stop string that ended the request; None for end-of-sequence and other endings."""
 
     num_computed_tokens: int = 0
-    """Tokens in the cache once every step that was scheduled has run."""
+    """Tokens in the cache after all scheduled steps have run."""
     num_awaited_tokens: int = 0
     """Tokens that scheduled steps will add to the output."""
     num_cached_tokens: int = 0
-    """Prompt tokens that the prefix cache spared this request when it first ran."""
+    """Prompt tokens found in the prefix cache when the request first ran."""
     block_tables: GroupBlockIds = field(default_factory=list)
-    """One a cache group; empty while it does not run."""
+    """One per cache group; empty while the request does not run."""
     num_blocks: int = 0
-    """Blocks that its text takes: where every table ends."""
+    """Blocks of its text so far: the end of every table."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of the leading full blocks of known tokens; extended, never recomputed."""
     num_published_blocks: int = 0
-    """Leading blocks already offered to the prefix cache."""
+    """Leading blocks already published in the prefix cache."""
     precedence: tuple[int, int] = (0, 0)
-    """(priority, or 0 under fcfs; arrival): lower runs first and is preempted last. Set when it is added."""
+    """(priority, or 0 under fcfs; arrival time): lower runs first and is preempted last. Set when the request is added.
+    """
     length_limit: int = sys.maxsize
     """`num_tokens` at which the request ends with "length". Set when the request is added."""
     num_preemptions: int = 0
@@ -78,32 +78,32 @@ class Request:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
+        """Number of prompt tokens."""
         return len(self.prompt_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens sampled so far."""
+        """Number of tokens sampled so far."""
         return len(self.output_token_ids)
 
     @property
     def num_tokens(self) -> int:
-        """Known tokens: prompt and output."""
+        """Number of known tokens: prompt and output."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def num_tokens_left(self) -> int:
-        """Tokens that no step has been scheduled for, placeholder ones included."""
+        """Tokens that no step has been scheduled for, including placeholder tokens."""
         return self.num_tokens + self.num_awaited_tokens - self.num_computed_tokens
 
     @property
     def is_last_token_pending(self) -> bool:
-        """Whether the request will end with a token that is placeholder, whichever it is."""
+        """Whether a token that is still in flight will end the request, whatever it is."""
         return self.num_awaited_tokens > 0 and self.num_tokens + self.num_awaited_tokens >= self.length_limit
 
     @property
     def is_finished(self) -> bool:
-        """Whether the request has ended, however it did."""
+        """Whether the request has ended, for whatever reason."""
         return self.status is RequestStatus.FINISHED
 
     @property
@@ -112,7 +112,7 @@ class Request:
         return self.length_limit - self.num_tokens
 
     def token_ids_from(self, start: int, stop: int) -> list[int]:
-        """Known token ids at positions `[start, stop)`, prompt and output alike."""
+        """Known token ids at positions `[start, stop)`."""
         num_prompt_tokens = len(self.prompt_token_ids)
         if stop <= num_prompt_tokens:
             return self.prompt_token_ids[start:stop]
@@ -120,7 +120,7 @@ class Request:
         return self.prompt_token_ids[start:] + output if start < num_prompt_tokens else output
 
     def append_token(self, token_id: int, now: float) -> None:
-        """Add a sampled token, which was placeholder, at time `now` (seconds)."""
+        """Append a sampled token that was in flight, at time `now` (seconds)."""
         self.output_token_ids.append(token_id)
         self.num_awaited_tokens -= 1
         self.last_token_time = now
@@ -141,7 +141,7 @@ class Request:
         return ("length", None) if self.num_tokens >= self.length_limit else None
 
     def restart(self) -> None:
-        """Preempt: forget everything computed, to compute it again later; the output tokens stay."""
+        """Preempt: drop everything computed, to be computed again later. The output tokens stay."""
         self.status = RequestStatus.WAITING
         self.block_tables, self.num_blocks = [], 0
         self.num_computed_tokens = 0

@@ -14,9 +14,9 @@ from ulysses_infer.worker.step_plan import ALL_LOGITS, LAST_LOGITS, PlanItem
 
 
 class StepResults:
-    """Chooses tokens for one step's logits rows as they come, and once those are known says whose they are.
+    """Chooses tokens for the logits rows of one step, and assigns them to requests when they arrive.
 
-    Rows come in batch order: for a sequence with prompt log-probabilities one a computed token, else its last one.
+    Rows come in batch order: one per computed token for sequences with prompt log-probabilities, else only the last.
     """
 
     def __init__(
@@ -35,15 +35,15 @@ class StepResults:
                 self._rows.append((scheduled, position, scheduled.samples and position == end - 1))
         self._scores: list[tuple[list[Sequence], TokenScores]] = []
         self.tokens: dict[int, int] = {}
-        """The token of each request that got one and still runs; `NO_TOKEN` where none is possible."""
+        """The token of each request that sampled and still runs; `NO_TOKEN` where its constraints allow none."""
 
     @property
     def rows_of_requests(self) -> dict[int, int]:
-        """By request that samples, its row."""
+        """The logits row of each request that samples."""
         return {scheduled.request.index: row for row, (scheduled, _, samples) in enumerate(self._rows) if samples}
 
     def choose(self, start: int, logits: torch.Tensor) -> torch.Tensor:
-        """The tokens of whole rows `[start, start + n)`, of which those that sample nothing have any.
+        """The tokens of logits rows `[start, start + n)`; rows that do not sample get an arbitrary value.
 
         logits: [n, V] float32; returns [n] int64.
         """
@@ -59,7 +59,7 @@ class StepResults:
         return tokens
 
     def complete(self, tokens: list[int]) -> None:
-        """Take in the token of every row. What a request got that has ended meanwhile is dropped."""
+        """Take the token of every row. Tokens of requests that have ended in the meantime are dropped."""
         for (scheduled, _, samples), token in zip(self._rows, tokens, strict=True):
             if samples and not scheduled.request.is_finished:
                 self.tokens[scheduled.request.index] = token
@@ -73,7 +73,7 @@ class StepResults:
     def _sample(self, logits: torch.Tensor, rows: Rows[tuple[ScheduledRequest, int, bool]]) -> torch.Tensor:
         sequences = [self._owners[scheduled.request.index][1] for scheduled, _, _ in rows]
         for sequence in sequences:
-            sequence.row.num_awaited = sequence.request.num_awaited_tokens - 1  # this one is not chosen yet
+            sequence.row.num_awaited = sequence.request.num_awaited_tokens - 1  # without the token chosen here
         tokens = self._sampler.choose(logits, [sequence.row for sequence in sequences])
         scored = [place for place, s in enumerate(sequences) if s.request.params.logprobs is not None]
         if scored:
@@ -87,13 +87,13 @@ class StepResults:
         return tokens
 
     def _score_prompt(self, logits: torch.Tensor, rows: Rows[tuple[ScheduledRequest, int, bool]]) -> None:
-        """The row at position p scores the prompt's token at p + 1."""
+        """The row at position p gives the log-probability of the prompt's token at p + 1."""
         for i, (scheduled, position, _) in enumerate(rows):
             request = scheduled.request
             completion = self._owners[request.index][0]
             listed = completion.prompt_logprobs
             wants = request.params.prompt_logprobs is not None and position + 1 < request.num_prompt_tokens
-            # Siblings and recomputed chunks meet positions that are scored already.
+            # Positions may be scored already: by another sequence of the request, or before a preemption.
             if wants and listed is not None and len(listed) == position + 1:
                 token = logits.new_tensor([request.prompt_token_ids[position + 1]], dtype=torch.int64)
                 count = request.params.prompt_logprobs or 0

@@ -33,7 +33,7 @@ __all__ = ["Batch", "ScheduledRequest", "Scheduler"]
 
 
 class _WaitingQueue:
-    """Waiting requests sorted by precedence, the first at the end of the list, where taking it is O(1)."""
+    """Waiting requests sorted by precedence, the first at the end of the list, where removing it is O(1)."""
 
     def __init__(self) -> None:
         self._requests: list[Request] = []
@@ -56,10 +56,10 @@ class _WaitingQueue:
 
 
 class Scheduler:
-    """Keeps every unfinished request and says what the next step computes.
+    """Holds every unfinished request and decides what the next step computes.
 
-    Call `schedule`, run the batch, call `update`, in turn; `add`, `abort` and `finish` at any time between
-    calls. One batch may be scheduled `ahead` of the `update` of the one before.
+    Call `schedule`, run the batch, call `update`, in this order; call `add`, `abort` and `finish` between them at any
+    time. One batch may be scheduled `ahead` of the previous batch's `update`.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Scheduler:
         self.allocator = allocator
         self.max_model_len = max_model_len
         self.num_preemptions = 0
-        """Since the start."""
-        self._clock = clock  # stamps requests; no decision depends on it
+        """Preemptions since the start."""
+        self._clock = clock  # only for timestamps; no decision depends on it
         self._arrivals = itertools.count()
         self._requests: dict[str, Request] = {}
         self._waiting = _WaitingQueue()
@@ -105,9 +105,9 @@ class Scheduler:
         self._waiting.push(request)
 
     def abort(self, request_id: str) -> Request | None:
-        """End a request in whatever state it is, even in a step now running; its blocks return at once.
+        """End a request in any state, even during a step; its blocks are freed at once.
 
-        Returns it, or None if no unfinished request has this id.
+        Returns the request, or None if no unfinished request has this id.
         """
         request = self._requests.get(request_id)
         if request is not None:
@@ -117,7 +117,7 @@ class Scheduler:
     def finish(self, request: Request, finish_reason: str, stop_reason: int | str | None = None) -> None:
         """End `request`, for example at a stop string that only its text shows.
 
-        If it has already ended (the stop string came with the last token allowed), only the reasons change.
+        If it has already ended, because the stop string came with its last token, only the reasons change.
         """
         if request.is_finished:
             request.finish_reason, request.stop_reason = finish_reason, stop_reason
@@ -137,24 +137,25 @@ class Scheduler:
 
     @property
     def next_waiting(self) -> Request | None:
-        """The request to be admitted next."""
+        """The request that is admitted next."""
         return self._waiting.first if self._waiting else None
 
     def schedule(self, max_prefill_tokens: int | None = None, ahead: bool = False) -> Batch:
         """Choose the next step: up to `max_num_batched_tokens` tokens of up to `max_num_seqs` requests.
 
-        Of these at most `max_prefill_tokens` (at least 1) belong to prompts or recomputed texts; that needs chunked
-        prefill, or a long prompt would wait for ever.
+        max_prefill_tokens: limits the tokens of prompts and recomputed texts (at least 1). It has no effect without
+        chunked prefill, because a long prompt could then wait forever.
 
-        `ahead`: the tokens of the step before are not here. Whoever may still end with them decodes on, in vain if
-        it does. Nobody is preempted: when room is short the batch says so, and the next is not to be ahead.
+        ahead: the tokens of the previous step are not known yet. Requests that may end with them decode once more, and
+        the result is dropped if they did. Nothing is preempted: if blocks run short, the batch only says so.
         """
         most = self.config.max_num_batched_tokens
         step = BatchBuilder(most, most if max_prefill_tokens is None else max_prefill_tokens, ahead)
         for request in list(self._running.values()):
             if step.budget == 0 or step.lacks_room:
                 break
-            if request.status is RequestStatus.RUNNING:  # not preempted a moment ago, by one before it
+            # do not start what was preempted for another request in this very step
+            if request.status is RequestStatus.RUNNING:
                 self._continue(request, step)
         while self._waiting and min(step.budget, step.prefill_budget) > 0 and not step.lacks_room:
             request = self._waiting.first
@@ -167,9 +168,9 @@ class Scheduler:
         return batch
 
     def update(self, batch: Batch, sampled: Mapping[int, int]) -> list[Request]:
-        """Take in the result of `batch`: `sampled` maps `request.index` to the sampled token id.
+        """Apply the result of `batch`. `sampled` maps `request.index` to the sampled token id.
 
-        Returns the requests that end with this step. One that was aborted while the step ran is passed over.
+        Returns the requests that end with this step. Requests aborted during the step are skipped.
         """
         now = self._clock()
         finished = []
@@ -210,7 +211,8 @@ class Scheduler:
         step.put(request, num_new_tokens, new_block_ids, samples=num_new_tokens == num_tokens_left)
 
     def _preempt_for(self, request: Request, num_blocks: int, step: BatchBuilder) -> bool:
-        """Preempt from the end of precedence until `num_blocks` are free. False if that reached `request`."""
+        """Preempt requests from the end of the order until `num_blocks` are free. False if that would preempt `request`
+        itself."""
         if step.ahead:
             step.lacks_room = True
             return False
@@ -222,7 +224,7 @@ class Scheduler:
         return True
 
     def _admit(self, request: Request, step: BatchBuilder) -> bool:
-        """Start the first waiting request after what the prefix cache has of it, if there is room."""
+        """Start the first waiting request after its cached prefix, if there is room."""
         if not self._may_have_room(request):
             return False
         num_cached, cached = self._cached_prefix(request)
@@ -253,10 +255,10 @@ class Scheduler:
                 self.allocator.prefix_stats.record(request.num_prompt_tokens, num_cached_tokens)
 
     def _first_chunk(self, num_tokens: int, budget: int) -> int:
-        """How many of a request's `num_tokens` uncomputed tokens its first step takes; 0: it must wait.
+        """How many of a request's `num_tokens` uncomputed tokens its first step takes; 0: it has to wait.
 
-        Without chunked prefill it is all or nothing, except for a preempted request whose output has made it
-        longer than any step.
+        Without chunked prefill it is all or nothing, except for a preempted request whose output has made it longer
+        than any step.
         """
         if num_tokens <= budget:
             return num_tokens
@@ -264,17 +266,17 @@ class Scheduler:
         return budget if chunked else 0
 
     def _may_have_room(self, request: Request) -> bool:
-        """A cheap look, every step, before the prefix cache is searched: there are a slot and one block more
-        than `_has_room` leaves over, or somebody to displace."""
+        """A cheap check before the prefix cache is searched: a free sequence slot and enough blocks, or a request to
+        displace."""
         if len(self._running) < min(self.config.max_num_seqs, self.allocator.num_free):
             return True
         return any(r.precedence[0] > request.precedence[0] for r in self._running.values())
 
     def _make_room(self, request: Request, cached: GroupBlockIds, step: BatchBuilder) -> bool:
-        """Whether a sequence slot and blocks are there for `request`, by displacing running ones if need be.
+        """Whether there is a sequence slot and enough blocks for `request`, displacing running requests if necessary.
 
-        Only a request of strictly lower priority is displaced (as in vLLM's first scheduler; its V1 lets the
-        urgent one wait), never under fcfs, and only if all of them together hold enough.
+        Only requests of strictly lower priority are displaced, never under fcfs, and only if all of them together hold
+        enough. (vLLM's first scheduler did the same; its V1 makes the urgent request wait.)
         """
         if self._has_room(request, cached):
             return True
@@ -290,9 +292,9 @@ class Scheduler:
         return self._has_room(request, cached)
 
     def _has_room(self, request: Request, cached: GroupBlockIds, without: Sequence[Request] = ()) -> bool:
-        """Whether a slot and blocks for all known tokens of `request` would be there if `without` did not run
-        (an upper bound, as others may share their blocks). One block per running request is left over: with
-        less, the newcomer would soon be preempted by their growth."""
+        """Whether a slot and blocks for all known tokens of `request` would be free if the requests `without` did not
+        run. This is an upper bound, because blocks may be shared. One block per running request is kept free:
+        otherwise their growth would soon preempt the new request."""
         num_running = len(self._running) - len(without)
         return num_running < self.config.max_num_seqs and self.allocator.has_room(
             request.num_tokens,
@@ -303,7 +305,7 @@ class Scheduler:
         )
 
     def _preempt(self, request: Request, step: BatchBuilder) -> None:
-        """Send a running request back to wait, without its blocks and without its part in `step`."""
+        """Move a running request back to the queue, without its blocks, and remove its part of `step`."""
         self.num_preemptions += 1
         del self._running[request.index]
         self.allocator.free(request.block_tables)
@@ -312,19 +314,19 @@ class Scheduler:
         step.drop(request)
 
     def _reads_prefix_cache(self, request: Request) -> bool:
-        # Log-probabilities of the prompt need the model's output at every one of its positions.
+        # Log-probabilities of the prompt need the model's output at every position of it.
         return self.allocator.enable_prefix_caching and request.params.prompt_logprobs is None
 
     def _cached_prefix(self, request: Request) -> tuple[int, GroupBlockIds]:
-        """How many cached blocks `request` can start after, and its tables then. Its last known token is
-        computed in any case: the step needs that token's output."""
+        """The number of cached blocks that `request` can start after, and its block tables then. The last known token
+        is never skipped, because its output is needed."""
         if not self._reads_prefix_cache(request):
             return self.allocator.match_prefix([])
         num_blocks = (request.num_tokens - 1) // self.allocator.block_size
         return self.allocator.match_prefix(self._block_hashes(request, num_blocks)[:num_blocks])
 
     def _publish_full_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """Offer the blocks that a step has filled to the prefix cache: only now are their tokens known."""
+        """Publish the blocks that a step has filled in the prefix cache. Only now are their tokens known."""
         num_full = num_computed_tokens // self.allocator.block_size
         if num_full == request.num_published_blocks or not self.allocator.enable_prefix_caching:
             return
@@ -334,7 +336,7 @@ class Scheduler:
         request.num_published_blocks = num_full
 
     def _block_hashes(self, request: Request, num_blocks: int) -> list[bytes]:
-        """Hashes of at least the first `num_blocks` blocks, of which only new ones are computed."""
+        """Hashes of at least the first `num_blocks` blocks; only new ones are computed."""
         hashes = request.block_hashes
         if len(hashes) < num_blocks:
             block_size = self.allocator.block_size
@@ -367,7 +369,7 @@ class Scheduler:
         self._check_cache(request)
 
     def _check_cache(self, request: Request) -> None:
-        # The last token is sampled but never computed, so it takes no room.
+        # The last token is sampled but never computed, so it needs no slot.
         num_tokens = self._length_limit(request) - 1
         num_blocks = self.allocator.most_blocks(num_tokens, self.config.max_num_batched_tokens)
         if num_blocks > self.allocator.num_blocks:

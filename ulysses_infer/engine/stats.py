@@ -24,7 +24,7 @@ class StepRecord(NamedTuple):
     decision: Decision | None = None
 
     def explain(self) -> str:
-        """Why it ran in its mode, with the times predicted and taken: one line."""
+        """Why it ran in its mode, with predicted and measured times, in one line."""
         why = f"{self.mode}" if self.decision is None else self.decision.explain(self.seconds)
         return f"step {self.sequence}, {self.num_tokens} tokens: {why}"
 
@@ -57,7 +57,7 @@ class StepStats:
         self.recent.append(step)
 
     def find(self, sequence: int | None = None) -> StepRecord:
-        """The record of a step by its number; None: of the latest. Raises `RequestError` if it is not kept."""
+        """The record of a step by its number; None: the latest. Raises `RequestError` if it is not kept."""
         if not self.recent:
             raise RequestError("no step has run yet")
         first, last = self.recent[0].sequence, self.recent[-1].sequence
@@ -67,7 +67,7 @@ class StepStats:
         return self.recent[wanted - first]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values: `modes` by name, `switches` in all, `switches_by_pair`."""
+        """Plain values: `modes` by name, `switches` in total, `switches_by_pair`."""
         return {
             "modes": {str(mode): asdict(counters) for mode, counters in self.by_mode.items()},
             "switches": sum(self.switches.values()),

@@ -1,11 +1,11 @@
 """The watchdog: ends the whole job when one of its processes dies, hangs or gets stuck.
 
-Collectives find a process that is gone only when they next run, and one that is stopped only after their time limit.
-So each process keeps one connection to rank 0 (the hub), on which a thread says something every half second. A
-connection that closes means a process that ended, silence one that hangs, and a step that takes longer than
-`runtime.step_timeout` a collective that is wedged. In all three cases the hub tells everyone why, each process that
-can still do so writes down where it was, and those of this host that cannot leave are killed: a stopped process
-answers no signal but SIGKILL, and DeepSpeed's launcher would wait 30 seconds for each.
+Collectives notice a dead process only when they next run, and a stopped one only after their timeout. So each process
+keeps one connection to rank 0, the watchdog server, and a thread sends a heartbeat on it every half second. A closed
+connection means that the process ended. Silence means that it hangs. A step that takes longer than
+`runtime.step_timeout` means that a collective is stuck. In each case the server sends the reason to all clients, and
+every process that still runs dumps its stacks. Processes on this host that do not exit are killed: a stopped process
+reacts to SIGKILL only, and DeepSpeed's launcher would wait 30 seconds for each.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ import psutil
 
 from ulysses_infer.host import host_identity
 
-BEAT_SECONDS = 0.5
-GRACE_SECONDS = 1.0  # for the others to leave before they are killed
-HELLO_SECONDS = 5.0
-MOST_HELLO_BYTES = 1024
-FAILURE = 1
-BEAT, BYE, DRAIN, FAILED, STUCK, END = ".", "bye", "drain", "failed", "stuck", "end"
+HEARTBEAT_SECONDS = 0.5
+GRACE_SECONDS = 1.0  # for the other processes to exit before they are killed
+HANDSHAKE_SECONDS = 5.0
+MAX_HANDSHAKE_BYTES = 1024
+EXIT_CODE = 1
+# Message types. A message is one line of text: its type, then optional content.
+HEARTBEAT, BYE, DRAIN, FAILED, STUCK, END = ".", "bye", "drain", "failed", "stuck", "end"
 DUMP, QUIET = "dump", "quiet"
 
 
 class Address(NamedTuple):
-    """Where the hub is, the word that lets one in, and who it is."""
+    """Where the server listens, the token that authenticates clients, and the server's process."""
 
     host: str
     port: int
-    word: str
+    auth_token: str
     process: tuple[str, int, float]
 
 
 class HostProcess(NamedTuple):
-    """A process, told from a later one with its number; only those of this host can be ended from here."""
+    """A process; its start time tells it from a later one with the same pid."""
 
     host: str
     pid: int
@@ -61,7 +62,7 @@ class HostProcess(NamedTuple):
         return cls(host_identity(), os.getpid(), psutil.Process().create_time())
 
     def kill(self) -> None:
-        """End it for certain, if it is on this host and still there."""
+        """Send SIGKILL if the process still runs and is on this host."""
         if self.host != host_identity():
             return
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -71,211 +72,235 @@ class HostProcess(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Line:
-    """One connection, a line of text a message, and when something last came."""
+class _Connection:
+    """One TCP connection to a peer, with the time of the last message received."""
 
-    connection: socket.socket
-    name: str = ""
+    socket: socket.socket
+    name: str = ""  # of the peer; empty until it is authenticated
     process: HostProcess | None = None
-    heard: float = field(default_factory=time.monotonic)
-    unread: bytes = b""
+    last_received: float = field(default_factory=time.monotonic)
+    unparsed: bytes = b""
     has_left: bool = False
 
-    def say(self, *words: str) -> None:
-        """Send a line. One that cannot be sent is not missed: the connection's end is noticed by reading."""
+    def send(self, *words: str) -> None:
+        """Send a message. Errors are ignored: reading notices a broken connection."""
         with contextlib.suppress(OSError):
-            self.connection.send(" ".join(words).encode() + b"\n")
+            self.socket.send(" ".join(words).encode() + b"\n")
 
-    def read(self) -> list[list[str]] | None:
-        """The lines that came, each as its first word and the rest; None at the end of the connection."""
+    def receive(self) -> list[list[str]] | None:
+        """The messages that arrived, each as [type] or [type, content]; None at the end of the connection."""
         try:
-            data = self.connection.recv(4096)
+            data = self.socket.recv(4096)
         except OSError:
             return None
         if not data:
             return None
-        self.heard = time.monotonic()
-        *lines, self.unread = (self.unread + data).split(b"\n")
+        self.last_received = time.monotonic()
+        *lines, self.unparsed = (self.unparsed + data).split(b"\n")
         return [line.decode(errors="replace").split(" ", 1) for line in lines]
 
+    def close(self) -> None:
+        """Close the connection and ignore this peer from now on."""
+        self.has_left = True
+        self.socket.close()
 
-def _nothing(reason: str) -> None:
-    """Nobody to tell."""
+
+def _ignore(reason: str) -> None:
+    """The default `on_end`."""
 
 
 class Watchdog(Protocol):
-    """What a process that runs steps needs of its end of the heartbeat, hub or member."""
+    """What a process that runs steps needs of the watchdog, be it the server or a client."""
 
     def working(self) -> AbstractContextManager[None]:
-        """A step runs inside; it may take `runtime.step_timeout` seconds."""
+        """Time the step that runs inside; it may take `runtime.step_timeout` seconds."""
 
     def announce_drain(self) -> None:
-        """The job is ending in order."""
+        """Announce that the job is shutting down normally."""
 
     def fail(self, reason: str) -> NoReturn:
         """End the job. Does not return."""
 
 
-class WatchdogServer:
-    """Rank 0's end. `timeout`: seconds of silence that count as a hang. `step_timeout`: the longest a step may take.
+class _StepTimer:
+    """Base of server and client: times the current step."""
 
-    `on_end(reason)` is called, in the hub's thread, before the processes are told; a second later this one is gone.
+    def __init__(self, step_timeout: float | None) -> None:
+        self._step_timeout = step_timeout
+        self._step_started: float | None = None
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Time the step that runs inside; it may take `step_timeout` seconds."""
+        self._step_started = time.monotonic()
+        yield
+        self._step_started = None
+
+    def _overdue_step(self) -> str | None:
+        """An error message if the current step has exceeded `step_timeout`, else None."""
+        started, limit = self._step_started, self._step_timeout
+        if limit is None or started is None or time.monotonic() - started <= limit:
+            return None
+        return f"a step has taken more than {limit:g} s (runtime.step_timeout)"
+
+
+class WatchdogServer(_StepTimer):
+    """Rank 0's side of the watchdog.
+
+    `timeout`: seconds of silence that count as a hang. `step_timeout`: the longest a step may take. When the job
+    fails, `on_end(reason)` is called in the server's thread before the clients are notified; this process exits about
+    a second later.
     """
 
     def __init__(self, bind: str, timeout: float, step_timeout: float) -> None:
-        self._timeout, self._step_timeout = timeout, step_timeout
-        self.on_end: Callable[[str], None] = _nothing
+        super().__init__(step_timeout)
+        self._timeout = timeout
+        self.on_end: Callable[[str], None] = _ignore
         self._listener = socket.create_server((bind, 0))
-        self._word = secrets.token_hex(16)
-        self._lines: list[_Line] = []
-        self._busy_since: float | None = None
-        self._failure: tuple[str, bool] | None = None
+        self._auth_token = secrets.token_hex(16)
+        self._connections: list[_Connection] = []
+        self._failure: tuple[str, bool] | None = None  # the reason, and whether to dump stacks
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     @property
     def address(self) -> Address:
-        """What members need to connect."""
+        """What clients need to connect."""
         host, port = self._listener.getsockname()[:2]
-        return Address(host, port, self._word, HostProcess.this())
+        return Address(host, port, self._auth_token, HostProcess.this())
 
     @property
-    def members(self) -> list[str]:
-        """Names of those connected."""
-        return [line.name for line in self._lines if line.name and not line.has_left]
-
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """A step runs inside; it may take `step_timeout` seconds."""
-        self._busy_since = time.monotonic()
-        yield
-        self._busy_since = None
+    def client_names(self) -> list[str]:
+        """Names of the connected clients."""
+        return [peer.name for peer in self._connections if peer.name and not peer.has_left]
 
     def announce_drain(self) -> None:
-        """The job is ending in order: a launcher that goes away from now on is no reason to stop."""
-        self._tell(DRAIN)
+        """Announce a normal shutdown: from now on the loss of a launcher is no reason to stop."""
+        self._broadcast(DRAIN)
 
     def fail(self, reason: str, dump: bool = False) -> NoReturn:
-        """End the job for `reason`. Does not return: the hub's thread ends this process. Any thread may call it."""
+        """End the job. Does not return: the server's thread ends this process. Thread-safe."""
         if self._failure is None:
             self._failure = reason, dump
         self._thread.join()
-        os._exit(FAILURE)
+        os._exit(EXIT_CODE)
 
     def leave(self, seconds: float) -> None:
-        """The job is over, in order: everyone may leave, and who has not after `seconds` is ended."""
-        self._tell(BYE)
+        """End the watchdog at a normal shutdown. Clients that have not left after `seconds` are killed."""
+        self._broadcast(BYE)
         deadline = time.monotonic() + seconds
-        while self.members and time.monotonic() < deadline:
+        while self.client_names and time.monotonic() < deadline:
             time.sleep(0.01)
         self._stopped.set()
         self._thread.join()
-        for line in self._lines:
-            if line.process is not None and not line.has_left:
-                line.process.kill()
-            line.connection.close()
+        for peer in self._connections:
+            if peer.process is not None and not peer.has_left:
+                peer.process.kill()
+            peer.socket.close()
         self._listener.close()
 
-    def kill_members(self) -> None:
-        """End every member of this host at once."""
-        for line in self._lines:
-            if line.process is not None:
-                line.process.kill()
+    def kill_clients(self) -> None:
+        """Kill every client on this host immediately."""
+        for peer in self._connections:
+            if peer.process is not None:
+                peer.process.kill()
 
-    def _tell(self, *words: str) -> None:
-        for line in list(self._lines):
-            line.say(*words)
+    def _broadcast(self, *words: str) -> None:
+        for peer in list(self._connections):
+            peer.send(*words)
 
     def _watch(self) -> None:
-        last_beat = 0.0
+        last_heartbeat = 0.0
         while not self._stopped.is_set():
-            if time.monotonic() - last_beat >= BEAT_SECONDS:
-                self._tell(BEAT)
-                last_beat = time.monotonic()
-            self._listen()
-            found = self._failure or self._find_failure()
-            if found is not None and not self._stopped.is_set():
-                self._end(*found)
+            if time.monotonic() - last_heartbeat >= HEARTBEAT_SECONDS:
+                self._broadcast(HEARTBEAT)
+                last_heartbeat = time.monotonic()
+            self._receive()
+            failure = self._failure or self._find_failure()
+            if failure is not None and not self._stopped.is_set():
+                self._end(*failure)
 
-    def _listen(self) -> None:
-        connections: dict[socket.socket, _Line] = {line.connection: line for line in self._lines if not line.has_left}
-        ready = select.select([self._listener, *connections], [], [], BEAT_SECONDS / 5)[0]
-        for connection in ready:
-            if connection is self._listener:
-                self._lines.append(_Line(self._listener.accept()[0]))
+    def _receive(self) -> None:
+        """Accept connections and handle messages."""
+        peers = {peer.socket: peer for peer in self._connections if not peer.has_left}
+        ready = select.select([self._listener, *peers], [], [], HEARTBEAT_SECONDS / 5)[0]
+        for readable in ready:
+            if readable is self._listener:
+                self._connections.append(_Connection(self._listener.accept()[0]))
             else:
-                self._take(connections[connection])
+                self._handle(peers[readable])
 
-    def _take(self, line: _Line) -> None:
-        messages = line.read()
+    def _handle(self, peer: _Connection) -> None:
+        messages = peer.receive()
         if messages is None:
-            self._take_end(line)
+            self._handle_disconnect(peer)
             return
-        for word, *rest in messages:
-            if not line.name:
-                self._welcome(line, word, *rest)
-            elif word == BYE:
-                line.has_left = True
-                line.connection.close()
+        for kind, *content in messages:
+            if not peer.name:
+                self._authenticate(peer, kind, *content)
+            elif kind == BYE:
+                peer.close()
                 return
-            elif word in (FAILED, STUCK):
-                self._failure = self._failure or (f"{line.name} failed: {rest[0]}", word == STUCK)
+            elif kind in (FAILED, STUCK):
+                self._failure = self._failure or (f"{peer.name} failed: {content[0]}", kind == STUCK)
 
-    def _take_end(self, line: _Line) -> None:
-        line.has_left = True
-        line.connection.close()
-        if line.name:
-            self._failure = self._failure or (f"{line.name} ended unexpectedly", False)
+    def _handle_disconnect(self, peer: _Connection) -> None:
+        peer.close()
+        if peer.name:
+            self._failure = self._failure or (f"{peer.name} ended unexpectedly", False)
         else:
-            self._lines.remove(line)
+            self._connections.remove(peer)
 
-    def _welcome(self, line: _Line, word: str, rest: str = "") -> None:
-        """Let in who knows the word; whoever else found the port is shown the door."""
-        fields = rest.split("\t")
-        if not hmac.compare_digest(word.encode(), self._word.encode()) or len(fields) != 4:
-            line.connection.close()
-            self._lines.remove(line)
+    def _authenticate(self, peer: _Connection, auth_token: str, content: str = "") -> None:
+        """Accept a peer that sends the auth token; disconnect any other."""
+        fields = content.split("\t")
+        if not hmac.compare_digest(auth_token.encode(), self._auth_token.encode()) or len(fields) != 4:
+            self._reject(peer)
             return
         name, host, pid, started = fields
-        line.process = HostProcess(host, int(pid), float(started))
-        line.name = name
+        peer.process = HostProcess(host, int(pid), float(started))
+        peer.name = name
+
+    def _reject(self, peer: _Connection) -> None:
+        peer.socket.close()
+        self._connections.remove(peer)
 
     def _find_failure(self) -> tuple[str, bool] | None:
         now = time.monotonic()
-        for line in list(self._lines):
-            silent = now - line.heard
-            if line.name and not line.has_left and silent > self._timeout:
-                return f"{line.name} has not answered for {silent:.0f} s", True
-            if not line.name and (silent > HELLO_SECONDS or len(line.unread) > MOST_HELLO_BYTES):
-                line.connection.close()
-                self._lines.remove(line)
-        busy_since = self._busy_since
-        if busy_since is not None and now - busy_since > self._step_timeout:
-            return f"a step has taken more than {self._step_timeout:g} s (runtime.step_timeout)", True
-        return None
+        for peer in list(self._connections):
+            silence = now - peer.last_received
+            if peer.name and not peer.has_left and silence > self._timeout:
+                return f"{peer.name} has not answered for {silence:.0f} s", True
+            if not peer.name and (silence > HANDSHAKE_SECONDS or len(peer.unparsed) > MAX_HANDSHAKE_BYTES):
+                self._reject(peer)
+        overdue = self._overdue_step()
+        return None if overdue is None else (overdue, True)
 
     def _end(self, reason: str, dump: bool) -> NoReturn:
-        """Tell everyone why, give them a moment, and make sure of those of this host."""
+        """Notify all clients, wait briefly for them to exit, kill the rest on this host and exit."""
         print(f"error: the engine ended: {reason}", file=sys.stderr, flush=True)
         self.on_end(reason)
-        self._tell(END, DUMP if dump else QUIET, reason)
+        self._broadcast(END, DUMP if dump else QUIET, reason)
         if dump:
             dump_stacks("rank 0")
         deadline = time.monotonic() + GRACE_SECONDS
-        waiting = [line for line in self._lines if line.process is not None and not line.has_left]
+        waiting = [peer for peer in self._connections if peer.process is not None and not peer.has_left]
         while waiting and time.monotonic() < deadline:
-            for connection in select.select([line.connection for line in waiting], [], [], 0.05)[0]:
-                waiting = [line for line in waiting if line.connection is not connection or line.read() is not None]
-        for line in waiting:
-            if line.process is not None:
-                line.process.kill()
-        os._exit(FAILURE)
+            for readable in select.select([peer.socket for peer in waiting], [], [], 0.05)[0]:
+                waiting = [peer for peer in waiting if peer.socket is not readable or peer.receive() is not None]
+        for peer in waiting:
+            if peer.process is not None:
+                peer.process.kill()
+        os._exit(EXIT_CODE)
 
 
-class WatchdogClient:
-    """Any other process's end. `on_end(reason)` is called, in its thread, when the job has failed; with None the
-    process then ends, after writing down where it was if the hub wants to know."""
+class WatchdogClient(_StepTimer):
+    """The side of every other process.
+
+    When the job fails, `on_end(reason)` is called in the client's thread. With None the process exits, after dumping
+    its stacks if the server asks for them.
+    """
 
     def __init__(
         self,
@@ -285,70 +310,66 @@ class WatchdogClient:
         on_end: Callable[[str], None] | None = None,
         step_timeout: float | None = None,
     ) -> None:
-        self._name, self._timeout, self._on_end, self._step_timeout = name, timeout, on_end, step_timeout
-        self._busy_since: float | None = None
-        self._hub = HostProcess(*address.process)
-        self._line = _Line(socket.create_connection((address.host, address.port), HELLO_SECONDS))
-        self._line.connection.settimeout(None)
+        super().__init__(step_timeout)
+        self._name, self._timeout, self._on_end = name, timeout, on_end
+        self._server_process = HostProcess(*address.process)
+        self._server = _Connection(socket.create_connection((address.host, address.port), HANDSHAKE_SECONDS))
+        self._server.socket.settimeout(None)
         this = HostProcess.this()
-        self._line.say(address.word, "\t".join([name, this.host, str(this.pid), repr(this.started)]))
+        self._server.send(address.auth_token, "\t".join([name, this.host, str(this.pid), repr(this.started)]))
         self.is_draining = False
-        """Whether the job is ending in order."""
+        """Whether the job is shutting down normally."""
         self._left = threading.Event()
-        threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def report(self, reason: str) -> None:
-        """Tell the hub why this process is about to end."""
+        """Send the server the reason why this process is about to exit."""
         self._left.set()
-        self._line.say(FAILED, " ".join(reason.split()))
-
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """A step runs inside; it may take `step_timeout` seconds."""
-        self._busy_since = time.monotonic()
-        yield
-        self._busy_since = None
+        self._send_failure(reason)
 
     def announce_drain(self) -> None:
-        """The hub knows already: it is where draining starts."""
+        """Does nothing: the server announces a shutdown."""
 
     def fail(self, reason: str) -> NoReturn:
-        """Tell the hub, which ends the job and so this process. Does not return."""
-        self._line.say(FAILED, " ".join(reason.split()))
+        """Report a failure to the server, which ends the job and this process. Does not return."""
+        self._send_failure(reason)
         time.sleep(self._timeout)
-        os._exit(FAILURE)
+        os._exit(EXIT_CODE)
 
     def leave(self) -> None:
-        """This process ends in order."""
+        """Disconnect before a normal exit."""
         self._left.set()
-        self._line.say(BYE)
+        self._server.send(BYE)
+
+    def _send_failure(self, reason: str) -> None:
+        self._server.send(FAILED, " ".join(reason.split()))
 
     def _watch(self) -> None:
         while not self._left.is_set():
-            self._line.say(BEAT)
-            busy_since, limit = self._busy_since, self._step_timeout
-            if limit is not None and busy_since is not None and time.monotonic() - busy_since > limit:
-                self._line.say(STUCK, f"a step has taken more than {limit:g} s (runtime.step_timeout)")
-            if select.select([self._line.connection], [], [], BEAT_SECONDS)[0]:
-                self._take(self._line.read())
-            silent = time.monotonic() - self._line.heard
-            if silent > self._timeout and not self._left.is_set():
-                self._end(f"rank 0 has not answered for {silent:.0f} s", dump=True, kill=True)
+            self._server.send(HEARTBEAT)
+            overdue = self._overdue_step()
+            if overdue is not None:
+                self._server.send(STUCK, overdue)
+            if select.select([self._server.socket], [], [], HEARTBEAT_SECONDS)[0]:
+                self._handle(self._server.receive())
+            silence = time.monotonic() - self._server.last_received
+            if silence > self._timeout and not self._left.is_set():
+                self._end(f"rank 0 has not answered for {silence:.0f} s", dump=True, kill=True)
 
-    def _take(self, messages: list[list[str]] | None) -> None:
+    def _handle(self, messages: list[list[str]] | None) -> None:
         if messages is None:
             if not self._left.is_set():
-                # Silent for some time before, it hung, and another member was quicker to end it.
-                hung = time.monotonic() - self._line.heard > self._timeout / 2
+                # After a long silence the server hung, and another client killed it before this one did.
+                hung = time.monotonic() - self._server.last_received > self._timeout / 2
                 self._end("rank 0 ended unexpectedly", dump=hung)
             return
-        for word, *rest in messages:
-            if word == BYE:
+        for kind, *content in messages:
+            if kind == BYE:
                 self._left.set()
-            elif word == DRAIN:
+            elif kind == DRAIN:
                 self.is_draining = True
-            elif word == END:
-                dump, _, reason = rest[0].partition(" ")
+            elif kind == END:
+                dump, _, reason = content[0].partition(" ")
                 self._end(reason, dump=dump == DUMP)
 
     def _end(self, reason: str, dump: bool = False, kill: bool = False) -> None:
@@ -356,14 +377,14 @@ class WatchdogClient:
         if dump:
             dump_stacks(self._name)
         if kill:
-            self._hub.kill()
+            self._server_process.kill()
         if self._on_end is None:
-            os._exit(FAILURE)
+            os._exit(EXIT_CODE)
         self._on_end(reason)
 
 
 def dump_stacks(name: str) -> None:
-    """Where every thread of this process is, on standard error in one piece."""
+    """Write the stacks of all threads of this process to standard error in a single write."""
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)

@@ -147,13 +147,12 @@ def build_groups(
     collectives: str = "auto",
     external_group: Any = None,
 ) -> Groups:
-    """Create the groups of every mode. Collective: all ranks call it with the same arguments.
+    """Create the process groups of every mode. Collective: all ranks call it with the same arguments.
 
-    `num_ranks`: those that belong together, where it is not the launcher's environment that says so. `collectives`:
-    as `runtime.collectives`. `external_group`: a sequence-parallel process group of the
-    job. Modes with
-    the same members use it, and it outlives the engine. Raises `ConfigError`, on every rank, when the job has another number of
-    ranks than the layout, or memory is to be shared and cannot be.
+    `num_ranks`: the size of the job if no launcher's environment says so. `collectives`: as `runtime.collectives`.
+    `external_group`: a sequence-parallel process group of the job. Modes with the same members use it, and it outlives
+    the engine. Raises `ConfigError`, on every rank, if the job has another number of ranks than the layout, or if
+    shared memory is asked for and not available.
     """
     if layout.world_size == 1:
         _check_world_size(layout, num_ranks or int(os.environ.get("WORLD_SIZE", "1")))

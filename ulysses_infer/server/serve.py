@@ -172,7 +172,7 @@ class Signals:
 
     def _force(self, number: int) -> None:
         """It did not stop in time: a step hangs, most likely."""
-        self._hub.kill_members()
+        self._hub.kill_clients()
         self._guard.end(number)
 
 

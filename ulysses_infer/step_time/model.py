@@ -43,7 +43,9 @@ class StepTimeModel:
         self.drift = DriftDetector()
         self._memories = [Memory() for _ in modes]
         self._coefficients = np.zeros((len(modes), len(FEATURES)))
-        self._anchor = self._coefficients.copy()  # what drift is told against: the coefficients before traffic refined them
+        self._anchor = (
+            self._coefficients.copy()
+        )  # what drift is told against: the coefficients before traffic refined them
         self._fitted: np.ndarray | None = None
         self._offsets: dict[tuple[int, Bucket], tuple[float, int, int]] = {}  # what `_offset` found, while it holds
         self._steps = 0

@@ -18,7 +18,7 @@ from ulysses_infer.step_time.profile import Profile
 from ulysses_infer.step_time.regret import RegretTracker
 from ulysses_infer.step_time.step_shape import StepShape
 
-WORTH_TRYING = 2.0  # a mode predicted to take more than this many times the best one's time is not tried unmeasured
+WORTH_TRYING = 2.0  # an unmeasured mode is not tried if its prediction exceeds the best one's by this factor
 FASTEST, EXPLORED, TRIED, ONLY = "predicted fastest", "explored", "tried, not measured yet", "the only mode loaded"
 KEPT = "kept, for a change of mode costs more than staying has lost"
 
@@ -45,33 +45,33 @@ class AdaptivePolicy(Policy):
         self._switching = SwitchHysteresis()
         self._shape = StepShape.of([], [])
 
-    # -- where it starts ---------------------------------------------------------------------------------------
+    # -- initial step times ------------------------------------------------------------------------------------
 
     def learn(self, profile: Profile, origin: str) -> None:
-        """Start from measured steps; `origin` says in words where they come from."""
+        """Start from measured steps; `origin` says where they come from."""
         self.model.learn(profile.measurements)
         self._switching = SwitchHysteresis(profile.switch_seconds)
         self.is_calibrated, self._origin = True, origin
 
     def assume(self, measurements: Iterable[Measurement]) -> None:
-        """Start from times nobody measured."""
+        """Start from estimated steps."""
         self.model.learn(measurements, assumed=True)
         self._origin = "the sizes of the model, until steps are measured"
 
     @property
     def wants_calibration(self) -> bool:
-        """Whether measuring steps first would help: not with a single mode and no target."""
+        """Whether measured steps would help: not with a single mode and no latency target."""
         needed = len(self.modes) > 1 or self.config.target_tpot_ms is not None
         return needed and not self.is_calibrated and self.config.calibration_seconds > 0
 
     # -- every step --------------------------------------------------------------------------------------------
 
     def prefill_limit(self, running: Sequence[Request], waiting: Request | None) -> int | None:
-        """What the targets leave for prompts, if there are targets."""
+        """The prefill limit that the latency targets imply, if there are any."""
         return self._chunks.limit(running, waiting)
 
     def decide(self, batch: Batch) -> Decision:
-        """The mode with the shortest predicted time, unless another one is to be tried."""
+        """The mode with the shortest predicted time, unless another one is due to be tried."""
         self._shape = shape = batch.shape
         times = dict(zip(self.modes, self.model.predict(shape), strict=True))
         mode, reason = self._pick(shape, times)
@@ -91,17 +91,17 @@ class AdaptivePolicy(Policy):
         return mode, FASTEST if mode == best else KEPT
 
     def observe(self, batch: Batch, decision: Decision, seconds: float) -> None:
-        """Learn from the step, and count what it took."""
+        """Learn from the step and count it."""
         self._hindsight.count(self._shape, decision.mode, dict(decision.predicted), seconds)
         self.model.observe(decision.mode, self._shape, seconds)
 
     def _fastest(self, shape: StepShape) -> float:
         return min(self.model.predict(shape))
 
-    # -- what it says of itself --------------------------------------------------------------------------------
+    # -- description -------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Name, targets, exploration and where its step times come from."""
+        """Name, targets, exploration, and the origin of the step times."""
         settings = {"exploration": self.config.exploration} if self.config.exploration else {}
         for name in ("target_tpot_ms", "target_ttft_ms"):
             if getattr(self.config, name) is not None:
@@ -109,7 +109,7 @@ class AdaptivePolicy(Policy):
         return {"name": self.name, **settings, "profile": self._origin}
 
     def stats(self) -> dict[str, Any]:
-        """Steps, prediction error, regret, explored steps, and how often the machine changed speed."""
+        """Steps, prediction error, regret, explored steps, and how often the machine's speed has changed."""
         return {**self._hindsight.stats(), "speed_changes": self.model.drift.changes}
 
 

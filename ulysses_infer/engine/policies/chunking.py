@@ -10,12 +10,13 @@ from ulysses_infer.engine.request import Request
 from ulysses_infer.step_time.step_shape import StepShape
 
 LEAST_CHUNK = 16
-"""Prompts advance by this much a step, whatever it costs: nobody waits for ever."""
+"""Minimum progress of prompts per step, whatever it costs, so that none waits forever."""
 MARGIN = 0.9
-"""Steps are planned to take this share of the time there is: predictions err, and a step is not all of a gap."""
+"""Steps are planned to use this share of the available time, because predictions err and a gap is longer than a step.
+"""
 
 FastestStep = Callable[[StepShape], float]
-"""Predicted seconds of a step in the mode that is fastest for it."""
+"""Predicted seconds of a step in its fastest mode."""
 
 
 class ChunkSizer:
@@ -38,7 +39,7 @@ class ChunkSizer:
         self._fastest, self._clock = fastest, clock
 
     def limit(self, running: Sequence[Request], waiting: Request | None) -> int | None:
-        """Most prompt tokens of the next step; None when nothing limits it."""
+        """Most prompt tokens of the next step; None: no limit."""
         if self._target_tpot is None:
             return None
         decodes = [request for request in running if _is_decoding(request)]
@@ -52,7 +53,7 @@ class ChunkSizer:
         return chunk
 
     def _largest(self, decodes: Sequence[Request], prompt: Request, seconds: float) -> int:
-        """The largest chunk whose step is predicted to end within `seconds`, by bisection."""
+        """The largest chunk whose step is predicted to end within `seconds`, found by bisection."""
         contexts = [request.num_tokens for request in decodes]
         start = prompt.num_computed_tokens
 
@@ -69,14 +70,14 @@ class ChunkSizer:
         return low
 
     def _is_late(self, prompt: Request, chunk: int) -> bool:
-        """Whether chunks of this size, each a `target_tpot` long, bring the first token too late."""
+        """Whether chunks of this size, one per `target_tpot`, would miss the target of the first token."""
         if self._target_ttft is None or self._target_tpot is None or prompt.first_token_time is not None:
             return False
         steps = ceil_div(prompt.num_tokens_left, chunk)
         return self._clock() + steps * self._target_tpot > prompt.arrival_time + self._target_ttft
 
     def _time_in_hand(self, decodes: Sequence[Request], target: float) -> float:
-        """How long a step may take with every decode's mean time per token still within `target`."""
+        """How long a step may take so that the mean time per token of every decode stays within `target`."""
         now = self._clock()
         since = [now if request.first_token_time is None else request.first_token_time for request in decodes]
         return min(

@@ -12,16 +12,16 @@ from ulysses_infer.parallel.layout import Mode
 
 
 class Decision(NamedTuple):
-    """The mode of one step and how it came about."""
+    """The mode of one step, with the reason."""
 
     mode: Mode
     reason: str
-    """In a few words, to follow the name of the mode: "more than 256 tokens"."""
+    """A few words that follow the name of the mode: "more than 256 tokens"."""
     predicted: tuple[tuple[Mode, float], ...] = ()
-    """Seconds that the step should take in each mode, of a policy that predicts."""
+    """Predicted seconds of the step in each mode, if the policy predicts."""
 
     def explain(self, seconds: float | None = None) -> str:
-        """One line; `seconds` is what the step then took."""
+        """One line; `seconds` is the measured time."""
         parts = [f"{self.mode}: {self.reason}"]
         if self.predicted:
             parts.append("predicted " + ", ".join(f"{mode} {time * 1e3:.2f} ms" for mode, time in self.predicted))
@@ -33,34 +33,34 @@ class Decision(NamedTuple):
 
 
 class Policy(ABC):
-    """Chooses the mode of every step. Asked on rank 0 only, once per non-empty batch."""
+    """Chooses the mode of every step. Called on rank 0 only, once per non-empty batch."""
 
     name: ClassVar[str]
     """The policy's name in recipes."""
 
     @abstractmethod
     def decide(self, batch: Batch) -> Decision:
-        """The mode that `batch` runs in, one of the loaded ones, with the reason."""
+        """The mode of `batch`, one of the loaded ones, with the reason."""
 
     def choose(self, batch: Batch) -> Mode:
-        """The mode that `batch` runs in."""
+        """The mode of `batch`."""
         return self.decide(batch).mode
 
     def prefill_limit(self, running: Sequence[Request], waiting: Request | None) -> int | None:
-        """Most prompt tokens of the step about to be scheduled, at least 1; None: as many as the scheduler allows.
+        """Most prompt tokens of the step about to be scheduled, at least 1; None: no limit.
 
-        `running`: the admitted requests; `waiting`: the one to be admitted next.
+        running: the admitted requests; waiting: the one that is admitted next.
         """
         return None
 
     def observe(self, batch: Batch, decision: Decision, seconds: float) -> None:
-        """The step that `decide` decided last has run."""
+        """Called after the step of the last `decide` has run."""
         return
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """The policy's name and settings as plain values, which change only with the policy."""
+        """The policy's name and settings as plain values; they change only with the policy."""
 
     def stats(self) -> dict[str, Any]:
-        """What it has counted, as plain values."""
+        """Its counters as plain values."""
         return {}

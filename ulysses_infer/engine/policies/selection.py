@@ -14,14 +14,14 @@ from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.layout import Mode
 
 POLICIES = (StaticPolicy.name, ThresholdPolicy.name, AdaptivePolicy.name)
-"""Names of the policies there are."""
+"""Names of the available policies."""
 
 
 def make_policy(config: PolicyConfig, modes: Sequence[Mode], base: Mode, shift: Mode) -> Policy:
-    """The policy that `config` asks for, among the loaded `modes`.
+    """The policy that `config` asks for, over the loaded `modes`.
 
-    "sp" means `base`, "tp" means `shift` (full tensor parallelism). An adaptive one still knows no step times. Raises
-    ConfigError for an unknown policy or a mode that is not loaded.
+    "sp" means `base`, "tp" means `shift` (full tensor parallelism). An adaptive policy has no step times yet. Raises
+    `ConfigError` for an unknown policy or a mode that is not loaded.
     """
     if config.name == "static":
         mode = _static_mode(config.mode, base, shift)
@@ -36,7 +36,7 @@ def make_policy(config: PolicyConfig, modes: Sequence[Mode], base: Mode, shift: 
 
 
 def policy_settings(config: Config, name: str, settings: Mapping[str, Any]) -> PolicyConfig:
-    """Settings for a change at run time, checked like a recipe's `policy` section against this engine's layout.
+    """Settings for a change at run time, checked like the `policy` section of a recipe.
 
     Raises `ConfigError` for an unknown policy or setting, or a mode that is not loaded.
     """

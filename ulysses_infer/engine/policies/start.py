@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 
 def start_policy(policy: AdaptivePolicy, worker: Worker) -> None:
-    """Give it the stored profile if one holds here, else assumptions.
+    """Give the policy a stored profile if one is valid here, else estimates.
 
-    Raises `ConfigError` if `policy.profile` names a file that does not hold here.
+    Raises `ConfigError` if `policy.profile` names a file that is not valid here.
     """
     policy.assume(assumed(worker, policy.modes))
     if policy.config.profile is None:
@@ -33,10 +33,10 @@ def start_policy(policy: AdaptivePolicy, worker: Worker) -> None:
 
 
 def keep_profile(profile: Profile, config: PolicyConfig) -> None:
-    """Store what was measured for the next start, where `policy.profile` is auto."""
+    """Store a new profile for the next start, if `policy.profile` is auto."""
     if config.profile != "auto":
         return
     try:
         profile.save(cached_path(profile.key))
-    except ConfigError as error:  # a home that cannot be written must not keep the engine from serving
+    except ConfigError as error:  # a read-only home must not stop the engine
         logger.warning("%s; it will be measured again at the next start", error)

@@ -10,7 +10,7 @@ from ulysses_infer.parallel.layout import Mode
 
 
 class StaticPolicy(Policy):
-    """Always the same mode: plain tensor parallelism, plain Ulysses or a fixed mixture of the two.
+    """Always the same mode: plain TP, plain Ulysses SP, or a fixed mixture.
 
     Source: the baselines (TP, SP) of Hidayetoglu et al., "Shift Parallelism", arXiv 2509.16495.
     """
@@ -22,7 +22,7 @@ class StaticPolicy(Policy):
         self._decision = Decision(mode, "the mode of policy static")
 
     def decide(self, batch: Batch) -> Decision:
-        """`mode`, whatever the batch."""
+        """`mode`, for every batch."""
         return self._decision
 
     def describe(self) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from ulysses_infer.parallel.layout import Mode
 
 
 class ThresholdPolicy(Policy):
-    """The base mode for steps of more than `threshold_tokens` tokens, the shift mode for the others.
+    """The base mode for steps of more than `threshold_tokens` tokens, the shift mode for others.
 
-    Large steps are bound by compute and communication, where sequence parallelism is the cheaper one; small
-    steps by reading weights, which tensor parallelism splits over all ranks. Source: Hidayetoglu et al.,
-    "Shift Parallelism", arXiv 2509.16495, Algorithm 2.
+    Large steps are limited by computation and communication, which sequence parallelism makes cheaper. Small steps are
+    limited by reading weights, which tensor parallelism splits over all ranks. Source: Hidayetoglu et al., "Shift
+    Parallelism", arXiv 2509.16495, Algorithm 2.
     """
 
     name = "threshold"
@@ -27,7 +27,7 @@ class ThresholdPolicy(Policy):
         self._small = Decision(shift, f"at most {threshold_tokens} tokens")
 
     def decide(self, batch: Batch) -> Decision:
-        """By the number of batched tokens, prefill chunks and decodes alike."""
+        """By the number of batched tokens, prefill and decode together."""
         return self._large if batch.num_tokens > self.threshold_tokens else self._small
 
     def describe(self) -> dict[str, Any]:
