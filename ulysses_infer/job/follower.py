@@ -16,35 +16,36 @@ def follow(rank: Rank) -> Any:
 
     Raises `EngineDeadError` when a step fails, a rank is lost or rank 0 has shut the engine down.
     """
-    while True:
-        with fatal("a step"):
-            kind, payload = rank.channel.receive()
-            if kind == STEP:
-                rank.worker.run(StepPlan.decode(payload))
-            if kind == CALL:
-                _call(rank, payload)
-        if kind == VALUE:
-            return pickle.loads(payload)
-        if kind == ERROR:
-            raise pickle.loads(payload)
-        if kind == SHUTDOWN:
-            raise EngineDeadError("the engine was shut down")
+    with fatal("a step"):
+        kind, payload = _run_until_other_message(rank)
+    if kind == SHUTDOWN:
+        raise EngineDeadError("the engine was shut down")
+    result = pickle.loads(payload)
+    if kind == ERROR:
+        raise result
+    return result
 
 
 def serve_until_shutdown(rank: Rank) -> None:
-    """A worker process of an engine that lives in another process: follow until it shuts down."""
+    """Run steps until rank 0 shuts the engine down; other messages are ignored."""
+    while _run_until_other_message(rank)[0] != SHUTDOWN:
+        pass
+
+
+def _run_until_other_message(rank: Rank) -> tuple[int, bytes]:
+    """Run steps and calls; returns the first message that is neither."""
     while True:
         kind, payload = rank.channel.receive()
-        if kind == SHUTDOWN:
-            return
         if kind == STEP:
             rank.worker.run(StepPlan.decode(payload))
-        if kind == CALL:
+        elif kind == CALL:
             _call(rank, payload)
+        elif kind in (VALUE, ERROR, SHUTDOWN):
+            return kind, payload
 
 
 def _call(rank: Rank, payload: bytes) -> None:
-    """Run what rank 0 runs at the same time on itself. What is refused is refused on all ranks, and raised there."""
+    """Run what rank 0 runs on itself at the same time. An error that all ranks get is raised on rank 0 only."""
     action, args = pickle.loads(payload)
     try:
         action(rank, *args)

@@ -1,4 +1,4 @@
-"""Ends a rank at a signal, or when its launcher is gone."""
+"""Ends a rank on a signal, or when its launcher is gone."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.5
-SAME_MOMENT = 0.3  # a signal to the whole group ends the launcher a little before this process hears of it
+SIGNAL_GRACE_SECONDS = 0.3  # a signal to the process group may end the launcher before it arrives here
 
 
 class Guard:
-    """Ends this process with 128 + n at signal n, at once, even while its main thread waits for other ranks.
+    """Ends this process with exit code 128 + n on signal n, immediately, even while its main thread is in a collective.
 
-    A command that has something to finish first takes over: it then hears of signals, in the guard's thread.
+    A command that has work to finish first installs its own callbacks (`take_over`), which run in the guard's thread.
 
-    Python runs signal handlers in the main thread, between two bytecodes: a rank that waits in a collective would
-    never get to them, and DeepSpeed's launcher would give each such rank 30 s. So the handler proper does nothing;
-    Python's wake-up descriptor tells a thread of the signal, and the thread ends the process.
+    Python runs signal handlers in the main thread, between two bytecodes, so a rank that waits in a collective would
+    never run them, and DeepSpeed's launcher would wait 30 s for each such rank. So the handler itself does nothing:
+    Python's wake-up file descriptor notifies a thread, and the thread ends the process.
 
-    The same thread watches what launched this rank: DeepSpeed's launcher passes no signal on, and once it or its
-    helper is killed the ranks would run for ever.
+    The same thread watches the launcher: DeepSpeed's launcher forwards no signals, and once it or its helper is killed
+    the ranks would run forever.
     """
 
     def __init__(self, clean_up: Callable[[], None]) -> None:
@@ -36,37 +36,37 @@ class Guard:
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         for number in SIGNALS:
-            signal.signal(number, _leave_it_to_the_thread)
+            signal.signal(number, _empty_handler)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="guard", daemon=True).start()
 
     def take_over(self, on_signal: Callable[[int], None], on_orphaned: Callable[[], None]) -> None:
-        """From now on a signal means `on_signal(number)`, and a launcher that is gone `on_orphaned()`, once."""
+        """Call `on_signal(number)` on each signal from now on, and `on_orphaned()` once if the launcher is gone."""
         self._on_signal, self._on_orphaned = on_signal, on_orphaned
 
     def end(self, number: int) -> None:
-        """End this process now, as signal `number` would."""
+        """Clean up and end this process as signal `number` would."""
         self._clean_up()
         os._exit(128 + number)
 
     def _watch(self) -> None:
         while True:
-            self._listen(POLL_SECONDS)
+            self._handle_signal(POLL_SECONDS)
             if self._launcher is not None and not self._launcher.is_alive():
                 self._launcher = None
-                self._listen(SAME_MOMENT)
+                self._handle_signal(SIGNAL_GRACE_SECONDS)
                 self._on_orphaned()
 
-    def _listen(self, seconds: float) -> None:
-        """Take the next signal, waiting for it so long."""
-        if select.select([self._read], [], [], seconds)[0]:
+    def _handle_signal(self, timeout: float) -> None:
+        """Wait up to `timeout` seconds for a signal and handle it."""
+        if select.select([self._read], [], [], timeout)[0]:
             number = os.read(self._read, 1)[0]
             if number in SIGNALS:
                 self._on_signal(number)
 
 
-def _leave_it_to_the_thread(number: int, frame: object) -> None:
-    """Without a handler of Python's the wake-up descriptor hears nothing."""
+def _empty_handler(number: int, frame: object) -> None:
+    """Python writes to the wake-up descriptor only for signals that have a Python handler."""
 
 
 class Launcher:
@@ -77,12 +77,12 @@ class Launcher:
 
     @classmethod
     def of_this_process(cls) -> Launcher | None:
-        """None for a rank that something else started."""
+        """The launcher of this rank; None if something else started it."""
         parent = psutil.Process().parent()
         return cls(parent) if parent is not None and "deepspeed.launcher.launch" in parent.cmdline() else None
 
     def is_alive(self) -> bool:
-        """Whether both are: a process whose parent ends gets another one at once."""
+        """Whether the command and its helper still run: an orphaned process gets another parent at once."""
         try:
             return os.getppid() == self._helper.pid and self._helper.ppid() == self._command
         except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""Worker processes of an engine in plain Python: started, supervised and ended by it."""
+"""Starts, supervises and stops the worker processes of an engine in plain Python (without a launcher)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ulysses_infer.model.loading.files import TensorSource
     from ulysses_infer.model.loading.sources import GivenModel
 
-STOP_SECONDS = 3.0  # for a worker to hear that it is to end, and again to do so
-LOSS_SECONDS = 2.0  # a lost connection is seen before the system reports the end of its process
+STOP_SECONDS = 3.0  # for workers to exit before they are killed
+LOSS_SECONDS = 2.0  # a lost connection is noticed before the system reports that the process has ended
 PARENT_POLL_SECONDS = 0.5
 READY = b"r"
 
@@ -38,9 +38,9 @@ def is_launched() -> bool:
 
 
 def hand_over(config: Config, model: GivenModel, cleanup: contextlib.ExitStack) -> Config:
-    """A model in memory has to reach the worker processes: it is written to a folder that they all load from.
+    """Write a model in memory to a folder from which the worker processes load it.
 
-    Returns the configuration that names the folder. `cleanup` removes it.
+    Returns a configuration that names the folder. `cleanup` removes the folder.
     """
     folder = _temporary_folder(cleanup)
     if model.is_copied:  # its state dict is not that of an ordinary model
@@ -54,9 +54,9 @@ def hand_over(config: Config, model: GivenModel, cleanup: contextlib.ExitStack) 
 
 
 def hand_over_weights(source: Any, cleanup: contextlib.ExitStack) -> str:
-    """Where the worker processes find the weights of `source`: a folder it names, or one they are written to.
+    """The folder of the weights of `source`: the path it is, or a temporary folder that they are written to.
 
-    `cleanup` removes that.
+    `cleanup` removes a temporary folder.
     """
     if isinstance(source, str | os.PathLike):
         return str(source)
@@ -96,7 +96,7 @@ class WorkerProcesses:
         self._world_size = config.parallel.world_size
         self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._ready: list[int] = []  # read ends of pipes, one a worker
+        self._ready: list[int] = []  # read ends of pipes, one per worker
         try:
             for rank in range(1, self._world_size):
                 self._start(config, rank)
@@ -105,7 +105,10 @@ class WorkerProcesses:
             raise
 
     def meet(self) -> Any:
-        """Wait until every worker is about to join; returns where. Raises `EngineDeadError` if one ends before."""
+        """Wait until every worker is ready to join the process group; returns how to join it.
+
+        Raises `EngineDeadError` if a worker ends first.
+        """
         from ulysses_infer.parallel.groups import Rendezvous
 
         while self._ready:
@@ -116,11 +119,11 @@ class WorkerProcesses:
 
     @property
     def are_alive(self) -> bool:
-        """Whether no worker has ended."""
+        """Whether all workers still run."""
         return all(process.poll() is None for process in self._processes)
 
     def losses(self, wait: bool) -> str:
-        """Which workers ended and how, in one line; empty if none did. `wait`: one is known to be ending."""
+        """Which workers ended and how, in one line; empty if all run. `wait`: a worker is known to be ending."""
         deadline = time.monotonic() + (LOSS_SECONDS if wait else 0)
         while self.are_alive and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -128,7 +131,7 @@ class WorkerProcesses:
         return ", ".join(f"worker rank {rank} {_ending(code)}" for rank, code in codes.items() if code is not None)
 
     def stop(self, at_once: bool = False) -> None:
-        """End the workers (waiting first for those that were told to, unless `at_once`) and leave the group."""
+        """Wait for the workers to exit (unless `at_once`), kill the rest and leave the process group."""
         import torch
 
         deadline = time.monotonic() + STOP_SECONDS
@@ -142,29 +145,29 @@ class WorkerProcesses:
         while self._ready:
             os.close(self._ready.pop())
         if torch.distributed.is_initialized():
-            _leave_group()
+            _leave_process_group()
 
     def _start(self, config: Config, rank: int) -> None:
-        """A fresh interpreter, not a fork or a re-import of the user's script: works from a notebook cell.
+        """Start a new interpreter instead of a fork or a re-import of the user's script, so it works in notebooks.
 
-        It gets a session of its own, so that Ctrl-C attention_spans rank 0 alone, which then ends the workers.
+        The worker has its own session, so that Ctrl-C interrupts rank 0 only, which then stops the workers.
         """
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        ours, theirs = os.pipe()
-        self._ready.append(ours)
-        arguments = [os.getpid(), rank, self._world_size, self._store.port, theirs]
+        read, write = os.pipe()
+        self._ready.append(read)
+        arguments = [os.getpid(), rank, self._world_size, self._store.port, write]
         process = subprocess.Popen(
             [sys.executable, "-m", "ulysses_infer.job.processes", *map(str, arguments)],
             env={**os.environ, "PYTHONPATH": path, "LOCAL_RANK": str(rank)},
             stdin=subprocess.PIPE,
-            pass_fds=[theirs],
+            pass_fds=[write],
             start_new_session=True,
         )
         self._processes.append(process)
-        os.close(theirs)
+        os.close(write)
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended already: `meet` says so
+        with contextlib.suppress(BrokenPipeError):  # it has ended already: `meet` reports it
             process.stdin.write(pickle.dumps(config))
             process.stdin.close()
 
@@ -173,14 +176,14 @@ def _ending(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _leave_group() -> None:
+def _leave_process_group() -> None:
     import deepspeed.comm as comm
 
     comm.destroy_process_group()
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
+    """A TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -188,10 +191,10 @@ def free_port() -> int:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have this process end when its parent does, however that happens.
+    """End this process when its parent ends for any reason.
 
-    A thread looks, because the kernel's own signal for it comes already when the parent's *thread* ends that started
-    this process.
+    A thread polls, because the kernel's parent-death signal arrives as soon as the *thread* that started this process
+    ends.
     """
 
     def watch() -> None:
@@ -203,7 +206,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def _worker_main(parent: int, rank: int, world_size: int, port: int, ready: int) -> int:
-    """One worker process: the configuration comes on standard input, everything else from rank 0's plans."""
+    """Entry point of a worker process. Reads the configuration from standard input, then follows rank 0's plans."""
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
@@ -225,9 +228,9 @@ def _worker_main(parent: int, rank: int, world_size: int, port: int, ready: int)
         finish_start(started, config, lambda: None)
         serve_until_shutdown(started)
     except UlyssesError:
-        return 2  # rank 0 raises the same error; one report is enough
+        return 2  # rank 0 raises and reports the same error
     except Exception as error:
-        if not is_lost_connection(error):  # else the lost rank is the one to report
+        if not is_lost_connection(error):  # otherwise the lost rank reports
             print(f"worker rank {rank} failed: {failure_reason(error)}", file=sys.stderr)
         return 1
     return 0

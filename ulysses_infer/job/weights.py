@@ -14,7 +14,7 @@ from ulysses_infer.worker.rank import Rank
 
 
 def update_weights(rank: Rank, source: Any) -> None:
-    """Serve the weights of `source` from now on. Collective; nothing is written unless all ranks can."""
+    """Replace the weights with those of `source`. Collective; nothing is written unless all ranks can write."""
     opened = rank.channel.together(lambda: open_weights(source))
     rank.channel.together(lambda: rank.weights.check(opened))
     with fatal("writing the new weights"):
@@ -22,7 +22,7 @@ def update_weights(rank: Rank, source: Any) -> None:
 
 
 def sleep(rank: Rank, level: int) -> None:
-    """Give the cache's memory back, and with level 2 the weights', too."""
+    """Free the memory of the cache, and with level 2 also that of the weights."""
     rank.worker.cache.release()
     if rank.worker.graphs is not None:
         rank.worker.graphs.invalidate()
@@ -32,7 +32,7 @@ def sleep(rank: Rank, level: int) -> None:
 
 
 def wake_up(rank: Rank) -> None:
-    """Take the cache's memory again. Collective; an error on any rank is raised on all, and none has a cache then."""
+    """Allocate the cache again. Collective; an error on any rank is raised on all, and then none has a cache."""
     try:
         rank.channel.together(rank.worker.cache.take)
     except Exception:
@@ -41,7 +41,7 @@ def wake_up(rank: Rank) -> None:
 
 
 def _return_free_memory(device: torch.device) -> None:
-    """Have the allocator give back what it keeps for later, so that others can have it."""
+    """Return memory that the allocator has cached to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     else:
