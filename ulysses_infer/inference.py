@@ -40,19 +40,20 @@ from ulysses_infer.worker.rank import Rank
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 OnStep = Callable[[dict[int, RequestOutput]], None]
-"""Called on rank 0 after each step with what that step touched, by the index of the prompt."""
+"""Called on rank 0 after each step with the outputs that got a token in it, by prompt index."""
 
 
 class _Subscription(NamedTuple):
-    """Where a request's results go as they come."""
+    """Collects the outputs of a request."""
 
     outputs: list[RequestOutput]
     only_finished: bool = False
-    """Whether what there is before its end is of no interest: making it takes as long as the output is."""
+    """Whether only the finished output is needed: making intermediate ones takes time proportional to their length."""
 
 
 class InferenceEngine(MultiRankEngine):
-    """One model on all ranks. Every public method is collective under a launcher: all ranks call it, all get the same.
+    """One model on all ranks. Under a launcher every public method is collective: all ranks call it and get the same
+    result.
 
     Use it as a context manager, or call `shutdown`.
     """
@@ -71,13 +72,13 @@ class InferenceEngine(MultiRankEngine):
             self._end(at_once=True)
             raise
         self.is_first: bool = self._engine is not None
-        """Whether this is rank 0, where the scheduler lives and where to print."""
+        """Whether this is rank 0, where the scheduler runs and where to print."""
         self.tokenizer: Any = self._engine.prompts.tokenizer if self._engine is not None else None
-        """The checkpoint's tokenizer; rank 0 only, None elsewhere."""
+        """The checkpoint's tokenizer on rank 0; None on other ranks."""
         atexit.register(self.shutdown)
 
     def _start(self, model: GivenModel | None, progress: Progress | None, cleanup: ExitStack) -> Rank:
-        """Bring this rank up and, in plain Python, the others too."""
+        """Start this rank and, in plain Python, the worker processes of the other ranks."""
         config = self.config
         if config.parallel.world_size == 1 or is_launched():
             return start_rank(config, model, progress)
@@ -96,17 +97,17 @@ class InferenceEngine(MultiRankEngine):
 
     @property
     def recent_steps(self) -> Sequence[StepRecord]:
-        """The latest steps as they ran, oldest first, with their modes; rank 0 only, empty elsewhere."""
+        """The latest steps with their modes, oldest first; empty on other ranks than 0."""
         return self._engine.stats.recent if self._engine is not None else ()
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below this."""
+        """The size of the vocabulary; valid token ids are below it."""
         return self._running_rank().worker.model.shape.vocab_size
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of a prompt and its output together."""
+        """The most tokens of a prompt and its output together."""
         return self._running_rank().worker.model.shape.max_model_len
 
     # -- generation --------------------------------------------------------------------------------------------
@@ -135,10 +136,10 @@ class InferenceEngine(MultiRankEngine):
     def stream(
         self, prompt: Any, sampling_params: SamplingParams | None = None, adapter: str | None = None
     ) -> Iterator[RequestOutput]:
-        """Complete one prompt, yielding what there is of it after each of its tokens.
+        """Complete one prompt, yielding its output after each token.
 
-        Closing the iterator early aborts the request. Several streams may be read in turns. Under a launcher every
-        rank iterates alike.
+        Closing the iterator early aborts the request. Several streams may be read alternately. Under a launcher every
+        rank has to iterate.
         """
         if not self.is_first:
             yield from self._follow_stream()
@@ -162,7 +163,7 @@ class InferenceEngine(MultiRankEngine):
                 self._broadcast(None)
 
     def _follow_stream(self) -> Iterator[RequestOutput]:
-        """The other ranks' side of `stream`: results come from rank 0 until None."""
+        """The other ranks' side of `stream`: outputs come from rank 0, until None."""
         self._receive()  # the request id, or the error that `add` raised
         finished = False
         try:
@@ -176,10 +177,10 @@ class InferenceEngine(MultiRankEngine):
     def _complete(
         self, engine: Engine, work: list[Work], on_step: OnStep | None, arrival_steps: Sequence[int] | None
     ) -> list[RequestOutput]:
-        """All prompts through the engine, late ones when their step has come; results in prompt order."""
+        """Run all prompts through the engine, late ones from their arrival step; results in prompt order."""
         arrivals = arrivals_for(work, arrival_steps)
         for index in (i for i, step in enumerate(arrivals) if step > 0):
-            engine.abort(work[index].add_to(engine))  # a bad one is refused before anything runs
+            engine.abort(work[index].add_to(engine))  # refuse invalid ones before anything runs
         waiting = deque(sorted(range(len(work)), key=arrivals.__getitem__))
         names: dict[str, int] = {}
         done: dict[int, RequestOutput] = {}
@@ -205,7 +206,7 @@ class InferenceEngine(MultiRankEngine):
         return [done[index] for index in range(len(work))]
 
     def _step(self) -> None:
-        """One step; its results go to whoever waits for them."""
+        """Run one step and hand its outputs to those who wait for them."""
         self._running_rank()
         assert self._engine is not None
         with self._end_on_failure(), fatal("a step"):
@@ -221,28 +222,28 @@ class InferenceEngine(MultiRankEngine):
     # -- control -----------------------------------------------------------------------------------------------
 
     def set_policy(self, name: str, **settings: Any) -> None:
-        """Change how modes are chosen, from the next step on: `set_policy("static", mode="tp")`.
+        """Change the policy from the next step on: `set_policy("static", mode="tp")`.
 
         Raises `ConfigError` for an unknown policy or setting, or a mode that is not loaded.
         """
         self._on_rank_0(lambda engine: engine.policies.set_policy(policy_settings(self.config, name, settings)))
 
     def explain(self, step: int | None = None) -> str:
-        """Why a step, by default the latest, ran in its mode: the times predicted and taken, in one line.
+        """Why a step, by default the latest, ran in its mode: predicted and measured times, in one line.
 
-        Raises `RequestError` for a step that has not run, or too long ago to be known.
+        Raises `RequestError` for a step that has not run or is no longer recorded.
         """
         return self._on_rank_0(lambda engine: engine.stats.find(step).explain())
 
     def calibrate(self, seconds: float = 120.0) -> Profile:
-        """Measure the step times of every mode for about `seconds`; returns them, and changes nothing.
+        """Measure the step times of every mode for about `seconds` and return them; the policy is not changed.
 
         `Profile.save` writes a file for `policy.profile`. Raises `RequestError` while requests run.
         """
         return self._on_rank_0(lambda engine: engine.policies.calibrate(seconds))
 
     def stats(self) -> dict[str, Any]:
-        """Counters per mode (steps, tokens, seconds), switches, queues, cache and weight bytes of each rank."""
+        """Counters per mode (steps, tokens, seconds), switches, queues, cache, and weight bytes per rank."""
         return self._on_rank_0(
             lambda engine: {
                 **operations.describe(engine),
@@ -252,7 +253,7 @@ class InferenceEngine(MultiRankEngine):
         )
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request in any state; what there is of it, or None if it is unknown."""
+        """End a request in any state; returns its output so far, or None if it is unknown."""
         return self._on_rank_0(lambda engine: self._abort(engine, request_id))
 
     def _abort(self, engine: Engine, request_id: str) -> RequestOutput | None:
@@ -265,11 +266,12 @@ class InferenceEngine(MultiRankEngine):
     # -- weights and memory ------------------------------------------------------------------------------------
 
     def update_weights(self, source: Any) -> None:
-        """Serve the weights of `source` from now on, on the same ranks, groups and cache; cached prefixes go.
+        """Serve the weights of `source` from now on, on the same ranks, process groups and cache. Cached prefixes are
+        dropped.
 
-        source: the `DeepSpeedEngine` that trains them, a `transformers.PreTrainedModel`, a state dict, or a folder as
-        for `init_inference`; of the model that is served. Raises `RequestError` while requests run and
-        `CheckpointError` for missing or misshapen tensors, before anything is written.
+        source: new weights of the served model, as the `DeepSpeedEngine` that trains it, a
+        `transformers.PreTrainedModel`, a state dict, or a folder as for `init_inference`. Raises `RequestError` while
+        requests run, and `CheckpointError` for missing or misshapen tensors before anything is written.
         """
         self._on_rank_0(lambda engine: engine.requests.check_idle("an update of the weights"))
         with ExitStack() as cleanup:
@@ -279,16 +281,17 @@ class InferenceEngine(MultiRankEngine):
         self._on_rank_0(operations.weights_changed)
 
     def sleep(self, level: int = 1) -> None:
-        """Give memory back until `wake_up`: the cache's, and with level 2 the weights', too.
+        """Free the memory of the cache and, with level 2, of the weights, until `wake_up`.
 
-        After level 2 `update_weights` has to bring weights again, before or after waking. Raises `RequestError` while
-        requests run; while it sleeps, requests are refused with one.
+        After level 2, `update_weights` must bring new weights, before or after waking up. Raises `RequestError` while
+        requests run; requests are refused while it sleeps.
         """
         self._on_rank_0(lambda engine: operations.fall_asleep(engine, level))
         self._on_all_ranks(sleep, level)
 
     def wake_up(self) -> None:
-        """Take the cache's memory again; nothing if awake. Raises if it is not to be had: the engine sleeps on."""
+        """Allocate the cache again; does nothing if awake. If the memory is not available it raises, and the engine
+        stays asleep."""
         if self._on_rank_0(lambda engine: engine.sleep.level):
             self._on_all_ranks(wake_up)
             self._on_rank_0(operations.wake_up)

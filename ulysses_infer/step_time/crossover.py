@@ -9,12 +9,12 @@ from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.model import StepTimeModel
 from ulysses_infer.step_time.step_shape import StepShape
 
-NOTEWORTHY = 1.01  # a mode that is faster by less than this does not take over
+NOTEWORTHY = 1.01  # a mode must be faster by more than this to take over
 STEPS_PER_DOUBLING = 8
 
 
 class Stretch(NamedTuple):
-    """From this many tokens on, until the next stretch, this mode is the fastest."""
+    """From this many tokens on, up to the next stretch, this mode is the fastest."""
 
     tokens: int
     mode: Mode
@@ -32,7 +32,7 @@ def fastest_by_tokens(model: StepTimeModel, step_of: Callable[[int], StepShape],
 
 
 def _counts(most: int) -> list[int]:
-    """1 to `most`, ever more coarsely."""
+    """1 to `most`, in geometric steps."""
     steps = range(STEPS_PER_DOUBLING * most.bit_length())
     grown = {round(2 ** (step / STEPS_PER_DOUBLING)) for step in steps} | {most}
     return sorted(count for count in grown if count <= most)

@@ -9,19 +9,19 @@ from statistics import median
 from typing import NamedTuple
 
 WINDOW = 16
-AGREEING = 14  # of the window's steps must be off to the same side
+AGREEING = 14  # share of the window's steps that must deviate to the same side
 LEAST_CHANGE = math.log(1.1)
-MOST_BIAS = math.log(1.25)  # what the model may be off by for a kind of step that was never measured
-SLOWNESS = 1 / 64  # how fast the usual level of a kind of step follows what is measured
+MOST_BIAS = math.log(1.25)  # how far the model may be off for a kind of step that was never measured
+SLOWNESS = 1 / 64  # how fast the usual level of a kind of step follows the measurements
 
 
 @dataclass
 class _Usual:
-    """The level that is normal for a kind of step."""
+    """The usual level of a kind of step."""
 
     level: float
     is_measured: bool
-    """Whether it comes from steps measured before; else it is what its first steps showed, as far as plausible."""
+    """Whether it comes from measured steps; otherwise from the first steps seen, as far as plausible."""
     count: int = 1
 
     def follow(self, level: float) -> None:
@@ -35,26 +35,26 @@ class _Usual:
 class _Step(NamedTuple):
     time: int
     offset: float
-    """How far it is from the usual level of its kind."""
+    """Deviation from the usual level of its kind."""
     shift: float
-    """The same, or from what the model expects where nothing was measured before."""
+    """Deviation from the model's expectation, if nothing was measured before."""
 
 
 class DriftDetector:
-    """Compares every step with what steps of its kind usually take, and notices when nearly all are off alike.
+    """Compares every step with the usual level of its kind, and detects when nearly all deviate to the same side.
 
-    A *level* is the logarithm of measured over expected time. A sign test over the last `WINDOW` steps, so that no
-    single outlier, however wild, counts for more than one.
+    A *level* is the logarithm of measured over expected time. The detector is a sign test over the last `WINDOW` steps,
+    so each outlier counts once, however large.
     """
 
     def __init__(self) -> None:
         self.changes = 0
-        """Since the start."""
+        """Changes since the start."""
         self._usual: dict[object, _Usual] = {}
         self._window: deque[_Step] = deque(maxlen=WINDOW)
 
     def set_usual(self, kind: object, level: float) -> None:
-        """The level that steps of a kind measured before have."""
+        """Set the usual level of a measured kind of step."""
         self._usual[kind] = _Usual(level, is_measured=True)
 
     def knows(self, kind: object) -> bool:
@@ -62,7 +62,7 @@ class DriftDetector:
         return kind in self._usual
 
     def add(self, kind: object, level: float, time: int) -> tuple[float, int] | None:
-        """Take in a step at `time`; on a change, (how many times slower it is now, since which step)."""
+        """Add a step at `time`; on a change returns (how many times slower the machine is now, since which step)."""
         usual = self._usual.setdefault(kind, _Usual(_within(level, MOST_BIAS), is_measured=False))
         offset = level - usual.level
         self._window.append(_Step(time, offset, offset if usual.is_measured else level))

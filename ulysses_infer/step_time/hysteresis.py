@@ -8,15 +8,15 @@ from ulysses_infer.parallel.layout import Mode
 
 
 class SwitchHysteresis:
-    """Leaves a mode when staying in it has lost as much as a change costs, and at once where that costs nothing.
+    """Leaves a mode once staying in it has lost as much time as a switch costs, and at once if a switch costs nothing.
 
-    So whatever comes next, changes and stays together never cost more than about twice what the best plan would have
-    in hindsight. Source: the ski-rental rule; Karlin, Manasse, Rudolph and Sleator, "Competitive snoopy caching", 1988.
+    So switches and delays together never cost more than about twice the best plan in hindsight. Source: the ski-rental
+    rule; Karlin, Manasse, Rudolph and Sleator, "Competitive snoopy caching", 1988.
     """
 
     def __init__(self, cost: float = 0.0) -> None:
         self.cost = cost
-        """Seconds that a change of mode adds to the step after it."""
+        """Seconds that a change of mode adds to the next step."""
         self._current: Mode | None = None
         self._lost: dict[Mode, float] = {}
 

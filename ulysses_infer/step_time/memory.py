@@ -7,25 +7,25 @@ import numpy as np
 from ulysses_infer.step_time.step_shape import FEATURES, Bucket
 
 PER_BUCKET = 8
-ASSUMED_WEIGHT = 0.05  # of a time nobody measured
+ASSUMED_WEIGHT = 0.05  # weight of an estimated time
 
 
 class Memory:
-    """Rows of features and seconds, at most `PER_BUCKET` of each kind of step; a newer one replaces the oldest.
+    """Feature rows and seconds, at most `PER_BUCKET` per bucket; a new one replaces the oldest.
 
-    So nothing is forgotten for lack of traffic, as with a decay over time: a thousand decodes leave what is known of
-    prefills as it is.
+    Nothing is forgotten for lack of traffic, unlike with a decay over time: a thousand decodes leave the measurements
+    of prefills in place.
     """
 
     def __init__(self) -> None:
         self._rows = np.zeros((0, len(FEATURES)))
-        self._seconds, self._weights = np.ones(0), np.zeros(0)  # weight 0: an empty place
+        self._seconds, self._weights = np.ones(0), np.zeros(0)  # weight 0: unused
         self._written = np.zeros(0, dtype=np.int64)
         self._places: dict[Bucket, int] = {}
         self._counts: dict[Bucket, int] = {}
 
     def add(self, bucket: Bucket, row: np.ndarray, seconds: float, time: int, assumed: bool = False) -> None:
-        """Remember a step at `time` (a count of steps). An assumed one is never more than a beginning."""
+        """Remember a step at `time`, a count of steps. An estimated one never replaces a measured one."""
         place = self._places.setdefault(bucket, len(self._places) * PER_BUCKET)
         if place == len(self._seconds):
             self._grow()
@@ -41,7 +41,7 @@ class Memory:
         return self._rows[known], self._seconds[known], self._weights[known]
 
     def of(self, bucket: Bucket) -> tuple[np.ndarray, np.ndarray, int]:
-        """(rows [k, F], seconds [k], latest time) measured of one kind of step, k at most `PER_BUCKET`."""
+        """(rows [k, F], seconds [k], latest time) of the measured steps of a bucket, k at most `PER_BUCKET`."""
         place = self._places.get(bucket)
         if place is None:
             return self._rows[:0], self._seconds[:0], 0
@@ -50,7 +50,7 @@ class Memory:
         return self._rows[own][known], self._seconds[own][known], int(self._written[own].max())
 
     def scale(self, factor: float, before: int) -> None:
-        """The machine has changed: what was remembered before that time now takes `factor` times as long."""
+        """The machine's speed has changed: what was remembered before `time` now takes `factor` times as long."""
         self._seconds[self._written < before] *= factor
 
     def _grow(self) -> None:

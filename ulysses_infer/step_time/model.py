@@ -15,10 +15,10 @@ from ulysses_infer.step_time.regression import fit_coefficients
 from ulysses_infer.step_time.step_shape import FEATURES, NUM_SHARED, Bucket, StepShape
 
 STEPS_PER_FIT = 64
-PROOF = 0.1  # attention is dearer in a mode only if that explains this share of the time of steps that attend
+PROOF = 0.1  # attention is slower in a mode only if that explains this share of the time of steps with attention
 LEAST_SECONDS = 1e-6
-CORRECTION_EACH = math.log(1.25)  # one step more of a kind may move its prediction by a quarter more
-FRESH_STEPS = 2000  # a correction as old as this counts half: a mode that had bad luck gets another chance
+CORRECTION_EACH = math.log(1.25)  # one more step of a kind may raise its prediction by a quarter
+FRESH_STEPS = 2000  # the half-life of a correction: a mode that had bad luck gets another chance
 
 
 class Measurement(NamedTuple):
@@ -45,16 +45,16 @@ class StepTimeModel:
         self._coefficients = np.zeros((len(modes), len(FEATURES)))
         self._anchor = (
             self._coefficients.copy()
-        )  # what drift is told against: the coefficients before traffic refined them
+        )  # the reference for drift: the coefficients before traffic refined them
         self._fitted: np.ndarray | None = None
-        self._offsets: dict[tuple[int, Bucket], tuple[float, int, int]] = {}  # what `_offset` found, while it holds
+        self._offsets: dict[tuple[int, Bucket], tuple[float, int, int]] = {}  # cached results of `_offset`
         self._steps = 0
         self._steps_to_fit = STEPS_PER_FIT
 
     # -- learning ----------------------------------------------------------------------------------------------
 
     def learn(self, measurements: Iterable[Measurement], assumed: bool = False) -> None:
-        """Start anew from these: measured ones, or `assumed` ones that the first measurements overrule."""
+        """Start from these measurements, or from `assumed` ones that the first measurements overrule."""
         self._memories = [Memory() for _ in self.modes]
         for mode, shape, seconds in measurements:
             self._remember(self.modes.index(mode), shape, seconds, assumed)
@@ -63,7 +63,7 @@ class StepTimeModel:
         self._anchor = self._coefficients.copy()
 
     def observe(self, mode: Mode, shape: StepShape, seconds: float) -> None:
-        """A step ran. Times that are none (not above zero, not finite) are passed over."""
+        """Learn from a step. Times that are not positive and finite are ignored."""
         if not (seconds > 0 and math.isfinite(seconds)):
             return
         self._steps += 1
@@ -136,7 +136,7 @@ class StepTimeModel:
         return dict(zip(FEATURES, self._coefficients[self.modes.index(mode)].tolist(), strict=True))
 
     def _correction(self, index: int, shape: StepShape) -> float:
-        """What steps of this kind take over what the coefficients say; nearer to 1 the fewer and older they are."""
+        """The correction of steps of this kind, closer to 1 the fewer and older they are."""
         key = index, shape.bucket
         found = self._offsets.get(key)
         if found is None:

@@ -14,7 +14,7 @@ CONTEXTS = (16, 512, 4096)
 
 
 class Sizes(NamedTuple):
-    """A model's sizes, as far as they cost time."""
+    """The sizes of a model that determine step times."""
 
     num_layers: int
     hidden_size: int
@@ -23,19 +23,19 @@ class Sizes(NamedTuple):
     head_width: int
     num_parameters: int
     item_bytes: int
-    """Of a weight and of a cached value."""
+    """Bytes of a weight and of a cached value."""
 
 
 class Machine(NamedTuple):
-    """Nominal speeds of one rank. Only their proportions matter: the first steps set the scale of all modes."""
+    """Nominal speeds of one rank. Only their ratios matter: the first steps set the scale of all modes."""
 
     flops: float
     memory_bytes: float
-    """Per second, read."""
+    """Bytes per second, read from memory."""
     link_bytes: float
-    """Per second, to the other ranks."""
+    """Bytes per second, to the other ranks."""
     latency: float
-    """Seconds of a collective that carries nothing."""
+    """Seconds of an empty collective."""
 
 
 CPU = Machine(1e12, 12e9, 1.5e9, 100e-6)
@@ -43,10 +43,11 @@ GPU = Machine(400e12, 3e12, 200e9, 15e-6)
 
 
 def step_seconds(sizes: Sizes, machine: Machine, mode: Mode, shape: StepShape) -> float:
-    """A step by the roofline: weights read or products computed, the cache read, and what goes over the links.
+    """A step's time by the roofline: reading weights or computing products, reading the cache, and communication.
 
-    What is sent a layer and token: Hidayetoglu et al., "Shift Parallelism", arXiv 2509.16495, table of communication:
-    an all-reduce of the hidden state twice in tensor parallelism, queries, keys, values and outputs in Ulysses.
+    Communication per layer and token follows Hidayetoglu et al., "Shift Parallelism", arXiv 2509.16495, table of
+    communication: two all-reduces of the hidden state in tensor parallelism; queries, keys, values and outputs in
+    Ulysses.
     """
     tokens, world_size = shape.num_tokens, mode.world_size
     reading = sizes.num_parameters * sizes.item_bytes / mode.tp / machine.memory_bytes
@@ -68,7 +69,7 @@ def _sending(sizes: Sizes, machine: Machine, mode: Mode, tokens: int) -> float:
 
 
 def assumed_steps(sizes: Sizes, machine: Machine, modes: Iterable[Mode]) -> list[Measurement]:
-    """Steps of every kind with the times they should take."""
+    """Steps of every kind with their estimated times."""
     shapes = [StepShape.of([], [(0, tokens)]) for tokens in TOKENS]
     shapes += [StepShape.of([], [(context, tokens)]) for context in CONTEXTS for tokens in TOKENS[2:6]]
     shapes += [StepShape.of([context] * count, []) for context in CONTEXTS for count in TOKENS[:5]]

@@ -18,32 +18,32 @@ from ulysses_infer.step_time.step_shape import StepShape
 
 FORMAT = 1
 IDENTITY = ("model", "modes", "device")
-"""The part of a key that names the file in the cache; the rest decides whether what is in it still holds."""
+"""The part of a key that names the file in the cache; the rest decides whether its content is valid."""
 
 Key = Mapping[str, Any]
 
 
 @dataclass
 class Profile:
-    """Steps that were measured, and under which conditions."""
+    """Measured steps, and the conditions they were measured under."""
 
     key: dict[str, Any]
-    """Model, modes, device, threads, versions, ...: plain values. Times hold where all of them are equal."""
+    """Model, modes, device, threads, versions, ...: plain values. The times are valid where all of them are equal."""
     measurements: list[Measurement]
     switch_seconds: float = 0.0
-    """What the first step after a change of mode took longer than the next, median."""
+    """Median of the additional seconds of the first step after a change of mode."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """How it was made; for people."""
+    """Notes for people on how it was made."""
 
     def difference(self, key: Key) -> str | None:
-        """The first condition in which `key` differs from this profile's, in words; None if none does."""
+        """The first condition in which `key` differs from this profile's, in words; None if there is none."""
         for name in dict.fromkeys([*key, *self.key]):
             if self.key.get(name) != key.get(name):
                 return f"{name} is {_short(self.key.get(name))} there and {_short(key.get(name))} here"
         return None
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all. Raises `ConfigError`."""
+        """Write it atomically. Raises `ConfigError`."""
         steps = [[list(mode), list(shape), seconds] for mode, shape, seconds in self.measurements]
         record = {
             "format": FORMAT,
@@ -62,7 +62,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: Path) -> Profile:
-        """Read one. Raises `ConfigError` if it is not there or is not one."""
+        """Read a profile. Raises `ConfigError` if it is missing or invalid."""
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["format"] != FORMAT:
@@ -85,15 +85,15 @@ class Profile:
 
 
 def cached_path(key: Key) -> Path:
-    """Where the profile of a model, its modes and a device is kept between runs."""
+    """Where the profile of a model, its modes and a device is cached."""
     identity = json.dumps([key[name] for name in IDENTITY], sort_keys=True)
     return cache_folder("profiles") / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
 
 
 def read_profile(setting: str, key: Key) -> tuple[Profile | None, str]:
-    """The profile of `policy.profile` auto or a path; (None, why) if there is none in the cache that holds here.
+    """The profile of `policy.profile` (auto or a path); (None, why) if the cache has no valid one.
 
-    Raises `ConfigError` for a path whose profile is missing, is broken or was measured under other conditions.
+    Raises `ConfigError` for a path whose profile is missing, broken or measured under other conditions.
     """
     if setting != "auto":
         profile = Profile.load(Path(setting))
@@ -108,7 +108,7 @@ def read_profile(setting: str, key: Key) -> tuple[Profile | None, str]:
         return None, "no step times are stored for this model, layout and device"
     try:
         profile = Profile.load(path)
-    except ConfigError as error:  # half a file, or another version's: it is only a cache
+    except ConfigError as error:  # truncated, or of another version: it is only a cache
         return None, str(error)
     difference = profile.difference(key)
     if difference is not None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-RIDGE = 1e-10  # of the scaled problem: coefficients that no measurement tells apart still have one answer
-HUBER = 1.5  # residuals beyond this many typical ones count less
-LEAST_SPREAD = 0.01  # a fit this close to all measurements needs no outliers
+RIDGE = 1e-10  # relative to the scaled problem: coefficients that no measurement separates still get a unique answer
+HUBER = 1.5  # residuals beyond this multiple of the typical one get less weight
+LEAST_SPREAD = 0.01  # a fit this close to all measurements has no outliers
 TOLERANCE = 1e-12
 
 
 def nonnegative_least_squares(gram: np.ndarray, moment: np.ndarray, passive: np.ndarray | None = None) -> np.ndarray:
     """The x >= 0 that minimises |A x - b|^2, from gram = A'A [F, F] and moment = A'b [F].
 
-    `passive` [F] bool: unknowns that are likely above zero, to start from.
+    passive: [F] bool, unknowns that are likely positive, to start from.
 
     Source: the active-set method of Lawson and Hanson, "Solving Least Squares Problems", 1974, chapter 23, on the
-    normal equations: with a dozen unknowns nothing is lost by that, and thousands of rows cost nothing.
+    normal equations, which are accurate enough for a dozen unknowns and make thousands of rows cheap.
     """
     passive = np.zeros(len(moment), dtype=bool) if passive is None else passive.copy()
     solution = _solve_passive(gram, moment, passive, np.ones(len(moment)))
@@ -31,7 +31,7 @@ def nonnegative_least_squares(gram: np.ndarray, moment: np.ndarray, passive: np.
 
 
 def _solve_passive(gram: np.ndarray, moment: np.ndarray, passive: np.ndarray, solution: np.ndarray) -> np.ndarray:
-    """The least squares of the passive unknowns, of which those that would be negative leave (`passive` changes)."""
+    """Least squares of the passive unknowns; those that would be negative leave (`passive` changes)."""
     while passive.any():
         wanted = np.zeros(len(moment))
         wanted[passive] = np.linalg.solve(gram[np.ix_(passive, passive)], moment[passive])

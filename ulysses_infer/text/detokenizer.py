@@ -13,15 +13,15 @@ from typing import Any
 from ulysses_infer.errors import RequestError
 from ulysses_infer.sampling_params import SamplingParams
 
-REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not, or not yet, a character
+REPLACEMENT = "\ufffd"  # a decoder writes this for bytes that are not, or not yet, a character
 WINDOW = 16  # tokens decoded together before the oldest are dropped
-CONTEXT_SEARCH = 16  # prompt tokens looked at for one that text can follow
+CONTEXT_SEARCH = 16  # prompt tokens searched for one that text can follow
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # sentencepiece's byte fallback
 
 
 class TokenDecoder:
-    """What incremental decoding needs of a tokenizer, fast or slow. Build it once per engine."""
+    """What incremental decoding needs from a tokenizer, fast or slow. Build it once per engine."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._decode = _decoding(tokenizer)
@@ -32,15 +32,15 @@ class TokenDecoder:
         self._skipped = frozenset(token_id for token_id in candidates if self._vanishes(token_id))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """The text of `token_ids`, spaces before punctuation kept as the model wrote them."""
+        """The text of `token_ids`, without cleaning up spaces before punctuation."""
         return self._decode(list(token_ids), skip_special_tokens)
 
     def is_visible(self, token_id: int, skip_special_tokens: bool) -> bool:
-        """Whether the token takes part in the text; ids that only pad the vocabulary do not."""
+        """Whether the token adds to the text; ids that only pad the vocabulary do not."""
         return token_id <= self._last_id and not (skip_special_tokens and token_id in self._skipped)
 
     def is_byte(self, token_id: int) -> bool:
-        """Whether the token is one byte of a character that the vocabulary lacks."""
+        """Whether the token is a single byte, written when the vocabulary lacks a character."""
         return token_id in self._bytes
 
     def _vanishes(self, token_id: int) -> bool:
@@ -49,8 +49,8 @@ class TokenDecoder:
 
 
 def _decoding(tokenizer: Any) -> Callable[[list[int], bool], str]:
-    """How `tokenizer` decodes. A fast one with transformers' own `decode` adds nothing to its Rust part's: that is
-    called directly, four times as fast for the few tokens of a window."""
+    """How `tokenizer` decodes. If a fast tokenizer uses transformers' own `decode`, its Rust part is called directly,
+    which is four times as fast for a few tokens."""
     from transformers import TokenizersBackend
 
     kind = type(tokenizer)
@@ -79,8 +79,8 @@ class TextStream:
         self._decoder = decoder
         self._skip_special_tokens = skip_special_tokens
         self._window = self._context(prompt_token_ids)
-        self._boundary = len(self._window)  # where in the window the last certain character ended
-        self._num_emitted = len(self._decode(self._window))  # characters of the window's text already given out
+        self._boundary = len(self._window)  # where the last certain character of the window ended
+        self._num_emitted = len(self._decode(self._window))  # characters of the window's text already emitted
 
     def push(self, token_id: int) -> str:
         """Add one token; returns the text that became certain."""
@@ -99,14 +99,14 @@ class TextStream:
         return delta
 
     def finish(self) -> str:
-        """The text held back, as the tokenizer decodes it when nothing follows."""
+        """The text held back, decoded as if nothing follows."""
         return self._emit(self._decode(self._window))
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._decoder.decode(token_ids, self._skip_special_tokens)
 
     def _emit(self, certain: str) -> str:
-        """The part of the window's `certain` text that was not given out yet."""
+        """The part of the window's `certain` text that was not emitted yet."""
         delta = certain[self._num_emitted :]
         self._num_emitted += len(delta)
         return delta
@@ -123,8 +123,8 @@ class TextStream:
     def _inner_boundary(self, text: str) -> int:
         """Where the last token starts, if a character starts there too; otherwise 0.
 
-        The window's `text` ends in U+FFFD. Splitting inside a character would decode to more of them. And a
-        character has at most 4 bytes, so endless garbage cannot make the window grow.
+        The window's `text` ends in U+FFFD. Splitting inside a character would decode to more of them. A character has
+        at most 4 bytes, so endless invalid bytes cannot make the window grow.
         """
         start = len(self._window) - 1
         is_split = self._decode(self._window[:start]) + self._decode(self._window[start:]) == text
@@ -142,7 +142,7 @@ class TextStream:
 
 
 class StopMatcher:
-    """Finds stop strings in a stream of characters (Knuth, Morris, Pratt 1977), all of them at once."""
+    """Finds all stop strings at once in a stream of characters (Knuth, Morris, Pratt 1977)."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -162,12 +162,12 @@ class StopMatcher:
 
     @property
     def num_held(self) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         return max(self._matched, default=0)
 
 
 def _extend(stop: str, borders: Sequence[int], matched: int, character: str) -> int:
-    """How much of `stop` the text ends with after `character`, when it ended with `matched` before."""
+    """The matched length of `stop` after `character`, if `matched` characters matched before."""
     while matched and stop[matched] != character:
         matched = borders[matched]
     return matched + 1 if stop[matched] == character else 0
@@ -205,11 +205,11 @@ class Detokenizer:
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
         self._pieces: list[str] = []
-        self._held = ""  # certain text that may turn out to begin a stop string
+        self._held = ""  # certain text that may be the beginning of a stop string
 
     @property
     def text(self) -> str:
-        """All the text given out so far."""
+        """All the text emitted so far."""
         return "".join(self._pieces)
 
     def append(self, token_ids: Sequence[int]) -> str:
@@ -222,7 +222,7 @@ class Detokenizer:
         return "".join(self._pieces[first:])
 
     def finish(self) -> str:
-        """The output is complete: returns the text held back so far. It may complete a stop string."""
+        """End the output: returns the text held back so far, which may complete a stop string."""
         first = len(self._pieces)
         if self._stream is not None and self.stop_reason is None:
             self._accept(self._stream.finish())
@@ -230,7 +230,7 @@ class Detokenizer:
         return "".join(self._pieces[first:])
 
     def _accept(self, text: str) -> None:
-        """Take certain text; give out what no stop string can claim any more."""
+        """Add certain text and emit what can no longer be part of a stop string."""
         may_stop = self._num_tokens > self._min_tokens
         for position, character in enumerate(text if self._has_stops else ""):
             stop = self._matcher.feed(character)
@@ -244,7 +244,7 @@ class Detokenizer:
         self._release(len(self._held) - self._matcher.num_held)
 
     def _release(self, length: int) -> None:
-        """Give out the first `length` characters held."""
+        """Emit the first `length` characters held."""
         if length > 0:
             self._pieces.append(self._held[:length])
             self._held = self._held[length:]

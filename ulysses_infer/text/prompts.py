@@ -17,7 +17,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 
 class PromptReader:
-    """Text, token ids or chat messages in; token ids out. Without a tokenizer only token ids are taken."""
+    """Converts text, token ids or chat messages to token ids. Without a tokenizer only token ids are accepted."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int], seed: int) -> None:
         self.tokenizer, self.vocab_size, self.eos_token_ids = tokenizer, vocab_size, eos_token_ids
@@ -37,7 +37,7 @@ class PromptReader:
         raise RequestError(f"a prompt is text, a list of token ids or chat messages, not {type(prompt).__name__}")
 
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
-        """Chat messages as the checkpoint's template writes them, ready for the assistant's turn."""
+        """Chat messages as text by the checkpoint's template, ready for the assistant's turn."""
         import jinja2
 
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
@@ -57,14 +57,14 @@ class PromptReader:
         return params.encode_bad_words(self.tokenizer)
 
     def grammar(self, params: SamplingParams) -> GrammarState | None:
-        """The beginning of an output that `params.structured_outputs` constrain; None if nothing does."""
+        """The initial grammar state of `params.structured_outputs`; None without constraints."""
         if not isinstance(params.structured_outputs, StructuredOutputs):
             return None
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
         return self.grammars.state(params.structured_outputs, eos.union(params.stop_token_ids or ()))
 
     def seed(self, params: SamplingParams) -> int:
-        """The request's seed: its own, or the next of the engine's, so that a run can be repeated."""
+        """The request's seed: its own, or the next one of the engine's, so that a run can be repeated."""
         if params.seed is not None:
             return params.seed
         return derive_seed(self._seed, next(self._unseeded))
@@ -99,5 +99,5 @@ def load_tokenizer(settings: ModelConfig, folder: Path | None) -> Any:
         return AutoTokenizer.from_pretrained(
             place, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except Exception as error:  # whatever the files make the tokenizer libraries raise, often a bare Exception
+    except Exception as error:  # tokenizer libraries raise anything for broken files, often a bare Exception
         raise CheckpointError(f"the tokenizer at {place} cannot be read: {kind_and_line(error)}") from error

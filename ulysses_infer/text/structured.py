@@ -33,12 +33,12 @@ from ulysses_infer.errors import RequestError
 from ulysses_infer.sampling_params import StructuredOutputs
 from ulysses_infer.text.token_bytes import token_bytes
 
-MAX_COMPILED = 128  # grammars kept compiled
-MAX_ERROR = 160  # characters of the library's message that are passed on
-# The library compiles recursively: an 8 MiB stack overflows, and the process dies, at some 500 rules in a chain.
+MAX_COMPILED = 128  # compiled grammars kept
+MAX_ERROR = 160  # characters of the library's message that are shown
+# The library compiles recursively: some 500 rules in a chain overflow an 8 MiB stack and kill the process.
 COMPILE_STACK_BYTES = 2**29
-MAX_MULTIPLE_OF = 10_000  # the automaton has that many states: 1,000,000 take 6 s
-MAX_WHITESPACE = 64  # characters between two parts of JSON; unbounded, weak models write line breaks for ever
+MAX_MULTIPLE_OF = 10_000  # the automaton has this many states: 1,000,000 take 6 s
+MAX_WHITESPACE = 64  # characters between two parts of JSON; without a limit, weak models write line breaks forever
 LIMITS = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,
@@ -47,7 +47,7 @@ LIMITS = {
     "max_grammar_size": 200_000,
 }
 FREE_TOKENS = '%llguidance {"no_forcing": true}\n'
-# Grammars inside Lark text would pass the checks of schemas by.
+# Grammars inside Lark text would bypass the checks of schemas.
 REFUSED_IN_LARK = ("%json", "%regex", "%llguidance", "%lark")
 
 Result = TypeVar("Result")
@@ -55,7 +55,7 @@ Penalties = npt.NDArray[np.float32]
 
 
 def check(wanted: StructuredOutputs) -> None:
-    """Refuse what cannot be compiled, early: it needs no tokenizer. Raises RequestError of one line."""
+    """Refuse what cannot be compiled, without a tokenizer. Raises RequestError of one line."""
     library, grammar = _library(), _as_lark(wanted)
     message = _with_deep_stack(lambda: library.LLMatcher.validate_grammar(grammar, None, limits=_limits(library)))
     if message and not message.startswith("WARNING"):
@@ -63,23 +63,23 @@ def check(wanted: StructuredOutputs) -> None:
 
 
 class GrammarState:
-    """Where one output stands in its grammar. Follows the output's token ids, so that recomputation changes nothing."""
+    """The state of one output in its grammar. It follows the output's token ids, so recomputation changes nothing."""
 
     def __init__(self, matcher: Any, vocab_size: int, end_token_ids: Collection[int]) -> None:
-        """`end_token_ids`: tokens that end the output, allowed wherever the grammar may end."""
+        """end_token_ids: tokens that end the output, allowed wherever the grammar may end."""
         self._matcher, self._vocab_size = matcher, vocab_size
         self._end_token_ids = [token for token in end_token_ids if token < vocab_size]
         self._num_consumed = 0
 
     @property
     def may_end(self) -> bool:
-        """Whether the output, as far as it was followed, matches the whole grammar."""
+        """Whether the output so far matches the whole grammar."""
         return not self._matcher.is_error() and self._matcher.is_accepting()
 
     def penalties(self, output_token_ids: Sequence[int]) -> Penalties:
-        """What to add to the logits for the token after `output_token_ids`: [V] float32, 0 or -inf.
+        """The penalties for the token after `output_token_ids`, to be added to the logits: [V] float32, 0 or -inf.
 
-        All -inf if the grammar is complete and no token can say so, or if it became too complex to follow.
+        All are -inf if the grammar is complete and no token can end the output, or if it became too complex to follow.
         """
         for token in output_token_ids[self._num_consumed :]:
             self._matcher.consume_token(token)
@@ -95,19 +95,19 @@ class GrammarState:
 
 
 class GrammarCompiler:
-    """Compiles what requests want for one tokenizer, and keeps what it compiled. Build one per engine."""
+    """Compiles grammars for one tokenizer, and keeps compiled ones. Build one per engine."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        """`vocab_size`: the model's, which may be larger than the tokenizer's. Nothing is built before it is needed."""
+        """vocab_size: the model's, which may be larger than the tokenizer's. Nothing is built before it is needed."""
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
 
     def prepare(self) -> None:
-        """Build what all grammars share: half a second for a large vocabulary. Raises RequestError if it cannot be."""
+        """Build what all grammars share: half a second for a large vocabulary. Raises RequestError if that fails."""
         _ = self._vocabulary
 
     def state(self, wanted: StructuredOutputs, end_token_ids: Collection[int]) -> GrammarState:
-        """The beginning of an output that is to match `wanted`. Raises RequestError of one line."""
+        """The initial state of an output that has to match `wanted`. Raises RequestError of one line."""
         library, grammar = _library(), _as_lark(wanted)
         found = self._compiled(grammar)
         if isinstance(found, str):
@@ -122,7 +122,7 @@ class GrammarCompiler:
         return _library().LLTokenizer(_Vocabulary(token_bytes(self._tokenizer, self._vocab_size)))
 
     def _compile(self, grammar: str) -> Any:
-        """A matcher at its beginning, or the library's message."""
+        """A matcher in its initial state, or the library's message."""
         library, vocabulary = _library(), self._vocabulary
 
         def build() -> Any:
@@ -133,7 +133,7 @@ class GrammarCompiler:
 
 
 class _Vocabulary:
-    """What the library asks of a tokenizer. One id more than the model has stands for the end of the output."""
+    """The library's view of a tokenizer. One additional id stands for the end of the output."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -144,7 +144,7 @@ class _Vocabulary:
         self.special_token_ids = [len(tokens)]
 
     def __call__(self, text: str) -> list[int]:
-        """Only asked for when tokens are forced, which they are not."""
+        """Only called when tokens are forced, which does not happen."""
         return []
 
 
@@ -157,14 +157,14 @@ def _unpack(bitmask: bytes, vocab_size: int) -> Penalties:
 
 
 def _dead_end(matcher: Any, vocab_size: int) -> str:
-    """Why no first token is possible, or "" if one is, or none is needed."""
+    """Why no first token is possible; "" if one is possible or none is needed."""
     penalties = _unpack(matcher.compute_bitmask(), vocab_size)
     if matcher.is_error() and "NoExtension" not in matcher.get_error():
         return str(matcher.get_error())
     return "" if (penalties == 0).any() or matcher.is_accepting() else "no text matches it"
 
 
-# --- what requests want, as grammars ---
+# --- requests as grammars ---
 
 
 def _as_lark(wanted: StructuredOutputs) -> str:
@@ -174,7 +174,8 @@ def _as_lark(wanted: StructuredOutputs) -> str:
         return FREE_TOKENS + "start: %json " + _with_options({"type": "object"}, wanted)
     if wanted.choice:
         quoted = [json.dumps(text, ensure_ascii=False) for text in wanted.choice]
-        return FREE_TOKENS + "start: CHOICE\nCHOICE: " + " | ".join(quoted)  # one terminal: no limit on parallel rules
+        # a single terminal, so that limits on parallel rules do not apply
+        return FREE_TOKENS + "start: CHOICE\nCHOICE: " + " | ".join(quoted)
     if wanted.regex is not None:
         return FREE_TOKENS + _regex(wanted.regex)
     assert wanted.grammar is not None
@@ -213,7 +214,7 @@ def _check_multiples(schema: dict[str, Any]) -> None:
 
 
 def _with_options(schema: dict[str, Any], wanted: StructuredOutputs) -> str:
-    """The schema's text with what the library is told beside it; what the request says there is not heard."""
+    """The schema's text with options for the library; such options in the request are ignored."""
     options: dict[str, Any] = {"whitespace_flexible": not wanted.disable_any_whitespace}
     if not wanted.disable_any_whitespace:
         options["whitespace_pattern"] = rf"[\x20\x0A\x0D\x09]{{1,{MAX_WHITESPACE}}}"
@@ -221,7 +222,7 @@ def _with_options(schema: dict[str, Any], wanted: StructuredOutputs) -> str:
 
 
 def _regex(pattern: str) -> str:
-    """Lark for a regex. The whole output matches anyway, so that anchors at its ends say nothing new."""
+    """Lark for a regex. The whole output has to match, so anchors at its ends are dropped."""
     pattern = pattern.removeprefix("^")
     num_backslashes = len(pattern) - 1 - len(pattern[:-1].rstrip("\\"))
     if pattern.endswith("$") and num_backslashes % 2 == 0:
@@ -242,7 +243,7 @@ def _grammar(text: str) -> str:
 
     try:
         return str(any_to_lark(text))
-    except Exception as error:  # a parser of free text: whatever it stumbles over, the text is wrong
+    except Exception as error:  # a parser of free text: whatever it raises, the text is wrong
         raise RequestError(f"structured_outputs.grammar is no GBNF: {_one_line(str(error))}; or use Lark") from error
 
 

@@ -13,20 +13,21 @@ from typing import Any
 
 from ulysses_infer.errors import RequestError
 
-NUM_PROBES = 256  # tokens, spread over the vocabulary, on which an alphabet must agree with the decoder
+NUM_PROBES = 256  # tokens, spread over the vocabulary, for which an alphabet must agree with the decoder
 MIN_CONFIRMED = 1
-NEVER_IN_TEXT = 0xFF  # no UTF-8 has this byte, and the grammar library marks special tokens with it
+NEVER_IN_TEXT = 0xFF  # UTF-8 never contains this byte; the grammar library marks special tokens with it
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 Alphabet = Callable[[str], bytes | None]
-"""A piece to its bytes; None if the alphabet cannot have written it."""
+"""Maps a vocabulary piece to its bytes; None if the piece is not in the alphabet."""
 
 
 def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
-    """What each of the `vocab_size` token ids adds to the text; b"" for those that add nothing or are special.
+    """The bytes that each of the `vocab_size` token ids adds to the text; b"" for special tokens and those that add
+    nothing.
 
-    A model's vocabulary may be larger than its tokenizer's (padding): these ids are b"" too. Raises RequestError if
-    the tokenizer works in a way that is not understood.
+    A model's vocabulary may be larger than its tokenizer's; the additional ids are b"" too. Raises RequestError if the
+    tokenizer works in an unknown way.
     """
     vocabulary = {int(token): str(piece) for piece, token in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
@@ -42,7 +43,7 @@ def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
 
 
 def _read(tokenizer: Any, pieces: dict[int, str]) -> dict[int, bytes]:
-    """`pieces` in the alphabet that agrees with the decoder."""
+    """The bytes of `pieces` in the alphabet that agrees with the decoder."""
     step = max(len(pieces) // NUM_PROBES, 1)
     probes = sorted(pieces)[::step]
     for alphabet in (byte_level, sentencepiece, _plain):
@@ -54,7 +55,7 @@ def _read(tokenizer: Any, pieces: dict[int, str]) -> dict[int, bytes]:
 
 
 def _agrees(tokenizer: Any, table: dict[int, bytes], probes: list[int]) -> bool:
-    """Whether decoding a probe after some text adds just its bytes. Parts of characters decode to nothing certain."""
+    """Whether decoding a probe after other text adds exactly its bytes. Parts of characters are not compared."""
     anchor = next((token for token, piece in table.items() if piece.isalpha() and piece.isascii()), None)
     if anchor is None:
         return False
@@ -73,13 +74,13 @@ def _plain(piece: str) -> bytes:
 
 
 def sentencepiece(piece: str) -> bytes:
-    """What a piece of a sentencepiece vocabulary stands for."""
+    """The bytes of a sentencepiece piece."""
     byte = _BYTE_TOKEN.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode(errors="replace")
 
 
 def byte_level(piece: str) -> bytes | None:
-    """What a piece of a byte-level vocabulary stands for; None if it has characters that none writes."""
+    """The bytes of a byte-level piece; None if it has other characters."""
     try:
         return piece.translate(_STAND_INS).encode("latin-1")
     except UnicodeEncodeError:
@@ -87,11 +88,11 @@ def byte_level(piece: str) -> bytes | None:
 
 
 def _stand_ins() -> dict[int, int]:
-    """GPT-2's stand-in character of each byte, reversed: printable ones stand for themselves, others follow 255."""
+    """GPT-2's character for each byte, reversed: printable bytes stand for themselves, others are mapped above 255."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     stand_ins = {256 + position: byte for position, byte in enumerate(others)}
-    # A byte that has a stand-in never stands for itself: 256 is no latin-1 character, so such a piece is refused.
+    # A byte that is mapped never stands for itself: 256 is no latin-1 character, so such a piece is refused.
     return {**dict.fromkeys(others, 0x100), **stand_ins}
 
 
