@@ -31,11 +31,11 @@ from ulysses_infer.config import ModelConfig
 from ulysses_infer.model.fusion.fuse import Fusion
 from ulysses_infer.model.injection.probe import probe
 from ulysses_infer.model.layers.rotary import freeze_rotary
-from ulysses_infer.model.model import Blueprint, ShiftModel
+from ulysses_infer.model.model import ModelBuilder, ShiftModel
 from ulysses_infer.native.matmul import make_matmul
-from ulysses_infer.parallel.groups import Groups
+from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.parallel.layout import Layout, Mode
-from ulysses_infer.parallel.null import NullGroup, null_collectives
+from ulysses_infer.parallel.null import NullProcessGroup, null_collectives
 from ulysses_infer.worker.block_tables import BlockTables
 from ulysses_infer.worker.cuda_graphs import CudaCapturer, CudaGraphRunner, wants_cuda_graphs
 from ulysses_infer.worker.step_plan import LAST_LOGITS, PlanItem, StepPlan
@@ -87,7 +87,7 @@ class NoWeights:
 def build_model(config: Any, layout: Layout, rank: int, device: torch.device, max_model_len: int) -> ShiftModel:
     """The rank's share of a model of `config`, its weights drawn at random on the device."""
     settings = ModelConfig(path="-", dtype="bfloat16", max_model_len=max_model_len)
-    blueprint = Blueprint(config, NoWeights, settings, layout, layout.shard_of(rank), device)
+    blueprint = ModelBuilder(config, NoWeights, settings, layout, layout.shard_of(rank), device)
     torch.manual_seed(rank)
     for module in blueprint.injection.model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -113,7 +113,7 @@ def _random(name: str, like: torch.Tensor, device: torch.device) -> torch.Tensor
 def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load], arguments: Any) -> Worker:
     """A worker over `model` whose groups are null, with a cache for the largest load."""
     device = next(model.module.parameters()).device
-    groups = Groups(layout, rank, world=NullGroup(layout.world_size, rank))
+    groups = ProcessGroups(layout, rank, world=NullProcessGroup(layout.world_size, rank))
     for mode in layout.modes:
         groups.by_mode[mode] = null_collectives(groups.place(mode))
     sizes = model.shape

@@ -73,7 +73,7 @@ class Timed:
         return getattr(self._original, name)
 
 
-def attach(engine: InferenceEngine, clock: Clock) -> None:
+def attach_adapters(engine: InferenceEngine, clock: Clock) -> None:
     """Put timers on the worker's matrix products, attention backend and collectives."""
     assert engine._rank is not None
     worker = engine._rank.worker
@@ -112,7 +112,7 @@ def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int
             steps.append((seconds, defaultdict(float, clock.seconds)))
         return result
 
-    attach(engine, clock)
+    attach_adapters(engine, clock)
     worker.run = run_share  # type: ignore[assignment, method-assign]
     if brain is not None:  # the other ranks do no more than their share
         step, brain.step = brain.step, run_step  # type: ignore[method-assign]

@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig, Qwen3Config
 
 from ulysses_infer.config import load_config, refuse_unavailable
-from ulysses_infer.model.layers.rotary import choose_max_model_len, longest_text
+from ulysses_infer.model.layers.rotary import choose_max_model_len, max_supported_len
 from ulysses_infer.model.loading.hf_overrides import overridden
-from ulysses_infer.model.model import Blueprint
+from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.model.quantization.linear import QuantizedLinear
 from ulysses_infer.parallel.layout import Mode, check_heads, check_mode, even_span, key_value_span
 
@@ -133,7 +133,7 @@ def test_key_value_heads_are_copied_only_where_the_recipe_says_so(recipe):
 def test_context_is_one_the_model_declares_or_is_stretched_to(recipe):
     model = load_config(recipe).model
     published = Qwen3Config(max_position_embeddings=shape_of(recipe).positions)
-    assert (model.max_model_len or 1) <= longest_text(overridden(published, model.hf_overrides))
+    assert (model.max_model_len or 1) <= max_supported_len(overridden(published, model.hf_overrides))
 
 
 def test_the_recipe_of_long_context_has_yarn_as_its_model_card():
@@ -195,7 +195,7 @@ def test_quantized_weights_take_their_published_bytes_and_are_cut_at_whole_block
         quantization_config=quantization,
     )
     layout = config.parallel.layout
-    plan = Blueprint(published, dict, config.model, layout, 3, torch.device("cpu"))
+    plan = ModelBuilder(published, dict, config.model, layout, 3, torch.device("cpu"))
     elsewhere = shape.vocabulary * shape.hidden * 2 * 7 / 8  # of the head, a rank has its own rows alone
     assert plan.weight_bytes + elsewhere == pytest.approx(shape.weight_bytes, rel=0.01)
     layers = [module for module in plan.injection.model.modules() if isinstance(module, QuantizedLinear)]

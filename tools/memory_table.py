@@ -19,7 +19,7 @@ from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.experts.placement import PLACEMENTS
 from ulysses_infer.model.loading.legacy_configs import repair
-from ulysses_infer.model.model import Blueprint
+from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Layout, Mode
 
 MODELS = Path("configs/models")
@@ -69,14 +69,14 @@ def rows(config: Any, layout: Layout) -> Iterator[Row]:
         yield Row(placement, fullest.weight_bytes, fullest.expert_bytes)
 
 
-def draw(config: Any, layout: Layout, shard: int, placement: str) -> Blueprint:
+def draw(config: Any, layout: Layout, shard: int, placement: str) -> ModelBuilder:
     """The engine's own plan of what `shard` keeps, without memory for it."""
 
     def no_weights() -> Any:
         raise AssertionError("a blueprint reads nothing")
 
     settings = ModelConfig(path="-")
-    return Blueprint(config, no_weights, settings, layout, shard, torch.device("cpu"), placement)
+    return ModelBuilder(config, no_weights, settings, layout, shard, torch.device("cpu"), placement)
 
 
 def _name(path: Path) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from ulysses_infer.errors import CheckpointError, UlyssesError, first_line
 from ulysses_infer.model.loading.sources import Checkpoint, find_checkpoint
-from ulysses_infer.model.model import DTYPES, build_empty, choose_dtype, read_config
+from ulysses_infer.model.model import DTYPES, build_empty_model, choose_dtype, read_config
 
 COMPANIONS = (
     "generation_config.json",
@@ -38,7 +38,7 @@ def convert(checkpoint: Checkpoint, output: Path, dtype: str = "auto") -> Any:
     files = checkpoint.find_files()
     config = read_config(files)
     chosen = choose_dtype(dtype, config)
-    model = build_empty(config, chosen)
+    model = build_empty_model(config, chosen)
     _fill(model, checkpoint, chosen)
     model.save_pretrained(output)
     for pattern in COMPANIONS:

@@ -16,7 +16,7 @@ from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 from ulysses_infer.attention.flashinfer_latent import FlashInferLatentAttention
 from ulysses_infer.attention.selection import AttentionNeeds, choose
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
-from ulysses_infer.model.layers.latent import LatentHeads, LatentWidths
+from ulysses_infer.model.layers.latent import LatentAttention, LatentWidths
 from ulysses_infer.parallel.layout import Mode, Place
 
 CPU = torch.device("cpu")
@@ -115,7 +115,7 @@ def test_what_the_kernel_lacks_is_left_to_torch(kind: str) -> None:
 def test_a_layer_on_a_gpu_divides_a_step_as_one_on_a_cpu(case: str) -> None:
     widths, draw = LatentWidths(LATENT, ROTARY, 5, 7), torch.Generator().manual_seed(1)
     weight = torch.randn(HEADS * 12, LATENT, generator=draw)
-    layer = LatentHeads(widths, SimpleNamespace(reader=lambda _: lambda _: weight), Place(Mode(1, 1), 0, 1))
+    layer = LatentAttention(widths, SimpleNamespace(reader=lambda _: lambda _: weight), Place(Mode(1, 1), 0, 1))
     _, keys, values, metadata = inputs(case)
     query = torch.randn(sum(metadata.query_lens), HEADS, 5 + ROTARY, generator=draw)
     on_cpu = AttentionMetadata(metadata.slots, metadata.query_lens, metadata.context_lens, metadata.block_tables)

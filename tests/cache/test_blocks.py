@@ -53,9 +53,9 @@ def test_blocks_that_a_text_has_passed_go_before_what_others_have_left():
     ended, passed, likely = (publish(allocator, [number] * 4) for number in range(3))
     (blank,) = allocator.allocate(1)
     allocator.free(ended)
-    allocator.free_passed(likely[0], is_likely=True)
-    allocator.free_passed(passed[0], is_likely=False)
-    allocator.free_passed(blank, is_likely=False)
+    allocator.free_out_of_window(likely[0], keep_longer=True)
+    allocator.free_out_of_window(passed[0], keep_longer=False)
+    allocator.free_out_of_window(blank, keep_longer=False)
     assert (allocator.num_free, allocator.count_free([*passed, *likely])) == (4, 2)
     assert allocator.match_prefix(chain([1] * 4)) == passed
     assert [allocator.allocate(1) for _ in range(4)] == [[blank], passed, ended, likely]
@@ -67,7 +67,7 @@ def test_a_passed_block_that_was_shared_once_goes_like_any_other():
     allocator.share(shared)
     allocator.free(ended)
     for _ in range(2):
-        allocator.free_passed(shared[0], is_likely=False)
+        allocator.free_out_of_window(shared[0], keep_longer=False)
     assert [allocator.allocate(1) for _ in range(2)] == [ended, shared]
 
 
@@ -120,7 +120,7 @@ def test_a_shared_block_is_free_only_when_its_last_holder_gives_it_back():
     allocator.share(table)
     allocator.free(table)
     assert allocator.num_used == 2
-    assert [allocator.references(block) for block in table] == [1, 1]
+    assert [allocator.reference_count(block) for block in table] == [1, 1]
     allocator.free(table)
     allocator.assert_idle()
 
@@ -221,7 +221,7 @@ def test_no_block_is_lost_or_held_twice_whatever_the_order_of_use(uses):
             allocator.publish(block, content)
         held.append(table)
         for block in range(12):
-            assert allocator.references(block) == sum(block in table for table in held)
+            assert allocator.reference_count(block) == sum(block in table for table in held)
         assert allocator.num_used == len({block for table in held for block in table})
     for table in held:
         allocator.free(table)

@@ -5,7 +5,7 @@ import torch
 
 from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.budget import MemoryBudget, activation_bytes, cache_bytes, check_weights_fit
-from ulysses_infer.cache.groups import LayerGroups
+from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import CacheShape, PagedCache
 from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.config import CacheConfig
@@ -56,7 +56,7 @@ def test_blocks_are_rounded_up(tokens, blocks):
 
 
 def test_layers_have_the_blocks_of_their_group():
-    groups = LayerGroups((AttentionSpan(), AttentionSpan(5)), (1, 0, 1))
+    groups = CacheGroups((AttentionSpan(), AttentionSpan(5)), (1, 0, 1))
     cache = PagedCache(SHAPE, (7, 3), CPU, scratch_blocks=1, groups=groups)
     assert [len(keys) for keys in cache.keys] == [len(values) for values in cache.values] == [4, 8, 4]
     assert (cache.num_blocks, cache.scratch_block(0), cache.scratch_block(1)) == (7, 7, 3)
@@ -64,7 +64,7 @@ def test_layers_have_the_blocks_of_their_group():
 
 
 BUDGET = MemoryBudget(available=10_000_000, weights=6_000_000, activations=1_000_000)
-SIZING = CacheSizing(SHAPE, LayerGroups.single(3), max_model_len=28, max_num_seqs=1, max_num_batched_tokens=16)
+SIZING = CacheSizing(SHAPE, CacheGroups.single(3), max_model_len=28, max_num_seqs=1, max_num_batched_tokens=16)
 
 
 def test_the_cache_may_take_what_is_left():

@@ -25,7 +25,7 @@ def compute(pools, num_blocks, text=0):
     """A text computed and published block by block, what it does not see any more given back; its tables."""
     tables, contents = [[] for _ in pools.attention_spans], chain(num_blocks, pools.block_size, text)
     for block, content in enumerate(contents):
-        pools.free_behind(tables, block, block * pools.block_size, num_blocks * pools.block_size)
+        pools.free_out_of_window_blocks(tables, block, block * pools.block_size, num_blocks * pools.block_size)
         pools.extend(tables, 1)
         pools.publish(tables, block + 1, block, content)
     return tables
@@ -52,8 +52,8 @@ def test_blocks_are_given_back_once_and_only_behind_what_is_seen():
     assert pools.extend(tables, 4) == [*tables[0], *tables[1]]
     first, second = tables[1][:2]
     for position, gone in ((8, 0), (9, 1), (12, 1), (13, 2), (13, 2)):
-        pools.free_behind(tables, 4, position, 16)
-        assert [pools.pools[1].references(block) for block in (first, second)] == [gone < 1, gone < 2]
+        pools.free_out_of_window_blocks(tables, 4, position, 16)
+        assert [pools.pools[1].reference_count(block) for block in (first, second)] == [gone < 1, gone < 2]
         assert [len(table) for table in tables] == [4, 4 - gone]
 
 
@@ -69,7 +69,7 @@ def test_what_was_just_computed_is_a_prefix_of_its_continuation(attention_spans)
         wanted = len(visible_blocks(attention_span, 20, 4))
         assert blocks == table[len(table) - wanted :]
     pools.share(found)
-    assert [pools.pools[0].references(block) for block in found[0]] == [2] * len(found[0])
+    assert [pools.pools[0].reference_count(block) for block in found[0]] == [2] * len(found[0])
     pools.free(found)
     pools.free(tables)
     pools.assert_idle()
@@ -99,7 +99,7 @@ def test_the_end_of_a_prompt_stays_cached_while_its_answer_grows():
     pools = BlockPools([200, 20], 4, attention_spans=MIXED)
     tables, contents = [[], []], chain(100, 4)
     for block, content in enumerate(contents):
-        pools.free_behind(tables, block, block * 4, num_prompt_tokens=43)
+        pools.free_out_of_window_blocks(tables, block, block * 4, num_prompt_tokens=43)
         pools.extend(tables, 1)
         pools.publish(tables, block + 1, block, content)
     assert pools.match_prefix(contents[:10])[0] == 10
@@ -114,7 +114,7 @@ def test_what_was_asked_for_once_stays_cached_longer():
     pools.share(shared[1])
     other = shared[1]
     pools.extend(other, 1)
-    pools.free_behind(other, 10, 80, num_prompt_tokens=80)
+    pools.free_out_of_window_blocks(other, 10, 80, num_prompt_tokens=80)
     pools.free(other)
     pools.free(tables)
     compute(pools, 100, text=2)
@@ -151,14 +151,14 @@ def test_a_hit_is_the_longest_prefix_that_lacks_nothing(data, attention_spans, b
 def test_room_is_asked_of_every_group():
     pools = BlockPools([20, 6], 4, attention_spans=MIXED)
     nothing = [[], []]
-    assert pools.has_room(80, 8, nothing, spare=0), "a window of 6 and a step of 8 take up to 5 blocks"
-    assert not pools.has_room(81, 8, nothing, spare=0)
-    assert pools.has_room(76, 8, nothing, spare=1)
-    assert not pools.has_room(72, 8, nothing, spare=2)
+    assert pools.can_allocate(80, 8, nothing, spare=0), "a window of 6 and a step of 8 take up to 5 blocks"
+    assert not pools.can_allocate(81, 8, nothing, spare=0)
+    assert pools.can_allocate(76, 8, nothing, spare=1)
+    assert not pools.can_allocate(72, 8, nothing, spare=2)
     others = [[], []]
     pools.extend(others, 3)
-    assert not pools.has_room(40, 8, nothing, spare=0)
-    assert pools.has_room(40, 8, nothing, spare=0, without=[others])
+    assert not pools.can_allocate(40, 8, nothing, spare=0)
+    assert pools.can_allocate(40, 8, nothing, spare=0, without=[others])
 
 
 def test_an_idle_engine_has_every_block_of_every_group():

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.attention.span import AttentionSpan
-from ulysses_infer.cache.groups import LayerGroups
+from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.errors import ConfigError
 
 SHAPE = CacheShape(3, 2, key_width=8, value_width=6, block_size=4, dtype=torch.float32)
-ALL = LayerGroups.single(3)
-MIXED = LayerGroups((AttentionSpan(), AttentionSpan(6)), (1, 0, 1))
+ALL = CacheGroups.single(3)
+MIXED = CacheGroups((AttentionSpan(), AttentionSpan(6)), (1, 0, 1))
 attention_spans = st.builds(AttentionSpan, st.none() | st.integers(1, 60), st.none() | st.integers(1, 60))
 
 
@@ -25,7 +25,7 @@ def sizing(groups=ALL, max_model_len=28, max_num_seqs=1, max_num_batched_tokens=
 def test_layers_that_see_alike_are_a_group_and_the_furthest_seeing_is_the_first():
     windows = (6, None, 6, 200, 9)
     options = [AttentionOptions(1.0, sliding_window=window) for window in windows] + [AttentionOptions(1.0, None, 8)]
-    groups = LayerGroups.of(options, max_model_len=100)
+    groups = CacheGroups.of(options, max_model_len=100)
     assert groups.attention_spans == (
         AttentionSpan(),
         AttentionSpan(9),
@@ -39,8 +39,8 @@ def test_layers_that_see_alike_are_a_group_and_the_furthest_seeing_is_the_first(
 
 def test_layers_that_are_all_alike_are_one_group():
     for window in (None, 5):
-        groups = LayerGroups.of([AttentionOptions(1.0, sliding_window=window)] * 3, max_model_len=100)
-        assert groups == LayerGroups.single(3, AttentionSpan(window))
+        groups = CacheGroups.of([AttentionOptions(1.0, sliding_window=window)] * 3, max_model_len=100)
+        assert groups == CacheGroups.single(3, AttentionSpan(window))
         assert groups.each_layer("a") is None
 
 
@@ -52,25 +52,25 @@ def test_a_sequence_never_holds_more_blocks_than_is_said(attention_span, start, 
 
 
 def test_layers_that_see_everything_share_the_memory_out_evenly():
-    assert sizing().fitting(20 * SHAPE.bytes_per_block + 1) == [7], "what one request of 28 tokens can fill"
-    assert sizing(max_num_seqs=9).fitting(20 * SHAPE.bytes_per_block + 1) == [20]
-    assert sizing().fitting(20 * SHAPE.bytes_per_block + 1, all_of_it=True) == [20]
-    assert sizing().with_first(11) == [11]
+    assert sizing().blocks_within(20 * SHAPE.bytes_per_block + 1) == [7], "what one request of 28 tokens can fill"
+    assert sizing(max_num_seqs=9).blocks_within(20 * SHAPE.bytes_per_block + 1) == [20]
+    assert sizing().blocks_within(20 * SHAPE.bytes_per_block + 1, use_all=True) == [20]
+    assert sizing().blocks_per_group(11) == [11]
 
 
 def test_windows_have_what_running_requests_hold_and_the_rest_is_for_the_others():
     """A decode holds up to 3 blocks of a window of 6; 2 more let it begin; a step of 16 tokens takes 4."""
     plenty = 10**9
-    assert sizing(MIXED, 4000, 8).fitting(plenty) == [8 * 1000, 8 * (3 + 2) + 4]
-    assert sizing(MIXED, 4000, 8).with_first(100) == [100, 44]
-    assert sizing(MIXED, 4000, 8).with_first(30) == [30, 30], "never more than with one table for all"
+    assert sizing(MIXED, 4000, 8).blocks_within(plenty) == [8 * 1000, 8 * (3 + 2) + 4]
+    assert sizing(MIXED, 4000, 8).blocks_per_group(100) == [100, 44]
+    assert sizing(MIXED, 4000, 8).blocks_per_group(30) == [30, 30], "never more than with one table for all"
 
 
 def test_where_one_request_would_not_fit_windows_are_for_fewer_at_once():
     crowd = sizing(MIXED, 400, 1000)
     num_bytes = crowd.num_bytes([100, 40])
-    assert crowd.fitting(num_bytes) == [100, 5 * 7 + 4], "with windows for a thousand, the first would get 60"
-    crowd.check_fits_one_request(crowd.fitting(num_bytes))
+    assert crowd.blocks_within(num_bytes) == [100, 5 * 7 + 4], "with windows for a thousand, the first would get 60"
+    crowd.check_fits_one_request(crowd.blocks_within(num_bytes))
 
 
 @given(
@@ -81,16 +81,16 @@ def test_where_one_request_would_not_fit_windows_are_for_fewer_at_once():
     st.integers(0, 400_000),
     st.booleans(),
 )
-def test_what_fits_is_used_and_holds_one_request_if_anything_does(kinds, longest, num_seqs, step, num_bytes, all_of_it):
+def test_what_fits_is_used_and_holds_one_request_if_anything_does(kinds, longest, num_seqs, step, num_bytes, use_all):
     options = [AttentionOptions(1.0, kind.sliding_window, kind.chunk_size) for kind in kinds]
     shape = CacheShape(len(kinds), 2, 8, 6, 4, torch.float32)
-    made = CacheSizing(shape, LayerGroups.of(options, longest), longest, num_seqs, step)
-    found, needed = made.fitting(num_bytes, all_of_it), made.blocks_of_request(longest)
+    made = CacheSizing(shape, CacheGroups.of(options, longest), longest, num_seqs, step)
+    found, needed = made.blocks_within(num_bytes, use_all), made.blocks_of_request(longest)
     assert made.num_bytes(found) <= num_bytes
     assert all(0 <= count <= found[0] for count in found)
     fits = all(have >= want for have, want in zip(found, needed, strict=True))
     assert fits == (made.num_bytes(needed) <= num_bytes)
-    even = min(num_bytes // shape.bytes_per_block, made.fitting(10**12)[0])
+    even = min(num_bytes // shape.bytes_per_block, made.blocks_within(10**12)[0])
     assert found[0] >= even, "at least as long texts as with one table for all"
 
 
@@ -109,7 +109,7 @@ def test_a_long_request_takes_little_of_layers_with_windows():
     """Shapes of Gemma 3 27B: 62 layers, of which each sixth sees everything and the others 1024 tokens."""
     shape = CacheShape(62, 16, 128, 128, 16, torch.bfloat16)
     options = [AttentionOptions(1.0, None if (layer + 1) % 6 == 0 else 1024) for layer in range(62)]
-    made = CacheSizing(shape, LayerGroups.of(options, 131072), 131072, 256, 2048)
+    made = CacheSizing(shape, CacheGroups.of(options, 131072), 131072, 256, 2048)
     before = shape.blocks_for(32768) * shape.bytes_per_block
     after = made.num_bytes(made.blocks_of_request(32768))
     decoding = made.num_bytes(

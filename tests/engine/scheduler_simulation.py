@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ulysses_infer.attention.span import AttentionSpan
-from ulysses_infer.cache.groups import LayerGroups
+from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.cache.sizing import CacheSizing
@@ -61,12 +61,12 @@ class Simulation:
         self.config = SchedulerConfig(**{"max_num_batched_tokens": 8192, **scheduler})
         sizing = CacheSizing(
             CacheShape(len(attention_spans), 1, 1, 1, block_size, torch.float32),
-            LayerGroups(attention_spans, (*range(len(attention_spans)),)),
+            CacheGroups(attention_spans, (*range(len(attention_spans)),)),
             max_model_len,
             self.config.max_num_seqs,
             self.config.max_num_batched_tokens,
         )
-        self.allocator = BlockPools(sizing.with_first(num_blocks), block_size, caching, attention_spans)
+        self.allocator = BlockPools(sizing.blocks_per_group(num_blocks), block_size, caching, attention_spans)
         self.ticks = itertools.count()
         self.scheduler = Scheduler(self.config, self.allocator, max_model_len, clock=lambda: float(next(self.ticks)))
         self.max_model_len = max_model_len
@@ -140,7 +140,7 @@ class Simulation:
         assert self.scheduler.num_running == len(running)
         for group, pool in enumerate(self.allocator.pools):
             holders = Counter(block for request in running for block in request.block_tables[group])
-            assert all(holders[b] == pool.references(b) for b in range(pool.num_blocks))
+            assert all(holders[b] == pool.reference_count(b) for b in range(pool.num_blocks))
             assert pool.num_used == len(holders)
         assert all(not r.block_tables for r in self.requests if r.status is not RequestStatus.RUNNING)
         step, size = self.config.max_num_batched_tokens, self.allocator.block_size
@@ -217,7 +217,7 @@ class Simulation:
         for position in range(item.start, stop):
             for group, pool in enumerate(self.allocator.pools):
                 slot = self._slot(group, request, position)
-                assert pool.references(slot[1]) == 1, "wrote into a shared block"
+                assert pool.reference_count(slot[1]) == 1, "wrote into a shared block"
                 self.slots[slot] = tuple(self._tokens(request)[: position + 1])
         self.computed[request.index] = stop
 

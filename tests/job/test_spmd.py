@@ -135,13 +135,13 @@ def fail_alone(folder, phase):
     import os
 
     from ulysses_infer.job import load_model, make_worker
-    from ulysses_infer.model.model import Blueprint
+    from ulysses_infer.model.model import ModelBuilder
 
     with pytest.MonkeyPatch.context() as patch:
         if os.environ["RANK"] == "1":
             holder, name, error = {
                 "budget": (load_model, "available_memory", ConfigError("rank 1 has no memory")),
-                "load": (Blueprint, "load", CheckpointError("rank 1 cannot read")),
+                "load": (ModelBuilder, "load", CheckpointError("rank 1 cannot read")),
                 "cache": (make_worker, "PagedCache", RuntimeError("rank 1 is out of memory\nmore lines")),
                 "blueprint": (load_model, "_make_blueprint", KeyError("rank 1 has a bug")),
             }[phase]

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from ulysses_infer.model.context import running
-
 
 class FakeCollectives:
     """Stands in for the TP group's sum: remembers each rank's partial result, or gives the sum of all."""
@@ -29,5 +27,5 @@ class FakeCollectives:
 @contextmanager
 def step(collectives: Any, **fields: Any) -> Any:
     """Run layers inside a step that knows `collectives` and whatever else is given."""
-    with running(SimpleNamespace(collectives=collectives, **{"matmul": None, **fields})):  # type: ignore[arg-type]
+    with use_step_context(SimpleNamespace(collectives=collectives, **{"matmul": None, **fields})):  # type: ignore[arg-type]
         yield

@@ -14,7 +14,7 @@ from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.injection import architectures
 from ulysses_infer.model.injection.architectures import REFUSED, VERIFIED, check_supported
-from ulysses_infer.model.model import Blueprint
+from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Layout, Mode
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -46,7 +46,7 @@ def test_refused_ones_are_refused_by_name_in_one_line_before_any_weight_is_read(
     settings = ModelConfig(path="-", allow_unverified=True)
     for model_type in set(REFUSED) - {"gemma4_assistant"}:  # whose default config does not pass its own checks
         with pytest.raises(UnsupportedModelError) as error:
-            Blueprint(CONFIG_MAPPING[model_type](), no_weights, settings, Layout(Mode(1, 1)), 0, torch.device("cpu"))
+            ModelBuilder(CONFIG_MAPPING[model_type](), no_weights, settings, Layout(Mode(1, 1)), 0, torch.device("cpu"))
         assert re.fullmatch(r"model type '[\w.-]+' is not supported: it\w* .+", str(error.value))
 
 
@@ -78,7 +78,7 @@ def load(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architectures, "REFUSED", {})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     settings = ModelConfig(path="in memory", allow_unverified=True)
-    Blueprint.of_pretrained(model, settings, Layout(Mode(1, 1)), 0, torch.device("cpu")).load()
+    ModelBuilder.from_pretrained(model, settings, Layout(Mode(1, 1)), 0, torch.device("cpu")).load()
 
 
 @pytest.mark.parametrize(

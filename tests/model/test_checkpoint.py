@@ -13,7 +13,7 @@ from ulysses_infer import init_inference
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError, ConfigError, UlyssesError, UnsupportedModelError
 from ulysses_infer.model.loading.files import INDEX_NAME, SINGLE_NAME, MemorySource, SafetensorsSource, checkpoint_files
-from ulysses_infer.model.model import Blueprint
+from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Layout, Mode, Span
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ SINGLE = Mode(1, 1)
 
 
 def blueprint(folder, base=SINGLE, shard=0, **model):
-    return Blueprint.of_folder(folder, ModelConfig(path=str(folder), **model), Layout(base), shard, CPU)
+    return ModelBuilder.from_folder(folder, ModelConfig(path=str(folder), **model), Layout(base), shard, CPU)
 
 
 def load(folder, base=SINGLE, shard=0, **model):
@@ -323,7 +323,7 @@ def test_a_model_too_big_for_the_memory_is_refused_with_numbers_before_it_is_rea
 
     tiny_llama(tmp_path)
     monkeypatch.setattr(load_model, "available_memory", lambda *_: 300_000)
-    monkeypatch.setattr(Blueprint, "load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(ModelBuilder, "load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match=r"the model does not fit: .* GiB"):
         init_inference(str(tmp_path), **settings())
 
@@ -334,7 +334,7 @@ def test_a_model_too_big_for_the_memory_is_refused_with_numbers_before_it_is_rea
 def test_a_model_in_memory_is_read_without_copies(tmp_path):
     model = tiny_llama(tmp_path, tokenizer=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan = Blueprint.of_pretrained(model, ModelConfig(path="-"), Layout(Mode(1, 2)), 1, CPU)
+    plan = ModelBuilder.from_pretrained(model, ModelConfig(path="-"), Layout(Mode(1, 2)), 1, CPU)
     loaded = plan.load()
     down = parameters(loaded)["model.layers.0.mlp.down_proj.weight"]
     assert down.untyped_storage().data_ptr() == model.model.layers[0].mlp.down_proj.weight.untyped_storage().data_ptr()
@@ -349,7 +349,7 @@ def test_weight_bytes_count_views_of_one_storage_each(tmp_path):
     for parameter in model.parameters():
         parameter.data = flat[offset : offset + parameter.numel()].view(parameter.shape)
         offset += parameter.numel()
-    loaded = Blueprint.of_pretrained(model, ModelConfig(path="-"), Layout(Mode(1, 1)), 0, CPU).load()
+    loaded = ModelBuilder.from_pretrained(model, ModelConfig(path="-"), Layout(Mode(1, 1)), 0, CPU).load()
     assert loaded.weight_bytes == flat.numel() * 4
 
 

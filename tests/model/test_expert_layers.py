@@ -22,7 +22,7 @@ from ulysses_infer.model.experts import choose_placement
 from ulysses_infer.model.experts.kinds import ExpertSizes
 from ulysses_infer.model.experts.layer import Routed
 from ulysses_infer.model.loading.files import SINGLE_NAME, SafetensorsSource
-from ulysses_infer.model.model import Blueprint
+from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Layout, Mode, even_span
 
 CPU = torch.device("cpu")
@@ -46,9 +46,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-def blueprint(folder: Path, base: Mode, shard: int, placement: str, **options: Any) -> Blueprint:
+def blueprint(folder: Path, base: Mode, shard: int, placement: str, **options: Any) -> ModelBuilder:
     settings = ModelConfig(path=str(folder))
-    return Blueprint.of_folder(folder, settings, Layout(base), shard, CPU, expert_placement=placement, **options)
+    return ModelBuilder.from_folder(folder, settings, Layout(base), shard, CPU, expert_placement=placement, **options)
 
 
 def experts_of(model: Any) -> dict[str, torch.Tensor]:

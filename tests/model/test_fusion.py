@@ -21,7 +21,7 @@ from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
 from ulysses_infer.model.fusion.fuse import Fusion
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.injection.probe import trial_context
-from ulysses_infer.model.model import Blueprint, ShiftModel
+from ulysses_infer.model.model import ModelBuilder, ShiftModel
 from ulysses_infer.parallel.layout import Layout, Mode, Span
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def load(family: str, dtype: torch.dtype, fuse: bool, damage: Callable[[Any], No
 
     model = AutoModelForCausalLM.from_config(tiny_config(family)).to(dtype)
     perturb(model)
-    loaded = Blueprint.of_pretrained(model, ModelConfig(path="-"), Layout(Mode(1, 1)), 0, CPU).load(None, False)
+    loaded = ModelBuilder.from_pretrained(model, ModelConfig(path="-"), Layout(Mode(1, 1)), 0, CPU).load(None, False)
     if damage is not None:
         damage(loaded.module)
     if fuse:

@@ -20,7 +20,7 @@ UNFUSED = {"runtime": {"threads_per_rank": 1, "device": "cpu", "debug": True, "f
 
 def run_stacked(folder: Path, base: tuple[int, int], profile: Profile, prompts: list[list[int]], count: int) -> Any:
     """On a rank: `run_case` with weights that multiply the same input in one tensor, as on a GPU."""
-    with mock.patch("ulysses_infer.model.fusion.fuse.stacks_weights", return_value=True):
+    with mock.patch("ulysses_infer.model.fusion.fuse.should_stack_weights", return_value=True):
         return run_case(folder, base, profile, prompts, count)
 
 

@@ -19,7 +19,7 @@ from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
 from ulysses_infer.model.fusion.stacked import StackedLinears
 from ulysses_infer.model.loading.files import MemorySource
 from ulysses_infer.model.loading.weights import Weights
-from ulysses_infer.model.model import Blueprint, ShiftModel
+from ulysses_infer.model.model import ModelBuilder, ShiftModel
 from ulysses_infer.parallel.layout import Layout, Mode
 from ulysses_infer.parallel.sharding import Part, Sharding
 
@@ -88,15 +88,17 @@ def test_modes_are_views_of_one_tensor_that_the_parameters_are_views_of() -> Non
         assert {stacked._piece[0].untyped_storage().data_ptr()} == memory
 
 
-def load(base: Mode, shard: int, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[Any, Blueprint, ShiftModel]:
+def load(
+    base: Mode, shard: int, monkeypatch: pytest.MonkeyPatch, seed: int = 0
+) -> tuple[Any, ModelBuilder, ShiftModel]:
     """transformers' tiny qwen2 (with biases), and rank `shard`'s part of it, stacked."""
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(fuse, "stacks_weights", lambda _: True)
+    monkeypatch.setattr(fuse, "should_stack_weights", lambda _: True)
     model = AutoModelForCausalLM.from_config(tiny_config("qwen2"))
     perturb(model, seed)
     settings = ModelConfig(path="-")
-    blueprint = Blueprint.of_pretrained(model, settings, Layout(base), shard, torch.device("cpu"))
+    blueprint = ModelBuilder.from_pretrained(model, settings, Layout(base), shard, torch.device("cpu"))
     return model, blueprint, blueprint.load()
 
 

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from tests.model.fake_step import FakeCollectives, step
-from ulysses_infer.model.sampling.head import ShardedHead, argmax_pairs, best_in_torch, best_of, joined, padded
+from ulysses_infer.model.sampling.head import (
+    ShardedHead,
+    concat_shards,
+    global_argmax,
+    global_argmax_torch,
+    local_argmax,
+    pad_shard,
+)
 from ulysses_infer.parallel.layout import Layout, Mode, Span
 
 VOCABULARY = 13
@@ -31,14 +38,14 @@ def test_joined_shards_are_the_whole_heads_logits(world_size, bias):
     hidden = torch.randn(1, 5, 6)
     with step(FakeCollectives(), logits_counts=[5]):
         shards = [head(hidden)[0] for head in heads(source, world_size)]
-    sent = [padded(shard, VOCABULARY, world_size) for shard in shards]
+    sent = [pad_shard(shard, VOCABULARY, world_size) for shard in shards]
     assert len({shard.shape for shard in sent}) == 1, "equal shapes travel in one gather"
-    torch.testing.assert_close(joined(sent, VOCABULARY), source(hidden)[0])
+    torch.testing.assert_close(concat_shards(sent, VOCABULARY), source(hidden)[0])
 
 
 def test_padding_never_reaches_the_joined_rows():
-    shards = [padded(torch.full((2, size), 5.0), VOCABULARY, 8) for size in (1, 2, 1, 2, 2, 1, 2, 2)]
-    assert joined(shards, VOCABULARY).eq(5.0).all()
+    shards = [pad_shard(torch.full((2, size), 5.0), VOCABULARY, 8) for size in (1, 2, 1, 2, 2, 1, 2, 2)]
+    assert concat_shards(shards, VOCABULARY).eq(5.0).all()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16])  # 16: more ranks than tokens
@@ -61,14 +68,14 @@ def best_over(logits, world_size):
     spans = [
         ShardedHead(nn.Linear(1, VOCABULARY), layout.place(layout.base, g), None).vocabulary for g in range(world_size)
     ]
-    pairs = torch.stack([argmax_pairs(logits[:, slice(*span)], span) for span in spans])
-    found = best_of(pairs).tolist()
-    assert best_of(pairs.flip(0)).tolist() == found, "in whatever order members come"
-    assert best_in_torch(pairs).tolist() == best_in_torch(pairs.flip(0)).tolist() == found
+    pairs = torch.stack([local_argmax(logits[:, slice(*span)], span) for span in spans])
+    found = global_argmax(pairs).tolist()
+    assert global_argmax(pairs.flip(0)).tolist() == found, "in whatever order members come"
+    assert global_argmax_torch(pairs).tolist() == global_argmax_torch(pairs.flip(0)).tolist() == found
     return found
 
 
-@pytest.mark.parametrize("best", [best_of, best_in_torch])
+@pytest.mark.parametrize("best", [global_argmax, global_argmax_torch])
 def test_a_value_that_is_no_number_is_the_greatest_wherever_it_is(best):
     pairs = torch.tensor([[[3.0, 1], [torch.nan, 2], [1.0, 0]], [[torch.nan, 7], [9.0, 8], [2.0, 9]]]).double()
     assert best(pairs).tolist() == [7, 2, 9]
@@ -76,12 +83,12 @@ def test_a_value_that_is_no_number_is_the_greatest_wherever_it_is(best):
 
 def test_large_ids_survive_the_comparison():
     span = Span(16_777_216, 16_777_218)  # float32 cannot tell these ids apart
-    assert best_of(argmax_pairs(torch.tensor([[0.0, 1.0]]), span)[None]).tolist() == [16_777_217]
+    assert global_argmax(local_argmax(torch.tensor([[0.0, 1.0]]), span)[None]).tolist() == [16_777_217]
 
 
 def test_bfloat16_logits_are_compared_as_they_are():
-    pairs = argmax_pairs(torch.tensor([[1.0, 1.0078125]], dtype=torch.bfloat16), Span(0, 2))
-    assert best_of(pairs[None]).tolist() == [1]
+    pairs = local_argmax(torch.tensor([[1.0, 1.0078125]], dtype=torch.bfloat16), Span(0, 2))
+    assert global_argmax(pairs[None]).tolist() == [1]
 
 
 def test_a_tied_head_is_a_view_of_the_embedding():
@@ -102,7 +109,7 @@ def test_the_best_of_each_row_is_what_torch_says(dtype, width):
     logits[1], logits[2], logits[3] = -torch.inf, torch.inf, -0.0
     logits[4, width // 2 :], logits[5], logits[6, width // 3] = 0.0, -5.0, torch.nan
     expected = logits.max(dim=-1)
-    values, ids = argmax_pairs(logits, Span(40, 40 + width)).T
+    values, ids = local_argmax(logits, Span(40, 40 + width)).T
     torch.testing.assert_close(values, expected.values.double(), equal_nan=True)
     lowest = [int(torch.nonzero(row.isnan() | (row == row.max()))[0]) for row in logits.double().nan_to_num(nan=1e9)]
     assert ids.tolist() == [40 + index for index in lowest]

@@ -14,9 +14,9 @@ from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.config import ModelConfig, load_config, resolved_yaml
 from ulysses_infer.engine.calibration import profile_key
 from ulysses_infer.errors import CheckpointError, ConfigError
-from ulysses_infer.model.layers.rotary import choose_max_model_len, longest_text
+from ulysses_infer.model.layers.rotary import choose_max_model_len, max_supported_len
 from ulysses_infer.model.loading.hf_overrides import ROPE_KINDS, overridden
-from ulysses_infer.model.model import Blueprint
+from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Layout, Mode
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -129,7 +129,7 @@ def test_both_spellings_set_yarn_and_keep_the_checkpoints_theta(name: str, kind:
 def test_a_key_alone_changes_the_rotary_embedding_the_checkpoint_has() -> None:
     config = qwen3(rope_parameters={**YARN, "rope_theta": 1e6})
     assert overridden(config, {"rope_parameters": {"factor": 2.0}}).rope_parameters["factor"] == 2.0
-    assert longest_text(overridden(config, {"rope_parameters": {"factor": 2.0}})) == 65536
+    assert max_supported_len(overridden(config, {"rope_parameters": {"factor": 2.0}})) == 65536
 
 
 def test_another_kind_keeps_nothing_of_the_one_before() -> None:
@@ -155,7 +155,7 @@ def test_of_layers_with_embeddings_of_their_own_those_that_see_everything_are_me
 def test_of_a_vision_language_model_the_language_model_is_changed(overrides: Any) -> None:
     changed = overridden(of("gemma3"), overrides)
     assert changed.text_config.rope_parameters["full_attention"]["rope_type"] == "yarn"
-    assert longest_text(changed.text_config) == 131072
+    assert max_supported_len(changed.text_config) == 131072
 
 
 def test_fewer_layers_are_those_that_come_first(folder: str) -> None:
@@ -249,7 +249,7 @@ def test_weights_that_do_not_fit_are_blamed_on_the_overrides(tmp_path: Path) -> 
     tiny_llama(tmp_path, tokenizer=False)
     changes = ModelConfig(path=str(tmp_path), hf_overrides={"mlp_bias": True})
     with pytest.raises(CheckpointError, match=r"lacks .*mlp.*\(model\.hf_overrides changes mlp_bias\)$"):
-        Blueprint.of_folder(tmp_path, changes, Layout(Mode(1, 1)), 0, torch.device("cpu")).load()
+        ModelBuilder.from_folder(tmp_path, changes, Layout(Mode(1, 1)), 0, torch.device("cpu")).load()
 
 
 # -- the longest text ----------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_every_kind_that_transformers_knows_is_here() -> None:
 def test_longest_text_follows_the_rotary_embedding(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     values, longest = KINDS[kind]
     config = overridden(qwen3(), {"rope_parameters": {"rope_type": kind, **values}})
-    assert longest_text(config) == longest
+    assert max_supported_len(config) == longest
     assert choose_max_model_len(config, None) == (40960 if kind == "dynamic" else longest)
     assert choose_max_model_len(config, longest) == longest
     assert not caplog.messages
@@ -276,12 +276,12 @@ def test_longest_text_follows_the_rotary_embedding(kind: str, caplog: pytest.Log
 def test_the_remedy_of_the_warning_is_one() -> None:
     config = qwen3()
     given = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40960}
-    assert longest_text(overridden(config, {"rope_parameters": given})) == 163840
+    assert max_supported_len(overridden(config, {"rope_parameters": given})) == 163840
 
 
 def test_only_one_rank_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert choose_max_model_len(qwen3(), 50000, says=False) == 50000
+        assert choose_max_model_len(qwen3(), 50000, warn=False) == 50000
     assert not caplog.messages
 
 

@@ -24,7 +24,7 @@ from ulysses_infer.model.injection.latent_cache import is_proved
 from ulysses_infer.model.injection.probe import trial_context
 from ulysses_infer.model.layers import latent_chunks
 from ulysses_infer.model.layers.latent import LatentWidths
-from ulysses_infer.model.model import Blueprint, ShiftModel
+from ulysses_infer.model.model import ModelBuilder, ShiftModel
 from ulysses_infer.model.quantization.cache_scales import apply_cache_scales
 from ulysses_infer.parallel.layout import Layout, Mode, Span
 
@@ -45,8 +45,10 @@ def build(family: str, **changes: Any) -> Any:
     return model.eval()
 
 
-def draw(model: Any, latent: bool | None, world_size: int = 1, shard: int = 0) -> Blueprint:
-    return Blueprint.of_pretrained(model, ModelConfig(path="-"), Layout(Mode(1, world_size)), shard, CPU, latent=latent)
+def draw(model: Any, latent: bool | None, world_size: int = 1, shard: int = 0) -> ModelBuilder:
+    return ModelBuilder.from_pretrained(
+        model, ModelConfig(path="-"), Layout(Mode(1, world_size)), shard, CPU, latent=latent
+    )
 
 
 @torch.inference_mode()
@@ -130,10 +132,10 @@ def test_heads_take_turns_where_their_keys_and_values_would_be_too_large(monkeyp
     model, steps = draw(theirs, True).load(fuse=False), [[(0, 28)]]
     expected = logits_of(model, steps, tokens, TorchLoopAttention())[0]
     turns = []
-    pages = latent_chunks.expanded_pages
-    monkeypatch.setattr(latent_chunks, "PAGE_BYTES", 28 * (2 * 20 + 8) * 4 * 3)  # three heads of eight
+    pages = latent_chunks.expand_head_chunks
+    monkeypatch.setattr(latent_chunks, "MAX_EXPANDED_BYTES", 28 * (2 * 20 + 8) * 4 * 3)  # three heads of eight
     monkeypatch.setattr(
-        "ulysses_infer.model.layers.latent.expanded_pages", lambda *a: (turns.append(p) or p for p in pages(*a))
+        "ulysses_infer.model.layers.latent.expand_head_chunks", lambda *a: (turns.append(p) or p for p in pages(*a))
     )
     found = logits_of(model, steps, tokens, TorchLoopAttention())[0]
     assert [heads for heads, *_ in turns] == 2 * [slice(0, 3), slice(3, 6), slice(6, 9)]
@@ -219,9 +221,9 @@ def test_latents_are_expanded_where_that_takes_fewer_multiplications(length: int
     own = length * w.latent * (w.key + w.value)  # one expansion a new token, or as much to absorb and release
     absorbed = own + pairs * (2 * w.latent + w.rotary)
     expanded = own + past * w.latent * (w.key + w.value) + pairs * (w.key + w.rotary + w.value)
-    assert w.favours_expanding(length, past + length) == (length > 1 and expanded < absorbed)
+    assert w.prefers_expansion(length, past + length) == (length > 1 and expanded < absorbed)
     if 1 < length < 170 and past > 100 * length:
-        assert not w.favours_expanding(length, past + length), "no short chunk of a long text"
+        assert not w.prefers_expansion(length, past + length), "no short chunk of a long text"
 
 
 @pytest.mark.parametrize("family", SERVED)
@@ -299,7 +301,7 @@ def test_memory_a_rank_of_published_shapes(family: str) -> None:
 
     def bytes_of(world_size: int, wanted: bool | None) -> int:
         layout = Layout(Mode(world_size, 1))
-        shape = Blueprint(config, dict, ModelConfig(path="-"), layout, world_size - 1, CPU, latent=wanted).shape
+        shape = ModelBuilder(config, dict, ModelConfig(path="-"), layout, world_size - 1, CPU, latent=wanted).shape
         cached = CacheShape(
             shape.num_layers,
             shape.key_value_heads_of(world_size - 1, layout),

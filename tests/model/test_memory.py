@@ -15,7 +15,7 @@ LOAD = """
 import json, sys, threading, time, torch
 from pathlib import Path
 from ulysses_infer.config import ModelConfig
-from ulysses_infer.model.model import Blueprint
+from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Layout, Mode
 
 folder, tp, shard, dtype = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
@@ -30,7 +30,7 @@ def watch():
         time.sleep(0.001)
 
 settings = ModelConfig(path=folder, dtype=dtype)
-plan = Blueprint.of_folder(Path(folder), settings, Layout(Mode(1, tp)), shard, torch.device("cpu"))
+plan = ModelBuilder.from_folder(Path(folder), settings, Layout(Mode(1, tp)), shard, torch.device("cpu"))
 seen, done = [anonymous()], False
 thread = threading.Thread(target=watch)
 thread.start()

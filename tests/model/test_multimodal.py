@@ -18,7 +18,7 @@ from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError, UnsupportedModelError
 from ulysses_infer.model.injection.architectures import check_supported
 from ulysses_infer.model.loading.files import SafetensorsSource
-from ulysses_infer.model.model import Blueprint, read_config
+from ulysses_infer.model.model import ModelBuilder, read_config
 from ulysses_infer.parallel.layout import Layout, Mode
 
 ENGINE: dict[str, Any] = {
@@ -42,7 +42,7 @@ class Watched(SafetensorsSource):
 def load(folder: Path, source: Any = None) -> Any:
     settings = ModelConfig(path=str(folder))
     opened = None if source is None else (lambda: source)
-    plan = Blueprint.of_folder(folder, settings, Layout(Mode(1, 1)), 0, torch.device("cpu"), open_source=opened)
+    plan = ModelBuilder.from_folder(folder, settings, Layout(Mode(1, 1)), 0, torch.device("cpu"), open_source=opened)
     return plan.load(fuse=False)
 
 

@@ -13,7 +13,7 @@ from tests.equivalence.tiny_models import perturb
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.injection.probe import probe
-from ulysses_infer.model.model import Blueprint, ShiftModel
+from ulysses_infer.model.model import ModelBuilder, ShiftModel
 from ulysses_infer.parallel.layout import Layout, Mode
 
 
@@ -26,7 +26,7 @@ def shifted(request: pytest.FixtureRequest) -> ShiftModel:
     perturb(model)
     model.to(request.param)
     settings = ModelConfig(path="in memory")
-    return Blueprint.of_pretrained(model, settings, Layout(Mode(2, 2)), 1, torch.device("cpu")).load(fuse=False)
+    return ModelBuilder.from_pretrained(model, settings, Layout(Mode(2, 2)), 1, torch.device("cpu")).load(fuse=False)
 
 
 def leak_neighbours(module: Any) -> None:

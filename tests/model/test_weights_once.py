@@ -9,7 +9,7 @@ import torch
 from tests.tiny import settings, tiny_llama
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.config import ModelConfig
-from ulysses_infer.model.model import Blueprint
+from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Layout, Mode
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def own_memory_kib():
 def test_binding_every_mode_allocates_nothing(tmp_path, base):
     tiny_llama(tmp_path, tokenizer=False, hidden_size=512, intermediate_size=2048, vocab_size=2048)
     layout = Layout(base)
-    model = Blueprint.of_folder(tmp_path, ModelConfig(path=str(tmp_path)), layout, 3, CPU).load()
+    model = ModelBuilder.from_folder(tmp_path, ModelConfig(path=str(tmp_path)), layout, 3, CPU).load()
     before, before_kib, bytes_before = live_tensor_bytes(), own_memory_kib(), model.weight_bytes
     assert bytes_before > 8 << 20
     for mode in layout.modes:

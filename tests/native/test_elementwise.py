@@ -73,7 +73,7 @@ def test_rotary_positions_are_llamas(tokens: int, dtype: torch.dtype) -> None:
     cosine, sine = draw(tokens, 16, dtype=dtype), draw(tokens + 1, 16, dtype=dtype)[1:]
     heads_first = (x.transpose(0, 1)[None] for x in (query, key))
     expected = [x[0].transpose(0, 1) for x in apply_rotary_pos_emb(*heads_first, cosine[None], sine[None])]
-    for x, wanted in zip(NativeElementwise(dtype).rotate(query, key, cosine, sine), expected, strict=True):
+    for x, wanted in zip(NativeElementwise(dtype).apply_rotary(query, key, cosine, sine), expected, strict=True):
         assert_close(x, wanted.contiguous())
 
 
@@ -85,8 +85,8 @@ def test_heads_of_a_packed_projection_are_rotated_where_they_are(rotated: int, d
     query, key, value = (x.view(5, -1, 16) for x in packed.split([64, 32, 32], dim=-1))
     untouched = value.clone()
     cosine, sine = draw(5, rotated, dtype=dtype), draw(5, rotated, dtype=dtype, scale=0.5)
-    expected = plain.rotate(query, key, cosine, sine)
-    found = native.rotate(query, key, cosine, sine)
+    expected = plain.apply_rotary(query, key, cosine, sine)
+    found = native.apply_rotary(query, key, cosine, sine)
     for x, wanted in zip(found, expected, strict=True):
         assert_close(x, wanted)
     assert found[0].data_ptr() == packed.data_ptr()

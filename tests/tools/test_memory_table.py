@@ -37,7 +37,7 @@ LOAD = """
 import json, sys, threading, time, torch
 from pathlib import Path
 from ulysses_infer.config import ModelConfig
-from ulysses_infer.model.model import Blueprint
+from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Layout, Mode
 
 folder, sp, tp, shard, placement = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
@@ -47,7 +47,7 @@ def anonymous():
     return int(fields["RssAnon"].split()[0]) * 1024
 
 layout, settings = Layout(Mode(sp, tp)), ModelConfig(path=folder)
-plan = Blueprint.of_folder(Path(folder), settings, layout, shard, torch.device("cpu"), expert_placement=placement)
+plan = ModelBuilder.from_folder(Path(folder), settings, layout, shard, torch.device("cpu"), expert_placement=placement)
 before = anonymous()
 model = plan.load(fuse=False)
 grown = anonymous() - before

@@ -69,10 +69,10 @@ def test_a_model_with_lora_adapters_is_served_as_the_model_that_it_amounts_to(ot
     (folder, _, plain), _, _ = others
     adapted = with_adapters(tiny_llama_of(folder), {"target_modules": ["q_proj", "up_proj"]})
     with init_inference(adapted, **settings(ranks)) as engine:
-        with_first = generate(engine)
+        blocks_per_group = generate(engine)
         for factor in (f for name, f in adapted.named_parameters() if "lora_B" in name):
             factor.data.mul_(-1)
-        assert generate(engine) == with_first, "they are copies"
+        assert generate(engine) == blocks_per_group, "they are copies"
         engine.update_weights(adapted)
         with_second = generate(engine)
         with adapted.disable_adapter():
@@ -80,7 +80,7 @@ def test_a_model_with_lora_adapters_is_served_as_the_model_that_it_amounts_to(ot
             assert generate(engine) == plain
     merged = adapted.merge_and_unload()
     assert with_second == make_reference(merged, folder, PROMPTS).tokens
-    assert with_first != with_second != plain
+    assert blocks_per_group != with_second != plain
 
 
 def test_cached_prefixes_of_other_weights_are_not_read(others):

@@ -20,7 +20,7 @@ def change_weights(first, second, base, placement, stacked):
     overrides = CROWD.overrides(base)
     overrides["parallel"]["expert_placement"] = placement
     with (
-        mock.patch("ulysses_infer.model.fusion.fuse.stacks_weights", return_value=stacked),
+        mock.patch("ulysses_infer.model.fusion.fuse.should_stack_weights", return_value=stacked),
         init_inference(first, **overrides) as engine,
     ):
         if engine.is_first:

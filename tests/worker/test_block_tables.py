@@ -140,7 +140,7 @@ def test_tables_of_every_group_show_what_its_layers_see_and_no_more_than_that(at
     for turn, count in enumerate(counts):
         items, parts = [], list(enumerate(starts))[:: 1 if turn % 2 else -1]
         for index, start in parts:
-            pools.free_behind(held[index], ends[index], start, 10)
+            pools.free_out_of_window_blocks(held[index], ends[index], start, 10)
             end = -(-(start + count) // BLOCK_SIZE)
             new = pools.extend(held[index], end - ends[index])
             announced = new if turn else [block for table in held[index] for block in table]

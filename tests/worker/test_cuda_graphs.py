@@ -89,7 +89,7 @@ class Driver:
             0,
             0,
         )
-        self.chosen, self.rows_before, self.num_awaited = [], {}, 0  # tokens of the last step's rows, and whose
+        self.chosen, self.rows_before, self.num_placeholders = [], {}, 0  # tokens of the last step's rows, and whose
 
     def plan(self, step):
         """A new prompt, or decodes of some of the sequences; now and then one ends.
@@ -110,7 +110,7 @@ class Driver:
         items, ids, known, rows, tokens = [], [], [], {}, []
         for handle in chosen:
             own, start = self.tokens[handle], self.done[handle]
-            self.pools.free_behind(self.tables[handle], self.blocks[handle], start, len(own))
+            self.pools.free_out_of_window_blocks(self.tables[handle], self.blocks[handle], start, len(own))
             new = self.pools.extend(self.tables[handle], -(-len(own) // 4) - self.blocks[handle])
             self.blocks[handle] = -(-len(own) // 4)
             logits = NO_LOGITS if len(chosen) > 1 and self.random.random() < 0.2 else LAST_LOGITS
@@ -119,7 +119,7 @@ class Driver:
             known += own[start:]
             if handle in self.rows_before and self.random.random() < 0.7:
                 ids[-1] = placeholder(self.rows_before[handle])
-                self.num_awaited += 1
+                self.num_placeholders += 1
             self.done[handle] = len(own)
             own.append((7 * sum(own) + step) % 90)  # any token will do: what is compared are logits
             if logits == LAST_LOGITS:
@@ -182,7 +182,7 @@ def compare(folder, sp, tp, name, lazily, seed):
                 assert rows.isfinite().all()
                 count += len(rows)
                 difference = max(difference, float((rows - others).abs().max()))
-        assert driver.num_awaited > 3
+        assert driver.num_placeholders > 3
         assert capturer.captured > (0 if lazily else sum(map(len, captured.graphs.buckets.values()))), "captured again"
         return count, difference, capturer.captured, capturer.replays
     finally:

@@ -35,19 +35,19 @@ class BlockAllocator:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._references = [0] * num_blocks
+        self._reference_counts = [0] * num_blocks
         # Free blocks in the order of reuse: those without content (block 0 first), then those with content.
-        self._blank = list(range(num_blocks - 1, -1, -1))
-        self._unlikely: OrderedDict[int, None] = OrderedDict()
-        self._evictable: OrderedDict[int, None] = OrderedDict()
-        self._was_shared: set[int] = set()  # with the content that they have now
+        self._empty = list(range(num_blocks - 1, -1, -1))
+        self._evict_first: OrderedDict[int, None] = OrderedDict()
+        self._evict_last: OrderedDict[int, None] = OrderedDict()
+        self._was_reused: set[int] = set()  # with the content that they have now
         self._block_of_hash: dict[bytes, int] = {}
         self._hash_of_block: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
         """Blocks that no request holds."""
-        return len(self._blank) + len(self._unlikely) + len(self._evictable)
+        return len(self._empty) + len(self._evict_first) + len(self._evict_last)
 
     @property
     def num_used(self) -> int:
@@ -63,16 +63,16 @@ class BlockAllocator:
         """Blocks needed for `num_tokens` tokens of one sequence."""
         return ceil_div(num_tokens, self.block_size)
 
-    def references(self, block: int) -> int:
+    def reference_count(self, block: int) -> int:
         """How many requests hold `block`."""
-        return self._references[block]
+        return self._reference_counts[block]
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` free blocks, at most `num_free`, each with one reference."""
         assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} free"
-        blocks = [self._take_free() for _ in range(count)]
+        blocks = [self._pop_free_block() for _ in range(count)]
         for block in blocks:
-            self._references[block] = 1
+            self._reference_counts[block] = 1
         return blocks
 
     def match_prefix(self, block_hashes: Sequence[bytes]) -> list[int]:
@@ -85,26 +85,26 @@ class BlockAllocator:
             blocks.append(block)
         return blocks
 
-    def last_missing(self, block_hashes: Sequence[bytes], start: int, stop: int) -> int | None:
+    def last_uncached(self, block_hashes: Sequence[bytes], start: int, stop: int) -> int | None:
         """The last index in `[start, stop)` whose content is not cached; None if all are."""
         return next((i for i in range(stop - 1, start - 1, -1) if block_hashes[i] not in self._block_of_hash), None)
 
     def count_free(self, blocks: Sequence[int]) -> int:
         """How many of `blocks` are free. Sharing them lowers `num_free` by that number."""
-        return sum(self._references[block] == 0 for block in blocks)
+        return sum(self._reference_counts[block] == 0 for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
         """Add a reference to each of `blocks`, which `match_prefix` has just returned."""
         for block in blocks:
-            if self._references[block] == 0:
-                del (self._unlikely if block in self._unlikely else self._evictable)[block]
-            self._references[block] += 1
-            self._was_shared.add(block)
+            if self._reference_counts[block] == 0:
+                del (self._evict_first if block in self._evict_first else self._evict_last)[block]
+            self._reference_counts[block] += 1
+            self._was_reused.add(block)
 
     def publish(self, block: int, content: bytes) -> None:
         """Publish `block`, which is held, full and computed, under the hash `content`. If the content is published
         already, this block stays private."""
-        assert self._references[block] > 0, f"block {block} is free"
+        assert self._reference_counts[block] > 0, f"block {block} is free"
         if self.enable_prefix_caching and content not in self._block_of_hash:
             self._block_of_hash[content] = block
             self._hash_of_block[block] = content
@@ -113,53 +113,55 @@ class BlockAllocator:
         """Release one reference to each block of a sequence. Its tail is evicted before its head, because a block is
         useless without those before it."""
         for block in reversed(block_table):
-            if self._release(block):
-                self._put_free(block, self._evictable)
+            if self._drop_reference(block):
+                self._push_free_block(block, self._evict_last)
 
-    def free_passed(self, block: int, is_likely: bool) -> None:
+    def free_out_of_window(self, block: int, keep_longer: bool) -> None:
         """Release a block that its sequence no longer sees.
 
-        Unless it `is_likely` to be requested, or was before, it is evicted before other cached blocks. So a long text
+        Unless it `keep_longer` to be requested, or was before, it is evicted before other cached blocks. So a long text
         reuses its own blocks instead of evicting prefixes that may be continued.
         """
-        if self._release(block):
-            self._put_free(block, self._evictable if is_likely or block in self._was_shared else self._unlikely)
+        if self._drop_reference(block):
+            self._push_free_block(
+                block, self._evict_last if keep_longer or block in self._was_reused else self._evict_first
+            )
 
     def reset_prefix_cache(self) -> bool:
         """Drop all cached content, for example after a change of weights. Returns False, and does nothing, while any
         block is held: its sequence would mix old and new content."""
         if self.num_used:
             return False
-        for kept in (self._unlikely, self._evictable):
-            self._blank.extend(kept)
+        for kept in (self._evict_first, self._evict_last):
+            self._empty.extend(kept)
             kept.clear()
-        self._was_shared.clear()
+        self._was_reused.clear()
         self._block_of_hash.clear()
         self._hash_of_block.clear()
         return True
 
     def assert_idle(self) -> None:
         """Raise AssertionError, naming the blocks, unless every block is free."""
-        held = [block for block, references in enumerate(self._references) if references]
+        held = [block for block, reference_count in enumerate(self._reference_counts) if reference_count]
         if held or self.num_free != self.num_blocks:
             raise AssertionError(f"idle engine, but {self.num_used} blocks are not free; held: {held[:20]}")
 
-    def _take_free(self) -> int:
-        if self._blank:
-            return self._blank.pop()
-        block, _ = (self._unlikely or self._evictable).popitem(last=False)
+    def _pop_free_block(self) -> int:
+        if self._empty:
+            return self._empty.pop()
+        block, _ = (self._evict_first or self._evict_last).popitem(last=False)
         del self._block_of_hash[self._hash_of_block.pop(block)]
-        self._was_shared.discard(block)
+        self._was_reused.discard(block)
         return block
 
-    def _release(self, block: int) -> bool:
+    def _drop_reference(self, block: int) -> bool:
         """Release a reference; returns whether it was the last."""
-        assert self._references[block] > 0, f"block {block} freed twice"
-        self._references[block] -= 1
-        return self._references[block] == 0
+        assert self._reference_counts[block] > 0, f"block {block} freed twice"
+        self._reference_counts[block] -= 1
+        return self._reference_counts[block] == 0
 
-    def _put_free(self, block: int, kept: OrderedDict[int, None]) -> None:
+    def _push_free_block(self, block: int, kept: OrderedDict[int, None]) -> None:
         if block in self._hash_of_block:
             kept[block] = None
         else:
-            self._blank.append(block)
+            self._empty.append(block)

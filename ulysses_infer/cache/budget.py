@@ -64,7 +64,7 @@ def check_weights_fit(budget: MemoryBudget) -> None:
 def cache_bytes(config: CacheConfig, sizing: CacheSizing, budget: MemoryBudget, on_cpu: bool) -> int:
     """Bytes of this rank's cache. Raises `ConfigError` if the recipe asks for more than is left."""
     if config.num_blocks is not None:
-        wanted = sizing.num_bytes(sizing.with_first(config.num_blocks))
+        wanted = sizing.num_bytes(sizing.blocks_per_group(config.num_blocks))
         _check_wanted(wanted, budget, f"cache.num_blocks {config.num_blocks}")
         return wanted
     if config.memory_bytes is not None:

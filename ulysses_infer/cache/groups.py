@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class LayerGroups:
+class CacheGroups:
     """The cache groups of a model, longest attention span first.
 
     Each cache group has its own pool of blocks, and each sequence its own block table per group. So all blocks of a
@@ -29,12 +29,12 @@ class LayerGroups:
     """The cache group of each layer."""
 
     @classmethod
-    def single(cls, num_layers: int, attention_span: AttentionSpan | None = None) -> LayerGroups:
+    def single(cls, num_layers: int, attention_span: AttentionSpan | None = None) -> CacheGroups:
         """One cache group for all layers."""
         return cls((attention_span or AttentionSpan(),), (0,) * num_layers)
 
     @classmethod
-    def of(cls, options: Iterable[AttentionOptions], max_model_len: int) -> LayerGroups:
+    def of(cls, options: Iterable[AttentionOptions], max_model_len: int) -> CacheGroups:
         """Groups layers by their attention options, in layer order, for texts of up to `max_model_len` tokens."""
         layers = [AttentionSpan(o.sliding_window, o.chunk_size).within(max_model_len) for o in options]
         attention_spans = sorted(

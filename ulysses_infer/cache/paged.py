@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ulysses_infer.arithmetic import ceil_div
-from ulysses_infer.cache.groups import LayerGroups
+from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.native.function import ELEMENTWISE, native_function
 
 FP8 = torch.float8_e4m3fn
@@ -59,14 +59,14 @@ class PagedCache:
         num_blocks: int | Sequence[int],
         device: torch.device,
         scratch_blocks: int = 0,
-        groups: LayerGroups | None = None,
+        groups: CacheGroups | None = None,
     ) -> None:
         """num_blocks: one per cache group; groups: None is a single group that sees everything.
 
         scratch_blocks: additional blocks, unknown to the allocators, for padding rows.
         """
         self.shape, self.device = shape, device
-        self.groups = groups or LayerGroups.single(shape.num_layers)
+        self.groups = groups or CacheGroups.single(shape.num_layers)
         self.blocks_of_groups = (num_blocks,) if isinstance(num_blocks, int) else tuple(num_blocks)
         self._scratch_blocks = scratch_blocks
         on_cpu = device.type == "cpu"

@@ -66,7 +66,7 @@ class BlockPools:
         """Blocks needed for `num_tokens` tokens of one sequence if none is freed."""
         return ceil_div(num_tokens, self.block_size)
 
-    def has_room(
+    def can_allocate(
         self,
         num_tokens: int,
         step_tokens: int,
@@ -101,7 +101,9 @@ class BlockPools:
             table += blocks
         return list(chain.from_iterable(added))
 
-    def free_behind(self, tables: GroupBlockIds, num_blocks: int, position: int, num_prompt_tokens: int) -> None:
+    def free_out_of_window_blocks(
+        self, tables: GroupBlockIds, num_blocks: int, position: int, num_prompt_tokens: int
+    ) -> None:
         """Free the blocks that no token from `position` on sees; the tables end at block `num_blocks`.
 
         They stay cached until others are needed more; those visible at the end of the prompt stay longest.
@@ -111,9 +113,9 @@ class BlockPools:
             table = tables[group]
             first, end = num_blocks - len(table), attention_span.first_visible(position) // self.block_size
             if end > first:
-                likely = range(self._first_seen(attention_span, prompt), prompt)
+                likely = range(self._first_visible_block(attention_span, prompt), prompt)
                 for number, block in enumerate(table[: end - first], first):
-                    pool.free_passed(block, number in likely)
+                    pool.free_out_of_window(block, number in likely)
                 del table[: end - first]
 
     def free(self, tables: GroupBlockIds) -> None:
@@ -130,10 +132,10 @@ class BlockPools:
         """
         has_full = not self.attention_spans[0].is_limited
         full = self.pools[0].match_prefix(block_hashes) if has_full else []
-        length = self._longest_seen(block_hashes, len(full) if has_full else len(block_hashes))
+        length = self._longest_cached_prefix(block_hashes, len(full) if has_full else len(block_hashes))
         tables = [full[:length]] if has_full else []
         for _, attention_span, pool in self._limited:
-            tables.append(pool.match_prefix(block_hashes[self._first_seen(attention_span, length) : length]))
+            tables.append(pool.match_prefix(block_hashes[self._first_visible_block(attention_span, length) : length]))
         return length, tables
 
     def share(self, tables: GroupBlockIds) -> None:
@@ -160,15 +162,15 @@ class BlockPools:
         for pool in self.pools:
             pool.assert_idle()
 
-    def _first_seen(self, attention_span: AttentionSpan, num_blocks: int) -> int:
+    def _first_visible_block(self, attention_span: AttentionSpan, num_blocks: int) -> int:
         """The first block that the token after `num_blocks` full blocks sees."""
         return attention_span.first_visible(num_blocks * self.block_size) // self.block_size
 
-    def _longest_seen(self, block_hashes: Sequence[bytes], length: int) -> int:
+    def _longest_cached_prefix(self, block_hashes: Sequence[bytes], length: int) -> int:
         """The longest prefix of up to `length` blocks for which no limited group lacks a visible block."""
         while True:
             for _, attention_span, pool in self._limited:
-                gap = pool.last_missing(block_hashes, self._first_seen(attention_span, length), length)
+                gap = pool.last_uncached(block_hashes, self._first_visible_block(attention_span, length), length)
                 if gap is not None:
                     length = gap  # every longer prefix sees it too
                     break

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ulysses_infer.cache.groups import LayerGroups
+from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.errors import ConfigError
 
@@ -16,7 +16,7 @@ class CacheSizing:
     """The demands on a rank's cache. Lists are per cache group, longest attention span first."""
 
     shape: CacheShape
-    groups: LayerGroups
+    groups: CacheGroups
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -31,26 +31,26 @@ class CacheSizing:
         step, size = self.max_num_batched_tokens, self.shape.block_size
         return [attention_span.most_blocks(num_tokens, step, size) for attention_span in self.groups.attention_spans]
 
-    def with_first(self, num_blocks: int) -> list[int]:
+    def blocks_per_group(self, num_blocks: int) -> list[int]:
         """`count` blocks for the first cache group; for the others as many, or what running requests can hold at most.
 
         So no request ever waits for blocks of another group than the first, whatever its length.
         """
-        return self._with_first(num_blocks, self.max_num_seqs)
+        return self._blocks_per_group(num_blocks, self.max_num_seqs)
 
-    def fitting(self, num_bytes: int, all_of_it: bool = False) -> list[int]:
-        """The blocks that fit into `num_bytes`; unless `all_of_it`, not more than the scheduler could use.
+    def blocks_within(self, num_bytes: int, use_all: bool = False) -> list[int]:
+        """The blocks that fit into `num_bytes`; unless `use_all`, not more than the scheduler could use.
 
-        As `with_first`; if a request of `max_model_len` tokens would not fit, windows are for fewer requests.
+        As `blocks_per_group`; if a request of `max_model_len` tokens would not fit, windows are for fewer requests.
         """
-        most = num_bytes // self.num_bytes([1]) if all_of_it else self._most(0, self.max_num_seqs)
-        first = self._largest(range(most + 1), self.with_first, num_bytes)
+        most = num_bytes // self.num_bytes([1]) if use_all else self._max_usable_blocks(0, self.max_num_seqs)
+        first = self._largest(range(most + 1), self.blocks_per_group, num_bytes)
         longest = self.blocks_of_request(self.max_model_len)
         if first >= longest[0] or self.num_bytes(longest) > num_bytes:
-            return self.with_first(first)
+            return self.blocks_per_group(first)
         requests = range(self.max_num_seqs + 1)
-        return self._with_first(
-            longest[0], self._largest(requests, lambda count: self._with_first(longest[0], count), num_bytes)
+        return self._blocks_per_group(
+            longest[0], self._largest(requests, lambda count: self._blocks_per_group(longest[0], count), num_bytes)
         )
 
     def check_fits_one_request(self, num_blocks: Sequence[int]) -> None:
@@ -67,13 +67,13 @@ class CacheSizing:
             f"{self.num_bytes(needed)} or lower model.max_model_len to {longest}"
         )
 
-    def _with_first(self, num_blocks: int, num_requests: int) -> list[int]:
+    def _blocks_per_group(self, num_blocks: int, num_requests: int) -> list[int]:
         others = range(1, len(self.groups.attention_spans))
         least = self.blocks_of_request(self.max_model_len)
-        wanted = [max(least[group], self._most(group, num_requests)) for group in others]
+        wanted = [max(least[group], self._max_usable_blocks(group, num_requests)) for group in others]
         return [num_blocks, *(min(num_blocks, count) for count in wanted)]
 
-    def _most(self, group: int, num_requests: int) -> int:
+    def _max_usable_blocks(self, group: int, num_requests: int) -> int:
         """What this number of requests can hold of a group, plus what must stay free while another starts: see
         `Scheduler`."""
         attention_span, size = self.groups.attention_spans[group], self.shape.block_size

@@ -8,7 +8,7 @@ import torch
 
 from ulysses_infer.engine.batch import Batch, ScheduledRequest
 from ulysses_infer.engine.completion import Completion, Sequence, TokenScores
-from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler, sent
+from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler, to_device_async
 from ulysses_infer.text.detokenizer import TokenDecoder
 from ulysses_infer.worker.step_plan import ALL_LOGITS, LAST_LOGITS, PlanItem
 
@@ -53,7 +53,7 @@ class StepResults:
         if len(places) == len(rows):
             tokens = self._sample(logits, rows)
         elif places:
-            chosen = sent(places, logits)
+            chosen = to_device_async(places, logits)
             tokens[chosen] = self._sample(logits[chosen], [rows[place] for place in places])
         self._score_prompt(logits, rows)
         return tokens
@@ -73,14 +73,14 @@ class StepResults:
     def _sample(self, logits: torch.Tensor, rows: Rows[tuple[ScheduledRequest, int, bool]]) -> torch.Tensor:
         sequences = [self._owners[scheduled.request.index][1] for scheduled, _, _ in rows]
         for sequence in sequences:
-            sequence.row.num_awaited = sequence.request.num_awaited_tokens - 1  # without the token chosen here
+            sequence.row.num_placeholders = sequence.request.num_awaited_tokens - 1  # without the token chosen here
         tokens = self._sampler.choose(logits, [sequence.row for sequence in sequences])
         scored = [place for place, s in enumerate(sequences) if s.request.params.logprobs is not None]
         if scored:
             counts = [sequences[place].request.params.logprobs or 0 for place in scored]
             chosen = tokens
             if len(scored) < len(sequences):
-                places = sent(scored, logits)
+                places = to_device_async(scored, logits)
                 logits, chosen = logits[places], tokens[places]
             scores = TokenScores(logits, chosen, counts)
             self._scores.append(([sequences[place] for place in scored], scores))

@@ -201,7 +201,7 @@ class Scheduler:
         num_blocks = self.allocator.blocks_for(num_tokens) - request.num_blocks
         new_block_ids = []
         if num_blocks:
-            self.allocator.free_behind(
+            self.allocator.free_out_of_window_blocks(
                 request.block_tables, request.num_blocks, request.num_computed_tokens, request.num_prompt_tokens
             )
             if num_blocks > self.allocator.num_free and not self._preempt_for(request, num_blocks, step):
@@ -296,7 +296,7 @@ class Scheduler:
         run. This is an upper bound, because blocks may be shared. One block per running request is kept free:
         otherwise their growth would soon preempt the new request."""
         num_running = len(self._running) - len(without)
-        return num_running < self.config.max_num_seqs and self.allocator.has_room(
+        return num_running < self.config.max_num_seqs and self.allocator.can_allocate(
             request.num_tokens,
             self.config.max_num_batched_tokens,
             cached,

@@ -12,15 +12,15 @@ from ulysses_infer.cache.budget import MemoryBudget, activation_bytes, available
 from ulysses_infer.cache.paged import FP8
 from ulysses_infer.config import Config
 from ulysses_infer.job.make_worker import cache_shape
-from ulysses_infer.model.layers.latent_chunks import PAGE_BYTES
+from ulysses_infer.model.layers.latent_chunks import MAX_EXPANDED_BYTES
 from ulysses_infer.model.loading.checkpoint import Progress
 from ulysses_infer.model.loading.files import resolve_folder
 from ulysses_infer.model.loading.sources import Checkpoint, GivenModel, find_checkpoint
 from ulysses_infer.model.loading.weights import Weights
-from ulysses_infer.model.lora.adapter import read_adapter, stored_bytes
-from ulysses_infer.model.lora.attach import attach
-from ulysses_infer.model.model import Blueprint, ShiftModel, choose_dtype, read_config
-from ulysses_infer.parallel.groups import Groups
+from ulysses_infer.model.lora.adapter import adapter_bytes, read_adapter
+from ulysses_infer.model.lora.attach import attach_adapters
+from ulysses_infer.model.model import ModelBuilder, ShiftModel, choose_dtype, read_config
+from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.worker.channel import Channel
 from ulysses_infer.worker.worker import ROWS_PER_GATHER
 
@@ -41,7 +41,7 @@ def load_model(
     given: GivenModel | None,
     progress: Progress | None,
     channel: Channel,
-    groups: Groups,
+    groups: ProcessGroups,
     device: torch.device,
     ranks_on_host: int,
 ) -> LoadedModel:
@@ -59,7 +59,7 @@ def load_model(
     model = channel.together(lambda: blueprint.load(progress if groups.is_first else None, fuse))
     channel.together(lambda: _attach_adapters(config, model, device))
     if cache_shape(config, model, groups).dtype == FP8:
-        channel.together(blueprint.scale_cache)
+        channel.together(blueprint.load_cache_scales)
     weights = Weights(blueprint, model, are_borrowed=given is not None and not given.is_copied)
     return LoadedModel(model, weights, budget, None if checkpoint is None else checkpoint.find_files())
 
@@ -78,25 +78,25 @@ def _make_blueprint(
     config: Config,
     given: GivenModel | None,
     checkpoint: Checkpoint | None,
-    groups: Groups,
+    groups: ProcessGroups,
     device: torch.device,
     memory: int,
-) -> Blueprint:
+) -> ModelBuilder:
     layout, shard = config.parallel.layout, groups.shard
     # Adapters may change kv_b_proj, which is not applied as a layer when latents are cached.
     latent = False if config.lora.adapters else config.cache.latent
     options = {"expert_placement": config.parallel.expert_placement, "memory": memory, "latent": latent}
     if given is not None:
-        return Blueprint.of_pretrained(given.module, config.model, layout, shard, device, given.open, **options)
+        return ModelBuilder.from_pretrained(given.module, config.model, layout, shard, device, given.open, **options)
     assert checkpoint is not None
     folder = checkpoint.find_files()
-    return Blueprint.of_folder(folder, config.model, layout, shard, device, checkpoint.open, **options)
+    return ModelBuilder.from_folder(folder, config.model, layout, shard, device, checkpoint.open, **options)
 
 
 def _dense_bytes(
     config: Config,
     origin: GivenModel | Checkpoint | None,
-    blueprint: Blueprint,
+    blueprint: ModelBuilder,
     device: torch.device,
     ranks_on_host: int,
 ) -> int:
@@ -118,7 +118,7 @@ def _own_dtype(origin: GivenModel | Checkpoint) -> torch.dtype:
 
 
 def _make_budget(
-    config: Config, blueprint: Blueprint, dense_bytes: int, device: torch.device, ranks_on_host: int
+    config: Config, blueprint: ModelBuilder, dense_bytes: int, device: torch.device, ranks_on_host: int
 ) -> MemoryBudget:
     """What is available, and what weights and activations take of it. Raises `ConfigError` if weights do not fit."""
     shape, scheduler = blueprint.shape, config.scheduler
@@ -131,11 +131,11 @@ def _make_budget(
         rows,
         blueprint.dtype.itemsize,
     )
-    adapters = sum(stored_bytes(resolve_folder(path, None)) for path in config.lora.adapters.values())
+    adapters = sum(adapter_bytes(resolve_folder(path, None)) for path in config.lora.adapters.values())
     budget = MemoryBudget(
         available=available_memory(device, config.cache.memory_utilization, ranks_on_host),
         weights=blueprint.expert_bytes + dense_bytes + adapters,
-        activations=activations + (PAGE_BYTES if shape.values_in_keys else 0),
+        activations=activations + (MAX_EXPANDED_BYTES if shape.values_in_keys else 0),
     )
     check_weights_fit(budget)
     return budget
@@ -144,5 +144,5 @@ def _make_budget(
 def _attach_adapters(config: Config, model: ShiftModel, device: torch.device) -> None:
     if config.lora.adapters:
         adapters = [read_adapter(name, resolve_folder(path, None)) for name, path in config.lora.adapters.items()]
-        attach(model.injection, adapters, model.dtype, device)
+        attach_adapters(model.injection, adapters, model.dtype, device)
         model.rebind()

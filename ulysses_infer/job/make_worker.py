@@ -8,13 +8,13 @@ from ulysses_infer.attention.backend import AttentionBackend, KernelAttention
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.attention.selection import AttentionNeeds, make_backend, make_gpu_backend
 from ulysses_infer.cache.budget import MemoryBudget, cache_bytes
-from ulysses_infer.cache.groups import LayerGroups
+from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import FP8, CacheShape, PagedCache
 from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.config import CacheConfig, Config
 from ulysses_infer.model.model import DTYPES, ShiftModel
 from ulysses_infer.native.matmul import make_matmul
-from ulysses_infer.parallel.groups import Groups
+from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.worker.block_tables import BlockTables
 from ulysses_infer.worker.channel import Channel
 from ulysses_infer.worker.cpu_graphs import CpuGraphRunner, wants_cpu_graphs
@@ -23,11 +23,16 @@ from ulysses_infer.worker.worker import Worker
 
 
 def make_worker(
-    config: Config, model: ShiftModel, budget: MemoryBudget, channel: Channel, groups: Groups, device: torch.device
+    config: Config,
+    model: ShiftModel,
+    budget: MemoryBudget,
+    channel: Channel,
+    groups: ProcessGroups,
+    device: torch.device,
 ) -> Worker:
     """The worker of this rank, ready to run steps. Collective. Raises `ConfigError`, on all ranks alike."""
     shape, scheduler, max_model_len = cache_shape(config, model, groups), config.scheduler, model.shape.max_model_len
-    layers = LayerGroups.of(model.attention_options, max_model_len)
+    layers = CacheGroups.of(model.attention_options, max_model_len)
     sizing = CacheSizing(shape, layers, max_model_len, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
     own = channel.together(lambda: cache_bytes(config.cache, sizing, budget, device.type == "cpu"))
     num_bytes = channel.smallest(own)  # shards are equal, free memory may not be
@@ -50,7 +55,7 @@ def make_worker(
     return worker
 
 
-def cache_shape(config: Config, model: ShiftModel, groups: Groups) -> CacheShape:
+def cache_shape(config: Config, model: ShiftModel, groups: ProcessGroups) -> CacheShape:
     """The shape of this rank's cache blocks."""
     sizes = model.shape
     return CacheShape(
@@ -85,9 +90,9 @@ def _make_cache(
     config: CacheConfig, sizing: CacheSizing, num_bytes: int, device: torch.device, scratch_blocks: int
 ) -> PagedCache:
     if config.num_blocks is not None:
-        num_blocks = sizing.with_first(config.num_blocks)
+        num_blocks = sizing.blocks_per_group(config.num_blocks)
     else:
-        num_blocks = sizing.fitting(num_bytes, all_of_it=config.memory_bytes is not None)
+        num_blocks = sizing.blocks_within(num_bytes, use_all=config.memory_bytes is not None)
         sizing.check_fits_one_request(num_blocks)
     return PagedCache(sizing.shape, num_blocks, device, scratch_blocks, sizing.groups)
 

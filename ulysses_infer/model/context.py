@@ -50,13 +50,13 @@ def step_context() -> StepContext:
     return _current.get()
 
 
-def current_step() -> StepContext | None:
+def step_context_or_none() -> StepContext | None:
     """The context of the step being run, None outside a step."""
     return _current.get(None)
 
 
 @contextmanager
-def running(context: StepContext) -> Iterator[None]:
+def use_step_context(context: StepContext) -> Iterator[None]:
     """Make `context` the current step for the duration of a forward pass."""
     token = _current.set(context)
     try:

@@ -14,14 +14,14 @@ from torch.overrides import TorchFunctionMode
 
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.errors import CheckpointError, UnsupportedModelError, first_line
-from ulysses_infer.model.context import StepContext, running
+from ulysses_infer.model.context import StepContext, use_step_context
 from ulysses_infer.model.experts import choose_placement, expert_sizes
 from ulysses_infer.model.fusion.decoder import FusedDecoder
 from ulysses_infer.model.fusion.fuse import Fusion
 from ulysses_infer.model.injection.architectures import check_supported
 from ulysses_infer.model.injection.heads import attention_heads
 from ulysses_infer.model.injection.inject import Injection
-from ulysses_infer.model.injection.latent_cache import take_latents
+from ulysses_infer.model.injection.latent_cache import enable_latent_cache
 from ulysses_infer.model.injection.probe import probe
 from ulysses_infer.model.layers.latent import LatentWidths
 from ulysses_infer.model.layers.rotary import choose_max_model_len, freeze_rotary
@@ -40,7 +40,7 @@ from ulysses_infer.parallel.layout import Layout, Mode, Span, key_value_span
 if TYPE_CHECKING:
     from ulysses_infer.config import ModelConfig
 
-LARGE = 1 << 26  # elements
+LARGE_TENSOR_ELEMENTS = 1 << 26  # elements
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -109,7 +109,7 @@ class ShiftModel:
         if place.mode != self._mode:
             self.injection.bind(place)
             self._mode = place.mode
-        with running(context):
+        with use_step_context(context):
             if self.decoder is not None:
                 return self.decoder(input_ids, positions, logits_rows)
             output = self.module(
@@ -141,7 +141,7 @@ def choose_dtype(name: str, config: Any) -> torch.dtype:
     return own if isinstance(own, torch.dtype) else DTYPES.get(str(own), torch.float32)
 
 
-class Blueprint:
+class ModelBuilder:
     """A model laid out for one rank, before any weight is read: what it will hold is known, nothing is taken."""
 
     def __init__(
@@ -161,7 +161,7 @@ class Blueprint:
         config = overridden(config, settings.hf_overrides)
         check_supported(config, settings.allow_unverified)
         self.dtype, self.device = choose_dtype(settings.dtype, config), device
-        empty = build_empty(config, self.dtype, settings.trust_remote_code)
+        empty = build_empty_model(config, self.dtype, settings.trust_remote_code)
         drop_multimodal_encoders(empty)
         resolve_weight_tying(empty, open_source)
         self._full_shapes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
@@ -170,11 +170,11 @@ class Blueprint:
             mark_quantised(empty, quantization)
         placement = choose_placement(expert_placement, layout, expert_sizes(empty), memory)
         self.injection = Injection(empty, layout, shard, placement)
-        self.shape = model_shape(self.injection, settings.max_model_len, take_latents(self.injection, latent))
+        self.shape = model_shape(self.injection, settings.max_model_len, enable_latent_cache(self.injection, latent))
         self._open_source, self._overrides = open_source, settings.hf_overrides
 
     @classmethod
-    def of_folder(
+    def from_folder(
         cls,
         folder: Path,
         settings: ModelConfig,
@@ -183,7 +183,7 @@ class Blueprint:
         device: torch.device,
         open_source: Callable[[], TensorSource] | None = None,
         **options: Any,
-    ) -> Blueprint:
+    ) -> ModelBuilder:
         """What `shard` will keep of the checkpoint in `folder`; `options`: `expert_placement`, `memory`, `latent`.
 
         `open_source` says where the weights are when they are not safetensors beside config.json.
@@ -193,7 +193,7 @@ class Blueprint:
         return cls(config, source, settings, layout, shard, device, **options)
 
     @classmethod
-    def of_pretrained(
+    def from_pretrained(
         cls,
         model: Any,
         settings: ModelConfig,
@@ -202,7 +202,7 @@ class Blueprint:
         device: torch.device,
         open_source: Callable[[], TensorSource] | None = None,
         **options: Any,
-    ) -> Blueprint:
+    ) -> ModelBuilder:
         """What `shard` will keep of a `transformers.PreTrainedModel` in memory, which stays as it is.
 
         `open_source` reads its weights where its state dict does not have them.
@@ -223,7 +223,7 @@ class Blueprint:
         modules = (layer.weights.module for layer in self.injection.expert_layers)
         return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
-    def scale_cache(self) -> None:
+    def load_cache_scales(self) -> None:
         """Take the scales that the checkpoint has for an FP8 cache. Raises `CheckpointError`."""
         apply_cache_scales(self.injection, self._open_source())
 
@@ -247,7 +247,7 @@ class Blueprint:
         return model
 
 
-class _LargeWithoutMemory(TorchFunctionMode):
+class _LargeTensorsOnMeta(TorchFunctionMode):
     """Makes large tensors without memory from the first: accelerate first fills llama4's experts with zeros, 2.5 GiB
     a layer, and then drops them. No buffer is as large."""
 
@@ -255,17 +255,17 @@ class _LargeWithoutMemory(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in (torch.zeros, torch.empty) and "device" not in kwargs:
             size = args[0] if args and isinstance(args[0], Sequence) else args
-            if all(isinstance(n, int) for n in size) and math.prod(size) >= LARGE:
+            if all(isinstance(n, int) for n in size) and math.prod(size) >= LARGE_TENSOR_ELEMENTS:
                 kwargs = {**kwargs, "device": "meta"}
         return function(*args, **kwargs)
 
 
-def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def build_empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """transformers' own module tree of `config`, its parameters without memory, its buffers real."""
     from accelerate import init_empty_weights
 
     try:
-        with unpartitioned(), init_empty_weights(include_buffers=False), _LargeWithoutMemory():
+        with unpartitioned(), init_empty_weights(include_buffers=False), _LargeTensorsOnMeta():
             model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
         reason = first_line(error)
@@ -296,6 +296,6 @@ def model_shape(injection: Injection, max_model_len: int | None, latent: LatentW
         intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab_size=injection.head_vocab_size,
         # One rank says what all of them find.
-        max_model_len=choose_max_model_len(config, max_model_len, says=injection.base.shard == 0),
+        max_model_len=choose_max_model_len(config, max_model_len, warn=injection.base.shard == 0),
         values_in_keys=latent is not None,
     )

@@ -11,9 +11,9 @@ from ulysses_infer.attention.backend import AttentionBackend
 from ulysses_infer.cache.paged import PagedCache
 from ulysses_infer.errors import EngineDeadError
 from ulysses_infer.model.model import ShiftModel
-from ulysses_infer.model.sampling.head import argmax_pairs, best_of, joined, padded
+from ulysses_infer.model.sampling.head import concat_shards, global_argmax, local_argmax, pad_shard
 from ulysses_infer.native.matmul import NativeMatmul
-from ulysses_infer.parallel.groups import Groups
+from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.worker.block_tables import BlockTables
 from ulysses_infer.worker.eager import EagerRunner
 from ulysses_infer.worker.next_tokens import NextTokenBuffer
@@ -35,7 +35,7 @@ class Worker:
         model: ShiftModel,
         cache: PagedCache,
         tables: BlockTables,
-        groups: Groups,
+        groups: ProcessGroups,
         backend: AttentionBackend,
         matmul: NativeMatmul | None,
         device: torch.device,
@@ -84,8 +84,8 @@ class Worker:
 
     def _greedy_tokens(self, logits: torch.Tensor) -> torch.Tensor | None:
         """The best token of every row: each rank finds the best of its vocabulary shard, rank 0 compares."""
-        pairs = self._gather(argmax_pairs(logits, self.model.vocabulary))
-        return None if pairs is None else best_of(pairs)
+        pairs = self._gather(local_argmax(logits, self.model.vocabulary))
+        return None if pairs is None else global_argmax(pairs)
 
     def _gather(self, shard: torch.Tensor) -> torch.Tensor | None:
         """Every rank's `shard` in rank order, on rank 0: [W, *shape]; None elsewhere."""
@@ -100,12 +100,12 @@ class Worker:
         vocab_size, world_size = self.model.shape.vocab_size, self.groups.layout.world_size
         chosen = []
         for start in range(0, logits.shape[0], ROWS_PER_GATHER):
-            shard = padded(logits[start : start + ROWS_PER_GATHER], vocab_size, world_size)
+            shard = pad_shard(logits[start : start + ROWS_PER_GATHER], vocab_size, world_size)
             shards = self._gather(shard)
             # Rank-divergent: only rank 0 samples.
             if shards is not None and choose is not None:
                 in_order = [shards[rank] for rank in self.groups.shard_order]
-                chosen.append(choose(start, joined(in_order, vocab_size)))
+                chosen.append(choose(start, concat_shards(in_order, vocab_size)))
         return torch.cat(chosen) if chosen else None
 
     def _verify(self, plan: StepPlan) -> None:

@@ -22,7 +22,7 @@ from ulysses_infer.model.experts import expert_sizes
 from ulysses_infer.model.experts.keys import ExpertKeys, ExpertTensor
 from ulysses_infer.model.loading.files import MemorySource, SafetensorsSource
 from ulysses_infer.model.loading.weights import Weights
-from ulysses_infer.model.model import Blueprint, build_empty
+from ulysses_infer.model.model import ModelBuilder, build_empty_model
 from ulysses_infer.model.quantization.formats import read_quantization
 from ulysses_infer.model.quantization.layers import mark_quantised
 from ulysses_infer.parallel.layout import Layout, Mode
@@ -46,9 +46,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-def blueprint(folder: Path, base: Mode, shard: int, placement: str, **options: Any) -> Blueprint:
+def blueprint(folder: Path, base: Mode, shard: int, placement: str, **options: Any) -> ModelBuilder:
     settings = ModelConfig(path=str(folder))
-    return Blueprint.of_folder(folder, settings, Layout(base), shard, CPU, expert_placement=placement, **options)
+    return ModelBuilder.from_folder(folder, settings, Layout(base), shard, CPU, expert_placement=placement, **options)
 
 
 def rewrite(folder: Path, target: Path, /, **tensors: torch.Tensor | None) -> None:
@@ -92,7 +92,7 @@ def test_sizes_before_injection_are_those_of_what_is_stored(name: str, checkpoin
     folder = checkpoint(name)
     plan = blueprint(folder, Mode(1, 1), 0, "replicate")
     config = type(plan.injection.model.config).from_pretrained(folder)
-    empty = build_empty(config, plan.dtype)
+    empty = build_empty_model(config, plan.dtype)
     mark_quantised(empty, read_quantization(config, SafetensorsSource(folder).keys))
     sizes = expert_sizes(empty)
     assert (sizes.num_experts, sizes.expert_bytes) == (4, plan.expert_bytes)
@@ -107,7 +107,7 @@ def test_a_public_mixture_takes_its_published_bytes() -> None:
     values = json.loads((MODELS / "qwen3-30b-a3b.json").read_text())
     quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
     config = CONFIG_MAPPING[values["model_type"]](**values, quantization_config=quantization)
-    plan = Blueprint(config, dict, ModelConfig(path="-"), Layout(Mode(1, 1)), 0, CPU)
+    plan = ModelBuilder(config, dict, ModelConfig(path="-"), Layout(Mode(1, 1)), 0, CPU)
     assert plan.weight_bytes / 1e9 == pytest.approx(31.2, rel=0.01)
 
 

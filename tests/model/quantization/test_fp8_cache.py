@@ -16,7 +16,7 @@ from tests.equivalence.tiny_models import NEW_TOKENS, make_checkpoint, make_prom
 from ulysses_infer.cache.paged import FP8, CacheScales, CacheShape, PagedCache
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError
-from ulysses_infer.model.model import Blueprint
+from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Layout, Mode
 
 CPU = torch.device("cpu")
@@ -86,8 +86,8 @@ def test_scales_are_read_and_bad_ones_refused(tmp_path):
     add_scales(tmp_path, ("k_scale", "v_scale"))
 
     def plans():
-        blueprint = Blueprint.of_folder(tmp_path, ModelConfig(path=str(tmp_path)), Layout(Mode(1, 1)), 0, CPU)
-        blueprint.scale_cache()
+        blueprint = ModelBuilder.from_folder(tmp_path, ModelConfig(path=str(tmp_path)), Layout(Mode(1, 1)), 0, CPU)
+        blueprint.load_cache_scales()
         return [layer.head_plan.cache_scales for layer in blueprint.injection.attention_layers]
 
     for found, expected in zip(plans(), SCALES.values(), strict=True):

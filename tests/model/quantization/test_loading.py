@@ -13,7 +13,7 @@ from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError, UlyssesError, UnsupportedModelError
 from ulysses_infer.model.loading.files import MemorySource, SafetensorsSource
 from ulysses_infer.model.loading.weights import Weights
-from ulysses_infer.model.model import Blueprint
+from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.model.quantization.linear import QuantizedLinear
 from ulysses_infer.parallel.layout import Layout, Mode
 
@@ -23,7 +23,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "attention_bias": False, "
 
 
 def blueprint(folder, base=SINGLE, shard=0, **model):
-    return Blueprint.of_folder(folder, ModelConfig(path=str(folder), **model), Layout(base), shard, CPU)
+    return ModelBuilder.from_folder(folder, ModelConfig(path=str(folder), **model), Layout(base), shard, CPU)
 
 
 def refusal(folder, error, **model):

@@ -9,12 +9,18 @@ from torch import nn
 
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.model.fusion.elementwise import Elementwise
-from ulysses_infer.model.fusion.projections import Projection, has_own_weights, linears_of, projected, weighted
+from ulysses_infer.model.fusion.projections import (
+    Projection,
+    children_with_weights,
+    find_linears,
+    has_own_weights,
+    project,
+)
 from ulysses_infer.model.injection.rules import ATTENTION_OUTPUTS, KEY_NORMS, QUERY_NORMS
 from ulysses_infer.model.layers.attention import attend_tokens
 from ulysses_infer.model.layers.norm import ShardedRMSNorm
 
-FORMS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
+PROJECTION_NAMES = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 """What the projections are called: query, key, value, or all in one."""
 
 
@@ -31,20 +37,22 @@ class FusedAttention(nn.Module):
         self._elementwise = elementwise
         for name, child in source.named_children():
             self.add_module(name, child)
-        self.inputs: list[Projection] = linears_of(source, FORMS)  # in lists, so that each is registered once
+        self.inputs: list[Projection] = find_linears(
+            source, PROJECTION_NAMES
+        )  # in lists, so that each is registered once
         self._output = _outputs(source)
         self._norms = [_child(source, QUERY_NORMS), _child(source, KEY_NORMS)]
 
     @staticmethod
     def candidate(source: Any) -> bool:
         """Whether `source` may be such a block: it has these weights and no other."""
-        inputs, outputs = linears_of(source, FORMS), _outputs(source)
+        inputs, outputs = find_linears(source, PROJECTION_NAMES), _outputs(source)
         known = {*inputs, *outputs, _child(source, QUERY_NORMS), _child(source, KEY_NORMS)}
         return (
             bool(inputs)
             and len(outputs) == 1
             and isinstance(getattr(source, "head_dim", None), int)
-            and set(weighted(source).values()) <= known
+            and set(children_with_weights(source).values()) <= known
             and not has_own_weights(source)
         )
 
@@ -52,10 +60,10 @@ class FusedAttention(nn.Module):
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
     ) -> tuple[torch.Tensor, None]:
         """hidden_states: [1, t, D]; position_embeddings: cosine and sine, [1, t, r]; returns ([1, t, D], None)."""
-        query, key, value = projected(self.inputs, hidden_states[0])
+        query, key, value = project(self.inputs, hidden_states[0])
         query, key = self._heads(query, self._norms[0]), self._heads(key, self._norms[1])
         cosine, sine = position_embeddings
-        query, key = self._elementwise.rotate(query, key, cosine[0], sine[0])
+        query, key = self._elementwise.apply_rotary(query, key, cosine[0], sine[0])
         attended = attend_tokens(
             self.layer_idx, self.head_plan, query, key, value.view(value.shape[0], -1, self.head_dim), self.options
         )
@@ -72,7 +80,7 @@ class FusedAttention(nn.Module):
 
 
 def _outputs(source: nn.Module) -> list[Any]:
-    return linears_of(source, tuple((name,) for name in ATTENTION_OUTPUTS))
+    return find_linears(source, tuple((name,) for name in ATTENTION_OUTPUTS))
 
 
 def _child(source: nn.Module, names: tuple[str, ...]) -> nn.Module | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
-from ulysses_infer.model.fusion.projections import weighted
+from ulysses_infer.model.fusion.projections import children_with_weights
 
 LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 BASE_PARTS = ("embed_tokens", "layers", "norm")
@@ -41,11 +41,11 @@ class FusedDecoder:
     @staticmethod
     def candidate(base: Any) -> bool:
         """Whether `base`, a model without its head, may be made of these parts and no other."""
-        if set(weighted(base)) != set(BASE_PARTS) or not hasattr(base, "rotary_emb"):
+        if set(children_with_weights(base)) != set(BASE_PARTS) or not hasattr(base, "rotary_emb"):
             return False
         norms = [base.norm]
         for layer in base.layers:
-            if set(weighted(layer)) != set(LAYER_PARTS):
+            if set(children_with_weights(layer)) != set(LAYER_PARTS):
                 return False
             norms += [layer.input_layernorm, layer.post_attention_layernorm]
         return all(isinstance(norm, FusedRMSNorm) for norm in norms)
@@ -65,8 +65,8 @@ class FusedDecoder:
                 past_key_values=None,
                 use_cache=False,
             )
-            residual, normed = layer.attention_norm.after_adding(attended, residual)
-            residual, normed = layer.next_norm.after_adding(layer.feed_forward(normed), residual)
+            residual, normed = layer.attention_norm.add_and_norm(attended, residual)
+            residual, normed = layer.next_norm.add_and_norm(layer.feed_forward(normed), residual)
         if len(logits_rows) < normed.shape[1]:  # they are ascending: as many as there are tokens are all of them
             normed = normed.index_select(1, logits_rows)
         logits: torch.Tensor = self.head(normed)[0]

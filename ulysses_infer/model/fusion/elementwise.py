@@ -27,7 +27,7 @@ class Elementwise(Protocol):
         """`residual + x` and its norm, all [..., D]. `residual` is used up: it may hold the sum afterwards."""
         ...
 
-    def rotate(
+    def apply_rotary(
         self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary positions. query: [t, Hq, d]; key: [t, Hkv, d]; cosine, sine: [t, r], r <= d, halves rotated against
@@ -74,11 +74,11 @@ class TorchElementwise:
         total = residual + x
         return total, self.rms_norm(total, weight, eps)
 
-    def rotate(
+    def apply_rotary(
         self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Elementwise`."""
-        return _rotated(query, cosine, sine), _rotated(key, cosine, sine)
+        return _apply_rotary(query, cosine, sine), _apply_rotary(key, cosine, sine)
 
     def gated(self, activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """See `Elementwise`."""
@@ -98,7 +98,7 @@ class TorchElementwise:
         return F.embedding(token_ids, table)
 
 
-def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def _apply_rotary(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """x: [t, H, d]; cosine, sine: [t, r]."""
     width = cosine.shape[-1]
     turning, still = x[..., :width], x[..., width:]
@@ -140,11 +140,11 @@ class NativeElementwise:
         )
         return residual, normed
 
-    def rotate(
+    def apply_rotary(
         self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Elementwise`."""
-        query, key = _heads_together(query), _heads_together(key)
+        query, key = _contiguous_heads(query), _contiguous_heads(key)
         cosine, sine = cosine.contiguous(), sine.contiguous()
         tokens, query_heads, width = query.shape
         self._rotate(
@@ -165,7 +165,7 @@ class NativeElementwise:
     def gated(self, activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """See `Elementwise`."""
         width = gate.shape[-1]
-        gate, up = _rows_together(gate), _rows_together(up)
+        gate, up = _contiguous_rows(gate), _contiguous_rows(up)
         output = torch.empty(gate.shape, dtype=gate.dtype)
         rows = output.numel() // width
         self._gated[activation](
@@ -191,11 +191,11 @@ class NativeElementwise:
         return output
 
 
-def _heads_together(x: torch.Tensor) -> torch.Tensor:
+def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:
     """x: [t, H, d], copied unless each token's heads lie one after another."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _rows_together(x: torch.Tensor) -> torch.Tensor:
+def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     """x: [1, t, F] or [t, F], copied unless the values of a row lie one after another and rows a stride apart."""
     return x if x.stride(-1) == 1 and x.shape[:-1].numel() == x.shape[-2] else x.contiguous()

@@ -6,9 +6,15 @@ import torch
 from torch import nn
 
 from ulysses_infer.model.fusion.elementwise import Elementwise
-from ulysses_infer.model.fusion.projections import Projection, has_own_weights, linears_of, projected, weighted
+from ulysses_infer.model.fusion.projections import (
+    Projection,
+    children_with_weights,
+    find_linears,
+    has_own_weights,
+    project,
+)
 
-FORMS = (
+PROJECTION_NAMES = (
     ("gate_proj", "up_proj", "down_proj"),
     ("w1", "w3", "w2"),
     ("gate_up_proj", "down_proj"),
@@ -25,19 +31,19 @@ class FusedFeedForward(nn.Module):
         self.activation, self._elementwise = activation, elementwise
         for name, child in source.named_children():
             self.add_module(name, child)
-        *inputs, down = linears_of(source, FORMS)
+        *inputs, down = find_linears(source, PROJECTION_NAMES)
         self.inputs: list[Projection] = inputs  # in lists, so that each is registered once, under its own name
         self._output = [down]
 
     @staticmethod
     def candidate(source: nn.Module) -> bool:
         """Whether `source` may be such a block: its weights are a gate and an up, or both in one, and a down."""
-        found = linears_of(source, FORMS)
-        return bool(found) and set(found) == set(weighted(source).values()) and not has_own_weights(source)
+        found = find_linears(source, PROJECTION_NAMES)
+        return bool(found) and set(found) == set(children_with_weights(source).values()) and not has_own_weights(source)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: [..., t, D]; returns the same shape."""
-        gate, up = projected(self.inputs, hidden_states)
+        gate, up = project(self.inputs, hidden_states)
         (down,) = self._output
         output: torch.Tensor = down(self._elementwise.gated(self.activation, gate, up))
         return output

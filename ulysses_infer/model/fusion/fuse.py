@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from ulysses_infer.attention.backend import AttentionOptions
-from ulysses_infer.model.context import running
+from ulysses_infer.model.context import use_step_context
 from ulysses_infer.model.fusion.attention import FusedAttention
 from ulysses_infer.model.fusion.decoder import FusedDecoder
 from ulysses_infer.model.fusion.elementwise import ACTIVATIONS, Elementwise, make_elementwise
+from ulysses_infer.model.fusion.equivalence import MISMATCH_ERRORS, Call, is_close, is_equivalent_on, record_calls
 from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
-from ulysses_infer.model.fusion.proof import OTHER_FORM, Call, equal_on, recording, same
 from ulysses_infer.model.fusion.rotary import FusedRotary
 from ulysses_infer.model.fusion.stacked import StackedLinears
 from ulysses_infer.model.injection.probe import ProbeAttention, ProbeCache, trial_context
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 TOKENS = (3, 5)
 
 
-def stacks_weights(device: torch.device) -> bool:
+def should_stack_weights(device: torch.device) -> bool:
     """Whether weights that multiply the same input are put into one tensor, in memory of the rank's own.
 
     On a GPU, where one large product is faster than several small ones. On a CPU several are as fast but for some
@@ -58,18 +58,18 @@ class Fusion:
         for kind in (FusedRMSNorm, FusedFeedForward, FusedAttention):
             self._replace_all(kind)
         self.num_stacked = 0
-        if stacks_weights(device):
+        if should_stack_weights(device):
             self._stack_all()
         self.decoder = self._fuse_decoder()
-        self._say()
+        self._log_summary()
 
     def _replace_all(self, kind: Any) -> None:
         found = [module for module in self._modules(kind) if kind.candidate(module)]
         calls, options = self._run(found)
-        places = self._places()
+        places = self._parents_of_modules()
         for source in found:
-            forms = self._forms(kind, source, calls.get(source), options)
-            proved = next((form for form in forms if self._proved(source, form, calls[source])), None)
+            forms = self._candidates(kind, source, calls.get(source), options)
+            proved = next((form for form in forms if self._is_equivalent(source, form, calls[source])), None)
             if proved is None:
                 self.kept[type(source).__name__] += 1
             else:
@@ -84,7 +84,7 @@ class Fusion:
             return list(self.injection.attention_layers)
         return [module for module in self.injection.decoder.modules() if module not in attention]
 
-    def _forms(
+    def _candidates(
         self, kind: Any, source: nn.Module, call: Call | None, options: dict[int, AttentionOptions]
     ) -> Iterator[nn.Module]:
         """What `source` may be; nothing if it did not run, or on tensors of another type than the weights."""
@@ -101,7 +101,7 @@ class Fusion:
         """What `modules` were called with in one forward of the model, and what each layer asked of attention."""
         self._cache.layers.clear()
         self._attention.options.clear()
-        with recording(modules) as calls:
+        with record_calls(modules) as calls:
             self._logits()
         return calls, dict(zip(self._cache.layers, self._attention.options, strict=True))
 
@@ -111,11 +111,11 @@ class Fusion:
         return logits
 
     @torch.inference_mode()
-    def _proved(self, source: nn.Module, form: nn.Module, call: Call) -> bool:
-        with running(self._context):
-            return equal_on(call, source, form)
+    def _is_equivalent(self, source: nn.Module, form: nn.Module, call: Call) -> bool:
+        with use_step_context(self._context):
+            return is_equivalent_on(call, source, form)
 
-    def _places(self) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    def _parents_of_modules(self) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
         """Where the model has each of its modules: (parent, name)."""
         places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
         for parent in self.module.modules():
@@ -131,7 +131,7 @@ class Fusion:
             if StackedLinears.fits(linears, self.injection.base):
                 stacked = StackedLinears(linears, self.injection.base)
                 block.inputs = [stacked]
-                self.injection.bound.append(stacked)
+                self.injection.mode_aware_layers.append(stacked)
                 stacked.bind(self.injection.base)
                 self.num_stacked += 1
             else:
@@ -146,8 +146,8 @@ class Fusion:
         expected = self._logits()
         self.model.decoder = FusedDecoder(base, self.injection.head, self._rotary(base), self.elementwise)
         try:
-            proved = same(self._logits(), expected)
-        except OTHER_FORM:
+            proved = is_close(self._logits(), expected)
+        except MISMATCH_ERRORS:
             proved = False
         if not proved:
             self.model.decoder = None
@@ -162,7 +162,7 @@ class Fusion:
                 return fused
         return source
 
-    def _say(self) -> None:
+    def _log_summary(self) -> None:
         loop = "the loop over layers too" if self.decoder else "transformers' own loop over layers"
         fused = ", ".join(f"{count} {name}" for name, count in self.fused.items()) or "nothing"
         kept = ", ".join(f"{count} {name}" for name, count in self.kept.items())

@@ -12,7 +12,7 @@ from ulysses_infer.model.layers.norm import PerHeadNorm, ShardedRMSNorm
 
 
 class FusedRMSNorm(nn.Module):
-    """`weight * x / rms(x)`, the unit vector rounded to x's type before it is weighted (llama's order)."""
+    """`weight * x / rms(x)`, the unit vector rounded to x's type before it is children_with_weights (llama's order)."""
 
     def __init__(self, source: Any, elementwise: Elementwise) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class FusedRMSNorm(nn.Module):
         """hidden_states: [..., D]; returns the same shape."""
         return self._elementwise.rms_norm(hidden_states, self.weight, self.eps)
 
-    def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`residual + x` and the norm of that, all [..., D]. `residual` is used up."""
         return self._elementwise.add_rms_norm(x, residual, self.weight, self.eps)
 

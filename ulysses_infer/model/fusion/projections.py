@@ -20,12 +20,12 @@ class Projection(Protocol):
         ...
 
 
-def projected(projections: Iterable[Projection], inputs: torch.Tensor) -> list[torch.Tensor]:
+def project(projections: Iterable[Projection], inputs: torch.Tensor) -> list[torch.Tensor]:
     """Every part of every one of `projections` of `inputs`, in order."""
     return [part for projection in projections for part in projection.parts(inputs)]
 
 
-def linears_of(module: nn.Module, forms: tuple[tuple[str, ...], ...]) -> list[Any]:
+def find_linears(module: nn.Module, forms: tuple[tuple[str, ...], ...]) -> list[Any]:
     """The cut linears that `module` has under the first of `forms` (names) that it has whole; else none."""
     children = dict(module.named_children())
     for names in forms:
@@ -35,7 +35,7 @@ def linears_of(module: nn.Module, forms: tuple[tuple[str, ...], ...]) -> list[An
     return []
 
 
-def weighted(module: nn.Module) -> dict[str, nn.Module]:
+def children_with_weights(module: nn.Module) -> dict[str, nn.Module]:
     """The children of `module` that have weights, by name."""
     return {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ulysses_infer.model.fusion.elementwise import Elementwise
-from ulysses_infer.model.fusion.proof import OTHER_FORM, same
+from ulysses_infer.model.fusion.equivalence import MISMATCH_ERRORS, is_close
 
-PROVED_AT = 64
+NUM_TEST_POSITIONS = 64
 """Positions, from the first to the last that there may be."""
 
 
@@ -45,9 +45,11 @@ class FusedRotary(nn.Module):
     def is_equal(self, hidden: torch.Tensor, last_position: int) -> bool:
         """Whether it gives what `source` does, from the first position to the last. hidden: any of [1, 1, D]."""
         (source,) = self._source
-        positions = torch.linspace(0, last_position, PROVED_AT, dtype=torch.float64, device=hidden.device).long()[None]
+        positions = torch.linspace(
+            0, last_position, NUM_TEST_POSITIONS, dtype=torch.float64, device=hidden.device
+        ).long()[None]
         try:
             pairs = zip(self(hidden, positions), source(hidden, positions), strict=True)
-            return all(same(found, expected) for found, expected in pairs)
-        except OTHER_FORM:
+            return all(is_close(found, expected) for found, expected in pairs)
+        except MISMATCH_ERRORS:
             return False

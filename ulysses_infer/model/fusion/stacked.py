@@ -45,7 +45,7 @@ class StackedLinears:
 
     def bind(self, place: Place) -> None:
         """Read the rows of `place`'s shards from now on; views, unless the parameters have been moved meanwhile."""
-        if any(_is_given_back(each.weight) for each in self.linears):
+        if any(_is_released(each.weight) for each in self.linears):
             self._weight = self._bias = self._piece = None
             return
         self._weight = self._stacked("weight", self._weight)
@@ -99,6 +99,6 @@ def _shares_memory(parameter: torch.Tensor, whole: torch.Tensor) -> bool:
     return parameter.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
-def _is_given_back(parameter: torch.Tensor) -> bool:
+def _is_released(parameter: torch.Tensor) -> bool:
     """Whether it has no memory of its own: one number stands for all, while the engine sleeps."""
     return parameter.numel() > 1 and not any(parameter.stride())

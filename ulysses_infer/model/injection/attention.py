@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 from torch import nn
 
 from ulysses_infer.errors import UnsupportedModelError
-from ulysses_infer.model.injection.heads import HeadCounts, HeadVector, attention_heads
+from ulysses_infer.model.injection.heads import LocalHeadCounts, PerHeadParameter, attention_heads
 from ulysses_infer.model.injection.rules import (
     ATTENTION_INPUTS,
     ATTENTION_OUTPUTS,
@@ -15,7 +15,7 @@ from ulysses_infer.model.injection.rules import (
     KEY_NORMS,
     LATENT_NAMES,
     QUERY_NORMS,
-    Heads,
+    AttentionHeads,
 )
 from ulysses_infer.model.layers.head_plan import HeadPlan
 from ulysses_infer.model.layers.linear import cut_features, is_linear
@@ -27,7 +27,7 @@ from ulysses_infer.parallel.sharding import Part
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
-class Bound(Protocol):
+class ModeAware(Protocol):
     """Anything that reads its weights differently in each mode."""
 
     def bind(self, place: Place) -> None:
@@ -41,7 +41,7 @@ class AttentionInjector:
     def __init__(self, model: nn.Module, config: Any, local_config: Any, layout: Layout, base: Place) -> None:
         self.config, self.local_config = config, local_config
         self.layout, self.base = layout, base
-        self.bound: list[Bound] = []
+        self.mode_aware_layers: list[ModeAware] = []
         self.layers: list[nn.Module] = []
         self._check_layer_types()
         for name, module in list(model.named_modules()):
@@ -78,9 +78,9 @@ class AttentionInjector:
         self._inject_norms(module, heads)
         self._inject_vectors(name, module, heads)
         untyped.config = self.local_config
-        self.bound.append(HeadCounts(module, self.local_config, plan))
+        self.mode_aware_layers.append(LocalHeadCounts(module, self.local_config, plan))
 
-    def _inject_norms(self, module: nn.Module, heads: Heads) -> None:
+    def _inject_norms(self, module: nn.Module, heads: AttentionHeads) -> None:
         """Query and key norms over more than one head follow the mode; norms over a single head need nothing."""
         for child, count, shared in (
             *((name, heads.num_attention_heads, False) for name in QUERY_NORMS),
@@ -100,7 +100,7 @@ class AttentionInjector:
                     f"{child} of {type(module).__name__} is a norm across heads of a kind this engine cannot shard"
                 )
 
-    def _inject_vectors(self, name: str, module: nn.Module, heads: Heads) -> None:
+    def _inject_vectors(self, name: str, module: nn.Module, heads: AttentionHeads) -> None:
         """Parameters of the module itself. Sinks reach our attention function whole, which takes its heads' own."""
         for leaf, parameter in module.named_parameters(recurse=False):
             if "sink" in leaf:
@@ -109,7 +109,7 @@ class AttentionInjector:
                 raise UnsupportedModelError(
                     f"{name}.{leaf} {list(parameter.shape)} is a weight inside attention that no sharding rule covers"
                 )
-            self.bound.append(HeadVector(module, leaf, heads.num_attention_heads))
+            self.mode_aware_layers.append(PerHeadParameter(module, leaf, heads.num_attention_heads))
 
     def _head_width(self, module: nn.Module) -> int:
         width = getattr(module, "head_dim", None) or getattr(self.config, "head_dim", None)
@@ -133,7 +133,7 @@ class AttentionInjector:
 
     def _replace(self, parent: nn.Module, child: str, replacement: nn.Module) -> None:
         setattr(parent, child, replacement)
-        self.bound.append(cast(Bound, replacement))
+        self.mode_aware_layers.append(cast(ModeAware, replacement))
 
 
 def _has_linear(module: nn.Module, names: tuple[str, ...]) -> bool:

@@ -11,30 +11,30 @@ from ulysses_infer.model.injection.rules import (
     KEY_VALUE_WIDTH_NAMES,
     QUERY_COUNT_NAMES,
     QUERY_WIDTH_NAMES,
-    Heads,
+    AttentionHeads,
 )
 from ulysses_infer.model.layers.head_plan import HeadPlan
 from ulysses_infer.parallel.layout import Place
 from ulysses_infer.parallel.sharding import Part
 
 
-def attention_heads(module: nn.Module, config: Any) -> Heads:
+def attention_heads(module: nn.Module, config: Any) -> AttentionHeads:
     """Head counts of an attention layer. Latent attention (MLA) expands one latent to as many KV as query heads."""
-    query_heads = _first(module, QUERY_COUNT_NAMES) or config.num_attention_heads
+    query_heads = _first_int(module, QUERY_COUNT_NAMES) or config.num_attention_heads
     packed = hasattr(module, "query_key_value") or hasattr(module, "kv_b_proj")
     if packed:
-        return Heads(query_heads, query_heads)
-    key_value_heads = _first(module, KEY_VALUE_COUNT_NAMES) or getattr(config, "num_key_value_heads", None)
-    return Heads(int(query_heads), int(key_value_heads or query_heads))
+        return AttentionHeads(query_heads, query_heads)
+    key_value_heads = _first_int(module, KEY_VALUE_COUNT_NAMES) or getattr(config, "num_key_value_heads", None)
+    return AttentionHeads(int(query_heads), int(key_value_heads or query_heads))
 
 
-class HeadCounts:
+class LocalHeadCounts:
     """Keeps the counts and widths that an attention module's forward reshapes with equal to its local ones."""
 
     def __init__(self, module: nn.Module, local_config: Any, plan: HeadPlan) -> None:
         self.module, self.local_config, self.plan = module, local_config, plan
-        self.query_names = _counts(module, QUERY_COUNT_NAMES, plan.num_attention_heads)
-        self.key_value_names = _counts(module, KEY_VALUE_COUNT_NAMES, plan.num_key_value_heads)
+        self.query_names = _names_with_value(module, QUERY_COUNT_NAMES, plan.num_attention_heads)
+        self.key_value_names = _names_with_value(module, KEY_VALUE_COUNT_NAMES, plan.num_key_value_heads)
         self.width = getattr(module, "head_dim", None) if hasattr(module, "c_attn") else None
 
     def bind(self, place: Place) -> None:
@@ -45,15 +45,15 @@ class HeadCounts:
         self._set(self.query_names, query_heads)
         self._set(self.key_value_names, key_value_heads)
         if self.width is not None:
-            self._set(_held(self.module, QUERY_WIDTH_NAMES), query_heads * self.width)
-            self._set(_held(self.module, KEY_VALUE_WIDTH_NAMES), key_value_heads * self.width)
+            self._set(_existing_names(self.module, QUERY_WIDTH_NAMES), query_heads * self.width)
+            self._set(_existing_names(self.module, KEY_VALUE_WIDTH_NAMES), key_value_heads * self.width)
 
     def _set(self, names: list[str], value: int) -> None:
         for name in names:
             setattr(self.module, name, value)
 
 
-class HeadVector:
+class PerHeadParameter:
     """A parameter of an attention module with one entry a query head, read as the entries of my heads.
 
     The parameter stays where it is; the module's forward finds the view of the mode under the same name.
@@ -70,13 +70,13 @@ class HeadVector:
         vars(self.module)[self.name] = whole[span.start : span.stop]
 
 
-def _first(module: nn.Module, names: tuple[str, ...]) -> Any:
+def _first_int(module: nn.Module, names: tuple[str, ...]) -> Any:
     return next((value for name in names if isinstance(value := getattr(module, name, None), int)), None)
 
 
-def _counts(module: nn.Module, names: tuple[str, ...], value: int) -> list[str]:
+def _names_with_value(module: nn.Module, names: tuple[str, ...], value: int) -> list[str]:
     return [name for name in names if getattr(module, name, None) == value]
 
 
-def _held(module: nn.Module, names: tuple[str, ...]) -> list[str]:
+def _existing_names(module: nn.Module, names: tuple[str, ...]) -> list[str]:
     return [name for name in names if hasattr(module, name)]

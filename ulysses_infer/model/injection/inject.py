@@ -14,7 +14,7 @@ from torch import nn
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model import experts
 from ulysses_infer.model.experts import EXPERTS_NAME, ExpertLayer, ScaledInputExperts, is_experts, scales_inputs
-from ulysses_infer.model.injection.attention import AttentionInjector, Bound
+from ulysses_infer.model.injection.attention import AttentionInjector, ModeAware
 from ulysses_infer.model.injection.rules import MLP_RULES, PACKED_MLP_INPUTS
 from ulysses_infer.model.layers import attention
 from ulysses_infer.model.layers.attention import ATTENTION_NAME
@@ -38,7 +38,7 @@ class Injection:
         self.expert_placement, self.expert_layers = expert_placement, list[ExpertLayer]()
         self.base = layout.place(layout.base, shard)
         self.config = model.config.get_text_config(decoder=True)
-        self.whole: list[str] = []
+        self.replicated_linears: list[str] = []
         attention.register()
         experts.register()
         self.config._attn_implementation = ATTENTION_NAME
@@ -47,16 +47,16 @@ class Injection:
         # Of a model with a picture or sound tower only the language model is served, and only it is cut.
         self.decoder = model if self.config is model.config else model.get_decoder()
         injector = AttentionInjector(self.decoder, self.config, self.local_config, layout, self.base)
-        self.attention_layers, self.bound = injector.layers, injector.bound
+        self.attention_layers, self.mode_aware_layers = injector.layers, injector.mode_aware_layers
         self._inject_experts()
         self._inject_mlps()
         self.head_name, self.head = self._inject_head()
-        self._note_whole()
-        self.bound += replace_whole(model, self.base).values()
+        self._log_replicated_linears()
+        self.mode_aware_layers += replace_whole(model, self.base).values()
 
     def bind(self, place: Place) -> None:
         """Make every layer read its weights as `place` needs them; called when the mode changes."""
-        for bound in self.bound:
+        for bound in self.mode_aware_layers:
             bound.bind(place)
 
     def slices(self, name: str) -> tuple[int, list[Any]] | None:
@@ -82,15 +82,15 @@ class Injection:
                 layer = ExpertLayer(module, self.expert_placement, self.layout, self.base.shard)
                 untyped.expert_layer = layer
                 untyped.config = self.config
-                _shrink(module, layer)
-                self.bound.append(layer)
+                _shrink_to_slice(module, layer)
+                self.mode_aware_layers.append(layer)
                 self.expert_layers.append(layer)
 
     def _inject_mlps(self) -> None:
         attention_modules = set(self.attention_layers)
         for module in list(self.decoder.modules()):
             if module not in attention_modules and _is_plain_mlp(module):
-                for child, linear in _linears(module).items():
+                for child, linear in _linear_children(module).items():
                     if child in MLP_RULES:
                         cut, rule = MLP_RULES[child]
                         sharding = rule(cut_features(linear, cut))
@@ -113,16 +113,18 @@ class Injection:
 
     def _replace(self, parent: nn.Module, child: str, replacement: nn.Module) -> None:
         setattr(parent, child, replacement)
-        self.bound.append(cast(Bound, replacement))
+        self.mode_aware_layers.append(cast(ModeAware, replacement))
 
-    def _note_whole(self) -> None:
+    def _log_replicated_linears(self) -> None:
         """Remember (and log) the linear layers that every rank computes in full."""
-        self.whole = sorted({_pattern(name) for name, module in self.model.named_modules() if is_linear(module)})
-        if self.whole:
-            logger.info("whole on every rank: %s", ", ".join(self.whole))
+        self.replicated_linears = sorted(
+            {_layer_name_pattern(name) for name, module in self.model.named_modules() if is_linear(module)}
+        )
+        if self.replicated_linears:
+            logger.info("whole on every rank: %s", ", ".join(self.replicated_linears))
 
 
-def _shrink(module: nn.Module, layer: ExpertLayer) -> None:
+def _shrink_to_slice(module: nn.Module, layer: ExpertLayer) -> None:
     """Replace the full expert weights (still without memory) by ones of the stored slice's shape."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         kept = layer.slices(name)
@@ -132,13 +134,13 @@ def _shrink(module: nn.Module, layer: ExpertLayer) -> None:
         setattr(module, name, nn.Parameter(parameter.new_empty(shape), requires_grad=False))
 
 
-def _linears(module: nn.Module) -> dict[str, nn.Module]:
+def _linear_children(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module.named_children() if is_linear(child)}
 
 
 def _is_plain_mlp(module: nn.Module) -> bool:
     """A feed-forward block whose weights are its known linears: some cut by column, then one by row of equal width."""
-    found = _linears(module)
+    found = _linear_children(module)
     columns = [name for name in found if MLP_RULES.get(name, ("",))[0] == "column"]
     rows = [name for name in found if MLP_RULES.get(name, ("",))[0] == "row"]
     if not columns or len(rows) != 1:
@@ -162,5 +164,5 @@ def _has_stray_weights(module: nn.Module, covered: set[str]) -> bool:
     return not is_layer and any(any(True for _ in child.parameters()) for child in others)
 
 
-def _pattern(name: str) -> str:
+def _layer_name_pattern(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ulysses_infer.errors import ConfigError
-from ulysses_infer.model.layers.latent import LatentHeads, LatentWidths
+from ulysses_infer.model.layers.latent import LatentAttention, LatentWidths
 
 logger = logging.getLogger(__name__)
 HEADS, TOKENS = 2, 3  # of the proof
 TOLERANCE = 1e-9  # of its numbers, which are about 1, in float64
 
 
-def take_latents(injection: Any, wanted: bool | None) -> LatentWidths | None:
+def enable_latent_cache(injection: Any, wanted: bool | None) -> LatentWidths | None:
     """Let the attention layers of a fresh `Injection` cache latents instead of heads; returns their widths.
 
     wanted: `cache.latent`; None takes latents where they are less memory a rank. Returns None where heads stay.
@@ -25,11 +25,11 @@ def take_latents(injection: Any, wanted: bool | None) -> LatentWidths | None:
     layers = injection.attention_layers
     if wanted is False or (wanted is None and not _expands_latents(layers[0])):
         return None
-    lack = _lack(layers)
-    if lack is not None:
+    reason = _reason_not_to_cache_latents(layers)
+    if reason is not None:
         if wanted:
-            raise ConfigError(f"cache.latent is true, but {lack} ({injection.config.model_type}); use null or false")
-        logger.info("the cache holds heads: %s", lack)
+            raise ConfigError(f"cache.latent is true, but {reason} ({injection.config.model_type}); use null or false")
+        logger.info("the cache holds heads: %s", reason)
         return None
     widths = LatentWidths.of(layers[0])
     heads = layers[0].head_plan.num_attention_heads // injection.layout.world_size
@@ -39,10 +39,10 @@ def take_latents(injection: Any, wanted: bool | None) -> LatentWidths | None:
         return None
     own = injection.layout.place(injection.layout.shift, injection.base.shard)
     for layer in layers:
-        latent = LatentHeads(widths, layer.kv_b_proj, own)
-        layer.head_plan.share(latent)
+        latent = LatentAttention(widths, layer.kv_b_proj, own)
+        layer.head_plan.use_latent(latent)
         layer.expand_kv = latent.join  # of this instance: found before the method of its class
-        injection.bound.append(latent)
+        injection.mode_aware_layers.append(latent)
     logger.info("the cache holds latents: %d numbers a token, heads would be %d", widths.cached, of_heads)
     return widths
 
@@ -51,7 +51,7 @@ def _expands_latents(layer: Any) -> bool:
     return hasattr(layer, "expand_kv") and hasattr(layer, "kv_b_proj")
 
 
-def _lack(layers: list[Any]) -> str | None:
+def _reason_not_to_cache_latents(layers: list[Any]) -> str | None:
     """Why these layers cannot cache latents."""
     if not all(_expands_latents(layer) for layer in layers):
         return "its attention expands no latents"

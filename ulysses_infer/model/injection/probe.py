@@ -82,10 +82,10 @@ def _first_problem(model: Any) -> str | None:
     by_layer = dict(zip(cache.layers, attention.options, strict=True))
     model.attention_options = [by_layer[layer] for layer in sorted(by_layer)]
     return (
-        _wrong_layers(model, cache)
-        or _wrong_heads(model, layout, shard, cache)
-        or _wrong_windows(model, cache, attention)
-        or _mixes_tokens(model, context)
+        _check_layers(model, cache)
+        or _check_heads(model, layout, shard, cache)
+        or _check_windows(model, cache, attention)
+        or _check_token_isolation(model, context)
     )
 
 
@@ -97,14 +97,14 @@ def trial_context(layout: Layout, shard: int, cache: Any, attention: ProbeAttent
     return StepContext(collectives, [Span(0, 2)], [2], metadata, cache, attention)
 
 
-def _wrong_layers(model: Any, cache: ProbeCache) -> str | None:
+def _check_layers(model: Any, cache: ProbeCache) -> str | None:
     count = model.shape.num_layers
     if sorted(cache.layers) == list(range(count)):
         return None
     return f"it has {count} layers, but attention ran on layers {cache.layers} in one step"
 
 
-def _wrong_heads(model: Any, layout: Layout, shard: int, cache: ProbeCache) -> str | None:
+def _check_heads(model: Any, layout: Layout, shard: int, cache: ProbeCache) -> str | None:
     shape = model.shape
     heads = shape.key_value_heads_of(shard, layout)
     for layer in range(shape.num_layers):
@@ -114,7 +114,7 @@ def _wrong_heads(model: Any, layout: Layout, shard: int, cache: ProbeCache) -> s
     return None
 
 
-def _wrong_windows(model: Any, cache: ProbeCache, attention: ProbeAttention) -> str | None:
+def _check_windows(model: Any, cache: ProbeCache, attention: ProbeAttention) -> str | None:
     kinds = getattr(model.injection.config, "layer_types", None)
     for layer, options in zip(cache.layers, attention.options, strict=True):
         if kinds and (kinds[layer] == "sliding_attention") != (options.sliding_window is not None):
@@ -122,19 +122,19 @@ def _wrong_windows(model: Any, cache: ProbeCache, attention: ProbeAttention) -> 
     return None
 
 
-def _mixes_tokens(model: Any, context: StepContext) -> str | None:
+def _check_token_isolation(model: Any, context: StepContext) -> str | None:
     """What every trial finds. A rank without a token of the vocabulary sees no logits: the others judge."""
     found = None
     if not model.vocabulary.size:
         return None
     for tokens in TRIALS:
-        found = _depends_on_others(model, context, [token % model.shape.vocab_size for token in tokens])
+        found = _token_isolation_problem(model, context, [token % model.shape.vocab_size for token in tokens])
         if found is None:
             return None
     return found
 
 
-def _depends_on_others(model: Any, context: StepContext, tokens: list[int]) -> str | None:
+def _token_isolation_problem(model: Any, context: StepContext, tokens: list[int]) -> str | None:
     """The same token at the same position, beside two different neighbours and in both places."""
     other, token, another = tokens
     expected = _logits(model, context, [other, token], [1, 3])[1]

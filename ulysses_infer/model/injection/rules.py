@@ -15,7 +15,7 @@ from ulysses_infer.parallel.sharding import Part, Sharding
 
 
 @dataclass(frozen=True)
-class Heads:
+class AttentionHeads:
     """Head counts of a whole attention layer."""
 
     num_attention_heads: int
@@ -31,19 +31,19 @@ class Heads:
 
 
 # A rule says how the features along the cut (rows of a column cut, columns of a row cut) divide.
-AttentionRule = tuple[Cut, Callable[[int, Heads], Sharding]]
+AttentionRule = tuple[Cut, Callable[[int, AttentionHeads], Sharding]]
 MlpRule = tuple[Cut, Callable[[int], Sharding]]
 
 
-def _query_heads(features: int, heads: Heads) -> Sharding:
+def _query_heads(features: int, heads: AttentionHeads) -> Sharding:
     return Sharding((heads.query_part(features),))
 
 
-def _key_value_heads(features: int, heads: Heads) -> Sharding:
+def _key_value_heads(features: int, heads: AttentionHeads) -> Sharding:
     return Sharding((heads.key_value_part(features),))
 
 
-def _packed_heads(features: int, heads: Heads) -> Sharding:
+def _packed_heads(features: int, heads: AttentionHeads) -> Sharding:
     """q, k and v one after another (phi3, gpt2)."""
     width = features // (heads.num_attention_heads + 2 * heads.num_key_value_heads)
     query = Part(heads.num_attention_heads, width)

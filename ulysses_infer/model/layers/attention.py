@@ -45,7 +45,7 @@ def shift_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer in any mode (arXiv 2509.16495 §3.1), in the form `AttentionInterface` asks for.
 
-    query: [1, Hq/tp, t, d]; key, value: [1, max(1, Hkv/tp), t, d | dv], or a latent (`LatentHeads.join`); returns
+    query: [1, Hq/tp, t, d]; key, value: [1, max(1, Hkv/tp), t, d | dv], or a latent (`LatentAttention.join`); returns
     ([1, t, Hq/tp, dv], None).
     """
     if attention_mask is not None:

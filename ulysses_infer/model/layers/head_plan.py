@@ -10,7 +10,7 @@ from ulysses_infer.cache.paged import CacheScales
 from ulysses_infer.parallel.layout import Mode, Place, Span, even_span, key_value_span
 
 if TYPE_CHECKING:
-    from ulysses_infer.model.layers.latent import LatentHeads
+    from ulysses_infer.model.layers.latent import LatentAttention
 
 
 class HeadPlan:
@@ -23,7 +23,7 @@ class HeadPlan:
         self.local_key_value_heads = num_key_value_heads
         self.shard_heads = Span(0, num_attention_heads)
         self.cache_scales: CacheScales | None = None
-        self.latent: LatentHeads | None = None
+        self.latent: LatentAttention | None = None
         self._mode = Mode(1, 1)
         self._order: list[int] | None = None
         self._indices: dict[Mode, torch.Tensor] = {}
@@ -44,7 +44,7 @@ class HeadPlan:
         self._order = None if order == list(range(held.size)) else order
         self._mode = place.mode
 
-    def share(self, latent: LatentHeads) -> None:
+    def use_latent(self, latent: LatentAttention) -> None:
         """All query heads attend to one key/value head, a latent. To be called before any mode is bound."""
         self.latent, self.num_key_value_heads = latent, 1
 

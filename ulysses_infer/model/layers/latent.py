@@ -15,14 +15,14 @@ import torch
 
 from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata, AttentionOptions
 from ulysses_infer.errors import UnsupportedModelError
-from ulysses_infer.model.layers.latent_chunks import Parts, divide, expanded_pages
+from ulysses_infer.model.layers.latent_chunks import LatentSplit, expand_head_chunks, split_sequences
 from ulysses_infer.parallel.layout import Place
 
 FEW_ROWS = 32  # fewer are transposed themselves, not the weight, which torch would lay out anew on a CPU
 WeightReader = Callable[[torch.dtype], torch.Tensor]
 
 
-class Expansion(Protocol):
+class KeyValueExpansion(Protocol):
     """`kv_b_proj`, cut by heads."""
 
     def reader(self, place: Place) -> WeightReader:
@@ -51,7 +51,7 @@ class LatentWidths(NamedTuple):
         """Numbers a token and layer in the cache."""
         return self.latent + self.rotary
 
-    def favours_expanding(self, length: int, context: int) -> bool:
+    def prefers_expansion(self, length: int, context: int) -> bool:
         """Whether the last `length` of `context` tokens take fewer multiplications with keys and values of their heads.
 
         Expanding the tokens before them once is then less than what every pair of tokens costs more over latents.
@@ -85,10 +85,10 @@ class LatentWidths(NamedTuple):
         return torch.cat((made[..., : self.key], rotated), dim=-1), made[..., self.key :].contiguous()
 
 
-class LatentHeads:
+class LatentAttention:
     """How the heads of one layer that a rank computes attend over latents. `join` takes the place of `expand_kv`."""
 
-    def __init__(self, widths: LatentWidths, projection: Expansion, own: Place) -> None:
+    def __init__(self, widths: LatentWidths, projection: KeyValueExpansion, own: Place) -> None:
         """`own`: the rank's own heads alone, as attention has them in every mode."""
         self.widths = widths
         self._projection, self._own = projection, own
@@ -127,14 +127,14 @@ class LatentHeads:
         """
         weight = self._read(query.dtype).unflatten(0, (-1, self.widths.key + self.widths.value))
         if options.sliding_window is None and options.chunk_size is None:
-            parts = divide(metadata, keys.shape[1], self.widths.favours_expanding)
+            parts = split_sequences(metadata, keys.shape[1], self.widths.prefers_expansion)
         else:
-            parts = Parts()  # what lies before a window need not be in the cache any more
+            parts = LatentSplit()  # what lies before a window need not be in the cache any more
         if parts.expanded is None:
             return self._absorbed(query, weight, keys, values, backend, metadata, options)
         output = query.new_empty(*query.shape[:2], self.widths.value)
         rows, part = parts.expanded.rows, parts.expanded.metadata
-        for heads, key, value in expanded_pages(parts.expanded, keys, weight, self.widths.expand, query.dtype):
+        for heads, key, value in expand_head_chunks(parts.expanded, keys, weight, self.widths.expand, query.dtype):
             output[rows, heads] = backend.attend(query[rows, heads], key, value, part, options)
         if parts.absorbed is not None:
             rows, part = parts.absorbed.rows, parts.absorbed.metadata

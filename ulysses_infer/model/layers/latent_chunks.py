@@ -11,12 +11,12 @@ import torch
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.backend import AttentionMetadata, HostSequences, KernelSequences, running_sums
 
-PAGE_BYTES = 1 << 27  # of expanded keys and values at a time: where contexts are long, heads take turns
+MAX_EXPANDED_BYTES = 1 << 27  # of expanded keys and values at a time: where contexts are long, heads take turns
 Expand = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Part:
+class SequenceSubset:
     """Some sequences of a step, as a step of their own."""
 
     rows: torch.Tensor  # [n] int64, their tokens in the batch
@@ -25,32 +25,36 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Parts:
+class LatentSplit:
     """The sequences that attend over latents, and those whose latents are expanded. Both None: all are the first."""
 
-    absorbed: Part | None = None
-    expanded: Part | None = None
+    absorbed: SequenceSubset | None = None
+    expanded: SequenceSubset | None = None
 
 
-def divide(metadata: AttentionMetadata, block_size: int, favours_expanding: Callable[[int, int], bool]) -> Parts:
-    """The parts of a step, made by its first layer. favours_expanding: of a sequence's tokens in step and in cache."""
-    made: Parts | None = metadata.prepared.get(Parts)
+def split_sequences(
+    metadata: AttentionMetadata, block_size: int, prefers_expansion: Callable[[int, int], bool]
+) -> LatentSplit:
+    """The parts of a step, made by its first layer. prefers_expansion: of a sequence's tokens in step and in cache."""
+    made: LatentSplit | None = metadata.prepared.get(LatentSplit)
     if made is None:
-        made = metadata.prepared[Parts] = _divide(metadata, block_size, favours_expanding)
+        made = metadata.prepared[LatentSplit] = _split_sequences(metadata, block_size, prefers_expansion)
     return made
 
 
-def _divide(metadata: AttentionMetadata, block_size: int, favours_expanding: Callable[[int, int], bool]) -> Parts:
+def _split_sequences(
+    metadata: AttentionMetadata, block_size: int, prefers_expansion: Callable[[int, int], bool]
+) -> LatentSplit:
     pairs = list(zip(metadata.query_lens, metadata.context_lens, strict=True))
-    expanded = [index for index, pair in enumerate(pairs) if favours_expanding(*pair)]
+    expanded = [index for index, pair in enumerate(pairs) if prefers_expansion(*pair)]
     if not expanded:
-        return Parts()
+        return LatentSplit()
     others = sorted(set(range(len(pairs))) - set(expanded))
-    absorbed = _part(metadata, others, block_size, in_order=False) if others else None
-    return Parts(absorbed, _part(metadata, expanded, block_size, in_order=True))
+    absorbed = _subset(metadata, others, block_size, in_order=False) if others else None
+    return LatentSplit(absorbed, _subset(metadata, expanded, block_size, in_order=True))
 
 
-def _part(metadata: AttentionMetadata, sequences: Sequence[int], block_size: int, in_order: bool) -> Part:
+def _subset(metadata: AttentionMetadata, sequences: Sequence[int], block_size: int, in_order: bool) -> SequenceSubset:
     """`in_order`: it attends not to the cache, but to its blocks one after another."""
     query_lens = np.array(metadata.query_lens)
     ends, context_lens = np.cumsum(query_lens), np.array(metadata.context_lens)[list(sequences)]
@@ -71,7 +75,7 @@ def _part(metadata: AttentionMetadata, sequences: Sequence[int], block_size: int
         on_device,
         None if kernel is None else _kernel(own, on_device),
     )
-    return Part(torch.from_numpy(rows).to(device), torch.from_numpy(blocks).to(device), part)
+    return SequenceSubset(torch.from_numpy(rows).to(device), torch.from_numpy(blocks).to(device), part)
 
 
 def _kernel(host: HostSequences, block_tables: torch.Tensor) -> KernelSequences:
@@ -89,8 +93,8 @@ def _kernel(host: HostSequences, block_tables: torch.Tensor) -> KernelSequences:
     )
 
 
-def expanded_pages(
-    part: Part, latents: torch.Tensor, weight: torch.Tensor, expand: Expand, dtype: torch.dtype
+def expand_head_chunks(
+    part: SequenceSubset, latents: torch.Tensor, weight: torch.Tensor, expand: Expand, dtype: torch.dtype
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Keys and values of `part`'s blocks in order, as a cache of their own, for some heads after others.
 
@@ -102,7 +106,7 @@ def expanded_pages(
     # Made as one, then kept as a key, with the rotary part, and a value.
     numbers = 2 * weight.shape[1] + found.shape[1] - weight.shape[2]
     a_head = found.shape[0] * numbers * found.element_size()
-    count = max(1, PAGE_BYTES // a_head)
+    count = max(1, MAX_EXPANDED_BYTES // a_head)
     for first in range(0, num_heads, count):
         heads = slice(first, first + count)
         keys, values = expand(found, weight[heads])

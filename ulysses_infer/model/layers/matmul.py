@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ulysses_infer.model.context import current_step
+from ulysses_infer.model.context import step_context_or_none
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -13,7 +13,7 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
     The step says who multiplies; outside a step, torch.
     """
-    step = current_step()
+    step = step_context_or_none()
     if step is None or step.matmul is None:
         return F.linear(inputs, weight, bias)
     return step.matmul(inputs, weight, bias)

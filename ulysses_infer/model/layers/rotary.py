@@ -25,20 +25,20 @@ def freeze_rotary(model: nn.Module, max_model_len: int) -> None:
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
-        if isinstance(kinds, str) and _moves(kinds):
-            _settle(module, max_model_len, None)
+        if isinstance(kinds, str) and _depends_on_batch(kinds):
+            _compute_frequencies(module, max_model_len, None)
             cast(Any, module).rope_type = "frozen"
         elif isinstance(kinds, dict):
-            for layer_type in [key for key, kind in kinds.items() if _moves(kind)]:
-                _settle(module, max_model_len, layer_type)
+            for layer_type in [key for key, kind in kinds.items() if _depends_on_batch(kind)]:
+                _compute_frequencies(module, max_model_len, layer_type)
                 kinds[layer_type] = "frozen"
 
 
-def _moves(rope_type: str) -> bool:
+def _depends_on_batch(rope_type: str) -> bool:
     return "dynamic" in rope_type or rope_type == "longrope"
 
 
-def _settle(module: nn.Module, max_model_len: int, layer_type: str | None) -> None:
+def _compute_frequencies(module: nn.Module, max_model_len: int, layer_type: str | None) -> None:
     last = torch.tensor([[max_model_len - 1]])
     extra = {} if layer_type is None else {"layer_type": layer_type}
     module(torch.zeros(1, 1, 1), last, **extra)
@@ -47,17 +47,17 @@ def _settle(module: nn.Module, max_model_len: int, layer_type: str | None) -> No
 # -- the longest text ----------------------------------------------------------------------------------------------
 
 
-def choose_max_model_len(config: Any, wanted: int | None, says: bool = True) -> int:
+def choose_max_model_len(config: Any, wanted: int | None, warn: bool = True) -> int:
     """The longest text to serve, in tokens: `wanted`, or what the checkpoint is made for.
 
-    One that is longer than the rotary embedding is made for is warned of (if `says`), with the way to stretch it.
+    One that is longer than the rotary embedding is made for is warned of (if `warn`), with the way to stretch it.
     Raises `ConfigError` for one that is longer than a table of learned positions.
     """
-    longest = longest_text(config)
+    longest = max_supported_len(config)
     if wanted is None:
         # Above its max_position_embeddings `dynamic` would be frozen for a length that few texts have.
-        moves = _kind(_parameters(config)) == "dynamic"
-        return int((config.max_position_embeddings if moves else longest) or UNKNOWN_LENGTH)
+        is_dynamic = _kind(_parameters(config)) == "dynamic"
+        return int((config.max_position_embeddings if is_dynamic else longest) or UNKNOWN_LENGTH)
     if longest is None or wanted <= longest:
         return wanted
     if not hasattr(config, "rope_parameters"):
@@ -65,7 +65,7 @@ def choose_max_model_len(config: Any, wanted: int | None, says: bool = True) -> 
             f"model.max_model_len {wanted} is above {longest}, and model type {config.model_type!r} has learned no "
             "position beyond; lower it"
         )
-    if says:
+    if warn:
         logger.warning(
             "model.max_model_len %d is above the %d tokens that the checkpoint is made for: texts beyond that may come "
             "out wrong; %s",
@@ -76,8 +76,8 @@ def choose_max_model_len(config: Any, wanted: int | None, says: bool = True) -> 
     return wanted
 
 
-def longest_text(config: Any) -> int | None:
-    """Tokens that the checkpoint is made for, its rotary embedding stretched as its config says; None if unknown.
+def max_supported_len(config: Any) -> int | None:
+    """Tokens that the checkpoint is made for, its rotary embedding stretched as its config warn; None if unknown.
 
     As vLLM derives it: `yarn` multiplies its original_max_position_embeddings by factor, `linear` and `dynamic`
     multiply max_position_embeddings, which for every other kind, and for models with parameters for each type of

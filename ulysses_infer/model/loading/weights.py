@@ -9,7 +9,7 @@ import torch
 from ulysses_infer.model.loading.checkpoint import Loader
 from ulysses_infer.model.loading.files import TensorSource
 from ulysses_infer.model.loading.sources import ShapesOnly
-from ulysses_infer.model.model import Blueprint, ShiftModel
+from ulysses_infer.model.model import ModelBuilder, ShiftModel
 
 
 class _Checker(Loader):
@@ -30,7 +30,7 @@ class _Rewriter(Loader):
 class Weights:
     """One rank's weights, which may be written again or dropped while the engine lives."""
 
-    def __init__(self, blueprint: Blueprint, model: ShiftModel, are_borrowed: bool) -> None:
+    def __init__(self, blueprint: ModelBuilder, model: ShiftModel, are_borrowed: bool) -> None:
         """`are_borrowed`: some may share the memory of a model that the caller has."""
         self._blueprint, self._model = blueprint, model
         self._are_own = not are_borrowed

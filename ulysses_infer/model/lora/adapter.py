@@ -21,7 +21,7 @@ REFUSED = {"use_dora": "DoRA", "lora_bias": "biases of its own", "modules_to_sav
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraWeights:
     """What an adapter adds to one linear layer: `scaling * (x @ down.T) @ up.T`."""
 
     down: torch.Tensor
@@ -36,7 +36,7 @@ class Adapter:
     """A named adapter: what it adds, by the name of the linear layer. Source: Hu et al., LoRA, arXiv 2106.09685."""
 
     name: str
-    layers: dict[str, LowRank]
+    layers: dict[str, LoraWeights]
 
 
 def read_adapter(name: str, folder: Path) -> Adapter:
@@ -48,10 +48,10 @@ def read_adapter(name: str, folder: Path) -> Adapter:
         if match is None:
             raise CheckpointError(f"adapter {name!r}: {WEIGHTS} holds {key!r}; only LoRA of linear layers is served")
         layers.setdefault(match["module"], {})[match["part"]] = tensor
-    return Adapter(name, {module: _low_rank(name, module, parts, settings) for module, parts in layers.items()})
+    return Adapter(name, {module: _lora_weights(name, module, parts, settings) for module, parts in layers.items()})
 
 
-def stored_bytes(folder: Path) -> int:
+def adapter_bytes(folder: Path) -> int:
     """Most memory an adapter takes: its file's size."""
     path = folder / WEIGHTS
     return path.stat().st_size if path.is_file() else 0
@@ -87,13 +87,15 @@ def _tensors(name: str, folder: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"adapter {name!r}: {folder / WEIGHTS} cannot be read: {first_line(error)}") from error
 
 
-def _low_rank(name: str, module: str, parts: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> LowRank:
+def _lora_weights(
+    name: str, module: str, parts: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> LoraWeights:
     if set(parts) != {"A", "B"} or parts["A"].dim() != 2 or parts["A"].shape[0] != parts["B"].shape[1]:
         raise CheckpointError(f"adapter {name!r}: lora_A and lora_B of {module} do not belong together")
     rank = parts["A"].shape[0]
     alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", rank))
     scaling = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-    return LowRank(parts["A"], parts["B"], scaling)
+    return LoraWeights(parts["A"], parts["B"], scaling)
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:

@@ -12,12 +12,12 @@ from torch import nn
 from ulysses_infer.errors import CheckpointError
 from ulysses_infer.model.context import step_context
 from ulysses_infer.model.layers.matmul import linear
-from ulysses_infer.model.lora.adapter import Adapter, LowRank
+from ulysses_infer.model.lora.adapter import Adapter, LoraWeights
 from ulysses_infer.parallel.layout import Place, Span
 from ulysses_infer.parallel.sharding import Sharding
 
 
-class Slices(NamedTuple):
+class LinearSharding(NamedTuple):
     """How a linear layer is cut."""
 
     cut: str
@@ -32,26 +32,26 @@ class LayerAdapters:
     the sum over the TP group is taken of the few values in between, [n, r], before `up`.
     """
 
-    def __init__(self, slices: Slices | None) -> None:
-        self._slices = slices
-        self._stored: dict[int, LowRank] = {}
-        self._views: dict[int, LowRank] = {}
+    def __init__(self, slices: LinearSharding | None) -> None:
+        self._linear_sharding = slices
+        self._stored: dict[int, LoraWeights] = {}
+        self._views: dict[int, LoraWeights] = {}
 
-    def add(self, index: int, layer: LowRank) -> None:
+    def add(self, index: int, layer: LoraWeights) -> None:
         """Keep this rank's base slice of an adapter under its number."""
-        if self._slices is None:
+        if self._linear_sharding is None:
             self._stored[index] = layer
             return
-        spans = self._slices.sharding.base_spans(self._slices.base)
-        self._stored[index] = _narrowed(layer, self._slices.cut, spans)
+        spans = self._linear_sharding.sharding.base_spans(self._linear_sharding.base)
+        self._stored[index] = _select_slices(layer, self._linear_sharding.cut, spans)
 
     def bind(self, place: Place) -> None:
         """Use the part that `place` computes from now on."""
         self._views = self._stored
-        if self._slices is not None:
-            spans = self._slices.sharding.local_spans(self._slices.base, place)
-            cut = self._slices.cut
-            self._views = {index: _narrowed(layer, cut, spans) for index, layer in self._stored.items()}
+        if self._linear_sharding is not None:
+            spans = self._linear_sharding.sharding.local_spans(self._linear_sharding.base, place)
+            cut = self._linear_sharding.cut
+            self._views = {index: _select_slices(layer, cut, spans) for index, layer in self._stored.items()}
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """The forward hook. inputs: ([..., in],); output: [..., out], changed in place where adapters apply."""
@@ -62,14 +62,14 @@ class LayerAdapters:
             if layer is None:
                 continue
             hidden = linear(flat[rows], layer.down)
-            if self._slices is not None and self._slices.cut == "row":
+            if self._linear_sharding is not None and self._linear_sharding.cut == "row":
                 hidden = context.collectives.sum_over_tp(hidden)
             added = linear(hidden, layer.up) * layer.scaling
             output.view(-1, output.shape[-1]).index_add_(0, rows, added)
         return output
 
 
-def attach(injection: Any, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device) -> None:
+def attach_adapters(injection: Any, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device) -> None:
     """Hook every adapter to the layers it changes; adapter `i` has number `i + 1` in step plans.
 
     Raises `CheckpointError` for a layer that is not there, cannot have one, or has another shape.
@@ -79,11 +79,11 @@ def attach(injection: Any, adapters: Sequence[Adapter], dtype: torch.dtype, devi
         for name, layer in adapter.layers.items():
             module = _find(injection, adapter.name, name)
             if name not in hooked:
-                hooked[name] = LayerAdapters(_slices(module))
+                hooked[name] = LayerAdapters(_linear_sharding(module))
                 module.register_forward_hook(hooked[name])
-                injection.bound.append(hooked[name])
+                injection.mode_aware_layers.append(hooked[name])
             _check(adapter.name, name, layer, module)
-            moved = LowRank(layer.down.to(device, dtype), layer.up.to(device, dtype), layer.scaling)
+            moved = LoraWeights(layer.down.to(device, dtype), layer.up.to(device, dtype), layer.scaling)
             hooked[name].add(index, moved)
 
 
@@ -100,12 +100,12 @@ def _find(injection: Any, adapter: str, name: str) -> nn.Module:
     return module
 
 
-def _slices(module: Any) -> Slices | None:
-    return Slices(module.cut, module.sharding, module.base) if hasattr(module, "sharding") else None
+def _linear_sharding(module: Any) -> LinearSharding | None:
+    return LinearSharding(module.cut, module.sharding, module.base) if hasattr(module, "sharding") else None
 
 
-def _check(adapter: str, name: str, layer: LowRank, module: Any) -> None:
-    slices = _slices(module)
+def _check(adapter: str, name: str, layer: LoraWeights, module: Any) -> None:
+    slices = _linear_sharding(module)
     if slices is None:
         fits = (layer.up.shape[0], layer.down.shape[1]) == tuple(module.weight.shape)
     else:
@@ -116,13 +116,13 @@ def _check(adapter: str, name: str, layer: LowRank, module: Any) -> None:
         raise CheckpointError(f"adapter {adapter!r} is for another model: it changes {name} as if it were {shape}")
 
 
-def _narrowed(layer: LowRank, cut: str, spans: Sequence[Span]) -> LowRank:
+def _select_slices(layer: LoraWeights, cut: str, spans: Sequence[Span]) -> LoraWeights:
     """The rows of `up`, or columns of `down`, at `spans`."""
     if cut == "column":
-        return replace(layer, up=_pieces(layer.up, 0, spans))
-    return replace(layer, down=_pieces(layer.down, 1, spans))
+        return replace(layer, up=_concat_slices(layer.up, 0, spans))
+    return replace(layer, down=_concat_slices(layer.down, 1, spans))
 
 
-def _pieces(tensor: torch.Tensor, dimension: int, spans: Sequence[Span]) -> torch.Tensor:
+def _concat_slices(tensor: torch.Tensor, dimension: int, spans: Sequence[Span]) -> torch.Tensor:
     parts = [tensor.narrow(dimension, span.start, span.size) for span in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dimension)

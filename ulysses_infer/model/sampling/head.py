@@ -50,7 +50,7 @@ class ShardedHead(nn.Module):
         return linear(gathered, self.rows(), self.bias)[None]
 
 
-def argmax_pairs(logits: torch.Tensor, vocabulary: Span) -> torch.Tensor:
+def local_argmax(logits: torch.Tensor, vocabulary: Span) -> torch.Tensor:
     """The best of my vocabulary for each row, ready to be compared with the other ranks'.
 
     logits: [n, V/W]; returns [n, 2] float64: value, token id. Eight bytes hold any id exactly. A rank without a token
@@ -59,7 +59,7 @@ def argmax_pairs(logits: torch.Tensor, vocabulary: Span) -> torch.Tensor:
     if not vocabulary.size:
         nothing = logits.new_tensor([-torch.inf, vocabulary.start], dtype=torch.float64)
         return nothing.repeat(len(logits), 1)
-    best = _native_best(logits.dtype) if logits.device.type == "cpu" else None
+    best = _native_local_argmax(logits.dtype) if logits.device.type == "cpu" else None
     if best is not None and logits.stride(-1) == 1:
         pairs = torch.empty(len(logits), 2, dtype=torch.float64)
         best(pairs.data_ptr(), logits.data_ptr(), len(logits), vocabulary.size, logits.stride(0), vocabulary.start)
@@ -69,45 +69,45 @@ def argmax_pairs(logits: torch.Tensor, vocabulary: Span) -> torch.Tensor:
 
 
 @functools.cache
-def _native_best(dtype: torch.dtype) -> NativeFunction | None:
+def _native_local_argmax(dtype: torch.dtype) -> NativeFunction | None:
     """The same in C, for numbers of `dtype` on a CPU."""
     suffix = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(dtype)
     return None if suffix is None else native_function("elementwise", f"best_of_rows_{suffix}", "ppiiii", ELEMENTWISE)
 
 
-def best_of(pairs: torch.Tensor) -> torch.Tensor:
-    """Greedy tokens from every rank's `argmax_pairs`; ties go to the lowest id, and NaN is the greatest.
+def global_argmax(pairs: torch.Tensor) -> torch.Tensor:
+    """Greedy tokens from every rank's `local_argmax`; ties go to the lowest id, and NaN is the greatest.
 
     pairs: [W, n, 2]; returns [n] int64.
     """
-    native = _native_best_of_members() if pairs.device.type == "cpu" else None
+    native = _native_global_argmax() if pairs.device.type == "cpu" else None
     if native is not None:
         tokens = torch.empty(pairs.shape[1], dtype=torch.int64)
         native(tokens.data_ptr(), pairs.data_ptr(), *pairs.shape[:2])
         return tokens
-    return best_in_torch(pairs)
+    return global_argmax_torch(pairs)
 
 
-def best_in_torch(pairs: torch.Tensor) -> torch.Tensor:
-    """`best_of` on any device."""
+def global_argmax_torch(pairs: torch.Tensor) -> torch.Tensor:
+    """`global_argmax` on any device."""
     values, ids = pairs.unbind(-1)
     is_best = (values == values.amax(dim=0)) | values.isnan()
     return torch.where(is_best, ids, torch.inf).amin(dim=0).long()
 
 
 @functools.cache
-def _native_best_of_members() -> NativeFunction | None:
+def _native_global_argmax() -> NativeFunction | None:
     """The same in C, on a CPU."""
     return native_function("elementwise", "best_of_members", "ppii", ELEMENTWISE)
 
 
-def padded(logits: torch.Tensor, vocab_size: int, world_size: int) -> torch.Tensor:
+def pad_shard(logits: torch.Tensor, vocab_size: int, world_size: int) -> torch.Tensor:
     """`logits` [n, V/W] widened to the largest shard, so that uneven shards can travel in one gather."""
     largest = ceil_div(vocab_size, world_size)
     return F.pad(logits.float(), (0, largest - logits.shape[-1]))
 
 
-def joined(shards: list[torch.Tensor], vocab_size: int) -> torch.Tensor:
-    """[n, V] from the gathered `padded` shards in shard order."""
+def concat_shards(shards: list[torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """[n, V] from the gathered `pad_shard` shards in shard order."""
     spans = [even_span(vocab_size, index, len(shards)) for index in range(len(shards))]
     return torch.cat([shard[:, : span.size] for shard, span in zip(shards, spans, strict=True)], dim=-1)

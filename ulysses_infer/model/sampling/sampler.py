@@ -24,14 +24,14 @@ from ulysses_infer.sampling_params import SamplingParams
 
 NO_TOKEN = -1  # the result of a row with no possible token: every one forbidden, or logits that are not numbers
 MAX_ELEMENTS = 2**24  # rows * vocabulary worked on at a time; bounds the temporaries to a few hundred MiB
-NUCLEUS_PROBE = 1024  # most nuclei are smaller, and taking this many largest is far cheaper than a full sort
-PROBE_GROWTH = 16  # by this factor when the nucleus is larger
+TOP_P_CANDIDATES = 1024  # most nuclei are smaller, and taking this many largest is far cheaper than a full sort
+CANDIDATE_GROWTH = 16  # by this factor when the nucleus is larger
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def _mix(value: int) -> int:
+def _splitmix64_finalizer(value: int) -> int:
     """SplitMix64's finaliser, a bijection of 64-bit integers (Steele et al. doi 10.1145/2714064.2660195)."""
     value &= _MASK
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
@@ -41,12 +41,12 @@ def _mix(value: int) -> int:
 
 def derive_seed(seed: int, index: int) -> int:
     """The effective seed of output `index` of a request seeded `seed`: another one for every index."""
-    return _mix(seed + index * _GOLDEN)
+    return _splitmix64_finalizer(seed + index * _GOLDEN)
 
 
 def uniform(seed: int, index: int) -> float:
     """Number `index` of SplitMix64's stream for `seed`, in [0, 1): 52 bits, so that `uniform * x < x`."""
-    return (_mix(_mix(seed) + (index + 1) * _GOLDEN) >> 12) * 2.0**-52
+    return (_splitmix64_finalizer(_splitmix64_finalizer(seed) + (index + 1) * _GOLDEN) >> 12) * 2.0**-52
 
 
 def needs_full_logits(params: SamplingParams) -> bool:
@@ -128,7 +128,7 @@ class SamplingRow:
     eos_token_ids: frozenset[int] = frozenset()
     bad_word_token_ids: Sequence[Sequence[int]] = ()
     grammar: Grammar | None = None
-    num_awaited: int = 0
+    num_placeholders: int = 0
     """Output tokens that are chosen, and not in the list yet."""
     is_plain: bool = field(init=False)  # greedy on the raw logits
     _history: TokenHistory | None = field(init=False, default=None, repr=False)
@@ -139,7 +139,7 @@ class SamplingRow:
     @property
     def position(self) -> int:
         """Where in the output the next token will be."""
-        return len(self.output_token_ids) + self.num_awaited
+        return len(self.output_token_ids) + self.num_placeholders
 
     @property
     def may_end(self) -> bool:
@@ -191,24 +191,24 @@ class Sampler:
             self._store(tokens, plain, *_most_likely(_take_rows(logits, plain)))
         special = [index for index, row in enumerate(rows) if not row.is_plain]
         for chunk in _chunks(special, max(MAX_ELEMENTS // logits.shape[1], 1)):
-            scores, chunk_rows = logits[sent(chunk, logits)], [rows[index] for index in chunk]
+            scores, chunk_rows = logits[to_device_async(chunk, logits)], [rows[index] for index in chunk]
             _apply_processors(scores, chunk_rows)
-            self._store(tokens, chunk, *_choose(scores, chunk_rows))
+            self._store(tokens, chunk, *_choose_tokens(scores, chunk_rows))
         return tokens
 
     def _store(self, tokens: torch.Tensor, indices: list[int], chosen: torch.Tensor, peak: torch.Tensor) -> None:
         """Write `chosen: [m]` at `indices`; NO_TOKEN where `peak: [m]`, the largest score, is not finite."""
-        tokens[sent(indices, tokens)] = torch.where(peak.isfinite(), chosen, NO_TOKEN)
+        tokens[to_device_async(indices, tokens)] = torch.where(peak.isfinite(), chosen, NO_TOKEN)
 
 
-def sent(values: Sequence[Any], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def to_device_async(values: Sequence[Any], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """`values` on the device of `like`, which is asked to copy them and not waited for."""
     made = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
     return made.to(like.device, non_blocking=True)
 
 
 def _take_rows(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
-    return logits if len(indices) == len(logits) else logits[sent(indices, logits)]
+    return logits if len(indices) == len(logits) else logits[to_device_async(indices, logits)]
 
 
 def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
@@ -222,13 +222,13 @@ def _most_likely(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return best, scores.gather(-1, best[:, None])[:, 0]
 
 
-def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, torch.Tensor]:
+def _choose_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy or random token per row, and the row's largest score."""
     tokens, peak = _most_likely(scores)
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
-        places = sent(drawn, scores)
-        tokens[places] = _draw(_take_rows(scores, drawn), peak[places], [rows[index] for index in drawn])
+        places = to_device_async(drawn, scores)
+        tokens[places] = _sample_random(_take_rows(scores, drawn), peak[places], [rows[index] for index in drawn])
     return tokens, peak
 
 
@@ -236,44 +236,46 @@ def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Te
 
 
 def _apply_processors(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    _follow_grammars(scores, rows)
-    _keep_allowed(scores, rows)
-    _forbid(scores, rows)
-    _add_bias(scores, rows)
-    _penalise(scores, rows)
+    _apply_grammars(scores, rows)
+    _apply_allowed_tokens(scores, rows)
+    _apply_forbidden_tokens(scores, rows)
+    _apply_logit_bias(scores, rows)
+    _apply_penalties(scores, rows)
 
 
-def _follow_grammars(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+def _apply_grammars(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     for index, row in enumerate(rows):
         if row.grammar is not None:
             penalties = torch.from_numpy(row.grammar.penalties(row.output_token_ids))
             scores[index] += penalties.to(scores.device)
 
 
-def _keep_allowed(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+def _apply_allowed_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     for index, row in enumerate(rows):
         if row.params.allowed_token_ids:
-            allowed = sent(row.params.allowed_token_ids, scores)
+            allowed = to_device_async(row.params.allowed_token_ids, scores)
             kept = scores[index, allowed]
             scores[index] = -torch.inf
             scores[index, allowed] = kept
 
 
-def _forbid(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+def _apply_forbidden_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     entries = [(index, token) for index, row in enumerate(rows) for token in row.forbidden_token_ids()]
     if entries:
-        row_ids, token_ids = sent(entries, scores).T
+        row_ids, token_ids = to_device_async(entries, scores).T
         scores[row_ids, token_ids] = -torch.inf
 
 
-def _add_bias(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+def _apply_logit_bias(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     entries = [(index, *item) for index, row in enumerate(rows) for item in (row.params.logit_bias or {}).items()]
     if entries:
         row_ids, token_ids, biases = zip(*entries, strict=True)
-        scores[sent(row_ids, scores), sent(token_ids, scores)] += sent(biases, scores, scores.dtype)
+        scores[to_device_async(row_ids, scores), to_device_async(token_ids, scores)] += to_device_async(
+            biases, scores, scores.dtype
+        )
 
 
-def _penalise(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+def _apply_penalties(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     """Repetition (Keskar et al. 2019, arXiv 1909.05858), then frequency and presence penalties (OpenAI's)."""
     entries = [
         (index, row.params, row.history(scores.device)) for index, row in enumerate(rows) if _has_penalties(row.params)
@@ -299,13 +301,13 @@ def _penalise(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     """`values` as a [m, 1] column of `like`'s type and device."""
-    return sent(values, like, like.dtype)[:, None]
+    return to_device_async(values, like, like.dtype)[:, None]
 
 
 # --- the draw ---
 
 
-def _draw(scores: torch.Tensor, peak: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+def _sample_random(scores: torch.Tensor, peak: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """One random token per row of `scores: [m, V]`, by inverse of the cumulative distribution in id order."""
     temperature = _column([row.params.temperature for row in rows], scores)
     weights = ((scores - peak[:, None]) / temperature).exp_()  # [m, V], the largest is 1
@@ -327,30 +329,32 @@ def _truncate(weights: torch.Tensor, params: Sequence[SamplingParams]) -> None:
         top_k = [min(params[i].top_k or vocab_size, vocab_size) for i in cut]
         # A top_p of 1 keeps all: no rounding of the sums may drop the smallest.
         top_p = [params[i].top_p if params[i].top_p < 1 else torch.inf for i in cut]
-        places = sent(cut, weights)
-        weights[places] = _keep_largest(weights[places], top_k, _column(top_p, weights).double())
+        places = to_device_async(cut, weights)
+        weights[places] = _keep_top_k_top_p(weights[places], top_k, _column(top_p, weights).double())
 
 
-def _keep_largest(
-    weights: torch.Tensor, top_k: Sequence[int], top_p: torch.Tensor, probe: int = NUCLEUS_PROBE
+def _keep_top_k_top_p(
+    weights: torch.Tensor, top_k: Sequence[int], top_p: torch.Tensor, num_candidates: int = TOP_P_CANDIDATES
 ) -> torch.Tensor:
     """`weights: [m, V]` with zeros outside the top_k: [m] largest and, of these, the top_p: [m, 1] nucleus
     (Holtzman et al. 2020, arXiv 1904.09751). Of equal weights at the edge the lowest ids stay. On a CPU a nucleus is
-    looked for among the `probe` largest weights first; a GPU sorts all, faster than it could say whether they do.
+    looked for among the `num_candidates` largest weights first; a GPU sorts all, faster than it could say whether they do.
     """
     vocab_size = weights.shape[1]
     num_values = max((k for k in top_k if k < vocab_size), default=1)
     if vocab_size in top_k:
-        num_values = vocab_size if weights.is_cuda else min(max(num_values, probe), vocab_size)
+        num_values = vocab_size if weights.is_cuda else min(max(num_values, num_candidates), vocab_size)
     values = weights.topk(num_values).values  # [m, num_values], descending
-    sizes = sent(top_k, weights)
+    sizes = to_device_async(top_k, weights)
     kept = _prefix_lengths(weights, values, sizes, top_p)
     result = _keep_prefix(weights, values, kept)
     if num_values == vocab_size or vocab_size not in top_k:
         return result
     wider = ((sizes == vocab_size) & (kept == num_values)).nonzero()[:, 0].tolist()
     if wider:
-        result[wider] = _keep_largest(weights[wider], [vocab_size] * len(wider), top_p[wider], probe * PROBE_GROWTH)
+        result[wider] = _keep_top_k_top_p(
+            weights[wider], [vocab_size] * len(wider), top_p[wider], num_candidates * CANDIDATE_GROWTH
+        )
     return result
 
 

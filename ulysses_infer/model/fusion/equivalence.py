@@ -13,7 +13,7 @@ from torch import nn
 FACTORS = (1.0, 50.0, 0.02)  # a clamp shows on large values, an epsilon on small ones
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-5, torch.bfloat16: 3e-4}
 """Largest mean difference, as a share of the mean value: a few roundings may fall otherwise, most may not."""
-OTHER_FORM = (TypeError, AttributeError, LookupError, RuntimeError, ValueError)
+MISMATCH_ERRORS = (TypeError, AttributeError, LookupError, RuntimeError, ValueError)
 """What running the wrong form raises: it takes, has or gives something else."""
 
 
@@ -37,7 +37,7 @@ class Call:
 
 
 @contextmanager
-def recording(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
+def record_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
     """The first call of each of `modules` that is made meanwhile."""
     calls: dict[nn.Module, Call] = {}
 
@@ -51,20 +51,20 @@ def recording(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
         yield calls
 
 
-def equal_on(call: Call, source: Callable[..., Any], replacement: Callable[..., Any]) -> bool:
+def is_equivalent_on(call: Call, source: Callable[..., Any], replacement: Callable[..., Any]) -> bool:
     """Whether both give the same on `call`, also with its hidden states made larger and smaller."""
     for factor in FACTORS:
         scaled = call.times(factor)
         try:
             found = _first(replacement(*scaled.args, **scaled.kwargs))
-        except OTHER_FORM:
+        except MISMATCH_ERRORS:
             return False
-        if not same(found, _first(source(*scaled.args, **scaled.kwargs))):
+        if not is_close(found, _first(source(*scaled.args, **scaled.kwargs))):
             return False
     return True
 
 
-def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether two results agree but for roundings."""
     if found.shape != expected.shape or found.dtype != expected.dtype or not bool(expected.isfinite().all()):
         return False
