@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ulysses_infer.job.processes import free_port, is_launched
-from ulysses_infer.parallel.groups import Groups, build_groups, init_distributed
+from ulysses_infer.parallel.groups import ProcessGroups, build_groups, init_distributed
 from ulysses_infer.parallel.layout import Layout, Mode, token_spans
 
 SIZES = (1 << 10, 16 << 10, 64 << 10, 256 << 10, 1536 << 10, 8 << 20)
@@ -33,7 +33,7 @@ WARM_UPS, MOST, LEAST = 3, 2000, 8
 Exchange = Callable[[], Any]
 
 
-def exchanges(groups: Groups, size: int) -> dict[str, Exchange]:
+def exchanges(groups: ProcessGroups, size: int) -> dict[str, Exchange]:
     """What is measured, each with messages of `size` bytes, in bfloat16."""
     layout = groups.layout
     sequence, tensor = groups.by_mode[layout.base], groups.by_mode[layout.shift]
@@ -63,7 +63,7 @@ def exchanges(groups: Groups, size: int) -> dict[str, Exchange]:
     }
 
 
-def time_all(groups: dict[str, Groups], size: int, seconds: float) -> dict[str, dict[str, list[float]]]:
+def time_all(groups: dict[str, ProcessGroups], size: int, seconds: float) -> dict[str, dict[str, list[float]]]:
     """Microseconds of each call, by exchange and backend. Collective."""
     both = {backend: exchanges(groups[backend], size) for backend in groups}
     taken: dict[str, dict[str, list[float]]] = {}
@@ -88,7 +88,7 @@ def _time(exchange: Exchange) -> list[float]:
     return taken
 
 
-def _go_on(groups: Groups, wanted: bool) -> bool:
+def _go_on(groups: ProcessGroups, wanted: bool) -> bool:
     """Rank 0 decides for all."""
     decision = torch.tensor([int(wanted)])
     torch.distributed.broadcast(decision, src=0, group=groups.control)

@@ -145,7 +145,7 @@ class Simulation:
         assert all(not r.block_tables for r in self.requests if r.status is not RequestStatus.RUNNING)
         step, size = self.config.max_num_batched_tokens, self.allocator.block_size
         for request, (group, attention_span) in itertools.product(running, enumerate(self.allocator.attention_spans)):
-            num_tokens = request.num_tokens + request.num_awaited_tokens
+            num_tokens = request.num_tokens + request.num_placeholders
             assert len(request.block_tables[group]) <= attention_span.most_blocks(num_tokens, step, size)
 
     def _tokens(self, request: Request) -> list[int]:

@@ -161,9 +161,9 @@ def test_waits_are_limited_only_where_something_is_due():
         def set_timeout(self, timeout):
             self.timeout = timeout
 
-    from ulysses_infer.parallel.groups import IDLE_TIMEOUT, Groups
+    from ulysses_infer.parallel.groups import IDLE_TIMEOUT, ProcessGroups
 
     for rank, control_timeout in ((0, timedelta(seconds=5)), (1, IDLE_TIMEOUT)):
         world, control = Recorder(), Recorder()
-        Groups(Layout(Mode(2, 1)), rank, control=control, owned=[world, control]).limit_waits(5)
+        ProcessGroups(Layout(Mode(2, 1)), rank, control=control, owned=[world, control]).limit_waits(5)
         assert (world.timeout, control.timeout) == (timedelta(seconds=5), control_timeout)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ulysses_infer.parallel.layout import Layout, Mode, token_spans
-from ulysses_infer.parallel.null import NullGroup, null_collectives
+from ulysses_infer.parallel.null import NullProcessGroup, null_collectives
 
 SP = 4
 
@@ -12,7 +12,7 @@ SP = 4
 @pytest.mark.parametrize("index", range(SP))
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 9])
 def test_exchanges_have_the_shapes_of_real_ones(index, num_tokens):
-    spans, group = token_spans(num_tokens, SP), NullGroup(SP, index)
+    spans, group = token_spans(num_tokens, SP), NullProcessGroup(SP, index)
     local = spans[index].size
     query, key = torch.randn(local, SP * 3, 8), torch.randn(local, SP, 6)
     assert [tuple(x.shape) for x in group.tokens_to_heads((query, key), spans)] == [
@@ -26,16 +26,16 @@ def test_exchanges_have_the_shapes_of_real_ones(index, num_tokens):
 
 def test_what_a_rank_receives_is_finite_and_its_own():
     rows = torch.tensor([[1.0], [2.0]])
-    assert NullGroup(2, 0).gather_rows(rows, [2, 1]).tolist() == [[1.0], [2.0], [1.0]]
-    assert NullGroup(2, 1).gather_rows(rows[:0], [1, 0]).tolist() == [[0.0]]
+    assert NullProcessGroup(2, 0).gather_rows(rows, [2, 1]).tolist() == [[1.0], [2.0], [1.0]]
+    assert NullProcessGroup(2, 1).gather_rows(rows[:0], [1, 0]).tolist() == [[0.0]]
     partial = torch.ones(3)
-    assert NullGroup(2, 0).sum(partial) is partial
+    assert NullProcessGroup(2, 0).sum(partial) is partial
 
 
 def test_only_the_first_gets_what_is_gathered():
     shard = torch.ones(2)
-    assert len(NullGroup(3, 0).gather_to_first(shard)) == 3
-    assert NullGroup(3, 1).gather_to_first(shard) is None
+    assert len(NullProcessGroup(3, 0).gather_to_first(shard)) == 3
+    assert NullProcessGroup(3, 1).gather_to_first(shard) is None
 
 
 @pytest.mark.parametrize("mode", Layout(Mode(8, 1)).modes)

@@ -17,8 +17,8 @@ from ulysses_infer.native.library import NativeUnavailableError, is_available
 from ulysses_infer.parallel import shared_memory
 from ulysses_infer.parallel.groups import build_groups
 from ulysses_infer.parallel.layout import Layout, Mode, token_spans
-from ulysses_infer.parallel.shared_group import SharedGroup
-from ulysses_infer.parallel.torch_group import TorchGroup
+from ulysses_infer.parallel.shared_group import SharedMemoryGroup
+from ulysses_infer.parallel.torch_group import TorchProcessGroup
 
 pytestmark = [
     pytest.mark.distributed,
@@ -153,7 +153,7 @@ def sum_unusual():
     strided = torch.arange(12.0).view(3, 4).t()
     assert torch.equal(groups.world.sum(strided), 2 * torch.arange(12.0).view(3, 4).t())
     assert torch.equal(strided, 2 * torch.arange(12.0).view(3, 4).t()), "in place"
-    with pytest.raises(TypeError, match="int64 cannot be added up"):
+    with pytest.raises(TypeError, match="int64 cannot be summed"):
         groups.world.sum(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="a single row of this exchange is larger"):
         groups.world.heads_to_tokens(torch.zeros(2, 1 << 20), token_spans(2, 2))
@@ -188,7 +188,7 @@ def build_where_one_cannot(collectives):
 
 
 def test_one_rank_that_cannot_keeps_all_from_it(rank_pool):
-    assert rank_pool(2).run(build_where_one_cannot, "auto") == [(TorchGroup, 2.0)] * 2
+    assert rank_pool(2).run(build_where_one_cannot, "auto") == [(TorchProcessGroup, 2.0)] * 2
     message = (
         "runtime.collectives = shared_memory, but rank 1: no C compiler (cc, gcc, clang or $CC) was found; "
         "use auto or torch"
@@ -208,7 +208,7 @@ def build_with_another_word():
     with pytest.MonkeyPatch.context() as patch:
         if os.environ["RANK"] == "0":
             patch.setattr(shared_memory.os, "pwrite", lambda file, word, place: None)
-        with pytest.raises(ConfigError, match="cannot open the memory of rank 0: it is another one's"):
+        with pytest.raises(ConfigError, match="cannot open the memory of rank 0: another process holds that file"):
             shared(Layout(Mode(2, 1)))
 
 
@@ -225,8 +225,8 @@ def choose(collectives):
 
 
 def test_ranks_of_one_host_share_memory_unless_told_otherwise(rank_pool):
-    assert rank_pool(2).run(choose, "auto") == [SharedGroup] * 2
-    assert rank_pool(2).run(choose, "torch") == [TorchGroup] * 2
+    assert rank_pool(2).run(choose, "auto") == [SharedMemoryGroup] * 2
+    assert rank_pool(2).run(choose, "torch") == [TorchProcessGroup] * 2
 
 
 # -- what is left, and what it costs -------------------------------------------------------------------------------

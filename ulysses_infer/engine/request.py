@@ -49,7 +49,7 @@ class Request:
 
     num_computed_tokens: int = 0
     """Tokens in the cache after all scheduled steps have run."""
-    num_awaited_tokens: int = 0
+    num_placeholders: int = 0
     """Tokens that scheduled steps will add to the output."""
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when the request first ran."""
@@ -94,12 +94,12 @@ class Request:
     @property
     def num_tokens_left(self) -> int:
         """Tokens that no step has been scheduled for, including placeholder tokens."""
-        return self.num_tokens + self.num_awaited_tokens - self.num_computed_tokens
+        return self.num_tokens + self.num_placeholders - self.num_computed_tokens
 
     @property
     def is_last_token_pending(self) -> bool:
         """Whether a token that is still in flight will end the request, whatever it is."""
-        return self.num_awaited_tokens > 0 and self.num_tokens + self.num_awaited_tokens >= self.length_limit
+        return self.num_placeholders > 0 and self.num_tokens + self.num_placeholders >= self.length_limit
 
     @property
     def is_finished(self) -> bool:
@@ -122,7 +122,7 @@ class Request:
     def append_token(self, token_id: int, now: float) -> None:
         """Append a sampled token that was in flight, at time `now` (seconds)."""
         self.output_token_ids.append(token_id)
-        self.num_awaited_tokens -= 1
+        self.num_placeholders -= 1
         self.last_token_time = now
         if self.first_token_time is None:
             self.first_token_time = now

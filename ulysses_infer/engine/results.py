@@ -73,7 +73,7 @@ class StepResults:
     def _sample(self, logits: torch.Tensor, rows: Rows[tuple[ScheduledRequest, int, bool]]) -> torch.Tensor:
         sequences = [self._owners[scheduled.request.index][1] for scheduled, _, _ in rows]
         for sequence in sequences:
-            sequence.row.num_placeholders = sequence.request.num_awaited_tokens - 1  # without the token chosen here
+            sequence.row.num_placeholders = sequence.request.num_placeholders - 1  # without the token chosen here
         tokens = self._sampler.choose(logits, [sequence.row for sequence in sequences])
         scored = [place for place, s in enumerate(sequences) if s.request.params.logprobs is not None]
         if scored:

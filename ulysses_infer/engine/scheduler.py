@@ -164,7 +164,7 @@ class Scheduler:
         batch = step.build()
         for item in batch.scheduled:
             item.request.num_computed_tokens += item.num_new_tokens
-            item.request.num_awaited_tokens += item.samples
+            item.request.num_placeholders += item.samples
         return batch
 
     def update(self, batch: Batch, sampled: Mapping[int, int]) -> list[Request]:
@@ -189,7 +189,7 @@ class Scheduler:
 
     def _continue(self, request: Request, step: BatchBuilder) -> None:
         """Schedule the next tokens of a running request, preempting others, or itself, if blocks run out."""
-        assert request.num_awaited_tokens <= step.ahead, "every schedule() needs its update()"
+        assert request.num_placeholders <= step.ahead, "every schedule() needs its update()"
         if request.is_last_token_pending:
             return
         num_tokens_left = request.num_tokens_left

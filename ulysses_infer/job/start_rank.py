@@ -15,7 +15,7 @@ from ulysses_infer.job.load_model import LoadedModel, load_model
 from ulysses_infer.job.make_worker import make_worker
 from ulysses_infer.model.loading.checkpoint import Progress
 from ulysses_infer.model.loading.sources import GivenModel
-from ulysses_infer.parallel.groups import Groups, Rendezvous, build_groups, init_distributed
+from ulysses_infer.parallel.groups import ProcessGroups, Rendezvous, build_groups, init_distributed
 from ulysses_infer.parallel.layout import check_mode
 from ulysses_infer.worker.channel import Channel
 from ulysses_infer.worker.cores import PinnedCores, pin
@@ -91,7 +91,7 @@ def _join_groups(
     device: torch.device,
     model: GivenModel | None,
     rendezvous: Callable[[], Rendezvous] | None,
-) -> Groups:
+) -> ProcessGroups:
     layout, modes = config.parallel.layout, config.parallel.available_modes
     for mode in modes:
         check_mode(layout, mode)
@@ -117,7 +117,7 @@ def _make_rank(
     config: Config,
     loaded: LoadedModel,
     channel: Channel,
-    groups: Groups,
+    groups: ProcessGroups,
     device: torch.device,
     pinned: PinnedCores | None,
 ) -> Rank:

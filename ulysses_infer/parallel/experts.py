@@ -14,7 +14,7 @@ import torch
 
 from ulysses_infer.parallel.collectives import Collectives
 from ulysses_infer.parallel.layout import Span
-from ulysses_infer.parallel.torch_group import TorchGroup
+from ulysses_infer.parallel.torch_group import TorchProcessGroup
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
 """Packed tokens [n, C] to their sums over what this rank holds, [n, H]."""
@@ -67,7 +67,7 @@ def dispatch_pays(collectives: Collectives, num_tokens: int, num_experts: int, c
     owners = min(num_experts, place.world_size)
     share = 1 - (1 - 1 / owners) ** choices  # of the tokens that choose any expert of one owner
     away = num_tokens * (place.mode.sp - 1) / place.mode.sp
-    return isinstance(collectives.sp_group, TorchGroup) and 2 * away * (1 - share) * row_bytes > DISPATCH_BYTES
+    return isinstance(collectives.sp_group, TorchProcessGroup) and 2 * away * (1 - share) * row_bytes > DISPATCH_BYTES
 
 
 def _exchange(
@@ -78,7 +78,7 @@ def _exchange(
     send_rows: list[int],
 ) -> None:
     """An all-to-all of any number of rows in the SP group."""
-    assert isinstance(collectives.sp_group, TorchGroup)
+    assert isinstance(collectives.sp_group, TorchProcessGroup)
     started = time.perf_counter()
     import deepspeed.comm as comm
 

@@ -1,4 +1,9 @@
-"""The interface of process groups: the exchanges of a step, and the mailbox for messages of rank 0."""
+"""The interface of process groups: the collectives of a step, and the mailbox for messages from rank 0.
+
+Three kinds of group occur in this package, and names say which is meant. A *process group* is a set of ranks that
+communicate. A *cache group* is a set of layers that share a block table (`cache/groups.py`). A *query group* is the
+set of query heads that share a KV head (GQA).
+"""
 
 from __future__ import annotations
 
@@ -10,35 +15,35 @@ import torch
 from ulysses_infer.parallel.layout import Span
 
 
-class Group(Protocol):
-    """Some ranks in a fixed order. Every method is collective: all members call it alike, in the same order."""
+class ProcessGroup(Protocol):
+    """Ranks in a fixed order. Every method is collective: all ranks call the same methods in the same order."""
 
     @property
     def ranks(self) -> list[int]:
-        """The members, in the order of the group."""
+        """The ranks of the job that belong to the group, in group order."""
 
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
-        """Add up in place; returns `partial`. Every member gets the same bits."""
+        """All-reduce in place; returns `partial`. The result is bitwise equal on all ranks."""
 
     def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
-        """sources: each [t, n * h, d], my tokens with the heads of all n members; returns each as [T, h, d], all
-        tokens with my heads. The last dimension of a source is dense."""
+        """sources: each [t, n * h, d], this rank's tokens with the heads of all n ranks; returns each as [T, h, d],
+        all tokens with this rank's heads. The last dimension of a source is dense."""
 
     def heads_to_tokens(self, output: torch.Tensor, tokens: Sequence[Span]) -> torch.Tensor:
-        """output: [T, C], all tokens with my heads; returns [t, n * C], my tokens with the heads of all members."""
+        """output: [T, C], all tokens with this rank's heads; returns [t, n * C], this rank's tokens with all heads."""
 
     def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """rows: [counts[mine], D]; returns [sum(counts), D], the members' one after the other."""
+        """All-gather. rows: [counts[index of this rank], D]; returns [sum(counts), D], in group order."""
 
     def gather_to_first(self, shard: torch.Tensor) -> torch.Tensor | None:
-        """Every member's `shard`, all of one shape, on the first: [n, *shape]; None elsewhere."""
+        """Gather the `shard` of every rank, all of one shape, on the first: [n, *shape]; None elsewhere."""
 
 
 class Mailbox(Protocol):
-    """Messages of rank 0 to every other rank, in order."""
+    """Messages from rank 0 to all other ranks, in order."""
 
     def send(self, message: bytes) -> None:
-        """Rank 0: tell every other rank."""
+        """Send a message to all other ranks; rank 0 only."""
 
     def receive(self) -> bytes:
-        """Every other rank: wait for the next message, for days if need be."""
+        """Wait for the next message without a timeout; all ranks except 0."""

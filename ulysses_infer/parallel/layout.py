@@ -1,7 +1,7 @@
 """The arithmetic of head shards, modes and token slices. Pure functions without torch.
 
-Source: Hidayetoglu et al., "Shift Parallelism", arXiv 2509.16495, §3. The one idea: a rank owns head shard `g`
-for life, and a mode `(sp, tp)` only says how to read it (see docs/life-of-a-request.md).
+Source: Hidayetoglu et al., "Shift Parallelism", arXiv 2509.16495, §3. A rank owns head shard `g` permanently,
+and a mode `(sp, tp)` only determines how it is used (see docs/life-of-a-request.md).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Span(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many it covers."""
+        """Number of items in the range."""
         return self.stop - self.start
 
     def relative_to(self, outer: Span) -> Span:
@@ -48,10 +48,10 @@ class Span(NamedTuple):
 
 
 def even_span(total: int, index: int, parts: int) -> Span:
-    """Part `index` of `total` things cut into `parts` whose sizes differ by at most one.
+    """Part `index` of `total` items divided into `parts` whose sizes differ by at most one.
 
-    Floors of the same fraction agree, so part `i` of `k * n` lies inside part `i // k` of `n`: cuts of different
-    fineness nest, which is what lets every mode read its weights out of the base slice.
+    Divisions nest: part `i` of `k * n` lies inside part `i // k` of `n`. So every mode finds its weights inside the
+    base slice.
     """
     return Span(index * total // parts, (index + 1) * total // parts)
 
@@ -63,7 +63,7 @@ def token_spans(num_tokens: int, sp: int) -> list[Span]:
 
 def key_value_span(num_key_value_heads: int, index: int, parts: int) -> Span:
     """KV heads that the query heads of part `index` of `parts` read: an equal share while `parts` divides the
-    heads, else every head the part touches (one head, shared with its neighbours, when `parts` is a multiple)."""
+    heads, otherwise every head that overlaps the part (one head shared with neighbours if `parts` is a multiple)."""
     start = index * num_key_value_heads // parts
     stop = ceil_div((index + 1) * num_key_value_heads, parts)
     return Span(start, stop)
@@ -76,7 +76,7 @@ def divisors(number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Layout:
-    """The fixed placement of one replica: `world_size = sp0 * tp0` ranks, each with a head shard for life.
+    """The fixed placement of one replica: `world_size = sp0 * tp0` ranks, each with a fixed head shard.
 
     `rank_order` is "sp_inner" (head shard = rank) or "tp_inner" (tensor parallelism on neighbouring ranks, the
     paper's §3.3 order: rank = s * tp0 + t owns shard t * sp0 + s).
@@ -97,7 +97,7 @@ class Layout:
 
     @property
     def modes(self) -> list[Mode]:
-        """Every mode these weights and this cache can run: `tp0 | tp | W`, from base to full TP."""
+        """Every mode that these weights and this cache support: `tp0 | tp | W`, from base to full TP."""
         return [Mode(self.world_size // tp, tp) for tp in divisors(self.world_size) if tp % self.base.tp == 0]
 
     def shard_of(self, rank: int) -> int:
@@ -115,21 +115,21 @@ class Layout:
         return s * self.base.tp + t
 
     def sp_group(self, mode: Mode, shard: int) -> list[int]:
-        """Ranks that trade tokens for heads with `shard` in `mode`, ordered by head shard."""
+        """Ranks of the SP group of `shard` in `mode`, ordered by head shard."""
         first = shard - shard % mode.sp
         return [self.rank_of(g) for g in range(first, first + mode.sp)]
 
     def tp_group(self, mode: Mode, shard: int) -> list[int]:
-        """Ranks that sum partial results with `shard` in `mode`, ordered by head shard."""
+        """Ranks of the TP group of `shard` in `mode`, ordered by head shard."""
         return [self.rank_of(g) for g in range(shard % mode.sp, self.world_size, mode.sp)]
 
     def place(self, mode: Mode, shard: int) -> Place:
-        """What `shard` computes in `mode`."""
+        """The place of `shard` in `mode`."""
         return Place(mode=mode, shard=shard, world_size=self.world_size)
 
 
 class Place(NamedTuple):
-    """One head shard's part in one mode."""
+    """The slices of weights and tokens that one head shard uses in one mode."""
 
     mode: Mode
     shard: int
@@ -157,14 +157,14 @@ def check_mode(layout: Layout, mode: Mode) -> None:
 
 
 def heads_fit(world_size: int, num_attention_heads: int, num_key_value_heads: int) -> bool:
-    """Whether every shard gets the same number of query heads, all of one shard reading whole KV heads."""
+    """Whether every shard gets the same number of query heads, and each shard reads whole KV heads."""
     if num_attention_heads % world_size:
         return False
     return num_key_value_heads % world_size == 0 or world_size % num_key_value_heads == 0
 
 
 def check_heads(layout: Layout, num_attention_heads: int, num_key_value_heads: int) -> None:
-    """Raise `ConfigError`, listing the world sizes that would work, when the heads do not divide."""
+    """Raise `ConfigError`, listing valid world sizes, if the heads cannot be divided over the ranks."""
     if heads_fit(layout.world_size, num_attention_heads, num_key_value_heads):
         return
     fitting = [w for w in divisors(num_attention_heads) if heads_fit(w, num_attention_heads, num_key_value_heads)]

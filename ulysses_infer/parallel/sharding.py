@@ -1,4 +1,4 @@
-"""How the features of a weight divide over shards, and where a mode's slice lies in the base slice."""
+"""Division of a weight's features over shards, and the position of a mode's slice inside the base slice."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ulysses_infer.parallel.layout import Place, Span, even_span, key_value_span
 
 @dataclass(frozen=True)
 class Part:
-    """A run of `units` equal things (heads, neurons) of `width` features each.
+    """A contiguous range of `units` equal units (heads, neurons) of `width` features each.
 
-    `shared` marks key/value heads: when there are fewer of them than shards, neighbours read the same one.
+    `shared` marks key/value heads: if there are fewer than shards, neighbouring shards share one.
     """
 
     units: int
@@ -20,7 +20,7 @@ class Part:
 
     @property
     def features(self) -> int:
-        """Rows (or columns) of the weight that this part takes."""
+        """Number of rows (or columns) of the weight in this part."""
         return self.units * self.width
 
     def span(self, index: int, count: int) -> Span:
@@ -32,17 +32,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Sharding:
-    """A weight dimension made of parts that are cut one by one, e.g. packed q, k and v."""
+    """A weight dimension made of parts that are divided separately, e.g. packed q, k and v."""
 
     parts: tuple[Part, ...]
 
     @property
     def features(self) -> int:
-        """Rows (or columns) of the whole weight."""
+        """Number of rows (or columns) of the whole weight."""
         return sum(part.features for part in self.parts)
 
     def spans(self, index: int, count: int) -> list[Span]:
-        """Features of slice `index` of `count` in the whole weight, one span a part."""
+        """Features of slice `index` of `count` in the whole weight, one span per part."""
         spans, offset = [], 0
         for part in self.parts:
             span = part.span(index, count)
@@ -51,11 +51,11 @@ class Sharding:
         return spans
 
     def base_spans(self, base: Place) -> list[Span]:
-        """What a rank stores: its slice in the base mode."""
+        """Features that a rank stores: its slice in the base mode."""
         return merge(self.spans(base.weight_index, base.mode.tp))
 
     def part_spans(self, base: Place, place: Place) -> list[Span]:
-        """Where `place` finds each of its parts inside the stored base slice."""
+        """Features of each part of `place`, relative to the stored base slice."""
         found, offset = [], 0
         for part in self.parts:
             stored = part.span(base.weight_index, base.mode.tp)
@@ -65,12 +65,12 @@ class Sharding:
         return found
 
     def local_spans(self, base: Place, place: Place) -> list[Span]:
-        """`part_spans` with neighbours joined, so that a whole base slice is one span."""
+        """`part_spans` with adjacent spans merged, so that a whole base slice is one span."""
         return merge(self.part_spans(base, place))
 
 
 def merge(spans: list[Span]) -> list[Span]:
-    """Join spans that touch: fewer reads, and one matrix product instead of several."""
+    """Merge adjacent spans, for fewer reads and fewer matrix products."""
     joined = [spans[0]]
     for span in spans[1:]:
         if span.start == joined[-1].stop:

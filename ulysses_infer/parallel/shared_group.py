@@ -13,14 +13,14 @@ from ulysses_infer.native.function import ALL_REDUCE, ALL_TO_ALL, GATHER, Native
 from ulysses_infer.parallel.layout import Span
 
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-"""Numbers that can be added up; sums of the short ones are float32 until they are written."""
+"""Types that can be summed; 16-bit types are accumulated in float32."""
 LOST, TIMED_OUT, TOO_WIDE, CLOSED = 1, 2, 3, 4
 MOST_PIECES = 8
 FIRST_CAPACITY = 64 * 1024
 
 
 class Piece(ctypes.Structure):
-    """One tensor of an all-to-all, as `piece` in collectives.c; sizes and strides in bytes but for `heads`."""
+    """One tensor of an all-to-all, `struct piece` in collectives.c; sizes and strides are in bytes, except `heads`."""
 
     _fields_ = (
         ("source", c_void_p),
@@ -33,7 +33,7 @@ class Piece(ctypes.Structure):
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the signatures of collectives.c."""
+    """Declare the signatures of collectives.c to ctypes."""
     signatures = {
         "group_send": [c_void_p, c_char_p, c_int64],
         "group_receive": [c_void_p, c_void_p, c_int64, POINTER(c_int64)],
@@ -60,16 +60,16 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-class GroupMember:
-    """This rank's end of something that some ranks share, the `ranks` of the job."""
+class SharedMemoryEndpoint:
+    """This rank's endpoint of a process group or mailbox in shared memory. `ranks`: those of the job that share it."""
 
     def __init__(self, library: ctypes.CDLL, handle: int, ranks: list[int], mine: int) -> None:
         self.ranks, self._library, self._mine = ranks, library, mine
         self.handle: int | None = handle
-        """Of the C side; None once this rank has left."""
+        """Pointer to the C struct; None once this rank has left."""
 
     def _check(self, status: int) -> None:
-        """Raise RuntimeError for a wait that ended badly, in the words that failure.py knows from gloo."""
+        """Raise RuntimeError if a wait failed, with the wording of gloo's errors, which `failure_reason` recognises."""
         if status == 0:
             return
         reason, rank = status & 0xFF, self.ranks[status >> 8]
@@ -78,13 +78,13 @@ class GroupMember:
                 LOST: f"Connection closed by peer: rank {rank} has left or its process has ended",
                 TIMED_OUT: f"Timed out waiting for rank {rank}",
                 TOO_WIDE: "a single row of this exchange is larger than a slot of the shared memory",
-                CLOSED: "this rank has left the group",
+                CLOSED: "this rank has left the process group",
             }[reason]
         )
 
 
-class SharedGroup(GroupMember):
-    """A `Group` (see there) over shared memory. Not thread-safe, as an engine is not."""
+class SharedMemoryGroup(SharedMemoryEndpoint):
+    """A `ProcessGroup` over shared memory. Not thread-safe."""
 
     def __init__(self, library: ctypes.CDLL, handle: int, ranks: list[int], mine: int) -> None:
         super().__init__(library, handle, ranks, mine)
@@ -97,15 +97,15 @@ class SharedGroup(GroupMember):
         self._gather_to_first = NativeFunction(library, "group_gather_to_first", "pppi", GATHER, self._check)
 
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
-        """Add up in place, in the order of the members and in float32 at least; returns `partial`.
+        """All-reduce in place, in group order and at least float32; returns `partial`.
 
-        Raises `TypeError` for numbers that are not floating-point, which no layer adds up.
+        Raises `TypeError` if the tensor is not floating-point.
         """
         if not partial.is_contiguous():
             return partial.copy_(self.sum(partial.contiguous()))
         kind = KINDS.get(partial.dtype)
         if kind is None:
-            raise TypeError(f"tensors of {partial.dtype} cannot be added up in shared memory")
+            raise TypeError(f"tensors of {partial.dtype} cannot be summed in shared memory")
         self._sum(self.handle, partial.data_ptr(), partial.numel(), kind)
         return partial
 
@@ -146,14 +146,14 @@ class SharedGroup(GroupMember):
         return target
 
     def _bounds(self, stops: list[int]) -> Array[c_int64]:
-        """0 and `stops`, where they stay as long as a tape needs them."""
+        """[0, *stops]. While a CPU graph is recorded, a new array that it keeps."""
         starts = (c_int64 * (len(self.ranks) + 1))() if is_recording() else self._starts
         for index, stop in enumerate(stops, start=1):
             starts[index] = stop
         return starts
 
     def gather_to_first(self, shard: torch.Tensor) -> torch.Tensor | None:
-        """Every member's `shard` on the first, [n, *shape]; None elsewhere."""
+        """Gather every rank's `shard` on the first, [n, *shape]; None elsewhere."""
         shard = shard.contiguous()
         is_first = self._mine == 0
         target = shard.new_empty(len(self.ranks), *shard.shape) if is_first else shard
@@ -161,8 +161,8 @@ class SharedGroup(GroupMember):
         return target if is_first else None
 
 
-class SharedMailbox(GroupMember):
-    """A `Mailbox` (see there) in shared memory. Rank 0 may be some messages ahead of the others."""
+class SharedMemoryMailbox(SharedMemoryEndpoint):
+    """A `Mailbox` in shared memory. Rank 0 may be several messages ahead of the other ranks."""
 
     def __init__(self, library: ctypes.CDLL, handle: int, ranks: list[int], mine: int) -> None:
         super().__init__(library, handle, ranks, mine)
@@ -170,11 +170,11 @@ class SharedMailbox(GroupMember):
         self._length = c_int64()
 
     def send(self, message: bytes) -> None:
-        """Rank 0: tell every other rank."""
+        """See `Mailbox.send`."""
         self._check(self._library.group_send(self.handle, message, len(message)))
 
     def receive(self) -> bytes:
-        """Every other rank: wait for the next message."""
+        """See `Mailbox.receive`."""
         receive = self._library.group_receive
         self._check(receive(self.handle, self._buffer, len(self._buffer), self._length))
         if self._length.value > len(self._buffer):

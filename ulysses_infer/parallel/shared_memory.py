@@ -1,7 +1,7 @@
-"""The shared memory of a replica's ranks on one host.
+"""Shared memory of a replica's ranks on one host.
 
-It is an anonymous file (memfd) that rank 0 holds open until the others have mapped it through /proc: it has no name,
-so nothing is left of it when the last process is gone, however that ends.
+It is an anonymous file (memfd) that rank 0 holds open until the other ranks have mapped it through /proc. It has no
+name, so the kernel frees it when the last process ends, even after a crash.
 """
 
 from __future__ import annotations
@@ -18,67 +18,67 @@ import torch
 from ulysses_infer.arithmetic import round_up
 from ulysses_infer.host import host_identity
 from ulysses_infer.native.library import NativeUnavailableError, open_library
-from ulysses_infer.parallel.shared_group import GroupMember, SharedGroup, SharedMailbox, declare
+from ulysses_infer.parallel.shared_group import SharedMemoryEndpoint, SharedMemoryGroup, SharedMemoryMailbox, declare
 
-LINE_BYTES = 128  # apart in the cache, also of processors that fetch lines in pairs
-WORD_BYTES = 32
+LINE_BYTES = 128  # two cache lines, because some processors fetch them in pairs
+AUTH_TOKEN_BYTES = 32
 SLOT_BYTES, NUM_SLOTS = 1 << 20, 2
 MAIL_SLOT_BYTES, NUM_MAIL_SLOTS = 16 << 10, 32
 NANOSECONDS = 1_000_000_000
-# How long a rank that waits keeps its core before it sleeps: first looking all the time, unless the other was last
-# seen on the same core, then only while nobody else wants it. So it does no harm where ranks share cores.
+# How long a waiting rank spins (unless its peer was last seen on the same core), and then yields its core in a loop,
+# before it sleeps. So waiting is harmless where ranks share cores.
 SPIN_NS, YIELD_NS = 20_000, 2_000_000
-T = TypeVar("T", bound=GroupMember)
+T = TypeVar("T", bound=SharedMemoryEndpoint)
 
 
 class SharedMemoryUnavailableError(Exception):
-    """Why these ranks cannot share memory, in a few words; raised on all of them alike."""
+    """The ranks cannot share memory; raised on all of them, with the reason."""
 
 
 class MemoryRendezvous(NamedTuple):
-    """What a rank tells the others before they share memory."""
+    """What ranks exchange before they share memory."""
 
     host: str
     process: int
     file: int
-    """Rank 0's memory, by its number in rank 0's process."""
-    word: bytes
-    """What stands in that memory."""
+    """File descriptor of the memory in rank 0's process."""
+    auth_token: bytes
+    """The first bytes of that memory."""
     problem: str = ""
     """Why this rank cannot take part."""
 
 
 class SharedMemory:
-    """This rank's view of the memory. It begins with a word, then a flag a rank, then the groups, one after another."""
+    """This rank's mapping of the memory: an auth token, one flag per rank, then the process groups and the mailbox."""
 
     def __init__(self, library: ctypes.CDLL, base: int, size: int, rank: int, processes: Sequence[int]) -> None:
         self._library, self._base, self._rank, self._processes = library, base, rank, list(processes)
         self._next = _head_bytes(len(processes))
-        self._members: list[GroupMember] = []
+        self._endpoints: list[SharedMemoryEndpoint] = []
         self._handles: list[int] = []
         self._release = weakref.finalize(self, _release, library, base, size, self._processes, self._handles)
-        self._release.atexit = False  # the end of the process says it all, and others may still close engines
+        self._release.atexit = False  # at exit the kernel unmaps it, and engines may still be closed
 
-    def group(self, ranks: Sequence[int]) -> SharedGroup | None:
-        """The next group of the memory, which has these members; None for a rank that is not among them."""
-        return self._take(SharedGroup, ranks, NUM_SLOTS, SLOT_BYTES)
+    def group(self, ranks: Sequence[int]) -> SharedMemoryGroup | None:
+        """The next process group in the memory; None if this rank is not in `ranks`."""
+        return self._take(SharedMemoryGroup, ranks, NUM_SLOTS, SLOT_BYTES)
 
-    def mailbox(self) -> SharedMailbox:
-        """The next of the memory, for messages to all ranks."""
-        mailbox = self._take(SharedMailbox, range(len(self._processes)), NUM_MAIL_SLOTS, MAIL_SLOT_BYTES)
+    def mailbox(self) -> SharedMemoryMailbox:
+        """The mailbox, next in the memory, for messages to all ranks."""
+        mailbox = self._take(SharedMemoryMailbox, range(len(self._processes)), NUM_MAIL_SLOTS, MAIL_SLOT_BYTES)
         assert mailbox is not None
         return mailbox
 
     def limit_waits(self, seconds: float) -> None:
-        """From now on no wait takes longer: a RuntimeError. Only other ranks than 0 wait for messages for ever."""
-        for member in self._members:
-            if not (isinstance(member, SharedMailbox) and self._rank != 0):
-                self._library.group_limit(member.handle, int(seconds * NANOSECONDS))
+        """Set the timeout of all waits (RuntimeError), except for ranks that wait for a message from rank 0."""
+        for endpoint in self._endpoints:
+            if not (isinstance(endpoint, SharedMemoryMailbox) and self._rank != 0):
+                self._library.group_limit(endpoint.handle, int(seconds * NANOSECONDS))
 
     def close(self) -> None:
-        """Leave. Ranks that wait for this one get a RuntimeError."""
-        for member in self._members:
-            member.handle = None
+        """Leave. Ranks that wait for this one raise RuntimeError."""
+        for endpoint in self._endpoints:
+            endpoint.handle = None
         self._release()
 
     def _take(self, kind: type[T], ranks: Sequence[int], num_slots: int, slot_bytes: int) -> T | None:
@@ -87,22 +87,24 @@ class SharedMemory:
         if self._rank not in ranks:
             return None
         mine = list(ranks).index(self._rank)
-        left = (ctypes.c_void_p * len(ranks))(*(self._base + WORD_BYTES + LINE_BYTES * (rank + 1) for rank in ranks))
+        left = (ctypes.c_void_p * len(ranks))(
+            *(self._base + AUTH_TOKEN_BYTES + LINE_BYTES * (rank + 1) for rank in ranks)
+        )
         processes = (ctypes.c_int * len(ranks))(*(self._processes[rank] for rank in ranks))
         handle = self._library.group_open(
             place, len(ranks), mine, num_slots, slot_bytes, left, processes, SPIN_NS, YIELD_NS
         )
         self._handles.append(handle)
-        self._members.append(kind(self._library, handle, list(ranks), mine))
-        return self._members[-1]  # type: ignore[return-value]
+        self._endpoints.append(kind(self._library, handle, list(ranks), mine))
+        return self._endpoints[-1]  # type: ignore[return-value]
 
 
 def share_memory(rank: int, groups: Sequence[Sequence[int]], control: Any) -> SharedMemory:
-    """Memory for these groups and a mailbox, shared by all ranks of the gloo group `control`. Collective.
+    """Share memory for these process groups and a mailbox among all ranks of the gloo group `control`. Collective.
 
     Raises `SharedMemoryUnavailableError` on every rank if any of them cannot take part.
     """
-    file, word = -1, secrets.token_bytes(WORD_BYTES)
+    file, auth_token = -1, secrets.token_bytes(AUTH_TOKEN_BYTES)
     try:
         library = declare(open_library("collectives"))
         size = _total_bytes(library, torch.distributed.get_world_size(control), groups)
@@ -110,18 +112,19 @@ def share_memory(rank: int, groups: Sequence[Sequence[int]], control: Any) -> Sh
         if rank == 0:
             file = os.memfd_create("ulysses_infer", os.MFD_CLOEXEC)
             os.truncate(file, size)
-            os.pwrite(file, word, 0)
-        offer = MemoryRendezvous(host_identity(), os.getpid(), file, word)
+            os.pwrite(file, auth_token, 0)
+        problem = ""
     except (NativeUnavailableError, OSError, AttributeError) as error:
-        offer = MemoryRendezvous(host_identity(), os.getpid(), file, word, f"rank {rank}: {error}")
+        problem = f"rank {rank}: {error}"
+    mine = MemoryRendezvous(host_identity(), os.getpid(), file, auth_token, problem)
     try:
-        offers: list[MemoryRendezvous] = _gather(offer, control)
-        _raise_first([other.problem for other in offers])
-        if len({other.host for other in offers}) > 1:
+        rendezvous: list[MemoryRendezvous] = _gather(mine, control)
+        _raise_first([each.problem for each in rendezvous])
+        if len({each.host for each in rendezvous}) > 1:
             raise SharedMemoryUnavailableError("the ranks are not on one host")
         memory, problem = None, ""
         try:
-            memory = _open(library, size, rank, offers)
+            memory = _open(library, size, rank, rendezvous)
         except OSError as error:
             problem = f"rank {rank} cannot open the memory of rank 0: {error.strerror}"
         _raise_first(_gather(problem, control))
@@ -132,15 +135,15 @@ def share_memory(rank: int, groups: Sequence[Sequence[int]], control: Any) -> Sh
     return memory
 
 
-def _open(library: ctypes.CDLL, size: int, rank: int, offers: Sequence[MemoryRendezvous]) -> SharedMemory:
-    first = offers[0]
+def _open(library: ctypes.CDLL, size: int, rank: int, rendezvous: Sequence[MemoryRendezvous]) -> SharedMemory:
+    first = rendezvous[0]
     with open(f"/proc/{first.process}/fd/{first.file}", "r+b", buffering=0) as file:
-        if file.read(WORD_BYTES) != first.word:
-            raise OSError(0, "it is another one's")
+        if file.read(AUTH_TOKEN_BYTES) != first.auth_token:
+            raise OSError(0, "another process holds that file")
         base = library.memory_map(file.fileno(), size)
     if base is None:
-        raise OSError(0, f"{size} bytes of address space are not to be had")
-    return SharedMemory(library, base, size, rank, [os.pidfd_open(offer.process) for offer in offers])
+        raise OSError(0, f"mapping {size} bytes failed")
+    return SharedMemory(library, base, size, rank, [os.pidfd_open(each.process) for each in rendezvous])
 
 
 def _release(library: ctypes.CDLL, base: int, size: int, processes: Sequence[int], handles: Sequence[int]) -> None:

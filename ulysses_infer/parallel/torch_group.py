@@ -9,29 +9,29 @@ import torch
 
 from ulysses_infer.parallel.layout import Span
 
-INLINE_BYTES = 4096  # one broadcast carries this much; longer messages need a second one
+INLINE_BYTES = 4096  # sent with the length in one broadcast; the rest of a longer message needs a second
 LENGTH_BYTES = 8
 
 
-class TorchGroup:
-    """A `Group` (see there) over a process group of torch."""
+class TorchProcessGroup:
+    """A `ProcessGroup` over a process group of torch."""
 
-    def __init__(self, group: Any) -> None:
-        self.process_group = group
-        self._mine = torch.distributed.get_rank(group)
+    def __init__(self, process_group: Any) -> None:
+        self.process_group = process_group
+        self._mine = torch.distributed.get_rank(process_group)
 
     @property
     def ranks(self) -> list[int]:
-        """The members, in the order of the group."""
+        """See `ProcessGroup.ranks`."""
         return torch.distributed.get_process_group_ranks(self.process_group)
 
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
-        """Add up in place; returns `partial`."""
+        """All-reduce in place; returns `partial`."""
         _comm().all_reduce(partial, group=self.process_group)
         return partial
 
     def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
-        """sources: each [t, n * h, d]; returns each as [T, h, d], out of one exchange: strided views of it."""
+        """sources: each [t, n * h, d]; returns each as [T, h, d], strided views of one all-to-all."""
         sp, local = len(tokens), sources[0].shape[0]
         widths = [x.shape[1] // sp * x.shape[2] for x in sources]
         packed = sources[0].new_empty(sp, local, sum(widths))
@@ -59,7 +59,7 @@ class TorchGroup:
         return received
 
     def gather_to_first(self, shard: torch.Tensor) -> torch.Tensor | None:
-        """Every member's `shard` on the first, [n, *shape]; None elsewhere."""
+        """Gather every rank's `shard` on the first, [n, *shape]; None elsewhere."""
         shard = shard.contiguous()
         collected = shard.new_empty(len(self.ranks), *shard.shape) if self._mine == 0 else None
         parts = None if collected is None else list(collected)
@@ -79,14 +79,14 @@ class TorchGroup:
 
 
 class TorchMailbox:
-    """A `Mailbox` (see there) over a gloo group of all ranks."""
+    """A `Mailbox` over a gloo process group of all ranks."""
 
-    def __init__(self, group: Any) -> None:
-        self._group = group
+    def __init__(self, process_group: Any) -> None:
+        self._process_group = process_group
         self._buffer = torch.zeros(LENGTH_BYTES + INLINE_BYTES, dtype=torch.uint8)
 
     def send(self, message: bytes) -> None:
-        """Rank 0: tell every other rank."""
+        """See `Mailbox.send`."""
         head = len(message).to_bytes(LENGTH_BYTES, "little") + message[:INLINE_BYTES]
         self._buffer[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
         self._broadcast(self._buffer)
@@ -94,7 +94,7 @@ class TorchMailbox:
             self._broadcast(torch.frombuffer(bytearray(message[INLINE_BYTES:]), dtype=torch.uint8))
 
     def receive(self) -> bytes:
-        """Every other rank: wait for the next message."""
+        """See `Mailbox.receive`."""
         self._broadcast(self._buffer)
         length = int.from_bytes(self._buffer[:LENGTH_BYTES].numpy().tobytes(), "little")
         inline = self._buffer[LENGTH_BYTES : LENGTH_BYTES + min(length, INLINE_BYTES)].numpy().tobytes()
@@ -105,11 +105,11 @@ class TorchMailbox:
         return inline + rest.numpy().tobytes()
 
     def _broadcast(self, buffer: torch.Tensor) -> None:
-        torch.distributed.broadcast(buffer, src=0, group=self._group)
+        torch.distributed.broadcast(buffer, src=0, group=self._process_group)
 
 
 def _comm() -> Any:
-    """`deepspeed.comm`, imported late: a single-rank engine never needs it."""
+    """`deepspeed.comm`, imported late because a single-rank engine never needs it."""
     import deepspeed.comm as comm
 
     return comm

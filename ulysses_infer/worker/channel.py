@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from ulysses_infer.errors import as_user_error
-from ulysses_infer.parallel.groups import Groups
+from ulysses_infer.parallel.groups import ProcessGroups
 
 STEP, VALUE, ERROR, SHUTDOWN, CALL = range(5)
 T = TypeVar("T")
@@ -18,7 +18,7 @@ T = TypeVar("T")
 class Channel:
     """Ordered broadcast from rank 0. With a single rank nothing is sent."""
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: ProcessGroups) -> None:
         self._groups = groups
 
     @property

@@ -15,7 +15,7 @@ from ulysses_infer.native.arena import Arena
 from ulysses_infer.native.cpu_graph import CpuGraph
 from ulysses_infer.native.function import EXCHANGES, KINDS
 from ulysses_infer.native.matmul import NativeMatmul
-from ulysses_infer.parallel.groups import Groups
+from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.static_inputs import CpuInputs
 from ulysses_infer.worker.step import Finish, Step
@@ -47,7 +47,7 @@ class CpuGraphRunner:
         self,
         model: ShiftModel,
         cache: PagedCache,
-        groups: Groups,
+        groups: ProcessGroups,
         backend: NativeAttention,
         matmul: NativeMatmul,
         max_num_seqs: int,

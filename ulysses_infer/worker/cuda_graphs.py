@@ -18,7 +18,7 @@ from ulysses_infer.attention.backend import KernelAttention
 from ulysses_infer.cache.paged import PagedCache
 from ulysses_infer.errors import ConfigError, first_line
 from ulysses_infer.model.model import ShiftModel
-from ulysses_infer.parallel.groups import Groups
+from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.static_inputs import CudaGroupInputs, CudaInputs
 from ulysses_infer.worker.step import Finish, Step
@@ -89,7 +89,7 @@ class CudaGraphRunner:
         self,
         model: ShiftModel,
         cache: PagedCache,
-        groups: Groups,
+        groups: ProcessGroups,
         backend: KernelAttention,
         transfer: StepInputs,
         capturer: Capturer,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ulysses_infer.parallel.group import Group
+from ulysses_infer.parallel.group import ProcessGroup
 
 
 class NextTokenBuffer:
     """The tokens that the last step chose, on the device of every rank."""
 
-    def __init__(self, world: Group | None) -> None:
+    def __init__(self, world: ProcessGroup | None) -> None:
         """world: the process group of all ranks; None for a single rank."""
         self._world = world
         self._tokens: torch.Tensor | None = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ulysses_infer.model.loading.weights import Weights
-from ulysses_infer.parallel.groups import Groups
+from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.worker.channel import Channel
 from ulysses_infer.worker.cores import PinnedCores
 from ulysses_infer.worker.memory import return_freed_memory
@@ -19,7 +19,7 @@ class Rank:
 
     worker: Worker
     channel: Channel
-    groups: Groups
+    groups: ProcessGroups
     weights: Weights
     folder: Path | None
     """The folder of the checkpoint's config, where the tokenizer is too; None for a model given in memory."""

@@ -11,7 +11,7 @@ from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata
 from ulysses_infer.cache.paged import PagedCache
 from ulysses_infer.model.context import StepContext
 from ulysses_infer.native.matmul import NativeMatmul
-from ulysses_infer.parallel.groups import Groups
+from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.parallel.layout import Mode, Span, token_spans
 
 
@@ -19,7 +19,7 @@ class StepContextBuilder:
     """Combines what a rank keeps for all steps with what one step brings."""
 
     def __init__(
-        self, cache: PagedCache, groups: Groups, backend: AttentionBackend, matmul: NativeMatmul | None = None
+        self, cache: PagedCache, groups: ProcessGroups, backend: AttentionBackend, matmul: NativeMatmul | None = None
     ) -> None:
         """matmul: None multiplies with torch."""
         self.cache, self.groups, self.backend, self.matmul = cache, groups, backend, matmul

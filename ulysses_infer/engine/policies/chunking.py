@@ -86,4 +86,4 @@ class ChunkSizer:
 
 
 def _is_decoding(request: Request) -> bool:
-    return request.num_output_tokens + request.num_awaited_tokens > 0 and request.num_tokens_left == 1
+    return request.num_output_tokens + request.num_placeholders > 0 and request.num_tokens_left == 1

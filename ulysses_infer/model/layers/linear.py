@@ -17,7 +17,7 @@ Cut = Literal["column", "row"]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a plain linear layer, or gpt2's `Conv1D`, which is one with its weight transposed.
+    """Whether `module` is a plain linear layer or gpt2's `Conv1D`, which stores the weight transposed.
 
     Subclasses are not: they may do more than multiply (llama4's router).
     """
@@ -25,7 +25,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def cut_features(linear: nn.Module, cut: Cut) -> int:
-    """The number of features along the cut: outputs of a column cut, inputs of a row cut."""
+    """The number of features along the cut: outputs for column-parallel, inputs for row-parallel."""
     outputs, inputs = _shape(linear)
     return outputs if cut == "column" else inputs
 
@@ -37,17 +37,17 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 
 class ShiftLinear(nn.Module):
-    """A linear layer that keeps its base slice once and gives every mode zero-copy views of it.
+    """A linear layer that stores its base slice once and gives every mode zero-copy views of it.
 
-    A `column` cut shards the output features (rows of the weight): `[t, in] -> [t, out / tp]`.
-    A `row` cut shards the input features: `[t, in / tp] -> [t, out]`, summed over the TP group; its bias is added
-    once, after the sum. The paper keeps a second copy of the weights for its second mode (§3.2); this keeps none.
+    `column`: shards the output features (rows of the weight), `[t, in] -> [t, out / tp]`. `row`: shards the input
+    features, `[t, in / tp] -> [t, out]`, summed over the TP group; its bias is added once, after the sum. The paper
+    stores a second copy of the weights for its second mode (§3.2); this does not.
     """
 
     def __init__(self, source: Any, cut: Cut, sharding: Sharding, base: Place) -> None:
         super().__init__()
         self.cut, self.sharding, self.base = cut, sharding, base
-        self.transposed = type(source) is not nn.Linear  # the weight is [in, out], as its checkpoint has it
+        self.transposed = type(source) is not nn.Linear  # the weight is [in, out], as in the checkpoint
         outputs, inputs = _shape(source)
         stored = sum(span.size for span in sharding.base_spans(base))
         shape = (stored, inputs) if cut == "column" else (outputs, stored)
@@ -60,17 +60,17 @@ class ShiftLinear(nn.Module):
         self._pieces: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._part_sizes: list[int] = []
         self.is_stacked = False
-        """Whether its weight is read together with others' (`fusion/stacked.py`), and not by itself."""
+        """Whether its weight is part of a stacked weight (`fusion/stacked.py`)."""
 
     def slices(self, name: str) -> tuple[int, list[Span]] | None:
-        """Which part of the full parameter `name` this rank keeps: (dimension, spans), None for all of it."""
+        """Which part of the full parameter `name` this rank stores: (dimension, spans); None for all of it."""
         if name == "bias" and self.cut == "row":
             return None
         return (self._cut_dimension if name == "weight" else 0), self.sharding.base_spans(self.base)
 
     @property
     def _cut_dimension(self) -> int:
-        """Which dimension of the stored weight is cut."""
+        """The dimension of the stored weight that is sharded."""
         return int((self.cut == "row") != self.transposed)
 
     def bind(self, place: Place) -> None:
@@ -90,7 +90,8 @@ class ShiftLinear(nn.Module):
         return weight, self.bias.detach().narrow(0, span.start, span.size)
 
     def reader(self, place: Place) -> Callable[[torch.dtype], torch.Tensor]:
-        """What gives the weight as a column cut in one piece in `place`, [out / tp, in]: a view, in its own dtype."""
+        """Returns the weight of a column-parallel layer as one piece for `place`, [out / tp, in]: a view, in its own
+        dtype."""
         (span,) = self.sharding.local_spans(self.base, place)
         weight, _ = self._piece(span)
         return lambda _: weight
@@ -104,7 +105,7 @@ class ShiftLinear(nn.Module):
         return torch.cat([linear(inputs, weight, bias) for weight, bias in self._pieces], dim=-1)
 
     def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        """What `forward` of a column cut returns, each part of the sharding by itself: q, k and v of a packed one."""
+        """The result of `forward` of a column-parallel layer, split by the parts of the sharding: q, k and v if packed."""
         if len(self._pieces) == len(self._part_sizes):
             return [linear(inputs, weight, bias) for weight, bias in self._pieces]
         return self.forward(inputs).split(self._part_sizes, dim=-1)

@@ -14,9 +14,9 @@ from ulysses_infer.parallel.sharding import Part
 
 
 def is_rms_norm(source: nn.Module) -> bool:
-    """Whether `source` is weight * x / rms(x) and nothing else, found by trying a copy of it.
+    """Whether `source` computes weight * x / rms(x) and nothing else, found by running a copy of it.
 
-    Norms of that size that subtract the mean, have a bias or add 1 to the weight go by similar names.
+    Norms that subtract the mean, have a bias or add 1 to the weight have similar names.
     """
     trial: Any = copy.deepcopy(source).to_empty(device="cpu").float()
     with torch.no_grad():
@@ -58,16 +58,16 @@ class ShardedRMSNorm(nn.Module):
 
 
 class PerHeadNorm(nn.Module):
-    """A norm with its own weights for every head (cohere): transformers' module over the rows of my heads."""
+    """A norm with separate weights for every head (cohere): transformers' module over the rows of my heads."""
 
     def __init__(self, source: nn.Module, part: Part) -> None:
         super().__init__()
         self.weight = nn.Parameter(source.weight.detach(), requires_grad=False)  # type: ignore[operator]
         self.part = part
-        self._source = [source]  # unregistered: only its forward is borrowed
+        self._source = [source]  # not registered as a child: only its forward is used
 
     def bind(self, place: Place) -> None:
-        """Give the borrowed forward the weight rows of `place`'s heads."""
+        """Give the forward the weight rows of `place`'s heads."""
         span = self.part.span(place.weight_index, place.mode.tp)
         local = self.weight.detach()[span.start : span.stop]
         self._source[0].weight = nn.Parameter(local, requires_grad=False)
