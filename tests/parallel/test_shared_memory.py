@@ -198,13 +198,13 @@ def test_one_rank_that_cannot_keeps_all_from_it(rank_pool):
 
 def build_on_two_hosts():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared_memory, "_host", lambda: f"host of {os.environ['RANK']}")
+        patch.setattr(shared_memory, "host_identity", lambda: f"host of {os.environ['RANK']}")
         with pytest.raises(ConfigError, match="the ranks are not on one host"):
             shared(Layout(Mode(2, 1)))
 
 
-def build_with_another_word():
-    """Rank 0's numbers may name something else where another process has them."""
+def build_with_another_auth_token():
+    """The same pid and file descriptor may name another file, e.g. in another PID namespace."""
     with pytest.MonkeyPatch.context() as patch:
         if os.environ["RANK"] == "0":
             patch.setattr(shared_memory.os, "pwrite", lambda file, word, place: None)
@@ -214,7 +214,7 @@ def build_with_another_word():
 
 def test_memory_is_only_shared_by_those_that_see_the_same(rank_pool):
     rank_pool(2).run(build_on_two_hosts)
-    rank_pool(2).run(build_with_another_word)
+    rank_pool(2).run(build_with_another_auth_token)
 
 
 def choose(collectives):

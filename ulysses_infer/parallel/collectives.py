@@ -67,7 +67,10 @@ class Collectives:
         return received
 
     def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """All-gather rows, uneven in number, over the SP group. rows: [counts[index of this rank], D]; returns [sum(counts), D]."""
+        """All-gather uneven rows over the SP group.
+
+        rows: [counts[index of this rank], D]; returns [sum(counts), D].
+        """
         if self.sp_group is None:
             return rows
         started = time.perf_counter()

@@ -149,10 +149,10 @@ def build_groups(
 ) -> ProcessGroups:
     """Create the process groups of every mode. Collective: all ranks call it with the same arguments.
 
-    `num_ranks`: the size of the job if no launcher's environment says so. `collectives`: as `runtime.collectives`.
-    `external_group`: a sequence-parallel process group of the job. Modes with the same members use it, and it outlives
-    the engine. Raises `ConfigError`, on every rank, if the job has another number of ranks than the layout, or if
-    shared memory is asked for and not available.
+    `num_ranks`: of the job; by default from the launcher's environment. `collectives`: as `runtime.collectives`.
+    `external_group`: a sequence-parallel process group of the job, used by modes with the same ranks; it outlives the
+    engine. Raises `ConfigError` on every rank if the job and the layout differ in the number of ranks, or if memory
+    must be shared and cannot be.
     """
     if layout.world_size == 1:
         _check_world_size(layout, num_ranks or int(os.environ.get("WORLD_SIZE", "1")))
