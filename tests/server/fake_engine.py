@@ -14,7 +14,7 @@ from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.frames import FrameReader, encode_frame
 from ulysses_infer.server.messages import (
     Abort,
-    Call,
+    AdminCall,
     Dead,
     Draining,
     EngineState,
@@ -24,8 +24,8 @@ from ulysses_infer.server.messages import (
     Refused,
     Reply,
     RequestStart,
-    Step,
     Stepped,
+    StepReport,
     Submit,
     ToEngine,
 )
@@ -60,7 +60,7 @@ class FakeEngine:
     script: Script = field(default_factory=Script)
     submits: list[Submit] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[AdminCall] = field(default_factory=list)
     said_goodbye: bool = False
     replies: dict[str, Any] = field(default_factory=dict)
     """By command; an exception's text becomes the error."""
@@ -112,13 +112,13 @@ class FakeEngine:
                 task = self._tasks.get(message.request_id)
                 if task is not None:
                     task.cancel()
-            case Call():
+            case AdminCall():
                 self.calls.append(message)
                 self.send(self._reply(message))
             case Goodbye():
                 self.said_goodbye = True
 
-    def _reply(self, call: Call) -> Reply:
+    def _reply(self, call: AdminCall) -> Reply:
         value = self.replies.get(call.name, {})
         return Reply(call.number, error=str(value)) if isinstance(value, Exception) else Reply(call.number, value)
 
@@ -141,7 +141,7 @@ class FakeEngine:
                 return
             await asyncio.sleep(script.seconds)
             tokens = [sequence.next() for sequence in sequences if not sequence.is_finished]
-            step = Step(count, 0.0, 0.001, (2, 1), len(tokens), len(tokens), {})
+            step = StepReport(count, 0.0, 0.001, (2, 1), len(tokens), len(tokens), {})
             self.send(Stepped(STATE, step, tokens))
             count += 1
 

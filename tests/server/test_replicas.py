@@ -15,7 +15,7 @@ from ulysses_infer.server.client import EngineClient
 from ulysses_infer.server.frames import FrameReader, encode_frame
 from ulysses_infer.server.messages import (
     Abort,
-    Call,
+    AdminCall,
     Dead,
     Draining,
     EngineState,
@@ -27,7 +27,7 @@ from ulysses_infer.server.messages import (
     Submit,
     ToEngine,
 )
-from ulysses_infer.server.replicas import DoorKeeper, make_door
+from ulysses_infer.server.replicas import LeaderAcceptor, make_endpoint
 from ulysses_infer.server.router import Router
 
 
@@ -150,8 +150,8 @@ def test_the_states_of_all_are_one_state():
 def test_commands_reach_the_replicas_that_they_concern():
     async def answer(replicas, values):
         for replica, value in zip(replicas, values, strict=True):
-            await until(lambda replica=replica: replica.heard_of(Call))
-            call = replica.heard_of(Call)[0]
+            await until(lambda replica=replica: replica.heard_of(AdminCall))
+            call = replica.heard_of(AdminCall)[0]
             replica.heard.clear()
             error = value if isinstance(value, str) else None
             replica.say(Reply(call.number, None if error else value, error))
@@ -181,8 +181,8 @@ def test_they_drain_together_and_leave_together():
             task = asyncio.create_task(collect(router, "a"))
             await until(lambda: replicas[0].heard_of(Submit))
             replicas[1].say(Draining(1e9))
-            await until(lambda: replicas[0].heard_of(Call))
-            assert replicas[0].heard_of(Call)[0].name == "drain"
+            await until(lambda: replicas[0].heard_of(AdminCall))
+            assert replicas[0].heard_of(AdminCall)[0].name == "drain"
             replicas[0].say(Draining(1e9))
             await until(lambda: router.status == "draining")
             await asyncio.sleep(0.05)
@@ -211,13 +211,13 @@ def test_the_death_of_one_is_told_to_those_who_wait_for_another():
 
 
 def test_only_who_knows_the_word_comes_through_the_door():
-    listener, door = make_door("127.0.0.1")
+    listener, endpoint = make_endpoint("127.0.0.1")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(DoorKeeper(listener, door.word).let_in, 2)
-        strangers = [socket.create_connection((door.host, door.port)) for _ in range(2)]
+        waiting = pool.submit(LeaderAcceptor(listener, endpoint.auth_token).accept, 2)
+        strangers = [socket.create_connection((endpoint.host, endpoint.port)) for _ in range(2)]
         strangers[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
         strangers[1].close()
-        lines = [door.enter(index) for index in (2, 1)]
+        lines = [endpoint.connect(index) for index in (2, 1)]
         theirs = waiting.result(20)
     assert sorted(theirs) == [1, 2]
     lines[0].sendall(b"x")
@@ -227,13 +227,13 @@ def test_only_who_knows_the_word_comes_through_the_door():
 
 
 def test_a_door_can_be_closed_on_who_waits_at_it():
-    listener, door = make_door("127.0.0.1")
-    keeper = DoorKeeper(listener, door.word)
+    listener, endpoint = make_endpoint("127.0.0.1")
+    acceptor = LeaderAcceptor(listener, endpoint.auth_token)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(keeper.let_in, 2)
-        line = door.enter(1)
+        waiting = pool.submit(acceptor.accept, 2)
+        line = endpoint.connect(1)
         time.sleep(0.2)
-        keeper.close()
+        acceptor.close()
         assert sorted(waiting.result(5)) == [1]
         line.close()
 

@@ -13,7 +13,7 @@ from ulysses_infer.errors import ConfigError, RequestError
 
 
 class Commands:
-    """What `Call` messages may ask for. `drain` starts the shutdown, `tell_aborted` lets clients know."""
+    """What `AdminCall` messages may ask for. `drain` starts the shutdown, `tell_aborted` lets clients know."""
 
     def __init__(
         self, engine: Engine, drain: Callable[[], None], tell_aborted: Callable[[list[Completion]], None]

@@ -13,7 +13,7 @@ from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError
 from ulysses_infer.server.frames import FrameReader, encode_frame
 from ulysses_infer.server.messages import (
     Abort,
-    Call,
+    AdminCall,
     Dead,
     Draining,
     EngineState,
@@ -23,8 +23,8 @@ from ulysses_infer.server.messages import (
     Ready,
     Refused,
     Reply,
-    Step,
     Stepped,
+    StepReport,
     Submit,
     ToEngine,
 )
@@ -58,7 +58,7 @@ class Observer(Protocol):
     def on_ready(self, info: Ready) -> None:
         """The engine is up."""
 
-    def on_step(self, state: EngineState, step: Step | None) -> None:
+    def on_step(self, state: EngineState, step: StepReport | None) -> None:
         """A step ran, or the state changed without one."""
 
     def on_first_token(self, record: RequestRecord) -> None:
@@ -169,7 +169,7 @@ class EngineClient:
             raise EngineDeadError(self.death)
         number = next(self._numbers)
         future = self._calls[number] = asyncio.get_running_loop().create_future()
-        self._send(Call(number, name, arguments))
+        self._send(AdminCall(number, name, arguments))
         try:
             return await future
         finally:

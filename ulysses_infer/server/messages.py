@@ -30,7 +30,7 @@ class Abort(msgspec.Struct, tag=True, array_like=True):
     request_id: str
 
 
-class Call(msgspec.Struct, tag=True, array_like=True):
+class AdminCall(msgspec.Struct, tag=True, array_like=True):
     """An administrative command, answered by a `Reply` with the same number."""
 
     number: int
@@ -86,7 +86,7 @@ class EngineState(msgspec.Struct, array_like=True):
     """Tokens that the experts of each rank have computed, some seconds old; empty for a model without experts."""
 
 
-class Step(msgspec.Struct, array_like=True):
+class StepReport(msgspec.Struct, array_like=True):
     """One engine step as it ran."""
 
     sequence: int
@@ -104,7 +104,7 @@ class Stepped(msgspec.Struct, tag=True, array_like=True):
     """A step ran (or, with `step` None, the state changed without one)."""
 
     state: EngineState
-    step: Step | None = None
+    step: StepReport | None = None
     tokens: list[NewToken] = []
 
 
@@ -134,7 +134,7 @@ class Refused(msgspec.Struct, tag=True, array_like=True):
 
 
 class Reply(msgspec.Struct, tag=True, array_like=True):
-    """The answer to a `Call`: a value, or the error's one line."""
+    """The answer to a `AdminCall`: a value, or the error's one line."""
 
     number: int
     value: Any = None
@@ -155,5 +155,5 @@ class Dead(msgspec.Struct, tag=True, array_like=True):
     """Whether it was asked to (a second SIGTERM, an admin), rather than failed."""
 
 
-ToEngine = Submit | Abort | Call | Goodbye
+ToEngine = Submit | Abort | AdminCall | Goodbye
 FromEngine = Ready | Stepped | Refused | Reply | Draining | Dead

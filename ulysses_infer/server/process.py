@@ -21,10 +21,10 @@ from ulysses_infer.config import Config, ServerConfig
 from ulysses_infer.errors import ConfigError, UlyssesError
 from ulysses_infer.job.watchdog import Address, WatchdogClient
 from ulysses_infer.server.client import EngineClient, Observer
-from ulysses_infer.server.replicas import DoorKeeper
+from ulysses_infer.server.replicas import LeaderAcceptor
 from ulysses_infer.server.router import Router
 
-FAREWELL_SECONDS = 1.5  # for clients to read that the engine is dead, and for /health to say so
+SHUTDOWN_SECONDS = 1.5  # for clients to read that the engine is dead, and for /health to say so
 CLOSING_SECONDS = 5  # for connections to close once everyone is answered
 BACKLOG = 2048
 
@@ -78,22 +78,22 @@ def url_of(listener: socket.socket, settings: ServerConfig) -> str:
 
 
 @dataclass(frozen=True)
-class Order:
+class StartupSettings:
     """What the HTTP process is told when it starts."""
 
     config: Config
-    hub: Address
-    word: bytes
-    """What the leaders of other replicas say at the door."""
+    watchdog: Address
+    auth_token: bytes
+    """What the leaders of other replicas say at the endpoint."""
 
 
 class HttpProcess:
-    """Rank 0's handle on it. `door`: the socket on which the leaders of other replicas come in."""
+    """Rank 0's handle on it. `endpoint`: the socket on which the leaders of other replicas come in."""
 
-    def __init__(self, order: Order, listener: socket.socket, door: socket.socket) -> None:
+    def __init__(self, startup: StartupSettings, listener: socket.socket, endpoint: socket.socket) -> None:
         self.connection, theirs = socket.socketpair()
         """Rank 0's end of the line to it."""
-        inherited = [theirs.fileno(), listener.fileno(), door.fileno()]
+        inherited = [theirs.fileno(), listener.fileno(), endpoint.fileno()]
         root = str(Path(__file__).resolve().parents[2])
         code = f"import sys; sys.path.insert(0, {root!r}); from ulysses_infer.server.process import main; main()"
         self._process = subprocess.Popen(
@@ -102,7 +102,7 @@ class HttpProcess:
         theirs.close()
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it ended already: the line to it is closed, which is noticed
-            self._process.stdin.write(pickle.dumps(order))
+            self._process.stdin.write(pickle.dumps(startup))
             self._process.stdin.close()
 
     @property
@@ -124,11 +124,11 @@ class HttpProcess:
 
 
 @contextmanager
-def http_process(order: Order, listener: socket.socket, door: socket.socket) -> Iterator[HttpProcess]:
+def http_process(startup: StartupSettings, listener: socket.socket, endpoint: socket.socket) -> Iterator[HttpProcess]:
     """It, running; ended with the block, however that ends."""
-    process = HttpProcess(order, listener, door)
+    process = HttpProcess(startup, listener, endpoint)
     listener.close()  # from here on it alone holds the ports
-    door.close()
+    endpoint.close()
     try:
         yield process
     finally:
@@ -139,55 +139,59 @@ def main() -> None:
     """Serve until rank 0 says so or is gone. Signals are rank 0's business: whoever sends one to all sends it there."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    link, listener, door = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:4])
-    order: Order = pickle.loads(sys.stdin.buffer.read())
+    link, listener, endpoint = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:4])
+    startup: StartupSettings = pickle.loads(sys.stdin.buffer.read())
     import uvloop
 
     from ulysses_infer.console.library_logging import quiet_libraries, set_up_logging
 
     quiet_libraries(0)
-    set_up_logging(order.config.runtime.log_level, 0)
+    set_up_logging(startup.config.runtime.log_level, 0)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(order, link, listener, door))
+            runner.run(serve(startup, link, listener, endpoint))
     except UlyssesError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-async def serve(order: Order, link: socket.socket, listener: socket.socket, door: socket.socket) -> None:
+async def serve(
+    startup: StartupSettings, link: socket.socket, listener: socket.socket, endpoint: socket.socket
+) -> None:
     """Connect the engine, the application and the port, and keep them together until the end."""
     from ulysses_infer.server.http.app import make_app
     from ulysses_infer.server.http.context import make_context
     from ulysses_infer.server.observe import Observatory
     from ulysses_infer.worker.memory import freeze_gc
 
-    observatory = Observatory(order.config)
-    engine = Router(observatory, order.config.parallel.dp)
-    server = _make_server(make_app(make_context(order.config, engine, observatory)), order.config.server)
+    observatory = Observatory(startup.config)
+    engine = Router(observatory, startup.config.parallel.dp)
+    server = _make_server(make_app(make_context(startup.config, engine, observatory)), startup.config.server)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    tasks = await _connect(engine, order, link, door)
-    tasks.append(asyncio.create_task(_watch_hub(order, engine)))
+    tasks = await _connect(engine, startup, link, endpoint)
+    tasks.append(asyncio.create_task(_watch_server(startup, engine)))
     tasks.append(asyncio.create_task(observatory.status_lines(_log)))
     freeze_gc()
     await asyncio.wait([serving, asyncio.create_task(engine.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
     if engine.death:
-        await asyncio.sleep(FAREWELL_SECONDS)
+        await asyncio.sleep(SHUTDOWN_SECONDS)
     server.should_exit = True
     await serving
     for task in tasks:
         task.cancel()
 
 
-async def _connect(engine: Router, order: Order, link: socket.socket, door: socket.socket) -> list[asyncio.Task[None]]:
+async def _connect(
+    engine: Router, startup: StartupSettings, link: socket.socket, endpoint: socket.socket
+) -> list[asyncio.Task[None]]:
     """Rank 0's line, and those of other replicas' leaders once they have come in."""
-    interval = order.config.server.stream_interval
+    interval = startup.config.server.stream_interval
     first = await _client(link, engine.observers[0], interval)
     listening = [asyncio.create_task(first.listen())]
-    keeper = DoorKeeper(door, order.word)
-    waiting = asyncio.create_task(asyncio.to_thread(keeper.let_in, len(engine.observers) - 1))
+    acceptor = LeaderAcceptor(endpoint, startup.auth_token)
+    waiting = asyncio.create_task(asyncio.to_thread(acceptor.accept, len(engine.observers) - 1))
     await asyncio.wait([waiting, asyncio.create_task(first.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
-    keeper.close()  # the thread that waits at it must not keep a dead engine's process alive
+    acceptor.close()  # the thread that waits at it must not keep a dead engine's process alive
     lines = await waiting
     others = [await _client(lines[index], engine.observers[index], interval) for index in sorted(lines)]
     listening += [asyncio.create_task(client.listen()) for client in others]
@@ -203,7 +207,7 @@ def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-async def _watch_hub(order: Order, engine: Router) -> None:
+async def _watch_server(startup: StartupSettings, engine: Router) -> None:
     """From when the engine is up, its end or silence is the end here too; before that, the closed line tells."""
     await engine.settled.wait()
     if engine.death:
@@ -213,9 +217,11 @@ async def _watch_hub(order: Order, engine: Router) -> None:
     def on_end(reason: str) -> None:
         loop.call_soon_threadsafe(engine.die, reason)
 
-    member = WatchdogClient(order.hub, "the HTTP process", order.config.server.heartbeat_timeout, on_end)
+    watchdog_client = WatchdogClient(
+        startup.watchdog, "the HTTP process", startup.config.server.heartbeat_timeout, on_end
+    )
     await engine.ended.wait()
-    member.leave()
+    watchdog_client.leave()
 
 
 def _make_server(app: Any, settings: ServerConfig) -> Any:

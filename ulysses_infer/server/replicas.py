@@ -23,34 +23,34 @@ from ulysses_infer.job.watchdog import Address
 from ulysses_infer.parallel.groups import Rendezvous
 
 STORE_SECONDS = 120.0
-HELLO_SECONDS = 5.0
-WORD_BYTES = 16
+HANDSHAKE_SECONDS = 5.0
+TOKEN_BYTES = 16
 
 
-class Door(NamedTuple):
-    """Where the HTTP process takes the lines of other replicas' leaders, and the word that lets one in."""
+class LeaderEndpoint(NamedTuple):
+    """Where the HTTP process takes the lines of other replicas' leaders, and the auth_token that lets one in."""
 
     host: str
     port: int
-    word: bytes
+    auth_token: bytes
 
-    def enter(self, index: int) -> socket.socket:
+    def connect(self, index: int) -> socket.socket:
         """The line of replica `index` to the HTTP process."""
         line = socket.create_connection((self.host, self.port), STORE_SECONDS)
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        line.sendall(self.word + index.to_bytes(2, "little"))
+        line.sendall(self.auth_token + index.to_bytes(2, "little"))
         line.settimeout(None)
         return line
 
 
-class DoorKeeper:
-    """The HTTP process's side of the door."""
+class LeaderAcceptor:
+    """The HTTP process's side of the endpoint."""
 
-    def __init__(self, listener: socket.socket, word: bytes) -> None:
-        self._listener, self._word = listener, word
+    def __init__(self, listener: socket.socket, auth_token: bytes) -> None:
+        self._listener, self._auth_token = listener, auth_token
 
-    def let_in(self, count: int) -> dict[int, socket.socket]:
-        """Wait for so many leaders; their lines by replica. Whoever does not know the word is turned away.
+    def accept(self, count: int) -> dict[int, socket.socket]:
+        """Wait for so many leaders; their lines by replica. Whoever does not know the auth_token is turned away.
 
         Fewer come if `close` is called meanwhile, from another thread.
         """
@@ -60,7 +60,7 @@ class DoorKeeper:
                 line = self._listener.accept()[0]
             except OSError:  # closed
                 break
-            index = self._ask(line)
+            index = self._index_of(line)
             if index is None:
                 line.close()
             else:
@@ -73,24 +73,24 @@ class DoorKeeper:
         with contextlib.suppress(OSError):  # closed already
             self._listener.shutdown(socket.SHUT_RDWR)
 
-    def _ask(self, line: socket.socket) -> int | None:
-        """Which replica is at the door; None for a stranger."""
-        line.settimeout(HELLO_SECONDS)
+    def _index_of(self, line: socket.socket) -> int | None:
+        """Which replica is at the endpoint; None for a stranger."""
+        line.settimeout(HANDSHAKE_SECONDS)
         try:
-            said = _receive(line, WORD_BYTES + 2)
+            received = _receive(line, TOKEN_BYTES + 2)
         except OSError:
             return None
-        if not hmac.compare_digest(said[:WORD_BYTES], self._word):
+        if not hmac.compare_digest(received[:TOKEN_BYTES], self._auth_token):
             return None
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return int.from_bytes(said[WORD_BYTES:], "little")
+        return int.from_bytes(received[TOKEN_BYTES:], "little")
 
 
-def make_door(host: str) -> tuple[socket.socket, Door]:
+def make_endpoint(host: str) -> tuple[socket.socket, LeaderEndpoint]:
     """A listener for the HTTP process to inherit, and what leaders need to find it."""
     listener = socket.create_server((host, 0))
     address, port = listener.getsockname()[:2]
-    return listener, Door(address, port, secrets.token_bytes(WORD_BYTES))
+    return listener, LeaderEndpoint(address, port, secrets.token_bytes(TOKEN_BYTES))
 
 
 def _receive(line: socket.socket, count: int) -> bytes:
@@ -100,11 +100,11 @@ def _receive(line: socket.socket, count: int) -> bytes:
     return received
 
 
-class News(NamedTuple):
+class StartupInfo(NamedTuple):
     """What rank 0 of the job tells the leaders of the other replicas."""
 
-    hub: Address
-    door: Door
+    watchdog: Address
+    endpoint: LeaderEndpoint
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,12 @@ class Replica:
         size = self.config.parallel.world_size
         return Rendezvous(PrefixStore(f"replica-{self.index}", self.store), self.rank, size)
 
-    def tell(self, news: News) -> None:
+    def publish(self, startup_info: StartupInfo) -> None:
         """Rank 0 of the job: let the other leaders know."""
         if self.store is not None:
-            self.store.set("news", pickle.dumps(news))
+            self.store.set("startup_info", pickle.dumps(startup_info))
 
-    def hear(self) -> News:
-        """Another leader: wait for what rank 0 has to tell."""
-        news: News = pickle.loads(self.store.get("news"))
-        return news
+    def receive(self) -> StartupInfo:
+        """Another leader: wait for what rank 0 has to publish."""
+        startup_info: StartupInfo = pickle.loads(self.store.get("startup_info"))
+        return startup_info

@@ -11,7 +11,7 @@ import msgspec
 
 from ulysses_infer.errors import EngineDeadError, RequestError
 from ulysses_infer.server.client import DEAD, DRAINING, READY, STARTING, EngineClient, Observer, RequestRecord
-from ulysses_infer.server.messages import EngineState, NewToken, Ready, Step, Submit
+from ulysses_infer.server.messages import EngineState, NewToken, Ready, StepReport, Submit
 
 EVERYWHERE = ("set_policy", "abort_all", "drain", "reset_prefix_cache")
 SEQUENCE_TOKENS = 64
@@ -123,7 +123,7 @@ class Router:
         if info is not None:
             self._observer.on_ready(info)
 
-    def on_step(self, index: int, state: EngineState, step: Step | None) -> None:
+    def on_step(self, index: int, state: EngineState, step: StepReport | None) -> None:
         """A replica ran a step, or its state changed."""
         self._states[index] = state
         together = self.state
@@ -158,7 +158,7 @@ class _ReplicaObserver:
         self._router._states[self._index] = info.state
         self._router.on_ready()
 
-    def on_step(self, state: EngineState, step: Step | None) -> None:
+    def on_step(self, state: EngineState, step: StepReport | None) -> None:
         """It ran a step, or its state changed."""
         self._router.on_step(self._index, state, step)
 

@@ -1,6 +1,6 @@
 """The `serve` command on every rank.
 
-With several replicas each has a leader of its own, whose plans its ranks follow; all are served by one HTTP process.
+With several replicas each has a leader of its own, whose plans its other ranks run; all are served by one HTTP process.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ulysses_infer.job.lifetime import Guard
 from ulysses_infer.job.prompt_reader import make_prompt_reader
 from ulysses_infer.job.start_rank import finish_start, start_rank
 from ulysses_infer.job.watchdog import Address, WatchdogClient, WatchdogServer
+from ulysses_infer.server.engine_loop import EngineLoop, describe_engine
 from ulysses_infer.server.link import Link
 from ulysses_infer.server.messages import Dead
-from ulysses_infer.server.process import Order, bind, check, http_process, url_of
-from ulysses_infer.server.replicas import News, Replica, make_door
-from ulysses_infer.server.serving import Serving, describe_engine
+from ulysses_infer.server.process import StartupSettings, bind, check, http_process, url_of
+from ulysses_infer.server.replicas import Replica, StartupInfo, make_endpoint
 from ulysses_infer.text.prompts import load_tokenizer
 from ulysses_infer.worker.channel import SHUTDOWN
 from ulysses_infer.worker.memory import freeze_gc
@@ -43,7 +43,7 @@ NEEDED = ("fastapi", "uvicorn", "uvloop", "httptools", "msgspec", "prometheus_cl
 STOP_SECONDS = 3.0  # for a server told to stop now, before it is made to
 LEAVE_SECONDS = 10.0  # for the HTTP process to close its connections
 SIGNAL_SECONDS = 1.0  # signals this close are one: a launcher repeats what its whole group got
-WORD_SECONDS = 2.0  # for rank 0 to say why a connection broke
+WATCHDOG_SECONDS = 2.0  # for rank 0 to say why a connection broke
 TIMEOUT_MARGIN = 5.0  # the watchdog comes before the collectives' own time limit: it knows more
 
 
@@ -54,17 +54,17 @@ def run(config: Config, rank: int, guard: Guard) -> None:
         raise ConfigError(f"serve needs {', '.join(missing)}; install the package with its extra: ulysses_infer[serve]")
     replica = Replica.of(config, rank)
     if rank == 0:
-        lead(config, replica, guard)
+        run_rank_0(config, replica, guard)
     elif replica.rank == 0:
-        assist(replica, rank, guard)
+        run_leader(replica, rank, guard)
     else:
-        follow(replica, rank, guard)
+        run_follower(replica, rank, guard)
 
 
 # -- rank 0 ------------------------------------------------------------------------------------------------------
 
 
-def lead(config: Config, replica: Replica, guard: Guard) -> None:
+def run_rank_0(config: Config, replica: Replica, guard: Guard) -> None:
     """Rank 0: the port first, so that a wrong one is known at once; then the model; then requests."""
     console = make_console(0)
     check(config.server)
@@ -72,26 +72,28 @@ def lead(config: Config, replica: Replica, guard: Guard) -> None:
     url = url_of(listener, config.server)
     print_config(console, "serve", config)
     with ExitStack() as stack:
-        hub = WatchdogServer(_hub_host(), config.server.heartbeat_timeout, config.runtime.step_timeout)
-        entrance, door = make_door(_hub_host())
-        process = stack.enter_context(http_process(Order(config, hub.address, door.word), listener, entrance))
+        watchdog = WatchdogServer(_rendezvous_host(), config.server.heartbeat_timeout, config.runtime.step_timeout)
+        entrance, endpoint = make_endpoint(_rendezvous_host())
+        process = stack.enter_context(
+            http_process(StartupSettings(config, watchdog.address, endpoint.auth_token), listener, entrance)
+        )
         link = Link(process.connection)
-        hub.on_end = lambda reason: _say_dead(link, reason)
-        replica.tell(News(hub.address, door))
-        rank, engine, weight_bytes = _start(replica, hub.address, console)
-        serving = Serving(engine, link, hub, config.server)
-        signals = Signals(serving, hub, guard)
+        watchdog.on_end = lambda reason: _send_dead(link, reason)
+        replica.publish(StartupInfo(watchdog.address, endpoint))
+        rank, engine, weight_bytes = _start(replica, watchdog.address, console)
+        loop = EngineLoop(engine, link, watchdog, config.server)
+        signals = Signals(loop, watchdog, guard)
         guard.take_over(signals.take, signals.take_orphaned)
         _announce(console, config, url)
-        serving.run(describe_engine(engine, weight_bytes, serving.state()))
+        loop.run(describe_engine(engine, weight_bytes, loop.state()))
         _end(rank)
-        hub.leave(STOP_SECONDS)
+        watchdog.leave(STOP_SECONDS)
         process.wait(LEAVE_SECONDS)
     if signals.status:
         raise SystemExit(signals.status)
 
 
-def _start(replica: Replica, hub: Address, console: Console) -> tuple[Rank, Engine, list[int]]:
+def _start(replica: Replica, watchdog: Address, console: Console) -> tuple[Rank, Engine, list[int]]:
     """The engine, loaded on all ranks of the replica, and proved to run in every mode."""
     config, started = replica.config, time.monotonic()
     with loading_bar(console) as progress:
@@ -106,7 +108,7 @@ def _start(replica: Replica, hub: Address, console: Console) -> tuple[Rank, Engi
         return Engine(config, rank, prompts, text=False)
 
     engine, weight_bytes = finish_start(rank, config, make_engine)
-    rank.channel.gather(hub)
+    rank.channel.gather(watchdog)
     rank.groups.limit_waits(config.runtime.step_timeout + TIMEOUT_MARGIN)
     warm_up(engine)
     engine.policies.prepare()
@@ -115,13 +117,13 @@ def _start(replica: Replica, hub: Address, console: Console) -> tuple[Rank, Engi
     return rank, engine, weight_bytes
 
 
-def _hub_host() -> str:
+def _rendezvous_host() -> str:
     """The address by which other hosts know this one, if there are any."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return "127.0.0.1" if ranks_on_this_host(world_size) == world_size else os.environ["MASTER_ADDR"]
 
 
-def _say_dead(link: Link, reason: str) -> None:
+def _send_dead(link: Link, reason: str) -> None:
     link.send(Dead(reason))
     link.flush(STOP_SECONDS / 10)
 
@@ -142,8 +144,8 @@ def _end(rank: Rank) -> None:
 class Signals:
     """What signals mean to rank 0, heard in the guard's thread: the first drains, a second one stops at once."""
 
-    def __init__(self, serving: Serving, hub: WatchdogServer, guard: Guard) -> None:
-        self._serving, self._hub, self._guard = serving, hub, guard
+    def __init__(self, loop: EngineLoop, watchdog: WatchdogServer, guard: Guard) -> None:
+        self._loop, self._watchdog, self._guard = loop, watchdog, guard
         self._first: float | None = None
         self.status = 0
         """The exit status that the signals ask for."""
@@ -153,74 +155,76 @@ class Signals:
         now = time.monotonic()
         if self._first is None:
             self._first = now
-            self._hub.announce_drain()
-            self._serving.drain()
+            self._watchdog.announce_drain()
+            self._loop.drain()
         elif now - self._first > SIGNAL_SECONDS:
             self._stop(number, "the server was stopped")
 
     def take_orphaned(self) -> None:
         """The launcher is gone. While draining that is part of the end; otherwise nobody looks after the job."""
-        if not self._serving.is_draining:
+        if not self._loop.is_draining:
             self._stop(15, "the launcher of the server was killed")
 
     def _stop(self, number: int, reason: str) -> None:
         self.status = 128 + number
-        self._serving.stop(reason)
+        self._loop.stop(reason)
         timer = threading.Timer(STOP_SECONDS, self._force, (number,))
         timer.daemon = True
         timer.start()
 
     def _force(self, number: int) -> None:
         """It did not stop in time: a step hangs, most likely."""
-        self._hub.kill_clients()
+        self._watchdog.kill_clients()
         self._guard.end(number)
 
 
 # -- every other rank --------------------------------------------------------------------------------------------
 
 
-def assist(replica: Replica, rank: int, guard: Guard) -> None:
-    """The leader of another replica: as rank 0, but the HTTP process and the last word are elsewhere."""
-    news, server = replica.hear(), replica.config.server
-    started, engine, weight_bytes = _start(replica, news.hub, make_console(rank))
+def run_leader(replica: Replica, rank: int, guard: Guard) -> None:
+    """The leader of another replica: as rank 0, but the HTTP process and the last auth_token are elsewhere."""
+    startup_info, server = replica.receive(), replica.config.server
+    started, engine, weight_bytes = _start(replica, startup_info.watchdog, make_console(rank))
     limit = replica.config.runtime.step_timeout
-    member = WatchdogClient(news.hub, f"rank {rank}", server.heartbeat_timeout, step_timeout=limit)
-    serving = Serving(engine, Link(news.door.enter(replica.index)), member, server)
-    patience = Patience(server, rank, member, guard)
-    guard.take_over(patience.take, patience.take_orphaned)
-    serving.run(describe_engine(engine, weight_bytes, serving.state()))
+    watchdog_client = WatchdogClient(
+        startup_info.watchdog, f"rank {rank}", server.heartbeat_timeout, step_timeout=limit
+    )
+    loop = EngineLoop(engine, Link(startup_info.endpoint.connect(replica.index)), watchdog_client, server)
+    signals = FollowerSignals(server, rank, watchdog_client, guard)
+    guard.take_over(signals.take, signals.take_orphaned)
+    loop.run(describe_engine(engine, weight_bytes, loop.state()))
     _end(started)
-    member.leave()
+    watchdog_client.leave()
 
 
-def follow(replica: Replica, rank: int, guard: Guard) -> None:
+def run_follower(replica: Replica, rank: int, guard: Guard) -> None:
     """Any other rank: run its leader's plans until it says that is all. Raises what went wrong here."""
     config = replica.config
     started = start_rank(config, rendezvous=replica.meeting)
     finish_start(started, config, lambda: None)
     address = started.channel.gather(None)[0]
-    member = WatchdogClient(address, f"rank {rank}", config.server.heartbeat_timeout)
+    watchdog_client = WatchdogClient(address, f"rank {rank}", config.server.heartbeat_timeout)
     started.groups.limit_waits(config.runtime.step_timeout + TIMEOUT_MARGIN)
-    patience = Patience(config.server, rank, member, guard)
-    guard.take_over(patience.take, patience.take_orphaned)
+    signals = FollowerSignals(config.server, rank, watchdog_client, guard)
+    guard.take_over(signals.take, signals.take_orphaned)
     freeze_gc()
     try:
         serve_until_shutdown(started)
     except Exception as error:
         if is_lost_connection(error):
-            time.sleep(WORD_SECONDS)  # the heartbeat ends this process, and says who was lost
-        member.report(failure_reason(error))
+            time.sleep(WATCHDOG_SECONDS)  # the heartbeat ends this process, and says who was lost
+        watchdog_client.report(failure_reason(error))
         raise
-    member.leave()
+    watchdog_client.leave()
     started.close()
 
 
-class Patience:
+class FollowerSignals:
     """What signals mean to the other ranks: rank 0 got them too and will say when to end, within its limits."""
 
-    def __init__(self, settings: ServerConfig, rank: int, member: WatchdogClient, guard: Guard) -> None:
+    def __init__(self, settings: ServerConfig, rank: int, watchdog_client: WatchdogClient, guard: Guard) -> None:
         self._limit = settings.shutdown_timeout + LEAVE_SECONDS
-        self._rank, self._member, self._guard = rank, member, guard
+        self._rank, self._watchdog_client, self._guard = rank, watchdog_client, guard
 
     def take(self, number: int) -> None:
         """A signal came: leave it to rank 0, but not for ever."""
@@ -231,7 +235,7 @@ class Patience:
     def take_orphaned(self) -> None:
         """The launcher on this host is gone: unless the job is ending anyhow, that ends it."""
         time.sleep(SIGNAL_SECONDS)
-        if not self._member.is_draining:
-            self._member.report(f"the launcher of rank {self._rank} was killed")
-            time.sleep(WORD_SECONDS)
+        if not self._watchdog_client.is_draining:
+            self._watchdog_client.report(f"the launcher of rank {self._rank} was killed")
+            time.sleep(WATCHDOG_SECONDS)
             self._guard.end(15)

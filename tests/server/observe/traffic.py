@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ulysses_infer.server.client import Observer, RequestRecord
-from ulysses_infer.server.messages import EngineState, Ready, Step
+from ulysses_infer.server.messages import EngineState, Ready, StepReport
 
 SP, TP = (4, 1), (1, 4)
 BUDGET = 2048
@@ -49,7 +49,7 @@ def make_ready(modes: list[tuple[int, int]] | None = None) -> Ready:
     return Ready("models/demo", 32768, 32000, [2], modes or [SP, TP], 8192, 16, [8_190_000_000] * 4, make_state())
 
 
-def make_step(sequence: int, started: float, **changes: Any) -> Step:
+def make_step(sequence: int, started: float, **changes: Any) -> StepReport:
     values: dict[str, Any] = {
         "seconds": 0.01,
         "mode": TP,
@@ -57,7 +57,7 @@ def make_step(sequence: int, started: float, **changes: Any) -> Step:
         "num_decodes": 8,
         "collective_seconds": {},
     }
-    return Step(sequence, started, **(values | changes))
+    return StepReport(sequence, started, **(values | changes))
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Traffic:
         collectives = {"all_reduce": seconds * 0.22} if mode == TP else {"all_to_all": seconds * 0.09}
         self.observer.on_step(
             self._state(),
-            Step(self.sequence, started, seconds, mode, num_tokens, len(decoding), collectives | {"plan": 2e-4}),
+            StepReport(self.sequence, started, seconds, mode, num_tokens, len(decoding), collectives | {"plan": 2e-4}),
         )
         self.sequence += 1
         for request in decoding + begun:

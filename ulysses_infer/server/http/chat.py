@@ -5,45 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from ulysses_infer.sampling_params import SamplingParams
-from ulysses_infer.server.http.answering import Answering, check_streaming, generation_of
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.conversation import conversation_of
 from ulysses_infer.server.http.errors import ApiError
-from ulysses_infer.server.http.generation import Generation, Prompt
+from ulysses_infer.server.http.generation import Prompt
 from ulysses_infer.server.http.logprobs import TokenNames, chat_logprob, prompt_logprobs
-from ulysses_infer.server.http.outputs import Delta, Output
+from ulysses_infer.server.http.outputs import Delta, Output, Outputs
 from ulysses_infer.server.http.protocol.chat import ChatRequest
+from ulysses_infer.server.http.respond import PreparedRequest, check_streaming, generation_of
 from ulysses_infer.server.http.sampling import sampling_params, structured_outputs
 from ulysses_infer.server.http.tool_use import ToolUse, check_format, tool_use
 
 
-class Chat(Answering):
-    """One request to /v1/chat/completions."""
-
-    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
-    body: ChatRequest
-
-    def __init__(self, context: AppContext, body: ChatRequest, generation: Generation, use: ToolUse) -> None:
-        self._use = use
-        super().__init__(context, body, generation)
-
-    def choice(self, output: Output) -> ChatChoice:
-        """What writes `output`."""
-        return ChatChoice(self.context, self.body, output, self._use)
-
-    def of_prompt(self) -> dict[str, Any]:
-        """Its token ids and log-probabilities, if they are wanted."""
-        source = self.outputs.sources[0]
-        fields: dict[str, Any] = {}
-        if self.body.return_token_ids:
-            fields["prompt_token_ids"] = source.prompt.token_ids
-        if self.body.prompt_logprobs is not None:
-            scored = source.start.prompt_logprobs if source.start is not None else None
-            fields["prompt_logprobs"] = None if scored is None else prompt_logprobs(self.context.texts, scored)
-        return fields
-
-
-class ChatChoice:
+class ChatChoiceBuilder:
     """Writes one output: a whole message, or the next chunks of it."""
 
     def __init__(self, context: AppContext, body: ChatRequest, output: Output, use: ToolUse) -> None:
@@ -119,7 +93,7 @@ class ChatChoice:
         return {"content": scored, "refusal": None}
 
 
-async def make_chat(context: AppContext, body: ChatRequest) -> Chat:
+async def prepare_chat(context: AppContext, body: ChatRequest) -> PreparedRequest:
     """Check a request and write its prompt. Raises `ApiError`, `RequestError`, `OverloadedError`, `EngineDeadError`."""
     context.check_model(body.model)
     check_streaming(body)
@@ -128,7 +102,26 @@ async def make_chat(context: AppContext, body: ChatRequest) -> Chat:
     variables = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
     text = await context.texts.render(conversation_of(body, variables))
     token_ids = await context.texts.encode(text, bool(body.add_special_tokens))
-    return Chat(context, body, generation_of(context, "chatcmpl", body, [Prompt(token_ids, text)], params), use)
+    return PreparedRequest(
+        body,
+        generation_of(context, "chatcmpl", body, [Prompt(token_ids, text)], params),
+        kind="chat.completion",
+        chunk_kind="chat.completion.chunk",
+        new_choice=lambda output: ChatChoiceBuilder(context, body, output, use),
+        prompt_fields=lambda outputs: _prompt_fields(context, body, outputs),
+    )
+
+
+def _prompt_fields(context: AppContext, body: ChatRequest, outputs: Outputs) -> dict[str, Any]:
+    """The prompt's token ids and log-probabilities, if the request asks for them."""
+    source = outputs.sources[0]
+    fields: dict[str, Any] = {}
+    if body.return_token_ids:
+        fields["prompt_token_ids"] = source.prompt.token_ids
+    if body.prompt_logprobs is not None:
+        scored = source.start.prompt_logprobs if source.start is not None else None
+        fields["prompt_logprobs"] = None if scored is None else prompt_logprobs(context.texts, scored)
+    return fields
 
 
 def _parameters(context: AppContext, body: ChatRequest) -> tuple[ToolUse, SamplingParams]:

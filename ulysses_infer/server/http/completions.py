@@ -5,28 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from ulysses_infer.sampling_params import SamplingParams
-from ulysses_infer.server.http.answering import Answering, check_streaming, generation_of
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.generation import Prompt
 from ulysses_infer.server.http.logprobs import LegacyLogprobs, TokenNames, prompt_logprobs
 from ulysses_infer.server.http.outputs import Delta, Output
 from ulysses_infer.server.http.protocol.completions import CompletionRequest
+from ulysses_infer.server.http.respond import PreparedRequest, check_streaming, generation_of
 from ulysses_infer.server.http.sampling import sampling_params, structured_outputs
 
 
-class Completion(Answering):
-    """One request to /v1/completions."""
-
-    kind = chunk_kind = "text_completion"
-    body: CompletionRequest
-
-    def choice(self, output: Output) -> CompletionChoice:
-        """What writes `output`."""
-        return CompletionChoice(self.context, self.body, output, self.generation.params)
-
-
-class CompletionChoice:
+class CompletionChoiceBuilder:
     """Writes one output: whole, or the next chunk of it."""
 
     def __init__(self, context: AppContext, body: CompletionRequest, output: Output, params: SamplingParams) -> None:
@@ -91,7 +80,7 @@ class CompletionChoice:
         return prompt_logprobs(self._texts, start.prompt_logprobs)
 
 
-async def make_completion(context: AppContext, body: CompletionRequest) -> Completion:
+async def prepare_completion(context: AppContext, body: CompletionRequest) -> PreparedRequest:
     """Check a request and read its prompts. Raises `ApiError`, `RequestError`, `OverloadedError`, `EngineDeadError`."""
     context.check_model(body.model)
     _check(body)
@@ -104,7 +93,14 @@ async def make_completion(context: AppContext, body: CompletionRequest) -> Compl
     context.engine_info()
     prompts = [await _read(context, prompt, body.add_special_tokens is not False) for prompt in body.prompt]
     generation = generation_of(context, "cmpl", body, prompts, params)
-    return Completion(context, body, generation, keeps_tokens=body.max_tokens != 0)
+    return PreparedRequest(
+        body,
+        generation,
+        kind="text_completion",
+        chunk_kind="text_completion",
+        new_choice=lambda output: CompletionChoiceBuilder(context, body, output, params),
+        keeps_tokens=body.max_tokens != 0,
+    )
 
 
 def check_token_ids(context: AppContext, token_ids: list[int]) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ulysses_infer.server.client import RequestRecord
-from ulysses_infer.server.messages import EngineState, Step
+from ulysses_infer.server.messages import EngineState, StepReport
 from ulysses_infer.server.observe.windows import Samples, TimeGrid
 
 SPAN_SECONDS = 900.0
@@ -101,7 +101,7 @@ class History:
             each.num_cache_hits += max(0, state.prefix_cache_hits - hits)
             each.num_preemptions += max(0, state.num_preemptions - preemptions)
 
-    def on_step(self, step: Step) -> None:
+    def on_step(self, step: StepReport) -> None:
         """A step ran."""
         now = self.clock()
         mode = self.mode_number(step.mode)
@@ -146,7 +146,7 @@ class History:
         now = self.clock()
         return self.seconds.row(int(now), now)
 
-    def _draw(self, step: Step, mode: int, now: float) -> None:
+    def _draw(self, step: StepReport, mode: int, now: float) -> None:
         """Put the step into the band: never before the step ahead of it, after now, or further back than it goes."""
         end = min(step.started + step.seconds, now)
         start = min(max(step.started, self._band_end, now - SPAN_SECONDS), end)

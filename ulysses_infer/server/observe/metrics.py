@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.server.client import RequestRecord
-from ulysses_infer.server.messages import EngineState, Step
+from ulysses_infer.server.messages import EngineState, StepReport
 from ulysses_infer.server.observe.policies import describe_settings
 
 PREFIX = "ulysses:"
@@ -95,7 +95,7 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._model_name = model_name
-        self._requests = _RequestMetrics(self)
+        self._requests = _RequestHistograms(self)
         self._engine = _EngineMetrics(self)
         self._modes: dict[tuple[int, int], _ModeMetrics] = {}
         self._last_mode: _ModeMetrics | None = None
@@ -148,7 +148,7 @@ class Metrics:
         """How full the engine is now."""
         self._engine.take(state)
 
-    def on_step(self, step: Step) -> None:
+    def on_step(self, step: StepReport) -> None:
         """A step ran."""
         mode = self._modes.get(step.mode)
         if mode is None:
@@ -243,7 +243,7 @@ class _EngineMetrics:
             self.policy.info({"policy": str(state.policy["name"]), "settings": describe_settings(state.policy)})
 
 
-class _RequestMetrics:
+class _RequestHistograms:
     """The stages of a request: arrival, first step, first token, last token, end."""
 
     def __init__(self, metrics: Metrics) -> None:

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ulysses_infer.config import Config
 from ulysses_infer.server.client import DEAD, DRAINING, READY, STARTING, RequestRecord
-from ulysses_infer.server.messages import EngineState, Ready, Step
+from ulysses_infer.server.messages import EngineState, Ready, StepReport
 from ulysses_infer.server.observe.dashboard import Dashboard
 from ulysses_infer.server.observe.history import History
 from ulysses_infer.server.observe.metrics import Metrics
@@ -104,7 +104,7 @@ class Observatory:
             self._history.mode_number(mode)
         self.on_step(info.state, None)
 
-    def on_step(self, state: EngineState, step: Step | None) -> None:
+    def on_step(self, state: EngineState, step: StepReport | None) -> None:
         """A step ran, or the state changed without one."""
         self._metrics.on_state(state)
         self._history.on_state(state)

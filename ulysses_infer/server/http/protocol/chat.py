@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 
 from ulysses_infer.server.http.protocol.common import (
     MAX_LOGPROBS,
-    Answer,
     Body,
     Count,
     EngineFields,
     PromptLogprobs,
+    ResponseBody,
     Usage,
 )
 
@@ -104,7 +104,7 @@ class ChatFields(Body):
 
 
 class ChatRequest(EngineFields, ChatFields):
-    """Answer messages."""
+    """ResponseBody messages."""
 
     refused: ClassVar[dict[str, str]] = {
         "functions": "use tools",
@@ -126,7 +126,7 @@ class ChatRequest(EngineFields, ChatFields):
     prediction: dict[str, Any] | None = None
 
 
-class TopLogprob(Answer):
+class TopLogprob(ResponseBody):
     """A token and its log-probability."""
 
     token: str
@@ -140,21 +140,21 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Answer):
+class ChatLogprobs(ResponseBody):
     """Log-probabilities in OpenAI's newer format."""
 
     content: list[TokenLogprob]
     refusal: None
 
 
-class FunctionCall(Answer):
+class FunctionCall(ResponseBody):
     """The function that the model calls."""
 
     name: str
     arguments: str
 
 
-class ToolCall(Answer):
+class ToolCall(ResponseBody):
     """A tool call that the model makes."""
 
     id: str
@@ -162,7 +162,7 @@ class ToolCall(Answer):
     function: FunctionCall
 
 
-class AnswerMessage(Answer):
+class AnswerMessage(ResponseBody):
     """What the model says."""
 
     role: Literal["assistant"]
@@ -171,7 +171,7 @@ class AnswerMessage(Answer):
     tool_calls: list[ToolCall] | None = None
 
 
-class ChatChoice(Answer):
+class ChatChoice(ResponseBody):
     """One answer."""
 
     index: int
@@ -182,7 +182,7 @@ class ChatChoice(Answer):
     token_ids: list[int] | None = None
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ResponseBody):
     """The model's answers."""
 
     id: str

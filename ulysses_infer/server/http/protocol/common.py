@@ -20,7 +20,7 @@ class Body(BaseModel):
     """Fields of OpenAI's API that this server does not have, with what to do instead."""
 
 
-class Answer(BaseModel):
+class ResponseBody(BaseModel):
     """A part of an answer, as /openapi.json describes it."""
 
     model_config = ConfigDict(protected_namespaces=())
@@ -62,7 +62,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = Field(None, description="Taken, without effect.")
 
 
-class StructuredOutputs(Body):
+class StructuredOutputsField(Body):
     """What an output must match: exactly one of json, regex, choice, grammar and json_object."""
 
     json_schema: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")
@@ -132,7 +132,7 @@ class EngineFields(SamplingFields):
         None, description='Tokens in log-probabilities are written as "token_id:17".'
     )
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
+    structured_outputs: StructuredOutputsField | None = None
     guided_json: dict[str, Any] | str | None = Field(None, description="The same as structured_outputs.json.")
     guided_regex: str | None = Field(None, description="The same as structured_outputs.regex.")
     guided_choice: list[str] | None = Field(None, description="The same as structured_outputs.choice.")
@@ -147,13 +147,13 @@ class EngineFields(SamplingFields):
     prompt_cache_retention: str | None = None
 
 
-class PromptTokensDetails(Answer):
+class PromptTokensDetails(ResponseBody):
     """Where the prompt's tokens came from."""
 
     cached_tokens: int
 
 
-class Usage(Answer):
+class Usage(ResponseBody):
     """Tokens of a request."""
 
     prompt_tokens: int
@@ -162,7 +162,7 @@ class Usage(Answer):
     prompt_tokens_details: PromptTokensDetails
 
 
-class PromptLogprob(Answer):
+class PromptLogprob(ResponseBody):
     """A token that the prompt has, or might have had."""
 
     logprob: float
@@ -173,7 +173,7 @@ class PromptLogprob(Answer):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
-class ErrorDetails(Answer):
+class ErrorDetails(ResponseBody):
     """What was wrong."""
 
     message: str
@@ -182,7 +182,7 @@ class ErrorDetails(Answer):
     code: str | None
 
 
-class ErrorAnswer(Answer):
+class ErrorAnswer(ResponseBody):
     """Every error's body."""
 
     error: ErrorDetails

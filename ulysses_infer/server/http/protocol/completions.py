@@ -9,9 +9,9 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from ulysses_infer.server.http.protocol.common import (
     INT32,
     MAX_LOGPROBS,
-    Answer,
     EngineFields,
     PromptLogprobs,
+    ResponseBody,
     Usage,
 )
 
@@ -69,7 +69,7 @@ class CompletionRequest(EngineFields):
     add_special_tokens: bool | None = Field(None, description="Whether text gets the model's first token; the default.")
 
 
-class CompletionLogprobs(Answer):
+class CompletionLogprobs(ResponseBody):
     """Log-probabilities in the older of OpenAI's two formats: lists of equal length."""
 
     tokens: list[str]
@@ -78,7 +78,7 @@ class CompletionLogprobs(Answer):
     text_offset: list[int]
 
 
-class CompletionChoice(Answer):
+class CompletionChoice(ResponseBody):
     """One output."""
 
     index: int
@@ -91,7 +91,7 @@ class CompletionChoice(Answer):
     prompt_token_ids: list[int] | None = None
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ResponseBody):
     """Outputs, those of the first prompt first."""
 
     id: str

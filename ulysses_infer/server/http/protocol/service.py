@@ -7,10 +7,10 @@ from typing import Any, Literal
 import msgspec
 from pydantic import Field, field_validator, model_validator
 
-from ulysses_infer.server.http.protocol.common import Answer, Body
+from ulysses_infer.server.http.protocol.common import Body, ResponseBody
 
 
-class ModelCard(Answer):
+class ModelCard(ResponseBody):
     """A served model, or an adapter of it."""
 
     id: str
@@ -22,21 +22,21 @@ class ModelCard(Answer):
     max_model_len: int | None = Field(description="Longest prompt plus output, in tokens; null while it is loaded.")
 
 
-class ModelList(Answer):
+class ModelList(ResponseBody):
     """The served models."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class Health(Answer):
+class Health(ResponseBody):
     """How the engine is."""
 
     status: str = Field(description="starting, ready, draining or dead.")
     reason: str | None = Field(description="Why the engine is dead.")
 
 
-class Version(Answer):
+class Version(ResponseBody):
     """What runs."""
 
     version: str
@@ -73,7 +73,7 @@ class AbortRequest(Body):
         return self
 
 
-class Aborted(Answer):
+class Aborted(ResponseBody):
     """Who was ended."""
 
     aborted: list[str]

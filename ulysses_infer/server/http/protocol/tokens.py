@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ulysses_infer.server.http.protocol.chat import Message
-from ulysses_infer.server.http.protocol.common import Answer, Body, TokenId
+from ulysses_infer.server.http.protocol.common import Body, ResponseBody, TokenId
 
 
 class TokenizeRequest(Body):
@@ -25,7 +25,7 @@ class TokenizeRequest(Body):
     return_token_strs: bool | None = None
 
 
-class TokenizeAnswer(Answer):
+class TokenizeAnswer(ResponseBody):
     """Token ids."""
 
     count: int
@@ -41,7 +41,7 @@ class DetokenizeRequest(Body):
     tokens: list[TokenId]
 
 
-class DetokenizeAnswer(Answer):
+class DetokenizeAnswer(ResponseBody):
     """Their text."""
 
     prompt: str

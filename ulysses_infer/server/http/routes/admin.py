@@ -14,7 +14,7 @@ from ulysses_infer.server.http.context import AppContext, context_of
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.openapi import answers, takes
 from ulysses_infer.server.http.protocol.service import Aborted, AbortRequest, AnyAnswer, PolicyChange
-from ulysses_infer.server.http.routes.openai import json_response
+from ulysses_infer.server.http.respond import json_response
 
 router = APIRouter(prefix="/admin", tags=["administration"])
 COMMAND = (400, 401, 403, 503)

@@ -14,7 +14,7 @@ from ulysses_infer.server.http.context import AppContext, context_of
 from ulysses_infer.server.http.errors import JSON, ApiError
 from ulysses_infer.server.http.openapi import answers, described, parameter
 from ulysses_infer.server.http.protocol.service import AnyAnswer, Health, Version
-from ulysses_infer.server.http.routes.openai import json_response
+from ulysses_infer.server.http.respond import json_response
 from ulysses_infer.version import __version__
 
 router = APIRouter(tags=["service"])

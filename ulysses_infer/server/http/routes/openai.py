@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ulysses_infer.server.http.answering import Answering
 from ulysses_infer.server.http.body import read_body
-from ulysses_infer.server.http.chat import make_chat
-from ulysses_infer.server.http.completions import make_completion
+from ulysses_infer.server.http.chat import prepare_chat
+from ulysses_infer.server.http.completions import prepare_completion
 from ulysses_infer.server.http.context import AppContext, context_of
-from ulysses_infer.server.http.disconnect import until_disconnect
-from ulysses_infer.server.http.errors import JSON, timeout_error
 from ulysses_infer.server.http.openapi import EVENTS, answers, parameter, takes
 from ulysses_infer.server.http.protocol.chat import ChatAnswer, ChatRequest
 from ulysses_infer.server.http.protocol.completions import CompletionAnswer, CompletionRequest
 from ulysses_infer.server.http.protocol.service import ModelCard, ModelList
-from ulysses_infer.server.http.sse import EventStream
+from ulysses_infer.server.http.respond import json_response, respond
 
 router = APIRouter(tags=["OpenAI"])
 GENERATING = (400, 404, 413, 415, 500, 503, 504)
@@ -34,14 +28,14 @@ GENERATING = (400, 404, 413, 415, 500, 503, 504)
 async def completions(request: Request) -> Response:
     """Continue a prompt, or several."""
     context, body = context_of(request), await read_body(request, CompletionRequest)
-    return await _respond(request, context, make_completion(context, body), bool(body.stream))
+    return await respond(request, context, await prepare_completion(context, body))
 
 
 @router.post("/v1/chat/completions", responses=answers(ChatAnswer, *GENERATING, also=EVENTS), **takes(ChatRequest))
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     context, body = context_of(request), await read_body(request, ChatRequest)
-    return await _respond(request, context, make_chat(context, body), bool(body.stream))
+    return await respond(request, context, await prepare_chat(context, body))
 
 
 @router.get("/v1/models", responses=answers(ModelList))
@@ -61,26 +55,6 @@ async def model(request: Request) -> Response:
     context, name = context_of(request), request.path_params["model"]
     context.check_model(name)
     return json_response(_card(context, name))
-
-
-def json_response(value: Any) -> Response:
-    """`value` as a response of JSON."""
-    return Response(msgspec.json.encode(value), media_type=JSON)
-
-
-async def _respond(
-    request: Request, context: AppContext, making: Coroutine[Any, Any, Answering], streams: bool
-) -> Response:
-    """Run a request while its client waits. Raises what goes wrong before an answer has begun."""
-    timeout = context.config.server.request_timeout
-    work = await making
-    if streams:
-        return EventStream(work.events(), timeout)
-    try:
-        async with asyncio.timeout(timeout):
-            return json_response(await until_disconnect(request.receive, work.answer()))
-    except TimeoutError:
-        raise timeout_error(timeout or 0) from None
 
 
 def _card(context: AppContext, name: str) -> dict[str, Any]:

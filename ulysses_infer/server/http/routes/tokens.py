@@ -18,7 +18,7 @@ from ulysses_infer.server.http.protocol.tokens import (
     TokenizeAnswer,
     TokenizeRequest,
 )
-from ulysses_infer.server.http.routes.openai import json_response
+from ulysses_infer.server.http.respond import json_response
 from ulysses_infer.server.tool_calls import check_tools
 
 router = APIRouter(tags=["tokens"])

@@ -17,7 +17,7 @@ from ulysses_infer.server.admin import Commands
 from ulysses_infer.server.link import Link
 from ulysses_infer.server.messages import (
     Abort,
-    Call,
+    AdminCall,
     Dead,
     Draining,
     EngineState,
@@ -27,8 +27,8 @@ from ulysses_infer.server.messages import (
     Refused,
     Reply,
     RequestStart,
-    Step,
     Stepped,
+    StepReport,
     Submit,
     ToEngine,
 )
@@ -39,11 +39,11 @@ IDLE_SECONDS = 1.0  # between looks at the clock while nothing happens
 NAMING_SECONDS = 0.5  # for the heartbeat to say which rank was lost, when a collective only says that one was
 
 
-class Serving:
+class EngineLoop:
     """The engine at the service of the HTTP process. `drain` and `stop` may be called from any thread."""
 
     def __init__(self, engine: Engine, link: Link, watch: Watchdog, settings: ServerConfig) -> None:
-        self._engine, self._link, self._watch, self._settings = engine, link, watch, settings
+        self._engine, self._link, self._watchdog, self._settings = engine, link, watch, settings
         self._reported: dict[int, int] = {}  # tokens sent of each unfinished sequence, by its request's index
         self._deadline: float | None = None
         self._stop_reason = ""
@@ -60,7 +60,7 @@ class Serving:
         """Serve until drained or stopped. A failure of any rank or of the HTTP process ends this process instead."""
         self._link.send(ready)
         while not self._is_over():
-            for message in self._link.receive(self._patience()):
+            for message in self._link.receive(self._drain_timeout()):
                 self._take(message)
             if self._engine.has_unfinished:
                 self._step()
@@ -83,12 +83,12 @@ class Serving:
         """Whether the server is on its way out in order."""
         return self._wants_drain
 
-    def _patience(self) -> float:
+    def _drain_timeout(self) -> float:
         return 0.0 if self._engine.has_unfinished else IDLE_SECONDS
 
     def _is_over(self) -> bool:
         if self._link.is_closed and not self._is_answered:
-            self._watch.fail("the HTTP process ended unexpectedly")
+            self._watchdog.fail("the HTTP process ended unexpectedly")
         if self._wants_drain and self._deadline is None:
             self._start_draining()
         if self._deadline is not None and time.monotonic() > self._deadline and not self._is_answered:
@@ -99,19 +99,19 @@ class Serving:
 
     def _start_draining(self) -> None:
         self._deadline = time.monotonic() + self._settings.shutdown_timeout
-        self._watch.announce_drain()
+        self._watchdog.announce_drain()
         self._link.send(Draining(self._deadline))
 
     def _step(self) -> None:
         started = time.monotonic()
         try:
-            with self._watch.working():
+            with self._watchdog.working():
                 touched = self._engine.step()
                 self._ask_for_expert_load()
         except Exception as error:  # whatever it was, the ranks are out of step
             self._end(error)
         record = self._engine.stats.recent[-1]
-        step = Step(
+        step = StepReport(
             record.sequence,
             started,
             record.seconds,
@@ -137,7 +137,7 @@ class Serving:
             time.sleep(NAMING_SECONDS)
         else:
             logger.error("a step failed", exc_info=error)
-        self._watch.fail(f"a step failed: {failure_reason(cause)}")
+        self._watchdog.fail(f"a step failed: {failure_reason(cause)}")
 
     def _check_idle(self) -> None:
         """An idle engine has all its blocks: anything else is a leak, and a bug to report."""
@@ -153,7 +153,7 @@ class Serving:
                 self._submit(message)
             case Abort():
                 self._abort(message.request_id)
-            case Call():
+            case AdminCall():
                 self._link.send(self._answer(message))
             case Goodbye():
                 self._is_answered = True
@@ -197,7 +197,7 @@ class Serving:
         tokens = [token for completion in completions for token in self._news(completion)]
         self._link.send(Stepped(self.state(), None, tokens))
 
-    def _answer(self, call: Call) -> Reply:
+    def _answer(self, call: AdminCall) -> Reply:
         try:
             value = self._commands.run(call.name, call.arguments)
         except RequestError as error:

@@ -16,9 +16,9 @@ from ulysses_infer.job.prompt_reader import make_prompt_reader
 from ulysses_infer.job.start_rank import finish_start, start_rank
 from ulysses_infer.job.watchdog import WatchdogServer
 from ulysses_infer.server.client import EngineClient
+from ulysses_infer.server.engine_loop import EngineLoop, describe_engine
 from ulysses_infer.server.link import Link
 from ulysses_infer.server.messages import Submit
-from ulysses_infer.server.serving import Serving, describe_engine
 from ulysses_infer.text.prompts import load_tokenizer
 
 PROMPT = list(range(5, 25))
@@ -67,9 +67,9 @@ def engine(folder):
 async def served(engine, **changes):
     """(client, its log, the serving loop, the engine's thread)"""
     ours, theirs = socket.socketpair()
-    hub = WatchdogServer("127.0.0.1", 5.0, 60.0)
+    watchdog = WatchdogServer("127.0.0.1", 5.0, 60.0)
     config = load_config(engine.config, {f"server.{key}": value for key, value in changes.items()})
-    serving = Serving(engine, Link(ours), hub, config.server)
+    serving = EngineLoop(engine, Link(ours), watchdog, config.server)
     thread = threading.Thread(target=lambda: serving.run(describe_engine(engine, [1], serving.state())))
     thread.start()
     log = Log()
@@ -83,7 +83,7 @@ async def served(engine, **changes):
         serving.stop("the test is over")
         await asyncio.to_thread(thread.join)
         engine.abort_all()
-        hub.leave(1.0)
+        watchdog.leave(1.0)
         listening.cancel()
         assert engine.scheduler.allocator.num_used == 0
 
