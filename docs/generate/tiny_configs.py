@@ -208,7 +208,7 @@ def tiny_configs(model_type: str) -> Iterator[Any]:
 
 
 def shallow(tower: Any) -> Any:
-    """A picture or sound tower of one layer: most other sizes have to fit each other, and text never attention_spans it."""
+    """A picture or sound tower of one layer: most other sizes have to fit each other, and text never reaches it."""
     known = tower.to_dict()
     layers = {name: size for names, size in ((DEPTHS, 1), (WIDTHS, 64)) for name in names if known.get(name)}
     layers |= {"layer_types": known["layer_types"][:1]} if known.get("layer_types") else {}

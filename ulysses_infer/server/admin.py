@@ -30,13 +30,13 @@ class Commands:
         }
 
     def run(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        """Carry out one command; its value is plain. Raises `RequestError`."""
+        """Run one command; its result is a plain value. Raises `RequestError`."""
         if name not in self._known:
             raise RequestError(f"unknown command {name!r}; there are {', '.join(self._known)}")
         return self._known[name](**arguments)
 
     def get_policy(self) -> dict[str, Any]:
-        """Name and settings of the policy, and the policies and modes there are."""
+        """Name and settings of the policy, and the available policies and modes."""
         modes = [list(mode) for mode in self._engine.config.parallel.available_modes]
         return {**self._engine.policies.policy.describe(), "available": list(POLICIES), "modes": modes}
 
@@ -49,7 +49,7 @@ class Commands:
         return self.get_policy()
 
     def abort(self, request_id: str) -> dict[str, Any]:
-        """End one request, whatever state it is in."""
+        """End one request, in any state."""
         completion = self._engine.abort(request_id)
         if completion is None:
             raise RequestError(f"no request {request_id!r} is running or waiting; it may have ended")
@@ -63,12 +63,12 @@ class Commands:
         return {"aborted": [completion.request_id for completion in completions]}
 
     def drain(self) -> dict[str, Any]:
-        """Start the orderly shutdown."""
+        """Start an orderly shutdown."""
         self._drain()
         return {"draining": True}
 
     def reset_prefix_cache(self) -> dict[str, Any]:
-        """Forget cached prefixes; only an idle engine can."""
+        """Drop cached prefixes; only possible while the engine is idle."""
         if not self._engine.scheduler.allocator.reset_prefix_cache():
             raise RequestError("requests are running, and they hold cached blocks; try again when the engine is idle")
         return {"reset": True}

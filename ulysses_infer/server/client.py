@@ -35,7 +35,7 @@ READ_BYTES = 1 << 18
 
 @dataclass
 class RequestRecord:
-    """One request's life as clients see it: moments in seconds on the monotonic clock, None if not reached."""
+    """One request's life as clients see it: times in seconds on the monotonic clock, None until reached."""
 
     request_id: str
     arrival_time: float
@@ -47,39 +47,39 @@ class RequestRecord:
     last_token_time: float | None = None
     finish_time: float | None = None
     num_output_tokens: int = 0
-    """Of all sequences together."""
+    """Of all its sequences."""
     finish_reason: str | None = None
-    """That of the sequence that ended last; "abort" when the client left, "error" when the engine failed."""
+    """Of the sequence that ended last; "abort" if the client disconnected, "error" if the engine failed."""
 
 
 class Observer(Protocol):
-    """Who wants to know what happens: metrics, the dashboard, the log. Called on the event loop; must be quick."""
+    """Receives events: metrics, dashboard and log. Called on the event loop; must be quick."""
 
     def on_ready(self, info: Ready) -> None:
-        """The engine is up."""
+        """The engine is ready."""
 
     def on_step(self, state: EngineState, step: StepReport | None) -> None:
         """A step ran, or the state changed without one."""
 
     def on_first_token(self, record: RequestRecord) -> None:
-        """A request's prompt is computed and its first token is here."""
+        """A request's prompt is computed and its first token has arrived."""
 
     def on_tokens(self, record: RequestRecord, seconds: float) -> None:
-        """A sequence of a request got another token, `seconds` after the one before."""
+        """A sequence of a request got another token, `seconds` after the previous one."""
 
     def on_finish(self, record: RequestRecord) -> None:
-        """A request ended, however it did. Comes once for every request that the engine took."""
+        """A request ended, for whatever reason. Called once for every request that the engine accepted."""
 
     def on_draining(self, deadline: float) -> None:
-        """The server takes no more requests; those that run have until `deadline`."""
+        """The server accepts no more requests; running ones have until `deadline`."""
 
     def on_dead(self, reason: str) -> None:
-        """The engine is gone."""
+        """The engine is dead."""
 
 
 @dataclass(eq=False)
 class _Stream:
-    """What has come for one request and was not taken yet."""
+    """Messages of one request that were not consumed yet."""
 
     record: RequestRecord
     unfinished: set[int]
@@ -94,7 +94,7 @@ class _Stream:
 
 
 class EngineClient:
-    """Speaks to the engine over one connected socket. Every method belongs to the event loop's thread."""
+    """Communicates with the engine over one connected socket. All methods run in the event loop's thread."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, observer: Observer, stream_interval: int = 1
@@ -109,32 +109,32 @@ class EngineClient:
         self.info: Ready | None = None
         """What was loaded; None while starting."""
         self.state: EngineState | None = None
-        """How full the engine is, as last heard."""
+        """The engine's load, as last reported."""
         self.death = ""
         """Why the engine is dead, in one line."""
         self.death_expected = False
         self.drain_deadline: float | None = None
         self.settled = asyncio.Event()
-        """Set once the engine is ready, or dead before it ever was."""
+        """Set once the engine is ready, or died before that."""
         self.ended = asyncio.Event()
-        """Set once the engine is dead, or has drained and was told that it may end."""
+        """Set once the engine is dead, or has drained and may exit."""
         self.on_drained: Callable[[], None] = self.leave
-        """Called whenever the engine drains and nobody waits for it."""
+        """Called when the engine drains and no request waits for it."""
 
     @property
     def num_requests(self) -> int:
-        """Requests that are being answered."""
+        """Requests in progress."""
         return len(self._streams)
 
     def outstanding_tokens(self, sequence_tokens: int) -> int:
-        """Work that is left, in tokens: prompts that have no output yet, and `sequence_tokens` a sequence that has."""
+        """Outstanding tokens: prompts without output yet, plus `sequence_tokens` per sequence without output."""
         return sum(
             sequence_tokens * len(stream.unfinished)
             + (stream.record.num_prompt_tokens if stream.record.first_token_time is None else 0)
             for stream in self._streams.values()
         )
 
-    # -- what routes use -----------------------------------------------------------------------------------------
+    # -- used by routes ------------------------------------------------------------------------------------------
 
     async def generate(self, request: Submit, num_sequences: int = 1) -> AsyncIterator[list[NewToken]]:
         """Complete a prompt: yields the tokens that came since the last time, of all its sequences, until all end.
@@ -164,7 +164,7 @@ class EngineClient:
             self._close(stream)
 
     async def call(self, name: str, /, **arguments: Any) -> Any:
-        """An administrative command. Raises `RequestError` with the engine's one line, `EngineDeadError`."""
+        """Run an administrative command. Raises `RequestError` with the engine's message, or `EngineDeadError`."""
         if self.status == DEAD:
             raise EngineDeadError(self.death)
         number = next(self._numbers)
@@ -184,7 +184,7 @@ class EngineClient:
             raise OverloadedError("the server is shutting down and takes no new requests; try another one")
 
     def _close(self, stream: _Stream) -> None:
-        """Whoever asked is gone, or has everything."""
+        """The request has finished, or its client is gone."""
         record = stream.record
         del self._streams[record.request_id]
         if stream.unfinished and stream.error is None:
@@ -198,21 +198,21 @@ class EngineClient:
         if self.is_drained:
             self.on_drained()
 
-    # -- what the engine says ------------------------------------------------------------------------------------
+    # -- messages from the engine --------------------------------------------------------------------------------
 
     def die(self, reason: str) -> None:
-        """The engine is known to be gone or hung, whatever its socket says."""
+        """Treat the engine as dead, whatever state its socket is in."""
         self._die(Dead(reason))
 
     async def listen(self) -> None:
-        """Take the engine's messages until its end of the socket is closed. Runs as one task."""
+        """Receive messages until the engine closes its end of the socket. Runs as one task."""
         frames: FrameReader[FromEngine] = FrameReader(FromEngine)
         try:
             while data := await self._reader.read(READ_BYTES):
                 for message in frames.feed(data):
                     self._take(message)
         except ConnectionError:
-            pass  # the same as its end: the engine's process is gone
+            pass  # the engine's process is gone
         self._die(Dead("the engine's process ended"))
 
     def _take(self, message: FromEngine) -> None:
@@ -286,7 +286,7 @@ class EngineClient:
             future.set_exception(RequestError(message.error))
 
     def _die(self, message: Dead) -> None:
-        """Everyone who waits is told; the first reason counts."""
+        """Fail every waiting request; the first reason counts."""
         if self.status == DEAD:
             return
         self.status, self.death, self.death_expected = DEAD, message.reason, message.expected
@@ -301,11 +301,11 @@ class EngineClient:
 
     @property
     def is_drained(self) -> bool:
-        """Whether the engine drains and everyone is answered."""
+        """Whether the engine drains and every request has been answered."""
         return self.status == DRAINING and not self._streams
 
     def leave(self) -> None:
-        """Tell the drained engine that it may end."""
+        """Tell the drained engine that it may exit."""
         if not self.ended.is_set():
             self._send(Goodbye())
             self.ended.set()

@@ -35,29 +35,29 @@ from ulysses_infer.server.messages import (
 
 logger = logging.getLogger(__name__)
 
-IDLE_SECONDS = 1.0  # between looks at the clock while nothing happens
-NAMING_SECONDS = 0.5  # for the heartbeat to say which rank was lost, when a collective only says that one was
+IDLE_SECONDS = 1.0  # between checks of the deadline while idle
+NAMING_SECONDS = 0.5  # gives the watchdog time to say which rank was lost; the collective only says that one was
 
 
 class EngineLoop:
-    """The engine at the service of the HTTP process. `drain` and `stop` may be called from any thread."""
+    """Serves the HTTP process with the engine. `drain` and `stop` may be called from any thread."""
 
     def __init__(self, engine: Engine, link: Link, watch: Watchdog, settings: ServerConfig) -> None:
         self._engine, self._link, self._watchdog, self._settings = engine, link, watch, settings
-        self._reported: dict[int, int] = {}  # tokens sent of each unfinished sequence, by its request's index
+        self._reported: dict[int, int] = {}  # tokens sent of each unfinished sequence, by request index
         self._deadline: float | None = None
         self._stop_reason = ""
         self._wants_drain = False
         self._is_answered = False
         self._state_changed = False
-        self._expert_tokens: list[int] = []  # of each rank, as last asked
+        self._expert_tokens: list[int] = []  # per rank, as last collected
         self._expert_report_due = time.monotonic() + settings.log_interval
         self._commands = Commands(engine, self.drain, self._tell_aborted)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run(self, ready: Ready) -> None:
-        """Serve until drained or stopped. A failure of any rank or of the HTTP process ends this process instead."""
+        """Serve until drained or stopped. If a rank or the HTTP process fails, this process exits."""
         self._link.send(ready)
         while not self._is_over():
             for message in self._link.receive(self._drain_timeout()):
@@ -69,18 +69,18 @@ class EngineLoop:
         self._link.flush(IDLE_SECONDS)
 
     def drain(self) -> None:
-        """Take no more requests; end when those that run are answered, or after `server.shutdown_timeout`."""
+        """Accept no more requests; end when running ones are answered, or after `server.shutdown_timeout`."""
         self._wants_drain = True
         self._link.wake()
 
     def stop(self, reason: str) -> None:
-        """End after the step that runs; whoever waits gets an error with `reason`."""
+        """End after the current step; waiting requests get an error with `reason`."""
         self._stop_reason = self._stop_reason or reason
         self._link.wake()
 
     @property
     def is_draining(self) -> bool:
-        """Whether the server is on its way out in order."""
+        """Whether an orderly shutdown is in progress."""
         return self._wants_drain
 
     def _drain_timeout(self) -> float:
@@ -108,7 +108,7 @@ class EngineLoop:
             with self._watchdog.working():
                 touched = self._engine.step()
                 self._ask_for_expert_load()
-        except Exception as error:  # whatever it was, the ranks are out of step
+        except Exception as error:  # whatever it was, the ranks may be out of step
             self._end(error)
         record = self._engine.stats.recent[-1]
         step = StepReport(
@@ -126,7 +126,7 @@ class EngineLoop:
             self._check_idle()
 
     def _ask_for_expert_load(self) -> None:
-        """Now and then: it takes an exchange between all ranks."""
+        """Only now and then: it needs a collective over all ranks."""
         if time.monotonic() > self._expert_report_due:
             self._expert_tokens = expert_load(self._engine.rank).get("expert_tokens_per_rank", [])
             self._expert_report_due = time.monotonic() + self._settings.log_interval
@@ -140,12 +140,12 @@ class EngineLoop:
         self._watchdog.fail(f"a step failed: {failure_reason(cause)}")
 
     def _check_idle(self) -> None:
-        """An idle engine has all its blocks: anything else is a leak, and a bug to report."""
+        """An idle engine has all its blocks free: anything else is a leak, and a bug to report."""
         allocator = self._engine.scheduler.allocator
         if allocator.num_used:
             logger.error("%d cache blocks are held by nobody; please report this", allocator.num_used)
 
-    # -- what the HTTP process asks ------------------------------------------------------------------------------
+    # -- messages from the HTTP process --------------------------------------------------------------------------
 
     def _take(self, message: ToEngine) -> None:
         match message:
@@ -173,7 +173,7 @@ class EngineLoop:
             )
         except RequestError as error:
             self._refuse(message, str(error), "invalid")
-        except Exception as error:  # nothing runs on it yet: a bug that one request meets must not end the others
+        except Exception as error:  # nothing runs on it yet: a bug in one request must not end the others
             logger.exception("request %s could not be added", message.request_id)
             self._engine.abort(message.request_id)
             self._refuse(message, f"the engine could not take the request: {failure_reason(error)}", "internal")
@@ -193,7 +193,7 @@ class EngineLoop:
             self._reported.pop(sequence.request.index, None)
 
     def _tell_aborted(self, completions: list[Completion]) -> None:
-        """An administrator ended them: whoever waits must hear."""
+        """An administrator aborted these requests: tell their clients."""
         tokens = [token for completion in completions for token in self._news(completion)]
         self._link.send(Stepped(self.state(), None, tokens))
 
@@ -202,16 +202,16 @@ class EngineLoop:
             value = self._commands.run(call.name, call.arguments)
         except RequestError as error:
             return Reply(call.number, error=str(error))
-        except Exception as error:  # a bug in one command must not end the requests of others
+        except Exception as error:  # a bug in one command must not end running requests
             logger.exception("command %s failed", call.name)
             return Reply(call.number, error=f"{call.name} failed: {failure_reason(error)}")
         self._state_changed = True
         return Reply(call.number, value)
 
-    # -- what the HTTP process is told ---------------------------------------------------------------------------
+    # -- messages to the HTTP process ----------------------------------------------------------------------------
 
     def state(self) -> EngineState:
-        """How full the engine is now."""
+        """The engine's current load."""
         scheduler = self._engine.scheduler
         allocator = scheduler.allocator
         self._state_changed = False
@@ -231,7 +231,7 @@ class EngineLoop:
         self._check_idle()
 
     def _news(self, completion: Completion) -> list[NewToken]:
-        """What its sequences got since the last time."""
+        """The tokens that its sequences got since the last report."""
         news = []
         for index, sequence in enumerate(completion.sequences):
             news += self._news_of(completion, index, sequence)
@@ -242,7 +242,7 @@ class EngineLoop:
     def _news_of(self, completion: Completion, index: int, sequence: Sequence) -> list[NewToken]:
         request = sequence.request
         known = self._reported.get(request.index, 0)
-        if known < 0:  # its end was told
+        if known < 0:  # its end was reported
             return []
         news = [
             NewToken(completion.request_id, index, token, logprobs=_logprobs_at(sequence, position))
@@ -275,7 +275,7 @@ def _listed(entry: dict[int, Logprob]) -> list[tuple[int, float, int]]:
 
 
 def describe_engine(engine: Engine, weight_bytes: list[int], state: EngineState) -> Ready:
-    """What the HTTP process needs to know of the engine."""
+    """What the HTTP process needs to know about the engine."""
     shape, cache, parallel = engine.worker.model.shape, engine.worker.cache, engine.config.parallel
     return Ready(
         model=engine.config.model.path,

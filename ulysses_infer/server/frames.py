@@ -14,20 +14,20 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode_frame(message: msgspec.Struct) -> bytes:
-    """One message as it goes on the stream."""
+    """One message as bytes on the stream."""
     payload = _encoder.encode(message)
     return len(payload).to_bytes(LENGTH_BYTES, "little") + payload
 
 
 class FrameReader(Generic[T]):
-    """Takes bytes as they come and gives the messages that are complete. `kind`: the union of their types."""
+    """Collects bytes and returns complete messages. kind: the union of their types."""
 
     def __init__(self, kind: Any) -> None:
         self._decoder = msgspec.msgpack.Decoder(kind)
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[T]:
-        """Add `data`; yields every message that it completes."""
+        """Add `data`; yields every message that is now complete."""
         self._buffer += data
         start = 0
         while len(self._buffer) - start >= LENGTH_BYTES:

@@ -12,11 +12,11 @@ from ulysses_infer.server.frames import FrameReader, encode_frame
 from ulysses_infer.server.messages import FromEngine, ToEngine
 
 READ_BYTES = 1 << 18
-BUFFER_BYTES = 4 << 20  # what the system may hold while the HTTP process is busy
+BUFFER_BYTES = 4 << 20  # what the system may buffer while the HTTP process is busy
 
 
 class Link:
-    """Messages over a connected socket. `send` and `wake` may be called from any thread, `receive` from one."""
+    """Messages over a connected socket. `send` and `wake` are thread-safe; `receive` is for one thread."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -31,14 +31,14 @@ class Link:
         """Whether the HTTP process has gone."""
 
     def send(self, message: FromEngine) -> None:
-        """Hand a message to the system; what it has no room for goes with the next one or the next `receive`."""
+        """Send a message. What the system cannot buffer goes with the next message or `receive`."""
         frame = encode_frame(message)
         with self._lock:
             self._unsent += frame
             self._flush()
 
     def flush(self, seconds: float) -> None:
-        """Wait until everything is handed over, at most so long."""
+        """Wait until everything is sent, at most this long."""
         deadline = time.monotonic() + seconds
         while self._unsent and not self.is_closed and time.monotonic() < deadline:
             select.select([], [self._connection], [], 0.05)
@@ -46,7 +46,7 @@ class Link:
                 self._flush()
 
     def receive(self, timeout: float) -> list[ToEngine]:
-        """The messages that have come, after waiting up to `timeout` seconds for the first or for `wake`."""
+        """The messages that arrived, waiting up to `timeout` seconds for the first one or for `wake`."""
         if self.is_closed:
             return []
         connection, woken = self._connection.fileno(), self._woken
@@ -59,7 +59,7 @@ class Link:
         return list(self._frames.feed(self._read())) if connection in ready else []
 
     def wake(self) -> None:
-        """Let a waiting `receive` return."""
+        """Wake a waiting `receive`."""
         os.write(self._waker, b"w")
 
     def close(self) -> None:

@@ -12,12 +12,12 @@ import msgspec
 
 
 class Submit(msgspec.Struct, tag=True, array_like=True):
-    """Complete a prompt. Answered by `Refused`, or by tokens in `Steps` until every sequence has ended."""
+    """Complete a prompt. The response is `Refused`, or tokens in `Stepped` until every sequence has ended."""
 
     request_id: str
     token_ids: list[int]
     params: dict[str, Any]
-    """What `SamplingParams.from_mapping` takes."""
+    """For `SamplingParams.from_mapping`."""
     priority: int = 0
     cache_salt: str = ""
     adapter: str | None = None
@@ -25,13 +25,13 @@ class Submit(msgspec.Struct, tag=True, array_like=True):
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True):
-    """End a request in whatever state it is; unknown ones are passed over. Nothing more comes of it."""
+    """End a request in any state; unknown ones are ignored. Nothing more is sent for it."""
 
     request_id: str
 
 
 class AdminCall(msgspec.Struct, tag=True, array_like=True):
-    """An administrative command, answered by a `Reply` with the same number."""
+    """An administrative command; the response is a `Reply` with the same number."""
 
     number: int
     name: str
@@ -39,38 +39,38 @@ class AdminCall(msgspec.Struct, tag=True, array_like=True):
 
 
 class Goodbye(msgspec.Struct, tag=True, array_like=True):
-    """Drained: the HTTP process has answered everyone and the engine may end."""
+    """The HTTP process has answered every request of the drained engine, which may exit."""
 
 
 class NewToken(msgspec.Struct, array_like=True):
-    """One sequence got a token, or ended."""
+    """A sequence got a token, or ended."""
 
     request_id: str
     index: int
     """Which of the request's `n` sequences."""
     token_id: int
-    """-1: the sequence ended without one (an error, an abort)."""
+    """-1: the sequence ended without one (error, abort)."""
     finish_reason: str | None = None
-    """None while it goes on, then "stop", "length", "abort" or "error"."""
+    """None while it continues, then "stop", "length", "abort" or "error"."""
     stop_reason: int | str | None = None
-    """The stop string or stop token id that ended it; None for end-of-sequence and other endings."""
+    """The stop string or stop token id that ended it; None for end-of-sequence and other reasons."""
     logprobs: list[tuple[int, float, int]] | None = None
-    """(token id, log-probability, rank), the chosen token first; None unless asked for."""
+    """(token id, log-probability, rank), the chosen token first; None unless requested."""
     start: RequestStart | None = None
     """With the first token of a request."""
 
 
 class RequestStart(msgspec.Struct, array_like=True):
-    """What is known of a request once its prompt is computed."""
+    """What is known about a request once its prompt is computed."""
 
     num_cached_tokens: int
     scheduled_time: float
     prompt_logprobs: list[list[tuple[int, float, int]] | None] | None = None
-    """A list a prompt token, the first None; the prompt's own token comes first in each."""
+    """One list per prompt token, the first one None; the prompt's own token comes first in each."""
 
 
 class EngineState(msgspec.Struct, array_like=True):
-    """How full the engine is, after a step or whenever that changes without one. Counters run from its start."""
+    """The engine's load, after a step or when it changes without one. Counters run from the engine's start."""
 
     num_running: int
     num_waiting: int
@@ -81,13 +81,13 @@ class EngineState(msgspec.Struct, array_like=True):
     prefix_cache_hits: int
     num_preemptions: int
     policy: dict[str, Any]
-    """Name and settings, as `Policy.describe` gives them."""
+    """Name and settings, as from `Policy.describe`."""
     expert_tokens: list[int] = []
-    """Tokens that the experts of each rank have computed, some seconds old; empty for a model without experts."""
+    """Tokens that the experts of each rank have computed, updated every few seconds; empty without experts."""
 
 
 class StepReport(msgspec.Struct, array_like=True):
-    """One engine step as it ran."""
+    """One engine step."""
 
     sequence: int
     started: float
@@ -97,7 +97,7 @@ class StepReport(msgspec.Struct, array_like=True):
     num_tokens: int
     num_decodes: int
     collective_seconds: dict[str, float]
-    """Seconds rank 0 spent in each kind of collective, waiting for the others included."""
+    """Seconds that rank 0 spent in each kind of collective, including waiting."""
 
 
 class Stepped(msgspec.Struct, tag=True, array_like=True):
@@ -109,10 +109,10 @@ class Stepped(msgspec.Struct, tag=True, array_like=True):
 
 
 class Ready(msgspec.Struct, tag=True, array_like=True):
-    """The engine is up: every rank has run a forward pass in every mode."""
+    """The engine is ready: every rank has run a forward pass in every mode."""
 
     model: str
-    """Path or hub id, as the recipe has it."""
+    """Path or hub id, as in the recipe."""
     max_model_len: int
     vocab_size: int
     eos_token_ids: list[int]
@@ -125,16 +125,16 @@ class Ready(msgspec.Struct, tag=True, array_like=True):
 
 
 class Refused(msgspec.Struct, tag=True, array_like=True):
-    """A request that the engine did not take."""
+    """A request that the engine did not accept."""
 
     request_id: str
     message: str
     kind: str = "invalid"
-    """invalid: the request is wrong (400); overloaded: the queue is full (503); internal: a bug met it (500)."""
+    """invalid: the request is wrong (400); overloaded: the queue is full (503); internal: a bug (500)."""
 
 
 class Reply(msgspec.Struct, tag=True, array_like=True):
-    """The answer to a `AdminCall`: a value, or the error's one line."""
+    """The response to an `AdminCall`: a value, or one line of error."""
 
     number: int
     value: Any = None
@@ -142,17 +142,17 @@ class Reply(msgspec.Struct, tag=True, array_like=True):
 
 
 class Draining(msgspec.Struct, tag=True, array_like=True):
-    """Take no more requests; those that run have until `deadline`."""
+    """No more requests are accepted; running ones have until `deadline`."""
 
     deadline: float
 
 
 class Dead(msgspec.Struct, tag=True, array_like=True):
-    """The engine has ended, or is about to: nothing that runs will be completed."""
+    """The engine has ended or is about to: nothing that runs will be completed."""
 
     reason: str
     expected: bool = False
-    """Whether it was asked to (a second SIGTERM, an admin), rather than failed."""
+    """Whether it was asked to end (second SIGTERM, admin) rather than failed."""
 
 
 ToEngine = Submit | Abort | AdminCall | Goodbye

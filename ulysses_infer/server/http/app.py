@@ -22,7 +22,7 @@ DESCRIPTION = "OpenAI's API, served by one engine that shifts between sequence a
 
 
 def make_app(context: AppContext) -> FastAPI:
-    """The HTTP server's application."""
+    """The HTTP application."""
     settings = context.config.server
     app = FastAPI(
         title="ulysses_infer", version=__version__, description=DESCRIPTION, redirect_slashes=False, redoc_url=None

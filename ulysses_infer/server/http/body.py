@@ -33,8 +33,8 @@ def parse_body(data: bytes, kind: type[B]) -> B:
 
 
 def _invalid(error: ValidationError, kind: type[Body]) -> ApiError:
-    """The first unknown field, since it may be another one misspelt; else what lies deepest: of the ways in which a
-    value fits none of several types, that is the one which came closest."""
+    """The error to report: the first unknown field, because it may be a misspelled one; else the deepest. If a value
+    fits none of several types, the deepest error belongs to the type that came closest."""
     found = error.errors(include_url=False, include_context=False)
     unknown = [entry for entry in found if entry["type"] == "extra_forbidden"]
     entry = unknown[0] if unknown else max(found, key=lambda each: len(each["loc"]))
@@ -61,7 +61,7 @@ def _unknown(path: str, location: Sequence[str | int], kind: type[Body]) -> str:
 
 
 def _path(location: Sequence[str | int]) -> str:
-    """`messages[0].role`; the names that pydantic gives the members of a union are left out."""
+    """`messages[0].role`, without the names that pydantic gives to members of a union."""
     path = ""
     for part in location:
         if isinstance(part, int):
@@ -75,7 +75,7 @@ UNION_MEMBERS = frozenset({"str", "int", "bool", "float", "dict", "list"})
 
 
 def _shown(value: Any) -> str:
-    """`value` short enough for one line."""
+    """`value`, shortened to fit into one line."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, Mapping | list) and len(value) > SHOWN_CHARACTERS:

@@ -18,7 +18,7 @@ from ulysses_infer.server.http.tool_use import ToolUse, check_format, tool_use
 
 
 class ChatChoiceBuilder:
-    """Writes one output: a whole message, or the next chunks of it."""
+    """Builds one output: a whole message, or the next chunks of it."""
 
     def __init__(self, context: AppContext, body: ChatRequest, output: Output, use: ToolUse) -> None:
         self._body, self._output, self._use = body, output, use
@@ -27,7 +27,7 @@ class ChatChoiceBuilder:
         self._is_first = True
 
     def whole(self) -> dict[str, Any]:
-        """The choice of a whole answer."""
+        """The choice of a whole response."""
         delta = self._output.flush()
         message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
         if self._reader is not None:
@@ -39,7 +39,7 @@ class ChatChoiceBuilder:
         return self._choice("message", message, delta)
 
     def chunks(self) -> list[dict[str, Any]]:
-        """The chunks that tell what came since the last time: before the first one, whose turn it is."""
+        """The next chunks with what is new since the last call; the first one has the role."""
         delta = self._output.flush()
         said = self._said(delta)
         chunks = []
@@ -81,7 +81,7 @@ class ChatChoiceBuilder:
         return choice
 
     def _finish_reason(self, delta: Delta) -> str | None:
-        """As OpenAI has it: "tool_calls" where the model chose to call, "stop" if the request named the function."""
+        """As in OpenAI's API: "tool_calls" if the model chose to call, "stop" if the request named the function."""
         has_calls = self._reader is not None and self._reader.has_calls and not self._use.is_named
         return "tool_calls" if delta.finish_reason == "stop" and has_calls else delta.finish_reason
 
@@ -94,7 +94,7 @@ class ChatChoiceBuilder:
 
 
 async def prepare_chat(context: AppContext, body: ChatRequest) -> PreparedRequest:
-    """Check a request and write its prompt. Raises `ApiError`, `RequestError`, `OverloadedError`, `EngineDeadError`."""
+    """Check a request and render its prompt. Raises `ApiError`, `RequestError`, `OverloadedError`, `EngineDeadError`."""
     context.check_model(body.model)
     check_streaming(body)
     use, params = _parameters(context, body)
@@ -141,7 +141,7 @@ def _parameters(context: AppContext, body: ChatRequest) -> tuple[ToolUse, Sampli
 
 
 def _max_tokens(body: ChatRequest) -> int | None:
-    """The older and the newer field for the same; None: what fits."""
+    """The maximum from the old or the new field; None: as many as fit."""
     old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
         message = f"max_tokens is {old} and max_completion_tokens {new}; they mean the same, so give one"

@@ -16,7 +16,7 @@ from ulysses_infer.server.http.sampling import sampling_params, structured_outpu
 
 
 class CompletionChoiceBuilder:
-    """Writes one output: whole, or the next chunk of it."""
+    """Builds one output: whole, or the next chunk of it."""
 
     def __init__(self, context: AppContext, body: CompletionRequest, output: Output, params: SamplingParams) -> None:
         self._texts, self._body, self._output = context.texts, body, output
@@ -28,18 +28,18 @@ class CompletionChoiceBuilder:
             self._logprobs = LegacyLogprobs(context.texts, names, params.skip_special_tokens, before)
 
     def whole(self) -> dict[str, Any]:
-        """The choice of a whole answer."""
+        """The choice of a whole response."""
         return self._write(self._output.flush())
 
     def chunks(self) -> list[dict[str, Any]]:
-        """The choice of the next chunk, if it would say anything."""
+        """The choice of the next chunk, unless it would be empty."""
         delta = self._output.flush()
         says_tokens = self._logprobs is not None or bool(self._body.return_token_ids)
         is_worth_it = delta.text or delta.finish_reason or self._is_first or (says_tokens and delta.tokens)
         return [self._write(delta)] if is_worth_it else []
 
     def _write(self, delta: Delta) -> dict[str, Any]:
-        """The choice with what came since the last time, after the prompt if it is echoed."""
+        """The choice with what is new since the last call, after the prompt if it is echoed."""
         text = delta.text
         if self._is_first and self._body.echo:
             text = self._echo() + text
@@ -81,12 +81,13 @@ class CompletionChoiceBuilder:
 
 
 async def prepare_completion(context: AppContext, body: CompletionRequest) -> PreparedRequest:
-    """Check a request and read its prompts. Raises `ApiError`, `RequestError`, `OverloadedError`, `EngineDeadError`."""
+    """Check a request and encode its prompts. Raises `ApiError`, `RequestError`, `OverloadedError` or
+    `EngineDeadError`."""
     context.check_model(body.model)
     _check(body)
     changes: dict[str, Any] = {"logprobs": body.logprobs, "structured_outputs": structured_outputs(body)}
     if body.max_tokens == 0:
-        changes |= {"max_tokens": 1, "min_tokens": 0}  # the engine computes no prompt without sampling after it
+        changes |= {"max_tokens": 1, "min_tokens": 0}  # the engine always samples a token after a prompt
     if body.echo and body.logprobs is not None:
         changes["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     params = sampling_params(body, **changes)
@@ -104,7 +105,7 @@ async def prepare_completion(context: AppContext, body: CompletionRequest) -> Pr
 
 
 def check_token_ids(context: AppContext, token_ids: list[int]) -> list[int]:
-    """Token ids that the model has. Raises `ApiError`."""
+    """Checks that token ids are in the vocabulary. Raises `ApiError`."""
     vocab_size = context.engine_info().vocab_size
     largest = max(token_ids, default=0)
     if largest >= vocab_size:

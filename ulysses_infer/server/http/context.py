@@ -35,24 +35,24 @@ class AppContext:
     texts: Texts
     observatory: Observatory
     tool_format: ToolFormat | None = None
-    """How the model writes tool calls; None: its outputs are not searched for any."""
+    """The model's tool-call format; None: outputs are not parsed for calls."""
     created: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, list[str]] = field(default_factory=dict)
-    """Ids of answers in the making, with those of the engine's requests for each."""
+    """Ids of responses in progress, with the ids of their engine requests."""
 
     @functools.cached_property
     def model_name(self) -> str:
-        """The name that clients use."""
+        """The model's name in the API."""
         return self.config.served_model_name
 
     @property
     def model_names(self) -> list[str]:
-        """The model's name, and then those of its adapters."""
+        """The model's name, then those of its adapters."""
         return [self.model_name, *self.config.lora.adapters]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when equal seeds may give other outputs: with the version, the model, and how it is split."""
+        """Changes when equal seeds may give other outputs: with the version, the model and the layout."""
         parts = (__version__, self.config.model, self.config.parallel, self.config.runtime.attention_backend)
         return "fp_" + hashlib.blake2s(repr(parts).encode(), digest_size=5).hexdigest()
 
@@ -64,7 +64,7 @@ class AppContext:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def engine_info(self) -> Ready:
-        """What was loaded. Raises `OverloadedError` while it is, `EngineDeadError`."""
+        """What was loaded. Raises `OverloadedError` while loading, `EngineDeadError` if the engine is dead."""
         if self.client.death:
             raise EngineDeadError(self.client.death)
         if self.client.info is None:
@@ -73,7 +73,7 @@ class AppContext:
 
     @contextmanager
     def registered(self, answer_id: str, request_ids: Sequence[str]) -> Iterator[None]:
-        """While the block runs, the answer can be found by its id. Raises `ApiError` 400 if that is in use."""
+        """Make the response findable by its id while the block runs. Raises `ApiError` 400 if the id is in use."""
         if answer_id in self.running:
             raise ApiError(400, f"the id {answer_id!r} is in use; use another", param="request_id", code="id_in_use")
         self.running[answer_id] = list(request_ids)
@@ -84,7 +84,7 @@ class AppContext:
 
 
 def make_context(config: Config, client: Served, observatory: Observatory) -> AppContext:
-    """Load the tokenizer and put everything together. Raises `CheckpointError`, `ConfigError`."""
+    """Load the tokenizer and create the context. Raises `CheckpointError`, `ConfigError`."""
     texts = load_texts(config)
     return AppContext(
         config, client, texts, observatory, choose_format(config.server.tool_call_parser, texts.chat_template)

@@ -36,22 +36,22 @@ RESERVED = frozenset(
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template gets."""
+    """The input of a chat template."""
 
     messages: list[dict[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
     opens_answer: bool = True
-    """Whether the text ends with the beginning of the assistant's turn."""
+    """Whether the text ends with the opening of the assistant's turn."""
     continues: bool = False
     """Whether the last message is left open."""
     variables: Mapping[str, Any] = field(default_factory=dict)
     num_characters: int = 0
-    """About how much there is to write."""
+    """Approximate amount of text."""
 
 
 def conversation_of(body: Any, variables: Mapping[str, Any] | None = None) -> Conversation:
-    """The conversation in a request that has the fields of `ChatFields`. Raises `RequestError`."""
+    """The conversation of a request with the fields of `ChatFields`. Raises `RequestError`."""
     if body.continue_final_message and body.add_generation_prompt:
         raise RequestError("continue_final_message and add_generation_prompt exclude each other; use one")
     given = {**(body.chat_template_kwargs or {}), **(variables or {})}
@@ -72,7 +72,7 @@ def conversation_of(body: Any, variables: Mapping[str, Any] | None = None) -> Co
 
 
 def message_of(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: its content one text, the arguments of calls objects."""
+    """A message as templates expect it: text content, and call arguments as objects."""
     mapping = message.model_dump(exclude_none=True, exclude={"content", "tool_calls"})
     mapping["content"] = _text(message.content)
     if message.tool_calls:
@@ -85,14 +85,14 @@ def message_of(message: Message) -> dict[str, Any]:
 
 def _text(content: str | list[dict[str, Any]] | None) -> str:
     if content is None:
-        return ""  # templates add it to other text
+        return ""  # templates concatenate it with text
     if isinstance(content, str):
         return content
     return "\n".join(part["text"] if "text" in part else part["refusal"] for part in content)
 
 
 def _arguments(text: str) -> Any:
-    """The arguments as an object. What a model once wrote wrong stays text: it is only the past."""
+    """The arguments as an object. Invalid ones that a model once wrote stay text: they are only history."""
     try:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -115,13 +115,13 @@ def render(tokenizer: Any, conversation: Conversation) -> str:
             continue_final_message=conversation.continues,
             **conversation.variables,
         )
-    except Exception as error:  # a template is a program, and it may raise anything at what it did not expect
+    except Exception as error:  # a template is a program and may raise anything
         raise RequestError(f"the chat template refuses these messages: {first_line(error)}") from error
     return str(text)
 
 
 def _with_known_roles(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
-    """OpenAI's newer name of the system's role, in the word that the template has for it."""
+    """Replaces OpenAI's newer name of the system role by the one that the template knows."""
     if "developer" in template:
         return messages
     return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]

@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run `work`; its result. If the client leaves, cancels it and raises `ClientGoneError`.
+    """Run `work` and return its result. If the client disconnects, cancels it and raises `ClientGoneError`.
 
-    The request's body must have been read. When this returns or raises, `work` has ended, in every case.
+    The request's body must have been read. When this returns or raises, `work` has ended.
     """
     working = asyncio.create_task(work)
     watching = asyncio.create_task(_disconnect(receive))

@@ -20,7 +20,7 @@ JSON = "application/json"
 
 
 class ApiError(Exception):
-    """A request that is answered with an error. `param`: the field that is wrong; `code`: for programs to read."""
+    """An error response. param: the field at fault; code: a machine-readable code."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class ApiError(Exception):
 
 
 class ClientGoneError(Exception):
-    """The client has closed its connection: nobody reads the answer."""
+    """The client has disconnected: nobody reads the response."""
 
 
 def api_error(error: Exception) -> ApiError:
-    """`error` as its client sees it. What nobody foresaw is a bug of ours: 500, and the log has the stack."""
+    """`error` as the client sees it. An unexpected error is our bug: status 500, with the stack in the log."""
     match error:
         case ApiError():
             return error
@@ -64,13 +64,13 @@ def api_error(error: Exception) -> ApiError:
 
 
 def timeout_error(seconds: float) -> ApiError:
-    """The request took too long. 504, not 408: that one says that the client was slow to send its request."""
+    """The request took too long. Status 504, because 408 would mean that the client sent its request too slowly."""
     message = f"the request took longer than {seconds:g} s (server.request_timeout); ask for fewer tokens or try later"
     return ApiError(504, message, "timeout_error", code="request_timeout")
 
 
 def error_response(error: Exception) -> Response:
-    """The answer to a request that raised `error`."""
+    """The response to a request that raised `error`."""
     answer = api_error(error)
     return Response(msgspec.json.encode(answer.body), answer.status, answer.headers, JSON)
 

@@ -15,7 +15,7 @@ from ulysses_infer.server.router import Served
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its token ids, and its text if that is known."""
+    """A prompt: its token ids, and its text if known."""
 
     token_ids: list[int]
     text: str | None = None
@@ -23,10 +23,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one HTTP request asks of the engine."""
+    """The work of one HTTP request."""
 
     id: str
-    """Of the answer."""
+    """The id of the response."""
     prompts: list[Prompt]
     params: SamplingParams
     priority: int = 0
@@ -35,14 +35,14 @@ class Generation:
 
     @property
     def request_ids(self) -> list[str]:
-        """The ids under which the engine knows its prompts."""
+        """The engine's request ids of its prompts."""
         if len(self.prompts) == 1:
             return [self.id]
         return [f"{self.id}-{position}" for position in range(len(self.prompts))]
 
     @property
     def submits(self) -> list[Submit]:
-        """A message to the engine for each prompt."""
+        """One message to the engine per prompt."""
         params = self.params.to_mapping()
         return [
             Submit(name, prompt.token_ids, params, self.priority, self.cache_salt, self.adapter)
@@ -54,9 +54,9 @@ Batches = AsyncGenerator[tuple[int, list[NewToken]]]
 
 
 async def generate(client: Served, generation: Generation) -> Batches:
-    """Run it: (position of the prompt, the tokens that came for it), as they come.
+    """Run it: yields (position of the prompt, its new tokens) as they arrive.
 
-    Closing the generator aborts what has not ended. Raises what `EngineClient.generate` does.
+    Closing the generator aborts unfinished prompts. Raises what `EngineClient.generate` raises.
     """
     submits, num_sequences = generation.submits, generation.params.n
     if len(submits) > 1:
@@ -76,7 +76,7 @@ def _tokens(client: Served, submit: Submit, num_sequences: int) -> AsyncGenerato
 
 
 async def _merged(client: Served, submits: list[Submit], num_sequences: int) -> Batches:
-    """What several prompts get, as it comes. The first error ends them all."""
+    """The tokens of several prompts as they arrive. The first error ends all of them."""
     arrived: asyncio.Queue[tuple[int, list[NewToken]] | asyncio.Task[None]] = asyncio.Queue()
 
     async def feed(position: int, submit: Submit) -> None:

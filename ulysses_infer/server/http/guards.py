@@ -15,7 +15,7 @@ ADMIN_PREFIX = "/admin"
 
 
 class Keys:
-    """Lets only those through who send the key that the path asks for. The admin key opens everything."""
+    """Checks the API key that the path requires. The admin key is valid everywhere."""
 
     def __init__(self, app: ASGIApp, settings: ServerConfig) -> None:
         self._app = app
@@ -24,7 +24,7 @@ class Keys:
         self._asks_all = settings.api_key is not None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 401 or 403."""
+        """Pass the request on, or respond with 401 or 403."""
         refusal = self._refusal(scope) if scope["type"] == "http" else None
         if refusal is None:
             await self._app(scope, receive, send)
@@ -55,7 +55,7 @@ def _unauthorized(what: str, setting: str) -> ApiError:
 
 
 def _has_key(scope: Scope, keys: list[bytes]) -> bool:
-    """Every comparison takes the same time, however much of a key is right."""
+    """Compares in constant time."""
     given = [value for name, value in scope["headers"] if name == b"authorization"]
     if len(given) != 1 or given[0][:7].lower() != b"bearer ":
         return False
@@ -64,13 +64,13 @@ def _has_key(scope: Scope, keys: list[bytes]) -> bool:
 
 
 class BodyLimit:
-    """Refuses a body that is too large: by its declared length, or as soon as more than that has come."""
+    """Refuses a body that is too large, by its declared length or once too much has arrived."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with its size counted."""
+        """Pass the request on and count its bytes."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif _declared_length(scope) > self._max_bytes:
@@ -93,7 +93,7 @@ class BodyLimit:
 
     def _too_large(self) -> ApiError:
         message = f"the body is larger than {self._max_bytes} bytes (server.max_body_bytes); send less"
-        # What is still to come of it will not be read, so the connection is of no more use.
+        # the rest will not be read, so the connection cannot be reused
         return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
 
 
@@ -103,13 +103,13 @@ def _declared_length(scope: Scope) -> int:
 
 
 class Failsafe:
-    """Answers what no handler of the application has: a bug is a 500 that looks like every error, with our headers."""
+    """Responds to errors that no handler caught: status 500 in the usual shape."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on; answer what it raises, if nothing was answered yet."""
+        """Pass the request on; respond to what it raises, unless a response has started."""
         is_started = False
 
         async def watched(message: Message) -> None:
@@ -119,9 +119,9 @@ class Failsafe:
 
         try:
             await self._app(scope, receive, watched)
-        except (ClientGoneError, ClientDisconnect):  # before the body was all there, or after
+        except (ClientGoneError, ClientDisconnect):  # before or after the body was complete
             return
-        except Exception as error:  # whatever it is, the client gets an answer and the log the stack
+        except Exception as error:  # the client gets a response whatever happened; the log gets the stack
             if is_started or scope["type"] != "http":
                 raise
             await error_response(error)(scope, receive, send)

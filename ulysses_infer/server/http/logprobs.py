@@ -9,12 +9,12 @@ from ulysses_infer.server.http.texts import Texts
 from ulysses_infer.text.detokenizer import TextStream
 
 Scored = Sequence[tuple[int, float, int]]
-"""(token id, log-probability, rank): the chosen token, then the likeliest ones."""
-LOWEST = -9999.0  # JSON has no infinity; OpenAI's stand-in
+"""(token id, log-probability, rank): the chosen token, then the most likely ones."""
+LOWEST = -9999.0  # JSON has no infinity; this is OpenAI's substitute
 
 
 class TokenNames:
-    """How tokens are written in log-probabilities: as their text, or as "token_id:17"."""
+    """Names of tokens in log-probabilities: their text, or "token_id:17"."""
 
     def __init__(self, texts: Texts, as_ids: bool) -> None:
         self._texts, self._as_ids = texts, as_ids
@@ -29,9 +29,9 @@ class TokenNames:
 
 
 class LegacyLogprobs:
-    """Writes the format of /v1/completions for one output: lists that go on from chunk to chunk.
+    """Builds the format of /v1/completions for one output: lists that continue from chunk to chunk.
 
-    Offsets count the characters of the answer's text. `context`: token ids before it that are not in it.
+    Offsets count characters of the response's text. context: token ids before it that are not part of it.
     """
 
     def __init__(self, texts: Texts, names: TokenNames, skip_special_tokens: bool, context: Sequence[int] = ()) -> None:
@@ -42,7 +42,7 @@ class LegacyLogprobs:
         self._clear()
 
     def add(self, token_id: int, scored: Scored | None, num_top: int) -> None:
-        """Add a token with its `num_top` likeliest ones; None for the first of a prompt, which has no score."""
+        """Add a token with its `num_top` most likely ones; None for the first token of a prompt, which has no score."""
         lists = self._lists
         lists["tokens"].append(self._names.of(token_id))
         lists["token_logprobs"].append(None if scored is None else _finite(scored[0][1]))
@@ -61,7 +61,7 @@ class LegacyLogprobs:
         self._lists = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def _top(self, scored: Scored, num_top: int) -> dict[str, float]:
-        """The chosen token and the likeliest. Tokens may share a name: the likeliest of them counts."""
+        """The chosen token and the most likely ones. If several share a name, the most likely one counts."""
         top: dict[str, float] = {}
         for token_id, logprob, _ in (scored[0], *_likeliest(scored, num_top)):
             name = self._names.of(token_id)

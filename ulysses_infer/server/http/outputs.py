@@ -15,23 +15,23 @@ from ulysses_infer.text.detokenizer import Detokenizer
 
 @dataclass
 class Delta:
-    """What an output got since the last time."""
+    """What is new in an output since the last call."""
 
     text: str
     tokens: list[NewToken]
     finish_reason: str | None
-    """None while it goes on."""
+    """None while it continues."""
     stop_reason: int | str | None
 
     @property
     def token_ids(self) -> list[int]:
-        """The new tokens' ids."""
+        """The ids of the new tokens."""
         return [token.token_id for token in self.tokens]
 
 
 @dataclass
 class Source:
-    """A prompt, and what the engine said of it when it was computed."""
+    """A prompt, and what the engine reported when it was computed."""
 
     prompt: Prompt
     start: RequestStart | None = None
@@ -42,13 +42,13 @@ class Output:
     """One sequence of one prompt."""
 
     index: int
-    """Among all outputs of the HTTP request."""
+    """Index among all outputs of the HTTP request."""
     source: Source
     detokenizer: Detokenizer
     ending_ids: frozenset[int] | None
-    """Tokens that end the output and are then not text; None: they are text too."""
+    """Tokens that end the output and are not part of its text; None: they are part of it."""
     keeps_tokens: bool = True
-    """False: its tokens are not wanted, only those of the prompt."""
+    """False: only the prompt's tokens are wanted."""
     num_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -74,7 +74,7 @@ class Output:
                 self.finish_reason, self.stop_reason = "length", None
 
     def flush(self) -> Delta:
-        """What came since the last time."""
+        """What is new since the last call."""
         delta = Delta("".join(self.pieces), self.tokens, self.finish_reason, self.stop_reason)
         self.pieces, self.tokens = [], []
         return delta
@@ -89,7 +89,7 @@ class Output:
             self._say(self.detokenizer.finish())
 
     def _is_ending(self, token: NewToken) -> bool:
-        """Whether it is the token that ended the output, rather than the last one of a stop string."""
+        """Whether it is the token that ended the output, and not the last one of a stop string."""
         if self.ending_ids is None:
             return False
         return not isinstance(token.stop_reason, str) or token.token_id in self.ending_ids
@@ -100,7 +100,7 @@ class Output:
 
 
 class Outputs:
-    """All outputs of an HTTP request: those of the first prompt first, each prompt's in order."""
+    """All outputs of an HTTP request, by prompt and then by index."""
 
     def __init__(
         self, texts: Texts, generation: Generation, eos_token_ids: list[int], keeps_tokens: bool = True
@@ -123,7 +123,7 @@ class Outputs:
         ]
 
     def take(self, position: int, batch: list[NewToken]) -> list[Output]:
-        """Hand out the tokens of a prompt; returns the outputs that got some."""
+        """Distribute the tokens of a prompt; returns the outputs that got some."""
         source = self.sources[position]
         first = position * self._num_sequences
         touched: dict[int, Output] = {}

@@ -15,7 +15,7 @@ NAMES = frozenset(SamplingFields.model_fields) - {"model"}
 
 
 def sampling_params(body: EngineFields, **changes: Any) -> SamplingParams:
-    """The parameters of a request. `changes` replace fields. Raises `ApiError` that names the field."""
+    """The sampling parameters of a request. `changes` replace fields. Raises `ApiError` that names the field."""
     values = {name: getattr(body, name) for name in NAMES} | changes
     mapping = {name: value for name, value in values.items() if value is not None or name in changes}
     try:
@@ -26,7 +26,7 @@ def sampling_params(body: EngineFields, **changes: Any) -> SamplingParams:
 
 
 def structured_outputs(body: EngineFields) -> Mapping[str, Any] | None:
-    """What the output must match, whichever field says so. Raises `ApiError` if two do."""
+    """The constraint on the output, from whichever field has one. Raises `ApiError` if two do."""
     found: dict[str, Mapping[str, Any]] = {}
     if body.structured_outputs is not None:
         given = body.structured_outputs.model_dump(by_alias=True, exclude_none=True)

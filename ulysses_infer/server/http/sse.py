@@ -18,20 +18,20 @@ DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would gather events otherwise
+    (b"x-accel-buffering", b"no"),  # otherwise nginx would buffer events
 ]
 _encode = msgspec.json.Encoder().encode
 
 
 class ChunkWriter:
-    """Writes the chunks of one stream: everything but the choice is the same in all, so it is encoded once."""
+    """Writes the chunks of one stream. Everything but the choice is the same in all, so it is encoded once."""
 
     def __init__(self, common: Mapping[str, Any], has_usage: bool) -> None:
         self._head = b"data: " + _encode(common)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if has_usage else b"]}\n\n"
 
     def chunk(self, choice: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> bytes:
-        """The event of one choice. `more`: keys beside `choices`, usage among them."""
+        """The event of one choice. more: additional keys, such as usage."""
         if more is None:
             return b"".join((self._head, _encode(choice), self._tail))
         return b"".join((self._head, _encode(choice), b"],", _encode(more)[1:], b"\n\n"))
@@ -42,11 +42,11 @@ class ChunkWriter:
 
 
 class EventStream(Response):
-    """Sends events as a generator makes them, and closes it whatever happens.
+    """Sends events as a generator produces them, and always closes it.
 
-    Nothing is sent before the first events are there: an error until then has a status of its own. A later one is an
-    event `{"error": …}`; as from other servers, `[DONE]` follows it, so that no client waits for more. If the client
-    leaves, the generator is closed at once.
+    Nothing is sent before the first event, so an earlier error has its own status. A later error is an event `{"error":
+    …}` followed by `[DONE]`, as in other servers, so that no client waits for more. If the client disconnects, the
+    generator is closed at once.
     """
 
     def __init__(self, events: AsyncGenerator[bytes], timeout: float | None) -> None:
@@ -54,7 +54,7 @@ class EventStream(Response):
         self._events, self._timeout = events, timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request."""
+        """Send the response."""
         await until_disconnect(receive, self._run(scope, receive, send))
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,7 +67,7 @@ class EventStream(Response):
                         is_started = True
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             last = DONE
-        except Exception as error:  # told to the client, and logged if nobody foresaw it
+        except Exception as error:  # sent to the client, and logged if unexpected
             known = timeout_error(self._timeout or 0) if isinstance(error, TimeoutError) else error
             if not is_started:
                 await error_response(known)(scope, receive, send)

@@ -18,14 +18,14 @@ from ulysses_infer.text.detokenizer import TokenDecoder
 from ulysses_infer.text.token_bytes import byte_level, sentencepiece
 
 T = TypeVar("T")
-INLINE_CHARACTERS = 4096  # of text that is encoded on the event loop: about a millisecond
+INLINE_CHARACTERS = 4096  # characters that are encoded on the event loop: about a millisecond
 CACHED_TOKENS = 1 << 14
 
 
 class Texts:
     """Encodes and decodes. Without a tokenizer only token ids can be served.
 
-    Long texts are encoded in a thread with a tokenizer of its own: two threads must not use one.
+    Long texts are encoded in a thread with its own tokenizer, because threads must not share one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -36,7 +36,7 @@ class Texts:
 
     @property
     def chat_template(self) -> str | None:
-        """The chat template's text, that of tool use if there are several."""
+        """The text of the chat template; the one for tool use if there are several."""
         template = getattr(self._tokenizer, "chat_template", None)
         if isinstance(template, dict):
             return template.get("tool_use") or template.get("default")
@@ -47,22 +47,22 @@ class Texts:
         return await self._run(len(text), functools.partial(_encode, text, add_special_tokens))
 
     async def render(self, conversation: Conversation) -> str:
-        """A conversation as the chat template writes it. Raises `RequestError`."""
+        """The conversation rendered by the chat template. Raises `RequestError`."""
         return await self._run(conversation.num_characters, lambda tokenizer: render(tokenizer, conversation))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Their text, special tokens included. Raises `RequestError` without a tokenizer."""
+        """The text of token ids, with special tokens. Raises `RequestError` without a tokenizer."""
         if self.decoder is None:
             raise RequestError("there is no tokenizer; set model.tokenizer")
         decoder = self.decoder
         return decoder.decode([token for token in token_ids if decoder.is_visible(token, False)], False)
 
     def piece(self, token_id: int) -> bytes:
-        """The bytes that a token stands for, which may be a part of a character."""
+        """The bytes of a token, which may be part of a character."""
         return b"" if self._pieces is None else self._pieces.of(token_id)
 
     def token_text(self, token_id: int) -> str:
-        """The text of a token alone."""
+        """The text of a single token."""
         return self.piece(token_id).decode(errors="replace")
 
     async def _run(self, size: int, work: Callable[[Any], T]) -> T:
@@ -81,7 +81,7 @@ def _encode(text: str, add_special_tokens: bool, tokenizer: Any) -> list[int]:
 
 
 class TokenPieces:
-    """Each token's own bytes, by the way in which the vocabulary writes them."""
+    """The bytes of each token, by the encoding of the vocabulary."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -106,7 +106,7 @@ def _converter(tokenizer: Any) -> Callable[[str], bytes]:
 
 
 def _decoder_kinds(tokenizer: Any) -> set[str]:
-    """Names of the decoders that a fast tokenizer chains; those written in Python are sentencepiece's."""
+    """The types of decoders in a fast tokenizer; Python tokenizers are sentencepiece's."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return {"Metaspace"}
@@ -120,7 +120,7 @@ def _byte_level(piece: str) -> bytes:
 
 
 def load_texts(config: Config) -> Texts:
-    """The tokenizer of the checkpoint, with the chat template that the recipe names.
+    """The tokenizer of the checkpoint, with the chat template of the recipe.
 
     Raises `CheckpointError`, `ConfigError`.
     """

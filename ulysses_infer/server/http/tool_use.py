@@ -29,13 +29,13 @@ class ToolUse:
 
     tools: Sequence[Mapping[str, Any]]
     format: ToolFormat | None
-    """How calls are written; None: the output is not searched for any."""
+    """The tool-call format; None: outputs are not parsed for calls."""
     constraint: StructuredOutputs | None
-    """What forces the calls that the request demands."""
+    """The constraint that forces the calls that the request demands."""
     is_named: bool = False
     """Whether the request names the function to call."""
     is_parallel: bool = True
-    """Whether there may be more than one call."""
+    """Whether more than one call is allowed."""
 
     def reader(self) -> CallReader | None:
         """A reader for one output."""
@@ -58,7 +58,7 @@ def tool_use(context: AppContext, body: ChatRequest) -> ToolUse:
 
 
 def check_format(body: ChatRequest, use: ToolUse, wanted: Mapping[str, Any] | None) -> None:
-    """Raises `ApiError` if the output had to match something beside tool calls: then it could call no tool."""
+    """Raises `ApiError` if the output must match something other than tool calls: then it could not call a tool."""
     if wanted is not None and use.format is not None:
         message = (
             "the output cannot both match a format and call tools; leave out response_format "
@@ -68,7 +68,7 @@ def check_format(body: ChatRequest, use: ToolUse, wanted: Mapping[str, Any] | No
 
 
 class CallReader:
-    """Reads the text of one output as content and tool calls, in OpenAI's shapes."""
+    """Parses the text of one output into content and tool calls, in OpenAI's shapes."""
 
     def __init__(self, parser: ToolCallParser, is_parallel: bool) -> None:
         self._parser, self._is_parallel = parser, is_parallel
@@ -76,7 +76,7 @@ class CallReader:
         """Whether the output calls a tool."""
 
     def read(self, text: str, is_last: bool) -> dict[str, Any]:
-        """The next piece of text: `content` and `tool_calls` as a chunk's delta has them, where there are any."""
+        """Parse the next piece of text: `content` and `tool_calls` of a chunk's delta, where there are any."""
         events = self._parser.push(text) if text else []
         if is_last:
             events = [*events, *self._parser.finish()]

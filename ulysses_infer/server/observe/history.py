@@ -12,14 +12,14 @@ from ulysses_infer.server.messages import EngineState, StepReport
 from ulysses_infer.server.observe.windows import Samples, TimeGrid
 
 SPAN_SECONDS = 900.0
-"""How far back it attention_spans."""
+"""How far back the history goes."""
 BAND_SECONDS = 0.1
-"""Resolution of the band of modes."""
+"""Resolution of the mode band."""
 RECENT_STEPS = 1024
 
 
 class PastStep(NamedTuple):
-    """One step, with its mode by number (`History.modes`) and when it was heard of."""
+    """One step, with its mode by number (`History.modes`) and the time of its report."""
 
     sequence: int
     started: float
@@ -31,7 +31,7 @@ class PastStep(NamedTuple):
 
 
 class BandRow:
-    """A stretch of the band: how long each mode ran in it, and the steps that ended in it."""
+    """An interval of the band: how long each mode ran in it, and the steps that ended in it."""
 
     __slots__ = ("changed", "index", "num_decodes", "num_steps", "num_tokens", "seconds")
 
@@ -42,7 +42,7 @@ class BandRow:
 
 
 class ModeTotals:
-    """What ran in one mode."""
+    """Totals of one mode."""
 
     __slots__ = ("num_steps", "num_tokens", "seconds")
 
@@ -57,7 +57,7 @@ class ModeTotals:
 
 
 class SecondRow:
-    """All else that happened in one second, and the engine's state as it last was in it."""
+    """Everything else that happened in one second, and the engine's last state in it."""
 
     def __init__(self, index: int) -> None:
         self.index, self.changed = index, 0.0
@@ -71,7 +71,7 @@ class SecondRow:
 
 
 class History:
-    """Takes every event in O(1) and forgets what is older than `SPAN_SECONDS`; its memory has a bound."""
+    """Takes every event in O(1) and drops what is older than `SPAN_SECONDS`; its memory is bounded."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -81,15 +81,15 @@ class History:
         self.modes: dict[tuple[int, int], int] = {}
         self.state: EngineState | None = None
         self.totals = SecondRow(0)
-        """Since the start; without samples and state."""
+        """Totals since the start, without samples and state."""
         self._band_end = 0.0
 
     def mode_number(self, mode: tuple[int, int]) -> int:
-        """Modes are numbered as they are first heard of, the loaded ones first."""
+        """Modes are numbered in order of appearance, the loaded ones first."""
         return self.modes.setdefault(mode, len(self.modes))
 
     def on_state(self, state: EngineState) -> None:
-        """How full the engine is now."""
+        """The engine's current load."""
         row = self._now()
         last, self.state = self.state, state
         row.state = state
@@ -124,7 +124,7 @@ class History:
         self._generated(num_new_tokens)
 
     def on_tokens(self, seconds: float, num_new_tokens: int) -> None:
-        """A sequence got a token, `seconds` after its last."""
+        """A sequence got a token, `seconds` after its previous one."""
         self._now().inter_token.add(seconds)
         self._generated(num_new_tokens)
 
@@ -147,7 +147,7 @@ class History:
         return self.seconds.row(int(now), now)
 
     def _draw(self, step: StepReport, mode: int, now: float) -> None:
-        """Put the step into the band: never before the step ahead of it, after now, or further back than it goes."""
+        """Add the step to the band, not before the previous step, not after now, and not before the band's start."""
         end = min(step.started + step.seconds, now)
         start = min(max(step.started, self._band_end, now - SPAN_SECONDS), end)
         self._band_end = max(end, self._band_end)

@@ -14,7 +14,7 @@ from ulysses_infer.server.observe.policies import describe_settings
 
 PREFIX = "ulysses:"
 
-# vLLM's buckets (FACTS §4): quantiles of both engines are then cut at the same places.
+# vLLM's buckets, so that quantiles of both engines are comparable
 FIRST_TOKEN_BUCKETS = (
     0.001,
     0.005,
@@ -90,7 +90,7 @@ STEP_TOKEN_BUCKETS = tuple(float(1 << e) for e in range(15))
 
 
 class Metrics:
-    """The metrics of one server in a registry of their own; everything is bound once, as tokens come by thousands."""
+    """The metrics of one server in their own registry. Labels are bound once, because tokens come by thousands."""
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -109,17 +109,17 @@ class Metrics:
         self._http = _HttpMetrics(self.registry)
 
     def text(self) -> bytes:
-        """All of them as Prometheus reads them."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    # -- making one ------------------------------------------------------------------------------------------------
+    # -- creation --------------------------------------------------------------------------------------------------
 
     def histogram(self, name: str, meaning: str, buckets: Iterable[float], *labels: str) -> Histogram:
-        """A histogram of this model; bound to it where there are no more `labels`."""
+        """A histogram of this model; bound to it if there are no other `labels`."""
         return self._bound(Histogram, name, meaning, labels, buckets=tuple(buckets))
 
     def counter(self, name: str, meaning: str, *labels: str) -> Counter:
-        """A counter of this model, likewise; Prometheus sees it as `name`_total."""
+        """A counter of this model; exported as `name`_total."""
         return self._bound(Counter, name, meaning, labels)
 
     def gauge(self, name: str, meaning: str) -> Gauge:
@@ -127,25 +127,25 @@ class Metrics:
         return self._bound(Gauge, name, meaning, ())
 
     def info(self, name: str, meaning: str) -> Info:
-        """Labels with the value 1; Prometheus sees it as `name`_info."""
+        """Labels with the value 1; exported as `name`_info."""
         return self._bound(Info, name, meaning, ())
 
     def child(self, metric: Any, *values: str) -> Any:
-        """What counts for these values of the labels after the model's."""
+        """The metric for these values of the labels after the model's."""
         return metric.labels(self._model_name, *values)
 
     def _bound(self, kind: Any, name: str, meaning: str, labels: tuple[str, ...], **options: Any) -> Any:
         metric = kind(PREFIX + name, meaning, ["model_name", *labels], registry=self.registry, **options)
         return metric if labels else self.child(metric)
 
-    # -- what happens ----------------------------------------------------------------------------------------------
+    # -- events ----------------------------------------------------------------------------------------------------
 
     def on_up(self, is_up: bool) -> None:
         """The engine is ready, or gone."""
         self._engine.up.set(is_up)
 
     def on_state(self, state: EngineState) -> None:
-        """How full the engine is now."""
+        """The engine's current load."""
         self._engine.take(state)
 
     def on_step(self, step: StepReport) -> None:
@@ -169,12 +169,12 @@ class Metrics:
         return _ModeMetrics(name, *children)
 
     def on_first_token(self, record: RequestRecord, num_new_tokens: int) -> None:
-        """A prompt is computed. `num_new_tokens`: of output, since the request was last heard of."""
+        """A prompt is computed. num_new_tokens: output tokens since the last report of the request."""
         self._requests.begin(record)
         self._requests.generation_tokens.inc(num_new_tokens)
 
     def on_tokens(self, seconds: float, num_new_tokens: int) -> None:
-        """A sequence got a token, `seconds` after its last."""
+        """A sequence got a token, `seconds` after its previous one."""
         self._requests.inter_token.observe(seconds)
         self._requests.generation_tokens.inc(num_new_tokens)
 
@@ -184,7 +184,7 @@ class Metrics:
         self._requests.end(record)
 
     def on_http(self, method: str, route: str, status: int, seconds: float) -> None:
-        """A request over HTTP was answered: its method and route are of bounded number, junk is "other"."""
+        """An HTTP request was answered. The numbers of methods and routes are bounded: others count as "other"."""
         self._http.requests.labels(method, route, str(status)).inc()
         self._http.seconds.labels(method, route).observe(seconds)
 
@@ -197,7 +197,7 @@ class _ModeMetrics:
 
 
 class _Total:
-    """A counter fed with running totals. One that falls was started anew, as Prometheus itself has it."""
+    """A counter fed with totals. A total that falls means a restart, as in Prometheus."""
 
     def __init__(self, counter: Counter) -> None:
         self._counter, self._total = counter, 0
@@ -208,7 +208,7 @@ class _Total:
 
 
 class _EngineMetrics:
-    """How full the engine is and what its cache does."""
+    """The load of the engine and its cache."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.up = metrics.gauge("engine_up", "1 while the engine can answer, 0 while it loads or is dead.")
@@ -295,7 +295,7 @@ class _RequestHistograms:
         self._time_per_token(record)
 
     def _span(self, histogram: Histogram, start: float | None, end: float | None) -> None:
-        """A stage that was reached and left."""
+        """A stage that was entered and left."""
         if start is not None and end is not None:
             histogram.observe(max(0.0, end - start))
 

@@ -20,16 +20,16 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 REQUEST_ID_HEADER = b"x-request-id"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-CLIENT_LEFT = 499  # nginx's status for a client that left before its answer began
+CLIENT_LEFT = 499  # nginx's status for a client that left before the response
 FAILED = 500
 
 
 class HttpObserver:
-    """ASGI middleware, to be the outermost. It passes messages on as they come and keeps none.
+    """ASGI middleware, outermost. It passes messages on and keeps none.
 
-    The request's id is the client's `X-Request-Id` if that is 1 to 128 characters of [A-Za-z0-9._-], else a new
-    one; routes find it in `scope["state"]["request_id"]`, clients in the answer's `X-Request-Id`.
-    `count(method, route, status, seconds)` is called once for each request that has ended, `log` with its fields.
+    The request's id is the client's `X-Request-Id` if that is 1 to 128 characters of [A-Za-z0-9._-], else a new one.
+    Routes find it in `scope["state"]["request_id"]`, clients in the response's `X-Request-Id`. `count(method, route,
+    status, seconds)` is called once per finished request, `log` with its fields.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class HttpObserver:
         self._app, self._count, self._log = app, count, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; whatever the application raises is raised on."""
+        """Handle one request; errors of the application are raised again."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -70,7 +70,7 @@ class HttpObserver:
 
 
 class _Exchange:
-    """One request and its answer, as they pass."""
+    """One request and its response."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.started = time.monotonic()
@@ -83,7 +83,7 @@ class _Exchange:
 
     @property
     def outcome(self) -> int:
-        """The answer's status. An application that ended without one failed, unless nobody waited any more."""
+        """The response's status. An application that ended without one failed, unless the client had left."""
         if self._status is not None:
             return self._status
         return CLIENT_LEFT if self._client_left else FAILED
@@ -105,7 +105,7 @@ class _Exchange:
 
 
 def request_id_of(scope: Scope) -> str:
-    """The client's id if it is a decent one, else a new one."""
+    """The client's id if it is valid, else a new one."""
     for name, value in scope["headers"]:
         if name.lower() == REQUEST_ID_HEADER and REQUEST_ID.fullmatch(value):
             return bytes(value).decode()
@@ -113,11 +113,11 @@ def request_id_of(scope: Scope) -> str:
 
 
 def route_of(scope: Scope) -> str:
-    """The template of the route taken, such as `/v1/models/{model}`; "other" where none matched."""
+    """The template of the route, such as `/v1/models/{model}`; "other" if none matched."""
     return getattr(scope.get("route"), "path", "other")
 
 
 def write_json_line(fields: dict[str, Any]) -> None:
-    """One JSON object on a line of standard error."""
+    """Write one JSON object as a line of standard error."""
     sys.stderr.write(json.dumps(fields, separators=(",", ":")) + "\n")
     sys.stderr.flush()

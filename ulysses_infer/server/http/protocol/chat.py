@@ -21,7 +21,7 @@ OTHER_MEDIA = ("image_url", "input_image", "image", "input_audio", "audio_url", 
 
 
 def check_content(value: Any) -> Any:
-    """A message's content: text, parts of text, or nothing. Raises ValueError."""
+    """A message's content: text, parts of text, or none. Raises ValueError."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -63,14 +63,14 @@ Content = Annotated[
 
 
 class CalledFunction(Body):
-    """A call that an assistant made before."""
+    """A tool call in the history."""
 
     name: str
     arguments: str = Field(description="JSON.")
 
 
 class MadeCall(Body):
-    """A tool call in an assistant's message."""
+    """A tool call of an assistant message."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -79,7 +79,7 @@ class MadeCall(Body):
 
 
 class Message(BaseModel):
-    """One message. Keys that are not here are left to the chat template, which may know them."""
+    """One message. Unknown keys are passed to the chat template."""
 
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
     role: Annotated[str, Field(pattern=f"^({'|'.join(ROLES)})$")]
@@ -90,7 +90,7 @@ class Message(BaseModel):
 
 
 class ChatFields(Body):
-    """What a chat template makes a prompt of."""
+    """The fields that determine the prompt."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
@@ -104,7 +104,7 @@ class ChatFields(Body):
 
 
 class ChatRequest(EngineFields, ChatFields):
-    """ResponseBody messages."""
+    """Respond to messages."""
 
     refused: ClassVar[dict[str, str]] = {
         "functions": "use tools",
@@ -135,7 +135,7 @@ class TopLogprob(ResponseBody):
 
 
 class TokenLogprob(TopLogprob):
-    """The token that was chosen, and the likeliest ones."""
+    """The chosen token and the most likely ones."""
 
     top_logprobs: list[TopLogprob]
 
@@ -172,7 +172,7 @@ class AnswerMessage(ResponseBody):
 
 
 class ChatChoice(ResponseBody):
-    """One answer."""
+    """One choice."""
 
     index: int
     message: AnswerMessage
@@ -183,7 +183,7 @@ class ChatChoice(ResponseBody):
 
 
 class ChatAnswer(ResponseBody):
-    """The model's answers."""
+    """The response."""
 
     id: str
     object: Literal["chat.completion"]

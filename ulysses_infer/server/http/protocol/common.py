@@ -6,28 +6,28 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
-MAX_SEQUENCES = 128  # per prompt, as OpenAI has it
+MAX_SEQUENCES = 128  # per prompt, as in OpenAI's API
 MAX_LOGPROBS = 20
-MAX_STOPS = 64  # every character of the text is held against each
+MAX_STOPS = 64  # every character of the text is compared with each
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 
 
 class Body(BaseModel):
-    """A request's JSON. Types are taken as they are, and a key that is not known is an error."""
+    """A request body. Types are not converted, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     refused: ClassVar[dict[str, str]] = {}
-    """Fields of OpenAI's API that this server does not have, with what to do instead."""
+    """Fields of OpenAI's API that this server does not support, with what to do instead."""
 
 
 class ResponseBody(BaseModel):
-    """A part of an answer, as /openapi.json describes it."""
+    """Part of a response, for /openapi.json."""
 
     model_config = ConfigDict(protected_namespaces=())
 
 
 def check_strings(value: Any) -> Any:
-    """A text or a list of texts. Raises ValueError."""
+    """One text or a list of texts. Raises ValueError."""
     if isinstance(value, str) or value is None:
         return value
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -55,7 +55,7 @@ Count = Annotated[int, Field(ge=0, le=INT32)]
 
 
 class StreamOptions(Body):
-    """What a stream has beside its tokens."""
+    """Options of a stream."""
 
     include_usage: bool | None = Field(None, description="End with a chunk that has the usage and no choices.")
     continuous_usage_stats: bool | None = Field(None, description="Every chunk has the usage so far.")
@@ -83,14 +83,14 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """text, any JSON object, or JSON that matches a schema."""
+    """Text, any JSON object, or JSON that matches a schema."""
 
     type: Annotated[str, Field(pattern="^(text|json_object|json_schema)$")]
     json_schema: JsonSchema | None = None
 
 
 class SamplingFields(Body):
-    """How to sample: OpenAI's fields and vLLM's extra ones. Null means the default."""
+    """Sampling: OpenAI's fields and vLLM's additional ones. Null means the default."""
 
     model: str | None = Field(None, description="The served model; null: the one there is.")
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
@@ -116,7 +116,7 @@ class SamplingFields(Body):
 
 
 class EngineFields(SamplingFields):
-    """How the request is treated, and what must match."""
+    """How the engine treats the request, and what outputs must match."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -148,13 +148,13 @@ class EngineFields(SamplingFields):
 
 
 class PromptTokensDetails(ResponseBody):
-    """Where the prompt's tokens came from."""
+    """The origin of the prompt's tokens."""
 
     cached_tokens: int
 
 
 class Usage(ResponseBody):
-    """Tokens of a request."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -163,7 +163,7 @@ class Usage(ResponseBody):
 
 
 class PromptLogprob(ResponseBody):
-    """A token that the prompt has, or might have had."""
+    """A token of the prompt, or an alternative to one."""
 
     logprob: float
     rank: int
@@ -174,7 +174,7 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class ErrorDetails(ResponseBody):
-    """What was wrong."""
+    """Details of an error."""
 
     message: str
     type: str
@@ -183,6 +183,6 @@ class ErrorDetails(ResponseBody):
 
 
 class ErrorAnswer(ResponseBody):
-    """Every error's body."""
+    """The body of every error."""
 
     error: ErrorDetails

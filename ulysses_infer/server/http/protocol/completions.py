@@ -20,7 +20,7 @@ PROMPT_RULE = "should be a text, a list of texts, a list of token ids or a list 
 
 
 def check_prompt(value: Any) -> list[str | list[int]]:
-    """The prompts of a request, as a list. Raises ValueError."""
+    """The prompts of a request as a list. Raises ValueError."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
@@ -70,7 +70,7 @@ class CompletionRequest(EngineFields):
 
 
 class CompletionLogprobs(ResponseBody):
-    """Log-probabilities in the older of OpenAI's two formats: lists of equal length."""
+    """Log-probabilities in OpenAI's older format: lists of equal length."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -92,7 +92,7 @@ class CompletionChoice(ResponseBody):
 
 
 class CompletionAnswer(ResponseBody):
-    """Outputs, those of the first prompt first."""
+    """The outputs, those of the first prompt first."""
 
     id: str
     object: Literal["text_completion"]

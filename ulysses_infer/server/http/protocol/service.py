@@ -30,20 +30,20 @@ class ModelList(ResponseBody):
 
 
 class Health(ResponseBody):
-    """How the engine is."""
+    """The engine's health."""
 
     status: str = Field(description="starting, ready, draining or dead.")
     reason: str | None = Field(description="Why the engine is dead.")
 
 
 class Version(ResponseBody):
-    """What runs."""
+    """Version information."""
 
     version: str
 
 
 class PolicyChange(Body):
-    """A policy and its settings; those not given get the recipe's values."""
+    """A policy and its settings; missing ones get the recipe's values."""
 
     name: str
     settings: dict[str, Any] = Field({}, description="By name.")
@@ -60,7 +60,7 @@ class PolicyChange(Body):
 
 
 class AbortRequest(Body):
-    """Which requests to end: one, by the id of its answer, or all."""
+    """Which requests to abort: one, by the id of its response, or all."""
 
     request_id: str | None = None
     all: bool | None = None
@@ -74,7 +74,7 @@ class AbortRequest(Body):
 
 
 class Aborted(ResponseBody):
-    """Who was ended."""
+    """The aborted requests."""
 
     aborted: list[str]
 

@@ -42,6 +42,6 @@ class DetokenizeRequest(Body):
 
 
 class DetokenizeAnswer(ResponseBody):
-    """Their text."""
+    """The text."""
 
     prompt: str

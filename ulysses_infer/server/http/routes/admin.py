@@ -23,7 +23,7 @@ COMMAND_WITH_BODY = (400, 401, 403, 413, 415, 503)
 
 @router.get("/policy", responses=answers(AnyAnswer, *COMMAND))
 async def get_policy(request: Request) -> Response:
-    """The policy, its settings and the modes there are."""
+    """The policy, its settings and the available modes."""
     return await _command(request, "get_policy")
 
 
@@ -36,7 +36,7 @@ async def set_policy(request: Request) -> Response:
 
 @router.post("/abort", responses=answers(Aborted, *COMMAND_WITH_BODY, 404), **takes(AbortRequest))
 async def abort(request: Request) -> Response:
-    """End one request, by the id of its answer, or all; their clients get what there is."""
+    """End one request, by the id of its response, or all; their clients get the outputs so far."""
     body = await read_body(request, AbortRequest)
     if body.request_id is None:
         return await _command(request, "abort_all")
@@ -45,13 +45,13 @@ async def abort(request: Request) -> Response:
 
 @router.post("/drain", responses=answers(AnyAnswer, *COMMAND))
 async def drain(request: Request) -> Response:
-    """Take no more requests, answer those that run, then end."""
+    """Accept no more requests, finish running ones, then exit."""
     return await _command(request, "drain")
 
 
 @router.post("/reset_prefix_cache", responses=answers(AnyAnswer, *COMMAND))
 async def reset_prefix_cache(request: Request) -> Response:
-    """Forget cached prefixes; only an idle engine can."""
+    """Drop cached prefixes; only possible while the engine is idle."""
     return await _command(request, "reset_prefix_cache")
 
 
@@ -68,7 +68,7 @@ async def _command(request: Request, command: str, /, **arguments: Any) -> Respo
 
 
 async def _abort(context: AppContext, answer_id: str) -> Response:
-    """An answer to several prompts is several requests of the engine's; some may have ended."""
+    """A response to several prompts has several engine requests; some may have ended."""
     context.engine_info()
     aborted, reason = [], f"no request {answer_id[:200]!r} is running or waiting; it may have ended"
     for request_id in context.running.get(answer_id, ()):

@@ -24,32 +24,32 @@ DEFAULT_SECONDS = 120.0
 
 @router.get("/health", responses=answers(Health) | described(503, "The engine is starting or dead.", Health))
 async def health(request: Request) -> Response:
-    """Whether the engine runs; a server that drains is in good health."""
+    """Whether the engine is alive; a draining server is healthy."""
     return _status(context_of(request), READY, DRAINING)
 
 
 @router.get("/ready", responses=answers(Health) | described(503, "It takes no requests now.", Health))
 async def ready(request: Request) -> Response:
-    """Whether requests are taken: every rank has run a forward pass, and the server does not drain."""
+    """Whether requests are accepted: every rank has run a forward pass, and the server does not drain."""
     return _status(context_of(request), READY)
 
 
 @router.get("/version", responses=answers(Version))
 async def version() -> Response:
-    """What runs."""
+    """The version of the server."""
     return json_response({"version": __version__})
 
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=described(200, "Prometheus' exposition format."))
 async def metrics(request: Request) -> Response:
-    """Counters and histograms for Prometheus."""
+    """Metrics for Prometheus."""
     observatory = context_of(request).observatory
     return Response(observatory.metrics_text(), headers={"Content-Type": observatory.metrics_content_type})
 
 
 @page_router.get("/dashboard", response_class=HTMLResponse, responses=described(200, "The live page."))
 async def dashboard(request: Request) -> Response:
-    """The live page. It holds no data: it asks /dashboard/data for them."""
+    """The dashboard. The page has no data; it polls /dashboard/data."""
     observatory = context_of(request).observatory
     return HTMLResponse(observatory.page(), headers=observatory.page_headers)
 
@@ -65,7 +65,7 @@ async def dashboard(request: Request) -> Response:
     },
 )
 async def dashboard_data(request: Request) -> Response:
-    """What happened in the last `seconds`; of that only what is new since `since`, the `now` of the last answer."""
+    """The last `seconds` of the history; only what is new since `since`, the `now` of the previous response."""
     seconds = _number(request, "seconds")
     since = _number(request, "since")
     snapshot = context_of(request).observatory.snapshot(DEFAULT_SECONDS if seconds is None else seconds, since)

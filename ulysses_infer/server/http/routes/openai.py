@@ -26,14 +26,14 @@ GENERATING = (400, 404, 413, 415, 500, 503, 504)
     "/v1/completions", responses=answers(CompletionAnswer, *GENERATING, also=EVENTS), **takes(CompletionRequest)
 )
 async def completions(request: Request) -> Response:
-    """Continue a prompt, or several."""
+    """Continue one or several prompts."""
     context, body = context_of(request), await read_body(request, CompletionRequest)
     return await respond(request, context, await prepare_completion(context, body))
 
 
 @router.post("/v1/chat/completions", responses=answers(ChatAnswer, *GENERATING, also=EVENTS), **takes(ChatRequest))
 async def chat_completions(request: Request) -> Response:
-    """Answer a conversation."""
+    """Respond to a conversation."""
     context, body = context_of(request), await read_body(request, ChatRequest)
     return await respond(request, context, await prepare_chat(context, body))
 
