@@ -79,7 +79,7 @@ def test_a_new_allocator_hands_out_every_block_once():
 
 def test_asking_for_more_blocks_than_are_free_is_refused():
     allocator = BlockAllocator(2, 4)
-    with pytest.raises(AssertionError, match="3 blocks asked for, 2 free"):
+    with pytest.raises(AssertionError, match="3 blocks requested, 2 free"):
         allocator.allocate(3)
 
 

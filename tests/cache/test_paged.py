@@ -84,7 +84,7 @@ def test_what_a_recipe_asks_for_is_taken_or_refused():
 
 def test_weights_that_do_not_fit_are_refused_with_the_numbers():
     check_weights_fit(BUDGET)
-    with pytest.raises(ConfigError, match=r"the model does not fit: 1\.00 GiB available a rank, weights 1\.50 GiB"):
+    with pytest.raises(ConfigError, match=r"the model does not fit: 1\.00 GiB available per rank, weights 1\.50 GiB"):
         check_weights_fit(MemoryBudget(1 << 30, 3 << 29, 0))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ulysses_infer.model.context import use_step_context
+
 
 class FakeCollectives:
     """Stands in for the TP group's sum: remembers each rank's partial result, or gives the sum of all."""

@@ -256,8 +256,10 @@ def test_what_expands_otherwise_keeps_its_heads(
     with caplog.at_level("INFO", logger="ulysses_infer"):
         shape = draw(theirs, None).shape
     assert (shape.num_key_value_heads, shape.values_in_keys) == (8, False)
-    assert "the cache holds heads: its expand_kv is not proved" in caplog.text
-    with pytest.raises(ConfigError, match=r"cache\.latent is true, but its expand_kv is not proved.*\(deepseek_v3\)"):
+    assert "the cache holds heads: its expand_kv is not just a product" in caplog.text
+    with pytest.raises(
+        ConfigError, match=r"cache\.latent is true, but its expand_kv is not just a product.*\(deepseek_v3\)"
+    ):
         draw(theirs, True)
 
 
@@ -273,7 +275,7 @@ def test_keys_changed_after_they_were_expanded_are_refused() -> None:
 
 
 def test_latents_of_a_model_without_them_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"cache\.latent is true, but its attention expands no latents \(llama\)"):
+    with pytest.raises(ConfigError, match=r"cache\.latent is true, but its attention has no latents \(llama\)"):
         draw(build("llama"), True)
     assert not draw(build("llama"), None).shape.values_in_keys
 

@@ -1,4 +1,4 @@
-"""The dry run at start notices what would make a token's result depend on its neighbours or its place in the batch."""
+"""The probe at start refuses a model whose tokens depend on their neighbours or their index in the batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def leak_neighbours(module: Any) -> None:
 
 
 def count_positions(module: Any) -> None:
-    """Rotary angles from the place in the batch."""
+    """Rotary angles from the index in the batch."""
     rotary = module.model.rotary_emb
     plain = rotary.forward
     rotary.forward = lambda x, position_ids: plain(x, torch.arange(position_ids.shape[1])[None])
@@ -54,8 +54,8 @@ def repeat_a_layer(module: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (leak_neighbours, "neighbours reach it outside of attention"),
-        (count_positions, "place in the batch"),
+        (leak_neighbours, "influence each other outside of attention"),
+        (count_positions, "index in the batch"),
         (skip_a_layer, r"attention ran on layers \[0\]"),
         (repeat_a_layer, r"attention ran on layers \[0, 0\]"),
     ],

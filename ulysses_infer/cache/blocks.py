@@ -11,7 +11,7 @@ from ulysses_infer.arithmetic import ceil_div
 
 @dataclass
 class PrefixCacheStats:
-    """Tokens looked up and found in the prefix cache, since the start."""
+    """Number of tokens looked up and found in the prefix cache since the start."""
 
     queries: int = 0
     hits: int = 0
@@ -23,12 +23,12 @@ class PrefixCacheStats:
 
 
 class BlockAllocator:
-    """Hands out the `num_blocks` cache blocks of `block_size` tokens each, the same ids on every rank.
+    """Allocates `num_blocks` cache blocks of `block_size` tokens each. Block ids are the same on every rank.
 
     A block is held by the requests that have it in their block table (its reference count) or free. A full
     block whose content has been computed can be published under its content's hash; any request may then
-    share it, and it keeps its content while free, until it is needed. Free blocks without content go first,
-    then those that nobody is likely to ask for, then the least recently freed. Every operation is O(1) per block.
+    share it, and it keeps its content while free, until it is needed. Empty blocks are reused
+    first, then those unlikely to be requested again, then the least recently freed. Every operation is O(1) per block.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
@@ -36,22 +36,22 @@ class BlockAllocator:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._reference_counts = [0] * num_blocks
-        # Free blocks in the order of reuse: those without content (block 0 first), then those with content.
+        # Free blocks in the order of reuse: empty ones (block 0 first), then cached ones, least recently freed first.
         self._empty = list(range(num_blocks - 1, -1, -1))
         self._evict_first: OrderedDict[int, None] = OrderedDict()
         self._evict_last: OrderedDict[int, None] = OrderedDict()
-        self._was_reused: set[int] = set()  # with the content that they have now
+        self._was_reused: set[int] = set()  # blocks whose present content was shared at least once
         self._block_of_hash: dict[bytes, int] = {}
         self._hash_of_block: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks that no request holds."""
+        """Number of blocks that no request holds."""
         return len(self._empty) + len(self._evict_first) + len(self._evict_last)
 
     @property
     def num_used(self) -> int:
-        """Blocks that some request holds."""
+        """Number of blocks that requests hold."""
         return self.num_blocks - self.num_free
 
     @property
@@ -68,15 +68,15 @@ class BlockAllocator:
         return self._reference_counts[block]
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` free blocks, at most `num_free`, each with one reference."""
-        assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} free"
+        """Allocate `count` blocks, at most `num_free`, each with one reference."""
+        assert count <= self.num_free, f"{count} blocks requested, {self.num_free} free"
         blocks = [self._pop_free_block() for _ in range(count)]
         for block in blocks:
             self._reference_counts[block] = 1
         return blocks
 
     def match_prefix(self, block_hashes: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest cached run at the start of `block_hashes`. Takes no reference."""
+        """The blocks of the longest cached prefix of `block_hashes`. Adds no reference."""
         blocks = []
         for content in block_hashes:
             block = self._block_of_hash.get(content)
@@ -86,11 +86,11 @@ class BlockAllocator:
         return blocks
 
     def last_uncached(self, block_hashes: Sequence[bytes], start: int, stop: int) -> int | None:
-        """The last index in `[start, stop)` whose content is not cached; None if all are."""
+        """The last index in `[start, stop)` whose block is not cached; None if all are."""
         return next((i for i in range(stop - 1, start - 1, -1) if block_hashes[i] not in self._block_of_hash), None)
 
     def count_free(self, blocks: Sequence[int]) -> int:
-        """How many of `blocks` are free. Sharing them lowers `num_free` by that number."""
+        """Number of free blocks among `blocks`: `share` lowers `num_free` by it."""
         return sum(self._reference_counts[block] == 0 for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
@@ -102,25 +102,25 @@ class BlockAllocator:
             self._was_reused.add(block)
 
     def publish(self, block: int, content: bytes) -> None:
-        """Publish `block`, which is held, full and computed, under the hash `content`. If the content is published
-        already, this block stays private."""
+        """Add `block`, which must be held, full and computed, to the prefix cache under the block hash `content`.
+        Does nothing if that hash is cached already."""
         assert self._reference_counts[block] > 0, f"block {block} is free"
         if self.enable_prefix_caching and content not in self._block_of_hash:
             self._block_of_hash[content] = block
             self._hash_of_block[block] = content
 
     def free(self, block_table: Sequence[int]) -> None:
-        """Release one reference to each block of a sequence. Its tail is evicted before its head, because a block is
+        """Drop one reference to each block of a sequence. Its last blocks are evicted first, because a cached block is
         useless without those before it."""
         for block in reversed(block_table):
             if self._drop_reference(block):
                 self._push_free_block(block, self._evict_last)
 
     def free_out_of_window(self, block: int, keep_longer: bool) -> None:
-        """Release a block that its sequence no longer sees.
+        """Drop the reference to a block that left the attention window of its sequence.
 
-        Unless it `keep_longer` to be requested, or was before, it is evicted before other cached blocks. So a long text
-        reuses its own blocks instead of evicting prefixes that may be continued.
+        Unless `keep_longer` is set or the block was shared before, it is evicted before other cached blocks. So a long
+        text reuses its own blocks instead of evicting useful prefixes.
         """
         if self._drop_reference(block):
             self._push_free_block(
@@ -128,8 +128,8 @@ class BlockAllocator:
             )
 
     def reset_prefix_cache(self) -> bool:
-        """Drop all cached content, for example after a change of weights. Returns False, and does nothing, while any
-        block is held: its sequence would mix old and new content."""
+        """Empty the prefix cache, for example after a weight update. Returns False, and does nothing, while any block
+        is held, because its sequence would mix old and new content."""
         if self.num_used:
             return False
         for kept in (self._evict_first, self._evict_last):
@@ -155,7 +155,7 @@ class BlockAllocator:
         return block
 
     def _drop_reference(self, block: int) -> bool:
-        """Release a reference; returns whether it was the last."""
+        """Drop a reference. Returns whether it was the last."""
         assert self._reference_counts[block] > 0, f"block {block} freed twice"
         self._reference_counts[block] -= 1
         return self._reference_counts[block] == 0

@@ -1,4 +1,4 @@
-"""The memory budget: what the cache may use, computed before anything is allocated."""
+"""The memory budget: how much the cache may use, computed before anything is allocated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.config import CacheConfig
 from ulysses_infer.errors import ConfigError
 
-CPU_CACHE_LIMIT = 4 << 30  # other programs need a CPU's memory too; a recipe can ask for more
+CPU_CACHE_LIMIT = 4 << 30  # leaves host memory to other programs; a recipe can set more
 GIB = 1 << 30
 
 
@@ -29,13 +29,13 @@ class MemoryBudget:
 
     def __str__(self) -> str:
         return (
-            f"{self.available / GIB:.2f} GiB available a rank, weights {self.weights / GIB:.2f} GiB, "
+            f"{self.available / GIB:.2f} GiB available per rank, weights {self.weights / GIB:.2f} GiB, "
             f"activations {self.activations / GIB:.2f} GiB"
         )
 
 
 def available_memory(device: torch.device, utilization: float, ranks_on_host: int) -> int:
-    """Bytes that one rank may use: its share of the free host memory, or of its GPU."""
+    """Bytes that one rank may use: of its GPU's memory, or its share of the free host memory."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(total * utilization) - (total - free)
@@ -47,13 +47,13 @@ def available_memory(device: torch.device, utilization: float, ranks_on_host: in
 def activation_bytes(
     max_num_batched_tokens: int, hidden_size: int, intermediate_size: int, vocab_share: int, max_rows: int, width: int
 ) -> int:
-    """An upper bound of one step's temporary tensors: residual-sized, MLP-sized, and logits in float32."""
+    """Upper bound of one step's temporary tensors in bytes: hidden states, MLP activations and float32 logits."""
     per_token = width * (8 * hidden_size + 3 * intermediate_size)
     return max_num_batched_tokens * per_token + max_rows * vocab_share * 4
 
 
 def check_weights_fit(budget: MemoryBudget) -> None:
-    """Raise `ConfigError`, with the numbers, if the weights alone do not fit."""
+    """Raise `ConfigError` if the weights do not fit."""
     if budget.left <= 0:
         raise ConfigError(
             f"the model does not fit: {budget}; use more ranks with a higher parallel.tp, a smaller dtype, or a lower "
@@ -62,7 +62,7 @@ def check_weights_fit(budget: MemoryBudget) -> None:
 
 
 def cache_bytes(config: CacheConfig, sizing: CacheSizing, budget: MemoryBudget, on_cpu: bool) -> int:
-    """Bytes of this rank's cache. Raises `ConfigError` if the recipe asks for more than is left."""
+    """Bytes of this rank's cache. Raises `ConfigError` if the recipe requests more than is left."""
     if config.num_blocks is not None:
         wanted = sizing.num_bytes(sizing.blocks_per_group(config.num_blocks))
         _check_wanted(wanted, budget, f"cache.num_blocks {config.num_blocks}")

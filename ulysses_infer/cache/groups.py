@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
+from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.attention.span import AttentionSpan
-
-if TYPE_CHECKING:
-    from ulysses_infer.attention.backend import AttentionOptions
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ FP8_MAX = torch.finfo(FP8).max
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What one rank caches per token and layer: its own KV heads. Key and value widths may differ (MLA)."""
+    """Shape of one rank's cache. Key and value widths may differ (MLA)."""
 
     num_layers: int
     num_key_value_heads: int
@@ -27,7 +27,7 @@ class CacheShape:
     block_size: int
     dtype: torch.dtype
     values_in_keys: bool = False
-    """Whether values are the first numbers of the keys (latents) and not stored separately."""
+    """Whether values are the first elements of the keys (MLA latents) and not stored separately."""
 
     @property
     def bytes_per_block(self) -> int:
@@ -41,7 +41,7 @@ class CacheShape:
 
 
 class CacheScales(NamedTuple):
-    """Factors that turn the cached numbers of a layer into its keys and values."""
+    """Dequantization scales of the cached keys and values of a layer."""
 
     key: float = 1.0
     value: float = 1.0
@@ -61,7 +61,7 @@ class PagedCache:
         scratch_blocks: int = 0,
         groups: CacheGroups | None = None,
     ) -> None:
-        """num_blocks: one per cache group; groups: None is a single group that sees everything.
+        """num_blocks: one per cache group; groups: None means a single one with full attention.
 
         scratch_blocks: additional blocks, unknown to the allocators, for padding rows.
         """
@@ -138,5 +138,5 @@ class PagedCache:
 
 
 def _is_dense(rows: torch.Tensor) -> bool:
-    """[T, H, d]: whether the numbers of a token are contiguous."""
+    """[T, H, d]: whether the elements of each token are contiguous."""
     return len(rows) > 0 and rows.stride(2) == 1 and (rows.stride(1) == rows.shape[2] or rows.shape[1] == 1)

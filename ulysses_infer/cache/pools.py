@@ -10,15 +10,15 @@ from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.blocks import BlockAllocator, PrefixCacheStats
 
 GroupBlockIds = list[list[int]]
-"""A sequence's blocks per cache group. All tables end at the same block of the text; a table may start later, if its
-layers no longer see the blocks before."""
+"""A sequence's block tables, one per cache group. All end at the same block of the text. A table starts later if the
+blocks before are outside of the attention window."""
 
 
 class BlockPools:
-    """One block pool per cache group, used as one.
+    """One block allocator per cache group, behind one interface.
 
-    Groups with a limited attention span free the blocks behind it, so a long text holds at most one span and one step
-    of their blocks. A prefix is cached if every group has all the blocks that its layers would see.
+    Cache groups with a limited attention span free the blocks that leave it, so a long text holds at most one span and
+    one step of their blocks. A prefix is cached if every cache group has all blocks that its layers attend to.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class BlockPools:
     ) -> bool:
         """Whether each cache group has the blocks for a sequence of `num_tokens` tokens, in addition to those `cached`.
 
-        step_tokens: the most computed in one step; spare: blocks to keep free; without: tables of sequences that would
-        free theirs.
+        step_tokens: the most tokens computed in one step; spare: number of blocks to keep free; without: block tables
+        of sequences that would be preempted.
         """
         for group, (pool, attention_span, held) in enumerate(
             zip(self.pools, self.attention_spans, cached, strict=True)
@@ -95,7 +95,7 @@ class BlockPools:
     # -- sequences ---------------------------------------------------------------------------------------------
 
     def extend(self, tables: GroupBlockIds, count: int) -> list[int]:
-        """Append `count` blocks, at most `num_free`, to each table; returns them one group after another."""
+        """Append `count` blocks, at most `num_free`, to each table. Returns the new blocks, by cache group."""
         added = [pool.allocate(count) for pool in self.pools]
         for table, blocks in zip(tables, added, strict=True):
             table += blocks
@@ -104,11 +104,11 @@ class BlockPools:
     def free_out_of_window_blocks(
         self, tables: GroupBlockIds, num_blocks: int, position: int, num_prompt_tokens: int
     ) -> None:
-        """Free the blocks that no token from `position` on sees; the tables end at block `num_blocks`.
+        """Free the blocks that no token from `position` on attends to; the tables end at block `num_blocks`.
 
-        They stay cached until others are needed more; those visible at the end of the prompt stay longest.
+        They stay in the prefix cache until evicted; those visible at the end of the prompt are evicted last.
         """
-        prompt = (num_prompt_tokens - 1) // self.block_size  # blocks that the same prompt could start after
+        prompt = (num_prompt_tokens - 1) // self.block_size  # full blocks that a repeated prompt can reuse
         for group, attention_span, pool in self._limited:
             table = tables[group]
             first, end = num_blocks - len(table), attention_span.first_visible(position) // self.block_size
@@ -119,16 +119,16 @@ class BlockPools:
                 del table[: end - first]
 
     def free(self, tables: GroupBlockIds) -> None:
-        """Release one reference to every block of a sequence."""
+        """Drop one reference to every block of a sequence."""
         for pool, table in zip(self.pools, tables, strict=True):
             pool.free(table)
 
     # -- prefix caching ----------------------------------------------------------------------------------------
 
     def match_prefix(self, block_hashes: Sequence[bytes]) -> tuple[int, GroupBlockIds]:
-        """The number of blocks of the longest cached prefix, and its tables. Takes no reference.
+        """The number of blocks of the longest cached prefix, and its block tables. Adds no reference.
 
-        Every group must still have the blocks that a token after the prefix sees.
+        Every cache group must still have the blocks that a token after the prefix attends to.
         """
         has_full = not self.attention_spans[0].is_limited
         full = self.pools[0].match_prefix(block_hashes) if has_full else []
@@ -144,13 +144,14 @@ class BlockPools:
             pool.share(table)
 
     def publish(self, tables: GroupBlockIds, num_blocks: int, index: int, content: bytes) -> None:
-        """Publish block `index` of a sequence in every group that holds it; the tables end at block `num_blocks`."""
+        """Add block `index` of a sequence to the prefix cache of each cache group that holds it; the tables end at
+        block `num_blocks`."""
         for pool, table in zip(self.pools, tables, strict=True):
             if num_blocks - index <= len(table):
                 pool.publish(table[index - num_blocks], content)
 
     def reset_prefix_cache(self) -> bool:
-        """See `BlockAllocator.reset_prefix_cache`: of all groups or none."""
+        """See `BlockAllocator.reset_prefix_cache`; resets all cache groups or none."""
         if self.num_used:
             return False
         for pool in self.pools:
@@ -163,16 +164,16 @@ class BlockPools:
             pool.assert_idle()
 
     def _first_visible_block(self, attention_span: AttentionSpan, num_blocks: int) -> int:
-        """The first block that the token after `num_blocks` full blocks sees."""
+        """The first block that the token after `num_blocks` full blocks attends to."""
         return attention_span.first_visible(num_blocks * self.block_size) // self.block_size
 
     def _longest_cached_prefix(self, block_hashes: Sequence[bytes], length: int) -> int:
-        """The longest prefix of up to `length` blocks for which no limited group lacks a visible block."""
+        """Length of the longest prefix, at most `length` blocks, whose visible blocks all limited cache groups have."""
         while True:
             for _, attention_span, pool in self._limited:
                 gap = pool.last_uncached(block_hashes, self._first_visible_block(attention_span, length), length)
                 if gap is not None:
-                    length = gap  # every longer prefix sees it too
+                    length = gap  # every longer prefix needs this block too
                     break
             else:
                 return length

@@ -13,7 +13,7 @@ from ulysses_infer.errors import ConfigError
 
 @dataclass(frozen=True)
 class CacheSizing:
-    """The demands on a rank's cache. Lists are per cache group, longest attention span first."""
+    """Computes block counts of a rank's cache. Lists are per cache group, longest attention span first."""
 
     shape: CacheShape
     groups: CacheGroups
@@ -22,7 +22,7 @@ class CacheSizing:
     max_num_batched_tokens: int
 
     def num_bytes(self, num_blocks: Sequence[int]) -> int:
-        """Bytes of these numbers of blocks."""
+        """Bytes of `num_blocks[group]` blocks in each cache group."""
         per_layer = self.shape.bytes_per_block // self.shape.num_layers
         return sum(count * self.groups.num_layers(group) * per_layer for group, count in enumerate(num_blocks))
 
@@ -32,16 +32,18 @@ class CacheSizing:
         return [attention_span.most_blocks(num_tokens, step, size) for attention_span in self.groups.attention_spans]
 
     def blocks_per_group(self, num_blocks: int) -> list[int]:
-        """`count` blocks for the first cache group; for the others as many, or what running requests can hold at most.
+        """Block counts with `num_blocks` in the first cache group. The others get the same, or the most that running
+        requests can hold if that is less.
 
-        So no request ever waits for blocks of another group than the first, whatever its length.
+        So no request ever waits for blocks of another cache group than the first.
         """
         return self._blocks_per_group(num_blocks, self.max_num_seqs)
 
     def blocks_within(self, num_bytes: int, use_all: bool = False) -> list[int]:
-        """The blocks that fit into `num_bytes`; unless `use_all`, not more than the scheduler could use.
+        """The block counts that fit into `num_bytes`; unless `use_all`, at most what the scheduler can use.
 
-        As `blocks_per_group`; if a request of `max_model_len` tokens would not fit, windows are for fewer requests.
+        As `blocks_per_group`, but sliding windows are sized for fewer requests if a request of `max_model_len` tokens
+        would not fit otherwise.
         """
         most = num_bytes // self.num_bytes([1]) if use_all else self._max_usable_blocks(0, self.max_num_seqs)
         first = self._largest(range(most + 1), self.blocks_per_group, num_bytes)
@@ -74,8 +76,8 @@ class CacheSizing:
         return [num_blocks, *(min(num_blocks, count) for count in wanted)]
 
     def _max_usable_blocks(self, group: int, num_requests: int) -> int:
-        """What this number of requests can hold of a group, plus what must stay free while another starts: see
-        `Scheduler`."""
+        """The most blocks of a cache group that `num_requests` requests can hold, plus those that `Scheduler` keeps
+        free to start another."""
         attention_span, size = self.groups.attention_spans[group], self.shape.block_size
         whole = num_requests * self.shape.blocks_for(self.max_model_len)
         if attention_span.length is None:

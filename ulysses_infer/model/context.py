@@ -6,34 +6,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata
-    from ulysses_infer.cache.paged import PagedCache
-    from ulysses_infer.native.matmul import NativeMatmul
-    from ulysses_infer.parallel.collectives import Collectives
-    from ulysses_infer.parallel.layout import Span
+from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata
+from ulysses_infer.cache.paged import PagedCache
+from ulysses_infer.native.matmul import NativeMatmul
+from ulysses_infer.parallel.collectives import Collectives
+from ulysses_infer.parallel.layout import Span
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What one forward step is: its mode's collectives, its token slices, its sequences, its cache."""
+    """The inputs shared by all layers in one forward step: collectives, token slices, sequences, cache and kernels."""
 
     collectives: Collectives
-    token_spans: list[Span]  # one a member of the SP group, in batch order
-    logits_counts: list[int]  # rows that need logits, one count a member of the SP group
-    attention: AttentionMetadata  # of the first cache group, often the only one
+    token_spans: list[Span]  # one per rank of the SP group, in batch order
+    logits_counts: list[int]  # rows that need logits, per rank of the SP group
+    attention: AttentionMetadata  # of the first cache group
     cache: PagedCache
     backend: AttentionBackend
-    matmul: NativeMatmul | None = None  # torch's, if None
-    adapters: Sequence[tuple[int, torch.Tensor]] = ()  # (number, rows of this rank's slice that go through it)
-    attention_of_layers: Sequence[AttentionMetadata] | None = None  # where there are several cache groups
+    matmul: NativeMatmul | None = None  # None: use torch
+    adapters: Sequence[tuple[int, torch.Tensor]] = ()  # (adapter index, rows of this rank's slice that use it)
+    attention_of_layers: Sequence[AttentionMetadata] | None = None  # only with several cache groups
 
     def attention_of(self, layer: int) -> AttentionMetadata:
-        """The step's sequences as `layer` reads them."""
+        """The attention metadata of the cache group of `layer`."""
         return self.attention if self.attention_of_layers is None else self.attention_of_layers[layer]
 
     @property
@@ -46,18 +44,18 @@ _current: ContextVar[StepContext] = ContextVar("ulysses_infer_step")
 
 
 def step_context() -> StepContext:
-    """The context of the step being run. Raises LookupError outside a step."""
+    """The context of the current step. Raises LookupError outside a step."""
     return _current.get()
 
 
 def step_context_or_none() -> StepContext | None:
-    """The context of the step being run, None outside a step."""
+    """The context of the current step, or None outside a step."""
     return _current.get(None)
 
 
 @contextmanager
 def use_step_context(context: StepContext) -> Iterator[None]:
-    """Make `context` the current step for the duration of a forward pass."""
+    """Make `context` the current step context within the `with` block."""
     token = _current.set(context)
     try:
         yield

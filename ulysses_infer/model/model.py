@@ -1,4 +1,4 @@
-"""`ShiftModel`: one loaded checkpoint that runs in any mode."""
+"""`ShiftModel`, a loaded checkpoint that runs in any mode, and `ModelBuilder`, which loads it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from ulysses_infer.attention.backend import AttentionOptions
+from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError, UnsupportedModelError, first_line
 from ulysses_infer.model.context import StepContext, use_step_context
 from ulysses_infer.model.experts import choose_placement, expert_sizes
@@ -37,16 +38,13 @@ from ulysses_infer.model.quantization.formats import read_quantization
 from ulysses_infer.model.quantization.layers import mark_quantised
 from ulysses_infer.parallel.layout import Layout, Mode, Span, key_value_span
 
-if TYPE_CHECKING:
-    from ulysses_infer.config import ModelConfig
-
 LARGE_TENSOR_ELEMENTS = 1 << 26  # elements
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the engine needs to know of a model: sizes, not weights."""
+    """The sizes of a model that the engine needs."""
 
     num_layers: int
     num_attention_heads: int
@@ -58,40 +56,40 @@ class ModelShape:
     vocab_size: int
     max_model_len: int
     values_in_keys: bool = False
-    """Whether it caches latents: a token's one key, the first numbers of which are its value."""
+    """Whether the cache holds MLA latents: one key per token, whose first elements are the value."""
 
     def key_value_heads_of(self, shard: int, layout: Layout) -> int:
-        """KV heads that `shard` caches, in every mode."""
+        """Number of KV heads that `shard` caches, in every mode."""
         return key_value_span(self.num_key_value_heads, shard, layout.world_size).size
 
 
 class ShiftModel:
-    """An injected model of one rank: its slice of the weights, stored once, and a view of it for every mode."""
+    """The model of one rank: its slice of the weights, stored once, and views of it for every mode."""
 
     def __init__(self, injection: Injection, shape: ModelShape, dtype: torch.dtype) -> None:
         self.injection, self.shape, self.dtype = injection, shape, dtype
         self.module = injection.model
         self.decoder: FusedDecoder | None = None
         self.attention_options: list[AttentionOptions] = []
-        """How each layer attends, as the probe saw it."""
+        """The attention options of each layer, recorded by the probe."""
         self._mode: Mode | None = None
         self.hf_overrides: Mapping[str, Any] = {}
-        """What of its config the recipe changed."""
+        """The config values that the recipe overrides."""
         self.weights_version = 0
-        """How often the weights have moved: whoever has noted where they are must look again."""
+        """Incremented whenever weights change address. Recorded graphs of an older version are invalid."""
 
     @property
     def vocabulary(self) -> Span:
-        """The vocabulary rows whose logits this rank computes."""
+        """The part of the vocabulary whose logits this rank computes."""
         return self.injection.head.vocabulary
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of parameters this rank stores, tied ones once. Views of modes add nothing."""
+        """Bytes of the parameters stored on this rank, tied ones counted once."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
     def rebind(self) -> None:
-        """Take views of the weights anew; to be called when they have moved."""
+        """Recreate the views of the weights. Call it after weights have changed address."""
         self.injection.bind(self.injection.base)
         self._mode = self.injection.base.mode
         self.weights_version += 1
@@ -100,10 +98,10 @@ class ShiftModel:
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, logits_rows: torch.Tensor, context: StepContext
     ) -> torch.Tensor:
-        """One step of this rank's token slice.
+        """Run one step on this rank's token slice.
 
-        input_ids, positions: [t] int64; logits_rows: indices into the slice whose logits are wanted. Returns
-        [n, V/W] logits of every wanted row of the batch, for this rank's vocabulary.
+        input_ids, positions: [t] int64; logits_rows: indices into the slice of the tokens that need logits. Returns
+        [n, V/W]: logits of all such tokens of the batch, for this rank's part of the vocabulary.
         """
         place = context.collectives.place
         if place.mode != self._mode:
@@ -120,7 +118,7 @@ class ShiftModel:
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """transformers' config of a checkpoint folder. Raises `CheckpointError` with one line when it is unreadable."""
+    """The transformers config of a checkpoint folder. Raises `CheckpointError` if it cannot be read."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -134,7 +132,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def choose_dtype(name: str, config: Any) -> torch.dtype:
-    """The dtype to serve in; `auto` is the checkpoint's own (float32 when it names none)."""
+    """The dtype to serve in. `auto`: the checkpoint's dtype, or float32 if it has none."""
     if name != "auto":
         return DTYPES[name]
     own = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
@@ -142,7 +140,7 @@ def choose_dtype(name: str, config: Any) -> torch.dtype:
 
 
 class ModelBuilder:
-    """A model laid out for one rank, before any weight is read: what it will hold is known, nothing is taken."""
+    """Builds the model of one rank. Its shapes and sizes are known before any weight is read or allocated."""
 
     def __init__(
         self,
@@ -156,8 +154,8 @@ class ModelBuilder:
         memory: int | None = None,
         latent: bool | None = None,
     ) -> None:
-        """`memory`: bytes that the rank with the least may take, for `expert_placement` auto; None for plenty.
-        `latent`: `cache.latent`."""
+        """`memory`: bytes available on the rank with the least memory, for `expert_placement` auto; None: unlimited.
+        `latent`: the recipe's `cache.latent`."""
         config = overridden(config, settings.hf_overrides)
         check_supported(config, settings.allow_unverified)
         self.dtype, self.device = choose_dtype(settings.dtype, config), device
@@ -184,9 +182,9 @@ class ModelBuilder:
         open_source: Callable[[], TensorSource] | None = None,
         **options: Any,
     ) -> ModelBuilder:
-        """What `shard` will keep of the checkpoint in `folder`; `options`: `expert_placement`, `memory`, `latent`.
+        """Build `shard` of the checkpoint in `folder`; `options`: `expert_placement`, `memory`, `latent`.
 
-        `open_source` says where the weights are when they are not safetensors beside config.json.
+        `open_source` opens the weights if they are not safetensors files in `folder`.
         """
         config = read_config(folder, settings.trust_remote_code)
         source = open_source or (lambda: SafetensorsSource(folder))
@@ -203,9 +201,9 @@ class ModelBuilder:
         open_source: Callable[[], TensorSource] | None = None,
         **options: Any,
     ) -> ModelBuilder:
-        """What `shard` will keep of a `transformers.PreTrainedModel` in memory, which stays as it is.
+        """Build `shard` of a `transformers.PreTrainedModel` in memory, which is not modified.
 
-        `open_source` reads its weights where its state dict does not have them.
+        `open_source` opens the weights if they are not in its state dict.
         """
         config = copy.deepcopy(model.config)
         config.dtype = model.dtype
@@ -214,25 +212,25 @@ class ModelBuilder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of parameters this rank will store."""
+        """Bytes of the parameters that this rank will store."""
         return sum(p.numel() * p.element_size() for p in self.injection.model.parameters())
 
     @property
     def expert_bytes(self) -> int:
-        """Of those, bytes of experts: read into memory of this rank's own."""
+        """Bytes of the experts among them, which are never shared between ranks."""
         modules = (layer.weights.module for layer in self.injection.expert_layers)
         return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
     def load_cache_scales(self) -> None:
-        """Take the scales that the checkpoint has for an FP8 cache. Raises `CheckpointError`."""
+        """Load the checkpoint's scales for an FP8 KV cache. Raises `CheckpointError` if they are invalid."""
         apply_cache_scales(self.injection, self._open_source())
 
     def loader(self, source: TensorSource, kind: type[Loader] = Loader) -> Loader:
-        """What fills this rank's parameters from `source`."""
+        """The loader that fills this rank's parameters from `source`."""
         return kind(self.injection, source, self._full_shapes, self.dtype, self.device)
 
     def load(self, progress: Progress | None = None, fuse: bool = True) -> ShiftModel:
-        """Read the weights; `fuse`: let parts of the model take a faster form. Raises `CheckpointError`."""
+        """Load the weights; `fuse`: replace modules by equivalent fused ones. Raises `CheckpointError`."""
         with blamed(self._overrides):
             self.loader(self._open_source()).load(progress)
         self.injection.model.to(self.device)
@@ -242,14 +240,14 @@ class ModelBuilder:
         probe(model)
         if fuse:
             Fusion(model)
-        for layer in self.injection.expert_layers:  # the trials of both were not traffic
+        for layer in self.injection.expert_layers:  # the probe and the fusion tests are not traffic
             layer.forget_counts()
         return model
 
 
 class _LargeTensorsOnMeta(TorchFunctionMode):
-    """Makes large tensors without memory from the first: accelerate first fills llama4's experts with zeros, 2.5 GiB
-    a layer, and then drops them. No buffer is as large."""
+    """Creates large tensors on the meta device. Otherwise accelerate first allocates llama4's experts, 2.5 GiB per
+    layer, and then discards them. No buffer is this large."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -261,7 +259,7 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
 
 
 def build_empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """transformers' own module tree of `config`, its parameters without memory, its buffers real."""
+    """The transformers model of `config`, with its parameters on the meta device and its buffers allocated."""
     from accelerate import init_empty_weights
 
     try:
@@ -276,9 +274,9 @@ def build_empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool =
 
 
 def model_shape(injection: Injection, max_model_len: int | None, latent: LatentWidths | None = None) -> ModelShape:
-    """Sizes of the injected model, which caches what is `latent` wide instead of heads, if that is given.
+    """Sizes of the injected model; `latent`: widths of its cached latents, None if it caches heads.
 
-    Raises `ConfigError` for a `max_model_len` that it has no positions for.
+    Raises `ConfigError` if `max_model_len` exceeds its table of learned positions.
     """
     config, layer = injection.config, injection.attention_layers[0]
     heads = attention_heads(layer, config)
@@ -295,7 +293,7 @@ def model_shape(injection: Injection, max_model_len: int | None, latent: LatentW
         hidden_size=config.hidden_size,
         intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab_size=injection.head_vocab_size,
-        # One rank says what all of them find.
+        # Only one rank warns.
         max_model_len=choose_max_model_len(config, max_model_len, warn=injection.base.shard == 0),
         values_in_keys=latent is not None,
     )

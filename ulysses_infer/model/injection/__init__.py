@@ -1,1 +1,1 @@
-"""Replaces parts of a transformers model by layers that follow the mode."""
+"""Replaces modules of a transformers model by mode-aware ones."""

@@ -1,4 +1,4 @@
-"""The list of supported architectures. A family is served only if the equivalence suite has proved it."""
+"""The lists of supported and refused architectures. Supported ones have passed the equivalence suite."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from ulysses_infer.errors import UnsupportedModelError
 
 RECURRENT = "it has recurrent or convolutional layers, whose state is not in the KV cache"
-OWN_ATTENTION = "its attention does not go through transformers' attention interface, so it cannot be sharded or cached"
-ALIBI = "it biases attention by distance (ALiBi), which the attention backends do not do"
+OWN_ATTENTION = "its attention does not use transformers' attention interface, so it cannot be sharded or cached"
+ALIBI = "it uses ALiBi position biases, which the attention backends do not support"
 DECODER_HALF = "it is the decoder half of an encoder-decoder model"
 SELECTED_KEYS = "its attention selects keys by a learned index"
 UNEQUAL_LAYERS = "its layers differ in the number or width of their key/value heads"
-CROSS_ATTENTION = "its layers attend to encoded pictures, which the KV cache does not hold"
-NEEDS_A_PICTURE = "it answers nothing without a picture"
-SPEAKS = "it is several models that speak and listen; the thinker among them is a model of its own"
-DRAFTS = "it is a draft model, whose layers read the keys and values of another model"
+CROSS_ATTENTION = "its layers cross-attend to encoded images, which the KV cache does not hold"
+NEEDS_AN_IMAGE = "it requires an image input"
+SPEECH_PIPELINE = "it is a pipeline of speech models; serve its thinker model instead"
+DRAFT_MODEL = "it is a draft model, whose layers read the keys and values of another model"
 
-# Never served, whatever is asked: run in a plain injection and give wrong answers, or cannot work at all.
+# Refused even with allow_unverified: these models fail, or run but give wrong results.
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
@@ -108,23 +108,23 @@ REFUSED: dict[str, str] = {
         ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "mimo_v2_flash"),
         UNEQUAL_LAYERS,
     ),
-    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), DRAFTS),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), DRAFT_MODEL),
     **dict.fromkeys(("evolla", "idefics", "mllama"), CROSS_ATTENTION),
-    **dict.fromkeys(("blip", "blip-2", "instructblip", "instructblipvideo", "pi0", "shieldgemma2"), NEEDS_A_PICTURE),
-    "blt": "its layers run over bytes and over patches of bytes, which are as many as the text makes them",
-    "chameleon": "it rules out pictures' tokens by their places in logits, which are cut over the ranks",
+    **dict.fromkeys(("blip", "blip-2", "instructblip", "instructblipvideo", "pi0", "shieldgemma2"), NEEDS_AN_IMAGE),
+    "blt": "its layers run over byte patches, whose number depends on the text",
+    "chameleon": "it masks image tokens by their index in the logits, which are sharded over the ranks",
     "diffllama": "its differential attention mixes pairs of heads across shards",
     "doge": "its attention masks keys by value-dependent scores",
-    "diffusion_gemma": "it writes blocks of tokens by diffusion, not one after another",
-    "hrm_text": "it runs each layer several times a step, and the cache has one place a layer",
-    "paligemma": "its prompts attend in both directions, which neither chunks of a prompt nor shared prefixes allow",
-    **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), SPEAKS),
-    **dict.fromkeys(("kosmos-2", "kosmos-2.5"), "it counts positions from its padding token on, not as they are given"),
-    **dict.fromkeys(("kyutai_speech_to_text", "voxtral_realtime"), "it reads sound beside every token"),
-    "reformer": "its attention sorts tokens into buckets by their hashes",
+    "diffusion_gemma": "it generates blocks of tokens by diffusion, not autoregressively",
+    "hrm_text": "it runs each layer several times per step, but the cache has one entry per layer",
+    "paligemma": "its prompts use bidirectional attention, which rules out chunked prefill and prefix caching",
+    **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), SPEECH_PIPELINE),
+    **dict.fromkeys(("kosmos-2", "kosmos-2.5"), "it derives positions from its padding token and ignores position_ids"),
+    **dict.fromkeys(("kyutai_speech_to_text", "voxtral_realtime"), "it takes an audio input with every token"),
+    "reformer": "it uses locality-sensitive hashing attention",
 }
 
-# Proved equal to transformers by docs/generate/sweep_architectures.py, which writes docs/models.md.
+# Shown to be equivalent to transformers by docs/generate/sweep_architectures.py, which writes docs/models.md.
 VERIFIED: frozenset[str] = frozenset(
     (
         "afmoe",
@@ -280,30 +280,30 @@ VERIFIED: frozenset[str] = frozenset(
 
 
 def check_supported(config: Any, allow_unverified: bool) -> None:
-    """Raise `UnsupportedModelError`, by name and reason, unless this architecture may be served."""
+    """Raise `UnsupportedModelError`, with the model type and the reason, unless it can be served."""
     model_types = model_types_of(config)
     for model_type in model_types:
         if model_type in REFUSED:
             raise UnsupportedModelError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
     if config.model_type == "gpt_bigcode" and not config.multi_query:
         raise UnsupportedModelError(
-            "model type 'gpt_bigcode' with multi_query=false packs q, k and v head by head, which no sharding rule "
-            "knows; use a multi-query checkpoint"
+            "model type 'gpt_bigcode' with multi_query=false interleaves q, k and v per head, which no sharding "
+            "rule covers; use a multi-query checkpoint"
         )
-    unproved = [model_type for model_type in model_types if model_type not in VERIFIED]
-    if unproved and not allow_unverified:
-        near = difflib.get_close_matches(unproved[0], VERIFIED, n=1)
+    unverified = [model_type for model_type in model_types if model_type not in VERIFIED]
+    if unverified and not allow_unverified:
+        near = difflib.get_close_matches(unverified[0], VERIFIED, n=1)
         hint = f" (nearest verified: {near[0]})" if near else ""
         raise UnsupportedModelError(
-            f"model type {unproved[0]!r} has not been proved equal to transformers{hint}; "
+            f"model type {unverified[0]!r} has not been verified against transformers{hint}; "
             "set model.allow_unverified=true to serve it at your own risk (see docs/models.md)"
         )
 
 
 def model_types_of(config: Any) -> list[str]:
-    """The model's own type and, of one with towers, that of a language model which is a model by itself too.
+    """The model's type and, for a multimodal model, also the type of its language model if that exists on its own.
 
-    llava is proved around llama: around opt it is as good as opt.
+    For example, llava around opt is supported only if both llava and opt are.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

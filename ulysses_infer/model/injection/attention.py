@@ -1,4 +1,4 @@
-"""Adapts attention layers: splits projections by heads, and refuses what no rule covers."""
+"""Shards attention layers by heads. Refuses layers that no sharding rule covers."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_att
 
 
 class ModeAware(Protocol):
-    """Anything that reads its weights differently in each mode."""
+    """A layer whose view of its weights depends on the mode."""
 
     def bind(self, place: Place) -> None:
-        """Read them as `place` needs from now on."""
+        """Switch to the weights of `place`."""
         ...
 
 
 class AttentionInjector:
-    """Injects every attention layer of a model. `layers` are the modules found, `bound` what follows the mode."""
+    """Injects all attention layers of a model. `layers`: the attention modules; `mode_aware_layers`: to be bound."""
 
     def __init__(self, model: nn.Module, config: Any, local_config: Any, layout: Layout, base: Place) -> None:
         self.config, self.local_config = config, local_config
@@ -50,15 +50,15 @@ class AttentionInjector:
                 self.layers.append(module)
         if not self.layers:
             raise UnsupportedModelError(
-                f"no attention layer of model type {config.model_type!r} has a projection this engine can cut "
+                f"no attention layer of model type {config.model_type!r} has a projection that can be sharded "
                 f"(known: {', '.join(ATTENTION_INPUTS)})"
             )
 
     def _check_layer_types(self) -> None:
-        foreign = sorted(set(getattr(self.config, "layer_types", None) or ()) - ATTENTION_KINDS)
-        if foreign:
+        unknown = sorted(set(getattr(self.config, "layer_types", None) or ()) - ATTENTION_KINDS)
+        if unknown:
             raise UnsupportedModelError(
-                f"model type {self.config.model_type!r} has {', '.join(foreign)} layers; this engine knows "
+                f"model type {self.config.model_type!r} has {', '.join(unknown)} layers; supported: "
                 f"{', '.join(sorted(ATTENTION_KINDS))}"
             )
 
@@ -81,7 +81,7 @@ class AttentionInjector:
         self.mode_aware_layers.append(LocalHeadCounts(module, self.local_config, plan))
 
     def _inject_norms(self, module: nn.Module, heads: AttentionHeads) -> None:
-        """Query and key norms over more than one head follow the mode; norms over a single head need nothing."""
+        """Shard query and key norms over several heads. Norms over a single head need no change."""
         for child, count, shared in (
             *((name, heads.num_attention_heads, False) for name in QUERY_NORMS),
             *((name, heads.num_key_value_heads, True) for name in KEY_NORMS),
@@ -97,11 +97,11 @@ class AttentionInjector:
                 self._replace(module, child, ShardedRMSNorm(norm, Part(count, weight.numel() // count, shared)))
             elif weight is None or weight.numel() > self._head_width(module):
                 raise UnsupportedModelError(
-                    f"{child} of {type(module).__name__} is a norm across heads of a kind this engine cannot shard"
+                    f"{child} of {type(module).__name__} is a norm across heads, of a kind that cannot be sharded"
                 )
 
     def _inject_vectors(self, name: str, module: nn.Module, heads: AttentionHeads) -> None:
-        """Parameters of the module itself. Sinks reach our attention function whole, which takes its heads' own."""
+        """Shard the module's own parameters, except for sinks: the attention function selects those of its heads."""
         for leaf, parameter in module.named_parameters(recurse=False):
             if "sink" in leaf:
                 continue
@@ -116,14 +116,14 @@ class AttentionInjector:
         return int(width or self.config.hidden_size // self.config.num_attention_heads)
 
     def _check(self, name: str, module: nn.Module) -> None:
-        """Refuse an attention module that is not causal, or has weights that no rule covers."""
+        """Raise `UnsupportedModelError` if the module is not causal or has weights that no rule covers."""
         kind = type(module).__name__
         if not _has_linear(module, ATTENTION_OUTPUTS):
             raise UnsupportedModelError(
-                f"{name} ({kind}) has no output projection this engine knows ({', '.join(ATTENTION_OUTPUTS)})"
+                f"{name} ({kind}) has no known output projection ({', '.join(ATTENTION_OUTPUTS)})"
             )
         if getattr(module, "is_causal", True) is False:
-            raise UnsupportedModelError(f"{name} ({kind}) is not causal: its tokens see later ones")
+            raise UnsupportedModelError(f"{name} ({kind}) is not causal")
         known = {*ATTENTION_RULES, *QUERY_NORMS, *KEY_NORMS, *LATENT_NAMES}
         for child, part in module.named_children():
             if child not in known and any(True for _ in part.parameters()):
@@ -141,7 +141,7 @@ def _has_linear(module: nn.Module, names: tuple[str, ...]) -> bool:
 
 
 def _chunk_size(config: Any, layer_index: int) -> int | None:
-    """llama4 attends within chunks on some layers; its modeling code says so only through the mask."""
+    """The chunk size of a llama4 layer with chunked attention. Its modeling code shows it only in the mask."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types and layer_types[layer_index] == "chunked_attention":
         return int(config.attention_chunk_size)

@@ -1,4 +1,4 @@
-"""Keeps the head counts inside attention modules equal to the local heads of the current mode."""
+"""Sets the head counts inside attention modules to the local ones of the current mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ulysses_infer.parallel.sharding import Part
 
 
 def attention_heads(module: nn.Module, config: Any) -> AttentionHeads:
-    """Head counts of an attention layer. Latent attention (MLA) expands one latent to as many KV as query heads."""
+    """Head counts of an attention layer. Latent attention (MLA) expands a latent to one KV head per query head."""
     query_heads = _first_int(module, QUERY_COUNT_NAMES) or config.num_attention_heads
     packed = hasattr(module, "query_key_value") or hasattr(module, "kv_b_proj")
     if packed:
@@ -29,7 +29,7 @@ def attention_heads(module: nn.Module, config: Any) -> AttentionHeads:
 
 
 class LocalHeadCounts:
-    """Keeps the counts and widths that an attention module's forward reshapes with equal to its local ones."""
+    """Sets the head counts and widths that an attention module's forward uses in reshapes to the local ones."""
 
     def __init__(self, module: nn.Module, local_config: Any, plan: HeadPlan) -> None:
         self.module, self.local_config, self.plan = module, local_config, plan
@@ -38,7 +38,7 @@ class LocalHeadCounts:
         self.width = getattr(module, "head_dim", None) if hasattr(module, "c_attn") else None
 
     def bind(self, place: Place) -> None:
-        """Set the numbers of `place`'s mode on the module and on its own copy of the config."""
+        """Set the local head counts of `place` on the module and on its copy of the config."""
         self.plan.bind(place)
         query_heads, key_value_heads = self.plan.local_attention_heads, self.plan.local_key_value_heads
         self.local_config.num_attention_heads = query_heads
@@ -54,19 +54,19 @@ class LocalHeadCounts:
 
 
 class PerHeadParameter:
-    """A parameter of an attention module with one entry a query head, read as the entries of my heads.
+    """A parameter of an attention module with one entry per query head, of which each mode sees its local heads.
 
-    The parameter stays where it is; the module's forward finds the view of the mode under the same name.
+    The full parameter stays registered. The module's forward finds the local view under the same name.
     """
 
     def __init__(self, module: nn.Module, name: str, num_attention_heads: int) -> None:
         self.module, self.name, self.part = module, name, Part(num_attention_heads)
 
     def bind(self, place: Place) -> None:
-        """Show the entries of `place`'s heads."""
+        """Switch to the entries of `place`'s heads."""
         span = self.part.span(place.weight_index, place.mode.tp)
         whole = dict(self.module.named_parameters(recurse=False))[self.name].detach()
-        # An entry of the instance's own dictionary is found before the registered parameter.
+        # An instance attribute takes precedence over a registered parameter.
         vars(self.module)[self.name] = whole[span.start : span.stop]
 
 

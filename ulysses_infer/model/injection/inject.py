@@ -1,6 +1,6 @@
-"""Adapts a transformers model: replaces linears, norms, experts and the head, and names our functions.
+"""Injection: replaces linears, norms, experts, attention and the head of a transformers model by sharded ones.
 
-Model mathematics stays transformers' own; what changes is which slice of it a rank computes.
+The rest of the modeling code stays that of transformers.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 class Injection:
-    """One injected model: what was replaced, what is read per mode, what stayed whole.
+    """An injected model, its mode-aware layers, and its replicated linears.
 
-    `model` may still be on the meta device; the checkpoint loader then fills what `slices` says this rank keeps.
+    `model` may still be on the meta device: the checkpoint loader later fills the `slices` that this rank keeps.
     """
 
     def __init__(self, model: Any, layout: Layout, shard: int, expert_placement: str = "replicate") -> None:
@@ -44,7 +44,7 @@ class Injection:
         self.config._attn_implementation = ATTENTION_NAME
         self.config._experts_implementation = EXPERTS_NAME
         self.local_config = copy.copy(self.config)
-        # Of a model with a picture or sound tower only the language model is served, and only it is cut.
+        # Only the language model of a multimodal model is served and sharded.
         self.decoder = model if self.config is model.config else model.get_decoder()
         injector = AttentionInjector(self.decoder, self.config, self.local_config, layout, self.base)
         self.attention_layers, self.mode_aware_layers = injector.layers, injector.mode_aware_layers
@@ -55,12 +55,12 @@ class Injection:
         self.mode_aware_layers += replace_whole(model, self.base).values()
 
     def bind(self, place: Place) -> None:
-        """Make every layer read its weights as `place` needs them; called when the mode changes."""
-        for bound in self.mode_aware_layers:
-            bound.bind(place)
+        """Switch every mode-aware layer to `place`. Called when the mode changes."""
+        for layer in self.mode_aware_layers:
+            layer.bind(place)
 
     def slices(self, name: str) -> tuple[int, list[Any]] | None:
-        """What this rank keeps of the full parameter `name`: (dimension, spans), or None for all of it."""
+        """The part of the full parameter `name` that this rank keeps: (dimension, spans), or None for all of it."""
         owner_name, _, leaf = name.rpartition(".")
         owner = self.model.get_submodule(owner_name)
         if isinstance(owner, ShiftLinear | QuantizedLinear | ShardedHead):
@@ -116,16 +116,16 @@ class Injection:
         self.mode_aware_layers.append(cast(ModeAware, replacement))
 
     def _log_replicated_linears(self) -> None:
-        """Remember (and log) the linear layers that every rank computes in full."""
+        """Record and log the linear layers that every rank computes in full."""
         self.replicated_linears = sorted(
             {_layer_name_pattern(name) for name, module in self.model.named_modules() if is_linear(module)}
         )
         if self.replicated_linears:
-            logger.info("whole on every rank: %s", ", ".join(self.replicated_linears))
+            logger.info("replicated on every rank: %s", ", ".join(self.replicated_linears))
 
 
 def _shrink_to_slice(module: nn.Module, layer: ExpertLayer) -> None:
-    """Replace the full expert weights (still without memory) by ones of the stored slice's shape."""
+    """Replace the full expert weights, still on the meta device, by ones of the stored slice's shape."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         kept = layer.slices(name)
         shape = list(parameter.shape)
@@ -139,7 +139,7 @@ def _linear_children(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_plain_mlp(module: nn.Module) -> bool:
-    """A feed-forward block whose weights are its known linears: some cut by column, then one by row of equal width."""
+    """Whether all weights are known linears: column-parallel ones, then one row-parallel one of matching width."""
     found = _linear_children(module)
     columns = [name for name in found if MLP_RULES.get(name, ("",))[0] == "column"]
     rows = [name for name in found if MLP_RULES.get(name, ("",))[0] == "row"]
@@ -152,10 +152,11 @@ def _is_plain_mlp(module: nn.Module) -> bool:
 
 
 def _has_stray_weights(module: nn.Module, covered: set[str]) -> bool:
-    """Weights between the projections (an inner norm, a learned activation) would see only a part of the width.
+    """Whether there are weights between the projections (an inner norm, a learned activation), which would see only a
+    part of the width.
 
-    A decoder layer that holds its linears directly (opt) has norms and attention beside them, which is fine: those act
-    on the residual stream.
+    The norms and attention of a decoder layer that holds its linears directly (opt) act on the residual stream and do
+    not count.
     """
     if any(True for _ in module.parameters(recurse=False)):
         return True

@@ -1,4 +1,4 @@
-"""Decides whether a model caches latents or heads, before any weight is read and alike on every rank."""
+"""Decides whether a model caches MLA latents or heads. All ranks decide the same, before any weight is read."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.layers.latent import LatentAttention, LatentWidths
 
 logger = logging.getLogger(__name__)
-HEADS, TOKENS = 2, 3  # of the proof
-TOLERANCE = 1e-9  # of its numbers, which are about 1, in float64
+HEADS, TOKENS = 2, 3  # of the test in `is_proved`
+TOLERANCE = 1e-9  # of values of about 1, in float64
 
 
 def enable_latent_cache(injection: Any, wanted: bool | None) -> LatentWidths | None:
-    """Let the attention layers of a fresh `Injection` cache latents instead of heads; returns their widths.
+    """Make the attention layers of a new `Injection` cache latents instead of heads. Returns the latents' widths.
 
-    wanted: `cache.latent`; None takes latents where they are less memory a rank. Returns None where heads stay.
-    Raises `ConfigError` when latents are wanted and cannot be.
+    wanted: `cache.latent`; None enables latents where they take less memory per rank. Returns None if heads are cached.
+    Raises `ConfigError` if `wanted` is true and the model does not support latents.
     """
     layers = injection.attention_layers
     if wanted is False or (wanted is None and not _expands_latents(layers[0])):
@@ -35,15 +35,15 @@ def enable_latent_cache(injection: Any, wanted: bool | None) -> LatentWidths | N
     heads = layers[0].head_plan.num_attention_heads // injection.layout.world_size
     of_heads = heads * (widths.key + widths.rotary + widths.value)
     if wanted is None and widths.cached >= of_heads:
-        logger.info("the cache holds heads: %d numbers a token, a latent has %d", of_heads, widths.cached)
+        logger.info("the cache holds heads: %d elements per token, a latent has %d", of_heads, widths.cached)
         return None
     own = injection.layout.place(injection.layout.shift, injection.base.shard)
     for layer in layers:
         latent = LatentAttention(widths, layer.kv_b_proj, own)
         layer.head_plan.use_latent(latent)
-        layer.expand_kv = latent.join  # of this instance: found before the method of its class
+        layer.expand_kv = latent.join  # the instance attribute overrides the method
         injection.mode_aware_layers.append(latent)
-    logger.info("the cache holds latents: %d numbers a token, heads would be %d", widths.cached, of_heads)
+    logger.info("the cache holds latents: %d elements per token, heads would take %d", widths.cached, of_heads)
     return widths
 
 
@@ -52,9 +52,9 @@ def _expands_latents(layer: Any) -> bool:
 
 
 def _reason_not_to_cache_latents(layers: list[Any]) -> str | None:
-    """Why these layers cannot cache latents."""
+    """Why these layers cannot cache latents; None if they can."""
     if not all(_expands_latents(layer) for layer in layers):
-        return "its attention expands no latents"
+        return "its attention has no latents"
     if any(layer.kv_b_proj.bias is not None for layer in layers):
         return "its kv_b_proj has a bias"
     try:
@@ -65,12 +65,12 @@ def _reason_not_to_cache_latents(layers: list[Any]) -> str | None:
         return "its layers have latents of different widths"
     kinds = {type(layer) for layer in layers}
     if not all(is_proved(kind, next(iter(widths))) for kind in kinds):
-        return "its expand_kv is not proved to be a product with kv_b_proj"
+        return "its expand_kv is not just a product with kv_b_proj"
     return None
 
 
 def is_proved(kind: Any, widths: LatentWidths) -> bool:
-    """Whether `kind.expand_kv` makes the keys and values that `LatentWidths` takes it to make, for any weight."""
+    """Whether `kind.expand_kv` computes the same keys and values as `LatentWidths.expand`, tested on random inputs."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:

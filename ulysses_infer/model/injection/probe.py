@@ -1,8 +1,8 @@
-"""A dry run of the adapted model that refuses models in which tokens influence each other outside of attention.
+"""The probe: a dry run that refuses models in which tokens influence each other outside of attention.
 
-Attention is replaced by a stand-in that looks at one token at a time. Then nothing else may look at two: a recurrent
-state, a convolution, positions counted from the batch instead of given, or attention that does not come through our
-function would all let a token's neighbours or its place in the batch change its logits.
+Attention is replaced by a stub in which each token sees only itself. A token's logits must then not depend on its
+neighbours or its index in the batch. They would with a recurrent state, a convolution, positions counted from the
+batch, or attention that bypasses our attention function.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ulysses_infer.model.context import StepContext
 from ulysses_infer.parallel.collectives import Collectives
 from ulysses_infer.parallel.layout import Layout, Span
 
-TRIALS = ((3, 5, 7), (11, 13, 17), (19, 23, 29))  # token ids; a rounding that flips an expert spoils one trial, not all
+TRIALS = ((3, 5, 7), (11, 13, 17), (19, 23, 29))  # token ids; rounding may flip an expert in one trial, not in all
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}  # of the largest logit
 
 
 class ProbeCache:
-    """Stands for the paged cache: holds the keys and values of the step alone, and notes which layers came by."""
+    """Stub of the paged cache: holds the keys and values of one step and records which layers wrote."""
 
     def __init__(self) -> None:
         self.keys: dict[int, torch.Tensor] = {}
@@ -36,7 +36,7 @@ class ProbeCache:
 
 
 class ProbeAttention:
-    """Stands for attention: every token sees itself alone, its key and query mixed in so that positions show."""
+    """Stub of attention: each token sees only itself. Key and query are mixed in, so that positions have an effect."""
 
     name = "probe"
 
@@ -61,7 +61,7 @@ class ProbeAttention:
 def probe(model: Any) -> None:
     """Run `model` (a `ShiftModel`) on two tokens a few times, on this rank alone.
 
-    Raises `UnsupportedModelError` with the model type and what is wrong.
+    Raises `UnsupportedModelError` with the model type and the problem.
     """
     name = model.injection.config.model_type
     try:
@@ -90,9 +90,9 @@ def _first_problem(model: Any) -> str | None:
 
 
 def trial_context(layout: Layout, shard: int, cache: Any, attention: ProbeAttention) -> StepContext:
-    """Full TP without its sums: every rank runs its slice by itself. The numbers mean nothing, their sameness does."""
-    nowhere = torch.zeros(2, dtype=torch.int64)
-    metadata = AttentionMetadata(nowhere, [1, 1], [1, 1], nowhere[:, None])
+    """A full-TP context without all-reduces, for one rank alone. Its results are meaningless but comparable."""
+    zeros = torch.zeros(2, dtype=torch.int64)
+    metadata = AttentionMetadata(zeros, [1, 1], [1, 1], zeros[:, None])
     collectives = Collectives(layout.place(layout.shift, shard), None, None)
     return StepContext(collectives, [Span(0, 2)], [2], metadata, cache, attention)
 
@@ -110,7 +110,7 @@ def _check_heads(model: Any, layout: Layout, shard: int, cache: ProbeCache) -> s
     for layer in range(shape.num_layers):
         found = (*cache.keys[layer].shape[1:], cache.values[layer].shape[2])
         if found != (heads, shape.key_width, shape.value_width):
-            return f"layer {layer} has key/value heads of another number or width than layer 0"
+            return f"layer {layer} has key/value heads of a different number or width than layer 0"
     return None
 
 
@@ -118,12 +118,12 @@ def _check_windows(model: Any, cache: ProbeCache, attention: ProbeAttention) -> 
     kinds = getattr(model.injection.config, "layer_types", None)
     for layer, options in zip(cache.layers, attention.options, strict=True):
         if kinds and (kinds[layer] == "sliding_attention") != (options.sliding_window is not None):
-            return f"layer {layer} is of type {kinds[layer]}, but asks for a window of {options.sliding_window}"
+            return f"layer {layer} is of type {kinds[layer]}, but uses a window of {options.sliding_window}"
     return None
 
 
 def _check_token_isolation(model: Any, context: StepContext) -> str | None:
-    """What every trial finds. A rank without a token of the vocabulary sees no logits: the others judge."""
+    """A problem found in every trial. A rank with an empty part of the vocabulary has no logits to compare."""
     found = None
     if not model.vocabulary.size:
         return None
@@ -135,14 +135,14 @@ def _check_token_isolation(model: Any, context: StepContext) -> str | None:
 
 
 def _token_isolation_problem(model: Any, context: StepContext, tokens: list[int]) -> str | None:
-    """The same token at the same position, beside two different neighbours and in both places."""
+    """Compare the logits of one token at one position, for two neighbours and both indices in the batch."""
     other, token, another = tokens
     expected = _logits(model, context, [other, token], [1, 3])[1]
     margin = TOLERANCE[model.dtype] * expected.abs().max()
     if (_logits(model, context, [another, token], [2, 3])[1] - expected).abs().max() > margin:
-        return "a token's neighbours reach it outside of attention (a recurrent state, a convolution, own attention)"
+        return "tokens influence each other outside of attention (a recurrent state, a convolution, custom attention)"
     if (_logits(model, context, [token, other], [3, 1])[0] - expected).abs().max() > margin:
-        return "it takes a token's position from its place in the batch instead of position_ids"
+        return "it takes a token's position from its index in the batch instead of position_ids"
     return None
 
 

@@ -1,8 +1,7 @@
-"""Rules that say which linear layers are split and how, by the names and shapes in transformers' models.
+"""Sharding rules of linear layers, by their names in transformers' models.
 
-transformers' own `tp_plan`s are hints made for another runtime: several families have none, others keep packed
-projections whole (see docs/models.md). A rule here is a name, matched whole, and the sharding it implies; a layer no
-rule knows stays whole on every rank, which is slower but right.
+transformers' own `tp_plan`s are not enough: several families have none, others replicate packed projections (see
+docs/models.md). Linear layers without a rule are replicated on every rank, which is slower but correct.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class AttentionHeads:
         return Part(self.num_key_value_heads, features // self.num_key_value_heads, shared=True)
 
 
-# A rule says how the features along the cut (rows of a column cut, columns of a row cut) divide.
+# A rule returns the sharding of the features along the cut: outputs of a column cut, inputs of a row cut.
 AttentionRule = tuple[Cut, Callable[[int, AttentionHeads], Sharding]]
 MlpRule = tuple[Cut, Callable[[int], Sharding]]
 
@@ -66,12 +65,12 @@ ATTENTION_RULES: dict[str, AttentionRule] = {
     "v_proj": ("column", _key_value_heads),
     "qkv_proj": ("column", _packed_heads),
     "c_attn": ("column", _packed_heads),
-    # One [q, k, v] triple after another, a head at a time (gpt_neox): a query-head rule of three times the width.
+    # [q, k, v] interleaved per head (gpt_neox): like query heads of three times the width.
     "query_key_value": ("column", _query_heads),
-    # Multi-head latent attention: the low-rank inputs stay whole, the expansions to heads are cut.
+    # Multi-head latent attention: the down projections are replicated, the up projections to heads are sharded.
     "q_b_proj": ("column", _query_heads),
     "kv_b_proj": ("column", _query_heads),
-    # Gates over the attention output, a value or a width a query head.
+    # Gates over the attention output, one value or one vector per query head.
     "gate_proj": ("column", _query_heads),
     "g_proj": ("column", _query_heads),
     **dict.fromkeys(("o_proj", "out_proj", "dense", "Wo", "c_proj"), ("row", _query_heads)),
@@ -79,10 +78,10 @@ ATTENTION_RULES: dict[str, AttentionRule] = {
 ATTENTION_OUTPUTS = tuple(name for name, (cut, _) in ATTENTION_RULES.items() if cut == "row")
 ATTENTION_INPUTS = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value", "c_attn")
 
-# Norms inside attention, and whose heads they see. One over a single head needs nothing.
+# Norms inside attention. Those over a single head need no sharding.
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "attn_sub_norm")
 KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
-# Multi-head latent attention: weights before the expansion to heads, the same on every rank.
+# Multi-head latent attention: weights before the up projections, replicated on every rank.
 LATENT_NAMES = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
 
 MLP_RULES: dict[str, MlpRule] = {
@@ -96,5 +95,5 @@ PACKED_MLP_INPUTS = ("gate_up_proj", "Wi")
 # Names under which attention modules keep head counts, or the width of all heads, that their forward reshapes with.
 QUERY_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KEY_VALUE_COUNT_NAMES = ("num_key_value_heads", "num_kv_heads", "kv_heads")
-QUERY_WIDTH_NAMES = ("split_size", "embed_dim")  # only beside a packed `c_attn`, which is split by them
+QUERY_WIDTH_NAMES = ("split_size", "embed_dim")  # only with a packed `c_attn`, whose output is split by them
 KEY_VALUE_WIDTH_NAMES = ("kv_dim",)
