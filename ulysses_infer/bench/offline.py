@@ -28,7 +28,7 @@ from ulysses_infer.inference import InferenceEngine
 Run = Callable[[list[list[int]], int], Sample | None]
 """Measures (prompts, output length) in one mode; None on a rank that takes no part."""
 
-QUIET_CORES = 0.1  # other programs may use this much before the table warns of them
+QUIET_CORES = 0.1  # busy cores of other programs above which the table warns
 
 
 def run(options: argparse.Namespace, config: Config, rank: int) -> None:
@@ -69,7 +69,8 @@ def check_json(path: str | None) -> None:
 
 
 def for_benchmark(config: Config, workload: Workload) -> Config:
-    """`config` with a cache for the workload alone, in which no mode finds what another has left."""
+    """`config` with a cache just large enough for the workload and without prefix caching, so that modes are
+    independent."""
     cache = dataclasses.replace(config.cache, enable_prefix_caching=False)
     if cache.num_blocks is None and cache.memory_bytes is None:
         cache.num_blocks = workload.num_blocks(cache.block_size)
@@ -79,7 +80,7 @@ def for_benchmark(config: Config, workload: Workload) -> Config:
 def interleaved(
     runs: dict[str, Run], workload: Workload, repeats: int, vocab_size: int, console: Console
 ) -> dict[str, list[Sample]]:
-    """Warm every mode up, then measure A B C, A B C, ...: what disturbs the machine disturbs all modes alike."""
+    """Warm up every mode, then measure A B C, A B C, ..., so that disturbances affect all modes."""
     samples: dict[str, list[Sample]] = {mode: [] for mode in runs}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -115,7 +116,7 @@ def _run_of(mode: str, engine: InferenceEngine, config: Config, rank: int, stack
 
 
 def _all_threads(config: Config) -> int:
-    """Threads of all ranks together: what one rank alone on the machine may use."""
+    """Threads of all ranks together: what a single rank may use."""
     return torch.get_num_threads() * config.parallel.world_size
 
 

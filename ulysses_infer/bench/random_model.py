@@ -30,16 +30,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
 }
-"""The shapes that this project's measurements of other engines used."""
+"""The shapes used in this project's measurements."""
 
 MAX_POSITIONS = 8192
 COMPLETE = "model.safetensors"
 
 
 def random_model(name: str, folder: Path | None = None) -> Path:
-    """The folder of a bfloat16 Llama of a shape in `SHAPES`, made now unless it is there (default: in the cache).
+    """The folder of a bfloat16 Llama with a shape from `SHAPES`, created unless it exists (default: in the cache).
 
-    Safe to call from several processes at a time: one makes it, the others wait. Raises `ConfigError` for another name.
+    Safe to call from several processes: one creates it, the others wait. Raises `ConfigError` for an unknown name.
     """
     if name not in SHAPES:
         raise ConfigError(f"there is no random model {name!r}; choose from {', '.join(SHAPES)}")
@@ -58,11 +58,12 @@ def _has_shape(folder: Path, shape: dict[str, Any]) -> bool:
 
 
 def _make(target: Path, shape: dict[str, Any]) -> None:
-    """Write the checkpoint beside `target` and then move it there: nobody sees half of one."""
+    """Write the checkpoint next to `target` and then rename it, so that it is never incomplete."""
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which would say it looked
+        # transformers imports DeepSpeed, which logs that it probes for accelerators
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 

@@ -16,11 +16,11 @@ from ulysses_infer.bench.workload import Sample
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number taken from every sample."""
+    """A quantity of a sample."""
 
     title: str
     key: str
-    """Its name in JSON; vLLM's where that has it."""
+    """Its name in JSON; vLLM's if it has one."""
     value: Callable[[Sample], float]
     higher_is_better: bool = False
     digits: int = 1
@@ -35,7 +35,7 @@ OUTPUT_THROUGHPUT = Quantity(
     "output tok/s", "output_throughput", lambda sample: sample.output_tokens / sample.seconds, True, 0
 )
 QUANTITIES = {"latency": (TTFT, TPOT), "throughput": (TOTAL_THROUGHPUT, OUTPUT_THROUGHPUT)}
-"""What each benchmark shows. Throughput counts the tokens of prompts and completions."""
+"""The quantities of each benchmark. Throughput counts prompt and output tokens."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Summary:
     low: float
     high: float
     ratio: float
-    """Of the median to the best mode's; 1 for the best."""
+    """Ratio of the median to the best mode's median."""
 
 
 def summarize(values: Mapping[str, Sequence[float]], higher_is_better: bool) -> dict[str, Summary]:
-    """A quantity's repeats by mode, summarised; every mode has at least one."""
+    """The repeats of a quantity by mode, summarised; every mode has at least one."""
     medians = {mode: statistics.median(repeats) for mode, repeats in values.items()}
     best = (max if higher_is_better else min)(medians.values())
     return {
@@ -71,7 +71,7 @@ def summaries(kind: str, samples: Mapping[str, Sequence[Sample]]) -> list[tuple[
 
 
 def comparison(kind: str, samples: Mapping[str, Sequence[Sample]], labels: Mapping[str, str]) -> Table:
-    """One row a mode: of each quantity the median, the range of the repeats, the ratio to the best median."""
+    """One row per mode: per quantity the median, the range over repeats, and the ratio to the best median."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.add_column("mode", no_wrap=True)
     columns = summaries(kind, samples)

@@ -32,7 +32,7 @@ LAUNCHER_VARIABLES = (
 
 
 class SingleRank:
-    """The engine's process: loaded once, kept for all repeats, and idle while the ranks are measured."""
+    """The engine's process: it loads once and is idle while the other modes are measured."""
 
     def __init__(self, config: Config, num_threads: int) -> None:
         ours, theirs = socket.socketpair()
@@ -47,7 +47,7 @@ class SingleRank:
         self._ask(_alone(config, num_threads))
 
     def run(self, prompts: list[list[int]], output_len: int) -> Sample:
-        """Measure one workload. Raises what the engine raises, and `EngineDeadError` if its process is gone."""
+        """Measure one workload. Raises what the engine raises, or `EngineDeadError` if its process is gone."""
         sample: Sample = self._ask((prompts, output_len))
         return sample
 
@@ -80,7 +80,7 @@ def _alone(config: Config, num_threads: int) -> Config:
 
 
 def _serve(connection: Connection) -> None:
-    """Answer tasks until the other side closes."""
+    """Run tasks until the other side closes."""
     try:
         with InferenceEngine(connection.recv()) as engine:
             connection.send(None)

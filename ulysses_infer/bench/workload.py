@@ -15,7 +15,7 @@ WARM_UP_TOKENS = 2
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that arrive together, with random tokens as prompts and completions of a fixed length."""
+    """Requests that arrive together, with random prompts and outputs of a fixed length."""
 
     input_len: int
     output_len: int
@@ -23,12 +23,12 @@ class Workload:
     seed: int = 0
 
     def prompts(self, repeat: int, vocab_size: int) -> list[list[int]]:
-        """Token ids of every prompt: the same for each mode, others in each repeat."""
+        """Token ids of every prompt: the same for each mode, different in each repeat."""
         draw = random.Random(f"{self.seed}/{repeat}")
         return [[draw.randrange(vocab_size) for _ in range(self.input_len)] for _ in range(self.num_prompts)]
 
     def num_blocks(self, block_size: int) -> int:
-        """Cache blocks that hold all of it at once."""
+        """Cache blocks that the whole workload needs."""
         return self.num_prompts * ceil_div(self.input_len + self.output_len, block_size)
 
 
@@ -48,13 +48,13 @@ class Sample:
 
 
 def measure(engine: InferenceEngine, prompts: list[list[int]], output_len: int) -> Sample:
-    """Run a workload once, greedily and past the end of text. Collective; all ranks get the same sample."""
+    """Run a workload once, greedily and ignoring end-of-sequence. Collective; all ranks get the same sample."""
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
     return sample_of(engine.generate(prompts, params))
 
 
 def sample_of(outputs: list[RequestOutput]) -> Sample:
-    """What the requests' own clocks say, all read on rank 0."""
+    """Metrics from the requests' own timestamps, all taken on rank 0."""
     metrics = [output.metrics for output in outputs if output.metrics is not None]
     ttfts = [m.ttft for m in metrics if m.ttft is not None]
     ends = [m.finished_time for m in metrics if m.finished_time is not None]

@@ -17,10 +17,10 @@ from ulysses_infer.errors import ConfigError
 
 BENCHMARKS = ("latency", "throughput")
 CLIENTS = ("bench serve", "bench replay", "bench compare")
-"""Commands that are one process of their own, and no ranks."""
+"""Commands that run in a single process without ranks."""
 MODES = ("tp", "sp", "shift", "single")
 RANDOM_MODELS = ("llama-60m", "llama-0.5b")
-DEFAULT_MAX_TOKENS = 128  # of prompts given on the command line
+DEFAULT_MAX_TOKENS = 128  # for prompts given on the command line
 
 USAGE = """\
 usage: ulysses-infer COMMAND [MODEL] [--config RECIPE] [options] [key=value ...]
@@ -54,7 +54,7 @@ class Command:
     """generate | bench | bench serve | bench replay | bench compare | serve | calibrate"""
     options: argparse.Namespace
     overrides: list[str]
-    """Everything meant for the recipe, as `load_config` takes it."""
+    """Recipe settings, as `load_config` takes them."""
 
     def config(self) -> Config:
         """The configuration this command runs with. Raises `ConfigError`."""
@@ -72,7 +72,7 @@ class Command:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Take a command line apart. Raises `ConfigError` for one that makes no sense, SystemExit after `--help`."""
+    """Parse a command line. Raises `ConfigError` if it is invalid, SystemExit after `--help`."""
     name, *rest = arguments or [""]
     if name in ("", "-h", "--help", "help"):
         print(USAGE, end="")
@@ -89,7 +89,7 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Options in any order among words; errors are ours, of one line."""
+    """An argparse parser that accepts options anywhere and raises our one-line errors."""
 
     def __init__(self, command: str, description: str) -> None:
         words = "[MODEL] [options] [key=value ...]"
@@ -125,7 +125,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Override(argparse.Action):
-    """Keeps a flag that stands for a key of the recipe as it was written."""
+    """Keeps a flag that stands for a recipe key as it was written."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         written = [option_string or ""] + ([values] if isinstance(values, str) else [])
@@ -133,7 +133,7 @@ class _Override(argparse.Action):
 
 
 def _switch_as_key(word: str) -> str:
-    """`--enforce-eager=true` as `enforce_eager=true`: argparse lets a switch have no value."""
+    """`--enforce-eager=true` as `enforce_eager=true`, because argparse allows no value for a switch."""
     flag, equals, value = word.partition("=")
     name = flag.removeprefix("--").replace("-", "_")
     is_switch = flag.startswith("--") and name in ALIASES and ALIASES[name].is_switch
@@ -186,7 +186,7 @@ def _parse_bench(arguments: list[str]) -> Command:
     if options.random_model and model:
         raise ConfigError(f"MODEL {model!r} and --random-model {options.random_model!r}: give one of them")
     if options.random_model:
-        model = options.random_model  # replaced by its folder once it is made
+        model = options.random_model  # replaced by its folder once it is created
     return Command("bench", options, overrides + _assignments({"model.path": model}))
 
 
@@ -242,7 +242,7 @@ def _given_prompts(options: argparse.Namespace) -> list[Any]:
 
 
 def _with_prompts(generate: Any, prompts: list[Any]) -> Any:
-    """The recipe's prompts and their schedule give way to those of the command line."""
+    """Prompts from the command line replace the recipe's prompts and schedule."""
     sampling = {"max_tokens": DEFAULT_MAX_TOKENS, **generate.sampling}
     return dataclasses.replace(generate, prompts=prompts, schedule=None, sampling=sampling)
 

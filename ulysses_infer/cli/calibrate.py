@@ -25,7 +25,7 @@ LONG_CONTEXT = 4096
 
 
 def run(options: argparse.Namespace, config: Config, rank: int) -> None:
-    """Measure on all ranks; rank 0 shows and stores it. Collective. Raises `UlyssesError`s of one line."""
+    """Measure on all ranks; rank 0 prints and stores the profile. Collective. Raises `UlyssesError`s of one line."""
     console = make_console(rank)
     check_output(options.output)
     config = dataclasses.replace(config, policy=PolicyConfig(name="static"))
@@ -54,7 +54,7 @@ def check_output(output: str | None) -> None:
 
 
 def measured_table(model: StepTimeModel, profile: Profile) -> Table:
-    """One row a measured step: its time in every mode, and what the model makes of it."""
+    """One row per measured step: its time in every mode, and the model's prediction."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.add_column("step", no_wrap=True)
     for mode in model.modes:
@@ -91,7 +91,7 @@ def _describe(shape: StepShape) -> str:
 
 
 def crossovers(model: StepTimeModel, config: Config, longest: int) -> list[Text]:
-    """Which mode is the fastest up to how many tokens, for decodes and for prompts, short and long contexts."""
+    """The fastest mode by number of tokens, for decodes and prompts with short and long contexts."""
     scheduler, long = config.scheduler, min(LONG_CONTEXT, longest // 2)
     kinds = [(f"decodes at {context}", context, 0, scheduler.max_num_seqs) for context in (256, long)]
     kinds += [(f"prompt after {start}", 0, start, scheduler.max_num_batched_tokens) for start in (0, long)]

@@ -23,7 +23,7 @@ from ulysses_infer.sampling_params import SamplingParams
 
 
 def run(options: argparse.Namespace, config: Config, rank: int) -> None:
-    """Generate on all ranks, show it on rank 0. Collective. Raises `UlyssesError`s of one line."""
+    """Generate on all ranks, print on rank 0. Collective. Raises `UlyssesError`s of one line."""
     settings, console = config.generate, make_console(rank)
     check_output(settings.output)
     prompts = [prompt_of(item) for item in settings.prompts]
@@ -56,20 +56,20 @@ def _display(console: Console, view: RunView, settings: GenerateConfig) -> LiveD
 
 
 def prompt_of(item: Any) -> Any:
-    """An entry of `generate.prompts` as the engine takes it: text, or chat messages."""
+    """An entry of `generate.prompts` as the engine takes it: text or chat messages."""
     if isinstance(item, str):
         return item
     return item["prompt"] if "prompt" in item else [dict(message) for message in item["messages"]]
 
 
 def title_of(item: Any) -> str:
-    """An entry of `generate.prompts` as it is shown: its text, or the last message with a mark."""
+    """An entry of `generate.prompts` for display: its text, or the last message with a mark."""
     prompt = prompt_of(item)
     return prompt if isinstance(prompt, str) else f"{prompt[-1]['content']}\n\n"
 
 
 def params_of(item: Any, shared: dict[str, Any]) -> SamplingParams:
-    """The sampling parameters of one entry: its own over those of all."""
+    """The sampling parameters of one entry: its own, over the common ones."""
     own = {} if isinstance(item, str) else item.get("sampling", {})
     return SamplingParams.from_mapping({**shared, **own})
 
@@ -83,7 +83,7 @@ def check_output(output: str | None) -> None:
 def write_results(
     config: Config, view: RunView, outputs: list[RequestOutput], stats: dict[str, Any], console: Console
 ) -> None:
-    """`generate.output`: a line of JSON per request; beside it the resolved recipe and the engine's counters."""
+    """Write `generate.output`: one JSON line per request; next to it the resolved recipe and the engine's counters."""
     if config.generate.output is None:
         return
     path = Path(config.generate.output)

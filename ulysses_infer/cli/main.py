@@ -21,7 +21,7 @@ from ulysses_infer.job.processes import free_port, is_launched
 LAUNCH = Path(__file__).with_name("launch.py")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_SECONDS = 5.0
-LEAVE_SECONDS = 15.0  # for a drained server to close its connections, and for its launcher to notice its end
+LEAVE_SECONDS = 15.0  # for a drained server to close its connections, and for the launcher to notice its end
 POLL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _run_client(command: Command) -> int:
-    """A command that is no rank, and does without torch; returns the exit status."""
+    """Run a command that needs no ranks and no torch; returns the exit status."""
     if command.name == "bench serve":
         from ulysses_infer.bench.serve.serve_bench import run as load_server
 
@@ -62,8 +62,8 @@ def _run_client(command: Command) -> int:
 def launch(arguments: list[str], config: Config, is_server: bool = False) -> int:
     """Run the command on its ranks under DeepSpeed's launcher; returns the exit status.
 
-    The launcher passes no signal on, so it gets a process group of its own, and a signal to this process ends all of
-    that group; should this process be killed, the kernel ends the launcher, which the ranks notice.
+    The launcher does not forward signals. So it gets its own process group, and a signal to this process ends that
+    group. If this process is killed, the kernel ends the launcher, which the ranks notice.
     """
     process = subprocess.Popen(
         launcher_command(arguments, num_ranks(config, is_server)),
@@ -78,15 +78,15 @@ def launch(arguments: list[str], config: Config, is_server: bool = False) -> int
 
 
 def num_ranks(config: Config, is_server: bool) -> int:
-    """Ranks that a command runs on: only a server has replicas."""
+    """The number of ranks of a command; only a server has replicas."""
     return config.parallel.num_ranks if is_server else config.parallel.world_size
 
 
 class Stop:
-    """Ends the launcher and its ranks when a signal says so, and waits for them.
+    """Ends the launcher and its ranks after a signal, and waits for them.
 
-    A server drains: of its processes only rank 0 is told, which lets the others go when everyone is answered; the
-    launcher would give each rank 30 seconds. `drain_seconds`: the longest that takes, or None for other commands.
+    To drain a server, only rank 0 gets the signal, and it stops the other ranks when every request is answered; the
+    launcher would wait 30 seconds per rank. drain_seconds: the longest that takes; None for other commands.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], drain_seconds: float | None) -> None:
@@ -96,7 +96,7 @@ class Stop:
         self._is_drained = False
 
     def take(self, number: int, frame: object) -> None:
-        """A signal came: the first one ends the job in order, the second at once."""
+        """Handle a signal: the first one ends the job in order, a second one immediately."""
         self._received.append(number)
         rank_zero = _rank_zero(self._process) if self._drain_seconds is not None else None
         if rank_zero is not None and len(self._received) <= 2:
@@ -110,7 +110,7 @@ class Stop:
             _signal_group(self._process, signal.SIGTERM if len(self._received) == 1 else signal.SIGKILL)
 
     def wait(self) -> int:
-        """The exit status of the ranks; 128 + n if signal n ended them before their time."""
+        """The exit status of the ranks; 128 + n if signal n ended them early."""
         while self._deadline is None or time.monotonic() < self._deadline:
             try:
                 return self._status(self._process.wait(timeout=POLL_SECONDS))
@@ -127,7 +127,7 @@ class Stop:
 
 
 def launcher_command(arguments: list[str], count: int) -> list[str]:
-    """DeepSpeed's launcher, which says nothing of its own: the ranks report their errors themselves."""
+    """DeepSpeed's launcher without its own output: the ranks report their errors themselves."""
     return [
         sys.executable,
         "-m",
@@ -144,7 +144,7 @@ def launcher_command(arguments: list[str], count: int) -> list[str]:
 
 
 def launcher_variables(config: Config, count: int) -> dict[str, str]:
-    """Environment variables that `count` ranks need; on a CPU each gets its share of the cores."""
+    """Environment variables for `count` ranks; on a CPU each gets its share of the cores."""
     if _uses_gpus(config, count):
         return {}
     variables = {"DS_ACCELERATOR": "cpu"}
@@ -155,7 +155,7 @@ def launcher_variables(config: Config, count: int) -> dict[str, str]:
 
 
 def _uses_gpus(config: Config, count: int) -> bool:
-    """Whether the ranks compute on GPUs. Raises `ConfigError` if there are some, but too few."""
+    """Whether the ranks run on GPUs. Raises `ConfigError` if there are some but too few."""
     if config.runtime.device == "cpu":
         return False
     import torch
@@ -172,7 +172,7 @@ def _uses_gpus(config: Config, count: int) -> bool:
 
 
 def _die_with_parent() -> None:
-    """In the launcher, before it starts: have the kernel end it when this process ends, however that happens."""
+    """Runs in the launcher before it starts: have the kernel end it when this process ends for any reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -191,7 +191,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:
-        return  # all have ended
+        return  # all have exited
 
 
 def _report(error: UlyssesError) -> int:

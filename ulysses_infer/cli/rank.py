@@ -29,7 +29,7 @@ RUNNERS = {
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Run the command on this rank and exit: 0, 2 for an error of the user's, 1 for one of ours, 128 + n at signal n.
+    """Run the command on this rank and exit: 0; 2 for a user's error; 1 for a bug; 128 + n after signal n.
 
     All ranks exit by themselves. An error is one line, on rank 0.
     """
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> NoReturn:
 
 
 def run(command: Command, rank: int, guard: Guard) -> None:
-    """Check the command against the job it runs in and carry it out."""
+    """Check the command against the job and run it."""
     config = command.config()
     set_up_logging(config.runtime.log_level, rank)
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")), replicas=command.name == "serve")
@@ -64,7 +64,7 @@ def run(command: Command, rank: int, guard: Guard) -> None:
 
 
 def check_world_size(config: Config, world_size: int, replicas: bool = False) -> None:
-    """Raise `ConfigError` unless the job has as many ranks as the recipe wants, of all `replicas` or of one."""
+    """Raise `ConfigError` unless the job has as many ranks as the recipe needs (for all `replicas`, or for one)."""
     parallel = config.parallel
     wanted = parallel.num_ranks if replicas else parallel.world_size
     if wanted != world_size:
@@ -77,10 +77,10 @@ def check_world_size(config: Config, world_size: int, replicas: bool = False) ->
 
 
 def report(error: UlyssesError, rank: int) -> None:
-    """Rank 0 prints the error; the others, which have it too, wait for the launcher to end them.
+    """Rank 0 prints the error; the others have the same error and wait for the launcher to end them.
 
-    The launcher ends all ranks as soon as one exits: one that was quicker must not silence rank 0. What ended the
-    engine on another rank, rank 0 only knows as the loss of that rank: so that one speaks for itself.
+    The launcher ends all ranks as soon as one exits, so a faster rank must not silence rank 0. If another rank's
+    failure ended the engine, rank 0 only knows that the rank was lost; then that rank prints its own error.
     """
     logging.getLogger("ulysses_infer").debug("%s", error, exc_info=error)
     if rank == 0:
@@ -92,17 +92,17 @@ def report(error: UlyssesError, rank: int) -> None:
 
 
 def report_bug(error: Exception, rank: int) -> None:
-    """What nobody foresaw needs its stack trace, from one rank: others print theirs if rank 0 has none to print."""
+    """Unexpected errors need a stack trace, from one rank: others print theirs only if rank 0 has none."""
     if rank > 0:
         time.sleep(BUG_PATIENCE_SECONDS)
     if is_lost_connection(error):
-        return  # the lost rank, or rank 0, has said why
+        return  # the lost rank, or rank 0, has printed the reason
     print(f"error: rank {rank}: {type(error).__name__}: {error} (please report this)", file=sys.stderr)
     traceback.print_exception(error)
 
 
 def leave(status: int) -> NoReturn:
-    """Exit; after an error at once, since leaving a process group in order would wait for the other ranks."""
+    """Exit. After an error immediately, because leaving a process group in order would wait for the other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
@@ -111,7 +111,7 @@ def leave(status: int) -> NoReturn:
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
-    """DeepSpeed's launcher puts `--local_rank=i` first; the environment says the same."""
+    """DeepSpeed's launcher inserts `--local_rank=i`; the environment has the same information."""
     return [argument for argument in arguments if not argument.startswith(("--local_rank=", "--local-rank="))]
 
 

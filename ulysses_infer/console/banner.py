@@ -26,7 +26,7 @@ VALUE_WIDTH = 60
 
 
 def print_config(console: Console, title: str, config: Config) -> None:
-    """The resolved configuration, one line a section; keys left at their defaults are not repeated."""
+    """The resolved configuration, one line per section; keys with default values are left out."""
     world_size = config.parallel.world_size
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
     if config.parallel.dp > 1:
@@ -62,14 +62,14 @@ def _short(name: str, value: Any) -> str:
 
 
 def shown_path(path: str) -> str:
-    """`path` from the working directory where it lies below it."""
+    """`path` relative to the working directory if it is below it."""
     below = os.path.isabs(path) and Path(path).is_relative_to(Path.cwd())
     return str(Path(path).relative_to(Path.cwd())) if below else path
 
 
 @contextmanager
 def loading_bar(console: Console) -> Iterator[ReportProgress]:
-    """A bar for the checkpoint's tensors, on a terminal; yields what to call as they come."""
+    """A progress bar for the checkpoint's tensors, on a terminal; yields the callback."""
     bar = Progress(
         TextColumn("loading"),
         BarColumn(),
@@ -87,7 +87,7 @@ def loading_bar(console: Console) -> Iterator[ReportProgress]:
 
 @contextmanager
 def loaded(config: Config, console: Console) -> Iterator[InferenceEngine]:
-    """The engine, brought up with a progress bar on rank 0, shut down at the end. Collective."""
+    """The engine, started with a progress bar on rank 0 and shut down at the end. Collective."""
     started = time.monotonic()
     with loading_bar(console) as progress:
         engine = InferenceEngine(config, progress=progress)

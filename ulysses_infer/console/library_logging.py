@@ -9,16 +9,16 @@ import sys
 LIBRARY_SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "TOKENIZERS_PARALLELISM": "false",  # else tokenizers warns when a process starts another
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # process groups log every connection they retry
+    "TOKENIZERS_PARALLELISM": "false",  # otherwise tokenizers warns when a process is started
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # process groups log every connection that they retry
     "GLOG_minloglevel": "2",
 }
 
 
 def quiet_libraries(rank: int) -> None:
-    """Set what libraries read when they are imported; call it before they are. Settings of the user's stay.
+    """Set environment variables that libraries read at import; call it before. The user's own settings are kept.
 
-    Ranks other than 0 would only repeat what rank 0 says: of them, errors alone are shown.
+    On other ranks than 0 only errors are shown, because the rest would repeat rank 0's output.
     """
     for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -27,7 +27,7 @@ def quiet_libraries(rank: int) -> None:
 
 
 def set_up_logging(level: str, rank: int) -> None:
-    """Log lines of this package to standard error: from `level` on rank 0, errors of the others with their rank."""
+    """Log to standard error: from `level` on rank 0; on other ranks only errors, with their rank."""
     name = "" if rank == 0 else f"[rank {rank}] "
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"{name}%(levelname)s: %(message)s"))

@@ -9,19 +9,19 @@ from ulysses_infer.console.run_view import RunView
 from ulysses_infer.console.screen import mode_name, one_line, printable
 from ulysses_infer.outputs import RequestOutput
 
-LONG_LINE = 100  # a line this long is shown before its end has come
+LONG_LINE = 100  # a line this long is shown before it is complete
 TITLE_WIDTH = 80
 
 
 class LineDisplay:
-    """Prints what is new after each step; `[3]` is of the request of that number, `---` a change of mode.
+    """Prints what is new after each step. `[3]` is the number of the request, `---` a change of mode.
 
-    Blank lines are left out: between lines of other requests they would say nothing.
+    Blank lines are left out: between lines of other requests they carry no information.
     """
 
     def __init__(self, console: Console, view: RunView, show_text: bool) -> None:
         self._console, self._view, self._show_text = console, view, show_text
-        self._printed: dict[int, int] = {}  # characters of each request
+        self._printed: dict[int, int] = {}  # characters printed of each request
 
     def __enter__(self) -> LineDisplay:
         return self
@@ -58,7 +58,7 @@ class LineDisplay:
 
 
 def complete_pieces(text: str, is_all: bool) -> list[str]:
-    """`text` in lines, without the last one while more of that may come; a long line is cut at a space."""
+    """`text` in lines, without an incomplete last line; long lines are broken at a space."""
     pieces = []
     for line in text.splitlines(keepends=True):
         rest = line

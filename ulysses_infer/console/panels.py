@@ -16,15 +16,15 @@ from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.console.run_view import RunView
 from ulysses_infer.console.screen import mode_style, mode_text, one_line, printable, timeline
 
-REFRESH_SECONDS = 0.1  # drawing takes milliseconds, which a step must not pay every time
+REFRESH_SECONDS = 0.1  # drawing takes milliseconds, too long for every step
 FOOTER_LINES = 4
-WIDE = 96  # columns from which two panels stand side by side
+WIDE = 96  # columns from which two panels fit side by side
 MOST_BODY_LINES = 10
 TAIL_CHARACTERS = 4000
 
 
 class LiveDisplay:
-    """Redraws itself between steps, at most every `REFRESH_SECONDS`; leaves nothing behind when it ends."""
+    """Redraws itself between steps, at most every `REFRESH_SECONDS`, and is erased at the end."""
 
     def __init__(self, console: Console, view: RunView, show_text: bool) -> None:
         self._console, self._view, self._show_text = console, view, show_text
@@ -39,7 +39,7 @@ class LiveDisplay:
         self._live.stop()
 
     def on_step(self) -> None:
-        """Draw what there is, unless that was done a moment ago."""
+        """Draw the current state, unless it was drawn a moment ago."""
         now = time.monotonic()
         if now - self._drawn >= REFRESH_SECONDS:
             self._drawn = now
@@ -60,7 +60,7 @@ class LiveDisplay:
         return Columns([self._panel(index, width, body_lines) for index in shown], padding=(0, 1), expand=False)
 
     def _by_interest(self) -> list[int]:
-        """Requests, those that run first, then those still to come, then those that ended last."""
+        """Requests in display order: running ones, then waiting ones, then those that ended last."""
         outputs = self._view.outputs
 
         def interest(index: int) -> tuple[int, int]:

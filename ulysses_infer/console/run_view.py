@@ -21,14 +21,14 @@ class RunView:
     arrivals: list[int]
     """The step at which each prompt arrives."""
     outputs: dict[int, RequestOutput] = field(default_factory=dict)
-    """The latest of each request that has a token."""
+    """The latest output of each request that has a token."""
     steps: list[StepRecord] = field(default_factory=list)
     first_steps: dict[int, int] = field(default_factory=dict)
-    """The step that gave each request its first token."""
+    """The step in which each request got its first token."""
     started: float = field(default_factory=time.monotonic)
 
     def take(self, touched: dict[int, RequestOutput], recent: Sequence[StepRecord]) -> None:
-        """One more step."""
+        """Record one step."""
         self.outputs.update(touched)
         for index in touched:
             self.first_steps.setdefault(index, len(self.steps))
@@ -36,7 +36,7 @@ class RunView:
 
     @property
     def seconds(self) -> float:
-        """Since the first prompt was given."""
+        """Seconds since the first prompt."""
         return time.monotonic() - self.started
 
     @property
@@ -46,7 +46,7 @@ class RunView:
 
     @property
     def most_tokens(self) -> int | None:
-        """Tokens there can be in the end: what running requests may yet add to what there is; None: no limit."""
+        """The most tokens there can be in the end; None: no limit."""
         total = 0
         for index, params in enumerate(self.params):
             output = self.outputs.get(index)
@@ -59,5 +59,5 @@ class RunView:
         return total
 
     def count(self, *, finished: bool) -> int:
-        """Requests that have ended, or that have a token and go on."""
+        """Requests that have finished, or that run."""
         return sum(output.finished == finished for output in self.outputs.values())

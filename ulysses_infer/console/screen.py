@@ -11,20 +11,20 @@ from rich.text import Text
 from ulysses_infer.engine.stats import StepRecord
 from ulysses_infer.parallel.layout import Mode
 
-LOG_WIDTH = 110  # where there is no terminal to ask
+LOG_WIDTH = 110  # without a terminal
 SHOW_CURSOR = "\x1b[?25h"
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def make_console(rank: int) -> Console:
-    """A console for standard output, as wide as the terminal or `LOG_WIDTH`; ranks other than 0 print nothing."""
+    """A console for standard output, as wide as the terminal or `LOG_WIDTH`; other ranks than 0 print nothing."""
     return Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False, quiet=rank > 0)
 
 
 def restore_cursor() -> None:
-    """A live display hides the cursor; whoever ends the process in the middle of one shows it again.
+    """Show the cursor again, which a live display hides; called when a process ends in the middle of one.
 
-    It also puts itself in place of `sys.stdout`, so this writes to the original.
+    The live display also replaces `sys.stdout`, so this writes to the original.
     """
     terminal = sys.__stdout__
     if terminal is not None and terminal.isatty():
@@ -33,7 +33,7 @@ def restore_cursor() -> None:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters: a model's output must not be able to drive the terminal."""
+    """`text` without control characters, so that a model's output cannot control the terminal."""
     return CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
@@ -50,14 +50,14 @@ def mode_name(mode: Mode) -> str:
 
 
 def mode_style(mode: Mode) -> str:
-    """The colour of a mode wherever it is shown: sequence parallel cyan, tensor parallel magenta, both yellow."""
+    """The colour of a mode on every display: sequence parallel cyan, tensor parallel magenta, both yellow."""
     if mode.sp > 1:
         return "cyan" if mode.tp == 1 else "yellow"
     return "magenta"
 
 
 def mode_mark(mode: Mode) -> str:
-    """One character for a step in this mode, which also tells the modes apart where there are no colours."""
+    """One character for a step in this mode, which distinguishes modes without colours."""
     if mode.sp > 1:
         return "■" if mode.tp == 1 else "▣"
     return "□"
@@ -69,9 +69,9 @@ def mode_text(mode: Mode) -> Text:
 
 
 def timeline(steps: list[StepRecord], width: int) -> Text:
-    """The mode of every step as a row of coloured marks, at most `width` of them.
+    """The modes of steps as a row of coloured marks, at most `width` of them.
 
-    Where one mark stands for several steps it shows the rarest mode among them: a switch stays visible.
+    A mark that stands for several steps shows the rarest mode among them, so that switches stay visible.
     """
     text = Text()
     totals = {mode: sum(step.mode == mode for step in steps) for mode in {step.mode for step in steps}}

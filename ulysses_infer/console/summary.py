@@ -38,7 +38,7 @@ def print_summary(console: Console, view: RunView, outputs: list[RequestOutput],
 
 
 def mode_table(steps: list[StepRecord]) -> Table:
-    """Steps, tokens and seconds of each mode, the mode with most steps first."""
+    """Steps, tokens and seconds of each mode, most steps first."""
     table = _table("mode", "steps", "tokens", "seconds", "tokens/s", "ms/step")
     by_mode: dict[Mode, list[StepRecord]] = {}
     for step in steps:
@@ -58,7 +58,7 @@ def _totals(steps: list[StepRecord]) -> list[str]:
 
 
 def request_table(view: RunView, outputs: list[RequestOutput]) -> Table:
-    """When each request got its first token, its time to first token (TTFT) and per output token after it (TPOT)."""
+    """Time to first token (TTFT) and time per output token (TPOT) of each request."""
     table = _table("request", "first at", "prompt", "output", "TTFT ms", "TPOT ms", "ended by")
     for index, output in enumerate(outputs):
         metrics = output.metrics

@@ -32,12 +32,12 @@ from ulysses_infer.config import Config, load_config
 from ulysses_infer.console.screen import make_console
 from ulysses_infer.errors import ConfigError, RequestError
 
-SMALLEST_VOCABULARY = 99  # of a model that tells no other size
-WARM_UP = -1  # the repeat that counts for nothing
+SMALLEST_VOCABULARY = 99  # for models that do not declare their size
+WARM_UP = -1  # the seed of the warm-up, which is not counted
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Measure, or read what was measured, then print and write everything; returns the exit status.
+    """Measure, or read earlier measurements; then print and write everything. Returns the exit status.
 
     Raises `UlyssesError`s of one line.
     """
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         except KeyboardInterrupt:
             console.print("interrupted: this is what there is")
         finally:
-            comparison.findings.save(options.output)  # for --redraw, however this ends
+            comparison.findings.save(options.output)  # for --redraw, however the run ends
         findings = comparison.findings
     return report(findings, options.output, console)
 
@@ -88,7 +88,7 @@ class Comparison:
         self.findings = Findings(_about(options, self._config, self._num_ranks))
 
     async def run(self) -> None:
-        """Measure everything. Raises `ConfigError` if a server does not start or nobody takes part."""
+        """Measure everything. Raises `ConfigError` if a server does not start or no contender is left."""
         options = self._options
         names = {contender.server for contender in self._contenders}
         commands = {name: self._command(name) for name in names}
@@ -116,7 +116,7 @@ class Comparison:
         return serve_command(options.launch, self._num_ranks, arguments)
 
     async def _site(self, servers: Servers, contender: Contender) -> Site:
-        """The contender's server, ready for it. Raises `RequestError` if it refuses the policy."""
+        """The contender's server with its policy set. Raises `RequestError` if the server refuses the policy."""
         server = servers.get(contender.server)
         if contender.server not in self._sites or self._sites[contender.server].client is not server.client:
             self._sites[contender.server] = await Site.of(server.client, _vocab_size(self._config))
@@ -125,9 +125,9 @@ class Comparison:
         return site
 
     async def _warm_up(self, servers: Servers) -> Capacity:
-        """Every contender does the saturated shape once; the capacity is what the fastest makes of it.
+        """Run the saturated shape once per contender; the capacity is the best result.
 
-        Who is refused by the server takes no part.
+        Contenders whose policy the server refuses are excluded.
         """
         capacity = Capacity(0.0, 0.0)
         for contender in list(self._contenders):
@@ -151,7 +151,7 @@ class Comparison:
         return capacity
 
     async def _setting(self, servers: Servers, capacity: Capacity, site: Site | None = None) -> Setting:
-        """What protocols are made from; the model's longest request limits all lengths."""
+        """The inputs of the protocols. The model's maximum length limits all lengths."""
         site = site or await self._site(servers, self._contenders[0])
         card = (await site.client.call("GET", "/v1/models"))["data"][0]
         sizes = sizes_of(self._options).fitting(card["max_model_len"])
@@ -171,9 +171,9 @@ class Comparison:
 def order(
     cases: Sequence[Case], contenders: Sequence[Contender], repeats: int, in_turn: bool
 ) -> Iterator[tuple[int, Case, Contender]]:
-    """Who runs what when: everybody does a case before anybody does the next, and others begin in each repeat.
+    """The order of runs: all contenders run a case before the next case starts, in a different order per repeat.
 
-    With servers in turn, all cases are done on one before the next is started.
+    With one server at a time, all cases run on it before the next server starts.
     """
     names = (GROUP, REPLICAS) if in_turn else (None,)
     for repeat in range(repeats):
@@ -187,7 +187,7 @@ def order(
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:
-    """The scale's sizes, with what the options change."""
+    """The sizes of the scale, with the changes from the options."""
     given = {"input_len": options.input_len, "output_len": options.output_len, "seconds": options.seconds}
     return dataclasses.replace(SCALES[options.scale], **{key: value for key, value in given.items() if value})
 
@@ -202,7 +202,7 @@ def _info(case: Case) -> CaseInfo:
 
 
 def _vocab_size(config: Config) -> int:
-    """The vocabulary of a model in a folder: prompts for one without a tokenizer are drawn from it."""
+    """The vocabulary of a model in a folder; random prompts use it if there is no tokenizer."""
     path = Path(config.model.path) / "config.json"
     if not path.is_file():
         return SMALLEST_VOCABULARY

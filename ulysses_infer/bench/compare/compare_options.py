@@ -14,7 +14,7 @@ from ulysses_infer.errors import ConfigError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Everything but MODEL and the recipe."""
+    """All options except MODEL and the recipe."""
     number: dict[str, Any] = {"type": positive, "metavar": "N"}
     protocols = ", ".join(f"{protocol.name} ({protocol.about})" for protocol in PROTOCOLS.values())
     parser.add_argument(
@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise `ConfigError` for options that make no sense."""
+    """Raise `ConfigError` for contradictory options."""
     if options.protocol == ["trace"] and not options.trace and not options.redraw:
         raise ConfigError("--protocol trace needs --trace FILE, of Azure's CSV or Mooncake's JSON lines")
     for path in options.trace:

@@ -10,15 +10,15 @@ from ulysses_infer.bench.compare.findings import CaseInfo, Findings, Run
 from ulysses_infer.bench.compare.protocols import LONE, SATURATED, TIMED
 
 STATIC = ("tp", "sp")
-"""The modes that shift is to match the better of."""
+"""The static modes; shift has to match the better of them."""
 QUIET_CORES = 0.2
-"""Other programs may use this much before a run counts as disturbed."""
+"""Busy cores of other programs above which a run counts as disturbed."""
 LATE_MS = 20.0
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that is compared."""
+    """A metric that is compared."""
 
     key: str
     title: str
@@ -27,7 +27,7 @@ class Metric:
     digits: int = 1
 
     def text(self, value: float) -> str:
-        """The value, as tables show it."""
+        """The value as shown in tables."""
         return f"{value:,.{self.digits}f}"
 
 
@@ -48,12 +48,12 @@ METRICS_OF = {
     SATURATED: ("tokens_per_second",),
     TIMED: ("ttft_ms", "ttft_p99_ms", "tpot_ms", "tpot_p99_ms", "e2el_ms", "e2el_p99_ms", "tokens_per_second"),
 }
-"""What is shown, by kind of case. Latencies of a saturated machine say how long its queue was, and no more."""
+"""The metrics of each kind of case. Latencies under saturation only show the length of the queue."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and the range it comes from."""
+    """A median and its range."""
 
     median: float
     low: float
@@ -61,7 +61,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of at least one value."""
         ordered = sorted(values)
         return cls(statistics.median(ordered), ordered[0], ordered[-1])
 
@@ -75,14 +75,14 @@ class Row:
     metric: Metric
     value: Spread
     ratio: Spread | None
-    """To the best static mode in the same repeat; None where neither was measured."""
+    """Ratio to the best static mode in the same repeat; None if it was not measured."""
     is_best: bool
     foreign_cores: float
     """Of the most disturbed repeat."""
 
 
 def rows_of(findings: Findings, case: CaseInfo) -> list[Row]:
-    """Every metric of a case, by metric and contender. A contender that finished nothing has no row."""
+    """Every metric of a case, by metric and contender. Contenders without a finished request have no row."""
     return [row for key in METRICS_OF[case.kind] for row in _rows(findings, case, METRICS[key])]
 
 
@@ -119,19 +119,19 @@ def _best(values: dict[str, Spread], metric: Metric) -> str:
 
 
 def _ratio(own: Sequence[Run], reference: Sequence[Run], key: str) -> Spread | None:
-    """Repeats are paired: what disturbed one most likely disturbed the other."""
+    """Repeats are paired, because a disturbance usually affects all runs of a repeat."""
     known = {run.repeat: run.metrics[key] for run in reference}
     ratios = [run.metrics[key] / known[run.repeat] for run in own if known.get(run.repeat)]
     return Spread.of(ratios) if ratios else None
 
 
 def disturbed(findings: Findings) -> list[Run]:
-    """Runs during which other programs took too much of the machine."""
+    """Runs during which other programs used too many cores."""
     return [run for run in findings.runs if run.foreign_cores > QUIET_CORES]
 
 
 def remarks(findings: Findings) -> list[str]:
-    """What to know before believing a number."""
+    """Warnings about the reliability of the numbers."""
     lines = [f"{name} did not take part: {reason}" for name, reason in findings.refused.items()]
     noisy, num_runs = disturbed(findings), len(findings.runs)
     if num_runs:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REPLICAS, GROUP = "replicas", "group"
-"""The two servers: every rank an engine of its own, or all ranks one engine."""
+"""The two kinds of servers: one engine per rank, or one engine on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Contender:
     server: str
     """`REPLICAS` or `GROUP`."""
     policy: Mapping[str, Any] = field(default_factory=dict)
-    """Body of `PUT /admin/policy`; empty: as started."""
+    """Body of `PUT /admin/policy`; empty: the policy from the start."""
     is_static: bool = True
-    """Whether all of its steps run in one mode."""
+    """Whether all of its steps run in the same mode."""
 
 
 def _static(mode: str) -> dict[str, Any]:
@@ -38,11 +38,11 @@ CONTENDERS = {
         Contender("adaptive", "shift, adaptive", GROUP, {"name": "adaptive"}, is_static=False),
     )
 }
-"""By name, in the order in which they are shown."""
+"""By name, in display order."""
 
 
 def policy_of(contender: Contender, threshold_tokens: int) -> dict[str, Any]:
-    """The policy to set; a threshold is the recipe's."""
+    """The policy to set; the threshold comes from the recipe."""
     if contender.name == "shift":
         return {**contender.policy, "settings": {"threshold_tokens": threshold_tokens}}
     return dict(contender.policy)

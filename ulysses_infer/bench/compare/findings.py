@@ -15,7 +15,7 @@ RESULTS = "results.json"
 
 
 class RequestRow(NamedTuple):
-    """One request; seconds, counted from the start of its run."""
+    """One request; seconds since the start of its run."""
 
     sent: float
     ttft: float
@@ -28,12 +28,12 @@ class RequestRow(NamedTuple):
 
     @property
     def ended(self) -> float:
-        """When its last token came."""
+        """Time of its last token."""
         return self.sent + self.e2el
 
 
 class StepRow(NamedTuple):
-    """One step of an engine; seconds, counted from the start of the run."""
+    """One step of an engine; seconds since the start of the run."""
 
     start: float
     seconds: float
@@ -45,7 +45,7 @@ class StepRow(NamedTuple):
 
 @dataclass
 class Run:
-    """One contender's answer to one case, once."""
+    """One run: a contender, a case, a repeat."""
 
     contender: str
     case: str
@@ -55,22 +55,22 @@ class Run:
     requests: list[RequestRow] = field(repr=False)
     steps: list[StepRow] = field(repr=False)
     gaps: list[float] = field(repr=False)
-    """Seconds from each token to the next, of all requests."""
+    """Seconds between tokens, of all requests."""
     seconds: float = 0.0
     foreign_cores: float = 0.0
-    """That other programs kept busy meanwhile."""
+    """Cores that other programs kept busy."""
     late_ms: float = 0.0
-    """By which the client itself was late, at most."""
+    """The largest delay caused by the client itself."""
 
     @property
     def errors(self) -> list[str]:
-        """Why requests failed."""
+        """Errors of failed requests."""
         return [request.error for request in self.requests if request.error]
 
 
 @dataclass(frozen=True)
 class CaseInfo:
-    """What a report says of a case."""
+    """A case as described in the report."""
 
     protocol: str
     name: str
@@ -85,12 +85,12 @@ class Findings:
     """A whole comparison."""
 
     about: dict[str, Any]
-    """Model, machine, versions, options: what it was measured on, and how to do it again."""
+    """Model, machine, versions, options: what was measured, and how to repeat it."""
     cases: list[CaseInfo] = field(default_factory=list)
     contenders: list[str] = field(default_factory=list)
-    """Those that took part, in the order in which they are shown."""
+    """Contenders that took part, in display order."""
     refused: dict[str, str] = field(default_factory=dict)
-    """Those that could not, and why."""
+    """Contenders that could not take part, with the reason."""
     runs: list[Run] = field(default_factory=list)
 
     def of(self, contender: str, case: str) -> list[Run]:
@@ -98,12 +98,12 @@ class Findings:
         return [run for run in self.runs if (run.contender, run.case) == (contender, case)]
 
     def protocol(self, name: str) -> list[CaseInfo]:
-        """Cases that were run of a protocol."""
+        """The cases of a protocol."""
         done = {run.case for run in self.runs}
         return [case for case in self.cases if case.protocol == name and case.name in done]
 
     def typical(self, contender: str, case: str, key: str) -> Run | None:
-        """The repeat whose metric is the median one: what a picture of a single run should show."""
+        """The repeat with the median value of the metric, for plots of a single run."""
         runs = sorted(self.of(contender, case), key=lambda run: run.metrics.get(key, 0.0))
         return runs[len(runs) // 2] if runs else None
 
@@ -114,7 +114,7 @@ class Findings:
 
 
 def load_findings(folder: Path) -> Findings:
-    """What `Findings.save` wrote. Raises `ConfigError` if there is nothing of the kind."""
+    """Read what `Findings.save` wrote. Raises `ConfigError` if the file is missing or invalid."""
     path = folder / RESULTS
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -31,14 +31,14 @@ DIGITS = 6
 
 
 class Site:
-    """A server that is measured: its client, and what prompts to it are made of."""
+    """A server under measurement: its client, and the vocabulary of prompts for it."""
 
     def __init__(self, client: Client, model: str, vocabulary: Vocabulary) -> None:
         self.client, self._model, self._vocabulary = client, model, vocabulary
 
     @classmethod
     async def of(cls, client: Client, vocab_size: int) -> Site:
-        """Ask the server. `vocab_size`: for a model without a tokenizer."""
+        """Query the server. vocab_size: for a model without a tokenizer."""
         card = (await client.call("GET", "/v1/models"))["data"][0]
         vocabulary = await ask_vocabulary(client, card["id"], False, None)
         if not vocabulary.ids:
@@ -46,20 +46,20 @@ class Site:
         return cls(client, card["id"], vocabulary)
 
     def items(self, case: Case, seed: int) -> list[Item]:
-        """The requests of a case; another seed, other prompts."""
+        """The requests of a case; the seed determines the prompts."""
         return trace_items(case.rows, self._vocabulary, seed, case.block_tokens)
 
     def body(self, item: Item) -> bytes:
         """A request as it is sent."""
-        return completion_body(self._model, item, ignore_eos=True, return_token_ids=True)  # a piece for every token
+        return completion_body(self._model, item, ignore_eos=True, return_token_ids=True)  # one piece per token
 
     async def set_policy(self, policy: dict[str, Any]) -> None:
-        """Change the policy; an empty one changes nothing. Raises `RequestError` if the server refuses."""
+        """Change the policy; an empty one changes nothing. Raises `RequestError` if the server refuses it."""
         if policy:
             await self.client.call("PUT", "/admin/policy", policy)
 
     async def forget_prefixes(self) -> None:
-        """Empty the prefix cache, as soon as the server is idle. Raises `RequestError` if that does not happen."""
+        """Empty the prefix cache once the server is idle. Raises `RequestError` if it stays busy."""
         deadline = time.monotonic() + IDLE_SECONDS
         while True:
             try:
@@ -72,7 +72,7 @@ class Site:
 
 
 async def measure(site: Site, case: Case, contender: str, repeat: int) -> Run:
-    """Run a case once on a server that has the right policy."""
+    """Run a case once, on a server whose policy is set."""
     await site.forget_prefixes()
     requests = [Request(site.body(item), item.at or 0.0) for item in site.items(case, repeat)]
     steps = _StepWatch(site.client)
@@ -116,7 +116,7 @@ def _request_row(answer: Answer, started: float) -> RequestRow:
 
 
 def metrics_of(rows: list[RequestRow]) -> dict[str, float]:
-    """The numbers of a run that are compared; times in ms. What failed counts for nothing; nothing good: no numbers."""
+    """The compared metrics of a run; times in ms. Failed requests are left out; without others there are none."""
     good = [row for row in rows if not row.error]
     if not good:
         return {}
@@ -133,7 +133,7 @@ def metrics_of(rows: list[RequestRow]) -> dict[str, float]:
 
 
 class _StepWatch:
-    """Collects the steps that a server tells on its live page, which remembers only the last thousand."""
+    """Collects the steps shown on a server's dashboard, which keeps only the last thousand."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -141,13 +141,13 @@ class _StepWatch:
         self._since: float | None = None
 
     async def watch(self) -> None:
-        """Look again and again."""
+        """Poll the dashboard repeatedly."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             await self.look()
 
     async def look(self) -> None:
-        """Take what is new. Moments come in the server's clock and are kept in that of `time.perf_counter`."""
+        """Collect new steps. Times are converted from the server's clock to `time.perf_counter`."""
         since = "" if self._since is None else f"&since={self._since}"
         data = await self._client.call("GET", f"/dashboard/data?seconds={WINDOW_SECONDS}{since}")
         shift = time.perf_counter() - data["now"]
@@ -158,7 +158,7 @@ class _StepWatch:
             self._found.setdefault((sequence, start), StepRow(start + shift, seconds, sp, tp, tokens, decodes))
 
     def rows(self, start: float, end: float) -> list[StepRow]:
-        """Steps from one moment to another, counted from the first."""
+        """Steps between two times, relative to the first."""
         found = sorted(self._found.values())
         inside = [row for row in found if row.start + row.seconds > start and row.start < end]
         return [row._replace(start=round(row.start - start, DIGITS)) for row in inside]

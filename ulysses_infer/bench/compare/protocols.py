@@ -18,16 +18,16 @@ from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow, read_t
 from ulysses_infer.errors import ConfigError
 
 LONE, SATURATED, TIMED = "lone", "saturated", "timed"
-RATE_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the measured capacity
-STEADY_SHARE, BURST_SHARE = 0.1, 0.4  # a low stream, and what four bursts add on average
+RATE_SHARES = (0.25, 0.5, 0.75, 1.0)  # shares of the measured capacity
+STEADY_SHARE, BURST_SHARE = 0.1, 0.4  # a low base load, and what four bursts add on average
 NUM_BURSTS = 4
 TRACE_SHARE = 0.5
-LONGEST_ANSWER = 8  # times the usual answer, in a trace
+LONGEST_ANSWER = 8  # longest answer of a trace, as a multiple of the usual one
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is."""
+    """The sizes of all workloads."""
 
     input_len: int
     output_len: int
@@ -36,10 +36,10 @@ class Sizes:
     contexts: tuple[int, ...]
     """Prompt lengths of the context sweep."""
     seconds: float
-    """Of each load that has times."""
+    """Seconds of each timed workload."""
 
     def fitting(self, max_model_len: int) -> Sizes:
-        """No request longer than the model takes. Raises `ConfigError` if nothing of them is left."""
+        """Limit the sizes to what the model can process. Raises `ConfigError` if nothing is left."""
         output_len = min(self.output_len, max_model_len // 2)
         longest = max_model_len - output_len
         if longest < 1:
@@ -59,34 +59,34 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the machine does of the usual requests when it is saturated."""
+    """The saturated throughput of the machine with usual requests."""
 
     requests: float
-    """Per second."""
+    """Requests per second."""
     tokens: float
-    """Per second, prompts and answers together."""
+    """Prompt and output tokens per second."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One load, the same for every contender."""
+    """One workload, the same for every contender."""
 
     protocol: str
     name: str
-    """Unique; also a part of file names."""
+    """Unique; used in file names."""
     title: str
     kind: str
-    """lone: one request after the other; saturated: all at once; timed: each at its moment."""
+    """lone: one request after another; saturated: all at once; timed: each at its arrival time."""
     rows: tuple[TraceRow, ...]
     x: float | None = None
-    """Where it lies on its sweep."""
+    """Position on its sweep."""
     block_tokens: float = HASH_BLOCK_TOKENS
     """Prompt tokens per hash id of the rows."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """All that protocols are made from."""
+    """The inputs of all protocols."""
 
     sizes: Sizes
     capacity: Capacity
@@ -96,13 +96,13 @@ class Setting:
 
 
 def shape(setting: Setting) -> list[Case]:
-    """The paper's Fig. 12: a lone request, and as many as the machine can take."""
+    """Fig. 12 of the paper: a lone request, and a saturated machine."""
     sizes = setting.sizes
     return _pair("shape", "shape", sizes.input_len, sizes, sizes.num_lone, sizes.num_saturated)
 
 
 def context(setting: Setting) -> list[Case]:
-    """The same over the length of the prompt; long prompts are fewer, so that each point takes about as long."""
+    """The same over prompt lengths. Long prompts are fewer, so that each point takes about as long."""
     sizes, cases = setting.sizes, []
     for length in sizes.contexts:
         count = max(2, min(sizes.num_saturated, round(sizes.num_saturated * sizes.input_len / length / 2)))
@@ -120,7 +120,7 @@ def _pair(
 
 
 def rate(setting: Setting) -> list[Case]:
-    """Poisson arrivals at shares of what the machine can do."""
+    """Poisson arrivals at shares of the capacity."""
     cases = []
     for share in RATE_SHARES:
         per_second = share * setting.capacity.requests
@@ -131,7 +131,7 @@ def rate(setting: Setting) -> list[Case]:
 
 
 def bursty(setting: Setting) -> list[Case]:
-    """The paper's Table 5: four bursts over a low steady stream."""
+    """Table 5 of the paper: four bursts over a low steady rate."""
     seconds, per_second = setting.sizes.seconds, setting.capacity.requests
     steady = _arrivals(setting, STEADY_SHARE * per_second, seconds, "steady")
     size = max(2, round(BURST_SHARE * per_second * seconds / NUM_BURSTS))
@@ -144,14 +144,14 @@ def bursty(setting: Setting) -> list[Case]:
 
 
 def _arrivals(setting: Setting, per_second: float, seconds: float, name: str) -> list[TraceRow]:
-    """Usual requests that come at random, at least one: a Poisson process, given how many come in so many seconds."""
+    """Usual requests at random times, at least one: a Poisson process, given its expected count."""
     sizes, draw = setting.sizes, random.Random(f"arrivals/{setting.seed}/{name}")
     times = sorted(draw.uniform(0, seconds) for _ in range(max(1, round(per_second * seconds))))
     return [TraceRow(at, sizes.input_len, sizes.output_len) for at in times]
 
 
 def trace(setting: Setting) -> list[Case]:
-    """The paper's windows of production traces: their bursts and lengths to scale, at half of the capacity."""
+    """The paper's windows of production traces, scaled in rate and length to half of the capacity."""
     return [_trace(setting, path) for path in setting.traces]
 
 
@@ -195,4 +195,4 @@ PROTOCOLS = {
         Protocol("trace", "production traces, given by --trace", trace),
     )
 }
-"""By name, in the order in which they run."""
+"""By name, in the order of execution."""

@@ -31,12 +31,12 @@ HEADINGS = {
     "bursty": "Bursts",
     "trace": "Production traces",
 }
-EVEN = 0.02  # ratios this close to 1 are a draw
+EVEN = 0.02  # ratios this close to 1 count as equal
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the report."""
+    """A plot in the report."""
 
     name: str
     title: str
@@ -44,20 +44,20 @@ class Picture:
 
     @property
     def data(self) -> str:
-        """As the address of an image that is in the page itself."""
+        """As a data URL."""
         return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A protocol: its pictures and its tables."""
+    """A protocol with its plots and tables."""
 
     name: str
     title: str
     pictures: list[Picture]
     tables: list[dict[str, Any]]
     is_open: bool
-    """Whether the tables are shown at once: a sweep has many, and its pictures say it all."""
+    """Whether tables are expanded: sweeps have many, and their plots show the same."""
 
 
 def write_report(findings: Findings, folder: Path) -> Path:
@@ -78,7 +78,7 @@ def _section(findings: Findings, protocol: str) -> Section:
 
 
 def _figures(findings: Findings, protocol: str) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
-    """Name, title and maker of a protocol's pictures."""
+    """Name, title and function of a protocol's plots."""
     whole = {"shape": shape_bars, "context": context_sweep, "rate": rate_sweep}
     if protocol in whole:
         yield protocol, HEADINGS[protocol], partial(whole[protocol], findings)
@@ -97,7 +97,7 @@ def as_png(make: Callable[[], Figure]) -> bytes:
 
 
 def table_of(case: CaseInfo, rows: list[Row]) -> dict[str, Any]:
-    """A case's numbers for the page: a line for each contender, three cells for each metric."""
+    """A case's numbers for the page: one row per contender, three cells per metric."""
     found = {(row.contender, row.metric.key): row for row in rows}
     keys = [key for key in METRICS_OF[case.kind] if any(row.metric.key == key for row in rows)]
     names = dict.fromkeys(row.contender for row in rows)
@@ -142,7 +142,7 @@ def render(findings: Findings, sections: list[Section]) -> str:
 
 @dataclass(frozen=True)
 class Card:
-    """How a shifting policy did against the best static mode in one number."""
+    """One number: a shift policy against the best static mode."""
 
     title: str
     contender: str
@@ -154,7 +154,7 @@ class Card:
 
 
 def headline(findings: Findings) -> list[Card]:
-    """Shift against the better of TP and SP: first the shape, then whatever had bursts."""
+    """Shift against the better of TP and SP: first for the shape, then for bursty workloads."""
     cases = [*findings.protocol("shape"), *findings.protocol("bursty"), *findings.protocol("trace")]
     chosen = [
         (case, key)
@@ -180,7 +180,7 @@ def _card(case: CaseInfo, row: Row, ratio: Spread) -> Card:
 
 
 def _verdict(row: Row, ratio: Spread) -> str:
-    """Good or bad only where all repeats agree, and on more than a hair."""
+    """Good or bad only if all repeats agree and the ratio is not close to 1."""
     if abs(ratio.median - 1) <= EVEN or ratio.low < 1 < ratio.high:
         return "even"
     return "good" if (ratio.median > 1) == row.metric.higher_is_better else "bad"

@@ -23,14 +23,14 @@ START_SECONDS = 900.0
 POLL_SECONDS = 0.2
 END_SECONDS = 60.0
 KEY_VARIABLE = "ULYSSES_COMPARE_KEY"
-SHARE_OF_MEMORY = 0.45  # of two servers at a time
+SHARE_OF_MEMORY = 0.45  # if two servers run at the same time
 
 
 def server_overrides(name: str, config: Config, num_ranks: int, is_adaptive: bool, is_alone: bool) -> dict[str, str]:
-    """Keys of the recipe that a server of the comparison needs.
+    """Recipe keys for a server of the comparison.
 
-    The group has the recipe's own layout if that has so many ranks. With `is_adaptive` it starts with that policy, so
-    that step times are measured then, if they were not before.
+    The group keeps the recipe's own layout if it has the right number of ranks. With `is_adaptive` the server starts
+    with that policy, so that step times are measured if necessary.
     """
     parallel = config.parallel
     is_recipe = name == GROUP and parallel.world_size == num_ranks
@@ -55,14 +55,14 @@ def server_overrides(name: str, config: Config, num_ranks: int, is_adaptive: boo
 
 
 class Servers:
-    """Starts servers when they are asked for; with `in_turn` only one at a time. Ends them when it is left."""
+    """Starts servers on demand, with `in_turn` only one at a time. Ends them on exit."""
 
     def __init__(self, commands: Mapping[str, Sequence[str]], folder: Path, in_turn: bool) -> None:
         self._commands, self._folder, self._in_turn = commands, folder, in_turn
         self._running: dict[str, RunningServer] = {}
 
     def get(self, name: str) -> RunningServer:
-        """A server that takes requests. Raises `ConfigError` if it does not start."""
+        """A running server. Raises `ConfigError` if it does not start."""
         if name not in self._running:
             if self._in_turn:
                 self.stop()
@@ -71,7 +71,7 @@ class Servers:
         return self._running[name]
 
     def stop(self) -> None:
-        """End all that run."""
+        """End all servers."""
         for server in self._running.values():
             server.terminate()
         while self._running:
@@ -102,7 +102,7 @@ class RunningServer:
             )
 
     def wait_until_ready(self) -> None:
-        """Raises `ConfigError`, with the server's last words, if it does not get there."""
+        """Wait until it is ready. Raises `ConfigError` with the server's last output if it does not start."""
         deadline = time.monotonic() + START_SECONDS
         while not self._is_ready():
             if self._process.poll() is not None:
@@ -117,7 +117,7 @@ class RunningServer:
         self._process.terminate()
 
     def stop(self) -> None:
-        """End it."""
+        """Wait for its end, or kill it."""
         self.terminate()
         try:
             self._process.wait(END_SECONDS)
@@ -129,7 +129,7 @@ class RunningServer:
         try:
             with urllib.request.urlopen(f"{self.client.server.url}/ready", timeout=POLL_SECONDS * 10):
                 return True
-        except (urllib.error.URLError, TimeoutError, ConnectionError):  # not there yet, or it says 503
+        except (urllib.error.URLError, TimeoutError, ConnectionError):  # not listening yet, or status 503
             return False
 
     def _last_words(self) -> str:
@@ -140,7 +140,7 @@ class RunningServer:
 
 
 def serve_command(launch: Sequence[str] | None, num_ranks: int, arguments: Sequence[str]) -> list[str]:
-    """The command line of a server with so many ranks."""
+    """The command line of a server with `count` ranks."""
     if launch is None:
         return [sys.executable, "-m", "ulysses_infer.cli.main", "serve", *arguments]
     return [*launch, str(num_ranks), "serve", *arguments]

@@ -17,12 +17,12 @@ from ulysses_infer.bench.compare.findings import CaseInfo, Findings
 from ulysses_infer.bench.compare.protocols import SATURATED
 
 LEFT_OUT = ("ttft_p99_ms", "tpot_p99_ms", "e2el_p99_ms", "tokens_per_second")
-"""Metrics that a terminal has no room for; the report has them."""
-MOST_RANGES = 2  # metrics side by side that leave room for their ranges
+"""Metrics that do not fit on a terminal; the report has them."""
+MOST_RANGES = 2  # metrics side by side for which ranges fit too
 
 
 def print_findings(console: Console, findings: Findings) -> None:
-    """A table for each case, then what to know."""
+    """One table per case, then the warnings."""
     for case in findings.cases:
         rows = rows_of(findings, case)
         if rows:
@@ -33,7 +33,7 @@ def print_findings(console: Console, findings: Findings) -> None:
 
 
 def case_table(case: CaseInfo, rows: Sequence[Row]) -> Table:
-    """A line for each contender; of each metric the median, the range, the ratio to the best static mode."""
+    """One row per contender; per metric the median, the range, and the ratio to the best static mode."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.add_column("", no_wrap=True)
     keys = [key for key in METRICS_OF[case.kind] if key not in LEFT_OUT or case.kind == SATURATED]
@@ -64,7 +64,7 @@ def _cells(row: Row | None, has_range: bool) -> list[Text]:
 
 
 def write_csv(findings: Findings, folder: Path) -> None:
-    """`summary.csv`, `requests.csv` and `steps.csv`: everything, a line each."""
+    """`summary.csv`, `requests.csv` and `steps.csv`: all data."""
     _write(folder / "summary.csv", SUMMARY_COLUMNS, _summary_lines(findings))
     _write(
         folder / "requests.csv",

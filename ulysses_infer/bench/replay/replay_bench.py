@@ -27,7 +27,7 @@ from ulysses_infer.bench.serve.traces import TraceRow, read_trace
 
 
 def run(options: argparse.Namespace) -> int:
-    """Replay, print the field's table and write its JSON; returns the exit status: 1 if no request succeeded.
+    """Replay, print the result table and write its JSON. Returns the exit status: 1 if no request succeeded.
 
     Raises `UlyssesError`s of one line.
     """
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def chosen_rows(options: argparse.Namespace) -> list[TraceRow]:
-    """The rows that the options ask for, to scale. Raises `ConfigError`."""
+    """The rows that the options select, scaled. Raises `ConfigError`."""
     rows = window_of(options).cut(read_trace(options.trace))
     return scale_of(options).apply(rows if options.num_prompts is None else thinned(rows, options.num_prompts))
 
@@ -60,7 +60,7 @@ def describe(rows: Sequence[TraceRow], options: argparse.Namespace) -> str:
 
 
 def shared_tokens(rows: Sequence[TraceRow], block_tokens: float) -> float:
-    """Prompt tokens that an earlier prompt of the trace began with too: what prefix caching could save at best."""
+    """Prompt tokens that start like an earlier prompt of the trace: the most that prefix caching could save."""
     seen: set[int] = set()
     shared = 0.0
     for row in rows:
@@ -71,7 +71,7 @@ def shared_tokens(rows: Sequence[TraceRow], block_tokens: float) -> float:
 
 
 async def measure(rows: Sequence[TraceRow], options: argparse.Namespace) -> dict[str, Any]:
-    """Replay on the server that the options name; everything measured, and what was asked."""
+    """Replay on the server that the options name; returns the result and the parameters."""
     async with connected(options) as (client, model):
         await warn_of_long_rows(client, rows)
         vocabulary = await vocabulary_of(client, model, options)
@@ -84,7 +84,7 @@ async def measure(rows: Sequence[TraceRow], options: argparse.Namespace) -> dict
 
 
 async def warn_of_long_rows(client: Client, rows: Sequence[TraceRow]) -> None:
-    """Say so if the server tells how long a request may be, and some are longer."""
+    """Print a note if some requests are longer than the server allows."""
     models = await client.call("GET", "/v1/models")
     limit = models["data"][0].get("max_model_len") if models.get("data") else None
     if limit is None:
@@ -98,7 +98,7 @@ async def warn_of_long_rows(client: Client, rows: Sequence[TraceRow]) -> None:
 
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    """What identifies a replay, beside what identifies any load."""
+    """The parameters that identify a replay, beside those of any load."""
     window = window_of(options)
     return {
         "dataset": options.trace.name,

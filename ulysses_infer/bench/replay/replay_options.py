@@ -27,7 +27,7 @@ Answers are as long as in the trace: the model's end token is ignored unless --s
 
 
 def parse_replay(arguments: Sequence[str]) -> argparse.Namespace:
-    """Take the options apart. Raises `ConfigError` for what makes no sense, SystemExit after `--help`."""
+    """Parse the options. Raises `ConfigError` for contradictions, SystemExit after `--help`."""
     parser = OptionParser(
         prog="ulysses-infer bench replay",
         usage="ulysses-infer bench replay TRACE --base-url URL [options]",
@@ -94,14 +94,14 @@ def _check_window(options: argparse.Namespace) -> None:
 
 
 def window_of(options: argparse.Namespace) -> Window:
-    """The part of the trace that the options ask for. Raises `ConfigError`."""
+    """The window of the trace that the options select. Raises `ConfigError`."""
     if options.window == "paper":
         return paper_window(options.trace)
     return Window(options.start_minute or 0.0, math.inf if options.end_minute is None else options.end_minute)
 
 
 def scale_of(options: argparse.Namespace) -> Scale:
-    """The scale that the options ask for."""
+    """The scaling that the options ask for."""
     return Scale(options.time_scale, options.length_scale, options.max_input_len, options.max_output_len)
 
 

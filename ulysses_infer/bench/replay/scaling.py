@@ -16,13 +16,13 @@ MINUTE = 60.0
 
 @dataclass(frozen=True)
 class Window:
-    """Minutes of a trace, counted from its first request; both ends belong to it."""
+    """A time window of a trace in minutes since its first request, both ends included."""
 
     start: float = 0.0
     end: float = math.inf
 
     def cut(self, rows: Sequence[TraceRow]) -> list[TraceRow]:
-        """Its rows, at seconds from its start. Raises `ConfigError` if there are none."""
+        """Its rows, in seconds since its start. Raises `ConfigError` if there are none."""
         start, end = self.start * MINUTE, self.end * MINUTE
         inside = [dataclasses.replace(row, at=row.at - start) for row in rows if start <= row.at <= end]
         if not inside:
@@ -34,11 +34,11 @@ class Window:
 
 
 PAPER_WINDOWS = {".csv": Window(2, 17), ".jsonl": Window(0, 15)}
-"""What the paper replays of Azure's code trace and of Mooncake's conversations, by the suffix of the file."""
+"""The paper's windows of Azure's code trace and of Mooncake's conversations, by file suffix."""
 
 
 def paper_window(path: Path) -> Window:
-    """The paper's window of a trace. Raises `ConfigError` for a file of neither kind."""
+    """The paper's window of a trace. Raises `ConfigError` for any other file."""
     if path.suffix not in PAPER_WINDOWS:
         raise ConfigError(f"--window paper knows Azure's .csv and Mooncake's .jsonl, not '{path.name}'; give minutes")
     return PAPER_WINDOWS[path.suffix]
@@ -46,22 +46,22 @@ def paper_window(path: Path) -> Window:
 
 @dataclass(frozen=True)
 class Scale:
-    """What is done to the rows of a trace."""
+    """How the rows of a trace are scaled."""
 
     time: float = 1.0
-    """Times are multiplied by this: 0.5 is twice as fast."""
+    """Factor of times: 0.5 is twice as fast."""
     length: float = 1.0
-    """Numbers of tokens, those of a shared block included, are multiplied by this; at least one remains."""
+    """Factor of token counts, including shared blocks; at least one token remains."""
     max_input_len: int | None = None
     max_output_len: int | None = None
 
     @property
     def block_tokens(self) -> float:
-        """Prompt tokens that one hash id stands for afterwards."""
+        """Prompt tokens per hash id after scaling."""
         return HASH_BLOCK_TOKENS * self.length
 
     def apply(self, rows: Sequence[TraceRow]) -> list[TraceRow]:
-        """The rows to scale. What prompts share they go on sharing, up to where the shorter one is cut off."""
+        """The rows, scaled. Shared prefixes stay shared, up to the length of the shorter prompt."""
         return [self._scaled(row) for row in rows]
 
     def _scaled(self, row: TraceRow) -> TraceRow:
@@ -71,7 +71,7 @@ class Scale:
         return TraceRow(row.at * self.time, input_len, output_len, hash_ids)
 
     def num_shortened(self, rows: Sequence[TraceRow]) -> int:
-        """How many rows the limits make shorter than the scale alone would."""
+        """How many rows the limits shorten beyond the scale."""
         free = Scale(self.time, self.length)
         return sum(
             (scaled.input_len, scaled.output_len) != (whole.input_len, whole.output_len)
@@ -85,7 +85,7 @@ def _limited(length: float, most: int | None) -> int:
 
 
 def thinned(rows: Sequence[TraceRow], count: int) -> list[TraceRow]:
-    """At most `count` of the rows, evenly chosen: there are fewer requests, but bursts come where they came."""
+    """At most `count` of the rows, chosen evenly, so that bursts stay where they were."""
     if count >= len(rows):
         return list(rows)
     return [rows[index * len(rows) // count] for index in range(count)]

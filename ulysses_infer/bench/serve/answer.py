@@ -13,24 +13,24 @@ MAX_ERROR_LENGTH = 300
 
 @dataclass
 class Answer:
-    """One request as the client saw it. Moments are seconds of `time.perf_counter`."""
+    """One request as seen by the client. Times are seconds of `time.perf_counter`."""
 
     scheduled: float = 0.0
-    """When it was to be sent."""
+    """When it was scheduled."""
     due: float = 0.0
-    """When it could be: later than scheduled if it was held back by the limit of requests in flight."""
+    """When it could be sent: later than scheduled if the concurrency limit held it back."""
     sent: float = 0.0
     first_token: float | None = None
     ended: float = 0.0
-    """When the last token, or the end without one, came."""
+    """When the last token, or the end, arrived."""
     gaps: list[float] = field(default_factory=list)
-    """Seconds between one piece with tokens and the next."""
+    """Seconds between successive pieces with tokens."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None
-    """Why it failed; None if it did not."""
+    """Why it failed; None if it succeeded."""
 
     @property
     def ttft(self) -> float:
@@ -44,19 +44,19 @@ class Answer:
 
     @property
     def tpot(self) -> float | None:
-        """Seconds per token after the first; None where there is only one."""
+        """Seconds per token after the first; None for a single token."""
         return (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
     @property
     def lateness(self) -> float:
-        """Seconds by which the client itself was late."""
+        """Seconds that the client itself was late."""
         return self.sent - self.due
 
 
 class StreamMeter:
-    """Reads the events of one streamed answer into an `Answer`.
+    """Reads the events of one streamed response into an `Answer`.
 
-    A stream that does not say how it ended (`finish_reason`) and that it did (`[DONE]`) has failed, whatever came.
+    A stream without `finish_reason` and `[DONE]` has failed, whatever else arrived.
     """
 
     def __init__(self, answer: Answer) -> None:
@@ -88,7 +88,7 @@ class StreamMeter:
         """The body is complete."""
         answer = self.answer
         if answer.output_tokens == 0:
-            answer.output_tokens = self._num_pieces  # a server that does not tell
+            answer.output_tokens = self._num_pieces  # the server does not report usage
         if answer.ended == 0.0:
             answer.ended = now
         if answer.finish_reason in FAILED_ENDINGS:
@@ -99,7 +99,7 @@ class StreamMeter:
             self.fail("the stream ended without [DONE]")
 
     def fail(self, message: str) -> None:
-        """It failed; of several reasons the first counts."""
+        """The request failed; the first reason counts."""
         if self.answer.error is None:
             self.answer.error = message[:MAX_ERROR_LENGTH]
 
@@ -125,9 +125,9 @@ class StreamMeter:
 
 
 def has_token(choice: dict[str, Any], finish_reason: str | None) -> bool:
-    """Whether a chunk's choice brings a token; one that opens a message or only closes it does not.
+    """Whether a chunk's choice brings a token, as opposed to only opening or closing a message.
 
-    A token may have no text of its own (half of a character), so a chunk without text counts in the middle.
+    A token may have no text of its own (part of a character), so chunks without text count in the middle.
     """
     delta = choice.get("delta")
     if delta is None:
@@ -137,7 +137,7 @@ def has_token(choice: dict[str, Any], finish_reason: str | None) -> bool:
 
 
 def error_message(error: Any) -> str:
-    """The message of an error in OpenAI's shape, or in any other."""
+    """The message of an error, in OpenAI's shape or any other."""
     message = error.get("message", error) if isinstance(error, dict) else error
     return " ".join(str(message).split())[:MAX_ERROR_LENGTH]
 

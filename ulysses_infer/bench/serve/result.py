@@ -19,12 +19,12 @@ MEASURES = {
     "e2el": ("E2EL", "End-to-end Latency"),
 }
 """By key: short and long name."""
-LATE_SECONDS = 0.01  # a client late by more in one of a hundred cases measures itself
+LATE_SECONDS = 0.01  # a client later than this in 1 % of cases measures mostly itself
 SHOWN_ERRORS = 3
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Of sorted values, interpolated between neighbours; 0 if there are none."""
+    """The quantile of sorted values, linearly interpolated; 0 without values."""
     if not values:
         return 0.0
     position = (len(values) - 1) * percent / 100
@@ -34,7 +34,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def result_of(run: Run, goodput: Mapping[str, float], percentiles: Sequence[float]) -> dict[str, Any]:
-    """Everything measured, JSON's keys in the order of the table. `goodput`: limits in ms by measure."""
+    """All results, with JSON keys in the order of the table. goodput: limits in ms by metric."""
     good = [answer for answer in run.answers if answer.error is None]
     seconds = max(run.seconds, 1e-9)
     total_input = sum(answer.prompt_tokens for answer in good)
@@ -58,7 +58,7 @@ def result_of(run: Run, goodput: Mapping[str, float], percentiles: Sequence[floa
 
 
 def measured(answers: Sequence[Answer]) -> dict[str, list[float]]:
-    """By measure, every value in ms."""
+    """All values in ms by metric."""
     return {
         "ttft": [answer.ttft * 1e3 for answer in answers],
         "tpot": [answer.tpot * 1e3 for answer in answers if answer.tpot is not None],
@@ -77,7 +77,7 @@ def _spread(key: str, values: Sequence[float], percentiles: Sequence[float]) -> 
 
 
 def num_within(answers: Sequence[Answer], limits: Mapping[str, float]) -> int:
-    """How many answers keep all limits (ms, of ttft, tpot and e2el)."""
+    """Number of answers within all limits (ms, of ttft, tpot and e2el)."""
 
     def keeps(answer: Answer) -> bool:
         return all((getattr(answer, key) or 0.0) * 1e3 <= limit for key, limit in limits.items())
@@ -86,12 +86,12 @@ def num_within(answers: Sequence[Answer], limits: Mapping[str, float]) -> int:
 
 
 def peak_tokens_per_second(answers: Sequence[Answer], started: float) -> float:
-    """Tokens that came in the best second of the run, seconds counted from its start."""
+    """Tokens in the best second of the run, in seconds since its start."""
     seconds: Counter[int] = Counter()
     tokens: dict[int, float] = {}
     for answer in answers:
         moment = answer.sent + answer.ttft
-        per_piece = answer.output_tokens / (len(answer.gaps) + 1)  # a piece may bring several tokens
+        per_piece = answer.output_tokens / (len(answer.gaps) + 1)  # a piece may have several tokens
         seconds.clear()
         for gap in (0.0, *answer.gaps):
             moment += gap
@@ -102,7 +102,7 @@ def peak_tokens_per_second(answers: Sequence[Answer], started: float) -> float:
 
 
 def peak_concurrency(answers: Sequence[Answer]) -> int:
-    """Most requests in flight at a time."""
+    """Most requests in flight at the same time."""
     changes = sorted([(answer.sent, 1) for answer in answers] + [(answer.ended, -1) for answer in answers])
     peak = current = 0
     for _, change in changes:
@@ -112,7 +112,7 @@ def peak_concurrency(answers: Sequence[Answer]) -> int:
 
 
 def _client(run: Run, output_tokens: int) -> dict[str, Any]:
-    """How the client itself did: a slow one must not flatter a server."""
+    """How the client performed, because a slow client would distort the result."""
     late, lags = sorted(answer.lateness for answer in run.answers), sorted(run.loop_lags)
     return {
         "client": {
@@ -131,7 +131,7 @@ def _client(run: Run, output_tokens: int) -> dict[str, Any]:
 
 
 def _by_request(run: Run) -> dict[str, list[Any]]:
-    """One entry a request, seconds; what failed has zeros and its error."""
+    """One entry per request, in seconds; failed ones have zeros and their error."""
     rows = [(answer, answer.error is None) for answer in run.answers]
     return {
         "input_lens": [answer.prompt_tokens for answer, _ in rows],
@@ -144,7 +144,7 @@ def _by_request(run: Run) -> dict[str, list[Any]]:
 
 
 def table(result: Mapping[str, Any], max_concurrency: int | None = None, rate: float = math.inf) -> str:
-    """The field's result table, line for line."""
+    """vLLM's result table, line for line."""
     lines = [f"{' Serving Benchmark Result ':=^{WIDTH}}"]
     lines += [_line("Successful requests:", result["completed"]), _line("Failed requests:", result["failed"])]
     if max_concurrency is not None:
@@ -179,7 +179,7 @@ def _line(label: str, value: float) -> str:
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What to know beside the table: how the client did, and what failed."""
+    """Notes below the table: the client's performance, and failures."""
     client = result["client"]
     lines = [
         f"client: late by {client['mean_lateness_ms']:.1f} ms on average, {client['max_lateness_ms']:.1f} at most; "

@@ -38,7 +38,7 @@ DEFAULT_OUTPUT_LEN = 128
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print the field's table and write its JSON; returns the exit status: 1 if no request succeeded.
+    """Measure, print the result table and write its JSON. Returns the exit status: 1 if no request succeeded.
 
     Raises `UlyssesError`s of one line.
     """
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def show(result: dict[str, Any], options: argparse.Namespace, rate: float = math.inf) -> int:
-    """Print a result and write it to `--result-file`; returns the exit status: 1 if no request succeeded."""
+    """Print a result and write it to `--result-file`. Returns the exit status: 1 if no request succeeded."""
     print(table(result, options.max_concurrency, rate))
     for line in remarks(result):
         print(line)
@@ -61,7 +61,7 @@ def show(result: dict[str, Any], options: argparse.Namespace, rate: float = math
 
 
 def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's where that is installed: it leaves the server more of the cores. None: asyncio's own."""
+    """uvloop's event loop if installed, because it leaves the server more of the cores; else None for asyncio's."""
     if importlib.util.find_spec("uvloop") is None:
         return None
     import uvloop
@@ -70,7 +70,7 @@ def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the load that the options ask for; everything measured, and what was asked."""
+    """Run the load that the options describe; returns the result and the parameters."""
     async with connected(options) as (client, model):
         maker = RequestMaker(model, options)
         items = await make_items(client, model, options)
@@ -80,7 +80,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 @asynccontextmanager
 async def connected(options: argparse.Namespace) -> AsyncIterator[tuple[Client, str]]:
-    """A client of the server that the options name, and the name of the model. Raises `ConfigError` if it is away."""
+    """A client of the server, and the name of the model. Raises `ConfigError` if the server cannot be reached."""
     headers = dict(options.header)
     server = Server.of(options.base_url, options.api_key, options.ca_file, headers=headers, timeout=options.timeout)
     client = Client(server)
@@ -93,7 +93,7 @@ async def connected(options: argparse.Namespace) -> AsyncIterator[tuple[Client, 
 
 
 async def first_model(client: Client) -> str:
-    """The name of the first model that the server has. Raises `RequestError`."""
+    """The name of the server's first model. Raises `RequestError`."""
     answer = await client.call("GET", "/v1/models")
     try:
         return str(answer["data"][0]["id"])
@@ -102,7 +102,7 @@ async def first_model(client: Client) -> str:
 
 
 async def make_items(client: Client, model: str, options: argparse.Namespace) -> Iterator[Item] | list[Item]:
-    """The dataset that the options name. Iterators have no end."""
+    """The dataset that the options name, as an endless iterator."""
     path: Path = options.dataset_path
     if options.dataset == "custom":
         return custom_items(path, options.output_len)
@@ -113,7 +113,7 @@ async def make_items(client: Client, model: str, options: argparse.Namespace) ->
 
 
 async def vocabulary_of(client: Client, model: str, options: argparse.Namespace) -> Vocabulary:
-    """What random prompts are made of. Raises `ConfigError` where that cannot be what the options ask for."""
+    """The vocabulary of random prompts. Raises `ConfigError` if the options ask for an impossible one."""
     is_text = options.endpoint == "chat" or options.prompt_format == "text"
     vocabulary = await ask_vocabulary(client, model, is_text, options.vocab_size)
     if options.prompt_format == "ids" and not vocabulary.ids:
@@ -151,7 +151,7 @@ class RequestMaker:
         self._common |= options.extra_body
 
     def body(self, item: Item) -> bytes:
-        """The JSON of one request. Raises `ConfigError` if the endpoint does not take such a prompt."""
+        """The JSON of one request. Raises `ConfigError` if the endpoint does not accept such a prompt."""
         return json.dumps({**self._content(item.content), **self._common, "max_tokens": item.output_len}).encode()
 
     def _content(self, content: str | list[Any]) -> dict[str, Any]:
@@ -187,7 +187,7 @@ async def _run(
 
 
 def identity(model: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What identifies any result."""
+    """The parameters that identify any result."""
     return {
         "date": time.strftime("%Y%m%d-%H%M%S"),
         "backend": "openai" if options.endpoint == "completions" else "openai-chat",
@@ -200,7 +200,7 @@ def identity(model: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    """What identifies a load of this command, beside that."""
+    """The parameters that identify a load of this command, in addition."""
     return {
         "dataset": options.dataset,
         "request_rate": options.request_rate if math.isfinite(options.request_rate) else "inf",

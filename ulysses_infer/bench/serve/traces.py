@@ -15,7 +15,7 @@ from typing import Any
 
 from ulysses_infer.errors import ConfigError
 
-HASH_BLOCK_TOKENS = 512  # prompt tokens that one of Mooncake's hash ids stands for
+HASH_BLOCK_TOKENS = 512  # prompt tokens per hash id in Mooncake's traces
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class TraceRow:
     """One request of a trace."""
 
     at: float
-    """Seconds after the trace's first."""
+    """Seconds since the first request of the trace."""
     input_len: int
     output_len: int
     hash_ids: tuple[int, ...] = ()
-    """One per `HASH_BLOCK_TOKENS` tokens of the prompt: prompts share those that are equal. Empty: not known."""
+    """One per `HASH_BLOCK_TOKENS` tokens of the prompt; equal ids mean shared content. Empty: unknown."""
 
 
 def read_trace(path: Path) -> list[TraceRow]:
-    """All rows in the order of their times. Raises `ConfigError` with the line that is wrong."""
+    """All rows in order of time. Raises `ConfigError` with the faulty line."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(_azure_rows(path, file) if path.suffix == ".csv" else _mooncake_rows(path, file))
@@ -73,6 +73,6 @@ def _azure_rows(path: Path, lines: Iterable[str]) -> Iterator[TraceRow]:
 
 
 def _moment(text: str) -> float:
-    """Seconds of a moment such as `2023-11-16 18:17:03.9799600`; its seventh decimal is kept."""
+    """Seconds of a timestamp such as `2023-11-16 18:17:03.9799600`, with all seven decimals."""
     whole, _, fraction = text.partition(".")
     return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")

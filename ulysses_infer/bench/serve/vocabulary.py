@@ -13,7 +13,7 @@ from ulysses_infer.errors import RequestError
 SYLLABLES = [first + second for first in "bdfgklmnprstvz" for second in "aeiou"]
 WORDS = [a + b for a, b in itertools.product(SYLLABLES, SYLLABLES)]
 SAMPLE_WORDS = 2000
-USUAL_TOKENS_PER_WORD = 1.5  # where no tokenizer can be asked
+USUAL_TOKENS_PER_WORD = 1.5  # if there is no tokenizer to query
 
 Units = list[int] | list[str]
 """Pieces of a prompt: token ids or words."""
@@ -21,14 +21,14 @@ Units = list[int] | list[str]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Makes random prompts of about so many tokens. With token ids the number is exact."""
+    """Makes random prompts of about a given number of tokens; exact with token ids."""
 
     ids: Sequence[int] = ()
     """Token ids to draw from; empty: prompts are text."""
     tokens_per_word: float = USUAL_TOKENS_PER_WORD
 
     def num_units(self, num_tokens: int) -> int:
-        """Units that make so many tokens; at least one."""
+        """Number of units that make `num_tokens` tokens; at least one."""
         return max(1, num_tokens if self.ids else round(num_tokens / self.tokens_per_word))
 
     def units(self, draw: random.Random, num_tokens: int) -> Units:
@@ -36,18 +36,18 @@ class Vocabulary:
         return self.pieces(draw, self.num_units(num_tokens))
 
     def pieces(self, draw: random.Random, count: int) -> Units:
-        """So many random pieces."""
+        """`count` random pieces."""
         return draw.choices(self.ids, k=count) if self.ids else draw.choices(WORDS, k=count)
 
     def prompt(self, units: Units) -> str | list[int]:
-        """Pieces as a prompt."""
+        """The pieces as a prompt."""
         return list(units) if self.ids else " ".join(map(str, units))  # type: ignore[arg-type]
 
 
 async def ask_vocabulary(client: Client, model: str, is_text: bool, vocab_size: int | None) -> Vocabulary:
-    """What prompts to this server can be made of; text where it has no `/tokenize` and no `vocab_size` is given.
+    """The vocabulary for this server: text if it has no `/tokenize` and no `vocab_size` is given.
 
-    The ids are those of a sample of words: no special tokens are among them, and all can be turned into text.
+    The ids come from a sample of words: none is a special token, and all can be decoded to text.
     """
     if vocab_size is not None and not is_text:
         return Vocabulary(range(vocab_size))
@@ -56,6 +56,6 @@ async def ask_vocabulary(client: Client, model: str, is_text: bool, vocab_size: 
         answer = await client.call("POST", "/tokenize", {"model": model, "prompt": " ".join(sample)})
         tokens = answer["tokens"]
     except (RequestError, KeyError, TypeError):
-        return Vocabulary()  # another server, or one without a tokenizer: text is what all take
+        return Vocabulary()  # another server, or one without a tokenizer: all accept text
     tokens_per_word = len(tokens) / SAMPLE_WORDS
     return Vocabulary(() if is_text else tuple(sorted(set(tokens))), tokens_per_word)

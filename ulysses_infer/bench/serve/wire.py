@@ -10,35 +10,35 @@ NO_BODY = (204, 304)
 
 
 class WireError(Exception):
-    """What the server sent is not HTTP, or ended too early."""
+    """The server's response is not HTTP, or ended too early."""
 
 
 class ResponseReader:
-    """One response: give it what arrives, it gives back what of that is body.
+    """Parses one response incrementally and returns its body.
 
-    Raises `WireError` for what is not HTTP/1.x.
+    Raises `WireError` for anything but HTTP/1.x.
     """
 
     def __init__(self) -> None:
         self.status = 0
         """0 until the head is complete."""
         self.headers: dict[str, str] = {}
-        """By lower-case name; of repeated ones the last."""
+        """By lower-case name; the last one if repeated."""
         self.is_complete = False
         self.rest = b""
         """Bytes after the end of the response; there should be none."""
         self._buffer = b""
         self._read = self._read_head
-        self._left = 0  # bytes of a body of known length, or of the chunk that is being read
+        self._left = 0  # bytes left of a body of known length, or of the current chunk
         self._body: list[bytes] = []
 
     @property
     def keeps_connection(self) -> bool:
-        """Whether another request may follow on the connection."""
+        """Whether the connection can be reused."""
         return self.is_complete and not self.rest and self.headers.get("connection", "").lower() != "close"
 
     def feed(self, data: bytes) -> bytes:
-        """Take what arrived; returns the body bytes in it."""
+        """Parse new data; returns the body bytes in it."""
         self._buffer = self._buffer + data if self._buffer else data
         while not self.is_complete and self._buffer and self._read():
             pass
@@ -48,7 +48,7 @@ class ResponseReader:
         return body
 
     def end(self) -> None:
-        """The connection was closed. Raises `WireError` unless that is how this response ends."""
+        """The connection was closed. Raises `WireError` unless that ends this response."""
         if self._read == self._read_until_close:
             self.is_complete = True
             self.headers["connection"] = "close"
@@ -67,7 +67,7 @@ class ResponseReader:
         if not version.startswith("HTTP/1.") or not status[:3].isdigit():
             raise WireError(f"the answer is not HTTP/1.1: {status_line[:40]!r}")
         if status[:3] == "100":
-            return True  # "go on": the answer proper follows
+            return True  # "100 Continue": the actual response follows
         self.status = int(status[:3])
         for line in lines:
             name, _, value = line.partition(":")
@@ -125,7 +125,7 @@ class ResponseReader:
         return True
 
     def _read_trailer(self) -> bool:
-        """Trailing headers up to an empty line; nothing here needs them."""
+        """Trailing headers up to an empty line; they are ignored."""
         end = self._buffer.find(b"\r\n")
         if end < 0:
             return False
@@ -143,18 +143,18 @@ CLOSED = "the connection was closed before any answer"
 
 
 class EventReader:
-    """Server-sent events: give it the body as it arrives, it gives back the data of the events that are complete."""
+    """Parses server-sent events incrementally and returns the data of complete events."""
 
     def __init__(self) -> None:
         self._buffer = b""
 
     @property
     def is_clean(self) -> bool:
-        """Whether no event is half here."""
+        """Whether no event is incomplete."""
         return not self._buffer.strip()
 
     def feed(self, body: bytes) -> list[bytes]:
-        """Take a piece of the body."""
+        """Parse a piece of the body."""
         self._buffer += body
         if b"\r" in self._buffer:
             self._buffer = _newlines(self._buffer)
@@ -163,7 +163,7 @@ class EventReader:
 
 
 def _newlines(text: bytes) -> bytes:
-    """Line ends as they should be; a carriage return at the very end may be half of one."""
+    """Normalise line ends; a carriage return at the very end may be half of one."""
     is_half = text.endswith(b"\r")
     whole = text[:-1] if is_half else text
     return whole.replace(b"\r\n", b"\n").replace(b"\r", b"\n") + b"\r" * is_half

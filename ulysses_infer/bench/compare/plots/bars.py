@@ -27,7 +27,7 @@ PANELS = (
 
 
 def shape_bars(findings: Findings) -> Figure:
-    """A panel each for TTFT, TPOT and throughput; whiskers reach from the lowest to the highest repeat."""
+    """One panel each for TTFT, TPOT and throughput; whiskers show the range over repeats."""
     figure = Figure(figsize=(11.5, 4.3))
     cases = {case.kind: case for case in findings.protocol("shape")}
     for index, (kind, key, title, unit) in enumerate(PANELS):
@@ -80,7 +80,7 @@ def _bars(axes: Axes, rows: list[Row]) -> None:
 
 
 def _mark_static(axes: Axes, rows: list[Row]) -> None:
-    """A line where the better of TP and SP is: what shift is to reach."""
+    """A line at the better of TP and SP, the target for shift."""
     medians = [row.value.median for row in rows if row.contender in STATIC]
     if medians:
         best = (max if rows[0].metric.higher_is_better else min)(medians)

@@ -11,11 +11,11 @@ from ulysses_infer.bench.compare.plots.style import COLOURS, empty, heading, leg
 
 PANELS = (("TTFT, ms", "ttft"), ("TPOT, ms", "tpot"), ("Completion, ms", "e2el"))
 SPREAD_FOR_LOGARITHM = 30.0  # largest to smallest value
-LEAST = 0.1  # ms; less is as good as nothing
+LEAST = 0.1  # ms; smaller values are drawn here
 
 
 def cumulative(findings: Findings, case: CaseInfo) -> Figure:
-    """A panel each for TTFT, TPOT and completion time: the share of requests that took no longer."""
+    """One panel each for TTFT, TPOT and completion time: the share of requests that took at most that long."""
     figure = Figure(figsize=(11.5, 3.9))
     for index, (title, key) in enumerate(PANELS):
         axes = figure.add_subplot(1, 3, index + 1)

@@ -55,20 +55,20 @@ SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Figures made and saved inside look like ours; other users of matplotlib notice nothing."""
+    """Apply our style to figures made and saved in this block; other users of matplotlib are not affected."""
     with matplotlib.rc_context(SETTINGS):
         yield
 
 
 def mode_colour(sp: int, tp: int) -> str:
-    """The colour of a mode wherever it is shown: see `frontend.screen.mode_style`."""
+    """The colour of a mode on every display: see `console.screen.mode_style`."""
     if sp > 1:
         return SP if tp == 1 else BOTH
     return TP if tp > 1 else COLOURS["dp"]
 
 
 def heading(figure: Figure, title: str, subtitle: str, top: float) -> None:
-    """A title and what it is of, at the top left; `top` inches are kept for them."""
+    """A title and subtitle at the top left; `top` inches are reserved for them."""
     height = figure.get_size_inches()[1]
     figure.text(0.012, 1 - 0.13 / height, title, fontsize=15, fontweight="bold", va="top", ha="left")
     figure.text(0.012, 1 - 0.44 / height, subtitle, fontsize=10, color=DIM, va="top", ha="left")
@@ -76,7 +76,7 @@ def heading(figure: Figure, title: str, subtitle: str, top: float) -> None:
 
 
 def legend_of(figure: Figure, contenders: list[str]) -> None:
-    """Who has which colour, at the top right."""
+    """The legend of contenders, at the top right."""
     handles = [matplotlib.lines.Line2D([], [], color=COLOURS[name], linewidth=5) for name in contenders]
     height = figure.get_size_inches()[1]
     figure.legend(
@@ -92,13 +92,13 @@ def legend_of(figure: Figure, contenders: list[str]) -> None:
 
 
 def plain_numbers(axes: Axes) -> None:
-    """Few ticks, with thousands set apart."""
+    """Few ticks, with thousands separators."""
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, position: number(value)))
 
 
 def number(value: float) -> str:
-    """As people write it: about three digits."""
+    """A number with about three digits."""
     if value >= 100_000:
         return f"{value / 1000:,.0f}k"
     if value >= 100:
@@ -107,5 +107,5 @@ def number(value: float) -> str:
 
 
 def empty(axes: Axes, text: str) -> None:
-    """An axes without data says so."""
+    """Marks an axes without data."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=DIM)

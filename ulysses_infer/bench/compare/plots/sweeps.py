@@ -20,7 +20,7 @@ def context_sweep(findings: Findings) -> Figure:
 
 
 def rate_sweep(findings: Findings) -> Figure:
-    """TTFT, TPOT and completion time as requests come faster."""
+    """TTFT, TPOT and completion time over the arrival rate."""
     panels = [("timed", "ttft_ms"), ("timed", "tpot_ms"), ("timed", "e2el_ms")]
     return _sweep(findings, "rate", "Over the arrival rate", "requests per second, Poisson", panels)
 

@@ -24,11 +24,11 @@ from ulysses_infer.bench.compare.plots.style import (
 )
 
 PANELS = (("TTFT, s", "ttft"), ("TPOT, ms", "tpot"), ("Completion, s", "e2el"))
-NUM_WINDOWS = 60  # the line through a cloud of requests is a median in so many windows
+NUM_WINDOWS = 60  # windows of the running median
 
 
 def timeline(findings: Findings, case: CaseInfo) -> Figure:
-    """A dot for each request where it was sent, a line for the median around it, and a band of modes below."""
+    """One dot per request at its arrival, a line for the running median, and a band of modes below."""
     runs = {name: findings.typical(name, case.name, "ttft_ms") for name in findings.contenders}
     shown = {name: run for name, run in runs.items() if run is not None and run.requests}
     bands = {name: run for name, run in shown.items() if run.steps}
@@ -70,7 +70,7 @@ def _cloud(axes: Axes, requests: Sequence[RequestRow], key: str, colour: str, en
 
 
 def medians(points: Sequence[tuple[float, float]], width: float) -> list[tuple[float, float]]:
-    """The median of each window of so many seconds that has points."""
+    """The median of each time window that has points."""
     windows: dict[int, list[tuple[float, float]]] = {}
     for point in points:
         windows.setdefault(int(point[0] / max(width, 1e-9)), []).append(point)
@@ -89,7 +89,7 @@ def _label(axes: Axes, title: str, end: float) -> None:
 
 
 def _arrivals(axes: Axes, requests: Sequence[RequestRow], end: float) -> None:
-    """How many requests came when."""
+    """A histogram of arrivals."""
     axes.hist([request.sent for request in requests], bins=150, range=(0, end), color=DIM, alpha=0.75)
     axes.set_title("Requests sent", fontsize=10, pad=5)
     axes.set_xlim(0, end)
@@ -99,7 +99,7 @@ def _arrivals(axes: Axes, requests: Sequence[RequestRow], end: float) -> None:
 
 
 def _bands(axes: Axes, runs: dict[str, Run], end: float) -> None:
-    """A row for each contender: every step in the colour of its mode, white where the engine waited."""
+    """One row per contender: every step in the colour of its mode, white while the engine was idle."""
     for row, run in enumerate(runs.values()):
         rectangles, colours = [], []
         axes.axhspan(row - 0.38, row + 0.38, color=GRID, linewidth=0, zorder=0)
@@ -119,7 +119,7 @@ def _bands(axes: Axes, runs: dict[str, Run], end: float) -> None:
 
 
 def _mode_key(axes: Axes) -> None:
-    """Names the colours of the band, at its top right."""
+    """The legend of the band, at its top right."""
     for offset, text, colour in ((0, "■ TP", TP), (-38, "■ SP", SP), (-76, "■ 1 rank", COLOURS["dp"])):
         axes.annotate(
             text,
