@@ -211,7 +211,7 @@ def test_absorbed_scores_and_outputs_are_those_of_expanded_heads(
     torch.testing.assert_close(torch.einsum("thd,nd->thn", widths.absorb(query, weight), latents), scores)
     outputs = torch.einsum("thn,nhd->thd", shares, values)
     summed = torch.einsum("thn,nd->thd", shares, latents[:, : widths.latent])
-    torch.testing.assert_close(widths.release(summed, weight), outputs)
+    torch.testing.assert_close(widths.project_values(summed, weight), outputs)
 
 
 @settings(deadline=None, max_examples=60)

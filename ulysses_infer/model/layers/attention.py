@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,11 +12,8 @@ from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.context import StepContext, step_context
 from ulysses_infer.model.layers.head_plan import HeadPlan
 
-if TYPE_CHECKING:
-    pass
-
 ATTENTION_NAME = "ulysses_infer"
-# What models pass on besides: without meaning here, or (the window) taken. Anything else would change the result.
+# Further arguments that models pass. Any other one might change the result and is refused.
 KNOWN_EXTRAS = frozenset(
     (
         "sliding_window",
@@ -43,7 +40,7 @@ def shift_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer in any mode (arXiv 2509.16495 §3.1), in the form `AttentionInterface` asks for.
+    """Attention of one layer in any mode (arXiv 2509.16495 §3.1), with the signature of `AttentionInterface`.
 
     query: [1, Hq/tp, t, d]; key, value: [1, max(1, Hkv/tp), t, d | dv], or a latent (`LatentAttention.join`); returns
     ([1, t, Hq/tp, dv], None).
@@ -61,7 +58,7 @@ def shift_attention(
 def attend_tokens(
     layer: int, plan: HeadPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """Attention of `layer` in the mode of the step, its tokens first.
+    """Attention of `layer` in the mode of the step, in token-major layout.
 
     query: [t, Hq/tp, d]; key, value: [t, max(1, Hkv/tp), d | dv]; returns [t, Hq/tp, dv].
     """
@@ -72,7 +69,7 @@ def attend_tokens(
     query, key, value = _tokens_to_heads(context, plan, query[:count], key[:count], value[:count])
     output = _attend(context, layer, plan, query, key, value, options)
     back = context.collectives.heads_to_tokens(output.flatten(1), context.token_spans)
-    if back.shape[0] == 0:  # an empty slice runs a stand-in token, whose output nobody reads
+    if back.shape[0] == 0:  # an empty slice runs a dummy token, whose output is unused
         back = back.new_zeros(1, back.shape[1])
     return back.unflatten(1, (-1, output.shape[-1]))
 
@@ -86,10 +83,10 @@ def _attend(
     value: torch.Tensor,
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """All tokens, own heads: write the cache, then attend over it. query: [T, Hq/W, d]; returns [T, Hq/W, dv]."""
+    """Write the cache, then attend: all tokens, local heads. query: [T, Hq/W, d]; returns [T, Hq/W, dv]."""
     cache, metadata, scales = context.cache, context.attention_of(layer), plan.cache_scales
     if scales is not None:
-        # The backend sees cached numbers: scores are linear in keys, the output in values, so their scales come out.
+        # The backend reads the quantized cache: fold the key scale into the scores, the value scale into the output.
         key, value = key / scales.key, value / scales.value
         options = replace(options, scaling=options.scaling * scales.key)
     cache.write(layer, metadata.slots, key, value)
@@ -104,7 +101,7 @@ def _attend(
 def _tokens_to_heads(
     context: StepContext, plan: HeadPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One fused all-to-all: [t, heads/tp, d] of my tokens becomes [T, heads/W, d] of my shard, for q, k and v."""
+    """One fused all-to-all for q, k and v: from [t, heads/tp, d], this rank's tokens, to [T, heads/W, d], its heads."""
     index = plan.key_value_index(key.device)
     if plan.latent is not None:  # its values are part of its key
         key = key if index is None else key.index_select(1, index)
@@ -127,7 +124,9 @@ def _options(
 ) -> AttentionOptions:
     unknown = [name for name, value in kwargs.items() if value is not None and name not in KNOWN_EXTRAS]
     if unknown:
-        raise UnsupportedModelError(f"{type(module).__name__} asks attention for {', '.join(unknown)}")
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes unsupported attention arguments: {', '.join(unknown)}"
+        )
     return AttentionOptions(
         scaling=width**-0.5 if scaling is None else scaling,
         sliding_window=kwargs.get("sliding_window"),
@@ -138,9 +137,9 @@ def _options(
 
 
 def register() -> None:
-    """Make `shift_attention` known to transformers under our own name.
+    """Register `shift_attention` with transformers as `ATTENTION_NAME`.
 
-    No mask function is registered with it, so that transformers skips building masks altogether.
+    No mask function is registered, so transformers builds no masks.
     """
     from transformers import AttentionInterface
 

@@ -1,9 +1,9 @@
-"""Multi-head latent attention (MLA) over cached latents: one per token and layer, the same in every mode.
+"""Multi-head latent attention (MLA) over a cache of latents, one per token and layer in every mode.
 
-A layer of this kind (DeepSeek-V2, arXiv 2405.04434 §2.1) makes the keys and values of all its heads of one latent: `c`,
-which `kv_b_proj` expands, and `r`, a rotated part that the keys of all heads share. With `U` and `V` the rows of
-`kv_b_proj` that make a head's key and value, [q, s] · [U c, r] = [Uᵀ q, s] · [c, r] and Σ w (V c) = V (Σ w c). So, once
-U and V are absorbed into queries and outputs, all heads share one key/value head: its key is the latent, its value `c`.
+An MLA layer (DeepSeek-V2, arXiv 2405.04434 §2.1) computes the keys and values of all heads from one latent: `c`, which
+`kv_b_proj` expands, and `r`, a rotary part that the keys of all heads share. Let `U` and `V` be the rows of `kv_b_proj`
+for a head's key and value. Then [q, s] · [U c, r] = [Uᵀ q, s] · [c, r] and Σ w (V c) = V (Σ w c). So U and V can be
+absorbed into queries and outputs, and all heads share one KV head: its key is the latent, its value is `c`.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.layers.latent_chunks import LatentSplit, expand_head_chunks, split_sequences
 from ulysses_infer.parallel.layout import Place
 
-FEW_ROWS = 32  # fewer are transposed themselves, not the weight, which torch would lay out anew on a CPU
+FEW_ROWS = 32  # with fewer rows, transpose the rows: on a CPU, torch would copy the transposed weight
 WeightReader = Callable[[torch.dtype], torch.Tensor]
 
 
 class KeyValueExpansion(Protocol):
-    """`kv_b_proj`, cut by heads."""
+    """`kv_b_proj`, sharded by heads."""
 
     def reader(self, place: Place) -> WeightReader:
-        """What gives the rows that `place` computes, [H * (key + value), latent], in a dtype."""
+        """A function from a dtype to the weight rows of `place`, [H * (key + value), latent]."""
         ...
 
 
 class LatentWidths(NamedTuple):
-    """Numbers of a latent and of a head."""
+    """Widths of an MLA layer's latent and heads."""
 
     latent: int
-    """Of `c`: `kv_lora_rank`."""
+    """Width of `c`: `kv_lora_rank`."""
     rotary: int
-    """Of `r`, and of its part of a query."""
+    """Width of `r`, and of the rotary part of a query."""
     key: int
-    """Of a head's key without `r`."""
+    """Width of a head's key without `r`."""
     value: int
 
     @classmethod
     def of(cls, module: Any) -> LatentWidths:
-        """Of an attention module, by the names that transformers' modules of this kind share. Raises AttributeError."""
+        """The widths of a transformers MLA module. Raises AttributeError if it has not all of them."""
         return cls(module.kv_lora_rank, module.qk_rope_head_dim, module.qk_nope_head_dim, module.v_head_dim)
 
     @property
     def cached(self) -> int:
-        """Numbers a token and layer in the cache."""
+        """Cached elements per token and layer."""
         return self.latent + self.rotary
 
     def prefers_expansion(self, length: int, context: int) -> bool:
-        """Whether the last `length` of `context` tokens take fewer multiplications with keys and values of their heads.
+        """Whether attention of the last `length` of `context` tokens is cheaper over expanded keys and values.
 
-        Expanding the tokens before them once is then less than what every pair of tokens costs more over latents.
+        Expansion costs extra per token of context; latents, which are wider than heads, cost extra per token pair.
         """
         if length == 1:
             return False
@@ -65,10 +65,10 @@ class LatentWidths(NamedTuple):
     def absorb(self, query: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """query: [T, H, key + rotary]; weight: [H, key + value, latent]; returns [T, H, latent + rotary]."""
         plain, rotated = query.split((self.key, self.rotary), dim=-1)
-        moved = torch.bmm(plain.transpose(0, 1), weight[:, : self.key])
-        return torch.cat((moved.transpose(0, 1), rotated), dim=-1)
+        absorbed = torch.bmm(plain.transpose(0, 1), weight[:, : self.key])
+        return torch.cat((absorbed.transpose(0, 1), rotated), dim=-1)
 
-    def release(self, output: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def project_values(self, output: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """output: [T, H, latent]; weight: [H, key + value, latent]; returns [T, H, value]."""
         values = weight[:, self.key :]
         if output.shape[0] < FEW_ROWS:
@@ -80,36 +80,36 @@ class LatentWidths(NamedTuple):
 
         Returns keys [n, H, key + rotary] and values [n, H, value].
         """
-        made = (latents[:, : self.latent] @ weight.flatten(0, 1).t()).unflatten(1, weight.shape[:2])
+        expanded = (latents[:, : self.latent] @ weight.flatten(0, 1).t()).unflatten(1, weight.shape[:2])
         rotated = latents[:, None, self.latent :].expand(-1, weight.shape[0], -1)
-        return torch.cat((made[..., : self.key], rotated), dim=-1), made[..., self.key :].contiguous()
+        return torch.cat((expanded[..., : self.key], rotated), dim=-1), expanded[..., self.key :].contiguous()
 
 
 class LatentAttention:
-    """How the heads of one layer that a rank computes attend over latents. `join` takes the place of `expand_kv`."""
+    """Attention of one layer's local heads over latents. `join` replaces the module's `expand_kv`."""
 
     def __init__(self, widths: LatentWidths, projection: KeyValueExpansion, own: Place) -> None:
-        """`own`: the rank's own heads alone, as attention has them in every mode."""
+        """`own`: the place whose heads are those of this rank's shard, the same in every mode."""
         self.widths = widths
         self._projection, self._own = projection, own
         self._read: WeightReader = projection.reader(own)
         self._joined: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def bind(self, place: Place) -> None:
-        """Take the views of the weight anew: they are the same in every mode, but it may have moved."""
+        """Refresh the view of the weight, which is the same in every mode but may have changed address."""
         self._read = self._projection.reader(self._own)
 
     def join(self, plain: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """plain: [1, 1, t, latent]; rotated: [1, 1, t, rotary]; returns a key, the latent, and a value, its `c`."""
+        """plain: [1, 1, t, latent]; rotated: [1, 1, t, rotary]; returns the latent as key and its `c` as value."""
         latents = torch.cat((plain, rotated), dim=-1)
         self._joined = latents, latents[..., : self.widths.latent]
         return self._joined
 
     def check(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Raise `UnsupportedModelError` unless attention is given what `join` returned, as it was."""
+        """Raise `UnsupportedModelError` unless `key` and `value` are the tensors that `join` returned."""
         joined, self._joined = self._joined, None
         if joined is None or key is not joined[0] or value is not joined[1]:
-            raise UnsupportedModelError("it changes keys or values after expand_kv; set cache.latent to false")
+            raise UnsupportedModelError("the model changes keys or values after expand_kv; set cache.latent to false")
 
     def attend(
         self,
@@ -122,14 +122,14 @@ class LatentAttention:
     ) -> torch.Tensor:
         """query: [T, H, key + rotary]; keys, values: the cache, [blocks, size, 1, cached | latent].
 
-        Returns [T, H, value]. Long chunks attend to keys and values that are expanded for the step, all others to the
-        latents themselves.
+        Returns [T, H, value]. Long chunks attend over keys and values that are expanded for the step, all others over
+        latents.
         """
         weight = self._read(query.dtype).unflatten(0, (-1, self.widths.key + self.widths.value))
         if options.sliding_window is None and options.chunk_size is None:
             parts = split_sequences(metadata, keys.shape[1], self.widths.prefers_expansion)
         else:
-            parts = LatentSplit()  # what lies before a window need not be in the cache any more
+            parts = LatentSplit()  # blocks before a window may have been freed
         if parts.expanded is None:
             return self._absorbed(query, weight, keys, values, backend, metadata, options)
         output = query.new_empty(*query.shape[:2], self.widths.value)
@@ -152,4 +152,4 @@ class LatentAttention:
         options: AttentionOptions,
     ) -> torch.Tensor:
         absorbed = self.widths.absorb(query, weight)
-        return self.widths.release(backend.attend(absorbed, keys, values, metadata, options), weight)
+        return self.widths.project_values(backend.attend(absorbed, keys, values, metadata, options), weight)

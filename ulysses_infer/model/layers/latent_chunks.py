@@ -11,22 +11,22 @@ import torch
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.backend import AttentionMetadata, HostSequences, KernelSequences, running_sums
 
-MAX_EXPANDED_BYTES = 1 << 27  # of expanded keys and values at a time: where contexts are long, heads take turns
+MAX_EXPANDED_BYTES = 1 << 27  # of expanded keys and values at a time: heads are processed in chunks that fit
 Expand = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class SequenceSubset:
-    """Some sequences of a step, as a step of their own."""
+    """A subset of a step's sequences, with metadata of its own."""
 
-    rows: torch.Tensor  # [n] int64, their tokens in the batch
-    blocks: torch.Tensor  # [b], their blocks of the cache, one sequence after another
+    rows: torch.Tensor  # [n] int64, indices of their tokens in the batch
+    blocks: torch.Tensor  # [b], their cache blocks, sequence by sequence
     metadata: AttentionMetadata
 
 
 @dataclass(frozen=True)
 class LatentSplit:
-    """The sequences that attend over latents, and those whose latents are expanded. Both None: all are the first."""
+    """The sequences that attend over latents, and those whose latents are expanded. Both None: none is expanded."""
 
     absorbed: SequenceSubset | None = None
     expanded: SequenceSubset | None = None
@@ -35,7 +35,7 @@ class LatentSplit:
 def split_sequences(
     metadata: AttentionMetadata, block_size: int, prefers_expansion: Callable[[int, int], bool]
 ) -> LatentSplit:
-    """The parts of a step, made by its first layer. prefers_expansion: of a sequence's tokens in step and in cache."""
+    """Split a step's sequences; cached in `metadata`. prefers_expansion: a function of query and context length."""
     made: LatentSplit | None = metadata.prepared.get(LatentSplit)
     if made is None:
         made = metadata.prepared[LatentSplit] = _split_sequences(metadata, block_size, prefers_expansion)
@@ -55,7 +55,7 @@ def _split_sequences(
 
 
 def _subset(metadata: AttentionMetadata, sequences: Sequence[int], block_size: int, in_order: bool) -> SequenceSubset:
-    """`in_order`: it attends not to the cache, but to its blocks one after another."""
+    """`in_order`: block tables refer to a copy of the subset's blocks in order, not to the cache."""
     query_lens = np.array(metadata.query_lens)
     ends, context_lens = np.cumsum(query_lens), np.array(metadata.context_lens)[list(sequences)]
     rows = np.concatenate([np.arange(ends[index] - query_lens[index], ends[index]) for index in sequences])
@@ -96,17 +96,17 @@ def _kernel(host: HostSequences, block_tables: torch.Tensor) -> KernelSequences:
 def expand_head_chunks(
     part: SequenceSubset, latents: torch.Tensor, weight: torch.Tensor, expand: Expand, dtype: torch.dtype
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Keys and values of `part`'s blocks in order, as a cache of their own, for some heads after others.
+    """Expand the latents of `part`'s blocks, in order, into a temporary KV cache, one chunk of heads at a time.
 
-    latents: the cache, [blocks, size, 1, cached]; weight: [H, key + value, latent]. Yields which heads, their keys
-    [b, size, heads, key + rotary] and values [b, size, heads, value].
+    latents: the cache, [blocks, size, 1, cached]; weight: [H, key + value, latent]. Yields the heads, their keys
+    [b, size, heads, key + rotary] and their values [b, size, heads, value].
     """
     found = latents.index_select(0, part.blocks).flatten(0, 2).to(dtype)
     size, num_heads = latents.shape[1], weight.shape[0]
-    # Made as one, then kept as a key, with the rotary part, and a value.
-    numbers = 2 * weight.shape[1] + found.shape[1] - weight.shape[2]
-    a_head = found.shape[0] * numbers * found.element_size()
-    count = max(1, MAX_EXPANDED_BYTES // a_head)
+    # Elements per token and head: the expanded product, then the key with its rotary part and the value.
+    elements = 2 * weight.shape[1] + found.shape[1] - weight.shape[2]
+    bytes_per_head = found.shape[0] * elements * found.element_size()
+    count = max(1, MAX_EXPANDED_BYTES // bytes_per_head)
     for first in range(0, num_heads, count):
         heads = slice(first, first + count)
         keys, values = expand(found, weight[heads])

@@ -1,4 +1,4 @@
-"""`ShiftLinear`: one stored slice of a linear layer, viewed differently in each mode."""
+"""`ShiftLinear`: a linear layer that stores one slice of its weight and views it differently in each mode."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ShiftLinear(nn.Module):
         return int((self.cut == "row") != self.transposed)
 
     def bind(self, place: Place) -> None:
-        """Read the weight as `place` needs it from now on. Views only; nothing is copied."""
+        """Switch to the view of the weight that `place` needs. Copies nothing."""
         if self.is_stacked:
             self._pieces = []
             return

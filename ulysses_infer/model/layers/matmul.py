@@ -1,4 +1,4 @@
-"""`linear`: the matrix product of linear layers, by torch or by our CPU kernels."""
+"""`linear`: the matrix product of linear layers, by torch or by the native CPU kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ulysses_infer.model.context import step_context_or_none
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """inputs: [..., in]; weight: [out, in], a view with any row stride; bias: [out]; returns [..., out].
 
-    The step says who multiplies; outside a step, torch.
+    Computed by the kernel of the step context; by torch outside a step.
     """
     step = step_context_or_none()
     if step is None or step.matmul is None:

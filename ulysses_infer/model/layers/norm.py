@@ -1,4 +1,4 @@
-"""Norms over all heads, whose input is sharded: their statistics or weights follow the mode."""
+"""Norms over all heads of a sharded input: their statistics or weights depend on the mode."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ShardedRMSNorm(nn.Module):
         self._features = float(part.features)
 
     def bind(self, place: Place) -> None:
-        """Use the weights of `place`'s heads. A KV head that several slices compute counts once for each."""
+        """Switch to the weights of `place`'s heads. A KV head that several ranks compute counts once per rank."""
         count = place.mode.tp
         span = self.part.span(place.weight_index, count)
         self._features = float(sum(self.part.span(index, count).size for index in range(count)))
@@ -58,7 +58,7 @@ class ShardedRMSNorm(nn.Module):
 
 
 class PerHeadNorm(nn.Module):
-    """A norm with separate weights for every head (cohere): transformers' module over the rows of my heads."""
+    """A norm with separate weights for every head (cohere): runs transformers' module on the local heads."""
 
     def __init__(self, source: nn.Module, part: Part) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rotary embeddings that would depend on the batch are fixed once; the maximum model length."""
+"""Freezes rotary embeddings that would depend on the batch, and chooses the maximum model length."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ulysses_infer.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN_LENGTH = 2048  # where a config declares none
+UNKNOWN_LENGTH = 2048  # used if the config declares no length
 
 
 def freeze_rotary(model: nn.Module, max_model_len: int) -> None:
     """Fix rotary frequencies that transformers recomputes from each batch's longest position.
 
-    `dynamic` and `longrope` would make a token depend on its neighbours in a mixed batch; they are computed once for
-    the longest sequence the engine takes.
+    With `dynamic` and `longrope` a token would depend on the other sequences of its batch. Their frequencies are
+    computed once, for `max_model_len`.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -44,31 +44,31 @@ def _compute_frequencies(module: nn.Module, max_model_len: int, layer_type: str 
     module(torch.zeros(1, 1, 1), last, **extra)
 
 
-# -- the longest text ----------------------------------------------------------------------------------------------
+# -- maximum model length ------------------------------------------------------------------------------------------
 
 
 def choose_max_model_len(config: Any, wanted: int | None, warn: bool = True) -> int:
-    """The longest text to serve, in tokens: `wanted`, or what the checkpoint is made for.
+    """The maximum model length in tokens: `wanted`, or else what the checkpoint supports.
 
-    One that is longer than the rotary embedding is made for is warned of (if `warn`), with the way to stretch it.
-    Raises `ConfigError` for one that is longer than a table of learned positions.
+    warn: log a warning, with the remedy, if `wanted` exceeds what the rotary embedding supports.
+    Raises `ConfigError` if `wanted` exceeds the table of learned positions.
     """
     longest = max_supported_len(config)
     if wanted is None:
-        # Above its max_position_embeddings `dynamic` would be frozen for a length that few texts have.
+        # `dynamic` is frozen: a longer default would degrade texts of usual length.
         is_dynamic = _kind(_parameters(config)) == "dynamic"
         return int((config.max_position_embeddings if is_dynamic else longest) or UNKNOWN_LENGTH)
     if longest is None or wanted <= longest:
         return wanted
     if not hasattr(config, "rope_parameters"):
         raise ConfigError(
-            f"model.max_model_len {wanted} is above {longest}, and model type {config.model_type!r} has learned no "
-            "position beyond; lower it"
+            f"model.max_model_len {wanted} is above {longest}, the last learned position of model type "
+            f"{config.model_type!r}; lower it"
         )
     if warn:
         logger.warning(
-            "model.max_model_len %d is above the %d tokens that the checkpoint is made for: texts beyond that may come "
-            "out wrong; %s",
+            "model.max_model_len %d is above the %d tokens that the checkpoint supports: longer texts may give wrong "
+            "results; %s",
             wanted,
             longest,
             _remedy(config, wanted),
@@ -77,11 +77,11 @@ def choose_max_model_len(config: Any, wanted: int | None, warn: bool = True) -> 
 
 
 def max_supported_len(config: Any) -> int | None:
-    """Tokens that the checkpoint is made for, its rotary embedding stretched as its config warn; None if unknown.
+    """The number of tokens that the checkpoint supports, with RoPE scaling; None if unknown.
 
-    As vLLM derives it: `yarn` multiplies its original_max_position_embeddings by factor, `linear` and `dynamic`
-    multiply max_position_embeddings, which for every other kind, and for models with parameters for each type of
-    layer, is the stretched length already.
+    Derived as in vLLM: `yarn` multiplies its original_max_position_embeddings by factor, `linear` and `dynamic`
+    multiply max_position_embeddings. For every other kind, and for models with RoPE parameters per layer type,
+    max_position_embeddings is the scaled length already.
     """
     declared: int | None = getattr(config, "max_position_embeddings", None)
     rope = _parameters(config)
@@ -90,12 +90,12 @@ def max_supported_len(config: Any) -> int | None:
         return declared
     if kind == "yarn":
         return round(rope.get("original_max_position_embeddings", declared) * factor)
-    stretches = kind in ("linear", "dynamic") and rope is config.rope_parameters
-    return round(declared * factor) if stretches else declared
+    is_scaled = kind in ("linear", "dynamic") and rope is config.rope_parameters
+    return round(declared * factor) if is_scaled else declared
 
 
 def _parameters(config: Any) -> Mapping[str, Any]:
-    """The rotary embedding of the layers that see the whole text; empty for a model without one."""
+    """The RoPE parameters of the full-attention layers; empty for a model without RoPE."""
     rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     by_layers = rope and config.nested_rope_parameter_keys(rope)
     return (rope.get("full_attention") or {}) if by_layers else rope
@@ -107,15 +107,15 @@ def _kind(rope: Mapping[str, Any]) -> str:
 
 
 def _remedy(config: Any, wanted: int) -> str:
-    """What to write in the recipe for texts of `wanted` tokens."""
+    """The remedy to suggest for a `max_model_len` of `wanted` tokens."""
     rope = _parameters(config)
     if not rope:
         return "lower it"
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     factor = math.ceil(wanted / original)
     if _kind(rope) == "yarn":
-        return f"raise the stretch with model.hf_overrides.rope_parameters.factor={factor}.0, or lower it"
+        return f"extend it with model.hf_overrides.rope_parameters.factor={factor}.0, or lower it"
     return (
-        f"stretch it with model.hf_overrides.rope_parameters={{rope_type: yarn, factor: {factor}.0, "
+        f"extend it with model.hf_overrides.rope_parameters={{rope_type: yarn, factor: {factor}.0, "
         f"original_max_position_embeddings: {original}}}, or lower it (docs/long-context.md)"
     )
