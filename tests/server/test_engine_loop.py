@@ -192,7 +192,7 @@ def test_leaving_early_aborts_in_any_state_and_returns_the_blocks(engine):
 
     asyncio.run(case())
     assert not engine.requests.sequences
-    assert not engine._completions
+    assert not engine.requests._completions
 
 
 def test_a_full_queue_turns_requests_away(engine):

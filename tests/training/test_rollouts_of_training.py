@@ -192,7 +192,7 @@ def test_with_master_weights_in_float32_the_modules_own_bfloat16_ones_are_served
 
 def budgeted(source, **overrides):
     """Bytes that this rank's weights were reckoned to take of its share of the memory, and bytes that they are."""
-    watched = mock.patch("ulysses_infer.job.start_rank.check_weights_fit")
+    watched = mock.patch("ulysses_infer.job.load_model.check_weights_fit")
     with watched as seen, init_inference(source, **overrides) as engine:
         return seen.call_args.args[0].weights, engine._rank.worker.model.weight_bytes
 

@@ -18,7 +18,7 @@ from ulysses_infer.config import Config
 from ulysses_infer.errors import ConfigError, UlyssesError
 from ulysses_infer.job.processes import free_port, is_launched
 
-LAUNCH = Path(__file__).with_name("launch.py")
+LAUNCH = Path(__file__).parents[1] / "launch.py"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_SECONDS = 5.0
 LEAVE_SECONDS = 15.0  # for a drained server to close its connections, and for the launcher to notice its end
