@@ -61,7 +61,7 @@ def random_step(lengths, contexts, heads, width, value_width, block_size, seed, 
 def unseen_blocks(metadata, options, block_size):
     """(sequence, block of its table) of every block that none of the step's queries sees."""
     for sequence, (length, context) in enumerate(zip(metadata.query_lens, metadata.context_lens, strict=True)):
-        for block in range(options.first_visible(context - length) // block_size):
+        for block in range(options.span.first_visible(context - length) // block_size):
             yield sequence, block
 
 

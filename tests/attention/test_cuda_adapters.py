@@ -152,7 +152,7 @@ def test_tiles_hold_every_query_once_and_the_blocks_that_it_sees(sequences, wind
     for tile, count in enumerate(mask.kv_num_blocks.flatten().tolist()):
         visited = mask.kv_indices[tile, 0, 0, :count].tolist()
         owner = np.searchsorted(np.cumsum(lengths), int(tiles.rows[tile, 0]), side="right")
-        first = options.first_visible(int(tiles.positions[tile].min())) // block_size
+        first = options.span.first_visible(int(tiles.positions[tile].min())) // block_size
         last = int(tiles.positions[tile].max()) // block_size
         assert visited == tables[owner, first : last + 1].tolist()
         assert tiles.logical[tile, visited].tolist() == list(range(first, last + 1))

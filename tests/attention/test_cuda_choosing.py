@@ -40,8 +40,8 @@ def chosen(installed=EVERYTHING, name="auto", **changes):
 def test_auto_takes_the_first_that_can(changes, wanted):
     choice = chosen(**changes)
     assert choice.name == wanted
-    assert list(choice.passed_over) == list(CAPABILITIES)[: list(CAPABILITIES).index(wanted)]
-    assert all(choice.passed_over.values())
+    assert list(choice.rejected) == list(CAPABILITIES)[: list(CAPABILITIES).index(wanted)]
+    assert all(choice.rejected.values())
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_auto_takes_the_first_that_can(changes, wanted):
 def test_without_extra_libraries_torch_has_something_for_everything(changes, wanted):
     choice = chosen(installed={"varlen", "flex", "torch"}, **changes)
     assert choice.name == wanted
-    assert choice.passed_over["flash_attn"] == "flash_attn is not installed"
+    assert choice.rejected["flash_attn"] == "flash_attn is not installed"
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_long_prompts_are_attended_in_pieces(monkeypatch, options):
 def test_the_first_visible_key_is_the_first_the_mask_shows(position, window, chunk):
     options = AttentionOptions(1.0, sliding_window=window, chunk_size=chunk)
     mask = options.visible(torch.tensor([position]), torch.arange(80))[0]
-    assert mask.nonzero()[0].item() == options.first_visible(position)
+    assert mask.nonzero()[0].item() == options.span.first_visible(position)
     assert mask.nonzero()[-1].item() == position
 
 

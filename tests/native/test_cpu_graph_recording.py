@@ -14,7 +14,7 @@ from ulysses_infer.native.function import ALL_REDUCE, ELEMENTWISE, KINDS, MATMUL
 from ulysses_infer.native.library import is_available
 from ulysses_infer.native.matmul import NativeMatmul
 
-pytestmark = pytest.mark.skipif(not is_available("graph"), reason="no C compiler here")
+pytestmark = pytest.mark.skipif(not is_available("cpu_graph"), reason="no C compiler here")
 WIDTH = 48
 
 
@@ -54,7 +54,7 @@ class Layer:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_a_replay_gives_what_the_step_would_have_given(dtype, rows):
+def test_a_replay_computes_what_the_step_would_compute(dtype, rows):
     x, layer = torch.randn(rows, WIDTH).to(dtype), Layer(dtype)
     graph, result = recorded(lambda: layer(x))
     assert graph.problem is None
@@ -69,7 +69,7 @@ def test_a_replay_gives_what_the_step_would_have_given(dtype, rows):
         assert torch.equal(layer.total, total)  # what a step changes, it changes each time
 
 
-def test_the_recording_itself_is_a_step():
+def test_recording_also_runs_the_step():
     x, layer = torch.randn(3, WIDTH), Layer(torch.float32)
     _, result = recorded(lambda: layer(x))
     total = layer.total.clone()
@@ -78,7 +78,7 @@ def test_the_recording_itself_is_a_step():
     assert torch.equal(layer.total, total)
 
 
-def test_tapes_that_share_memory_do_not_disturb_each_other():
+def test_graphs_that_share_memory_do_not_disturb_each_other():
     arena, layers, graphs = Arena(), [Layer(torch.float32) for _ in range(3)], []
     x = torch.randn(2, WIDTH)
     for layer in layers:
@@ -91,10 +91,10 @@ def test_tapes_that_share_memory_do_not_disturb_each_other():
         assert torch.equal(replayed(graph, result), layers[index](x))
 
 
-def test_the_time_of_native_calls_is_kept_by_kind():
+def test_native_calls_are_timed_by_kind():
     x, layer = torch.randn(2, WIDTH), Layer(torch.float32)
     graph, result = recorded(lambda: layer(x))
-    assert {graph.seconds_of(kind) for kind in KINDS} == {0.0}  # the recording was timed as ever
+    assert {graph.seconds_of(kind) for kind in KINDS} == {0.0}  # recording does not time calls
     replayed(graph, result)
     assert graph.seconds_of(MATMUL) > 0
     assert graph.seconds_of(ELEMENTWISE) > 0
@@ -110,7 +110,7 @@ def test_the_time_of_native_calls_is_kept_by_kind():
         pytest.param(lambda x: torch.unique(x, return_counts=True)[0], id="several results"),
     ],
 )
-def test_what_cannot_be_repeated_is_named_and_takes_place(step):
+def test_a_step_that_cannot_be_replayed_names_the_reason_and_runs_normally(step):
     x = torch.randn(8)
     graph, result = recorded(lambda: step(x))
     assert graph.problem is not None

@@ -1,4 +1,4 @@
-"""The interface of attention backends, and the metadata of a step that they read."""
+"""The interface of attention backends, and the step metadata that they read."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ulysses_infer.attention.sinks import with_sinks
+from ulysses_infer.attention.span import AttentionSpan
+
 
 @dataclass(frozen=True)
 class HostSequences:
-    """The sequences of a step on the host, for kernels whose work is planned there. All int32."""
+    """The sequences of a step on the host, for kernels that are planned there. All arrays are int32."""
 
     query_lens: np.ndarray  # [N]
-    context_lens: np.ndarray  # [N], the step's own tokens included
+    context_lens: np.ndarray  # [N], including the step's own tokens
     block_tables: np.ndarray  # [N, blocks of the longest]
 
 
 @dataclass(frozen=True)
 class KernelSequences:
-    """The sequences of a step on the device, int32. The two bounds are numbers, so that nothing waits for the GPU."""
+    """The sequences of a step on the device, int32. The maxima are Python ints, to avoid waiting for the GPU."""
 
-    cu_query_lens: torch.Tensor  # [N + 1], 0 and the running sums of the query lengths
+    cu_query_lens: torch.Tensor  # [N + 1], cumulative sums of the query lengths, from 0
     cu_context_lens: torch.Tensor  # [N + 1]
     context_lens: torch.Tensor  # [N]
     block_tables: torch.Tensor  # [N, at least the blocks of the longest]
@@ -31,30 +34,30 @@ class KernelSequences:
     max_context_len: int
     host: HostSequences
     captured: bool = False
-    """Whether the tensors are the static inputs of a captured step; then `host` is what it was captured with."""
+    """Whether the tensors are the static inputs of a captured step; then `host` has the values at capture."""
     plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What a backend has planned for them."""
+    """Plans of the backend for these sequences."""
 
     @property
     def num_sequences(self) -> int:
-        """N, the padding of a captured step included."""
+        """N, including the padding of a captured step."""
         return self.context_lens.shape[0]
 
     @property
     def decodes_only(self) -> bool:
-        """Whether every sequence has a single query token, its last."""
+        """Whether every sequence has a single query token."""
         return self.max_query_len == 1
 
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """The sequences of one step as one cache group's layers read them, in batch order; equal on every rank.
+    """The sequences of one step as seen by the layers of one cache group, in batch order; equal on every rank.
 
-    slots: [T] int64, where each batched token's key and value go (block * block_size + offset).
-    query_lens[i] tokens of sequence i are in the batch; context_lens[i] tokens, those included, are in its table.
-    block_tables: [num_sequences, max_blocks] int64. Where layers see a part of the past alone, a table begins at a
-    block from which windows and chunks may be counted, and blocks that no query of the step sees are not to be read.
-    kernel: the same for the kernels of a GPU; None on a CPU.
+    slots: [T] int64, the cache slot of each token's key and value (block * block_size + offset).
+    query_lens[i]: tokens of sequence i in the batch. context_lens[i]: tokens in its block table, including those.
+    block_tables: [num_sequences, max_blocks] int64. With a limited attention span a table starts at a block from which
+    windows and chunks can be counted; blocks that no query of the step sees must not be read.
+    kernel: the same for GPU kernels; None on a CPU.
     """
 
     slots: torch.Tensor
@@ -63,12 +66,12 @@ class AttentionMetadata:
     block_tables: torch.Tensor
     kernel: KernelSequences | None = None
     prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What a backend has made for the step, for its other layers."""
+    """What the backend's first layer has computed for the other layers of the step."""
 
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """How one layer attends: softmax scale, local windows, logit soft cap, attention sinks (one a local head)."""
+    """Attention parameters of a layer: softmax scale, span, logit soft cap, sinks (one per local head)."""
 
     scaling: float
     sliding_window: int | None = None
@@ -76,14 +79,15 @@ class AttentionOptions:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
 
-    def first_visible(self, position: int) -> int:
-        """The earliest key position that a query at `position` sees."""
-        first = 0
-        if self.sliding_window is not None:
-            first = max(first, position - self.sliding_window + 1)
-        if self.chunk_size is not None:
-            first = max(first, position - position % self.chunk_size)
-        return first
+    @property
+    def span(self) -> AttentionSpan:
+        """How far back queries see."""
+        return AttentionSpan(self.sliding_window, self.chunk_size)
+
+    @property
+    def window_left(self) -> int:
+        """Keys that a query sees before its own, as kernels take it; -1: all."""
+        return -1 if self.sliding_window is None else self.sliding_window - 1
 
     def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Which keys each query sees. queries: [n] positions; keys: [m] positions; returns bool [n, m]."""
@@ -96,7 +100,7 @@ class AttentionOptions:
 
 
 class AttentionBackend(Protocol):
-    """Attention of this rank's own heads over the cache. Knows nothing of modes or ranks."""
+    """Attention of this rank's heads over the paged cache, independent of modes and ranks."""
 
     name: str
 
@@ -113,7 +117,7 @@ class AttentionBackend(Protocol):
 
 
 class KernelAttention(ABC):
-    """Base of the backends that read nothing but `AttentionMetadata.kernel`: their steps can be captured in graphs."""
+    """Base of backends that read `AttentionMetadata.kernel` only, so that CUDA graphs can capture their steps."""
 
     name: str
 
@@ -129,14 +133,26 @@ class KernelAttention(ABC):
         """See `AttentionBackend.attend`."""
 
     def replan(self, sequences: KernelSequences, host: HostSequences) -> None:  # noqa: B027
-        """Before a captured step is replayed: plan it anew for `host`, what its static `sequences` now are.
+        """Plan a captured step again before its replay, for `host`, the current values of its static `sequences`.
 
-        Most kernels plan nothing.
+        Does nothing for kernels without plans.
         """
 
 
+def output_with_sinks(result: Any, options: AttentionOptions) -> torch.Tensor:
+    """The output of a FlashAttention kernel, which returns (output [T, Hq, d], log-sum-exp [Hq, T]) if there are sinks.
+
+    Without sinks `result` is the output.
+    """
+    if options.sinks is None:
+        output: torch.Tensor = result
+        return output
+    output, log_sum_exp = result[:2]
+    return with_sinks(output, log_sum_exp.t(), options.sinks)
+
+
 def running_sums(lengths: np.ndarray) -> np.ndarray:
-    """0 and the running sums of `lengths`: [N + 1] int32."""
+    """Cumulative sums of `lengths`, from 0: [N + 1] int32."""
     sums = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=sums[1:])
     return sums

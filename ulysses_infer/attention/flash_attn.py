@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 
-from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions, KernelAttention
-from ulysses_infer.attention.sinks import with_sinks
+from ulysses_infer.attention.backend import (
+    AttentionMetadata,
+    AttentionOptions,
+    KernelAttention,
+    output_with_sinks,
+)
 
 
 class FlashAttnAttention(KernelAttention):
-    """`flash_attn_varlen_func` over block tables: windows and soft cap are the kernel's, sinks come from its sums."""
+    """`flash_attn_varlen_func` over block tables: windows and soft cap in the kernel, sinks from its log-sum-exp."""
 
     name = "flash_attn"
 
@@ -31,7 +35,7 @@ class FlashAttnAttention(KernelAttention):
         """See `AttentionBackend.attend`."""
         sequences = metadata.kernel
         assert sequences is not None
-        window = -1 if options.sliding_window is None else options.sliding_window - 1
+        window = options.window_left
         result = self._function(
             query,
             keys,
@@ -47,8 +51,4 @@ class FlashAttnAttention(KernelAttention):
             return_attn_probs=options.sinks is not None,
             block_table=sequences.block_tables,
         )
-        if options.sinks is None:
-            output: torch.Tensor = result
-            return output
-        output, log_sum = result[:2]  # [T, Hq, d] and [Hq, T]
-        return with_sinks(output, log_sum.t(), options.sinks)
+        return output_with_sinks(result, options)

@@ -21,11 +21,11 @@ from ulysses_infer.attention.backend import (
 from ulysses_infer.attention.sinks import with_sinks
 
 WORKSPACE_BYTES = 128 * 1024 * 1024  # what the library recommends
-TENSOR_CORE_GROUP = 4  # from this many query heads a KV head on, decodes are faster as small matrix products
+TENSOR_CORE_GROUP = 4  # from this many query heads per KV head on, decodes are faster on tensor cores
 
 
 class PlanKey(NamedTuple):
-    """What a plan is made for: layers alike in all of this share it."""
+    """What a plan depends on; layers with the same key share a plan."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -39,7 +39,7 @@ class PlanKey(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """Block tables as the library takes them, on the host, int32."""
+    """Block tables in the library's format, on the host, int32."""
 
     indptr: torch.Tensor  # [N + 1], where each sequence's pages start
     indices: torch.Tensor  # [indptr[N]], the pages of all sequences
@@ -47,10 +47,10 @@ class Pages(NamedTuple):
 
 
 class FlashInferAttention(KernelAttention):
-    """The library's wrappers for decode and for prefill; windows and soft cap are theirs, sinks come from their sums.
+    """The library's wrappers for decode and prefill; windows and soft cap in the kernel, sinks from its log-sum-exp.
 
-    Captured steps have wrappers of their own, one for their static sequences and kind of layer, whose plans live in
-    fixed memory; a rank has the same heads in every mode, so the modes share them.
+    Captured steps have separate wrappers, one per set of static sequences and kind of layer, whose plans are in fixed
+    memory. A rank has the same heads in every mode, so modes share them.
     """
 
     name = "flashinfer"
@@ -60,7 +60,7 @@ class FlashInferAttention(KernelAttention):
         self._library = library
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[bool, PlanKey], Any] = {}
-        self._copied: dict[Any, torch.cuda.Event] = {}  # by wrapper
+        self._copied: dict[Any, torch.cuda.Event] = {}  # by wrapper; recorded after a plan was copied
 
     def attend(
         self,
@@ -77,16 +77,16 @@ class FlashInferAttention(KernelAttention):
         if options.sinks is None:
             output: torch.Tensor = planned.run(query, (keys, values))
             return output
-        output, log2_sum = planned.run(query, (keys, values), return_lse=True)  # [T, Hq, d] and [T, Hq], to base 2
-        return with_sinks(output, log2_sum * math.log(2.0), options.sinks)
+        output, log2_sum_exp = planned.run(query, (keys, values), return_lse=True)  # [T, Hq, d] and [T, Hq], to base 2
+        return with_sinks(output, log2_sum_exp * math.log(2.0), options.sinks)
 
     def replan(self, sequences: KernelSequences, host: HostSequences) -> None:
         """See `KernelAttention.replan`."""
         for key, wrapper in sequences.plans.items():
-            self._write(_plan_decode, wrapper, host, key)
+            self._run_plan(_plan_decode, wrapper, host, key)
 
     def _planned(self, sequences: KernelSequences, key: PlanKey) -> Any:
-        """The wrapper that runs layers of kind `key` in this step, planned."""
+        """The planned wrapper for layers of kind `key` in this step."""
         if key not in sequences.plans:
             sequences.plans[key] = self._plan(sequences, key)
         return sequences.plans[key]
@@ -94,21 +94,20 @@ class FlashInferAttention(KernelAttention):
     def _plan(self, sequences: KernelSequences, key: PlanKey) -> Any:
         if sequences.captured:
             wrapper = self._captured_wrapper(sequences, key)
-            self._write(_plan_decode, wrapper, sequences.host, key)
+            self._run_plan(_plan_decode, wrapper, sequences.host, key)
             return wrapper
         slot = (sequences.decodes_only, key)
         if slot not in self._wrappers:
             self._wrappers[slot] = self._wrapper(*slot)
         wrapper = self._wrappers[slot]
         plan = _plan_decode if sequences.decodes_only else _plan_prefill
-        self._write(plan, wrapper, sequences.host, key)
+        self._run_plan(plan, wrapper, sequences.host, key)
         return wrapper
 
-    def _write(
+    def _run_plan(
         self, plan: Callable[[Any, HostSequences, PlanKey], None], wrapper: Any, host: HostSequences, key: PlanKey
     ) -> None:
-        """Have `wrapper` planned. It copies plans from one pinned buffer, which a step that is asked for while the last
-        runs must not overwrite before that copy."""
+        """Plan `wrapper`. Plans are copied from one pinned buffer, so the copy of the last plan must finish first."""
         if wrapper in self._copied:
             self._copied[wrapper].synchronize()
         plan(wrapper, host, key)
@@ -119,28 +118,28 @@ class FlashInferAttention(KernelAttention):
         if not decodes_only:
             return self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
         return self._library.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace, "NHD", use_tensor_cores=_in_tensor_cores(key)
+            self._workspace, "NHD", use_tensor_cores=_uses_tensor_cores(key)
         )
 
     def _captured_wrapper(self, sequences: KernelSequences, key: PlanKey) -> Any:
         count, device = sequences.num_sequences, self._workspace.device
 
-        def fixed(size: int) -> torch.Tensor:
+        def static_buffer(size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
         return self._library.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace,
             "NHD",
             use_cuda_graph=True,
-            use_tensor_cores=_in_tensor_cores(key),
-            paged_kv_indptr_buffer=fixed(count + 1),
-            paged_kv_indices_buffer=fixed(sequences.block_tables.numel()),
-            paged_kv_last_page_len_buffer=fixed(count),
+            use_tensor_cores=_uses_tensor_cores(key),
+            paged_kv_indptr_buffer=static_buffer(count + 1),
+            paged_kv_indices_buffer=static_buffer(sequences.block_tables.numel()),
+            paged_kv_last_page_len_buffer=static_buffer(count),
         )
 
 
 def pages_of(host: HostSequences, block_size: int) -> Pages:
-    """The used part of the block tables, sequence by sequence."""
+    """The used part of the block tables, by sequence."""
     counts = ceil_div(host.context_lens, block_size)
     used = np.arange(host.block_tables.shape[1]) < counts[:, None]
     last = host.context_lens - (counts - 1) * block_size
@@ -149,7 +148,6 @@ def pages_of(host: HostSequences, block_size: int) -> Pages:
 
 
 def _key(query: torch.Tensor, keys: torch.Tensor, options: AttentionOptions) -> PlanKey:
-    window = -1 if options.sliding_window is None else options.sliding_window - 1
     return PlanKey(
         query.shape[1],
         keys.shape[2],
@@ -158,12 +156,12 @@ def _key(query: torch.Tensor, keys: torch.Tensor, options: AttentionOptions) -> 
         query.dtype,
         keys.dtype,
         options.scaling,
-        window,
+        options.window_left,
         options.softcap or 0.0,
     )
 
 
-def _in_tensor_cores(key: PlanKey) -> bool:
+def _uses_tensor_cores(key: PlanKey) -> bool:
     return key.num_attention_heads // key.num_key_value_heads >= TENSOR_CORE_GROUP
 
 

@@ -10,13 +10,13 @@ from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions,
 from ulysses_infer.attention.flashinfer import WORKSPACE_BYTES, pages_of
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 
-WIDTHS = (576, 512)  # of a latent and of its part that is the value: what the kernel is built for
+WIDTHS = (576, 512)  # of a latent and of its value part, which the kernel supports
 
 
 class FlashInferLatentAttention:
-    """Causal attention over latents, planned by the first layer of a step, whose steps are not captured.
+    """Causal attention over latents, planned by the first layer of a step. Its steps cannot be captured.
 
-    Torch attends to keys and values that are expanded for a long chunk, and where the kernel lacks something.
+    Falls back to torch for keys and values that are expanded for a long chunk, and for options that the kernel lacks.
     """
 
     name = "flashinfer"

@@ -1,4 +1,4 @@
-"""Attention backend of torch's compiled `flex_attention`: every mask and score function, any block size."""
+"""Attention backend of torch's compiled `flex_attention`: supports all masks, soft caps and block sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TILE = 128  # most query rows of one tile
 
 
 class Tiles(NamedTuple):
-    """A step's queries cut into tiles of rows, each of one sequence: the batch dimension of the kernel."""
+    """A step's queries divided into tiles of rows of one sequence: the batch dimension of the kernel."""
 
     size: int  # rows of a tile
     rows: torch.Tensor  # [B, size], the batched token in each row; padding repeats the tile's first
@@ -29,10 +29,10 @@ class Tiles(NamedTuple):
 
 
 class FlexAttention:
-    """One call of `flex_attention` a layer. The whole cache is its keys; a block mask picks each tile's blocks.
+    """One call of `flex_attention` per layer, with the whole cache as keys; a block mask selects each tile's blocks.
 
-    Costs what the others do not: padding of short prompts' last tiles, and a table of [tiles, cache blocks]. Its
-    masks are made anew each step, so its steps are not captured in graphs.
+    Unlike other backends it pads the last tile of a prompt and needs a table of [tiles, cache blocks]. Its masks are
+    built in each step, so its steps cannot be captured.
     """
 
     name = "flex"
@@ -69,7 +69,7 @@ class FlexAttention:
     def _prepared(
         self, metadata: AttentionMetadata, keys: torch.Tensor, options: AttentionOptions
     ) -> tuple[Tiles, BlockMask]:
-        """The tiles and the mask of layers of this kind, made by the first of them."""
+        """The tiles and the mask of layers of this kind, built by the first of them."""
         kind = (options.sliding_window, options.chunk_size)
         made: tuple[Tiles, BlockMask] | None = metadata.prepared.get(kind)
         if made is None:
@@ -82,7 +82,7 @@ class FlexAttention:
 def make_tiles(
     host: HostSequences, num_blocks: int, block_size: int, device: torch.device, options: AttentionOptions
 ) -> Tiles:
-    """Cut the sequences' queries into tiles: of one row when all decode, else of up to `TILE`."""
+    """Divide the sequences' queries into tiles: of one row if all decode, otherwise of up to `TILE` rows."""
     size = min(TILE, 1 << int(host.query_lens.max() - 1).bit_length())
     counts = ceil_div(host.query_lens, size)  # tiles of each sequence
     owner = np.repeat(np.arange(len(counts)), counts)
@@ -92,7 +92,8 @@ def make_tiles(
     starts = np.cumsum(host.query_lens) - host.query_lens
     positions = (host.context_lens - host.query_lens)[owner][:, None] + np.where(real, inside, first[:, None])
     rows = starts[owner][:, None] + np.where(real, inside, first[:, None])
-    seen = np.array([options.first_visible(int(position)) for position in positions[:, 0]]) // block_size
+    span = options.span
+    seen = np.array([span.first_visible(int(position)) for position in positions[:, 0]]) // block_size
     used = positions.max(axis=1) // block_size + 1 - seen
     shifted = np.minimum(seen[:, None] + np.arange(used.max()), host.block_tables.shape[1] - 1)
 
@@ -113,17 +114,17 @@ def make_tiles(
 
 
 def _logical(blocks: torch.Tensor, first: torch.Tensor, count: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """The block tables turned round: [B, num_blocks], -1 where a tile does not use a cache block."""
+    """The inverse of the block tables: [B, num_blocks], -1 where a tile does not use a cache block."""
     offsets = torch.arange(blocks.shape[1], device=blocks.device, dtype=torch.int32)
     used, places = offsets < count[:, None], first[:, None] + offsets
-    # One column more takes what the tables are padded with, and is cut off.
+    # An extra column receives the padding of the tables and is cut off.
     table = torch.full((len(blocks), num_blocks + 1), -1, dtype=torch.int32, device=blocks.device)
     table.scatter_(1, torch.where(used, blocks, num_blocks).long(), places)
     return table[:, :num_blocks]
 
 
 def make_mask(tiles: Tiles, num_blocks: int, block_size: int, options: AttentionOptions) -> BlockMask:
-    """Which cache slots the rows of each tile see in layers of this window and chunk."""
+    """The cache slots that the rows of each tile see in layers with this window and chunk."""
     window, chunk = options.sliding_window, options.chunk_size
 
     def sees(tile: torch.Tensor, head: torch.Tensor, row: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,10 @@ from ulysses_infer.native.library import open_library
 
 
 class NativeAttention:
-    """One call a layer for all sequences of the step; torch attends for queries longer than `longest_query` tokens.
+    """One call per layer for all sequences of the step; torch attends for those of more than `longest_query` queries.
 
     A sequence's result depends neither on the rest of the batch nor on the number of threads. Raises
-    `NativeUnavailableError` where the library cannot be built.
+    `NativeUnavailableError` if the library cannot be built.
     """
 
     name = "native"
@@ -25,8 +25,8 @@ class NativeAttention:
     def __init__(self) -> None:
         library = open_library("attention")
         self._functions = {
-            torch.bfloat16: NativeFunction(library, "attend_bfloat16", "pp", ATTENTION, _no_memory),
-            torch.float32: NativeFunction(library, "attend_float32", "pp", ATTENTION, _no_memory),
+            torch.bfloat16: NativeFunction(library, "attend_bfloat16", "pp", ATTENTION, _raise_memory_error),
+            torch.float32: NativeFunction(library, "attend_float32", "pp", ATTENTION, _raise_memory_error),
         }
         self.longest_query = ctypes.c_int64.in_dll(library, "longest_query").value
         self._torch = TorchLoopAttention()
@@ -52,17 +52,17 @@ class NativeAttention:
             self._torch.attend_sequences(long, query, keys, values, metadata, options, output)
         return output
 
-    def fix(self, metadata: AttentionMetadata, contexts: np.ndarray, block_size: int) -> None:
-        """Attend for decodes in the step of `metadata`, reading its context lengths from `contexts` [n] int64.
+    def prepare_decodes(self, metadata: AttentionMetadata, contexts: np.ndarray, block_size: int) -> None:
+        """Prepare a decode step whose context lengths are read from `contexts` [n] int64 whenever it runs.
 
-        Whoever makes the same calls again may have written other lengths, and other block tables, in their places.
+        A CPU graph writes new lengths and block tables in place before each replay.
         """
         index = np.arange(len(contexts))
         batch = _Batch.at(metadata, block_size, index, np.ones_like(index), contexts, index)
         metadata.prepared[self.name] = batch, []
 
     def _split(self, metadata: AttentionMetadata, block_size: int) -> tuple[_Batch, list[int]]:
-        """What the kernel attends for and the numbers of torch's sequences, made by the first layer that asks."""
+        """The sequences of the kernel, and the indices of those left to torch. Computed once per step."""
         made: tuple[_Batch, list[int]] | None = metadata.prepared.get(self.name)
         if made is None:
             lengths = np.array(metadata.query_lens, dtype=np.int64)
@@ -82,19 +82,19 @@ class _Batch(ctypes.Structure):
 
     @staticmethod
     def of(metadata: AttentionMetadata, lengths: np.ndarray, sequences: np.ndarray, block_size: int) -> _Batch:
-        """The `sequences` (their numbers in the batch) of a step whose query lengths are `lengths`."""
+        """A batch of the `sequences` (indices) of a step whose query lengths are `lengths`."""
         contexts = np.array(metadata.context_lens, dtype=np.int64)
         first = np.cumsum(lengths) - lengths
         return _Batch.at(metadata, block_size, first[sequences], lengths[sequences], contexts[sequences], sequences)
 
     @staticmethod
     def at(metadata: AttentionMetadata, block_size: int, *arrays: np.ndarray) -> _Batch:
-        """Of arrays that lie where the kernel is to read them: rows, lengths, contexts, sequences."""
+        """A batch that refers to `arrays` (rows, lengths, contexts, sequences) in place."""
         tables = metadata.block_tables
         made = _Batch(
             len(arrays[0]), tables.stride(0), block_size, *(array.ctypes.data for array in arrays), tables.data_ptr()
         )
-        made.kept = arrays, tables  # alive with the pointers
+        made.kept = arrays, tables  # keeps the memory alive
         return made
 
 
@@ -112,7 +112,7 @@ class _Layer(ctypes.Structure):
     def of(
         query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, options: AttentionOptions
     ) -> _Layer:
-        """One layer of the step. Keys are contiguous; so are values, or each is the beginning of its key."""
+        """One layer. Keys are contiguous; values too, unless each is the beginning of its key (latents)."""
         if query.stride(2) != 1:
             query = query.contiguous()
         heads, key_width = keys.shape[2:]
@@ -135,9 +135,9 @@ class _Layer(ctypes.Structure):
             options.scaling,
             options.softcap or 0.0,
         )
-        made.kept = query, sinks  # alive with the pointers
+        made.kept = query, sinks  # keeps the memory alive
         return made
 
 
-def _no_memory(_: int) -> None:
-    raise MemoryError("no memory for the sums of attention")
+def _raise_memory_error(_: int) -> None:
+    raise MemoryError("out of memory for attention sums")

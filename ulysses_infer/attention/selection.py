@@ -19,25 +19,25 @@ from ulysses_infer.native.library import NativeUnavailableError, is_available
 logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
-FLASH_PAGE = 256  # FlashAttention-2 reads pages of a multiple of this
+FLASH_PAGE = 256  # FlashAttention-2 needs a page size that is a multiple of this
 FLASH_WIDTH = 256
 FLASHINFER_WIDTHS = (64, 128, 256)
-FLEX_PAGE = 16  # the least that its matrix products take
+FLEX_PAGE = 16  # the smallest tile of its matrix products
 LIBRARIES = {
     "flash_attn": "flash_attn",
     "flashinfer": "flashinfer",
     "varlen": "torch.nn.attention.varlen",
     "flex": "triton",
 }
-"""The module that each needs."""
+"""The module that each backend needs."""
 
 
 @dataclass(frozen=True)
 class AttentionNeeds:
-    """What a model, its cache and its GPU ask of attention."""
+    """What a model, its cache and its GPU require of an attention backend."""
 
     capability: tuple[int, int]
-    """Of the GPU: (8, 0) is Ampere, (9, 0) Hopper."""
+    """Compute capability of the GPU: (8, 0) is Ampere, (9, 0) Hopper."""
     dtype: torch.dtype
     cache_dtype: torch.dtype
     key_width: int
@@ -46,7 +46,7 @@ class AttentionNeeds:
     softcap: bool = False
     chunks: bool = False
     latents: bool = False
-    """Whether the cache holds latents, whose first numbers are the values."""
+    """Whether the cache holds latents (MLA), whose first elements are the values."""
 
     @classmethod
     def of(
@@ -61,7 +61,7 @@ class AttentionNeeds:
         block_size: int,
         latents: bool = False,
     ) -> AttentionNeeds:
-        """Gathered from the layers' `options`; chunks that no sequence outgrows are none."""
+        """Collect the needs of all layers; chunks of `max_model_len` or more do not count."""
         layers = list(options)
         return cls(
             capability,
@@ -76,8 +76,8 @@ class AttentionNeeds:
         )
 
 
-def _against_libraries(needs: AttentionNeeds) -> str | None:
-    """What all of these kernels lack alike."""
+def _reject_libraries(needs: AttentionNeeds) -> str | None:
+    """Why none of the FlashAttention libraries can run; None if they can."""
     if needs.capability < (8, 0):
         return "it needs an Ampere or newer GPU"
     if needs.chunks:
@@ -87,9 +87,9 @@ def _against_libraries(needs: AttentionNeeds) -> str | None:
     return None
 
 
-def _against_flash(needs: AttentionNeeds) -> str | None:
-    if (lack := _against_libraries(needs)) is not None:
-        return lack
+def _reject_flash(needs: AttentionNeeds) -> str | None:
+    if (reason := _reject_libraries(needs)) is not None:
+        return reason
     if needs.key_width != needs.value_width or needs.key_width > FLASH_WIDTH or needs.key_width % 8:
         return f"heads are {needs.key_width} and {needs.value_width} wide, not both the same multiple of 8 up to 256"
     if needs.block_size % FLASH_PAGE:
@@ -97,13 +97,13 @@ def _against_flash(needs: AttentionNeeds) -> str | None:
     return None
 
 
-def _against_varlen(needs: AttentionNeeds) -> str | None:
-    return "it has no soft cap" if needs.softcap else _against_flash(needs)
+def _reject_varlen(needs: AttentionNeeds) -> str | None:
+    return "it has no soft cap" if needs.softcap else _reject_flash(needs)
 
 
-def _against_flashinfer(needs: AttentionNeeds) -> str | None:
-    if (lack := _against_libraries(needs)) is not None:
-        return lack
+def _reject_flashinfer(needs: AttentionNeeds) -> str | None:
+    if (reason := _reject_libraries(needs)) is not None:
+        return reason
     if needs.latents:
         fits = (needs.key_width, needs.value_width) == LATENT_WIDTHS
         return None if fits else f"latents are {needs.key_width} numbers, not {LATENT_WIDTHS[0]}"
@@ -112,7 +112,7 @@ def _against_flashinfer(needs: AttentionNeeds) -> str | None:
     return None
 
 
-def _against_flex(needs: AttentionNeeds) -> str | None:
+def _reject_flex(needs: AttentionNeeds) -> str | None:
     if needs.block_size < FLEX_PAGE or needs.block_size & (needs.block_size - 1):
         return f"cache.block_size is {needs.block_size}, not a power of two from {FLEX_PAGE} up"
     if needs.cache_dtype != needs.dtype:
@@ -122,43 +122,43 @@ def _against_flex(needs: AttentionNeeds) -> str | None:
     return None
 
 
-def _against_torch(needs: AttentionNeeds) -> str | None:
+def _reject_torch(needs: AttentionNeeds) -> str | None:
     return None
 
 
 CAPABILITIES: dict[str, Callable[[AttentionNeeds], str | None]] = {
-    "flash_attn": _against_flash,
-    "flashinfer": _against_flashinfer,
-    "varlen": _against_varlen,
-    "flex": _against_flex,
-    "torch": _against_torch,
+    "flash_attn": _reject_flash,
+    "flashinfer": _reject_flashinfer,
+    "varlen": _reject_varlen,
+    "flex": _reject_flex,
+    "torch": _reject_torch,
 }
-"""Backends in order of preference, each with what may speak against it."""
+"""Backends in order of preference, each with a function that returns why it cannot be used, or None."""
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The backend taken, and why each of those before it was not."""
+    """The chosen backend, and why each preferred one was rejected."""
 
     name: str
-    passed_over: dict[str, str]
+    rejected: dict[str, str]
 
 
 def choose(name: str, needs: AttentionNeeds, installed: Collection[str]) -> BackendChoice:
-    """The backend for `needs`: the one named, or with `auto` the first that can.
+    """Choose the backend for `needs`: the one named, or with `auto` the first that fits.
 
-    `installed`: the backends whose library is there. Raises `ConfigError` when the one named cannot.
+    `installed`: the backends whose library is installed. Raises `ConfigError` if the named backend cannot be used.
     """
-    passed_over: dict[str, str] = {}
+    rejected: dict[str, str] = {}
     for candidate in CAPABILITIES if name == "auto" else [name]:
-        reason = _reason_against(candidate, needs, installed)
+        reason = _rejection(candidate, needs, installed)
         if reason is None:
-            return BackendChoice(candidate, passed_over)
-        passed_over[candidate] = reason
-    raise ConfigError(f"runtime.attention_backend is {name}, but {passed_over[name]}; use auto")
+            return BackendChoice(candidate, rejected)
+        rejected[candidate] = reason
+    raise ConfigError(f"runtime.attention_backend is {name}, but {rejected[name]}; use auto")
 
 
-def _reason_against(name: str, needs: AttentionNeeds, installed: Collection[str]) -> str | None:
+def _rejection(name: str, needs: AttentionNeeds, installed: Collection[str]) -> str | None:
     if name not in CAPABILITIES:
         return f"a GPU runs {', '.join(CAPABILITIES)}"
     if name not in installed:
@@ -167,20 +167,34 @@ def _reason_against(name: str, needs: AttentionNeeds, installed: Collection[str]
 
 
 def installed_backends() -> set[str]:
-    """The backends whose library is there."""
+    """The backends whose library is installed."""
     return {"torch", *(name for name, module in LIBRARIES.items() if importlib.util.find_spec(module) is not None)}
 
 
+def make_backend(name: str, device: torch.device) -> AttentionBackend:
+    """The backend of a model on a CPU (or plain torch on a GPU). Raises `ConfigError` if `name` cannot be used."""
+    if name == "torch" or (name == "auto" and (device.type != "cpu" or not is_available("attention"))):
+        return TorchLoopAttention()
+    if name not in ("auto", "native"):
+        raise ConfigError(f"runtime.attention_backend is {name!r}; choose one of auto, torch, native")
+    if device.type != "cpu":
+        raise ConfigError(f"runtime.attention_backend is native, which runs on a CPU, not on {device.type}; use auto")
+    try:
+        return NativeAttention()
+    except NativeUnavailableError as error:
+        raise ConfigError(f"runtime.attention_backend is native, but {error}; use auto or torch") from error
+
+
 def make_gpu_backend(name: str, device: torch.device, needs: AttentionNeeds) -> AttentionBackend:
-    """The backend that a recipe names, or the best. Raises `ConfigError` when the one named cannot run here."""
+    """The backend of a model on a GPU. Raises `ConfigError` if `name` cannot be used here."""
     choice = choose(name, needs, installed_backends())
-    reasons = "; ".join(f"not {other}: {reason}" for other, reason in choice.passed_over.items())
+    reasons = "; ".join(f"not {other}: {reason}" for other, reason in choice.rejected.items())
     level = logging.WARNING if choice.name == "torch" and name == "auto" else logging.INFO
     logger.log(level, "attention runs on %s%s", choice.name, f" ({reasons})" if reasons else "")
-    return _open(choice.name, device, needs.latents)
+    return _load(choice.name, device, needs.latents)
 
 
-def _open(name: str, device: torch.device, latents: bool) -> AttentionBackend:
+def _load(name: str, device: torch.device, latents: bool) -> AttentionBackend:
     if name == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
@@ -211,20 +225,4 @@ def _open(name: str, device: torch.device, latents: bool) -> AttentionBackend:
         from ulysses_infer.attention.flex import FlexAttention
 
         return FlexAttention(torch.compile(flex_attention, dynamic=True))
-    from ulysses_infer.attention.torch_loop import TorchLoopAttention
-
     return TorchLoopAttention()
-
-
-def make_backend(name: str, device: torch.device) -> AttentionBackend:
-    """The backend a recipe names; `auto` takes the best one that runs on `device`. Raises `ConfigError`."""
-    if name == "torch" or (name == "auto" and (device.type != "cpu" or not is_available("attention"))):
-        return TorchLoopAttention()
-    if name not in ("auto", "native"):
-        raise ConfigError(f"runtime.attention_backend is {name!r}; choose one of auto, torch, native")
-    if device.type != "cpu":
-        raise ConfigError(f"runtime.attention_backend is native, which runs on a CPU, not on {device.type}; use auto")
-    try:
-        return NativeAttention()
-    except NativeUnavailableError as error:
-        raise ConfigError(f"runtime.attention_backend is native, but {error}; use auto or torch") from error

@@ -1,4 +1,4 @@
-"""The attention span of a layer: how far back its queries see, and so which blocks may be freed."""
+"""The attention span of a layer: how far back its queries see, which determines which blocks may be freed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ulysses_infer.arithmetic import ceil_div
 
 @dataclass(frozen=True)
 class AttentionSpan:
-    """Of one layer: everything before a query, a sliding window of it, or the query's own chunk.
+    """What the queries of a layer see: all previous tokens, a sliding window, or their chunk.
 
-    A window is in tokens, the query's own included; chunks are counted from position 0. With both, what both show.
+    A window is in tokens, including the query's own; chunks are counted from position 0. With both, their intersection.
     """
 
     sliding_window: int | None = None
@@ -22,17 +22,17 @@ class AttentionSpan:
 
     @property
     def is_limited(self) -> bool:
-        """Whether there are tokens that later ones do not see."""
+        """Whether later tokens do not see all earlier ones."""
         return self.sliding_window is not None or self.chunk_size is not None
 
     @property
     def length(self) -> int | None:
-        """The most tokens that a query sees, itself included; None: all before it."""
+        """The most tokens that a query sees, including itself; None: all."""
         limits = [limit for limit in (self.sliding_window, self.chunk_size) if limit is not None]
         return min(limits, default=None)
 
     def within(self, max_model_len: int) -> AttentionSpan:
-        """The same for texts of at most so many tokens: what is wider than those limits nothing."""
+        """The same span without limits that have no effect up to `max_model_len`."""
         window, chunk = self.sliding_window, self.chunk_size
         return AttentionSpan(
             None if window is None or window >= max_model_len else window,
@@ -49,9 +49,9 @@ class AttentionSpan:
         return first
 
     def table_starts(self, positions: np.ndarray, block_size: int) -> np.ndarray:
-        """The blocks from which on tables are given to attention whose first queries are at `positions`, int64.
+        """The first block of each table passed to attention, for first queries at `positions` (int64).
 
-        Not after the first visible block, and such that windows and chunks may be counted from there.
+        At or before the first visible block, so that windows and chunks can be counted from it.
         """
         firsts = np.zeros_like(positions)
         if self.sliding_window is not None:
@@ -62,8 +62,8 @@ class AttentionSpan:
         return firsts // (whole := math.lcm(self.chunk_size, block_size)) * (whole // block_size)
 
     def most_blocks(self, num_tokens: int, step_tokens: int, block_size: int) -> int:
-        """The most blocks that a sequence of `num_tokens` ever holds, with up to `step_tokens` of them in a step."""
+        """The most blocks that a sequence of `num_tokens` holds, with up to `step_tokens` tokens per step."""
         whole = ceil_div(num_tokens, block_size)
         length = self.length
-        # What the step's first token sees and the step itself begin and end anywhere in their blocks.
+        # The visible range of a step may begin and end anywhere in its blocks.
         return whole if length is None else min(whole, ceil_div(length - 1 + step_tokens, block_size) + 1)

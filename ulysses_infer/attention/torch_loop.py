@@ -16,12 +16,12 @@ MASK_PER_CALL = 1 << 26  # bounds a mask, which torch makes float32, to 256 MiB;
 
 
 class TorchLoopAttention:
-    """Gathers the blocks a sequence needs, then attends. Decodes fold the query heads of a KV head into rows."""
+    """Gathers the blocks of a sequence, then attends. Decodes fold the query heads of a query group into rows."""
 
     name = "torch"
 
     def __init__(self) -> None:
-        self._room: dict[str, torch.Tensor] = {}  # taking fresh memory would cost as much as gathering into it
+        self._buffers: dict[str, torch.Tensor] = {}  # reused, because allocation costs as much as the gather itself
 
     def attend(
         self,
@@ -46,11 +46,11 @@ class TorchLoopAttention:
         options: AttentionOptions,
         output: torch.Tensor,
     ) -> None:
-        """The same for some sequences of the batch only, into their rows of `output`."""
-        ends = list(accumulate(metadata.query_lens))
+        """Attend for some sequences of the batch, writing their rows of `output`."""
+        ends, span = list(accumulate(metadata.query_lens)), options.span
         for index in sequences:
             length, context = metadata.query_lens[index], metadata.context_lens[index]
-            first = options.first_visible(context - length)
+            first = span.first_visible(context - length)
             start = first // keys.shape[1]
             blocks = metadata.block_tables[index, start : ceil_div(context, keys.shape[1])]
             first = start * keys.shape[1]
@@ -61,21 +61,26 @@ class TorchLoopAttention:
             output[rows] = _attend_one(query[rows], key, value, first, options)
 
     def _gather(self, name: str, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """[m, Hkv, d], the tokens of `blocks` in order, until the next call of the same name."""
-        room, count = self._room.get(name), blocks.shape[0]
-        if room is None or room.shape[0] < count or room.shape[1:] != cache.shape[1:] or room.dtype != cache.dtype:
-            room = self._room[name] = cache.new_empty(count, *cache.shape[1:])
-        return torch.index_select(cache, 0, blocks, out=room[:count]).flatten(0, 1)
+        """[m, Hkv, d], the tokens of `blocks` in order. Valid until the next call with this `name`."""
+        buffer, count = self._buffers.get(name), blocks.shape[0]
+        if (
+            buffer is None
+            or buffer.shape[0] < count
+            or buffer.shape[1:] != cache.shape[1:]
+            or buffer.dtype != cache.dtype
+        ):
+            buffer = self._buffers[name] = cache.new_empty(count, *cache.shape[1:])
+        return torch.index_select(cache, 0, blocks, out=buffer[:count]).flatten(0, 1)
 
 
 def _attend_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first: int, options: AttentionOptions
 ) -> torch.Tensor:
-    """One sequence. query: [n, Hq, d], the last n positions; key, value: [m, Hkv, d] from `first` on."""
+    """Attend for one sequence. query: [n, Hq, d], the last n positions; key, value: [m, Hkv, d] from `first` on."""
     length, count = query.shape[0], key.shape[0]
     context = first + count
     plain = options.softcap is None and options.sinks is None
-    sees_all = options.first_visible(context - 1) <= first
+    sees_all = options.span.first_visible(context - 1) <= first
     if plain and length == 1 and sees_all:
         return _decode(query, key, value, options.scaling)
     if plain and length == count and sees_all:
@@ -87,20 +92,20 @@ def _attend_one(
     positions = torch.arange(first, context, device=query.device)
     parts = []
     for start, rows in _tiles(query, max(1, size)):
-        end = count - length + start + rows.shape[0]  # keys that the tile's last query sees
+        end = count - length + start + rows.shape[0]  # keys up to the tile's last query
         visible = options.visible(positions[end - rows.shape[0] : end], positions[:end])
         parts.append(attend(rows, key[:end], value[:end], visible, options))
     return torch.cat(parts)
 
 
 def _tiles(query: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """`size` rows at a time, with the number of the first."""
+    """Yields `size` rows at a time, with the index of the first."""
     for start in range(0, query.shape[0], size):
         yield start, query[start : start + size]
 
 
 def _decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """One query token that sees every key: the G query heads of a KV head become G rows of one small product."""
+    """Attend for one query token that sees every key: the G heads of a query group become G rows of one product."""
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     folded = query.view(heads, groups, -1)
     output = F.scaled_dot_product_attention(
@@ -110,27 +115,28 @@ def _decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling
 
 
 def _chunk(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """A chunk after a longer past, on a CPU: the past without a mask, the chunk causally, merged by their log-sums.
+    """Attend for a prefill chunk after a longer past, on a CPU: to the past without a mask and to the chunk causally.
 
-    Faster than one call with a mask, which is read from memory as float32. query: [n, Hq, d]; key, value: [m, Hkv, d].
+    The results are merged by their log-sum-exp. Faster than one call with a mask, which is read from memory as
+    float32. query: [n, Hq, d]; key, value: [m, Hkv, d].
     """
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     length, heads, width = query.shape
     past = key.shape[0] - length
     queries, keys, values = (x.transpose(0, 1)[None] for x in (query, key, value))
-    own, own_sum = attend(queries, keys[:, :, past:], values[:, :, past:], is_causal=True, scale=scaling)
-    # Without a mask, the query heads of a KV head are but more rows.
+    own, own_lse = attend(queries, keys[:, :, past:], values[:, :, past:], is_causal=True, scale=scaling)
+    # Without a mask, the heads of a query group are additional rows.
     folded = queries.reshape(1, key.shape[1], -1, width)
-    before, before_sum = attend(folded, keys[:, :, :past], values[:, :, :past], scale=scaling)
-    share = torch.sigmoid(before_sum.reshape(heads, length, 1) - own_sum.reshape(heads, length, 1))
-    merged = torch.lerp(own[0].float(), before.reshape(heads, length, width).float(), share)
+    past_output, past_lse = attend(folded, keys[:, :, :past], values[:, :, :past], scale=scaling)
+    past_weight = torch.sigmoid(past_lse.reshape(heads, length, 1) - own_lse.reshape(heads, length, 1))
+    merged = torch.lerp(own[0].float(), past_output.reshape(heads, length, width).float(), past_weight)
     return merged.to(query.dtype).transpose(0, 1)
 
 
 def _fused(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, options: AttentionOptions
 ) -> torch.Tensor:
-    """Torch's fused attention; `visible` None means plain causal from position 0."""
+    """Torch's fused attention; `visible` None means causal from position 0."""
     output = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         key.transpose(0, 1)[None],
@@ -146,7 +152,7 @@ def _fused(
 def _explicit(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """Attention written out, for soft caps and sinks."""
+    """Unfused attention, for soft caps and sinks."""
     length, query_heads, width = query.shape
     heads, groups = key.shape[1], query_heads // key.shape[1]
     folded = query.view(length, heads, groups, width).permute(1, 2, 0, 3)  # [Hkv, G, n, d]
@@ -160,7 +166,7 @@ def _explicit(
 
 
 def _softmax_with_sinks(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over the last dimension with one extra logit a head that takes weight and gives no value."""
+    """Softmax over the last dimension with one extra logit per head, the sink, whose weight is dropped."""
     if sinks is None:
         return scores.softmax(dim=-1)
     heads, groups, length, _ = scores.shape

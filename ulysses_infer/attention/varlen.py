@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 
-from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions, KernelAttention, KernelSequences
-from ulysses_infer.attention.sinks import with_sinks
+from ulysses_infer.attention.backend import (
+    AttentionMetadata,
+    AttentionOptions,
+    KernelAttention,
+    KernelSequences,
+    output_with_sinks,
+)
 
 
 class VarlenAttention(KernelAttention):
-    """`varlen_attn` over block tables: windows are the kernel's, sinks come from its sums; it has no soft cap."""
+    """`varlen_attn` over block tables: windows in the kernel, sinks from its log-sum-exp; no soft cap."""
 
     name = "varlen"
 
@@ -48,17 +53,12 @@ class VarlenAttention(KernelAttention):
             seqused_k=sequences.context_lens,
             block_table=sequences.block_tables,
         )
-        if options.sinks is None:
-            output: torch.Tensor = result
-            return output
-        # The kernel's sums are [Hq, T], as the operator's shape function has it; torch's page says [T, Hq].
-        output, log_sum = result
-        return with_sinks(output, log_sum.t(), options.sinks)
+        return output_with_sinks(result, options)  # the log-sum-exp is [Hq, T], although torch documents [T, Hq]
 
 
 def _window(sequences: KernelSequences, options: AttentionOptions) -> tuple[int, int]:
-    """Keys seen to the left and right of a query's own; -1: all. (-1, 0) is how the function spells causal."""
+    """Keys seen to the left and right of a query's own; -1: all. (-1, 0) means causal."""
     if options.sliding_window is not None:
-        return options.sliding_window - 1, 0
-    # A lone query is the last of its sequence and sees all of it; unmasked, the kernel packs its heads into rows.
+        return options.window_left, 0
+    # A decode query sees its whole sequence; without a mask the kernel packs its heads into rows.
     return (-1, -1) if sequences.decodes_only else (-1, 0)

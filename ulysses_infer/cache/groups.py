@@ -34,7 +34,7 @@ class CacheGroups:
     @classmethod
     def of(cls, options: Iterable[AttentionOptions], max_model_len: int) -> CacheGroups:
         """Groups layers by their attention options, in layer order, for texts of up to `max_model_len` tokens."""
-        layers = [AttentionSpan(o.sliding_window, o.chunk_size).within(max_model_len) for o in options]
+        layers = [o.span.within(max_model_len) for o in options]
         attention_spans = sorted(
             dict.fromkeys(layers), key=lambda attention_span: attention_span.length or max_model_len, reverse=True
         )

@@ -14,36 +14,39 @@ CHUNK_BYTES = 1 << 20
 
 
 class Arena:
-    """Gives out pieces of a few large chunks. All recordings of a rank share it, because none runs within another:
-    each begins (`restart`) with all of the memory, whatever earlier ones hold, and meets its own pieces only."""
+    """Allocates blocks from a few large chunks.
+
+    All CPU graphs of a rank share it, because they never run at the same time: each recording starts (`restart`) with
+    all of the memory, including what earlier recordings use.
+    """
 
     def __init__(self) -> None:
         self._chunks: list[np.ndarray] = []
-        self._pieces = _Pieces([])
+        self._free_list = _FreeList([])
 
     @property
     def num_bytes(self) -> int:
-        """Bytes taken."""
+        """Bytes allocated from the system."""
         return sum(chunk.nbytes for chunk in self._chunks)
 
     def restart(self) -> None:
-        """Begin another recording: what the last one holds stays readable until this one writes over it."""
-        self._pieces = _Pieces([(index, 0, chunk.nbytes) for index, chunk in enumerate(self._chunks)])
+        """Begin another recording. Results of the last one stay readable until this one overwrites them."""
+        self._free_list = _FreeList([(index, 0, chunk.nbytes) for index, chunk in enumerate(self._chunks)])
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous tensor of undefined content; its memory is free again when no view of it is left."""
+        """An uninitialised contiguous tensor; its memory is freed with the last view of it."""
         count = int(np.prod(shape, dtype=np.int64))
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         size = round_up(count * dtype.itemsize, ALIGNMENT)
-        piece = self._pieces.take(size)
-        if piece is None:
+        block = self._free_list.take(size)
+        if block is None:
             self._grow(size)
-            piece = self._pieces.take(size)
-            assert piece is not None
-        index, start, _ = piece
+            block = self._free_list.take(size)
+            assert block is not None
+        index, start, _ = block
         memory = self._chunks[index][start : start + count * dtype.itemsize]
-        weakref.finalize(memory, self._pieces.give_back, piece)
+        weakref.finalize(memory, self._free_list.release, block)
         return torch.from_numpy(memory).view(dtype).view(shape)
 
     def _grow(self, size: int) -> None:
@@ -52,30 +55,30 @@ class Arena:
         first = -raw.ctypes.data % ALIGNMENT
         chunk = raw[first : first + wanted - ALIGNMENT]
         self._chunks.append(chunk)
-        self._pieces.free.append((len(self._chunks) - 1, 0, chunk.nbytes))
+        self._free_list.free.append((len(self._chunks) - 1, 0, chunk.nbytes))
 
 
-class _Pieces:
-    """The free pieces of one recording: (chunk, start, size)."""
+class _FreeList:
+    """Free list of one recording: (chunk, start, size)."""
 
     def __init__(self, free: list[tuple[int, int, int]]) -> None:
         self.free = free
 
     def take(self, size: int) -> tuple[int, int, int] | None:
-        """`size` bytes of the smallest free piece that has them."""
-        fitting = [piece for piece in self.free if piece[2] >= size]
+        """Allocate `size` bytes from the smallest free block that fits; None if none does."""
+        fitting = [block for block in self.free if block[2] >= size]
         if not fitting:
             return None
-        best = min(fitting, key=lambda piece: piece[2])
+        best = min(fitting, key=lambda block: block[2])
         self.free.remove(best)
         index, start, room = best
         if room > size:
             self.free.append((index, start + size, room - size))
         return index, start, size
 
-    def give_back(self, piece: tuple[int, int, int]) -> None:
-        """Free it, joined with its neighbours."""
-        index, start, size = piece
+    def release(self, block: tuple[int, int, int]) -> None:
+        """Free a block and merge it with adjacent free blocks."""
+        index, start, size = block
         for other in list(self.free):
             if other[0] == index and other[1] + other[2] == start:
                 self.free.remove(other)

@@ -1,8 +1,7 @@
-/* Attention over a paged KV cache, read in place through the block table, for decodes and
- * prompts alike.
+/* Attention over a paged KV cache, read in place through the block table, for decodes and prompts.
  *
- * Sums run in an order that a sequence alone determines: neither the rest of the batch nor the number of threads
- * changes a result.
+ * The order of sums depends on the sequence only: results depend neither on the rest of the batch nor on the number of
+ * threads.
  */
 #include <omp.h>
 #include <stdlib.h>
@@ -11,26 +10,26 @@
 #include "attention_tiles.h"
 #include "call.h"
 
-#define FEWEST_ROWS_IN_TILES 32 /* of a sequence with a key/value head; measured */
-#define ROWS_A_TASK 64          /* bounds what a task keeps in the nearest caches */
-#define TILE_ROWS_A_TASK 384    /* the same in tiles, for the cache of a core */
+#define FEWEST_ROWS_IN_TILES 32 /* per sequence and key/value head; measured */
+#define ROWS_A_TASK 64          /* bounds the working set of a task to the L1 cache */
+#define TILE_ROWS_A_TASK 384    /* the same in tiles, for the L2 cache */
 #define TASKS_A_THREAD 4
-#define STORE_A_THREAD 65536 /* bytes that are worth waking a thread for */
+#define STORE_A_THREAD 65536 /* least bytes per thread */
 
-/* Up to how many query tokens this is faster than torch, measured; with matrix units torch is soon ahead. */
+/* The most query tokens for which this is faster than torch (measured); lower on CPUs with matrix units. */
 #if LANES >= 8 && !defined(__AMX_BF16__)
 const int64_t longest_query = INT64_MAX;
 #else
 const int64_t longest_query = 16;
 #endif
 
-/* How the work on one sequence is cut: queries and key/value heads a task. */
+/* Division of one sequence into tasks: queries and key/value heads per task. */
 struct cut {
     int64_t queries, heads, tasks_a_query, tasks;
     int in_tiles;
 };
 
-/* Rows of a task in tiles: fewer where threads would have nothing to do. */
+/* Rows per task in tiles; fewer if threads would be idle. */
 static int64_t tile_rows(const struct batch *b, const struct layer *l, int64_t s, int threads) {
     const int64_t share = b->count * b->lengths[s] * l->groups * l->heads / (TASKS_A_THREAD * threads);
     if (threads == 1 || share > TILE_ROWS_A_TASK) return TILE_ROWS_A_TASK;
@@ -50,7 +49,7 @@ static struct cut cut_of(const struct batch *b, const struct layer *l, int64_t s
     return cut;
 }
 
-/* The kernels of a type, each a function of its own: in one, the compiler keeps less of what they hold in registers. */
+/* The kernels of a type. Separate functions, because the compiler spills more registers in a single one. */
 #define KERNELS(name, type)                                                                                      \
     static APART void attend_rows_##name(const struct batch *b, const struct layer *l, int64_t s, int64_t from,  \
                                          int64_t length, int64_t first, int64_t heads, char *memory) {           \
@@ -79,11 +78,11 @@ static void run_task(const struct batch *b, const struct layer *l, int64_t s, in
         (type == BFLOAT16 ? attend_rows_bfloat16 : attend_rows_float32)(b, l, s, from, length, first, heads, memory);
 }
 
-/* All tasks of all sequences, shared out among the threads. Returns 0, or 1 when memory ran out. */
+/* Run all tasks of all sequences on all threads. Returns 0, or 1 if out of memory. */
 static int attend(const struct batch *b, const struct layer *l, enum type type) {
     const int threads = omp_get_max_threads();
     int64_t most_rows = 0, most_tile_rows = 0, total = 0;
-    int64_t *ends = malloc(b->count * sizeof *ends); /* the number of tasks up to a sequence and with it */
+    int64_t *ends = malloc(b->count * sizeof *ends); /* number of tasks up to and including a sequence */
     if (!ends) return 1;
     for (int64_t s = 0; s < b->count; s++) {
         const struct cut cut = cut_of(b, l, s, threads);
@@ -119,7 +118,7 @@ int attend_bfloat16(const struct batch *b, const struct layer *l) { return atten
 
 int attend_float32(const struct batch *b, const struct layer *l) { return attend(b, l, FLOAT32); }
 
-/* rows of `bytes` to the slots that they belong in. */
+/* Copy rows of `bytes` to their slots. */
 void store_rows(char *cache, const int64_t *slots, const char *rows, int64_t count, int64_t bytes, int64_t stride) {
 #pragma omp parallel for schedule(static) if (count * bytes > STORE_A_THREAD)
     for (int64_t i = 0; i < count; i++) memcpy(cache + slots[i] * bytes, rows + i * stride, bytes);

@@ -2,10 +2,10 @@
 #pragma once
 #include "vector.h"
 
-struct batch { /* the sequences to attend for; their tokens are rows of the query */
+struct batch { /* sequences; their tokens are rows of the query */
     int64_t count, table_stride, block_size;
     const int64_t *rows, *lengths, *contexts; /* first row of the query, tokens there, tokens in the cache */
-    const int64_t *sequences, *tables;        /* row of the block tables, and those */
+    const int64_t *sequences, *tables;        /* row of each sequence in the block tables, and the tables */
 };
 
 struct layer {
@@ -26,7 +26,7 @@ static int64_t first_visible(const struct layer *l, int64_t position) {
     return first;
 }
 
-/* Where the tokens `start` .. `end` of sequence s are in the cache; how many. */
+/* Cache slots of the tokens `start` .. `end` of sequence s; returns their number. */
 static int64_t find(const struct batch *b, int64_t s, int64_t start, int64_t end, int64_t *slots) {
     const int64_t *table = b->tables + b->sequences[s] * b->table_stride;
     int64_t block = start / b->block_size, offset = start % b->block_size;

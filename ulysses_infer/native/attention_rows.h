@@ -1,7 +1,7 @@
-/* Attention of few query rows: a product is summed across the lanes of a vector, four keys at a time.
+/* Attention for few query rows: products are summed across vector lanes, four keys at a time.
  *
- * The positions of a sequence are taken CHUNK at a time, all query heads of a key/value head at once; the softmax is
- * carried from chunk to chunk (Milakov and Gimelshein 2018, arXiv 1805.02867).
+ * The positions of a sequence are processed in chunks of CHUNK, for all query heads of a key/value head; the softmax is
+ * computed online (Milakov and Gimelshein 2018, arXiv 1805.02867).
  */
 #pragma once
 #include <math.h>
@@ -11,7 +11,7 @@
 #define CHUNK 64
 #define BLOCK 4 /* rows whose sums are in registers at once */
 
-/* What a task remembers of one query row between chunks. */
+/* State of one query row between chunks. */
 struct state {
     float most, total, rescale;
 };
@@ -24,7 +24,7 @@ struct scratch {
 
 INLINE int64_t width_of_sum(const struct layer *l) { return (l->value_width + 63) / 64 * 64; }
 
-/* Places for `rows` query rows from `memory` on; the bytes that they take. */
+/* Lay out the buffers for `rows` query rows in `memory`; returns their size in bytes. */
 INLINE size_t place_rows(struct scratch *own, const struct layer *l, int64_t rows, char *memory) {
     own->scores = (float *)memory;
     own->sums = own->scores + rows * CHUNK;
@@ -62,7 +62,7 @@ INLINE void score(const char *const *query, const char *const *keys, const int r
         sum_four(scores + r * CHUNK, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
 }
 
-/* Scores of all rows of a head with a chunk of keys; the values are fetched meanwhile. Past `count`, the last key's. */
+/* Scores of all rows of a head with a chunk of keys; prefetches the values. Past `count` the last key is repeated. */
 INLINE void score_chunk(const struct layer *l, const char *const *query, int64_t rows, const char *const *keys,
                         const char *const *values, int64_t count, float *scores, enum type type) {
     const int64_t value_bytes = l->value_width * size_of(type);
@@ -83,7 +83,7 @@ INLINE void score_chunk(const struct layer *l, const char *const *query, int64_t
     }
 }
 
-/* Scores to weights in place, for a row that sees keys `low` .. `high` of the chunk. */
+/* Replace scores by weights for a row that sees keys `low` .. `high` of the chunk. */
 INLINE void weigh(const struct layer *l, struct state *state, float *scores, int64_t low, int64_t high,
                   enum type type) {
     state->rescale = 1;
@@ -111,7 +111,7 @@ INLINE void weigh(const struct layer *l, struct state *state, float *scores, int
     state->total = state->total * state->rescale + sum_of_lanes(added);
     state->most = most;
 #ifdef HAS_BFLOAT16_DOT
-    if (type == BFLOAT16) /* pairs of weights, as the products of pairs of values want them */
+    if (type == BFLOAT16) /* pairs of weights, for products with pairs of values */
         for (int j = 0; j < CHUNK; j += 2 * LANES) {
             __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(scores + j + LANES), _mm512_loadu_ps(scores + j));
             memcpy(scores + j / 2, &pairs, sizeof pairs);
@@ -178,7 +178,7 @@ INLINE void add_columns(const struct state *states, const float *weights, const 
         if (ahead) __builtin_prefetch(ahead[j] + at, 0, 2);
         const char *from = values[j] + at;
 #ifdef HAS_BFLOAT16_DOT
-        floats v = rest ? load_part(from, rest, FLOAT32) : load(from, FLOAT32); /* bfloat16 goes by pairs */
+        floats v = rest ? load_part(from, rest, FLOAT32) : load(from, FLOAT32); /* bfloat16 is processed in pairs */
 #else
         floats v = rest ? load_part(from, rest, type) : load(from, type);
 #endif
@@ -212,7 +212,7 @@ INLINE void add_values(const struct layer *l, const struct scratch *own, int64_t
 }
 
 #ifdef HAS_BFLOAT16_DOT
-/* The columns of a slice back in order: see `add_pairs`. */
+/* Undo the interleaving of a slice's columns (see `add_pairs`). */
 INLINE void put_pairs(bfloat16 *to, const float *sums, int64_t width, float share) {
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
@@ -244,7 +244,7 @@ INLINE void put(const struct layer *l, const struct state *state, const float *s
             ((bfloat16 *)l->output)[base + column] = bfloat16_of(sums[column] * share);
 }
 
-/* The end of the chunk that `start` is in, or `context` if that comes first. */
+/* The end of the chunk that contains `start`, at most `context`. */
 static int64_t end_of_chunk(int64_t start, int64_t context) {
     int64_t end = start - start % CHUNK + CHUNK;
     return end < context ? end : context;
@@ -253,7 +253,7 @@ static int64_t end_of_chunk(int64_t start, int64_t context) {
 INLINE void point(const char **to, const char *base, const int64_t *slots, int64_t count, int64_t heads, int64_t head,
                   int64_t width, enum type type) {
     for (int64_t j = 0; j < count; j++) to[j] = base + (slots[j] * heads + head) * width * size_of(type);
-    for (int64_t j = count; j < CHUNK; j++) to[j] = base; /* so that all may be fetched */
+    for (int64_t j = count; j < CHUNK; j++) to[j] = base; /* valid addresses for prefetching */
 }
 
 /* Queries `from` .. `from + length` of sequence s with key/value heads `first` .. `first + heads`. */

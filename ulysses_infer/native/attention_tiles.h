@@ -1,9 +1,9 @@
-/* Attention of a dozen query rows and more: a lane of a vector is a query row, so that no sum crosses lanes.
+/* Attention for a dozen query rows or more. Each vector lane holds one query row, so no sum crosses lanes.
  *
- * A number of 32 bits is a unit, and so are two bfloat16 where a product takes such pairs. A task turns its queries
- * round once; of every chunk of the cache it copies the keys and puts the values in order, for all its rows. The rows
- * then go through scores, softmax and sums in tiles of a few vectors. Chunks begin at multiples of KEYS, and what a row
- * does not see adds nothing: neither the task nor the tile that a row is in changes its result.
+ * A unit is one float32, or two bfloat16 where products take pairs. A task transposes its queries once. From every chunk
+ * of the cache it copies the keys and reorders the values, for all its rows. Scores, softmax and sums are then computed
+ * in tiles of a few vectors of rows. Chunks begin at multiples of KEYS and masked keys add nothing, so a row's result
+ * depends neither on its task nor on its tile.
  */
 #pragma once
 #include <float.h>
@@ -14,7 +14,7 @@
 #define KEYS 64        /* of a chunk */
 #define TILE_VECTORS 3 /* of rows */
 #if LANES == 16
-#define PANEL 8 /* keys, or columns of values, at a time: their sums fill the registers */
+#define PANEL 8 /* keys, or columns of values, at a time; their sums fill the registers */
 #else
 #define PANEL 4
 #endif
@@ -24,22 +24,22 @@ struct tiles {
     int64_t head;                       /* the key/value head */
     int64_t rows, vectors, count;       /* rows, vectors of them, tiles */
     int64_t key_units, key_stride;      /* of a key, and from one copied key to the next */
-    int64_t columns, most_columns;      /* of a sum, and with those that only fill vectors */
+    int64_t columns, most_columns;      /* of a sum, without and with padding to whole vectors */
     float *queries;                     /* [tile][key_units][its rows] */
     float *keys, *values;               /* [KEYS][key_stride], [columns / PANEL][units of KEYS][PANEL] */
     float *scores;                      /* [KEYS][rows of a tile]; then weights, [units of KEYS][rows of a tile] */
     float *sums;                        /* [tile][most_columns][its rows] */
-    float *best;                        /* [row of a tile]: greatest score of a chunk */
-    float *most, *total;                /* [row]: greatest score so far, weights so far */
-    int32_t *low, *high;                /* [row]: the positions that it sees */
+    float *best;                        /* [row of a tile]: maximum score of a chunk */
+    float *most, *total;                /* [row]: running maximum score, running sum of weights */
+    int32_t *low, *high;                /* [row]: the range of positions that it sees */
 };
 
-/* Numbers in a unit. */
+/* Elements per unit. */
 INLINE int numbers_of(enum type type) { return step_of(type) / LANES; }
 
 INLINE int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-/* Places for `rows` query rows from `memory` on, LINE by LINE; the bytes that they take. */
+/* Lay out the buffers for `rows` query rows in `memory`, aligned to LINE; returns their size in bytes. */
 INLINE size_t place_tiles(struct tiles *t, const struct layer *l, int64_t rows, char *memory, enum type type) {
     const int64_t numbers = numbers_of(type);
     t->rows = rows, t->vectors = (rows + LANES - 1) / LANES, t->count = (t->vectors + TILE_VECTORS - 1) / TILE_VECTORS;
@@ -59,19 +59,19 @@ INLINE size_t place_tiles(struct tiles *t, const struct layer *l, int64_t rows, 
     return used;
 }
 
-/* The first vector of a tile: tiles are of nearly equal size. */
+/* The first vector of a tile; tiles are of nearly equal size. */
 INLINE int64_t first_vector(const struct tiles *t, int64_t tile) { return t->vectors * tile / t->count; }
 
-/* -- queries, keys and values in order ------------------------------------------------------------------------- */
+/* -- layout of queries, keys and values ------------------------------------------------------------------------ */
 
-/* Up to LANES units of a row of `width` numbers from number `at` on; zero past its end. */
+/* Up to LANES units of a row of `width` elements from element `at` on; zero past its end. */
 INLINE floats load_units(const char *row, int64_t at, int64_t width, enum type type) {
     const char *from = row + at * size_of(type);
     return width - at < step_of(type) ? load_part(from, (int)(width - at), type) : load(from, type);
 }
 
-/* Queries of the tokens from row `row` of the batch on, turned round. */
-INLINE void turn_queries(const struct tiles *t, const struct layer *l, int64_t row, enum type type) {
+/* Transpose the queries of the tokens from row `row` of the batch on. */
+INLINE void transpose_queries(const struct tiles *t, const struct layer *l, int64_t row, enum type type) {
     for (int64_t tile = 0; tile < t->count; tile++) {
         const int64_t first = first_vector(t, tile), vectors = first_vector(t, tile + 1) - first;
         float *to = t->queries + first * LANES * t->key_units;
@@ -85,14 +85,14 @@ INLINE void turn_queries(const struct tiles *t, const struct layer *l, int64_t r
                     square[i] = (floats){0};
                     if (at < t->rows) square[i] = load_units(query, k * numbers_of(type), l->key_width, type);
                 }
-                turn_square(square);
+                transpose_square(square);
                 for (int64_t i = 0; i < LANES && k + i < t->key_units; i++)
                     memcpy(to + ((k + i) * vectors + v) * LANES, &square[i], sizeof *square);
             }
     }
 }
 
-/* A vector of units of values from `column` on to its panels. */
+/* Store a vector of units of values, from `column` on, in its panels. */
 INLINE void put_values(const struct tiles *t, int64_t unit, int64_t column, floats units, enum type type) {
     for (int64_t i = 0; i < LANES; i += PANEL) {
         float *to = t->values + ((column + i) * (KEYS / numbers_of(type)) + unit * PANEL);
@@ -100,7 +100,7 @@ INLINE void put_values(const struct tiles *t, int64_t unit, int64_t column, floa
     }
 }
 
-/* The keys and values of a chunk; `slots` has those from `low` on, and zeros fill up to whole panels. */
+/* Copy the keys and values of a chunk, those from `low` on at `slots`; zeros pad to whole panels. */
 INLINE void order_chunk(const struct tiles *t, const struct layer *l, const int64_t *slots, int64_t low, int64_t high,
                         enum type type) {
     const int numbers = numbers_of(type);
@@ -138,10 +138,10 @@ INLINE void order_chunk(const struct tiles *t, const struct layer *l, const int6
     }
 }
 
-/* Keys and values of the next chunk, fetched while this one is computed with. */
+/* Prefetching of the next chunk's keys and values during the computation of this chunk. */
 struct ahead {
     const int64_t *slots;
-    int64_t next, count, share; /* the one to fetch now, all of them, how many at a time */
+    int64_t next, count, share; /* next to prefetch, total, number at a time */
 };
 
 INLINE void fetch(struct ahead *ahead, const struct tiles *t, const struct layer *l, enum type type) {
@@ -156,7 +156,7 @@ INLINE void fetch(struct ahead *ahead, const struct tiles *t, const struct layer
 
 /* -- a tile with a chunk --------------------------------------------------------------------------------------- */
 
-/* held[i][v] += sent[i * stride] * rows[v], over `count` units: those of `sent` are `step` apart. */
+/* held[i][v] += sent[i * stride] * rows[v], over `count` units; those of `sent` are `step` apart. */
 INLINE void multiply(floats held[PANEL][TILE_VECTORS], const int vectors, const float *sent, int64_t stride,
                      int64_t step, const float *rows, int64_t count, enum type type) {
     for (int64_t k = 0; k < count; k++, sent += step, rows += vectors * LANES) {
@@ -169,7 +169,7 @@ INLINE void multiply(floats held[PANEL][TILE_VECTORS], const int vectors, const 
     }
 }
 
-/* Products of a tile's queries with keys `begin` .. `end`, times `factor`; the best of each row. */
+/* Scores of a tile's queries with keys `begin` .. `end`, times `factor`, and the maximum of each row. */
 INLINE void score_tile(const struct tiles *t, const struct layer *l, const float *queries, const int vectors,
                        int64_t begin, int64_t end, float factor, struct ahead *ahead, enum type type) {
     for (int i = 0; i < vectors * LANES; i++) t->best[i] = -FLT_MAX;
@@ -196,13 +196,13 @@ INLINE void cap(float *scores, const struct layer *l) {
     memcpy(scores, &capped, sizeof capped);
 }
 
-/* The soft cap on scores that were divided by it. */
+/* Apply the soft cap to scores that were divided by it. */
 INLINE void cap_tile(const struct tiles *t, const struct layer *l, const int vectors, int64_t begin, int64_t end) {
     for (int64_t i = begin * vectors; i < end * vectors; i++) cap(t->scores + i * LANES, l);
     for (int v = 0; v < vectors; v++) cap(t->best + v * LANES, l);
 }
 
-/* No score for what a row does not see of the positions from `start` on, and the best of the rest. */
+/* Mask the scores of positions from `start` on that a row does not see; the maximum of the others. */
 INLINE void hide(const struct tiles *t, const int32_t *low, const int32_t *high, const int vectors, int64_t start,
                  int64_t begin, int64_t end) {
     const integers none = (integers)splat(-INFINITY);
@@ -224,8 +224,7 @@ INLINE void hide(const struct tiles *t, const int32_t *low, const int32_t *high,
     }
 }
 
-/* Scores to weights in the same place: 2 to the power of each less the best so far. Sums so far are to be multiplied by
- * `rescale`. */
+/* Replace scores by weights, 2^(score - running maximum). Sums so far must be multiplied by `rescale`. */
 INLINE void weigh_tile(const struct tiles *t, int64_t row, const int vectors, int64_t begin, int64_t end,
                        floats rescale[TILE_VECTORS], enum type type) {
     float *most = t->most + row, *total = t->total + row, *scores = t->scores;
@@ -272,11 +271,11 @@ INLINE void add_tile(const struct tiles *t, const struct layer *l, float *sums, 
     }
 }
 
-/* What the rows of a tile take from the chunk that begins at position `start`. */
+/* Attend from the rows of a tile to the chunk that begins at position `start`. */
 INLINE void attend_tile(const struct layer *l, const struct tiles *t, int64_t first, const int vectors, int64_t start,
                         struct ahead *ahead, enum type type) {
     const int64_t row = first * LANES, lanes = vectors * LANES;
-    const int32_t *low = t->low + row, *high = t->high + row; /* neither ever falls */
+    const int32_t *low = t->low + row, *high = t->high + row; /* both ascend */
     const int64_t begin = low[0] > start ? (low[0] - start) / PANEL * PANEL : 0;
     const int64_t end = high[lanes - 1] - start < KEYS ? round_up(high[lanes - 1] - start, PANEL) : KEYS;
     if (begin >= end) return;
@@ -292,7 +291,7 @@ INLINE void attend_tile(const struct layer *l, const struct tiles *t, int64_t fi
 
 /* -- a task ---------------------------------------------------------------------------------------------------- */
 
-/* Before the first chunk: the first token is at `position`. */
+/* Initialise the state before the first chunk; the first token is at `position`. */
 static void begin_tiles(const struct tiles *t, const struct layer *l, int64_t position) {
     memset(t->sums, 0, t->vectors * LANES * t->most_columns * sizeof *t->sums);
     for (int64_t i = 0; i < t->vectors * LANES; i++) {
@@ -303,7 +302,7 @@ static void begin_tiles(const struct tiles *t, const struct layer *l, int64_t po
     }
 }
 
-/* Columns `column` .. of a row to its output, `units` of them in the lanes. */
+/* Store columns `column` .. of a row in its output; `units` lanes hold them. */
 INLINE void put_columns(const struct layer *l, int64_t row, int64_t head, int64_t column, floats units,
                         enum type type) {
     const int64_t at = (row * l->heads * l->groups + head) * l->value_width + column;
@@ -321,7 +320,7 @@ INLINE void put_columns(const struct layer *l, int64_t row, int64_t head, int64_
         memcpy(to, &units, count * size_of(type));
 }
 
-/* After the last chunk: outputs of the tokens from row `row` of the batch on. */
+/* Store the outputs, after the last chunk, of the tokens from row `row` of the batch on. */
 INLINE void put_tiles(const struct tiles *t, const struct layer *l, int64_t row, enum type type) {
     for (int64_t tile = 0; tile < t->count; tile++) {
         const int64_t first = first_vector(t, tile), lanes = (first_vector(t, tile + 1) - first) * LANES;
@@ -338,7 +337,7 @@ INLINE void put_tiles(const struct tiles *t, const struct layer *l, int64_t row,
                     if (type == BFLOAT16) square[i] = pair_up(square[i], load(sums + lanes, FLOAT32) * share);
 #endif
                 }
-                turn_square(square);
+                transpose_square(square);
                 for (int64_t i = 0; i < LANES && own + i < t->rows; i++)
                     put_columns(l, row + (own + i) / l->groups, t->head * l->groups + (own + i) % l->groups,
                                 column, square[i], type);
@@ -361,7 +360,7 @@ INLINE void attend_tiles(const struct batch *b, const struct layer *l, int64_t s
     find(b, s, low, high, slots);
     fetch(&(struct ahead){slots, 0, high - low, KEYS}, &t, l, type);
     begin_tiles(&t, l, position);
-    turn_queries(&t, l, b->rows[s] + from, type);
+    transpose_queries(&t, l, b->rows[s] + from, type);
     while (low < high) {
         const int64_t start = low / KEYS * KEYS, after = high + KEYS < context ? high + KEYS : context;
         find(b, s, high, after, next);

@@ -1,20 +1,20 @@
-/* How a CPU graph (cpu_graph.c) calls a function: its arguments are 64-bit words, numbers and addresses alike. */
+/* The calling convention of CPU graphs (cpu_graph.c): every argument, number or address, is one 64-bit integer. */
 #pragma once
 #include <stdint.h>
 #include <string.h>
 
-#define ADDRESS(i) ((void *)words_[i])
-#define NUMBER(i) (words_[i])
-#define FLOAT(i) float_of_word(words_[i])
+#define ADDRESS(i) ((void *)arguments_[i])
+#define NUMBER(i) (arguments_[i])
+#define FLOAT(i) float_of_bits(arguments_[i])
 
-static inline float float_of_word(int64_t word) {
+static inline float float_of_bits(int64_t bits) {
     float value;
-    memcpy(&value, &word, sizeof value);
+    memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-/* Define `function`_call. The second form is for functions that return a status, 0 for success. */
+/* Define `function`_call. STATUS_CALL is for functions that return a status, 0 for success. */
 #define CALL(function, ...) DEFINE_CALL(function, function(__VA_ARGS__); return 0)
 #define STATUS_CALL(function, ...) DEFINE_CALL(function, return function(__VA_ARGS__))
 #define DEFINE_CALL(function, body) \
-    int function##_call(const int64_t *words_) { body; }
+    int function##_call(const int64_t *arguments_) { body; }

@@ -1,9 +1,9 @@
-/* Collectives over shared memory: sums, all-to-alls, gathers, and messages from the first member.
+/* Collectives over shared memory: all-reduce, all-to-all, gather, and messages from rank 0.
  *
- * Each takes as many phases (phases.h) as its message needs slots.
+ * Each takes as many phases (phases.h) as its message needs slots. A member is a rank's index in its process group.
  */
 #define _GNU_SOURCE
-/* All ranks must round alike: sums are in the order of the members, whatever the loop. */
+/* All ranks must round in the same way: sums are in group order in every loop. */
 #if defined(__clang__)
 #pragma clang fp reassociate(off)
 #elif defined(__GNUC__)
@@ -75,7 +75,7 @@ static const struct {
     int64_t bytes;
 } KINDS[] = {{sum_brain, 2}, {sum_half, 2}, {sum_float, 4}, {sum_double, 8}};
 
-/* Everyone adds up everything: one phase. */
+/* Every member sums everything: one phase. */
 static int sum_directly(group_state *group, char *data, int64_t count, int kind) {
     const void *sources[group->size];
     enter(group);
@@ -91,7 +91,7 @@ static int sum_directly(group_state *group, char *data, int64_t count, int kind)
     return OK;
 }
 
-/* Each member adds up one part and the others copy it: two phases in the same slots. */
+/* Reduce-scatter and all-gather: two phases in the same slots. */
 static int sum_in_parts(group_state *group, char *data, int64_t count, int kind) {
     int size = group->size, me = group->me;
     int64_t bytes = KINDS[kind].bytes, starts[size + 1];
@@ -111,7 +111,7 @@ static int sum_in_parts(group_state *group, char *data, int64_t count, int kind)
     KINDS[kind].sum(data + mine, sources, size, starts[me + 1] - starts[me]);
     memcpy(slot + mine, data + mine, mine_end - mine);
     group->phase++;
-    group->last_use[group->turn] = group->phase;
+    group->last_use[group->slot] = group->phase;
     post(group);
     for (int step = 1; step < size; step++) {
         int member = (me + step) % size;
@@ -123,7 +123,7 @@ static int sum_in_parts(group_state *group, char *data, int64_t count, int kind)
     return OK;
 }
 
-/* Add up `count` numbers over the group, in place. */
+/* All-reduce of `count` numbers in place. */
 int group_sum(group_state *group, char *data, int64_t count, int kind) {
     if (!group) return CLOSED;
     int64_t bytes = KINDS[kind].bytes;
@@ -137,13 +137,13 @@ int group_sum(group_state *group, char *data, int64_t count, int kind) {
 /* -- all-to-alls -------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    const char *source; /* [tokens of mine, heads of all members, head_bytes], heads and tokens strided */
-    char *target;       /* [tokens of all members, heads of mine, head_bytes], dense */
+    const char *source; /* [own tokens, heads of all members, head_bytes], heads and tokens strided */
+    char *target;       /* [tokens of all members, own heads, head_bytes], dense */
     int64_t heads;      /* of one member */
     int64_t head_bytes, token_stride, head_stride;
 } piece;
 
-/* `count` of my tokens from `first` on, with the heads of `member`, densely to `target`. */
+/* Copy `count` of this member's tokens from `first` on, with the heads of `member`, densely to `target`. */
 static void pack(const piece *from, int member, int64_t first, int64_t count, char *target) {
     int64_t row = from->heads * from->head_bytes;
     const char *source = from->source + first * from->token_stride + member * from->heads * from->head_stride;
@@ -157,7 +157,7 @@ static void pack(const piece *from, int member, int64_t first, int64_t count, ch
     }
 }
 
-/* How many rows of `row` bytes go at a time; 0: a slot does not hold one. */
+/* Rows of `row` bytes per phase; 0 if a slot does not hold one. */
 static int64_t rows_at_a_time(const group_state *group, int64_t row) {
     if (row > group->slot_bytes) return 0;
     int64_t rows = least(CHUNK_BYTES, group->slot_bytes) / (row ? row : 1);
@@ -171,8 +171,8 @@ static int64_t largest(const group_state *group, const int64_t *starts) {
     return most;
 }
 
-/* My tokens for all heads become all tokens for my heads. Tokens `starts[i]` to `starts[i + 1]` are member i's.
- * A slot holds a block of rows for each member, and there one piece after the other. */
+/* All-to-all from own tokens with all heads to all tokens with own heads. Tokens `starts[i]` to `starts[i + 1]` are
+ * member i's. A slot holds a block of rows for each member, with its pieces one after another. */
 int group_tokens_to_heads(group_state *group, const int64_t *starts, const piece *pieces, int num_pieces) {
     if (!group) return CLOSED;
     int me = group->me;
@@ -214,8 +214,8 @@ static void spread(const char *source, char *target, int64_t rows, int64_t row, 
     for (int64_t i = 0; i < rows; i++) memcpy(target + i * stride, source + i * row, row);
 }
 
-/* All tokens for my heads become my tokens for all heads.
- * source: [tokens of all members, row bytes]; target: [tokens of mine, size * row bytes], both dense. */
+/* All-to-all from all tokens with own heads to own tokens with all heads.
+ * source: [tokens of all members, row bytes]; target: [own tokens, size * row bytes], both dense. */
 int group_heads_to_tokens(group_state *group, const int64_t *starts, const char *source, char *target, int64_t row) {
     if (!group) return CLOSED;
     int me = group->me;
@@ -244,7 +244,7 @@ int group_heads_to_tokens(group_state *group, const int64_t *starts, const char 
     return OK;
 }
 
-/* Bytes `starts[i]` to `starts[i + 1]` of `target` are what member i has; mine are at `source`. */
+/* All-gather: bytes `starts[i]` to `starts[i + 1]` of `target` come from member i; own data is at `source`. */
 int group_gather(group_state *group, const int64_t *starts, const char *source, char *target) {
     if (!group) return CLOSED;
     int me = group->me;
@@ -267,7 +267,7 @@ int group_gather(group_state *group, const int64_t *starts, const char *source, 
     return OK;
 }
 
-/* `bytes` of every member, one after the other, at `target` of member 0; the others do not wait for each other. */
+/* Gather `bytes` of every member at `target` of member 0; the others do not wait for each other. */
 int group_gather_to_first(group_state *group, const char *source, char *target, int64_t bytes) {
     if (!group) return CLOSED;
     int64_t step = least(CHUNK_BYTES, group->slot_bytes);
@@ -279,7 +279,7 @@ int group_gather_to_first(group_state *group, const char *source, char *target, 
             memcpy(slot_of(group, group->me), source + first, count);
             post(group);
         } else {
-            group->last_use[group->turn] = group->phase;
+            group->last_use[group->slot] = group->phase;
             for (int member = 1; member < group->size; member++) {
                 TRY(await_post(group, member));
                 memcpy(target + member * bytes + first, slot_of(group, member), count);
@@ -293,7 +293,7 @@ int group_gather_to_first(group_state *group, const char *source, char *target, 
 
 /* -- messages of member 0 ----------------------------------------------------------------------------------- */
 
-/* Member 0: leave a message for the others, in as many slots as it takes; the first begins with its length. */
+/* Member 0: send a message to the others, in as many slots as it needs; the first begins with its length. */
 int group_send(group_state *group, const char *message, int64_t length) {
     if (!group) return CLOSED;
     int64_t head = sizeof(length);
@@ -315,13 +315,13 @@ int group_receive(group_state *group, char *buffer, int64_t capacity, int64_t *l
     int64_t head = sizeof(*length);
     for (int64_t first = 0; head || first < *length; head = 0) {
         TRY(await(group, 0, 2 * (group->phase + 1)));
-        int turn = group->turn;
+        int first_slot = group->slot;
         enter(group);
         const char *slot = slot_of(group, 0);
         memcpy(length, slot, head);
         if (*length > capacity) {
             group->phase--;
-            group->turn = turn;
+            group->slot = first_slot;
             return OK;
         }
         int64_t count = least(*length - first, group->slot_bytes - head);
@@ -334,7 +334,7 @@ int group_receive(group_state *group, char *buffer, int64_t capacity, int64_t *l
 
 /* -- memory and groups -------------------------------------------------------------------------------------- */
 
-/* Map the file; NULL if that cannot be. */
+/* Map the file; NULL on error. */
 void *memory_map(int file, int64_t bytes) {
     void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     return base == MAP_FAILED ? NULL : base;
@@ -342,13 +342,13 @@ void *memory_map(int file, int64_t bytes) {
 
 void memory_unmap(void *base, int64_t bytes) { munmap(base, bytes); }
 
-/* Bytes that a group takes, in whole pages. */
+/* Bytes that a process group needs, in whole pages. */
 int64_t group_bytes(int size, int num_slots, int64_t slot_bytes) {
     return (size * ((int64_t)sizeof(member_line) + num_slots * slot_bytes) + PAGE - 1) / PAGE * PAGE;
 }
 
-/* This rank's side of the group that lies at `place`, zeroed at first. `left`: the lines of the members' flags;
- * `processes`: their pidfds. NULL without memory. */
+/* Open the process group at `place`, in zeroed memory. `left`: the members' flags; `processes`: their pidfds. Returns
+ * NULL if out of memory. */
 group_state *group_open(char *place, int size, int me, int num_slots, int64_t slot_bytes, char **left,
                         const int *processes, int64_t spin_ns, int64_t yield_ns) {
     if (num_slots > MOST_SLOTS) return NULL;
@@ -368,7 +368,7 @@ group_state *group_open(char *place, int size, int me, int num_slots, int64_t sl
 
 void group_limit(group_state *group, int64_t timeout_ns) { group->timeout_ns = timeout_ns; }
 
-/* Leave: whoever waits for this rank is let go, at once if it waits in this group. */
+/* Leave: ranks that wait for this one stop waiting, at once if they wait in this process group. */
 void group_close(group_state *group) {
     atomic_store(group->left[group->me], 1);
     syscall(SYS_futex, &group->lines[group->me].counter, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);

@@ -1,8 +1,8 @@
-"""CPU graphs: a recorded step whose calls are repeated in C on the same memory, as CUDA graphs on a GPU.
+"""CPU graphs: a recorded step is replayed on the same memory, as CUDA graphs are on a GPU.
 
-Calls into native libraries are made again in C, one after another (graph.c). What torch computed between them is
-computed by torch again and copied to where it was. Neither the model's Python nor the allocation of results is done a
-second time: for a small step they take longer than the work.
+Calls into native libraries are replayed in C (cpu_graph.c). Torch operators between them run again, and their results
+are copied to the recorded addresses. A replay skips the model's Python code and the allocation of results, which for
+small steps take longer than the work itself.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ ALLOCATIONS = frozenset(getattr(torch.ops.aten, name).default for name in ("empt
     torch.ops.aten.empty.memory_format
 }
 CONSTANTS = frozenset({torch.ops.aten.lift_fresh.default})
-"""Operators that bring in what Python knows: it may know something else the next time."""
+"""Operators that create constants from Python values, which may differ in the next step."""
 
 
 class _Call(ctypes.Structure):
-    """`struct call` of graph.c."""
+    """`struct call` of cpu_graph.c."""
 
     _fields_ = (("function", ctypes.c_void_p), ("first", ctypes.c_int64), ("kind", ctypes.c_int64))
 
 
-class _NativeRun:
-    """Native calls in a row."""
+class _NativeCalls:
+    """Consecutive native calls."""
 
-    def __init__(self, clock: ctypes.Array[ctypes.c_int64]) -> None:
+    def __init__(self, nanoseconds: ctypes.Array[ctypes.c_int64]) -> None:
         self.functions: list[NativeFunction] = []
-        self._clock = clock
-        self._words: list[int] = []
+        self._nanoseconds = nanoseconds
+        self._arguments: list[int] = []
         self._calls: list[_Call] = []
         self._status = ctypes.c_int()
         self._packed: tuple[Any, Any] | None = None
@@ -48,18 +48,18 @@ class _NativeRun:
         self._run.restype = ctypes.c_int64
 
     def add(self, function: NativeFunction, arguments: tuple[Any, ...]) -> None:
-        """Take one more call, to be made again as it was."""
-        self._calls.append(_Call(function.entry, len(self._words), KINDS.index(function.kind)))
-        self._words += [_word(kind, value) for kind, value in zip(function.arguments, arguments, strict=True)]
+        """Append a call."""
+        self._calls.append(_Call(function.entry, len(self._arguments), KINDS.index(function.kind)))
+        self._arguments += [_to_int64(kind, value) for kind, value in zip(function.arguments, arguments, strict=True)]
         self.functions.append(function)
 
     def __call__(self) -> None:
         if self._packed is None:
-            words = (ctypes.c_int64 * len(self._words))(*self._words)
-            self._packed = (_Call * len(self._calls))(*self._calls), words
-            self._words, self._calls = [], []  # there may be hundreds of graphs
-        calls, words = self._packed
-        done = self._run(calls, len(calls), words, self._clock, ctypes.byref(self._status))
+            arguments = (ctypes.c_int64 * len(self._arguments))(*self._arguments)
+            self._packed = (_Call * len(self._calls))(*self._calls), arguments
+            self._arguments, self._calls = [], []  # frees memory: there may be hundreds of graphs
+        calls, arguments = self._packed
+        done = self._run(calls, len(calls), arguments, self._nanoseconds, ctypes.byref(self._status))
         if done < len(calls):
             check = self.functions[done].check
             assert check is not None
@@ -67,21 +67,21 @@ class _NativeRun:
 
 
 class CpuGraph(TorchDispatchMode):
-    """One recorded step. What it reads and writes must stay where it is."""
+    """One recorded step. The tensors that it reads and writes must keep their addresses."""
 
     def __init__(self, arena: Arena) -> None:
         super().__init__()
         self._arena = arena
         self._parts: list[Callable[[], None]] = []
-        self._kept: list[Any] = []  # what native calls were given by reference
+        self._kept: list[Any] = []  # keeps arguments of native calls alive
         self._nanoseconds = (ctypes.c_int64 * len(KINDS))()
         self.num_native_calls = self.num_torch_calls = 0
         self.problem: str | None = None
-        """What the step does that cannot be repeated blindly, in a few words; such a graph is of no use."""
+        """Why the step cannot be replayed, or None if it can."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what this thread does meanwhile. It takes place as ever, whether it can be recorded or not."""
+        """Record what this thread runs in the context. It runs normally, even if it cannot be recorded."""
         assert recording.recorder is None
         self._arena.restart()
         recording.recorder = self
@@ -92,20 +92,20 @@ class CpuGraph(TorchDispatchMode):
             recording.recorder = None
 
     def replay(self) -> None:
-        """Do it again, on what its inputs hold now."""
+        """Run the step again on the current values of its inputs."""
         ctypes.memset(self._nanoseconds, 0, ctypes.sizeof(self._nanoseconds))
         for part in self._parts:
             part()
 
     def seconds_of(self, kind: str) -> float:
-        """Seconds that the last replay spent in native calls of a kind."""
+        """Seconds that the last replay spent in native calls of `kind`."""
         return self._nanoseconds[KINDS.index(kind)] * 1e-9
 
-    def note(self, function: NativeFunction, arguments: tuple[Any, ...]) -> None:
-        """See `Recorder.note`."""
+    def record(self, function: NativeFunction, arguments: tuple[Any, ...]) -> None:
+        """See `Recorder.record`."""
         last = self._parts[-1] if self._parts else None
-        if not isinstance(last, _NativeRun):
-            last = _NativeRun(self._nanoseconds)
+        if not isinstance(last, _NativeCalls):
+            last = _NativeCalls(self._nanoseconds)
             self._parts.append(last)
         last.add(function, arguments)
         self._kept.append(arguments)
@@ -117,7 +117,7 @@ class CpuGraph(TorchDispatchMode):
         if function in ALLOCATIONS:
             return self._arena.empty(tuple(result.shape), result.dtype)
         if function._schema.is_mutable and function.namespace == "aten":
-            self._repeat(lambda: function(*args, **kwargs))
+            self._add_torch_call(lambda: function(*args, **kwargs))
             return result
         if function not in CONSTANTS and _all_views(result, args):
             return result
@@ -126,16 +126,16 @@ class CpuGraph(TorchDispatchMode):
             return result
         kept = self._arena.empty(tuple(result.shape), result.dtype)
         kept.copy_(result)
-        self._repeat(lambda: kept.copy_(function(*args, **kwargs)))
+        self._add_torch_call(lambda: kept.copy_(function(*args, **kwargs)))
         return kept
 
-    def _repeat(self, call: Callable[[], Any]) -> None:
+    def _add_torch_call(self, call: Callable[[], Any]) -> None:
         self._parts.append(call)
         self.num_torch_calls += 1
 
 
 def _is_repeatable(function: Any) -> bool:
-    """Whether it gives a result of the same shape, which depends on nothing but its arguments' numbers."""
+    """Whether the result has a fixed shape and depends on the values of the arguments only."""
     return (
         function.namespace == "aten"
         and function not in CONSTANTS
@@ -144,8 +144,8 @@ def _is_repeatable(function: Any) -> bool:
     )
 
 
-def _word(kind: str, value: Any) -> int:
-    """An argument as the 64 bits that a graph hands on."""
+def _to_int64(kind: str, value: Any) -> int:
+    """An argument as the 64-bit integer that is passed in C."""
     if kind == "f":
         return int.from_bytes(struct.pack("f", value), "little")
     if value is None:
@@ -164,13 +164,13 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 
 
 def _is_view(result: torch.Tensor, args: Any) -> bool:
-    """Whether it lies in the memory of an argument: where that is, it will be again."""
+    """Whether `result` shares memory with an argument, so that its address is the same in a replay."""
     storage = result.untyped_storage().data_ptr()
     return any(storage == given.untyped_storage().data_ptr() for given in _tensors(args))
 
 
 def _all_views(results: Any, args: Any) -> bool:
-    """The same for one tensor or several."""
+    """Whether every tensor of `results` is a view of an argument."""
     results = [results] if isinstance(results, torch.Tensor) else results
     tensors = list(_tensors(results)) if isinstance(results, Sequence) else []
     return bool(tensors) and len(tensors) == len(results) and all(_is_view(each, args) for each in tensors)

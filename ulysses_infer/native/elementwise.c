@@ -1,7 +1,7 @@
 /* Elementwise operations of a decoder layer: norms, rotary positions, gated activations.
  *
- * Every intermediate result is rounded to the tensors' type where transformers' modeling code rounds it, so that these
- * differ from it by no more than the order of a float32 sum. The file includes itself once for each type. */
+ * Intermediate results are rounded where transformers' modeling code rounds them, so that results differ only by the
+ * order of float32 sums. The file includes itself once per type. */
 #ifndef TYPE
 #include <math.h>
 #include <stdint.h>
@@ -11,9 +11,9 @@
 #include "vector.h"
 
 #define TOGETHER 4 /* vectors of activations */
-enum { PARALLEL_FROM = 65536 }; /* elements; for fewer, waking the other threads costs more than they save */
+enum { PARALLEL_FROM = 65536 }; /* elements; for fewer, starting threads costs more than it saves */
 
-/* Do what follows `width` for every vector of `width` numbers, which begins at `i` and has `count`: LANES but for the last. */
+/* Run the statement for every vector of a row of `width` elements: it begins at `i` and has `count` elements. */
 #define EACH_VECTOR(width, ...)                                                                                  \
     do {                                                                                                         \
         int64_t i = 0;                                                                                           \
@@ -30,7 +30,7 @@ enum { PARALLEL_FROM = 65536 }; /* elements; for fewer, waking the other threads
 /* x / y for y from 1 to 2. */
 INLINE floats divided(floats x, floats y, enum type type) {
 #ifdef HAS_AVX512
-    if (type == BFLOAT16) { /* off by less than the rounding of a float32, and in a third of a division's time */
+    if (type == BFLOAT16) { /* error below float32 rounding, in a third of the time of a division */
         floats guess = (floats)_mm512_rcp14_ps((__m512)y);
         return x * (guess * (2.0f - y * guess));
     }
@@ -38,7 +38,7 @@ INLINE floats divided(floats x, floats y, enum type type) {
     return x / y;
 }
 
-/* x[v] / (1 + e^-z[v]) of `n` vectors, step by step for all of them: the steps of one wait for each other. */
+/* x[v] / (1 + e^-z[v]) for `n` vectors, interleaved to hide the latency of each step. */
 INLINE void times_sigmoid(floats *x, const floats *z, const int n, enum type type) {
     floats power[TOGETHER]; /* e^-|z|, at most 1 */
     integers positive[TOGETHER];
@@ -63,15 +63,15 @@ INLINE void gelu_tanh(floats *x, const int n, enum type type) {
     times_sigmoid(x, z, n, type);
 }
 
-/* Rows of a table, `bytes` each, to where they lie one after another. */
+/* Gather rows of a table, `bytes` each, contiguously. */
 void take_rows(char *to, const char *table, const int64_t *rows, int64_t count, int64_t bytes) {
     for (int64_t i = 0; i < count; i++) memcpy(to + i * bytes, table + rows[i] * bytes, bytes);
 }
 
 CALL(take_rows, ADDRESS(0), ADDRESS(1), ADDRESS(2), NUMBER(3), NUMBER(4))
 
-/* Of `members` tables pairs[rows][2], as `best_of_rows` makes them: for each row the column of the greatest value, the
- * lowest of equals; NaN is the greatest. */
+/* Of `members` tables pairs[rows][2], as `best_of_rows` makes them: the argmax of each row, the lowest
+ * column of equals; NaN is the greatest. */
 void best_of_members(int64_t *columns, const double *pairs, int64_t members, int64_t rows) {
     for (int64_t row = 0; row < rows; row++) {
         const double *best = pairs + 2 * row;
@@ -86,7 +86,7 @@ void best_of_members(int64_t *columns, const double *pairs, int64_t members, int
 
 CALL(best_of_members, ADDRESS(0), ADDRESS(1), NUMBER(2), NUMBER(3))
 
-/* Whole numbers in the order of floating-point ones, both zeros alike; NaN is the greatest, as torch has it. */
+/* Integers that sort like the floats; both zeros are equal, and NaN is the greatest, as in torch. */
 INLINE int32_t order_of_bf16(uint16_t bits) {
     int16_t key = (int16_t)(bits ^ (((int16_t)bits >> 15) & 0x7fff));
     return key + (key == -1);
@@ -142,7 +142,7 @@ void NAMED(rms_norm)(TYPE *normed, const TYPE *x, const TYPE *weight, int64_t ro
     }
 }
 
-/* residual += x, and the norm of that. normed, residual, x: [rows, width]; weight: [width]. */
+/* residual += x, then its norm. normed, residual, x: [rows, width]; weight: [width]. */
 void NAMED(add_rms_norm)(
     TYPE *normed, TYPE *residual, const TYPE *x, const TYPE *weight, int64_t rows, int64_t width, float eps) {
 #pragma omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)
@@ -173,8 +173,8 @@ INLINE void NAMED(rotate_token)(
         });
 }
 
-/* The first 2 * half values of every head of q and k, in place. Heads lie `head_width` apart, tokens as far as their
- * strides say; cosine, sine: [rows, 2 * half]. */
+/* Rotate the first 2 * half values of every head of q and k in place. Heads are `head_width` apart, tokens by their
+ * strides; cosine, sine: [rows, 2 * half]. */
 void NAMED(rotate)(
     TYPE *q, int64_t q_stride, int64_t q_heads, TYPE *k, int64_t k_stride, int64_t k_heads, int64_t head_width,
     const TYPE *cosine, const TYPE *sine, int64_t rows, int64_t half) {
@@ -215,7 +215,7 @@ GATED(silu_mul, silu)
 GATED(gelu_tanh_mul, gelu_tanh)
 #undef GATED
 
-/* Cosine and sine of every position times every frequency, times `scaling`: [rows, 2 * half], the halves alike. */
+/* Cosine and sine of every position times every frequency, times `scaling`: [rows, 2 * half], with equal halves. */
 void NAMED(rotary_angles)(
     TYPE *cosine, TYPE *sine, const int64_t *positions, const float *frequencies, int64_t rows, int64_t half,
     float scaling) {
@@ -230,7 +230,7 @@ void NAMED(rotary_angles)(
     }
 }
 
-/* The greatest of each row and its column counted from `first`, the lowest of equals: pairs[rows][2]. */
+/* Maximum of each row and its column plus `first`, the lowest of equals: pairs[rows][2]. */
 void NAMED(best_of_rows)(double *pairs, const TYPE *x, int64_t rows, int64_t width, int64_t stride, int64_t first) {
 #pragma omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)
     for (int64_t row = 0; row < rows; row++) {

@@ -16,22 +16,22 @@ MATMUL, ATTENTION, ELEMENTWISE, ALL_REDUCE, ALL_TO_ALL, GATHER = KINDS = (
     "all_to_all",
     "gather",
 )
-"""Kinds of work, by which a graph keeps the time."""
+"""Kinds of work that CPU graphs time separately."""
 EXCHANGES = (ALL_REDUCE, ALL_TO_ALL, GATHER)
 
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
 class Recorder(Protocol):
-    """What takes note of the calls of a thread."""
+    """Records native calls."""
 
-    def note(self, function: NativeFunction, arguments: tuple[Any, ...]) -> None:
-        """`function` has been called with `arguments`, and succeeded."""
+    def record(self, function: NativeFunction, arguments: tuple[Any, ...]) -> None:
+        """Record a successful call of `function` with `arguments`."""
         ...
 
 
 class _Recording:
-    """The recorder of this process, if one is at work: an engine runs its steps on one thread."""
+    """The active recorder of this process, if any. An engine runs its steps on one thread."""
 
     recorder: Recorder | None = None
 
@@ -40,33 +40,33 @@ recording = _Recording()
 
 
 def is_recording() -> bool:
-    """Whether calls are being noted: what they are given by address must then be theirs alone."""
+    """Whether calls are being recorded: memory passed to them by address must then not be reused."""
     return recording.recorder is not None
 
 
 class NativeFunction:
-    """`name` of `library`. `arguments`: p for an address, i for an int64, f for a float."""
+    """The function `name` of `library`. `arguments`: p for an address, i for int64, f for float."""
 
     def __init__(
         self, library: ctypes.CDLL, name: str, arguments: str, kind: str, check: Callable[[int], None] | None = None
     ) -> None:
-        """`check`, for a function that returns a status, raises what a status other than 0 means."""
+        """`check`: for a function that returns a status; raises the error for a nonzero status."""
         self.arguments, self.kind, self.check = arguments, kind, check
         self.entry = ctypes.cast(library[f"{name}_call"], ctypes.c_void_p).value
-        """Address of its form for graphs (native/call.h)."""
+        """Address of its entry point for CPU graphs (native/call.h)."""
         self._function = library[name]
         self._function.argtypes = [_TYPES[kind] for kind in arguments]
         self._function.restype = None if check is None else ctypes.c_int
 
     def __call__(self, *arguments: Any) -> None:
-        """Call it; numbers, addresses (None for null), and ctypes objects by reference."""
+        """Call the function with numbers, addresses (None for null) or ctypes objects by reference."""
         status = self._function(*arguments)
         if status and self.check is not None:
             self.check(status)
         if recording.recorder is not None:
-            recording.recorder.note(self, arguments)
+            recording.recorder.record(self, arguments)
 
 
 def native_function(library: str, name: str, arguments: str, kind: str) -> NativeFunction | None:
-    """`name` of the file `library`.c, where that can be built; None: whoever asks has another way."""
+    """The function `name` of `library`.c, or None if it cannot be built here."""
     return NativeFunction(open_library(library), name, arguments, kind) if is_available(library) else None

@@ -1,4 +1,4 @@
-"""Compiles and loads the C files of this folder: one shared library each, compiled once per machine."""
+"""Compiles and loads the C files of this folder, each as a shared library that is cached on disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLAGS = (
     "-fopenmp",
     "-Wall",
     "-Werror",
-    # What vectorising sums needs; infinities and NaN keep their meaning.
+    # Needed to vectorise sums; infinities and NaN keep their meaning.
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-signed-zeros",
@@ -35,18 +35,18 @@ FLAGS = (
 )
 BUILD_SECONDS = 120
 SWITCH = "ULYSSES_INFER_NATIVE"
-"""Set to 0 in the environment, nothing is built and torch does everything."""
+"""Environment variable; 0 disables native code, so that torch computes everything."""
 
 
 class NativeUnavailableError(Exception):
-    """Why there is no native code here, in one line. Whoever asks for it has another way and goes that."""
+    """Native code cannot be built or loaded here, with the reason in one line. Callers fall back to torch."""
 
 
 @functools.cache
 def open_library(name: str) -> ctypes.CDLL:
-    """The library of `name`.c, built unless it is kept from before. Calls into it let other threads run.
+    """Load the library of `name`.c, compiled if it is not cached. Calls into it release the GIL.
 
-    OpenMP in it uses torch's own threads, as many as `torch.set_num_threads` says.
+    It shares torch's OpenMP threads (`torch.set_num_threads`).
     Raises `NativeUnavailableError` if it cannot be built or opened here.
     """
     if os.environ.get(SWITCH) == "0":
@@ -60,17 +60,17 @@ def open_library(name: str) -> ctypes.CDLL:
 
 
 def is_available(name: str) -> bool:
-    """Whether `open_library(name)` works; the first time it says in the log why not."""
+    """Whether `open_library(name)` works; logs the reason if not."""
     try:
         open_library(name)
     except NativeUnavailableError as error:
-        logger.info("no native %s: %s; torch does it", name, error)
+        logger.info("no native %s (%s); torch is used instead", name, error)
         return False
     return True
 
 
 def _built(source: Path) -> Path:
-    """The shared library of `source`, from the cache or made now: by one process, while the others wait."""
+    """The shared library of `source`, from the cache or compiled now, by one process while others wait."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
     if compiler is None:
         raise NativeUnavailableError("no C compiler (cc, gcc, clang or $CC) was found")
@@ -81,7 +81,7 @@ def _built(source: Path) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target.with_suffix(".lock"), "w") as lock:  # held by a process, not by a file: nothing to go stale
+        with open(target.with_suffix(".lock"), "w") as lock:  # released when its process ends, so it cannot go stale
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_file():
                 _compile(compiler, source, target)
@@ -94,7 +94,7 @@ def _compile(compiler: str, source: Path, target: Path) -> None:
     unfinished = target.with_suffix(f".{os.getpid()}.o")
     library = target.with_suffix(f".{os.getpid()}")
     try:
-        # Linked without OpenMP: its functions are those of the runtime that torch has loaded already.
+        # Linked without OpenMP: torch has loaded its runtime already.
         for command in (
             [compiler, *FLAGS, "-c", str(source), "-o", str(unfinished)],
             [compiler, "-shared", str(unfinished), "-lm", "-o", str(library)],
@@ -102,17 +102,17 @@ def _compile(compiler: str, source: Path, target: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
             if done.returncode:
                 reason = next(iter(done.stderr.strip().splitlines()), f"exit {done.returncode}")
-                raise NativeUnavailableError(f"{compiler} does not build {source.name}: {reason}")
+                raise NativeUnavailableError(f"{compiler} cannot compile {source.name}: {reason}")
         library.replace(target)
     except subprocess.TimeoutExpired:
-        raise NativeUnavailableError(f"{compiler} took more than {BUILD_SECONDS} s over {source.name}") from None
+        raise NativeUnavailableError(f"{compiler} took more than {BUILD_SECONDS} s to compile {source.name}") from None
     finally:
         unfinished.unlink(missing_ok=True)
         library.unlink(missing_ok=True)
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by machines of several kinds."""
+    """What -march=native depends on: different machines may share the cache folder."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     wanted = ("model name", "flags", "Features", "CPU part")
@@ -121,12 +121,12 @@ def _processor() -> str:
 
 @functools.cache
 def _share_openmp() -> None:
-    """Let the libraries find the OpenMP runtime that torch came with; a second one would bring threads of its own."""
+    """Make torch's OpenMP runtime visible to the libraries; a second runtime would create its own threads."""
     torch.get_num_threads()
     maps = Path("/proc/self/maps")
     lines = maps.read_text(encoding="utf-8").splitlines() if maps.is_file() else []
     found = {line.split()[-1] for line in lines if "libgomp" in line or "libiomp" in line or "libomp" in line}
     if not found:
-        raise NativeUnavailableError("torch has no OpenMP runtime here")
+        raise NativeUnavailableError("torch has loaded no OpenMP runtime")
     for path in sorted(found):
         ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)

@@ -1,21 +1,21 @@
-/* bfloat16 products of dozens of rows and more: a lane of a vector is an input row, so that no sum crosses lanes.
+/* bfloat16 matrix products for dozens of rows or more. Each vector lane holds one input row, so no sum crosses lanes.
  *
- * The inputs are turned round first: pairs of neighbouring numbers of all rows lie side by side. A weight row is then
- * read pair by pair, each pair sent to all lanes. Sums run over k in order, whatever the number of rows.
+ * The inputs are transposed first, in pairs of adjacent elements: a pair of all rows is contiguous. A weight row is then
+ * read pair by pair, and each pair is broadcast to all lanes. Sums run over k in order, for any number of rows.
  */
 #pragma once
 #include <stdlib.h>
 
 #include "vector.h"
 
-#define GROUP 32         /* weight rows whose sums are put out together: a cache line of each input's outputs */
+#define GROUP 32         /* weight rows whose sums are stored together: one cache line of outputs per input */
 #define PANEL_TOGETHER 8 /* weight rows at a time; twice as many with a single vector of inputs */
-#define MOST_VECTORS 3   /* of inputs at a time: with those, sums fill the registers */
-#define NEAR_BYTES (640 << 10) /* of inputs that may lie in the second cache beside the weight */
-/* Numbers of rows that go together, measured: with others, lanes without a row cost more than sums across lanes. */
+#define MOST_VECTORS 3   /* of inputs at a time: then the sums fill the registers */
+#define NEAR_BYTES (640 << 10) /* of inputs that fit in the L2 cache beside the weight */
+/* Row counts for which this is faster (measured); otherwise empty lanes cost more than sums across lanes. */
 #define ROWS_TOGETHER(rows) ((rows) >= 28 || ((rows) > 12 && (rows) <= LANES))
 
-/* Inputs turned round, `rows` of them, in blocks of 1 to MOST_VECTORS vectors: [block][width / 2][vectors * LANES]. */
+/* Transposed inputs of `rows` rows, in blocks of 1 to MOST_VECTORS vectors: [block][width / 2][vectors * LANES]. */
 struct pairs {
     uint32_t *values;
     int64_t rows, vectors, blocks;
@@ -26,11 +26,12 @@ static struct pairs pairs_of(uint32_t *values, int64_t rows) {
     return (struct pairs){values, rows, vectors, (vectors + MOST_VECTORS - 1) / MOST_VECTORS};
 }
 
-/* The first vector of a block: they are of nearly equal size. */
+/* The first vector of a block; blocks are of nearly equal size. */
 static int64_t start_of(const struct pairs *x, int64_t block) { return x->vectors * block / x->blocks; }
 
-/* Turn inputs round; lanes without a row are zero. */
-static void turn(const struct pairs *x, int64_t block, const bfloat16 *inputs, int64_t width, int64_t stride) {
+/* Transpose inputs; lanes without a row are zero. */
+static void transpose_inputs(const struct pairs *x, int64_t block, const bfloat16 *inputs, int64_t width,
+                             int64_t stride) {
     const int64_t first = start_of(x, block), vectors = start_of(x, block + 1) - first, wide = vectors * LANES;
     for (int64_t v = 0; v < vectors; v++) {
         const int64_t row = (first + v) * LANES, rows = x->rows - row < LANES ? x->rows - row : LANES;
@@ -42,7 +43,7 @@ static void turn(const struct pairs *x, int64_t block, const bfloat16 *inputs, i
             UNROLL for (int i = 0; i < LANES; i++)
                 words[i] = i < rows ? (floats)_mm512_maskz_loadu_epi32(there, inputs + (row + i) * stride + 2 * k)
                                     : (floats){0};
-            turn_square(words);
+            transpose_square(words);
             if (count == LANES)
                 UNROLL for (int i = 0; i < LANES; i++) _mm512_storeu_ps(to + i * wide, (__m512)words[i]);
             else
@@ -51,8 +52,8 @@ static void turn(const struct pairs *x, int64_t block, const bfloat16 *inputs, i
     }
 }
 
-/* Sums of `panel` weight rows, `bytes` apart, with `count` vectors of inputs: sums[panel][MOST_VECTORS * LANES]. Lines of
- * `fetched` rows from `next` on are fetched meanwhile. */
+/* Sums of `panel` weight rows, `bytes` apart, with `count` vectors of inputs: sums[panel][MOST_VECTORS * LANES].
+ * Prefetches `fetched` rows from `next` on. */
 INLINE void add_pairs_of(const uint32_t *values, const int count, const char *weight, int64_t bytes, const int panel,
                          int64_t width, const char *next, int fetched, float *sums) {
     __m512 held[2 * PANEL_TOGETHER][MOST_VECTORS];
@@ -87,7 +88,7 @@ INLINE void add_block(const uint32_t *values, int64_t vectors, const char *weigh
     }
 }
 
-/* The sums of GROUP weight rows, [GROUP][MOST_VECTORS * LANES], to where each of `rows` inputs has its outputs. */
+/* Store the sums of GROUP weight rows, [GROUP][MOST_VECTORS * LANES], in the outputs of `rows` inputs. */
 static void put_group(const float *sums, const float *bias, int64_t rows, bfloat16 *to, int64_t stride) {
     const int64_t wide = MOST_VECTORS * LANES;
     for (int64_t v = 0; v * LANES < rows; v++) {
@@ -98,7 +99,7 @@ static void put_group(const float *sums, const float *bias, int64_t rows, bfloat
             floats square[LANES];
             UNROLL for (int i = 0; i < LANES; i++)
                 square[i] = (floats)_mm512_loadu_ps(from + i * wide) + bias[part + i];
-            turn_square(square);
+            transpose_square(square);
             UNROLL for (int t = 0; t < LANES; t++)
                 if (t < left) give(out + t * stride, square[t], BFLOAT16);
         }

@@ -1,9 +1,9 @@
 /* Matrix products of a few input rows: the weight is read once, in order, at memory speed.
  *
- * outputs[t, n] = sum over k of inputs[t, k] * weight[n, k], plus bias[n]. A panel of weight rows meets a block of input
- * rows in registers, one sum a pair; while it does, the next panel is fetched. Every sum runs over k in the same order
- * whatever the number of input rows, so a row's result does not depend on the rows that it is computed with. In bfloat16
- * 13 to 16 rows, and 28 and more, go another way (many_rows.h), of which the same is true.
+ * outputs[t, n] = sum over k of inputs[t, k] * weight[n, k], plus bias[n]. A panel of weight rows is multiplied
+ * with a block of input rows, with all sums in registers, while the next panel is prefetched. Every sum runs over k in
+ * the same order for any number of input rows, so a row's result does not depend on the other rows of the batch. bfloat16
+ * products of 13 to 16 rows, and of 28 or more, use many_rows.h, for which the same holds.
  */
 #include "call.h"
 #include "vector.h"
@@ -16,7 +16,7 @@
 #else
 #define MOST_ROWS 2
 #endif
-/* Up to how many rows this is faster than torch, measured; with matrix units torch is soon ahead. */
+/* The most rows for which this is faster than torch (measured); lower on CPUs with matrix units. */
 #ifdef __AMX_BF16__
 const int64_t most_rows_bfloat16 = 8;
 #elif defined(HAS_BFLOAT16_DOT)
@@ -28,7 +28,7 @@ const int64_t most_rows_float32 = 64;
 
 #define WIDE_PANEL 8
 #define PANEL 4
-#define WORK_A_THREAD (1 << 17) /* multiplications that are worth waking a thread for */
+#define WORK_A_THREAD (1 << 17) /* least multiplications per thread */
 
 struct product {
     const char *inputs, *weight, *bias; /* bias may be null */
@@ -51,8 +51,8 @@ INLINE void put(const struct product *p, int64_t t, int64_t n, float sum, enum t
         ((bfloat16 *)p->outputs)[place] = bfloat16_of(value);
 }
 
-/* Rows t .. t+rows of the inputs with rows n .. n+panel of the weight. Lines of the rows `ahead` .. `end` of the
- * weight, if there are any, are fetched meanwhile. */
+/* Rows t .. t+rows of the inputs with rows n .. n+panel of the weight. Prefetches the rows `ahead` .. `end` of the
+ * weight, if any. */
 INLINE void tile(const struct product *p, int64_t t, int64_t n, const int rows, const int panel, int64_t ahead,
                  int64_t end, enum type type) {
     const size_t size = size_of(type);
@@ -94,7 +94,7 @@ INLINE void tile(const struct product *p, int64_t t, int64_t n, const int rows, 
         }
 }
 
-/* All input rows with one panel, in blocks of nearly equal size. */
+/* All input rows with one panel of the weight, in blocks of nearly equal size. */
 INLINE void panel_of(const struct product *p, int64_t n, const int panel, int64_t end, enum type type) {
     int64_t blocks = (p->num_rows + MOST_ROWS - 1) / MOST_ROWS;
     int64_t left = end - n - panel, fetched = left < panel ? (left < 0 ? 0 : left) : panel;
@@ -154,13 +154,13 @@ static void group_of(const struct product *p, const struct pairs *x, int64_t blo
         put_rest(sums, bias, rows, to, p->outputs_stride, count);
 }
 
-/* Rows of the inputs that are turned round at a time: as many whole blocks as stay in the second cache. */
+/* Input rows that are transposed at a time: as many whole blocks as fit in the L2 cache. */
 static int64_t rows_at_a_time(int64_t width) {
     const int64_t block = MOST_VECTORS * LANES, fit = NEAR_BYTES / (width * (int64_t)sizeof(bfloat16)) / block * block;
     return fit > block ? fit : block;
 }
 
-/* Returns 0 without memory for the inputs turned round. */
+/* Returns 0 if there is no memory for the transposed inputs. */
 static int multiply_together(const struct product *p) {
     const int64_t most = rows_at_a_time(p->width), held = p->num_rows < most ? p->num_rows : most;
     uint32_t *values = aligned_alloc(LINE, (held + LANES - 1) / LANES * LANES * p->width * sizeof(bfloat16));
@@ -174,7 +174,7 @@ static int multiply_together(const struct product *p) {
         part.outputs += row * p->outputs_stride * sizeof(bfloat16);
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < x.blocks; block++)
-            turn(&x, block, (const bfloat16 *)part.inputs, p->width, p->inputs_stride);
+            transpose_inputs(&x, block, (const bfloat16 *)part.inputs, p->width, p->inputs_stride);
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < (p->num_outputs + GROUP - 1) / GROUP; group++)
             for (int64_t block = 0; block < x.blocks; block++) group_of(&part, &x, block, group * GROUP);

@@ -13,12 +13,12 @@ from ulysses_infer.native.library import NativeUnavailableError, is_available, o
 
 
 class NativeMatmul:
-    """Products of up to `most_rows` rows by `native/matmul.c`; torch does the others.
+    """Products of up to `most_rows` rows by `native/matmul.c`; torch computes larger ones.
 
-    Few rows are multiplied as fast as memory gives the weight; on processors with bfloat16 dot products and without
-    matrix units, any number of them faster than by torch. A row's result does not depend on the rows it is computed
-    with, up to `most_rows` of them; but with bfloat16 dot products 13 to 16 rows, and 28 and more, are summed in
-    another order than other numbers of them. Raises `NativeUnavailableError` where the library cannot be built.
+    Few rows are multiplied at memory bandwidth. On CPUs with bfloat16 dot products and without matrix units this is
+    faster than torch for any number of rows. Up to `most_rows`, a row's result does not depend on the other rows; but
+    with bfloat16 dot products, 13 to 16 rows and 28 or more are summed in another order than other numbers of rows.
+    Raises `NativeUnavailableError` if the library cannot be built.
     """
 
     name = "native"
@@ -57,7 +57,7 @@ class NativeMatmul:
 
 
 def make_matmul(name: str, device: torch.device) -> NativeMatmul | None:
-    """What `runtime.matmul_backend` asks for; None is torch. Raises `ConfigError` if it cannot be had here."""
+    """The backend of `runtime.matmul_backend`; None means torch. Raises `ConfigError` if it is not available here."""
     if name == "torch" or (name == "auto" and (device.type != "cpu" or not is_available("matmul"))):
         return None
     if device.type != "cpu":

@@ -1,11 +1,11 @@
-/* Phases of ranks that share memory: each writes its own slot, then reads the slots of the others.
+/* Phases of ranks that share memory: in each, a rank writes its own slot, then reads the slots of the others.
  *
- * A group is one line of counters a member, and a ring of slots a member. Members run the same exchanges in the same
- * order; an exchange is one phase, or more where the message is larger than a slot. The counter of a member says how
- * far it is: 2p - 1 when what it has to say in phase p lies in its slot, 2p when it has read what it needs of the
- * others'. It writes into a slot again only when all are through with the phase that used it last, so nobody waits
- * for a barrier. Who waits spins for a moment, then yields its core, then sleeps on the counter (a futex), looking up
- * from time to time whether the other is still there.
+ * A process group has one line of counters and one ring of slots per rank. All ranks run the same collectives in the
+ * same order. A collective takes one phase, or more if the message is larger than a slot. A rank's counter shows its
+ * progress: 2p - 1 when its data of phase p is in its slot, 2p when it has read what it needs from the others. A slot
+ * is written again only when all ranks have finished the phase that used it last, so no barrier is needed. A waiting
+ * rank spins briefly, then yields its core, then sleeps on the counter (a futex) and checks now and then whether the
+ * other rank is still alive.
  */
 #pragma once
 #include <errno.h>
@@ -23,25 +23,25 @@
 #include <unistd.h>
 
 enum { LINE = 128, PAGE = 4096, MOST_SLOTS = 64 };
-enum { LOOKS_PER_CLOCK = 32, LOOK_UP_NS = 100 * 1000 * 1000 };
-/* Why an exchange failed, in the low byte; above it the member waited for. */
+enum { SPINS_PER_CLOCK = 32, ALIVE_CHECK_NS = 100 * 1000 * 1000 };
+/* Status of a collective, in the low byte; the higher bytes hold the rank that was waited for. */
 enum { OK = 0, LOST = 1, TIMED_OUT = 2, TOO_WIDE = 3, CLOSED = 4 };
 
 typedef struct {
     _Alignas(LINE) atomic_uint counter;
-    atomic_uint sleepers; /* who must be woken when the counter moves */
-    atomic_int core;      /* where it ran when it last waited */
+    atomic_uint sleepers; /* number of ranks to wake when the counter changes */
+    atomic_int core;      /* the rank's core when it last waited */
 } member_line;
 
 typedef struct {
     member_line *lines;
     char *slots; /* [size][num_slots][slot_bytes] */
     int64_t slot_bytes;
-    int size, me, num_slots, turn;
+    int size, me, num_slots, slot;
     uint32_t phase, last_use[MOST_SLOTS];
     int64_t spin_ns, yield_ns, timeout_ns;
-    atomic_uint **left;  /* a flag a member: it will not come any more */
-    int *processes;      /* a pidfd a member */
+    atomic_uint **left;  /* per rank: whether it has left */
+    int *processes;      /* pidfd per rank */
 } group_state;
 
 #define TRY(call)                     \
@@ -86,7 +86,7 @@ static int await_asleep(group_state *group, int member, uint32_t wanted, int64_t
     int status = OK;
     atomic_fetch_add(&line->sleepers, 1);
     for (;;) {
-        int lost = is_lost(group, member); /* before the counter: it may have come and then left */
+        int lost = is_lost(group, member); /* checked before the counter: the rank may have advanced and then left */
         uint32_t seen = atomic_load(&line->counter);
         if ((int32_t)(seen - wanted) >= 0) break;
         int64_t remaining = deadline - now_ns();
@@ -94,7 +94,7 @@ static int await_asleep(group_state *group, int member, uint32_t wanted, int64_t
             status = (lost ? LOST : TIMED_OUT) | member << 8;
             break;
         }
-        sleep_on(line, seen, remaining < LOOK_UP_NS ? remaining : LOOK_UP_NS);
+        sleep_on(line, seen, remaining < ALIVE_CHECK_NS ? remaining : ALIVE_CHECK_NS);
     }
     atomic_fetch_sub(&line->sleepers, 1);
     return status;
@@ -106,11 +106,11 @@ static int await(group_state *group, int member, uint32_t wanted) {
     int core = sched_getcpu();
     atomic_store_explicit(&group->lines[group->me].core, core, memory_order_relaxed);
     int64_t started = now_ns(), waited = 0;
-    /* One that shares this core cannot come while this one looks; and who sleeps is woken on a core that is free. */
+    /* A rank on the same core cannot advance while this one spins; a sleeping one is woken on a free core. */
     while (waited < group->spin_ns + group->yield_ns) {
         if (atomic_load_explicit(&line->core, memory_order_relaxed) == core) break;
         if (waited >= group->spin_ns) sched_yield();
-        for (int look = 0; look < LOOKS_PER_CLOCK; look++) {
+        for (int spin = 0; spin < SPINS_PER_CLOCK; spin++) {
             if (has_reached(line, wanted)) return OK;
             relax();
         }
@@ -128,19 +128,19 @@ static void advance(group_state *group, uint32_t counter) {
 /* -- phases ------------------------------------------------------------------------------------------------- */
 
 static char *slot_of(group_state *group, int member) {
-    return group->slots + ((int64_t)member * group->num_slots + group->turn) * group->slot_bytes;
+    return group->slots + ((int64_t)member * group->num_slots + group->slot) * group->slot_bytes;
 }
 
-/* Take the next phase and the next slot. */
+/* Begin the next phase, with the next slot. */
 static void enter(group_state *group) {
     group->phase++;
-    group->turn = (group->turn + 1) % group->num_slots;
+    group->slot = (group->slot + 1) % group->num_slots;
 }
 
-/* Wait until nobody reads any more what this rank's slot held. */
+/* Wait until no rank reads this rank's slot any more. */
 static int claim(group_state *group) {
-    uint32_t last = group->last_use[group->turn];
-    group->last_use[group->turn] = group->phase;
+    uint32_t last = group->last_use[group->slot];
+    group->last_use[group->slot] = group->phase;
     for (int member = 0; member < group->size; member++)
         if (member != group->me) TRY(await(group, member, 2 * last));
     return OK;

@@ -1,4 +1,4 @@
-/* Vectors of this processor: operands of bfloat16 or float32, sums of float32. */
+/* SIMD vectors of this CPU: bfloat16 or float32 operands, float32 sums. */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -14,7 +14,7 @@
 #define LANES 4
 #endif
 
-/* Products of bfloat16 pairs, summed as float32, in one instruction. */
+/* The CPU multiplies bfloat16 pairs and sums in float32 in one instruction. */
 #if defined(HAS_AVX512) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_BFLOAT16_DOT 1
 #define BFLOAT16_STEP 32
@@ -33,12 +33,12 @@ typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef int32_t integers __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 
-/* Known while compiling wherever they are passed: every function that takes one is inlined. */
+/* Always compile-time constants, because every function that takes one is inlined. */
 enum type { FLOAT32, BFLOAT16 };
 
 INLINE size_t size_of(enum type type) { return type == FLOAT32 ? 4 : 2; }
 
-/* Elements that one operand holds. */
+/* Elements per operand. */
 INLINE int step_of(enum type type) { return type == FLOAT32 ? LANES : BFLOAT16_STEP; }
 
 INLINE float float_of(bfloat16 value) {
@@ -48,7 +48,7 @@ INLINE float float_of(bfloat16 value) {
     return result;
 }
 
-/* To the nearest, ties to even; NaN stays NaN. */
+/* Round to nearest, ties to even; NaN stays NaN. */
 INLINE bfloat16 bfloat16_of(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -56,7 +56,7 @@ INLINE bfloat16 bfloat16_of(float value) {
     return (bfloat16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* One operand, as bits: floats, or as many bfloat16 as `multiply_add` takes at once. */
+/* One operand, as bits: floats, or as many bfloat16 as `multiply_add` takes. */
 INLINE floats load(const void *from, enum type type) {
     floats result;
 #ifndef HAS_BFLOAT16_DOT
@@ -72,7 +72,7 @@ INLINE floats load(const void *from, enum type type) {
     return result;
 }
 
-/* An operand of `count` elements, fewer than it holds: the rest is zero and not read. */
+/* A partial operand of `count` elements: the rest is zero, and its memory is not read. */
 INLINE floats load_part(const void *from, int count, enum type type) {
 #ifdef HAS_AVX512
     if (type == FLOAT32) return (floats)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
@@ -93,7 +93,7 @@ INLINE floats multiply_add(floats sum, floats a, floats b, enum type type) {
 }
 
 #ifdef HAS_BFLOAT16_DOT
-/* In lane i the halves i and i + `distance` of what a permutation is given. */
+/* A permutation: lane i holds the 16-bit halves i and i + `distance`. */
 INLINE __m512i halves_apart(int distance) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(distance << 16));
@@ -113,7 +113,7 @@ INLINE void interleave(floats first, floats second, floats both[2]) {
 }
 #endif
 
-/* `x` in a register from here on: not read from memory again for each of its uses. */
+/* Keep `x` in a register, so that it is not read from memory again for each use. */
 INLINE floats in_register(floats x) {
 #ifdef HAS_AVX512
     __asm__("" : "+v"(x));
@@ -121,7 +121,7 @@ INLINE floats in_register(floats x) {
     return x;
 }
 
-/* 32 bits to all lanes. */
+/* Broadcast 32 bits to all lanes. */
 INLINE floats to_all_lanes(const void *from) {
     uint32_t bits;
     memcpy(&bits, from, sizeof bits);
@@ -129,8 +129,8 @@ INLINE floats to_all_lanes(const void *from) {
     return (floats)all;
 }
 
-/* Rows to columns. */
-INLINE void turn_square(floats square[LANES]) {
+/* Transpose in place. */
+INLINE void transpose_square(floats square[LANES]) {
 #ifdef HAS_AVX512
     __m512 pairs[LANES], fours[LANES];
     UNROLL for (int i = 0; i < LANES; i += 2) {
@@ -160,7 +160,7 @@ INLINE void turn_square(floats square[LANES]) {
 #endif
 }
 
-/* The lanes of a vector added up, always in the same order. */
+/* Sum of the lanes, always in the same order. */
 INLINE float sum_of_lanes(floats vector) {
     float lanes[LANES];
     memcpy(lanes, &vector, sizeof lanes);
@@ -184,7 +184,7 @@ INLINE void sum_four(float sums[4], floats a, floats b, floats c, floats d) {
 
 INLINE floats splat(float value) { return value - (floats){0}; }
 
-/* e to the power of x, for x no greater than 0; relative error below 2e-7. */
+/* e^x for x <= 0; relative error below 2e-7. */
 INLINE floats exp_of(floats x) {
     integers visible = ~(x <= -87.0f); /* NaN too */
     floats clamped = (floats)((integers)x & visible);
@@ -204,7 +204,7 @@ INLINE floats exp_of(floats x) {
 
 INLINE float exp_of_one(float x) { return exp_of(splat(x))[0]; }
 
-/* 2 to the power of x, for x no greater than 0: exact for 0, 0 from -126 on; NaN stays NaN. The relative error is below
+/* 2^x for x <= 0: exact for 0, zero below -126; NaN stays NaN. The relative error is below
  * 2e-7, and below 3e-6 where the result is to be a bfloat16. */
 INLINE floats exp2_of(floats x, enum type type) {
 #ifdef HAS_AVX512
@@ -235,7 +235,7 @@ INLINE floats exp2_of(floats x, enum type type) {
 #endif
 }
 
-/* Lane by lane; b where either is NaN. */
+/* Elementwise; b where either is NaN. */
 INLINE floats larger_of(floats a, floats b) {
 #ifdef HAS_AVX512
     return (floats)_mm512_max_ps((__m512)a, (__m512)b);
@@ -251,7 +251,7 @@ INLINE floats tanh_of(floats x) {
     return (floats)((integers)((1.0f - small) / (1.0f + small)) | sign);
 }
 
-/* LANES numbers of memory as float32. */
+/* Load LANES elements as float32. */
 INLINE floats take(const void *from, enum type type) {
     floats result;
     if (type == FLOAT32) {
@@ -268,7 +268,7 @@ INLINE floats take(const void *from, enum type type) {
     return result;
 }
 
-/* What `x` is once it has been stored as `type`; on processors that round so, numbers below 2^-126 are zero. */
+/* `x` rounded to `type`. On CPUs that flush denormals, numbers below 2^-126 become zero. */
 INLINE floats rounded(floats x, enum type type) {
     if (type == FLOAT32) return x;
 #ifdef HAS_BFLOAT16_DOT
@@ -280,7 +280,7 @@ INLINE floats rounded(floats x, enum type type) {
 #endif
 }
 
-/* LANES numbers to memory, rounded. */
+/* Store LANES elements, rounded. */
 INLINE void give(void *to, floats x, enum type type) {
     if (type == FLOAT32) {
         memcpy(to, &x, sizeof x);
@@ -294,7 +294,7 @@ INLINE void give(void *to, floats x, enum type type) {
 #endif
 }
 
-/* The same of `count` numbers, up to LANES: the others are zero, and memory has none of them. */
+/* The same for `count` elements, up to LANES; the other lanes are zero, and their memory is not accessed. */
 INLINE floats take_some(const void *from, const int count, enum type type) {
     if (count == LANES) return take(from, type);
     char whole[LANES * 4] = {0};

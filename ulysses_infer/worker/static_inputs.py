@@ -132,5 +132,5 @@ class _CpuGroupInputs:
     def metadata(self, size: int, backend: NativeAttention, block_size: int) -> AttentionMetadata:
         slots, tables = torch.from_numpy(self._slots[:size]), torch.from_numpy(self._block_tables[:size])
         made = AttentionMetadata(slots, [], [], tables)  # lists would not change from replay to replay
-        backend.fix(made, self._context_lens[:size], block_size)
+        backend.prepare_decodes(made, self._context_lens[:size], block_size)
         return made
