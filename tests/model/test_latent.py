@@ -20,7 +20,7 @@ from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.cache.paged import FP8, CacheScales, CacheShape, PagedCache
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import ConfigError, UnsupportedModelError
-from ulysses_infer.model.injection.latent_cache import is_proved
+from ulysses_infer.model.injection.latent_cache import has_standard_expansion
 from ulysses_infer.model.injection.probe import trial_context
 from ulysses_infer.model.layers import latent_chunks
 from ulysses_infer.model.layers.latent import LatentWidths
@@ -231,7 +231,7 @@ def test_a_served_family_expands_latents_as_is_assumed(family: str) -> None:
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     kinds = [kind for name, kind in vars(module).items() if hasattr(kind, "expand_kv")]
     assert kinds
-    assert all(is_proved(kind, DEEPSEEK) for kind in kinds)
+    assert all(has_standard_expansion(kind, DEEPSEEK) for kind in kinds)
 
 
 def swap(layer: Any, plain: torch.Tensor, rotated: torch.Tensor) -> Any:

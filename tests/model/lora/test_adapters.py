@@ -143,7 +143,7 @@ def broken(adapted, tmp_path):
     ("changes", "message"),
     [
         ({"use_dora": True}, "has DoRA, which cannot be served"),
-        ({"modules_to_save": ["lm_head"]}, "has whole modules of its own"),
+        ({"modules_to_save": ["lm_head"]}, "has fully trained modules"),
         ({"bias": "all"}, "bias='all'"),
         ({"peft_type": "IA3"}, "is of type IA3; only LORA can be served"),
     ],

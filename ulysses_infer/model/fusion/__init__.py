@@ -1,1 +1,1 @@
-"""Fusion passes over a loaded model; every fused form is proved equal when the model is loaded."""
+"""Fusion passes over a loaded model; each fused module is tested for equivalence at load time."""

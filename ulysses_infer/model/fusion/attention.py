@@ -21,13 +21,13 @@ from ulysses_infer.model.layers.attention import attend_tokens
 from ulysses_infer.model.layers.norm import ShardedRMSNorm
 
 PROJECTION_NAMES = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
-"""What the projections are called: query, key, value, or all in one."""
+"""Names of the projections: query, key and value, or one packed projection."""
 
 
 class FusedAttention(nn.Module):
-    """llama's attention, with norms of queries and keys where there are some.
+    """llama's attention block, with optional query and key norms.
 
-    What it asks of attention (scaling, window) is what `source`'s own forward was seen to ask, `options`.
+    `options` (scaling, window) are those recorded from `source`'s own forward.
     """
 
     def __init__(self, source: Any, options: AttentionOptions, elementwise: Elementwise) -> None:
@@ -39,13 +39,13 @@ class FusedAttention(nn.Module):
             self.add_module(name, child)
         self.inputs: list[Projection] = find_linears(
             source, PROJECTION_NAMES
-        )  # in lists, so that each is registered once
+        )  # in a list, so that each is registered once
         self._output = _outputs(source)
         self._norms = [_child(source, QUERY_NORMS), _child(source, KEY_NORMS)]
 
     @staticmethod
     def candidate(source: Any) -> bool:
-        """Whether `source` may be such a block: it has these weights and no other."""
+        """Whether `source` has the weights of such a block and no others."""
         inputs, outputs = find_linears(source, PROJECTION_NAMES), _outputs(source)
         known = {*inputs, *outputs, _child(source, QUERY_NORMS), _child(source, KEY_NORMS)}
         return (
@@ -71,7 +71,7 @@ class FusedAttention(nn.Module):
         return output(attended.flatten(1))[None], None
 
     def _heads(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
-        """x: [t, H * d]; returns [t, H, d], normed over each head, or over all of them together."""
+        """x: [t, H * d]; returns [t, H, d], normalized per head, or over all heads together."""
         across = isinstance(norm, ShardedRMSNorm)
         if norm is not None and across:
             x = norm(x)

@@ -25,10 +25,10 @@ class _Layer:
 
 
 class FusedDecoder:
-    """llama's model: embedding, pre-norm layers, final norm, head. It holds the model's own modules and no weight."""
+    """llama's decoder: embedding, pre-norm layers, final norm, head. It runs the modules of the model."""
 
     def __init__(self, base: Any, head: nn.Module, rotary: nn.Module, elementwise: Elementwise) -> None:
-        """`rotary`: the base's own embedding of positions, or a faster form of it."""
+        """`rotary`: the rotary embedding of `base`, or its fused form."""
         self.embedding, self.rotary, self.head = base.embed_tokens, rotary, head
         self._elementwise = elementwise
         self.first_norm: FusedRMSNorm = base.layers[0].input_layernorm
@@ -40,7 +40,7 @@ class FusedDecoder:
 
     @staticmethod
     def candidate(base: Any) -> bool:
-        """Whether `base`, a model without its head, may be made of these parts and no other."""
+        """Whether `base`, a model without its head, has exactly these parts."""
         if set(children_with_weights(base)) != set(BASE_PARTS) or not hasattr(base, "rotary_emb"):
             return False
         norms = [base.norm]
@@ -67,13 +67,13 @@ class FusedDecoder:
             )
             residual, normed = layer.attention_norm.add_and_norm(attended, residual)
             residual, normed = layer.next_norm.add_and_norm(layer.feed_forward(normed), residual)
-        if len(logits_rows) < normed.shape[1]:  # they are ascending: as many as there are tokens are all of them
+        if len(logits_rows) < normed.shape[1]:  # ascending and distinct: skip the selection if it is all rows
             normed = normed.index_select(1, logits_rows)
         logits: torch.Tensor = self.head(normed)[0]
         return logits
 
     def _embedded(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if type(self.embedding) is nn.Embedding:  # others may scale what they find
+        if type(self.embedding) is nn.Embedding:  # other classes may scale the embedding
             return self._elementwise.embed(input_ids, self.embedding.weight)
         embedded: torch.Tensor = self.embedding(input_ids)
         return embedded

@@ -15,7 +15,7 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 class Elementwise(Protocol):
-    """One way of computing them. Tensors are of one dtype; every step is rounded as in transformers' own code."""
+    """Interface of the implementations. All tensors have one dtype; each operation rounds as transformers does."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x: [..., D]; weight: [D]; returns [..., D]."""
@@ -24,14 +24,14 @@ class Elementwise(Protocol):
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`residual + x` and its norm, all [..., D]. `residual` is used up: it may hold the sum afterwards."""
+        """`residual + x` and its norm, all [..., D]. May overwrite `residual` with the sum."""
         ...
 
     def apply_rotary(
         self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary positions. query: [t, Hq, d]; key: [t, Hkv, d]; cosine, sine: [t, r], r <= d, halves rotated against
-        each other. Query and key are used up."""
+        """Rotary position embedding. query: [t, Hq, d]; key: [t, Hkv, d]; cosine, sine: [t, r], r <= d, rotates the
+        two halves of the first r elements. May overwrite query and key."""
         ...
 
     def gated(self, activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -50,14 +50,14 @@ class Elementwise(Protocol):
 
 
 def make_elementwise(dtype: torch.dtype, device: torch.device) -> Elementwise:
-    """The fastest way there is for tensors of `dtype` on `device`."""
+    """The fastest implementation available for tensors of `dtype` on `device`."""
     if device.type == "cpu" and dtype in SUFFIXES and is_available("elementwise"):
         return NativeElementwise(dtype)
     return TorchElementwise(dtype)
 
 
 class TorchElementwise:
-    """In torch's own functions, on any device."""
+    """Implementation in torch, for any device."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -101,14 +101,14 @@ class TorchElementwise:
 def _apply_rotary(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """x: [t, H, d]; cosine, sine: [t, r]."""
     width = cosine.shape[-1]
-    turning, still = x[..., :width], x[..., width:]
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
-    return turned if still.shape[-1] == 0 else torch.cat((turned, still), dim=-1)
+    rotated, rest = x[..., :width], x[..., width:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
+    return rotated if rest.shape[-1] == 0 else torch.cat((rotated, rest), dim=-1)
 
 
 class NativeElementwise:
-    """In C (native/elementwise.c), one pass over memory each."""
+    """Implementation in C (native/elementwise.c): one pass over memory per operation."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         library, suffix = open_library("elementwise"), SUFFIXES[dtype]
@@ -185,17 +185,17 @@ class NativeElementwise:
         return cosine, sine
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """See `Elementwise`. The table's rows are whole: no mode cuts an embedding."""
+        """See `Elementwise`. Embeddings are replicated, so the table is contiguous."""
         output = table.new_empty(len(token_ids), table.shape[1])
         self._take_rows(output.data_ptr(), table.data_ptr(), token_ids.data_ptr(), len(token_ids), output[0].nbytes)
         return output
 
 
 def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:
-    """x: [t, H, d], copied unless each token's heads lie one after another."""
+    """x: [t, H, d], copied unless the heads of each token are contiguous."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
-    """x: [1, t, F] or [t, F], copied unless the values of a row lie one after another and rows a stride apart."""
+    """x: [1, t, F] or [t, F], copied unless each row is contiguous and the row stride is constant."""
     return x if x.stride(-1) == 1 and x.shape[:-1].numel() == x.shape[-2] else x.contiguous()

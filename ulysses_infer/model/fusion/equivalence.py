@@ -12,33 +12,33 @@ from torch import nn
 
 FACTORS = (1.0, 50.0, 0.02)  # a clamp shows on large values, an epsilon on small ones
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-5, torch.bfloat16: 3e-4}
-"""Largest mean difference, as a share of the mean value: a few roundings may fall otherwise, most may not."""
+"""Largest mean difference relative to the mean value. Allows for a few different roundings."""
 MISMATCH_ERRORS = (TypeError, AttributeError, LookupError, RuntimeError, ValueError)
-"""What running the wrong form raises: it takes, has or gives something else."""
+"""Errors raised if a replacement does not match the interface of the original."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a module was called with."""
+    """The inputs of a module call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def times(self, factor: float) -> Call:
-        """The same call with its first tensor, the hidden states, multiplied."""
+        """The same call with its hidden states multiplied by `factor`."""
         if self.args:
             return Call((self.args[0] * factor, *self.args[1:]), self.kwargs)
         return Call((), {**self.kwargs, "hidden_states": self.kwargs["hidden_states"] * factor})
 
     @property
     def hidden_states(self) -> Any:
-        """The first tensor."""
+        """The first input."""
         return self.args[0] if self.args else self.kwargs.get("hidden_states")
 
 
 @contextmanager
 def record_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
-    """The first call of each of `modules` that is made meanwhile."""
+    """Record the first call of each of `modules` within the `with` block."""
     calls: dict[nn.Module, Call] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ def record_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
 
 
 def is_equivalent_on(call: Call, source: Callable[..., Any], replacement: Callable[..., Any]) -> bool:
-    """Whether both give the same on `call`, also with its hidden states made larger and smaller."""
+    """Whether both compute the same on `call`, also with its hidden states scaled up and down."""
     for factor in FACTORS:
         scaled = call.times(factor)
         try:
@@ -65,7 +65,7 @@ def is_equivalent_on(call: Call, source: Callable[..., Any], replacement: Callab
 
 
 def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two results agree but for roundings."""
+    """Whether two results agree up to rounding."""
     if found.shape != expected.shape or found.dtype != expected.dtype or not bool(expected.isfinite().all()):
         return False
     difference = (found.float() - expected.float()).abs().mean()
@@ -73,6 +73,6 @@ def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _first(output: Any) -> torch.Tensor:
-    """The tensor of a module's output, which may come with others."""
+    """The first tensor of a module's output."""
     result: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return result

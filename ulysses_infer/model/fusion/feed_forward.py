@@ -20,11 +20,11 @@ PROJECTION_NAMES = (
     ("gate_up_proj", "down_proj"),
     ("Wi", "Wo"),
 )
-"""What the projections are called: gate, up (or both in one), down."""
+"""Names of the projections: gate, up (or both packed), down."""
 
 
 class FusedFeedForward(nn.Module):
-    """`down(activation(gate(x)) * up(x))`, gate and up computed as one where their weights are stored as one."""
+    """`down(activation(gate(x)) * up(x))`, with gate and up packed or separate."""
 
     def __init__(self, source: nn.Module, activation: str, elementwise: Elementwise) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class FusedFeedForward(nn.Module):
 
     @staticmethod
     def candidate(source: nn.Module) -> bool:
-        """Whether `source` may be such a block: its weights are a gate and an up, or both in one, and a down."""
+        """Whether `source` has the weights of such a block and no others."""
         found = find_linears(source, PROJECTION_NAMES)
         return bool(found) and set(found) == set(children_with_weights(source).values()) and not has_own_weights(source)
 

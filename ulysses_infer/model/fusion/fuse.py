@@ -1,6 +1,6 @@
-"""The fusion pass: replaces parts of a model by fused forms that are proved equal.
+"""The fusion pass: replaces modules of a model by fused ones that pass an equivalence test.
 
-Ranks decide this each for themselves: either form exchanges the same with the others.
+Each rank decides for itself, because a fused module communicates exactly as the original.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ TOKENS = (3, 5)
 
 
 def should_stack_weights(device: torch.device) -> bool:
-    """Whether weights that multiply the same input are put into one tensor, in memory of the rank's own.
+    """Whether to copy weights that multiply the same input into one tensor.
 
-    On a GPU, where one large product is faster than several small ones. On a CPU several are as fast but for some
-    microseconds, and ranks go on sharing the pages of the checkpoint's files.
+    Yes on a GPU, where one large product is faster than several small ones. On a CPU the gain is negligible, and
+    separate weights stay in file pages that ranks share.
     """
     return device.type != "cpu"
 
 
 class Fusion:
-    """Fuses one `ShiftModel`, which must have passed its dry run. `decoder` is the loop over layers, if that is fused.
+    """Fuses a `ShiftModel` that has passed the probe. `decoder` is the fused layer loop, or None.
 
-    The modules are replaced in place: theirs are the same weights under the same names.
+    Modules are replaced in place. Weights keep their names.
     """
 
     def __init__(self, model: Any) -> None:
@@ -54,7 +54,7 @@ class Fusion:
         self._context = trial_context(model.injection.layout, model.injection.base.shard, self._cache, self._attention)
         self._tokens = torch.tensor([token % model.shape.vocab_size for token in TOKENS], device=device)
         self._positions = torch.tensor([1, model.shape.max_model_len - 1], device=device)
-        # Innermost first: an attention block is proved with its norms already fused.
+        # Innermost first: attention blocks are tested with their norms already fused.
         for kind in (FusedRMSNorm, FusedFeedForward, FusedAttention):
             self._replace_all(kind)
         self.num_stacked = 0
@@ -78,7 +78,7 @@ class Fusion:
                 self.fused[type(source).__name__] += 1
 
     def _modules(self, kind: Any) -> list[nn.Module]:
-        """Where `kind` is looked for."""
+        """The modules that `kind` might replace."""
         attention = set(self.injection.attention_layers)
         if kind is FusedAttention:
             return list(self.injection.attention_layers)
@@ -87,7 +87,7 @@ class Fusion:
     def _candidates(
         self, kind: Any, source: nn.Module, call: Call | None, options: dict[int, AttentionOptions]
     ) -> Iterator[nn.Module]:
-        """What `source` may be; nothing if it did not run, or on tensors of another type than the weights."""
+        """Fused modules to try for `source`; none if it did not run, or ran on another dtype than the weights'."""
         if call is None or getattr(call.hidden_states, "dtype", None) != self.model.dtype:
             return
         if kind is FusedRMSNorm and source.weight.dtype == self.model.dtype:
@@ -98,7 +98,7 @@ class Fusion:
             yield FusedAttention(source, asked, self.elementwise)
 
     def _run(self, modules: list[nn.Module]) -> tuple[dict[nn.Module, Call], dict[int, AttentionOptions]]:
-        """What `modules` were called with in one forward of the model, and what each layer asked of attention."""
+        """The inputs of `modules` in one forward of the model, and the attention options of each layer."""
         self._cache.layers.clear()
         self._attention.options.clear()
         with record_calls(modules) as calls:
@@ -116,7 +116,7 @@ class Fusion:
             return is_equivalent_on(call, source, form)
 
     def _parents_of_modules(self) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-        """Where the model has each of its modules: (parent, name)."""
+        """All (parent, name) pairs of each module."""
         places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
         for parent in self.module.modules():
             for name, child in parent.named_children():
@@ -163,8 +163,8 @@ class Fusion:
         return source
 
     def _log_summary(self) -> None:
-        loop = "the loop over layers too" if self.decoder else "transformers' own loop over layers"
+        loop = "fused layer loop" if self.decoder else "transformers' layer loop"
         fused = ", ".join(f"{count} {name}" for name, count in self.fused.items()) or "nothing"
         kept = ", ".join(f"{count} {name}" for name, count in self.kept.items())
-        stacked = f"; {self.num_stacked} times several weights as one" if self.num_stacked else ""
+        stacked = f"; {self.num_stacked} groups of stacked weights" if self.num_stacked else ""
         logger.info("fused: %s; %s%s%s", fused, loop, stacked, f"; not fused: {kept}" if kept else "")

@@ -1,4 +1,4 @@
-"""RMS norm in one pass."""
+"""Fused RMS norm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ulysses_infer.model.layers.norm import PerHeadNorm, ShardedRMSNorm
 
 
 class FusedRMSNorm(nn.Module):
-    """`weight * x / rms(x)`, the unit vector rounded to x's type before it is children_with_weights (llama's order)."""
+    """`weight * x / rms(x)`, with `x / rms(x)` rounded to the dtype of x before the product (as in llama)."""
 
     def __init__(self, source: Any, elementwise: Elementwise) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class FusedRMSNorm(nn.Module):
 
     @staticmethod
     def candidate(source: Any) -> bool:
-        """Whether `source` may be such a norm."""
+        """Whether `source` has the weight of such a norm and no others."""
         own = dict(source.named_parameters())
         return (
             list(own) == ["weight"]
@@ -36,7 +36,7 @@ class FusedRMSNorm(nn.Module):
         return self._elementwise.rms_norm(hidden_states, self.weight, self.eps)
 
     def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`residual + x` and the norm of that, all [..., D]. `residual` is used up."""
+        """`residual + x` and its norm, all [..., D]. May overwrite `residual`."""
         return self._elementwise.add_rms_norm(x, residual, self.weight, self.eps)
 
 

@@ -1,4 +1,4 @@
-"""Several projections of one input."""
+"""Helpers for projections that share an input."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ulysses_infer.model.quantization.linear import QuantizedLinear
 
 
 class Projection(Protocol):
-    """A column-cut linear, or several in one."""
+    """One or several column-parallel linears."""
 
     def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        """inputs: [..., in]; returns what is computed of them, each part [..., out features of the mode]."""
+        """inputs: [..., in]; returns the outputs, each [..., out features of the mode]."""
         ...
 
 
 def project(projections: Iterable[Projection], inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Every part of every one of `projections` of `inputs`, in order."""
+    """The outputs of all `projections` of `inputs`, in order."""
     return [part for projection in projections for part in projection.parts(inputs)]
 
 
 def find_linears(module: nn.Module, forms: tuple[tuple[str, ...], ...]) -> list[Any]:
-    """The cut linears that `module` has under the first of `forms` (names) that it has whole; else none."""
+    """The sharded linears of `module` for the first tuple of names in `forms` that it has completely; [] if none."""
     children = dict(module.named_children())
     for names in forms:
         found = [children.get(name) for name in names]
@@ -36,10 +36,10 @@ def find_linears(module: nn.Module, forms: tuple[tuple[str, ...], ...]) -> list[
 
 
 def children_with_weights(module: nn.Module) -> dict[str, nn.Module]:
-    """The children of `module` that have weights, by name."""
+    """The children of `module` with weights, by name."""
     return {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
 
 
 def has_own_weights(module: nn.Module) -> bool:
-    """Whether `module` has weights beside those of its children."""
+    """Whether `module` has weights that are not in its children."""
     return any(True for _ in module.parameters(recurse=False))

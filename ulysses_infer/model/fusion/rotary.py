@@ -1,4 +1,4 @@
-"""Fused rotary angles."""
+"""Fused computation of rotary cosines and sines."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.equivalence import MISMATCH_ERRORS, is_close
 
 NUM_TEST_POSITIONS = 64
-"""Positions, from the first to the last that there may be."""
+"""Number of positions tested, from 0 to the last possible one."""
 
 
 class FusedRotary(nn.Module):
-    """Cosine and sine of position times frequency, scaled: every kind of rotary embedding whose frequencies are fixed.
+    """Scaled cosine and sine of position times frequency, for every rotary embedding with fixed frequencies.
 
-    It reads the frequencies of `source` where they are, and holds no weight.
+    Reads the frequencies of `source`; has no weights.
     """
 
     def __init__(self, source: Any, elementwise: Elementwise) -> None:
@@ -26,7 +26,7 @@ class FusedRotary(nn.Module):
 
     @staticmethod
     def candidate(source: Any) -> bool:
-        """Whether `source` may be such an embedding."""
+        """Whether `source` has the attributes of such an embedding."""
         frequencies = getattr(source, "inv_freq", None)
         return (
             isinstance(frequencies, torch.Tensor)
@@ -36,14 +36,14 @@ class FusedRotary(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [1, t, D], whose type and place the result has; position_ids: [1, t] int64; returns two of [1, t, r]."""
+        """x: [1, t, D], which sets dtype and device; position_ids: [1, t] int64; returns two of [1, t, r]."""
         (source,) = self._source
         cosine, sine = self._elementwise.rotary(position_ids[0], source.inv_freq, float(source.attention_scaling))
         return cosine[None], sine[None]
 
     @torch.inference_mode()
     def is_equal(self, hidden: torch.Tensor, last_position: int) -> bool:
-        """Whether it gives what `source` does, from the first position to the last. hidden: any of [1, 1, D]."""
+        """Whether it computes the same as `source` up to `last_position`. hidden: any [1, 1, D]."""
         (source,) = self._source
         positions = torch.linspace(
             0, last_position, NUM_TEST_POSITIONS, dtype=torch.float64, device=hidden.device

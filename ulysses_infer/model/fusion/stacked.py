@@ -13,11 +13,11 @@ from ulysses_infer.parallel.layout import Place, Span
 
 
 class StackedLinears:
-    """Makes one matrix product of `linears`, whose parameters become views of one tensor: nothing is stored twice.
+    """Computes `linears` as one matrix product. Their parameters become views of one stacked tensor.
 
-    The rows go by the head shards that share the base slice, sp0 of them: first those of shard 0 in every linear, then
-    those of shard 1, and so on. Whatever a mode reads is then one run of rows. A parameter becomes [sp0, rows, in] (a
-    bias [sp0, rows]) if sp0 > 1, which, flattened, is what it was.
+    Rows are ordered by the sp0 head shards of the base slice: first the rows of shard 0 of all linears, then those of
+    shard 1, and so on. So the rows of every mode are contiguous. If sp0 > 1, parameters are reshaped to
+    [sp0, rows, in] (biases to [sp0, rows]).
     """
 
     def __init__(self, linears: Sequence[ShiftLinear], base: Place) -> None:
@@ -32,7 +32,7 @@ class StackedLinears:
 
     @staticmethod
     def fits(linears: Sequence[nn.Module], base: Place) -> bool:
-        """Whether shards never share a row (as when there are fewer key/value heads than ranks) and cut evenly."""
+        """Whether all are column-parallel and shard evenly, without shared rows (fewer KV heads than ranks)."""
         return all(
             isinstance(each, ShiftLinear)
             and each.cut == "column"
@@ -44,7 +44,7 @@ class StackedLinears:
         )
 
     def bind(self, place: Place) -> None:
-        """Read the rows of `place`'s shards from now on; views, unless the parameters have been moved meanwhile."""
+        """Switch to the rows of `place`'s shards. Copies only if the parameters have changed address."""
         if any(_is_released(each.weight) for each in self.linears):
             self._weight = self._bias = self._piece = None
             return
@@ -58,16 +58,16 @@ class StackedLinears:
         return whole[first : first + self._shards].flatten(0, 1)
 
     def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        """inputs: [..., in]; what each of the linears returns, in order."""
+        """inputs: [..., in]; returns the output of each linear, in order."""
         assert self._piece is not None
         output = linear(inputs, *self._piece)
         if self._shards == 1:
             return output.split(self._sizes, dim=-1)
         return [part.flatten(-2) for part in output.unflatten(-1, (self._shards, -1)).split(self._sizes, dim=-1)]
 
-    @torch.inference_mode(False)  # new weights are written into it later, outside of any step
+    @torch.inference_mode(False)  # weight updates write into it outside of inference mode
     def _stacked(self, name: str, before: torch.Tensor | None) -> torch.Tensor:
-        """The tensor [sp0, all rows, ...] of which the linears' parameters are parts; made of them if they are not."""
+        """The stacked tensor [sp0, all rows, ...]. Creates it unless the parameters are views of `before`."""
         parameters: list[nn.Parameter] = [getattr(each, name) for each in self.linears]
         if before is not None and all(_shares_memory(each, before) for each in parameters):
             return before
@@ -80,7 +80,7 @@ class StackedLinears:
 
 
 def _cuts_evenly(linear: ShiftLinear, base: Place) -> bool:
-    """Whether the shards that share the base slice have equal, separate runs of its rows, one after another."""
+    """Whether the shards of the base slice have equal, disjoint, consecutive ranges of its rows."""
     shards = base.mode.sp
     if shards == 1:
         return True
@@ -100,5 +100,5 @@ def _shares_memory(parameter: torch.Tensor, whole: torch.Tensor) -> bool:
 
 
 def _is_released(parameter: torch.Tensor) -> bool:
-    """Whether it has no memory of its own: one number stands for all, while the engine sleeps."""
+    """Whether its memory is released because the engine sleeps: all strides are then 0."""
     return parameter.numel() > 1 and not any(parameter.stride())

@@ -12,7 +12,7 @@ from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.layers.latent import LatentAttention, LatentWidths
 
 logger = logging.getLogger(__name__)
-HEADS, TOKENS = 2, 3  # of the test in `is_proved`
+HEADS, TOKENS = 2, 3  # of the test in `has_standard_expansion`
 TOLERANCE = 1e-9  # of values of about 1, in float64
 
 
@@ -64,12 +64,12 @@ def _reason_not_to_cache_latents(layers: list[Any]) -> str | None:
     if len(widths) > 1:
         return "its layers have latents of different widths"
     kinds = {type(layer) for layer in layers}
-    if not all(is_proved(kind, next(iter(widths))) for kind in kinds):
+    if not all(has_standard_expansion(kind, next(iter(widths))) for kind in kinds):
         return "its expand_kv is not just a product with kv_b_proj"
     return None
 
 
-def is_proved(kind: Any, widths: LatentWidths) -> bool:
+def has_standard_expansion(kind: Any, widths: LatentWidths) -> bool:
     """Whether `kind.expand_kv` computes the same keys and values as `LatentWidths.expand`, tested on random inputs."""
     generator = torch.Generator().manual_seed(0)
 

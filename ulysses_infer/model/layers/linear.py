@@ -105,7 +105,7 @@ class ShiftLinear(nn.Module):
         return torch.cat([linear(inputs, weight, bias) for weight, bias in self._pieces], dim=-1)
 
     def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The result of `forward` of a column-parallel layer, split by the parts of the sharding: q, k and v if packed."""
+        """The result of `forward` of a column-parallel layer, split into the sharding's parts: q, k and v if packed."""
         if len(self._pieces) == len(self._part_sizes):
             return [linear(inputs, weight, bias) for weight, bias in self._pieces]
         return self.forward(inputs).split(self._part_sizes, dim=-1)

@@ -1,1 +1,1 @@
-"""LoRA adapters: loaded at start, chosen per request, applied in every mode."""
+"""LoRA adapters: loaded at startup, selected per request, applied in every mode."""

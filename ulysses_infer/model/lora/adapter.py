@@ -17,12 +17,12 @@ from ulysses_infer.errors import CheckpointError, first_line
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])\.(?:default\.)?weight$")
-REFUSED = {"use_dora": "DoRA", "lora_bias": "biases of its own", "modules_to_save": "whole modules of its own"}
+UNSUPPORTED = {"use_dora": "DoRA", "lora_bias": "bias terms", "modules_to_save": "fully trained modules"}
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """What an adapter adds to one linear layer: `scaling * (x @ down.T) @ up.T`."""
+    """An adapter's weights for one linear layer, which adds `scaling * (x @ down.T) @ up.T`."""
 
     down: torch.Tensor
     """[r, in features], PEFT's lora_A."""
@@ -33,14 +33,14 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A named adapter: what it adds, by the name of the linear layer. Source: Hu et al., LoRA, arXiv 2106.09685."""
+    """A named adapter: its weights by linear layer name. Source: Hu et al., LoRA, arXiv 2106.09685."""
 
     name: str
     layers: dict[str, LoraWeights]
 
 
 def read_adapter(name: str, folder: Path) -> Adapter:
-    """Read what PEFT's `save_pretrained` wrote. Raises `CheckpointError` for anything that cannot be served."""
+    """Read an adapter saved by PEFT's `save_pretrained`. Raises `CheckpointError` if that fails."""
     settings = _settings(name, folder)
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in _tensors(name, folder).items():
@@ -52,7 +52,7 @@ def read_adapter(name: str, folder: Path) -> Adapter:
 
 
 def adapter_bytes(folder: Path) -> int:
-    """Most memory an adapter takes: its file's size."""
+    """Upper bound of an adapter's memory: its file size."""
     path = folder / WEIGHTS
     return path.stat().st_size if path.is_file() else 0
 
@@ -67,7 +67,7 @@ def _settings(name: str, folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"adapter {name!r}: {path} cannot be read: {first_line(error)}") from error
     if settings.get("peft_type") != "LORA":
         raise CheckpointError(f"adapter {name!r} is of type {settings.get('peft_type')}; only LORA can be served")
-    found = [words for key, words in REFUSED.items() if settings.get(key)]
+    found = [words for key, words in UNSUPPORTED.items() if settings.get(key)]
     if settings.get("bias", "none") != "none":
         found.append(f"bias={settings['bias']!r}")
     if found:
@@ -99,7 +99,7 @@ def _lora_weights(
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """PEFT's exceptions by layer name: a key matches the end of the name, from a dot on, and may be a pattern."""
+    """PEFT's per-layer values: a key is a regular expression that matches a suffix of the layer name."""
     for pattern, value in (patterns or {}).items():
         if re.search(rf"(?:^|\.){pattern}$", module):
             return value

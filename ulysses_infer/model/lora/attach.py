@@ -1,4 +1,4 @@
-"""Attaches adapters to the linear layers they change, with this rank's slice for every mode."""
+"""Attaches LoRA adapters to sharded linear layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ulysses_infer.parallel.sharding import Sharding
 
 
 class LinearSharding(NamedTuple):
-    """How a linear layer is cut."""
+    """How a linear layer is sharded."""
 
     cut: str
     sharding: Sharding
@@ -26,10 +26,10 @@ class LinearSharding(NamedTuple):
 
 
 class LayerAdapters:
-    """All adapters of one linear layer, added to its output by a forward hook; the layer itself knows nothing of them.
+    """All adapters of one linear layer, applied to its output by a forward hook.
 
-    A column-cut layer has its own rows of `up` and computes `down` whole. A row-cut one has its own columns of `down`:
-    the sum over the TP group is taken of the few values in between, [n, r], before `up`.
+    A column-parallel layer shards the rows of `up` and replicates `down`. A row-parallel layer shards the columns of
+    `down` and all-reduces the small intermediate result, [n, r], before `up`.
     """
 
     def __init__(self, slices: LinearSharding | None) -> None:
@@ -38,7 +38,7 @@ class LayerAdapters:
         self._views: dict[int, LoraWeights] = {}
 
     def add(self, index: int, layer: LoraWeights) -> None:
-        """Keep this rank's base slice of an adapter under its number."""
+        """Store this rank's base slice of adapter `index`."""
         if self._linear_sharding is None:
             self._stored[index] = layer
             return
@@ -46,7 +46,7 @@ class LayerAdapters:
         self._stored[index] = _select_slices(layer, self._linear_sharding.cut, spans)
 
     def bind(self, place: Place) -> None:
-        """Use the part that `place` computes from now on."""
+        """Switch to the slices of `place`."""
         self._views = self._stored
         if self._linear_sharding is not None:
             spans = self._linear_sharding.sharding.local_spans(self._linear_sharding.base, place)
@@ -54,7 +54,7 @@ class LayerAdapters:
             self._views = {index: _select_slices(layer, cut, spans) for index, layer in self._stored.items()}
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """The forward hook. inputs: ([..., in],); output: [..., out], changed in place where adapters apply."""
+        """The forward hook. inputs: ([..., in],); output: [..., out], updated in place for rows with an adapter."""
         context = step_context()
         flat = inputs[0].flatten(0, -2)
         for index, rows in context.adapters:
@@ -70,9 +70,9 @@ class LayerAdapters:
 
 
 def attach_adapters(injection: Any, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device) -> None:
-    """Hook every adapter to the layers it changes; adapter `i` has number `i + 1` in step plans.
+    """Attach `adapters` to their linear layers; adapter `i` has index `i + 1` in step plans.
 
-    Raises `CheckpointError` for a layer that is not there, cannot have one, or has another shape.
+    Raises `CheckpointError` if a layer does not exist, does not support adapters, or has another shape.
     """
     hooked: dict[str, LayerAdapters] = {}
     for index, adapter in enumerate(adapters, start=1):
@@ -83,8 +83,8 @@ def attach_adapters(injection: Any, adapters: Sequence[Adapter], dtype: torch.dt
                 module.register_forward_hook(hooked[name])
                 injection.mode_aware_layers.append(hooked[name])
             _check(adapter.name, name, layer, module)
-            moved = LoraWeights(layer.down.to(device, dtype), layer.up.to(device, dtype), layer.scaling)
-            hooked[name].add(index, moved)
+            on_device = LoraWeights(layer.down.to(device, dtype), layer.up.to(device, dtype), layer.scaling)
+            hooked[name].add(index, on_device)
 
 
 def _find(injection: Any, adapter: str, name: str) -> nn.Module:
@@ -95,7 +95,7 @@ def _find(injection: Any, adapter: str, name: str) -> nn.Module:
     if not (hasattr(module, "sharding") or type(module) is nn.Linear):
         raise CheckpointError(
             f"adapter {adapter!r} changes {name} ({type(module).__name__}); only projections of attention and "
-            "feed-forward layers can have one"
+            "feed-forward layers support adapters"
         )
     return module
 
@@ -117,7 +117,7 @@ def _check(adapter: str, name: str, layer: LoraWeights, module: Any) -> None:
 
 
 def _select_slices(layer: LoraWeights, cut: str, spans: Sequence[Span]) -> LoraWeights:
-    """The rows of `up`, or columns of `down`, at `spans`."""
+    """`layer` with only the rows of `up` (column cut) or the columns of `down` (row cut) at `spans`."""
     if cut == "column":
         return replace(layer, up=_concat_slices(layer.up, 0, spans))
     return replace(layer, down=_concat_slices(layer.down, 1, spans))

@@ -1,1 +1,1 @@
-"""From hidden states to tokens."""
+"""The vocabulary head and the sampler."""

@@ -16,9 +16,9 @@ from ulysses_infer.parallel.layout import Place, Span, even_span
 
 
 class ShardedHead(nn.Module):
-    """Rows `g * V // W ...` of the output embedding, for head shard g of W. Bound for life: no mode changes it.
+    """This rank's rows of the output embedding, the same in every mode.
 
-    A tied head is a view of the (replicated) input embedding and costs nothing.
+    A tied head is a view of the replicated input embedding and takes no memory.
     """
 
     def __init__(self, source: nn.Linear, place: Place, tied_to: nn.Embedding | None) -> None:
@@ -33,7 +33,7 @@ class ShardedHead(nn.Module):
             self.bias = nn.Parameter(source.bias.new_empty(self.vocabulary.size), requires_grad=False)
 
     def slices(self, name: str) -> tuple[int, list[Span]] | None:
-        """Which part of the full parameter `name` this rank keeps."""
+        """The part of the full parameter `name` that this rank keeps: (dimension, spans)."""
         return 0, [self.vocabulary]
 
     def rows(self) -> torch.Tensor:
@@ -44,25 +44,25 @@ class ShardedHead(nn.Module):
         return tied_to.weight[self.vocabulary.start : self.vocabulary.stop]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [1, n_mine, D], rows of my token slice; returns [1, n, V/W], all rows, my vocabulary."""
+        """hidden: [1, n_mine, D], rows of this rank's token slice; returns [1, n, V/W], all rows, local vocabulary."""
         context = step_context()
         gathered = context.collectives.gather_rows(hidden[0], context.logits_counts)
         return linear(gathered, self.rows(), self.bias)[None]
 
 
 def local_argmax(logits: torch.Tensor, vocabulary: Span) -> torch.Tensor:
-    """The best of my vocabulary for each row, ready to be compared with the other ranks'.
+    """The largest logit and its token id in the local vocabulary, for each row.
 
-    logits: [n, V/W]; returns [n, 2] float64: value, token id. Eight bytes hold any id exactly. A rank without a token
-    of its own, of more ranks than there are tokens, has the value minus infinity.
+    logits: [n, V/W]; returns [n, 2] float64, which holds any id exactly: value, token id. The value is minus infinity
+    on a rank with an empty vocabulary part (more ranks than tokens).
     """
     if not vocabulary.size:
-        nothing = logits.new_tensor([-torch.inf, vocabulary.start], dtype=torch.float64)
-        return nothing.repeat(len(logits), 1)
-    best = _native_local_argmax(logits.dtype) if logits.device.type == "cpu" else None
-    if best is not None and logits.stride(-1) == 1:
+        empty = logits.new_tensor([-torch.inf, vocabulary.start], dtype=torch.float64)
+        return empty.repeat(len(logits), 1)
+    native = _native_local_argmax(logits.dtype) if logits.device.type == "cpu" else None
+    if native is not None and logits.stride(-1) == 1:
         pairs = torch.empty(len(logits), 2, dtype=torch.float64)
-        best(pairs.data_ptr(), logits.data_ptr(), len(logits), vocabulary.size, logits.stride(0), vocabulary.start)
+        native(pairs.data_ptr(), logits.data_ptr(), len(logits), vocabulary.size, logits.stride(0), vocabulary.start)
         return pairs
     values, ids = logits.max(dim=-1)
     return torch.stack([values.double(), (ids + vocabulary.start).double()], dim=-1)
@@ -70,13 +70,13 @@ def local_argmax(logits: torch.Tensor, vocabulary: Span) -> torch.Tensor:
 
 @functools.cache
 def _native_local_argmax(dtype: torch.dtype) -> NativeFunction | None:
-    """The same in C, for numbers of `dtype` on a CPU."""
+    """The native version of `local_argmax` for `dtype`, on a CPU."""
     suffix = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(dtype)
     return None if suffix is None else native_function("elementwise", f"best_of_rows_{suffix}", "ppiiii", ELEMENTWISE)
 
 
 def global_argmax(pairs: torch.Tensor) -> torch.Tensor:
-    """Greedy tokens from every rank's `local_argmax`; ties go to the lowest id, and NaN is the greatest.
+    """Greedy tokens from every rank's `local_argmax`; ties go to the lowest id, and NaN counts as the largest.
 
     pairs: [W, n, 2]; returns [n] int64.
     """
@@ -89,7 +89,7 @@ def global_argmax(pairs: torch.Tensor) -> torch.Tensor:
 
 
 def global_argmax_torch(pairs: torch.Tensor) -> torch.Tensor:
-    """`global_argmax` on any device."""
+    """`global_argmax` in torch, on any device."""
     values, ids = pairs.unbind(-1)
     is_best = (values == values.amax(dim=0)) | values.isnan()
     return torch.where(is_best, ids, torch.inf).amin(dim=0).long()
@@ -97,12 +97,12 @@ def global_argmax_torch(pairs: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _native_global_argmax() -> NativeFunction | None:
-    """The same in C, on a CPU."""
+    """The native version of `global_argmax`, on a CPU."""
     return native_function("elementwise", "best_of_members", "ppii", ELEMENTWISE)
 
 
 def pad_shard(logits: torch.Tensor, vocab_size: int, world_size: int) -> torch.Tensor:
-    """`logits` [n, V/W] widened to the largest shard, so that uneven shards can travel in one gather."""
+    """`logits` [n, V/W] padded to the largest shard, so that uneven shards can be gathered."""
     largest = ceil_div(vocab_size, world_size)
     return F.pad(logits.float(), (0, largest - logits.shape[-1]))
 

@@ -1,13 +1,12 @@
-"""The sampler: logits rows to token ids, on rank 0.
+"""The sampler: turns logits into token ids, on rank 0.
 
-A row passes through, in vLLM's order: its grammar, allowed_token_ids, bad_words, min_tokens, logit_bias, penalties;
-then greedy rows take the likeliest token, and the others temperature, min_p, top_k, top_p and one draw. Rows that
-ask for nothing special cost one argmax.
+Logits processors run in vLLM's order: grammar, allowed_token_ids, bad_words, min_tokens, logit_bias, penalties. Then
+greedy rows take the argmax. The others apply temperature, min_p, top_k and top_p, and sample a token. Greedy rows
+without processors cost one argmax.
 
-The draw is one uniform number per token, a pure function of (seed, position in the output): neither batch,
-nor mode, nor preemption changes it. It is looked up in the cumulative distribution over the vocabulary
-in id order, summed in float64, so noise of 1e-5 in the logits changes a token only with a probability of that
-order.
+Sampling uses one uniform random number per token, a pure function of (seed, position in the output). So the result does
+not depend on batch, mode or preemption. The number is looked up in the cumulative distribution over the vocabulary in
+id order, summed in float64. So noise of 1e-5 in the logits changes a token only with a probability of that order.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ import torch
 
 from ulysses_infer.sampling_params import SamplingParams
 
-NO_TOKEN = -1  # the result of a row with no possible token: every one forbidden, or logits that are not numbers
-MAX_ELEMENTS = 2**24  # rows * vocabulary worked on at a time; bounds the temporaries to a few hundred MiB
-TOP_P_CANDIDATES = 1024  # most nuclei are smaller, and taking this many largest is far cheaper than a full sort
-CANDIDATE_GROWTH = 16  # by this factor when the nucleus is larger
+NO_TOKEN = -1  # the result of a row without any possible token: all forbidden, or logits not finite
+MAX_ELEMENTS = 2**24  # rows * vocabulary processed at a time; bounds temporaries to a few hundred MiB
+TOP_P_CANDIDATES = 1024  # most nuclei are smaller, and this top-k is far cheaper than a full sort
+CANDIDATE_GROWTH = 16  # factor of the next attempt if the nucleus is larger
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -40,7 +39,7 @@ def _splitmix64_finalizer(value: int) -> int:
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """The effective seed of output `index` of a request seeded `seed`: another one for every index."""
+    """The seed of output `index` of a request with seed `seed`."""
     return _splitmix64_finalizer(seed + index * _GOLDEN)
 
 
@@ -50,7 +49,7 @@ def uniform(seed: int, index: int) -> float:
 
 
 def needs_full_logits(params: SamplingParams) -> bool:
-    """Whether a row needs the whole vocabulary on one rank; otherwise each rank's largest logit is enough."""
+    """Whether sampling needs all logits on one rank. If not, each rank's largest logit is enough."""
     return not params.is_greedy or _has_processors(params)
 
 
@@ -66,7 +65,7 @@ def _has_processors(params: SamplingParams) -> bool:
 
 
 def reads_outputs(params: SamplingParams) -> bool:
-    """Whether the next token of a row depends on which its earlier ones are, beyond the logits."""
+    """Whether logits processors of these parameters read the earlier output tokens."""
     return bool(params.structured_outputs or params.bad_words) or _has_penalties(params)
 
 
@@ -75,9 +74,9 @@ def _has_penalties(params: SamplingParams) -> bool:
 
 
 class TokenHistory:
-    """Which tokens a row has seen, kept from step to step so that a long prompt is counted once.
+    """Token counts of a row for penalties, kept across steps so that a long prompt is counted once.
 
-    token_ids: [u] int64, the distinct tokens of prompt and output; counts: [u] float32, uses in the output.
+    token_ids: [u] int64, the distinct tokens of prompt and output; counts: [u] float32, occurrences in the output.
     """
 
     def __init__(self, prompt_token_ids: Sequence[int], device: torch.device) -> None:
@@ -88,7 +87,7 @@ class TokenHistory:
         self._num_counted = 0
 
     def update(self, output_token_ids: Sequence[int]) -> None:
-        """Count the outputs that are new since the last call."""
+        """Count the output tokens added since the last call."""
         new = output_token_ids[self._num_counted :]
         slots = [self._slots.setdefault(token, len(self._slots)) for token in new]
         num_known = len(self.token_ids)
@@ -102,22 +101,22 @@ class TokenHistory:
 
 
 class Grammar(Protocol):
-    """What an output's text must match, as far as it has come (`text/structured.py`)."""
+    """The state of a structured output (`text/structured.py`)."""
 
     @property
     def may_end(self) -> bool:
-        """Whether the output, as far as it was followed, is a whole one."""
+        """Whether the output so far is a complete match."""
 
     def penalties(self, output_token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """What to add to the logits of the token after `output_token_ids`: [V], 0 or -inf."""
+        """The bias to add to the logits after `output_token_ids`: [V], 0 or -inf."""
 
 
 @dataclass(eq=False)
 class SamplingRow:
-    """What sampling one sequence needs. Keep it while the sequence lives: it remembers the penalties' counts.
+    """Sampling state of one sequence. Keep it for the sequence's lifetime: it holds the counts for penalties.
 
-    `output_token_ids` is the sequence's own growing list; `bad_word_token_ids` comes from
-    `SamplingParams.encode_bad_words`; `seed` from `derive_seed`; `grammar`, this row's alone, from
+    `output_token_ids` is the sequence's growing list; `bad_word_token_ids` comes from
+    `SamplingParams.encode_bad_words`, `seed` from `derive_seed`, `grammar`, not shared with other rows, from
     `params.structured_outputs`.
     """
 
@@ -129,7 +128,7 @@ class SamplingRow:
     bad_word_token_ids: Sequence[Sequence[int]] = ()
     grammar: Grammar | None = None
     num_placeholders: int = 0
-    """Output tokens that are chosen, and not in the list yet."""
+    """Output tokens that are sampled but not in the list yet."""
     is_plain: bool = field(init=False)  # greedy on the raw logits
     _history: TokenHistory | None = field(init=False, default=None, repr=False)
 
@@ -138,29 +137,29 @@ class SamplingRow:
 
     @property
     def position(self) -> int:
-        """Where in the output the next token will be."""
+        """Index of the next token in the output."""
         return len(self.output_token_ids) + self.num_placeholders
 
     @property
     def may_end(self) -> bool:
-        """Whether the output is complete by its grammar, so that having no next token is no failure."""
+        """Whether the grammar lets the output end here, so that having no next token is not an error."""
         return self.grammar is not None and self.grammar.may_end
 
     @property
     def is_constrained(self) -> bool:
-        """Whether the request itself forbids tokens, so that having none left is its own doing."""
+        """Whether the request forbids tokens, so that none may be left."""
         allowed = self.params.allowed_token_ids is not None
         return allowed or self.grammar is not None or bool(self.forbidden_token_ids())
 
     def history(self, device: torch.device) -> TokenHistory:
-        """The counts of this row, up to date with `output_token_ids`."""
+        """The token counts of this row, updated with `output_token_ids`."""
         if self._history is None:
             self._history = TokenHistory(self.prompt_token_ids, device)
         self._history.update(self.output_token_ids)
         return self._history
 
     def forbidden_token_ids(self) -> list[int]:
-        """Tokens that `min_tokens` and `bad_words` rule out for the next position."""
+        """Tokens that `min_tokens` and `bad_words` forbid at the next position."""
         forbidden: list[int] = []
         if self.position < self.params.min_tokens:
             forbidden += [*self.eos_token_ids, *(self.params.stop_token_ids or ())]
@@ -172,18 +171,18 @@ class SamplingRow:
 
 
 class Sampler:
-    """Chooses the next token of each row. Stateless; what lasts from step to step lives in the rows."""
+    """Chooses the next token of each row. Stateless: state across steps is in the rows."""
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-        """One token id per row of `logits: [n, V]` float32, which is left as it is; see `choose`."""
+        """One token id per row of `logits: [n, V]` float32, which is not modified; see `choose`."""
         tokens: list[int] = self.choose(logits, rows).tolist()
         return tokens
 
     def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-        """The same as [n] int64 on the device of `logits`, for which a GPU's host does not wait (unless a row
+        """One token id per row, as [n] int64 on the device of `logits`. Does not synchronize with a GPU (unless a row
         `reads_outputs`).
 
-        A row with no possible token gets `NO_TOKEN`; the others are unharmed.
+        A row without any possible token gets `NO_TOKEN`.
         """
         tokens = torch.full((len(rows),), NO_TOKEN, dtype=torch.int64, device=logits.device)
         plain = [index for index, row in enumerate(rows) if row.is_plain]
@@ -202,9 +201,9 @@ class Sampler:
 
 
 def to_device_async(values: Sequence[Any], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`values` on the device of `like`, which is asked to copy them and not waited for."""
-    made = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
-    return made.to(like.device, non_blocking=True)
+    """Copy `values` to the device of `like` without waiting for it."""
+    on_host = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
+    return on_host.to(like.device, non_blocking=True)
 
 
 def _take_rows(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
@@ -232,7 +231,7 @@ def _choose_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[t
     return tokens, peak
 
 
-# --- processors: they change `scores: [m, V]` in place ---
+# --- logits processors: they change `scores: [m, V]` in place ---
 
 
 def _apply_processors(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -304,30 +303,30 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return to_device_async(values, like, like.dtype)[:, None]
 
 
-# --- the draw ---
+# --- random sampling ---
 
 
 def _sample_random(scores: torch.Tensor, peak: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """One random token per row of `scores: [m, V]`, by inverse of the cumulative distribution in id order."""
+    """One random token per row of `scores: [m, V]`, by inverse transform sampling in id order."""
     temperature = _column([row.params.temperature for row in rows], scores)
     weights = ((scores - peak[:, None]) / temperature).exp_()  # [m, V], the largest is 1
     _truncate(weights, [row.params for row in rows])
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     numbers = [uniform(row.seed, row.position) for row in rows]
     target = _column(numbers, cumulative) * cumulative[:, -1:]
-    # The first token whose sum exceeds the target: never one of weight 0.
+    # The first token whose cumulative weight exceeds the target; never one of weight 0.
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
 def _truncate(weights: torch.Tensor, params: Sequence[SamplingParams]) -> None:
-    """Zero what min_p, top_k and top_p leave out, in this order, each working on what the one before left."""
+    """Zero the weights excluded by min_p, then top_k, then top_p, each applied to the rest."""
     if any(p.min_p > 0 for p in params):
         weights.masked_fill_(weights < _column([p.min_p for p in params], weights), 0.0)
     vocab_size = weights.shape[1]
     cut = [index for index, p in enumerate(params) if 0 < p.top_k < vocab_size or p.top_p < 1]
     if cut:
         top_k = [min(params[i].top_k or vocab_size, vocab_size) for i in cut]
-        # A top_p of 1 keeps all: no rounding of the sums may drop the smallest.
+        # A top_p of 1 keeps all tokens, whatever the rounding of the sums.
         top_p = [params[i].top_p if params[i].top_p < 1 else torch.inf for i in cut]
         places = to_device_async(cut, weights)
         weights[places] = _keep_top_k_top_p(weights[places], top_k, _column(top_p, weights).double())
@@ -337,8 +336,8 @@ def _keep_top_k_top_p(
     weights: torch.Tensor, top_k: Sequence[int], top_p: torch.Tensor, num_candidates: int = TOP_P_CANDIDATES
 ) -> torch.Tensor:
     """`weights: [m, V]` with zeros outside the top_k: [m] largest and, of these, the top_p: [m, 1] nucleus
-    (Holtzman et al. 2020, arXiv 1904.09751). Of equal weights at the edge the lowest ids stay. On a CPU a nucleus is
-    looked for among the `num_candidates` largest weights first; a GPU sorts all, faster than it could say whether they do.
+    (Holtzman et al. 2020, arXiv 1904.09751). Of equal weights at the threshold the lowest ids stay. A CPU first
+    looks for the nucleus among the `num_candidates` largest weights; a GPU sorts all, to avoid a synchronization.
     """
     vocab_size = weights.shape[1]
     num_values = max((k for k in top_k if k < vocab_size), default=1)
@@ -361,7 +360,7 @@ def _keep_top_k_top_p(
 def _prefix_lengths(
     weights: torch.Tensor, values: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
 ) -> torch.Tensor:
-    """How many of `values: [m, c]`, a row's largest weights in descending order, stay: [m], at least one."""
+    """How many of `values: [m, c]`, a row's largest weights in descending order, are kept: [m], at least one."""
     inside = torch.arange(values.shape[1], device=values.device) < top_k[:, None]
     mass = torch.where(inside, values, 0.0).cumsum(-1, dtype=torch.float64)
     whole = weights.sum(-1, dtype=torch.float64)
@@ -371,11 +370,11 @@ def _prefix_lengths(
 
 def _keep_prefix(weights: torch.Tensor, values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """`weights: [m, V]` with zeros outside the `kept: [m]` largest; `values: [m, c]` are these, sorted."""
-    edge = values.gather(-1, kept[:, None] - 1)
-    above = weights > edge
+    threshold = values.gather(-1, kept[:, None] - 1)
+    above = weights > threshold
     room = kept[:, None] - above.sum(-1, keepdim=True)
-    at_edge = weights == edge
-    # A GPU would have to be waited for, to know whether it is needed.
-    if weights.is_cuda or bool((at_edge.sum(-1, keepdim=True) > room).any()):
-        at_edge &= at_edge.cumsum(-1) <= room
-    return torch.where(above | at_edge, weights, 0.0)
+    at_threshold = weights == threshold
+    # A GPU does it always: checking would need a synchronization.
+    if weights.is_cuda or bool((at_threshold.sum(-1, keepdim=True) > room).any()):
+        at_threshold &= at_threshold.cumsum(-1) <= room
+    return torch.where(above | at_threshold, weights, 0.0)
