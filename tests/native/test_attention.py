@@ -22,7 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def make_native(architecture="native", longest_query=1 << 40):
-    """The backend as built for `architecture`, which attends for all prompts unless told otherwise."""
+    """The backend as built for `architecture`, which attends for all prompts by default."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "open_library", lambda name: build_for(name, architecture))
         made = NativeAttention()
@@ -35,7 +35,7 @@ def make_native(architecture="native", longest_query=1 << 40):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("architecture", X86)
-def test_attention_in_c_is_attention(architecture, batch, options, heads, dtype):
+def test_native_attention_matches_the_reference(architecture, batch, options, heads, dtype):
     check(make_native(architecture), *BATCHES[batch], heads, make_options(options, heads[0]), dtype=dtype)
 
 
@@ -76,7 +76,7 @@ def test_more_query_heads_of_a_key_value_head_than_a_task_has_rows(heads):
 
 # Tokens in tiles of 16 rows and chunks of 64 keys: none of these numbers is a multiple of them, or just one.
 PROMPTS = {"whole": ([33], [33]), "later": ([49], [177]), "mixed": ([1, 64, 3, 97], [70, 64, 129, 300])}
-REACHES = {
+SPANS = {
     "all": {},
     "window": {"sliding_window": 63},
     "aligned window": {"sliding_window": 64},
@@ -87,10 +87,10 @@ REACHES = {
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2), (8, 1)], ids=str)
-@pytest.mark.parametrize("reach", REACHES)
+@pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize("batch", PROMPTS)
-def test_a_prompt_of_any_length_and_reach(batch, reach, heads, dtype):
-    options = AttentionOptions(scaling=0.2, **REACHES[reach])
+def test_a_prompt_of_any_length_and_span(batch, span, heads, dtype):
+    options = AttentionOptions(scaling=0.2, **SPANS[span])
     check(make_native(), *PROMPTS[batch], heads, options, 64, 40, 16, dtype=dtype)
 
 
@@ -117,7 +117,7 @@ def parts_of(metadata, lengths):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("architecture", X86)
-def test_a_long_prompt_in_parts_is_the_same_to_the_bit(architecture, window, dtype):
+def test_a_long_prompt_in_chunks_is_bitwise_equal(architecture, window, dtype):
     lengths = [37, 100, 41, 72]
     query, keys, values, metadata, _ = random_step([250], [287], (8, 2), 64, 64, 16, 0, dtype)
     made, options = make_native(architecture), AttentionOptions(scaling=0.125, sliding_window=window)
@@ -154,7 +154,7 @@ def test_a_decode_does_not_depend_on_the_batch(dtype):
 
 
 @pytest.mark.parametrize("lengths", [[1], [1] * 40, [30, 1, 100, 400]], ids=["one", "many", "prompts"])
-def test_the_number_of_threads_changes_nothing(lengths):
+def test_results_do_not_depend_on_the_number_of_threads(lengths):
     step = random_step(lengths, [length + 70 for length in lengths], (8, 4), 64, 64, 16, 0, torch.bfloat16)
     options, made = AttentionOptions(scaling=0.125), make_native()
     threads = torch.get_num_threads()
@@ -177,7 +177,7 @@ def test_scores_of_any_size_stay_finite():
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("architecture", X86)
 @pytest.mark.parametrize("options", ["plain", "soft cap"])
-def test_nan_is_not_hidden(options, architecture, dtype):
+def test_nan_propagates(options, architecture, dtype):
     query, keys, values, metadata, _ = random_step([1, 1], [30, 90], (4, 2), 16, 16, 4, 0, dtype)
     slot = metadata.block_tables[1, 5]
     keys[slot, 2, 1] = float("nan")
@@ -190,7 +190,7 @@ def test_nan_is_not_hidden(options, architecture, dtype):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("architecture", X86)
 @pytest.mark.parametrize("options", ["plain", "soft cap"])
-def test_nan_reaches_the_tokens_of_a_prompt_that_see_it(options, architecture, dtype):
+def test_nan_propagates_to_the_tokens_that_see_it(options, architecture, dtype):
     query, keys, values, metadata, _ = random_step([60], [80], (4, 2), 16, 16, 4, 0, dtype)
     keys[metadata.block_tables[0, 12], 3, 1] = float("nan")  # position 51, that of the query's row 31
     output = make_native(architecture).attend(query, keys, values, metadata, make_options(options, 4))
@@ -216,18 +216,18 @@ def test_each_step_has_its_own_sequences():
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_longer_queries_are_torchs(batch):
+def test_longer_queries_fall_back_to_torch(batch):
     check(make_native(longest_query=5), *BATCHES[batch], (4, 2), make_options("window", 4))
 
 
-def test_a_cache_of_another_type_is_torchs():
+def test_a_cache_of_another_type_falls_back_to_torch():
     step = random_step([1, 5], [12, 9], (4, 2), 16, 16, 4, 0, torch.float16)
     options, made = AttentionOptions(scaling=0.25), make_native()
     made._functions = {}
     assert torch.equal(outputs_of(made, step, options), outputs_of(TorchLoopAttention(), step, options))
 
 
-def test_no_memory_is_an_error():
+def test_out_of_memory_is_an_error():
     made = make_native()
     failing = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(lambda *_: 1)
     made._functions[torch.float32]._function = failing

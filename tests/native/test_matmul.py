@@ -81,7 +81,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(native, dtype):
         assert torch.equal(torch.cat([native(part, weight) for part in inputs.split(rows)]), alone)
 
 
-def test_nor_do_many_rows_in_bfloat16_on_one_another(native):
+def test_many_bfloat16_rows_do_not_depend_on_one_another(native):
     inputs, weight = torch.randn(96, 300).bfloat16(), torch.randn(61, 300).bfloat16()
     native.most_rows = dict.fromkeys(DTYPES.values(), 1000)
     together = native(inputs, weight)
@@ -90,7 +90,7 @@ def test_nor_do_many_rows_in_bfloat16_on_one_another(native):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_the_number_of_threads_changes_nothing(native, dtype):
+def test_results_do_not_depend_on_the_number_of_threads(native, dtype):
     inputs, weight = torch.randn(5, 512).to(dtype), torch.randn(603, 512).to(dtype)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def test_the_number_of_threads_changes_nothing(native, dtype):
         torch.set_num_threads(threads)
 
 
-def test_infinities_and_nan_go_through(native):
+def test_infinities_and_nan_propagate(native):
     inputs, weight = torch.ones(2, 40).bfloat16(), torch.ones(3, 40).bfloat16()
     weight[0, 39], weight[1, 0] = float("inf"), float("nan")
     result = native(inputs, weight)
@@ -131,7 +131,7 @@ def untouchable(*arguments):
     ],
     ids=["many rows", "transposed weight", "float16"],
 )
-def test_what_the_kernel_is_not_for_goes_to_torch(native, inputs, weight):
+def test_unsupported_inputs_fall_back_to_torch(native, inputs, weight):
     native._functions = dict.fromkeys(DTYPES.values(), untouchable)
     assert torch.equal(native(inputs, weight), F.linear(inputs, weight))
 
@@ -157,11 +157,11 @@ def test_without_a_compiler_auto_is_torch_and_native_is_refused(monkeypatch):
         make_matmul("native", CPU)
 
 
-def test_the_kernel_is_the_cpus_alone():
+def test_the_kernel_runs_on_a_cpu_only():
     assert make_matmul("auto", torch.device("cuda")) is None
     with pytest.raises(ConfigError, match="runs on a CPU, not on cuda"):
         make_matmul("native", torch.device("cuda"))
 
 
-def test_rows_beyond_what_is_turned_round_at_a_time(native):
+def test_more_rows_than_are_transposed_at_a_time(native):
     check(native, 100, 70, 8200, torch.bfloat16)

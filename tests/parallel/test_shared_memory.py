@@ -1,4 +1,4 @@
-"""Exchanges in shared memory, on real ranks: right in any order and size, and over when a rank is lost."""
+"""Collectives in shared memory on real ranks: correct in any order and size, and an error when a rank is lost."""
 
 import gc
 import json
@@ -75,7 +75,7 @@ def sum_everything(sp, tp, order):
 
 
 @pytest.mark.parametrize(("sp", "tp", "order"), LAYOUTS)
-def test_sums_are_those_of_the_members_in_order_on_every_rank(rank_pool, sp, tp, order):
+def test_sums_are_in_group_order_on_every_rank(rank_pool, sp, tp, order):
     rank_pool(sp * tp).run(sum_everything, sp, tp, order)
 
 
@@ -121,7 +121,7 @@ def exchange(groups, mode, kind, dtype, num_tokens, heads, inputs):
 
 @pytest.mark.parametrize(("sp", "tp", "order"), LAYOUTS)
 @pytest.mark.parametrize("seed", range(2))
-def test_exchanges_in_any_order_are_those_of_gloo(rank_pool, sp, tp, order, seed):
+def test_collectives_in_any_order_match_gloo(rank_pool, sp, tp, order, seed):
     rank_pool(sp * tp).run(run_at_random, sp, tp, order, seed)
 
 
@@ -143,7 +143,7 @@ def sum_again_and_again(world_size, rounds):
 
 
 @pytest.mark.parametrize(("world_size", "rounds"), [(2, 5000), (3, 1500), (8, 300)])
-def test_thousands_of_exchanges_in_a_row_do_not_mix(rank_pool, world_size, rounds):
+def test_thousands_of_collectives_in_a_row_do_not_mix(rank_pool, world_size, rounds):
     """Eight ranks are more than most machines that run tests have cores."""
     assert rank_pool(world_size).run(sum_again_and_again, world_size, rounds) == [rounds] * world_size
 
@@ -163,11 +163,11 @@ def sum_unusual():
         group.sum(torch.zeros(3))
 
 
-def test_what_cannot_be_exchanged_is_refused_in_words(rank_pool):
+def test_unsupported_tensors_raise_an_error(rank_pool):
     rank_pool(2).run(sum_unusual)
 
 
-# -- who may share -------------------------------------------------------------------------------------------------
+# -- availability --------------------------------------------------------------------------------------------------
 
 
 def build_where_one_cannot(collectives):
@@ -187,7 +187,7 @@ def build_where_one_cannot(collectives):
     return kind, float(total)
 
 
-def test_one_rank_that_cannot_keeps_all_from_it(rank_pool):
+def test_one_rank_without_shared_memory_disables_it_on_all(rank_pool):
     assert rank_pool(2).run(build_where_one_cannot, "auto") == [(TorchProcessGroup, 2.0)] * 2
     message = (
         "runtime.collectives = shared_memory, but rank 1: no C compiler (cc, gcc, clang or $CC) was found; "
@@ -212,7 +212,7 @@ def build_with_another_auth_token():
             shared(Layout(Mode(2, 1)))
 
 
-def test_memory_is_only_shared_by_those_that_see_the_same(rank_pool):
+def test_ranks_of_different_hosts_do_not_share_memory(rank_pool):
     rank_pool(2).run(build_on_two_hosts)
     rank_pool(2).run(build_with_another_auth_token)
 
@@ -224,7 +224,7 @@ def choose(collectives):
     return kind
 
 
-def test_ranks_of_one_host_share_memory_unless_told_otherwise(rank_pool):
+def test_ranks_of_one_host_share_memory_by_default(rank_pool):
     assert rank_pool(2).run(choose, "auto") == [SharedMemoryGroup] * 2
     assert rank_pool(2).run(choose, "torch") == [TorchProcessGroup] * 2
 
@@ -273,7 +273,7 @@ def wait_idly(seconds):
     return took
 
 
-def test_a_rank_that_waits_for_long_leaves_its_core_to_others(rank_pool):
+def test_a_rank_that_waits_long_sleeps(rank_pool):
     seconds = 2.0
     assert max(rank_pool(2).run(wait_idly, seconds)) < seconds / 50
 
@@ -282,7 +282,7 @@ def test_a_rank_that_waits_for_long_leaves_its_core_to_others(rank_pool):
 
 
 def lose_a_rank(folder, number):
-    """The last rank gets a signal in the middle of a sum; the others write down what they heard of it."""
+    """The last rank gets a signal in the middle of a sum; the others write down what they report of it."""
     groups = shared(Layout(Mode(3, 1)))
     groups.limit_waits(60.0 if number == signal.SIGKILL else 1.0)
     groups.world.sum(torch.ones(10))
@@ -294,8 +294,8 @@ def lose_a_rank(folder, number):
     try:
         groups.world.sum(torch.ones(10))
     except RuntimeError as error:
-        heard = {"error": str(error), "seconds": time.monotonic() - started}
-        Path(folder, f"{groups.rank}.json").write_text(json.dumps(heard))
+        report = {"error": str(error), "seconds": time.monotonic() - started}
+        Path(folder, f"{groups.rank}.json").write_text(json.dumps(report))
     groups.close()
     if number == signal.SIGSTOP and pids:
         deadline = time.monotonic() + 20
@@ -312,14 +312,14 @@ def own_pool():
     pool.close()
 
 
-def heard(folder):
+def reported_errors(folder):
     return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def test_a_killed_rank_ends_the_wait_of_the_others(own_pool, tmp_path):
     with pytest.raises(RuntimeError, match="the rank's process ended"):
         own_pool.run(lose_a_rank, str(tmp_path), signal.SIGKILL)
-    for each in heard(tmp_path):
+    for each in reported_errors(tmp_path):
         assert "Connection closed by peer" in each["error"]
         assert each["seconds"] < 10
     assert not [name for name in os.listdir("/dev/shm") if "ulysses" in name]
@@ -327,6 +327,6 @@ def test_a_killed_rank_ends_the_wait_of_the_others(own_pool, tmp_path):
 
 def test_a_stopped_rank_ends_the_wait_of_the_others_when_time_is_up(own_pool, tmp_path):
     own_pool.run(lose_a_rank, str(tmp_path), signal.SIGSTOP)
-    for each in heard(tmp_path):
+    for each in reported_errors(tmp_path):
         assert each["error"].startswith(("Timed out waiting for rank 2", "Connection closed by peer: rank"))
         assert each["seconds"] > 0.5
