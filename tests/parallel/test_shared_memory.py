@@ -282,7 +282,7 @@ def test_a_rank_that_waits_long_sleeps(rank_pool):
 
 
 def lose_a_rank(folder, number):
-    """The last rank gets a signal in the middle of a sum; the others write down what they report of it."""
+    """The last rank gets a signal in the middle of a sum; the others write the error that they get."""
     groups = shared(Layout(Mode(3, 1)))
     groups.limit_waits(60.0 if number == signal.SIGKILL else 1.0)
     groups.world.sum(torch.ones(10))
