@@ -14,8 +14,13 @@ from ulysses_infer.errors import ConfigError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """All options except MODEL and the recipe."""
-    number: dict[str, Any] = {"type": positive, "metavar": "N"}
+    """Add all options except MODEL and the recipe."""
+    _add_selection(parser)
+    _add_load(parser)
+    _add_output(parser)
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
     protocols = ", ".join(f"{protocol.name} ({protocol.about})" for protocol in PROTOCOLS.values())
     parser.add_argument(
         "--protocol",
@@ -31,6 +36,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="C,C",
         help=f"default: {','.join(CONTENDERS)}",
     )
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    number: dict[str, Any] = {"type": positive, "metavar": "N"}
     parser.add_argument("--ranks", **number, help="default: those of the recipe, at least 2")
     parser.add_argument("--repeats", **number, default=3, help="interleaved; default: %(default)s")
     parser.add_argument("--scale", choices=SCALES, default="laptop", help="sizes of all loads; default: %(default)s")
@@ -45,6 +54,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--in-turn", action="store_true", help="one server at a time: slower, but it has the memory to itself"
     )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("compare"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument(
         "--redraw", action="store_true", help="measure nothing: make the report again from what FOLDER has"

@@ -143,7 +143,7 @@ def error_message(error: Any) -> str:
 
 
 def body_message(status: int, body: bytes) -> str:
-    """What an answer other than 200 says."""
+    """The error message of a response whose status is not 200."""
     try:
         content = json.loads(body)
     except ValueError:

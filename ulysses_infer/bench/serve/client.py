@@ -115,7 +115,7 @@ class _Exchange(asyncio.Protocol):
         now = time.perf_counter()
         ended = self._ended
         if ended is None or ended.done():
-            self.close()  # nobody asked
+            self.close()  # an unsolicited response
             return
         reader = self._reader
         try:
@@ -158,7 +158,7 @@ class Client:
         self._idle: list[_Exchange] = []
 
     async def stream(self, path: str, body: bytes, answer: Answer) -> None:
-        """POST and read the events of the answer into `answer`; whatever fails is told there."""
+        """POST and read the events of the answer into `answer`; failures are recorded there."""
         meter = StreamMeter(answer)
         request = self.server.request("POST", path, body)
         answer.sent = time.perf_counter()
@@ -193,7 +193,7 @@ class Client:
             self._idle.pop().close()
 
     async def _exchange(self, request: bytes, meter: StreamMeter | None) -> _Response:
-        """Send on an idle connection or a new one. Whoever cancels this closes the connection.
+        """Send on an idle connection or a new one. Cancelling this closes the connection.
 
         A kept connection may have been closed by the server as the request went out: then nothing came back and the
         request goes out once more on a new one, as RFC 9112 §9.3.1 has it.

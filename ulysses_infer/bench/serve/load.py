@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ulysses_infer.bench.serve.answer import Answer
 from ulysses_infer.bench.serve.client import Client
 
-LAG_SECONDS = 0.02  # how often the event loop is asked whether it is late
+LAG_SECONDS = 0.02  # how often the lag of the event loop is measured
 RETRY_SECONDS = 0.1  # a closed loop waits so long after a failure: a server that refuses at once is not hammered
 START_SECONDS = 0.05  # between the decision to start and the first moment: tasks get under way
 

@@ -141,7 +141,7 @@ def add_prompt_format(group: argparse._ArgumentGroup) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """What requests ask for, and what is told of them."""
+    """Options for request parameters and reported results."""
     group = parser.add_argument_group("requests and results")
     group.add_argument("--ignore-eos", action="store_true", help="generate all tokens asked for")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0")
