@@ -48,7 +48,7 @@ def test_block_hash_is_at_least_128_bits_and_the_same_in_every_process():
     assert content.hex().startswith("267d24b57bbd3fc4")
 
 
-def test_blocks_that_a_text_has_passed_go_before_what_others_have_left():
+def test_out_of_window_blocks_are_evicted_before_other_cached_blocks():
     allocator = BlockAllocator(4, 4)
     ended, passed, likely = (publish(allocator, [number] * 4) for number in range(3))
     (blank,) = allocator.allocate(1)
@@ -61,7 +61,7 @@ def test_blocks_that_a_text_has_passed_go_before_what_others_have_left():
     assert [allocator.allocate(1) for _ in range(4)] == [[blank], passed, ended, likely]
 
 
-def test_a_passed_block_that_was_shared_once_goes_like_any_other():
+def test_an_out_of_window_block_that_was_shared_is_evicted_in_normal_order():
     allocator = BlockAllocator(2, 4)
     shared, ended = (publish(allocator, [number] * 4) for number in range(2))
     allocator.share(shared)
@@ -104,7 +104,7 @@ def test_a_match_ends_at_the_first_block_that_differs():
     assert allocator.match_prefix(chain(range(1, 12))) == []
 
 
-def test_sharing_a_free_block_takes_it_out_of_the_free_ones():
+def test_sharing_a_free_block_makes_it_used():
     allocator = BlockAllocator(3, 4)
     table = publish(allocator, range(8))
     allocator.free(table)
@@ -114,7 +114,7 @@ def test_sharing_a_free_block_takes_it_out_of_the_free_ones():
     assert not set(allocator.allocate(1)) & set(table)
 
 
-def test_a_shared_block_is_free_only_when_its_last_holder_gives_it_back():
+def test_a_shared_block_is_free_when_its_last_reference_is_dropped():
     allocator = BlockAllocator(4, 4)
     table = publish(allocator, range(8))
     allocator.share(table)
@@ -158,7 +158,7 @@ def test_an_evicted_block_no_longer_matches():
     assert allocator.match_prefix(chain(range(4))) == []
 
 
-def test_of_two_equal_blocks_the_first_stays_in_the_table():
+def test_the_first_of_two_equal_blocks_stays_cached():
     allocator = BlockAllocator(4, 4)
     first = publish(allocator, range(4))
     second = publish(allocator, range(4))
@@ -209,7 +209,7 @@ def test_assert_idle_names_the_blocks_still_held():
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3)), max_size=30))
-def test_no_block_is_lost_or_held_twice_whatever_the_order_of_use(uses):
+def test_no_block_is_lost_or_held_twice_in_any_order_of_use(uses):
     allocator, held = BlockAllocator(12, 2), []
     for size, salt in uses:
         while held and allocator.num_free < size:

@@ -1,4 +1,4 @@
-"""The cache tensors of one rank, and how much memory it gets."""
+"""The KV cache tensors of one rank, and the memory budget."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_a_token_is_read_where_it_was_written():
     assert torch.equal(cache.keys[1][4, 1], key[0]), "slot 17 is offset 1 of block 4"
 
 
-def test_a_write_touches_its_own_layer_and_slots_alone():
+def test_a_write_changes_only_its_layer_and_slots():
     cache = PagedCache(SHAPE, num_blocks=5, device=CPU)
     for layer in range(3):
         cache.keys[layer].zero_()
@@ -74,7 +74,7 @@ def test_the_cache_may_take_what_is_left():
     assert cache_bytes(CacheConfig(), SIZING, plenty, on_cpu=False) == 10 << 30
 
 
-def test_what_a_recipe_asks_for_is_taken_or_refused():
+def test_a_configured_cache_size_is_used_or_refused():
     assert cache_bytes(CacheConfig(num_blocks=11), SIZING, BUDGET, on_cpu=True) == 11 * SHAPE.bytes_per_block
     assert cache_bytes(CacheConfig(memory_bytes=20_001), SIZING, BUDGET, on_cpu=True) == 20_001
     for config in (CacheConfig(num_blocks=10**6), CacheConfig(memory_bytes=3_000_001)):

@@ -1,4 +1,4 @@
-"""Blocks of several cache groups: what is out of sight is given back, and a cached prefix lacks nothing."""
+"""Block pools of several cache groups: out-of-window blocks are freed, and cached prefixes are complete."""
 
 import pytest
 from hypothesis import given
@@ -46,7 +46,7 @@ def test_a_long_text_holds_all_of_the_first_group_and_a_window_of_the_other():
     pools.assert_idle()
 
 
-def test_blocks_are_given_back_once_and_only_behind_what_is_seen():
+def test_only_blocks_before_the_window_are_freed_and_only_once():
     pools = BlockPools([10, 10], 4, attention_spans=MIXED)
     tables = [[], []]
     assert pools.extend(tables, 4) == [*tables[0], *tables[1]]
@@ -60,7 +60,7 @@ def test_blocks_are_given_back_once_and_only_behind_what_is_seen():
 @pytest.mark.parametrize(
     "attention_spans", [MIXED, (AttentionSpan(6),), (AttentionSpan(chunk_size=8), AttentionSpan(3))]
 )
-def test_what_was_just_computed_is_a_prefix_of_its_continuation(attention_spans):
+def test_a_continuation_hits_the_blocks_just_computed(attention_spans):
     pools = BlockPools([60] * len(attention_spans), 4, attention_spans=attention_spans)
     tables = compute(pools, 20)
     length, found = pools.match_prefix(chain(30, 4))
@@ -75,7 +75,7 @@ def test_what_was_just_computed_is_a_prefix_of_its_continuation(attention_spans)
     pools.assert_idle()
 
 
-def test_a_prefix_whose_window_is_gone_is_not_a_hit():
+def test_a_prefix_with_evicted_window_blocks_is_not_a_hit():
     pools = BlockPools([60, 6], 4, attention_spans=MIXED)
     pools.free(compute(pools, 20))
     assert pools.match_prefix(chain(12, 4)) == (0, [[], []]), "its window went for the blocks that followed"
@@ -86,7 +86,7 @@ def test_a_prefix_whose_window_is_gone_is_not_a_hit():
     pools.pools[1].free(taken)
 
 
-def test_a_long_text_takes_its_own_blocks_and_leaves_the_ends_of_others():
+def test_a_long_text_reuses_its_own_blocks_before_evicting_others():
     pools = BlockPools([200, 20], 4, attention_spans=MIXED)
     pools.free(compute(pools, 20, text=1))
     long = compute(pools, 100, text=2)
@@ -106,7 +106,7 @@ def test_the_end_of_a_prompt_stays_cached_while_its_answer_grows():
     assert pools.match_prefix(contents[:9])[0] == 0, "nobody asked for it before others needed its blocks"
 
 
-def test_what_was_asked_for_once_stays_cached_longer():
+def test_blocks_that_were_shared_stay_cached_longer():
     pools = BlockPools([200, 20], 4, attention_spans=MIXED)
     tables = compute(pools, 12)
     shared = pools.match_prefix(chain(9, 4))
@@ -123,7 +123,7 @@ def test_what_was_asked_for_once_stays_cached_longer():
 
 
 @given(st.data(), kinds, st.integers(1, 5), st.integers(1, 12))
-def test_a_hit_is_the_longest_prefix_that_lacks_nothing(data, attention_spans, block_size, count):
+def test_a_hit_is_the_longest_complete_prefix(data, attention_spans, block_size, count):
     """Whichever blocks are gone: what is found is what trying every length finds."""
     pools = BlockPools([count] * len(attention_spans), block_size, attention_spans=attention_spans)
     contents, cached = chain(count, block_size), []
@@ -148,7 +148,7 @@ def test_a_hit_is_the_longest_prefix_that_lacks_nothing(data, attention_spans, b
         assert table == [kept[block] for block in sorted(visible_blocks(attention_span, length, block_size))]
 
 
-def test_room_is_asked_of_every_group():
+def test_allocation_needs_free_blocks_in_every_cache_group():
     pools = BlockPools([20, 6], 4, attention_spans=MIXED)
     nothing = [[], []]
     assert pools.can_allocate(80, 8, nothing, spare=0), "a window of 6 and a step of 8 take up to 5 blocks"

@@ -22,7 +22,7 @@ def sizing(groups=ALL, max_model_len=28, max_num_seqs=1, max_num_batched_tokens=
     return CacheSizing(SHAPE, groups, max_model_len, max_num_seqs, max_num_batched_tokens)
 
 
-def test_layers_that_see_alike_are_a_group_and_the_furthest_seeing_is_the_first():
+def test_layers_are_grouped_by_attention_span_longest_first():
     windows = (6, None, 6, 200, 9)
     options = [AttentionOptions(1.0, sliding_window=window) for window in windows] + [AttentionOptions(1.0, None, 8)]
     groups = CacheGroups.of(options, max_model_len=100)
@@ -37,7 +37,7 @@ def test_layers_that_see_alike_are_a_group_and_the_furthest_seeing_is_the_first(
     assert groups.each_layer("abcd") == list("dadabc")
 
 
-def test_layers_that_are_all_alike_are_one_group():
+def test_layers_with_equal_spans_form_one_cache_group():
     for window in (None, 5):
         groups = CacheGroups.of([AttentionOptions(1.0, sliding_window=window)] * 3, max_model_len=100)
         assert groups == CacheGroups.single(3, AttentionSpan(window))
@@ -45,20 +45,20 @@ def test_layers_that_are_all_alike_are_one_group():
 
 
 @given(attention_spans, st.integers(0, 120), st.integers(1, 30), st.integers(1, 9))
-def test_a_sequence_never_holds_more_blocks_than_is_said(attention_span, start, count, block_size):
+def test_a_sequence_never_holds_more_blocks_than_predicted(attention_span, start, count, block_size):
     """Of any step: from the first block that its first token sees to the last that it writes."""
     held = -(-(start + count) // block_size) - attention_span.first_visible(start) // block_size
     assert held <= attention_span.most_blocks(start + count, count, block_size) <= -(-(start + count) // block_size)
 
 
-def test_layers_that_see_everything_share_the_memory_out_evenly():
+def test_full_attention_layers_share_the_memory_evenly():
     assert sizing().blocks_within(20 * SHAPE.bytes_per_block + 1) == [7], "what one request of 28 tokens can fill"
     assert sizing(max_num_seqs=9).blocks_within(20 * SHAPE.bytes_per_block + 1) == [20]
     assert sizing().blocks_within(20 * SHAPE.bytes_per_block + 1, use_all=True) == [20]
     assert sizing().blocks_per_group(11) == [11]
 
 
-def test_windows_have_what_running_requests_hold_and_the_rest_is_for_the_others():
+def test_windows_get_what_running_requests_hold_and_full_attention_the_rest():
     """A decode holds up to 3 blocks of a window of 6; 2 more let it begin; a step of 16 tokens takes 4."""
     plenty = 10**9
     assert sizing(MIXED, 4000, 8).blocks_within(plenty) == [8 * 1000, 8 * (3 + 2) + 4]
@@ -66,7 +66,7 @@ def test_windows_have_what_running_requests_hold_and_the_rest_is_for_the_others(
     assert sizing(MIXED, 4000, 8).blocks_per_group(30) == [30, 30], "never more than with one table for all"
 
 
-def test_where_one_request_would_not_fit_windows_are_for_fewer_at_once():
+def test_windows_are_sized_for_fewer_requests_if_one_would_not_fit():
     crowd = sizing(MIXED, 400, 1000)
     num_bytes = crowd.num_bytes([100, 40])
     assert crowd.blocks_within(num_bytes) == [100, 5 * 7 + 4], "with windows for a thousand, the first would get 60"
@@ -81,7 +81,7 @@ def test_where_one_request_would_not_fit_windows_are_for_fewer_at_once():
     st.integers(0, 400_000),
     st.booleans(),
 )
-def test_what_fits_is_used_and_holds_one_request_if_anything_does(kinds, longest, num_seqs, step, num_bytes, use_all):
+def test_the_memory_is_used_and_holds_one_request_if_possible(kinds, longest, num_seqs, step, num_bytes, use_all):
     options = [AttentionOptions(1.0, kind.sliding_window, kind.chunk_size) for kind in kinds]
     shape = CacheShape(len(kinds), 2, 8, 6, 4, torch.float32)
     made = CacheSizing(shape, CacheGroups.of(options, longest), longest, num_seqs, step)
@@ -105,7 +105,7 @@ def test_a_cache_too_small_for_one_request_is_refused_with_both_remedies(groups,
     made.check_fits_one_request(made.blocks_of_request(33))
 
 
-def test_a_long_request_takes_little_of_layers_with_windows():
+def test_a_long_request_needs_few_blocks_of_sliding_window_layers():
     """Shapes of Gemma 3 27B: 62 layers, of which each sixth sees everything and the others 1024 tokens."""
     shape = CacheShape(62, 16, 128, 128, 16, torch.bfloat16)
     options = [AttentionOptions(1.0, None if (layer + 1) % 6 == 0 else 1024) for layer in range(62)]

@@ -1,4 +1,4 @@
-"""A step context for layers on their own: one process plays one rank of a mode after another."""
+"""A fake step context to test layers alone: one process plays the ranks of a mode in turn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ulysses_infer.model.context import use_step_context
 
 
 class FakeCollectives:
-    """Stands in for the TP group's sum: remembers each rank's partial result, or gives the sum of all."""
+    """Fakes the all-reduce of the TP group: records each rank's partial result, or returns `total`."""
 
     def __init__(self, total: torch.Tensor | None = None) -> None:
         self.total = total
@@ -28,6 +28,6 @@ class FakeCollectives:
 
 @contextmanager
 def step(collectives: Any, **fields: Any) -> Any:
-    """Run layers inside a step that knows `collectives` and whatever else is given."""
+    """Run layers in a step context with `collectives` and the given fields."""
     with use_step_context(SimpleNamespace(collectives=collectives, **{"matmul": None, **fields})):  # type: ignore[arg-type]
         yield

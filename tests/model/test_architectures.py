@@ -1,4 +1,4 @@
-"""What is served and what is not: the lists, the page, and the checks that do not need a list."""
+"""Supported and refused architectures: the lists, the docs page, and the checks that need no list."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def rows() -> dict[str, str]:
     return dict(re.findall(r"^\| (\S+) \| (Yes|No|Untested) \|", PAGE.read_text(), flags=re.MULTILINE))
 
 
-def test_verified_is_exactly_what_the_sweep_proved() -> None:
+def test_verified_models_are_those_of_the_sweep() -> None:
     assert {name for name, served in rows().items() if served == "Yes"} == VERIFIED
 
 
-def test_refused_is_no_on_the_page() -> None:
+def test_refused_models_are_marked_no_in_the_docs() -> None:
     assert {name: rows().get(name) for name in REFUSED} == dict.fromkeys(REFUSED, "No")
 
 
@@ -37,7 +37,7 @@ def test_at_least_eighty_five_architectures_are_served() -> None:
     assert len(VERIFIED) >= 85
 
 
-def test_refused_ones_are_refused_by_name_in_one_line_before_any_weight_is_read() -> None:
+def test_refused_models_fail_by_name_before_any_weight_is_read() -> None:
     from transformers import CONFIG_MAPPING
 
     def no_weights() -> Any:
@@ -50,21 +50,21 @@ def test_refused_ones_are_refused_by_name_in_one_line_before_any_weight_is_read(
         assert re.fullmatch(r"model type '[\w.-]+' is not supported: it\w* .+", str(error.value))
 
 
-def test_families_of_the_suite_are_verified() -> None:
+def test_families_of_the_equivalence_suite_are_verified() -> None:
     assert FAMILIES.keys() <= VERIFIED
 
 
 @pytest.mark.parametrize(
     "model_type", ["jamba", "bamba", "falcon_h1", "granitemoehybrid", "diffllama", "doge", "hrm_text"]
 )
-def test_silently_wrong_ones_are_refused_with_a_reason(model_type: str) -> None:
+def test_silently_wrong_models_are_refused_with_a_reason(model_type: str) -> None:
     from transformers import CONFIG_MAPPING
 
     with pytest.raises(UnsupportedModelError, match=f"{model_type}' is not supported: it"):
         check_supported(CONFIG_MAPPING[model_type](), allow_unverified=True)
 
 
-def test_unverified_needs_the_users_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unverified_models_need_allow_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architectures, "VERIFIED", frozenset({"mistral"}))
     with pytest.raises(UnsupportedModelError, match=r"'llama' has not been proved.*allow_unverified=true"):
         check_supported(tiny_config("llama"), allow_unverified=False)
@@ -109,7 +109,7 @@ def load(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ("doge", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}, "dt_proj .* weights inside"),
     ],
 )
-def test_silently_wrong_ones_are_found_without_the_list(
+def test_silently_wrong_models_are_detected_without_the_list(
     model_type: str, changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import CONFIG_MAPPING
@@ -118,11 +118,11 @@ def test_silently_wrong_ones_are_found_without_the_list(
         load(CONFIG_MAPPING[model_type](vocab_size=64, **changes), monkeypatch)
 
 
-def test_verified_ones_pass_the_same_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verified_models_pass_the_same_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     load(tiny_config("llama"), monkeypatch)
 
 
-def test_gpt_bigcode_with_a_head_for_each_key_is_refused() -> None:
+def test_gpt_bigcode_without_multi_query_is_refused() -> None:
     from transformers import GPTBigCodeConfig
 
     with pytest.raises(UnsupportedModelError, match="multi_query=false"):

@@ -1,4 +1,4 @@
-"""Loading: what is read, what is refused and how, whatever form the checkpoint has."""
+"""Loading of checkpoints in all formats: what is read, and which errors are raised."""
 
 import json
 import shutil
@@ -103,7 +103,7 @@ def test_a_tied_head_is_stored_once(tmp_path):
     ("name", "dtype"),
     [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)],
 )
-def test_weights_take_the_dtype_asked_for(tmp_path, name, dtype):
+def test_weights_are_converted_to_the_requested_dtype(tmp_path, name, dtype):
     reference = tiny_llama(tmp_path, tokenizer=False).state_dict()
     loaded = load(tmp_path, dtype=name)
     assert loaded.dtype == dtype
@@ -125,7 +125,7 @@ def test_buffers_are_not_cast(tmp_path):
 
 
 @pytest.mark.parametrize("base", [Mode(1, 2), Mode(2, 2), Mode(1, 4), Mode(4, 2)], ids=str)
-def test_a_rank_reads_what_it_keeps_and_nothing_else(tmp_path, base):
+def test_a_rank_reads_only_the_bytes_it_keeps(tmp_path, base):
     tiny_llama(tmp_path, tokenizer=False)
     full = sum(path.stat().st_size for path in checkpoint_files(tmp_path))
     replicated = (99 * 64 + 5 * 64) * 4  # input embedding and norms
@@ -278,7 +278,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     assert f"holds neither {SINGLE_NAME} nor {INDEX_NAME}" in refusal(tmp_path)
 
 
-def test_old_torch_files_are_refused_with_the_way_out(tmp_path):
+def test_old_torch_files_are_refused_with_the_remedy(tmp_path):
     tiny_llama(tmp_path, tokenizer=False)
     (tmp_path / SINGLE_NAME).rename(tmp_path / "pytorch_model.bin")
     message = refusal(tmp_path)
@@ -291,7 +291,7 @@ def change_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_quantization_that_is_not_known_is_refused(tmp_path):
+def test_unknown_quantization_is_refused(tmp_path):
     tiny_llama(tmp_path, tokenizer=False)
     change_config(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     message = refusal(tmp_path, UnsupportedModelError)
@@ -299,18 +299,18 @@ def test_a_quantization_that_is_not_known_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "not json", "[]", '{"model_type": "no_such_model"}'])
-def test_an_unreadable_config_is_one_line(tmp_path, text):
+def test_an_unreadable_config_gives_a_one_line_error(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     assert "config.json" in refusal(tmp_path)
 
 
-def test_no_folder_and_no_hub_id_is_refused(tmp_path):
+def test_neither_folder_nor_hub_id_is_refused(tmp_path):
     for path in (str(tmp_path / "missing"), "./missing", "missing"):
         with pytest.raises(CheckpointError, match="is no folder and no hub id"):
             init_inference(path, **settings())
 
 
-def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch):
+def test_an_unavailable_hub_id_gives_a_one_line_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError) as caught:
         init_inference("nobody/no-such-model", **settings())
@@ -361,7 +361,7 @@ def test_the_budget_knows_the_bytes_before_they_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("thing", [3, object(), torch.nn.Linear(2, 2), ["a"]])
-def test_what_is_no_model_is_refused(thing):
+def test_other_objects_than_models_are_refused(thing):
     with pytest.raises(ConfigError, match=r"give a hub id, a folder or a transformers\.PreTrainedModel"):
         init_inference(thing, **settings())
 

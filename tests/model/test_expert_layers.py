@@ -1,4 +1,4 @@
-"""Where experts live: the choice of a placement, what a rank reads and stores, what travels, what is counted."""
+"""Expert placement: the choice, what each rank reads and stores, the token exchange, and the load counts."""
 
 from __future__ import annotations
 
@@ -77,17 +77,17 @@ def test_auto_replicates_experts_while_weights_leave_half_of_the_memory(
     assert choose_placement("auto", Layout(base), sizes, available) == chosen
 
 
-def test_a_placement_that_was_asked_for_is_not_second_guessed() -> None:
+def test_an_explicit_placement_is_kept() -> None:
     assert choose_placement("width", Layout(Mode(8, 1)), QWEN, 1000 * GIB) == "width"
 
 
-def test_what_auto_chose_is_logged_with_the_numbers(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_automatic_choice_is_logged_with_its_numbers(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "ulysses_infer"):
         choose_placement("auto", Layout(Mode(8, 1)), QWEN, 100 * GIB)
     assert "expert (of 100.0 GiB a rank, weights take 58.0 GiB replicated, else 10.8 GiB)" in caplog.text
 
 
-def test_a_width_that_does_not_divide_is_refused_with_what_would_work(tmp_path: Path) -> None:
+def test_an_indivisible_width_is_refused_with_the_remedy(tmp_path: Path) -> None:
     tiny_config("qwen3_moe", moe_intermediate_size=36).save_pretrained(tmp_path)
     with pytest.raises(ConfigError) as caught:
         blueprint(tmp_path, Mode(8, 1), 0, "width")
@@ -100,7 +100,7 @@ def test_a_width_that_does_not_divide_is_refused_with_what_would_work(tmp_path: 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])  # 6 experts: even, uneven, and fewer than ranks
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_expert_is_on_one_rank_whole(family: str, world_size: int, checkpoint: Any) -> None:
+def test_each_expert_is_complete_on_one_rank(family: str, world_size: int, checkpoint: Any) -> None:
     folder, whole = checkpoint(family)
     ranks = [blueprint(folder, Mode(world_size, 1), g, "expert").load() for g in range(world_size)]
     for name in experts_of(ranks[0].module):
@@ -111,9 +111,7 @@ def test_each_expert_is_on_one_rank_whole(family: str, world_size: int, checkpoi
 
 @pytest.mark.parametrize("base", [Mode(4, 1), Mode(2, 2), Mode(1, 4)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_rank_has_an_equal_width_of_every_expert_whatever_the_base(
-    family: str, base: Mode, checkpoint: Any
-) -> None:
+def test_each_rank_has_an_equal_width_of_every_expert_for_any_base(family: str, base: Mode, checkpoint: Any) -> None:
     folder, whole = checkpoint(family)
     ranks = [blueprint(folder, base, g, "width").load() for g in range(4)]
     for name in experts_of(ranks[0].module):
@@ -125,7 +123,7 @@ def test_each_rank_has_an_equal_width_of_every_expert_whatever_the_base(
 
 @pytest.mark.parametrize("placement", ["expert", "width"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "llama4_text"])
-def test_no_byte_of_an_expert_is_read_that_is_not_kept(family: str, placement: str, checkpoint: Any) -> None:
+def test_only_kept_bytes_of_experts_are_read(family: str, placement: str, checkpoint: Any) -> None:
     folder, _ = checkpoint(family)
     for shard in range(4):
         plan = blueprint(folder, Mode(4, 1), shard, placement)
@@ -136,7 +134,7 @@ def test_no_byte_of_an_expert_is_read_that_is_not_kept(family: str, placement: s
         assert source.bytes == model.weight_bytes == expected
 
 
-def test_experts_of_a_rank_are_what_its_budget_says(checkpoint: Any) -> None:
+def test_expert_bytes_of_a_rank_match_its_budget(checkpoint: Any) -> None:
     folder, whole = checkpoint("qwen3_moe")
     all_experts = sum(p.numel() * 4 for name, p in whole.items() if ".experts." in name)
     shares = {
@@ -148,7 +146,7 @@ def test_experts_of_a_rank_are_what_its_budget_says(checkpoint: Any) -> None:
     assert {share for key, share in shares.items() if key != (Mode(2, 1), "replicate")} == {0.5}
 
 
-def test_auto_takes_what_the_memory_allows(checkpoint: Any) -> None:
+def test_auto_placement_depends_on_available_memory(checkpoint: Any) -> None:
     folder, _ = checkpoint("qwen3_moe")
     placements = [blueprint(folder, Mode(2, 1), 0, "auto", memory=m).injection.expert_placement for m in (GIB, 1000)]
     assert placements == ["replicate", "expert"]
@@ -168,7 +166,7 @@ def test_a_missing_expert_is_noticed_before_others_take_its_place(checkpoint: An
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_travels_with_a_token_arrives_bit_for_bit(dtype: torch.dtype) -> None:
+def test_token_payloads_are_exchanged_bit_for_bit(dtype: torch.dtype) -> None:
     routed = Routed(
         torch.randn(5, 8, dtype=dtype), torch.tensor([[0, 70_000]]).expand(5, 2), torch.rand(5, 2, dtype=dtype)
     )

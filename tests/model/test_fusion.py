@@ -1,4 +1,4 @@
-"""Fused forms: taken where they are proved equal, left where they are not, and never another result."""
+"""Fused modules are used only where they are equivalent, and never change the result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ulysses_infer.parallel.layout import Layout, Mode, Span
 
 CPU = torch.device("cpu")
 LENGTH = 12
-# Which forms each family takes: norms, feed-forward blocks, attention blocks, the loop over layers.
+# Which modules are fused per family: norms, feed-forward blocks, attention blocks, the layer loop.
 FORMS = {
     "llama": (5, 2, 2, True),
     "mistral": (5, 2, 2, True),
@@ -99,7 +99,7 @@ def taken(model: ShiftModel) -> tuple[int, int, int, bool]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)], ids=str)
 @pytest.mark.parametrize("family", FORMS)
-def test_a_family_takes_its_forms_and_gives_the_same(family: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_a_family_is_fused_with_unchanged_results(family: str, dtype: torch.dtype, tolerance: float) -> None:
     fused, plain = load(family, dtype, True), load(family, dtype, False)
     forms = FORMS if dtype == torch.float32 else {**FORMS, **ROUNDED_ELSEWHERE}
     assert taken(fused) == forms[family]
@@ -108,7 +108,7 @@ def test_a_family_takes_its_forms_and_gives_the_same(family: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2"])
-def test_without_native_code_torch_does_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_fallback_gives_the_same_results(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = logprobs(load(family, torch.float32, False))
     monkeypatch.setattr("ulysses_infer.model.fusion.fuse.make_elementwise", lambda dtype, _: TorchElementwise(dtype))
     fused = load(family, torch.float32, True)
@@ -160,7 +160,7 @@ def scale_layer(module: Any) -> None:
         (scale_layer, (5, 2, 2, False)),
     ],
 )
-def test_what_computes_something_else_is_left_as_it_is(
+def test_modules_with_other_results_are_not_fused(
     damage: Callable[[Any], None], left: tuple[int, int, int, bool], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="ulysses_infer")

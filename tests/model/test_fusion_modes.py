@@ -1,4 +1,4 @@
-"""On several ranks, with fusion off and with weights stacked: transformers' tokens and log-probabilities."""
+"""On several ranks, without fusion and with stacked weights: transformers' tokens and log-probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in one tensor: in every mode one product gives what several gave, and nothing is stored twice."""
+"""Stacked weights: one product equals the separate ones in every mode, and nothing is stored twice."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def linears(parts: list[Part], layout: Layout, shard: int, bias: bool = True) ->
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("parts", [HEADS, NEURONS], ids=["q, k, v", "gate, up"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_one_product_gives_what_each_linear_gives_in_every_mode(layout: Layout, parts: list[Part], bias: bool) -> None:
+def test_the_stacked_product_equals_each_linear_in_every_mode(layout: Layout, parts: list[Part], bias: bool) -> None:
     inputs = torch.randn(5, 6)
     for shard in range(layout.world_size):
         base = layout.place(layout.base, shard)
@@ -59,19 +59,19 @@ def test_one_product_gives_what_each_linear_gives_in_every_mode(layout: Layout, 
                 torch.testing.assert_close(found, linear(inputs))
 
 
-def test_few_key_value_heads_stay_apart_unless_one_mode_is_all_there_is() -> None:
+def test_few_key_value_heads_are_stacked_only_with_a_single_mode() -> None:
     for layout in LAYOUTS:
         shards_share_a_head = layout.world_size > 2 and layout.base.sp > 1
         together = linears(FEW_HEADS, layout, layout.world_size - 1)
         assert StackedLinears.fits(together, layout.place(layout.base, layout.world_size - 1)) != shards_share_a_head
 
 
-def test_uneven_neurons_stay_apart() -> None:
+def test_uneven_neurons_are_not_stacked() -> None:
     layout = Layout(Mode(4, 1))
     assert not StackedLinears.fits(linears([Part(21), Part(21)], layout, 0), layout.place(layout.base, 0))
 
 
-def test_modes_are_views_of_one_tensor_that_the_parameters_are_views_of() -> None:
+def test_modes_and_parameters_are_views_of_one_tensor() -> None:
     layout = Layout(Mode(4, 2))
     together = linears(HEADS, layout, 5)
     stored_before = [linear.weight.detach().clone() for linear in together]
@@ -119,7 +119,7 @@ def test_a_model_is_stacked_and_modes_take_no_memory(base: Mode, shard: int, mon
         assert live_tensor_bytes() == before
 
 
-def test_new_weights_reach_the_stacked_tensor_and_sleep_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_updates_write_the_stacked_tensor_and_sleep_frees_it(monkeypatch: pytest.MonkeyPatch) -> None:
     _, blueprint, model = load(Mode(4, 1), 2, monkeypatch)
     other, _, expected = load(Mode(4, 1), 2, monkeypatch, seed=1)
     weights = Weights(blueprint, model, are_borrowed=True)

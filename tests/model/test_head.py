@@ -1,4 +1,4 @@
-"""The sharded vocabulary: rows of every rank, joined or compared, are the whole head's."""
+"""The sharded vocabulary head: concatenated logits and argmax equal those of the full head."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def heads(source, world_size, tied_to=None):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 13, 16])
-def test_joined_shards_are_the_whole_heads_logits(world_size, bias):
+def test_concatenated_shards_equal_the_full_heads_logits(world_size, bias):
     source = nn.Linear(6, VOCABULARY, bias=bias)
     hidden = torch.randn(1, 5, 6)
     with step(FakeCollectives(), logits_counts=[5]):
@@ -43,13 +43,13 @@ def test_joined_shards_are_the_whole_heads_logits(world_size, bias):
     torch.testing.assert_close(concat_shards(sent, VOCABULARY), source(hidden)[0])
 
 
-def test_padding_never_reaches_the_joined_rows():
+def test_concatenated_shards_contain_no_padding():
     shards = [pad_shard(torch.full((2, size), 5.0), VOCABULARY, 8) for size in (1, 2, 1, 2, 2, 1, 2, 2)]
     assert concat_shards(shards, VOCABULARY).eq(5.0).all()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16])  # 16: more ranks than tokens
-def test_the_best_of_all_shards_is_the_best_of_the_whole_row(world_size):
+def test_the_global_argmax_equals_the_argmax_of_the_full_row(world_size):
     logits = torch.randn(50, VOCABULARY)
     assert best_over(logits, world_size) == logits.argmax(dim=1).tolist()
 
@@ -76,13 +76,13 @@ def best_over(logits, world_size):
 
 
 @pytest.mark.parametrize("best", [global_argmax, global_argmax_torch])
-def test_a_value_that_is_no_number_is_the_greatest_wherever_it_is(best):
+def test_nan_counts_as_the_largest_value_on_any_rank(best):
     pairs = torch.tensor([[[3.0, 1], [torch.nan, 2], [1.0, 0]], [[torch.nan, 7], [9.0, 8], [2.0, 9]]]).double()
     assert best(pairs).tolist() == [7, 2, 9]
 
 
 def test_large_ids_survive_the_comparison():
-    span = Span(16_777_216, 16_777_218)  # float32 cannot tell these ids apart
+    span = Span(16_777_216, 16_777_218)  # float32 cannot distinguish these ids
     assert global_argmax(local_argmax(torch.tensor([[0.0, 1.0]]), span)[None]).tolist() == [16_777_217]
 
 
@@ -104,7 +104,7 @@ def test_a_tied_head_is_a_view_of_the_embedding():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [1, 7, 1000])
-def test_the_best_of_each_row_is_what_torch_says(dtype, width):
+def test_the_local_argmax_equals_torchs(dtype, width):
     logits = torch.randn(9, width).mul(3).round().to(dtype)  # many ties
     logits[1], logits[2], logits[3] = -torch.inf, torch.inf, -0.0
     logits[4, width // 2 :], logits[5], logits[6, width // 3] = 0.0, -5.0, torch.nan

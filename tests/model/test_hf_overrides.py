@@ -1,4 +1,4 @@
-"""`model.hf_overrides`: how it is written, what of transformers' config it changes, what it refuses."""
+"""`model.hf_overrides`: spellings, effects on transformers' config, and errors."""
 
 from __future__ import annotations
 
@@ -96,14 +96,14 @@ def test_a_dotted_key_changes_one_value_of_the_recipe_and_leaves_the_others() ->
     assert found == {"rope_parameters": {**YARN, "factor": 2.0}, "rms_norm_eps": 1e-5}
 
 
-def test_the_resolved_recipe_has_them() -> None:
+def test_the_resolved_recipe_contains_the_overrides() -> None:
     config = load_config({"model.path": "m", "hf_overrides": {"rope_parameters": YARN}})
     assert "original_max_position_embeddings: 32768" in resolved_yaml(config)
     assert load_config(config) == config
 
 
 @pytest.mark.parametrize("value", ["3", "yarn", "[1]"])
-def test_what_is_no_mapping_is_one_line(value: str) -> None:
+def test_a_value_that_is_not_a_mapping_gives_a_one_line_error(value: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.hf_overrides"):
         load_config({"model.path": "m"}, [f"--hf-overrides={value}"])
 
@@ -132,7 +132,7 @@ def test_a_key_alone_changes_the_rotary_embedding_the_checkpoint_has() -> None:
     assert max_supported_len(overridden(config, {"rope_parameters": {"factor": 2.0}})) == 65536
 
 
-def test_another_kind_keeps_nothing_of_the_one_before() -> None:
+def test_another_rope_type_replaces_all_parameters() -> None:
     config = of(
         "llama",
         rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **KINDS["llama3"][0]},
@@ -144,7 +144,7 @@ def test_another_kind_keeps_nothing_of_the_one_before() -> None:
 
 
 @pytest.mark.parametrize("given", [YARN, {"full_attention": YARN}])
-def test_of_layers_with_embeddings_of_their_own_those_that_see_everything_are_meant(given: Any) -> None:
+def test_overrides_apply_to_full_attention_layers_if_rope_differs_per_layer_type(given: Any) -> None:
     before = of("olmo3")
     changed = overridden(before, {"rope_parameters": given}).rope_parameters
     assert changed["full_attention"]["factor"] == 4.0
@@ -152,13 +152,13 @@ def test_of_layers_with_embeddings_of_their_own_those_that_see_everything_are_me
 
 
 @pytest.mark.parametrize("overrides", [{"rope_parameters": YARN}, {"text_config": {"rope_parameters": YARN}}])
-def test_of_a_vision_language_model_the_language_model_is_changed(overrides: Any) -> None:
+def test_overrides_apply_to_the_language_model_of_a_vision_language_model(overrides: Any) -> None:
     changed = overridden(of("gemma3"), overrides)
     assert changed.text_config.rope_parameters["full_attention"]["rope_type"] == "yarn"
     assert max_supported_len(changed.text_config) == 131072
 
 
-def test_fewer_layers_are_those_that_come_first(folder: str) -> None:
+def test_fewer_layers_keep_the_first_ones(folder: str) -> None:
     overrides = {"num_hidden_layers": 1}
     changed = overridden(qwen3(num_hidden_layers=4), overrides)
     assert (changed.num_hidden_layers, len(changed.layer_types)) == (1, 1)
@@ -201,12 +201,12 @@ def test_unknown_keys_name_the_nearest(overrides: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"])
-def test_what_the_weights_are_cut_by_stays(name: str) -> None:
+def test_keys_that_determine_sharding_cannot_be_overridden(name: str) -> None:
     expected = f"model.hf_overrides.{name} cannot be changed: the checkpoint's weights can be read in one way only"
     assert complaint(qwen3(), {name: 8}) == expected
 
 
-def test_a_model_types_own_name_of_a_refused_key_is_refused() -> None:
+def test_model_specific_aliases_of_refused_keys_are_refused() -> None:
     assert "n_embd cannot be changed" in complaint(of("gpt2"), {"n_embd": 8})
 
 
@@ -226,11 +226,11 @@ def test_a_model_types_own_name_of_a_refused_key_is_refused() -> None:
         ({"layer_types": ["full_attention"]}, "`num_hidden_layers` (32) must be equal to the number of `layer_types`"),
     ],
 )
-def test_what_transformers_would_only_warn_of_is_one_line(overrides: Any, reason: str) -> None:
+def test_transformers_warnings_become_one_line_errors(overrides: Any, reason: str) -> None:
     assert reason in complaint(qwen3(), overrides)
 
 
-def test_values_that_transformers_takes_from_elsewhere_are_not_lost_silently() -> None:
+def test_overrides_that_transformers_ignores_are_refused() -> None:
     factors = [1.0] * 48
     given = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
     message = complaint(of("phi3"), {"rope_parameters": {**given, "original_max_position_embeddings": 2048}})
@@ -255,7 +255,7 @@ def test_weights_that_do_not_fit_are_blamed_on_the_overrides(tmp_path: Path) -> 
 # -- the longest text ----------------------------------------------------------------------------------------------
 
 
-def test_every_kind_that_transformers_knows_is_here() -> None:
+def test_all_rope_types_of_transformers_are_covered() -> None:
     assert set(KINDS) == set(ROPE_KINDS)
 
 
@@ -273,7 +273,7 @@ def test_longest_text_follows_the_rotary_embedding(kind: str, caplog: pytest.Log
     assert ("factor=5.0" in message) if kind == "yarn" else ("rope_type: yarn, factor: " in message)
 
 
-def test_the_remedy_of_the_warning_is_one() -> None:
+def test_the_remedy_in_the_warning_works() -> None:
     config = qwen3()
     given = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40960}
     assert max_supported_len(overridden(config, {"rope_parameters": given})) == 163840
@@ -286,7 +286,7 @@ def test_only_one_rank_warns(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(("model_type", "positions"), [("gpt2", 1024), ("opt", 2048)])
-def test_learned_positions_end_where_their_table_does(model_type: str, positions: int) -> None:
+def test_max_model_len_is_limited_by_learned_positions(model_type: str, positions: int) -> None:
     config = of(model_type)
     assert choose_max_model_len(config, None) == choose_max_model_len(config, positions) == positions
     with pytest.raises(ConfigError, match=rf"max_model_len {positions + 1} is above {positions}.*lower it$"):

@@ -1,4 +1,4 @@
-"""Latent attention over a cache of latents: what it computes, when it is taken, and what it takes of memory."""
+"""Multi-head latent attention over cached latents: results, when it is enabled, and its memory."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def logprobs_of(theirs: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 STEPS = [
     [(0, 9), (0, 1), (0, 2)],
-    [(9, 26), (1, 2), (2, 20)],  # long chunks after a past, beside a decode
+    [(9, 26), (1, 2), (2, 20)],  # long chunks after a prefix, with a decode
     [(26, 27), (2, 9), (20, 21)],
     [(27, 28), (9, 10), (21, 22)],
 ]
@@ -117,7 +117,7 @@ STEPS = [
 
 @pytest.mark.parametrize("backend", [TorchLoopAttention, NativeAttention])
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
-def test_latents_give_what_heads_give_for_chunks_and_decodes_mixed(family: str, backend: Any) -> None:
+def test_latents_equal_heads_for_mixed_prefill_chunks_and_decodes(family: str, backend: Any) -> None:
     theirs = build(family)
     tokens = [torch.randint(3, 101, (n,), generator=torch.Generator().manual_seed(n)) for n in (28, 10, 22)]
     model = draw(theirs, True).load(fuse=False)
@@ -126,7 +126,7 @@ def test_latents_give_what_heads_give_for_chunks_and_decodes_mixed(family: str, 
         assert (ours.log_softmax(-1) - logprobs_of(theirs, ids)).abs().max() < 1e-4
 
 
-def test_heads_take_turns_where_their_keys_and_values_would_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_are_expanded_in_chunks_if_their_keys_and_values_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = build("deepseek_v3")
     tokens = [torch.randint(3, 101, (28,), generator=torch.Generator().manual_seed(0))]
     model, steps = draw(theirs, True).load(fuse=False), [[(0, 28)]]
@@ -142,7 +142,7 @@ def test_heads_take_turns_where_their_keys_and_values_would_be_too_large(monkeyp
     assert (found - expected).abs().max() < 1e-5
 
 
-def test_weights_that_have_moved_are_read_where_they_are() -> None:
+def test_weights_are_read_at_their_new_address() -> None:
     theirs, tokens = build("deepseek_v3"), torch.arange(3, 12)
     model = draw(theirs, True).load(fuse=False)
     steps = [[(0, 8)], [(8, 9)]]
@@ -216,7 +216,7 @@ def test_absorbed_scores_and_outputs_are_those_of_expanded_heads(
 
 @settings(deadline=None, max_examples=60)
 @given(length=st.integers(1, 9000), past=st.integers(0, 200_000))
-def test_latents_are_expanded_where_that_takes_fewer_multiplications(length: int, past: int) -> None:
+def test_latents_are_expanded_if_that_takes_fewer_multiplications(length: int, past: int) -> None:
     w, pairs = DEEPSEEK, length * past + length * (length + 1) // 2
     own = length * w.latent * (w.key + w.value)  # one expansion a new token, or as much to absorb and release
     absorbed = own + pairs * (2 * w.latent + w.rotary)
@@ -227,7 +227,7 @@ def test_latents_are_expanded_where_that_takes_fewer_multiplications(length: int
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_a_served_family_expands_latents_as_is_assumed(family: str) -> None:
+def test_supported_families_use_the_standard_expansion(family: str) -> None:
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     kinds = [kind for name, kind in vars(module).items() if hasattr(kind, "expand_kv")]
     assert kinds
@@ -248,7 +248,7 @@ def swap(layer: Any, plain: torch.Tensor, rotated: torch.Tensor) -> Any:
 @pytest.mark.parametrize(
     "expand", [swap, lambda layer, plain, rotated: layer.missing(plain), lambda layer, plain: (plain, plain)]
 )
-def test_what_expands_otherwise_keeps_its_heads(
+def test_models_with_another_expansion_cache_heads(
     expand: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     theirs = build("deepseek_v3")
@@ -280,7 +280,7 @@ def test_latents_of_a_model_without_them_are_refused() -> None:
     assert not draw(build("llama"), None).shape.values_in_keys
 
 
-def test_null_takes_what_is_smaller_a_rank() -> None:
+def test_null_chooses_the_smaller_cache_per_rank() -> None:
     theirs = build("deepseek_v3", qk_rope_head_dim=16)  # a latent of 32 numbers; heads of 8 + 16 + 12, eight in all
     assert [draw(theirs, None, world_size).shape.values_in_keys for world_size in (1, 2, 4, 8)] == [True] * 4
     theirs = build("deepseek_v3", kv_lora_rank=32)  # 40 numbers; heads of 8 + 8 + 12
@@ -296,7 +296,7 @@ PUBLISHED = {  # bytes a token and layer in bfloat16: of a latent, and of heads 
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
-def test_memory_a_rank_of_published_shapes(family: str) -> None:
+def test_memory_per_rank_of_published_shapes(family: str) -> None:
     heads, latent, of_heads = PUBLISHED[family]
     changes = {"num_attention_heads": heads, "num_key_value_heads": heads, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     config = tiny_config(family, **changes, qk_nope_head_dim=128, v_head_dim=128)
@@ -321,7 +321,7 @@ def test_memory_a_rank_of_published_shapes(family: str) -> None:
     assert [bytes_of(world_size, None) for world_size in sizes] == [latent] * 4
 
 
-def test_a_cache_of_latents_has_no_second_tensor() -> None:
+def test_a_latent_cache_has_no_value_tensor() -> None:
     shape = CacheShape(1, 1, 6, 4, BLOCK, torch.float32, values_in_keys=True)
     cache = PagedCache(shape, 3, CPU)
     key = torch.randn(2, 1, 6)
@@ -335,7 +335,7 @@ def test_a_cache_of_latents_has_no_second_tensor() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [[1, 1], [5, 1, 3]])
-def test_the_native_kernel_reads_values_out_of_keys(dtype: torch.dtype, lengths: list[int]) -> None:
+def test_the_native_kernel_reads_values_from_keys(dtype: torch.dtype, lengths: list[int]) -> None:
     draw = torch.Generator().manual_seed(0)
     keys = torch.randn(30, BLOCK, 1, 70, generator=draw).to(dtype)
     query = torch.randn(sum(lengths), 10, 70, generator=draw).to(dtype)

@@ -1,4 +1,4 @@
-"""`ShiftLinear`: the slices of any mode, put together, are the whole linear layer; and none of them is a copy."""
+"""`ShiftLinear`: the slices of any mode add up to the full layer, and none is a copy."""
 
 import pytest
 import torch

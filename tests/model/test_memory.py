@@ -1,4 +1,4 @@
-"""Peak host memory of loading, measured in a process of its own."""
+"""Peak host memory while loading, measured in a separate process."""
 
 import json
 import subprocess

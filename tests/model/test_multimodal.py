@@ -1,4 +1,4 @@
-"""Checkpoints with picture towers as language models: what is kept of them, and what their config.json leaves open."""
+"""Multimodal checkpoints served as language models: which weights are kept, and how their configs are read."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def load(folder: Path, source: Any = None) -> Any:
     return plan.load(fuse=False)
 
 
-def test_towers_are_neither_read_nor_kept(tmp_path: Path) -> None:
+def test_multimodal_encoders_are_neither_read_nor_kept(tmp_path: Path) -> None:
     whole = make_checkpoint(next(tiny_configs("mistral3")), tmp_path)
     source = Watched(tmp_path)
     model = load(tmp_path, source)
-    towers = [name for name in source.keys() if "vision" in name or "projector" in name]  # noqa: SIM118
-    assert towers
-    assert not set(towers) & set(source.seen)
+    encoders = [name for name in source.keys() if "vision" in name or "projector" in name]  # noqa: SIM118
+    assert encoders
+    assert not set(encoders) & set(source.seen)
     text = sum(p.numel() for name, p in whole.named_parameters() if "language_model" in name or "lm_head" in name)
     assert model.weight_bytes == 4 * text
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral3"])
-def test_a_head_of_its_own_is_used_though_the_config_ties_it(family: str, tmp_path: Path) -> None:
-    """Public checkpoints with towers say nothing of ties, which transformers' default then assumes."""
+def test_an_untied_head_in_the_checkpoint_overrides_the_config(family: str, tmp_path: Path) -> None:
+    """Configs of published multimodal checkpoints may not mention weight tying, which transformers then assumes."""
     config = tiny_config("llama") if family == "llama" else next(tiny_configs(family))
     config.tie_word_embeddings = False
     model = make_checkpoint(config, tmp_path)
@@ -80,13 +80,13 @@ def test_scouts_released_config_is_read(tmp_path: Path) -> None:
     assert config.text_config.num_hidden_layers == 2
 
 
-def test_a_config_of_the_wrong_kind_is_one_line_with_the_name_of_the_value(tmp_path: Path) -> None:
+def test_an_invalid_config_value_is_named_in_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "mlp_bias": 3}))
     with pytest.raises(CheckpointError, match=r"^[^\n]*'mlp_bias'[^\n]*$"):
         read_config(tmp_path)
 
 
-def test_a_wrapper_is_as_good_as_what_it_wraps() -> None:
+def test_a_wrapper_is_supported_only_if_its_language_model_is() -> None:
     check_supported(CONFIG_MAPPING["llava"](text_config={"model_type": "qwen2"}), allow_unverified=False)
     with pytest.raises(UnsupportedModelError, match="model type 'jamba' is not supported: it has recurrent"):
         check_supported(CONFIG_MAPPING["llava"](text_config={"model_type": "jamba"}), allow_unverified=True)
@@ -94,6 +94,6 @@ def test_a_wrapper_is_as_good_as_what_it_wraps() -> None:
         check_supported(CONFIG_MAPPING["llava"](text_config={"model_type": "ctrl"}), allow_unverified=False)
 
 
-def test_prompts_that_attend_in_both_directions_are_refused() -> None:
+def test_bidirectional_prompts_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="'paligemma' is not supported: its prompts attend in both"):
         check_supported(CONFIG_MAPPING["paligemma"](), allow_unverified=True)

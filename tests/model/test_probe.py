@@ -60,13 +60,15 @@ def repeat_a_layer(module: Any) -> None:
         (repeat_a_layer, r"attention ran on layers \[0, 0\]"),
     ],
 )
-def test_damage_is_refused_by_name(damage: Callable[[Any], None], reason: str, shifted: ShiftModel) -> None:
+def test_models_that_mix_tokens_are_refused_with_the_reason(
+    damage: Callable[[Any], None], reason: str, shifted: ShiftModel
+) -> None:
     damage(shifted.module)
     with pytest.raises(UnsupportedModelError, match=f"model type 'llama' is not supported.*{reason}"):
         probe(shifted)
 
 
-def test_error_of_the_modeling_code_is_one_line(shifted: ShiftModel) -> None:
+def test_errors_of_the_modeling_code_become_one_line(shifted: ShiftModel) -> None:
     shifted.injection.attention_layers[0].head_dim = 5  # type: ignore[assignment]
     with pytest.raises(UnsupportedModelError, match=r"'llama' does not run with sharded heads: RuntimeError: [^\n]+$"):
         probe(shifted)

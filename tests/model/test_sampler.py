@@ -14,7 +14,7 @@ from ulysses_infer.sampling_params import SamplingParams
 # --- greedy ---
 
 
-def test_greedy_takes_the_likeliest_and_the_lowest_id_on_ties():
+def test_greedy_takes_the_largest_logit_and_the_lowest_id_on_ties():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 5.0, 5.0, 5.0]])
     assert Sampler().sample(logits, [row(temperature=0), row(temperature=0)]) == [1, 0]
     with_processors = [row(temperature=0, logit_bias={3: 1.0}) for _ in range(2)]
@@ -28,7 +28,7 @@ def test_plain_greedy_rows_cost_one_argmax(monkeypatch):
     assert Sampler().sample(logits, [row(temperature=0)] * 5) == logits.argmax(-1).tolist()
 
 
-def test_logits_are_left_as_they_are():
+def test_logits_are_not_modified():
     logits = random_logits(3, V)
     before = logits.clone()
     rows = [
@@ -109,7 +109,7 @@ def test_penalties_follow_outputs_that_grow():
         outputs.append(token)
 
 
-def test_penalised_rows_do_not_touch_their_neighbours():
+def test_penalties_do_not_change_other_rows():
     logits = random_logits(3, V)
     rows = [row(), row(repetition_penalty=1.7, presence_penalty=1.0), row()]
     scores = logits.clone()
@@ -126,7 +126,7 @@ def test_logit_bias_is_added():
     torch.testing.assert_close(processed(logits, row(logit_bias={3: 5, 7: -100})), expected)
 
 
-def test_only_allowed_tokens_are_drawn():
+def test_only_allowed_tokens_are_sampled():
     logits = random_logits(300, V)
     drawn = Sampler().sample(logits, [row(seed=seed, allowed_token_ids=[5, 11]) for seed in range(300)])
     assert set(drawn) == {5, 11}
@@ -144,7 +144,7 @@ def test_bad_words_forbid_their_last_token_after_the_rest():
     assert one(logits, SamplingRow(params, 0, [], [], bad_word_token_ids=words)) == 0
 
 
-def test_min_tokens_hold_off_eos_and_stop_tokens():
+def test_min_tokens_forbid_eos_and_stop_tokens():
     logits = torch.zeros(V)
     logits[2], logits[9], logits[4] = 9.0, 8.0, 7.0
     held = {"eos": frozenset({2}), "temperature": 0, "min_tokens": 2, "stop_token_ids": [9]}
@@ -164,7 +164,7 @@ def test_allowed_tokens_come_before_bias_and_penalties():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_broken_row_gives_no_token_and_its_neighbours_are_unharmed(temperature):
+def test_nonfinite_row_gives_no_token_and_does_not_affect_other_rows(temperature):
     logits = random_logits(5, V)
     logits[1, 3] = math.nan
     logits[3, 5] = math.inf

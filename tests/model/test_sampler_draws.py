@@ -84,7 +84,7 @@ def test_top_k_one_is_greedy():
 @pytest.mark.parametrize(
     "params", [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}]
 )
-def test_draws_follow_the_distribution(params):
+def test_samples_follow_the_distribution(params):
     num, logits = 20000, torch.tensor([1.0, -1.0, 2.0, 0.0, 0.5, 2.0])
     drawn = Sampler().sample(logits.expand(num, -1), [row(seed=seed, **params) for seed in range(num)])
     scaled = logits / params.get("temperature", 1.0)
@@ -96,7 +96,7 @@ def test_draws_follow_the_distribution(params):
     assert set(drawn) == set(kept)
 
 
-def test_positions_of_one_sequence_are_independent_draws():
+def test_samples_of_one_sequence_are_independent():
     numbers = torch.tensor([uniform(5, index) for index in range(20000)], dtype=torch.float64)
     assert 0 <= numbers.min() < 1e-3
     assert 1 - 1e-3 < numbers.max() < 1
@@ -107,7 +107,7 @@ def test_positions_of_one_sequence_are_independent_draws():
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2.0**-52])
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_extreme_numbers_draw_no_forbidden_token(monkeypatch, number, top_p):
+def test_extreme_random_numbers_give_no_forbidden_token(monkeypatch, number, top_p):
     monkeypatch.setattr(sampler_module, "uniform", lambda seed, index: number)
     forbidden = frozenset({0, 1, V - 1})
     logits = random_logits(20, V)
@@ -115,7 +115,7 @@ def test_extreme_numbers_draw_no_forbidden_token(monkeypatch, number, top_p):
     assert all(2 <= token < V - 1 for token in drawn)
 
 
-def test_draws_are_these_for_ever():
+def test_samples_are_stable_across_versions():
     """A change of the generator changes every seeded output: this must not happen unnoticed."""
     assert [uniform(0, 0), uniform(1, 0), uniform(1, 1)] == [
         0.8833108082136425,
@@ -162,7 +162,7 @@ def test_token_does_not_depend_on_the_batch(rows, seed, data):
     assert Sampler().sample(logits[order], [rows[index] for index in order]) == [together[i] for i in order]
 
 
-def test_large_batches_are_worked_on_in_chunks(monkeypatch):
+def test_large_batches_are_processed_in_chunks(monkeypatch):
     logits, rows = random_logits(7, V), [row(seed=seed) for seed in range(7)]
     whole = Sampler().sample(logits, rows)
     monkeypatch.setattr(sampler_module, "MAX_ELEMENTS", 2 * V)
@@ -179,7 +179,7 @@ def test_small_noise_in_the_logits_rarely_changes_the_token(params):
     assert changed <= 4
 
 
-def test_seed_and_position_choose_the_draw():
+def test_seed_and_position_determine_the_sample():
     logits = torch.zeros(20, 1000)
     by_seed = Sampler().sample(logits, [row(seed=seed) for seed in range(20)])
     by_position = Sampler().sample(logits, [row(outputs=[1] * length) for length in range(20)])

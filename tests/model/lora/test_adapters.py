@@ -1,4 +1,4 @@
-"""Adapters that PEFT made, against PEFT's own forward: chosen by request, in every mode, mixed in one batch."""
+"""LoRA adapters made by PEFT, compared with PEFT: per request, in every mode, mixed in one batch."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def check(found, prompts, answers):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("sp", "tp"), [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2)])
-def test_requests_of_several_adapters_share_batches_and_each_gets_its_own_answer(adapted, rank_pool, sp, tp):
+def test_requests_of_several_adapters_share_batches_with_correct_outputs(adapted, rank_pool, sp, tp):
     folder, folders, answers = adapted
     prompts = answers[None].prompts
     small = {"scheduler.max_num_batched_tokens": 7, "cache.enable_prefix_caching": False}
@@ -109,7 +109,7 @@ def test_cached_prefixes_are_not_shared_between_adapters(adapted):
     assert hits == 3 * (len(prompts[0]) - 1) // 4 * 4, "the second round of each found what its first had left"
 
 
-def test_an_adapter_that_is_not_loaded_is_refused_by_name_and_alone(adapted):
+def test_only_requests_for_unknown_adapters_fail(adapted):
     folder, folders, answers = adapted
     with init_inference(folder, **settings(**{"lora.adapters": folders})) as engine:
         with pytest.raises(RequestError, match="adapter 'other' is not loaded; loaded are: wide, narrow"):
@@ -148,7 +148,7 @@ def broken(adapted, tmp_path):
         ({"peft_type": "IA3"}, "is of type IA3; only LORA can be served"),
     ],
 )
-def test_what_cannot_be_served_is_refused_with_its_reason(broken, changes, message):
+def test_unsupported_adapters_are_refused_with_the_reason(broken, changes, message):
     with pytest.raises(CheckpointError, match=message):
         read_adapter("a", broken(**changes))
 
@@ -163,7 +163,7 @@ def test_embeddings_of_an_adapter_are_refused(broken):
         read_adapter("a", broken(lambda key: key.replace("q_proj.lora_A", "q_proj.lora_embedding_A")))
 
 
-def test_an_adapter_of_another_model_is_refused_by_the_layer(adapted, broken):
+def test_an_adapter_of_another_model_is_refused_with_the_layer_name(adapted, broken):
     folder, _, _ = adapted
     elsewhere = broken(lambda key: key.replace("layers.1.", "layers.7."))
     with pytest.raises(CheckpointError, match=r"changes model.layers.7.*, which this model does not have"):

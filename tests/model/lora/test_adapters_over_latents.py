@@ -1,4 +1,4 @@
-"""Adapters of `kv_b_proj`, which latents go around: the cache holds heads then, and answers are right."""
+"""Adapters of `kv_b_proj` disable the latent cache, and outputs stay correct."""
 
 from __future__ import annotations
 
