@@ -87,7 +87,7 @@ def _nests(name: str) -> bool:
 
 
 def hint_for(name: str) -> str:
-    """Words that help whoever wrote the unknown key `name`: the nearest key, else the keys of its section."""
+    """Hint for the unknown key `name`: the nearest key, or else the keys of its section."""
     nearest = _nearest_key(name)
     if nearest is not None:
         return f"did you mean '{nearest}'?"

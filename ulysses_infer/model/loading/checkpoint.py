@@ -1,4 +1,4 @@
-"""Loads a rank's slices from a checkpoint, with transformers' own key renames and weight conversions."""
+"""Loader: reads one rank's slices from a checkpoint, using transformers' key renames and weight conversions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ulysses_infer.model.quantization.reading import check_plain
 from ulysses_infer.parallel.layout import Span
 
 Progress = Callable[[int, int], None]  # (parameters done, parameters in all)
-Kept = tuple[int, list[Span]] | None
+Slice = tuple[int, list[Span]] | None
 _Key = tuple[str, str | None]  # (checkpoint key, converter's source pattern)
 
 
@@ -40,11 +40,11 @@ class _Target:
 
     converter: WeightConverter | None = None
     keys: list[tuple[str, str | None]] = field(default_factory=list)  # (checkpoint key, converter's source pattern)
-    experts: dict[int | None, str] = field(default_factory=dict)  # of quantised experts: the checkpoint key of each
+    experts: dict[int | None, str] = field(default_factory=dict)  # quantized experts: checkpoint key by expert
 
 
 class KeyNames:
-    """What a model calls the tensors of a checkpoint: transformers' own renames, and conversions by their sources."""
+    """Maps checkpoint keys to parameter names, using transformers' renames and weight conversions."""
 
     def __init__(self, model: Any) -> None:
         self.known: dict[str, torch.Tensor] = dict(model.state_dict())
@@ -56,7 +56,7 @@ class KeyNames:
     def rename(self, key: str, known: dict[str, Any] | None = None) -> tuple[str, str | None]:
         """The parameter that the checkpoint's `key` belongs to, and the source pattern of its conversion, if any.
 
-        known: the names that there are, if others than the model's parameters.
+        known: the valid names; by default those of the model's state dict.
         """
         known = self.known if known is None else known
         name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, known)
@@ -66,7 +66,7 @@ class KeyNames:
 
 
 class Loader:
-    """Reads what one rank keeps, one parameter at a time, so that no more than one is ever held twice."""
+    """Loads one rank's weights parameter by parameter, so that at most one parameter is in memory twice."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Loader:
         known = self.names.known
         targets: dict[str, _Target] = {}
         for key in sorted(self.source.keys(), key=dot_natural_key):
-            if self._is_of_experts(key, targets):
+            if self._is_expert_tensor(key, targets):
                 continue
             name, pattern = self.names.rename(key)
             owner, _, leaf = name.rpartition(".")
@@ -119,8 +119,8 @@ class Loader:
                     target.converter = copy.deepcopy(by_pattern[pattern])
         return targets
 
-    def _is_of_experts(self, key: str, targets: dict[str, _Target]) -> bool:
-        """Whether `key` is a tensor of quantised experts, which is then noted."""
+    def _is_expert_tensor(self, key: str, targets: dict[str, _Target]) -> bool:
+        """Whether `key` belongs to quantized experts; if so, adds it to `targets`."""
         found = self.expert_keys.find(key, self.names.rename)
         if found is None:
             return False
@@ -141,7 +141,7 @@ class Loader:
         return check_plain(key, self.source.read(key, self.injection.slices(name)))
 
     def _convert(self, name: str, converter: WeightConverter, keys: list[tuple[str, str | None]]) -> None:
-        """Run one of transformers' conversions, on slices where it only stacks and joins, else on whole tensors."""
+        """Run a weight conversion: on slices if it only stacks and concatenates, otherwise on full tensors."""
         kept = self.injection.slices(name)
         sliced = _sliced_sources(converter, kept) if kept is not None else None
         if sliced is not None and kept is not None and kept[0] == 0:
@@ -153,11 +153,11 @@ class Loader:
             self._check_sliced(name, keys, kept)
         for key, pattern in keys:
             part = sliced.get(pattern or "") if sliced is not None else None
-            converter.add_tensor(name, key, pattern, _Later(self.source, key, part))  # type: ignore[arg-type]
+            converter.add_tensor(name, key, pattern, _DeferredRead(self.source, key, part))  # type: ignore[arg-type]
         try:
-            whole: Any = _WholeShapes(self.full_shapes)
-            converted = converter.convert(name, model=whole, config=self.model.config)
-        except RuntimeError as error:  # tensors that should stack or join and do not
+            shapes: Any = _UnslicedShapes(self.full_shapes)
+            converted = converter.convert(name, model=shapes, config=self.model.config)
+        except RuntimeError as error:  # shapes that cannot be stacked or concatenated
             reason = first_line(error)
             raise CheckpointError(
                 f"the tensors of {name} do not fit together ({reason}); the weights do not belong to this config.json"
@@ -169,7 +169,7 @@ class Loader:
             self._place(target, tensor if already or wanted is None else _cut(tensor, wanted))
 
     def _own_experts(self, name: str, keys: list[_Key], own: list[Span]) -> list[_Key]:
-        """Of one tensor an expert, those that this rank keeps: the others are not read at all."""
+        """The keys of the experts on this rank; tensors of other experts are not read."""
         num_experts, chosen = self.full_shapes[name][0], list[_Key]()
         for pattern in dict.fromkeys(pattern for _, pattern in keys):
             experts = [key for key in keys if key[1] == pattern]
@@ -181,8 +181,8 @@ class Loader:
             chosen += [key for span in own for key in experts[span.start : span.stop]]
         return chosen
 
-    def _check_sliced(self, name: str, keys: list[tuple[str, str | None]], kept: Kept) -> None:
-        """A slice of too large a tensor would look right: compare the whole widths that the sources join to."""
+    def _check_sliced(self, name: str, keys: list[tuple[str, str | None]], kept: Slice) -> None:
+        """Check full shapes, because a slice of a tensor that is too large would have the right shape."""
         assert kept is not None
         wanted = self.full_shapes[name][kept[0]] // len({pattern for _, pattern in keys})
         for key, _ in keys:
@@ -205,7 +205,7 @@ class Loader:
         self.left.discard(name)
 
     def store(self, name: str, current: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Put `tensor`, which has the right shape, in the place of the parameter or buffer `current`."""
+        """Replace the parameter or buffer `current` by `tensor`, which has the same shape."""
         owner_name, _, leaf = name.rpartition(".")
         owner = self.model.get_submodule(owner_name)
         dtype = current.dtype if name in self.buffers else self._dtype_of(name, current)
@@ -228,31 +228,31 @@ class Loader:
             )
 
 
-class _WholeShapes:
-    """What conversions ask of a model: the shapes of its parameters, which here are those before anything was cut."""
+class _UnslicedShapes:
+    """Stands in for the model in weight conversions; reports parameter shapes before slicing."""
 
     def __init__(self, full_shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.full_shapes = full_shapes
 
     def get_parameter(self, name: str) -> torch.Tensor:
-        """A tensor of the whole parameter's shape, without memory."""
+        """A meta tensor of the full parameter's shape."""
         return torch.empty(self.full_shapes[name], device="meta")
 
 
-class _Later:
-    """A read that happens only when transformers' conversion asks for it (it calls what it was given)."""
+class _DeferredRead:
+    """A read deferred until transformers' conversion calls it."""
 
-    def __init__(self, source: TensorSource, key: str, kept: Kept) -> None:
+    def __init__(self, source: TensorSource, key: str, kept: Slice) -> None:
         self.source, self.key, self.kept = source, key, kept
 
     def __call__(self) -> torch.Tensor:
         return check_plain(self.key, self.source.read(self.key, self.kept))
 
 
-def _sliced_sources(converter: WeightConverter, kept: tuple[int, list[Span]]) -> dict[str, Kept] | None:
-    """What to read of each source so that stacking experts and joining gate and up yields just the kept slice.
+def _sliced_sources(converter: WeightConverter, kept: tuple[int, list[Span]]) -> dict[str, Slice] | None:
+    """The slice to read from each source so that stacking experts and joining gate and up gives this rank's slice.
 
-    None when the conversion does anything else, or when a part would straddle its sources.
+    None if the conversion has other operations, or if a span crosses sources.
     """
     names = [type(op) for op in converter.operations]
     stacked = bool(names) and names[0] is MergeModulelist
@@ -284,7 +284,7 @@ def _cut(tensor: torch.Tensor, kept: tuple[int, list[Span]]) -> torch.Tensor:
 
 
 def _float32_pattern(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """Parameters that the architecture keeps in float32 whatever the checkpoint's dtype."""
+    """Matches parameters that the architecture keeps in float32 regardless of the checkpoint's dtype."""
     names = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
     if dtype == torch.float16:
         names |= set(model._keep_in_fp32_modules or ())

@@ -1,7 +1,7 @@
 """Multimodal checkpoints served as text models, without their image and audio encoders.
 
-Prompts are text, so the towers and what joins them to the text are never reached: they are taken out before anything
-is laid out, and their weights are neither read nor kept. What is left runs transformers' own forward of the whole
+Prompts are text, so the encoders and projectors are never used. They are removed before anything
+is laid out, and their weights are not read. The rest runs transformers' own forward of the whole
 model. The kinds of RoPE with a position each for time, height and width get the same position for all three, as
 transformers itself gives them for text.
 """
@@ -15,22 +15,22 @@ from torch import nn
 
 
 def auto_class(config: Any) -> Any:
-    """The auto class of transformers for checkpoints of `config`: the whole model where it has towers."""
+    """The auto class of transformers for checkpoints of `config`: the multimodal one if it has encoders."""
     from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 
     return AutoModelForMultimodalLM if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
 
 
 def drop_multimodal_encoders(model: Any) -> None:
-    """Put nothing in the place of every part of `model` with weights that text does not reach, if it has towers."""
+    """Replace every module of a multimodal `model` that text does not use by a placeholder without weights."""
     if model.config.get_text_config(decoder=True) is model.config:
         return
     embedding = model.get_input_embeddings()
-    _drop_beside(model, {model.get_decoder(), embedding, model.get_output_embeddings()}, Dropped(embedding))
+    _drop_beside(model, {model.get_decoder(), embedding, model.get_output_embeddings()}, RemovedEncoder(embedding))
 
 
-class Dropped(nn.Module):
-    """Stands where a tower was, and is on the device of the text, which some models ask their towers for."""
+class RemovedEncoder(nn.Module):
+    """Replaces a removed encoder; has the device of the text model, because some models ask their encoders for it."""
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Dropped(nn.Module):
         return next(self._embedding[0].parameters()).device
 
 
-def _drop_beside(module: nn.Module, text: set[Any], dropped: Dropped) -> None:
+def _drop_beside(module: nn.Module, text: set[Any], dropped: RemovedEncoder) -> None:
     for name, child in module.named_children():
         if child in text:
             continue

@@ -14,8 +14,8 @@ from ulysses_infer.parallel.layout import Span
 
 
 @contextmanager
-def whole(parameters: list[torch.Tensor]) -> Iterator[None]:
-    """Inside, parameters that ZeRO 3 has partitioned are whole. Collective if any is."""
+def gathered(parameters: list[torch.Tensor]) -> Iterator[None]:
+    """Gather parameters partitioned by ZeRO 3 within the context. Collective if any is partitioned."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return
@@ -29,7 +29,7 @@ class TrainingSource:
     """The weights of a module that DeepSpeed trains, ZeRO 0 to 3.
 
     What is read is a copy, because the optimizer changes the original. With ZeRO 3 each read gathers one parameter
-    from all ranks and lets it go again, so all ranks read the same names in the same order.
+    from all ranks and then releases it, so all ranks must read the same names in the same order.
     """
 
     def __init__(self, module: Any) -> None:
@@ -49,7 +49,7 @@ class TrainingSource:
     def read(self, key: str, kept: tuple[int, list[Span]] | None) -> torch.Tensor:
         """A copy of the tensor, or of the spans of one dimension, joined. Collective with ZeRO 3."""
         tensor = self._tensors[key]
-        with whole([tensor]):
+        with gathered([tensor]):
             return take(tensor.detach(), kept).clone()
 
 
@@ -59,7 +59,7 @@ def has_adapters(module: Any) -> bool:
 
 
 class AdaptedSource(TrainingSource):
-    """The weights of a module with LoRA adapters, as the ordinary model that it amounts to: W + s B A.
+    """The weights of a module with LoRA adapters, merged into the base weights: W + s B A.
 
     The active adapters are added to a copy, one weight at a time; the module stays as it is. Layers of
     `modules_to_save` stand for those that they replace. Raises `ConfigError` for adapters of other kinds.
@@ -89,7 +89,7 @@ class AdaptedSource(TrainingSource):
         weight = self._tensors[key]
         active = [name for name in layer.active_adapters if name in layer.lora_A]
         factors = [factor.weight for name in active for factor in (layer.lora_A[name], layer.lora_B[name])]
-        with torch.no_grad(), whole([weight, *factors]):
+        with torch.no_grad(), gathered([weight, *factors]):
             merged = sum((layer.get_delta_weight(name).to(weight.dtype) for name in active), start=weight)
             return take(merged, kept).clone()
 

@@ -1,6 +1,6 @@
 """Resolves whether input and output embeddings are tied: config.json says so, the checkpoint decides.
 
-Configs of some models with towers say nothing, and transformers' default ties what their checkpoints keep apart.
+Some multimodal configs omit the setting, and transformers' default then ties embeddings that the checkpoint has twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_weight_tying(model: Any, open_source: Callable[[], TensorSource]) -> None:
-    """Untie `model`, which has no weights yet, in its configs if its checkpoint has two different embeddings."""
+    """Turn off weight tying in the configs of `model` if its checkpoint has two different embeddings."""
     configs = (model.config, model.config.get_text_config(decoder=True))
     if any(getattr(config, "tie_word_embeddings", False) for config in configs) and _differ(model, open_source()):
         logger.warning("config.json ties the output embedding to the input's; the checkpoint has two, which are used")

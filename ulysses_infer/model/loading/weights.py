@@ -1,4 +1,4 @@
-"""The weights of one rank, which can be replaced while the engine lives."""
+"""Weights: one rank's weights, which can be updated or freed while the engine runs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ulysses_infer.model.loading.sources import ShapesOnly
 from ulysses_infer.model.model import ModelBuilder, ShiftModel
 
 
-class _Checker(Loader):
-    """Goes through a whole loading and writes nothing."""
+class _ShapeCheckLoader(Loader):
+    """Runs a complete load without writing, to check names and shapes."""
 
     def store(self, name: str, current: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Nothing: that it came this far is what was to be known."""
+        """Do nothing."""
 
 
-class _Rewriter(Loader):
-    """Gives parameters new values where they are, so that every mode's views see them."""
+class _InPlaceLoader(Loader):
+    """Updates parameters in place, so that the views of every mode see the new values."""
 
     def store(self, name: str, current: torch.Tensor, tensor: torch.Tensor) -> None:
         """Copy, and cast, `tensor` into `current`."""
@@ -28,28 +28,28 @@ class _Rewriter(Loader):
 
 
 class Weights:
-    """One rank's weights, which may be written again or dropped while the engine lives."""
+    """One rank's weights, which can be updated or freed while the engine runs."""
 
     def __init__(self, blueprint: ModelBuilder, model: ShiftModel, are_borrowed: bool) -> None:
-        """`are_borrowed`: some may share the memory of a model that the caller has."""
+        """`are_borrowed`: the weights may share memory with the caller's model."""
         self._blueprint, self._model = blueprint, model
         self._are_own = not are_borrowed
 
     def check(self, source: TensorSource) -> None:
         """Raise `CheckpointError` unless `source` has a tensor of the right shape for every parameter."""
-        self._blueprint.loader(ShapesOnly(source), _Checker).load()
+        self._blueprint.loader(ShapesOnly(source), _ShapeCheckLoader).load()
 
     @torch.no_grad()
     def write(self, source: TensorSource) -> None:
-        """Take the values of `source`. Collective if it gathers."""
+        """Load the values of `source`. Collective if `source` gathers partitioned parameters."""
         if not self._are_own:
             self._move({id(p): torch.empty_like(p, memory_format=torch.contiguous_format) for p in self._parameters()})
-        self._blueprint.loader(source, _Rewriter).load()
+        self._blueprint.loader(source, _InPlaceLoader).load()
         self._are_own = True
 
     @torch.no_grad()
     def drop(self) -> None:
-        """Give the memory back; `write` takes it again."""
+        """Free the memory; `write` allocates it again."""
         self._move({id(p): p.new_zeros(()).expand(p.shape) for p in self._parameters()})
         self._are_own = False
 

@@ -18,7 +18,7 @@ from ulysses_infer.model.loading.files import MemorySource, take
 from ulysses_infer.parallel.layout import Span
 
 POINTERS = ("latest", "latest_universal")  # files that name the folder of the last saved step
-UNIVERSAL_WEIGHTS = "zero"  # the folder of a universal checkpoint with one folder a parameter
+UNIVERSAL_WEIGHTS = "zero"  # the folder of a universal checkpoint with one folder per parameter
 
 
 def zero_folder(folder: Path) -> Path | None:
@@ -46,7 +46,7 @@ def open_zero(folder: Path) -> ZeroSource:
             return ZeroSource(_universal(folder))
         if any(folder.glob("*_optim_states.pt")):
             return ZeroSource(_partitioned(folder))
-        return ZeroSource(_whole(folder))
+        return ZeroSource(_unpartitioned(folder))
     except (OSError, ValueError, LookupError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"the DeepSpeed checkpoint {folder} cannot be read: {first_line(error)}; it may be incomplete"
@@ -54,7 +54,7 @@ def open_zero(folder: Path) -> ZeroSource:
 
 
 class ZeroSource(MemorySource):
-    """Weights that are put together as they are asked for, tied ones under each of their names.
+    """Weights that are consolidated on read; tied weights appear under each of their names.
 
     The tensors have `shape` and `contiguous()`, and nothing else of a tensor.
     """
@@ -68,15 +68,15 @@ def _partitioned(folder: Path) -> Mapping[str, Any]:
     """ZeRO 1 to 3: DeepSpeed's own consolidation, which for stage 3 joins a tensor only when it is used."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    said = io.StringIO()  # it reports its progress to the screen
-    with redirect_stdout(said), redirect_stderr(said):
+    progress = io.StringIO()  # DeepSpeed prints its progress
+    with redirect_stdout(progress), redirect_stderr(progress):
         found: Mapping[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
             str(folder.parent), tag=folder.name, lazy_mode=True
         )
     return found
 
 
-def _whole(folder: Path) -> Mapping[str, Any]:
+def _unpartitioned(folder: Path) -> Mapping[str, Any]:
     """ZeRO 0: the module's own state, saved by one rank."""
     files = sorted(folder.glob("*_model_states.pt"))
     if len(files) != 1:
@@ -99,7 +99,7 @@ class _UniversalTensor:
 
 
 def _universal(folder: Path) -> Mapping[str, Any]:
-    """A universal checkpoint: a file a parameter; shapes and tied names are in the model states of the first rank."""
+    """A universal checkpoint: one file per parameter; shapes and tied names are in the first model-states file."""
     files = sorted(folder.glob("*_model_states.pt"))
     if not files:
         raise ValueError("it has no *_model_states.pt, which holds the parameters' shapes")
