@@ -1,4 +1,4 @@
-"""How close a step on W ranks comes to a W-th of one rank's: `python benchmarks/ideal_scaling.py [--ranks 2]`.
+"""How close a step on W ranks comes to a W-th of one rank's: `python -m benchmarks.ideal_scaling [--ranks 2]`.
 
 The same steps run on one rank with one thread and on W ranks with one thread each, started anew in turns: large
 prefills in the base mode (SP), decodes in full TP. The ideal is one rank's time / W. It is set against three times of

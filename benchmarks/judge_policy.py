@@ -1,4 +1,4 @@
-"""How good a policy's choices are, step by step: `python benchmarks/judge_policy.py --random-model llama-60m --sp 2`.
+"""How good a policy's choices are, step by step: `python -m benchmarks.judge_policy --random-model llama-60m --sp 2`.
 
 Calibrates as a server would, then draws steps that calibration has not seen, measures each in every mode (the modes
 taking turns), and adds up what each policy would have taken for them: every static mode, the adaptive policy, and the

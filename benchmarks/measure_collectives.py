@@ -1,6 +1,6 @@
 """How long the exchanges of a step take between the ranks of this host: by torch (gloo) and in shared memory.
 
-    python benchmarks/measure_collectives.py [--ranks 2] [--seconds 0.3]
+    python -m benchmarks.measure_collectives [--ranks 2] [--seconds 0.3]
     deepspeed --num_gpus 2 benchmarks/measure_collectives.py
 
 The two take turns, size by size, so that what disturbs the machine disturbs both; microseconds of rank 0, Python

@@ -1,6 +1,6 @@
 """What `torch.compile` makes of a decode step on this CPU, beside the engine's recorded step, and when each is ready.
 
-    python benchmarks/measure_compile.py MODEL [--threads 2] [--context 512] [--steps 50]
+    python -m benchmarks.measure_compile MODEL [--threads 2] [--context 512] [--steps 50]
 
 The same checkpoint three ways, one request, bfloat16: transformers' own forward over a static cache, as it is and
 compiled, and a step of the engine on one rank. They take turns, a step each; every token goes through the whole model.

@@ -1,6 +1,6 @@
 """The speed of the CPU kernels beside torch's, every alternative in turn in one run.
 
-    python benchmarks/measure_kernels.py [matmul] [attention] [prompt] [write] [--threads 1] [--dtype bfloat16]
+    python -m benchmarks.measure_kernels [matmul] [attention] [prompt] [write] [--threads 1] [--dtype bfloat16]
 
 Weights and caches are larger than the processor's caches and visited in turn, as a model's layers are. The figures are
 of each alternative's fastest call, with the median behind it: other programs only ever make a call slower. With one

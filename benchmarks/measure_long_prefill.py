@@ -1,6 +1,6 @@
 """Peak memory of a rank while a long prompt is computed in chunks: beside the cache it follows the chunk alone.
 
-    python benchmarks/measure_long_prefill.py [--lengths 16384 130000] [--chunk 2048] [--sp 2] [--attention-backend auto]
+    python -m benchmarks.measure_long_prefill [--lengths 16384 130000] [--chunk 2048] [--sp 2]
 
 Runs a Llama of two narrow layers with random weights, made for 32,768 positions and stretched with YaRN, on processes
 of this host (Linux, CPU), its steps in changing modes. A first prompt only warms up. Memory is what the fullest rank

@@ -1,6 +1,6 @@
 """Compare parallelism over a link of a set bandwidth and delay, on one machine.
 
-    sudo python benchmarks/netem.py --rate 1gbit --delay 50us MODEL --protocol shape --output FOLDER
+    sudo python -m benchmarks.netem --rate 1gbit --delay 50us MODEL --protocol shape --output FOLDER
 
 Every rank gets a network namespace with a veth of its own to a common bridge; what it sends is limited there (tc tbf)
 and delayed (tc netem). `ulysses-infer bench compare` runs in the first namespace with the options given here, and its

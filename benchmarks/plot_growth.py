@@ -1,4 +1,4 @@
-"""How the engine's costs grow: `python benchmarks/plot_growth.py --random-model llama-60m --sp 2 --seconds 300`.
+"""How the engine's costs grow: `python -m benchmarks.plot_growth --random-model llama-60m --sp 2 --seconds 300`.
 
 Step time against the tokens of a prefill, the requests that decode and the length of their context (synthetic steps, as
 calibration runs them, in every mode in turns); tokens a second against the requests that run together; memory of the

@@ -1,6 +1,6 @@
 """What one rank of a layout computes in a step, in every mode, measured alone on one device.
 
-    python benchmarks/profile_layout.py configs/models/llama-3.3-70b.json --fp8 --output configs/profiles/llama-70b-h200.json
+    python -m benchmarks.profile_layout configs/models/llama-3.3-70b.json --fp8 --output llama-70b-h200.json
 
 Runs rank `--rank` of the layout `--sp` x `--tp` with random weights and nobody to exchange with: every exchange has its
 shapes, its copies and no traffic, so the times are those of the computation. As many layers as `--layers` says are run,

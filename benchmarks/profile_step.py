@@ -1,6 +1,6 @@
 """Where a step's time goes: matrix products, attention, collectives, and the rest (the engine's overhead).
 
-    python benchmarks/profile_step.py --model DIR --sp 1 [--batch 1] [key=value overrides]
+    python -m benchmarks.profile_step --model DIR --sp 1 [--batch 1] [key=value overrides]
     deepspeed --num_gpus 2 benchmarks/profile_step.py --model DIR [--sp 2] [--mode tp] [--batch 1] [key=value overrides]
 
 Runs decodes of `--batch` requests, or with `--prefill N` prompts of N tokens, in one mode on every rank, times the

@@ -1,7 +1,7 @@
 """Measure the server of `ulysses-infer serve` on this machine, and say where the time goes.
 
-    python benchmarks/serve_report.py load [MODEL] [key=value ...]      HTTP against offline `generate` on the same work
-    python benchmarks/serve_report.py long-prompt [key=value ...]       streams while 100 k tokens of a prompt are prefilled
+    python -m benchmarks.serve_report load [MODEL] [key=value ...]      HTTP and offline `generate` on the same work
+    python -m benchmarks.serve_report long-prompt [key=value ...]       streams during a prefill of 100 k tokens
 
 `load`: 64 streams for 60 s, of which nothing may be lost; then the same prompts over HTTP and offline, alternately, on
 the same engine settings and with as many in flight. Both engines stay loaded; the one that is not measured idles.

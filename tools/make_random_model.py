@@ -1,4 +1,4 @@
-"""Make a Llama checkpoint with random weights, for measurements: `python tools/make_random_model.py llama-0.5b FOLDER`.
+"""Make a Llama checkpoint with random weights, for measurements: `python -m tools.make_random_model llama-0.5b FOLDER`.
 
 Without FOLDER it goes to the cache, where `ulysses-infer bench ... --random-model llama-0.5b` looks for it.
 """

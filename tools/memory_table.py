@@ -1,6 +1,6 @@
 """What each rank stores of a model under each placement of its experts, by the loader's own count. Reads no weights.
 
-Run from the repository root: `python tools/memory_table.py configs/models/qwen3-30b-a3b.json --sp 8`; without a model,
+Run from the repository root: `python -m tools.memory_table configs/models/qwen3-30b-a3b.json --sp 8`; without a model,
 the two mixtures of the Shift Parallelism paper in their layouts on 8 ranks. A model is a config.json or its folder.
 """
 

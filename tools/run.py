@@ -2,8 +2,8 @@
 
 Both make a virtual environment first (in .venv, or where the variable ULYSSES_VENV says) and use it again.
 `demo` then runs recipes/demo.yaml on two ranks, overrides such as policy.threshold_tokens=4 may follow;
-`test` runs the formatter and linter (as checks), the type checker and the tests. `test --thorough` adds the tests marked
-`thorough`: more cases of kinds that are tested anyway. Other arguments go to pytest.
+`test` runs the formatter and linter (as checks), the type checker and the tests. `test --thorough` adds the tests
+marked `thorough`: more cases of kinds that are tested anyway. Other arguments go to pytest.
 
 Needs Python 3.11 or newer and gcc; nothing but the standard library.
 """

@@ -2,7 +2,7 @@
 
     pip install "lm_eval[api]"
     ulysses-infer serve models/demo parallel.sp=2 --port 8000
-    python tools/run_lm_eval.py --base-url http://127.0.0.1:8000 --model demo --checkpoint models/demo --compare
+    python3 tools/run.py_lm_eval --base-url http://127.0.0.1:8000 --model demo --checkpoint models/demo --compare
 
 Three tasks: which of four lines continues a function (log-likelihoods of given text: `echo` with `logprobs`), the
 perplexity of whole functions (`loglikelihood_rolling`), and completion up to a stop string (`generate_until`). With

@@ -1,6 +1,6 @@
 """Turn a checkpoint that DeepSpeed saved while training into a Hugging Face folder.
 
-    python tools/zero_to_hf.py runs/mine/checkpoints models/mine [--config FOLDER] [--dtype bfloat16]
+    python -m tools.zero_to_hf runs/mine/checkpoints models/mine [--config FOLDER] [--dtype bfloat16]
 
 The first argument is the folder given to `save_checkpoint` (its `latest` says which step), the folder of one step, or
 a universal checkpoint; ZeRO stages 0 to 3. DeepSpeed's own consolidation joins the parts.

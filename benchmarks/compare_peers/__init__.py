@@ -1,1 +1,1 @@
-"""The engine against its peers on the same checkpoints and processors, in one run: `python -m benchmarks.compare_peers`."""
+"""The engine and its peers on the same checkpoints and processors: `python -m benchmarks.compare_peers`."""

@@ -9,8 +9,8 @@ from ulysses_infer.model.injection.architectures import REFUSED, VERIFIED
 
 HEAD = """# Which models are served
 
-Written by `python -m docs.generate.sweep_architectures` from transformers {version}: do not edit. The sweep takes every causal
-language model class of transformers and every class of models with picture or sound towers ({total} model types),
+Written by `python -m docs.generate.sweep_architectures` from transformers {version}: do not edit. The sweep takes every
+causal language model class of transformers and every class of models with picture or sound towers ({total} model types),
 makes a tiny random checkpoint of it in float32, runs it through the engine on 1, 2 and 4 ranks in the layouts
 {bases} with another mode at every step, chunked prefill, prefix caching
 and, for mixtures of experts, a placement drawn for each layout, and compares greedy tokens with `generate` and every

@@ -3,8 +3,8 @@
 Those with picture or sound towers are saved and compared whole, with text alone. Experts are placed otherwise in each
 layout, drawn by the model's name.
 
-Run from the repository root: `python -m docs.generate.sweep_architectures` (about forty minutes on two cores). Results are
-kept in a JSON file as they come, so that a second run goes on where the first one stopped; `--only llama,opt` runs
+Run from the repository root: `python -m docs.generate.sweep_architectures` (about forty minutes on two cores). Results
+are kept in a JSON file as they come, so that a second run goes on where the first one stopped; `--only llama,opt` runs
 some again, `--report` only writes the page. Ends with 1 when `VERIFIED` does not say what the sweep found.
 """
 

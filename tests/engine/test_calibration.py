@@ -35,7 +35,7 @@ def tokens(outputs):
 def assert_untouched(engine):
     inner = engine._engine
     inner.scheduler.allocator.assert_idle()
-    assert len(inner.worker.tables) == len(inner.requests._forgotten), "all that is left is to be forgotten with the next plan"
+    assert len(inner.worker.tables) == len(inner.requests._forgotten), "only dropped with the next plan"
     stats = engine.stats()
     assert stats["modes"] == {}
     assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"], stats["switches"]) == (0, 0, 0)

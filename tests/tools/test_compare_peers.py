@@ -1,4 +1,4 @@
-"""benchmarks/compare_peers: the arithmetic, the report, and the processes, with a peer that only pretends to compute."""
+"""benchmarks/compare_peers: arithmetic, report and processes, with a fake peer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/plot_growth.py: which points a sweep runs, how it keeps its time, what it writes; not how fast anything is."""
+"""benchmarks/plot_growth.py: the points of a sweep, its time limit and its output."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class ChatChoiceBuilder:
 
 
 async def prepare_chat(context: AppContext, body: ChatRequest) -> PreparedRequest:
-    """Check a request and render its prompt. Raises `ApiError`, `RequestError`, `OverloadedError`, `EngineDeadError`."""
+    """Check a request, render its prompt. Raises `ApiError`, `RequestError`, `OverloadedError`, `EngineDeadError`."""
     context.check_model(body.model)
     check_streaming(body)
     use, params = _parameters(context, body)
