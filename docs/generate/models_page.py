@@ -9,16 +9,15 @@ from ulysses_infer.model.injection.architectures import REFUSED, VERIFIED
 
 HEAD = """# Which models are served
 
-Written by `python -m docs.generate.sweep_architectures` from transformers {version}: do not edit. The sweep takes every
-causal language model class of transformers and every class of models with picture or sound towers ({total} model types),
-makes a tiny random checkpoint of it in float32, runs it through the engine on 1, 2 and 4 ranks in the layouts
-{bases} with another mode at every step, chunked prefill, prefix caching
-and, for mixtures of experts, a placement drawn for each layout, and compares greedy tokens with `generate` and every
-log-probability with a plain forward.
+Written by `python -m docs.generate.sweep_architectures` from transformers {version}; do not edit. The sweep takes every
+causal language model class of transformers and every class of multimodal models ({total} model types). Of each it makes
+a tiny random checkpoint in float32 and runs it on 1, 2 and 4 ranks in the layouts {bases}, with another mode at every
+step, chunked prefill, prefix caching and, for mixtures of experts, a random placement per layout. It compares greedy
+tokens with `generate` and every log-probability with a plain forward.
 
 - **Yes** ({yes}): tokens equal, log-probabilities within 1e-4. The largest difference seen is given.
-- **No** ({no}): the engine refuses it by name, with the reason given, before it loads any weight; never a silent wrong
-  answer.
+- **No** ({no}): the engine refuses it by name, with the reason given, before any weight is loaded. There is never a
+  silent wrong answer.
 - **Untested** ({untested}): the sweep has no tiny configuration of it that transformers itself runs here. Refused
   unless `model.allow_unverified=true`, and then only served if it passes the checks at start (every layer's attention
   reached once, equal heads in every layer, no mixing of tokens outside of attention).
@@ -26,7 +25,7 @@ log-probability with a plain forward.
 Which quantized checkpoints load is in [quantization.md](quantization.md). RoPE of the kinds `dynamic` and `longrope` is
 fixed at `model.max_model_len`, since transformers' own would let a request depend on its neighbours in the batch.
 
-## Models with picture or sound towers
+## Multimodal models
 
 Checkpoints like Llama 4 Scout, Gemma 3 or Qwen3-VL are served as the language models in them: prompts are text, and a
 message with a picture is answered by 400. The towers are taken out before anything is laid out; their weights are
