@@ -11,10 +11,15 @@ from tests.equivalence.families import FAMILIES
 from tests.equivalence.tiny_models import NEW_TOKENS
 
 pytestmark = pytest.mark.distributed
+DEFAULT_FAMILIES = ("llama", "phi3", "qwen3_moe", "gemma2", "gpt_oss")
+DEFAULT_BASES = ((1, 2), (4, 1), (2, 2))
 
 
 def cases() -> list[Any]:
-    """Every family on every base; the ways of running an engine take turns, llama goes through all of them."""
+    """Every family on every base with alternating profiles; llama on every base with all of them.
+
+    By default five families run on three bases and every other family on one base.
+    """
     chosen = []
     for turn, family in enumerate(FAMILIES):
         for number, base in enumerate(base for world_size in (1, 2, 4) for base in bases(world_size)):
@@ -22,10 +27,21 @@ def cases() -> list[Any]:
             if base == (2, 2):
                 profiles = (*profiles, INNER)
             chosen += [
-                pytest.param(family, base, profile, id=f"{family}-sp{base[0]}xtp{base[1]}-{profile.name}")
-                for profile in profiles
+                pytest.param(
+                    family,
+                    base,
+                    profile,
+                    id=f"{family}-sp{base[0]}xtp{base[1]}-{profile.name}",
+                    marks=[] if index == 0 and is_default(turn, family, base) else [pytest.mark.thorough],
+                )
+                for index, profile in enumerate(profiles)
             ]
     return chosen
+
+
+def is_default(turn: int, family: str, base: tuple[int, int]) -> bool:
+    """Whether the case runs without `--thorough`."""
+    return base in DEFAULT_BASES if family in DEFAULT_FAMILIES else base == DEFAULT_BASES[turn % len(DEFAULT_BASES)]
 
 
 @pytest.mark.parametrize(("family", "base", "profile"), cases())

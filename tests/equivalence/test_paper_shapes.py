@@ -77,10 +77,16 @@ def thin(name: str) -> Any:
     [
         ("llama-3.3-70b", "auto"),
         ("qwen3-32b", "auto"),
+        ("llama-4-scout-17b-16e", "expert"),
+        ("qwen3-30b-a3b", "width"),
         *(
-            (name, placement)
-            for name in ("llama-4-scout-17b-16e", "qwen3-30b-a3b")
-            for placement in ("replicate", "expert", "width")
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in (
+                ("llama-4-scout-17b-16e", "replicate"),
+                ("llama-4-scout-17b-16e", "width"),
+                ("qwen3-30b-a3b", "replicate"),
+                ("qwen3-30b-a3b", "expert"),
+            )
         ),
     ],
 )

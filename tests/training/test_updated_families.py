@@ -7,6 +7,7 @@ import pytest
 from tests.equivalence.cases import CROWD, ModeShuffle
 from tests.equivalence.families import tiny_config
 from tests.equivalence.tiny_models import make_checkpoint, make_prompts, make_reference
+from tests.selection import diagonal
 from ulysses_infer import SamplingParams, init_inference
 
 pytestmark = pytest.mark.distributed
@@ -50,9 +51,7 @@ def pairs(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("base", [(2, 1), (1, 2)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("base", "stacked", "family"), diagonal([(2, 1), (1, 2)], [False, True], FAMILIES))
 def test_a_family_generates_by_its_new_weights(family, base, stacked, pairs, rank_pool):
     (first, second), (by_first, by_second) = pairs(family)
     for found in rank_pool(2).run(change_weights, first, second, base, "replicate", stacked):
