@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests.ranks import RankPools
 from tests.tiny import tiny_llama
+
+hypothesis.settings.register_profile("ulysses_infer", deadline=None, derandomize=True)  # the same examples in every run
+hypothesis.settings.load_profile("ulysses_infer")
 
 
 @pytest.fixture(scope="session")
