@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from serve_processes import (
+
+from benchmarks.serve_processes import (
     POLL_SECONDS,
     ROOT,
     Measured,
@@ -38,7 +39,6 @@ from serve_processes import (
     difference,
     server,
 )
-
 from ulysses_infer.bench.serve.answer import Answer
 from ulysses_infer.bench.serve.client import Client, Server
 from ulysses_infer.bench.serve.datasets import Item, random_items, take

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-from ideal_scaling import Spent, cases, found_of, merge, rank_environment
-
+from benchmarks.ideal_scaling import Spent, cases, found_of, merge, rank_environment
 from ulysses_infer.parallel.layout import Mode
 
 ALONE = {"step": [[Spent(1.9, 0.0)], [Spent(2.0, 0.0)], [Spent(2.5, 0.0)]]}

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_it_prints_a_row_for_each_way(folder):
     command = [
         sys.executable,
-        "benchmarks/measure_compile.py",
+        "-m",
+        "benchmarks.measure_compile",
         folder,
         "--context",
         "16",

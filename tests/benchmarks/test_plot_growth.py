@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-from plot_growth import Row, draw, fits, powers, rows_of, run_sweep, sweep_points, write_csv
-
+from benchmarks.plot_growth import Row, draw, fits, powers, rows_of, run_sweep, sweep_points, write_csv
 from ulysses_infer.engine.calibration import Limits, Point
 from ulysses_infer.parallel.layout import Mode
 

@@ -27,7 +27,8 @@ def test_one_rank_of_eight_is_measured_in_every_mode(tmp_path, weights):
     subprocess.run(
         [
             sys.executable,
-            "benchmarks/profile_layout.py",
+            "-m",
+            "benchmarks.profile_layout",
             str(tmp_path / "tiny.json"),
             "--rank",
             "3",

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-from serve_processes import Measured, Steps, difference
-from serve_report import LoadReport, long_prompt, num_lost, print_load
-
+from benchmarks.serve_processes import Measured, Steps, difference
+from benchmarks.serve_report import LoadReport, long_prompt, num_lost, print_load
 from ulysses_infer.bench.serve.answer import Answer
 from ulysses_infer.bench.serve.load import Run
 from ulysses_infer.bench.serve.result import result_of
