@@ -40,7 +40,7 @@ def assert_untouched(engine):
     assert stats["modes"] == {}
     assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"], stats["switches"]) == (0, 0, 0)
     assert stats["policy_stats"].get("steps", 0) == 0
-    assert inner.take_collective_seconds() == {}
+    assert inner.worker.groups.clock.take() == {}
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------
