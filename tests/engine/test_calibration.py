@@ -168,6 +168,7 @@ def test_without_calibration_it_learns_from_traffic(folder):
         assert tokens(engine.generate(PROMPTS, GREEDY)) == found
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_set_while_requests_run_it_does_not_stop_them_to_measure(folder):
     with init_inference(folder, **settings(2)) as engine:

@@ -148,6 +148,7 @@ def test_a_worker_that_hangs_ends_the_engine_after_the_step_timeout(folder):
         )
 
 
+@pytest.mark.thorough
 def test_a_stopped_worker_does_not_hold_up_the_shutdown_for_long(folder):
     with start(folder) as engine:
         os.kill(workers(engine)[0], signal.SIGSTOP)
@@ -291,6 +292,7 @@ def test_code_from_standard_input_works_and_may_end_without_shutdown(folder):
     assert "Traceback" not in errors
 
 
+@pytest.mark.thorough
 def test_an_exception_ends_the_workers_with_the_script(folder):
     with script("next(engine.stream('hello', long))\nraise KeyError('mine')", folder) as process:
         code, _, errors = finish(process)
