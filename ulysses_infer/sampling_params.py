@@ -19,6 +19,15 @@ GREEDY_TEMPERATURE = 1e-5  # temperatures below this are greedy, as in vLLM
 MAX_SEQUENCES = 16384
 MAX_COUNT = 2**31 - 1  # no sequence is this long: a larger token count is a slip
 MAX_SEED = 2**63 - 1
+# Ranges of values, both ends included except where noted; requests over HTTP are checked against the same ones.
+TEMPERATURE_RANGE = (0, 2)
+TOP_P_RANGE = (0, 1)  # 0 excluded
+TOP_K_RANGE = (-1, MAX_COUNT)
+MIN_P_RANGE = (0, 1)
+SEED_RANGE = (-MAX_SEED - 1, MAX_SEED)
+PENALTY_RANGE = (-2, 2)  # presence and frequency
+REPETITION_PENALTY_RANGE = (0, 1000)  # 0 excluded
+LOGIT_BIAS_RANGE = (-100, 100)
 SEED_UNSET = -1  # vLLM and its clients write "no seed" as -1
 MAX_GRAMMAR_CHARACTERS = 2**17  # of a schema, regex or grammar: larger ones take seconds to compile
 
@@ -206,18 +215,20 @@ class SamplingParams:
 
     def _check_numbers(self) -> None:
         self.n = _integer("n", self.n, 1, MAX_SEQUENCES)
-        self.presence_penalty = _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        self.frequency_penalty = _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        self.repetition_penalty = _real("repetition_penalty", self.repetition_penalty, 0.0, 1e3, open_low=True)
-        self.temperature = _real("temperature", self.temperature, 0.0, 2.0)
-        self.top_p = _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        self.top_k = max(_integer("top_k", self.top_k, -1, MAX_COUNT), 0)
-        self.min_p = _real("min_p", self.min_p, 0.0, 1.0)
+        self.presence_penalty = _real("presence_penalty", self.presence_penalty, *PENALTY_RANGE)
+        self.frequency_penalty = _real("frequency_penalty", self.frequency_penalty, *PENALTY_RANGE)
+        self.repetition_penalty = _real(
+            "repetition_penalty", self.repetition_penalty, *REPETITION_PENALTY_RANGE, open_low=True
+        )
+        self.temperature = _real("temperature", self.temperature, *TEMPERATURE_RANGE)
+        self.top_p = _real("top_p", self.top_p, *TOP_P_RANGE, open_low=True)
+        self.top_k = max(_integer("top_k", self.top_k, *TOP_K_RANGE), 0)
+        self.min_p = _real("min_p", self.min_p, *MIN_P_RANGE)
         self.min_tokens = _integer("min_tokens", self.min_tokens, 0, MAX_COUNT)
         self.max_tokens = _optional_integer("max_tokens", self.max_tokens, 1, MAX_COUNT)
         self.logprobs = _optional_integer("logprobs", self.logprobs, -1, MAX_COUNT)
         self.prompt_logprobs = _optional_integer("prompt_logprobs", self.prompt_logprobs, -1, MAX_COUNT)
-        self.seed = _optional_integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+        self.seed = _optional_integer("seed", self.seed, *SEED_RANGE)
         if self.seed == SEED_UNSET:
             self.seed = None
 
@@ -340,7 +351,7 @@ def _strings(name: str, value: Any) -> list[str]:
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise RequestError(f"logit_bias must map token ids to numbers, got {_show(value)}; use {{17: -5.0}}")
-    return {_bias_key(key): _real(f"logit_bias[{key}]", bias, -100.0, 100.0) for key, bias in value.items()}
+    return {_bias_key(key): _real(f"logit_bias[{key}]", bias, *LOGIT_BIAS_RANGE) for key, bias in value.items()}
 
 
 def _bias_key(key: Any) -> int:

@@ -6,10 +6,22 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from ulysses_infer.sampling_params import (
+    LOGIT_BIAS_RANGE,
+    MAX_COUNT,
+    MIN_P_RANGE,
+    PENALTY_RANGE,
+    REPETITION_PENALTY_RANGE,
+    SEED_RANGE,
+    TEMPERATURE_RANGE,
+    TOP_K_RANGE,
+    TOP_P_RANGE,
+)
+
 MAX_SEQUENCES = 128  # per prompt, as in OpenAI's API
 MAX_LOGPROBS = 20
 MAX_STOPS = 64  # every character of the text is compared with each
-INT32, INT64 = 2**31 - 1, 2**63 - 1
+INT32 = 2**31 - 1
 
 
 class Body(BaseModel):
@@ -50,8 +62,18 @@ Stops = Annotated[
         }
     ),
 ]
-TokenId = Annotated[int, Field(ge=0, le=INT32)]
-Count = Annotated[int, Field(ge=0, le=INT32)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+
+
+def between(bounds: tuple[int, int]) -> Any:
+    """A field within `bounds`, both included."""
+    return Field(ge=bounds[0], le=bounds[1])
+
+
+def above(bounds: tuple[int, int]) -> Any:
+    """A field within `bounds`, the lower one excluded."""
+    return Field(gt=bounds[0], le=bounds[1])
 
 
 class StreamOptions(Body):
@@ -94,22 +116,23 @@ class SamplingFields(Body):
 
     model: str | None = Field(None, description="The served model; null: the one there is.")
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=INT32)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    temperature: Annotated[float, between(TEMPERATURE_RANGE)] | None = None
+    top_p: Annotated[float, above(TOP_P_RANGE)] | None = None
+    top_k: Annotated[int, between(TOP_K_RANGE)] | None = None
+    min_p: Annotated[float, between(MIN_P_RANGE)] | None = None
+    seed: Annotated[int, between(SEED_RANGE)] | None = None
     stop: Stops = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     max_tokens: Count | None = None
     min_tokens: Count | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=1000)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    presence_penalty: Annotated[float, between(PENALTY_RANGE)] | None = None
+    frequency_penalty: Annotated[float, between(PENALTY_RANGE)] | None = None
+    repetition_penalty: Annotated[float, above(REPETITION_PENALTY_RANGE)] | None = None
+    logit_bias: dict[str, Annotated[float, between(LOGIT_BIAS_RANGE)]] | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
     bad_words: list[Annotated[str, Field(min_length=1)]] | None = None
+    # SamplingParams also takes -1, the whole vocabulary: too long a response for HTTP
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
