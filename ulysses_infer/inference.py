@@ -15,7 +15,7 @@ from ulysses_infer.config.loading import Overrides
 from ulysses_infer.engine import operations
 from ulysses_infer.engine.completion import Completion
 from ulysses_infer.engine.engine import Engine
-from ulysses_infer.engine.generate_inputs import Work, arrivals_for, as_params, work_of
+from ulysses_infer.engine.generate_inputs import GenerateInput, arrivals_for, as_params, generate_inputs
 from ulysses_infer.engine.policies import policy_settings
 from ulysses_infer.engine.stats import StepRecord
 from ulysses_infer.errors import fatal
@@ -130,7 +130,9 @@ class InferenceEngine(MultiRankEngine):
         parameter is invalid, before anything runs; `EngineDeadError` when a rank is lost.
         """
         return self._on_rank_0(
-            lambda engine: self._complete(engine, work_of(prompts, sampling_params, adapter), on_step, arrival_steps)
+            lambda engine: self._complete(
+                engine, generate_inputs(prompts, sampling_params, adapter), on_step, arrival_steps
+            )
         )
 
     def stream(
@@ -175,22 +177,22 @@ class InferenceEngine(MultiRankEngine):
                 pass
 
     def _complete(
-        self, engine: Engine, work: list[Work], on_step: OnStep | None, arrival_steps: Sequence[int] | None
+        self, engine: Engine, inputs: list[GenerateInput], on_step: OnStep | None, arrival_steps: Sequence[int] | None
     ) -> list[RequestOutput]:
         """Run all prompts through the engine, late ones from their arrival step; results in prompt order."""
-        arrivals = arrivals_for(work, arrival_steps)
+        arrivals = arrivals_for(inputs, arrival_steps)
         for index in (i for i, step in enumerate(arrivals) if step > 0):
-            engine.abort(work[index].add_to(engine))  # refuse invalid ones before anything runs
-        waiting = deque(sorted(range(len(work)), key=arrivals.__getitem__))
+            engine.abort(_add(engine, inputs[index]))  # refuse invalid ones before anything runs
+        waiting = deque(sorted(range(len(inputs)), key=arrivals.__getitem__))
         names: dict[str, int] = {}
         done: dict[int, RequestOutput] = {}
         inbox: list[RequestOutput] = []
         steps = 0
         try:
-            while len(done) < len(work):
+            while len(done) < len(inputs):
                 while waiting and (arrivals[waiting[0]] <= steps or len(done) == len(names)):
                     index = waiting.popleft()
-                    name = work[index].add_to(engine)
+                    name = _add(engine, inputs[index])
                     names[name], self._subscriptions[name] = index, _Subscription(inbox, only_finished=on_step is None)
                 self._step()
                 steps += 1
@@ -203,7 +205,7 @@ class InferenceEngine(MultiRankEngine):
             for name in names:
                 del self._subscriptions[name]
                 engine.abort(name)
-        return [done[index] for index in range(len(work))]
+        return [done[index] for index in range(len(inputs))]
 
     def _step(self) -> None:
         """Run one step and hand its outputs to those who wait for them."""
@@ -301,6 +303,11 @@ class InferenceEngine(MultiRankEngine):
 
     def __exit__(self, *exception: object) -> None:
         self.shutdown()
+
+
+def _add(engine: Engine, given: GenerateInput) -> str:
+    """Queue one prompt; returns its request id. Raises `RequestError`."""
+    return engine.add(given.prompt, given.params, adapter=given.adapter)
 
 
 def init_inference(model: Any = None, config: Any = None, **overrides: Any) -> InferenceEngine:

@@ -8,7 +8,7 @@ from tests.engine.test_adaptive import policy
 from tests.step_time.costs import MODES, machine
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.config import SchedulerConfig
-from ulysses_infer.engine.policies.chunking import LEAST_CHUNK, ChunkSizer
+from ulysses_infer.engine.policies.chunking import MIN_CHUNK, ChunkSizer
 from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.scheduler import Scheduler
 from ulysses_infer.sampling_params import SamplingParams
@@ -52,7 +52,7 @@ def test_a_larger_target_gives_larger_chunks_and_a_longer_context_smaller_ones()
 
 
 def test_prompts_go_on_even_where_no_step_can_keep_the_target():
-    assert sizer(0.001).limit([*DECODES, request(9, 3000)], None) == LEAST_CHUNK
+    assert sizer(0.001).limit([*DECODES, request(9, 3000)], None) == MIN_CHUNK
 
 
 @pytest.mark.parametrize("running", [[], [request(9, 3000)], DECODES])

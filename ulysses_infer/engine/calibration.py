@@ -38,7 +38,7 @@ MOST_FILLED = 32768  # tokens of cache that synthetic contexts may use
 FILL_CHUNK = 512
 FILL_SHARE = 0.3  # share of the time spent on computing the contexts that later steps attend to
 POINT_SHARE = 0.1  # share of the remaining time for one point in all modes
-MOST_ROUNDS, THOROUGH_ROUNDS = 5, 15
+MAX_ROUNDS, THOROUGH_ROUNDS = 5, 15
 THOROUGH_SECONDS = 60.0
 SHORT_SECONDS = 0.1  # shorter steps run twice in a row, and only the second counts
 
@@ -129,7 +129,7 @@ class Calibration:
         with self.prepared(FILL_SHARE * seconds) as (limits, times):
             runs = Rounds(self, self._modes, times)
             points = design(limits, FINE_TOKENS if thorough else TOKENS)
-            runs.measure(points, started + seconds, THOROUGH_ROUNDS if thorough else MOST_ROUNDS)
+            runs.measure(points, started + seconds, THOROUGH_ROUNDS if thorough else MAX_ROUNDS)
         notes = {
             "seconds": round(time.perf_counter() - started, 1),
             "points": len(runs.times),
@@ -152,11 +152,11 @@ class Calibration:
     def visit(self, point: Point, repeats: int) -> list[dict[Mode, float]]:
         """Seconds of `point` in every mode, with alternating modes."""
         return [
-            {mode: self.settled(point, mode)[-1] for mode in (self._modes if turn % 2 else self._modes[::-1])}
+            {mode: self.time_point(point, mode)[-1] for mode in (self._modes if turn % 2 else self._modes[::-1])}
             for turn in range(repeats)
         ]
 
-    def settled(self, point: Point, mode: Mode) -> list[float]:
+    def time_point(self, point: Point, mode: Mode) -> list[float]:
         """Seconds of each run of `point`; the last one counts. Steps too short to measure at once run twice.
 
         Decodes of a new number of rows run twice before: on a CPU the second run records a CPU graph.
@@ -231,9 +231,9 @@ class Calibration:
         self.dropped = [item.handle for item in items]
         started = time.perf_counter()
         self._channel.send(STEP, plan.encode())
-        arrival = self._worker.run(plan)
-        if arrival is not None:
-            arrival.wait()
+        tokens_copy = self._worker.run(plan)
+        if tokens_copy is not None:
+            tokens_copy.wait()
         return time.perf_counter() - started
 
     def _tables(self, offset: int, start: int, used: int) -> list[int]:
@@ -275,7 +275,7 @@ class Rounds:
         self._visits += 1
         longest = 0.0
         for place, mode in enumerate(self._modes if self._visits % 2 else self._modes[::-1]):
-            *before, took = self._calibration.settled(point, mode)
+            *before, took = self._calibration.time_point(point, mode)
             if before and turn > 0 and place > 0:  # the same step in another mode, so the difference is the switch
                 self._switches.append(before[0] - took)
             self.times.setdefault((point, mode), []).append(took)

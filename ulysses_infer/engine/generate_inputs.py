@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ulysses_infer.errors import RequestError
 from ulysses_infer.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    from ulysses_infer.engine.engine import Engine
 
-
-class Work(NamedTuple):
+class GenerateInput(NamedTuple):
     """One prompt and how to complete it."""
 
     prompt: Any
     params: SamplingParams
     adapter: str | None
 
-    def add_to(self, engine: Engine) -> str:
-        """Queue it; returns its request id. Raises `RequestError`."""
-        return engine.add(self.prompt, self.params, adapter=self.adapter)
 
-
-def work_of(prompts: Any, sampling_params: Any, adapter: Any) -> list[Work]:
+def generate_inputs(prompts: Any, sampling_params: Any, adapter: Any) -> list[GenerateInput]:
     """The arguments of `generate` as one item per prompt. Raises `RequestError`."""
     listed = as_prompts(prompts)
     params = params_for(listed, sampling_params)
-    return [Work(*parts) for parts in zip(listed, params, _adapters_for(listed, adapter), strict=True)]
+    return [GenerateInput(*parts) for parts in zip(listed, params, _adapters_for(listed, adapter), strict=True)]
 
 
 def _adapters_for(prompts: list[Any], adapter: Any) -> list[str | None]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from ulysses_infer.config import Config, PolicyConfig
 from ulysses_infer.engine.calibration import Calibration
 from ulysses_infer.engine.policies import AdaptivePolicy, Policy, make_policy
-from ulysses_infer.engine.policies.start import keep_profile, start_policy
+from ulysses_infer.engine.policies.start import initialize_policy, keep_profile
 from ulysses_infer.engine.requests import RequestTable
 from ulysses_infer.engine.scheduler import Scheduler
 from ulysses_infer.engine.sleep import SleepState
@@ -35,7 +35,7 @@ class PolicyControl:
         parallel = self._config.parallel
         policy = make_policy(settings, parallel.available_modes, parallel.base, parallel.layout.shift)
         if isinstance(policy, AdaptivePolicy):
-            start_policy(policy, self._rank.worker)
+            initialize_policy(policy, self._rank.worker)
         return policy
 
     def prepare(self) -> None:

@@ -40,9 +40,9 @@ class AdaptivePolicy(Policy):
         """Whether it started from measured steps."""
         self._origin = "nothing"
         self._random = random.Random(seed)
-        self._hindsight = RegretTracker(self.model)
+        self._regret = RegretTracker(self.model)
         self._chunks = ChunkSizer(_seconds(config.target_tpot_ms), _seconds(config.target_ttft_ms), self._fastest)
-        self._switching = SwitchHysteresis()
+        self._hysteresis = SwitchHysteresis()
         self._shape = StepShape.of([], [])
 
     # -- initial step times ------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class AdaptivePolicy(Policy):
     def learn(self, profile: Profile, origin: str) -> None:
         """Start from measured steps; `origin` says where they come from."""
         self.model.learn(profile.measurements)
-        self._switching = SwitchHysteresis(profile.switch_seconds)
+        self._hysteresis = SwitchHysteresis(profile.switch_seconds)
         self.is_calibrated, self._origin = True, origin
 
     def assume(self, measurements: Iterable[Measurement]) -> None:
@@ -87,12 +87,12 @@ class AdaptivePolicy(Policy):
             for mode, seconds in times.items():
                 if seconds < WORTH_TRYING * times[best] and not self.model.is_measured(mode, shape):
                     return mode, TRIED
-        mode = self._switching.choose(times)
+        mode = self._hysteresis.choose(times)
         return mode, FASTEST if mode == best else KEPT
 
     def observe(self, batch: Batch, decision: Decision, seconds: float) -> None:
         """Learn from the step and count it."""
-        self._hindsight.count(self._shape, decision.mode, dict(decision.predicted), seconds)
+        self._regret.count(self._shape, decision.mode, dict(decision.predicted), seconds)
         self.model.observe(decision.mode, self._shape, seconds)
 
     def _fastest(self, shape: StepShape) -> float:
@@ -110,7 +110,7 @@ class AdaptivePolicy(Policy):
 
     def stats(self) -> dict[str, Any]:
         """Steps, prediction error, regret, explored steps, and how often the machine's speed has changed."""
-        return {**self._hindsight.stats(), "speed_changes": self.model.drift.changes}
+        return {**self._regret.stats(), "speed_changes": self.model.drift.changes}
 
 
 def _seconds(milliseconds: float | None) -> float | None:

@@ -9,7 +9,7 @@ from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.engine.request import Request
 from ulysses_infer.step_time.step_shape import StepShape
 
-LEAST_CHUNK = 16
+MIN_CHUNK = 16
 """Minimum progress of prompts per step, whatever it costs, so that none waits forever."""
 MARGIN = 0.9
 """Steps are planned to use this share of the available time, because predictions err and a gap is longer than a step.
@@ -23,8 +23,8 @@ class ChunkSizer:
     """Largest prefill chunk that keeps the targets; `target_tpot`, `target_ttft` in seconds, None for none.
 
     Every step is planned to end within `target_tpot`. When the first prompt in line would then miss `target_ttft`, a
-    step may take the time that decodes have in hand, having been faster than their target so far: their mean time per
-    token still holds, at the price of one longer gap. Source of chunks sized by the decodes beside them: Agrawal et
+    step may use the slack of the decodes, which have been faster than their target so far: their mean time per token
+    still meets it, at the cost of one longer gap. Source of chunks sized by the decodes beside them: Agrawal et
     al., "Sarathi-Serve", OSDI 2024.
     """
 
@@ -48,8 +48,8 @@ class ChunkSizer:
             return None
         chunk = self._largest(decodes, prompt, self._target_tpot * MARGIN)
         if chunk < prompt.num_tokens_left and self._is_late(prompt, chunk):
-            in_hand = self._time_in_hand(decodes, self._target_tpot)
-            chunk = max(chunk, self._largest(decodes, prompt, in_hand * MARGIN))
+            slack = self._time_slack(decodes, self._target_tpot)
+            chunk = max(chunk, self._largest(decodes, prompt, slack * MARGIN))
         return chunk
 
     def _largest(self, decodes: Sequence[Request], prompt: Request, seconds: float) -> int:
@@ -61,10 +61,10 @@ class ChunkSizer:
             return self._fastest(StepShape.of(contexts, [(start, chunk)])) <= seconds
 
         most = prompt.num_tokens_left
-        if most <= LEAST_CHUNK or fits(most):
-            return max(most, LEAST_CHUNK)
-        low, high = LEAST_CHUNK, most
-        while high - low > LEAST_CHUNK:
+        if most <= MIN_CHUNK or fits(most):
+            return max(most, MIN_CHUNK)
+        low, high = MIN_CHUNK, most
+        while high - low > MIN_CHUNK:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
@@ -76,7 +76,7 @@ class ChunkSizer:
         steps = ceil_div(prompt.num_tokens_left, chunk)
         return self._clock() + steps * self._target_tpot > prompt.arrival_time + self._target_ttft
 
-    def _time_in_hand(self, decodes: Sequence[Request], target: float) -> float:
+    def _time_slack(self, decodes: Sequence[Request], target: float) -> float:
         """How long a step may take so that the mean time per token of every decode stays within `target`."""
         now = self._clock()
         since = [now if request.first_token_time is None else request.first_token_time for request in decodes]

@@ -14,7 +14,7 @@ from ulysses_infer.worker.worker import Worker
 logger = logging.getLogger(__name__)
 
 
-def start_policy(policy: AdaptivePolicy, worker: Worker) -> None:
+def initialize_policy(policy: AdaptivePolicy, worker: Worker) -> None:
     """Give the policy a stored profile if one is valid here, else estimates.
 
     Raises `ConfigError` if `policy.profile` names a file that is not valid here.
