@@ -2,7 +2,7 @@
 
 `raise:RANK:STEP`  the rank's forward pass raises in that step
 `hang:RANK:STEP`   the rank's forward pass never returns, though its other threads live
-`flip`             the mode changes with every step, whatever the policy says
+`flip`             the mode changes with every step, regardless of the policy
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Processes of a served model are killed, stopped and made to raise: all who wait are told, and all is gone in time.
+"""Processes of a server are killed, stopped or made to raise: clients get an error and every process ends in time.
 
 Every case ends with no process left and the port free, within the ten seconds that the server promises.
 """
@@ -23,7 +23,7 @@ def job(folder, **changes):
 
 
 def assert_everyone_is_told(server, streams, seconds=END_SECONDS):
-    """Each stream gets an error event, and /health says no until nobody answers any more."""
+    """Each stream gets an error event, and /health fails until the server is gone."""
     started = time.monotonic()
     statuses = set()
     while (status := server.status("/health")) is not None and time.monotonic() - started < seconds:

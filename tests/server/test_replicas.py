@@ -64,25 +64,25 @@ class Replica:
 
     def __init__(self, line):
         line.setblocking(False)
-        self._line, self._frames, self.heard = line, FrameReader(ToEngine), []
+        self._line, self._frames, self.received = line, FrameReader(ToEngine), []
 
-    def say(self, message):
+    def send(self, message):
         self._line.setblocking(True)
         self._line.sendall(encode_frame(message))
         self._line.setblocking(False)
 
     def start(self):
-        self.say(Ready("m", 100, 99, [2], [(1, 1)], 10, 4, [5], state()))
+        self.send(Ready("m", 100, 99, [2], [(1, 1)], 10, 4, [5], state()))
 
     def finish(self, request_id):
-        self.say(Stepped(state(), None, [NewToken(request_id, 0, 7, "length")]))
+        self.send(Stepped(state(), None, [NewToken(request_id, 0, 7, "length")]))
 
     def listen(self):
         with contextlib.suppress(BlockingIOError):
-            self.heard += self._frames.feed(self._line.recv(1 << 16))
-        return self.heard
+            self.received += self._frames.feed(self._line.recv(1 << 16))
+        return self.received
 
-    def heard_of(self, kind):
+    def received_of(self, kind):
         return [message for message in self.listen() if isinstance(message, kind)]
 
 
@@ -121,8 +121,8 @@ def test_requests_go_where_least_is_to_be_done():
         async with routed(3) as (router, _, replicas):
             sizes = [900, 10, 20, 30, 40]
             tasks = [asyncio.create_task(collect(router, f"r{i}", size)) for i, size in enumerate(sizes)]
-            await until(lambda: sum(len(replica.heard_of(Submit)) for replica in replicas) == 5)
-            got = [[message.request_id for message in replica.heard_of(Submit)] for replica in replicas]
+            await until(lambda: sum(len(replica.received_of(Submit)) for replica in replicas) == 5)
+            got = [[message.request_id for message in replica.received_of(Submit)] for replica in replicas]
             for replica, names in zip(replicas, got, strict=True):
                 for name in names:
                     replica.finish(name)
@@ -136,8 +136,8 @@ def test_the_states_of_all_are_one_state():
     async def case():
         async with routed(2) as (router, observer, replicas):
             assert [info.num_blocks for info in observer.ready] == [20]
-            replicas[0].say(Stepped(state(running=3, usage=0.5)))
-            replicas[1].say(Stepped(state(running=1, usage=0.1)))
+            replicas[0].send(Stepped(state(running=3, usage=0.5)))
+            replicas[1].send(Stepped(state(running=1, usage=0.1)))
             await until(lambda: observer.states[-1:] and observer.states[-1].num_running == 4)
             last = observer.states[-1]
             assert (last.num_waiting, last.kv_cache_usage) == (2, 0.3)
@@ -150,11 +150,11 @@ def test_the_states_of_all_are_one_state():
 def test_commands_reach_the_replicas_that_they_concern():
     async def answer(replicas, values):
         for replica, value in zip(replicas, values, strict=True):
-            await until(lambda replica=replica: replica.heard_of(AdminCall))
-            call = replica.heard_of(AdminCall)[0]
-            replica.heard.clear()
+            await until(lambda replica=replica: replica.received_of(AdminCall))
+            call = replica.received_of(AdminCall)[0]
+            replica.received.clear()
             error = value if isinstance(value, str) else None
-            replica.say(Reply(call.number, None if error else value, error))
+            replica.send(Reply(call.number, None if error else value, error))
 
     async def case():
         async with routed(2) as (router, _, replicas):
@@ -179,18 +179,18 @@ def test_they_drain_together_and_leave_together():
     async def case():
         async with routed(2) as (router, _, replicas):
             task = asyncio.create_task(collect(router, "a"))
-            await until(lambda: replicas[0].heard_of(Submit))
-            replicas[1].say(Draining(1e9))
-            await until(lambda: replicas[0].heard_of(AdminCall))
-            assert replicas[0].heard_of(AdminCall)[0].name == "drain"
-            replicas[0].say(Draining(1e9))
+            await until(lambda: replicas[0].received_of(Submit))
+            replicas[1].send(Draining(1e9))
+            await until(lambda: replicas[0].received_of(AdminCall))
+            assert replicas[0].received_of(AdminCall)[0].name == "drain"
+            replicas[0].send(Draining(1e9))
             await until(lambda: router.status == "draining")
             await asyncio.sleep(0.05)
-            assert not replicas[1].heard_of(Goodbye), "the first has somebody to answer"
+            assert not replicas[1].received_of(Goodbye), "the first has somebody to answer"
             replicas[0].finish("a")
             assert len(await task) == 1
             await router.ended.wait()
-            await until(lambda: all(replica.heard_of(Goodbye) for replica in replicas))
+            await until(lambda: all(replica.received_of(Goodbye) for replica in replicas))
 
     asyncio.run(case())
 
@@ -199,13 +199,13 @@ def test_the_death_of_one_is_told_to_those_who_wait_for_another():
     async def case():
         async with routed(2) as (router, observer, replicas):
             tasks = [asyncio.create_task(collect(router, name)) for name in "ab"]
-            await until(lambda: all(replica.heard_of(Submit) for replica in replicas))
-            replicas[1].say(Dead("rank 3 ended unexpectedly"))
+            await until(lambda: all(replica.received_of(Submit) for replica in replicas))
+            replicas[1].send(Dead("rank 3 ended unexpectedly"))
             for result in await asyncio.gather(*tasks, return_exceptions=True):
                 assert (type(result), str(result)) == (EngineDeadError, "rank 3 ended unexpectedly")
             assert (router.status, router.death) == ("dead", "rank 3 ended unexpectedly")
             assert set(observer.dead) == {"rank 3 ended unexpectedly"}
-            assert not replicas[0].heard_of(Abort)
+            assert not replicas[0].received_of(Abort)
 
     asyncio.run(case())
 

@@ -1,4 +1,4 @@
-"""What is wrong with a server's settings is said before a model is loaded."""
+"""Invalid server settings are reported before the model is loaded."""
 
 import socket
 

@@ -179,7 +179,7 @@ class EngineClient:
         if self.status == DEAD:
             raise EngineDeadError(self.death)
         if self.status == STARTING:
-            raise OverloadedError("the engine is still loading the model; try again when /ready says 200")
+            raise OverloadedError("the engine is still loading the model; try again when /ready returns 200")
         if self.status == DRAINING:
             raise OverloadedError("the server is shutting down and takes no new requests; try another one")
 
@@ -305,7 +305,7 @@ class EngineClient:
         return self.status == DRAINING and not self._streams
 
     def leave(self) -> None:
-        """Tell the drained engine that it may exit."""
+        """Allows the drained engine to exit."""
         if not self.ended.is_set():
             self._send(Goodbye())
             self.ended.set()

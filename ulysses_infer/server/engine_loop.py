@@ -36,7 +36,7 @@ from ulysses_infer.server.messages import (
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # between checks of the deadline while idle
-NAMING_SECONDS = 0.5  # gives the watchdog time to say which rank was lost; the collective only says that one was
+NAMING_SECONDS = 0.5  # gives the watchdog time to name the lost rank; a failed collective does not
 
 
 class EngineLoop:
@@ -52,7 +52,7 @@ class EngineLoop:
         self._state_changed = False
         self._expert_tokens: list[int] = []  # per rank, as last collected
         self._expert_report_due = time.monotonic() + settings.log_interval
-        self._commands = Commands(engine, self.drain, self._tell_aborted)
+        self._commands = Commands(engine, self.drain, self._report_aborted)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ class EngineLoop:
             if self._engine.has_unfinished:
                 self._step()
             elif self._state_changed:
-                self._tell_state()
+                self._report_state()
         self._link.flush(IDLE_SECONDS)
 
     def drain(self) -> None:
@@ -120,7 +120,7 @@ class EngineLoop:
             record.num_decodes,
             self._engine.worker.groups.clock.take(),
         )
-        tokens = [token for completion in touched for token in self._news(completion)]
+        tokens = [token for completion in touched for token in self._new_tokens(completion)]
         self._link.send(Stepped(self.state(), step, tokens))
         if not self._engine.has_unfinished:
             self._check_idle()
@@ -192,9 +192,9 @@ class EngineLoop:
         for sequence in completion.sequences:
             self._reported.pop(sequence.request.index, None)
 
-    def _tell_aborted(self, completions: list[Completion]) -> None:
-        """An administrator aborted these requests: tell their clients."""
-        tokens = [token for completion in completions for token in self._news(completion)]
+    def _report_aborted(self, completions: list[Completion]) -> None:
+        """Reports requests that an administrator aborted to their clients."""
+        tokens = [token for completion in completions for token in self._new_tokens(completion)]
         self._link.send(Stepped(self.state(), None, tokens))
 
     def _answer(self, call: AdminCall) -> Reply:
@@ -226,36 +226,36 @@ class EngineLoop:
             expert_tokens=self._expert_tokens,
         )
 
-    def _tell_state(self) -> None:
+    def _report_state(self) -> None:
         self._link.send(Stepped(self.state()))
         self._check_idle()
 
-    def _news(self, completion: Completion) -> list[NewToken]:
-        """The tokens that its sequences got since the last report."""
-        news = []
+    def _new_tokens(self, completion: Completion) -> list[NewToken]:
+        """The tokens generated since the last report."""
+        new_tokens = []
         for index, sequence in enumerate(completion.sequences):
-            news += self._news_of(completion, index, sequence)
+            new_tokens += self._new_sequence_tokens(completion, index, sequence)
         if completion.is_finished:
             self._forget(completion)
-        return news
+        return new_tokens
 
-    def _news_of(self, completion: Completion, index: int, sequence: Sequence) -> list[NewToken]:
+    def _new_sequence_tokens(self, completion: Completion, index: int, sequence: Sequence) -> list[NewToken]:
         request = sequence.request
         known = self._reported.get(request.index, 0)
-        if known < 0:  # its end was reported
+        if known < 0:  # already reported as finished
             return []
-        news = [
+        new_tokens = [
             NewToken(completion.request_id, index, token, logprobs=_logprobs_at(sequence, position))
             for position, token in enumerate(request.output_token_ids[known:], start=known)
         ]
-        if news and not any(self._reported.get(each.request.index) for each in completion.sequences):
-            news[0].start = _start_of(completion, sequence)
+        if new_tokens and not any(self._reported.get(each.request.index) for each in completion.sequences):
+            new_tokens[0].start = _start_of(completion, sequence)
         self._reported[request.index] = request.num_output_tokens
         if request.is_finished:
-            news = news or [NewToken(completion.request_id, index, -1)]
-            news[-1].finish_reason, news[-1].stop_reason = request.finish_reason, request.stop_reason
+            new_tokens = new_tokens or [NewToken(completion.request_id, index, -1)]
+            new_tokens[-1].finish_reason, new_tokens[-1].stop_reason = request.finish_reason, request.stop_reason
             self._reported[request.index] = -1
-        return news
+        return new_tokens
 
 
 def _start_of(completion: Completion, sequence: Sequence) -> RequestStart:

@@ -115,10 +115,10 @@ class Router:
         for client in self.clients:
             client.die(reason)
 
-    # -- what the replicas' observers pass on --------------------------------------------------------------------
+    # -- events from the replicas' observers ---------------------------------------------------------------------
 
     def on_ready(self) -> None:
-        """A replica is up: news when it is the last one."""
+        """A replica is up. Reported once all are."""
         info = self.info
         if info is not None:
             self._observer.on_ready(info)
@@ -131,24 +131,24 @@ class Router:
         self._observer.on_step(together, step)
 
     def on_draining(self, index: int, deadline: float) -> None:
-        """One replica was told to drain: all are."""
+        """One replica drains: drain the others too."""
         if self._draining is None:
             self._observer.on_draining(deadline)
             self._draining = asyncio.create_task(self._drain_others(index))
 
     async def _drain_others(self, index: int) -> None:
         for client in (client for i, client in enumerate(self.clients) if i != index):
-            with contextlib.suppress(EngineDeadError):  # then there is nothing to drain, and everyone is told so
+            with contextlib.suppress(EngineDeadError):  # nothing to drain; on_dead reports it
                 await client.call("drain")
 
     def on_dead(self, reason: str) -> None:
-        """One replica is gone: nobody may go on waiting for another."""
+        """One replica is dead: fail the requests of all."""
         self._observer.on_dead(reason)
         self.die(reason)
 
 
 class _ReplicaObserver:
-    """What one replica's client says, for the observer of all."""
+    """Forwards the events of one replica's client to the router's observer."""
 
     def __init__(self, router: Router, index: int) -> None:
         self._router, self._index, self._all = router, index, router._observer

@@ -92,7 +92,7 @@ class Served:
         self._thread.join(10)
         assert not self._thread.is_alive()
 
-    def tell(self, action: Callable[[], None]) -> None:
+    def call_soon(self, action: Callable[[], None]) -> None:
         """Run `action` on the server's event loop."""
         self._loop.call_soon_threadsafe(action)
 

@@ -1,4 +1,4 @@
-"""Whatever goes wrong, the client is told, and nothing is left running."""
+"""Every failure is reported to the client and leaves nothing running."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_client_raises_for_an_error_in_a_stream(texts: Texts) -> None:
 def test_an_engine_that_hangs_up_is_dead(texts: Texts) -> None:
     with served(texts) as server:
         server.script(num_tokens=0)
-        server.tell(server.engine.hang_up)
+        server.call_soon(server.engine.hang_up)
         wait_for(lambda: server.get("/health").status_code == 503)
         assert server.post("/v1/completions", BODY).status_code == 503
 
@@ -105,7 +105,7 @@ def test_while_it_starts_nothing_is_served_and_probes_say_so(texts: Texts) -> No
         answer = server.post("/v1/completions", BODY)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert server.get("/v1/models").json()["data"][0]["max_model_len"] is None
-        server.tell(lambda: server.engine.send(READY))
+        server.call_soon(lambda: server.engine.send(READY))
         wait_for(lambda: server.get("/ready").status_code == 200)
         assert server.post("/v1/completions", BODY).status_code == 200
 
@@ -116,7 +116,7 @@ def test_a_server_that_drains_is_healthy_but_not_ready(texts: Texts) -> None:
         with server.http.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as running:
             lines = running.iter_lines()
             assert next(lines).startswith("data: ")
-            server.tell(server.engine.drain)
+            server.call_soon(server.engine.drain)
             wait_for(lambda: server.get("/ready").status_code == 503)
             assert server.get("/health").status_code == 200
             assert server.post("/v1/completions", BODY).status_code == 503

@@ -1,4 +1,4 @@
-"""/openapi.json says what the server really does: schemathesis asks it a few hundred odd questions."""
+"""/openapi.json matches the server's behaviour: schemathesis sends a few hundred generated requests."""
 
 from __future__ import annotations
 

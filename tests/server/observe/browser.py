@@ -144,4 +144,4 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 15.0) -> Any
         if value := condition():
             return value
         time.sleep(0.05)
-    raise AssertionError(f"waited {seconds} s in vain: {what}")
+    raise AssertionError(f"timed out after {seconds} s: {what}")

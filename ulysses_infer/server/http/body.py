@@ -1,4 +1,4 @@
-"""Parses a request body into a pydantic type, or raises one line that says what is wrong."""
+"""Parses a request body into a pydantic type, or raises a one-line error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def _invalid(error: ValidationError, kind: type[Body]) -> ApiError:
     unknown = [entry for entry in found if entry["type"] == "extra_forbidden"]
     entry = unknown[0] if unknown else max(found, key=lambda each: len(each["loc"]))
     if entry["type"] == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {entry['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json")
+        return ApiError(
+            400, f"the body is not valid JSON: {entry['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json"
+        )
     path = _path(entry["loc"])
     if unknown:
         return ApiError(400, _unknown(path, entry["loc"], kind), param=path, code="unknown_field")
@@ -61,17 +63,17 @@ def _unknown(path: str, location: Sequence[str | int], kind: type[Body]) -> str:
 
 
 def _path(location: Sequence[str | int]) -> str:
-    """`messages[0].role`, without the names that pydantic gives to members of a union."""
+    """`messages[0].role`, without the names that pydantic gives to the types of a union."""
     path = ""
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in UNION_MEMBERS and "[" not in part:
+        elif part not in UNION_TYPES and "[" not in part:
             path += f".{part}" if path else part
     return path
 
 
-UNION_MEMBERS = frozenset({"str", "int", "bool", "float", "dict", "list"})
+UNION_TYPES = frozenset({"str", "int", "bool", "float", "dict", "list"})
 
 
 def _shown(value: Any) -> str:

@@ -31,27 +31,27 @@ class ChatChoiceBuilder:
         delta = self._output.flush()
         message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
         if self._reader is not None:
-            said = self._reader.read(delta.text, is_last=True)
-            message["content"] = said.get("content", None if self._reader.has_calls else "")
-            if "tool_calls" in said:
-                calls = said["tool_calls"]
+            fields = self._reader.read(delta.text, is_last=True)
+            message["content"] = fields.get("content", None if self._reader.has_calls else "")
+            if "tool_calls" in fields:
+                calls = fields["tool_calls"]
                 message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
         return self._choice("message", message, delta)
 
     def chunks(self) -> list[dict[str, Any]]:
         """The next chunks with what is new since the last call; the first one has the role."""
         delta = self._output.flush()
-        said = self._said(delta)
+        fields = self._new_fields(delta)
         chunks = []
         if self._is_first:
             self._is_first = False
             chunks.append(self._opening())
-        says_tokens = bool(self._body.logprobs or self._body.return_token_ids) and bool(delta.tokens)
-        if said or delta.finish_reason or says_tokens:
-            chunks.append(self._choice("delta", said, delta))
+        has_tokens = bool(self._body.logprobs or self._body.return_token_ids) and bool(delta.tokens)
+        if fields or delta.finish_reason or has_tokens:
+            chunks.append(self._choice("delta", fields, delta))
         return chunks
 
-    def _said(self, delta: Delta) -> dict[str, Any]:
+    def _new_fields(self, delta: Delta) -> dict[str, Any]:
         if self._reader is not None:
             return self._reader.read(delta.text, is_last=delta.finish_reason is not None)
         return {"content": delta.text} if delta.text else {}

@@ -68,7 +68,7 @@ class AppContext:
         if self.client.death:
             raise EngineDeadError(self.client.death)
         if self.client.info is None:
-            raise OverloadedError("the engine is still loading the model; try again when /ready says 200")
+            raise OverloadedError("the engine is still loading the model; try again when /ready returns 200")
         return self.client.info
 
     @contextmanager

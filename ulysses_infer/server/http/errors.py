@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape, with a status that says whether a retry can help."""
+"""Errors in OpenAI's shape, with a status that shows whether a retry can help."""
 
 from __future__ import annotations
 

@@ -36,14 +36,14 @@ EVENTS = {
     }
 }
 MEANINGS = {
-    400: "The request is wrong; the message says where.",
+    400: "The request is invalid; the message names the field.",
     401: "The key is missing or wrong.",
     403: "Administrative routes are off.",
-    404: "There is no such thing.",
+    404: "Not found.",
     413: "The body is too large.",
-    415: "The body is no JSON.",
+    415: "The body is not JSON.",
     500: "A bug, or numbers that are not finite.",
-    503: "The server starts, is full, drains, or its engine is dead; Retry-After says if trying again helps.",
+    503: "The server is starting, full or draining, or its engine is dead; Retry-After is set if a retry can help.",
     504: "The request did not end within server.request_timeout.",
 }
 

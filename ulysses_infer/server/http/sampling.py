@@ -39,7 +39,7 @@ def structured_outputs(body: EngineFields) -> Mapping[str, Any] | None:
         found["response_format"] = wanted
     if len(found) > 1:
         names = " and ".join(found)
-        raise ApiError(400, f"{names} each say what the output must match; use one", param=list(found)[-1])
+        raise ApiError(400, f"{names} each constrain the output; use only one", param=list(found)[-1])
     return next(iter(found.values()), None)
 
 

@@ -27,7 +27,7 @@ class PastStep(NamedTuple):
     mode: int
     num_tokens: int
     num_decodes: int
-    heard: float
+    reported: float
 
 
 class BandRow:

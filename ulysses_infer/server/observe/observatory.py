@@ -45,7 +45,7 @@ class Observatory:
         self._info: Ready | None = None
         self._status, self._reason = STARTING, ""
         self._drain_deadline: float | None = None
-        self._num_heard: dict[str, int] = {}  # output tokens of each running request that were counted
+        self._num_reported: dict[str, int] = {}  # output tokens of each running request that were counted
 
     # -- what routes use -----------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class Observatory:
             if text is not None:
                 write(text)
 
-    # -- what the client says ------------------------------------------------------------------------------------
+    # -- events from the engine client ---------------------------------------------------------------------------
 
     def on_ready(self, info: Ready) -> None:
         """The engine is up."""
@@ -114,20 +114,20 @@ class Observatory:
 
     def on_first_token(self, record: RequestRecord) -> None:
         """A request's prompt is computed."""
-        num_new_tokens = self._news(record)
+        num_new_tokens = self._num_new_tokens(record)
         self._metrics.on_first_token(record, num_new_tokens)
         self._history.on_first_token(record, num_new_tokens)
 
     def on_tokens(self, record: RequestRecord, seconds: float) -> None:
         """A sequence got a token, `seconds` after its last."""
-        num_new_tokens = self._news(record)
+        num_new_tokens = self._num_new_tokens(record)
         self._metrics.on_tokens(seconds, num_new_tokens)
         self._history.on_tokens(seconds, num_new_tokens)
 
     def on_finish(self, record: RequestRecord) -> None:
         """A request ended."""
-        num_new_tokens = self._news(record)
-        del self._num_heard[record.request_id]
+        num_new_tokens = self._num_new_tokens(record)
+        del self._num_reported[record.request_id]
         self._metrics.on_finish(record, num_new_tokens)
         self._history.on_finish(record, num_new_tokens)
         logger.debug("%s", record)
@@ -142,11 +142,11 @@ class Observatory:
         self._status, self._reason, self._drain_deadline = DEAD, reason, None
         self._metrics.on_up(False)
 
-    def _news(self, record: RequestRecord) -> int:
-        """Output tokens that came since this request was last heard of. Not every token has an event of its own:
+    def _num_new_tokens(self, record: RequestRecord) -> int:
+        """Output tokens that came since this request's last event. Not every token has an event of its own:
         the first ones of a request's other sequences have none."""
-        before = self._num_heard.get(record.request_id, 0)
-        self._num_heard[record.request_id] = record.num_output_tokens
+        before = self._num_reported.get(record.request_id, 0)
+        self._num_reported[record.request_id] = record.num_output_tokens
         return record.num_output_tokens - before
 
     def _engine(self) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ def describe_settings(policy: dict[str, Any]) -> str:
 
 
 def mode_kind(sp: int, tp: int) -> str:
-    """What a mode's colour says: "sp", "tp" or, for both at once, "mixed". As `frontend.screen.mode_style`."""
+    """The kind of a mode, which sets its colour: "sp", "tp" or "mixed". As `console.screen.mode_style`."""
     if sp > 1:
         return "sp" if tp == 1 else "mixed"
     return "tp"

@@ -167,7 +167,7 @@ def _point(index: int, rows: list[SecondRow], width: int) -> list[Any]:
 def _steps(history: History, start: float, since: float) -> Iterator[list[Any]]:
     """The last steps one by one, the newest first: [sequence, started, seconds, mode, tokens, decodes]."""
     for step in reversed(history.recent):
-        if step.heard < since or step.started + step.seconds < start:
+        if step.reported < since or step.started + step.seconds < start:
             return
         yield [step.sequence, round(step.started, 4), round(step.seconds, DIGITS), *step[3:6]]
 

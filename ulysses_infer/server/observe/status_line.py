@@ -41,7 +41,7 @@ class _Counts:
 
 
 class StatusLine:
-    """Says what happened since it was last asked."""
+    """Summarizes load and throughput since the previous line."""
 
     def __init__(self, history: History) -> None:
         self._history = history
@@ -50,9 +50,9 @@ class StatusLine:
         self._last_policy: dict[str, Any] | None = None
 
     def next(self) -> str | None:
-        """The line, or None if there was no step and load and policy are what the last line said.
+        """The line, or None if no step ran and load and policy have not changed since the last line.
 
-        The policy is in it when it is another than before.
+        Includes the policy if it changed.
         """
         before, self._before = self._before, _Counts.of(self._history)
         state = self._history.state

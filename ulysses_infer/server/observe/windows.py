@@ -12,22 +12,22 @@ BUCKETS_PER_OCTAVE = 8  # neighbours differ by 9 %, so a percentile is at most 4
 SMALLEST_SAMPLE = 1e-6
 
 
-class Row(Protocol):
-    """Something kept per stretch of time."""
+class TimeGridRow(Protocol):
+    """What a `TimeGrid` keeps per time interval."""
 
     index: int
-    """Which stretch: from `index * width` seconds on the monotonic clock."""
+    """Which interval: it starts at `index * width` seconds on the monotonic clock."""
     changed: float
-    """When something was last added."""
+    """Time of the last change."""
 
 
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=TimeGridRow)
 
 
 class TimeGrid(Generic[R]):
-    """The rows of the last `span` seconds, each of `width` seconds; only those in which something happened.
+    """The rows of the last `span` seconds, each of `width` seconds; intervals without events have no row.
 
-    Rows are made in order of time: what comes late counts in the newest one.
+    Rows are created in order of time; a late event counts in the newest one.
     """
 
     def __init__(self, width: float, span: float, make: Callable[[int], R]) -> None:
@@ -52,7 +52,7 @@ class TimeGrid(Generic[R]):
     def groups(self, start: float, factor: int, since: float) -> Iterator[tuple[int, list[R]]]:
         """Rows from moment `start` on, in groups of `factor` rows that begin at multiples of it, newest group first.
 
-        Left out are groups in which nothing changed from `since` on; they are not even looked at.
+        Stops at the first group that has not changed since `since`.
         """
         newest_first = itertools.takewhile(lambda row: (row.index + 1) * self.width > start, reversed(self._rows))
         for index, rows in itertools.groupby(newest_first, lambda row: row.index // factor):
@@ -69,11 +69,11 @@ class Samples:
         self._counts: Counter[int] = Counter()
 
     def add(self, seconds: float) -> None:
-        """Count one."""
+        """Count one sample."""
         self._counts[round(math.log2(max(seconds, SMALLEST_SAMPLE)) * BUCKETS_PER_OCTAVE)] += 1
 
     def merge(self, others: Iterable[Samples]) -> Samples:
-        """Count what `others` have counted as well; returns itself."""
+        """Add the counts of `others`; returns itself."""
         for other in others:
             if other._counts:
                 self._counts.update(other._counts)
@@ -81,7 +81,7 @@ class Samples:
 
     @property
     def count(self) -> int:
-        """How many."""
+        """Number of samples."""
         return self._counts.total()
 
     def percentiles(self, shares: Iterable[float]) -> list[float | None]:

@@ -1,7 +1,8 @@
 """Tool calls: parses them from model output, and constrains outputs to them.
 
-`choose_format` tells how a model writes calls; the format's parser turns an output's text, as it streams, into content
-and calls. `tool_choice_constraint` and `constrained_format` do the same for a `tool_choice` that leaves no choice.
+`choose_format` detects the format in which a model writes calls. The format's parser splits the streamed text of an
+output into content and calls. `tool_choice_constraint` and `constrained_format` do the same for a `tool_choice` that
+forces a call.
 """
 
 from ulysses_infer.server.tool_calls.choosing import FORMATS, choose_format

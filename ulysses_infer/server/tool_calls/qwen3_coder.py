@@ -8,7 +8,7 @@
     </function>
     </tool_call>
 
-Values are plain text; the tool's schema says what JSON they stand for. Those of type string stream as they come.
+Values are plain text; the tool's schema gives their JSON types. Those of type string stream as they come.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Qwen3CoderParser(StreamingParser):
 
 
 def _is_text(schema: Any) -> bool:
-    """Whether a value is text whatever it looks like: said to be, or nothing is said."""
+    """Whether a value is always text: its type is string, or the schema gives none."""
     return not isinstance(schema, Mapping) or schema.get("type", "string" if "enum" not in schema else "") == "string"
 
 

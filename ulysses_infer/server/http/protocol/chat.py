@@ -163,7 +163,7 @@ class ToolCall(ResponseBody):
 
 
 class AnswerMessage(ResponseBody):
-    """What the model says."""
+    """The model's message."""
 
     role: Literal["assistant"]
     content: str | None

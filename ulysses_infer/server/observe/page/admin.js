@@ -1,4 +1,4 @@
-// The key and what it opens: the data, where the server has a key, and the policy. Kept in this tab's session alone.
+// API keys for the data and for changing the policy, kept in this tab's session only.
 
 const keySlots = { data: "ulysses-infer-key", admin: "ulysses-infer-admin-key" };
 
@@ -77,7 +77,7 @@ class Admin {
     return error ? this.say(error, "bad") : this.say("");
   }
 
-  // Returns what the server says against the key, if anything.
+  // Returns the server's objection to the key, if any.
   async open(key) {
     const answer = await ask("admin/policy", { key });
     if (!answer.ok) {
@@ -113,7 +113,7 @@ class Admin {
     this.showFields();
   }
 
-  // Another admin's change, or the modes of an engine that came up: shown unless someone is choosing here.
+  // Another admin's change, or the modes of an engine that came up: shown unless the user is editing here.
   follow(policy) {
     const seen = JSON.stringify([policy, this.store.data.modes]);
     if (this.opened && !this.touched && seen !== this.seen) this.fill(policy);

@@ -1,4 +1,4 @@
-// The band: which mode the engine ran in, over time; and the last steps one by one, by their number of tokens.
+// The band: the engine's mode over time, and the most recent steps by number of tokens.
 
 const bandTop = 2;
 const bandFoot = 22;

@@ -1,4 +1,4 @@
-// Lines over time. All charts and the band share one view: the crosshair stands at the same moment in each.
+// Line charts over time. All charts and the band share one view, so the crosshair is at the same time in each.
 
 const chartLeft = 52;
 const chartTop = 8;

@@ -1,4 +1,4 @@
-// What all drawings share: elements, numbers in words, colours, canvases that fit their place, the tooltip.
+// Shared drawing helpers: elements, number formatting, colours, canvases that fit their container, the tooltip.
 
 const byId = (id) => document.getElementById(id);
 

@@ -1,9 +1,9 @@
-// The page's loop: ask once a second for what is new, draw it many times a second so that time glides.
+// Main loop: polls for new data once per second and redraws many times per second for smooth scrolling.
 
 const pollSeconds = 1;
 const delaySeconds = 1.2; // the right edge lags by this much, so that what it shows has arrived
 const framesPerSecond = 24;
-const smoothedPoints = 10; // a single second's prompts say little of the share found in the prefix cache
+const smoothedPoints = 10; // one second has too few prompts for a stable prefix cache hit rate
 
 const view = { seconds: 120, start: 0, end: 0, hover: null };
 const store = {
@@ -33,7 +33,7 @@ function take(data, isFirst) {
   store.series = seriesOf(data);
 }
 
-// One point after the other without gaps: where nothing was recorded nothing happened, and gauges stay as they were.
+// Fills gaps between points: counters are 0 where nothing was recorded, gauges keep their last value.
 function seriesOf(data) {
   const { width, columns, rows } = store.points;
   const first = Math.ceil(Math.max(data.now - data.seconds - 2, data.now - data.uptime) / width) - 1;

@@ -1,4 +1,4 @@
-// Everything that is text: the header, the large numbers, the legend of modes, the tables.
+// The page's text: header, large numbers, legend of modes, tables.
 
 class Tiles {
   constructor(place) {
