@@ -29,7 +29,7 @@ from benchmarks.compare_peers.measuring import Field, Measured, Work, first_toke
 from benchmarks.compare_peers.report import as_values, machine, markdown, notes, same_tokens, table
 from ulysses_infer.bench.random_model import SHAPES, random_model
 from ulysses_infer.cache_folders import cache_folder
-from ulysses_infer.engine.calibration import device_name
+from ulysses_infer.engine.profile_key import device_name
 
 WIDTH = 190  # of a table that goes into a file
 CHECK = Work(num_prompts=1, input_len=64, output_len=8)

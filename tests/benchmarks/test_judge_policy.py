@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks import judge_policy
 from benchmarks.judge_policy import Judged, best_threshold, draw_points, score
-from ulysses_infer.engine.calibration import Limits, Point
+from ulysses_infer.engine.calibration_points import Limits, Point
 from ulysses_infer.parallel.layout import Mode
 
 SP, TP = Mode(2, 1), Mode(1, 2)

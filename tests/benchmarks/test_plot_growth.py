@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.plot_growth import Row, draw, fits, powers, rows_of, run_sweep, sweep_points, write_csv
-from ulysses_infer.engine.calibration import Limits, Point
+from ulysses_infer.engine.calibration_points import Limits, Point
 from ulysses_infer.parallel.layout import Mode
 
 SP, TP = Mode(2, 1), Mode(1, 2)

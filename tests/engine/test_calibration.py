@@ -10,7 +10,8 @@ from tests.tiny import encode, settings
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.cli import calibrate as command
 from ulysses_infer.cli.arguments import parse
-from ulysses_infer.engine.calibration import FINE_TOKENS, TOKENS, Limits, Point, design, typical_seconds
+from ulysses_infer.engine.calibration import typical_seconds
+from ulysses_infer.engine.calibration_points import FINE_TOKENS, TOKENS, Limits, Point, design
 from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.step_time.profile import Profile, cached_path
 

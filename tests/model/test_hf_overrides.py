@@ -12,7 +12,7 @@ import torch
 from tests.tiny import settings, tiny_llama
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.config import ModelConfig, load_config, resolved_yaml
-from ulysses_infer.engine.calibration import profile_key
+from ulysses_infer.engine.profile_key import profile_key
 from ulysses_infer.errors import CheckpointError, ConfigError
 from ulysses_infer.model.layers.rotary import choose_max_model_len, max_supported_len
 from ulysses_infer.model.loading.hf_overrides import ROPE_KINDS, overridden

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
-from ulysses_infer.engine.calibration import Limits, design
+from ulysses_infer.engine.calibration_points import Limits, design
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.model import Measurement, StepTimeModel
 from ulysses_infer.step_time.step_shape import StepShape

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import transformers
 
-from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.cache.pools import BlockPools, GroupBlockIds
 from ulysses_infer.config import SchedulerConfig
-from ulysses_infer.host import ranks_on_this_host
+from ulysses_infer.engine.calibration_points import FINE_TOKENS, TOKENS, Limits, Point, design
+from ulysses_infer.engine.profile_key import profile_key
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.model import Measurement
-from ulysses_infer.step_time.prior import CPU, GPU, Machine, Sizes, assumed_steps
 from ulysses_infer.step_time.profile import Profile
-from ulysses_infer.step_time.step_shape import StepShape
-from ulysses_infer.version import __version__
 from ulysses_infer.worker.channel import STEP, Channel
 from ulysses_infer.worker.step_plan import LAST_LOGITS, PlanItem, StepPlan
 from ulysses_infer.worker.worker import Worker
 
 SYNTHETIC = -1  # sequence number of synthetic steps; the handles of their sequences are negative too
-TOKENS = (2, 8, 32, 128, 512, 2048, 8192)
-FINE_TOKENS = tuple(sorted({*(2**power for power in range(1, 15)), *(3 * 2**power for power in range(12))}))
-CONTEXTS = (16, 1024, 4096, 16384)
 MOST_FILLED = 32768  # tokens of cache that synthetic contexts may use
 FILL_CHUNK = 512
 FILL_SHARE = 0.3  # share of the time spent on computing the contexts that later steps attend to
@@ -43,58 +30,8 @@ THOROUGH_SECONDS = 60.0
 SHORT_SECONDS = 0.1  # shorter steps run twice in a row, and only the second counts
 
 
-class Point(NamedTuple):
-    """A step to measure: `decodes` of `context` tokens each, and chunks as (start, tokens)."""
-
-    decodes: int
-    context: int
-    chunks: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def sequences(self) -> list[tuple[int, int]]:
-        """Every sequence as (start, tokens)."""
-        return [(self.context - 1, 1)] * self.decodes + list(self.chunks)
-
-    @property
-    def shape(self) -> StepShape:
-        """The features that its time depends on."""
-        return StepShape.of([self.context] * self.decodes, list(self.chunks))
-
-
 Times = dict[tuple[Point, Mode], list[float]]
 """Seconds of every run of a point, per mode."""
-
-
-class Limits(NamedTuple):
-    """Limits of a step."""
-
-    num_tokens: int
-    num_sequences: int
-    context: int
-    cached: int
-    """Tokens of cache for all its sequences."""
-
-
-def design(limits: Limits, tokens: Sequence[int] = TOKENS) -> list[Point]:
-    """Points that separate the features of a step, within `limits`, cheap ones first."""
-    points = [Point(0, 0, ((0, count),)) for count in (*tokens, ceil_div(limits.num_tokens, 2), limits.num_tokens)]
-    points += [Point(0, 0, ((context, count),)) for context in CONTEXTS[1:] for count in tokens[2:5:2]]
-    points += [Point(count, context) for context in CONTEXTS for count in (1, *tokens[:4], limits.num_sequences)]
-    points += [Point(8, 256, ((0, chunk),)) for chunk in (32, 256)]
-    points += [Point(0, 0, ((0, 16),) * count) for count in (4, 16)] + [Point(0, 0, ((0, 128),) * 4)]
-    fitting = {point for point in points if _fits(point, limits)}
-    return sorted(fitting, key=lambda point: (point.shape.num_tokens, point.shape.decode_context, point))
-
-
-def _fits(point: Point, limits: Limits) -> bool:
-    ends = [start + count for start, count in point.sequences]
-    shape = point.shape
-    return (
-        shape.num_tokens <= limits.num_tokens
-        and len(ends) <= limits.num_sequences
-        and max(ends) <= limits.context
-        and sum(ends) <= limits.cached
-    )
 
 
 class Calibration:
@@ -309,62 +246,3 @@ def typical_seconds(times: Sequence[Sequence[float]]) -> list[float]:
     together = logs.mean(axis=0)
     typical: list[float] = np.exp(np.median(together) + np.median(logs - together, axis=1)).tolist()
     return typical
-
-
-def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:
-    """The conditions under which step times hold, as plain values."""
-    model = worker.model
-    return {
-        "model": {
-            "type": model.injection.config.model_type,
-            **asdict(model.shape),
-            "weight_bytes": model.weight_bytes,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            **({"hf_overrides": dict(model.hf_overrides)} if model.hf_overrides else {}),
-        },
-        "modes": [list(mode) for mode in modes],
-        "device": device_name(worker.device),
-        "hosts": worker.groups.layout.world_size // ranks_on_this_host(worker.groups.layout.world_size),
-        "rank_order": worker.groups.layout.rank_order,
-        "threads": torch.get_num_threads(),
-        "attention": worker.backend.name,
-        "matmul": "torch" if worker.matmul is None else worker.matmul.name,
-        "collectives": "torch" if worker.groups.memory is None else "shared_memory",
-        "fused": model.decoder is not None,
-        "captured": worker.graphs is not None,
-        "cache": {
-            "dtype": str(worker.cache.shape.dtype).removeprefix("torch."),
-            "block_size": worker.cache.shape.block_size,
-        },
-        "versions": {
-            "ulysses_infer": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's name and the number of usable cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = Path("/proc/cpuinfo")
-    lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-
-
-def assumed(worker: Worker, modes: Sequence[Mode]) -> list[Measurement]:
-    """Estimated step times, from the model's sizes and the nominal speed of this kind of device."""
-    shape = worker.model.shape
-    sizes = Sizes(
-        shape.num_layers,
-        shape.hidden_size,
-        shape.num_attention_heads,
-        shape.num_key_value_heads,
-        shape.key_width,
-        worker.model.weight_bytes // worker.model.dtype.itemsize * worker.groups.layout.base.tp,
-        worker.model.dtype.itemsize,
-    )
-    machine: Machine = GPU if worker.device.type == "cuda" else CPU
-    return assumed_steps(sizes, machine, modes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from ulysses_infer.config import PolicyConfig
-from ulysses_infer.engine.calibration import assumed, profile_key
 from ulysses_infer.engine.policies import AdaptivePolicy
+from ulysses_infer.engine.profile_key import assumed, profile_key
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.step_time.profile import Profile, cached_path, read_profile
 from ulysses_infer.worker.worker import Worker
