@@ -32,10 +32,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import common_options, model_options, model_path
 from ulysses_infer import InferenceEngine, init_inference
 from ulysses_infer.bench.load import LoadMeter
-from ulysses_infer.bench.random_model import SHAPES, random_model
-from ulysses_infer.engine.calibration import Point
+from ulysses_infer.engine.calibration_points import Point
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.step_plan import StepPlan
@@ -266,19 +266,17 @@ def sizes(text: str) -> list[int]:
 
 def main() -> None:
     """Run all processes in rounds and print; or, with --part, be one of them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--random-model", choices=SHAPES, default="llama-0.5b")
-    parser.add_argument("--model", help="a checkpoint instead")
-    parser.add_argument("--ranks", type=int, default=2, help="W (default 2)")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        parents=[model_options("llama-0.5b"), common_options(ranks=2, repeats=7, output=None)],
+    )
     parser.add_argument("--rounds", type=int, default=3, help="times each engine is started (default 3)")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each step at each start (default 7)")
     parser.add_argument("--prefills", default="512,2048,4096", help="tokens of the SP steps (512,2048,4096)")
     parser.add_argument("--decodes", default="1,8,32", help="requests of the TP steps (1,8,32)")
-    parser.add_argument("--output", type=Path, help="write the result here, as JSON")
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     wanted = cases(sizes(options.prefills), sizes(options.decodes))
-    path = options.model or str(random_model(options.random_model))
+    path = model_path(options)
     if options.part is not None:
         run_part(path, options.ranks, wanted, options.repeats, options.part)
         return

@@ -13,7 +13,6 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -21,10 +20,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import common_options, launcher_options, model_options, model_path
 from ulysses_infer import init_inference
 from ulysses_infer.bench.load import LoadMeter
-from ulysses_infer.bench.random_model import SHAPES, random_model
-from ulysses_infer.engine.calibration import Limits, Point
+from ulysses_infer.engine.calibration_points import Limits, Point
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.policies import AdaptivePolicy
 from ulysses_infer.parallel.layout import Mode
@@ -143,22 +142,16 @@ def details(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Parse, run on every rank, print on rank 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", help="a checkpoint")
-    model.add_argument("--random-model", choices=SHAPES, help="random weights of this shape")
-    parser.add_argument("--sp", type=int, default=2)
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=60, help="steps to judge (default 60)")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each in each mode (default 5)")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        parents=[model_options(), common_options(sp=2, tp=1, steps=60, repeats=5, output=None), launcher_options()],
+    )
     parser.add_argument("--longest", type=float, default=2.0, help="leave out steps of more seconds (default 2)")
     parser.add_argument("--calibration-seconds", type=float, default=30.0)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="write every step here, as JSON")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    path = options.model or str(random_model(options.random_model))
+    path = model_path(options)
     policy = {"name": "adaptive", "profile": None, "calibration_seconds": options.calibration_seconds}
     scheduler = {"max_num_batched_tokens": options.max_num_batched_tokens, "max_num_seqs": 64}
     with init_inference(

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import common_options, launcher_options
 from ulysses_infer.job.processes import free_port, is_launched
 from ulysses_infer.parallel.groups import ProcessGroups, build_groups, init_distributed
 from ulysses_infer.parallel.layout import Layout, Mode, token_spans
@@ -136,11 +137,11 @@ def start_ranks(count: int) -> int:
 
 def main() -> None:
     """Parse; start the ranks, or be one."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--ranks", type=int, default=2, help="how many to start, if no launcher does")
-    parser.add_argument("--seconds", type=float, default=0.3, help="for each size and exchange")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0] if __doc__ else None,
+        parents=[common_options(ranks=2, seconds=0.3), launcher_options()],
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not is_launched():
         sys.exit(start_ranks(arguments.ranks))

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import common_options
 from ulysses_infer import SamplingParams, init_inference
 
 FIRST_TOKEN = 7  # whichever: times do not depend on tokens
@@ -81,11 +82,10 @@ class Ours:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], parents=[common_options(threads=2, context=512, steps=50)]
+    )
     parser.add_argument("model", type=Path, help="a checkpoint's folder")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     num_steps = options.steps + 4

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 
+from benchmarks.arguments import common_options
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
@@ -215,11 +216,11 @@ MEASURES = {
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0] if __doc__ else None, parents=[common_options(threads=1, seconds=0.5)]
+    )
     parser.add_argument("what", nargs="*", choices=[[], *MEASURES], default=[], help="all, if none is given")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of every alternative and shape")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import psutil
 
 import ulysses_infer
+from benchmarks.arguments import common_options
 from ulysses_infer.console.library_logging import quiet_libraries
 from ulysses_infer.errors import UlyssesError
 
@@ -152,11 +153,14 @@ def measure(engine: Any, lengths: list[int], chunk: int) -> list[Row]:
 
 def main() -> None:
     """Parse, run, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common_options(attention_backend="auto")],
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 130000], help="tokens of each prompt")
     parser.add_argument("--chunk", type=int, default=2048, help="scheduler.max_num_batched_tokens")
     parser.add_argument("--sp", type=int, default=2, choices=(1, 2), help="ranks")
-    parser.add_argument("--attention-backend", default="auto", help="runtime.attention_backend")
     arguments = parser.parse_args()
     quiet_libraries(rank=0)
     with tempfile.TemporaryDirectory() as folder:

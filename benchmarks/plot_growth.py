@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import psutil
 from rich.console import Console
 
+from benchmarks.arguments import common_options, model_options, model_path
 from ulysses_infer import InferenceEngine, SamplingParams, init_inference
 from ulysses_infer.bench.load import LoadMeter
-from ulysses_infer.bench.random_model import SHAPES, random_model
-from ulysses_infer.engine.calibration import Limits, Point
+from ulysses_infer.bench.random_model import random_model
+from ulysses_infer.engine.calibration_points import Limits, Point
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.parallel.layout import Mode
 
@@ -273,21 +274,21 @@ def series_colour(series: str) -> str:
 
 def main() -> None:
     """Measure, write, print where."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--random-model", choices=SHAPES, default="llama-60m")
-    parser.add_argument("--model", help="a checkpoint instead")
-    parser.add_argument("--sp", type=int, default=2, help="ranks (default 2)")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        parents=[model_options("llama-60m"), common_options(sp=2)],
+    )
     parser.add_argument("--seconds", type=float, default=300.0, help="for steps and throughput together (default 300)")
     parser.add_argument("--max-num-seqs", type=int, default=512, help="most requests at a time (default 512)")
     parser.add_argument("--memory-models", default="llama-60m,llama-0.5b", help="whose memory is measured; '' for none")
-    parser.add_argument("--output", type=Path, default=Path("growth"))
+    parser.add_argument("--output", type=Path, default=Path("growth"), help="folder to write (default: %(default)s)")
     parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "BLOCKS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         print_memory(options.memory_of[0], int(options.memory_of[1]), options.sp)
         return
     console, others = Console(), LoadMeter()
-    path = options.model or str(random_model(options.random_model))
+    path = model_path(options)
     with init_inference(
         path,
         parallel={"sp": options.sp},

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
+from benchmarks.arguments import common_options
 from ulysses_infer.attention.backend import AttentionBackend, KernelAttention
 from ulysses_infer.attention.selection import AttentionNeeds, make_backend, make_gpu_backend
 from ulysses_infer.cache.paged import CacheShape, PagedCache
@@ -254,21 +255,19 @@ def save(measured: list[Measured], arguments: Any) -> None:
 
 def main() -> None:
     """Parse, measure, print, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common_options(sp=8, tp=1, context=4096, attention_backend="auto", repeats=10, output=None)],
+    )
     parser.add_argument("model", type=Path, help="a config.json")
-    parser.add_argument("--sp", type=int, default=8)
-    parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--layers", type=int, default=8, help="layers to run, at least 2, for the difference to one")
     parser.add_argument("--fp8", action="store_true", help="weights in FP8 with a scale a block of 128 x 128")
     parser.add_argument("--decodes", type=int, nargs="*", default=[1, 8, 32, 128, 256], help="requests of decode steps")
-    parser.add_argument("--context", type=int, default=4096, help="earlier tokens of each decoding request")
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of prompt steps")
     parser.add_argument("--block-size", type=int, default=256)
-    parser.add_argument("--attention-backend", default="auto")
-    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.layers < 2:
         parser.error("--layers must be at least 2")

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
+from benchmarks.arguments import common_options, launcher_options
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.inference import InferenceEngine
 from ulysses_infer.native import function as native
@@ -167,17 +168,16 @@ def report(steps: list[Step], title: str) -> None:
 
 def main() -> None:
     """Parse, run on every rank, print on rank 0."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0] if __doc__ else None,
+        parents=[common_options(sp=2, input_len=128, output_len=32), launcher_options()],
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--mode", default="tp", help="tp or sp")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt: time prefills, not decodes")
-    parser.add_argument("--input-len", type=int, default=128)
-    parser.add_argument("--output-len", type=int, default=32)
-    parser.add_argument("--sp", type=int, default=2)
     parser.add_argument("--functions", type=int, default=0, help="also list so many functions by their own time")
     parser.add_argument("overrides", nargs="*", help="key=value, as in a recipe")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     settings = {
         "parallel.sp": arguments.sp,

@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.arguments import common_options
 from benchmarks.serve_processes import (
     POLL_SECONDS,
     ROOT,
@@ -39,13 +40,13 @@ from benchmarks.serve_processes import (
     difference,
     server,
 )
-from ulysses_infer.bench.serve.answer import Answer
+from ulysses_infer.bench.serve.answer import StreamedAnswer
 from ulysses_infer.bench.serve.client import Client, Server
 from ulysses_infer.bench.serve.datasets import Item, random_items, take
-from ulysses_infer.bench.serve.load import Run, closed_loop
+from ulysses_infer.bench.serve.load import LoadRun, closed_loop
 from ulysses_infer.bench.serve.result import percentile, result_of
 from ulysses_infer.bench.serve.serve_bench import event_loop_factory, first_model
-from ulysses_infer.bench.serve.vocabulary import Vocabulary, ask_vocabulary
+from ulysses_infer.bench.serve.vocabulary import PromptVocabulary, ask_vocabulary
 
 PATH = "/v1/completions"
 LONG_PROMPT_SHAPE: dict[str, Any] = {
@@ -99,7 +100,7 @@ class LoadReport:
 
 async def drive(
     client: Client, model: str, items: Iterator[Item] | list[Item], streams: int, seconds: float = float("inf")
-) -> Run:
+) -> LoadRun:
     """Keep so many streams in flight."""
     bodies = (_body(model, item) for item in items)
     return await closed_loop(client, PATH, iter(bodies), streams, seconds)
@@ -111,7 +112,7 @@ def _body(model: str, item: Item, **more: Any) -> bytes:
     return json.dumps({**fields, **options, **more}).encode()
 
 
-def num_lost(run: Run, output_len: int) -> int:
+def num_lost(run: LoadRun, output_len: int) -> int:
     """Streams that failed or did not bring every token."""
     return sum(answer.error is not None or answer.output_tokens != output_len for answer in run.answers)
 
@@ -145,7 +146,7 @@ async def report_load(options: argparse.Namespace) -> LoadReport:
 
 
 async def _compare(
-    options: argparse.Namespace, process: ServerProcess, offline: Offline, client: Client, model: str, words: Vocabulary
+    options: argparse.Namespace, process: ServerProcess, offline: Offline, client: Client, model: str, words: PromptVocabulary
 ) -> LoadReport:
     def items(seed: int) -> Iterator[Item]:
         return random_items(words, options.input_len, options.output_len, 0.0, seed)
@@ -265,11 +266,11 @@ async def report_long_prompt(options: argparse.Namespace) -> list[LongPrompt]:
 
 
 async def _watch_streams(client: Client, options: argparse.Namespace, budget: int) -> LongPrompt:
-    vocabulary = Vocabulary(range(LONG_PROMPT_SHAPE["vocab_size"]))
+    vocabulary = PromptVocabulary(range(LONG_PROMPT_SHAPE["vocab_size"]))
     model = await first_model(client)
     short = take(random_items(vocabulary, 32, options.stream_len, 0.0, 0), options.streams)
     (long,) = take(random_items(vocabulary, options.tokens, 2, 0.0, 1), 1)
-    answers = [Answer() for _ in short]
+    answers = [StreamedAnswer() for _ in short]
     bodies = [_body(model, item, return_token_ids=True) for item in short]  # there is no tokenizer, so no text to send
     streams = [
         asyncio.create_task(client.stream(PATH, body, answer)) for body, answer in zip(bodies, answers, strict=True)
@@ -277,7 +278,7 @@ async def _watch_streams(client: Client, options: argparse.Namespace, budget: in
     steps: dict[int, tuple[float, float]] = {}
     watch = asyncio.create_task(_collect_steps(client, steps))
     await asyncio.sleep(options.before_seconds)
-    asked = Answer()
+    asked = StreamedAnswer()
     await client.stream(PATH, _body(model, long), asked)
     await asyncio.sleep(2 * POLL_SECONDS)
     for task in [*streams, watch]:
@@ -298,7 +299,7 @@ async def _collect_steps(client: Client, steps: dict[int, tuple[float, float]]) 
 
 
 def long_prompt(
-    budget: int, start: float, end: float, answers: list[Answer], steps: dict[int, tuple[float, float]]
+    budget: int, start: float, end: float, answers: list[StreamedAnswer], steps: dict[int, tuple[float, float]]
 ) -> LongPrompt:
     """What streams and steps (by number: start, seconds) did from `start` to `end`."""
     during = sorted(gap for answer in answers for moment, gap in _moments(answer) if start < moment <= end)
@@ -317,7 +318,7 @@ def long_prompt(
     )
 
 
-def _moments(answer: Answer) -> Iterator[tuple[float, float]]:
+def _moments(answer: StreamedAnswer) -> Iterator[tuple[float, float]]:
     """When each gap ended, and how long it was."""
     moment = answer.first_token or 0.0
     for gap in answer.gaps:
@@ -371,13 +372,12 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     reports = parser.add_subparsers(dest="report", required=True)
-    load = reports.add_parser("load", help="HTTP against offline generate")
+    load = reports.add_parser(
+        "load", help="HTTP against offline generate", parents=[common_options(repeats=3, input_len=128, output_len=128)]
+    )
     load.add_argument("--seconds", type=float, default=60.0, help="of the streams that may lose nothing")
     load.add_argument("--streams", type=int, default=64)
-    load.add_argument("--repeats", type=int, default=3, help="pairs of runs")
     load.add_argument("--pair-seconds", type=float, default=20.0, help="about so long each run")
-    load.add_argument("--input-len", type=int, default=128)
-    load.add_argument("--output-len", type=int, default=128)
     load.add_argument("--vocab-size", type=int, help="for a model without a tokenizer")
     long = reports.add_parser("long-prompt", help="running streams while a long prompt is prefilled")
     long.add_argument("--tokens", type=int, default=100_000)
