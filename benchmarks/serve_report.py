@@ -146,7 +146,12 @@ async def report_load(options: argparse.Namespace) -> LoadReport:
 
 
 async def _compare(
-    options: argparse.Namespace, process: ServerProcess, offline: Offline, client: Client, model: str, words: PromptVocabulary
+    options: argparse.Namespace,
+    process: ServerProcess,
+    offline: Offline,
+    client: Client,
+    model: str,
+    words: PromptVocabulary,
 ) -> LoadReport:
     def items(seed: int) -> Iterator[Item]:
         return random_items(words, options.input_len, options.output_len, 0.0, seed)

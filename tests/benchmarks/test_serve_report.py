@@ -6,14 +6,14 @@ import pytest
 
 from benchmarks.serve_processes import Measured, Steps, difference
 from benchmarks.serve_report import LoadReport, long_prompt, num_lost, print_load
-from ulysses_infer.bench.serve.answer import Answer
-from ulysses_infer.bench.serve.load import Run
+from ulysses_infer.bench.serve.answer import StreamedAnswer
+from ulysses_infer.bench.serve.load import LoadRun
 from ulysses_infer.bench.serve.result import result_of
 
 
 def test_gaps_and_steps_count_while_the_long_prompt_is_prefilled() -> None:
     # tokens at 1.0, 1.1, 1.2 before it came, at 2.0 and 2.5 meanwhile, at 9.0 after it
-    stream = Answer(first_token=1.0, gaps=[0.1, 0.1, 0.8, 0.5, 6.5])
+    stream = StreamedAnswer(first_token=1.0, gaps=[0.1, 0.1, 0.8, 0.5, 6.5])
     steps = {1: (1.0, 0.1), 2: (1.3, 0.7), 3: (2.0, 0.4), 4: (8.0, 1.0)}
 
     found = long_prompt(512, 1.5, 3.0, [stream], steps)
@@ -26,9 +26,13 @@ def test_gaps_and_steps_count_while_the_long_prompt_is_prefilled() -> None:
 
 
 def test_stream_that_is_short_of_tokens_is_lost() -> None:
-    answers = [Answer(output_tokens=4), Answer(output_tokens=3), Answer(output_tokens=4, error="cut")]
+    answers = [
+        StreamedAnswer(output_tokens=4),
+        StreamedAnswer(output_tokens=3),
+        StreamedAnswer(output_tokens=4, error="cut"),
+    ]
 
-    assert num_lost(Run(answers=answers), output_len=4) == 2
+    assert num_lost(LoadRun(answers=answers), output_len=4) == 2
 
 
 def test_ratios_are_of_pairs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,7 +41,7 @@ def test_ratios_are_of_pairs(capsys: pytest.CaptureFixture[str]) -> None:
 
     http = [measured(2.0, {"rank 0": 1.0, "client": 0.1}), measured(4.0, {"rank 0": 1.0, "client": 0.1})]
     offline = [measured(1.0, {"rank 0": 0.5}), measured(3.0, {"rank 0": 0.5})]
-    report = LoadReport(64, result_of(Run(ended=1.0), {}, [99]), 0, http, offline)
+    report = LoadReport(64, result_of(LoadRun(ended=1.0), {}, [99]), 0, http, offline)
 
     print_load(report)
 

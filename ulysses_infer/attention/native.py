@@ -46,7 +46,7 @@ class NativeAttention:
         output = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
         batch, long = self._split(metadata, keys.shape[1])
         if batch.count:
-            layer = _Layer.of(query, keys, values, output, options)
+            layer = _LayerArguments.of(query, keys, values, output, options)
             function(ctypes.byref(batch), ctypes.byref(layer))
         if long:
             self._torch.attend_sequences(long, query, keys, values, metadata, options, output)
@@ -98,7 +98,7 @@ class _Batch(ctypes.Structure):
         return made
 
 
-class _Layer(ctypes.Structure):
+class _LayerArguments(ctypes.Structure):
     """`struct layer` of attention.c."""
 
     _fields_ = (
@@ -111,13 +111,13 @@ class _Layer(ctypes.Structure):
     @staticmethod
     def of(
         query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, options: AttentionOptions
-    ) -> _Layer:
+    ) -> _LayerArguments:
         """One layer. Keys are contiguous; values too, unless each is the beginning of its key (latents)."""
         if query.stride(2) != 1:
             query = query.contiguous()
         heads, key_width = keys.shape[2:]
         sinks = None if options.sinks is None else options.sinks.float().contiguous()
-        made = _Layer(
+        made = _LayerArguments(
             query.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),

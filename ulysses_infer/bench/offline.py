@@ -25,7 +25,7 @@ from ulysses_infer.console.screen import make_console, mode_name
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.inference import InferenceEngine
 
-Run = Callable[[list[list[int]], int], Sample | None]
+RunPrompts = Callable[[list[list[int]], int], Sample | None]
 """Measures (prompts, output length) in one mode; None on a rank that takes no part."""
 
 QUIET_CORES = 0.1  # busy cores of other programs above which the table warns
@@ -78,7 +78,7 @@ def for_benchmark(config: Config, workload: Workload) -> Config:
 
 
 def interleaved(
-    runs: dict[str, Run], workload: Workload, repeats: int, vocab_size: int, console: Console
+    runs: dict[str, RunPrompts], workload: Workload, repeats: int, vocab_size: int, console: Console
 ) -> dict[str, list[Sample]]:
     """Warm up every mode, then measure A B C, A B C, ..., so that disturbances affect all modes."""
     samples: dict[str, list[Sample]] = {mode: [] for mode in runs}
@@ -96,7 +96,7 @@ def interleaved(
     return samples
 
 
-def _run_of(mode: str, engine: InferenceEngine, config: Config, rank: int, stack: ExitStack) -> Run:
+def _run_of(mode: str, engine: InferenceEngine, config: Config, rank: int, stack: ExitStack) -> RunPrompts:
     """How to measure one mode on this rank."""
     if mode == "single":
         if config.parallel.world_size == 1:

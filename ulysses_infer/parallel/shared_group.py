@@ -19,7 +19,7 @@ MOST_PIECES = 8
 FIRST_CAPACITY = 64 * 1024
 
 
-class Piece(ctypes.Structure):
+class AllToAllPiece(ctypes.Structure):
     """One tensor of an all-to-all, `struct piece` in collectives.c; sizes and strides are in bytes, except `heads`."""
 
     _fields_ = (
@@ -89,7 +89,7 @@ class SharedMemoryGroup(SharedMemoryEndpoint):
     def __init__(self, library: ctypes.CDLL, handle: int, ranks: list[int], mine: int) -> None:
         super().__init__(library, handle, ranks, mine)
         self._starts = (c_int64 * (len(ranks) + 1))()
-        self._pieces = (Piece * MOST_PIECES)()
+        self._pieces = (AllToAllPiece * MOST_PIECES)()
         self._sum = NativeFunction(library, "group_sum", "ppii", ALL_REDUCE, self._check)
         self._tokens_to_heads = NativeFunction(library, "group_tokens_to_heads", "pppi", ALL_TO_ALL, self._check)
         self._heads_to_tokens = NativeFunction(library, "group_heads_to_tokens", "ppppi", ALL_TO_ALL, self._check)
@@ -112,7 +112,7 @@ class SharedMemoryGroup(SharedMemoryEndpoint):
     def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
         """sources: each [t, n * h, d]; returns each as [T, h, d], dense."""
         starts, size = self._bounds([span.stop for span in tokens]), len(self.ranks)
-        pieces = (Piece * MOST_PIECES)() if is_recording() else self._pieces
+        pieces = (AllToAllPiece * MOST_PIECES)() if is_recording() else self._pieces
         targets = []
         for piece, source in zip(pieces, sources, strict=False):
             _, heads, width = source.shape

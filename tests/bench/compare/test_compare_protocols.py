@@ -11,10 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.bench.compare.synthetic import SETTING, SIZES
+from tests.bench.compare.synthetic import INPUTS, SIZES
 from ulysses_infer.bench.compare.compare_bench import order
 from ulysses_infer.bench.compare.contenders import CONTENDERS, GROUP, REPLICAS
-from ulysses_infer.bench.compare.protocols import NUM_BURSTS, PROTOCOLS, SCALES, Capacity, Case, Setting
+from ulysses_infer.bench.compare.protocols import (
+    NUM_BURSTS,
+    PROTOCOLS,
+    SCALES,
+    Capacity,
+    ComparisonCase,
+    ProtocolInputs,
+)
 from ulysses_infer.bench.compare.servers import server_overrides
 from ulysses_infer.config import load_config
 from ulysses_infer.errors import ConfigError
@@ -31,8 +38,8 @@ def trace(tmp_path):
     return path
 
 
-def cases_of(name: str, setting: Setting = SETTING) -> list[Case]:
-    return PROTOCOLS[name].cases(setting)
+def cases_of(name: str, inputs: ProtocolInputs = INPUTS) -> list[ComparisonCase]:
+    return PROTOCOLS[name].cases(inputs)
 
 
 def test_the_shape_is_asked_for_alone_and_together():
@@ -68,12 +75,12 @@ def test_four_bursts_stand_out_of_a_low_stream():
 
 
 def test_a_trace_is_fitted_to_the_machine_and_the_model(trace):
-    setting = dataclasses.replace(SETTING, traces=[trace], max_model_len=400)
-    (case,) = cases_of("trace", setting)
+    inputs = dataclasses.replace(INPUTS, traces=[trace], max_model_len=400)
+    (case,) = cases_of("trace", inputs)
     assert case.rows[-1].at == pytest.approx(SIZES.seconds, rel=0.1)
     assert all(row.input_len + row.output_len <= 400 for row in case.rows)
     tokens = sum(row.input_len + row.output_len for row in case.rows)
-    assert tokens / SIZES.seconds == pytest.approx(SETTING.capacity.tokens / 2, rel=0.1)
+    assert tokens / SIZES.seconds == pytest.approx(INPUTS.capacity.tokens / 2, rel=0.1)
     assert case.block_tokens == pytest.approx(512 * 100 / 849.5, rel=0.01)
     assert {row.hash_ids[0] for row in case.rows} == {0}
 
@@ -82,8 +89,8 @@ def test_a_trace_is_fitted_to_the_machine_and_the_model(trace):
 @given(st.floats(0.05, 1e3), st.integers(16, 200_000), st.sampled_from(sorted(SCALES)))
 def test_no_case_is_empty_or_longer_than_the_model_takes(per_second, max_model_len, scale):
     sizes = dataclasses.replace(SCALES[scale].fitting(max_model_len), seconds=1.0)
-    setting = Setting(sizes, Capacity(per_second, per_second * 100), max_model_len)
-    cases = [case for name in ("shape", "context", "rate", "bursty") for case in cases_of(name, setting)]
+    inputs = ProtocolInputs(sizes, Capacity(per_second, per_second * 100), max_model_len)
+    cases = [case for name in ("shape", "context", "rate", "bursty") for case in cases_of(name, inputs)]
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         assert case.rows

@@ -9,7 +9,7 @@ import re
 import pytest
 from rich.console import Console
 
-from tests.bench.compare.synthetic import SETTING, SPEEDS, findings_of, run_of
+from tests.bench.compare.synthetic import INPUTS, SPEEDS, findings_of, run_of
 from ulysses_infer.bench.compare.comparison import METRICS, remarks, rows_of
 from ulysses_infer.bench.compare.findings import Findings, RequestRow, load_findings
 from ulysses_infer.bench.compare.measuring import metrics_of
@@ -17,8 +17,8 @@ from ulysses_infer.bench.compare.protocols import PROTOCOLS
 from ulysses_infer.bench.compare.tables import print_findings, write_csv
 from ulysses_infer.errors import ConfigError
 
-ALL = [case for name in ("shape", "context", "rate", "bursty") for case in PROTOCOLS[name].cases(SETTING)]
-SHAPE = PROTOCOLS["shape"].cases(SETTING)
+ALL = [case for name in ("shape", "context", "rate", "bursty") for case in PROTOCOLS[name].cases(INPUTS)]
+SHAPE = PROTOCOLS["shape"].cases(INPUTS)
 
 
 def by_name(findings: Findings, index: int, key: str) -> dict:
@@ -132,7 +132,7 @@ def test_a_report_of_little_says_what_there_is(tmp_path):
     pytest.importorskip("matplotlib")
     from ulysses_infer.bench.compare.report import headline, write_report
 
-    findings = findings_of([*SHAPE, *PROTOCOLS["bursty"].cases(SETTING)], repeats=1)
+    findings = findings_of([*SHAPE, *PROTOCOLS["bursty"].cases(INPUTS)], repeats=1)
     findings.runs = [run for run in findings.runs if run.contender in ("dp", "shift")]
     for run in findings.runs:
         run.steps = []

@@ -14,10 +14,10 @@ from ulysses_infer.bench.replay.replay_bench import shared_tokens
 from ulysses_infer.bench.replay.scaling import Scale, Window, paper_window, thinned
 from ulysses_infer.bench.serve.datasets import trace_items
 from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow
-from ulysses_infer.bench.serve.vocabulary import Vocabulary
+from ulysses_infer.bench.serve.vocabulary import PromptVocabulary
 from ulysses_infer.errors import ConfigError
 
-IDS = Vocabulary(range(1000))
+IDS = PromptVocabulary(range(1000))
 times = st.lists(st.floats(0, 3600), min_size=1, max_size=50)
 scales = st.floats(0.002, 2)
 
@@ -78,7 +78,7 @@ def test_scaled_prompts_share_exactly_their_common_hash_ids(shared, more, others
     second = tuple(range(shared)) + tuple(range(200, 200 + others))
     rows = [TraceRow(0.0, len(ids) * HASH_BLOCK_TOKENS - cut, 4, ids) for ids in (first, second)]
     scale = Scale(length=factor)
-    vocabulary = Vocabulary() if is_text else Vocabulary(range(2**30))
+    vocabulary = PromptVocabulary() if is_text else PromptVocabulary(range(2**30))
     items = trace_items(scale.apply(rows), vocabulary, 1, scale.block_tokens)
     units = [item.content.split() if is_text else item.content for item in items]
     expected = 0 if shared == 0 else vocabulary.num_units(round(shared * scale.block_tokens))

@@ -23,11 +23,11 @@ from ulysses_infer.bench.serve.datasets import (
     trace_items,
 )
 from ulysses_infer.bench.serve.traces import TraceRow, read_trace
-from ulysses_infer.bench.serve.vocabulary import Vocabulary, ask_vocabulary
+from ulysses_infer.bench.serve.vocabulary import PromptVocabulary, ask_vocabulary
 from ulysses_infer.errors import ConfigError
 
-IDS = Vocabulary(range(100))
-TEXT = Vocabulary((), tokens_per_word=2.0)
+IDS = PromptVocabulary(range(100))
+TEXT = PromptVocabulary((), tokens_per_word=2.0)
 
 
 def conversation(*turns: str) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, name: str, text: str) -> No
 
 
 @pytest.mark.parametrize("vocabulary", [IDS, TEXT])
-def test_prompts_of_a_trace_share_what_their_hash_ids_share(vocabulary: Vocabulary) -> None:
+def test_prompts_of_a_trace_share_what_their_hash_ids_share(vocabulary: PromptVocabulary) -> None:
     rows = [TraceRow(0, 1000, 1, (5, 6)), TraceRow(1, 1024, 1, (5, 7)), TraceRow(2, 1500, 1, (5, 6)), TraceRow(3, 9, 0)]
     first, second, third, fourth = trace_items(rows, vocabulary, seed=1)
 
@@ -166,7 +166,7 @@ def test_prompts_of_a_trace_share_what_their_hash_ids_share(vocabulary: Vocabula
 def test_token_ids_are_those_the_tokenizer_makes(
     has_tokenizer: bool, is_text: bool, vocab_size: int | None, ids: bool
 ) -> None:
-    async def ask() -> Vocabulary:
+    async def ask() -> PromptVocabulary:
         async with FakeServer(has_tokenizer=has_tokenizer) as server:
             return await ask_vocabulary(Client(Server.of(server.url)), "fake", is_text, vocab_size)
 

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from tests.bench.serve.fake_server import FakeServer, Script
-from ulysses_infer.bench.serve.answer import Answer
+from ulysses_infer.bench.serve.answer import StreamedAnswer
 from ulysses_infer.bench.serve.client import Client, Server
-from ulysses_infer.bench.serve.load import Request, Run, closed_loop, open_loop
+from ulysses_infer.bench.serve.load import LoadRequest, LoadRun, closed_loop, open_loop
 from ulysses_infer.bench.serve.serve_bench import event_loop_factory
 from ulysses_infer.errors import ConfigError, RequestError
 
@@ -37,10 +37,10 @@ def run(work: Coroutine[Any, Any, Any], uvloop: bool = True) -> Any:
         return runner.run(work)
 
 
-async def ask(server: FakeServer, count: int = 1, path: str = PATH, gap: float = 0.0, **options: Any) -> Run:
+async def ask(server: FakeServer, count: int = 1, path: str = PATH, gap: float = 0.0, **options: Any) -> LoadRun:
     client = Client(Server.of(server.url, timeout=options.pop("timeout", 5.0)))
     try:
-        return await open_loop(client, path, [Request(body(), number * gap) for number in range(count)], **options)
+        return await open_loop(client, path, [LoadRequest(body(), number * gap) for number in range(count)], **options)
     finally:
         client.close()
 
@@ -48,7 +48,7 @@ async def ask(server: FakeServer, count: int = 1, path: str = PATH, gap: float =
 @pytest.mark.parametrize("path", [PATH, CHAT])
 @pytest.mark.parametrize("uvloop", [True, False])
 def test_known_delays_are_measured_within_two_milliseconds(path: str, uvloop: bool) -> None:
-    async def work() -> tuple[Run, FakeServer]:
+    async def work() -> tuple[LoadRun, FakeServer]:
         async with FakeServer(Script(first=0.05, gap=0.02)) as server:
             return await ask(server, 8, path, gap=0.06), server
 
@@ -77,7 +77,7 @@ def test_known_delays_are_measured_within_two_milliseconds(path: str, uvloop: bo
     ],
 )
 def test_lost_stream_is_a_failure_with_its_reason(ending: str, words: str) -> None:
-    async def work() -> Run:
+    async def work() -> LoadRun:
         async with FakeServer(Script(ending=ending)) as server:
             return await ask(server, 3)
 
@@ -89,7 +89,7 @@ def test_lost_stream_is_a_failure_with_its_reason(ending: str, words: str) -> No
 
 
 def test_server_that_is_away_is_a_failure() -> None:
-    async def work() -> Run:
+    async def work() -> LoadRun:
         async with FakeServer() as server:
             url = server.url
         gone = FakeServer(url=url)
@@ -101,7 +101,7 @@ def test_server_that_is_away_is_a_failure() -> None:
 
 
 def test_answer_that_never_ends_is_lost_after_the_timeout() -> None:
-    async def work() -> Run:
+    async def work() -> LoadRun:
         async with FakeServer(Script(first=30.0)) as server:
             return await ask(server, timeout=0.1)
 
@@ -110,7 +110,7 @@ def test_answer_that_never_ends_is_lost_after_the_timeout() -> None:
 
 
 def test_tokens_are_counted_where_the_server_does_not_tell() -> None:
-    async def work() -> Run:
+    async def work() -> LoadRun:
         async with FakeServer(Script(has_usage=False)) as server:
             return await ask(server)
 
@@ -118,7 +118,7 @@ def test_tokens_are_counted_where_the_server_does_not_tell() -> None:
 
 
 def test_requests_go_out_at_absolute_moments_whatever_becomes_of_earlier_ones() -> None:
-    async def work() -> tuple[Run, list[float]]:
+    async def work() -> tuple[LoadRun, list[float]]:
         async with FakeServer(Script(first=0.3)) as server:
             asyncio.get_running_loop().call_later(0.1, time.sleep, 0.1)
             return await ask(server, 40, gap=0.01), server.moments
@@ -133,7 +133,7 @@ def test_requests_go_out_at_absolute_moments_whatever_becomes_of_earlier_ones() 
 
 
 def test_limit_of_requests_in_flight_holds_later_ones_back_without_blaming_the_client() -> None:
-    async def work() -> Run:
+    async def work() -> LoadRun:
         async with FakeServer(Script(first=0.05)) as server:
             return await ask(server, 6, max_concurrency=2)
 
@@ -146,7 +146,7 @@ def test_limit_of_requests_in_flight_holds_later_ones_back_without_blaming_the_c
 
 
 def test_slow_client_is_found_late() -> None:
-    async def work() -> Run:
+    async def work() -> LoadRun:
         async with FakeServer() as server:
             asyncio.get_running_loop().call_later(0.1, time.sleep, 0.2)
             return await ask(server, 4, gap=0.06)
@@ -157,7 +157,7 @@ def test_slow_client_is_found_late() -> None:
 
 
 def test_closed_loop_keeps_so_many_in_flight_for_so_long() -> None:
-    async def work() -> tuple[Run, int]:
+    async def work() -> tuple[LoadRun, int]:
         async with FakeServer(Script(first=0.02)) as server:
             client = Client(Server.of(server.url))
             done = await closed_loop(client, PATH, itertools.repeat(body(1)), 3, seconds=0.3)
@@ -172,7 +172,7 @@ def test_closed_loop_keeps_so_many_in_flight_for_so_long() -> None:
 
 
 def test_closed_loop_ends_with_the_work() -> None:
-    async def work() -> Run:
+    async def work() -> LoadRun:
         async with FakeServer() as server:
             client = Client(Server.of(server.url))
             return await closed_loop(client, PATH, iter([body()] * 5), 2)
@@ -181,7 +181,7 @@ def test_closed_loop_ends_with_the_work() -> None:
 
 
 def test_connection_that_was_closed_while_idle_costs_nothing() -> None:
-    async def work() -> list[Answer]:
+    async def work() -> list[StreamedAnswer]:
         async with FakeServer(drops_idle=True) as server:
             client = Client(Server.of(server.url))
             done = await closed_loop(client, PATH, iter([body()] * 20), 1)
@@ -264,7 +264,7 @@ def test_https_works_with_a_certificate_that_is_trusted(tmp_path: Path) -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
 
-    async def work() -> tuple[Run, Run]:
+    async def work() -> tuple[LoadRun, LoadRun]:
         async with FakeServer(tls=context) as server:
             trusting = Client(Server.of(server.url, ca_file=str(certificate)))
             good = await closed_loop(trusting, PATH, iter([body()] * 4), 2)

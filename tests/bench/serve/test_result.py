@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ulysses_infer.bench.serve.answer import Answer, StreamMeter
-from ulysses_infer.bench.serve.load import Run
+from ulysses_infer.bench.serve.answer import StreamedAnswer, StreamMeter
+from ulysses_infer.bench.serve.load import LoadRun
 from ulysses_infer.bench.serve.result import (
     num_within,
     peak_concurrency,
@@ -64,9 +64,9 @@ P99.9 E2EL (ms):                         799.60
 =================================================="""
 
 
-def answer(sent: float, ttft: float, gap: float, late: float = 0.0) -> Answer:
+def answer(sent: float, ttft: float, gap: float, late: float = 0.0) -> StreamedAnswer:
     """Three tokens."""
-    return Answer(
+    return StreamedAnswer(
         scheduled=sent - late,
         due=sent - late,
         sent=sent,
@@ -79,9 +79,9 @@ def answer(sent: float, ttft: float, gap: float, late: float = 0.0) -> Answer:
     )
 
 
-def run() -> Run:
-    failed = Answer(scheduled=11.5, due=11.5, sent=11.5, ended=12.0, error="HTTP 503: full")
-    return Run(10.0, 12.0, [answer(10.0, 0.2, 0.1), answer(10.1, 0.4, 0.2), failed], [0.001], 0.003, 2)
+def run() -> LoadRun:
+    failed = StreamedAnswer(scheduled=11.5, due=11.5, sent=11.5, ended=12.0, error="HTTP 503: full")
+    return LoadRun(10.0, 12.0, [answer(10.0, 0.2, 0.1), answer(10.1, 0.4, 0.2), failed], [0.001], 0.003, 2)
 
 
 def test_table_is_the_fields_line_for_line() -> None:
@@ -114,22 +114,22 @@ def test_json_has_the_fields_keys() -> None:
 
 
 def test_run_without_one_success_has_a_table_too() -> None:
-    result = result_of(Run(1.0, 2.0, [Answer(error="x", ended=2.0)]), {"ttft": 5}, [99])
+    result = result_of(LoadRun(1.0, 2.0, [StreamedAnswer(error="x", ended=2.0)]), {"ttft": 5}, [99])
 
     assert (result["completed"], result["failed"], result["request_goodput"]) == (0, 1, 0.0)
     assert "Mean TTFT (ms):                          0.00" in table(result)
 
 
 def test_failures_are_counted_by_their_message() -> None:
-    answers = [Answer(error=error) for error in ["full"] * 3 + ["lost"] * 2 + ["a", "b", "c"]]
-    lines = remarks(result_of(Run(0.0, 1.0, answers), {}, [99]))
+    answers = [StreamedAnswer(error=error) for error in ["full"] * 3 + ["lost"] * 2 + ["a", "b", "c"]]
+    lines = remarks(result_of(LoadRun(0.0, 1.0, answers), {}, [99]))
 
     assert lines[-4:-2] == ["failed, 3 x: full", "failed, 2 x: lost"]
     assert lines[-1] == "failed: 2 more kinds of errors; see errors in --result-file"
 
 
 def test_lateness_of_the_client_is_told() -> None:
-    done = Run(0.0, 1.0, [answer(0.5, 0.1, 0.1, late=0.04)], [0.0, 0.05])
+    done = LoadRun(0.0, 1.0, [answer(0.5, 0.1, 0.1, late=0.04)], [0.0, 0.05])
     lines = remarks(result_of(done, {}, [99]))
 
     assert "late by 40.0 ms on average, 40.0 at most" in lines[0]
@@ -164,9 +164,9 @@ def test_peaks_are_of_one_second_and_of_one_moment() -> None:
     assert peak_concurrency([answer(0.0, 0.1, 0.1), answer(0.31, 0.1, 0.1)]) == 1
 
 
-def stream(*chunks: object) -> Answer:
+def stream(*chunks: object) -> StreamedAnswer:
     """What the meter makes of chunks that come a second apart."""
-    meter = StreamMeter(Answer())
+    meter = StreamMeter(StreamedAnswer())
     for moment, chunk in enumerate(chunks, 1):
         meter.take(b"[DONE]" if chunk == "[DONE]" else json.dumps(chunk).encode(), float(moment))
     meter.end(99.0)

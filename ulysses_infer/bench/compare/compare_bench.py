@@ -23,7 +23,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ulysses_infer.bench.compare.contenders import CONTENDERS, GROUP, REPLICAS, Contender, policy_of
 from ulysses_infer.bench.compare.findings import CaseInfo, Findings, load_findings
 from ulysses_infer.bench.compare.measuring import Site, measure
-from ulysses_infer.bench.compare.protocols import PROTOCOLS, SATURATED, SCALES, Capacity, Case, Setting, Sizes, shape
+from ulysses_infer.bench.compare.protocols import (
+    PROTOCOLS,
+    SATURATED,
+    SCALES,
+    Capacity,
+    ComparisonCase,
+    ProtocolInputs,
+    WorkloadSizes,
+    shape,
+)
 from ulysses_infer.bench.compare.servers import Servers, serve_command, server_overrides
 from ulysses_infer.bench.compare.tables import print_findings, write_csv
 from ulysses_infer.bench.random_model import random_model
@@ -100,8 +109,8 @@ class Comparison:
 
     async def _compare(self, servers: Servers) -> None:
         capacity = await self._warm_up(servers)
-        setting = await self._setting(servers, capacity)
-        cases = [case for name in self._options.protocol for case in PROTOCOLS[name].cases(setting)]
+        inputs = await self._protocol_inputs(servers, capacity)
+        cases = [case for name in self._options.protocol for case in PROTOCOLS[name].cases(inputs)]
         self.findings.cases = [_info(case) for case in cases]
         self.findings.contenders = [contender.name for contender in self._contenders]
         await self._measure(servers, cases)
@@ -138,8 +147,8 @@ class Comparison:
                 self._contenders.remove(contender)
                 self.findings.refused[contender.name] = str(error)
                 continue
-            setting = await self._setting(servers, capacity, site)
-            for case in shape(setting):
+            inputs = await self._protocol_inputs(servers, capacity, site)
+            for case in shape(inputs):
                 done = await measure(site, case, contender.name, WARM_UP)
                 if case.kind == SATURATED and done.metrics:
                     found = Capacity(done.metrics["requests_per_second"], done.metrics["tokens_per_second"])
@@ -150,14 +159,14 @@ class Comparison:
         self.findings.about["capacity"] = dataclasses.asdict(capacity)
         return capacity
 
-    async def _setting(self, servers: Servers, capacity: Capacity, site: Site | None = None) -> Setting:
+    async def _protocol_inputs(self, servers: Servers, capacity: Capacity, site: Site | None = None) -> ProtocolInputs:
         """The inputs of the protocols. The model's maximum length limits all lengths."""
         site = site or await self._site(servers, self._contenders[0])
         card = (await site.client.call("GET", "/v1/models"))["data"][0]
         sizes = sizes_of(self._options).fitting(card["max_model_len"])
-        return Setting(sizes, capacity, card["max_model_len"], self._options.trace)
+        return ProtocolInputs(sizes, capacity, card["max_model_len"], self._options.trace)
 
-    async def _measure(self, servers: Servers, cases: Sequence[Case]) -> None:
+    async def _measure(self, servers: Servers, cases: Sequence[ComparisonCase]) -> None:
         with _progress(self._console) as progress:
             total = self._options.repeats * len(cases) * len(self._contenders)
             task = progress.add_task("measuring", total=total)
@@ -169,8 +178,8 @@ class Comparison:
 
 
 def order(
-    cases: Sequence[Case], contenders: Sequence[Contender], repeats: int, in_turn: bool
-) -> Iterator[tuple[int, Case, Contender]]:
+    cases: Sequence[ComparisonCase], contenders: Sequence[Contender], repeats: int, in_turn: bool
+) -> Iterator[tuple[int, ComparisonCase, Contender]]:
     """The order of runs: all contenders run a case before the next case starts, in a different order per repeat.
 
     With one server at a time, all cases run on it before the next server starts.
@@ -186,7 +195,7 @@ def order(
                         yield repeat, case, contender
 
 
-def sizes_of(options: argparse.Namespace) -> Sizes:
+def sizes_of(options: argparse.Namespace) -> WorkloadSizes:
     """The sizes of the scale, with the changes from the options."""
     given = {"input_len": options.input_len, "output_len": options.output_len, "seconds": options.seconds}
     return dataclasses.replace(SCALES[options.scale], **{key: value for key, value in given.items() if value})
@@ -197,7 +206,7 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
 
 
-def _info(case: Case) -> CaseInfo:
+def _info(case: ComparisonCase) -> CaseInfo:
     return CaseInfo(case.protocol, case.name, case.title, case.kind, case.x, len(case.rows))
 
 

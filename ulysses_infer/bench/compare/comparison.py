@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ulysses_infer.bench.compare.findings import CaseInfo, Findings, Run
+from ulysses_infer.bench.compare.findings import CaseInfo, ContenderRun, Findings
 from ulysses_infer.bench.compare.protocols import LONE, SATURATED, TIMED
 
 STATIC = ("tp", "sp")
@@ -67,7 +67,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One metric of one contender in one case."""
 
     case: str
@@ -81,12 +81,12 @@ class Row:
     """Of the most disturbed repeat."""
 
 
-def rows_of(findings: Findings, case: CaseInfo) -> list[Row]:
+def rows_of(findings: Findings, case: CaseInfo) -> list[ComparisonRow]:
     """Every metric of a case, by metric and contender. Contenders without a finished request have no row."""
     return [row for key in METRICS_OF[case.kind] for row in _rows(findings, case, METRICS[key])]
 
 
-def _rows(findings: Findings, case: CaseInfo, metric: Metric) -> list[Row]:
+def _rows(findings: Findings, case: CaseInfo, metric: Metric) -> list[ComparisonRow]:
     runs = {name: _measured(findings.of(name, case.name), metric.key) for name in findings.contenders}
     runs = {name: own for name, own in runs.items() if own}
     if not runs:
@@ -96,7 +96,7 @@ def _rows(findings: Findings, case: CaseInfo, metric: Metric) -> list[Row]:
     static = {name: value for name, value in values.items() if name in STATIC}
     reference = runs[_best(static, metric)] if static else []
     return [
-        Row(
+        ComparisonRow(
             case.name,
             name,
             metric,
@@ -109,7 +109,7 @@ def _rows(findings: Findings, case: CaseInfo, metric: Metric) -> list[Row]:
     ]
 
 
-def _measured(runs: Sequence[Run], key: str) -> list[Run]:
+def _measured(runs: Sequence[ContenderRun], key: str) -> list[ContenderRun]:
     return [run for run in runs if key in run.metrics]
 
 
@@ -118,14 +118,14 @@ def _best(values: dict[str, Spread], metric: Metric) -> str:
     return order(values, key=lambda name: values[name].median)
 
 
-def _ratio(own: Sequence[Run], reference: Sequence[Run], key: str) -> Spread | None:
+def _ratio(own: Sequence[ContenderRun], reference: Sequence[ContenderRun], key: str) -> Spread | None:
     """Repeats are paired, because a disturbance usually affects all runs of a repeat."""
     known = {run.repeat: run.metrics[key] for run in reference}
     ratios = [run.metrics[key] / known[run.repeat] for run in own if known.get(run.repeat)]
     return Spread.of(ratios) if ratios else None
 
 
-def disturbed(findings: Findings) -> list[Run]:
+def disturbed(findings: Findings) -> list[ContenderRun]:
     """Runs during which other programs used too many cores."""
     return [run for run in findings.runs if run.foreign_cores > QUIET_CORES]
 

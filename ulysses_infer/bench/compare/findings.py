@@ -44,7 +44,7 @@ class StepRow(NamedTuple):
 
 
 @dataclass
-class Run:
+class ContenderRun:
     """One run: a contender, a case, a repeat."""
 
     contender: str
@@ -91,9 +91,9 @@ class Findings:
     """Contenders that took part, in display order."""
     refused: dict[str, str] = field(default_factory=dict)
     """Contenders that could not take part, with the reason."""
-    runs: list[Run] = field(default_factory=list)
+    runs: list[ContenderRun] = field(default_factory=list)
 
-    def of(self, contender: str, case: str) -> list[Run]:
+    def of(self, contender: str, case: str) -> list[ContenderRun]:
         """The repeats of one contender in one case."""
         return [run for run in self.runs if (run.contender, run.case) == (contender, case)]
 
@@ -102,7 +102,7 @@ class Findings:
         done = {run.case for run in self.runs}
         return [case for case in self.cases if case.protocol == name and case.name in done]
 
-    def typical(self, contender: str, case: str, key: str) -> Run | None:
+    def typical(self, contender: str, case: str, key: str) -> ContenderRun | None:
         """The repeat with the median value of the metric, for plots of a single run."""
         runs = sorted(self.of(contender, case), key=lambda run: run.metrics.get(key, 0.0))
         return runs[len(runs) // 2] if runs else None
@@ -129,5 +129,5 @@ def load_findings(folder: Path) -> Findings:
         raise ConfigError(f"'{path}' is not what this version writes: {error}; measure again") from error
 
 
-def _run(requests: Iterable[Sequence[Any]], steps: Iterable[Sequence[Any]], **rest: Any) -> Run:
-    return Run(requests=[RequestRow(*row) for row in requests], steps=[StepRow(*row) for row in steps], **rest)
+def _run(requests: Iterable[Sequence[Any]], steps: Iterable[Sequence[Any]], **rest: Any) -> ContenderRun:
+    return ContenderRun(requests=[RequestRow(*row) for row in requests], steps=[StepRow(*row) for row in steps], **rest)

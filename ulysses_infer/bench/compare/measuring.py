@@ -8,18 +8,17 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from ulysses_infer.bench.compare.findings import RequestRow, Run, StepRow
-from ulysses_infer.bench.compare.protocols import LONE, Case
+from ulysses_infer.bench.compare.findings import ContenderRun, RequestRow, StepRow
+from ulysses_infer.bench.compare.protocols import LONE, ComparisonCase
 from ulysses_infer.bench.load import LoadMeter
-from ulysses_infer.bench.serve.answer import Answer
+from ulysses_infer.bench.serve.answer import StreamedAnswer
 from ulysses_infer.bench.serve.client import Client
 from ulysses_infer.bench.serve.datasets import Item, trace_items
-from ulysses_infer.bench.serve.load import Request, closed_loop, open_loop
-from ulysses_infer.bench.serve.load import Run as Load
+from ulysses_infer.bench.serve.load import LoadRequest, LoadRun, closed_loop, open_loop
 from ulysses_infer.bench.serve.result import percentile
 from ulysses_infer.bench.serve.serve_bench import completion_body
 from ulysses_infer.bench.serve.serve_options import ENDPOINTS
-from ulysses_infer.bench.serve.vocabulary import Vocabulary, ask_vocabulary
+from ulysses_infer.bench.serve.vocabulary import PromptVocabulary, ask_vocabulary
 from ulysses_infer.errors import RequestError
 
 PATH = ENDPOINTS["completions"]
@@ -33,7 +32,7 @@ DIGITS = 6
 class Site:
     """A server under measurement: its client, and the vocabulary of prompts for it."""
 
-    def __init__(self, client: Client, model: str, vocabulary: Vocabulary) -> None:
+    def __init__(self, client: Client, model: str, vocabulary: PromptVocabulary) -> None:
         self.client, self._model, self._vocabulary = client, model, vocabulary
 
     @classmethod
@@ -42,10 +41,10 @@ class Site:
         card = (await client.call("GET", "/v1/models"))["data"][0]
         vocabulary = await ask_vocabulary(client, card["id"], False, None)
         if not vocabulary.ids:
-            vocabulary = Vocabulary(range(vocab_size))
+            vocabulary = PromptVocabulary(range(vocab_size))
         return cls(client, card["id"], vocabulary)
 
-    def items(self, case: Case, seed: int) -> list[Item]:
+    def items(self, case: ComparisonCase, seed: int) -> list[Item]:
         """The requests of a case; the seed determines the prompts."""
         return trace_items(case.rows, self._vocabulary, seed, case.block_tokens)
 
@@ -71,10 +70,10 @@ class Site:
             await asyncio.sleep(IDLE_POLL_SECONDS)
 
 
-async def measure(site: Site, case: Case, contender: str, repeat: int) -> Run:
+async def measure(site: Site, case: ComparisonCase, contender: str, repeat: int) -> ContenderRun:
     """Run a case once, on a server whose policy is set."""
     await site.forget_prefixes()
-    requests = [Request(site.body(item), item.at or 0.0) for item in site.items(case, repeat)]
+    requests = [LoadRequest(site.body(item), item.at or 0.0) for item in site.items(case, repeat)]
     steps = _StepWatch(site.client)
     load = LoadMeter()
     watching = asyncio.create_task(steps.watch())
@@ -87,7 +86,7 @@ async def measure(site: Site, case: Case, contender: str, repeat: int) -> Run:
     foreign = load.foreign_cores()
     await steps.look()
     rows = [_request_row(answer, done.started) for answer in done.answers]
-    return Run(
+    return ContenderRun(
         contender,
         case.name,
         repeat,
@@ -101,13 +100,13 @@ async def measure(site: Site, case: Case, contender: str, repeat: int) -> Run:
     )
 
 
-async def _send(client: Client, case: Case, requests: list[Request]) -> Load:
+async def _send(client: Client, case: ComparisonCase, requests: list[LoadRequest]) -> LoadRun:
     if case.kind == LONE:
         return await closed_loop(client, PATH, (request.body for request in requests), 1)
     return await open_loop(client, PATH, requests)
 
 
-def _request_row(answer: Answer, started: float) -> RequestRow:
+def _request_row(answer: StreamedAnswer, started: float) -> RequestRow:
     tpot = None if answer.tpot is None else round(answer.tpot, DIGITS)
     counts = (answer.prompt_tokens, answer.output_tokens, answer.cached_tokens)
     times = (round(seconds, DIGITS) for seconds in (answer.sent - started, answer.ttft, answer.e2el))

@@ -26,7 +26,7 @@ LONGEST_ANSWER = 8  # longest answer of a trace, as a multiple of the usual one
 
 
 @dataclass(frozen=True)
-class Sizes:
+class WorkloadSizes:
     """The sizes of all workloads."""
 
     input_len: int
@@ -38,7 +38,7 @@ class Sizes:
     seconds: float
     """Seconds of each timed workload."""
 
-    def fitting(self, max_model_len: int) -> Sizes:
+    def fitting(self, max_model_len: int) -> WorkloadSizes:
         """Limit the sizes to what the model can process. Raises `ConfigError` if nothing is left."""
         output_len = min(self.output_len, max_model_len // 2)
         longest = max_model_len - output_len
@@ -51,9 +51,9 @@ class Sizes:
 
 
 SCALES = {
-    "smoke": Sizes(24, 6, 1, 4, (8, 48), 0.8),
-    "laptop": Sizes(512, 32, 4, 24, (128, 512, 1024, 2048), 20.0),
-    "node": Sizes(4096, 250, 8, 512, (2048, 8192, 32768, 131072), 300.0),
+    "smoke": WorkloadSizes(24, 6, 1, 4, (8, 48), 0.8),
+    "laptop": WorkloadSizes(512, 32, 4, 24, (128, 512, 1024, 2048), 20.0),
+    "node": WorkloadSizes(4096, 250, 8, 512, (2048, 8192, 32768, 131072), 300.0),
 }
 
 
@@ -68,7 +68,7 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class Case:
+class ComparisonCase:
     """One workload, the same for every contender."""
 
     protocol: str
@@ -85,25 +85,25 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ProtocolInputs:
     """The inputs of all protocols."""
 
-    sizes: Sizes
+    sizes: WorkloadSizes
     capacity: Capacity
     max_model_len: int
     traces: Sequence[Path] = ()
     seed: int = 0
 
 
-def shape(setting: Setting) -> list[Case]:
+def shape(inputs: ProtocolInputs) -> list[ComparisonCase]:
     """Fig. 12 of the paper: a lone request, and a saturated machine."""
-    sizes = setting.sizes
+    sizes = inputs.sizes
     return _pair("shape", "shape", sizes.input_len, sizes, sizes.num_lone, sizes.num_saturated)
 
 
-def context(setting: Setting) -> list[Case]:
+def context(inputs: ProtocolInputs) -> list[ComparisonCase]:
     """The same over prompt lengths. Long prompts are fewer, so that each point takes about as long."""
-    sizes, cases = setting.sizes, []
+    sizes, cases = inputs.sizes, []
     for length in sizes.contexts:
         count = max(2, min(sizes.num_saturated, round(sizes.num_saturated * sizes.input_len / length / 2)))
         cases += _pair("context", f"context-{length}", length, sizes, max(1, sizes.num_lone // 2), count, length)
@@ -111,69 +111,75 @@ def context(setting: Setting) -> list[Case]:
 
 
 def _pair(
-    protocol: str, name: str, input_len: int, sizes: Sizes, num_lone: int, num_saturated: int, x: float | None = None
-) -> list[Case]:
+    protocol: str,
+    name: str,
+    input_len: int,
+    sizes: WorkloadSizes,
+    num_lone: int,
+    num_saturated: int,
+    x: float | None = None,
+) -> list[ComparisonCase]:
     row, words = TraceRow(0.0, input_len, sizes.output_len), f"{input_len} tokens in, {sizes.output_len} out"
-    lone = Case(protocol, f"{name}-lone", f"a lone request, {words}", LONE, (row,) * num_lone, x)
+    lone = ComparisonCase(protocol, f"{name}-lone", f"a lone request, {words}", LONE, (row,) * num_lone, x)
     title = f"{num_saturated} requests together, {words}"
-    return [lone, Case(protocol, f"{name}-saturated", title, SATURATED, (row,) * num_saturated, x)]
+    return [lone, ComparisonCase(protocol, f"{name}-saturated", title, SATURATED, (row,) * num_saturated, x)]
 
 
-def rate(setting: Setting) -> list[Case]:
+def rate(inputs: ProtocolInputs) -> list[ComparisonCase]:
     """Poisson arrivals at shares of the capacity."""
     cases = []
     for share in RATE_SHARES:
-        per_second = share * setting.capacity.requests
-        rows = tuple(_arrivals(setting, per_second, setting.sizes.seconds, f"{share}"))
+        per_second = share * inputs.capacity.requests
+        rows = tuple(_arrivals(inputs, per_second, inputs.sizes.seconds, f"{share}"))
         title = f"{per_second:.3g} requests/s, {share:.0%} of the capacity"
-        cases.append(Case("rate", f"rate-{round(share * 100)}", title, TIMED, rows, per_second))
+        cases.append(ComparisonCase("rate", f"rate-{round(share * 100)}", title, TIMED, rows, per_second))
     return cases
 
 
-def bursty(setting: Setting) -> list[Case]:
+def bursty(inputs: ProtocolInputs) -> list[ComparisonCase]:
     """Table 5 of the paper: four bursts over a low steady rate."""
-    seconds, per_second = setting.sizes.seconds, setting.capacity.requests
-    steady = _arrivals(setting, STEADY_SHARE * per_second, seconds, "steady")
+    seconds, per_second = inputs.sizes.seconds, inputs.capacity.requests
+    steady = _arrivals(inputs, STEADY_SHARE * per_second, seconds, "steady")
     size = max(2, round(BURST_SHARE * per_second * seconds / NUM_BURSTS))
-    usual = TraceRow(0.0, setting.sizes.input_len, setting.sizes.output_len)
+    usual = TraceRow(0.0, inputs.sizes.input_len, inputs.sizes.output_len)
     moments = [seconds * (2 * burst + 1) / (2 * NUM_BURSTS) for burst in range(NUM_BURSTS)]
     bursts = [dataclasses.replace(usual, at=at) for at in moments for _ in range(size)]
     rows = tuple(sorted([*steady, *bursts], key=lambda row: row.at))
     title = f"{NUM_BURSTS} bursts of {size} requests over {STEADY_SHARE * per_second:.2g} requests/s"
-    return [Case("bursty", "bursty", title, TIMED, rows)]
+    return [ComparisonCase("bursty", "bursty", title, TIMED, rows)]
 
 
-def _arrivals(setting: Setting, per_second: float, seconds: float, name: str) -> list[TraceRow]:
+def _arrivals(inputs: ProtocolInputs, per_second: float, seconds: float, name: str) -> list[TraceRow]:
     """Usual requests at random times, at least one: a Poisson process, given its expected count."""
-    sizes, draw = setting.sizes, random.Random(f"arrivals/{setting.seed}/{name}")
+    sizes, draw = inputs.sizes, random.Random(f"arrivals/{inputs.seed}/{name}")
     times = sorted(draw.uniform(0, seconds) for _ in range(max(1, round(per_second * seconds))))
     return [TraceRow(at, sizes.input_len, sizes.output_len) for at in times]
 
 
-def trace(setting: Setting) -> list[Case]:
+def trace(inputs: ProtocolInputs) -> list[ComparisonCase]:
     """The paper's windows of production traces, scaled in rate and length to half of the capacity."""
-    return [_trace(setting, path) for path in setting.traces]
+    return [_trace(inputs, path) for path in inputs.traces]
 
 
-def _trace(setting: Setting, path: Path) -> Case:
+def _trace(inputs: ProtocolInputs, path: Path) -> ComparisonCase:
     rows = read_trace(path)
     if path.suffix in PAPER_WINDOWS:
         rows = PAPER_WINDOWS[path.suffix].cut(rows)
-    sizes = setting.sizes
-    most_output = min(LONGEST_ANSWER * sizes.output_len, setting.max_model_len // 2)
+    sizes = inputs.sizes
+    most_output = min(LONGEST_ANSWER * sizes.output_len, inputs.max_model_len // 2)
     scale = Scale(
         time=sizes.seconds / max(rows[-1].at, 1e-9),
         length=min(1.0, sizes.input_len / statistics.fmean(row.input_len for row in rows)),
-        max_input_len=setting.max_model_len - most_output,
+        max_input_len=inputs.max_model_len - most_output,
         max_output_len=most_output,
     )
     tokens = statistics.fmean(row.input_len + row.output_len for row in scale.apply(rows))
-    chosen = thinned(rows, max(2, round(TRACE_SHARE * setting.capacity.tokens * sizes.seconds / tokens)))
+    chosen = thinned(rows, max(2, round(TRACE_SHARE * inputs.capacity.tokens * sizes.seconds / tokens)))
     title = (
         f"{path.stem}: {len(chosen)} of {len(rows)} requests, lengths x {scale.length:.2g}, "
         f"{rows[-1].at / MINUTE:.0f} minutes in {sizes.seconds:.3g} s"
     )
-    return Case("trace", path.stem, title, TIMED, tuple(scale.apply(chosen)), block_tokens=scale.block_tokens)
+    return ComparisonCase("trace", path.stem, title, TIMED, tuple(scale.apply(chosen)), block_tokens=scale.block_tokens)
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ class Protocol:
 
     name: str
     about: str
-    cases: Callable[[Setting], list[Case]] = field(repr=False)
+    cases: Callable[[ProtocolInputs], list[ComparisonCase]] = field(repr=False)
 
 
 PROTOCOLS = {

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from ulysses_infer.bench.compare.comparison import METRICS, METRICS_OF, Row, Spread, remarks, rows_of
+from ulysses_infer.bench.compare.comparison import METRICS, METRICS_OF, ComparisonRow, Spread, remarks, rows_of
 from ulysses_infer.bench.compare.findings import CaseInfo, Findings
 from ulysses_infer.bench.compare.plots.bars import shape_bars
 from ulysses_infer.bench.compare.plots.distributions import cumulative
@@ -96,7 +96,7 @@ def as_png(make: Callable[[], Figure]) -> bytes:
     return buffer.getvalue()
 
 
-def table_of(case: CaseInfo, rows: list[Row]) -> dict[str, Any]:
+def table_of(case: CaseInfo, rows: list[ComparisonRow]) -> dict[str, Any]:
     """A case's numbers for the page: one row per contender, three cells per metric."""
     found = {(row.contender, row.metric.key): row for row in rows}
     keys = [key for key in METRICS_OF[case.kind] if any(row.metric.key == key for row in rows)]
@@ -116,7 +116,7 @@ def _column(key: str) -> str:
     return metric.title if metric.unit == "tok/s" else f"{metric.title}, {metric.unit}"
 
 
-def _cell(row: Row | None) -> dict[str, Any]:
+def _cell(row: ComparisonRow | None) -> dict[str, Any]:
     if row is None:
         return {"value": "-", "range": "", "ratio": "", "is_best": False}
     text, value = row.metric.text, row.value
@@ -170,7 +170,7 @@ def headline(findings: Findings) -> list[Card]:
     ]
 
 
-def _card(case: CaseInfo, row: Row, ratio: Spread) -> Card:
+def _card(case: CaseInfo, row: ComparisonRow, ratio: Spread) -> Card:
     verdict = _verdict(row, ratio)
     places = {"shape": "lone request" if case.kind == LONE else "saturated", "bursty": "bursts"}
     where = places.get(case.protocol, case.name)
@@ -179,7 +179,7 @@ def _card(case: CaseInfo, row: Row, ratio: Spread) -> Card:
     return Card(title, NAMES[row.contender], COLOURS[row.contender], f"{ratio.median:.2f}x", spread, verdict)
 
 
-def _verdict(row: Row, ratio: Spread) -> str:
+def _verdict(row: ComparisonRow, ratio: Spread) -> str:
     """Good or bad only if all repeats agree and the ratio is not close to 1."""
     if abs(ratio.median - 1) <= EVEN or ratio.low < 1 < ratio.high:
         return "even"

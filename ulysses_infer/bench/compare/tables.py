@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ulysses_infer.bench.compare.comparison import METRICS, METRICS_OF, Row, remarks, rows_of
+from ulysses_infer.bench.compare.comparison import METRICS, METRICS_OF, ComparisonRow, remarks, rows_of
 from ulysses_infer.bench.compare.findings import CaseInfo, Findings
 from ulysses_infer.bench.compare.protocols import SATURATED
 
@@ -32,7 +32,7 @@ def print_findings(console: Console, findings: Findings) -> None:
         console.print(Text(line, style="yellow"))
 
 
-def case_table(case: CaseInfo, rows: Sequence[Row]) -> Table:
+def case_table(case: CaseInfo, rows: Sequence[ComparisonRow]) -> Table:
     """One row per contender; per metric the median, the range, and the ratio to the best static mode."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.add_column("", no_wrap=True)
@@ -51,7 +51,7 @@ def case_table(case: CaseInfo, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _cells(row: Row | None, has_range: bool) -> list[Text]:
+def _cells(row: ComparisonRow | None, has_range: bool) -> list[Text]:
     if row is None:
         return [Text("-"), *[Text("")] * (1 + has_range)]
     text, value = row.metric.text, row.value

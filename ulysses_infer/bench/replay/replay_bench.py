@@ -12,7 +12,7 @@ from ulysses_infer.bench.replay.replay_options import scale_of, window_of
 from ulysses_infer.bench.replay.scaling import thinned
 from ulysses_infer.bench.serve.client import Client
 from ulysses_infer.bench.serve.datasets import trace_items
-from ulysses_infer.bench.serve.load import Request, open_loop
+from ulysses_infer.bench.serve.load import LoadRequest, open_loop
 from ulysses_infer.bench.serve.result import result_of
 from ulysses_infer.bench.serve.serve_bench import (
     RequestMaker,
@@ -77,7 +77,7 @@ async def measure(rows: Sequence[TraceRow], options: argparse.Namespace) -> dict
         vocabulary = await vocabulary_of(client, model, options)
         maker = RequestMaker(model, options)
         items = trace_items(rows, vocabulary, options.seed, scale_of(options).block_tokens)
-        requests = [Request(maker.body(item), item.at or 0.0) for item in items]
+        requests = [LoadRequest(maker.body(item), item.at or 0.0) for item in items]
         done = await open_loop(client, ENDPOINTS[options.endpoint], requests, options.max_concurrency)
     asked = identity(model, options) | _asked(options)
     return asked | result_of(done, dict(options.goodput), options.percentiles)

@@ -12,7 +12,7 @@ MAX_ERROR_LENGTH = 300
 
 
 @dataclass
-class Answer:
+class StreamedAnswer:
     """One request as seen by the client. Times are seconds of `time.perf_counter`."""
 
     scheduled: float = 0.0
@@ -54,12 +54,12 @@ class Answer:
 
 
 class StreamMeter:
-    """Reads the events of one streamed response into an `Answer`.
+    """Reads the events of one streamed response into an `StreamedAnswer`.
 
     A stream without `finish_reason` and `[DONE]` has failed, whatever else arrived.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: StreamedAnswer) -> None:
         self.answer = answer
         self._last = 0.0
         self._num_pieces = 0

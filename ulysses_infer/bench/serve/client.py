@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from ulysses_infer.bench.serve.answer import Answer, StreamMeter, body_message
+from ulysses_infer.bench.serve.answer import StreamedAnswer, StreamMeter, body_message
 from ulysses_infer.bench.serve.wire import EventReader, ResponseReader, WireError
 from ulysses_infer.errors import ConfigError, RequestError
 
@@ -74,7 +74,7 @@ def _tls_context(ca_file: str | None) -> ssl.SSLContext:
         raise ConfigError(f"--ca-file {ca_file!r} cannot be used: {error}; give certificates in PEM") from error
 
 
-class _Exchange(asyncio.Protocol):
+class _HttpConnection(asyncio.Protocol):
     """A connection, and the request that is on it."""
 
     def __init__(self) -> None:
@@ -155,9 +155,9 @@ class Client:
         self.server = server
         self.num_connections = 0
         """Opened so far."""
-        self._idle: list[_Exchange] = []
+        self._idle: list[_HttpConnection] = []
 
-    async def stream(self, path: str, body: bytes, answer: Answer) -> None:
+    async def stream(self, path: str, body: bytes, answer: StreamedAnswer) -> None:
         """POST and read the events of the answer into `answer`; failures are recorded there."""
         meter = StreamMeter(answer)
         request = self.server.request("POST", path, body)
@@ -209,7 +209,7 @@ class Client:
                     raise
         return await self._run(await self._connect(), request, meter)
 
-    async def _run(self, exchange: _Exchange, request: bytes, meter: StreamMeter | None) -> _Response:
+    async def _run(self, exchange: _HttpConnection, request: bytes, meter: StreamMeter | None) -> _Response:
         try:
             response = await exchange.start(request, meter)
         except BaseException:
@@ -222,10 +222,10 @@ class Client:
             exchange.close()
         return response, body
 
-    async def _connect(self) -> _Exchange:
+    async def _connect(self) -> _HttpConnection:
         server = self.server
         self.num_connections += 1
         _, exchange = await asyncio.get_running_loop().create_connection(
-            _Exchange, server.host, server.port, ssl=server.tls
+            _HttpConnection, server.host, server.port, ssl=server.tls
         )
         return exchange

@@ -13,7 +13,7 @@ from typing import Any
 
 from ulysses_infer.bench.serve.client import Client
 from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow
-from ulysses_infer.bench.serve.vocabulary import Units, Vocabulary
+from ulysses_infer.bench.serve.vocabulary import PromptVocabulary, Units
 from ulysses_infer.errors import ConfigError
 
 LONGEST_PROMPT, LONGEST_CONVERSATION, SHORTEST_TURN = 1024, 2048, 4  # tokens; the field's filter of ShareGPT
@@ -32,7 +32,7 @@ class Item:
 
 
 def random_items(
-    vocabulary: Vocabulary, input_len: int, output_len: int, range_ratio: float, seed: int
+    vocabulary: PromptVocabulary, input_len: int, output_len: int, range_ratio: float, seed: int
 ) -> Iterator[Item]:
     """Random prompts without end; lengths are uniform within ± `range_ratio`."""
     draw = random.Random(f"random/{seed}")
@@ -46,7 +46,7 @@ def _around(length: int, range_ratio: float, draw: random.Random) -> int:
 
 
 def prefix_items(
-    vocabulary: Vocabulary, prefix_len: int, suffix_len: int, num_prefixes: int, output_len: int, seed: int
+    vocabulary: PromptVocabulary, prefix_len: int, suffix_len: int, num_prefixes: int, output_len: int, seed: int
 ) -> Iterator[Item]:
     """Prompts without end that start with one of a few prefixes, each as often as the others."""
     draw = random.Random(f"prefixes/{seed}")
@@ -57,7 +57,7 @@ def prefix_items(
 
 
 def trace_items(
-    rows: Sequence[TraceRow], vocabulary: Vocabulary, seed: int, block_tokens: float = HASH_BLOCK_TOKENS
+    rows: Sequence[TraceRow], vocabulary: PromptVocabulary, seed: int, block_tokens: float = HASH_BLOCK_TOKENS
 ) -> list[Item]:
     """A trace's requests at their times: where rows have equal hash ids, the prompts have equal tokens.
 
@@ -73,7 +73,7 @@ def trace_items(
     ]
 
 
-def _trace_units(row: TraceRow, number: int, vocabulary: Vocabulary, seed: int, block_tokens: float) -> Units:
+def _trace_units(row: TraceRow, number: int, vocabulary: PromptVocabulary, seed: int, block_tokens: float) -> Units:
     """Blocks start where they would on an exact grid, so that they never drift from the prompt's length."""
     total = vocabulary.num_units(row.input_len)
     starts = [0, *(vocabulary.num_units(round(block_tokens * (i + 1))) for i in range(len(row.hash_ids)))]
@@ -83,7 +83,7 @@ def _trace_units(row: TraceRow, number: int, vocabulary: Vocabulary, seed: int, 
     return _joined(units, _units(vocabulary, f"trace/{seed}/{number}", total - len(units)))[:total]
 
 
-def _units(vocabulary: Vocabulary, name: str, count: int) -> Units:
+def _units(vocabulary: PromptVocabulary, name: str, count: int) -> Units:
     """So many units that the name alone determines; of fewer, the first ones of more."""
     return vocabulary.pieces(random.Random(name), max(0, count))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ulysses_infer.bench.serve.answer import Answer
+from ulysses_infer.bench.serve.answer import StreamedAnswer
 from ulysses_infer.bench.serve.client import Client
 
 LAG_SECONDS = 0.02  # how often the lag of the event loop is measured
@@ -19,7 +19,7 @@ START_SECONDS = 0.05  # between the decision to start and the first moment: task
 
 
 @dataclass(frozen=True)
-class Request:
+class LoadRequest:
     """A request ready to be sent."""
 
     body: bytes
@@ -28,13 +28,13 @@ class Request:
 
 
 @dataclass
-class Run:
+class LoadRun:
     """What happened."""
 
     started: float = 0.0
     """The moment from which the schedule counts; seconds of `time.perf_counter`, as in all moments."""
     ended: float = 0.0
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[StreamedAnswer] = field(default_factory=list)
     """In the order in which they were due."""
     loop_lags: list[float] = field(default_factory=list)
     """Seconds by which the event loop was late, sampled."""
@@ -48,7 +48,9 @@ class Run:
         return self.ended - self.started
 
 
-async def open_loop(client: Client, path: str, requests: Sequence[Request], max_concurrency: int | None = None) -> Run:
+async def open_loop(
+    client: Client, path: str, requests: Sequence[LoadRequest], max_concurrency: int | None = None
+) -> LoadRun:
     """Send each request at its moment, whether or not earlier ones are answered.
 
     With `max_concurrency` later ones are held back while so many are in flight; answers tell (`due`).
@@ -61,7 +63,7 @@ async def open_loop(client: Client, path: str, requests: Sequence[Request], max_
             scheduled = run.started + request.at
             await _sleep_until(scheduled)
             freed = await slots.take() if slots is not None else -math.inf
-            answer = Answer(scheduled=scheduled, due=max(scheduled, freed))
+            answer = StreamedAnswer(scheduled=scheduled, due=max(scheduled, freed))
             run.answers.append(answer)
             tasks.append(asyncio.create_task(_send(client, path, request.body, answer, slots)))
             await asyncio.sleep(0)  # it goes out now, not when this loop next waits
@@ -71,7 +73,7 @@ async def open_loop(client: Client, path: str, requests: Sequence[Request], max_
 
 async def closed_loop(
     client: Client, path: str, bodies: Iterator[bytes], concurrency: int, seconds: float = math.inf
-) -> Run:
+) -> LoadRun:
     """Keep so many requests in flight, until there are no more or for so many seconds; what runs then is completed."""
     with _measured(client) as run:
         run.started = time.perf_counter()
@@ -82,7 +84,7 @@ async def closed_loop(
                 body = next(bodies, None)
                 if body is None:
                     return
-                answer = Answer(scheduled=due, due=due)
+                answer = StreamedAnswer(scheduled=due, due=due)
                 run.answers.append(answer)
                 await client.stream(path, body, answer)
                 due = answer.ended
@@ -94,7 +96,7 @@ async def closed_loop(
     return run
 
 
-async def _send(client: Client, path: str, body: bytes, answer: Answer, slots: _Slots | None) -> None:
+async def _send(client: Client, path: str, body: bytes, answer: StreamedAnswer, slots: _Slots | None) -> None:
     await client.stream(path, body, answer)
     if slots is not None:
         slots.give_back(answer.ended)
@@ -124,9 +126,9 @@ async def _sleep_until(moment: float) -> None:
 
 
 @contextmanager
-def _measured(client: Client) -> Iterator[Run]:
+def _measured(client: Client) -> Iterator[LoadRun]:
     """A run and its end: processor time, lags of the event loop. Meanwhile no garbage is collected."""
-    run = Run()
+    run = LoadRun()
     gc.collect()
     gc.disable()
     cpu, opened = time.process_time(), client.num_connections

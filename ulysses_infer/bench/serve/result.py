@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ulysses_infer.bench.serve.answer import Answer
-from ulysses_infer.bench.serve.load import Run
+from ulysses_infer.bench.serve.answer import StreamedAnswer
+from ulysses_infer.bench.serve.load import LoadRun
 
 WIDTH, LABEL_WIDTH, VALUE_WIDTH = 50, 40, 10
 MEASURES = {
@@ -33,7 +33,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return values[low] + (values[high] - values[low]) * (position - low)
 
 
-def result_of(run: Run, goodput: Mapping[str, float], percentiles: Sequence[float]) -> dict[str, Any]:
+def result_of(run: LoadRun, goodput: Mapping[str, float], percentiles: Sequence[float]) -> dict[str, Any]:
     """All results, with JSON keys in the order of the table. goodput: limits in ms by metric."""
     good = [answer for answer in run.answers if answer.error is None]
     seconds = max(run.seconds, 1e-9)
@@ -57,7 +57,7 @@ def result_of(run: Run, goodput: Mapping[str, float], percentiles: Sequence[floa
     return result | _client(run, total_output) | _by_request(run)
 
 
-def measured(answers: Sequence[Answer]) -> dict[str, list[float]]:
+def measured(answers: Sequence[StreamedAnswer]) -> dict[str, list[float]]:
     """All values in ms by metric."""
     return {
         "ttft": [answer.ttft * 1e3 for answer in answers],
@@ -76,16 +76,16 @@ def _spread(key: str, values: Sequence[float], percentiles: Sequence[float]) -> 
     return spread | {f"p{percent:g}_{key}_ms": percentile(values, percent) for percent in percentiles}
 
 
-def num_within(answers: Sequence[Answer], limits: Mapping[str, float]) -> int:
+def num_within(answers: Sequence[StreamedAnswer], limits: Mapping[str, float]) -> int:
     """Number of answers within all limits (ms, of ttft, tpot and e2el)."""
 
-    def keeps(answer: Answer) -> bool:
+    def keeps(answer: StreamedAnswer) -> bool:
         return all((getattr(answer, key) or 0.0) * 1e3 <= limit for key, limit in limits.items())
 
     return sum(keeps(answer) for answer in answers)
 
 
-def peak_tokens_per_second(answers: Sequence[Answer], started: float) -> float:
+def peak_tokens_per_second(answers: Sequence[StreamedAnswer], started: float) -> float:
     """Tokens in the best second of the run, in seconds since its start."""
     seconds: Counter[int] = Counter()
     tokens: dict[int, float] = {}
@@ -101,7 +101,7 @@ def peak_tokens_per_second(answers: Sequence[Answer], started: float) -> float:
     return max(tokens.values(), default=0.0)
 
 
-def peak_concurrency(answers: Sequence[Answer]) -> int:
+def peak_concurrency(answers: Sequence[StreamedAnswer]) -> int:
     """Most requests in flight at the same time."""
     changes = sorted([(answer.sent, 1) for answer in answers] + [(answer.ended, -1) for answer in answers])
     peak = current = 0
@@ -111,7 +111,7 @@ def peak_concurrency(answers: Sequence[Answer]) -> int:
     return peak
 
 
-def _client(run: Run, output_tokens: int) -> dict[str, Any]:
+def _client(run: LoadRun, output_tokens: int) -> dict[str, Any]:
     """How the client performed, because a slow client would distort the result."""
     late, lags = sorted(answer.lateness for answer in run.answers), sorted(run.loop_lags)
     return {
@@ -130,7 +130,7 @@ def _client(run: Run, output_tokens: int) -> dict[str, Any]:
     }
 
 
-def _by_request(run: Run) -> dict[str, list[Any]]:
+def _by_request(run: LoadRun) -> dict[str, list[Any]]:
     """One entry per request, in seconds; failed ones have zeros and their error."""
     rows = [(answer, answer.error is None) for answer in run.answers]
     return {

@@ -27,11 +27,11 @@ from ulysses_infer.bench.serve.datasets import (
     take,
     trace_items,
 )
-from ulysses_infer.bench.serve.load import Request, Run, closed_loop, open_loop
+from ulysses_infer.bench.serve.load import LoadRequest, LoadRun, closed_loop, open_loop
 from ulysses_infer.bench.serve.result import remarks, result_of, table
 from ulysses_infer.bench.serve.serve_options import DEFAULT_NUM_PROMPTS, ENDPOINTS, rate_of
 from ulysses_infer.bench.serve.traces import read_trace
-from ulysses_infer.bench.serve.vocabulary import Vocabulary, ask_vocabulary
+from ulysses_infer.bench.serve.vocabulary import PromptVocabulary, ask_vocabulary
 from ulysses_infer.errors import ConfigError, RequestError
 
 DEFAULT_OUTPUT_LEN = 128
@@ -112,7 +112,7 @@ async def make_items(client: Client, model: str, options: argparse.Namespace) ->
     return _made_items(await vocabulary_of(client, model, options), options)
 
 
-async def vocabulary_of(client: Client, model: str, options: argparse.Namespace) -> Vocabulary:
+async def vocabulary_of(client: Client, model: str, options: argparse.Namespace) -> PromptVocabulary:
     """The vocabulary of random prompts. Raises `ConfigError` if the options ask for an impossible one."""
     is_text = options.endpoint == "chat" or options.prompt_format == "text"
     vocabulary = await ask_vocabulary(client, model, is_text, options.vocab_size)
@@ -121,7 +121,7 @@ async def vocabulary_of(client: Client, model: str, options: argparse.Namespace)
     return vocabulary
 
 
-def _made_items(vocabulary: Vocabulary, options: argparse.Namespace) -> Iterator[Item] | list[Item]:
+def _made_items(vocabulary: PromptVocabulary, options: argparse.Namespace) -> Iterator[Item] | list[Item]:
     output_len, seed = options.output_len or DEFAULT_OUTPUT_LEN, options.seed
     if options.dataset == "timed_trace":
         items = trace_items(read_trace(options.dataset_path)[: options.num_prompts], vocabulary, seed)
@@ -169,7 +169,7 @@ class RequestMaker:
 
 async def _run(
     client: Client, items: Iterator[Item] | Sequence[Item], maker: RequestMaker, options: argparse.Namespace
-) -> Run:
+) -> LoadRun:
     path = ENDPOINTS[options.endpoint]
     if options.duration is not None:
         endless = cycle(items) if isinstance(items, Sequence) else items
@@ -181,7 +181,7 @@ async def _run(
         raise ConfigError("the dataset has no requests that can be sent")
     times = arrival_times(len(taken), rate_of(options, len(taken)), options.burstiness, options.seed)
     requests = [
-        Request(maker.body(item), at if item.at is None else item.at) for item, at in zip(taken, times, strict=True)
+        LoadRequest(maker.body(item), at if item.at is None else item.at) for item, at in zip(taken, times, strict=True)
     ]
     return await open_loop(client, path, requests, options.max_concurrency)
 

@@ -20,7 +20,7 @@ Units = list[int] | list[str]
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class PromptVocabulary:
     """Makes random prompts of about a given number of tokens; exact with token ids."""
 
     ids: Sequence[int] = ()
@@ -44,18 +44,18 @@ class Vocabulary:
         return list(units) if self.ids else " ".join(map(str, units))  # type: ignore[arg-type]
 
 
-async def ask_vocabulary(client: Client, model: str, is_text: bool, vocab_size: int | None) -> Vocabulary:
+async def ask_vocabulary(client: Client, model: str, is_text: bool, vocab_size: int | None) -> PromptVocabulary:
     """The vocabulary for this server: text if it has no `/tokenize` and no `vocab_size` is given.
 
     The ids come from a sample of words: none is a special token, and all can be decoded to text.
     """
     if vocab_size is not None and not is_text:
-        return Vocabulary(range(vocab_size))
+        return PromptVocabulary(range(vocab_size))
     sample = random.Random(0).choices(WORDS, k=SAMPLE_WORDS)
     try:
         answer = await client.call("POST", "/tokenize", {"model": model, "prompt": " ".join(sample)})
         tokens = answer["tokens"]
     except (RequestError, KeyError, TypeError):
-        return Vocabulary()  # another server, or one without a tokenizer: all accept text
+        return PromptVocabulary()  # another server, or one without a tokenizer: all accept text
     tokens_per_word = len(tokens) / SAMPLE_WORDS
-    return Vocabulary(() if is_text else tuple(sorted(set(tokens))), tokens_per_word)
+    return PromptVocabulary(() if is_text else tuple(sorted(set(tokens))), tokens_per_word)

@@ -17,7 +17,7 @@ BASE_PARTS = ("embed_tokens", "layers", "norm")
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _DecoderLayer:
     attention: nn.Module
     attention_norm: FusedRMSNorm
     feed_forward: nn.Module
@@ -34,7 +34,7 @@ class FusedDecoder:
         self.first_norm: FusedRMSNorm = base.layers[0].input_layernorm
         following = [*(layer.input_layernorm for layer in base.layers[1:]), base.norm]
         self.layers = [
-            _Layer(layer.self_attn, layer.post_attention_layernorm, layer.mlp, norm)
+            _DecoderLayer(layer.self_attn, layer.post_attention_layernorm, layer.mlp, norm)
             for layer, norm in zip(base.layers, following, strict=True)
         ]
 

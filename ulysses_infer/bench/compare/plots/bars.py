@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ulysses_infer.bench.compare.comparison import METRICS, STATIC, Row, rows_of
+from ulysses_infer.bench.compare.comparison import METRICS, STATIC, ComparisonRow, rows_of
 from ulysses_infer.bench.compare.findings import CaseInfo, Findings
 from ulysses_infer.bench.compare.plots.style import (
     COLOURS,
@@ -41,7 +41,7 @@ def shape_bars(findings: Findings) -> Figure:
     return figure
 
 
-def _rows(findings: Findings, case: CaseInfo, key: str) -> list[Row]:
+def _rows(findings: Findings, case: CaseInfo, key: str) -> list[ComparisonRow]:
     return [row for row in rows_of(findings, case) if row.metric is METRICS[key]]
 
 
@@ -51,7 +51,7 @@ def _subtitle(findings: Findings, cases: list[CaseInfo]) -> str:
     return f"{about.get('model', '')} on {about.get('num_ranks', '?')} ranks · {words}"
 
 
-def _bars(axes: Axes, rows: list[Row]) -> None:
+def _bars(axes: Axes, rows: list[ComparisonRow]) -> None:
     if not rows:
         empty(axes, "nothing measured")
         return
@@ -79,7 +79,7 @@ def _bars(axes: Axes, rows: list[Row]) -> None:
     plain_numbers(axes)
 
 
-def _mark_static(axes: Axes, rows: list[Row]) -> None:
+def _mark_static(axes: Axes, rows: list[ComparisonRow]) -> None:
     """A line at the better of TP and SP, the target for shift."""
     medians = [row.value.median for row in rows if row.contender in STATIC]
     if medians:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
-from ulysses_infer.bench.compare.findings import CaseInfo, Findings, RequestRow, Run
+from ulysses_infer.bench.compare.findings import CaseInfo, ContenderRun, Findings, RequestRow
 from ulysses_infer.bench.compare.plots.style import (
     COLOURS,
     DIM,
@@ -98,7 +98,7 @@ def _arrivals(axes: Axes, requests: Sequence[RequestRow], end: float) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _bands(axes: Axes, runs: dict[str, Run], end: float) -> None:
+def _bands(axes: Axes, runs: dict[str, ContenderRun], end: float) -> None:
     """One row per contender: every step in the colour of its mode, white while the engine was idle."""
     for row, run in enumerate(runs.values()):
         rectangles, colours = [], []
