@@ -65,7 +65,7 @@ def test_a_waiting_prompt_is_limited_too():
     assert sizer(0.05).limit(DECODES, request(9, 3000)) == sizer(0.05).limit([*DECODES, request(9, 3000)], None)
 
 
-def test_a_prompt_that_would_be_late_gets_the_time_that_decodes_have_in_hand():
+def test_a_prompt_that_would_be_late_gets_the_slack_of_the_decodes():
     late = request(9, 3000, arrival=0.0)
     relaxed = sizer(0.05, ttft=60.0).limit([*DECODES, late], None)
     pressed = sizer(0.05, ttft=0.3).limit([*DECODES, late], None)
