@@ -13,12 +13,12 @@ from ulysses_infer.errors import ConfigError, RequestError
 
 
 class Commands:
-    """What `AdminCall` messages may ask for. `drain` starts the shutdown, `tell_aborted` lets clients know."""
+    """Runs the commands of `AdminCall` messages. `drain` starts the shutdown, `report_aborted` informs clients."""
 
     def __init__(
-        self, engine: Engine, drain: Callable[[], None], tell_aborted: Callable[[list[Completion]], None]
+        self, engine: Engine, drain: Callable[[], None], report_aborted: Callable[[list[Completion]], None]
     ) -> None:
-        self._engine, self._drain, self._tell_aborted = engine, drain, tell_aborted
+        self._engine, self._drain, self._report_aborted = engine, drain, report_aborted
         self._known: Mapping[str, Callable[..., Any]] = {
             "get_policy": self.get_policy,
             "set_policy": self.set_policy,
@@ -53,13 +53,13 @@ class Commands:
         completion = self._engine.abort(request_id)
         if completion is None:
             raise RequestError(f"no request {request_id!r} is running or waiting; it may have ended")
-        self._tell_aborted([completion])
+        self._report_aborted([completion])
         return {"aborted": [request_id]}
 
     def abort_all(self) -> dict[str, Any]:
         """End every request."""
         completions = self._engine.abort_all()
-        self._tell_aborted(completions)
+        self._report_aborted(completions)
         return {"aborted": [completion.request_id for completion in completions]}
 
     def drain(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class RequestRecord:
 
 
 class Observer(Protocol):
-    """Receives events: metrics, dashboard and log. Called on the event loop; must be quick."""
+    """Receives events for metrics, dashboard and log. Called on the event loop; must be quick."""
 
     def on_ready(self, info: Ready) -> None:
         """The engine is ready."""
@@ -68,7 +68,7 @@ class Observer(Protocol):
         """A sequence of a request got another token, `seconds` after the previous one."""
 
     def on_finish(self, record: RequestRecord) -> None:
-        """A request ended, for whatever reason. Called once for every request that the engine accepted."""
+        """A request ended, for any reason. Called once for every request that the engine accepted."""
 
     def on_draining(self, deadline: float) -> None:
         """The server accepts no more requests; running ones have until `deadline`."""
@@ -137,12 +137,12 @@ class EngineClient:
     # -- used by routes ------------------------------------------------------------------------------------------
 
     async def generate(self, request: Submit, num_sequences: int = 1) -> AsyncIterator[list[NewToken]]:
-        """Complete a prompt: yields the tokens that came since the last time, of all its sequences, until all end.
+        """Complete a prompt: yields the new tokens of all its sequences as they arrive, until every sequence has ended.
 
-        After the first token it waits for `stream_interval` of each sequence.
-        Leaving the iterator early, by `aclose` or cancellation, aborts the request. Raises `RequestError` if the
-        engine refuses it, `OverloadedError` if its queue is full or it drains, `EngineDeadError` if it is gone,
-        RuntimeError for a bug of the engine's.
+        After the first token it waits for `stream_interval` tokens of each sequence. Leaving the iterator early, by
+        `aclose` or cancellation, aborts the request. Raises `RequestError` if the engine refuses it, `OverloadedError`
+        if its queue is full or it drains, `EngineDeadError` if the engine is dead, RuntimeError for a bug in the
+        engine.
         """
         self._check_accepting()
         record = RequestRecord(request.request_id, time.monotonic(), len(request.token_ids), num_sequences)
@@ -201,7 +201,7 @@ class EngineClient:
     # -- messages from the engine --------------------------------------------------------------------------------
 
     def die(self, reason: str) -> None:
-        """Treat the engine as dead, whatever state its socket is in."""
+        """Treat the engine as dead, regardless of the state of its socket."""
         self._die(Dead(reason))
 
     async def listen(self) -> None:

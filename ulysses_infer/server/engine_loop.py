@@ -69,7 +69,7 @@ class EngineLoop:
         self._link.flush(IDLE_SECONDS)
 
     def drain(self) -> None:
-        """Accept no more requests; end when running ones are answered, or after `server.shutdown_timeout`."""
+        """Accept no more requests; end when the running ones have finished, or after `server.shutdown_timeout`."""
         self._wants_drain = True
         self._link.wake()
 
@@ -108,7 +108,7 @@ class EngineLoop:
             with self._watchdog.working():
                 touched = self._engine.step()
                 self._ask_for_expert_load()
-        except Exception as error:  # whatever it was, the ranks may be out of step
+        except Exception as error:  # after any error the ranks may be out of step
             self._end(error)
         record = self._engine.stats.recent[-1]
         step = StepReport(
@@ -126,7 +126,7 @@ class EngineLoop:
             self._check_idle()
 
     def _ask_for_expert_load(self) -> None:
-        """Only now and then: it needs a collective over all ranks."""
+        """Collected at intervals only, because it needs a collective over all ranks."""
         if time.monotonic() > self._expert_report_due:
             self._expert_tokens = expert_load(self._engine.rank).get("expert_tokens_per_rank", [])
             self._expert_report_due = time.monotonic() + self._settings.log_interval
@@ -140,7 +140,7 @@ class EngineLoop:
         self._watchdog.fail(f"a step failed: {failure_reason(cause)}")
 
     def _check_idle(self) -> None:
-        """An idle engine has all its blocks free: anything else is a leak, and a bug to report."""
+        """An idle engine has all its blocks free. Anything else is a leak: log it as a bug."""
         allocator = self._engine.scheduler.allocator
         if allocator.num_used:
             logger.error("%d cache blocks are held by nobody; please report this", allocator.num_used)

@@ -83,7 +83,7 @@ class EngineState(msgspec.Struct, array_like=True):
     policy: dict[str, Any]
     """Name and settings, as from `Policy.describe`."""
     expert_tokens: list[int] = []
-    """Tokens that the experts of each rank have computed, updated every few seconds; empty without experts."""
+    """Tokens computed by the experts of each rank, updated every few seconds; empty without experts."""
 
 
 class StepReport(msgspec.Struct, array_like=True):
@@ -148,11 +148,11 @@ class Draining(msgspec.Struct, tag=True, array_like=True):
 
 
 class Dead(msgspec.Struct, tag=True, array_like=True):
-    """The engine has ended or is about to: nothing that runs will be completed."""
+    """The engine has ended or is about to: running requests will not be completed."""
 
     reason: str
     expected: bool = False
-    """Whether it was asked to end (second SIGTERM, admin) rather than failed."""
+    """Whether it was asked to end (second SIGTERM, admin route) rather than failed."""
 
 
 ToEngine = Submit | Abort | AdminCall | Goodbye

@@ -24,13 +24,13 @@ from ulysses_infer.server.client import EngineClient, Observer
 from ulysses_infer.server.replicas import LeaderAcceptor
 from ulysses_infer.server.router import Router
 
-SHUTDOWN_SECONDS = 1.5  # for clients to read that the engine is dead, and for /health to say so
-CLOSING_SECONDS = 5  # for connections to close once everyone is answered
+SHUTDOWN_SECONDS = 1.5  # for clients to read that the engine is dead, and for /health to report it
+CLOSING_SECONDS = 5  # for connections to close once every request has been answered
 BACKLOG = 2048
 
 
 def bind(settings: ServerConfig) -> socket.socket:
-    """The socket to listen on, taken before minutes go into loading a model. Raises `ConfigError`."""
+    """The listening socket, bound before the model is loaded, which may take minutes. Raises `ConfigError`."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -48,7 +48,7 @@ def bind(settings: ServerConfig) -> socket.socket:
 
 
 def check(settings: ServerConfig) -> None:
-    """What the HTTP process would only find out while a model loads, perhaps for minutes. Raises `ConfigError`."""
+    """Checks what would otherwise fail in the HTTP process only while the model loads. Raises `ConfigError`."""
     from ulysses_infer.server.http.texts import read_template
     from ulysses_infer.server.tool_calls import choose_format
 
@@ -63,7 +63,7 @@ def _check_certificate(settings: ServerConfig) -> None:
     try:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(settings.ssl_certfile or "", settings.ssl_keyfile or "")
-    except OSError as error:  # ssl.SSLError is one
+    except OSError as error:  # includes ssl.SSLError
         raise ConfigError(
             f"server.ssl_certfile = {settings.ssl_certfile} and server.ssl_keyfile = {settings.ssl_keyfile} cannot be "
             f"used: {error}; give a certificate and its key, both PEM"
@@ -71,7 +71,7 @@ def _check_certificate(settings: ServerConfig) -> None:
 
 
 def url_of(listener: socket.socket, settings: ServerConfig) -> str:
-    """Where the server can be reached."""
+    """The URL of the server."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     return f"{'https' if settings.ssl_certfile else 'http'}://{shown}:{port}"
@@ -79,20 +79,20 @@ def url_of(listener: socket.socket, settings: ServerConfig) -> str:
 
 @dataclass(frozen=True)
 class StartupSettings:
-    """What the HTTP process is told when it starts."""
+    """What the HTTP process receives when it starts."""
 
     config: Config
     watchdog: Address
     auth_token: bytes
-    """What the leaders of other replicas say at the endpoint."""
+    """The auth token that leaders of other replicas present at the endpoint."""
 
 
 class HttpProcess:
-    """Rank 0's handle on it. `endpoint`: the socket on which the leaders of other replicas come in."""
+    """Rank 0's handle on the HTTP process. `endpoint`: the socket to which leaders of other replicas connect."""
 
     def __init__(self, startup: StartupSettings, listener: socket.socket, endpoint: socket.socket) -> None:
         self.connection, theirs = socket.socketpair()
-        """Rank 0's end of the line to it."""
+        """Rank 0's end of the socket to it."""
         inherited = [theirs.fileno(), listener.fileno(), endpoint.fileno()]
         root = str(Path(__file__).resolve().parents[2])
         code = f"import sys; sys.path.insert(0, {root!r}); from ulysses_infer.server.process import main; main()"
@@ -101,7 +101,7 @@ class HttpProcess:
         )
         theirs.close()
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended already: the line to it is closed, which is noticed
+        with contextlib.suppress(BrokenPipeError):  # already ended; the closed socket is noticed elsewhere
             self._process.stdin.write(pickle.dumps(startup))
             self._process.stdin.close()
 
@@ -111,23 +111,23 @@ class HttpProcess:
         return self._process.poll()
 
     def wait(self, seconds: float) -> None:
-        """Wait for its end; past `seconds` it is killed."""
+        """Wait until it ends; kill it after `seconds`."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.kill()
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it now."""
         self._process.kill()
         self._process.wait()
 
 
 @contextmanager
 def http_process(startup: StartupSettings, listener: socket.socket, endpoint: socket.socket) -> Iterator[HttpProcess]:
-    """It, running; ended with the block, however that ends."""
+    """The running HTTP process; it is ended when the block exits, normally or not."""
     process = HttpProcess(startup, listener, endpoint)
-    listener.close()  # from here on it alone holds the ports
+    listener.close()  # from here on only the HTTP process holds the ports
     endpoint.close()
     try:
         yield process
@@ -136,7 +136,7 @@ def http_process(startup: StartupSettings, listener: socket.socket, endpoint: so
 
 
 def main() -> None:
-    """Serve until rank 0 says so or is gone. Signals are rank 0's business: whoever sends one to all sends it there."""
+    """Serve until rank 0 sends the end or is gone. Signals are left to rank 0, which receives them as well."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     link, listener, endpoint = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:4])
@@ -158,7 +158,7 @@ def main() -> None:
 async def serve(
     startup: StartupSettings, link: socket.socket, listener: socket.socket, endpoint: socket.socket
 ) -> None:
-    """Connect the engine, the application and the port, and keep them together until the end."""
+    """Connect the engine, the application and the port, and run them until the end."""
     from ulysses_infer.server.http.app import make_app
     from ulysses_infer.server.http.context import make_context
     from ulysses_infer.server.observe import Observatory
@@ -184,14 +184,14 @@ async def serve(
 async def _connect(
     engine: Router, startup: StartupSettings, link: socket.socket, endpoint: socket.socket
 ) -> list[asyncio.Task[None]]:
-    """Rank 0's line, and those of other replicas' leaders once they have come in."""
+    """Rank 0's socket, and those of other replicas' leaders once they have connected."""
     interval = startup.config.server.stream_interval
     first = await _client(link, engine.observers[0], interval)
     listening = [asyncio.create_task(first.listen())]
     acceptor = LeaderAcceptor(endpoint, startup.auth_token)
     waiting = asyncio.create_task(asyncio.to_thread(acceptor.accept, len(engine.observers) - 1))
     await asyncio.wait([waiting, asyncio.create_task(first.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
-    acceptor.close()  # the thread that waits at it must not keep a dead engine's process alive
+    acceptor.close()  # the waiting thread must not keep the process alive after the engine died
     lines = await waiting
     others = [await _client(lines[index], engine.observers[index], interval) for index in sorted(lines)]
     listening += [asyncio.create_task(client.listen()) for client in others]
@@ -208,7 +208,7 @@ def _log(line: str) -> None:
 
 
 async def _watch_server(startup: StartupSettings, engine: Router) -> None:
-    """From when the engine is up, its end or silence is the end here too; before that, the closed line tells."""
+    """Once the engine is up, its end or silence ends this process too; before that, the closed socket shows its end."""
     await engine.settled.wait()
     if engine.death:
         return
@@ -228,7 +228,7 @@ def _make_server(app: Any, settings: ServerConfig) -> Any:
     import uvicorn
 
     class Server(uvicorn.Server):
-        """Leaves signals alone: rank 0 says when to stop."""
+        """Ignores signals: rank 0 decides when to stop."""
 
         def capture_signals(self) -> Any:
             return contextlib.nullcontext()

@@ -28,14 +28,14 @@ TOKEN_BYTES = 16
 
 
 class LeaderEndpoint(NamedTuple):
-    """Where the HTTP process takes the lines of other replicas' leaders, and the auth_token that lets one in."""
+    """Where the HTTP process accepts the leaders of other replicas, and the token that authenticates them."""
 
     host: str
     port: int
     auth_token: bytes
 
     def connect(self, index: int) -> socket.socket:
-        """The line of replica `index` to the HTTP process."""
+        """Connects replica `index` to the HTTP process; returns the socket."""
         line = socket.create_connection((self.host, self.port), STORE_SECONDS)
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         line.sendall(self.auth_token + index.to_bytes(2, "little"))
@@ -50,9 +50,10 @@ class LeaderAcceptor:
         self._listener, self._auth_token = listener, auth_token
 
     def accept(self, count: int) -> dict[int, socket.socket]:
-        """Wait for so many leaders; their lines by replica. Whoever does not know the auth_token is turned away.
+        """Waits for this many leaders; returns their sockets by replica. Connections without the auth token are
+        refused.
 
-        Fewer come if `close` is called meanwhile, from another thread.
+        Returns fewer if `close` is called meanwhile from another thread.
         """
         lines: dict[int, socket.socket] = {}
         while len(lines) < count:
@@ -69,12 +70,12 @@ class LeaderAcceptor:
         return lines
 
     def close(self) -> None:
-        """Let nobody in any more."""
-        with contextlib.suppress(OSError):  # closed already
+        """Accept no more connections."""
+        with contextlib.suppress(OSError):  # already closed
             self._listener.shutdown(socket.SHUT_RDWR)
 
     def _index_of(self, line: socket.socket) -> int | None:
-        """Which replica is at the endpoint; None for a stranger."""
+        """The replica that connected, or None if it does not authenticate."""
         line.settimeout(HANDSHAKE_SECONDS)
         try:
             received = _receive(line, TOKEN_BYTES + 2)
@@ -101,7 +102,7 @@ def _receive(line: socket.socket, count: int) -> bytes:
 
 
 class StartupInfo(NamedTuple):
-    """What rank 0 of the job tells the leaders of the other replicas."""
+    """What rank 0 of the job sends to the leaders of the other replicas."""
 
     watchdog: Address
     endpoint: LeaderEndpoint
@@ -109,19 +110,20 @@ class StartupInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Replica:
-    """The replica that a rank of the job belongs to."""
+    """The replica of a rank of the job."""
 
     index: int
     rank: int
     """The rank within the replica."""
     config: Config
-    """The job's, as of one replica."""
+    """The job's config, with dp = 1 if it has several replicas."""
     store: Any = None
-    """The job's; None for a job of one replica, which the launcher's own environment brings together."""
+    """The job's store; None for a job of one replica, which uses the launcher's environment directly."""
 
     @classmethod
     def of(cls, config: Config, rank: int) -> Replica:
-        """That of a rank of the job. With several, all ranks reach rank 0's store, at the launcher's address."""
+        """The replica of one rank of the job. If there are several, all ranks connect to rank 0's store at the
+        launcher's address."""
         size = config.parallel.world_size
         if config.parallel.dp == 1:
             return cls(0, rank, config)
@@ -139,7 +141,8 @@ class Replica:
 
     @property
     def meeting(self) -> Callable[[], Rendezvous] | None:
-        """What `start_rank` calls to learn where the ranks meet; None where the launcher's environment says it."""
+        """For `start_rank`: returns the rendezvous of the replica's ranks. None if the launcher's environment defines
+        it."""
         return None if self.store is None else self._meet
 
     def _meet(self) -> Rendezvous:
@@ -149,11 +152,11 @@ class Replica:
         return Rendezvous(PrefixStore(f"replica-{self.index}", self.store), self.rank, size)
 
     def publish(self, startup_info: StartupInfo) -> None:
-        """Rank 0 of the job: let the other leaders know."""
+        """On rank 0 of the job: publish the startup info to the other leaders."""
         if self.store is not None:
             self.store.set("startup_info", pickle.dumps(startup_info))
 
     def receive(self) -> StartupInfo:
-        """Another leader: wait for what rank 0 has to publish."""
+        """On another leader: wait for the startup info that rank 0 publishes."""
         startup_info: StartupInfo = pickle.loads(self.store.get("startup_info"))
         return startup_info

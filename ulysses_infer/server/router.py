@@ -15,19 +15,19 @@ from ulysses_infer.server.messages import EngineState, NewToken, Ready, StepRepo
 
 EVERYWHERE = ("set_policy", "abort_all", "drain", "reset_prefix_cache")
 SEQUENCE_TOKENS = 64
-"""What a sequence that decodes weighs, in tokens of prompts that wait to be computed."""
+"""Load of one decoding sequence, in waiting prompt tokens."""
 
 
 class Router:
-    """The replicas of one model as one engine: what routes need of an `EngineClient`, for all of them together.
+    """Presents the replicas of one model as one engine, with the part of `EngineClient`'s interface that routes use.
 
-    A replica that dies takes the others along: the job is one, and its supervisor starts all of it again.
+    A replica that dies ends the others too: they are one job, which its supervisor restarts as a whole.
     """
 
     def __init__(self, observer: Observer, num_replicas: int) -> None:
         self._observer = observer
         self.observers = [_ReplicaObserver(self, index) for index in range(num_replicas)]
-        """One for each replica's client."""
+        """One observer per replica's client."""
         self.clients: list[EngineClient] = []
         """The replicas, in order, once `join` was called."""
         self._states: list[EngineState | None] = [None] * num_replicas
@@ -35,7 +35,7 @@ class Router:
         self.settled, self.ended = asyncio.Event(), asyncio.Event()
 
     def join(self, clients: list[EngineClient]) -> list[asyncio.Task[None]]:
-        """Take the clients, made with this router's observers; returns tasks that keep `settled` and `ended`."""
+        """Add the clients, made with this router's observers; returns tasks that update `settled` and `ended`."""
         self.clients = clients
         for client in clients:
             client.on_drained = self._leave_if_drained
@@ -51,13 +51,13 @@ class Router:
 
     @property
     def status(self) -> str:
-        """That of the replica that is worst off: dead, then starting, then draining, then ready."""
+        """The worst status of any replica: dead, then starting, then draining, then ready."""
         statuses = [client.status for client in self.clients] or [STARTING]
         return next(status for status in (DEAD, STARTING, DRAINING, READY) if status in statuses)
 
     @property
     def info(self) -> Ready | None:
-        """What was loaded, the cache of all replicas together; None while any is starting."""
+        """What was loaded, with the cache of all replicas summed; None while any is starting."""
         infos = [client.info for client in self.clients if client.info is not None]
         if len(infos) < len(self._states):
             return None
@@ -65,18 +65,18 @@ class Router:
 
     @property
     def state(self) -> EngineState | None:
-        """How full the replicas are, together."""
+        """The load of all replicas together."""
         known = [state for state in self._states if state is not None]
         return _together(known) if known else None
 
     @property
     def death(self) -> str:
-        """Why the job is dead, in one line; empty while it lives."""
+        """Why the job is dead, in one line; empty while it is alive."""
         return next((client.death for client in self.clients if client.death), "")
 
     @property
     def num_requests(self) -> int:
-        """Requests that are being answered."""
+        """Number of requests in progress."""
         return sum(client.num_requests for client in self.clients)
 
     def generate(self, request: Submit, num_sequences: int = 1) -> AsyncIterator[list[NewToken]]:
@@ -84,7 +84,7 @@ class Router:
         return min(self.clients, key=load).generate(request, num_sequences)
 
     async def call(self, name: str, /, **arguments: Any) -> Any:
-        """An administrative command, on every replica that it concerns. Raises `RequestError`, `EngineDeadError`."""
+        """Run an administrative command on every replica that it concerns. Raises `RequestError`, `EngineDeadError`."""
         if name == "abort":
             return await self._abort(**arguments)
         if name == "stats" and len(self.clients) > 1:
@@ -105,7 +105,7 @@ class Router:
         raise refusal
 
     def _leave_if_drained(self) -> None:
-        """The replicas end together: rank 0 of the job, which looks after all, must not be the first."""
+        """Ends the replicas together: rank 0 of the job supervises all of them and must not end first."""
         if all(client.is_drained for client in self.clients):
             for client in self.clients:
                 client.leave()
@@ -159,11 +159,11 @@ class _ReplicaObserver:
         self._router.on_ready()
 
     def on_step(self, state: EngineState, step: StepReport | None) -> None:
-        """It ran a step, or its state changed."""
+        """The replica ran a step, or its state changed."""
         self._router.on_step(self._index, state, step)
 
     def on_first_token(self, record: RequestRecord) -> None:
-        """A request's first token is here."""
+        """A request's first token has arrived."""
         self._all.on_first_token(record)
 
     def on_tokens(self, record: RequestRecord, seconds: float) -> None:
@@ -175,16 +175,16 @@ class _ReplicaObserver:
         self._all.on_finish(record)
 
     def on_draining(self, deadline: float) -> None:
-        """The replica takes no more requests."""
+        """The replica accepts no more requests."""
         self._router.on_draining(self._index, deadline)
 
     def on_dead(self, reason: str) -> None:
-        """The replica is gone."""
+        """The replica is dead."""
         self._router.on_dead(reason)
 
 
 def load(client: EngineClient) -> tuple[int, float]:
-    """What a replica has to do: prompts not computed yet, sequences that decode; then how full its cache is."""
+    """A replica's load: prompts not computed yet and decoding sequences; then its cache usage as a tie-breaker."""
     usage = client.state.kv_cache_usage if client.state is not None else 0.0
     return client.outstanding_tokens(SEQUENCE_TOKENS), usage
 
@@ -206,4 +206,4 @@ def _together(states: list[EngineState]) -> EngineState:
 
 
 Served = EngineClient | Router
-"""What routes talk to: one engine, or several as one."""
+"""What routes use: one engine, or several behind a router."""

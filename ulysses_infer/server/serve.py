@@ -40,15 +40,16 @@ from ulysses_infer.worker.rank import Rank
 logger = logging.getLogger(__name__)
 
 NEEDED = ("fastapi", "uvicorn", "uvloop", "httptools", "msgspec", "prometheus_client", "regex")
-STOP_SECONDS = 3.0  # for a server told to stop now, before it is made to
+STOP_SECONDS = 3.0  # for a server told to stop at once, before it is killed
 LEAVE_SECONDS = 10.0  # for the HTTP process to close its connections
-SIGNAL_SECONDS = 1.0  # signals this close are one: a launcher repeats what its whole group got
-WATCHDOG_SECONDS = 2.0  # for rank 0 to say why a connection broke
-TIMEOUT_MARGIN = 5.0  # the watchdog comes before the collectives' own time limit: it knows more
+# signals within this interval count as one: launchers repeat a signal that the whole process group got
+SIGNAL_SECONDS = 1.0
+WATCHDOG_SECONDS = 2.0  # for rank 0 to report why a connection broke
+TIMEOUT_MARGIN = 5.0  # the watchdog must fire before the collectives' own timeout: its error names the lost rank
 
 
 def run(config: Config, rank: int, guard: Guard) -> None:
-    """Serve until a signal or an administrator ends it. Collective. Raises `UlyssesError`s of one line."""
+    """Serve until a signal or an administrator ends it. Collective. Raises `UlyssesError`s with one-line messages."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"serve needs {', '.join(missing)}; install the package with its extra: ulysses_infer[serve]")
@@ -65,7 +66,7 @@ def run(config: Config, rank: int, guard: Guard) -> None:
 
 
 def run_rank_0(config: Config, replica: Replica, guard: Guard) -> None:
-    """Rank 0: the port first, so that a wrong one is known at once; then the model; then requests."""
+    """Rank 0: bind the port first, so that a wrong one fails at once; then load the model; then serve."""
     console = make_console(0)
     check(config.server)
     listener = bind(config.server)
@@ -94,7 +95,7 @@ def run_rank_0(config: Config, replica: Replica, guard: Guard) -> None:
 
 
 def _start(replica: Replica, watchdog: Address, console: Console) -> tuple[Rank, Engine, list[int]]:
-    """The engine, loaded on all ranks of the replica, and proved to run in every mode."""
+    """The engine, loaded on all ranks of the replica and checked in every mode."""
     config, started = replica.config, time.monotonic()
     with loading_bar(console) as progress:
         rank = start_rank(config, None, progress, replica.meeting)
@@ -102,7 +103,7 @@ def _start(replica: Replica, watchdog: Address, console: Console) -> tuple[Rank,
     def make_engine() -> Engine:
         prompts = make_prompt_reader(config, rank, load_tokenizer(config.model, rank.folder))
         try:
-            prompts.grammars.prepare()  # now, rather than between the steps of whoever is served by then
+            prompts.grammars.prepare()  # now, rather than during the first requests
         except RequestError as error:
             logger.warning("structured outputs will be refused: %s", error)
         return Engine(config, rank, prompts, text=False)
@@ -118,7 +119,7 @@ def _start(replica: Replica, watchdog: Address, console: Console) -> tuple[Rank,
 
 
 def _rendezvous_host() -> str:
-    """The address by which other hosts know this one, if there are any."""
+    """The address at which the other ranks reach this host."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return "127.0.0.1" if ranks_on_this_host(world_size) == world_size else os.environ["MASTER_ADDR"]
 
@@ -135,23 +136,23 @@ def _announce(console: Console, config: Config, url: str) -> None:
 
 
 def _end(rank: Rank) -> None:
-    """Let the other ranks of the replica go."""
+    """Release the other ranks of the replica."""
     rank.groups.limit_waits(STOP_SECONDS)
     rank.channel.send(SHUTDOWN)
     rank.close()
 
 
 class Signals:
-    """What signals mean to rank 0, heard in the guard's thread: the first drains, a second one stops at once."""
+    """Signal handling on rank 0, in the guard's thread: the first signal drains, a second one stops at once."""
 
     def __init__(self, loop: EngineLoop, watchdog: WatchdogServer, guard: Guard) -> None:
         self._loop, self._watchdog, self._guard = loop, watchdog, guard
         self._first: float | None = None
         self.status = 0
-        """The exit status that the signals ask for."""
+        """The exit status for the signals received."""
 
     def take(self, number: int) -> None:
-        """A signal came."""
+        """Handle a signal."""
         now = time.monotonic()
         if self._first is None:
             self._first = now
@@ -161,7 +162,7 @@ class Signals:
             self._stop(number, "the server was stopped")
 
     def take_orphaned(self) -> None:
-        """The launcher is gone. While draining that is part of the end; otherwise nobody looks after the job."""
+        """The launcher is gone. While draining that is expected; otherwise nothing supervises the job, so stop."""
         if not self._loop.is_draining:
             self._stop(15, "the launcher of the server was killed")
 
@@ -173,7 +174,7 @@ class Signals:
         timer.start()
 
     def _force(self, number: int) -> None:
-        """It did not stop in time: a step hangs, most likely."""
+        """It did not stop in time, most likely because a step hangs."""
         self._watchdog.kill_clients()
         self._guard.end(number)
 
@@ -182,7 +183,7 @@ class Signals:
 
 
 def run_leader(replica: Replica, rank: int, guard: Guard) -> None:
-    """The leader of another replica: as rank 0, but the HTTP process and the last auth_token are elsewhere."""
+    """The leader of another replica: like rank 0, but connected to an HTTP process that runs elsewhere."""
     startup_info, server = replica.receive(), replica.config.server
     started, engine, weight_bytes = _start(replica, startup_info.watchdog, make_console(rank))
     limit = replica.config.runtime.step_timeout
@@ -198,7 +199,7 @@ def run_leader(replica: Replica, rank: int, guard: Guard) -> None:
 
 
 def run_follower(replica: Replica, rank: int, guard: Guard) -> None:
-    """Any other rank: run its leader's plans until it says that is all. Raises what went wrong here."""
+    """Any other rank: run its leader's plans until the leader sends the end. Raises what failed here."""
     config = replica.config
     started = start_rank(config, rendezvous=replica.meeting)
     finish_start(started, config, lambda: None)
@@ -212,7 +213,7 @@ def run_follower(replica: Replica, rank: int, guard: Guard) -> None:
         serve_until_shutdown(started)
     except Exception as error:
         if is_lost_connection(error):
-            time.sleep(WATCHDOG_SECONDS)  # the heartbeat ends this process, and says who was lost
+            time.sleep(WATCHDOG_SECONDS)  # the watchdog ends this process and reports which rank was lost
         watchdog_client.report(failure_reason(error))
         raise
     watchdog_client.leave()
@@ -220,20 +221,20 @@ def run_follower(replica: Replica, rank: int, guard: Guard) -> None:
 
 
 class FollowerSignals:
-    """What signals mean to the other ranks: rank 0 got them too and will say when to end, within its limits."""
+    """Signal handling on the other ranks: rank 0 received the signal too and ends them within its timeouts."""
 
     def __init__(self, settings: ServerConfig, rank: int, watchdog_client: WatchdogClient, guard: Guard) -> None:
         self._limit = settings.shutdown_timeout + LEAVE_SECONDS
         self._rank, self._watchdog_client, self._guard = rank, watchdog_client, guard
 
     def take(self, number: int) -> None:
-        """A signal came: leave it to rank 0, but not for ever."""
+        """Leave the signal to rank 0, but only for a limited time."""
         timer = threading.Timer(self._limit, self._guard.end, (number,))
         timer.daemon = True
         timer.start()
 
     def take_orphaned(self) -> None:
-        """The launcher on this host is gone: unless the job is ending anyhow, that ends it."""
+        """The launcher on this host is gone: end this process, unless the job is ending already."""
         time.sleep(SIGNAL_SECONDS)
         if not self._watchdog_client.is_draining:
             self._watchdog_client.report(f"the launcher of rank {self._rank} was killed")

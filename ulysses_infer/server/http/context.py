@@ -52,7 +52,7 @@ class AppContext:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when equal seeds may give other outputs: with the version, the model and the layout."""
+        """Changes when the same seed may give other outputs: with the version, the model or the layout."""
         parts = (__version__, self.config.model, self.config.parallel, self.config.runtime.attention_backend)
         return "fp_" + hashlib.blake2s(repr(parts).encode(), digest_size=5).hexdigest()
 
@@ -73,7 +73,7 @@ class AppContext:
 
     @contextmanager
     def registered(self, answer_id: str, request_ids: Sequence[str]) -> Iterator[None]:
-        """Make the response findable by its id while the block runs. Raises `ApiError` 400 if the id is in use."""
+        """Register the response under its id while the block runs. Raises `ApiError` 400 if the id is in use."""
         if answer_id in self.running:
             raise ApiError(400, f"the id {answer_id!r} is in use; use another", param="request_id", code="id_in_use")
         self.running[answer_id] = list(request_ids)

@@ -92,7 +92,7 @@ def _text(content: str | list[dict[str, Any]] | None) -> str:
 
 
 def _arguments(text: str) -> Any:
-    """The arguments as an object. Invalid ones that a model once wrote stay text: they are only history."""
+    """The arguments as an object. Invalid JSON that a model once wrote stays text, because it is only history."""
     try:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -101,7 +101,7 @@ def _arguments(text: str) -> Any:
 
 
 def render(tokenizer: Any, conversation: Conversation) -> str:
-    """The prompt's text. Raises `RequestError` if there is no template or it refuses the messages."""
+    """The prompt's text. Raises `RequestError` if there is no template or if it rejects the messages."""
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise RequestError("the checkpoint has no chat template; use /v1/completions or set server.chat_template")
     messages = _with_known_roles(conversation.messages, str(tokenizer.chat_template))
@@ -115,13 +115,13 @@ def render(tokenizer: Any, conversation: Conversation) -> str:
             continue_final_message=conversation.continues,
             **conversation.variables,
         )
-    except Exception as error:  # a template is a program and may raise anything
+    except Exception as error:  # a template is a program and may raise any exception
         raise RequestError(f"the chat template refuses these messages: {first_line(error)}") from error
     return str(text)
 
 
 def _with_known_roles(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
-    """Replaces OpenAI's newer name of the system role by the one that the template knows."""
+    """Renames the "developer" role to "system" unless the template knows it."""
     if "developer" in template:
         return messages
     return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]

@@ -46,7 +46,8 @@ class ClientGoneError(Exception):
 
 
 def api_error(error: Exception) -> ApiError:
-    """`error` as the client sees it. An unexpected error is our bug: status 500, with the stack in the log."""
+    """`error` as the client sees it. An unexpected error is a bug in the server: status 500, with the traceback in the
+    log."""
     match error:
         case ApiError():
             return error

@@ -70,13 +70,13 @@ async def generate(client: Served, generation: Generation) -> Batches:
 
 
 def _tokens(client: Served, submit: Submit, num_sequences: int) -> AsyncGenerator[list[NewToken]]:
-    """`client.generate`, which is a generator and can be closed."""
+    """`client.generate` as a generator that can be closed."""
     batches: Any = client.generate(submit, num_sequences)
     return batches
 
 
 async def _merged(client: Served, submits: list[Submit], num_sequences: int) -> Batches:
-    """The tokens of several prompts as they arrive. The first error ends all of them."""
+    """Merges the tokens of several prompts as they arrive. The first error ends all of them."""
     arrived: asyncio.Queue[tuple[int, list[NewToken]] | asyncio.Task[None]] = asyncio.Queue()
 
     async def feed(position: int, submit: Submit) -> None:

@@ -109,7 +109,7 @@ class Failsafe:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on; respond to what it raises, unless a response has started."""
+        """Pass the request on; respond to any exception, unless a response has started."""
         is_started = False
 
         async def watched(message: Message) -> None:
@@ -121,7 +121,7 @@ class Failsafe:
             await self._app(scope, receive, watched)
         except (ClientGoneError, ClientDisconnect):  # before or after the body was complete
             return
-        except Exception as error:  # the client gets a response whatever happened; the log gets the stack
+        except Exception as error:  # respond to the client in any case; the log gets the traceback
             if is_started or scope["type"] != "http":
                 raise
             await error_response(error)(scope, receive, send)

@@ -55,7 +55,7 @@ def takes(body: type[BaseModel]) -> dict[str, Any]:
 
 
 def answers(model: Any, *statuses: int, also: dict[str, Any] | None = None) -> Responses:
-    """Responses of a route: `model` as JSON (also: other formats), and errors with these statuses."""
+    """Responses of a route: `model` as JSON (or in other formats), and errors with these statuses."""
     described: Responses = {200: {"model": model, "description": "Done.", "content": dict(also or {})}}
     for status in statuses:
         described[status] = {"model": ErrorAnswer, "description": MEANINGS[status]}
@@ -71,7 +71,7 @@ def described(status: int, meaning: str, model: Any = None) -> Responses:
 
 
 def parameter(name: str, place: str, schema: dict[str, Any], required: bool = True) -> dict[str, Any]:
-    """The description of a parameter that a route reads itself."""
+    """The description of a parameter that a route parses itself."""
     return {"parameters": [{"name": name, "in": place, "required": required, "schema": schema}]}
 
 

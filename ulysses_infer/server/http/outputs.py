@@ -48,7 +48,7 @@ class Output:
     ending_ids: frozenset[int] | None
     """Tokens that end the output and are not part of its text; None: they are part of it."""
     keeps_tokens: bool = True
-    """False: only the prompt's tokens are wanted."""
+    """False: only the prompt's tokens are returned."""
     num_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -89,7 +89,7 @@ class Output:
             self._say(self.detokenizer.finish())
 
     def _is_ending(self, token: NewToken) -> bool:
-        """Whether it is the token that ended the output, and not the last one of a stop string."""
+        """Whether it is an end token, rather than the last token of a stop string."""
         if self.ending_ids is None:
             return False
         return not isinstance(token.stop_reason, str) or token.token_id in self.ending_ids
@@ -123,7 +123,7 @@ class Outputs:
         ]
 
     def take(self, position: int, batch: list[NewToken]) -> list[Output]:
-        """Distribute the tokens of a prompt; returns the outputs that got some."""
+        """Distribute the tokens of a prompt; returns the outputs that received any."""
         source = self.sources[position]
         first = position * self._num_sequences
         touched: dict[int, Output] = {}

@@ -31,11 +31,11 @@ class ChoiceBuilder(Protocol):
         """The choice of a whole response."""
 
     def chunks(self) -> list[dict[str, Any]]:
-        """The choices of the next chunks, with what is new since the last call; none if nothing is."""
+        """The choices of the next chunks, with what is new since the last call; empty if nothing is."""
 
 
 def no_fields(_: Outputs) -> dict[str, Any]:
-    """No fields that describe the prompt."""
+    """Default for `prompt_fields`: no fields."""
     return {}
 
 
@@ -108,7 +108,7 @@ async def _events(
 
 
 async def _run(context: AppContext, generation: Generation, outputs: Outputs) -> AsyncGenerator[list[Output]]:
-    """Run the request on the engine; yields the outputs that got tokens, each time some arrive."""
+    """Run the request on the engine; yields the outputs that received tokens, each time some arrive."""
     with context.registered(generation.id, generation.request_ids):
         async with aclosing(generate(context.client, generation)) as batches:
             async for position, batch in batches:
@@ -129,14 +129,14 @@ def _head(context: AppContext, generation: Generation, kind: str) -> dict[str, A
 def generation_of(
     context: AppContext, prefix: str, body: EngineFields, prompts: list[Prompt], params: SamplingParams
 ) -> Generation:
-    """The engine requests of an HTTP request, under an id of its own. Its model may be the name of an adapter."""
+    """The engine requests of an HTTP request, under a new id. Its model may be the name of an adapter."""
     name = f"{prefix}-{body.request_id or uuid.uuid4().hex}"
     adapter = body.model if body.model in context.config.lora.adapters else None
     return Generation(name, prompts, params, body.priority or 0, body.cache_salt or "", adapter)
 
 
 def check_streaming(body: EngineFields) -> None:
-    """Raises `ApiError` for what cannot be streamed, or only makes sense with streaming."""
+    """Raises `ApiError` for options that cannot be streamed, or that require streaming."""
     if body.stream and body.prompt_logprobs is not None:
         raise ApiError(400, "prompt_logprobs cannot be streamed; leave out stream", param="prompt_logprobs")
     if body.stream_options is not None and not body.stream:

@@ -26,7 +26,7 @@ def sampling_params(body: EngineFields, **changes: Any) -> SamplingParams:
 
 
 def structured_outputs(body: EngineFields) -> Mapping[str, Any] | None:
-    """The constraint on the output, from whichever field has one. Raises `ApiError` if two do."""
+    """The constraint on the output, from the one field that has it. Raises `ApiError` if two fields do."""
     found: dict[str, Mapping[str, Any]] = {}
     if body.structured_outputs is not None:
         given = body.structured_outputs.model_dump(by_alias=True, exclude_none=True)

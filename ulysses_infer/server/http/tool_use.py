@@ -58,7 +58,7 @@ def tool_use(context: AppContext, body: ChatRequest) -> ToolUse:
 
 
 def check_format(body: ChatRequest, use: ToolUse, wanted: Mapping[str, Any] | None) -> None:
-    """Raises `ApiError` if the output must match something other than tool calls: then it could not call a tool."""
+    """Raises `ApiError` if the output must match another constraint, which would rule out tool calls."""
     if wanted is not None and use.format is not None:
         message = (
             "the output cannot both match a format and call tools; leave out response_format "
@@ -76,7 +76,7 @@ class CallReader:
         """Whether the output calls a tool."""
 
     def read(self, text: str, is_last: bool) -> dict[str, Any]:
-        """Parse the next piece of text: `content` and `tool_calls` of a chunk's delta, where there are any."""
+        """Parse the next piece of text: `content` and `tool_calls` of a chunk's delta, if any."""
         events = self._parser.push(text) if text else []
         if is_last:
             events = [*events, *self._parser.finish()]

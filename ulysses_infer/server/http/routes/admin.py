@@ -36,7 +36,7 @@ async def set_policy(request: Request) -> Response:
 
 @router.post("/abort", responses=answers(Aborted, *COMMAND_WITH_BODY, 404), **takes(AbortRequest))
 async def abort(request: Request) -> Response:
-    """End one request, by the id of its response, or all; their clients get the outputs so far."""
+    """End one request, by the id of its response, or all; their clients get the output generated so far."""
     body = await read_body(request, AbortRequest)
     if body.request_id is None:
         return await _command(request, "abort_all")
