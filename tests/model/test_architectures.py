@@ -66,7 +66,7 @@ def test_silently_wrong_models_are_refused_with_a_reason(model_type: str) -> Non
 
 def test_unverified_models_need_allow_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architectures, "VERIFIED", frozenset({"mistral"}))
-    with pytest.raises(UnsupportedModelError, match=r"'llama' has not been proved.*allow_unverified=true"):
+    with pytest.raises(UnsupportedModelError, match=r"'llama' has not been verified.*allow_unverified=true"):
         check_supported(tiny_config("llama"), allow_unverified=False)
     check_supported(tiny_config("llama"), allow_unverified=True)
 

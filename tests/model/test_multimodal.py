@@ -90,10 +90,10 @@ def test_a_wrapper_is_supported_only_if_its_language_model_is() -> None:
     check_supported(CONFIG_MAPPING["llava"](text_config={"model_type": "qwen2"}), allow_unverified=False)
     with pytest.raises(UnsupportedModelError, match="model type 'jamba' is not supported: it has recurrent"):
         check_supported(CONFIG_MAPPING["llava"](text_config={"model_type": "jamba"}), allow_unverified=True)
-    with pytest.raises(UnsupportedModelError, match="model type 'ctrl' has not been proved"):
+    with pytest.raises(UnsupportedModelError, match="model type 'ctrl' has not been verified"):
         check_supported(CONFIG_MAPPING["llava"](text_config={"model_type": "ctrl"}), allow_unverified=False)
 
 
 def test_bidirectional_prompts_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="'paligemma' is not supported: its prompts attend in both"):
+    with pytest.raises(UnsupportedModelError, match="'paligemma' is not supported: its prompts use bidirectional attention"):
         check_supported(CONFIG_MAPPING["paligemma"](), allow_unverified=True)
