@@ -192,14 +192,14 @@ async def _connect(
     waiting = asyncio.create_task(asyncio.to_thread(acceptor.accept, len(engine.observers) - 1))
     await asyncio.wait([waiting, asyncio.create_task(first.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
     acceptor.close()  # the waiting thread must not keep the process alive after the engine died
-    lines = await waiting
-    others = [await _client(lines[index], engine.observers[index], interval) for index in sorted(lines)]
+    connections = await waiting
+    others = [await _client(connections[index], engine.observers[index], interval) for index in sorted(connections)]
     listening += [asyncio.create_task(client.listen()) for client in others]
     return listening + engine.join([first, *others])
 
 
-async def _client(line: socket.socket, observer: Observer, stream_interval: int) -> EngineClient:
-    reader, writer = await asyncio.open_connection(sock=line)
+async def _client(connection: socket.socket, observer: Observer, stream_interval: int) -> EngineClient:
+    reader, writer = await asyncio.open_connection(sock=connection)
     return EngineClient(reader, writer, observer, stream_interval)
 
 

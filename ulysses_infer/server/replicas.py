@@ -36,11 +36,11 @@ class LeaderEndpoint(NamedTuple):
 
     def connect(self, index: int) -> socket.socket:
         """Connects replica `index` to the HTTP process; returns the socket."""
-        line = socket.create_connection((self.host, self.port), STORE_SECONDS)
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        line.sendall(self.auth_token + index.to_bytes(2, "little"))
-        line.settimeout(None)
-        return line
+        connection = socket.create_connection((self.host, self.port), STORE_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(self.auth_token + index.to_bytes(2, "little"))
+        connection.settimeout(None)
+        return connection
 
 
 class LeaderAcceptor:
@@ -55,35 +55,35 @@ class LeaderAcceptor:
 
         Returns fewer if `close` is called meanwhile from another thread.
         """
-        lines: dict[int, socket.socket] = {}
-        while len(lines) < count:
+        connections: dict[int, socket.socket] = {}
+        while len(connections) < count:
             try:
-                line = self._listener.accept()[0]
+                connection = self._listener.accept()[0]
             except OSError:  # closed
                 break
-            index = self._index_of(line)
+            index = self._index_of(connection)
             if index is None:
-                line.close()
+                connection.close()
             else:
-                lines[index] = line
+                connections[index] = connection
         self._listener.close()
-        return lines
+        return connections
 
     def close(self) -> None:
         """Accept no more connections."""
         with contextlib.suppress(OSError):  # already closed
             self._listener.shutdown(socket.SHUT_RDWR)
 
-    def _index_of(self, line: socket.socket) -> int | None:
+    def _index_of(self, connection: socket.socket) -> int | None:
         """The replica that connected, or None if it does not authenticate."""
-        line.settimeout(HANDSHAKE_SECONDS)
+        connection.settimeout(HANDSHAKE_SECONDS)
         try:
-            received = _receive(line, TOKEN_BYTES + 2)
+            received = _receive(connection, TOKEN_BYTES + 2)
         except OSError:
             return None
         if not hmac.compare_digest(received[:TOKEN_BYTES], self._auth_token):
             return None
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return int.from_bytes(received[TOKEN_BYTES:], "little")
 
 
@@ -94,9 +94,9 @@ def make_endpoint(host: str) -> tuple[socket.socket, LeaderEndpoint]:
     return listener, LeaderEndpoint(address, port, secrets.token_bytes(TOKEN_BYTES))
 
 
-def _receive(line: socket.socket, count: int) -> bytes:
+def _receive(connection: socket.socket, count: int) -> bytes:
     received = b""
-    while len(received) < count and (data := line.recv(count - len(received))):
+    while len(received) < count and (data := connection.recv(count - len(received))):
         received += data
     return received
 

@@ -67,7 +67,7 @@ class Router:
     def state(self) -> EngineState | None:
         """The load of all replicas together."""
         known = [state for state in self._states if state is not None]
-        return _together(known) if known else None
+        return _combined(known) if known else None
 
     @property
     def death(self) -> str:
@@ -126,9 +126,9 @@ class Router:
     def on_step(self, index: int, state: EngineState, step: StepReport | None) -> None:
         """A replica ran a step, or its state changed."""
         self._states[index] = state
-        together = self.state
-        assert together is not None
-        self._observer.on_step(together, step)
+        combined = self.state
+        assert combined is not None
+        self._observer.on_step(combined, step)
 
     def on_draining(self, index: int, deadline: float) -> None:
         """One replica drains: drain the others too."""
@@ -189,7 +189,7 @@ def load(client: EngineClient) -> tuple[int, float]:
     return client.outstanding_tokens(SEQUENCE_TOKENS), usage
 
 
-def _together(states: list[EngineState]) -> EngineState:
+def _combined(states: list[EngineState]) -> EngineState:
     def total(of: Callable[[EngineState], int]) -> int:
         return sum(map(of, states))
 

@@ -84,9 +84,9 @@ class Output:
             self.num_tokens += 1
             self.tokens.append(token)
             if not (token.finish_reason == "stop" and self._is_ending(token)):
-                self._say(self.detokenizer.append([token.token_id]))
+                self._add_text(self.detokenizer.append([token.token_id]))
         if token.finish_reason is not None:
-            self._say(self.detokenizer.finish())
+            self._add_text(self.detokenizer.finish())
 
     def _is_ending(self, token: NewToken) -> bool:
         """Whether it is an end token, rather than the last token of a stop string."""
@@ -94,7 +94,7 @@ class Output:
             return False
         return not isinstance(token.stop_reason, str) or token.token_id in self.ending_ids
 
-    def _say(self, text: str) -> None:
+    def _add_text(self, text: str) -> None:
         if text:
             self.pieces.append(text)
 

@@ -30,7 +30,7 @@ class Dashboard:
 
 
 def _policy(style: str, script: str) -> str:
-    """This very style and script and no other, and connections to the page's own server alone."""
+    """Allows only the page's own style and script, and connections to its own server."""
     return "; ".join(
         [
             "default-src 'none'",

@@ -118,7 +118,7 @@ class History:
         self._draw(step, mode, now)
 
     def on_first_token(self, record: RequestRecord, num_new_tokens: int) -> None:
-        """A prompt is computed."""
+        """A prompt has been computed."""
         assert record.first_token_time is not None
         self._now().first_token.add(record.first_token_time - record.arrival_time)
         self._generated(num_new_tokens)

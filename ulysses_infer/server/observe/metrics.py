@@ -90,7 +90,7 @@ STEP_TOKEN_BUCKETS = tuple(float(1 << e) for e in range(15))
 
 
 class Metrics:
-    """The metrics of one server in their own registry. Labels are bound once, because tokens come by thousands."""
+    """The metrics of one server in their own registry. Labels are bound once because tokens arrive by the thousands."""
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -141,7 +141,7 @@ class Metrics:
     # -- events ----------------------------------------------------------------------------------------------------
 
     def on_up(self, is_up: bool) -> None:
-        """The engine is ready, or gone."""
+        """The engine is ready, or dead."""
         self._engine.up.set(is_up)
 
     def on_state(self, state: EngineState) -> None:
@@ -169,7 +169,7 @@ class Metrics:
         return _ModeMetrics(name, *children)
 
     def on_first_token(self, record: RequestRecord, num_new_tokens: int) -> None:
-        """A prompt is computed. num_new_tokens: output tokens since the last report of the request."""
+        """A prompt has been computed. num_new_tokens: output tokens since the last report of the request."""
         self._requests.begin(record)
         self._requests.generation_tokens.inc(num_new_tokens)
 
@@ -295,7 +295,7 @@ class _RequestHistograms:
         self._time_per_token(record)
 
     def _span(self, histogram: Histogram, start: float | None, end: float | None) -> None:
-        """A stage that was entered and left."""
+        """A stage that began and ended."""
         if start is not None and end is not None:
             histogram.observe(max(0.0, end - start))
 
@@ -306,7 +306,7 @@ class _RequestHistograms:
 
 
 class _HttpMetrics:
-    """What the HTTP process answered, whichever model it serves."""
+    """HTTP metrics, regardless of the served model."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(

@@ -54,12 +54,12 @@ class Observatory:
         return self._metrics.text()
 
     def page(self) -> str:
-        """The body of `/dashboard`: HTML. Send `page_headers` with it; it holds no data, so it needs no key."""
+        """The body of `/dashboard`: HTML. Send `page_headers` with it. It holds no data, so it needs no key."""
         return self._dashboard.page
 
     @property
     def page_headers(self) -> dict[str, str]:
-        """Headers of `/dashboard`, a Content-Security-Policy among them."""
+        """Headers of `/dashboard`, including a Content-Security-Policy."""
         return self._dashboard.headers
 
     def snapshot(self, seconds: float, since: float | None = None) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Observatory:
         return HttpObserver(app, self._metrics.on_http, write_json_line if self._config.access_log else None)
 
     async def status_lines(self, write: Callable[[str], None]) -> None:
-        """Give `write` a line on load and speed each `server.log_interval` seconds, unless nothing happened.
+        """Pass a line on load and speed to `write` every `server.log_interval` seconds, unless nothing happened.
 
         Runs until it is cancelled.
         """
@@ -113,13 +113,13 @@ class Observatory:
             self._history.on_step(step)
 
     def on_first_token(self, record: RequestRecord) -> None:
-        """A request's prompt is computed."""
+        """A request's prompt has been computed."""
         num_new_tokens = self._num_new_tokens(record)
         self._metrics.on_first_token(record, num_new_tokens)
         self._history.on_first_token(record, num_new_tokens)
 
     def on_tokens(self, record: RequestRecord, seconds: float) -> None:
-        """A sequence got a token, `seconds` after its last."""
+        """A sequence got a token, `seconds` after its previous one."""
         num_new_tokens = self._num_new_tokens(record)
         self._metrics.on_tokens(seconds, num_new_tokens)
         self._history.on_tokens(seconds, num_new_tokens)
@@ -133,18 +133,18 @@ class Observatory:
         logger.debug("%s", record)
 
     def on_draining(self, deadline: float) -> None:
-        """The server takes no more requests; those that run have until `deadline` (monotonic clock)."""
+        """The server accepts no more requests; running ones have until `deadline` (monotonic clock)."""
         if self._status != DEAD:
             self._status, self._drain_deadline = DRAINING, deadline
 
     def on_dead(self, reason: str) -> None:
-        """The engine is gone."""
+        """The engine is dead."""
         self._status, self._reason, self._drain_deadline = DEAD, reason, None
         self._metrics.on_up(False)
 
     def _num_new_tokens(self, record: RequestRecord) -> int:
-        """Output tokens that came since this request's last event. Not every token has an event of its own:
-        the first ones of a request's other sequences have none."""
+        """Output tokens since this request's last event. Not every token has its own event: the first tokens of a
+        request's other sequences have none."""
         before = self._num_reported.get(record.request_id, 0)
         self._num_reported[record.request_id] = record.num_output_tokens
         return record.num_output_tokens - before

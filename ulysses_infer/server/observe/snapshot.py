@@ -21,7 +21,7 @@ SPEED_SECONDS = 5
 
 
 def window_of(seconds: float) -> float:
-    """The window that a caller gets who asks for `seconds`, which may be any float."""
+    """The window for a requested number of `seconds`, which may be any float."""
     return min(max(seconds, SHORTEST_SECONDS), SPAN_SECONDS) if math.isfinite(seconds) else SPAN_SECONDS
 
 
@@ -68,7 +68,7 @@ def _state(history: History) -> dict[str, Any] | None:
 
 
 def _speed(rows: list[SecondRow], second: int) -> dict[str, float]:
-    """Tokens a second, now: over the last few seconds that are over."""
+    """Current tokens per second: over the last few complete seconds."""
     last = [row for row in rows if second - SPEED_SECONDS <= row.index < second]
     return {
         "prompt": sum(row.num_prompt_tokens for row in last) / SPEED_SECONDS,
@@ -80,7 +80,7 @@ def _speed(rows: list[SecondRow], second: int) -> dict[str, float]:
 
 
 def _summary(rows: list[SecondRow], window: float, num_modes: int) -> dict[str, Any]:
-    """All rows together: what the big numbers and tables show."""
+    """The totals of all rows, for the large numbers and the tables."""
     total = SecondRow(0)
     for row in rows:
         _add(total, row)
@@ -140,7 +140,7 @@ def _band_row(index: int, rows: list[BandRow]) -> list[Any]:
 
 
 def _points(history: History, start: float, window: float, since: float) -> dict[str, Any]:
-    """Rows as `columns` names them, the oldest first, `width` seconds each. The charts' lines."""
+    """Rows as `columns` names them, the oldest first, `width` seconds each, for the line charts."""
     factor = math.ceil(window / MOST_POINTS)
     rows = [_point(index, group, factor) for index, group in history.seconds.groups(start, factor, since)]
     columns = ["index", "prompt", "generated", "running", "waiting", "kv_cache_usage"]
@@ -150,7 +150,7 @@ def _points(history: History, start: float, window: float, since: float) -> dict
 
 
 def _point(index: int, rows: list[SecondRow], width: int) -> list[Any]:
-    """One point. Rates are over all of its seconds, gauges as they last were; rows come newest first."""
+    """One point. Rates are averages over its seconds; gauges are their last values. Rows come newest first."""
     state = next((row.state for row in rows if row.state is not None), None)
     return [
         index,
@@ -165,7 +165,7 @@ def _point(index: int, rows: list[SecondRow], width: int) -> list[Any]:
 
 
 def _steps(history: History, start: float, since: float) -> Iterator[list[Any]]:
-    """The last steps one by one, the newest first: [sequence, started, seconds, mode, tokens, decodes]."""
+    """The most recent steps, the newest first: [sequence, started, seconds, mode, tokens, decodes]."""
     for step in reversed(history.recent):
         if step.reported < since or step.started + step.seconds < start:
             return

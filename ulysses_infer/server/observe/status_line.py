@@ -14,7 +14,7 @@ from ulysses_infer.server.observe.policies import describe_settings
 
 @dataclass
 class _Counts:
-    """The running totals that the line is about, as they were at one moment."""
+    """The running totals used by the line, at one moment."""
 
     time: float
     prompt: int

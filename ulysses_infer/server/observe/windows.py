@@ -40,7 +40,7 @@ class TimeGrid(Generic[R]):
         return len(self._rows)
 
     def row(self, index: int, now: float) -> R:
-        """The row to add something to, which counts as changed at `now`."""
+        """The row to add an event to; marks it as changed at `now`."""
         if not self._rows or index > self._rows[-1].index:
             self._rows.append(self._make(index))
             while self._rows[0].index < index - self._most:
@@ -85,7 +85,7 @@ class Samples:
         return self._counts.total()
 
     def percentiles(self, shares: Iterable[float]) -> list[float | None]:
-        """For each share of 0 to 1, ascending, the duration that this share of the samples does not exceed."""
+        """For each share from 0 to 1, in ascending order, the duration that this share of samples does not exceed."""
         total, passed, found = self.count, 0, []
         buckets = iter(sorted(self._counts.items()))
         bucket = 0

@@ -14,13 +14,13 @@ from ulysses_infer.server.tool_calls.qwen3_coder import Qwen3CoderFormat
 _ALL: tuple[ToolFormat, ...] = (HERMES, LLAMA3_JSON, MISTRAL, PythonicFormat(), Qwen3CoderFormat(), DEEPSEEK)
 FORMATS: dict[str, ToolFormat] = {known.name: known for known in _ALL}
 
-# What a template that teaches or shows the format has in it; the first that fits counts.
+# markers in chat templates that describe the format; the first match counts
 _SIGNS: tuple[tuple[str, str], ...] = (
     ("deepseek", r"<\uff5ctool▁calls?▁begin\uff5c>"),
     ("qwen3_coder", r"(?s)(?=.*<function=)(?=.*<parameter=)"),
     ("mistral", r"\[TOOL_CALLS\]"),
     ("pythonic", r"\[\w+\(\w+\s*=\s*\w+"),
-    ("hermes", r"(?s)(?=.*<tool_call>)(?=.*\barguments\b)(?!.*<arg_key>)"),  # with it: GLM's, which is another
+    ("hermes", r"(?s)(?=.*<tool_call>)(?=.*\barguments\b)(?!.*<arg_key>)"),  # <arg_key> marks GLM's format
     (
         "llama3_json",
         r"(?s)(?=.*\bname\b)(?=.*\bparameters\b)(?=.*<\|(?:python_tag|eom_id|eot_id|eot)\|>)(?=.*\btools\b)",
@@ -29,9 +29,9 @@ _SIGNS: tuple[tuple[str, str], ...] = (
 
 
 def choose_format(name: str, chat_template: str | None) -> ToolFormat | None:
-    """The format called `name`; for "auto" the one that the chat template's text betrays, for "none" no format.
+    """The format called `name`. "auto" detects it from the chat template; "none" is no format.
 
-    None: outputs are plain content. Raises ConfigError for an unknown name, naming the nearest.
+    None: outputs are plain content. Raises ConfigError for an unknown name, with the nearest one.
     """
     if name == "none":
         return None

@@ -19,14 +19,14 @@ from ulysses_infer.server.tool_calls.events import (
 from ulysses_infer.server.tool_calls.json_calls import REQUIRED
 from ulysses_infer.server.tool_calls.streaming import call_id
 
-_DATA_KEYS = ("const", "enum", "default", "examples")  # values, in which "$ref" is no reference
+_DATA_KEYS = ("const", "enum", "default", "examples")  # keywords with plain values, in which "$ref" is not a reference
 
 
 def tool_choice_constraint(tools: Tools, tool_choice: ToolChoice, parallel: bool = True) -> StructuredOutputs | None:
-    """What forces the calls that `tool_choice` demands; None if it demands none ("none", "auto", None).
+    """The constraint that forces the calls demanded by `tool_choice`; None if it demands none ("none", "auto", None).
 
-    `tools` and `tool_choice` are checked ones. `parallel`: whether "required" may give more than one call. A named
-    function's output is its arguments alone. Raises RequestError for schemas too large.
+    `tools` and `tool_choice` must have been checked. `parallel`: whether "required" may give more than one call. The
+    output for a named function is its arguments alone. Raises RequestError if the schemas are too large.
     """
     name = named_function(tool_choice)
     if name is not None:
@@ -46,7 +46,7 @@ def tool_choice_constraint(tools: Tools, tool_choice: ToolChoice, parallel: bool
 
 
 def constrained_format(tool_choice: ToolChoice) -> ToolFormat:
-    """The format of outputs under `tool_choice_constraint(…, tool_choice)`, whatever the model's own."""
+    """The format of outputs under `tool_choice_constraint(…, tool_choice)`, regardless of the model's own format."""
     name = named_function(tool_choice)
     return REQUIRED if name is None else NamedFormat(name)
 
@@ -62,7 +62,7 @@ def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _moved(schema: Any, tool: Mapping[str, Any]) -> Any:
-    """The schema with its references into itself led to its new place, `#/$defs/<name>`."""
+    """The schema with its internal references moved to its new place, `#/$defs/<name>`."""
     if isinstance(schema, list):
         return [_moved(part, tool) for part in schema]
     if not isinstance(schema, Mapping):
@@ -76,26 +76,26 @@ def _moved(schema: Any, tool: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class NamedFormat:
-    """An output that is nothing but the arguments of the function `function`."""
+    """An output that consists of the arguments of the function `function` only."""
 
     function: str
     name: str = "named"
     needs_special_tokens: bool = False
 
     def parser(self, tools: Tools) -> ToolCallParser:
-        """A fresh parser, for one output."""
+        """A new parser, for one output."""
         return NamedParser(self.function)
 
 
 class NamedParser:
-    """Gives all text to one call."""
+    """Passes all text on as the arguments of one call."""
 
     def __init__(self, function: str) -> None:
         self._function = function
         self._has_started = False
 
     def push(self, text: str) -> list[ToolEvent]:
-        """Take the next piece of text; returns what became certain."""
+        """Take the next piece of text; returns the new events."""
         if not text:
             return []
         events: list[ToolEvent] = [ArgumentsDelta(0, text)]
@@ -105,5 +105,5 @@ class NamedParser:
         return events
 
     def finish(self) -> list[ToolEvent]:
-        """Nothing is ever held back."""
+        """Nothing is held back."""
         return []

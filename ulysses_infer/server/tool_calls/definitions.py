@@ -29,13 +29,14 @@ def names_of(tools: Tools) -> list[str]:
 
 
 def parameters_of(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON schema of a checked tool's arguments, always of an object; without one there are no arguments (OpenAI's)."""
+    """JSON schema of a checked tool's arguments, always an object. Without a schema there are no arguments, as in
+    OpenAI's API."""
     schema = function_of(tool).get("parameters")
     return dict(NO_PARAMETERS) if schema is None else {**schema, "type": "object"}
 
 
 def check_tools(tools: Any) -> None:
-    """Raises RequestError, in one line, unless `tools` is a list of function definitions in OpenAI's shape."""
+    """Raises RequestError unless `tools` is a list of function definitions in OpenAI's shape."""
     if not isinstance(tools, list | tuple):
         raise RequestError(f"tools must be a list of function definitions, got {type(tools).__name__}; use []")
     if len(tools) > MAX_TOOLS:
@@ -49,7 +50,7 @@ def check_tools(tools: Any) -> None:
 
 
 def check_tool_choice(tool_choice: Any, tools: Tools | None) -> None:
-    """Raises RequestError, in one line, if `tool_choice` is malformed or asks for what checked `tools` lack."""
+    """Raises RequestError if `tool_choice` is malformed or names a function that is not in the checked `tools`."""
     if tool_choice is None or tool_choice in ("none", "auto"):
         return
     if tool_choice == "required":

@@ -12,7 +12,7 @@ Tools = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ContentDelta:
-    """Plain text for the reader."""
+    """Text outside calls."""
 
     text: str
 
@@ -29,7 +29,7 @@ class CallStarted:
 
 @dataclass(frozen=True)
 class ArgumentsDelta:
-    """The next piece of a call's arguments: joined, they are the text of a JSON object."""
+    """The next piece of a call's arguments; all pieces joined are a JSON object."""
 
     index: int
     text: str
@@ -39,25 +39,25 @@ ToolEvent = ContentDelta | CallStarted | ArgumentsDelta
 
 
 class ToolCallParser(Protocol):
-    """Finds tool calls in one output while it streams. How the text is cut makes no difference to the joined result."""
+    """Finds tool calls in one output while it streams. The joined result does not depend on how the text is split."""
 
     def push(self, text: str) -> list[ToolEvent]:
-        """Take the next piece of text; returns what became certain, which may be nothing."""
+        """Take the next piece of text; returns the new events, possibly none."""
 
     def finish(self) -> list[ToolEvent]:
-        """The output is complete: returns what was held back. Text that never became a call is content."""
+        """The output is complete: returns the text held back. Text that did not become a call is content."""
 
 
 class ToolFormat(Protocol):
-    """One way in which models write tool calls."""
+    """A format in which models write tool calls."""
 
     @property
     def name(self) -> str:
-        """As `server.tool_call_parser` names it."""
+        """The name in `server.tool_call_parser`."""
 
     @property
     def needs_special_tokens(self) -> bool:
-        """Whether the markup is special tokens, so that text must be made with `skip_special_tokens=False`."""
+        """Whether the markup is made of special tokens, so text must be decoded with `skip_special_tokens=False`."""
 
     def parser(self, tools: Tools) -> ToolCallParser:
-        """A fresh parser, for one output. `tools`: those of the request."""
+        """A new parser, for one output. `tools`: those of the request."""

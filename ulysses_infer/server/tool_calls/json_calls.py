@@ -24,31 +24,31 @@ from ulysses_infer.server.tool_calls.streaming import (
     short_call_id,
 )
 
-# An object up to its arguments, in the order all templates show. Other orders are read once they are complete.
+# An object up to its arguments, in the order that all templates use. Other orders are parsed once complete.
 _KEYS = rf'"name"{SPACE}:{SPACE}"(?P<name>{NAME})"{SPACE},{SPACE}"(?:arguments|parameters)"{SPACE}:{SPACE}'
 _ARGUMENTS = rf'(?P<arguments>\{{){SPACE}["}}]'
 NAMED_OBJECT = rf"(?P<object>\{{){SPACE}{_KEYS}{_ARGUMENTS}"
-# After the arguments inside such an object; some models add an id of their own.
+# After the arguments inside such an object; some models add an id.
 _REST = regex.compile(rf'{SPACE}(?:,{SPACE}"\w{{1,32}}"{SPACE}:{SPACE}"[^"]{{0,128}}"{SPACE})?\}}')
 
 
 @dataclass(frozen=True)
 class JsonFormat:
-    """A format described by patterns. Each call begins with one, which ends where the arguments begin."""
+    """A format described by patterns. Each call starts with a match that ends where the arguments start."""
 
     name: str
     first: str
-    """The first call, from its opener on."""
+    """The first call, including its opener."""
     openers: tuple[str, ...] = ()
-    """Where in a text calls may begin."""
+    """Texts that may start a call."""
     following: str | None = None
-    """A further call right after another, if it needs no opener."""
+    """Another call directly after the previous one, if it needs no opener."""
     closing: str | None = None
     """Markup after a call."""
     is_bare: bool = False
-    """Whether calls may begin the output without any opener: then only names of known tools make a call."""
+    """Whether an output may start with a call without an opener; then only names of known tools make a call."""
     knows_names: bool = False
-    """Whether names need no such check."""
+    """Whether names are not checked."""
     needs_special_tokens: bool = False
     make_id: Callable[[], str] = call_id
     patterns: dict[str, regex.Pattern[str]] = field(init=False, repr=False, compare=False, default_factory=dict)
@@ -60,13 +60,13 @@ class JsonFormat:
                 self.patterns[kind] = regex.compile(pattern)
 
     def parser(self, tools: Tools) -> ToolCallParser:
-        """A fresh parser, for one output."""
+        """A new parser, for one output."""
         checks = self.is_bare and not self.knows_names
         return JsonCallParser(self, frozenset(names_of(tools)) if checks else None)
 
 
 class JsonCallParser(StreamingParser):
-    """Follows a `JsonFormat`. `known_names`: what a call may name; None for anything."""
+    """Parses a `JsonFormat`. `known_names`: the names a call may have; None for any."""
 
     def __init__(self, markup: JsonFormat, known_names: frozenset[str] | None) -> None:
         super().__init__(markup.openers, markup.make_id)
@@ -84,7 +84,7 @@ class JsonCallParser(StreamingParser):
     # -- states ----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> bool:
-        """The output may begin with a call."""
+        """The output may start with a call."""
         stripped = self._text.lstrip()
         self._space += self._take(len(self._text) - len(stripped))
         if not stripped:
@@ -95,7 +95,7 @@ class JsonCallParser(StreamingParser):
         return True
 
     def _open(self) -> bool:
-        """The text begins with the first call of a group, if it is one."""
+        """The text starts with the first call of a group, if it is a call."""
         self._pattern = self._markup.patterns["first"]
         self._state = self._head
         return True
@@ -122,7 +122,7 @@ class JsonCallParser(StreamingParser):
         return True
 
     def _whole(self) -> bool:
-        """An object whose keys come in another order, or whose arguments are text: read when it is complete."""
+        """An object whose keys have another order, or whose arguments are text: parsed once complete."""
         start = self._text.find("{")
         if start < 0 or not self._is_prefix(self._text[:start]):
             return self._no_call()
@@ -136,12 +136,12 @@ class JsonCallParser(StreamingParser):
             return self._no_call()
         self._take(end)
         self._start_call(call[0])
-        self._give_arguments(call[1])
+        self._emit_arguments(call[1])
         self._state = self._after
         return True
 
     def _is_prefix(self, text: str) -> bool:
-        """Whether `text` may stand before a call's object."""
+        """Whether `text` may precede a call's object."""
         found = self._pattern.match(text + "{", partial=True)
         return found is not None and found.partial
 
@@ -153,14 +153,14 @@ class JsonCallParser(StreamingParser):
 
     def _arguments(self) -> bool:
         end = self._scanner.feed(self._text)
-        self._give_arguments(self._take(len(self._text) if end is None else end))
+        self._emit_arguments(self._take(len(self._text) if end is None else end))
         if end is None:
             return False
         self._state = self._rest if self._in_object else self._after
         return True
 
     def _rest(self) -> bool:
-        """The end of the object that the arguments stand in. If it is missing, the call is none the worse."""
+        """The end of the object that contains the arguments. The call is valid without it."""
         found, may_come = self._match(_REST)
         if may_come:
             return False
@@ -191,7 +191,7 @@ class JsonCallParser(StreamingParser):
 
 
 def _read_call(text: str, known_names: frozenset[str] | None) -> tuple[str, str] | None:
-    """Name and arguments, as JSON, of a complete object; None if it is no call."""
+    """Name and arguments, as JSON, of a complete object; None if it is not a call."""
     try:
         call = json.loads(text)
         name = call.get("name")
@@ -252,4 +252,4 @@ REQUIRED = JsonFormat(
     is_bare=True,
     knows_names=True,
 )
-"""What `tool_choice_constraint` makes a model write for "required"."""
+"""The format that `tool_choice_constraint` forces for "required"."""

@@ -29,18 +29,18 @@ _JSON_NAMES: dict[str, Any] = {"true": True, "false": False, "null": None}
 
 @dataclass(frozen=True)
 class PythonicFormat:
-    """See the module."""
+    """Lists of Python calls."""
 
     name: str = "pythonic"
     needs_special_tokens: bool = False
 
     def parser(self, tools: Tools) -> ToolCallParser:
-        """A fresh parser, for one output."""
+        """A new parser, for one output."""
         return PythonicParser(frozenset(names_of(tools)))
 
 
 class PythonicParser(StreamingParser):
-    """Reads a list of calls, one after another."""
+    """Parses a list of calls, one after another."""
 
     def __init__(self, known_names: frozenset[str]) -> None:
         super().__init__((_OPENER,))
@@ -86,7 +86,7 @@ class PythonicParser(StreamingParser):
             return self._no_call()
         self._take(end)
         self._start_call(self._name)
-        self._give_arguments(arguments)
+        self._emit_arguments(arguments)
         self._state = self._after
         return True
 
@@ -114,7 +114,7 @@ class PythonicParser(StreamingParser):
 
 
 def _read_arguments(text: str) -> str | None:
-    """`(a=1, b="x")` as the JSON of an object; None if it is anything but literals given by name."""
+    """`(a=1, b="x")` as a JSON object; None unless all arguments are literals given by name."""
     try:
         call = ast.parse(f"f{text}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
@@ -122,12 +122,12 @@ def _read_arguments(text: str) -> str | None:
         arguments = {str(keyword.arg): _value(keyword.value, 0) for keyword in call.keywords if keyword.arg}
         is_whole = len(arguments) == len(call.keywords)
         return as_json(arguments) if is_whole else None
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # what ast has for hostile text
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # raised by ast for malicious text
         return None
 
 
 def _value(node: ast.expr, depth: int) -> Any:
-    """The literal that `node` writes. Raises ValueError if it is none."""
+    """The value of the literal `node`. Raises ValueError if it is not a literal."""
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     match node:

@@ -33,18 +33,18 @@ _VALUE_ENDS = ("\n</parameter>", "</parameter>")
 
 @dataclass(frozen=True)
 class Qwen3CoderFormat:
-    """See the module."""
+    """Calls in XML-like tags."""
 
     name: str = "qwen3_coder"
     needs_special_tokens: bool = False
 
     def parser(self, tools: Tools) -> ToolCallParser:
-        """A fresh parser, for one output."""
+        """A new parser, for one output."""
         return Qwen3CoderParser(tools)
 
 
 class Qwen3CoderParser(StreamingParser):
-    """Follows the tags of a call; whatever breaks off inside leaves its arguments as far as they came."""
+    """Parses the tags of a call. A call that breaks off keeps the arguments parsed so far."""
 
     def __init__(self, tools: Tools) -> None:
         super().__init__(("<tool_call>", "<function="))
@@ -74,40 +74,40 @@ class Qwen3CoderParser(StreamingParser):
         if found is None:
             return self._end_call(0 if ending is None else ending.end())
         self._take(found.start("newline") + (found["newline"] == "\n"))
-        self._give_arguments(f"{self._separator}{as_json(found['key'])}: ")
+        self._emit_arguments(f"{self._separator}{as_json(found['key'])}: ")
         self._separator = ", "
         self._schema = self._properties.get(found["key"])
         if _is_text(self._schema):
-            self._give_arguments('"')
+            self._emit_arguments('"')
         self._state = self._value
         return True
 
     def _value(self) -> bool:
-        """A parameter's text, up to its closing tag and without the line break before that."""
+        """A parameter's text, up to its closing tag, without the line break before the tag."""
         ends = [(at, len(end)) for end in _VALUE_ENDS if (at := self._text.find(end)) >= 0]
         if not ends:
             if _is_text(self._schema):
                 held = 0 if self._is_final else max(num_shared(self._text, end) for end in _VALUE_ENDS)
                 self._give_text(len(self._text) - held)
             elif self._is_final:
-                self._give_arguments(_read_value(self._take(len(self._text)), self._schema))
+                self._emit_arguments(_read_value(self._take(len(self._text)), self._schema))
             return False
         position, length = min(ends)
         if _is_text(self._schema):
             self._give_text(position)
-            self._give_arguments('"')
+            self._emit_arguments('"')
         else:
-            self._give_arguments(_read_value(self._take(position), self._schema))
+            self._emit_arguments(_read_value(self._take(position), self._schema))
         self._take(length)
         self._state = self._inside
         return True
 
     def _give_text(self, length: int) -> None:
-        self._give_arguments(as_json(self._take(length))[1:-1])
+        self._emit_arguments(as_json(self._take(length))[1:-1])
 
     def _end_call(self, length: int) -> bool:
         self._take(length)
-        self._give_arguments("{}" if self._separator == "{" else "}")
+        self._emit_arguments("{}" if self._separator == "{" else "}")
         self._state = self._close
         return True
 
@@ -121,7 +121,7 @@ def _is_text(schema: Any) -> bool:
 
 
 def _read_value(text: str, schema: Mapping[str, Any]) -> str:
-    """A value in JSON: the text is JSON already (or Python's True, False, None), or it is a string after all."""
+    """A value as JSON: the text itself if it is JSON (or Python's True, False, None), otherwise a string."""
     plain = {"True": "true", "False": "false", "None": "null"}.get(text.strip(), text)
     try:
         value = json.loads(plain)

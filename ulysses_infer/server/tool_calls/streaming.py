@@ -17,35 +17,35 @@ import regex
 from ulysses_infer.server.tool_calls.events import ArgumentsDelta, CallStarted, ContentDelta, ToolEvent
 
 NAME = r"[^\s\p{Cs}\"\\<>\[\]{}()=]{1,128}"
-SPACE = r"\s{0,256}+"  # bounded, like names: what is held back while it may still become a call stays small
+SPACE = r"\s{0,256}+"  # bounds the text held back while it may still become a call
 _ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 def call_id() -> str:
-    """A call's id as OpenAI's look."""
+    """A call id in OpenAI's format."""
     return f"call_{secrets.token_hex(12)}"
 
 
 def short_call_id() -> str:
-    """A call's id as Mistral's chat templates demand: nine letters or digits."""
+    """A call id as required by Mistral's chat templates: nine letters or digits."""
     return "".join(secrets.choice(_ID_CHARACTERS) for _ in range(9))
 
 
 class StreamingParser:
-    """Content up to one of the `openers`, then whatever the subclass's state `_open` makes of it."""
+    """Passes content up to one of the `openers`; the subclass's state `_open` handles what follows."""
 
     def __init__(self, openers: Sequence[str], make_id: Callable[[], str] = call_id) -> None:
         self._openers, self._make_id = openers, make_id
         self._text = ""
         self._is_final = False
         self._state: Callable[[], bool] = self._content
-        self._space = ""  # white space around calls, which is content only if text follows or no call was made
+        self._space = ""  # white space around calls: content only if text follows or no call was made
         self._in_content = False
         self._num_calls = 0
         self._events: list[ToolEvent] = []
 
     def push(self, text: str) -> list[ToolEvent]:
-        """Take the next piece of text; returns what became certain."""
+        """Take the next piece of text; returns the new events."""
         self._text += text
         while self._state():
             pass
@@ -53,7 +53,7 @@ class StreamingParser:
         return events
 
     def finish(self) -> list[ToolEvent]:
-        """The output is complete: returns what was held back."""
+        """The output is complete: returns the text held back."""
         self._is_final = True
         return self.push("")
 
@@ -66,36 +66,37 @@ class StreamingParser:
             self._text = stripped
         position = min((at for opener in self._openers if (at := self._text.find(opener)) >= 0), default=None)
         if position is not None:
-            self._show(position)
+            self._take_content(position)
             self._state = self._open
             return True
-        self._show(len(self._text) - (0 if self._is_final else self._num_held()))
+        self._take_content(len(self._text) - (0 if self._is_final else self._num_held()))
         if self._is_final and not self._num_calls:
-            self._say(self._space)
+            self._emit_content(self._space)
             self._space = ""
         return False
 
     def _open(self) -> bool:
-        """The text begins with an opener."""
+        """The text starts with an opener."""
         raise NotImplementedError
 
-    # -- what states do --------------------------------------------------------------------------------------------
+    # -- helpers of the states -------------------------------------------------------------------------------------
 
     def _match(self, pattern: regex.Pattern[str]) -> tuple[regex.Match[str] | None, bool]:
-        """The match at the text's beginning, or whether more text could still make it one."""
+        """The match at the start of the text, or whether more text could still make it match."""
         found = pattern.match(self._text, partial=True)
         if found is None or found.partial:
             return None, found is not None and not self._is_final
         return found, False
 
     def _reject(self) -> bool:
-        """The text begins with an opener that opens nothing: it is content."""
-        self._show(max((len(opener) for opener in self._openers if self._text.startswith(opener)), default=0))
+        """The text starts with an opener that does not start a call: it is content."""
+        self._take_content(max((len(opener) for opener in self._openers if self._text.startswith(opener)), default=0))
         self._state = self._content
         return True
 
     def _leave_call(self, closer: regex.Pattern[str]) -> bool:
-        """Back to content, past `closer` if that comes next. A state's answer: False while it may still come."""
+        """Return to content, after `closer` if that comes next. Like a state, returns False while `closer` may still
+        come."""
         found, may_come = self._match(closer)
         if may_come:
             return False
@@ -109,8 +110,8 @@ class StreamingParser:
         self._num_calls += 1
         self._space, self._in_content = "", False
 
-    def _give_arguments(self, text: str) -> None:
-        """To the newest call."""
+    def _emit_arguments(self, text: str) -> None:
+        """Add to the arguments of the newest call."""
         if text:
             self._events.append(ArgumentsDelta(self._num_calls - 1, text))
 
@@ -118,36 +119,36 @@ class StreamingParser:
         taken, self._text = self._text[:length], self._text[length:]
         return taken
 
-    def _show(self, length: int) -> None:
-        """Take so many characters as content."""
+    def _take_content(self, length: int) -> None:
+        """Take `length` characters as content."""
         if length > 0:
-            self._say(self._space + self._take(length))
+            self._emit_content(self._space + self._take(length))
             self._space, self._in_content = "", True
 
-    def _say(self, text: str) -> None:
+    def _emit_content(self, text: str) -> None:
         if text:
             self._events.append(ContentDelta(text))
 
     def _num_held(self) -> int:
-        """Length of the longest end of the text that an opener begins with."""
+        """Length of the longest suffix of the text that is a prefix of an opener."""
         return max(num_shared(self._text, opener) for opener in self._openers)
 
 
 def as_json(value: Any) -> str:
-    """JSON as a client can read it. Raises ValueError for what JSON lacks, such as infinities."""
+    """Standard JSON. Raises ValueError for values that JSON lacks, such as infinities."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     has_half_pairs = any("\ud800" <= character <= "\udfff" for character in text)
     return json.dumps(value) if has_half_pairs else text
 
 
 def num_shared(text: str, opener: str) -> int:
-    """Length of the longest end of `text` that is a beginning, but not the whole, of `opener`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `opener`."""
     longest = min(len(text), len(opener) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(opener[:length])), 0)
 
 
 class BracketScanner:
-    """Finds where a bracketed value ends, over pieces of text. `quotes`: the characters that strings stand between."""
+    """Finds the end of a bracketed value in streamed text. `quotes`: the characters that delimit strings."""
 
     def __init__(self, quotes: str = '"') -> None:
         self._quotes = quotes
@@ -156,7 +157,8 @@ class BracketScanner:
         self._is_escaped = False
 
     def feed(self, text: str) -> int | None:
-        """Take more text, the opening bracket first. Returns how much of it belongs to the value once that ends."""
+        """Take more text, which starts with the opening bracket. Returns how much of it belongs to the value, once it
+        ends."""
         for position, character in enumerate(text):
             if self._quote:
                 self._in_string(character)
