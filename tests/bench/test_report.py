@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from ulysses_infer.bench.offline import Run, check_modes, for_benchmark, interleaved
+from ulysses_infer.bench.offline import RunPrompts, check_modes, for_benchmark, interleaved
 from ulysses_infer.bench.report import as_json, comparison, summarize
 from ulysses_infer.bench.workload import WARM_UP_TOKENS, Sample, Workload, sample_of
 from ulysses_infer.config import CacheConfig, Config, ParallelConfig
@@ -45,7 +45,7 @@ def test_sample_comes_from_the_clocks_of_the_requests() -> None:
 def test_repeats_are_interleaved_with_the_same_prompts_in_every_mode() -> None:
     calls: list[tuple[str, int, str]] = []
 
-    def run_of(mode: str) -> Run:
+    def run_of(mode: str) -> RunPrompts:
         def run(prompts: list[list[int]], output_len: int) -> Sample:
             calls.append((mode, output_len, str(prompts)))
             return sample(1.0)
