@@ -28,8 +28,8 @@ fixed at `model.max_model_len`, since transformers' own would let a request depe
 ## Multimodal models
 
 Checkpoints like Llama 4 Scout, Gemma 3 or Qwen3-VL are served as the language models in them: prompts are text, and a
-message with a picture is answered by 400. The towers are taken out before anything is laid out; their weights are
-neither read nor kept. The rest runs transformers' own forward of the whole model, whose names for the tensors are the
+message with an image gets status 400. The multimodal encoders are removed before weights are distributed; their
+weights are neither read nor kept. The rest runs transformers' own forward of the whole model, whose names for the tensors are the
 checkpoint's, and is compared with the whole model on text alone. RoPE with sections for time, height and width (mRoPE)
 gets one position for all three, as it does in transformers for text, where it is ordinary RoPE.
 
@@ -83,7 +83,7 @@ ernie4_5_moe, minimax_m2. minimax (with lightning attention) and qwen3_next are 
 recurrent layers. Experts of longcat_flash stay whole on every rank in any placement.
 
 Weights of one rank of 8, in bfloat16, by `tools/memory_table.py`, which reads the loader's own plan of the published
-configurations (`configs/models`; without Scout's picture tower, which is not kept). `tests/tools/test_memory_table.py`
+configurations (`configs/models`; without Scout's image encoder, which is not kept). `tests/tools/test_memory_table.py`
 loads both in a reduced size, in every placement, and finds the plan's bytes, and no more memory taken than them:
 
 | model | base | `replicate` | `expert`, `width` |
