@@ -24,14 +24,14 @@ def shift_policy(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Alias:
-    """The key an alias sets, and how its value is translated."""
+    """The key that an alias sets, and how its value is converted."""
 
     target: str
     translate: Callable[[Any], Any] | None = None
 
     @property
     def is_switch(self) -> bool:
-        """Whether its flag needs no value on a command line."""
+        """Whether its flag needs no value on the command line."""
         return self.translate is shift_policy or all_keys()[self.target].type is bool
 
 
@@ -74,7 +74,7 @@ DTYPE_NAMES = {
 }
 
 NEEDLESS_KEYS = frozenset({"replace_with_kernel_inject", "replace_method", "injection_policy", "checkpoint"})
-"""Keys of DeepSpeed's that ask for what this engine does, or finds, by itself."""
+"""DeepSpeed keys for things that this engine always does, or finds out itself."""
 
 
 def is_alias_section(name: str) -> bool:
@@ -83,7 +83,7 @@ def is_alias_section(name: str) -> bool:
 
 
 def dtype_name(value: Any) -> Any:
-    """A dtype as the schema spells it: `torch.float16`, `fp16` and `half` are `float16`."""
+    """A dtype in the schema's spelling: `torch.float16`, `fp16` and `half` are `float16`."""
     if not isinstance(value, str) and type(value).__name__ != "dtype":
         return value
     name = str(value).removeprefix("torch.")
@@ -111,7 +111,7 @@ def _assignment(argument: str) -> tuple[str, str]:
 
 
 def _flag(argument: str, remaining: list[str]) -> tuple[str, str]:
-    """The pair of one flag; takes its value from the front of `remaining` where it stands there."""
+    """The pair of one flag; takes its value from the front of `remaining` if it is there."""
     written, equals, text = argument.partition("=")
     name = written.removeprefix("--").replace("-", "_")
     positive = name.removeprefix("no_")

@@ -23,25 +23,25 @@ class Key:
     type: Any
     """Type without `None`."""
     optional: bool
-    """Whether null is a value."""
+    """Whether null is allowed."""
     field: dataclasses.Field[Any]
     """The dataclass field, for its default and metadata."""
 
     @property
     def meaning(self) -> str:
-        """What the key is for."""
+        """The meaning of the key."""
         return self.field.metadata["help"]
 
     @property
     def default(self) -> Any:
-        """The default value; `MISSING` when a recipe must give one."""
+        """The default value; `MISSING` if a recipe must set it."""
         if self.field.default_factory is not dataclasses.MISSING:
             return self.field.default_factory()
         return self.field.default
 
     @property
     def is_required(self) -> bool:
-        """Whether a recipe must give it."""
+        """Whether a recipe must set it."""
         return self.default == MISSING
 
     @property
@@ -66,17 +66,17 @@ def all_keys() -> dict[str, Key]:
 
 
 def is_open(name: str) -> bool:
-    """Whether `name` is a key that holds a mapping of its own, such as `generate.sampling`."""
+    """Whether `name` is a key that holds a mapping, such as `generate.sampling`."""
     return name in all_keys() and typing.get_origin(all_keys()[name].type) is dict
 
 
 def is_mapping(name: str) -> bool:
-    """Whether what stands under `name` in a recipe is a mapping of further keys."""
+    """Whether `name` stands for a mapping of further keys in a recipe."""
     return name in section_names() or is_open(name)
 
 
 def is_key(name: str) -> bool:
-    """Whether `name` can be given a value: a key of the schema, an entry of an open one, or what is nested there."""
+    """Whether `name` can be set: a key of the schema, an entry of an open one, or something nested there."""
     owner, inside = ".".join(name.split(".")[:2]), name.count(".") - 1
     return name in all_keys() or (is_open(owner) and (inside == 1 or _nests(owner)))
 
@@ -97,7 +97,7 @@ def hint_for(name: str) -> str:
 
 
 def _nearest_key(name: str) -> str | None:
-    """The key most like `name`: in its own section if there is one, else anywhere, else by its last part."""
+    """The key most similar to `name`: in its own section if there is one, else anywhere, else by its last part."""
     section, _, last = name.rpartition(".")
     own = [key.rpartition(".")[2] for key in all_keys() if key.startswith(section + ".")]
     if section and (nearest := nearest_name(last, own)):
@@ -110,7 +110,7 @@ def _nearest_key(name: str) -> str | None:
 
 
 def nearest_name(name: str, choices: Iterable[str]) -> str | None:
-    """The choice most like `name`, or None when nothing is."""
+    """The choice most similar to `name`, or None."""
     return next(iter(difflib.get_close_matches(name, list(choices), n=1, cutoff=0.7)), None)
 
 

@@ -88,7 +88,7 @@ def _assign_all(tree: DictConfig, settings: list[Setting]) -> DictConfig:
 
 
 def _assign(tree: DictConfig, setting: Setting) -> None:
-    """Put one value in its typed place; raises ConfigError with the expected type when it does not fit."""
+    """Convert one value to its key's type. Raises ConfigError with the expected type if it does not fit."""
     try:
         OmegaConf.update(tree, setting.key, setting.value, merge=False, force_add=True)
     except ValidationError as error:
@@ -102,7 +102,7 @@ def _expected(name: str) -> str:
 
 
 def _refuse_clashes(tree: DictConfig, given: list[Setting], changes: list[Setting]) -> None:
-    """Raise ConfigError when a change gives a key another value than the source does."""
+    """Raise ConfigError if a change contradicts the source's value of a key."""
     before = {setting.key: setting for setting in given}
     scratch = _assign_all(tree.copy(), changes)
     for change in changes:
@@ -119,7 +119,7 @@ def _as_config(tree: DictConfig) -> Config:
         if missing:
             raise ConfigError(f"{missing[0]} is not set; give it in the recipe or as {missing[0]}=...")
         config = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere, or to a wrong type
+    except OmegaConfBaseException as error:  # an interpolation of an unknown key, or of a wrong type
         raise ConfigError(f"{error.full_key or 'recipe'}: {first_line(error)}") from error
     assert isinstance(config, Config)
     return config

@@ -22,23 +22,23 @@ PATH_KEYS = ("model.path", "model.tokenizer", "lora.adapters")
 
 @dataclass(frozen=True)
 class Setting:
-    """One value for one key, and where it was written."""
+    """A value for a key, with its origin."""
 
     key: str
     value: Any
     origin: str
     """The file or kind of argument, for messages."""
     spelling: str
-    """The key as it was written: an alias, or `key` itself."""
+    """The key as written: an alias, or `key` itself."""
 
     def complain(self, text: str) -> ConfigError:
-        """The error that this value is wrong, in one line."""
+        """An error in one line: this value is wrong."""
         alias = "" if self.spelling == self.key else f", as {self.spelling}"
         return ConfigError(f"{self.key} = {self.value!r} (in {self.origin}{alias}): {text}")
 
 
 def settings_of_file(path: Path, including: tuple[Path, ...] = ()) -> list[Setting]:
-    """The settings of a recipe after those of the files it includes, so that later ones win."""
+    """The settings of a recipe, after those of the files it includes, so that later ones win."""
     resolved = path.resolve()
     if resolved in including:
         chain = " -> ".join(_shown(p) for p in (*including, resolved))
@@ -50,7 +50,7 @@ def settings_of_file(path: Path, including: tuple[Path, ...] = ()) -> list[Setti
 
 
 def settings_of_mapping(tree: Mapping[Any, Any], origin: str, folder: Path | None = None) -> list[Setting]:
-    """The settings of a mapping with nested or dotted keys; relative paths are sought in `folder` first."""
+    """The settings of a mapping with nested or dotted keys. Relative paths are searched in `folder` first."""
     folder = folder or Path.cwd()
     plain = dict(tree)
     included = _included_files(plain.pop("include", None), folder, origin)
@@ -60,7 +60,7 @@ def settings_of_mapping(tree: Mapping[Any, Any], origin: str, folder: Path | Non
 
 
 def settings_of_arguments(arguments: list[str], origin: str = "the command line") -> list[Setting]:
-    """The settings of `a.b=c` strings and alias flags; a key given twice keeps its last value."""
+    """The settings of `a.b=c` strings and alias flags; for a key given twice the last value counts."""
     settings: dict[str, Setting] = {}
     for name, text in split_flags(arguments):
         tree = {name: _parse_text(name, text, origin)}
@@ -81,7 +81,7 @@ def settings_of_config(config: Config, origin: str = "the given Config") -> list
 
 
 def escaped(value: Any) -> Any:
-    """`value` with every literal `${` written so that OmegaConf takes it for text."""
+    """`value` with every literal `${` escaped for OmegaConf."""
     if isinstance(value, str):
         return value.replace("${", r"\${")
     if isinstance(value, Mapping):
@@ -127,7 +127,7 @@ def _setting(name: str, value: Any, origin: str, folder: Path) -> Setting:
 
 
 def _locate(value: str, folder: Path) -> str:
-    """A relative path as an absolute one, in `folder` or in the working directory, where it exists there.
+    """A relative path as an absolute one, if it exists in `folder` or in the working directory.
 
     Anything else is a hub id and stays as it is, unless it starts with a dot, which no hub id does.
     """
@@ -139,7 +139,7 @@ def _locate(value: str, folder: Path) -> str:
 
 
 def _refuse_contradictions(settings: list[Setting]) -> None:
-    """Raise ConfigError when one source gives a key two values, under its own name and under an alias."""
+    """Raise ConfigError if one source sets a key twice, by its own name and by an alias."""
     seen: dict[str, Setting] = {}
     for setting in settings:
         earlier = seen.setdefault(setting.key, setting)
@@ -151,7 +151,7 @@ def _refuse_contradictions(settings: list[Setting]) -> None:
 
 
 def _parse_text(name: str, text: str, origin: str) -> Any:
-    """The value that `text` means for a key: itself for a key of type str, else what it means in YAML."""
+    """The value that `text` means for a key: itself for keys of type str, else its meaning in YAML."""
     key = all_keys().get(ALIASES[name].target if name in ALIASES else name)
     if key and key.type is str:
         return None if key.optional and text == "null" else text
@@ -189,6 +189,6 @@ def _included_files(include: Any, folder: Path, origin: str) -> list[Path]:
 
 
 def _shown(path: Path) -> str:
-    """`path` from the working directory where it lies below it."""
+    """`path` relative to the working directory if it is below it."""
     absolute = Path(os.path.abspath(path))
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)

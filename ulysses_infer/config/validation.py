@@ -27,13 +27,13 @@ POLICY_KEYS = {
     "target_ttft_ms": "adaptive",
     "exploration": "adaptive",
 }
-"""Settings of one policy only, and which."""
+"""Settings of a single policy, with its name."""
 
 
 def validate(config: Config, explicit: Mapping[str, Setting]) -> None:
-    """Raise ConfigError for the first value that is wrong by itself or together with another.
+    """Raise ConfigError for the first value that is wrong by itself or in combination with another.
 
-    `explicit` has the settings somebody wrote, by key: messages name where.
+    explicit: the settings given by the user, by key; messages name their origin.
     """
     for key in all_keys().values():
         _check_value(_given(config, key.name, explicit), key)
@@ -57,13 +57,13 @@ def _check_adapters(config: Config) -> None:
 
 
 def refuse_unavailable(config: Config) -> None:
-    """Raise ConfigError for a setting that the schema knows and this version cannot carry out yet."""
+    """Raise ConfigError for a setting that this version does not implement yet."""
     if config.parallel.dp > 1:
         raise ConfigError(f"parallel.dp = {config.parallel.dp}: replicas are for serve, which has a router; use 1 here")
 
 
 def warn_ignored(config: Config, explicit: Mapping[str, Setting]) -> None:
-    """Warn, on the first rank only, of settings somebody wrote that another setting makes meaningless."""
+    """Warn, on the first rank only, about given settings that another setting makes ineffective."""
     if os.environ.get("RANK", "0") != "0":
         return
     for name, reason in _ignored(config):
@@ -72,7 +72,7 @@ def warn_ignored(config: Config, explicit: Mapping[str, Setting]) -> None:
 
 
 def _ignored(config: Config) -> list[tuple[str, str]]:
-    """(key, reason) of every setting without effect under `config`."""
+    """(key, reason) of every setting without effect in `config`."""
     policy, cache = config.policy, config.cache
     ignored = []
     for name, owner in POLICY_KEYS.items():
@@ -90,7 +90,7 @@ def _ignored(config: Config) -> list[tuple[str, str]]:
 
 
 def _given(config: Config, name: str, explicit: Mapping[str, Setting]) -> Setting:
-    """The resolved value of a key, with the origin of what somebody wrote."""
+    """The resolved value of a key, with the origin if the user gave it."""
     section, _, last = name.partition(".")
     value = getattr(getattr(config, section), last)
     written = explicit.get(name, Setting(name, value, "the defaults", name))
@@ -98,7 +98,7 @@ def _given(config: Config, name: str, explicit: Mapping[str, Setting]) -> Settin
 
 
 def _check_value(setting: Setting, key: Key) -> None:
-    """Raise ConfigError unless a key's value is among its choices and within its range."""
+    """Raise ConfigError unless a key's value is one of its choices and within its range."""
     if setting.value is None:
         return
     limits = key.field.metadata

@@ -15,21 +15,21 @@ Rename = Callable[[str, dict[str, Any]], tuple[str, str | None]]  # (key, names 
 
 
 class ExpertTensor(NamedTuple):
-    """What a tensor of a checkpoint holds of quantised experts."""
+    """What a checkpoint tensor holds of quantized experts."""
 
     matrix: str
     """The full name of an `ExpertMatrix`."""
     leaf: str
-    """The name of the tensor below a matrix: a component's, if the matrix has one of this name."""
+    """The name of the tensor within the matrix: a component, if the matrix has one of this name."""
     expert: int | None
-    """None: it holds all experts."""
+    """The expert's number; None: all experts."""
 
 
 class ExpertKeys:
-    """Finds a checkpoint's tensors of quantised experts, and has them read.
+    """Finds and reads a checkpoint's tensors of quantized experts.
 
-    A quantised tensor is where the dense weight of the same projection would be. So transformers' renamings and
-    conversions are asked where they would put that one: `block_sparse_moe.experts.3.w1` means the same here and there.
+    A quantized tensor is where the dense weight of the same projection would be. So transformers' renamings and
+    conversions decide where it belongs: `block_sparse_moe.experts.3.w1` has the same meaning for both.
     """
 
     def __init__(self, model: Any, positions: Mapping[str, int]) -> None:
@@ -51,12 +51,12 @@ class ExpertKeys:
         if scheme.suffixes is not None:
             self._suffixes |= {suffix: component for component, suffix in scheme.suffixes.items()}
             return
-        for name in matrices:  # of families without a conversion
+        for name in matrices:  # for families without a conversion
             count, leaf = self.matrices[name].num_experts, name.rpartition(".")[2]
             self._dense |= {f"{experts}.{expert}.{leaf}.weight": [name] for expert in range(count)}
 
     def find(self, key: str, rename: Rename) -> ExpertTensor | None:
-        """What the tensor `key` holds of quantised experts; None for any other tensor."""
+        """What the tensor `key` holds of quantized experts; None for any other tensor."""
         if not self.matrices:
             return None
         stem, _, leaf = key.rpartition(".")
@@ -75,11 +75,11 @@ class ExpertKeys:
         return None
 
     def check_foreign(self, found: ExpertTensor, source: TensorSource, key: str) -> None:
-        """Raise `CheckpointError` where `key`, for which a matrix has no place, would change something."""
+        """Raise `CheckpointError` if `key`, which no matrix uses, would change the result."""
         self.matrices[found.matrix].check_foreign(found.leaf, source, key)
 
     def read(self, name: str, source: TensorSource, keys: Mapping[int | None, str]) -> torch.Tensor:
-        """This rank's part of the parameter `name`, made of the tensors `keys` by expert. Raises `CheckpointError`."""
+        """This rank's part of parameter `name`, read from the tensors `keys` by expert. Raises `CheckpointError`."""
         matrix, _, leaf = name.rpartition(".")
         if None in keys:
             return self.matrices[matrix].read_merged(leaf, source, keys[None])

@@ -23,7 +23,7 @@ def scales_inputs(module: nn.Module) -> bool:
 
 
 class ExpertShape(NamedTuple):
-    """Sizes of a layer's experts, as transformers has them."""
+    """Sizes of a layer's experts."""
 
     num_experts: int
     hidden_size: int
@@ -31,23 +31,23 @@ class ExpertShape(NamedTuple):
 
 
 def expert_shape(module: Any) -> ExpertShape:
-    """Of a module that has its whole weights yet, llama4's too."""
+    """Sizes of a module that still has its whole weights, llama4's too."""
     num_experts, *sizes = module.down_proj.shape
     hidden_size, width = reversed(sizes) if getattr(module, "is_transposed", True) else sizes
     return ExpertShape(num_experts, hidden_size, width)
 
 
 class ExpertSizes(NamedTuple):
-    """How much of a whole model is experts that can be placed."""
+    """The share of a model that is experts."""
 
     expert_bytes: int
     other_bytes: int
     num_experts: int
-    """0: the model has none."""
+    """0: the model has no experts."""
 
 
 def expert_sizes(model: nn.Module) -> ExpertSizes:
-    """Of transformers' own module tree, before injection; quantised layers, marked so, as they are stored."""
+    """For transformers' module tree before injection; layers marked as quantized count as stored."""
     found: list[Any] = [module for module in model.modules() if is_experts(module)]
     found += [module.experts for module in model.modules() if scales_inputs(module)]
     experts = sum(_num_bytes(module) for module in found)
@@ -68,12 +68,12 @@ def dense_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _num_bytes(model: nn.Module) -> int:
-    """Of all parameters, tied ones once."""
+    """Bytes of all parameters, tied ones counted once."""
     return sum(map(_size, model.parameters())) + sum(map(_change, model.modules()))
 
 
 def _change(module: Any) -> int:
-    """What a layer takes more (or less, below zero) than its dense weights, for being stored quantised."""
+    """Bytes that quantized storage of a layer takes more (or, if negative, less) than its dense weights."""
     if hasattr(module, MARK):
         components = getattr(module, MARK).components(module.out_features, module.in_features)
         return _total(components) - _size(module.weight)

@@ -29,19 +29,19 @@ class Routed(NamedTuple):
     """[t, K]"""
 
     def pack(self) -> torch.Tensor:
-        """[t, C] of the tokens' dtype: everything that has to travel with a token, in one message."""
+        """[t, C] in the tokens' dtype: everything that travels with a token, in one message."""
         choices = torch.cat((self.weights.float(), self.experts.to(torch.int32).view(torch.float32)), dim=1)
         return torch.cat((self.hidden, choices.view(self.hidden.dtype)), dim=1)
 
     def unpack(self, packed: torch.Tensor) -> Routed:
-        """What `pack` made of other tokens that are like these."""
+        """Inverse of `pack`, for other tokens of the same kind."""
         hidden, choices = packed.split((self.hidden.shape[1], packed.shape[1] - self.hidden.shape[1]), dim=1)
         weights, experts = choices.contiguous().view(torch.float32).chunk(2, dim=1)
         return Routed(hidden, experts.view(torch.int32).long(), weights.to(self.weights.dtype))
 
 
 class ExpertLayer:
-    """One layer's experts on one rank: their stored weights, who owns which, and how many tokens came to them."""
+    """The experts of one layer on one rank: stored weights, owners, and token counts."""
 
     def __init__(self, module: nn.Module, placement: str, layout: Layout, shard: int) -> None:
         kind = QuantizedExpertWeights if hasattr(module, EXPERTS_MARK) else ExpertWeights
@@ -78,33 +78,34 @@ class ExpertLayer:
         return gather_and_scatter(context.collectives, packed, tokens, compute)
 
     def _members(self, experts: torch.Tensor) -> torch.Tensor:
-        """As `experts`: which member of the SP group owns each; outside of 0 .. sp - 1 where none of it does."""
+        """Like `experts`, with the SP group member that owns each; outside of 0 .. sp - 1 for other groups' experts."""
         if self._owner_index is None:
             self._owner_index = torch.tensor(self._owners, device=experts.device)
         return self._owner_index[experts] - self.first_member
 
     def compute(self, routed: Routed) -> torch.Tensor:
-        """Own experts on the tokens that chose them: [n, H], zero for those that chose none."""
+        """Own experts on the tokens that chose them: [n, H], zero for tokens that chose none."""
         own, choices = self.weights.own.size, routed.experts.shape[1]
         experts, order = self._own_index(routed.experts).sort()
         counts = experts.new_zeros(own + 1).scatter_add_(0, experts, torch.ones_like(experts))[:own]
         self._count(counts)
         on_cpu = experts.device.type == "cpu"
-        num_rows = int(counts.sum()) if on_cpu else len(order) * bool(own)  # a device would have to be waited for
+        # checking would make the host wait for a device
+        num_rows = int(counts.sum()) if on_cpu else len(order) * bool(own)
         if num_rows == 0:
             return torch.zeros_like(routed.hidden)
         experts, order = experts[:num_rows], order[:num_rows]
         offsets = counts.cumsum(0).to(torch.int32)
         output = self.weights.forward(routed.hidden[order // choices], offsets, experts.clamp(max=own - 1))
         output = output * routed.weights.reshape(-1)[order, None]
-        if not on_cpu:  # a grouped product leaves the rows past the last own one as they were in memory
+        if not on_cpu:  # a grouped product does not write the rows after the last own one
             output = output.masked_fill((experts == own)[:, None], 0)
         rows = output.new_zeros(routed.experts.numel(), output.shape[1])
         rows[order] = output
         return rows.view(-1, choices, output.shape[1]).sum(dim=1).to(routed.hidden.dtype)
 
     def _own_index(self, experts: torch.Tensor) -> torch.Tensor:
-        """[t * K]: each choice counted from the first own expert; those of others all get the number past the last."""
+        """[t * K]: each choice relative to the first own expert; other experts get the number after the last."""
         own, flat = self.weights.own, experts.reshape(-1)
         if own.size == self.weights.num_experts:
             return flat
@@ -112,7 +113,7 @@ class ExpertLayer:
 
     @property
     def num_experts(self) -> int:
-        """Experts of the layer, on all ranks."""
+        """Experts of the layer over all ranks."""
         return self.weights.num_experts
 
     def token_counts(self) -> list[int]:
@@ -138,7 +139,7 @@ def shift_experts(
     hidden_states: [t, H]; top_k_index, top_k_weights: [t, K]; returns [t, H], summed over the TP group.
     """
     context = step_context()
-    own = slice(context.num_local_tokens)  # an empty slice runs a stand-in token, which no expert has to see
+    own = slice(context.num_local_tokens)  # an empty slice runs a dummy token, which no expert has to process
     output = module.expert_layer.forward(Routed(hidden_states[own], top_k_index[own], top_k_weights[own]), context)
     if len(output) < len(hidden_states):
         output = torch.zeros_like(hidden_states)
@@ -146,7 +147,7 @@ def shift_experts(
 
 
 def register() -> None:
-    """Make `shift_experts` known to transformers under our own name."""
+    """Register `shift_experts` with transformers under our own name."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, shift_experts)

@@ -39,7 +39,7 @@ class ExpertMatrix(nn.Module):
         base: Place,
         device: torch.device,
     ) -> None:
-        """sizes: (outputs, inputs) of one expert's whole matrix; own: the experts that this rank keeps."""
+        """sizes: (outputs, inputs) of one expert's whole matrix; own: the experts that this rank stores."""
         super().__init__()
         self.scheme, self.sizes, self.cut, self.sharding = scheme, sizes, cut, sharding
         self.num_experts, self.own, self._spans = num_experts, own, sharding.base_spans(base)
@@ -53,9 +53,9 @@ class ExpertMatrix(nn.Module):
     # -- loading -----------------------------------------------------------------------------------------------
 
     def read(self, name: str, source: TensorSource, keys: Mapping[int, str]) -> torch.Tensor:
-        """This rank's part of the component `name`, which `source` has as one tensor an expert, `keys` by number.
+        """This rank's part of the component `name`, one tensor per expert in `source`, `keys` by number.
 
-        Raises `CheckpointError`. No more than one expert's part is held beside what is returned.
+        Raises `CheckpointError`. At most one expert's part is held in addition to the result.
         """
         if sorted(keys) != list(range(self.num_experts)):
             raise CheckpointError(
@@ -73,9 +73,9 @@ class ExpertMatrix(nn.Module):
         return whole if self.own.size else torch.empty(parameter.shape, dtype=component.dtype)
 
     def read_merged(self, name: str, source: TensorSource, key: str) -> torch.Tensor:
-        """This rank's part of the component `name`, which `source` has as the one tensor `key` for all experts.
+        """This rank's part of the component `name`, one tensor `key` for all experts in `source`.
 
-        A rank keeps whole experts, or a part of every one.
+        A rank stores whole experts, or a slice of every expert.
         """
         component = self._components[name].stacked(self.num_experts)
         kept = component.kept(self.cut, self._spans)
@@ -100,7 +100,7 @@ class ExpertMatrix(nn.Module):
         ]
 
     def _views(self, span: Span) -> dict[str, torch.Tensor]:
-        """Of all own experts, what covers the features `span` of the cut."""
+        """For all own experts, what covers the features `span`."""
         stacked = {name: component.stacked(self.num_experts) for name, component in self._components.items()}
         return {
             name: component.view(self.get_parameter(name).detach(), self.cut, self._spans, span)
@@ -108,9 +108,9 @@ class ExpertMatrix(nn.Module):
         }
 
     def forward(self, tokens: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
-        """tokens: [S, inputs of the mode], one expert's after another's; returns [S, outputs of the mode].
+        """tokens: [S, inputs of the mode], sorted by expert; returns [S, outputs of the mode].
 
-        Rows past the last own expert's are left as they were in memory.
+        Rows after the last own expert's are not written.
         """
         outputs = [
             grouped_product(tokens, groups, self.scheme, views)
@@ -133,5 +133,5 @@ class ExpertMatrix(nn.Module):
 
 
 def matrices_of(module: Any) -> dict[str, ExpertMatrix]:
-    """The quantised matrices of an experts module, by name; none of one that is not quantised."""
+    """The quantized matrices of an experts module by name; empty if it is not quantized."""
     return {name: child for name, child in module.named_children() if isinstance(child, ExpertMatrix)}

@@ -16,14 +16,14 @@ from ulysses_infer.parallel.layout import Layout, divisors
 logger = logging.getLogger(__name__)
 
 REPLICATE, EXPERT, WIDTH = PLACEMENTS = ("replicate", "expert", "width")
-WEIGHTS_SHARE = 0.5  # of a rank's memory that replicated weights may take: the rest is for cache and activations
+WEIGHTS_SHARE = 0.5  # share of a rank's memory that replicated weights may take; the rest is for cache and activations
 GIB = 1 << 30
 
 
 def choose_placement(wanted: str, layout: Layout, sizes: ExpertSizes, available: int | None) -> str:
-    """The placement to use; `auto` is decided by memory, from what is the same on all ranks.
+    """The placement to use. `auto` decides by memory, from values that are the same on all ranks.
 
-    `available`: the least memory, in bytes, that any rank may take; None for plenty.
+    available: the smallest memory of any rank in bytes; None: unlimited.
     """
     if wanted != "auto":
         return wanted
@@ -44,7 +44,7 @@ def choose_placement(wanted: str, layout: Layout, sizes: ExpertSizes, available:
 
 
 def check_width(layout: Layout, placement: str, width: int) -> None:
-    """Raise `ConfigError`, naming what would work, when experts of `width` cannot be cut into equal parts."""
+    """Raise `ConfigError`, naming what would work, if experts of `width` cannot be split evenly."""
     if placement == WIDTH and width % layout.world_size:
         fitting = ", ".join(str(ranks) for ranks in divisors(width) if ranks <= 2 * layout.world_size)
         raise ConfigError(

@@ -17,9 +17,9 @@ from ulysses_infer.parallel.sharding import Part, Sharding
 
 
 class QuantizedExpertWeights(ExpertWeights):
-    """`ExpertWeights` of a module whose weights are an `ExpertMatrix` each; its biases, if any, are plain.
+    """`ExpertWeights` whose weights are one `ExpertMatrix` each; biases are plain.
 
-    Gate and up are one matrix where the checkpoint has one tensor for both, else one each.
+    Gate and up are one matrix if the checkpoint has one tensor for both, else two.
     """
 
     def __init__(self, module: Any, placement: str, layout: Layout, shard: int) -> None:
@@ -61,7 +61,7 @@ class QuantizedExpertWeights(ExpertWeights):
         return output if down_bias is None else output + down_bias[experts]
 
     def _joined(self, ups: list[torch.Tensor]) -> torch.Tensor:
-        """Gate and up in the order that the module's gate takes them apart."""
+        """Gate and up in the order that the module's gate expects."""
         if len(ups) == 1:
             return ups[0]
         return torch.cat(ups, dim=-1) if self.module.is_concatenated else torch.stack(ups, dim=-1).flatten(-2)

@@ -15,7 +15,7 @@ from ulysses_infer.model.experts.layer import shift_experts
 
 
 class ScaledInputExperts(nn.Module):
-    """Stands for `Llama4TextMoe`, with its router, experts and shared expert under the same names."""
+    """Replaces `Llama4TextMoe`, with its router, experts and shared expert under the same names."""
 
     def __init__(self, source: Any) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ class ExpertWeights:
         self._down: Weight | None = None
 
     def slices(self, name: str) -> tuple[int, list[Span]] | None:
-        """Which part of the full parameter `name` this rank keeps: (dimension, spans), None for all of it."""
+        """Which part of the full parameter `name` this rank stores: (dimension, spans); None for all of it."""
         if self.placement == EXPERT:
             return 0, [self.own]
         transposed = bool(self.module.is_transposed)
@@ -50,7 +50,7 @@ class ExpertWeights:
         return None
 
     def bind(self, place: Place) -> None:
-        """Read the weights as `place` needs them from now on. Views only; of `replicate` alone they change."""
+        """Read the weights as `place` needs them from now on. Views only; they only change for `replicate`."""
         place = self._stored_place(place)
         spans = self.up_sharding.local_spans(self.base, place)
         self._up = [(self._view(self.up_name, 1, span), self._bias(f"{self.up_name}_bias", span)) for span in spans]
@@ -58,15 +58,16 @@ class ExpertWeights:
         self._down = self._view("down_proj", 2, span), self._down_bias(place)
 
     def _stored_place(self, place: Place) -> Place:
-        """Whose slice of the experts is read in the mode of `place`."""
+        """Which slice of the experts is read in the mode of `place`."""
         return place if self.placement == REPLICATE else self.base
 
     def _down_bias(self, place: Place) -> torch.Tensor | None:
-        """It is part of the sum over the slices of an expert: the first adds it. (Ranks differ on purpose.)"""
+        """The bias belongs to the sum over the slices of an expert: the first slice adds it. (Rank-divergent on
+        purpose.)"""
         return self._bias("down_proj_bias", None) if place.weight_index == 0 else None
 
     def _view(self, name: str, dimension: int, span: Span) -> torch.Tensor:
-        """[E, out, in]; `dimension` is the cut one of the untransposed weight."""
+        """[E, out, in]; `dimension` is the sharded one of the untransposed weight."""
         weight: torch.Tensor = getattr(self.module, name).detach()
         weight = weight.transpose(1, 2) if self.module.is_transposed else weight
         return weight.narrow(dimension, span.start, span.size)
@@ -92,7 +93,7 @@ class ExpertWeights:
 
 
 def _slicing_mode(placement: str, layout: Layout) -> Mode:
-    """The mode whose weight slices are what is stored: whole experts are one slice."""
+    """The mode whose weight slices are stored: whole experts are one slice."""
     whole = Mode(layout.world_size, 1)
     return {REPLICATE: layout.base, WIDTH: layout.shift, EXPERT: whole}[placement]
 
@@ -113,7 +114,7 @@ def _grouped_linear(tokens: torch.Tensor, weight: Weight, offsets: torch.Tensor,
 
 
 def _linear_by_linear(tokens: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """On a CPU `grouped_mm` is a loop too, over a product that is not the best for few rows and needs alignment."""
+    """On a CPU, `grouped_mm` is a loop too, with a product that is slow for few rows and needs alignment."""
     ends = offsets.tolist()
     groups = zip(matrices, [0, *ends], ends, strict=False)
     pieces = [linear(tokens[start:end], matrix) for matrix, start, end in groups if end > start]

@@ -31,7 +31,7 @@ class TensorSource(Protocol):
 
 
 def take(tensor: torch.Tensor, kept: tuple[int, list[Span]] | None) -> torch.Tensor:
-    """`tensor`, or the spans of one dimension of it, joined; a view where one span is all."""
+    """`tensor`, or the spans of one dimension of it, joined; a view if one span is all of it."""
     if kept is None:
         return tensor
     dimension, spans = kept
@@ -74,7 +74,7 @@ class SafetensorsSource:
 
 
 class MemorySource:
-    """The tensors of a model that is already in memory; slices are views, nothing is copied before it must be."""
+    """The tensors of a model in memory. Slices are views; nothing is copied unless necessary."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
         self._tensors = tensors
@@ -93,9 +93,9 @@ class MemorySource:
 
 
 def resolve_folder(path: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint: itself, or a download of the hub id `path`.
+    """The local folder of a checkpoint: `path` itself, or a download of this hub id.
 
-    Raises `CheckpointError` with one line when it is neither.
+    Raises `CheckpointError` with one line if it is neither.
     """
     local = Path(path).expanduser()
     if local.is_dir():

@@ -17,13 +17,14 @@ from ulysses_infer.config.keys import nearest_name
 from ulysses_infer.errors import CheckpointError, ConfigError, first_line
 
 KEY = "model.hf_overrides"
-ROPE_NAMES = ("rope_parameters", "rope_scaling")  # transformers' own name, and the one of before its version 5
+ROPE_NAMES = ("rope_parameters", "rope_scaling")  # transformers' own name, and the one before its version 5
 ROPE_KINDS = ("default", *ROPE_INIT_FUNCTIONS)
 OF_EVERY_KIND = ("rope_theta", "partial_rotary_factor", "mrope_section")
 DEFAULT_LAYERS = "full_attention"
-"""The layers whose rotary embedding an override without layer types means, as transformers reads old checkpoints."""
+"""The layers whose rotary embedding is meant by an override without layer types, as transformers reads old checkpoints.
+"""
 
-# A slice of the heads by another count, or the first numbers of a wider head, would load and answer nonsense.
+# With these changed, weights would load by accident and give wrong results.
 WEIGHTS = "the checkpoint's weights can be read in one way only"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
@@ -36,7 +37,7 @@ REFUSED: dict[str, str] = {
 }
 
 REFUSALS = (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, StrictDataclassError)
-"""What transformers' setters and validators raise for values they do not take."""
+"""Exceptions that transformers' setters and validators raise for unsupported values."""
 
 
 def overridden(config: Any, overrides: Mapping[str, Any]) -> Any:
@@ -65,7 +66,7 @@ def overridden(config: Any, overrides: Mapping[str, Any]) -> Any:
 
 
 def _of_text_config(config: Any, text: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The overrides, those nested under the name of the language model's config (text_config) among the others."""
+    """The overrides, with those nested under the name of the language model's config (text_config) merged in."""
     owners = [name for name in getattr(config, "sub_configs", {}) if getattr(config, name, None) is text]
     wanted: dict[str, Any] = {}
     for name, value in overrides.items():
@@ -74,7 +75,7 @@ def _of_text_config(config: Any, text: Any, overrides: Mapping[str, Any]) -> dic
 
 
 def _names(text: Any) -> dict[str, str]:
-    """Attributes of the language model's config by each of their names; those that every config has are none of it."""
+    """Attributes of the language model's config by each of their names, without those that every config has."""
     own = {field.name for field in dataclasses.fields(text)} if dataclasses.is_dataclass(text) else set()
     own |= {name for name in vars(text) if not name.startswith("_")}
     own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
@@ -120,12 +121,12 @@ def _complaint(name: str, value: Any, error: Exception) -> ConfigError:
 
 
 def _reason(error: Exception) -> str:
-    """transformers' objection in one line: its validators put the reason in the cause, and a headline above it."""
+    """transformers' objection in one line: its validators put the reason into the cause, below a headline."""
     return first_line(error.__cause__ or error).strip("'\"")
 
 
 def _leave_out_layers(text: Any, count: Any) -> None:
-    """The model of its first `count` layers, for trying things out; what is listed a layer goes with them."""
+    """The model of its first `count` layers, for experiments; lists per layer are shortened too."""
     before = text.num_hidden_layers
     if type(count) is not int or not 1 <= count <= before:
         raise ConfigError(f"{KEY}.num_hidden_layers = {count!r}: the checkpoint has {before}; give 1 to {before}")
@@ -139,7 +140,7 @@ def _leave_out_layers(text: Any, count: Any) -> None:
 
 
 def _set_rope(text: Any, value: Any) -> None:
-    """Change the rotary embeddings, and let transformers judge them as a whole."""
+    """Change the rotary embeddings, and have transformers validate them as a whole."""
     given, current = _mapping("rope_parameters", value), copy.deepcopy(text.rope_parameters or {})
     nested = text.nested_rope_parameter_keys(current)
     if not nested:
@@ -186,7 +187,7 @@ def _merged(text: Any, current: Mapping[str, Any], given: Mapping[str, Any], whe
 
 
 def _check_kept(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` when transformers put other values in their place, as it does for phi3 and its like."""
+    """Raise `ConfigError` if transformers replaced the values, as it does for phi3 and similar models."""
     for name, value in wanted.items():
         if found.get(name) != value and not isinstance(value, Mapping):
             raise ConfigError(
@@ -226,7 +227,7 @@ def _validate(text: Any) -> None:
 
 @contextmanager
 def blamed(overrides: Mapping[str, Any]) -> Iterator[None]:
-    """Weights that do not fit may not fit because of the overrides: the error says that there are some."""
+    """Mention the overrides in errors about weights that do not fit, because they may be the reason."""
     try:
         yield
     except CheckpointError as error:

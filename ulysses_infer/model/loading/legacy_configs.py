@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# By model type and name: what makes of the released value the one that is meant.
+# By model type and name: converts the released value to the intended one.
 RELEASED: dict[tuple[str, str], Callable[[Any], Any]] = {
-    ("llama4_text", "attn_temperature_tuning"): bool,  # Llama 4 Scout and Maverick say 4 for true
+    ("llama4_text", "attn_temperature_tuning"): bool,  # Llama 4 Scout and Maverick have 4 for true
 }
 
 
@@ -26,13 +26,13 @@ def legacy_config(folder: Path) -> Any | None:
 
 
 def repair(values: dict[str, Any]) -> bool:
-    """Give `values`, of a config.json, the form that transformers reads. Returns whether any had to change."""
+    """Convert `values` of a config.json to the form that transformers reads. Returns whether any changed."""
     parts = [values, *(part for part in values.values() if isinstance(part, dict))]
     return sum(_repair_part(part) for part in parts) > 0
 
 
 def _repair_part(values: dict[str, Any]) -> int:
-    """How many of `values`, of a model or a part of one, had to change."""
+    """How many of `values`, of a model or a part of one, changed."""
     found = [(name, meant) for (kind, name), meant in RELEASED.items() if kind == values.get("model_type")]
     changed = {name: meant(values[name]) for name, meant in found if type(values.get(name)) is int}
     values |= changed

@@ -25,16 +25,16 @@ from ulysses_infer.model.loading.training import AdaptedSource, TrainingSource, 
 from ulysses_infer.model.loading.zero import open_zero, zero_folder
 from ulysses_infer.parallel.layout import Span
 
-LEVELS_ABOVE = 3  # a training run keeps its config.json at most this far above the folder of a step
+LEVELS_ABOVE = 3  # a training run has its config.json at most this many levels above the folder of a step
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: an ordinary Hugging Face folder, or one that DeepSpeed saved while training."""
+    """A checkpoint on disk: a Hugging Face folder, or one that DeepSpeed saved while training."""
 
     folder: Path
     step: Path | None = None
-    """The folder of the saved step, of a DeepSpeed checkpoint."""
+    """The folder of the saved step, for a DeepSpeed checkpoint."""
     hf_config: str | None = None
     """The recipe's `model.hf_config`."""
 
@@ -44,7 +44,7 @@ class Checkpoint:
 
     @property
     def is_copied(self) -> bool:
-        """Whether every rank reads tensors into memory of its own, rather than map the files."""
+        """Whether every rank copies tensors into its own memory instead of mapping the files."""
         return self.step is not None
 
     def find_files(self) -> Path:
@@ -73,19 +73,19 @@ def find_checkpoint(path: str, revision: str | None = None, hf_config: str | Non
 
 @dataclass(frozen=True)
 class GivenModel:
-    """A `transformers.PreTrainedModel` that the caller has in memory."""
+    """A `transformers.PreTrainedModel` in memory."""
 
     module: Any
     in_training: bool = False
-    """Whether an engine of DeepSpeed's trains it: its weights then change in place, and may be partitioned."""
+    """Whether a DeepSpeed engine trains it: its weights then change in place, and may be partitioned."""
     sequence_parallel_size: int | None = None
-    """Ranks that share a sequence in that training; None outside of one."""
+    """Ranks that share a sequence in that training; None without training."""
     sequence_parallel_group: Any = None
-    """Their process group, of this rank's; None if each rank has sequences of its own."""
+    """This rank's process group of them; None if each rank has its own sequences."""
 
     @property
     def folder(self) -> Path | None:
-        """Where it was loaded from, a folder or the hub's cache: its tokenizer is there too. None if from nowhere."""
+        """The folder or hub cache it was loaded from, with its tokenizer; None if there is none."""
         from huggingface_hub import try_to_load_from_cache
 
         name = getattr(self.module, "name_or_path", "") or ""
@@ -96,12 +96,12 @@ class GivenModel:
 
     @property
     def is_copied(self) -> bool:
-        """Whether every rank gets copies of its tensors, rather than views."""
+        """Whether every rank gets copies of its tensors, not views."""
         return self.in_training or has_adapters(self.module)
 
     @property
     def default_base(self) -> dict[str, int]:
-        """The base mode where none is given: of a training job's ranks, the SP groups it has, TP over the rest."""
+        """The default base mode: in a training job, SP over its sequence-parallel groups and TP over the rest."""
         if self.sequence_parallel_size is None:
             return {}
         import deepspeed.comm as comm
@@ -110,14 +110,14 @@ class GivenModel:
         return {"parallel.sp": sp, "parallel.tp": comm.get_world_size() // sp}
 
     def open(self) -> TensorSource:
-        """Its weights: views of an ordinary model's, copies of one's in training. Raises `ConfigError`."""
+        """Its weights: views for an ordinary model, copies for one in training. Raises `ConfigError`."""
         if has_adapters(self.module):
             return AdaptedSource(self.module)
         return TrainingSource(self.module) if self.in_training else MemorySource(self.module.state_dict())
 
 
 def given_model(model: Any) -> GivenModel:
-    """The model itself, out of a DeepSpeed or data-parallel engine, or of PEFT's wrapper. Raises `ConfigError`."""
+    """The model inside a DeepSpeed or data-parallel engine, or PEFT's wrapper. Raises `ConfigError`."""
     from transformers import PreTrainedModel
 
     inner = getattr(model, "module", model)
@@ -130,7 +130,7 @@ def given_model(model: Any) -> GivenModel:
 
 
 def _without_wrapper(adapted: Any) -> Any:
-    """The model that PEFT has put adapters into."""
+    """The model into which PEFT has put adapters."""
     kind = adapted.active_peft_config.peft_type.value
     if kind != "LORA":
         raise ConfigError(f"the model is adapted with PEFT's {kind}; only LORA can be merged for serving")
@@ -139,7 +139,7 @@ def _without_wrapper(adapted: Any) -> Any:
 
 @contextmanager
 def unpartitioned() -> Iterator[None]:
-    """Models that transformers makes inside are whole, even in a job with ZeRO 3 whose Trainer has all partitioned."""
+    """Models created inside are whole, even in a ZeRO 3 job whose Trainer partitions every new model."""
     from transformers.integrations import deepspeed as integration
 
     if not integration.is_deepspeed_zero3_enabled():
@@ -155,7 +155,7 @@ def unpartitioned() -> Iterator[None]:
 
 
 class ShapesOnly:
-    """Another source's tensors without their values: what a loader can make of it is found without reading it."""
+    """The tensors of another source without their values, to find out what a loader can make of them."""
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
@@ -169,12 +169,12 @@ class ShapesOnly:
         return self._source.shape(key)
 
     def read(self, key: str, kept: tuple[int, list[Span]] | None) -> torch.Tensor:
-        """A tensor of the shape that the other source's would have, on the meta device."""
+        """A tensor with the shape of the other source's, on the meta device."""
         return take(torch.empty(self._source.shape(key), device="meta"), kept)
 
 
 def open_weights(source: Any) -> TensorSource:
-    """The weights that `source` has: a folder or hub id, a model, an engine that trains one, or a state dict.
+    """The weights of `source`: a folder or hub id, a model, an engine that trains one, or a state dict.
 
     Raises `CheckpointError` or `ConfigError`.
     """

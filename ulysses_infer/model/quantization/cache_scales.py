@@ -13,22 +13,22 @@ from ulysses_infer.model.loading.files import TensorSource
 
 logger = logging.getLogger(__name__)
 
-# Below the attention layer, as compressed-tensors and modelopt name them, and as older checkpoints do.
+# below the attention layer, by the names of compressed-tensors, modelopt and older checkpoints
 KEY_NAMES = ("k_scale", "k_proj.k_scale", "k_proj.output_scale", "attn.k_scale")
 VALUE_NAMES = ("v_scale", "v_proj.v_scale", "v_proj.output_scale", "attn.v_scale")
 
 
 def apply_cache_scales(injection: Injection, source: TensorSource) -> None:
-    """Give every attention layer the scales that `source` has for it; one without is cached as it is.
+    """Give every attention layer the scales that `source` has for it; layers without scales are cached unscaled.
 
-    Raises `CheckpointError` for scales that are not one positive number a layer.
+    Raises `CheckpointError` for scales that are not one positive number per layer.
     """
     keys, found = set(source.keys()), list[bool]()
     for name, module in injection.model.named_modules():
         plan: HeadPlan | None = getattr(module, "head_plan", None)  # of an attention layer, fused or not
         if plan is not None:
             scales = CacheScales(_scale(source, keys, name, KEY_NAMES), _scale(source, keys, name, VALUE_NAMES))
-            if plan.latent is not None:  # one number is part of a key and of a value
+            if plan.latent is not None:  # one number is part of both a key and a value
                 scales = CacheScales(scales.key, scales.key)
             plan.cache_scales = None if scales == CacheScales() else scales
             found.append(scales != CacheScales())

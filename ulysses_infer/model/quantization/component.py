@@ -15,7 +15,7 @@ from ulysses_infer.parallel.layout import Span
 
 @dataclass(frozen=True)
 class Axis:
-    """A dimension of a tensor that runs over features, `step` of them an index (1, a block, a packed word's values)."""
+    """A tensor dimension over features, `step` features per index (1, a block, the values of a packed word)."""
 
     dimension: int
     step: int = 1
@@ -36,32 +36,32 @@ class Component:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole layer."""
+        """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def stacked(self, count: int) -> Component:
-        """The same tensor of `count` layers alike, one after another in a first dimension."""
+        """The same tensor for `count` equal layers, stacked in a first dimension."""
         outputs, inputs = (axis and Axis(axis.dimension + 1, axis.step) for axis in (self.outputs, self.inputs))
         return Component((count, *self.shape), self.dtype, outputs, inputs)
 
     def axis(self, cut: Cut) -> Axis | None:
-        """The dimension that a cut divides: outputs for a column cut, inputs for a row cut."""
+        """The dimension that is sharded: outputs for column-parallel, inputs for row-parallel."""
         return self.outputs if cut == "column" else self.inputs
 
     def kept(self, cut: Cut, spans: Sequence[Span]) -> tuple[int, list[Span]] | None:
-        """(dimension, indices) that cover the features `spans` of the cut; None for all of the tensor."""
+        """(dimension, indices) that cover the features `spans`; None for all of the tensor."""
         axis = self.axis(cut)
         return None if axis is None else (axis.dimension, [covering(span, axis.step) for span in spans])
 
     def stored_shape(self, cut: Cut, spans: Sequence[Span]) -> tuple[int, ...]:
-        """The shape of what is kept of it."""
+        """The shape of the kept part."""
         kept, shape = self.kept(cut, spans), list(self.shape)
         if kept is not None:
             shape[kept[0]] = sum(span.size for span in kept[1])
         return tuple(shape)
 
     def view(self, stored: torch.Tensor, cut: Cut, spans: Sequence[Span], wanted: Span) -> torch.Tensor:
-        """Of `stored`, which keeps `spans`, the indices that cover the features `wanted` of one of them: a view."""
+        """A view of `stored`, which keeps `spans`: the indices that cover the features `wanted` of one of them."""
         axis, offset = self.axis(cut), 0
         if axis is None:
             return stored
@@ -74,17 +74,17 @@ class Component:
         raise AssertionError((wanted, spans))
 
     def within(self, part: torch.Tensor, outer: Span, rows: Span) -> torch.Tensor:
-        """Of `part`, which covers the outputs `outer`, what covers the outputs `rows` inside them: a view."""
+        """A view of `part`, which covers the outputs `outer`: what covers the outputs `rows`."""
         return part if self.outputs is None else self.view(part, "column", [outer], rows)
 
 
 def covering(span: Span, step: int) -> Span:
-    """The indices whose `step` features each together cover `span`."""
+    """The indices that cover `span`, at `step` features per index."""
     return Span(span.start // step, ceil_div(span.stop, step))
 
 
 def spread(values: torch.Tensor, dimension: int, span: Span, step: int) -> torch.Tensor:
-    """One value a feature of `span` from one an index: `values` holds the indices that cover it."""
+    """Expands one value per index to one per feature of `span`; `values` holds the indices that cover it."""
     if step == 1:
         return values
     repeated = values.repeat_interleave(step, dimension)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ulysses_infer.model.quantization.scheme import Scheme
 
-EXPERTS_MARK = "expert_scheme"  # an attribute of experts modules, whose weights are replaced by what is stored
+EXPERTS_MARK = "expert_scheme"  # attribute of experts modules whose weights are stored quantized
 
 
 @dataclass(frozen=True)

@@ -25,32 +25,32 @@ from ulysses_infer.model.quantization.selection import (
 )
 
 Keys = Callable[[], Iterable[str]]
-MERGED = ("gate_up_proj", "down_proj")  # matrices of experts that one tensor holds
-BITS_PER_WORD = (2, 4, 8)  # widths of which a whole number fits a word
+MERGED = ("gate_up_proj", "down_proj")  # expert matrices that one tensor holds
+BITS_PER_WORD = (2, 4, 8)  # widths for which a word holds a whole number of values
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Which linear layers of a checkpoint are quantised, and how: the first group that has a layer says."""
+    """Which linear layers of a checkpoint are quantized, and how. The first group that contains a layer decides."""
 
     method: str
     groups: tuple[tuple[Selection, Scheme], ...]
     ignored: Selection = nothing
     head: bool = False
-    """Whether the output embedding may be quantised too; most methods leave it alone without saying so."""
+    """Whether the output embedding may be quantized too; most methods leave it alone without saying so."""
     merged: ExpertScheme | None = None
-    """Of a checkpoint with tensors that hold all experts of a layer; None for one tensor an expert."""
+    """For checkpoints with one tensor for all experts of a layer; None for one tensor per expert."""
 
     def scheme_of(self, name: str) -> Scheme | None:
-        """How the linear layer `name` is stored; None for one that is not quantised."""
+        """How the linear layer `name` is stored; None if it is not quantized."""
         if self.ignored(name):
             return None
         return next((scheme for selected, scheme in self.groups if selected(name)), None)
 
     def experts_of(self, name: str, has_gate: bool) -> ExpertScheme | None:
-        """How the experts of the module `name` are stored; None for ones that are not quantised.
+        """How the experts of the module `name` are stored; None if they are not quantized.
 
-        Raises `UnsupportedModelError` where only some of their projections are.
+        Raises `UnsupportedModelError` if only some of their projections are.
         """
         if self.merged is not None:
             return None if self.ignored(name) else self.merged
@@ -67,9 +67,9 @@ class Quantization:
 
 
 def read_quantization(config: Any, keys: Keys) -> Quantization | None:
-    """What a transformers config says of its checkpoint; None if nothing is quantised. `keys`: tensor names in it.
+    """Reads a transformers config; None if nothing is quantized. `keys`: tensor names of the checkpoint.
 
-    Raises `UnsupportedModelError` for a method, or a variant of one, that this engine cannot read.
+    Raises `UnsupportedModelError` for a method, or a variant of one, that is not supported.
     """
     given = getattr(config, "quantization_config", None)
     if not given:
@@ -97,7 +97,7 @@ def _plain_modules(values: dict[str, Any]) -> Selection:
 
 
 def _fp8(values: dict[str, Any], keys: Keys) -> Quantization:
-    """Block-scaled (DeepSeek-V3, Qwen3-FP8), or one scale a layer."""
+    """Block-scaled (DeepSeek-V3, Qwen3-FP8), or one scale per layer."""
     if values.get("fmt", "e4m3") != "e4m3":
         raise _refuse("fp8", "fmt", values["fmt"], "e4m3")
     block = values.get("weight_block_size")
@@ -110,7 +110,7 @@ def _fp8(values: dict[str, Any], keys: Keys) -> Quantization:
 
 
 def _fbgemm_fp8(values: dict[str, Any], keys: Keys) -> Quantization:
-    """Its experts, llama4's, are `gate_up_proj` [E, H, 2 * I] and `down_proj` [E, I, H], each with a `*_scale`."""
+    """Its experts, as in llama4, are `gate_up_proj` [E, H, 2 * I] and `down_proj` [E, I, H], each with a `*_scale`."""
     scheme, ignored = ScaledWeight("weight_scale", "channel"), _plain_modules(values)
     suffixes = {"weight": "", "weight_scale": "_scale"}
     experts = ExpertScheme(dict.fromkeys(MERGED, TransposedScaledWeight()), suffixes)
@@ -118,7 +118,7 @@ def _fbgemm_fp8(values: dict[str, Any], keys: Keys) -> Quantization:
 
 
 def _mxfp4(values: dict[str, Any], keys: Keys) -> Quantization:
-    """gpt-oss, of which it stores the experts alone."""
+    """gpt-oss; only its experts are quantized."""
     suffixes = {"blocks": "_blocks", "scales": "_scales"}
     experts = ExpertScheme(dict.fromkeys(MERGED, Mxfp4Weight()), suffixes)
     return Quantization("mxfp4", (), _plain_modules(values), merged=experts)

@@ -12,12 +12,12 @@ from ulysses_infer.model.quantization.products import is_aligned, quantised_toke
 from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.model.quantization.scheme import Scheme
 
-CAPABILITY = (9, 0)  # Hopper, for which alone torch has it
+CAPABILITY = (9, 0)  # Hopper, the only one that torch supports
 
 
 @dataclass(frozen=True)
 class TokenGroups:
-    """Where the tokens of each expert are: those of expert e end before row `offsets[e]`."""
+    """The tokens of each expert: those of expert e end before row `offsets[e]`."""
 
     offsets: torch.Tensor
     """[E] int32"""
@@ -30,7 +30,7 @@ class TokenGroups:
 
 
 def is_grouped(scheme: Scheme, views: Mapping[str, torch.Tensor]) -> bool:
-    """Whether `grouped_product` can read these views of all experts' components, on their device."""
+    """Whether `grouped_product` can read these views of all experts' components on their device."""
     weight = views.get("weight")
     if weight is None or weight.device.type != "cuda" or not isinstance(scheme, ScaledWeight):
         return False
@@ -38,7 +38,7 @@ def is_grouped(scheme: Scheme, views: Mapping[str, torch.Tensor]) -> bool:
 
 
 def is_groupable(scheme: ScaledWeight, weight: torch.Tensor) -> bool:
-    """Whether the kernel has the arithmetic and can follow the strides. weight: [E, N, K]."""
+    """Whether the kernel supports the arithmetic and the strides. weight: [E, N, K]."""
     is_row_scaled = scheme.grain in ("tensor", "channel") and scheme.dtype == torch.float8_e4m3fn
     return is_row_scaled and len(weight) > 0 and is_aligned(weight[0])
 

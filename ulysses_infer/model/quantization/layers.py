@@ -18,9 +18,9 @@ from ulysses_infer.parallel.sharding import Part, Sharding
 
 
 def mark_quantised(model: Any, quantization: Quantization) -> None:
-    """Note on every linear layer and all experts of a model without weights how its checkpoint stores them.
+    """Mark every linear layer and experts module of an empty model with the way its checkpoint stores it.
 
-    Raises `UnsupportedModelError` for layers that are quantised and cannot be served so.
+    Raises `UnsupportedModelError` for quantized layers that cannot be served.
     """
     head, method = model.get_output_embeddings(), quantization.method
     for name, module in model.named_modules():
@@ -52,7 +52,7 @@ def _mark_experts(name: str, module: Any, quantization: Quantization) -> None:
 
 
 def shift_linear(source: nn.Module, cut: Cut, sharding: Sharding, base: Place) -> ShiftLinear | QuantizedLinear:
-    """The layer that takes the place of `source`: a quantised one where its checkpoint is."""
+    """The replacement of `source`: a quantized layer if its checkpoint has one."""
     scheme: Scheme | None = getattr(source, MARK, None)
     if scheme is None:
         return ShiftLinear(source, cut, sharding, base)
@@ -61,13 +61,13 @@ def shift_linear(source: nn.Module, cut: Cut, sharding: Sharding, base: Place) -
 
 
 def replace_whole(model: nn.Module, base: Place) -> dict[str, QuantizedLinear]:
-    """Replace the quantised layers that no rule cuts by ones that every rank has in full; returns them by name."""
+    """Replace the quantized layers that no rule splits by ones that every rank stores in full; returns them by name."""
     replaced = {}
     for name, module in list(model.named_modules()):
         scheme: Scheme | None = getattr(module, MARK, None)
         if scheme is not None:
             assert isinstance(module, nn.Linear)
-            whole = Sharding((Part(1, module.out_features, shared=True),))  # one unit, which every slice shares
+            whole = Sharding((Part(1, module.out_features, shared=True),))  # one unit, shared by all slices
             replaced[name] = QuantizedLinear(module, scheme, "column", whole, base)
             model.set_submodule(name, replaced[name])
     return replaced

@@ -44,21 +44,21 @@ class QuantizedLinear(nn.Module):
     # -- loading -----------------------------------------------------------------------------------------------
 
     def slices(self, name: str) -> tuple[int, list[Span]] | None:
-        """Which part of the full tensor `name` this rank keeps: (dimension, spans), None for all of it."""
+        """Which part of the full tensor `name` this rank stores: (dimension, spans); None for all of it."""
         if name == "bias":
             return None if self.cut == "row" else (0, self._spans)
         return self._components[name].kept(self.cut, self._spans)
 
     def read(self, name: str, source: TensorSource, key: str) -> torch.Tensor:
-        """This rank's part of the tensor `name`, which `source` has as `key`. Raises `CheckpointError`."""
+        """This rank's part of the tensor `name`, called `key` in `source`. Raises `CheckpointError`."""
         parameter = self.get_parameter(name)
         component = self._components.get(name, Component((self.out_features,), parameter.dtype))
         return read_part(component, source, key, self.slices(name), tuple(parameter.shape))
 
     def check_foreign(self, name: str, source: TensorSource, key: str) -> None:
-        """A tensor of the checkpoint that this layer has no place for, e.g. zero points of a symmetric scheme.
+        """Check a checkpoint tensor that this layer does not use, for example zero points of a symmetric scheme.
 
-        Raises `CheckpointError` unless it is known to be of no use, or changes nothing: it is all zeros.
+        Raises `CheckpointError` unless it is known to be unnecessary or is all zeros.
         """
         if name not in self.scheme.ignored:
             check_foreign(key, source, ", ".join(self._components))
@@ -73,7 +73,7 @@ class QuantizedLinear(nn.Module):
         self._products = [(choose_product(self.scheme, piece), piece) for piece in pieces]
 
     def _piece(self, span: Span) -> Piece:
-        """The features `span` of the cut, which lie inside one of the stored spans."""
+        """The features `span`, which lie inside one of the stored spans."""
         parts = {
             name: component.view(self.get_parameter(name).detach(), self.cut, self._spans, span)
             for name, component in self._components.items()
@@ -89,7 +89,8 @@ class QuantizedLinear(nn.Module):
         return whole.view(self.bias.detach(), "column", self._spans, span)
 
     def reader(self, place: Place) -> Callable[[torch.dtype], torch.Tensor]:
-        """What gives the weight as a column cut in one piece in `place`, [out / tp, in], dequantised at each call."""
+        """Returns the weight of a column-parallel layer as one piece for `place`, [out / tp, in], dequantized at each
+        call."""
         (span,) = merge(self.sharding.spans(place.weight_index, place.mode.tp))
         piece = self._piece(span)
         return lambda dtype: self.scheme.dequantise(piece.parts, piece.rows, piece.columns).to(dtype)
@@ -103,5 +104,5 @@ class QuantizedLinear(nn.Module):
         return output if self.bias is None else output.add_(self.bias)
 
     def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        """What `forward` of a column cut returns, each part of the sharding by itself."""
+        """The result of `forward` of a column-parallel layer, split by the parts of the sharding."""
         return self.forward(inputs).split(self._part_sizes, dim=-1)

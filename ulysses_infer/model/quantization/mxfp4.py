@@ -16,12 +16,12 @@ from ulysses_infer.parallel.layout import Span
 
 BLOCK_VALUES = 32
 EXPONENT_BIAS = 127  # of e8m0
-E2M1_AS_BFLOAT16 = 2.0**-126  # what the bits of an e2m1 value are as those of a bfloat16, of the value
+E2M1_AS_BFLOAT16 = 2.0**-126  # value of the bits of an e2m1 number, read as a bfloat16, relative to the number
 
 
 @dataclass(frozen=True)
 class Mxfp4Weight:
-    """`blocks` [out, in / 32, 16], two values a byte, the first in the low half; `scales` [out, in / 32], exponents."""
+    """`blocks` [out, in / 32, 16], two values per byte, low half first; `scales` [out, in / 32], exponents."""
 
     @property
     def ignored(self) -> frozenset[str]:
@@ -51,5 +51,5 @@ def _values(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _powers(exponents: torch.Tensor) -> torch.Tensor:
-    """The powers of two that bytes of e8m0 stand for."""
+    """The powers of two that e8m0 bytes represent."""
     return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - EXPONENT_BIAS)

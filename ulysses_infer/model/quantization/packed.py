@@ -31,13 +31,13 @@ def _grouped(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, gro
 
 
 def _groups(columns: Span, group_size: int, device: torch.device) -> torch.Tensor:
-    """Which group each of the inputs `columns` is in, counted from that of the first. [in]"""
+    """The group of each of the inputs `columns`, relative to the first one's. [in]"""
     size = _size(group_size, columns.stop)
     return torch.arange(columns.start, columns.stop, device=device) // size - columns.start // size
 
 
 def _size(group_size: int, inputs: int) -> int:
-    """Inputs of a group: all of them where the checkpoint's group size is -1."""
+    """Inputs per group: all of them if the checkpoint's group size is -1."""
     return group_size if group_size > 0 else inputs
 
 

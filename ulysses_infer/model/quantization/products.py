@@ -15,18 +15,18 @@ from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.model.quantization.scheme import Scheme
 from ulysses_infer.parallel.layout import Span
 
-TILES = {"cpu": 1 << 20, "cuda": 1 << 24}  # weight values that are dequantised at a time
-BLOCK = 128  # rows of a tile are a multiple of it, and of FP8 blocks on tensor cores
-ALIGNMENT = 16  # bytes: what FP8 tensor cores need of sizes, strides and addresses
-TOKENS = 4  # of a block-scaled product: the columns of their scales are then aligned too
-BLOCK_SCALING_CUDA = (12, 9)  # the first that has it
+TILES = {"cpu": 1 << 20, "cuda": 1 << 24}  # weight values dequantized at a time
+BLOCK = 128  # the rows of a tile are a multiple of this, and of FP8 blocks on tensor cores
+ALIGNMENT = 16  # bytes; required of sizes, strides and addresses by FP8 tensor cores
+TOKENS = 4  # tokens of a block-scaled product are padded to this, to align the columns of their scales
+BLOCK_SCALING_CUDA = (12, 9)  # the first CUDA version with support
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-SMALLEST_SCALE = 1e-12  # of activations: a token of zeros has one too
+SMALLEST_SCALE = 1e-12  # minimum scale of activations, for tokens of zeros
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Outputs `rows` and inputs `columns` of a layer: views of what is stored of each component, and of the bias."""
+    """Outputs `rows` and inputs `columns` of a layer: views of each stored component, and of the bias."""
 
     rows: Span
     columns: Span
@@ -35,7 +35,7 @@ class Piece:
     bias: torch.Tensor | None
 
     def tiles(self, size: int) -> Iterator[tuple[Span, dict[str, torch.Tensor]]]:
-        """At most `size` rows at a time, cut where `size` divides the outputs of the whole layer, and their parts."""
+        """Tiles of at most `size` rows, split where `size` divides the outputs of the whole layer."""
         start = self.rows.start
         while start < self.rows.stop:
             rows = Span(start, min(self.rows.stop, start - start % size + size))
@@ -47,12 +47,12 @@ class Product(Protocol):
     """inputs [..., columns] times a piece: [..., rows], plus its bias."""
 
     def __call__(self, inputs: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """In the inputs' dtype."""
+        """The product, in the inputs' dtype."""
         ...
 
 
 class DequantisedProduct:
-    """Any scheme on any device: some rows of the weight at a time in the inputs' dtype, never all of it."""
+    """Any scheme on any device: dequantizes some rows of the weight at a time, never all of it."""
 
     def __init__(self, scheme: Scheme) -> None:
         self._scheme = scheme
@@ -83,7 +83,8 @@ class RowScaledProduct:
         weight, scale = piece.parts["weight"], piece.parts[self._scheme.scale_name]
         rows = inputs.reshape(-1, inputs.shape[-1])
         values, scales = quantised_tokens(rows, rows.shape[-1])
-        channels = scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()  # N numbers: copied only if it is one
+        # N numbers; copied only if there is a single one
+        channels = scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
         output = torch._scaled_mm(values, weight.t(), scales, channels, out_dtype=torch.bfloat16).to(inputs.dtype)
         if piece.bias is not None:
             output.add_(piece.bias)
@@ -91,7 +92,7 @@ class RowScaledProduct:
 
 
 class BlockScaledProduct:
-    """FP8 on tensor cores, with a scale for 128 inputs of a token and one for 128 x 128 values of the weight."""
+    """FP8 on tensor cores, with one scale per 128 inputs of a token and one per 128 x 128 values of the weight."""
 
     def __init__(self, scheme: ScaledWeight) -> None:
         self._scheme = scheme
@@ -116,7 +117,7 @@ class BlockScaledProduct:
 
 
 def quantised_tokens(rows: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """rows: [t, K]; returns them in FP8 and a scale for every `size` values of a row, [t, K / size] float32."""
+    """rows: [t, K]; returns them in FP8, and one scale per `size` values of a row, [t, K / size] float32."""
     groups = rows.view(rows.shape[0], -1, size)
     scales = (groups.abs().amax(dim=-1).float() / FP8_MAX).clamp_(min=SMALLEST_SCALE)
     values = (groups / scales[..., None]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
@@ -133,7 +134,7 @@ def padded_blocks(scale: torch.Tensor) -> torch.Tensor:
 
 
 def choose_product(scheme: Scheme, piece: Piece) -> Product:
-    """The fastest product that gives the right result for these views on their device."""
+    """The fastest product that is correct for these views on their device."""
     weight = piece.parts.get("weight")
     if isinstance(scheme, ScaledWeight) and weight is not None and _on_tensor_cores(weight):
         if scheme.grain in ("tensor", "channel"):
@@ -146,7 +147,7 @@ def choose_product(scheme: Scheme, piece: Piece) -> Product:
 
 
 def _on_tensor_cores(weight: torch.Tensor) -> bool:
-    """Whether the FP8 kernels can read this view, [N, K]: a GPU that has them, and everything aligned."""
+    """Whether the FP8 kernels can read this view, [N, K]: a GPU with support, and everything aligned."""
     if weight.device.type != "cuda" or weight.dtype != torch.float8_e4m3fn:
         return False
     return torch.cuda.get_device_capability(weight.device) >= (8, 9) and is_aligned(weight)
@@ -159,7 +160,7 @@ def is_aligned(weight: torch.Tensor) -> bool:
 
 
 def _has_block_scaling(device: torch.device) -> bool:
-    """Torch has it on Hopper alone."""
+    """torch supports it on Hopper only."""
     version = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
     return torch.cuda.get_device_capability(device) == (9, 0) and version >= BLOCK_SCALING_CUDA
 

@@ -10,15 +10,15 @@ from ulysses_infer.model.quantization.component import Component
 from ulysses_infer.parallel.layout import Span
 
 NEED_A_SCALE = (torch.float8_e4m3fn, torch.int8)
-EXACT = (*NEED_A_SCALE, torch.int32, torch.uint8)  # dtypes that mean something else when cast
+EXACT = (*NEED_A_SCALE, torch.int32, torch.uint8)  # dtypes that cannot simply be cast
 
 
 def read_part(
     component: Component, source: TensorSource, key: str, kept: tuple[int, list[Span]] | None, shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """What a rank keeps of `component`, which `source` has as `key`, in `shape`. Raises `CheckpointError`.
+    """The part of `component` that a rank stores, called `key` in `source`, in `shape`. Raises `CheckpointError`.
 
-    Dimensions of a single index are not minded, where they are not in the way of the cut.
+    Dimensions of size 1 are ignored, unless they are sharded.
     """
     found = source.shape(key)
     is_alike = [n for n in found if n > 1] == [n for n in component.shape if n > 1]
@@ -39,9 +39,9 @@ def read_part(
 
 
 def check_foreign(key: str, source: TensorSource, known: str) -> None:
-    """A tensor of the checkpoint that a layer of the tensors `known` has no place for, e.g. zero points.
+    """Check a checkpoint tensor that a layer with the tensors `known` does not use, for example zero points.
 
-    Raises `CheckpointError` unless it changes nothing: it is all zeros.
+    Raises `CheckpointError` unless it is all zeros.
     """
     tensor = source.read(key, None)
     if not tensor.is_meta and bool((tensor != 0).any()):
@@ -49,7 +49,7 @@ def check_foreign(key: str, source: TensorSource, known: str) -> None:
 
 
 def check_plain(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, read for a layer that is not quantised. Raises `CheckpointError` for one that needs a scale."""
+    """`tensor`, read for a layer that is not quantized. Raises `CheckpointError` if it needs a scale."""
     if tensor.dtype in NEED_A_SCALE:
         raise CheckpointError(
             f"tensor {key} is stored as {_plain(tensor.dtype)}, but the checkpoint's quantization_config does not "

@@ -13,26 +13,26 @@ from ulysses_infer.model.quantization.component import Axis, Component, spread
 from ulysses_infer.parallel.layout import Span
 
 Grain = Literal["tensor", "channel", "block"]
-# Scales of activations: here activations are quantised by their own largest value, token by token, or not at all.
+# Activation scales are ignored: activations are quantized dynamically per token, or not at all.
 ACTIVATION_SCALES = frozenset(
     ("input_scale", "input_scale_ub", "activation_scale", "input_zero_point", "k_scale", "v_scale", "output_scale")
 )
 
-E4M3_AS_BFLOAT16 = 2.0**-120  # what the bits of an e4m3 value are as those of a bfloat16, of the value
+E4M3_AS_BFLOAT16 = 2.0**-120  # value of the bits of an e4m3 number, read as a bfloat16, relative to the number
 
 
 def widened(weight: torch.Tensor) -> torch.Tensor:
-    """float8 or int8 as float32, to be written into. On a CPU by whole registers, where torch casts value by value."""
+    """float8 or int8 as float32, in new memory. On a CPU this works on whole registers; torch casts value by value."""
     if weight.device.type != "cpu" or weight.dtype != torch.float8_e4m3fn:
         return weight.float()
-    bits = weight.view(torch.int8).to(torch.int16)  # sign and all, in the places of a bfloat16
+    bits = weight.view(torch.int8).to(torch.int16)  # the sign bit and the rest, moved to a bfloat16's places
     values = ((bits & 0x7F) << 4).bitwise_or_(bits & -0x8000).view(torch.bfloat16)
     return values.mul_(1 / E4M3_AS_BFLOAT16).float()
 
 
 @dataclass(frozen=True)
 class ScaledWeight:
-    """`weight` [out, in] of float8 or int8, and `scale_name`: [], [out, 1], or one a block, rounded up."""
+    """`weight` [out, in] of float8 or int8, and `scale_name`: [], [out, 1], or one per block, rounded up."""
 
     scale_name: str
     grain: Grain
@@ -68,7 +68,7 @@ class ScaledWeight:
 
 @dataclass(frozen=True)
 class TransposedScaledWeight:
-    """`weight` [in, out] of float8 and `weight_scale` [1, out], as llama4 has its experts."""
+    """`weight` [in, out] of float8 and `weight_scale` [1, out], as for llama4's experts."""
 
     @property
     def ignored(self) -> frozenset[str]:
