@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.attention.reference import BATCHES, OPTIONS, check, make_options, random_step
 from tests.native.building import X86, build_for
-from ulysses_infer.attention import backend, native
+from ulysses_infer.attention import native, selection
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.attention.selection import make_backend
@@ -240,7 +240,7 @@ def test_without_a_compiler_auto_is_torch_and_native_is_refused(monkeypatch):
         raise NativeUnavailableError("no C compiler was found")
 
     monkeypatch.setattr(native, "open_library", unavailable)
-    monkeypatch.setattr(backend, "is_available", lambda name: False)
+    monkeypatch.setattr(selection, "is_available", lambda name: False)
     assert make_backend("auto", CPU).name == "torch"
     with pytest.raises(ConfigError, match="attention_backend is native, but no C compiler was found; use auto"):
         make_backend("native", CPU)
