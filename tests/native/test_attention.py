@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.attention.reference import BATCHES, OPTIONS, check, make_options, random_step
 from tests.native.building import X86, build_for
-from ulysses_infer.attention import native, selection
+from ulysses_infer.attention import backend, native, selection
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.attention.selection import make_backend

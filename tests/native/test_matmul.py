@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from tests.model.fake_step import FakeCollectives, step
 from tests.native.building import X86, build_for
 from ulysses_infer.errors import ConfigError
-from ulysses_infer.native import matmul
 from ulysses_infer.model.layers.matmul import linear
+from ulysses_infer.native import matmul
 from ulysses_infer.native.library import NativeUnavailableError
 from ulysses_infer.native.matmul import NativeMatmul, make_matmul
 
