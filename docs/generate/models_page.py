@@ -29,7 +29,8 @@ fixed at `model.max_model_len`, since transformers' own would let a request depe
 
 Checkpoints like Llama 4 Scout, Gemma 3 or Qwen3-VL are served as the language models in them: prompts are text, and a
 message with an image gets status 400. The multimodal encoders are removed before weights are distributed; their
-weights are neither read nor kept. The rest runs transformers' own forward of the whole model, whose names for the tensors are the
+weights are neither read nor kept.
+The rest runs transformers' own forward of the whole model, whose names for the tensors are the
 checkpoint's, and is compared with the whole model on text alone. RoPE with sections for time, height and width (mRoPE)
 gets one position for all three, as it does in transformers for text, where it is ordinary RoPE.
 

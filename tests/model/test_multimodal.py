@@ -95,5 +95,7 @@ def test_a_wrapper_is_supported_only_if_its_language_model_is() -> None:
 
 
 def test_bidirectional_prompts_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="'paligemma' is not supported: its prompts use bidirectional attention"):
+    with pytest.raises(
+        UnsupportedModelError, match="'paligemma' is not supported: its prompts use bidirectional attention"
+    ):
         check_supported(CONFIG_MAPPING["paligemma"](), allow_unverified=True)
