@@ -25,10 +25,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from benchmarks.arguments import common_options
-from ulysses_infer.attention.backend import AttentionBackend, KernelAttention
-from ulysses_infer.attention.selection import AttentionNeeds, make_backend, make_gpu_backend
+from ulysses_infer.attention.backend import KernelAttention
 from ulysses_infer.cache.paged import CacheShape, PagedCache
 from ulysses_infer.config import ModelConfig
+from ulysses_infer.job.make_worker import make_attention
 from ulysses_infer.model.fusion.fuse import Fusion
 from ulysses_infer.model.injection.probe import probe
 from ulysses_infer.model.layers.rotary import freeze_rotary
@@ -127,7 +127,7 @@ def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load]
         model.dtype,
         sizes.values_in_keys,
     )
-    backend = _attention(arguments.attention_backend, model, shape, device)
+    backend = make_attention(arguments.attention_backend, model, shape, device)
     captures = wants_cuda_graphs(None, device, backend, bool(model.injection.expert_layers))
     blocks = max(load.requests * shape.blocks_for(load.context + load.tokens) for load in loads)
     cache = PagedCache(shape, blocks, device, scratch_blocks=1)
@@ -141,23 +141,6 @@ def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load]
         capturer = CudaCapturer(device)
         worker.graphs = CudaGraphRunner(model, cache, groups, backend, worker.eager.inputs, capturer, device, most)
     return worker
-
-
-def _attention(name: str, model: ShiftModel, shape: CacheShape, device: torch.device) -> AttentionBackend:
-    if device.type == "cpu":
-        return make_backend(name, device)
-    needs = AttentionNeeds.of(
-        model.attention_options,
-        model.shape.max_model_len,
-        torch.cuda.get_device_capability(device),
-        model.dtype,
-        shape.dtype,
-        shape.key_width,
-        shape.value_width,
-        shape.block_size,
-        shape.values_in_keys,
-    )
-    return make_gpu_backend(name, device, needs)
 
 
 def make_plan(mode: Mode, load: Load, blocks_each: int, dropped: list[int]) -> StepPlan:

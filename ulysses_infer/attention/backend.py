@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -104,6 +104,7 @@ class AttentionBackend(Protocol):
 
     name: str
 
+    @abstractmethod
     def attend(
         self,
         query: torch.Tensor,
@@ -116,23 +117,10 @@ class AttentionBackend(Protocol):
         ...
 
 
-class KernelAttention(ABC):
+class KernelAttention(AttentionBackend):
     """Base of backends that read `AttentionMetadata.kernel` only, so that CUDA graphs can capture their steps."""
 
-    name: str
-
-    @abstractmethod
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        metadata: AttentionMetadata,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        """See `AttentionBackend.attend`."""
-
-    def replan(self, sequences: KernelSequences, host: HostSequences) -> None:  # noqa: B027
+    def replan(self, sequences: KernelSequences, host: HostSequences) -> None:
         """Plan a captured step again before its replay, for `host`, the current values of its static `sequences`.
 
         Does nothing for kernels without plans.

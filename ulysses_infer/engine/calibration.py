@@ -155,7 +155,7 @@ class Calibration:
         return filled, times
 
     def step(self, point: Point, mode: Mode, first_block: int = 0) -> float:
-        """Run `point` once in `mode`, with its sequences in the blocks from that one on; returns the seconds."""
+        """Run `point` once in `mode`, in the allocated blocks from `first_block` on; returns the seconds."""
         items, offset = [], first_block
         for start, count in point.sequences:
             self._handles -= 1
@@ -174,8 +174,8 @@ class Calibration:
         return time.perf_counter() - started
 
     def _tables(self, offset: int, start: int, used: int) -> list[int]:
-        """New blocks per cache group for a text of `used` blocks, of which all but the tokens from `start` on exist.
-        Groups with fewer blocks reuse theirs in turn."""
+        """The block tables, one cache group after another, of a text of `used` blocks from allocated block `offset` on
+        whose tokens before `start` are cached. Groups with fewer blocks reuse theirs in turn."""
         table: list[int] = []
         for attention_span, blocks in zip(self._allocator.attention_spans, self._blocks, strict=True):
             first = attention_span.first_visible(start) // self._allocator.block_size

@@ -114,7 +114,7 @@ class RequestTable:
         return [completion for completion in aborted if completion is not None]
 
     def forget(self, request: Request) -> None:
-        """Drop a finished sequence; the other ranks are told with the next plan."""
+        """Drop a finished sequence; the next plan drops its block tables on the other ranks."""
         if self.sequences.pop(request.index, None) is not None:
             self._forgotten.append(request.index)
             self._full_logits.discard(request.index)

@@ -154,7 +154,7 @@ class Scheduler:
         for request in list(self._running.values()):
             if step.budget == 0 or step.lacks_room:
                 break
-            # do not start what was preempted for another request in this very step
+            # an earlier request in this loop may have preempted it
             if request.status is RequestStatus.RUNNING:
                 self._continue(request, step)
         while self._waiting and min(step.budget, step.prefill_budget) > 0 and not step.lacks_room:

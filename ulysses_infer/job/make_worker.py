@@ -36,7 +36,7 @@ def make_worker(
     sizing = CacheSizing(shape, layers, max_model_len, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
     own = channel.together(lambda: cache_bytes(config.cache, sizing, budget, device.type == "cpu"))
     num_bytes = channel.smallest(own)  # shards are equal, free memory may not be
-    backend = channel.together(lambda: _make_backend(config, model, shape, device))
+    backend = channel.together(lambda: make_attention(config.runtime.attention_backend, model, shape, device))
     captures = channel.together(
         lambda: wants_cuda_graphs(config.runtime.enforce_eager, device, backend, bool(model.injection.expert_layers))
     )
@@ -69,9 +69,10 @@ def cache_shape(config: Config, model: ShiftModel, groups: ProcessGroups) -> Cac
     )
 
 
-def _make_backend(config: Config, model: ShiftModel, shape: CacheShape, device: torch.device) -> AttentionBackend:
+def make_attention(name: str, model: ShiftModel, shape: CacheShape, device: torch.device) -> AttentionBackend:
+    """The attention backend `name` for this model and cache. Raises `ConfigError` if it cannot be used."""
     if device.type == "cpu":
-        return make_backend(config.runtime.attention_backend, device)
+        return make_backend(name, device)
     needs = AttentionNeeds.of(
         model.attention_options,
         model.shape.max_model_len,
@@ -83,7 +84,7 @@ def _make_backend(config: Config, model: ShiftModel, shape: CacheShape, device: 
         shape.block_size,
         shape.values_in_keys,
     )
-    return make_gpu_backend(config.runtime.attention_backend, device, needs)
+    return make_gpu_backend(name, device, needs)
 
 
 def _make_cache(

@@ -64,7 +64,7 @@ class MultiRankEngine:
         return result
 
     def _on_all_ranks(self, action: Callable[..., None], *args: Any) -> None:
-        """Run `action(rank, *args)` on every rank; worker processes are told to."""
+        """Run `action(rank, *args)` on every rank; worker processes get it as a message."""
         rank = self._running_rank()
         with self._end_on_failure():
             if self._processes is not None:

@@ -27,7 +27,7 @@ class StepContext:
     cache: PagedCache
     backend: AttentionBackend
     matmul: NativeMatmul | None = None  # None: use torch
-    adapters: Sequence[tuple[int, torch.Tensor]] = ()  # (adapter index, rows of this rank's slice that use it)
+    adapters: Sequence[tuple[int, torch.Tensor]] = ()  # (adapter number, rows of this rank's slice that use it)
     attention_of_layers: Sequence[AttentionMetadata] | None = None  # only with several cache groups
 
     def attention_of(self, layer: int) -> AttentionMetadata:

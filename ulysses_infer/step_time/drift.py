@@ -9,7 +9,7 @@ from statistics import median
 from typing import NamedTuple
 
 WINDOW = 16
-AGREEING = 14  # share of the window's steps that must deviate to the same side
+AGREEING = 14  # steps of the window that must deviate to the same side
 LEAST_CHANGE = math.log(1.1)
 MOST_BIAS = math.log(1.25)  # how far the model may be off for a kind of step that was never measured
 SLOWNESS = 1 / 64  # how fast the usual level of a kind of step follows the measurements

@@ -25,7 +25,7 @@ class Memory:
         self._counts: dict[Bucket, int] = {}
 
     def add(self, bucket: Bucket, row: np.ndarray, seconds: float, time: int, assumed: bool = False) -> None:
-        """Remember a step at `time`, a count of steps. An estimated one never replaces a measured one."""
+        """Remember a step at `time`, a count of steps. Estimated ones (`assumed`) get little weight."""
         place = self._places.setdefault(bucket, len(self._places) * PER_BUCKET)
         if place == len(self._seconds):
             self._grow()

@@ -17,7 +17,7 @@ from ulysses_infer.step_time.step_shape import FEATURES, NUM_SHARED, Bucket, Ste
 STEPS_PER_FIT = 64
 PROOF = 0.1  # attention is slower in a mode only if that explains this share of the time of steps with attention
 LEAST_SECONDS = 1e-6
-CORRECTION_EACH = math.log(1.25)  # one more step of a kind may raise its prediction by a quarter
+CORRECTION_EACH = math.log(1.25)  # each step of a kind may change its prediction by up to another quarter
 FRESH_STEPS = 2000  # the half-life of a correction: a mode that had bad luck gets another chance
 
 

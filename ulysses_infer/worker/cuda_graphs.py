@@ -72,8 +72,8 @@ class CudaCapturer:
 def bucket_sizes(max_num_seqs: int, sp: int) -> list[int]:
     """Rows of the captured steps of a mode with `sp` token slices, ascending. All slices have the same size.
 
-    1, 2, 4, 8, 16, then each power of two and the number half-way to the next: above 16 rows, padding is less than
-    half of a step.
+    1, 2, 4, 8, 16, then each power of two and the number half-way to the next: above 16 rows, at most half of
+    the rows of a step are added as padding.
     """
     limit = min(max_num_seqs, MAX_ROWS)
     sizes = [1, 2, 4, 8, 16]

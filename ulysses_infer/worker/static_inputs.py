@@ -13,7 +13,7 @@ import torch
 
 from ulysses_infer.attention.backend import AttentionMetadata, HostSequences, KernelSequences, running_sums
 from ulysses_infer.attention.native import NativeAttention
-from ulysses_infer.worker.block_tables import GroupArrays, StepArrays
+from ulysses_infer.worker.block_tables import GroupArrays
 from ulysses_infer.worker.step import Step
 from ulysses_infer.worker.transfer import StepInputs
 
@@ -105,9 +105,6 @@ class CpuInputs:
         self.token_ids[:size] = step.plan.token_ids
         self.positions[:size] = arrays.positions
         step.fill_placeholders(torch.from_numpy(self.token_ids[:size]))
-        self._fill_groups(arrays, size)
-
-    def _fill_groups(self, arrays: StepArrays, size: int) -> None:
         for group, own in zip(self._groups, arrays.groups, strict=True):
             group.fill(own, size)
 

@@ -12,7 +12,7 @@ from ulysses_infer.cache.paged import PagedCache
 from ulysses_infer.model.context import StepContext
 from ulysses_infer.native.matmul import NativeMatmul
 from ulysses_infer.parallel.groups import ProcessGroups
-from ulysses_infer.parallel.layout import Mode, Span, token_spans
+from ulysses_infer.parallel.layout import Mode, Span, even_span, token_spans
 
 
 class StepContextBuilder:
@@ -26,7 +26,7 @@ class StepContextBuilder:
 
     def local_span(self, mode: Mode, num_tokens: int) -> Span:
         """This rank's slice of the step's tokens."""
-        return token_spans(num_tokens, mode.sp)[self.groups.place(mode).token_index]
+        return even_span(num_tokens, self.groups.place(mode).token_index, mode.sp)
 
     def build(
         self,

@@ -42,7 +42,7 @@ from ulysses_infer.console.screen import make_console
 from ulysses_infer.errors import ConfigError, RequestError
 
 SMALLEST_VOCABULARY = 99  # for models that do not declare their size
-WARM_UP = -1  # the seed of the warm-up, which is not counted
+WARM_UP = -1  # the repeat that is not counted
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
