@@ -32,7 +32,7 @@ def test_chunked_body_is_the_same_however_it_is_cut(chunks: list[bytes], where: 
     assert got == b"".join(chunks)
     assert reader.is_complete
     assert reader.keeps_connection
-    assert reader.headers["server"] == "x"
+    assert reader.headers == {"server": "x", "transfer-encoding": "chunked"}
 
 
 @given(st.binary(max_size=80), cuts)
@@ -77,6 +77,7 @@ def test_response_that_is_cut_off_is_an_error(data: bytes, words: str) -> None:
     [
         b"SSH-2.0-OpenSSH\r\n\r\n",
         b"HTTP/1.1 hello\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: upgrade\r\n\r\n",
         HEAD + b"transfer-encoding: chunked\r\n\r\nxyz\r\n",
         HEAD + b"transfer-encoding: chunked\r\n\r\n1\r\nabc\r\n",
     ],
@@ -86,12 +87,64 @@ def test_what_is_not_http_is_an_error(data: bytes) -> None:
         ResponseReader().feed(data)
 
 
-def test_connection_with_more_than_the_answer_is_not_used_again() -> None:
+@pytest.mark.parametrize("rest", [b"bc", HEAD + b"content-length: 1\r\n\r\nb"])
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_connection_with_more_than_the_answer_is_not_used_again(rest: bytes, is_cut: bool) -> None:
     reader = ResponseReader()
-    reader.feed(HEAD + b"content-length: 1\r\n\r\nabc")
+    answer = HEAD + b"content-length: 1\r\n\r\na"
+    body = b"".join(reader.feed(part) for part in ([answer, rest] if is_cut else [answer + rest]))
 
-    assert reader.rest == b"bc"
+    assert body == b"a"
+    assert reader.has_rest
     assert not reader.keeps_connection
+
+
+@given(cuts)
+def test_informational_responses_are_skipped(where: list[int]) -> None:
+    hints = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    reader = ResponseReader()
+
+    assert reader.feed(hints) == b""
+    assert (reader.status, reader.is_complete) == (0, False)
+
+    got = b"".join(reader.feed(part) for part in cut_up(hints + HEAD + b"content-length: 3\r\n\r\nabc", where))
+
+    assert (got, reader.status, reader.is_complete, reader.keeps_connection) == (b"abc", 200, True, True)
+    assert reader.headers == {"server": "x", "content-length": "3"}
+
+
+def test_connection_closed_after_an_informational_response_is_an_error() -> None:
+    reader = ResponseReader()
+    reader.feed(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+
+    with pytest.raises(WireError, match="before any answer"):
+        reader.end()
+
+
+@pytest.mark.parametrize(
+    ("head", "keeps"),
+    [
+        (HEAD, True),
+        (HEAD + b"Connection: Close\r\n", False),
+        (b"HTTP/1.0 200 OK\r\n", False),
+        (b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n", True),
+    ],
+)
+def test_connection_is_kept_unless_the_server_closes_it(head: bytes, keeps: bool) -> None:
+    reader = ResponseReader()
+    reader.feed(head + b"content-length: 1\r\n\r\na")
+
+    assert reader.is_complete
+    assert reader.keeps_connection == keeps
+
+
+@pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
+def test_response_without_a_body_ends_with_its_head(status: bytes) -> None:
+    reader = ResponseReader()
+    reader.feed(b"HTTP/1.1 " + status + b"\r\n\r\n")
+
+    assert reader.is_complete
+    assert reader.keeps_connection
 
 
 lines = st.text(st.characters(blacklist_characters="\r\n", blacklist_categories=["Cs"]), min_size=1, max_size=20)

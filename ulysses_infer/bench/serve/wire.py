@@ -1,12 +1,17 @@
 """Incremental parsers for HTTP/1.1 responses and server-sent events.
 
-Own parsers because the client shares its cores with the server under test: per token they cost a few slices.
+The client shares its cores with the server under test, so each token must cost little: httptools parses in C, and
+events take a few slices.
 """
 
 from __future__ import annotations
 
-MAX_HEAD_BYTES = 65536
-NO_BODY = (204, 304)
+from ulysses_infer.errors import ConfigError
+
+try:
+    from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+except ImportError as error:
+    raise ConfigError("the load generator needs httptools; install the extra ulysses_infer[bench]") from error
 
 
 class WireError(Exception):
@@ -14,7 +19,7 @@ class WireError(Exception):
 
 
 class ResponseReader:
-    """Parses one response incrementally and returns its body.
+    """Parses one response incrementally and returns its body. Skips informational responses (1xx) before it.
 
     Raises `WireError` for anything but HTTP/1.x.
     """
@@ -23,120 +28,64 @@ class ResponseReader:
         self.status = 0
         """0 until the head is complete."""
         self.headers: dict[str, str] = {}
-        """By lower-case name; the last one if repeated."""
+        """By lower-case name; the last one if repeated. Without trailers."""
         self.is_complete = False
-        self.rest = b""
-        """Bytes after the end of the response; there should be none."""
-        self._buffer = b""
-        self._read = self._read_head
-        self._left = 0  # bytes left of a body of known length, or of the current chunk
+        self.has_rest = False
+        """Whether bytes followed the end of the response; there should be none."""
+        self._parser = HttpResponseParser(self)
+        self._is_persistent = False
         self._body: list[bytes] = []
 
     @property
     def keeps_connection(self) -> bool:
         """Whether the connection can be reused."""
-        return self.is_complete and not self.rest and self.headers.get("connection", "").lower() != "close"
+        return self.is_complete and self._is_persistent and not self.has_rest
 
     def feed(self, data: bytes) -> bytes:
         """Parse new data; returns the body bytes in it."""
-        self._buffer = self._buffer + data if self._buffer else data
-        while not self.is_complete and self._buffer and self._read():
-            pass
-        if self.is_complete:
-            self.rest, self._buffer = self.rest + self._buffer, b""
+        try:
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as error:
+            if not self.is_complete:
+                raise WireError(f"the answer is not HTTP/1.1: {error}: {data[:40]!r}") from error
+            self.has_rest = True
         body, self._body = b"".join(self._body), []
         return body
 
     def end(self) -> None:
         """The connection was closed. Raises `WireError` unless that ends this response."""
-        if self._read == self._read_until_close:
+        is_chunked = self.headers.get("transfer-encoding", "").lower().endswith("chunked")
+        if self.status and not is_chunked and "content-length" not in self.headers:
             self.is_complete = True
-            self.headers["connection"] = "close"
         if not self.is_complete:
             raise WireError("the connection was closed in the middle of the answer" if self.status else CLOSED)
 
-    def _read_head(self) -> bool:
-        end = self._buffer.find(b"\r\n\r\n")
-        if end < 0:
-            if len(self._buffer) > MAX_HEAD_BYTES or not b"HTTP/1.".startswith(self._buffer[:7]):
-                raise WireError(f"the answer is not HTTP/1.1: {self._buffer[:40]!r}")
-            return False
-        head, self._buffer = self._buffer[:end].decode("latin-1"), self._buffer[end + 4 :]
-        status_line, *lines = head.split("\r\n")
-        version, _, status = status_line.partition(" ")
-        if not version.startswith("HTTP/1.") or not status[:3].isdigit():
-            raise WireError(f"the answer is not HTTP/1.1: {status_line[:40]!r}")
-        if status[:3] == "100":
-            return True  # "100 Continue": the actual response follows
-        self.status = int(status[:3])
-        for line in lines:
-            name, _, value = line.partition(":")
-            self.headers[name.strip().lower()] = value.strip()
-        self._choose_body()
-        return True
+    def on_message_begin(self) -> None:
+        """Of httptools, as the following."""
+        if self.is_complete:
+            raise WireError("a second response")  # `feed` gets it as an HttpParserError
 
-    def _choose_body(self) -> None:
-        length = self.headers.get("content-length")
-        if self.headers.get("transfer-encoding", "").lower() == "chunked":
-            self._read = self._read_chunk_size
-        elif length is not None and length.isdigit():
-            self._left, self._read = int(length), self._read_known_length
-            self.is_complete = self._left == 0
-        elif self.status in NO_BODY:
-            self.is_complete = True
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer after the body."""
+        if not self.status:
+            self.headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
+
+    def on_headers_complete(self) -> None:
+        """The head of an informational response is dropped."""
+        status = self._parser.get_status_code()
+        if status < 200:
+            self.headers.clear()
         else:
-            self._read = self._read_until_close
+            self.status = status
+            self._is_persistent = self._parser.should_keep_alive()
 
-    def _read_until_close(self) -> bool:
-        self._body.append(self._buffer)
-        self._buffer = b""
-        return False
+    def on_body(self, data: bytes) -> None:
+        """A piece of the body."""
+        self._body.append(data)
 
-    def _read_known_length(self) -> bool:
-        self._take(self._left)
-        self.is_complete = self._left == 0
-        return False
-
-    def _read_chunk_size(self) -> bool:
-        end = self._buffer.find(b"\r\n")
-        if end < 0:
-            return False
-        try:
-            self._left = int(self._buffer[:end].partition(b";")[0], 16)
-        except ValueError as error:
-            raise WireError(f"a chunk of the answer has no size: {self._buffer[:40]!r}") from error
-        self._buffer = self._buffer[end + 2 :]
-        self._read = self._read_chunk if self._left else self._read_trailer
-        return True
-
-    def _read_chunk(self) -> bool:
-        self._take(self._left)
-        if self._left == 0:
-            self._read = self._read_chunk_end
-        return self._left == 0
-
-    def _read_chunk_end(self) -> bool:
-        if len(self._buffer) < 2:
-            return False
-        if self._buffer[:2] != b"\r\n":
-            raise WireError(f"a chunk of the answer is longer than it says: {self._buffer[:40]!r}")
-        self._buffer = self._buffer[2:]
-        self._read = self._read_chunk_size
-        return True
-
-    def _read_trailer(self) -> bool:
-        """Trailing headers up to an empty line; they are ignored."""
-        end = self._buffer.find(b"\r\n")
-        if end < 0:
-            return False
-        self.is_complete = end == 0
-        self._buffer = self._buffer[end + 2 :]
-        return not self.is_complete
-
-    def _take(self, count: int) -> None:
-        piece, self._buffer = self._buffer[:count], self._buffer[count:]
-        self._left -= len(piece)
-        self._body.append(piece)
+    def on_message_complete(self) -> None:
+        """The end of this response or of an informational one."""
+        self.is_complete = self.status != 0
 
 
 CLOSED = "the connection was closed before any answer"
