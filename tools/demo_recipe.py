@@ -11,6 +11,8 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from benchmarks.arguments import launcher_options
+
 
 @dataclass
 class CorpusConfig:
@@ -108,10 +110,9 @@ def reject_unknown_keys(layer: Mapping[str, object], known: list[str]) -> None:
 
 
 def parse_arguments(description: str, argv: list[str], recipe: type[Any] = Recipe) -> Any:
-    """The command line; the DeepSpeed launcher puts `--local_rank=i` before what the user wrote."""
-    parser = argparse.ArgumentParser(description=description)
+    """Parse the command line of a training script into a `recipe`."""
+    parser = argparse.ArgumentParser(description=description, parents=[launcher_options()])
     parser.add_argument("--config", help="recipe (YAML)")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args(argv)
     return load_recipe(arguments.config, arguments.overrides, recipe)

@@ -30,10 +30,14 @@ import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter
-from demo_corpus import END, END_OF_TEXT, build_corpus, encode, train_tokenizer
-from demo_recipe import Recipe, parse_arguments
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+if not __package__:  # started by path, as the deepspeed launcher does
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.demo_corpus import END, END_OF_TEXT, build_corpus, encode, train_tokenizer
+from tools.demo_recipe import Recipe, parse_arguments
 
 IGNORED_LABEL = -100
 AVERAGED_STEPS = 100  # a single step's loss says little

@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -21,9 +22,12 @@ import deepspeed.comm as dist
 import torch
 import torch.nn.functional as F
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
-from demo_recipe import parse_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+if not __package__:  # started by path, as the deepspeed launcher does
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.demo_recipe import parse_arguments
 from ulysses_infer import RequestOutput, SamplingParams, init_inference
 
 

@@ -15,10 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))  # tools/ holds scripts, not a package
-from demo_corpus import ROLES, SYSTEM_PROMPT, render_chat, turn, with_system_prompt  # noqa: E402
-from demo_recipe import load_recipe, parse_arguments  # noqa: E402
+from tests.launcher import ROOT
+from tools.demo_corpus import ROLES, SYSTEM_PROMPT, render_chat, turn, with_system_prompt
+from tools.demo_recipe import load_recipe, parse_arguments
 
 STEPS = 16
 TINY = [
@@ -58,7 +57,7 @@ class Ranks:
 
     def __init__(self, world: int, folder: Path, *overrides: str) -> None:
         self.folder = folder
-        command = [sys.executable, str(TOOLS / "train_demo_model.py")]
+        command = [sys.executable, str(ROOT / "tools" / "train_demo_model.py")]
         arguments = [*TINY, f"output_dir={folder / 'model'}", f"run_dir={folder / 'run'}", *overrides]
         environment = os.environ | {
             "DS_ACCELERATOR": "cpu",
@@ -162,5 +161,5 @@ def test_unknown_key_names_the_nearest() -> None:
 
 
 def test_shipped_recipe_is_valid() -> None:
-    recipe = load_recipe(str(TOOLS.parent / "recipes" / "train_demo.yaml"), [])
+    recipe = load_recipe(str(ROOT / "recipes" / "train_demo.yaml"), [])
     assert recipe.output_dir == "models/demo"

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.launcher import ROOT, environment
+from tools.demo_recipe import load_recipe
+from tools.train_rollouts import Recipe
 from ulysses_infer.job.processes import free_port
-
-sys.path.insert(0, str(ROOT / "tools"))  # scripts, not a package
-from demo_recipe import load_recipe
-from train_rollouts import Recipe
 
 RECIPE = "recipes/train_rollouts.yaml"
 
@@ -31,7 +29,7 @@ def test_the_reward_rises(tmp_path: Path):
     done = subprocess.run(
         [*launcher, "tools/train_rollouts.py", "--config", RECIPE, *changes],
         cwd=ROOT,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=280,
