@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from ulysses_infer.parallel.layout import Span
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+NAMED_KEY = "transformers_weights"  # of config.json: the file of the weights, if it has another name
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
 
@@ -115,16 +117,27 @@ def resolve_folder(path: str, revision: str | None) -> Path:
         ) from error
 
 
+def weights_file(folder: Path) -> Path | None:
+    """The file or index that transformers loads: what config.json names, else the single file, else the index.
+
+    transformers leaves a stale index beside a single file. None if `folder` has none. Raises `CheckpointError`.
+    """
+    named = _named_file(folder)
+    if named is not None:
+        return named
+    return next((folder / name for name in (SINGLE_NAME, INDEX_NAME) if (folder / name).is_file()), None)
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of `folder`, by its index if it has one. Raises `CheckpointError` for missing ones."""
-    index = folder / INDEX_NAME
-    if not index.is_file():
-        if (folder / SINGLE_NAME).is_file():
-            return [folder / SINGLE_NAME]
-        others = sorted(path.name for path in folder.glob("*.bin"))
+    """The safetensors files of `folder`: one, or the shards of its index. Raises `CheckpointError` for missing ones."""
+    found = weights_file(folder)
+    if found is None:
+        others = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
         hint = f"; it has {others[0]}: save it again with save_pretrained" if others else ""
         raise CheckpointError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
-    names = sorted(set(_read_index(index).values()))
+    if found.name.endswith(".safetensors"):
+        return [found]
+    names = _shards(found)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -133,12 +146,37 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def _named_file(folder: Path) -> Path | None:
+    """The file or index that config.json names as `transformers_weights`, which must be in `folder`."""
+    config = folder / "config.json"
+    name = read_json_object(config).get(NAMED_KEY) if config.is_file() else None
+    if name is None:
+        return None
+    path = folder / str(name)
+    is_inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))  # a link may lead out of it
+    if not (is_inside and path.is_file() and path.name.endswith((".safetensors", ".safetensors.index.json"))):
+        raise CheckpointError(
+            f"{config}: {NAMED_KEY} is {name!r}, which is no safetensors file or index in this folder"
+        )
+    return path
+
+
+def _shards(index: Path) -> list[str]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not (isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())):
+        raise CheckpointError(f"{index} is not a safetensors index (it maps no tensors to files); download it again")
+    return sorted(set(weight_map.values()))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint. Raises `CheckpointError`, one line that names the file."""
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index ({error}); download it again") from error
-    return weight_map
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}; correct it or download it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds no JSON object; correct it or download it again")
+    return values
 
 
 def _open(path: Path) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ulysses_infer.model.loading.files import read_json_object
 
 # By model type and name: converts the released value to the intended one.
 RELEASED: dict[tuple[str, str], Callable[[Any], Any]] = {
@@ -16,13 +17,12 @@ RELEASED: dict[tuple[str, str], Callable[[Any], Any]] = {
 def legacy_config(folder: Path) -> Any | None:
     """transformers' config of a folder whose config.json has such values; None if it has none.
 
-    Raises OSError or ValueError if it cannot be read.
+    Raises `CheckpointError` if it cannot be read.
     """
     from transformers import CONFIG_MAPPING
 
-    values = json.loads((folder / "config.json").read_text())
-    is_old = isinstance(values, dict) and repair(values)
-    return CONFIG_MAPPING[values["model_type"]].from_dict(values) if is_old else None
+    values = read_json_object(folder / "config.json")
+    return CONFIG_MAPPING[values["model_type"]].from_dict(values) if repair(values) else None
 
 
 def repair(values: dict[str, Any]) -> bool:

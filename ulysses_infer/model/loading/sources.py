@@ -13,13 +13,12 @@ import torch
 
 from ulysses_infer.errors import CheckpointError, ConfigError
 from ulysses_infer.model.loading.files import (
-    INDEX_NAME,
-    SINGLE_NAME,
     MemorySource,
     SafetensorsSource,
     TensorSource,
     resolve_folder,
     take,
+    weights_file,
 )
 from ulysses_infer.model.loading.training import AdaptedSource, TrainingSource, has_adapters
 from ulysses_infer.model.loading.zero import open_zero, zero_folder
@@ -67,8 +66,7 @@ class Checkpoint:
 def find_checkpoint(path: str, revision: str | None = None, hf_config: str | None = None) -> Checkpoint:
     """The checkpoint that a hub id or a folder names. Raises `CheckpointError`."""
     folder = resolve_folder(path, revision)
-    is_hugging_face = any((folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME))
-    return Checkpoint(folder, None if is_hugging_face else zero_folder(folder), hf_config)
+    return Checkpoint(folder, None if weights_file(folder) else zero_folder(folder), hf_config)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""Which files of a checkpoint folder are read: the weights that transformers would take, and what each file must hold."""
+
+import itertools
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.tiny import settings, tiny_llama
+from ulysses_infer import SamplingParams, init_inference
+from ulysses_infer.errors import CheckpointError
+from ulysses_infer.model.loading.files import INDEX_NAME, NAMED_KEY, SINGLE_NAME, checkpoint_files
+from ulysses_infer.model.loading.sources import find_checkpoint
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+BIN_INDEX = "pytorch_model.bin.index.json"
+MIXED = [
+    SINGLE_NAME,
+    INDEX_NAME,
+    *SHARDS,
+    "pytorch_model.bin",
+    BIN_INDEX,
+    "consolidated.safetensors",
+    "model.fp16.safetensors",
+]
+
+
+def fill(folder, names, config):
+    """Empty files of these names; indexes name their shards."""
+    folder.mkdir()
+    for name in names:
+        shards = SHARDS if name == INDEX_NAME else ["pytorch_model-00001-of-00001.bin"]
+        index = {"metadata": {}, "weight_map": {f"tensor{i}": shard for i, shard in enumerate(shards)}}
+        (folder / name).write_text(json.dumps(index) if name.endswith(".index.json") else "")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def chosen_by_transformers(folder, config):
+    """The names of the files that `from_pretrained` reads; None if it refuses, or reads files that are gone or pickles."""
+    from transformers.modeling_utils import _get_resolved_checkpoint_files
+
+    try:
+        files, _ = _get_resolved_checkpoint_files(
+            folder, None, None, None, None, False, transformers_explicit_filename=config.get(NAMED_KEY)
+        )
+    except (OSError, ValueError):
+        return None
+    names = [os.path.relpath(path, folder) for path in ([files] if isinstance(files, str) else files)]
+    served = all(name.endswith(".safetensors") and (folder / name).is_file() for name in names)
+    return names if served else None
+
+
+@pytest.mark.parametrize("named", [None, SINGLE_NAME, "consolidated.safetensors", INDEX_NAME, "../x.safetensors", 7])
+def test_the_weights_are_the_files_that_transformers_takes_of_every_mixture(named, tmp_path):
+    config = {} if named is None else {NAMED_KEY: named}
+    for number, chosen in enumerate(itertools.product([False, True], repeat=len(MIXED))):
+        folder = tmp_path / str(number)
+        fill(folder, itertools.compress(MIXED, chosen), config)
+        expected = None if named == 7 else chosen_by_transformers(folder, config)
+        if expected is None:
+            with pytest.raises(CheckpointError) as caught:
+                checkpoint_files(folder)
+            assert "\n" not in str(caught.value)
+        else:
+            assert [os.path.relpath(path, folder) for path in checkpoint_files(folder)] == expected
+            assert find_checkpoint(str(folder)).step is None
+
+
+@pytest.mark.parametrize("shards", ["gone", "complete"])
+def test_a_single_file_beside_a_stale_index_is_served(shards, tmp_path):
+    old = tiny_llama(tmp_path / "old")
+    old.save_pretrained(tmp_path / "old", max_shard_size="40KB")
+    (tmp_path / "old" / SINGLE_NAME).unlink(missing_ok=True)
+    new = {name: torch.roll(tensor, 1, 0) for name, tensor in old.state_dict().items()}
+    old.load_state_dict(new)
+    if shards == "gone":
+        old.save_pretrained(tmp_path / "old")  # deletes the shards and leaves the index
+    else:
+        save_file({name: tensor.clone() for name, tensor in new.items()}, tmp_path / "old" / SINGLE_NAME)
+    assert (tmp_path / "old" / INDEX_NAME).is_file()
+    assert any((tmp_path / "old").glob("model-*.safetensors")) == (shards == "complete")
+    greedy = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    with init_inference(str(tmp_path / "old"), **settings()) as engine:
+        found = engine.generate([[3, 4, 5]], greedy)[0].outputs[0].token_ids
+    want = old.eval().generate(torch.tensor([[3, 4, 5]]), do_sample=False, max_new_tokens=5, eos_token_id=None)
+    assert found == want[0, 3:].tolist()
