@@ -391,7 +391,7 @@ class TestAliases:
         assert message == "parallel.tp = 'two' (in the command line, as tensor_parallel_size): expected int"
 
     def test_shift_switch_takes_only_true_and_false(self):
-        assert complaint(["--enable-shift-parallel=2"]) == "enable_shift_parallel is true or false, not '2'"
+        assert complaint(["--enable-shift-parallel=2"]) == "enable_shift_parallel must be true or false, not '2'"
 
     def test_deepspeed_keys_are_understood(self):
         config = load({"dtype": torch.float16, "tensor_parallel": {"tp_size": 2}, "max_out_tokens": 512})
@@ -532,7 +532,7 @@ class TestUnavailable:
     @pytest.mark.parametrize(
         ("override", "message"),
         [
-            ("parallel.dp=2", "parallel.dp = 2: replicas are for serve, which has a router; use 1 here"),
+            ("parallel.dp=2", "parallel.dp = 2: replicas need the router of serve; use 1 here"),
         ],
     )
     def test_feature_not_there_yet_is_refused_by_name(self, override, message):
@@ -608,7 +608,7 @@ class TestPrinting:
     def test_reference_has_a_row_for_every_key(self):
         rows = [line for line in schema_reference().splitlines() if line.startswith("| `")]
         assert [re.match(r"\| `([\w.]+)` \|", row)[1] for row in rows] == list(all_keys())
-        assert "| `parallel.sp` | int, ≥ 1 | `1` | Token slices" in schema_reference()
+        assert "| `parallel.sp` | int, ≥ 1 | `1` | Sequence-parallel size" in schema_reference()
         assert "| `model.path` | str | required |" in schema_reference()
 
     def test_documented_reference_is_up_to_date(self):

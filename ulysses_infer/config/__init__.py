@@ -1,4 +1,4 @@
-"""The recipe: its schema, how it is loaded, and what is refused."""
+"""The recipe: schema, loading and validation."""
 
 from ulysses_infer.config.device import choose_for_device
 from ulysses_infer.config.loading import load_config

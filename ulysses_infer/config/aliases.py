@@ -1,8 +1,7 @@
 """Aliases of recipe keys that users know from DeepSpeed and vLLM.
 
-DeepSpeed: the keys of `deepspeed.init_inference(model, config)`. vLLM: its engine arguments and the flags of
-its Shift Parallelism plug-in, as `--tensor-parallel-size 2` on a command line or `tensor_parallel_size=2` in
-Python.
+DeepSpeed: the keys of `deepspeed.init_inference(model, config)`. vLLM: its engine arguments and the flags of its Shift
+Parallelism plug-in, such as `--tensor-parallel-size 2` on a command line or `tensor_parallel_size=2` in Python.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from ulysses_infer.errors import ConfigError
 
 
 def shift_policy(value: Any) -> str:
-    """The policy that `enable_shift_parallel: value` asks for."""
+    """The policy that `enable_shift_parallel: value` selects."""
     if str(value).lower() not in ("true", "false"):
-        raise ConfigError(f"enable_shift_parallel is true or false, not {value!r}")
+        raise ConfigError(f"enable_shift_parallel must be true or false, not {value!r}")
     return "threshold" if str(value).lower() == "true" else "static"
 
 
@@ -74,11 +73,11 @@ DTYPE_NAMES = {
 }
 
 NEEDLESS_KEYS = frozenset({"replace_with_kernel_inject", "replace_method", "injection_policy", "checkpoint"})
-"""DeepSpeed keys for things that this engine always does, or finds out itself."""
+"""DeepSpeed keys for what this engine always does or detects itself."""
 
 
 def is_alias_section(name: str) -> bool:
-    """Whether `name` is a mapping of aliases, as DeepSpeed's `tensor_parallel: {tp_size: 2}`."""
+    """Whether `name` is a mapping of aliases, such as DeepSpeed's `tensor_parallel: {tp_size: 2}`."""
     return any(alias.startswith(name + ".") for alias in ALIASES)
 
 
@@ -111,7 +110,7 @@ def _assignment(argument: str) -> tuple[str, str]:
 
 
 def _flag(argument: str, remaining: list[str]) -> tuple[str, str]:
-    """The pair of one flag; takes its value from the front of `remaining` if it is there."""
+    """The (alias, text) pair of one flag; a separate value is removed from the front of `remaining`."""
     written, equals, text = argument.partition("=")
     name = written.removeprefix("--").replace("-", "_")
     positive = name.removeprefix("no_")

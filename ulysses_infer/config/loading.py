@@ -33,14 +33,15 @@ def load_config(
     strict_clash: bool = False,
     defaults: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The configuration that a recipe and overrides make; overrides win over the recipe, it over defaults.
+    """Build the configuration: overrides take precedence over the recipe, the recipe over the defaults.
 
     `source` is the path of a recipe, a mapping (nested or dotted keys, DeepSpeed's and vLLM's names included)
     or a `Config`. `overrides` is such a mapping, or command-line arguments such as `a.b=c` and
     `--tensor-parallel-size 2`. With `strict_clash` an override must not change a key that `source` gives. `defaults`
-    are dotted keys that belong together: they replace the schema's where nobody gives any of them.
+    are dotted keys that belong together: they replace the schema's defaults unless one of them is set.
 
-    Raises ConfigError, one line, for an unknown key, a wrong type, a value out of range, a contradiction.
+    Raises a one-line ConfigError for an unknown key, a wrong type, a value out of range or a contradiction.
+
     """
     given = _source_settings(source)
     changes = _override_settings(overrides)

@@ -14,7 +14,7 @@ from ulysses_infer.config.settings import escaped
 
 
 def resolved_yaml(config: Config) -> str:
-    """`config` as a complete recipe; keys that guard the server are hidden."""
+    """`config` as a complete recipe; the values of secret keys are hidden."""
     tree = escaped(dataclasses.asdict(config))
     for key in all_keys().values():
         section, _, name = key.name.partition(".")

@@ -1,6 +1,6 @@
-"""The recipe schema: one typed dataclass per section, with the meaning and the values of each key.
+"""The recipe schema: one typed dataclass per section, with the description and the allowed values of each key.
 
-The meanings are the text of `docs/recipe-reference.md`; choices and ranges are enforced by `validation.py`.
+The descriptions are the text of `docs/recipe-reference.md`; `validation.py` enforces choices and ranges.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     ChosenInt = int
 else:
     ChosenInt = int | None
-    """Null in a recipe; a number for all who read it, since start-up chooses one (`device.py`)."""
+    """May be null in a recipe; `device.py` replaces null by a number at start, before anything reads it."""
 
 MISSING = "???"
-"""A value that a recipe must give (OmegaConf's own spelling)."""
+"""The default of a key that a recipe must set, as OmegaConf spells it."""
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CACHE_DTYPES = (*DTYPES, "fp8")
@@ -37,9 +37,9 @@ def option(
     kind: str | None = None,
     secret: bool = False,
 ) -> Any:
-    """A recipe key: its default, its meaning, the values it takes, and whether printing it must hide it.
+    """A recipe key: its default, description and allowed values, and whether its value is hidden in printed recipes.
 
-    `kind` puts the type in words where Python's own says too little.
+    `kind` describes the type where the Python type is not specific enough.
     """
     metadata = {
         "help": help,
@@ -61,62 +61,63 @@ class ModelConfig:
 
     path: str = option(
         MISSING,
-        help="Checkpoint: a hub id, or a folder (a DeepSpeed ZeRO checkpoint's, too), relative to the recipe that "
-        "names it or to the working directory.",
+        help="Checkpoint: a hub id or a folder (DeepSpeed ZeRO checkpoints included), relative to the recipe that "
+        "contains the key or to the working directory.",
     )
     hf_config: str | None = option(
-        help="Folder with the Hugging Face config.json (and tokenizer) of a checkpoint that lacks one, as DeepSpeed's "
-        "do; null: looked for in the checkpoint and up to three folders above."
+        help="Folder with the Hugging Face config.json (and tokenizer) for a checkpoint without one, such as a "
+        "DeepSpeed checkpoint; null: search the checkpoint and up to three folders above it."
     )
     hf_overrides: dict[str, Any] = option(
         factory=dict,
         kind="mapping",
-        help="Values of the checkpoint's config.json (of its language model) to replace, as in "
+        help="Values that replace those in the checkpoint's config.json (of its language model), as in "
         "`{rope_parameters: {rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}}` "
         "(docs/long-context.md).",
     )
     tokenizer: str | None = option(help="Folder or hub id of the tokenizer; null: the checkpoint's own.")
-    revision: str | None = option(help="Branch, tag or commit of a hub id; null: its default branch.")
-    dtype: str = option("auto", choices=DTYPES, help="Type the weights are kept in; auto: the checkpoint's own.")
+    revision: str | None = option(help="Branch, tag or commit of a hub id; null: the default branch.")
+    dtype: str = option("auto", choices=DTYPES, help="Data type of the weights; auto: the checkpoint's.")
     max_model_len: int | None = option(
         at_least=1,
-        help="Longest prompt plus output, in tokens; null: what the checkpoint is made for, stretched as its rotary "
-        "embedding says. More is served with a warning.",
+        help="Maximum length of prompt plus output, in tokens; null: what the checkpoint supports, RoPE scaling "
+        "included (except dynamic). A higher value gives a warning.",
     )
     trust_remote_code: bool = option(False, help="Run model code that comes with the checkpoint.")
     allow_unverified: bool = option(
-        False, help="Serve an architecture that the equivalence tests have not proved right."
+        False, help="Serve an architecture that has not been verified against transformers (docs/models.md)."
     )
-    seed: int = option(0, at_least=0, help="Seed of requests that bring none of their own.")
+    seed: int = option(0, at_least=0, help="Seed of requests that set none.")
 
 
 @dataclass
 class ParallelConfig:
     """How many ranks form the engine and how they may split a step."""
 
-    sp: int = option(1, at_least=1, help="Token slices of the base mode (Ulysses sequence parallelism).")
+    sp: int = option(1, at_least=1, help="Sequence-parallel size of the base mode (Ulysses).")
     tp: int = option(
         1,
         at_least=1,
-        help="Weight slices of the base mode (tensor parallelism); a rank stores 1/tp of the weights.",
+        help="Tensor-parallel size of the base mode; a rank stores 1/tp of the weights.",
     )
     dp: int = option(1, at_least=1, help="Replicas, each of sp * tp ranks, behind one HTTP server; serve only.")
     modes: list[list[int]] | None = option(
         kind="list of [sp, tp]",
-        help="Modes to make available beside the base mode; null: full tensor parallelism, [1, sp * tp].",
+        help="Modes available in addition to the base mode; null: full tensor parallelism, [1, sp * tp].",
     )
     rank_order: str = option(
         "sp_inner",
         choices=("sp_inner", "tp_inner"),
-        help="Which kind of parallelism neighbouring ranks share; tp_inner for replicas that span nodes.",
+        help="Whether neighbouring ranks form sequence-parallel or tensor-parallel groups; use tp_inner for replicas "
+        "that span nodes.",
     )
     expert_placement: str = option(
         "auto",
         choices=("auto", "replicate", "expert", "width"),
-        help="Where the experts of a mixture-of-experts model live, in every mode. replicate: 1/tp of each on every "
-        "rank, like other weights; expert: each rank owns its share of the experts; width: each rank owns its share of "
-        "every expert; auto: replicate while weights take at most half of a rank's memory, else expert, or width where "
-        "the experts do not divide.",
+        help="Placement of the experts of a mixture-of-experts model, in every mode. replicate: 1/tp of each on every "
+        "rank, like other weights; expert: each rank stores some of the experts; width: each rank stores a slice of "
+        "every expert; auto: replicate if weights take at most half of a rank's memory, else expert, or width if the "
+        "ranks do not divide the number of experts.",
     )
 
     @property
@@ -136,12 +137,12 @@ class ParallelConfig:
 
     @property
     def layout(self) -> Layout:
-        """Who owns what in one replica."""
+        """The placement of heads on the ranks of one replica."""
         return Layout(self.base, self.rank_order)
 
     @property
     def available_modes(self) -> list[Mode]:
-        """The modes a step may run in, the base mode first, none twice."""
+        """The modes a step may run in: the base mode first, without duplicates."""
         listed = [Mode(1, self.world_size)] if self.modes is None else [Mode(sp, tp) for sp, tp in self.modes]
         return list(dict.fromkeys([self.base, *listed]))
 
@@ -154,41 +155,42 @@ class PolicyConfig:
         "threshold",
         choices=("static", "threshold", "adaptive"),
         help="static: always one mode; threshold: the base mode for large steps, full tensor parallelism for "
-        "small ones; adaptive: the mode that is predicted fastest, from step times measured on this machine.",
+        "small ones; adaptive: the mode predicted to be fastest, from step times measured on this machine.",
     )
     mode: Any = option(
         kind="sp | tp | [sp, tp]",
         help="The mode of policy static: sp (the base mode), tp, or [sp, tp]; null: the base mode.",
     )
     threshold_tokens: int = option(
-        256, at_least=0, help="Policy threshold: a step with more tokens than this runs in the base mode."
+        256, at_least=0, help="Policy threshold: steps with more tokens than this run in the base mode."
     )
     profile: str | None = option(
         "auto",
         kind="auto | path",
-        help="Policy adaptive: measured step times. auto: measured once and kept in the user's cache; a path: what "
-        "`ulysses-infer calibrate --output` wrote; null: measured at every start.",
+        help="Policy adaptive: measured step times. auto: measure once and store them in the user's cache folder; a "
+        "path: a file written by `ulysses-infer calibrate --output`; null: measure at every start.",
     )
     calibration_seconds: float = option(
         30.0,
         at_least=0,
-        help="Policy adaptive: longest time that measuring at start may take; 0: learned from traffic alone.",
+        help="Policy adaptive: maximum duration of the calibration at start; 0: learn from traffic only.",
     )
     target_tpot_ms: float | None = option(
         above=0,
-        help="Policy adaptive: time per output token to keep for requests that decode, by smaller chunks of the "
-        "prompts beside them; null: prompts take what the scheduler allows.",
+        help="Policy adaptive: target time per output token. Prompts are prefilled in smaller chunks so that decoding "
+        "requests meet it; null: the scheduler alone limits chunks.",
     )
     target_ttft_ms: float | None = option(
         above=0,
-        help="Policy adaptive: time to first token to try for, with the time that decodes have in hand under "
-        "target_tpot_ms; null: none.",
+        help="Policy adaptive: target time to first token. A prompt that would miss it gets larger chunks while "
+        "the mean time per token of every decoding request stays within target_tpot_ms; null: none.",
     )
     exploration: float = option(
         0.0,
         at_least=0,
         at_most=0.5,
-        help="Policy adaptive: share of steps run in another mode than the one predicted fastest, to check it.",
+        help="Policy adaptive: share of steps that run in a mode other than the one predicted to be fastest, to check "
+        "its prediction.",
     )
 
 
@@ -200,50 +202,51 @@ class CacheConfig:
     dtype: str = option(
         "auto",
         choices=CACHE_DTYPES,
-        help="Type of cached keys and values; auto: that of the model. fp8 halves them, with the checkpoint's scales.",
+        help="Data type of cached keys and values; auto: the model's. fp8 halves their size and uses the checkpoint's "
+        "scales.",
     )
     latent: bool | None = option(
-        help="Cache latents instead of the heads they expand to, where attention has them (MLA; docs/latent-cache.md). "
-        "null: where that takes less memory a rank."
+        help="Cache latents instead of the heads they expand to, for models with MLA (docs/latent-cache.md); "
+        "null: if that takes less memory per rank."
     )
     memory_utilization: float = option(
         0.92,
         above=0,
         at_most=1,
-        help="Share of a device's memory that weights, workspace and cache may take.",
+        help="Share of device memory for weights, workspace and cache.",
     )
     memory_bytes: int | None = option(
-        at_least=1, help="Bytes of cache per rank, instead of what memory_utilization leaves."
+        at_least=1, help="Cache size per rank in bytes, instead of what memory_utilization leaves."
     )
-    num_blocks: int | None = option(at_least=1, help="Blocks of cache, instead of a number of bytes.")
-    enable_prefix_caching: bool = option(True, help="Reuse the blocks of a prompt's beginning seen before.")
+    num_blocks: int | None = option(at_least=1, help="Cache size in blocks, instead of bytes.")
+    enable_prefix_caching: bool = option(True, help="Reuse cached blocks for prompts with a common prefix.")
 
 
 @dataclass
 class SchedulerConfig:
     """Which requests run in a step."""
 
-    max_num_seqs: int = option(256, at_least=1, help="Most requests in one step.")
+    max_num_seqs: int = option(256, at_least=1, help="Maximum number of requests in one step.")
     max_num_batched_tokens: ChosenInt = option(
         at_least=1,
-        help="Most tokens in one step; null: 8192 on a GPU, 2048 on a CPU, where larger steps are hardly faster and "
-        "running streams wait for them.",
+        help="Maximum number of tokens in one step; null: 8192 on a GPU, 2048 on a CPU, where larger steps are hardly "
+        "faster and delay running streams.",
     )
     policy: str = option(
         "fcfs",
         choices=("fcfs", "priority"),
-        help="Order of waiting requests: arrival, or priority then arrival.",
+        help="Order of waiting requests: by arrival, or by priority and then arrival.",
     )
     enable_chunked_prefill: bool = option(True, help="Split a prompt over several steps, mixed with decodes.")
     async_scheduling: bool | None = option(
-        help="Schedule and launch the next step while a short one runs, before its tokens are known; null: on a GPU. "
-        "On a CPU, which computes a step at once, tokens would come a step later."
+        help="Schedule and launch the next step while a short step runs, before its tokens are known; null: only on a "
+        "GPU. A CPU computes steps synchronously, so this would only delay tokens by one step."
     )
 
 
 @dataclass
 class RuntimeConfig:
-    """Devices, backends and diagnosis."""
+    """Devices, backends and diagnostics."""
 
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="Where ranks compute; auto: CUDA if present.")
     attention_backend: str = option(
@@ -254,34 +257,35 @@ class RuntimeConfig:
     collectives: str = option(
         "auto",
         choices=("auto", "torch", "shared_memory"),
-        help="How ranks exchange tensors: torch (NCCL, gloo) or memory that they share; auto: the latter on one host "
-        "without GPUs.",
+        help="How ranks exchange tensors: torch (NCCL, gloo) or shared memory; auto: shared memory on one host without "
+        "GPUs.",
     )
     matmul_backend: str = option(
         "auto",
         choices=("auto", "torch", "native"),
-        help="Matrix products on a CPU; auto: native where it can be built, for as many rows as it is faster with.",
+        help="Matrix products on a CPU; auto: native where it can be built, up to the number of rows for which it is "
+        "faster than torch.",
     )
     fuse: bool = option(
         True,
-        help="Compute what lies between the matrix products of a layer in one go, and on a GPU projections of the same "
-        "input as one product; each part of a model only if it is proved equal at start (docs/architecture.md).",
+        help="Fuse the operations between the matrix products of a layer, and on a GPU the projections of the same "
+        "input; each part of a model only if a check at start finds equal results (docs/architecture.md).",
     )
     enforce_eager: bool | None = option(
-        help="Run every step layer by layer. false: capture decode steps in CUDA graphs, in every mode; null: capture "
-        "them on a GPU where attention and model allow it. On a CPU false and null are the same: steps of up to 256 "
-        "requests are recorded when they come again, and repeated without Python between the native kernels."
+        help="Run every step layer by layer. false: capture decode steps as CUDA graphs, in every mode; null: capture "
+        "them on a GPU if attention and model allow it. On a CPU, false and null both record steps of up to 256 "
+        "requests as CPU graphs when they recur, and replay them without Python between the native kernels."
     )
     threads_per_rank: int | None = option(
-        at_least=1, help="CPU threads of a rank; null: OMP_NUM_THREADS if set, else its share of the cores."
+        at_least=1, help="CPU threads per rank; null: OMP_NUM_THREADS if set, else its share of the cores."
     )
     pin_cores: bool = option(
-        True, help="On a CPU, keep each rank of a host to its own share of the cores, if there are enough for all."
+        True, help="On a CPU, pin each rank to its own share of the host's cores, if there are enough for all ranks."
     )
     debug: bool = option(False, help="Verify the digest of every step plan on all ranks.")
-    step_timeout: float = option(300.0, above=0, help="Seconds after which a step counts as hung.")
+    step_timeout: float = option(300.0, above=0, help="Seconds after which a step is considered hung.")
     log_level: str = option(
-        "warning", choices=("debug", "info", "warning", "error"), help="Least severe log lines shown."
+        "warning", choices=("debug", "info", "warning", "error"), help="Minimum severity of log lines."
     )
 
 
@@ -289,66 +293,68 @@ class RuntimeConfig:
 class ServerConfig:
     """The HTTP server of `serve`."""
 
-    host: str = option("127.0.0.1", help="Address to listen on; 0.0.0.0 for all of the machine's.")
+    host: str = option("127.0.0.1", help="Address to listen on; 0.0.0.0: all addresses of the machine.")
     port: int = option(8000, at_least=0, at_most=65535, help="Port to listen on; 0: any free one.")
-    api_key: str | None = option(secret=True, help="Key that clients must send; null: none is asked for.")
-    admin_api_key: str | None = option(secret=True, help="Key for the administrative routes; null: routes are off.")
+    api_key: str | None = option(secret=True, help="Key that clients must send; null: no key is required.")
+    admin_api_key: str | None = option(secret=True, help="Key for the administrative routes; null: they are disabled.")
     served_model_name: str | None = option(
         help="Model name that clients use; null: the hub id, or the name of the model's folder."
     )
     chat_template: str | None = option(help="File with the chat template to use instead of the checkpoint's.")
     tool_call_parser: str = option(
-        "auto", help="How the model writes tool calls; auto: told from its chat template; none: not parsed."
+        "auto", help="Format of the model's tool calls; auto: detected from its chat template; none: not parsed."
     )
     max_num_queued_requests: int | None = option(
-        1024, at_least=0, help="Requests that may wait for a place; more are turned away with 503. null: any number."
+        1024, at_least=0, help="Maximum number of waiting requests; more are rejected with 503. null: no limit."
     )
     request_timeout: float | None = option(
-        above=0, help="Seconds after which a request that has not ended is ended with an error; null: never."
+        above=0, help="Seconds after which an unfinished request is ended with an error; null: never."
     )
     stream_interval: int = option(
-        1, at_least=1, help="Tokens of each event of a stream after the first: more cost less, and are less smooth."
+        1, at_least=1, help="Tokens per stream event after the first; more tokens cost less but arrive less smoothly."
     )
-    max_body_bytes: int = option(32 * 1024 * 1024, at_least=1, help="Largest request body, in bytes.")
+    max_body_bytes: int = option(32 * 1024 * 1024, at_least=1, help="Maximum size of a request body, in bytes.")
     cors_origins: list[str] = option(
         factory=list, help='Web origins whose pages may call the server, as in [https://a.example]; ["*"]: all.'
     )
     ssl_certfile: str | None = option(help="Certificate (PEM) to serve HTTPS with; needs ssl_keyfile too.")
     ssl_keyfile: str | None = option(help="Private key (PEM) of ssl_certfile.")
     access_log: bool = option(False, help="Log every HTTP request, one JSON line each.")
-    log_interval: float = option(10.0, above=0, help="Seconds between the log's lines on load and speed.")
-    dashboard: bool = option(True, help="Serve the live page /dashboard.")
-    shutdown_timeout: float = option(30.0, at_least=0, help="Seconds that running requests get to end at SIGTERM.")
+    log_interval: float = option(10.0, above=0, help="Seconds between log lines on load and speed.")
+    dashboard: bool = option(True, help="Serve the live page at /dashboard.")
+    shutdown_timeout: float = option(
+        30.0, at_least=0, help="Seconds that running requests have to finish after SIGTERM."
+    )
     heartbeat_timeout: float = option(
-        4.0, at_least=1, help="Seconds of silence after which a process of the job counts as hung."
+        4.0, at_least=1, help="Seconds without a heartbeat after which a process of the job is considered hung."
     )
 
 
 @dataclass
 class LoraConfig:
-    """Adapters that are served beside the model's own weights."""
+    """Adapters served in addition to the model's own weights."""
 
     adapters: dict[str, str] = option(
         factory=dict,
         kind="mapping of names to paths",
-        help="LoRA adapters as PEFT saves them (folders or hub ids) by the name under which requests ask for them. "
-        "With any of them runtime.fuse has no effect.",
+        help="LoRA adapters in PEFT's format (folders or hub ids), by the name that requests use. With any adapter, "
+        "runtime.fuse has no effect.",
     )
 
 
 @dataclass
 class GenerateConfig:
-    """What `generate` runs."""
+    """The prompts and options of `generate`."""
 
     prompts: list[Any] = option(
         factory=list,
-        help="Each a text, or a mapping with `prompt` or `messages`, and `sampling` for this prompt alone.",
+        help="Each is a text, or a mapping with `prompt` or `messages`, and `sampling` for this prompt only.",
     )
     sampling: dict[str, Any] = option(factory=dict, help="Sampling parameters of every prompt (`SamplingParams`).")
     adapter: str | None = option(help="LoRA adapter of every prompt, one of lora.adapters; null: none.")
-    stream: bool = option(True, help="Print tokens as they come.")
+    stream: bool = option(True, help="Print tokens as they are generated.")
     schedule: list[Any] | None = option(help="Engine step at which each prompt arrives; null: all at once.")
-    output: str | None = option(help="File for the results, JSON lines.")
+    output: str | None = option(help="File for the results, as JSON lines.")
 
 
 @dataclass

@@ -32,7 +32,7 @@ class Setting:
     """The key as written: an alias, or `key` itself."""
 
     def complain(self, text: str) -> ConfigError:
-        """An error in one line: this value is wrong."""
+        """A one-line error about this value."""
         alias = "" if self.spelling == self.key else f", as {self.spelling}"
         return ConfigError(f"{self.key} = {self.value!r} (in {self.origin}{alias}): {text}")
 

@@ -46,9 +46,11 @@ def validate(config: Config, explicit: Mapping[str, Setting]) -> None:
 def _check_adapters(config: Config) -> None:
     names, wanted = config.lora.adapters, config.generate.adapter
     if names and config.cache.latent:
-        raise ConfigError("cache.latent = true: adapters may change kv_b_proj, which latents go around; use null")
+        raise ConfigError(
+            "cache.latent = true: adapters may change kv_b_proj, which the latent cache bypasses; use null"
+        )
     if wanted is not None and wanted not in names:
-        raise ConfigError(f"generate.adapter = {wanted!r} is none of lora.adapters ({', '.join(names) or 'empty'})")
+        raise ConfigError(f"generate.adapter = {wanted!r} is not one of lora.adapters ({', '.join(names) or 'empty'})")
     if config.served_model_name in names:
         raise ConfigError(
             f"lora.adapters has {config.served_model_name!r}, which is the model's own name; rename the adapter, or "
@@ -57,9 +59,9 @@ def _check_adapters(config: Config) -> None:
 
 
 def refuse_unavailable(config: Config) -> None:
-    """Raise ConfigError for a setting that this version does not implement yet."""
+    """Raise ConfigError for a setting that only `serve` supports."""
     if config.parallel.dp > 1:
-        raise ConfigError(f"parallel.dp = {config.parallel.dp}: replicas are for serve, which has a router; use 1 here")
+        raise ConfigError(f"parallel.dp = {config.parallel.dp}: replicas need the router of serve; use 1 here")
 
 
 def warn_ignored(config: Config, explicit: Mapping[str, Setting]) -> None:
@@ -79,12 +81,12 @@ def _ignored(config: Config) -> list[tuple[str, str]]:
         if policy.name != owner:
             ignored.append((f"policy.{name}", f"policy.name is {policy.name}, not {owner}"))
     if policy.name == "adaptive" and policy.target_tpot_ms is None:
-        ignored.append(("policy.target_ttft_ms", "chunks are only made smaller for policy.target_tpot_ms"))
+        ignored.append(("policy.target_ttft_ms", "it has no effect without policy.target_tpot_ms"))
     if cache.num_blocks is not None:
         ignored.append(("cache.memory_bytes", "cache.num_blocks sets the size of the cache"))
     most = config.scheduler.max_num_batched_tokens
     if most is not None and config.scheduler.max_num_seqs > most:
-        reason = "each request of a step takes at least one of scheduler.max_num_batched_tokens"
+        reason = "each request of a step has at least one token of scheduler.max_num_batched_tokens"
         ignored.append(("scheduler.max_num_seqs", f"{reason} = {most}"))
     return ignored
 
@@ -129,7 +131,7 @@ def _check_policy(config: Config, explicit: Mapping[str, Setting]) -> None:
         raise setting.complain(f"policy threshold shifts to [{shift.sp}, {shift.tp}]; list it or set it to null")
     if policy.name == "adaptive" and policy.target_tpot_ms and not config.scheduler.enable_chunked_prefill:
         setting = _given(config, "policy.target_tpot_ms", explicit)
-        raise setting.complain("it sizes chunks of prompts; set scheduler.enable_chunked_prefill to true")
+        raise setting.complain("it needs chunked prefill; set scheduler.enable_chunked_prefill to true")
     setting = _given(config, "policy.mode", explicit)
     if policy.name != "static" or policy.mode in (None, "sp"):
         return
@@ -165,7 +167,7 @@ def _check_schedule(setting: Setting, num_prompts: int) -> None:
     if setting.value is None:
         return
     if not all(type(step) is int and step >= 0 for step in setting.value):
-        raise setting.complain("each is the number of a step, from 0 up")
+        raise setting.complain("each must be a step number of at least 0")
     if len(setting.value) != num_prompts:
         raise setting.complain(f"give one step for each of the {num_prompts} prompts")
 
