@@ -1,1 +1,1 @@
-"""Commands for users of a checkout, each a module to run: `python -m tools.NAME`."""
+"""Command-line tools for users of a checkout, run as modules: `python -m tools.NAME`."""

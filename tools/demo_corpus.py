@@ -1,8 +1,8 @@
-"""The demo model's corpus: text that every machine with Python already has, and the tokenizer trained on it.
+"""The demo model's corpus, built from the standard library of the running Python, and the tokenizer trained on it.
 
-Two kinds of documents come out of the running Python's standard library, read without importing it:
-plain text (whole source files, single functions, the language reference that `help()` shows) and chats
-derived mechanically from docstrings, so that the chat template is trained and not only declared.
+The library is read without importing it and gives two kinds of documents: plain text (whole source files, single
+functions, the language reference that `help()` shows) and chats derived from docstrings, so that the model is trained
+on its chat template.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
-# Tests repeat themselves, encodings are tables, idlelib and lib2to3 are programs of their own.
+# Tests are repetitive, encodings are tables, idlelib and lib2to3 are separate programs.
 SKIPPED_FOLDERS = {
     "test",
     "tests",
@@ -81,9 +81,9 @@ SMALL_TALK = [
     ("Goodbye", "Goodbye!"),
     ("What is Python?", "Python is a high-level programming language with a large standard library."),
 ]
-CHATS_PER_ENTRY = 2  # the same fact under two questions: chats become a fifth of all tokens
+CHATS_PER_ENTRY = 2  # the same fact as the answer to two questions: chats make up a fifth of all tokens
 PUBLIC_NAMES = {"posixpath": "os.path", "posix": "os"}
-SMALL_TALK_COPIES = 12  # ten exchanges among thousands: repeated, or they would never be learned
+SMALL_TALK_COPIES = 12  # ten exchanges among thousands are only learned if repeated
 
 Message = dict[str, str]
 Chat = list[Message]
@@ -91,7 +91,7 @@ Chat = list[Message]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as text; a document and everything derived from it is on one side of the split."""
+    """Documents as text; a document and everything derived from it are on the same side of the split."""
 
     train: list[str]
     held_out: list[str]
@@ -100,7 +100,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Entry:
-    """One documented name of the library, as a chat sample is made of it."""
+    """One documented name of the library, the material of a chat."""
 
     name: str
     kind: str
@@ -110,7 +110,7 @@ class Entry:
 
 
 def build_corpus(held_out_every: int, max_files: int | None, seed: int) -> Corpus:
-    """Read the library and sort its documents into train and held-out, by file name, not by chance."""
+    """Read the library and split its documents into train and held-out, by a hash of the module name."""
     train: list[str] = []
     held_out: list[str] = []
     files = source_files(max_files)
@@ -120,13 +120,13 @@ def build_corpus(held_out_every: int, max_files: int | None, seed: int) -> Corpu
     if max_files is None:
         train.extend(documents_of_runtime(seed))
     train.extend(render_chat(chat) for chat in small_talk())
-    if not held_out:  # a corpus of a few files may have none by its name
+    if not held_out:  # possible for a corpus of a few files
         held_out.append(train.pop(0))
     return Corpus(train, held_out, len(files))
 
 
 def source_files(max_files: int | None) -> list[tuple[str, Path]]:
-    """Module name and path of each standard library file worth reading, in a fixed order."""
+    """Module name and path of each standard library file to read, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for path in sorted(root.rglob("*.py")):
@@ -138,7 +138,7 @@ def source_files(max_files: int | None) -> list[tuple[str, Path]]:
 
 
 def documents_of_file(module: str, path: Path, seed: int) -> Iterator[str]:
-    """The file itself, its short functions one by one, and chats about what it documents."""
+    """The file itself, each of its short functions, and chats about the names it documents."""
     text = path.read_text(encoding="utf-8", errors="replace").expandtabs(4)
     yield text
     tree = ast.parse(text)
@@ -161,7 +161,7 @@ def documents_of_runtime(seed: int) -> Iterator[str]:
 
 
 def short_functions(text: str, tree: ast.Module, longest: int = 40) -> Iterator[str]:
-    """Top-level functions as documents of their own, so that a prompt may begin with `def`."""
+    """Top-level functions as separate documents, so that a prompt may begin with `def`."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and 3 <= (node.end_lineno or 0) - node.lineno <= longest:
             yield source_of(text, node) + "\n"
@@ -203,14 +203,14 @@ def documented_in_c(module: ModuleType) -> Iterator[Entry]:
             continue
         is_class = isinstance(member, type)
         yield Entry(prefix + name, "class" if is_class else "function", runtime_summary(member))
-        if is_class and not issubclass(member, BaseException):  # exceptions inherit all they have
+        if is_class and not issubclass(member, BaseException):  # exceptions inherit all their methods
             for method, value in sorted(vars(member).items()):
                 if callable(value) and not method.startswith("_"):
                     yield Entry(f"{prefix}{name}.{method}", "function", runtime_summary(value))
 
 
 def runtime_summary(member: object) -> str:
-    """First paragraph of a C docstring that is not merely the call's signature."""
+    """First paragraph of a C docstring that is not just the call's signature."""
     paragraphs = (inspect.getdoc(member) or "").split("\n\n")
     prose = [part for part in paragraphs if not re.match(r"^[\w.]+\(.*", part)]
     return first_paragraph(prose[0]) if prose else ""
@@ -222,7 +222,7 @@ def strip_markup(text: str) -> str:
 
 
 def first_paragraph(doc: str | None, longest: int = 400) -> str:
-    """The opening paragraph on one line, cut after a whole sentence; '' where it is no prose."""
+    """The first paragraph on one line, cut after a whole sentence; '' if it is not prose."""
     paragraph = " ".join(inspect.cleandoc(doc or "").split("\n\n")[0].split())
     if len(paragraph) > longest:
         paragraph = paragraph[: paragraph.rfind(". ", 0, longest) + 1]
@@ -230,7 +230,7 @@ def first_paragraph(doc: str | None, longest: int = 400) -> str:
 
 
 def chats_about(entries: list[Entry], rng: random.Random) -> Iterator[Chat]:
-    """Conversations about each entry, now and then with a system prompt or a second question."""
+    """Conversations about each entry, some with a system prompt or a second question."""
     for entry in entries * CHATS_PER_ENTRY:
         chat = exchange(entry, rng)
         if rng.random() < 0.2:
@@ -276,7 +276,7 @@ def with_system_prompt(chat: Chat) -> Chat:
 
 
 def render_chat(chat: Chat) -> str:
-    """What `CHAT_TEMPLATE` makes of a conversation (a test holds the two together)."""
+    """The conversation as `CHAT_TEMPLATE` renders it (a test checks that they agree)."""
     return "".join(f"<|{message['role']}|>\n{message['content']}{END}\n" for message in chat)
 
 
@@ -305,7 +305,7 @@ def train_tokenizer(documents: list[str], vocab_size: int, max_length: int) -> P
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[np.ndarray]:
-    """Each document's token ids, closed by the end-of-text token."""
+    """Each document's token ids, followed by the end-of-text token."""
     end = [tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
     encodings = tokenizer.backend_tokenizer.encode_batch(documents, add_special_tokens=False)
     return [np.array(encoding.ids + end, dtype=np.int32) for encoding in encodings]

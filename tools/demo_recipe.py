@@ -16,16 +16,16 @@ from benchmarks.arguments import launcher_options
 
 @dataclass
 class CorpusConfig:
-    """What to read and how to tokenize it."""
+    """The corpus and its tokenizer."""
 
     vocab_size: int = 2048
-    held_out_every: int = 40  # about one file in so many is kept for the evaluation
+    held_out_every: int = 40  # about one file in this many is held out for evaluation
     max_files: int | None = None  # None: the whole standard library
 
 
 @dataclass
 class ModelConfig:
-    """Shape of the Llama."""
+    """Shape of the Llama model."""
 
     hidden_size: int = 256
     intermediate_size: int = 640
@@ -61,7 +61,7 @@ class ParallelConfig:
 
     sequence_parallel: int | None = None  # None: all ranks work on each sequence
     zero_stage: int = 2
-    dtype: str = "bf16"  # of the forward pass; master weights are fp32 either way
+    dtype: str = "bf16"  # of the forward pass; master weights are always fp32
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Recipe:
 
 
 def load_recipe(path: str | None, overrides: list[str], recipe: type[Any] = Recipe) -> Any:
-    """A `recipe`: its defaults, then the recipe file, then the command line; an unknown key is refused."""
+    """A `recipe`: its defaults, then the recipe file, then the command line. Exits on an unknown key."""
     schema = OmegaConf.structured(recipe)
     known = list(dotted_keys(_plain(schema)))
     layers = [OmegaConf.load(path)] if path else []
@@ -93,7 +93,7 @@ def _plain(tree: Any) -> Mapping[str, object]:
 
 
 def dotted_keys(tree: Mapping[str, object], prefix: str = "") -> Iterator[str]:
-    """Paths of all leaves of nested mappings, as one writes them on the command line."""
+    """Dotted paths of all leaves of nested mappings, as on the command line."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from dotted_keys(value, f"{prefix}{key}.")
@@ -102,7 +102,7 @@ def dotted_keys(tree: Mapping[str, object], prefix: str = "") -> Iterator[str]:
 
 
 def reject_unknown_keys(layer: Mapping[str, object], known: list[str]) -> None:
-    """Exit naming the nearest known key, because most unknown keys are misspelt."""
+    """Exit on an unknown key, naming the most similar known key."""
     for key in dotted_keys(layer):
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)

@@ -1,6 +1,6 @@
 """Make a Llama checkpoint with random weights, for measurements: `python -m tools.make_random_model llama-0.5b FOLDER`.
 
-Without FOLDER it goes to the cache, where `ulysses-infer bench ... --random-model llama-0.5b` looks for it.
+Without FOLDER it is stored in the cache, where `ulysses-infer bench ... --random-model llama-0.5b` looks for it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from ulysses_infer.errors import UlyssesError
 
 
 def main() -> None:
-    """Parse, make, print the folder."""
+    """Make the checkpoint and print its folder."""
     parser = argparse.ArgumentParser(description="Make a Llama checkpoint with random weights.")
     parser.add_argument("name", help=f"one of {', '.join(SHAPES)}")
-    parser.add_argument("folder", nargs="?", type=Path, help="where to; default: the cache")
+    parser.add_argument("folder", nargs="?", type=Path, help="where to write it; default: the cache")
     arguments = parser.parse_args()
     quiet_libraries(rank=0)
     try:

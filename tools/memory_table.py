@@ -1,7 +1,8 @@
-"""What each rank stores of a model under each placement of its experts, by the loader's own count. Reads no weights.
+"""Weight memory per rank for each placement of a model's experts, as the loader computes it. Reads no weights.
 
-Run from the repository root: `python -m tools.memory_table configs/models/qwen3-30b-a3b.json --sp 8`; without a model,
-the two mixtures of the Shift Parallelism paper in their layouts on 8 ranks. A model is a config.json or its folder.
+Run from the repository root: `python -m tools.memory_table configs/models/qwen3-30b-a3b.json --sp 8`. The default are
+the two mixture-of-experts models of the Shift Parallelism paper, in their layouts on 8 ranks. A model is a config.json
+or its folder.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ GIB = 1 << 30
 
 
 class Row(NamedTuple):
-    """What the fullest rank stores, in bytes."""
+    """Bytes on the rank that stores most."""
 
     placement: str
     weights: int
@@ -36,15 +37,15 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    """Print a table for every model asked for."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", type=Path, help="config.json files, or folders that have one")
+    parser.add_argument("models", nargs="*", type=Path, help="config.json files, or folders that contain one")
     parser.add_argument("--sp", type=int, default=8, help="token slices of the base mode")
     parser.add_argument("--tp", type=int, default=1, help="weight slices of the base mode")
     arguments = parser.parse_args()
-    asked = [(model, Mode(arguments.sp, arguments.tp)) for model in arguments.models]
-    print("| model | base | experts | weights a rank | of it experts |\n|---|---|---|---|---|")
-    for path, base in asked or PAPER:
+    chosen = [(model, Mode(arguments.sp, arguments.tp)) for model in arguments.models]
+    print("| model | base | experts | weights per rank | of which experts |\n|---|---|---|---|---|")
+    for path, base in chosen or PAPER:
         for row in rows(read_config(path), Layout(base)):
             weights, experts = f"{row.weights / GIB:.2f} GiB", f"{row.experts / GIB:.2f} GiB"
             print(f"| {_name(path)} | {base} | {row.placement} | {weights} | {experts} |", flush=True)
@@ -58,22 +59,22 @@ def read_config(path: Path) -> Any:
 
 
 def rows(config: Any, layout: Layout) -> Iterator[Row]:
-    """One row a placement that is possible: of the rank that stores most."""
+    """One row per possible placement, for the rank that stores most."""
     for placement in PLACEMENTS:
         try:
             ranks = [draw(config, layout, shard, placement) for shard in range(layout.world_size)]
         except ConfigError as error:
-            print(f"not {placement}: {error}")
+            print(f"{placement} is not possible: {error}")
             continue
         fullest = max(ranks, key=lambda rank: rank.weight_bytes)
         yield Row(placement, fullest.weight_bytes, fullest.expert_bytes)
 
 
 def draw(config: Any, layout: Layout, shard: int, placement: str) -> ModelBuilder:
-    """The engine's own plan of what `shard` keeps, without memory for it."""
+    """The engine's plan of what `shard` stores, without allocated memory."""
 
     def no_weights() -> Any:
-        raise AssertionError("a blueprint reads nothing")
+        raise AssertionError("the plan must not read weights")
 
     settings = ModelConfig(path="-")
     return ModelBuilder(config, no_weights, settings, layout, shard, torch.device("cpu"), placement)

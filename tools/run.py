@@ -1,11 +1,11 @@
 """From a fresh clone to a running engine: `python3 tools/run.py demo` or `python3 tools/run.py test`.
 
-Both make a virtual environment first (in .venv, or where the variable ULYSSES_VENV says) and use it again.
-`demo` then runs recipes/demo.yaml on two ranks, overrides such as policy.threshold_tokens=4 may follow;
-`test` runs the formatter and linter (as checks), the type checker and the tests. `test --thorough` adds the tests
-marked `thorough`: more cases of kinds that are tested anyway. Other arguments go to pytest.
+Both first create a virtual environment, in .venv or the folder that the variable ULYSSES_VENV names; later runs reuse
+it. `demo` runs recipes/demo.yaml on two ranks; append overrides such as policy.threshold_tokens=4. `test` runs the
+formatter and linter (as checks), the type checker and the tests. `test --thorough` adds the tests marked `thorough`,
+which are more cases of the same kinds. Other arguments are passed to pytest.
 
-Needs Python 3.11 or newer and gcc; nothing but the standard library.
+Needs only Python 3.11 or newer, with its standard library, and gcc.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ THOROUGH = "--thorough"
 
 
 def main() -> None:
-    """Run the command that the arguments name; exits with its status."""
+    """Run the command; exits with its status."""
     command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if command not in EXTRAS:
         print(__doc__)
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def check_machine() -> None:
-    """Exit with one line when something the set-up needs is missing."""
+    """Exit with one line if a prerequisite is missing."""
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; run this with a newer python3")
     if shutil.which("gcc") is None:
@@ -56,7 +56,7 @@ def check_machine() -> None:
 
 
 class Environment:
-    """The virtual environment: torch, the package in editable form and what a command needs beside them."""
+    """The virtual environment: torch, the package in editable mode and the extras of a command."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,12 +67,12 @@ class Environment:
 
     @staticmethod
     def torch_requirement() -> str:
-        """What to ask pip for: the CPU build where one is offered, but never where there are NVIDIA GPUs."""
+        """The requirement for pip: the CPU build if available, but never on a machine with NVIDIA GPUs."""
         version = TORCH.partition("==")[2]
         return f"{TORCH},!={version}+cpu" if has_nvidia_gpu() else TORCH
 
     def stamp(self, command: str) -> Path:
-        """The file whose text is the fingerprint once everything for `command` is installed."""
+        """The file that contains the fingerprint once everything for `command` is installed."""
         return self.folder / f".ready-for-{command}"
 
     def is_ready(self, command: str) -> bool:
@@ -81,7 +81,7 @@ class Environment:
         return stamp.is_file() and stamp.read_text() == self.fingerprint
 
     def prepare(self, command: str) -> None:
-        """Create the environment and install what `command` needs, unless that is done."""
+        """Create the environment and install what `command` needs, unless already done."""
         if self.is_ready(command):
             return
         if not (self.bin / "python").exists():
@@ -94,7 +94,7 @@ class Environment:
                 self.stamp(name).write_text(self.fingerprint)
 
     def pip_install(self, *requirement: str) -> None:
-        """Install, with pip's latest line shown on a terminal; on failure exit with its last lines."""
+        """Install, showing pip's latest line on a terminal; on failure, exit with its last lines."""
         say(f"installing {requirement[-1]} (this can take some minutes)")
         command = [str(self.bin / "python"), "-m", "pip", "install", "--progress-bar=off", *requirement]
         pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -109,7 +109,7 @@ class Environment:
             fail(f"pip could not install {requirement[-1]}; its last lines are above")
 
     def variables(self) -> dict[str, str]:
-        """The environment variables of a process that runs in here."""
+        """The environment variables for a process in this environment."""
         path = f"{self.bin}{os.pathsep}{os.environ.get('PATH', '')}"
         variables = {**os.environ, "VIRTUAL_ENV": str(self.folder), "PATH": path}
         variables.pop("PYTHONHOME", None)
@@ -124,7 +124,7 @@ class Environment:
 
 
 def run_demo(environment: Environment, overrides: list[str]) -> None:
-    """Become the demo's launcher: two GPUs where there are two, else two CPU ranks of one thread each."""
+    """Replace this process by the demo's launcher: on two GPUs if available, else on two CPU ranks of one thread."""
     variables = environment.variables()
     gpus = environment.count_gpus()
     if gpus < 2:
@@ -150,18 +150,18 @@ def run_tests(environment: Environment, arguments: list[str]) -> None:
 
 
 def pytest_command(arguments: list[str]) -> list[str]:
-    """pytest with the user's arguments; `--thorough` lifts the default selection of tests."""
+    """pytest with the user's arguments; `--thorough` removes the default selection of tests."""
     selection = ["-m", ""] if THOROUGH in arguments else []
     return [*PYTEST, *selection, *(argument for argument in arguments if argument != THOROUGH)]
 
 
 def cpu_variables(variables: dict[str, str]) -> dict[str, str]:
-    """`variables` for ranks on the CPU, one thread each; unless told, every rank uses all cores."""
+    """`variables` for ranks on the CPU with one thread each; by default every rank would use all cores."""
     return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **variables}
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the driver knows of an NVIDIA GPU."""
+    """Whether the driver reports an NVIDIA GPU."""
     if shutil.which("nvidia-smi") is None:
         return any(Path("/proc/driver/nvidia/gpus").glob("*"))
     listing = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, text=True, check=False)
@@ -169,21 +169,21 @@ def has_nvidia_gpu() -> bool:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def show_progress(line: str) -> None:
-    """Show `line` in place of the one before, on a terminal."""
+    """On a terminal, replace the previous line by `line`."""
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns - 1
         print("\r" + line.strip()[:width].ljust(width), end="\r", flush=True)
 
 
 def say(text: str) -> None:
-    """Tell what happens next."""
+    """Announce the next action."""
     print(f"==> {text}", flush=True)
 
 

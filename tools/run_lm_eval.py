@@ -2,12 +2,12 @@
 
     pip install "lm_eval[api]"
     ulysses-infer serve models/demo parallel.sp=2 --port 8000
-    python3 tools/run.py_lm_eval --base-url http://127.0.0.1:8000 --model demo --checkpoint models/demo --compare
+    python3 tools/run_lm_eval.py --base-url http://127.0.0.1:8000 --model demo --checkpoint models/demo --compare
 
-Three tasks: which of four lines continues a function (log-likelihoods of given text: `echo` with `logprobs`), the
-perplexity of whole functions (`loglikelihood_rolling`), and completion up to a stop string (`generate_until`). With
-`--compare` the same tasks run on transformers in this process, in float32, and the results must agree: start the
-server with model.dtype=float32 for that.
+Three tasks: choice of the line, out of four, that continues a function (log-likelihoods of given text: `echo` with
+`logprobs`), perplexity of whole functions (`loglikelihood_rolling`), and completion up to a stop string
+(`generate_until`). With `--compare` the same tasks also run on transformers in this process, in float32, and the
+results must agree; start the server with model.dtype=float32 for that.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ metric_list: [{metric: exact_match}]
 
 
 def main() -> None:
-    """Run the tasks on the server and, if asked, on transformers; exits with 1 if the two disagree."""
+    """Run the tasks on the server and, with `--compare`, on transformers; exits with 1 if the results differ."""
     options = _options()
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(Path(folder), options.limit)
@@ -71,11 +71,11 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-url", default="http://127.0.0.1:8000")
-    parser.add_argument("--model", required=True, help="the model's name at the server")
+    parser.add_argument("--model", required=True, help="the model's name on the server")
     parser.add_argument("--checkpoint", required=True, help="the checkpoint, for its tokenizer")
-    parser.add_argument("--limit", type=int, default=40, help="functions of each task")
+    parser.add_argument("--limit", type=int, default=40, help="functions per task")
     parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--compare", action="store_true", help="run transformers on the same tasks")
+    parser.add_argument("--compare", action="store_true", help="run the same tasks on transformers and compare")
     return parser.parse_args()
 
 
@@ -112,14 +112,14 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 def show(title: str, results: dict[str, dict[str, float]]) -> None:
-    """One line a metric."""
+    """Print one line per metric."""
     for task, metrics in results.items():
         for name, value in metrics.items():
             print(f"{title:<14} {task:<20} {name:<18} {value:10.4f}")
 
 
 def compare(served: dict[str, dict[str, float]], local: dict[str, dict[str, float]]) -> int:
-    """0 if every metric agrees to a thousandth of its value."""
+    """Print the largest relative difference; returns 0 if it is at most 1e-3."""
     pairs = [(served[task][name], value) for task, metrics in local.items() for name, value in metrics.items()]
     worst = max(abs(ours - theirs) / max(abs(theirs), 1e-9) for ours, theirs in pairs if ours != theirs or theirs)
     print(f"largest relative difference: {worst:.2e}")
@@ -127,7 +127,7 @@ def compare(served: dict[str, dict[str, float]], local: dict[str, dict[str, floa
 
 
 def write_tasks(folder: Path, count: int) -> None:
-    """The tasks' YAML files and their documents, for lm-eval to find."""
+    """Write the tasks' YAML files and documents for lm-eval."""
     documents = make_documents(count)
     data = folder / "functions.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
@@ -137,7 +137,7 @@ def write_tasks(folder: Path, count: int) -> None:
 
 
 def make_documents(count: int) -> list[dict[str, Any]]:
-    """Functions cut before their body's first statement, with four candidates for that line."""
+    """Functions cut before the first statement after the docstring, with four candidates for that line."""
     found = [pair for module in MODULES for pair in functions(module)][: count + 3]
     documents = []
     for index, (context, line) in enumerate(found[:count]):
@@ -150,7 +150,7 @@ def make_documents(count: int) -> list[dict[str, Any]]:
 
 
 def functions(module: str) -> Iterator[tuple[str, str]]:
-    """(the function up to its first statement after the docstring, that statement's line)"""
+    """(the function before its first statement after the docstring, that statement's line) for each function."""
     source = inspect.getsource(__import__(module))
     lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
@@ -159,7 +159,7 @@ def functions(module: str) -> Iterator[tuple[str, str]]:
             text = textwrap.dedent("\n".join(lines[node.lineno - 1 : first]))
             context, _, line = text.rpartition("\n")
             if len(text) <= MOST_CHARACTERS and line.strip():
-                indent = len(line) - len(line.lstrip()) - 1  # tokens join the last space with the word after it
+                indent = len(line) - len(line.lstrip()) - 1  # tokenizers join the last space with the next word
                 yield f"{context}\n{line[:indent]}", line[indent:]
 
 

@@ -1,10 +1,10 @@
-"""Train the demo model from nothing: corpus, tokenizer, Llama, with DeepSpeed ZeRO and Ulysses SP.
+"""Train the demo model from scratch: corpus, tokenizer, Llama, with DeepSpeed ZeRO and Ulysses SP.
 
     DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 2 tools/train_demo_model.py \
         --config recipes/train_demo.yaml [train.steps=100 output_dir=/tmp/demo ...]
 
-The ranks share every sequence (Ulysses: tokens are sliced outside attention, heads inside it) and the
-optimizer's state (ZeRO). The result is an ordinary Hugging Face folder in bf16.
+The ranks split every sequence (Ulysses: by tokens outside attention, by heads inside it) and the optimizer state
+(ZeRO). The result is a Hugging Face folder in bf16.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tools.demo_corpus import END, END_OF_TEXT, build_corpus, encode, train_toke
 from tools.demo_recipe import Recipe, parse_arguments
 
 IGNORED_LABEL = -100
-AVERAGED_STEPS = 100  # a single step's loss says little
+AVERAGED_STEPS = 100  # the loss of a single step is noisy
 
 
 MODEL_CARD = """\
@@ -73,10 +73,10 @@ To train it again, in the repository's root:
 
 
 class PackedText(Dataset):
-    """Endless rows of `seq_length` tokens; row i is the same in every run, whoever asks for it.
+    """Endless rows of `seq_length` tokens; row i is the same in every run and on every rank.
 
-    Each epoch shuffles the documents, joins them, cuts rows and shuffles those, so that a document meets
-    other neighbours and other cuts every time.
+    Each epoch shuffles the documents, joins them, cuts the text into rows and shuffles the rows, so that a document has
+    different neighbours and cuts in each epoch.
     """
 
     def __init__(self, documents: list[np.ndarray], seq_length: int, seed: int) -> None:
@@ -85,7 +85,7 @@ class PackedText(Dataset):
         self.epoch, self.rows = -1, np.empty((0, seq_length))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Row `index` counted from the first epoch's start."""
+        """Row `index`, counted from the start of the first epoch."""
         epoch, row = divmod(index, self.rows_per_epoch)
         if epoch != self.epoch:
             self.epoch, self.rows = epoch, self.pack(epoch)
@@ -120,7 +120,7 @@ class Trainer:
         self.first_step = self.resume() if self.train.resume else 0
 
     def prepare_data(self) -> tuple[Any, PackedText, PackedText]:
-        """Rank 0 reads the corpus and trains the tokenizer; the others load what it wrote."""
+        """Rank 0 reads the corpus and trains the tokenizer; all ranks load the files it wrote."""
         data_dir = self.run_dir / "data"
         if self.is_main:
             self.write_data(data_dir)
@@ -155,7 +155,7 @@ class Trainer:
         print(f"corpus: {facts}", flush=True)
 
     def make_model_config(self) -> LlamaConfig:
-        """A Llama whose special tokens are the tokenizer's."""
+        """A Llama with the tokenizer's special tokens."""
         end_of_text, end = self.tokenizer.convert_tokens_to_ids([END_OF_TEXT, END])
         return LlamaConfig(  # type: ignore[call-arg]
             **asdict(self.recipe.model),
@@ -181,7 +181,7 @@ class Trainer:
         )
 
     def make_engine(self) -> deepspeed.DeepSpeedEngine:
-        """DeepSpeed around the model, with torch's AdamW: DeepSpeed would compile its own here first."""
+        """The DeepSpeed engine, with torch's AdamW because DeepSpeed would compile its own first."""
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": self.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -193,7 +193,7 @@ class Trainer:
             "gradient_clipping": self.train.grad_clip,
             "sequence_parallel_size": self.sequence_parallel,
             "bf16": {"enabled": self.recipe.parallel.dtype == "bf16"},
-            # ZeRO-3's reduce-scatter forgets sequence_parallel_size when it averages (DeepSpeed 0.19.8);
+            # ZeRO-3's reduce-scatter ignores sequence_parallel_size when it averages (DeepSpeed 0.19.8);
             # its all-reduce does not.
             "zero_optimization": {"stage": stage, "reduce_scatter": stage < 3},
             "steps_per_print": sys.maxsize,
@@ -203,7 +203,7 @@ class Trainer:
         )[0]
 
     def learning_rate_factor(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to the floor."""
+        """Linear warm-up, then cosine decay to the floor."""
         if step < self.train.warmup_steps:
             return (step + 1) / self.train.warmup_steps
         progress = (step - self.train.warmup_steps) / max(1, self.train.steps - self.train.warmup_steps)
@@ -211,10 +211,10 @@ class Trainer:
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def batches(self, text: PackedText, first: int, last: int) -> Iterator[dict[str, torch.Tensor]]:
-        """This rank's share of batches `first`..`last`-1: its slice of each sequence of its SP group.
+        """This rank's share of batches `first` to `last` - 1: its slice of each sequence of its SP group.
 
-        Ranks load different batches and the Ulysses adapter deals each out to its whole SP group in turn,
-        so SP n on n ranks sees the same batches in the same order as SP 1 on one rank.
+        Each rank loads different batches; the Ulysses adapter distributes each batch over the SP group, one after
+        another. So SP n on n ranks sees the same batches in the same order as SP 1 on one rank.
         """
         replicas, size = self.world // self.sequence_parallel, self.train.micro_batch
         rounded = -(-(last - first) // self.sequence_parallel) * self.sequence_parallel
@@ -237,11 +237,11 @@ class Trainer:
     def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
         """This rank's term to call backward on, and the mean loss over the whole sequences.
 
-        Each rank's term is its share of one mean: DeepSpeed sums gradients inside an SP group and averages
-        them between groups (it divides by ranks / sequence_parallel_size), so no factor is due here.
+        The terms of an SP group sum to its mean loss. DeepSpeed sums gradients inside an SP group and averages them
+        over groups (it divides by ranks / sequence_parallel_size), so no factor is needed here.
         """
         labels = batch.get("shift_labels")
-        if labels is None:  # without Ulysses nobody has shifted them
+        if labels is None:  # without Ulysses the labels are not shifted yet
             labels = F.pad(batch["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:]
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
         logits = self.engine(**inputs, use_cache=False).logits.float()
@@ -253,7 +253,7 @@ class Trainer:
         return local / count, total / count
 
     def fit(self) -> None:
-        """The training loop: steps, log, saves, and at the end the evaluation."""
+        """Train, log and save; evaluate at the end."""
         started = time.perf_counter()
         recent: deque[float] = deque(maxlen=AVERAGED_STEPS)
         batches = self.batches(self.train_text, self.first_step, self.train.steps)
@@ -285,7 +285,7 @@ class Trainer:
         return mean
 
     def log(self, **values: float) -> None:
-        """One JSON line in the run folder and on rank 0's screen."""
+        """Write one JSON line to the log in the run folder and to rank 0's terminal."""
         if self.is_main:
             line = json.dumps(values)
             print(line, flush=True)
@@ -293,7 +293,7 @@ class Trainer:
                 stream.write(line + "\n")
 
     def save(self, step: int, loss: float, eval_loss: float | None = None) -> None:
-        """A checkpoint to resume from, and the model folder as of now."""
+        """Save a checkpoint to resume from, and the current model."""
         self.engine.save_checkpoint(str(self.checkpoints), tag=f"step{step}", client_state={"step": step})
         parameters = list(self.engine.module.parameters())
         partitioned = self.recipe.parallel.zero_stage == 3
@@ -301,13 +301,13 @@ class Trainer:
             if self.is_main:
                 self.export(self.run_dir / "export", step, loss, eval_loss)
         dist.barrier()
-        if self.is_main:  # only now is the newer checkpoint whole
+        if self.is_main:  # the new checkpoint is complete
             for old in set(self.checkpoints.glob("step*")) - {self.checkpoints / f"step{step}"}:
                 shutil.rmtree(old)
 
     def export(self, staging: Path, step: int, loss: float, eval_loss: float | None) -> None:
-        """Write the Hugging Face folder aside, then move its files over the old ones one by one."""
-        exported: Any = LlamaForCausalLM(self.model_config)  # transformers' wrapped methods confuse type checkers
+        """Write the Hugging Face folder to `staging`, then replace the old files one by one."""
+        exported: Any = LlamaForCausalLM(self.model_config)  # type checkers do not understand transformers' decorators
         exported.load_state_dict(self.engine.module.state_dict())
         exported.tie_weights()
         exported.generation_config.max_new_tokens = 128
@@ -316,12 +316,12 @@ class Trainer:
         (staging / "README.md").write_text(self.model_card(exported.num_parameters(), step, loss, eval_loss))
         self.output_dir.mkdir(parents=True, exist_ok=True)
         for path in staging.iterdir():
-            beside = self.output_dir / f".{path.name}.new"  # a rename is atomic on one file system only
+            beside = self.output_dir / f".{path.name}.new"  # a rename is atomic only within a file system
             shutil.copyfile(path, beside)
             beside.replace(self.output_dir / path.name)
 
     def model_card(self, parameters: int, step: int, loss: float, eval_loss: float | None) -> str:
-        """The README.md beside the weights."""
+        """The text of the model's README.md."""
         facts = json.loads((self.run_dir / "data" / "facts.json").read_text())
         evaluated = "not evaluated yet" if eval_loss is None else f"{eval_loss:.3f}"
         parallel = asdict(self.recipe.parallel) | {"sequence_parallel": self.sequence_parallel}
@@ -340,7 +340,7 @@ class Trainer:
         )
 
     def resume(self) -> int:
-        """Load the last checkpoint; returns the number of steps it has behind it."""
+        """Load the last checkpoint; returns its step number."""
         path, state = self.engine.load_checkpoint(str(self.checkpoints))
         if path is None:
             sys.exit(f"train.resume=true, but there is no checkpoint in {self.checkpoints}")
@@ -350,8 +350,8 @@ class Trainer:
 def main(argv: list[str]) -> None:
     """Entry point of every rank."""
     recipe = parse_arguments(__doc__.split("\n")[0], argv)
-    # DeepSpeed would compile its shared-memory collective for a minute first; gloo is fast enough here, and
-    # that operator ignores the group it is given.
+    # DeepSpeed would first compile its shared-memory collective, which takes a minute and ignores the given group. gloo
+    # is fast enough here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     Trainer(recipe).fit()

@@ -1,11 +1,11 @@
-"""A reinforcement loop on one set of ranks: generate, score, train, refresh.
+"""Reinforcement learning on one set of ranks: generate, score, train, update the engine's weights.
 
     DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 2 tools/train_rollouts.py \
         --config recipes/train_rollouts.yaml [train.steps=20 ...]
 
-Each step samples completions of a few prompts, rewards each with the share of its tokens that have certain characters,
-and makes the better ones of each prompt likelier (policy gradient, the group's mean as baseline: GRPO's advantage
-without its clipping, which a single step on fresh samples does not need; Shao et al., 2024).
+Each step samples completions of a few prompts, rewards each with the share of its tokens that contain certain
+characters, and trains by policy gradient with the advantage of GRPO (Shao et al., 2024): the baseline is the mean
+reward of a prompt's completions. It needs no clipping, because each sample is used for a single step.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from ulysses_infer import RequestOutput, SamplingParams, init_inference
 
 @dataclass
 class RolloutConfig:
-    """What is generated and what it is worth."""
+    """What is generated, and its reward."""
 
     prompts: list[str] = field(default_factory=lambda: ["import "])
     samples: int = 6
     max_tokens: int = 24
     characters: str = "e"
-    threshold_tokens: int = 64  # of a step, above which it runs in SP mode
+    threshold_tokens: int = 64  # steps with more tokens run in SP mode
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Loop:
         self.counts = [any(c in text for c in self.rollouts.characters) for text in texts]
 
     def make_trainer(self) -> Any:
-        """DeepSpeed around the model, attention through Ulysses' all-to-all."""
+        """The DeepSpeed engine, with attention through Ulysses' all-to-all."""
         torch.manual_seed(self.train.seed)
         model: Any = AutoModelForCausalLM.from_pretrained(
             self.recipe.model, dtype=torch.float32, attn_implementation="sdpa"
@@ -99,7 +99,7 @@ class Loop:
             "train_micro_batch_size_per_gpu": self.rows,
             "gradient_clipping": self.train.grad_clip,
             "sequence_parallel_size": self.sequence_parallel,
-            # ZeRO-3's reduce-scatter forgets sequence_parallel_size when it averages (DeepSpeed 0.19.8).
+            # ZeRO-3's reduce-scatter ignores sequence_parallel_size when it averages (DeepSpeed 0.19.8).
             "zero_optimization": {"stage": stage, "reduce_scatter": stage < 3},
             "steps_per_print": sys.maxsize,
         }
@@ -107,7 +107,7 @@ class Loop:
         return deepspeed.initialize(model=model, optimizer=optimizer, mpu=self.mpu, config=config)[0]
 
     def make_engine(self) -> Any:
-        """The engine that generates, on the training's ranks and from its weights."""
+        """The inference engine, on the training's ranks and with its weights."""
         config = {
             "model": {"max_model_len": 256},
             "policy": {"name": "threshold", "threshold_tokens": self.rollouts.threshold_tokens},
@@ -117,7 +117,7 @@ class Loop:
         return init_inference(self.trainer, config)
 
     def run(self) -> list[float]:
-        """All steps; returns the mean reward of each."""
+        """Run all steps; returns the mean reward of each."""
         rewards = []
         for step in range(self.train.steps):
             started = time.perf_counter()
@@ -135,7 +135,7 @@ class Loop:
         return rewards
 
     def generate(self, seed: int) -> list[RequestOutput]:
-        """`samples` completions of every prompt, by the weights as they are now."""
+        """`samples` completions of every prompt, with the current weights."""
         params = SamplingParams(
             n=self.rollouts.samples,
             temperature=1.0,
@@ -148,7 +148,7 @@ class Loop:
         return outputs
 
     def learn(self, outputs: list[RequestOutput]) -> float:
-        """One optimizer step on `outputs`, then the engine has the new weights; returns the mean reward."""
+        """Take one optimizer step on `outputs` and update the engine's weights; returns the mean reward."""
         rewards = torch.tensor([[self.reward(c.token_ids) for c in output.outputs] for output in outputs])
         advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
         if self.train.sleep_level:
@@ -160,11 +160,11 @@ class Loop:
         return float(rewards.mean())
 
     def reward(self, token_ids: list[int]) -> float:
-        """The share of tokens that have one of the characters."""
+        """The share of tokens that contain one of the characters."""
         return sum(self.counts[token] for token in token_ids) / len(token_ids)
 
     def loss(self, outputs: list[RequestOutput], advantages: torch.Tensor) -> torch.Tensor:
-        """This rank's term. advantages: [rows]. DeepSpeed sums the gradients of an SP group."""
+        """This rank's term of the loss; DeepSpeed sums the gradients of an SP group. advantages: [rows]."""
         tokens, weights = self.batch(outputs, advantages)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         labels = F.pad(tokens, (0, 1))[:, 1:]
@@ -176,7 +176,7 @@ class Loop:
         return (nats * weights.flatten()).sum() / count
 
     def batch(self, outputs: list[RequestOutput], advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts and completions as rows of one length that SP divides, and each token's weight: both [rows, n]."""
+        """Prompts and completions, padded to a length divisible by SP, and each token's weight: both [rows, n]."""
         texts = [(o.prompt_token_ids, c.token_ids) for o in outputs for c in o.outputs]
         longest = max(len(prompt) + len(completion) for prompt, completion in texts)
         length = -(-longest // self.sequence_parallel) * self.sequence_parallel
@@ -193,12 +193,12 @@ class Loop:
         return rows.chunk(self.sequence_parallel, dim=1)[index].to(self.trainer.device)
 
     def log(self, **values: Any) -> None:
-        """One JSON line on rank 0's screen."""
+        """Print one JSON line on rank 0."""
         if self.engine.is_first:
             print(json.dumps(values), flush=True)
 
     def save(self, folder: str) -> None:
-        """The trained model as a Hugging Face folder."""
+        """Save the trained model as a Hugging Face folder."""
         parameters = list(self.trainer.module.parameters())
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.recipe.parallel.zero_stage == 3):
             if self.engine.is_first:
@@ -210,7 +210,7 @@ class Loop:
 def main(argv: list[str]) -> None:
     """Entry point of every rank."""
     recipe = parse_arguments(__doc__.split("\n")[0], argv, Recipe)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled for a minute first
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it would take a minute
     deepspeed.init_distributed()
     loop = Loop(recipe)
     with loop.engine:

@@ -1,9 +1,9 @@
-"""Turn a checkpoint that DeepSpeed saved while training into a Hugging Face folder.
+"""Convert a DeepSpeed training checkpoint into a Hugging Face folder.
 
     python -m tools.zero_to_hf runs/mine/checkpoints models/mine [--config FOLDER] [--dtype bfloat16]
 
-The first argument is the folder given to `save_checkpoint` (its `latest` says which step), the folder of one step, or
-a universal checkpoint; ZeRO stages 0 to 3. DeepSpeed's own consolidation joins the parts.
+The first argument is the folder given to `save_checkpoint` (its file `latest` names the step), the folder of one step,
+or a universal checkpoint; ZeRO stages 0 to 3. DeepSpeed's own functions merge the parts.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ COMPANIONS = (
     "*.jinja",
     "spiece.model",
 )
-"""Files beside config.json that go with the model."""
+"""Files next to config.json that belong to the model."""
 
 
 def convert(checkpoint: Checkpoint, output: Path, dtype: str = "auto") -> Any:
-    """Write the folder `output`; returns transformers' model of it. Raises `CheckpointError`."""
+    """Write the folder `output`; returns its transformers model. Raises `CheckpointError`."""
     files = checkpoint.find_files()
     config = read_config(files)
     chosen = choose_dtype(dtype, config)
@@ -48,7 +48,7 @@ def convert(checkpoint: Checkpoint, output: Path, dtype: str = "auto") -> Any:
 
 
 def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Give `model`, so far without memory, the checkpoint's tensors; tied ones are tied again."""
+    """Load the checkpoint into `model`, which is on the meta device, and tie its tied weights."""
     source = checkpoint.open()
     state = {}
     for name in source.keys():  # noqa: SIM118 - a source is no mapping
@@ -61,17 +61,21 @@ def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     model.tie_weights()
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty or unexpected:
-        wrong = f"lacks {len(empty)} tensors, first {empty[0]}" if empty else f"has {unexpected[0]}, which has no place"
+        wrong = (
+            f"lacks {len(empty)} tensors, first {empty[0]}"
+            if empty
+            else f"has {unexpected[0]}, which the model does not have"
+        )
         raise CheckpointError(f"{checkpoint.folder} does not fit its config.json: it {wrong}")
 
 
 def main(argv: list[str]) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="what DeepSpeed saved")
+    parser.add_argument("checkpoint", help="the DeepSpeed checkpoint")
     parser.add_argument("output", type=Path, help="the folder to write")
-    parser.add_argument("--config", help="folder with config.json (and tokenizer), if none is near the checkpoint")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: what config.json names")
+    parser.add_argument("--config", help="folder with config.json (and tokenizer), if the checkpoint has none")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: the dtype in config.json")
     arguments = parser.parse_args(argv)
     try:
         checkpoint = find_checkpoint(arguments.checkpoint, hf_config=arguments.config)
