@@ -110,4 +110,4 @@ def test_a_placement_that_is_impossible_is_named_and_left_out(capsys: pytest.Cap
     config = reduced("qwen3-30b-a3b")
     config.moe_intermediate_size = 36
     assert [row.placement for row in rows(config, Layout(Mode(8, 1)))] == ["replicate", "expert"]
-    assert "not width" in capsys.readouterr().out
+    assert "width is not possible" in capsys.readouterr().out
