@@ -219,10 +219,10 @@ def test_an_empty_file_is_refused(tmp_path):
 
 def test_a_broken_index_is_named(tmp_path):
     tiny_llama(tmp_path, tokenizer=False)
-    (tmp_path / INDEX_NAME).write_text('{"metadata": {}')
-    assert INDEX_NAME in refusal(tmp_path)
-    (tmp_path / INDEX_NAME).write_text('["weight_map"]')
-    assert INDEX_NAME in refusal(tmp_path)
+    (tmp_path / SINGLE_NAME).unlink()
+    for text in ('{"metadata": {}', '["weight_map"]', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'):
+        (tmp_path / INDEX_NAME).write_text(text)
+        assert INDEX_NAME in refusal(tmp_path)
 
 
 def rewrite(folder, change):

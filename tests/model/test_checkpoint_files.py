@@ -1,4 +1,4 @@
-"""Which files of a checkpoint folder are read: the weights that transformers would take, and what each file must hold."""
+"""The files of a checkpoint folder: weights are chosen as transformers chooses them, broken files are named."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ def fill(folder, names, config):
 
 
 def chosen_by_transformers(folder, config):
-    """The names of the files that `from_pretrained` reads; None if it refuses, or reads files that are gone or pickles."""
+    """The files that `from_pretrained` reads; None if it refuses, or if they are gone or pickles."""
     from transformers.modeling_utils import _get_resolved_checkpoint_files
 
     try:

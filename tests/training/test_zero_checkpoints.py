@@ -20,7 +20,7 @@ from tests.tiny import settings, tiny_config, write_tokenizer
 from tests.training.training import STEPS, training
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.errors import CheckpointError
-from ulysses_infer.model.loading.sources import find_checkpoint
+from ulysses_infer.model.loading.sources import find_checkpoint, open_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # scripts, not a package
 from zero_to_hf import main as zero_to_hf
@@ -29,24 +29,26 @@ pytestmark = pytest.mark.distributed
 PROMPTS = [[5], [7, 8, 9, 10, 11], [3] * 17]
 NEW_TOKENS = 9
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, prompt_logprobs=0, logprobs=0)
-KINDS = {  # name: ZeRO stage, SP in training, tied embeddings
-    "zero0": (0, 2, False),
-    "zero1": (1, 2, True),
-    "zero2": (2, 2, False),
-    "zero3": (3, 2, True),
-    "universal2": (2, 1, True),
-    "universal3": (3, 2, True),
+KINDS = {  # name: ZeRO stage, SP in training, tied embeddings, frozen parameters and two parameter groups
+    "zero0": (0, 2, False, False),
+    "zero1": (1, 2, True, True),
+    "zero2": (2, 2, False, True),
+    "zero3": (3, 2, True, True),
+    "universal1": (1, 1, True, True),
+    "universal2": (2, 1, True, False),
+    "universal3": (3, 2, True, True),
 }
 
 
-def train(stage, sequence_parallel, tied, folder):
-    """Train and save; the prompts completed by the training's own forward, and its log-probabilities of all tokens."""
-    with training(stage, sequence_parallel, tie_word_embeddings=tied) as trained:
+def train(stage, sequence_parallel, tied, frozen, folder):
+    """Train and save; the prompts completed by the training's own forward, their log-probabilities, the state dict."""
+    with training(stage, sequence_parallel, tie_word_embeddings=tied, frozen=frozen) as trained:
         for _ in range(STEPS):
             trained.step()
         trained.engine.save_checkpoint(folder, tag="step20")
         texts = [trained.complete(prompt, NEW_TOKENS) for prompt in PROMPTS]
-        return texts, [trained.logprobs(text) for text in texts]
+        logprobs = [trained.logprobs(text) for text in texts]
+        return texts, logprobs, {name: tensor.numpy() for name, tensor in trained.weights().items()}
 
 
 def generate(folder, sp, tp):
@@ -56,6 +58,15 @@ def generate(folder, sp, tp):
             engine._engine.choose_mode = ModeShuffle(engine.config.parallel.available_modes)
         outputs = engine.generate(PROMPTS, GREEDY)
     return [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs], [all_logprobs(o) for o in outputs]
+
+
+def check_state(source, state, tied):
+    """The checkpoint has every tensor that the model had, and a tied head under both names as one."""
+    assert set(source.keys()) == {*state, "lm_head.weight"}
+    for name, values in state.items():
+        torch.testing.assert_close(source.read(name, None), torch.from_numpy(values), rtol=0, atol=1e-7)
+    head, embedding = (source.read(name, None) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    assert torch.equal(head, embedding) == tied
 
 
 def to_universal(step, output):
@@ -73,12 +84,12 @@ def saved(tmp_path_factory, training_ranks):
 
     def get(kind):
         if kind not in made:
-            stage, sequence_parallel, tied = KINDS[kind]
+            stage, sequence_parallel, tied, frozen = KINDS[kind]
             run = tmp_path_factory.mktemp(kind)
             tiny_config(tie_word_embeddings=tied).save_pretrained(run)
             write_tokenizer(run)
             folder = run / "checkpoints"
-            expected = training_ranks(2).run(train, stage, sequence_parallel, tied, str(folder))[0]
+            expected = training_ranks(2).run(train, stage, sequence_parallel, tied, frozen, str(folder))[0]
             if kind.startswith("universal"):
                 universal = run / "checkpoints_universal"
                 to_universal(folder / "step20", universal / "step20_universal")
@@ -92,7 +103,8 @@ def saved(tmp_path_factory, training_ranks):
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_what_was_trained_generates_as_the_training_models_own_forward(kind, saved, rank_pool, tmp_path):
-    folder, (texts, logprobs) = saved(kind)
+    folder, (texts, logprobs, state) = saved(kind)
+    check_state(open_weights(folder), state, KINDS[kind][2])
     zero_to_hf([str(folder), str(tmp_path / "hf")])
     for source, sp, tp in ((folder, 2, 1), (tmp_path / "hf", 1, 2)):
         for found_texts, found in rank_pool(2).run(generate, source, sp, tp):
@@ -103,7 +115,7 @@ def test_what_was_trained_generates_as_the_training_models_own_forward(kind, sav
 def test_the_converted_folder_is_an_ordinary_one(saved, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, (texts, logprobs) = saved("zero3")
+    folder, (texts, logprobs, _) = saved("zero3")
     zero_to_hf([str(folder / "step20"), str(tmp_path / "hf"), "--dtype", "bfloat16"])
     assert "in torch.bfloat16" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
@@ -163,3 +175,18 @@ def test_the_latest_step_is_taken_and_one_that_is_not_there_is_named(saved, tmp_
     (tmp_path / "latest").write_text("step7\n")
     with pytest.raises(CheckpointError, match="names 'step7'"):
         find_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "message"),
+    [
+        (1, "base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight", "has LoRA adapters of PEFT.*up_proj"),
+        (2, "model.norm.weight", "in 2 model-parallel parts"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused_in_one_line(files, name, message, tmp_path):
+    for part in range(files):
+        torch.save({"module": {name: torch.zeros(2)}}, tmp_path / f"mp_rank_0{part}_model_states.pt")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        find_checkpoint(str(tmp_path)).open()
+    assert "\n" not in str(caught.value)

@@ -26,6 +26,7 @@ class Training:
         sequence_parallel: int,
         dtype: str = "fp32",
         lora: dict[str, Any] | None = None,
+        frozen: bool = False,
         **changes: Any,
     ) -> None:
         import deepspeed
@@ -43,6 +44,8 @@ class Training:
         )
         if lora is not None:
             model = with_adapters(model, lora)
+        if frozen:
+            freeze_some(model)
         settings = {
             "train_micro_batch_size_per_gpu": ROWS,
             "gradient_clipping": 1.0,
@@ -56,7 +59,9 @@ class Training:
             },
             "steps_per_print": 10**9,
         }
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [[p for p in trained if p.dim() > 1], [p for p in trained if p.dim() == 1]] if frozen else [trained]
+        optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=1e-2)
         self.engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=settings)[0]
         self._random = torch.Generator().manual_seed(1)
 
@@ -119,6 +124,13 @@ class Training:
 
     def _mine(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.chunk(self.sp, dim=1)[self.rank]
+
+
+def freeze_some(model: Any) -> None:
+    """Freeze a layer's matrices and some norms."""
+    for name, parameter in model.named_parameters():
+        if "layers.0.mlp" in name or "input_layernorm" in name:
+            parameter.requires_grad = False
 
 
 def with_adapters(model: Any, lora: dict[str, Any]) -> Any:
