@@ -1,4 +1,4 @@
-"""Write the generated pages of docs/, or with `--check` fail when one is out of date."""
+"""Write the generated pages of docs/, or with `--check` fail if one is out of date."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ RECIPE_REFERENCE = """# Recipe reference
 
 <!-- Generated from ulysses_infer/config/schema.py by docs/generate/make_docs.py; do not edit. -->
 
-Every key of a recipe, by section. A recipe is a YAML file; `include: [other.yaml]` puts the keys of other
-files, relative to it, before its own. The command line wins over the recipe, the recipe over defaults; any
-key can be set there as `section.key=value`, as in `parallel.sp=4`. `ulysses_infer.init_inference` takes the
-same keys, nested (`parallel={{"sp": 4}}`) or dotted. A literal `${{` in a text is written `\\${{`.
+All keys of a recipe, by section. A recipe is a YAML file. `include: [other.yaml]` reads other files first, by paths
+relative to the recipe; the recipe's own keys override theirs. The command line overrides the recipe and accepts any key
+as `section.key=value`, for example `parallel.sp=4`. `ulysses_infer.init_inference` takes the same keys, nested
+(`parallel={{"sp": 4}}`) or dotted. A literal `${{` in a string is written `\\${{`.
 
 {sections}"""
 
@@ -29,14 +29,14 @@ MODULE_MAP = """# Module map
 
 <!-- Generated from the first sentence of every file by docs/generate/make_docs.py; do not edit. -->
 
-Every folder and file of `ulysses_infer/`, with the first sentence of the file. [architecture.md](architecture.md) has
-the order of folders and the ideas behind it.
+All folders and files of `ulysses_infer/`, with the first sentence of each file. [architecture.md](architecture.md)
+describes the order of the folders and the design.
 
 {folders}"""
 
 
 def generated_pages() -> dict[Path, str]:
-    """The text of every generated page, by path."""
+    """The text of each generated page, by path."""
     docs = ROOT / "docs"
     return {
         docs / "recipe-reference.md": RECIPE_REFERENCE.format(sections=schema_reference()),
@@ -45,7 +45,7 @@ def generated_pages() -> dict[Path, str]:
 
 
 def folder_sections() -> Iterator[str]:
-    """One section per folder of the package, in alphabetical order, with a line for each of its files."""
+    """One section per folder of the package, in alphabetical order, with one line per file."""
     folders = [PACKAGE, *sorted(path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)]
     for folder in folders:
         name = folder.relative_to(PACKAGE.parent)
@@ -66,14 +66,14 @@ def first_sentence(path: Path) -> str:
 
 
 def is_current(path: Path, text: str) -> bool:
-    """Whether `path` holds `text` already."""
+    """Whether `path` already contains `text`."""
     return path.is_file() and path.read_text(encoding="utf-8") == text
 
 
 def main() -> int:
-    """Write the pages, or check them; the exit status is 1 when one is out of date."""
+    """Write the pages, or check them; the exit status is 1 if one is out of date."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     check = parser.parse_args().check
     stale = {path: text for path, text in generated_pages().items() if not is_current(path, text)}
     for path, text in stale.items():

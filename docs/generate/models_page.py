@@ -1,4 +1,4 @@
-"""The support matrix docs/models.md, from the results of the sweep."""
+"""Writes the support matrix, docs/models.md, from the results of the sweep."""
 
 from __future__ import annotations
 
@@ -7,85 +7,84 @@ from typing import Any
 
 from ulysses_infer.model.injection.architectures import REFUSED, VERIFIED
 
-HEAD = """# Which models are served
+HEAD = """# Supported models
 
-Written by `python -m docs.generate.sweep_architectures` from transformers {version}; do not edit. The sweep takes every
-causal language model class of transformers and every class of multimodal models ({total} model types). Of each it makes
-a tiny random checkpoint in float32 and runs it on 1, 2 and 4 ranks in the layouts {bases}, with another mode at every
-step, chunked prefill, prefix caching and, for mixtures of experts, a random placement per layout. It compares greedy
-tokens with `generate` and every log-probability with a plain forward.
+Generated from transformers {version} by `python -m docs.generate.sweep_architectures`; do not edit. The sweep covers
+all {total} model types that have a causal or multimodal language model class in transformers. For each type it creates
+a tiny random float32 checkpoint and runs it on 1, 2 and 4 ranks in the layouts
+{bases}, with a different mode in every step,
+chunked prefill, prefix caching and, for mixtures of experts, a random expert placement per layout. It compares greedy
+tokens with `generate`, and every log-probability with a plain forward pass.
 
-- **Yes** ({yes}): tokens equal, log-probabilities within 1e-4. The largest difference seen is given.
-- **No** ({no}): the engine refuses it by name, with the reason given, before any weight is loaded. There is never a
-  silent wrong answer.
-- **Untested** ({untested}): the sweep has no tiny configuration of it that transformers itself runs here. Refused
-  unless `model.allow_unverified=true`, and then only served if it passes the checks at start (every layer's attention
-  reached once, equal heads in every layer, no mixing of tokens outside of attention).
+- **Yes** ({yes}): tokens equal, log-probabilities within 1e-4. The table gives the largest difference.
+- **No** ({no}): refused by name, with the reason, before any weight is loaded.
+- **Untested** ({untested}): the sweep has no tiny configuration that runs in transformers here. Refused unless
+  `model.allow_unverified=true`; even then the model must pass the checks at startup: every layer's attention is reached
+  once, all layers have the same heads, and tokens influence each other only through attention.
 
-Which quantized checkpoints load is in [quantization.md](quantization.md). RoPE of the kinds `dynamic` and `longrope` is
-fixed at `model.max_model_len`, since transformers' own would let a request depend on its neighbours in the batch.
+[quantization.md](quantization.md) lists the supported quantized checkpoints. `dynamic` and `longrope` RoPE frequencies
+are computed once, for `model.max_model_len`: in transformers, they depend on the other sequences in the batch.
 
 ## Multimodal models
 
-Checkpoints like Llama 4 Scout, Gemma 3 or Qwen3-VL are served as the language models in them: prompts are text, and a
-message with an image gets status 400. The multimodal encoders are removed before weights are distributed; their
-weights are neither read nor kept.
-The rest runs transformers' own forward of the whole model, whose names for the tensors are the
-checkpoint's, and is compared with the whole model on text alone. RoPE with sections for time, height and width (mRoPE)
-gets one position for all three, as it does in transformers for text, where it is ordinary RoPE.
+Multimodal checkpoints such as Llama 4 Scout, Gemma 3 or Qwen3-VL are served as text models: a message with an image
+gets status 400. The multimodal encoders are removed before weights are distributed; their weights are not read. The
+rest runs transformers' forward of the whole model, with the checkpoint's tensor names, and is compared with the whole model
+on text. mRoPE (separate positions for time, height and width) gets the same position for all three, which makes it
+ordinary RoPE, as in transformers for text.
 
-Wrappers that take any language model (llava, internvl, mistral3, ...) are served around every one that the first table
-below serves. Where config.json ties the two embeddings, or leaves that to a default, and the checkpoint has two
-different ones, both are used. Refused are models whose layers attend to encoded pictures, that answer nothing without
-one, and PaliGemma: its prompts attend in both directions, so that a prompt's first chunk would depend on its last.
+Wrappers around an arbitrary language model (llava, internvl, mistral3, ...) are served if the first table says Yes for
+that language model. If config.json ties the two embeddings, explicitly or by default, but the checkpoint has two
+different ones, both are used. Refused: models whose layers attend to encoded images, models that require an image, and
+PaliGemma, whose bidirectional attention over the prompt rules out chunked prefill and prefix caching.
 
 ## Recurrent and convolutional layers
 
-Models that mix attention with state spaces, linear attention or convolutions (mamba, jamba, bamba, falcon_h1,
-granitemoehybrid, nemotron_h, qwen3_next, qwen3_5, minimax, kimi_linear, lfm2, zamba, ...) are refused by name. It could
-be done, and this is what it would take:
+Models with state-space, linear-attention or convolutional layers (mamba, jamba, bamba, falcon_h1, granitemoehybrid,
+nemotron_h, qwen3_next, qwen3_5, minimax, kimi_linear, lfm2, zamba, ...) are refused by name; the dry run at startup
+detects other such models, because their tokens influence each other outside attention. Support would require:
 
-- *In a mode.* A layer's state is a sum over a sequence in order, for each of its heads alone. Under SP the tokens of a
-  sequence lie on several ranks, so the layer would exchange tokens for heads before its scan, as attention does, and
-  back after it: after the same all-to-all every rank has all tokens of its own heads, in order, in every mode. The
-  state then belongs to the head shard as the KV cache does, and a shift of modes would not move it. The short
-  convolution before the scan runs over channels, which cut the same way where they belong to heads.
-- *What has no counterpart.* Projections of these layers are packed in an order of each family's own (z, x, B, C, dt),
-  with B and C shared by groups of heads that do not divide over as many ranks as the heads do, and norms across all
-  channels; each would need its own sharding rule and its own proof. transformers' modules run their scan inside their
-  forward, without an interface such as attention and experts have, so each family would need its forward replaced.
-- *In the engine.* A state cannot be cut at a block: a prefix is shared only where a copy of the state was kept, chunks
-  must hand states on, preemption must save the state or compute all of it again, and the scan would have to run over
-  a batch of sequences of different lengths without one's state reaching the next.
+- *Modes.* Each head's state is a sum over the sequence in order. Under SP, the layer would exchange tokens for heads
+  before its scan and back after it, with the all-to-all that attention uses. The state would belong to the head shard,
+  like the KV cache, and survive a change of mode. The short convolution before the scan runs over channels, which can
+  be sharded the same way if they belong to heads.
+- *Sharding.* Each model family packs the projections of these layers (z, x, B, C, dt) in its own order. B and C are
+  shared by groups of heads that do not divide over as many ranks as the heads, and norms span all channels. Each family
+  needs its own sharding rule and verification. transformers has no interface for the scan as it has for attention and
+  experts, so each family's forward would have to be replaced.
+- *Engine.* A state cannot be split into blocks. Prefix caching would need saved copies of states, chunked prefill would
+  pass states between chunks, preemption would save or recompute them, and the scan would have to keep sequences of
+  different lengths in a batch apart.
 
-The first is sound in this design; the other two are an engine of their own beside the paged cache, and a part of it
-only would be served wrong without a sign. So they wait, and the list of names (and, for names not on it, the dry run at
-start, which sees a token's neighbours reach it outside of attention) keeps them out.
+The first part fits this design; the other two amount to a second engine beside the paged cache. A partial
+implementation would give wrong results silently.
 
 ## Mixtures of experts
 
-`parallel.expert_placement` says where experts live. It holds in every mode, so that they never move when the mode
-shifts; routers and shared experts are what they are in any layer (whole, and cut like other feed-forward blocks).
+`parallel.expert_placement` selects where experts are stored. The placement is the same in every mode, so a change of
+mode moves no experts. Routers are replicated; shared experts are sharded like other feed-forward blocks.
 
-| placement | a rank stores | in SP | in TP |
+| placement | stored per rank | in SP | in TP |
 |---|---|---|---|
 | `replicate` | 1/tp of every expert's width | own tokens, no exchange | own width, all-reduce |
 | `expert` | E/W whole experts | tokens go to the owners, results come back | own experts, all-reduce |
 | `width` | 1/W of every expert's width | tokens are gathered, results reduced back | own width, all-reduce |
 
-`auto`, the default, replicates while the weights take at most half of a rank's memory; else it takes `expert`, or
-`width` where the number of experts does not divide. In SP, `expert` sends tokens to the owners alone where that saves
-enough over gathering them, which is decided from the sizes of the step; in memory shared by the ranks it gathers.
+`auto` (the default) selects `replicate` if the weights then take at most half of a rank's memory, else `expert`, or
+`width` if the ranks do not divide the number of experts. In SP, `expert` sends tokens only to the owners of their
+experts if the estimated saving for the step's sizes is large enough; otherwise, and in shared memory, it gathers all
+tokens.
 
-Proved against transformers (`tests/equivalence/test_experts.py`) in all three placements, modes flipped at random, on
-2 and 4 ranks in every base layout and on 8 in one, with numbers of experts that divide and that do not, also fewer than
-ranks: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, llama4_text, gpt_oss, granitemoe, glm4_moe,
-ernie4_5_moe, minimax_m2. minimax (with lightning attention) and qwen3_next are refused for their
-recurrent layers. Experts of longcat_flash stay whole on every rank in any placement.
+`tests/equivalence/test_experts.py` compares mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3,
+llama4_text, gpt_oss, granitemoe, glm4_moe, ernie4_5_moe and minimax_m2 with transformers, with changing modes: `expert`
+and `width` in every layout of 2 and 4 ranks, `replicate` in sp2xtp2, and each model in one layout of 8 ranks. Expert
+counts include some that the ranks do not divide and some below the number of ranks. minimax (with lightning attention)
+and qwen3_next are refused for their recurrent layers. Experts of longcat_flash stay whole on every rank in any
+placement.
 
-Weights of one rank of 8, in bfloat16, by `tools/memory_table.py`, which reads the loader's own plan of the published
-configurations (`configs/models`; without Scout's image encoder, which is not kept). `tests/tools/test_memory_table.py`
-loads both in a reduced size, in every placement, and finds the plan's bytes, and no more memory taken than them:
+Weights per rank of 8 in bfloat16, from `tools/memory_table.py`, which applies the loader's plan to the published
+configurations in `configs/models` (without Scout's image encoder). `tests/tools/test_memory_table.py` loads reduced
+versions of both in every placement and checks stored bytes and memory use against the plan:
 
 | model | base | `replicate` | `expert`, `width` |
 |---|---|---|---|
@@ -94,13 +93,13 @@ loads both in a reduced size, in every placement, and finds the plan's bytes, an
 """
 TABLES = {
     "Language models": False,
-    "Models with picture or sound towers, text only": True,
+    "Multimodal models, text only": True,
 }
 WORDS = {"yes": "Yes", "untested": "Untested"}
 
 
 def write_page(results: dict[str, dict[str, Any]], page: Path, bases: str) -> None:
-    """Write the matrices, a row a model type."""
+    """Write the page, with one table row per model type."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
 
@@ -111,8 +110,8 @@ def write_page(results: dict[str, dict[str, Any]], page: Path, bases: str) -> No
         bases=bases,
         **{word.lower(): list(served.values()).count(word) for word in ("Yes", "No", "Untested")},
     )
-    for title, with_towers in TABLES.items():
-        names = [name for name in served if (name in MULTIMODAL) == with_towers]
+    for title, multimodal in TABLES.items():
+        names = [name for name in served if (name in MULTIMODAL) == multimodal]
         count = sum(served[name] == "Yes" for name in names)
         text += f"\n## {title} ({count} of {len(names)})\n\n| model type | served | |\n|---|---|---|\n"
         text += "".join(f"| {name} | {served[name]} | {_remark(results[name])} |\n" for name in names)
@@ -126,7 +125,7 @@ def _remark(result: dict[str, Any]) -> str:
 
 
 def differences(results: dict[str, dict[str, Any]]) -> list[str]:
-    """What the allow-list and the deny-list say otherwise than the sweep, a line each."""
+    """Differences between VERIFIED and REFUSED and the results of the sweep, one per line."""
     proved = {name for name, result in results.items() if result["outcome"] == "yes"}
     wrong = {name for name, result in results.items() if result["outcome"] in ("wrong", "error")}
     found = {

@@ -1,11 +1,12 @@
-"""Every language model of the installed transformers through the engine: what is served, and docs/models.md.
+"""Runs every language model of the installed transformers in the engine and writes the results to docs/models.md.
 
-Those with picture or sound towers are saved and compared whole, with text alone. Experts are placed otherwise in each
-layout, drawn by the model's name.
+Multimodal models are saved whole and compared on text. The expert placement of each layout is drawn at random, seeded
+by the model type.
 
-Run from the repository root: `python -m docs.generate.sweep_architectures` (about forty minutes on two cores). Results
-are kept in a JSON file as they come, so that a second run goes on where the first one stopped; `--only llama,opt` runs
-some again, `--report` only writes the page. Ends with 1 when `VERIFIED` does not say what the sweep found.
+Run from the repository root: `python -m docs.generate.sweep_architectures` (about forty minutes on two cores). Each
+result is saved to a JSON file at once, so that an interrupted sweep can be continued. `--only llama,opt` runs these
+model types again; `--report` only writes the page. The exit status is 1 if `VERIFIED` or `REFUSED` contradicts the
+results.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PAGE = Path("docs/models.md")
 
 
 def main() -> int:
-    """Sweep, write the page, compare with the allow-list."""
+    """Run the sweep, write the page and compare with the lists of architectures."""
     arguments = _arguments()
     results = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
     pools = RankPools()
@@ -60,10 +61,10 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file of results so far")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file with the results so far")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write")
     parser.add_argument("--only", default="", help="model types to run again, comma-separated")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the page from the results")
+    parser.add_argument("--report", action="store_true", help="write the page from saved results, run no model")
     return parser.parse_args()
 
 
@@ -72,7 +73,7 @@ def _to_run(only: str, results: dict[str, Any]) -> list[str]:
 
 
 def every_type() -> list[str]:
-    """Model types of transformers that have a causal language model, or one with towers, class."""
+    """Model types that have a causal or multimodal language model class in transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TEXT
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
 
@@ -80,7 +81,7 @@ def every_type() -> list[str]:
 
 
 def sweep_one(model_type: str, pools: RankPools) -> dict[str, Any]:
-    """Outcome of one architecture: yes, refused, wrong, error or untested, with a line of detail."""
+    """The outcome for one model type (yes, refused, wrong, error or untested), with a line of detail."""
     if model_type in REFUSED:
         return {"outcome": "refused", "detail": REFUSED[model_type]}
     with tempfile.TemporaryDirectory() as folder:
@@ -98,12 +99,12 @@ def sweep_one(model_type: str, pools: RankPools) -> dict[str, Any]:
 
 
 def _attempt(failure: str, action: Callable[[], Any]) -> Any:
-    """The action's result, or how it failed."""
+    """The result of `action`, or the outcome that its exception means."""
     try:
         return action()
     except UnsupportedModelError as error:
         return {"outcome": "refused", "detail": str(error)}
-    except Exception as error:  # whatever an architecture may raise is a result here
+    except Exception as error:  # any exception of a model is a result of the sweep
         if failure == "error" and isinstance(error, AssertionError):
             return {"outcome": "wrong", "detail": _line(error)}
         return {"outcome": failure, "detail": f"{type(error).__name__}: {_line(error)}", "notes": _notes(error)}
@@ -121,7 +122,7 @@ def _run_base(base: tuple[int, int], placement: str, reference: Reference, pools
 
 
 def prepare(model_type: str, folder: Path) -> Reference:
-    """In a process of its own: the checkpoint and what transformers makes of it, for the first config that works."""
+    """Write a checkpoint and transformers' reference results, for the first config that works; runs in a subprocess."""
     configs = list(tiny_configs(model_type))
     for number, config in enumerate(configs):
         try:

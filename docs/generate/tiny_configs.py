@@ -1,4 +1,4 @@
-"""A tiny config for any causal language model of transformers, by the names its sizes go under."""
+"""Tiny configs for all language models of transformers: sets sizes by the names that configs use for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VOCABULARY = 101
 LAYERS = 2
 HEADS = 8
 
-# Sizes by every name that configs give them. Only names that a config has are set.
+# Sizes under every name that configs use. Only names that a config has are set.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCABULARY),
     **dict.fromkeys(
@@ -121,21 +121,21 @@ SIZES: dict[str, Any] = {
     "query_pre_attn_scalar": 16,
     "layer_group_size": 2,
 }
-# Options that add weights, on wherever a config has them: what runs with them runs without.
+# Options that add weights: enabled wherever a config has them, because a model that works with them works without.
 OPTIONS = dict.fromkeys(("attention_bias", "mlp_bias", "use_qk_norm", "qk_layernorm", "use_bias", "lm_head_bias"), True)
 WIDTHS = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "out_hidden_size", "projector_input_dim")
 DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "num_blocks")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "num_key_value_groups", "swa_num_key_value_heads")
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 2, "decoder_start_token_id": 1}
 
-# What the names alone do not get right.
+# Values that some model types need besides.
 SPECIAL: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 8, "n_inner": None},
     "codegen": {"rotary_dim": 8, "n_inner": None},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "alibi": False},
     "phi3": {"original_max_position_embeddings": 128},
-    "stablelm": {"qk_layernorm": False},  # its norms are one module a head: refused
+    "stablelm": {"qk_layernorm": False},  # refused if true: one norm module per head
     "nanochat": {"head_dim": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -183,7 +183,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "xmod": {"default_language": "en_XX", "is_decoder": True},
-    # Towers and what joins them to the text, whose default sizes are large.
+    # Multimodal encoders and projectors with large default sizes.
     "cohere2_vision": {"alignment_intermediate_size": 64},
     "siglip_vision_model": {"hidden_size": 64, "num_attention_heads": 4},
     "qwen2_vl_vision": {"hidden_size": 64},
@@ -193,27 +193,27 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def tiny_configs(model_type: str) -> Iterator[Any]:
-    """Tiny configs to try, in order: fewer key/value heads than query heads first, then as many."""
+    """Tiny configs to try, in order: with fewer key/value heads than query heads, then with equal numbers."""
     from transformers import CONFIG_MAPPING
 
     whole = CONFIG_MAPPING[model_type]()
     name = next((name for name in ("text_config", "decoder_config") if hasattr(whole, name)), None)
-    towers = {part: shallow(config) for part, config in parts_of(whole).items() if part != name}
+    encoders = {part: shallow(config) for part, config in parts_of(whole).items() if part != name}
     for key_value_heads in _key_value_choices(whole if name is None else getattr(whole, name)):
         if name is None:
-            yield _shrunk(whole, key_value_heads, towers)
+            yield _shrunk(whole, key_value_heads, encoders)
         else:
             text = _shrunk(getattr(whole, name), key_value_heads, {})
-            yield type(whole)(**{name: text, **towers, **SPECIAL.get(model_type, {})})
+            yield type(whole)(**{name: text, **encoders, **SPECIAL.get(model_type, {})})
 
 
-def shallow(tower: Any) -> Any:
-    """A picture or sound tower of one layer: most other sizes have to fit each other, and text never reaches it."""
-    known = tower.to_dict()
+def shallow(encoder: Any) -> Any:
+    """A multimodal encoder with one layer; most other sizes depend on each other, and text does not use it."""
+    known = encoder.to_dict()
     layers = {name: size for names, size in ((DEPTHS, 1), (WIDTHS, 64)) for name in names if known.get(name)}
     layers |= {"layer_types": known["layer_types"][:1]} if known.get("layer_types") else {}
-    inner = {part: shallow(config) for part, config in parts_of(tower).items()}
-    return type(tower).from_dict({**known, **layers, **inner, **SPECIAL.get(tower.model_type, {})})
+    inner = {part: shallow(config) for part, config in parts_of(encoder).items()}
+    return type(encoder).from_dict({**known, **layers, **inner, **SPECIAL.get(encoder.model_type, {})})
 
 
 def parts_of(config: Any) -> dict[str, Any]:
@@ -228,16 +228,16 @@ def _key_value_choices(config: Any) -> list[int]:
     return [4, HEADS] if has_any and not latent else [HEADS]
 
 
-def _shrunk(config: Any, key_value_heads: int, towers: dict[str, Any]) -> Any:
+def _shrunk(config: Any, key_value_heads: int, encoders: dict[str, Any]) -> Any:
     known = config.to_dict()
     values = {name: size for name, size in SIZES.items() if known.get(name) is not None}
     values |= {name: on for name, on in OPTIONS.items() if name in known}
     values |= {name: key_value_heads for name in KEY_VALUE_HEADS if name in known}
     values |= {name: token for name, token in TOKENS.items() if known.get(name) is not None}
     values |= {"layer_types": _layer_types(known["layer_types"])} if known.get("layer_types") else {}
-    if known.get("kv_lora_rank") is not None:  # there, head_dim means the rotary part alone
+    if known.get("kv_lora_rank") is not None:  # here, head_dim is the size of the rotary part only
         values.pop("head_dim", None)
-    values |= towers | SPECIAL.get(config.model_type, {})
+    values |= encoders | SPECIAL.get(config.model_type, {})
     if known.get("rope_parameters") and "rope_parameters" not in values:
         values["rope_parameters"] = _with_theta(copy.deepcopy(known["rope_parameters"]))
         if "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
@@ -248,20 +248,20 @@ def _shrunk(config: Any, key_value_heads: int, towers: dict[str, Any]) -> Any:
 
 
 def _with_theta(rope: dict[str, Any]) -> dict[str, Any]:
-    """Some configs leave the base frequency to the checkpoint."""
+    """Set the base frequency where a config leaves it to the checkpoint."""
     if rope.get("rope_theta", 0) is None:
         rope["rope_theta"] = 10000.0
     return rope
 
 
 def _sections(values: dict[str, Any], rope: dict[str, Any]) -> dict[str, list[int]]:
-    """How the frequencies of a head divide into those of time, height and width."""
+    """The split of a head's frequencies into those of time, height and width."""
     width = values.get("head_dim", values.get("hidden_size", 64) // HEADS)
     third, rest = divmod(int(width * rope.get("partial_rotary_factor", 1.0)) // 2, 3)
     return {"mrope_section": [third + rest, third, third]}
 
 
 def _layer_types(types: list[str]) -> list[str]:
-    """Each kind of layer once, in order of appearance, and two layers at least."""
+    """Each kind of layer once, in order of appearance, but at least two layers."""
     kinds = list(dict.fromkeys(types))
     return kinds * 2 if len(kinds) == 1 else kinds
