@@ -29,6 +29,7 @@ LAYERS = [
     {"native"},
     {"sampling_params"},
     {"outputs"},
+    {"extras"},
     {"errors", "host", "arithmetic", "cache_folders", "version"},
 ]
 """From the top down. A module may import from its own folder and from lower layers."""

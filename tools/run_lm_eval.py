@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import inspect
 import json
 import sys
@@ -58,6 +59,8 @@ metric_list: [{metric: exact_match}]
 def main() -> None:
     """Run the tasks on the server and, with `--compare`, on transformers; exits with 1 if the results differ."""
     options = _options()
+    if importlib.util.find_spec("lm_eval") is None:
+        sys.exit('error: this tool needs lm_eval; install: pip install "lm_eval[api]"')
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(Path(folder), options.limit)
         served = evaluate(folder, "local-completions", _server_arguments(options))

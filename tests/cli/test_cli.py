@@ -113,3 +113,25 @@ def test_version_and_help_need_no_heavy_import() -> None:
             [sys.executable, "-c", code.format(word, check)], capture_output=True, text=True, check=True
         )
         assert "ulysses-infer" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "extra"),
+    [
+        ("fastapi", ["serve", "m", "parallel.sp=2"], "serve"),
+        ("msgspec", ["serve", "m"], "serve"),
+        ("httptools", ["bench", "serve", "--model", "m"], "bench"),
+        ("httptools", ["bench", "replay", "trace.csv"], "bench"),
+        ("matplotlib", ["bench", "compare", "m"], "bench"),
+        ("fastapi", ["bench", "compare", "m"], "serve"),
+    ],
+)
+def test_missing_extra_is_told_in_one_line_with_the_pip_command(module: str, arguments: list[str], extra: str) -> None:
+    code = f"import sys; sys.modules[{module!r}] = None; from ulysses_infer.cli.main import main; main()"
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert module in result.stderr
+    assert result.stderr.endswith(f'pip install "ulysses_infer[{extra}]"\n')
+    assert result.stderr.count("\n") == 1

@@ -14,6 +14,7 @@ from ulysses_infer.bench.serve.serve_options import parse_serve
 from ulysses_infer.config import Config, load_config
 from ulysses_infer.config.aliases import ALIASES, split_flags
 from ulysses_infer.errors import ConfigError
+from ulysses_infer.extras import require_extra
 
 BENCHMARKS = ("latency", "throughput")
 CLIENTS = ("bench serve", "bench replay", "bench compare")
@@ -60,6 +61,8 @@ class Command:
         """The configuration this command runs with. Raises `ConfigError`."""
         if self.name in CLIENTS:
             raise ConfigError(f"{self.name} is a client, of one process; run it without a launcher")
+        if self.name == "serve":
+            require_extra("serve", "serve")
         config = load_config(self.options.config, self.overrides)
         if self.name != "generate":
             return config

@@ -5,7 +5,6 @@ With several replicas each has a leader of its own, whose plans its other ranks 
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import threading
@@ -20,7 +19,7 @@ from ulysses_infer.console.banner import loading_bar, print_config
 from ulysses_infer.console.screen import make_console
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.operations import warm_up
-from ulysses_infer.errors import ConfigError, RequestError, failure_reason, is_lost_connection
+from ulysses_infer.errors import RequestError, failure_reason, is_lost_connection
 from ulysses_infer.host import ranks_on_this_host
 from ulysses_infer.job.follower import serve_until_shutdown
 from ulysses_infer.job.lifetime import Guard
@@ -39,7 +38,6 @@ from ulysses_infer.worker.rank import Rank
 
 logger = logging.getLogger(__name__)
 
-NEEDED = ("fastapi", "uvicorn", "uvloop", "httptools", "msgspec", "prometheus_client", "regex")
 STOP_SECONDS = 3.0  # for a server told to stop at once, before it is killed
 LEAVE_SECONDS = 10.0  # for the HTTP process to close its connections
 # signals within this interval count as one: launchers repeat a signal that the whole process group got
@@ -50,9 +48,6 @@ TIMEOUT_MARGIN = 5.0  # the watchdog must fire before the collectives' own timeo
 
 def run(config: Config, rank: int, guard: Guard) -> None:
     """Serve until a signal or an administrator ends it. Collective. Raises `UlyssesError`s with one-line messages."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"serve needs {', '.join(missing)}; install the package with its extra: ulysses_infer[serve]")
     replica = Replica.of(config, rank)
     if rank == 0:
         run_rank_0(config, replica, guard)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import importlib.util
 import json
 import os
 import platform
@@ -40,6 +39,7 @@ from ulysses_infer.bench.serve.serve_bench import event_loop_factory
 from ulysses_infer.config import Config, load_config
 from ulysses_infer.console.screen import make_console
 from ulysses_infer.errors import ConfigError, RequestError
+from ulysses_infer.extras import require_extra
 
 SMALLEST_VOCABULARY = 99  # for models that do not declare their size
 WARM_UP = -1  # the repeat that is not counted
@@ -50,8 +50,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     Raises `UlyssesError`s of one line.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("bench compare needs matplotlib; install the package with its extra: ulysses_infer[bench]")
+    require_extra("bench compare", "bench")
+    if not options.redraw:
+        require_extra("a server of bench compare", "serve")
     console = make_console(0)
     if options.redraw:
         findings = load_findings(options.output)

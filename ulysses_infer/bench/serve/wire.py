@@ -6,12 +6,10 @@ events take a few slices.
 
 from __future__ import annotations
 
-from ulysses_infer.errors import ConfigError
+from ulysses_infer.extras import require_extra
 
-try:
-    from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
-except ImportError as error:
-    raise ConfigError("the load generator needs httptools; install the extra ulysses_infer[bench]") from error
+require_extra("the load generator", "bench", "httptools")
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser  # noqa: E402
 
 
 class WireError(Exception):
