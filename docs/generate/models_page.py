@@ -30,8 +30,8 @@ are computed once, for `model.max_model_len`: in transformers, they depend on th
 Multimodal checkpoints such as Llama 4 Scout, Gemma 3 or Qwen3-VL are served as text models: a message with an image
 gets status 400. The multimodal encoders are removed before weights are distributed; their weights are not read. The
 rest runs transformers' forward of the whole model, with the checkpoint's tensor names, and is compared with the whole
-model on text. mRoPE (separate positions for time, height and width) gets the same position for all three, which makes it
-ordinary RoPE, as in transformers for text.
+model on text. mRoPE (separate positions for time, height and width) gets the same position for all three, which makes
+it ordinary RoPE, as in transformers for text.
 
 Wrappers around an arbitrary language model (llava, internvl, mistral3, ...) are served if the first table says Yes for
 that language model. If config.json ties the two embeddings, explicitly or by default, but the checkpoint has two
