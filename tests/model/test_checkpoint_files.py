@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.tiny import settings, tiny_llama
+from tests.tiny import settings, tiny_config, tiny_llama
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.errors import CheckpointError
 from ulysses_infer.model.loading.files import INDEX_NAME, NAMED_KEY, SINGLE_NAME, checkpoint_files
+from ulysses_infer.model.loading.generation_config import load_generation_config
 from ulysses_infer.model.loading.sources import find_checkpoint
+from ulysses_infer.model.model import build_empty_model, read_config
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -86,3 +88,43 @@ def test_a_single_file_beside_a_stale_index_is_served(shards, tmp_path):
         found = engine.generate([[3, 4, 5]], greedy)[0].outputs[0].token_ids
     want = old.eval().generate(torch.tensor([[3, 4, 5]]), do_sample=False, max_new_tokens=5, eos_token_id=None)
     assert found == want[0, 3:].tolist()
+
+
+# -- configuration files -------------------------------------------------------------------------------------------
+
+NO_OBJECTS = ["", "not json", "[]", "null", '"text"', '{"a": 1', b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("text", NO_OBJECTS)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_file_that_is_no_json_object_is_named_in_one_line(name, text, tmp_path):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(CheckpointError, match=rf"/{name} cannot be read: .*; correct it or download it again$"):
+        (read_config if name == "config.json" else load_generation_config)(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dtype", "abc"),
+        ("dtype", []),
+        ("model_type", {"a": 1}),
+        ("auto_map", 7),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", -1),
+        ("hidden_size", "64"),
+        ("hidden_size", 10**30),
+        ("intermediate_size", -1),
+        ("hidden_act", "abc"),
+        ("head_dim", 0),
+        ("head_dim", -1),
+        ("rope_parameters", [1]),
+        ("layer_types", "abc"),
+    ],
+)
+def test_a_wrong_value_in_the_config_is_refused_in_one_line(key, value, tmp_path):
+    values = {**tiny_config().to_dict(), key: value}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"config\.json") as caught:
+        build_empty_model(read_config(tmp_path), torch.float32)
+    assert "\n" not in str(caught.value)

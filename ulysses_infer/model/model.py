@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.config import ModelConfig
-from ulysses_infer.errors import CheckpointError, UnsupportedModelError, first_line
+from ulysses_infer.errors import CheckpointError, UnsupportedModelError, first_line, kind_and_line
 from ulysses_infer.model.context import StepContext, use_step_context
 from ulysses_infer.model.experts import choose_placement, expert_sizes
 from ulysses_infer.model.fusion.decoder import FusedDecoder
@@ -126,9 +126,12 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"{folder} has no config.json; give a folder that save_pretrained wrote")
     try:
         return legacy_config(folder) or AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {reason}") from error
+    except CheckpointError:
+        raise
+    except StrictDataclassError as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {' '.join(str(error).split())}") from error
+    except Exception as error:  # transformers does not check every value, and the config's class may be remote code
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {kind_and_line(error)}") from error
 
 
 def choose_dtype(name: str, config: Any) -> torch.dtype:
@@ -270,6 +273,8 @@ def build_empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool =
         raise UnsupportedModelError(
             f"model type {config.model_type!r} has no causal language model: {reason}"
         ) from error
+    except Exception as error:  # sizes or names that no layer can have
+        raise CheckpointError(f"config.json describes no model that can be built: {kind_and_line(error)}") from error
     return model.eval()
 
 
