@@ -1,1 +1,1 @@
-"""Benchmarks: of the engine itself, of servers by load and by trace, and of ways to use the same ranks."""
+"""Benchmarks of the engine, of servers under load and with traces, and of ways to use the same ranks."""

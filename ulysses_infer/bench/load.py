@@ -1,4 +1,4 @@
-"""Measures how many cores other programs use, because benchmarks on a busy machine are unreliable."""
+"""Measures how many cores other programs use: benchmarks on a busy machine are unreliable."""
 
 from __future__ import annotations
 

@@ -26,19 +26,19 @@ from ulysses_infer.errors import ConfigError
 from ulysses_infer.inference import InferenceEngine
 
 RunPrompts = Callable[[list[list[int]], int], Sample | None]
-"""Measures (prompts, output length) in one mode; None on a rank that takes no part."""
+"""Runs (prompts, output length) in one mode; returns None on a rank that does not take part."""
 
-QUIET_CORES = 0.1  # busy cores of other programs above which the table warns
+MAX_FOREIGN_CORES = 0.1  # busy cores of other programs above which a warning is printed
 
 
 def run(options: argparse.Namespace, config: Config, rank: int) -> None:
-    """Measure on all ranks, print the table on rank 0. Collective. Raises `UlyssesError`s of one line."""
+    """Measure on all ranks, print the table on rank 0. Collective. Raises one-line `UlyssesError`s."""
     console = make_console(rank)
     check_modes(options.modes, config)
     check_json(options.json)
     if options.random_model is not None:
         config.model.path = str(random_model(options.random_model))
-    workload = Workload(options.input_len, options.output_len, options.num_prompts, config.model.seed)
+    workload = Workload(options.input_len, options.output_len, options.num_prompts, config.model.seed or 0)
     config = for_benchmark(config, workload)
     print_config(console, f"bench {options.kind}", config)
     with loaded(config, console) as engine, ExitStack() as stack:
@@ -55,15 +55,15 @@ def run(options: argparse.Namespace, config: Config, rank: int) -> None:
 
 def check_modes(modes: list[str], config: Config) -> None:
     """Raise `ConfigError` if a mode needs more ranks than there are."""
-    needy = [mode for mode in modes if mode != "single"]
-    if config.parallel.world_size == 1 and needy:
+    parallel_modes = [mode for mode in modes if mode != "single"]
+    if config.parallel.world_size == 1 and parallel_modes:
         raise ConfigError(
-            f"mode {needy[0]} needs more than one rank; add parallel.sp=2 (or more), or measure --modes single"
+            f"mode {parallel_modes[0]} needs more than one rank; add parallel.sp=2 (or more), or measure --modes single"
         )
 
 
 def check_json(path: str | None) -> None:
-    """Raise `ConfigError` before anything runs if the measurements could not be written afterwards."""
+    """Raise `ConfigError` if the measurements could not be written after the run."""
     if path is not None and not Path(path).parent.is_dir():
         raise ConfigError(f"--json {path!r}: folder '{Path(path).parent}' does not exist; create it")
 
@@ -80,7 +80,7 @@ def for_benchmark(config: Config, workload: Workload) -> Config:
 def interleaved(
     runs: dict[str, RunPrompts], workload: Workload, repeats: int, vocab_size: int, console: Console
 ) -> dict[str, list[Sample]]:
-    """Warm up every mode, then measure A B C, A B C, ..., so that disturbances affect all modes."""
+    """Warm up every mode, then alternate the modes (A B C, A B C, ...), so that disturbances affect all of them."""
     samples: dict[str, list[Sample]] = {mode: [] for mode in runs}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -97,7 +97,7 @@ def interleaved(
 
 
 def _run_of(mode: str, engine: InferenceEngine, config: Config, rank: int, stack: ExitStack) -> RunPrompts:
-    """How to measure one mode on this rank."""
+    """The function that measures one mode on this rank."""
     if mode == "single":
         if config.parallel.world_size == 1:
             return lambda prompts, output_len: measure(engine, prompts, output_len)
@@ -116,7 +116,7 @@ def _run_of(mode: str, engine: InferenceEngine, config: Config, rank: int, stack
 
 
 def _all_threads(config: Config) -> int:
-    """Threads of all ranks together: what a single rank may use."""
+    """The threads of all ranks together, for the engine on a single rank."""
     return torch.get_num_threads() * config.parallel.world_size
 
 
@@ -136,14 +136,14 @@ def _threads(count: int) -> str:
 
 
 def _print(console: Console, options: Any, config: Config, table: Any, foreign: float) -> None:
-    requests = f"{options.num_prompts} requests together" if options.num_prompts > 1 else "a lone request"
+    requests = f"{options.num_prompts} concurrent requests" if options.num_prompts > 1 else "a single request"
     console.print(
         f"{options.kind}: {requests}, {options.input_len} tokens in, {options.output_len} out, medians of "
         f"{options.repeats}, {config.parallel.world_size} x {_threads(torch.get_num_threads())}, no prefix caching\n"
     )
     console.print(table)
-    if foreign > QUIET_CORES:
-        console.print(f"\n  other programs kept {foreign:.1f} cores busy meanwhile: do not trust small differences")
+    if foreign > MAX_FOREIGN_CORES:
+        console.print(f"\n  other programs kept {foreign:.1f} cores busy: small differences are not reliable")
 
 
 def _write(path: Path, options: Any, config: Config, modes: dict[str, Any], foreign: float) -> None:

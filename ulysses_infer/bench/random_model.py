@@ -1,4 +1,4 @@
-"""Checkpoints with random weights, generated once and cached: speed does not depend on training."""
+"""Checkpoints with random weights, generated once and cached: speed does not depend on the values of weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ COMPLETE = "model.safetensors"
 
 
 def random_model(name: str, folder: Path | None = None) -> Path:
-    """The folder of a bfloat16 Llama with a shape from `SHAPES`, created unless it exists (default: in the cache).
+    """The folder of a bfloat16 Llama with a shape from `SHAPES`, by default in the cache; created if necessary.
 
     Safe to call from several processes: one creates it, the others wait. Raises `ConfigError` for an unknown name.
     """
@@ -58,7 +58,7 @@ def _has_shape(folder: Path, shape: dict[str, Any]) -> bool:
 
 
 def _make(target: Path, shape: dict[str, Any]) -> None:
-    """Write the checkpoint next to `target` and then rename it, so that it is never incomplete."""
+    """Write the checkpoint next to `target` and then rename it, so that `target` is never incomplete."""
     import torch
 
     if not torch.cuda.is_available():

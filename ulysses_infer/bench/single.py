@@ -1,4 +1,4 @@
-"""A single-rank engine in its own process, to compare parallel modes with."""
+"""A single-rank engine in its own process, for comparison with the parallel modes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAUNCHER_VARIABLES = (
 
 
 class SingleRank:
-    """The engine's process: it loads once and is idle while the other modes are measured."""
+    """The engine's process: it loads the model once and is idle while other modes are measured."""
 
     def __init__(self, config: Config, num_threads: int) -> None:
         ours, theirs = socket.socketpair()
@@ -44,11 +44,11 @@ class SingleRank:
         self._process = subprocess.Popen(command, env=variables, pass_fds=[theirs.fileno()])
         theirs.close()
         self._connection = Connection(ours.detach())
-        self._ask(_alone(config, num_threads))
+        self._call(_alone(config, num_threads))
 
     def run(self, prompts: list[list[int]], output_len: int) -> Sample:
-        """Measure one workload. Raises what the engine raises, or `EngineDeadError` if its process is gone."""
-        sample: Sample = self._ask((prompts, output_len))
+        """Measure one workload. Raises the engine's errors, or `EngineDeadError` if its process has ended."""
+        sample: Sample = self._call((prompts, output_len))
         return sample
 
     def __enter__(self) -> SingleRank:
@@ -59,12 +59,14 @@ class SingleRank:
         self._process.kill()
         self._process.wait()
 
-    def _ask(self, task: Any) -> Any:
+    def _call(self, task: Any) -> Any:
         try:
             self._connection.send(task)
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise EngineDeadError("the single rank's process ended; is there memory for a second engine?") from error
+            raise EngineDeadError(
+                "the single rank's process ended, possibly because there is no memory for a second engine"
+            ) from error
         if isinstance(answer, UlyssesError):
             raise answer
         return answer

@@ -44,7 +44,7 @@ class Sample:
     """From the arrival of the requests to the last token."""
     output_tokens: int
     total_tokens: int
-    """Of prompts and completions."""
+    """Tokens of prompts and completions."""
 
 
 def measure(engine: InferenceEngine, prompts: list[list[int]], output_len: int) -> Sample:
@@ -54,7 +54,7 @@ def measure(engine: InferenceEngine, prompts: list[list[int]], output_len: int) 
 
 
 def sample_of(outputs: list[RequestOutput]) -> Sample:
-    """Metrics from the requests' own timestamps, all taken on rank 0."""
+    """Metrics from the timestamps of the requests, all taken on rank 0."""
     metrics = [output.metrics for output in outputs if output.metrics is not None]
     ttfts = [m.ttft for m in metrics if m.ttft is not None]
     ends = [m.finished_time for m in metrics if m.finished_time is not None]

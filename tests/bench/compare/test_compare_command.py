@@ -30,7 +30,7 @@ SETTINGS = (
     ("options", "message"),
     [
         (["--protocol", "shape,nothing"], "'nothing': choose from shape"),
-        (["--contenders", "tp,tp"], "names one twice"),
+        (["--contenders", "tp,tp"], "contains a name twice"),
         (["--scale", "huge"], "huge"),
         (["--trace", "nowhere.csv"], r"--trace 'nowhere\.csv' is not a file"),
         (["--repeats", "0"], "at least 1"),

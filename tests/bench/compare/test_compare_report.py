@@ -72,8 +72,8 @@ def test_a_busy_machine_and_absentees_are_named():
     findings.refused["adaptive"] = "policy adaptive is not available"
     text = " ".join(remarks(findings))
     assert "adaptive did not take part: policy adaptive is not available" in text
-    assert "in 20 of 20 runs too much" in text
-    assert "little enough" in " ".join(remarks(findings_of(SHAPE, foreign=0.1)))
+    assert "in 20 of 20 runs too many" in text
+    assert "negligible" in " ".join(remarks(findings_of(SHAPE, foreign=0.1)))
 
 
 def test_findings_come_back_from_disk_as_they_were(tmp_path):
@@ -145,7 +145,7 @@ def test_the_headline_is_shift_against_the_better_of_tp_and_sp():
     from ulysses_infer.bench.compare.report import headline
 
     cards = {(card.title, card.contender): card for card in headline(findings_of(SHAPE))}
-    assert cards[("TTFT, lone request", "Shift, threshold")].ratio == "1.10x"
-    assert cards[("TTFT, lone request", "Shift, threshold")].verdict == "bad"
-    assert cards[("TPOT, lone request", "Shift, adaptive")].verdict == "good"
+    assert cards[("TTFT, single request", "Shift, threshold")].ratio == "1.10x"
+    assert cards[("TTFT, single request", "Shift, threshold")].verdict == "bad"
+    assert cards[("TPOT, single request", "Shift, adaptive")].verdict == "good"
     assert cards[("tokens/s, saturated", "Shift, adaptive")].verdict == "good"

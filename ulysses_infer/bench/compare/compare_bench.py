@@ -42,13 +42,13 @@ from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.extras import require_extra
 
 SMALLEST_VOCABULARY = 99  # for models that do not declare their size
-WARM_UP = -1  # the repeat that is not counted
+WARM_UP = -1  # number of the repeat that is not counted
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Measure, or read earlier measurements; then print and write everything. Returns the exit status.
+    """Measure, or read earlier results; then print and write the report. Returns the exit status.
 
-    Raises `UlyssesError`s of one line.
+    Raises one-line `UlyssesError`s.
     """
     require_extra("bench compare", "bench")
     if not options.redraw:
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
                 runner.run(comparison.run())
         except KeyboardInterrupt:
-            console.print("interrupted: this is what there is")
+            console.print("interrupted: these are the results so far")
         finally:
             comparison.findings.save(options.output)  # for --redraw, however the run ends
         findings = comparison.findings
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def report(findings: Findings, folder: Path, console: Console) -> int:
-    """Print and write everything; returns the exit status: 1 if nothing was measured."""
+    """Print and write the findings; returns the exit status: 1 if there are none."""
     from ulysses_infer.bench.compare.report import write_report
 
     print_findings(console, findings)
@@ -106,7 +106,7 @@ class Comparison:
             try:
                 await self._compare(servers)
             except OSError as error:
-                raise ConfigError(f"a server is gone ({error}); its log is in '{options.output}'") from error
+                raise ConfigError(f"a server has ended ({error}); its log is in '{options.output}'") from error
 
     async def _compare(self, servers: Servers) -> None:
         capacity = await self._warm_up(servers)
@@ -161,7 +161,7 @@ class Comparison:
         return capacity
 
     async def _protocol_inputs(self, servers: Servers, capacity: Capacity, site: Site | None = None) -> ProtocolInputs:
-        """The inputs of the protocols. The model's maximum length limits all lengths."""
+        """The inputs of the protocols, with lengths limited to the model's maximum length."""
         site = site or await self._site(servers, self._contenders[0])
         card = (await site.client.call("GET", "/v1/models"))["data"][0]
         sizes = sizes_of(self._options).fitting(card["max_model_len"])
@@ -181,7 +181,7 @@ class Comparison:
 def order(
     cases: Sequence[ComparisonCase], contenders: Sequence[Contender], repeats: int, in_turn: bool
 ) -> Iterator[tuple[int, ComparisonCase, Contender]]:
-    """The order of runs: all contenders run a case before the next case starts, in a different order per repeat.
+    """The order of runs: all contenders run a case before the next case starts, in an order that differs per repeat.
 
     With one server at a time, all cases run on it before the next server starts.
     """
@@ -197,7 +197,7 @@ def order(
 
 
 def sizes_of(options: argparse.Namespace) -> WorkloadSizes:
-    """The sizes of the scale, with the changes from the options."""
+    """The sizes of the scale, changed by the options."""
     given = {"input_len": options.input_len, "output_len": options.output_len, "seconds": options.seconds}
     return dataclasses.replace(SCALES[options.scale], **{key: value for key, value in given.items() if value})
 

@@ -14,7 +14,7 @@ from ulysses_infer.errors import ConfigError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add all options except MODEL and the recipe."""
+    """Add all options except MODEL and the recipe's."""
     _add_selection(parser)
     _add_load(parser)
     _add_output(parser)
@@ -27,7 +27,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         type=_names_of(PROTOCOLS),
         default=list(PROTOCOLS),
         metavar="P,P",
-        help=f"of {protocols}; default: all",
+        help=f"one or more of {protocols}; default: all",
     )
     parser.add_argument(
         "--contenders",
@@ -40,35 +40,35 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
     number: dict[str, Any] = {"type": positive, "metavar": "N"}
-    parser.add_argument("--ranks", **number, help="default: those of the recipe, at least 2")
+    parser.add_argument("--ranks", **number, help="default: the number in the recipe, at least 2")
     parser.add_argument("--repeats", **number, default=3, help="interleaved; default: %(default)s")
     parser.add_argument("--scale", choices=SCALES, default="laptop", help="sizes of all loads; default: %(default)s")
-    parser.add_argument("--input-len", **number, help="tokens of a prompt, instead of the scale's")
-    parser.add_argument("--output-len", **number, help="tokens of an answer, instead of the scale's")
+    parser.add_argument("--input-len", **number, help="tokens per prompt, instead of the scale's")
+    parser.add_argument("--output-len", **number, help="tokens per answer, instead of the scale's")
     parser.add_argument(
-        "--seconds", type=positive_number, metavar="S", help="of each load that has times, instead of the scale's"
+        "--seconds", type=positive_number, metavar="S", help="duration of each timed load, instead of the scale's"
     )
     parser.add_argument(
-        "--trace", type=Path, action="append", default=[], metavar="FILE", help="for protocol trace; repeatable"
+        "--trace", type=Path, action="append", default=[], metavar="FILE", help="trace for protocol trace; repeatable"
     )
     parser.add_argument(
-        "--in-turn", action="store_true", help="one server at a time: slower, but it has the memory to itself"
+        "--in-turn", action="store_true", help="run one server at a time: slower, but each has all of the memory"
     )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("compare"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument(
-        "--redraw", action="store_true", help="measure nothing: make the report again from what FOLDER has"
+        "--redraw", action="store_true", help="do not measure; rebuild the report from the results in FOLDER"
     )
     parser.add_argument(
-        "--note", type=pair, action="append", default=[], metavar="KEY=VALUE", help="kept in the report; repeatable"
+        "--note", type=pair, action="append", default=[], metavar="KEY=VALUE", help="added to the report; repeatable"
     )
     parser.add_argument(
         "--launch",
         type=shlex.split,
         metavar="COMMAND",
-        help="starts a server instead of ulysses-infer: it gets the number of ranks, then the server's arguments",
+        help="starts a server instead of ulysses-infer; its arguments are the number of ranks and those of the server",
     )
 
 
@@ -90,7 +90,7 @@ def _names_of(known: Any) -> Any:
             if name not in known:
                 raise argparse.ArgumentTypeError(f"{name!r}: choose from {', '.join(known)}")
         if len(set(names)) < len(names):
-            raise argparse.ArgumentTypeError(f"{text!r} names one twice")
+            raise argparse.ArgumentTypeError(f"{text!r} contains a name twice")
         return names
 
     return parse

@@ -11,14 +11,14 @@ from ulysses_infer.bench.compare.protocols import LONE, SATURATED, TIMED
 
 STATIC = ("tp", "sp")
 """The static modes; shift has to match the better of them."""
-QUIET_CORES = 0.2
+MAX_FOREIGN_CORES = 0.2
 """Busy cores of other programs above which a run counts as disturbed."""
 LATE_MS = 20.0
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric that is compared."""
+    """A compared metric."""
 
     key: str
     title: str
@@ -78,7 +78,7 @@ class ComparisonRow:
     """Ratio to the best static mode in the same repeat; None if it was not measured."""
     is_best: bool
     foreign_cores: float
-    """Of the most disturbed repeat."""
+    """Busy cores of other programs in the most disturbed repeat."""
 
 
 def rows_of(findings: Findings, case: CaseInfo) -> list[ComparisonRow]:
@@ -119,7 +119,7 @@ def _best(values: dict[str, Spread], metric: Metric) -> str:
 
 
 def _ratio(own: Sequence[ContenderRun], reference: Sequence[ContenderRun], key: str) -> Spread | None:
-    """Repeats are paired, because a disturbance usually affects all runs of a repeat."""
+    """The ratio per repeat, because a disturbance usually affects all runs of a repeat."""
     known = {run.repeat: run.metrics[key] for run in reference}
     ratios = [run.metrics[key] / known[run.repeat] for run in own if known.get(run.repeat)]
     return Spread.of(ratios) if ratios else None
@@ -127,7 +127,7 @@ def _ratio(own: Sequence[ContenderRun], reference: Sequence[ContenderRun], key: 
 
 def disturbed(findings: Findings) -> list[ContenderRun]:
     """Runs during which other programs used too many cores."""
-    return [run for run in findings.runs if run.foreign_cores > QUIET_CORES]
+    return [run for run in findings.runs if run.foreign_cores > MAX_FOREIGN_CORES]
 
 
 def remarks(findings: Findings) -> list[str]:
@@ -138,16 +138,16 @@ def remarks(findings: Findings) -> list[str]:
         foreign = [run.foreign_cores for run in findings.runs]
         busy = f"other programs kept {statistics.median(foreign):.2f} cores busy (median), {max(foreign):.2f} at most"
         verdict = (
-            f"in {len(noisy)} of {num_runs} runs too much (> {QUIET_CORES:g}): do not trust small differences"
+            f"in {len(noisy)} of {num_runs} runs too many (> {MAX_FOREIGN_CORES:g}): small differences are not reliable"
             if noisy
-            else "little enough"
+            else "negligible"
         )
         lines.append(f"{busy}; {verdict}")
     failed = sum(len(run.errors) for run in findings.runs)
     if failed:
         first = next(error for run in findings.runs for error in run.errors)
-        lines.append(f"{failed} requests failed, and count for nothing; the first: {first}")
+        lines.append(f"{failed} requests failed and are left out; the first: {first}")
     late = max((run.late_ms for run in findings.runs), default=0.0)
     if late > LATE_MS:
-        lines.append(f"the client was late by up to {late:.0f} ms: some load was lighter than it was to be")
+        lines.append(f"the client was late by up to {late:.0f} ms: some load was lower than specified")
     return lines

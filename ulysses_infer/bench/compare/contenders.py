@@ -19,7 +19,7 @@ class Contender:
     server: str
     """`REPLICAS` or `GROUP`."""
     policy: Mapping[str, Any] = field(default_factory=dict)
-    """Body of `PUT /admin/policy`; empty: the policy from the start."""
+    """Body of `PUT /admin/policy`; empty: the policy that the server starts with."""
     is_static: bool = True
     """Whether all of its steps run in the same mode."""
 

@@ -85,7 +85,7 @@ class Findings:
     """A whole comparison."""
 
     about: dict[str, Any]
-    """Model, machine, versions, options: what was measured, and how to repeat it."""
+    """Model, machine, version and options, and the command that repeats the comparison."""
     cases: list[CaseInfo] = field(default_factory=list)
     contenders: list[str] = field(default_factory=list)
     """Contenders that took part, in display order."""
@@ -119,14 +119,14 @@ def load_findings(folder: Path) -> Findings:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("version") != VERSION:
-            raise ValueError("it is of another version")
+            raise ValueError("it was written by another version")
         runs = [_run(**run) for run in content.pop("runs")]
         cases = [CaseInfo(**case) for case in content.pop("cases")]
         return Findings(runs=runs, cases=cases, **content)
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be read: {error.strerror}; measure first, without --redraw") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"'{path}' is not what this version writes: {error}; measure again") from error
+        raise ConfigError(f"'{path}' is not valid: {error}; measure again") from error
 
 
 def _run(requests: Iterable[Sequence[Any]], steps: Iterable[Sequence[Any]], **rest: Any) -> ContenderRun:

@@ -30,14 +30,14 @@ DIGITS = 6
 
 
 class Site:
-    """A server under measurement: its client, and the vocabulary of prompts for it."""
+    """A server under measurement, with its client and the vocabulary of its prompts."""
 
     def __init__(self, client: Client, model: str, vocabulary: PromptVocabulary) -> None:
         self.client, self._model, self._vocabulary = client, model, vocabulary
 
     @classmethod
     async def of(cls, client: Client, vocab_size: int) -> Site:
-        """Query the server. vocab_size: for a model without a tokenizer."""
+        """Query the server for its model. vocab_size: for a model without a tokenizer."""
         card = (await client.call("GET", "/v1/models"))["data"][0]
         vocabulary = await ask_vocabulary(client, card["id"], False, None)
         if not vocabulary.ids:
@@ -49,7 +49,7 @@ class Site:
         return trace_items(case.rows, self._vocabulary, seed, case.block_tokens)
 
     def body(self, item: Item) -> bytes:
-        """A request as it is sent."""
+        """The JSON body of a request."""
         return completion_body(self._model, item, ignore_eos=True, return_token_ids=True)  # one piece per token
 
     async def set_policy(self, policy: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class Site:
         if policy:
             await self.client.call("PUT", "/admin/policy", policy)
 
-    async def forget_prefixes(self) -> None:
+    async def reset_prefix_cache(self) -> None:
         """Empty the prefix cache once the server is idle. Raises `RequestError` if it stays busy."""
         deadline = time.monotonic() + IDLE_SECONDS
         while True:
@@ -71,8 +71,8 @@ class Site:
 
 
 async def measure(site: Site, case: ComparisonCase, contender: str, repeat: int) -> ContenderRun:
-    """Run a case once, on a server whose policy is set."""
-    await site.forget_prefixes()
+    """Run a case once on a server whose policy is already set."""
+    await site.reset_prefix_cache()
     requests = [LoadRequest(site.body(item), item.at or 0.0) for item in site.items(case, repeat)]
     steps = _StepWatch(site.client)
     load = LoadMeter()
@@ -115,7 +115,7 @@ def _request_row(answer: StreamedAnswer, started: float) -> RequestRow:
 
 
 def metrics_of(rows: list[RequestRow]) -> dict[str, float]:
-    """The compared metrics of a run; times in ms. Failed requests are left out; without others there are none."""
+    """The compared metrics of a run, times in ms. Failed requests are left out; empty if all failed."""
     good = [row for row in rows if not row.error]
     if not good:
         return {}
@@ -132,7 +132,7 @@ def metrics_of(rows: list[RequestRow]) -> dict[str, float]:
 
 
 class _StepWatch:
-    """Collects the steps shown on a server's dashboard, which keeps only the last thousand."""
+    """Collects the steps of a server from its dashboard, which keeps only the last thousand."""
 
     def __init__(self, client: Client) -> None:
         self._client = client

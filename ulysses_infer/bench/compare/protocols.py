@@ -1,7 +1,7 @@
 """The workloads of a comparison: the protocols of the Shift Parallelism paper, scaled to the machine.
 
-Loads with times are sized by what the machine can do (`Capacity`), which is measured first: the same share of it is the
-same pressure on a laptop and on eight GPUs.
+Timed loads are shares of the machine's capacity (`Capacity`), which is measured first, so that they are comparable
+between a laptop and eight GPUs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ulysses_infer.errors import ConfigError
 
 LONE, SATURATED, TIMED = "lone", "saturated", "timed"
 RATE_SHARES = (0.25, 0.5, 0.75, 1.0)  # shares of the measured capacity
-STEADY_SHARE, BURST_SHARE = 0.1, 0.4  # a low base load, and what four bursts add on average
+STEADY_SHARE, BURST_SHARE = 0.1, 0.4  # the base load, and the average load of the bursts
 NUM_BURSTS = 4
 TRACE_SHARE = 0.5
-LONGEST_ANSWER = 8  # longest answer of a trace, as a multiple of the usual one
+LONGEST_ANSWER = 8  # limit on answers of a trace, as a multiple of the scale's output length
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class WorkloadSizes:
     """Seconds of each timed workload."""
 
     def fitting(self, max_model_len: int) -> WorkloadSizes:
-        """Limit the sizes to what the model can process. Raises `ConfigError` if nothing is left."""
+        """The sizes, limited to the model's maximum length. Raises `ConfigError` if it is too short."""
         output_len = min(self.output_len, max_model_len // 2)
         longest = max_model_len - output_len
         if longest < 1:
@@ -59,7 +59,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Capacity:
-    """The saturated throughput of the machine with usual requests."""
+    """The throughput of the saturated machine with requests of the scale's lengths."""
 
     requests: float
     """Requests per second."""
@@ -79,7 +79,7 @@ class ComparisonCase:
     """lone: one request after another; saturated: all at once; timed: each at its arrival time."""
     rows: tuple[TraceRow, ...]
     x: float | None = None
-    """Position on its sweep."""
+    """Position in its sweep."""
     block_tokens: float = HASH_BLOCK_TOKENS
     """Prompt tokens per hash id of the rows."""
 
@@ -96,13 +96,13 @@ class ProtocolInputs:
 
 
 def shape(inputs: ProtocolInputs) -> list[ComparisonCase]:
-    """Fig. 12 of the paper: a lone request, and a saturated machine."""
+    """Fig. 12 of the paper: a single request, and a saturated machine."""
     sizes = inputs.sizes
     return _pair("shape", "shape", sizes.input_len, sizes, sizes.num_lone, sizes.num_saturated)
 
 
 def context(inputs: ProtocolInputs) -> list[ComparisonCase]:
-    """The same over prompt lengths. Long prompts are fewer, so that each point takes about as long."""
+    """The same over prompt lengths. There are fewer long prompts, so that each point takes about as long."""
     sizes, cases = inputs.sizes, []
     for length in sizes.contexts:
         count = max(2, min(sizes.num_saturated, round(sizes.num_saturated * sizes.input_len / length / 2)))
@@ -120,8 +120,8 @@ def _pair(
     x: float | None = None,
 ) -> list[ComparisonCase]:
     row, words = TraceRow(0.0, input_len, sizes.output_len), f"{input_len} tokens in, {sizes.output_len} out"
-    lone = ComparisonCase(protocol, f"{name}-lone", f"a lone request, {words}", LONE, (row,) * num_lone, x)
-    title = f"{num_saturated} requests together, {words}"
+    lone = ComparisonCase(protocol, f"{name}-lone", f"a single request, {words}", LONE, (row,) * num_lone, x)
+    title = f"{num_saturated} concurrent requests, {words}"
     return [lone, ComparisonCase(protocol, f"{name}-saturated", title, SATURATED, (row,) * num_saturated, x)]
 
 
@@ -150,7 +150,7 @@ def bursty(inputs: ProtocolInputs) -> list[ComparisonCase]:
 
 
 def _arrivals(inputs: ProtocolInputs, per_second: float, seconds: float, name: str) -> list[TraceRow]:
-    """Usual requests at random times, at least one: a Poisson process, given its expected count."""
+    """At least one request of the scale's lengths, at uniformly random times."""
     sizes, draw = inputs.sizes, random.Random(f"arrivals/{inputs.seed}/{name}")
     times = sorted(draw.uniform(0, seconds) for _ in range(max(1, round(per_second * seconds))))
     return [TraceRow(at, sizes.input_len, sizes.output_len) for at in times]
@@ -194,11 +194,11 @@ class Protocol:
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("shape", "a lone request, and saturation", shape),
-        Protocol("context", "both over the prompt's length", context),
+        Protocol("shape", "a single request, and saturation", shape),
+        Protocol("context", "both over the prompt length", context),
         Protocol("rate", "over the arrival rate", rate),
-        Protocol("bursty", "four bursts over a low stream", bursty),
-        Protocol("trace", "production traces, given by --trace", trace),
+        Protocol("bursty", "four bursts over a low base rate", bursty),
+        Protocol("trace", "production traces given with --trace", trace),
     )
 }
 """By name, in the order of execution."""

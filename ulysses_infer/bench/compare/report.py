@@ -26,8 +26,8 @@ PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 HEADINGS = {
     "shape": "One shape",
-    "context": "Length of the context",
-    "rate": "DeviceToHostCopy rate",
+    "context": "Context length",
+    "rate": "Arrival rate",
     "bursty": "Bursts",
     "trace": "Production traces",
 }
@@ -57,7 +57,7 @@ class Section:
     pictures: list[Picture]
     tables: list[dict[str, Any]]
     is_open: bool
-    """Whether tables are expanded: sweeps have many, and their plots show the same."""
+    """Whether tables are expanded: those of sweeps are not, because their plots show the same."""
 
 
 def write_report(findings: Findings, folder: Path) -> Path:
@@ -78,7 +78,7 @@ def _section(findings: Findings, protocol: str) -> Section:
 
 
 def _figures(findings: Findings, protocol: str) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
-    """Name, title and function of a protocol's plots."""
+    """Name, title and function of each plot of a protocol."""
     whole = {"shape": shape_bars, "context": context_sweep, "rate": rate_sweep}
     if protocol in whole:
         yield protocol, HEADINGS[protocol], partial(whole[protocol], findings)
@@ -172,7 +172,7 @@ def headline(findings: Findings) -> list[Card]:
 
 def _card(case: CaseInfo, row: ComparisonRow, ratio: Spread) -> Card:
     verdict = _verdict(row, ratio)
-    places = {"shape": "lone request" if case.kind == LONE else "saturated", "bursty": "bursts"}
+    places = {"shape": "single request" if case.kind == LONE else "saturated", "bursty": "bursts"}
     where = places.get(case.protocol, case.name)
     spread = f"{ratio.low:.2f} … {ratio.high:.2f}" if ratio.low < ratio.high else ""
     title = f"{row.metric.title}, {where}"

@@ -30,7 +30,7 @@ def server_overrides(name: str, config: Config, num_ranks: int, is_adaptive: boo
     """Recipe keys for a server of the comparison.
 
     The group keeps the recipe's own layout if it has the right number of ranks. With `is_adaptive` the server starts
-    with that policy, so that step times are measured if necessary.
+    with the adaptive policy, so that it measures step times if necessary.
     """
     parallel = config.parallel
     is_recipe = name == GROUP and parallel.world_size == num_ranks
@@ -55,7 +55,7 @@ def server_overrides(name: str, config: Config, num_ranks: int, is_adaptive: boo
 
 
 class Servers:
-    """Starts servers on demand, with `in_turn` only one at a time. Ends them on exit."""
+    """Starts servers on demand, with `in_turn` only one at a time, and ends them on exit."""
 
     def __init__(self, commands: Mapping[str, Sequence[str]], folder: Path, in_turn: bool) -> None:
         self._commands, self._folder, self._in_turn = commands, folder, in_turn
@@ -102,22 +102,22 @@ class RunningServer:
             )
 
     def wait_until_ready(self) -> None:
-        """Wait until it is ready. Raises `ConfigError` with the server's last output if it does not start."""
+        """Wait until the server is ready. Raises `ConfigError` with its last output if it does not start."""
         deadline = time.monotonic() + START_SECONDS
         while not self._is_ready():
             if self._process.poll() is not None:
-                raise ConfigError(f"the server for {self.name} did not start: {self._last_words()}")
+                raise ConfigError(f"the server for {self.name} did not start: {self._last_output()}")
             if time.monotonic() > deadline:
                 raise ConfigError(f"the server for {self.name} was not ready in {START_SECONDS:g} s; see {self._log}")
             time.sleep(POLL_SECONDS)
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Send it SIGTERM."""
         self.client.close()
         self._process.terminate()
 
     def stop(self) -> None:
-        """Wait for its end, or kill it."""
+        """End it, or kill it after a time."""
         self.terminate()
         try:
             self._process.wait(END_SECONDS)
@@ -132,15 +132,15 @@ class RunningServer:
         except (urllib.error.URLError, TimeoutError, ConnectionError):  # not listening yet, or status 503
             return False
 
-    def _last_words(self) -> str:
-        lines = [line.strip() for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines()]
-        said = [line for line in lines if line]
-        errors = [line for line in said if line.startswith("error:")]
-        return (errors or said or ["it said nothing"])[-1]
+    def _last_output(self) -> str:
+        log = self._log.read_text(encoding="utf-8", errors="replace")
+        lines = [line.strip() for line in log.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error:")]
+        return (errors or lines or ["it printed nothing"])[-1]
 
 
 def serve_command(launch: Sequence[str] | None, num_ranks: int, arguments: Sequence[str]) -> list[str]:
-    """The command line of a server with `count` ranks."""
+    """The command line of a server with `num_ranks` ranks."""
     if launch is None:
         return [sys.executable, "-m", "ulysses_infer.cli.main", "serve", *arguments]
     return [*launch, str(num_ranks), "serve", *arguments]

@@ -17,8 +17,8 @@ from ulysses_infer.bench.compare.findings import CaseInfo, Findings
 from ulysses_infer.bench.compare.protocols import SATURATED
 
 LEFT_OUT = ("ttft_p99_ms", "tpot_p99_ms", "e2el_p99_ms", "tokens_per_second")
-"""Metrics that do not fit on a terminal; the report has them."""
-MOST_RANGES = 2  # metrics side by side for which ranges fit too
+"""Metrics that do not fit on a terminal; the report shows them."""
+MOST_RANGES = 2  # number of metrics up to which ranges fit too
 
 
 def print_findings(console: Console, findings: Findings) -> None:

@@ -1,1 +1,1 @@
-"""`bench replay`: sends a trace of production traffic to a server, at its own pace or scaled."""
+"""`bench replay`: sends a trace of production traffic to a server, at its original rate or scaled."""

@@ -16,9 +16,9 @@ from ulysses_infer.bench.serve.load import LoadRequest, open_loop
 from ulysses_infer.bench.serve.result import result_of
 from ulysses_infer.bench.serve.serve_bench import (
     RequestMaker,
+    common_parameters,
     connected,
     event_loop_factory,
-    identity,
     show,
     vocabulary_of,
 )
@@ -29,7 +29,7 @@ from ulysses_infer.bench.serve.traces import TraceRow, read_trace
 def run(options: argparse.Namespace) -> int:
     """Replay, print the result table and write its JSON. Returns the exit status: 1 if no request succeeded.
 
-    Raises `UlyssesError`s of one line.
+    Raises one-line `UlyssesError`s.
     """
     rows = chosen_rows(options)
     print(describe(rows, options))
@@ -48,7 +48,7 @@ def chosen_rows(options: argparse.Namespace) -> list[TraceRow]:
 
 
 def describe(rows: Sequence[TraceRow], options: argparse.Namespace) -> str:
-    """What will be sent, in one line."""
+    """A one-line summary of the requests."""
     inputs, outputs = [row.input_len for row in rows], [row.output_len for row in rows]
     line = (
         f"{options.trace.name}: {len(rows)} requests in {rows[-1].at:.0f} s; "
@@ -56,11 +56,11 @@ def describe(rows: Sequence[TraceRow], options: argparse.Namespace) -> str:
         f"answers of {sum(outputs) / len(rows):.0f}, {max(outputs)} at most"
     )
     shared = shared_tokens(rows, scale_of(options).block_tokens)
-    return line + (f"; {shared / sum(inputs):.0%} of the prompts came before" if shared else "")
+    return line + (f"; {shared / sum(inputs):.0%} of prompt tokens repeat earlier prefixes" if shared else "")
 
 
 def shared_tokens(rows: Sequence[TraceRow], block_tokens: float) -> float:
-    """Prompt tokens that start like an earlier prompt of the trace: the most that prefix caching could save."""
+    """Prompt tokens in prefixes of earlier prompts of the trace: the most that prefix caching could save."""
     seen: set[int] = set()
     shared = 0.0
     for row in rows:
@@ -71,7 +71,7 @@ def shared_tokens(rows: Sequence[TraceRow], block_tokens: float) -> float:
 
 
 async def measure(rows: Sequence[TraceRow], options: argparse.Namespace) -> dict[str, Any]:
-    """Replay on the server that the options name; returns the result and the parameters."""
+    """Replay on the server that the options name; returns the result with its parameters."""
     async with connected(options) as (client, model):
         await warn_of_long_rows(client, rows)
         vocabulary = await vocabulary_of(client, model, options)
@@ -79,12 +79,12 @@ async def measure(rows: Sequence[TraceRow], options: argparse.Namespace) -> dict
         items = trace_items(rows, vocabulary, options.seed, scale_of(options).block_tokens)
         requests = [LoadRequest(maker.body(item), item.at or 0.0) for item in items]
         done = await open_loop(client, ENDPOINTS[options.endpoint], requests, options.max_concurrency)
-    asked = identity(model, options) | _asked(options)
-    return asked | result_of(done, dict(options.goodput), options.percentiles)
+    parameters = common_parameters(model, options) | _own_parameters(options)
+    return parameters | result_of(done, dict(options.goodput), options.percentiles)
 
 
 async def warn_of_long_rows(client: Client, rows: Sequence[TraceRow]) -> None:
-    """Print a note if some requests are longer than the server allows."""
+    """Print a warning if some requests are longer than the server allows."""
     models = await client.call("GET", "/v1/models")
     limit = models["data"][0].get("max_model_len") if models.get("data") else None
     if limit is None:
@@ -92,13 +92,13 @@ async def warn_of_long_rows(client: Client, rows: Sequence[TraceRow]) -> None:
     too_long = sum(row.input_len + row.output_len > limit for row in rows)
     if too_long:
         print(
-            f"{too_long} of them are longer than the {limit} tokens that the server takes, and will fail; "
+            f"{too_long} of them are longer than the server's limit of {limit} tokens and will fail; "
             "lower --length-scale, or give --max-input-len and --max-output-len"
         )
 
 
-def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    """The parameters that identify a replay, beside those of any load."""
+def _own_parameters(options: argparse.Namespace) -> dict[str, Any]:
+    """The further parameters of `bench replay`."""
     window = window_of(options)
     return {
         "dataset": options.trace.name,

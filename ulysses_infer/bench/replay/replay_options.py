@@ -20,10 +20,10 @@ from ulysses_infer.bench.serve.serve_options import (
 from ulysses_infer.errors import ConfigError
 
 DESCRIPTION = """\
-Send a trace's requests to a server at the moments at which they came, whether or not earlier ones are answered.
-TRACE is Mooncake's JSON lines (timestamp in ms, input_length, output_length, hash_ids) or Azure's CSV. Prompts are
-random tokens of the trace's lengths; where Mooncake's requests have equal hash ids, they really share a prefix.
-Answers are as long as in the trace: the model's end token is ignored unless --stop-at-eos is given."""
+Send the requests of a trace to a server at their recorded times, whether or not earlier ones are answered. TRACE is
+Mooncake's JSON lines (timestamp in ms, input_length, output_length, hash_ids) or Azure's CSV. Prompts are random tokens
+of the trace's lengths; equal hash ids in Mooncake's traces give shared prefixes. Answers are as long as in the trace:
+the model's end token is ignored unless --stop-at-eos is given."""
 
 
 def parse_replay(arguments: Sequence[str]) -> argparse.Namespace:
@@ -44,7 +44,7 @@ def parse_replay(arguments: Sequence[str]) -> argparse.Namespace:
         dest="ignore_eos",
         action="store_false",
         default=True,
-        help="let answers end where the model ends them",
+        help="end answers at the model's end token",
     )
     parser.set_defaults(ignore_eos=True)
     options = parser.parse_args(list(arguments))
@@ -54,11 +54,11 @@ def parse_replay(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _add_part(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is replayed")
+    group = parser.add_argument_group("part of the trace")
     group.add_argument(
         "--window",
         choices=("paper",),
-        help="that of the Shift Parallelism paper: minutes 2 to 17 of Azure's code "
+        help="the window of the Shift Parallelism paper: minutes 2 to 17 of Azure's code "
         "trace, 0 to 15 of Mooncake's conversations",
     )
     group.add_argument("--start-minute", type=_minute, metavar="M", help="default: 0")
@@ -68,20 +68,20 @@ def _add_part(parser: argparse.ArgumentParser) -> None:
         type=positive_number,
         default=1.0,
         metavar="S",
-        help="times are multiplied by this: 0.5 is twice as fast; default: 1",
+        help="factor of times: 0.5 is twice as fast; default: 1",
     )
     group.add_argument(
         "--length-scale",
         type=positive_number,
         default=1.0,
         metavar="S",
-        help="numbers of tokens, and of those that prompts share, are multiplied by this; default: 1",
+        help="factor of token counts, shared prefixes included; default: 1",
     )
-    group.add_argument("--max-input-len", type=positive, metavar="N", help="longer prompts are cut off")
-    group.add_argument("--max-output-len", type=positive, metavar="N", help="longer answers are cut off")
-    group.add_argument("--num-prompts", type=positive, metavar="N", help="only so many of the requests, evenly chosen")
-    group.add_argument("--max-concurrency", type=positive, metavar="N", help="most requests in flight")
-    group.add_argument("--seed", type=int, default=0, help="of prompts; default: 0")
+    group.add_argument("--max-input-len", type=positive, metavar="N", help="truncate longer prompts")
+    group.add_argument("--max-output-len", type=positive, metavar="N", help="truncate longer answers")
+    group.add_argument("--num-prompts", type=positive, metavar="N", help="only N of the requests, evenly chosen")
+    group.add_argument("--max-concurrency", type=positive, metavar="N", help="maximum number of requests in flight")
+    group.add_argument("--seed", type=int, default=0, help="seed of prompts; default: 0")
     add_prompt_format(group)
 
 
@@ -101,7 +101,7 @@ def window_of(options: argparse.Namespace) -> Window:
 
 
 def scale_of(options: argparse.Namespace) -> Scale:
-    """The scaling that the options ask for."""
+    """The scaling that the options specify."""
     return Scale(options.time_scale, options.length_scale, options.max_input_len, options.max_output_len)
 
 
@@ -111,5 +111,5 @@ def _minute(text: str) -> float:
     except ValueError:
         minute = -1.0
     if not 0 <= minute < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a minute from 0 up")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a minute of at least 0")
     return minute

@@ -40,7 +40,7 @@ PAPER_WINDOWS = {".csv": Window(2, 17), ".jsonl": Window(0, 15)}
 def paper_window(path: Path) -> Window:
     """The paper's window of a trace. Raises `ConfigError` for any other file."""
     if path.suffix not in PAPER_WINDOWS:
-        raise ConfigError(f"--window paper knows Azure's .csv and Mooncake's .jsonl, not '{path.name}'; give minutes")
+        raise ConfigError(f"--window paper is for Azure's .csv and Mooncake's .jsonl, not '{path.name}'; give minutes")
     return PAPER_WINDOWS[path.suffix]
 
 
@@ -85,7 +85,7 @@ def _limited(length: float, most: int | None) -> int:
 
 
 def thinned(rows: Sequence[TraceRow], count: int) -> list[TraceRow]:
-    """At most `count` of the rows, chosen evenly, so that bursts stay where they were."""
+    """At most `count` of the rows, chosen evenly, so that bursts are preserved."""
     if count >= len(rows):
         return list(rows)
     return [rows[index * len(rows) // count] for index in range(count)]

@@ -16,15 +16,14 @@ class StreamedAnswer:
     """One request as seen by the client. Times are seconds of `time.perf_counter`."""
 
     scheduled: float = 0.0
-    """When it was scheduled."""
     due: float = 0.0
-    """When it could be sent: later than scheduled if the concurrency limit held it back."""
+    """The earliest time it could be sent: later than `scheduled` if the concurrency limit delayed it."""
     sent: float = 0.0
     first_token: float | None = None
     ended: float = 0.0
-    """When the last token, or the end, arrived."""
+    """When the last token or the end of the stream arrived."""
     gaps: list[float] = field(default_factory=list)
-    """Seconds between successive pieces with tokens."""
+    """Seconds between successive chunks with tokens."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
@@ -49,14 +48,14 @@ class StreamedAnswer:
 
     @property
     def lateness(self) -> float:
-        """Seconds that the client itself was late."""
+        """Seconds by which the client sent it late."""
         return self.sent - self.due
 
 
 class StreamMeter:
-    """Reads the events of one streamed response into an `StreamedAnswer`.
+    """Reads the events of one streamed response into a `StreamedAnswer`.
 
-    A stream without `finish_reason` and `[DONE]` has failed, whatever else arrived.
+    A stream without `finish_reason` or without `[DONE]` has failed.
     """
 
     def __init__(self, answer: StreamedAnswer) -> None:
@@ -66,7 +65,7 @@ class StreamMeter:
         self._is_done = False
 
     def take(self, data: bytes, now: float) -> None:
-        """One event came."""
+        """Process one event."""
         if data == DONE:
             self._is_done = True
             return
@@ -85,7 +84,7 @@ class StreamMeter:
             self._take_choice(choice, now)
 
     def end(self, now: float) -> None:
-        """The body is complete."""
+        """Process the end of the body."""
         answer = self.answer
         if answer.output_tokens == 0:
             answer.output_tokens = self._num_pieces  # the server does not report usage
@@ -99,7 +98,7 @@ class StreamMeter:
             self.fail("the stream ended without [DONE]")
 
     def fail(self, message: str) -> None:
-        """The request failed; the first reason counts."""
+        """Record that the request failed; only the first reason is kept."""
         if self.answer.error is None:
             self.answer.error = message[:MAX_ERROR_LENGTH]
 
@@ -125,9 +124,9 @@ class StreamMeter:
 
 
 def has_token(choice: dict[str, Any], finish_reason: str | None) -> bool:
-    """Whether a chunk's choice brings a token, as opposed to only opening or closing a message.
+    """Whether a chunk's choice contains a token and does not only open or close a message.
 
-    A token may have no text of its own (part of a character), so chunks without text count in the middle.
+    A token may have no text (part of a character), so chunks without text count unless they open or close a message.
     """
     delta = choice.get("delta")
     if delta is None:

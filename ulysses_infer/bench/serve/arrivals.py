@@ -1,7 +1,7 @@
-"""Arrival times of requests: gamma-distributed gaps at a rate that may ramp.
+"""Arrival times of requests: gamma-distributed gaps at a constant or changing rate.
 
-A ramp is the same process on a warped clock: after t seconds the rate has let `expected(t)` requests through, so the
-moment at which an arrival of a unit-rate process falls due is the inverse of that.
+With a changing rate, the arrivals of a unit-rate process are mapped through the inverse of the expected number of
+requests up to a time.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from itertools import islice
 
 @dataclass(frozen=True)
 class Rate:
-    """Requests per second, constant: infinite means all at once."""
+    """A constant rate in requests per second; infinite: all at once."""
 
     per_second: float = math.inf
 
     def moment(self, count: float) -> float:
-        """When `count` requests are expected to have come."""
+        """The time by which `count` requests are expected."""
         return count / self.per_second
 
 
 @dataclass(frozen=True)
 class Ramp:
-    """A rate that goes from one value to another while `num_requests` come, in equal steps or in equal ratios."""
+    """A rate that changes linearly or exponentially in time until `num_requests` have arrived."""
 
     start: float
     end: float
@@ -39,13 +39,13 @@ class Ramp:
 
     @property
     def seconds(self) -> float:
-        """How long the ramp takes."""
+        """Duration of the ramp."""
         if self._is_curved:
             return self.num_requests * math.log(self.end / self.start) / (self.end - self.start)
         return 2 * self.num_requests / (self.start + self.end)
 
     def moment(self, count: float) -> float:
-        """When `count` requests are expected to have come; past the end of the ramp the rate stays."""
+        """The time by which `count` requests are expected; after the ramp the rate is constant."""
         if count == 0:
             return 0.0
         if count >= self.num_requests:
@@ -58,9 +58,9 @@ class Ramp:
 
 
 def unit_arrivals(burstiness: float, draw: random.Random) -> Iterator[float]:
-    """Arrivals of rate 1 without end, the first at 0. Gaps are gamma-distributed with shape `burstiness`.
+    """An endless series of arrivals at rate 1, the first at 0. Gaps are gamma-distributed with shape `burstiness`.
 
-    1 is a Poisson process, less comes in bursts, infinite is a metronome.
+    1 is a Poisson process, less is burstier, infinite gives equal gaps.
     """
     now = 0.0
     while True:

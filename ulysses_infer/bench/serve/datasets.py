@@ -16,25 +16,25 @@ from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow
 from ulysses_infer.bench.serve.vocabulary import PromptVocabulary, Units
 from ulysses_infer.errors import ConfigError
 
-LONGEST_PROMPT, LONGEST_CONVERSATION, SHORTEST_TURN = 1024, 2048, 4  # tokens; the field's filter of ShareGPT
+LONGEST_PROMPT, LONGEST_CONVERSATION, SHORTEST_TURN = 1024, 2048, 4  # tokens; vLLM's filter of ShareGPT
 
 
 @dataclass(frozen=True)
 class Item:
-    """One request to make."""
+    """The prompt and output length of one request."""
 
     content: str | list[int] | list[dict[str, Any]]
     """Text, token ids, or messages."""
     output_len: int
-    """Tokens to generate at most."""
+    """Maximum number of tokens to generate."""
     at: float | None = None
-    """Seconds from the start; None where the dataset has no times."""
+    """Seconds from the start; None if the dataset has no times."""
 
 
 def random_items(
     vocabulary: PromptVocabulary, input_len: int, output_len: int, range_ratio: float, seed: int
 ) -> Iterator[Item]:
-    """Random prompts without end; lengths are uniform within ± `range_ratio`."""
+    """An endless series of random prompts; lengths are uniform within ± `range_ratio`."""
     draw = random.Random(f"random/{seed}")
     while True:
         units = vocabulary.units(draw, _around(input_len, range_ratio, draw))
@@ -48,7 +48,7 @@ def _around(length: int, range_ratio: float, draw: random.Random) -> int:
 def prefix_items(
     vocabulary: PromptVocabulary, prefix_len: int, suffix_len: int, num_prefixes: int, output_len: int, seed: int
 ) -> Iterator[Item]:
-    """Prompts without end that start with one of a few prefixes, each as often as the others."""
+    """An endless series of prompts that start with one of a few prefixes, each equally often."""
     draw = random.Random(f"prefixes/{seed}")
     prefixes = [vocabulary.units(draw, prefix_len) for _ in range(num_prefixes)]
     while True:
@@ -59,9 +59,9 @@ def prefix_items(
 def trace_items(
     rows: Sequence[TraceRow], vocabulary: PromptVocabulary, seed: int, block_tokens: float = HASH_BLOCK_TOKENS
 ) -> list[Item]:
-    """A trace's requests at their times: where rows have equal hash ids, the prompts have equal tokens.
+    """The requests of a trace at their times; blocks with equal hash ids have equal tokens.
 
-    `block_tokens`: tokens that one hash id stands for; in a trace whose lengths were scaled it may be a fraction.
+    `block_tokens`: tokens per hash id; not necessarily an integer if the lengths of the trace were scaled.
     """
     return [
         Item(
@@ -74,7 +74,7 @@ def trace_items(
 
 
 def _trace_units(row: TraceRow, number: int, vocabulary: PromptVocabulary, seed: int, block_tokens: float) -> Units:
-    """Blocks start where they would on an exact grid, so that they never drift from the prompt's length."""
+    """Block starts are rounded from their exact positions, so that rounding errors do not accumulate."""
     total = vocabulary.num_units(row.input_len)
     starts = [0, *(vocabulary.num_units(round(block_tokens * (i + 1))) for i in range(len(row.hash_ids)))]
     units: Units = []
@@ -84,7 +84,7 @@ def _trace_units(row: TraceRow, number: int, vocabulary: PromptVocabulary, seed:
 
 
 def _units(vocabulary: PromptVocabulary, name: str, count: int) -> Units:
-    """So many units that the name alone determines; of fewer, the first ones of more."""
+    """`count` units determined by the name alone; a smaller count gives a prefix of a larger one."""
     return vocabulary.pieces(random.Random(name), max(0, count))
 
 
@@ -93,9 +93,9 @@ def _joined(first: Units, second: Units) -> Units:
 
 
 def custom_items(path: Path, output_len: int | None) -> list[Item]:
-    """JSON lines with `prompt` (text or token ids) or `messages`, and `max_tokens` unless `output_len` is for all.
+    """JSON lines with `prompt` (text or token ids) or `messages`, and `max_tokens` unless `output_len` is given.
 
-    Raises `ConfigError` with the line that is wrong.
+    Raises `ConfigError` with the number of the invalid line.
     """
     items = []
     for number, line in enumerate(_read(path).splitlines(), 1):
@@ -120,10 +120,10 @@ def _custom_item(row: Mapping[str, Any], output_len: int | None) -> Item:
 async def sharegpt_items(
     path: Path, count: int, output_len: int | None, client: Client, model: str, seed: int
 ) -> list[Item]:
-    """The first question of conversations, in random order; each answer is as long as the one it got then.
+    """The first question of each conversation, in random order, with the output length of its recorded answer.
 
-    Lengths are the server's tokenizer's. Conversations that are very short or long are left out, as by vLLM.
-    Raises `ConfigError` for a file that is not of this kind, `RequestError` if the server has no `/tokenize`.
+    The server's tokenizer measures lengths. Very short or long conversations are left out, as in vLLM.
+    Raises `ConfigError` for a file of another format, `RequestError` if the server has no `/tokenize`.
     """
     turns = [_first_turns(row) for row in _conversations(path)]
     pairs = [pair for pair in turns if pair is not None]
@@ -132,16 +132,17 @@ async def sharegpt_items(
     for question, answer in pairs:
         if len(items) == count:
             break
-        asked = await _num_tokens(client, model, question)
-        answered = output_len or await _num_tokens(client, model, answer)
-        if _is_usual(asked, answered, output_len):
-            items.append(Item(question, answered))
+        prompt_tokens = await _num_tokens(client, model, question)
+        answer_tokens = output_len or await _num_tokens(client, model, answer)
+        if _has_usual_length(prompt_tokens, answer_tokens, output_len):
+            items.append(Item(question, answer_tokens))
     return items
 
 
-def _is_usual(asked: int, answered: int, output_len: int | None) -> bool:
-    is_long_enough = asked >= SHORTEST_TURN and (output_len is not None or answered >= SHORTEST_TURN)
-    return is_long_enough and asked <= LONGEST_PROMPT and asked + answered <= LONGEST_CONVERSATION
+def _has_usual_length(prompt_tokens: int, answer_tokens: int, output_len: int | None) -> bool:
+    is_long_enough = prompt_tokens >= SHORTEST_TURN and (output_len is not None or answer_tokens >= SHORTEST_TURN)
+    is_short_enough = prompt_tokens <= LONGEST_PROMPT and prompt_tokens + answer_tokens <= LONGEST_CONVERSATION
+    return is_long_enough and is_short_enough
 
 
 def _conversations(path: Path) -> list[Any]:
@@ -175,7 +176,7 @@ def _read(path: Path) -> str:
 
 
 def take(items: Iterator[Item] | Sequence[Item], count: int | None) -> list[Item]:
-    """The first `count`, or all there are. Raises `ConfigError` if there are not so many."""
+    """The first `count` items, or all if it is None. Raises `ConfigError` if there are fewer."""
     taken = list(itertools.islice(items, count))
     if count is not None and len(taken) < count:
         raise ConfigError(f"the dataset has only {len(taken)} requests; lower --num-prompts {count}")

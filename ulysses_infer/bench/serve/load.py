@@ -1,4 +1,4 @@
-"""Sends requests on schedule or at fixed concurrency, and checks that this process keeps up."""
+"""Sends requests on a schedule or at fixed concurrency, and measures the delays of the client itself."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from ulysses_infer.bench.serve.answer import StreamedAnswer
 from ulysses_infer.bench.serve.client import Client
 
-LAG_SECONDS = 0.02  # how often the lag of the event loop is measured
-RETRY_SECONDS = 0.1  # a closed loop waits so long after a failure: a server that refuses at once is not hammered
-START_SECONDS = 0.05  # between the decision to start and the first moment: tasks get under way
+LAG_SECONDS = 0.02  # interval between measurements of the event loop's lag
+RETRY_SECONDS = 0.1  # pause of a closed loop after a failed request, so that it does not flood the server
+START_SECONDS = 0.05  # time before the schedule starts
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class LoadRequest:
 
 @dataclass
 class LoadRun:
-    """What happened."""
+    """The answers and times of a run."""
 
     started: float = 0.0
-    """The moment from which the schedule counts; seconds of `time.perf_counter`, as in all moments."""
+    """Start of the schedule. All times are seconds of `time.perf_counter`."""
     ended: float = 0.0
     answers: list[StreamedAnswer] = field(default_factory=list)
-    """In the order in which they were due."""
+    """In the order of their due times."""
     loop_lags: list[float] = field(default_factory=list)
     """Seconds by which the event loop was late, sampled."""
     cpu_seconds: float = 0.0
@@ -51,9 +51,9 @@ class LoadRun:
 async def open_loop(
     client: Client, path: str, requests: Sequence[LoadRequest], max_concurrency: int | None = None
 ) -> LoadRun:
-    """Send each request at its moment, whether or not earlier ones are answered.
+    """Send each request at its scheduled time, whether or not earlier ones are answered.
 
-    With `max_concurrency` later ones are held back while so many are in flight; answers tell (`due`).
+    A request waits while `max_concurrency` requests are in flight; `due` of its answer is the time it could be sent.
     """
     slots = _Slots(max_concurrency) if max_concurrency is not None else None
     with _measured(client) as run:
@@ -66,7 +66,7 @@ async def open_loop(
             answer = StreamedAnswer(scheduled=scheduled, due=max(scheduled, freed))
             run.answers.append(answer)
             tasks.append(asyncio.create_task(_send(client, path, request.body, answer, slots)))
-            await asyncio.sleep(0)  # it goes out now, not when this loop next waits
+            await asyncio.sleep(0)  # lets the new task send its request now
         await asyncio.gather(*tasks)
     return run
 
@@ -74,7 +74,7 @@ async def open_loop(
 async def closed_loop(
     client: Client, path: str, bodies: Iterator[bytes], concurrency: int, seconds: float = math.inf
 ) -> LoadRun:
-    """Keep so many requests in flight, until there are no more or for so many seconds; what runs then is completed."""
+    """Keep `concurrency` requests in flight until none are left or `seconds` have passed; then wait for the last."""
     with _measured(client) as run:
         run.started = time.perf_counter()
 
@@ -103,7 +103,7 @@ async def _send(client: Client, path: str, body: bytes, answer: StreamedAnswer, 
 
 
 class _Slots:
-    """Room for so many requests in flight; each slot knows since when it is free."""
+    """A limit on requests in flight; each free slot has the time since when it is free."""
 
     def __init__(self, count: int) -> None:
         self._free: asyncio.Queue[float] = asyncio.Queue()
@@ -111,23 +111,23 @@ class _Slots:
             self._free.put_nowait(-math.inf)
 
     async def take(self) -> float:
-        """Wait for a slot; returns since when it is free."""
+        """Wait for a free slot; returns the time since when it is free."""
         return await self._free.get()
 
     def give_back(self, moment: float) -> None:
-        """A request ended then."""
+        """Free a slot; its request ended at `moment`."""
         self._free.put_nowait(moment)
 
 
 async def _sleep_until(moment: float) -> None:
-    """Deadlines are absolute: one that was late does not push back the next."""
+    """Wait until an absolute time, so that delays do not accumulate."""
     while (left := moment - time.perf_counter()) > 0:
         await asyncio.sleep(left)
 
 
 @contextmanager
 def _measured(client: Client) -> Iterator[LoadRun]:
-    """A run and its end: processor time, lags of the event loop. Meanwhile no garbage is collected."""
+    """A run with its end, CPU time and event-loop lags measured. Garbage collection is off meanwhile."""
     run = LoadRun()
     gc.collect()
     gc.disable()
@@ -144,14 +144,14 @@ def _measured(client: Client) -> Iterator[LoadRun]:
 
 
 class _LoopWatch:
-    """Notes by how much the event loop is late, again and again."""
+    """Samples by how much the event loop is late."""
 
     def __init__(self, lags: list[float]) -> None:
         self._lags = lags
         self._wait()
 
     def stop(self) -> None:
-        """The last look: what is overdue now counts."""
+        """Stop after a last sample, which counts a callback that is overdue."""
         self._handle.cancel()
         self._note()
 

@@ -19,12 +19,12 @@ MEASURES = {
     "e2el": ("E2EL", "End-to-end Latency"),
 }
 """By key: short and long name."""
-LATE_SECONDS = 0.01  # a client later than this in 1 % of cases measures mostly itself
+LATE_SECONDS = 0.01  # if the p99 of the client's delays is higher, the results are not reliable
 SHOWN_ERRORS = 3
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The quantile of sorted values, linearly interpolated; 0 without values."""
+    """The percentile of sorted values, linearly interpolated; 0 without values."""
     if not values:
         return 0.0
     position = (len(values) - 1) * percent / 100
@@ -79,19 +79,19 @@ def _spread(key: str, values: Sequence[float], percentiles: Sequence[float]) -> 
 def num_within(answers: Sequence[StreamedAnswer], limits: Mapping[str, float]) -> int:
     """Number of answers within all limits (ms, of ttft, tpot and e2el)."""
 
-    def keeps(answer: StreamedAnswer) -> bool:
+    def is_within(answer: StreamedAnswer) -> bool:
         return all((getattr(answer, key) or 0.0) * 1e3 <= limit for key, limit in limits.items())
 
-    return sum(keeps(answer) for answer in answers)
+    return sum(is_within(answer) for answer in answers)
 
 
 def peak_tokens_per_second(answers: Sequence[StreamedAnswer], started: float) -> float:
-    """Tokens in the best second of the run, in seconds since its start."""
+    """The highest number of tokens in any one-second interval since the start of the run."""
     seconds: Counter[int] = Counter()
     tokens: dict[int, float] = {}
     for answer in answers:
         moment = answer.sent + answer.ttft
-        per_piece = answer.output_tokens / (len(answer.gaps) + 1)  # a piece may have several tokens
+        per_piece = answer.output_tokens / (len(answer.gaps) + 1)  # a chunk may have several tokens
         seconds.clear()
         for gap in (0.0, *answer.gaps):
             moment += gap
@@ -102,7 +102,7 @@ def peak_tokens_per_second(answers: Sequence[StreamedAnswer], started: float) ->
 
 
 def peak_concurrency(answers: Sequence[StreamedAnswer]) -> int:
-    """Most requests in flight at the same time."""
+    """The highest number of requests in flight."""
     changes = sorted([(answer.sent, 1) for answer in answers] + [(answer.ended, -1) for answer in answers])
     peak = current = 0
     for _, change in changes:
@@ -112,7 +112,7 @@ def peak_concurrency(answers: Sequence[StreamedAnswer]) -> int:
 
 
 def _client(run: LoadRun, output_tokens: int) -> dict[str, Any]:
-    """How the client performed, because a slow client would distort the result."""
+    """The client's own delays and CPU use: a slow client distorts the result."""
     late, lags = sorted(answer.lateness for answer in run.answers), sorted(run.loop_lags)
     return {
         "client": {
@@ -131,7 +131,7 @@ def _client(run: LoadRun, output_tokens: int) -> dict[str, Any]:
 
 
 def _by_request(run: LoadRun) -> dict[str, list[Any]]:
-    """One entry per request, in seconds; failed ones have zeros and their error."""
+    """One entry per request, times in seconds; failed requests have zeros and an error."""
     rows = [(answer, answer.error is None) for answer in run.answers]
     return {
         "input_lens": [answer.prompt_tokens for answer, _ in rows],
@@ -144,7 +144,7 @@ def _by_request(run: LoadRun) -> dict[str, list[Any]]:
 
 
 def table(result: Mapping[str, Any], max_concurrency: int | None = None, rate: float = math.inf) -> str:
-    """vLLM's result table, line for line."""
+    """The result table in vLLM's format."""
     lines = [f"{' Serving Benchmark Result ':=^{WIDTH}}"]
     lines += [_line("Successful requests:", result["completed"]), _line("Failed requests:", result["failed"])]
     if max_concurrency is not None:
@@ -188,11 +188,11 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         f"{client['connections']} connections"
     ]
     if client["p99_lateness_ms"] > LATE_SECONDS * 1e3:
-        lines.append("the client did not keep up: the load was lighter than asked for")
+        lines.append("the client sent requests late: the load was lower than specified")
     if client["p99_loop_lag_ms"] > LATE_SECONDS * 1e3:
-        lines.append("the client had to wait for a core, or to catch up: latencies are measured too long")
+        lines.append("the client's event loop was delayed: measured latencies are too high")
     if client["held_back"]:
-        lines.append(f"{client['held_back']} requests were held back by --max-concurrency")
+        lines.append(f"{client['held_back']} requests were delayed by --max-concurrency")
     counts = Counter(error for error in result["errors"] if error)
     lines += [f"failed, {count} x: {error}" for error, count in counts.most_common(SHOWN_ERRORS)]
     if len(counts) > SHOWN_ERRORS:

@@ -40,7 +40,7 @@ DEFAULT_OUTPUT_LEN = 128
 def run(options: argparse.Namespace) -> int:
     """Measure, print the result table and write its JSON. Returns the exit status: 1 if no request succeeded.
 
-    Raises `UlyssesError`s of one line.
+    Raises one-line `UlyssesError`s.
     """
     try:
         with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
@@ -61,7 +61,7 @@ def show(result: dict[str, Any], options: argparse.Namespace, rate: float = math
 
 
 def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's event loop if installed, because it leaves the server more of the cores; else None for asyncio's."""
+    """uvloop's event loop if installed, because it leaves more CPU time to the server; else None for asyncio's."""
     if importlib.util.find_spec("uvloop") is None:
         return None
     import uvloop
@@ -70,12 +70,16 @@ def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the load that the options describe; returns the result and the parameters."""
+    """Run the load that the options specify; returns the result with its parameters."""
     async with connected(options) as (client, model):
         maker = RequestMaker(model, options)
         items = await make_items(client, model, options)
         done = await _run(client, items, maker, options)
-    return identity(model, options) | _asked(options) | result_of(done, dict(options.goodput), options.percentiles)
+    return (
+        common_parameters(model, options)
+        | _own_parameters(options)
+        | result_of(done, dict(options.goodput), options.percentiles)
+    )
 
 
 @asynccontextmanager
@@ -102,7 +106,7 @@ async def first_model(client: Client) -> str:
 
 
 async def make_items(client: Client, model: str, options: argparse.Namespace) -> Iterator[Item] | list[Item]:
-    """The dataset that the options name, as an endless iterator."""
+    """The dataset that the options name: a list, or an endless iterator of random prompts."""
     path: Path = options.dataset_path
     if options.dataset == "custom":
         return custom_items(path, options.output_len)
@@ -113,11 +117,11 @@ async def make_items(client: Client, model: str, options: argparse.Namespace) ->
 
 
 async def vocabulary_of(client: Client, model: str, options: argparse.Namespace) -> PromptVocabulary:
-    """The vocabulary of random prompts. Raises `ConfigError` if the options ask for an impossible one."""
+    """The vocabulary of random prompts. Raises `ConfigError` if the server cannot provide the requested one."""
     is_text = options.endpoint == "chat" or options.prompt_format == "text"
     vocabulary = await ask_vocabulary(client, model, is_text, options.vocab_size)
     if options.prompt_format == "ids" and not vocabulary.ids:
-        raise ConfigError("--prompt-format ids: the server has no /tokenize to ask for ids; give --vocab-size N")
+        raise ConfigError("--prompt-format ids: the server has no /tokenize that returns ids; give --vocab-size N")
     return vocabulary
 
 
@@ -135,8 +139,8 @@ def _made_items(vocabulary: PromptVocabulary, options: argparse.Namespace) -> It
 def completion_body(model: str, item: Item, **fields: Any) -> bytes:
     """A greedy streamed completion of text or token ids, as JSON."""
     common = {"temperature": 0.0, "stream": True, "stream_options": {"include_usage": True}}
-    asked = {"model": model, "prompt": item.content, "max_tokens": item.output_len}
-    return json.dumps({**asked, **common, **fields}).encode()
+    own = {"model": model, "prompt": item.content, "max_tokens": item.output_len}
+    return json.dumps({**own, **common, **fields}).encode()
 
 
 class RequestMaker:
@@ -151,7 +155,7 @@ class RequestMaker:
         self._common |= options.extra_body
 
     def body(self, item: Item) -> bytes:
-        """The JSON of one request. Raises `ConfigError` if the endpoint does not accept such a prompt."""
+        """The JSON of one request. Raises `ConfigError` if the endpoint does not accept the kind of prompt."""
         return json.dumps({**self._content(item.content), **self._common, "max_tokens": item.output_len}).encode()
 
     def _content(self, content: str | list[Any]) -> dict[str, Any]:
@@ -186,8 +190,8 @@ async def _run(
     return await open_loop(client, path, requests, options.max_concurrency)
 
 
-def identity(model: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The parameters that identify any result."""
+def common_parameters(model: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The parameters in the results of both `bench serve` and `bench replay`."""
     return {
         "date": time.strftime("%Y%m%d-%H%M%S"),
         "backend": "openai" if options.endpoint == "completions" else "openai-chat",
@@ -199,8 +203,8 @@ def identity(model: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    """The parameters that identify a load of this command, in addition."""
+def _own_parameters(options: argparse.Namespace) -> dict[str, Any]:
+    """The further parameters of `bench serve`."""
     return {
         "dataset": options.dataset,
         "request_rate": options.request_rate if math.isfinite(options.request_rate) else "inf",

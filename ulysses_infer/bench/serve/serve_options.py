@@ -19,13 +19,13 @@ ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 GOODPUT_MEASURES = ("ttft", "tpot", "e2el")
 DEFAULT_NUM_PROMPTS = 1000
 DESCRIPTION = """\
-Load a server that speaks OpenAI's format, this engine's or another, and measure what comes back. Requests go out at
-their moments whether or not earlier ones are answered (open loop); with --duration, --max-concurrency of them are kept
-in flight (closed loop)."""
+Measure a server with OpenAI's API, of this engine or another, under load. Requests are sent at their scheduled times,
+whether or not earlier ones are answered (open loop); with --duration, --max-concurrency requests are kept in flight
+(closed loop)."""
 
 
 def parse_serve(arguments: Sequence[str]) -> argparse.Namespace:
-    """Take the options apart. Raises `ConfigError` for what makes no sense, SystemExit after `--help`."""
+    """Parse the options. Raises `ConfigError` for invalid ones, SystemExit after `--help`."""
     parser = OptionParser(
         prog="ulysses-infer bench serve",
         usage="ulysses-infer bench serve --base-url URL [options]",
@@ -43,18 +43,18 @@ def parse_serve(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Its errors are ours, of one line."""
+    """A parser that raises `ConfigError` instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
-        """Of argparse. Raises `ConfigError`."""
+        """Overrides argparse's. Raises `ConfigError`."""
         raise ConfigError(message)
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:
-    """Which server, and how to reach it."""
+    """Add the options of the server and its connection."""
     group = parser.add_argument_group("server")
     group.add_argument("--base-url", metavar="URL", default="http://127.0.0.1:8000", help="default: %(default)s")
-    group.add_argument("--model", metavar="NAME", help="default: the first that the server has")
+    group.add_argument("--model", metavar="NAME", help="default: the server's first model")
     group.add_argument(
         "--endpoint", type=_endpoint, default="completions", metavar="NAME", help="completions (default) or chat"
     )
@@ -67,7 +67,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         type=positive_number,
         default=3600.0,
         metavar="SECONDS",
-        help="a request without an end by then is lost; default: %(default)s",
+        help="a request that takes longer has failed; default: %(default)s",
     )
 
 
@@ -88,16 +88,19 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="shape of the gamma-distributed gaps: 1 (default) is a Poisson process, less is burstier",
     )
-    group.add_argument("--max-concurrency", type=positive, metavar="N", help="most requests in flight")
+    group.add_argument("--max-concurrency", type=positive, metavar="N", help="maximum number of requests in flight")
     group.add_argument(
-        "--ramp-up", "--ramp-up-strategy", choices=("linear", "exponential"), help="let the rate go from one to another"
+        "--ramp-up",
+        "--ramp-up-strategy",
+        choices=("linear", "exponential"),
+        help="increase or decrease the rate during the run",
     )
     group.add_argument("--ramp-up-from", "--ramp-up-start-rps", type=_rate, metavar="R", help="requests per second")
     group.add_argument("--ramp-up-to", "--ramp-up-end-rps", type=_rate, metavar="R", help="requests per second")
     group.add_argument(
-        "--duration", type=positive_number, metavar="SECONDS", help="closed loop: --max-concurrency at a time"
+        "--duration", type=positive_number, metavar="SECONDS", help="closed loop: keep --max-concurrency in flight"
     )
-    group.add_argument("--seed", type=int, default=0, help="of prompts and arrivals; default: 0")
+    group.add_argument("--seed", type=int, default=0, help="seed of prompts and arrivals; default: 0")
 
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +116,7 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     number: dict[str, Any] = {"type": positive, "metavar": "N"}
     group.add_argument("--input-len", "--random-input-len", **number, default=1024, help="default: %(default)s")
     group.add_argument(
-        "--output-len", "--random-output-len", **number, help="default: 128, or what the dataset says for each request"
+        "--output-len", "--random-output-len", **number, help="default: 128, or each request's length in the dataset"
     )
     group.add_argument(
         "--range-ratio",
@@ -130,35 +133,37 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prompt_format(group: argparse._ArgumentGroup) -> None:
-    """What made-up prompts consist of."""
+    """Add the options of random prompts."""
     group.add_argument(
         "--prompt-format",
         choices=("auto", "ids", "text"),
         default="auto",
         help="token ids (lengths are exact) or text; auto: ids where the server has /tokenize or --vocab-size is given",
     )
-    group.add_argument("--vocab-size", type=positive, metavar="N", help="draw random token ids below this")
+    group.add_argument("--vocab-size", type=positive, metavar="N", help="draw random token ids below N")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """Options for request parameters and reported results."""
+    """Add the options of request parameters and results."""
     group = parser.add_argument_group("requests and results")
-    group.add_argument("--ignore-eos", action="store_true", help="generate all tokens asked for")
+    group.add_argument("--ignore-eos", action="store_true", help="always generate the full output length")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0")
-    group.add_argument("--extra-body", type=_json_object, default={}, metavar="JSON", help="more fields of requests")
+    group.add_argument(
+        "--extra-body", type=_json_object, default={}, metavar="JSON", help="additional fields of requests"
+    )
     group.add_argument(
         "--goodput",
         type=_limit,
         nargs="+",
         default=[],
         metavar="MEASURE:MS",
-        help="count requests that keep all of these limits, as in ttft:500 tpot:50 e2el:5000",
+        help="count requests within all of these limits, as in ttft:500 tpot:50 e2el:5000",
     )
     group.add_argument(
         "--percentiles", "--metric-percentiles", type=_percentiles, default=[99.0], metavar="P,P", help="default: 99"
     )
-    group.add_argument("--metadata", type=pair, nargs="+", default=[], metavar="KEY=VALUE", help="kept in the result")
-    group.add_argument("--result-file", "--result-filename", type=Path, metavar="FILE", help="write everything as JSON")
+    group.add_argument("--metadata", type=pair, nargs="+", default=[], metavar="KEY=VALUE", help="added to the result")
+    group.add_argument("--result-file", "--result-filename", type=Path, metavar="FILE", help="write the result as JSON")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -175,7 +180,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def check_common(options: argparse.Namespace) -> None:
-    """Raise `ConfigError` for contradictions among the options that all load clients have."""
+    """Raise `ConfigError` for contradictory options that `bench serve` and `bench replay` share."""
     if options.endpoint == "chat" and options.prompt_format == "ids":
         raise ConfigError("--prompt-format ids: chat takes messages; use --endpoint completions")
     if options.result_file is not None and not options.result_file.absolute().parent.is_dir():
@@ -197,7 +202,7 @@ def _check_ramp(options: argparse.Namespace) -> None:
 
 
 def rate_of(options: argparse.Namespace, num_requests: int) -> Rate | Ramp:
-    """The rate that the options ask for."""
+    """The rate that the options specify."""
     if options.ramp_up is None:
         return Rate(options.request_rate)
     return Ramp(options.ramp_up_from, options.ramp_up_to, num_requests, options.ramp_up == "exponential")
@@ -211,7 +216,7 @@ def _endpoint(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """An integer from 1 up. Raises argparse's error."""
+    """An integer of at least 1. Raises argparse's error."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)

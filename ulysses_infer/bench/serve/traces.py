@@ -31,7 +31,7 @@ class TraceRow:
 
 
 def read_trace(path: Path) -> list[TraceRow]:
-    """All rows in order of time. Raises `ConfigError` with the faulty line."""
+    """All rows, sorted by time. Raises `ConfigError` with the invalid line."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(_azure_rows(path, file) if path.suffix == ".csv" else _mooncake_rows(path, file))
@@ -73,6 +73,6 @@ def _azure_rows(path: Path, lines: Iterable[str]) -> Iterator[TraceRow]:
 
 
 def _moment(text: str) -> float:
-    """Seconds of a timestamp such as `2023-11-16 18:17:03.9799600`, with all seven decimals."""
+    """A timestamp such as `2023-11-16 18:17:03.9799600` in seconds, with all seven decimals."""
     whole, _, fraction = text.partition(".")
     return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")

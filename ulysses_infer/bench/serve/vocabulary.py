@@ -47,7 +47,7 @@ class PromptVocabulary:
 async def ask_vocabulary(client: Client, model: str, is_text: bool, vocab_size: int | None) -> PromptVocabulary:
     """The vocabulary for this server: text if it has no `/tokenize` and no `vocab_size` is given.
 
-    The ids come from a sample of words: none is a special token, and all can be decoded to text.
+    The ids are those of a sample of words, so none is a special token and all decode to text.
     """
     if vocab_size is not None and not is_text:
         return PromptVocabulary(range(vocab_size))

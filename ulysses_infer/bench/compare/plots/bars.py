@@ -20,8 +20,8 @@ from ulysses_infer.bench.compare.plots.style import (
 )
 
 PANELS = (
-    ("lone", "ttft_ms", "Time to first token", "ms, a lone request · lower is better"),
-    ("lone", "tpot_ms", "Time per output token", "ms, a lone request · lower is better"),
+    ("lone", "ttft_ms", "Time to first token", "ms, a single request · lower is better"),
+    ("lone", "tpot_ms", "Time per output token", "ms, a single request · lower is better"),
     ("saturated", "tokens_per_second", "Combined throughput", "tokens/s, saturated · higher is better"),
 )
 
@@ -53,7 +53,7 @@ def _subtitle(findings: Findings, cases: list[CaseInfo]) -> str:
 
 def _bars(axes: Axes, rows: list[ComparisonRow]) -> None:
     if not rows:
-        empty(axes, "nothing measured")
+        empty(axes, "no data")
         return
     tallest = max(row.value.high for row in rows)
     for position, row in enumerate(rows):
@@ -80,7 +80,7 @@ def _bars(axes: Axes, rows: list[ComparisonRow]) -> None:
 
 
 def _mark_static(axes: Axes, rows: list[ComparisonRow]) -> None:
-    """A line at the better of TP and SP, the target for shift."""
+    """Draw a line at the better of TP and SP, the target for shift."""
     medians = [row.value.median for row in rows if row.contender in STATIC]
     if medians:
         best = (max if rows[0].metric.higher_is_better else min)(medians)

@@ -15,14 +15,14 @@ LEAST = 0.1  # ms; smaller values are drawn here
 
 
 def cumulative(findings: Findings, case: CaseInfo) -> Figure:
-    """One panel each for TTFT, TPOT and completion time: the share of requests that took at most that long."""
+    """One panel each for TTFT, TPOT and completion time."""
     figure = Figure(figsize=(11.5, 3.9))
     for index, (title, key) in enumerate(PANELS):
         axes = figure.add_subplot(1, 3, index + 1)
         axes.set_title(title, fontsize=10.5)
         _curves(axes, findings, case, key)
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.09, wspace=0.16)
-    heading(figure, "Share of requests that took no longer", case.title, top=1.12)
+    heading(figure, "Cumulative distribution of latencies", case.title, top=1.12)
     legend_of(figure, [name for name in findings.contenders if findings.of(name, case.name)])
     return figure
 
@@ -36,7 +36,7 @@ def _curves(axes: Axes, findings: Findings, case: CaseInfo, key: str) -> None:
             axes.plot([values[0], *values], [0.0, *shares], color=COLOURS[name], linewidth=2.1, drawstyle="steps-post")
             largest, smallest = max(largest, values[-1]), min(smallest, max(values[0], LEAST))
     if not largest:
-        empty(axes, "nothing measured")
+        empty(axes, "no data")
         return
     if largest / max(smallest, 1e-9) > SPREAD_FOR_LOGARITHM:
         axes.set_xscale("log")

@@ -55,7 +55,7 @@ SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Apply our style to figures made and saved in this block; other users of matplotlib are not affected."""
+    """Apply the style to figures made and saved in this block only."""
     with matplotlib.rc_context(SETTINGS):
         yield
 
@@ -92,7 +92,7 @@ def legend_of(figure: Figure, contenders: list[str]) -> None:
 
 
 def plain_numbers(axes: Axes) -> None:
-    """Few ticks, with thousands separators."""
+    """Set few ticks, with thousands separators."""
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, position: number(value)))
 
@@ -107,5 +107,5 @@ def number(value: float) -> str:
 
 
 def empty(axes: Axes, text: str) -> None:
-    """Marks an axes without data."""
+    """Write `text` into axes without data."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=DIM)

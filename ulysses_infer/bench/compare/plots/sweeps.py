@@ -14,9 +14,9 @@ SPREAD_FOR_LOGARITHM = 8.0  # largest to smallest value of x
 
 
 def context_sweep(findings: Findings) -> Figure:
-    """TTFT and TPOT of a lone request, throughput when saturated."""
+    """TTFT and TPOT of a single request, throughput when saturated."""
     panels = [("lone", "ttft_ms"), ("lone", "tpot_ms"), ("saturated", "tokens_per_second")]
-    return _sweep(findings, "context", "Over the length of the context", "prompt tokens", panels)
+    return _sweep(findings, "context", "Over the context length", "prompt tokens", panels)
 
 
 def rate_sweep(findings: Findings) -> Figure:
@@ -37,9 +37,7 @@ def _sweep(findings: Findings, protocol: str, title: str, x_title: str, panels: 
         axes.set_xlabel(x_title)
     figure.subplots_adjust(left=0.055, right=0.99, bottom=0.14, wspace=0.22)
     about = findings.about
-    subtitle = (
-        f"{about.get('model', '')} on {about.get('num_ranks', '?')} ranks · medians, and the range of the repeats"
-    )
+    subtitle = f"{about.get('model', '')} on {about.get('num_ranks', '?')} ranks · medians and ranges over repeats"
     heading(figure, title, subtitle, top=1.12)
     legend_of(figure, [name for name in findings.contenders if name in COLOURS])
     return figure
@@ -53,7 +51,7 @@ def _lines(axes: Axes, findings: Findings, cases: list[CaseInfo], key: str) -> N
                 value = row.value
                 points.setdefault(row.contender, []).append((case.x or 0.0, value.median, value.low, value.high))
     if not points:
-        empty(axes, "nothing measured")
+        empty(axes, "no data")
         return
     for name, own in points.items():
         x, median, low, high = zip(*own, strict=True)

@@ -1,4 +1,4 @@
-"""Timelines of requests above the mode of every step (Figs. 9 to 11 of the paper)."""
+"""Timelines of requests, with the mode of every step below (Figs. 9 to 11 of the paper)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def timeline(findings: Findings, case: CaseInfo) -> Figure:
 
 
 def _title(case: CaseInfo) -> str:
-    return {"bursty": "Bursts over a low stream", "trace": "A production trace"}.get(case.protocol, case.name)
+    return {"bursty": "Bursts over a low base rate", "trace": "A production trace"}.get(case.protocol, case.name)
 
 
 def _cloud(axes: Axes, requests: Sequence[RequestRow], key: str, colour: str, end: float) -> None:
@@ -89,7 +89,7 @@ def _label(axes: Axes, title: str, end: float) -> None:
 
 
 def _arrivals(axes: Axes, requests: Sequence[RequestRow], end: float) -> None:
-    """A histogram of arrivals."""
+    """Draw a histogram of arrivals."""
     axes.hist([request.sent for request in requests], bins=150, range=(0, end), color=DIM, alpha=0.75)
     axes.set_title("Requests sent", fontsize=10, pad=5)
     axes.set_xlim(0, end)
@@ -119,7 +119,7 @@ def _bands(axes: Axes, runs: dict[str, ContenderRun], end: float) -> None:
 
 
 def _mode_key(axes: Axes) -> None:
-    """The legend of the band, at its top right."""
+    """Draw the legend of the band, at its top right."""
     for offset, text, colour in ((0, "■ TP", TP), (-38, "■ SP", SP), (-76, "■ 1 rank", COLOURS["dp"])):
         axes.annotate(
             text,
