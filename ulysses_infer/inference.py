@@ -131,7 +131,10 @@ class InferenceEngine(MultiRankEngine):
         """
         return self._on_rank_0(
             lambda engine: self._complete(
-                engine, generate_inputs(prompts, sampling_params, adapter), on_step, arrival_steps
+                engine,
+                generate_inputs(prompts, sampling_params, adapter, engine.prompts.sampling_defaults),
+                on_step,
+                arrival_steps,
             )
         )
 
@@ -146,7 +149,11 @@ class InferenceEngine(MultiRankEngine):
         if not self.is_first:
             yield from self._follow_stream()
             return
-        name = self._on_rank_0(lambda engine: engine.add(prompt, as_params(sampling_params), adapter=adapter))
+        name = self._on_rank_0(
+            lambda engine: engine.add(
+                prompt, as_params(sampling_params, engine.prompts.sampling_defaults), adapter=adapter
+            )
+        )
         inbox: list[RequestOutput] = []
         self._subscriptions[name] = _Subscription(inbox)
         finished = False
@@ -243,6 +250,10 @@ class InferenceEngine(MultiRankEngine):
         `Profile.save` writes a file for `policy.profile`. Raises `RequestError` while requests run.
         """
         return self._on_rank_0(lambda engine: engine.policies.calibrate(seconds))
+
+    def default_sampling_params(self) -> SamplingParams:
+        """The sampling parameters of prompts that come without any: the model's own recommendation."""
+        return self._on_rank_0(lambda engine: SamplingParams(**engine.prompts.sampling_defaults))
 
     def stats(self) -> dict[str, Any]:
         """Counters per mode (steps, tokens, seconds), switches, queues, cache, and weight bytes per rank."""

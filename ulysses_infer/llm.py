@@ -35,6 +35,10 @@ class LLM:
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         return self.engine.generate(conversations, sampling_params, adapter=adapter)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The sampling parameters of prompts that come without any: the model's own recommendation."""
+        return self.engine.default_sampling_params()
+
     def shutdown(self) -> None:
         """Stop the engine and its processes."""
         self.engine.shutdown()

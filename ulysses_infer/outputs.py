@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 CONSTRAINTS = "constraints"
 """Stop reason of a request that ended with an error because its own constraints leave no token to choose."""
+FAILED = "failed: "
+"""Begins the stop reason of a request that ended with an error of its own; what went wrong follows."""
 
 
 @dataclass

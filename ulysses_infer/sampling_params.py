@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ulysses_infer.errors import RequestError
+from ulysses_infer.errors import RequestError, kind_and_line
 
 GREEDY_TEMPERATURE = 1e-5  # temperatures below this are greedy, as in vLLM
 MAX_SEQUENCES = 16384
@@ -29,6 +29,7 @@ PENALTY_RANGE = (-2, 2)  # presence and frequency
 REPETITION_PENALTY_RANGE = (0, 1000)  # 0 excluded
 LOGIT_BIAS_RANGE = (-100, 100)
 SEED_UNSET = -1  # vLLM and its clients write "no seed" as -1
+MAX_WHITESPACE_PATTERN = 64
 MAX_GRAMMAR_CHARACTERS = 2**17  # of a schema, regex or grammar: larger ones take seconds to compile
 
 
@@ -52,7 +53,9 @@ class StructuredOutputs:
     choice: list[str] | None = None  # the output is one of these
     grammar: str | None = None  # context-free, as Lark writes it, or GBNF
     json_object: bool = False  # any JSON object
+    alternatives: str | list[Any] | None = None  # sequences of text, tokens and JSON: text/structured_pieces.py
     disable_any_whitespace: bool = False  # JSON without a space or line break outside its strings
+    whitespace_pattern: str | None = None  # regex of the white space between two parts of JSON; None: bounded
 
     def __post_init__(self) -> None:
         """Normalise and check every field. Raises RequestError."""
@@ -60,6 +63,8 @@ class StructuredOutputs:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"structured_outputs.{name} must be true or false, got {_show(getattr(self, name))}")
         object.__setattr__(self, "json", _schema_text(self.json))
+        object.__setattr__(self, "alternatives", _json_text(self.alternatives))
+        self._check_whitespace()
         if self.choice is not None:
             object.__setattr__(self, "choice", _strings("structured_outputs.choice", self.choice))
         given = [name for name in STRUCTURED_KINDS if getattr(self, name) not in (None, False, [])]
@@ -69,6 +74,15 @@ class StructuredOutputs:
                 f"use exactly one of {', '.join(STRUCTURED_KINDS)}"
             )
         self._check_text(given[0])
+
+    def _check_whitespace(self) -> None:
+        pattern = self.whitespace_pattern
+        if pattern is None:
+            return
+        if not isinstance(pattern, str) or len(pattern) > MAX_WHITESPACE_PATTERN:
+            raise RequestError(f"structured_outputs.whitespace_pattern must be a short regex, got {_show(pattern)}")
+        if self.disable_any_whitespace:
+            raise RequestError("structured_outputs has disable_any_whitespace and whitespace_pattern; use one of them")
 
     def _check_text(self, kind: str) -> None:
         value = "\n".join(self.choice or ()) if kind == "choice" else getattr(self, kind)
@@ -101,7 +115,7 @@ class StructuredOutputs:
         }
 
 
-STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "json_object", "alternatives")
 
 
 @dataclass(kw_only=True)
@@ -189,16 +203,16 @@ class SamplingParams:
                 )
 
     def encode_bad_words(self, tokenizer: TextEncoder) -> list[list[int]]:
-        """Token id sequences that `bad_words` forbid: each word as it is written at the start of a text and,
-        if that gives another sequence of the same length, after a space (vLLM's rule). Raises RequestError.
+        """Token id sequences that spell `bad_words`: each word as it is written at the start of a text and, if that
+        gives another sequence of the same length, after a space (vLLM's rule). Raises RequestError.
         """
         sequences: list[list[int]] = []
         for word in self.bad_words or ():
-            bare = _encode(tokenizer, word.lstrip())
+            bare = _encode_word(tokenizer, word, word.lstrip() or word)
             if not bare:
                 raise RequestError(f"bad_words entry {_show(word)} has no tokens; leave it out")
             sequences.append(bare)
-            spaced = _encode(tokenizer, " " + word.lstrip())
+            spaced = _encode_word(tokenizer, word, " " + word.lstrip())
             if len(spaced) == len(bare) and spaced[0] != bare[0]:
                 sequences.append(spaced)
         return sequences
@@ -292,6 +306,11 @@ def _schema_text(schema: Any) -> Any:
         ) from error
 
 
+def _json_text(value: Any) -> Any:
+    """A list in JSON; anything else as it is."""
+    return _schema_text({"": value})[4:-1] if isinstance(value, list) else value
+
+
 def _unknown_key(key: object, known: Iterable[str], what: str = "sampling parameter") -> str:
     nearest = difflib.get_close_matches(str(key), list(known), n=1)
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(known)}"
@@ -359,5 +378,10 @@ def _bias_key(key: Any) -> int:
     return _token_ids("logit_bias", [token_id])[0]
 
 
-def _encode(tokenizer: TextEncoder, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
+def _encode_word(tokenizer: TextEncoder, word: str, text: str) -> list[int]:
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    except Exception as error:  # tokenizer libraries raise anything, for half a surrogate pair for example
+        raise RequestError(
+            f"bad_words entry {_show(word)} is refused by the tokenizer ({kind_and_line(error)}); leave it out"
+        ) from error

@@ -64,7 +64,7 @@ def test_tokens_are_shown_as_text(decoder):
 def make_sequence(index, decoder=None, output="", **params):
     chosen = SamplingParams(**{"temperature": 0.5, "max_tokens": 9, **params})
     request = Request(f"r#{index}", index, encode("ab"), chosen, arrival_time=10.0)
-    row = SamplingRow(chosen, 0, request.prompt_token_ids, request.output_token_ids, frozenset(), [])
+    row = SamplingRow(chosen, 0, request.prompt_token_ids, request.output_token_ids)
     sequence = Sequence(request, row, Detokenizer(decoder, chosen, request.prompt_token_ids))
     for token in encode(output):
         request.append_token(token, now=11.0 + request.num_output_tokens)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from ulysses_infer.model.sampling.sampler import Sampler, SamplingRow
 from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.text.bad_words import BadWords
 
 V = 40  # vocabulary
 
@@ -12,7 +13,8 @@ token_lists = st.lists(st.integers(0, V - 1), max_size=12)
 
 
 def row(prompt=(1, 2, 3), outputs=(), seed=0, eos=frozenset(), bad_words=(), **params) -> SamplingRow:
-    return SamplingRow(SamplingParams(**params), seed, list(prompt), list(outputs), eos, bad_words)
+    words = BadWords(bad_words) if bad_words else None
+    return SamplingRow(SamplingParams(**params), seed, list(prompt), list(outputs), eos, words)
 
 
 def random_logits(*shape: int, seed: int = 0) -> torch.Tensor:

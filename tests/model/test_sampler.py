@@ -10,6 +10,7 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 from ulysses_infer.model.sampling import sampler as sampler_module
 from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler, SamplingRow, needs_full_logits
 from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.text.bad_words import BadWords
 
 # --- greedy ---
 
@@ -141,7 +142,7 @@ def test_bad_words_forbid_their_last_token_after_the_rest():
     assert processed(logits, row(outputs=[6, 6], bad_words=words))[8] == 0
     assert processed(logits, row(prompt=[5], outputs=[6], bad_words=words))[8] == 0  # output only, as in vLLM
     params = SamplingParams(temperature=0, bad_words=["seven"])
-    assert one(logits, SamplingRow(params, 0, [], [], bad_word_token_ids=words)) == 0
+    assert one(logits, SamplingRow(params, 0, [], [], bad_words=BadWords(words))) == 0
 
 
 def test_min_tokens_forbid_eos_and_stop_tokens():

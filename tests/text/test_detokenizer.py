@@ -355,7 +355,7 @@ def test_stop_string_counts_only_after_min_tokens():
     assert ("".join(pieces_of(late, letters)), late.stop_reason) == ("xyxy", None)
 
 
-def test_stop_string_in_held_bytes_is_found_at_the_end():
+def test_stop_string_in_held_bytes_is_found():
     detok = detokenizer("sentencepiece", stop=["好"])
     assert detok.append(encode("sentencepiece", "a好")) == "a"
     assert detok.finish() == ""
@@ -383,3 +383,52 @@ def test_without_detokenization_the_text_is_empty():
 def test_stop_strings_without_a_tokenizer_are_refused():
     with pytest.raises(RequestError, match="tokenizer"):
         Detokenizer(None, SamplingParams(stop="x"))
+
+
+# --- what the user sees decides ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_special_token_that_is_skipped_can_be_a_stop_string(kind):
+    hello, special = [len(tokenizer_of(kind)) - 2], tokenizer_of(kind).eos_token_id
+    detok = detokenizer(kind, stop=["</s>"])
+    detok.append([*hello, special, *hello])
+    assert (detok.stop_reason, detok.text) == ("</s>", full_decode(kind, hello))
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "the "), (True, "the quick</s>fox")])
+def test_a_stop_string_may_span_text_and_skipped_tokens(include, text):
+    kind = "byte_level"
+    detok = detokenizer(kind, stop=["quick</s>fox"], include_stop_str_in_output=include)
+    detok.append([*encode(kind, "the quick"), tokenizer_of(kind).eos_token_id, *encode(kind, "fox"), 7])
+    assert (detok.stop_reason, detok.text) == ("quick</s>fox", text)
+
+
+def test_a_skipped_token_that_no_stop_string_contains_is_not_seen():
+    kind = "byte_level"
+    detok = detokenizer(kind, stop=["s>", "quickfox"])
+    detok.append([*encode(kind, "the quick"), tokenizer_of(kind).eos_token_id, *encode(kind, "fox")])
+    assert (detok.stop_reason, detok.text) == ("quickfox", "the ")
+
+
+def test_a_false_start_with_a_skipped_token_gives_out_what_is_seen():
+    kind = "byte_level"
+    detok = detokenizer(kind, stop=["</s>fox"])
+    detok.append([*encode(kind, "quick"), tokenizer_of(kind).eos_token_id, *encode(kind, " brown")])
+    assert detok.finish() == ""
+    assert (detok.stop_reason, detok.text) == (None, "quick brown")
+
+
+def test_a_stop_string_of_byte_tokens_ends_the_output_at_its_last_byte():
+    first = 3 + 0xF0
+    emoji = [3 + byte for byte in "👍".encode()]
+    assert emoji[0] == first
+    detok = detokenizer("sentencepiece", stop=["👍"])
+    assert [detok.append([token]) for token in emoji] == [""] * 4
+    assert (detok.stop_reason, detok.text) == ("👍", "")
+
+
+def test_ids_that_the_tokenizer_does_not_know_have_no_text():
+    decoder = TokenDecoder(tokenizer_of("SlowTokenizer"))
+    assert [decoder.text_of(token) for token in (-1, 4, 10**6)] == ["", full_decode("SlowTokenizer", [4]), ""]
+    assert not decoder.is_visible(10**6, False)

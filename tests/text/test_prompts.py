@@ -74,14 +74,33 @@ def test_without_a_tokenizer_text_is_refused(bare):
         bare.bad_words(SamplingParams(bad_words=["x"]))
 
 
-def test_bad_words_become_token_sequences(reader, bare):
-    assert reader.bad_words(SamplingParams(bad_words=["ab"])) == [encode("ab")]
-    assert bare.bad_words(SamplingParams()) == []
+def test_bad_words_are_forbidden_as_text_and_special_tokens_by_id(reader, bare):
+    assert reader.bad_words(SamplingParams(bad_words=["ab"])).completing(encode("a")) == encode("b")
+    assert reader.bad_words(SamplingParams(bad_words=["</s>"])).completing([]) == [EOS]
+    assert bare.bad_words(SamplingParams()) is None
 
 
-def test_a_request_keeps_its_own_seed_and_others_get_ones_that_can_be_had_again(tokenizer):
+def test_tokens_beyond_the_models_vocabulary_are_ignored(tokenizer):
+    small = PromptReader(tokenizer, VOCABULARY.index("b"), frozenset({EOS, 98, 4000, -1}), seed=0)
+    assert small.eos_token_ids == {EOS}
+    assert small.bad_words(SamplingParams(bad_words=["b", "a"])).completing([]) == encode("a")
+
+
+def test_text_that_the_tokenizer_refuses_is_one_line(reader):
+    for use in (reader.read, lambda text: reader.bad_words(SamplingParams(bad_words=[text]))):
+        with pytest.raises(RequestError, match="refuse") as caught:
+            use("\ud800")
+        assert "\n" not in str(caught.value)
+
+
+def test_requests_without_a_seed_never_share_one(tokenizer):
+    readers = [PromptReader(tokenizer, 99, frozenset(), None) for _ in range(2)]
+    assert readers[0].seed(SamplingParams(seed=41)) == 41
+    assert len({reader.seed(SamplingParams()) for reader in readers for _ in range(8)}) == 16
+
+
+def test_a_seed_of_the_engine_makes_a_run_repeatable(tokenizer):
     first, again, other = (PromptReader(tokenizer, 99, frozenset(), seed) for seed in (0, 0, 1))
-    assert first.seed(SamplingParams(seed=41)) == 41
     drawn = [first.seed(SamplingParams()) for _ in range(3)]
     assert len(set(drawn)) == 3
     assert [again.seed(SamplingParams()) for _ in range(3)] == drawn

@@ -54,6 +54,8 @@ ALIASES: dict[str, Alias] = {
     "trust_remote_code": Alias("model.trust_remote_code"),
     "max_model_len": Alias("model.max_model_len"),
     "hf_overrides": Alias("model.hf_overrides"),
+    "generation_config": Alias("model.generation_config"),
+    "override_generation_config": Alias("model.override_generation_config"),
     "gpu_memory_utilization": Alias("cache.memory_utilization"),
     "kv_cache_dtype": Alias("cache.dtype"),
     "block_size": Alias("cache.block_size"),

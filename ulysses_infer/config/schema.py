@@ -5,11 +5,11 @@ The descriptions are the text of `docs/recipe-reference.md`; `validation.py` enf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ulysses_infer.config.option import MISSING, option
 from ulysses_infer.parallel.layout import Layout, Mode
 
 if TYPE_CHECKING:
@@ -18,41 +18,8 @@ else:
     ChosenInt = int | None
     """May be null in a recipe; `device.py` replaces null by a number at start, before anything reads it."""
 
-MISSING = "???"
-"""The default of a key that a recipe must set, as OmegaConf spells it."""
-
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CACHE_DTYPES = (*DTYPES, "fp8")
-
-
-def option(
-    default: Any = None,
-    *,
-    help: str,
-    factory: Callable[[], Any] | None = None,
-    choices: Sequence[str] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    kind: str | None = None,
-    secret: bool = False,
-) -> Any:
-    """A recipe key: its default, description and allowed values, and whether its value is hidden in printed recipes.
-
-    `kind` describes the type where the Python type is not specific enough.
-    """
-    metadata = {
-        "help": help,
-        "kind": kind,
-        "choices": choices,
-        "at_least": at_least,
-        "above": above,
-        "at_most": at_most,
-        "secret": secret,
-    }
-    if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -83,11 +50,24 @@ class ModelConfig:
         help="Maximum length of prompt plus output, in tokens; null: what the checkpoint supports, RoPE scaling "
         "included (except dynamic). A higher value gives a warning.",
     )
+    generation_config: str = option(
+        "auto",
+        kind="auto, none or a folder",
+        help="Sampling defaults of requests (temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens). "
+        "auto: those of the checkpoint's generation_config.json; none: neutral values; or the folder of another one.",
+    )
+    override_generation_config: dict[str, Any] = option(
+        factory=dict, kind="mapping", help="Sampling defaults to set or replace, as in `{temperature: 0.6}`."
+    )
     trust_remote_code: bool = option(False, help="Run model code that comes with the checkpoint.")
     allow_unverified: bool = option(
         False, help="Serve an architecture that has not been verified against transformers (docs/models.md)."
     )
-    seed: int = option(0, at_least=0, help="Seed of requests that set none.")
+    seed: int | None = option(
+        at_least=0,
+        help="Makes a run repeatable: seeds of requests that have none of their own are derived from it, different "
+        "ones per replica; null: such requests get random seeds.",
+    )
 
 
 @dataclass
@@ -300,7 +280,25 @@ class ServerConfig:
     served_model_name: str | None = option(
         help="Model name that clients use; null: the hub id, or the name of the model's folder."
     )
+    default_model: str | None = option(
+        help="Name of the model or adapter for requests that name none; null: the model, if no adapters are served, "
+        "else such requests are refused."
+    )
+    default_max_tokens: int | None = option(
+        at_least=1,
+        help="Maximum number of output tokens of requests that set none; null: the checkpoint's max_new_tokens, else "
+        "what fits in model.max_model_len after the prompt (16 for /v1/completions, as in OpenAI's API).",
+    )
+    unknown_fields: str = option(
+        "warn",
+        choices=("warn", "reject"),
+        help="Request fields that the server does not know. warn: ignore them, with one log line per field name; "
+        "reject: answer 400. Those with the value null are always ignored.",
+    )
     chat_template: str | None = option(help="File with the chat template to use instead of the checkpoint's.")
+    trust_request_chat_template: bool = option(
+        False, help="Accept chat templates in requests (chat_template). A template is a program that the server runs."
+    )
     tool_call_parser: str = option(
         "auto", help="Format of the model's tool calls; auto: detected from its chat template; none: not parsed."
     )

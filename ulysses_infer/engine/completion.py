@@ -134,4 +134,4 @@ class TokenScores:
 
 
 def _text(decoder: TokenDecoder | None, token: int) -> str | None:
-    return None if decoder is None or token < 0 else decoder.decode([token], False)
+    return None if decoder is None or token < 0 else decoder.text_of(token)

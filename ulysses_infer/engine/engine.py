@@ -11,7 +11,7 @@ from typing import Any
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.config import Config
 from ulysses_infer.engine.batch import Batch, ScheduledRequest, make_plan
-from ulysses_infer.engine.completion import Completion
+from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.in_flight import MAX_ASYNC_TOKENS, InFlightStep
 from ulysses_infer.engine.policies import Decision
 from ulysses_infer.engine.policy_control import PolicyControl
@@ -20,7 +20,8 @@ from ulysses_infer.engine.results import StepResults
 from ulysses_infer.engine.scheduler import Scheduler
 from ulysses_infer.engine.sleep import SleepState
 from ulysses_infer.engine.stats import StepRecord, StepStats
-from ulysses_infer.outputs import CONSTRAINTS
+from ulysses_infer.errors import kind_and_line
+from ulysses_infer.outputs import CONSTRAINTS, FAILED
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.text.prompts import PromptReader
@@ -169,12 +170,20 @@ class Engine:
         """End requests whose constraints allow no token: normally if their grammar is complete, else with an error."""
         for index in [index for index, token in results.tokens.items() if token < 0]:
             completion, sequence = self.requests.sequences[index]
-            sequence.detokenizer.finish()
-            if sequence.row.may_end:
+            if sequence.row.error is not None:
+                self._fail(completion, sequence, sequence.row.error)
+            elif sequence.row.may_end:
+                sequence.detokenizer.finish()
                 self.scheduler.finish(sequence.request, "stop", sequence.detokenizer.stop_reason)
             else:
+                sequence.detokenizer.finish()
                 logger.warning("request %s: its constraints allow no token; ended with an error", completion.request_id)
                 self.scheduler.finish(sequence.request, "error", CONSTRAINTS if sequence.row.is_constrained else None)
+
+    def _fail(self, completion: Completion, sequence: Sequence, error: Exception) -> None:
+        """End one sequence because its own constraints or text raised; the other requests go on."""
+        logger.error("request %s failed", completion.request_id, exc_info=error)
+        self.scheduler.finish(sequence.request, "error", FAILED + kind_and_line(error))
 
     def _collect(self, items: list[ScheduledRequest], results: StepResults) -> list[Completion]:
         """Detokenize the sampled tokens and end sequences at stop strings; returns the requests that sampled."""
@@ -185,15 +194,23 @@ class Engine:
             completion, sequence = self.requests.sequences[item.request.index]
             touched[completion.request_id] = completion
             if results.tokens[item.request.index] >= 0 and item.request.finish_reason != "abort":
-                stop = sequence.take_token()
-                if stop is not None and item.request.stop_reason != stop:
-                    self.scheduler.finish(item.request, "stop", stop)
+                self._detokenize(completion, sequence)
             if item.request.is_finished:
                 self.requests.forget(sequence.request)
         for completion in touched.values():
             if completion.is_finished:
                 self.requests.forget_completion(completion)
         return list(touched.values())
+
+    def _detokenize(self, completion: Completion, sequence: Sequence) -> None:
+        """Give the newest token to the detokenizer; end the sequence if that completes a stop string."""
+        try:
+            stop = sequence.take_token()
+        except Exception as error:  # tokenizer libraries raise anything
+            self._fail(completion, sequence, error)
+            return
+        if stop is not None and sequence.request.stop_reason != stop:
+            self.scheduler.finish(sequence.request, "stop", stop)
 
     def _drop_unneeded_step(self) -> None:
         """Without unfinished requests nobody needs the result of the step in flight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ulysses_infer.errors import RequestError
@@ -17,10 +17,13 @@ class GenerateInput(NamedTuple):
     adapter: str | None
 
 
-def generate_inputs(prompts: Any, sampling_params: Any, adapter: Any) -> list[GenerateInput]:
-    """The arguments of `generate` as one item per prompt. Raises `RequestError`."""
+def generate_inputs(
+    prompts: Any, sampling_params: Any, adapter: Any, defaults: Mapping[str, Any]
+) -> list[GenerateInput]:
+    """The arguments of `generate` as one item per prompt. defaults: the values of sampling parameters that are not
+    given at all. Raises `RequestError`."""
     listed = as_prompts(prompts)
-    params = params_for(listed, sampling_params)
+    params = params_for(listed, sampling_params, defaults)
     return [GenerateInput(*parts) for parts in zip(listed, params, _adapters_for(listed, adapter), strict=True)]
 
 
@@ -40,21 +43,21 @@ def as_prompts(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
-def params_for(prompts: list[Any], sampling_params: Any) -> list[SamplingParams]:
+def params_for(prompts: list[Any], sampling_params: Any, defaults: Mapping[str, Any]) -> list[SamplingParams]:
     """One set of sampling parameters per prompt, from one for all or a list. Raises `RequestError`."""
     if not isinstance(sampling_params, list | tuple):
-        return [as_params(sampling_params)] * len(prompts)
+        return [as_params(sampling_params, defaults)] * len(prompts)
     if len(sampling_params) != len(prompts):
         raise RequestError(
             f"{len(sampling_params)} sampling params for {len(prompts)} prompts; give one for all, or one each"
         )
-    return [as_params(params) for params in sampling_params]
+    return [as_params(params, defaults) for params in sampling_params]
 
 
-def as_params(given: Any) -> SamplingParams:
-    """The sampling parameters of one prompt, or the defaults. Raises `RequestError`."""
+def as_params(given: Any, defaults: Mapping[str, Any]) -> SamplingParams:
+    """The sampling parameters of one prompt, or the model's `defaults`. Raises `RequestError`."""
     if given is None:
-        return SamplingParams()
+        return SamplingParams(**defaults)
     if not isinstance(given, SamplingParams):
         raise RequestError(f"sampling parameters are a SamplingParams, not a {type(given).__name__}")
     return given

@@ -50,7 +50,7 @@ class RequestTable:
         adapter_number = self._adapter_number(adapter)
         completion = Completion(name, text, token_ids, params)
         completion.prompt_logprobs = None if params.prompt_logprobs is None else [None]
-        seed = self._prompts.seed(params)
+        seed, salt = self._prompts.seed(params), prefix_salt(salt, adapter)
         for index in range(params.n):
             request = Request(
                 request_id=name if params.n == 1 else f"{name}#{index}",
@@ -59,15 +59,15 @@ class RequestTable:
                 params=params,
                 arrival_time=arrival_time,
                 priority=priority,
-                cache_salt=prefix_salt(salt, adapter),
+                cache_salt=salt,
                 adapter=adapter_number,
                 eos_token_ids=self._prompts.eos_token_ids,
             )
-            self._add_sequence(completion, request, derive_seed(seed, index))
-        self._completions[name] = completion
+            completion.sequences.append(self._make_sequence(request, derive_seed(seed, index)))
+        self._queue(completion)
         return name
 
-    def _add_sequence(self, completion: Completion, request: Request, seed: int) -> None:
+    def _make_sequence(self, request: Request, seed: int) -> Sequence:
         params, prompts = request.params, self._prompts
         row = SamplingRow(
             params,
@@ -79,15 +79,26 @@ class RequestTable:
             prompts.grammar(params),
         )
         decoder = prompts.decoder if params.stop else self.decoder
-        detokenizer = Detokenizer(decoder, params, request.prompt_token_ids)
-        self._scheduler.add(request)
-        sequence = Sequence(request, row, detokenizer)
-        completion.sequences.append(sequence)
-        self.sequences[request.index] = completion, sequence
+        return Sequence(request, row, Detokenizer(decoder, params, request.prompt_token_ids))
+
+    def _queue(self, completion: Completion) -> None:
+        """Give the sequences to the scheduler: all or none. Raises `RequestError`."""
+        self._completions[completion.request_id] = completion
+        try:
+            for sequence in completion.sequences:
+                self._scheduler.add(sequence.request)
+                self._remember(completion, sequence)
+        except RequestError:
+            self.abort(completion.request_id)
+            raise
+
+    def _remember(self, completion: Completion, sequence: Sequence) -> None:
+        index, params = sequence.request.index, sequence.request.params
+        self.sequences[index] = completion, sequence
         if needs_full_logits(params) or params.logprobs is not None or params.prompt_logprobs is not None:
-            self._full_logits.add(request.index)
+            self._full_logits.add(index)
         if reads_outputs(params):
-            self._output_readers.add(request.index)
+            self._output_readers.add(index)
 
     def _adapter_number(self, name: str | None) -> int:
         if name is None:

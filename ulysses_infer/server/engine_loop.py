@@ -9,9 +9,9 @@ from ulysses_infer.config import ServerConfig
 from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.expert_load import expert_load
-from ulysses_infer.errors import RequestError, failure_reason, is_lost_connection
+from ulysses_infer.errors import RequestError, failure_reason, is_lost_connection, kind_and_line
 from ulysses_infer.job.watchdog import Watchdog
-from ulysses_infer.outputs import Logprob
+from ulysses_infer.outputs import FAILED, Logprob
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.admin import Commands
 from ulysses_infer.server.link import Link
@@ -231,10 +231,19 @@ class EngineLoop:
         self._check_idle()
 
     def _new_tokens(self, completion: Completion) -> list[NewToken]:
-        """The tokens generated since the last report."""
+        """The tokens generated since the last report. If they cannot be built, the request ends with an error."""
         new_tokens = []
-        for index, sequence in enumerate(completion.sequences):
-            new_tokens += self._new_sequence_tokens(completion, index, sequence)
+        try:
+            for index, sequence in enumerate(completion.sequences):
+                new_tokens += self._new_sequence_tokens(completion, index, sequence)
+        except Exception as error:  # a bug in one request's results must not end the others
+            logger.exception("request %s could not be reported", completion.request_id)
+            self._engine.abort(completion.request_id)
+            self._forget(completion)
+            return [
+                NewToken(completion.request_id, index, -1, "error", FAILED + kind_and_line(error))
+                for index in range(len(completion.sequences))
+            ]
         if completion.is_finished:
             self._forget(completion)
         return new_tokens
@@ -287,4 +296,5 @@ def describe_engine(engine: Engine, weight_bytes: list[int], state: EngineState)
         block_size=cache.shape.block_size,
         weight_bytes_per_rank=weight_bytes,
         state=state,
+        sampling_defaults=engine.prompts.sampling_defaults,
     )

@@ -122,6 +122,8 @@ class Ready(msgspec.Struct, tag=True, array_like=True):
     block_size: int
     weight_bytes_per_rank: list[int]
     state: EngineState
+    sampling_defaults: dict[str, Any] = {}
+    """Values of `SamplingParams` for requests that do not set them."""
 
 
 class Refused(msgspec.Struct, tag=True, array_like=True):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from ulysses_infer.config import Config
 from ulysses_infer.job.watchdog import Address
+from ulysses_infer.model.sampling.sampler import derive_seed
 from ulysses_infer.parallel.groups import Rendezvous
 
 STORE_SECONDS = 120.0
@@ -101,6 +102,14 @@ def _receive(connection: socket.socket, count: int) -> bytes:
     return received
 
 
+def _config_of_replica(config: Config, index: int) -> Config:
+    """The config of one replica of several. A seed of the job gives each replica a seed of its own, because equal ones
+    would make the replicas draw the same random numbers."""
+    seed = None if config.model.seed is None else derive_seed(config.model.seed, index)
+    model = dataclasses.replace(config.model, seed=seed)
+    return dataclasses.replace(config, model=model, parallel=dataclasses.replace(config.parallel, dp=1))
+
+
 class StartupInfo(NamedTuple):
     """What rank 0 of the job sends to the leaders of the other replicas."""
 
@@ -136,8 +145,8 @@ class Replica:
             wait_for_workers=False,
             timeout=timedelta(seconds=STORE_SECONDS),
         )
-        parallel = dataclasses.replace(config.parallel, dp=1)
-        return cls(rank // size, rank % size, dataclasses.replace(config, parallel=parallel), store)
+        index = rank // size
+        return cls(index, rank % size, _config_of_replica(config, index), store)
 
     @property
     def meeting(self) -> Callable[[], Rendezvous] | None:

@@ -6,6 +6,7 @@ into the text to stream. Joined, the pieces are the tokenizer's decoding of all 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ class TokenDecoder:
         vocabulary = tokenizer.get_vocab()
         self._bytes = frozenset(i for piece, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(str(piece)))
         candidates = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        self._last_id = max(*vocabulary.values(), *candidates)
+        self._known = frozenset(vocabulary.values()) | candidates
         self._skipped = frozenset(token_id for token_id in candidates if self._vanishes(token_id))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
@@ -37,7 +38,22 @@ class TokenDecoder:
 
     def is_visible(self, token_id: int, skip_special_tokens: bool) -> bool:
         """Whether the token adds to the text; ids that only pad the vocabulary do not."""
-        return token_id <= self._last_id and not (skip_special_tokens and token_id in self._skipped)
+        return token_id in self._known and not (skip_special_tokens and token_id in self._skipped)
+
+    def text_of(self, token_id: int) -> str:
+        """The text of a single token; "" for ids that the tokenizer does not know or cannot decode."""
+        try:
+            return self.decode([token_id], False) if token_id in self._known else ""
+        except Exception:  # tokenizers in Python raise anything for an id that they do not expect
+            return ""
+
+    def skipped_parts(self, texts: Sequence[str]) -> dict[int, str]:
+        """The skipped special tokens whose text occurs in one of `texts`, with that text."""
+        return {token: part for token, part in self._skipped_texts.items() if any(part in text for text in texts)}
+
+    @functools.cached_property
+    def _skipped_texts(self) -> dict[int, str]:
+        return {token_id: self.decode([token_id], False) for token_id in self._skipped}
 
     def is_byte(self, token_id: int) -> bool:
         """Whether the token is a single byte, written when the vocabulary lacks a character."""
@@ -102,6 +118,12 @@ class TextStream:
         """The text held back, decoded as if nothing follows."""
         return self._emit(self._decode(self._window))
 
+    def pending(self) -> str:
+        """What `finish` would return, as far as it is whole characters."""
+        if self._boundary == len(self._window):
+            return ""
+        return self._decode(self._window)[self._num_emitted :].partition(REPLACEMENT)[0]
+
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._decoder.decode(token_ids, self._skip_special_tokens)
 
@@ -160,6 +182,13 @@ class StopMatcher:
             self._matched[index] = matched
         return complete or None
 
+    def would_find(self, text: str) -> bool:
+        """Whether a stop string would be complete within `text`, which is not added."""
+        matched = list(self._matched)
+        found = any(self.feed(character) for character in text)
+        self._matched = matched
+        return found
+
     @property
     def num_held(self) -> int:
         """Length of the longest suffix of the text that is a prefix of a stop string."""
@@ -185,9 +214,10 @@ class Detokenizer:
     """The text of one output, growing. `stop_reason` is the stop string that ended it, or None.
 
     Of two stop strings the one that is complete first wins, the longer if at the same character. A stop
-    string counts only if a token after the first `min_tokens` completes it (as in vLLM). Without a decoder,
-    or with `detokenize=False`, the text stays empty. Whether a final eos or stop token is appended at all is
-    the caller's choice. Raises RequestError for stop strings without a decoder.
+    string counts only if a token after the first `min_tokens` completes it (as in vLLM). Text that is held back because
+    it may change counts as if the output ended there. A special token that is skipped counts only for stop strings
+    that contain its text. Without a decoder, or with `detokenize=False`, the text stays empty. Whether a final eos or
+    stop token is appended at all is the caller's choice. Raises RequestError for stop strings without a decoder.
     """
 
     def __init__(
@@ -200,12 +230,16 @@ class Detokenizer:
         if decoder is not None and params.detokenize:
             self._stream = TextStream(decoder, params.skip_special_tokens, prompt_token_ids)
         self._matcher = StopMatcher(params.stop_strings)
+        self._hidden: dict[int, str] = {}  # text of skipped tokens that stop strings contain
+        if self._stream is not None and decoder is not None and params.stop_strings and params.skip_special_tokens:
+            self._hidden = decoder.skipped_parts(params.stop_strings)
         self._has_stops = bool(params.stop_strings)
         self._include_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
         self._pieces: list[str] = []
         self._held = ""  # certain text that may be the beginning of a stop string
+        self._shown: list[bool] = []  # which of its characters are part of the output's text
 
     @property
     def text(self) -> str:
@@ -218,7 +252,7 @@ class Detokenizer:
         for token_id in token_ids:
             if self._stream is not None and self.stop_reason is None:
                 self._num_tokens += 1
-                self._accept(self._stream.push(token_id))
+                self._add(self._stream, token_id)
         return "".join(self._pieces[first:])
 
     def finish(self) -> str:
@@ -229,22 +263,47 @@ class Detokenizer:
             self._release(len(self._held))
         return "".join(self._pieces[first:])
 
-    def _accept(self, text: str) -> None:
-        """Add certain text and emit what can no longer be part of a stop string."""
+    def _add(self, stream: TextStream, token_id: int) -> None:
+        if token_id in self._hidden:
+            self._accept(self._hidden[token_id], shown=False)
+            return
+        self._accept(stream.push(token_id))
+        may_stop = self._has_stops and self.stop_reason is None and self._num_tokens > self._min_tokens
+        if may_stop and self._matcher.would_find(stream.pending()):
+            self._accept(stream.finish())
+
+    def _accept(self, text: str, shown: bool = True) -> None:
+        """Add certain text and emit what can no longer be part of a stop string. shown: it is part of the output."""
+        if not self._has_stops:
+            self._pieces += [text] if text else []
+            return
         may_stop = self._num_tokens > self._min_tokens
-        for position, character in enumerate(text if self._has_stops else ""):
+        for position, character in enumerate(text):
             stop = self._matcher.feed(character)
             if stop and may_stop:
-                self.stop_reason = stop
-                self._held += text[: position + 1]
-                self._release(len(self._held) - (0 if self._include_stop else len(stop)))
-                self._held = ""
+                self._hold(text[: position + 1], shown)
+                self._end(stop)
                 return
-        self._held += text
+        self._hold(text, shown)
         self._release(len(self._held) - self._matcher.num_held)
 
+    def _hold(self, text: str, shown: bool) -> None:
+        self._held += text
+        self._shown += [shown] * len(text)
+
+    def _end(self, stop: str) -> None:
+        """Emit the text before the stop string, which is the end of the held text, or with it."""
+        self.stop_reason = stop
+        length = len(self._held) - len(stop)
+        if self._include_stop:
+            self._shown[length:] = [True] * len(stop)
+            length = len(self._held)
+        self._release(length)
+        self._hidden, self._held, self._shown = {}, "", []
+
     def _release(self, length: int) -> None:
-        """Emit the first `length` characters held."""
+        """Emit the first `length` characters held, without hidden ones."""
         if length > 0:
-            self._pieces.append(self._held[:length])
-            self._held = self._held[length:]
+            shown = zip(self._held[:length], self._shown[:length], strict=True)
+            self._pieces.append("".join(character for character, is_shown in shown if is_shown))
+            self._held, self._shown = self._held[length:], self._shown[length:]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +14,33 @@ from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError, RequestError, kind_and_line
 from ulysses_infer.model.sampling.sampler import derive_seed
 from ulysses_infer.sampling_params import SamplingParams, StructuredOutputs
+from ulysses_infer.text.bad_words import BadWords, Spellings
+from ulysses_infer.text.chat_template import ChatTemplate, find_template
 from ulysses_infer.text.detokenizer import TokenDecoder
 from ulysses_infer.text.structured import GrammarCompiler, GrammarState
 
+logger = logging.getLogger(__name__)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 class PromptReader:
     """Converts text, token ids or chat messages to token ids. Without a tokenizer only token ids are accepted."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int], seed: int) -> None:
-        self.tokenizer, self.vocab_size, self.eos_token_ids = tokenizer, vocab_size, eos_token_ids
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        seed: int | None,
+        sampling_defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        """eos_token_ids: those beyond the vocabulary are ignored, because they cannot be sampled. seed: the engine's,
+        from which requests without a seed get theirs; None: they get random ones. sampling_defaults: values of
+        `SamplingParams` for requests that do not set them."""
+        self.sampling_defaults = dict(sampling_defaults or {})
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
+        self._template = ChatTemplate(tokenizer)
         self.decoder = None if tokenizer is None else TokenDecoder(tokenizer)
         self.grammars = GrammarCompiler(tokenizer, vocab_size)
         self._seed, self._unseeded = seed, itertools.count()
@@ -38,23 +58,30 @@ class PromptReader:
 
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
         """Chat messages as text by the checkpoint's template, ready for the assistant's turn."""
-        import jinja2
+        return self._template.render(messages)
 
-        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
-            raise RequestError("the checkpoint has no chat template; give a plain prompt instead of messages")
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RequestError(f"the chat template refuses these messages: {error}") from error
-        return str(text)
-
-    def bad_words(self, params: SamplingParams) -> list[list[int]]:
-        """Token id sequences of `params.bad_words`."""
+    def bad_words(self, params: SamplingParams) -> BadWords | None:
+        """The constraint of `params.bad_words`; None without any. Raises `RequestError`."""
         if not params.bad_words:
-            return []
+            return None
         if self.tokenizer is None:
             raise RequestError("bad_words needs a tokenizer; set model.tokenizer")
-        return params.encode_bad_words(self.tokenizer)
+        # A word with a token that the model has no row for cannot be sampled in these tokens.
+        encoded = [word for word in params.encode_bad_words(self.tokenizer) if max(word) < self.vocab_size]
+        spellings = self._spellings
+        if spellings is None:
+            return BadWords(encoded)
+        without_text = [word for word in encoded if not all(spellings.token_bytes[token] for token in word)]
+        return BadWords(without_text, params.bad_words, spellings)
+
+    @functools.cached_property
+    def _spellings(self) -> Spellings | None:
+        """The tokens by their bytes; None for tokenizers whose bytes are not known."""
+        try:
+            return Spellings(self.grammars.token_bytes)
+        except RequestError as error:
+            logger.warning("bad words are only recognised as the tokenizer spells them: %s", error)
+            return None
 
     def grammar(self, params: SamplingParams) -> GrammarState | None:
         """The initial grammar state of `params.structured_outputs`; None without constraints."""
@@ -64,15 +91,21 @@ class PromptReader:
         return self.grammars.state(params.structured_outputs, eos.union(params.stop_token_ids or ()))
 
     def seed(self, params: SamplingParams) -> int:
-        """The request's seed: its own, or the next one of the engine's, so that a run can be repeated."""
+        """The request's seed: its own, else the next one derived from the engine's seed, else a random one."""
         if params.seed is not None:
             return params.seed
+        if self._seed is None:
+            return secrets.randbits(64)
         return derive_seed(self._seed, next(self._unseeded))
 
     def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if self.tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer; give token ids or set model.tokenizer")
-        return self._check_ids(list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens)))
+        try:
+            token_ids = list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        except Exception as error:  # tokenizer libraries raise anything, for half a surrogate pair for example
+            raise RequestError(f"the tokenizer refuses this prompt ({kind_and_line(error)}); change it") from error
+        return self._check_ids(token_ids)
 
     def _check_ids(self, token_ids: list[Any]) -> list[int]:
         if not token_ids:
@@ -96,8 +129,11 @@ def load_tokenizer(settings: ModelConfig, folder: Path | None) -> Any:
     if local.is_dir() and not any((local / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             place, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:  # tokenizer libraries raise anything for broken files, often a bare Exception
         raise CheckpointError(f"the tokenizer at {place} cannot be read: {kind_and_line(error)}") from error
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = find_template(place, settings.revision)
+    return tokenizer

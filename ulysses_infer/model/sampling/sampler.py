@@ -111,13 +111,20 @@ class Grammar(Protocol):
         """The bias to add to the logits after `output_token_ids`: [V], 0 or -inf."""
 
 
+class ForbiddenWords(Protocol):
+    """The bad words of a request (`text/bad_words.py`)."""
+
+    def completing(self, output_token_ids: Sequence[int]) -> list[int]:
+        """Tokens that would complete a bad word after `output_token_ids`."""
+
+
 @dataclass(eq=False)
 class SamplingRow:
     """Sampling state of one sequence. Keep it for the sequence's lifetime: it holds the counts for penalties.
 
-    `output_token_ids` is the sequence's growing list; `bad_word_token_ids` comes from
-    `SamplingParams.encode_bad_words`, `seed` from `derive_seed`, `grammar`, not shared with other rows, from
-    `params.structured_outputs`.
+    `output_token_ids` is the sequence's growing list; `seed` comes from `derive_seed`, `bad_words` from
+    `params.bad_words`, and `grammar`, not shared with other rows, from `params.structured_outputs`. All token ids,
+    those in `eos_token_ids` included, must be below the vocabulary's size.
     """
 
     params: SamplingParams
@@ -125,10 +132,12 @@ class SamplingRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     eos_token_ids: frozenset[int] = frozenset()
-    bad_word_token_ids: Sequence[Sequence[int]] = ()
+    bad_words: ForbiddenWords | None = None
     grammar: Grammar | None = None
     num_placeholders: int = 0
     """Output tokens that are sampled but not in the list yet."""
+    error: Exception | None = None
+    """What went wrong in this row's constraints. The row gets no token; other rows are not affected."""
     is_plain: bool = field(init=False)  # greedy on the raw logits
     _history: TokenHistory | None = field(init=False, default=None, repr=False)
 
@@ -163,11 +172,18 @@ class SamplingRow:
         forbidden: list[int] = []
         if self.position < self.params.min_tokens:
             forbidden += [*self.eos_token_ids, *(self.params.stop_token_ids or ())]
-        for *prefix, last in self.bad_word_token_ids:
-            start = len(self.output_token_ids) - len(prefix)
-            if start >= 0 and list(self.output_token_ids[start:]) == prefix:
-                forbidden.append(last)
+        if self.bad_words is not None:
+            forbidden += self.bad_words.completing(self.output_token_ids)
         return forbidden
+
+    def constraints(self) -> tuple[npt.NDArray[np.float32] | None, list[int]]:
+        """The grammar's penalties ([V], None without a grammar) and the forbidden tokens of the next position."""
+        try:
+            penalties = None if self.grammar is None else self.grammar.penalties(self.output_token_ids)
+            return penalties, self.forbidden_token_ids()
+        except Exception as error:  # grammar and tokenizer libraries raise anything; the other rows must go on
+            self.error = error
+            return None, []
 
 
 class Sampler:
@@ -235,18 +251,21 @@ def _choose_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[t
 
 
 def _apply_processors(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    _apply_grammars(scores, rows)
+    penalties, forbidden = zip(*(row.constraints() for row in rows), strict=True)
+    _apply_grammars(scores, penalties)
     _apply_allowed_tokens(scores, rows)
-    _apply_forbidden_tokens(scores, rows)
+    _apply_forbidden_tokens(scores, forbidden)
     _apply_logit_bias(scores, rows)
     _apply_penalties(scores, rows)
+    failed = [index for index, row in enumerate(rows) if row.error is not None]
+    if failed:
+        scores[to_device_async(failed, scores)] = -torch.inf
 
 
-def _apply_grammars(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    for index, row in enumerate(rows):
-        if row.grammar is not None:
-            penalties = torch.from_numpy(row.grammar.penalties(row.output_token_ids))
-            scores[index] += penalties.to(scores.device)
+def _apply_grammars(scores: torch.Tensor, penalties: Sequence[npt.NDArray[np.float32] | None]) -> None:
+    for index, row_penalties in enumerate(penalties):
+        if row_penalties is not None:
+            scores[index] += torch.from_numpy(row_penalties).to(scores.device)
 
 
 def _apply_allowed_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -258,8 +277,8 @@ def _apply_allowed_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> 
             scores[index, allowed] = kept
 
 
-def _apply_forbidden_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    entries = [(index, token) for index, row in enumerate(rows) for token in row.forbidden_token_ids()]
+def _apply_forbidden_tokens(scores: torch.Tensor, forbidden: Sequence[list[int]]) -> None:
+    entries = [(index, token) for index, tokens in enumerate(forbidden) for token in tokens]
     if entries:
         row_ids, token_ids = to_device_async(entries, scores).T
         scores[row_ids, token_ids] = -torch.inf

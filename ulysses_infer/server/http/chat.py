@@ -137,7 +137,7 @@ def _parameters(context: AppContext, body: ChatRequest) -> tuple[ToolUse, Sampli
     }
     if use.format is not None and use.format.needs_special_tokens:
         changes["skip_special_tokens"] = False
-    return use, sampling_params(body, **changes)
+    return use, sampling_params(body, context.sampling_defaults, **changes)
 
 
 def _max_tokens(body: ChatRequest) -> int | None:

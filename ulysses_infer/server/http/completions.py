@@ -90,7 +90,7 @@ async def prepare_completion(context: AppContext, body: CompletionRequest) -> Pr
         changes |= {"max_tokens": 1, "min_tokens": 0}  # the engine always samples a token after a prompt
     if body.echo and body.logprobs is not None:
         changes["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
-    params = sampling_params(body, **changes)
+    params = sampling_params(body, context.sampling_defaults, **changes)
     context.engine_info()
     prompts = [await _read(context, prompt, body.add_special_tokens is not False) for prompt in body.prompt]
     generation = generation_of(context, "cmpl", body, prompts, params)

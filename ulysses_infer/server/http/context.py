@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 
@@ -62,6 +62,11 @@ class AppContext:
             served = ", ".join(map(repr, self.model_names))
             message = f"the model {name[:200]!r} does not exist; this server has {served}"
             raise ApiError(404, message, param="model", code="model_not_found")
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """The model's own sampling defaults; none while it loads."""
+        return {} if self.client.info is None else self.client.info.sampling_defaults
 
     def engine_info(self) -> Ready:
         """What was loaded. Raises `OverloadedError` while loading, `EngineDeadError` if the engine is dead."""

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ulysses_infer.errors import RequestError, first_line
+from ulysses_infer.errors import RequestError
 from ulysses_infer.server.http.protocol.chat import Message
+from ulysses_infer.text.chat_template import ChatTemplate
 
 RESERVED = frozenset(
     {
@@ -67,14 +68,14 @@ def conversation_of(body: Any, variables: Mapping[str, Any] | None = None) -> Co
         opens_answer,
         bool(body.continue_final_message),
         given,
-        sum(len(message["content"]) for message in messages) + 1000 * len(body.tools or ()),
+        sum(_num_characters(message["content"]) for message in messages) + 1000 * len(body.tools or ()),
     )
 
 
 def message_of(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: text content, and call arguments as objects."""
+    """A message as templates expect it: text or text parts as content, and call arguments as objects."""
     mapping = message.model_dump(exclude_none=True, exclude={"content", "tool_calls"})
-    mapping["content"] = _text(message.content)
+    mapping["content"] = message.content
     if message.tool_calls:
         calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
         for call in calls:
@@ -83,12 +84,10 @@ def message_of(message: Message) -> dict[str, Any]:
     return mapping
 
 
-def _text(content: str | list[dict[str, Any]] | None) -> str:
-    if content is None:
-        return ""  # templates concatenate it with text
-    if isinstance(content, str):
-        return content
-    return "\n".join(part["text"] if "text" in part else part["refusal"] for part in content)
+def _num_characters(content: str | list[dict[str, Any]] | None) -> int:
+    if isinstance(content, list):
+        return sum(len(str(part.get("text", ""))) for part in content)
+    return len(content or "")
 
 
 def _arguments(text: str) -> Any:
@@ -100,28 +99,13 @@ def _arguments(text: str) -> Any:
     return value if isinstance(value, dict) else text
 
 
-def render(tokenizer: Any, conversation: Conversation) -> str:
+def render(template: ChatTemplate, conversation: Conversation) -> str:
     """The prompt's text. Raises `RequestError` if there is no template or if it rejects the messages."""
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        raise RequestError("the checkpoint has no chat template; use /v1/completions or set server.chat_template")
-    messages = _with_known_roles(conversation.messages, str(tokenizer.chat_template))
-    try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=conversation.tools,
-            documents=conversation.documents,
-            tokenize=False,
-            add_generation_prompt=conversation.opens_answer,
-            continue_final_message=conversation.continues,
-            **conversation.variables,
-        )
-    except Exception as error:  # a template is a program and may raise any exception
-        raise RequestError(f"the chat template refuses these messages: {first_line(error)}") from error
-    return str(text)
-
-
-def _with_known_roles(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
-    """Renames the "developer" role to "system" unless the template knows it."""
-    if "developer" in template:
-        return messages
-    return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+    return template.render(
+        conversation.messages,
+        tools=conversation.tools,
+        documents=conversation.documents,
+        add_generation_prompt=conversation.opens_answer,
+        continue_final_message=conversation.continues,
+        **conversation.variables,
+    )

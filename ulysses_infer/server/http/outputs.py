@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ulysses_infer.outputs import CONSTRAINTS
+from ulysses_infer.outputs import CONSTRAINTS, FAILED
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.generation import Generation, Prompt
 from ulysses_infer.server.http.texts import Texts
@@ -63,6 +63,9 @@ class Output:
                 "min_tokens, structured_outputs); loosen one of them"
             )
             raise ApiError(400, message, code="no_token_allowed")
+        if token.finish_reason == "error" and str(token.stop_reason).startswith(FAILED):
+            message = f"the engine could not complete this output: {str(token.stop_reason).removeprefix(FAILED)}"
+            raise ApiError(500, message, "internal_error", code="request_failed")
         if token.finish_reason == "error":
             message = "the engine could not compute this output (its numbers were not finite); report this"
             raise ApiError(500, message, "internal_error", code="computation_failed")

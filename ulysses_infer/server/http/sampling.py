@@ -14,10 +14,13 @@ ALIASES = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "cho
 NAMES = frozenset(SamplingFields.model_fields) - {"model"}
 
 
-def sampling_params(body: EngineFields, **changes: Any) -> SamplingParams:
-    """The sampling parameters of a request. `changes` replace fields. Raises `ApiError` that names the field."""
+def sampling_params(body: EngineFields, defaults: Mapping[str, Any], **changes: Any) -> SamplingParams:
+    """The sampling parameters of a request. `changes` replace fields; `defaults` are the model's, for fields that are
+    not given, `max_tokens` only where `changes` has it as None. Raises `ApiError` that names the field."""
     values = {name: getattr(body, name) for name in NAMES} | changes
     mapping = {name: value for name, value in values.items() if value is not None or name in changes}
+    usual = {name: value for name, value in defaults.items() if name != "max_tokens" or name in changes}
+    mapping |= {name: value for name, value in usual.items() if mapping.get(name) is None}
     try:
         return SamplingParams.from_mapping(mapping)
     except RequestError as error:

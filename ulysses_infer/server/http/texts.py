@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ulysses_infer.config import Config
-from ulysses_infer.errors import ConfigError, RequestError
+from ulysses_infer.errors import ConfigError, RequestError, kind_and_line
 from ulysses_infer.server.http.conversation import Conversation, render
+from ulysses_infer.text.chat_template import ChatTemplate
 from ulysses_infer.text.detokenizer import TokenDecoder
 from ulysses_infer.text.token_bytes import byte_level, sentencepiece
 
@@ -32,6 +33,7 @@ class Texts:
         self._tokenizer, self._spare = tokenizer, copy.deepcopy(tokenizer)
         self.decoder = None if tokenizer is None else TokenDecoder(tokenizer)
         self._pieces = None if tokenizer is None else TokenPieces(tokenizer)
+        self._template, self._spare_template = ChatTemplate(self._tokenizer), ChatTemplate(self._spare)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     @property
@@ -48,7 +50,10 @@ class Texts:
 
     async def render(self, conversation: Conversation) -> str:
         """The conversation rendered by the chat template. Raises `RequestError`."""
-        return await self._run(conversation.num_characters, lambda tokenizer: render(tokenizer, conversation))
+        return await self._run(conversation.num_characters, lambda tokenizer: self._render(tokenizer, conversation))
+
+    def _render(self, tokenizer: Any, conversation: Conversation) -> str:
+        return render(self._template if tokenizer is self._tokenizer else self._spare_template, conversation)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, with special tokens. Raises `RequestError` without a tokenizer."""
@@ -59,7 +64,9 @@ class Texts:
 
     def piece(self, token_id: int) -> bytes:
         """The bytes of a token, which may be part of a character."""
-        return b"" if self._pieces is None else self._pieces.of(token_id)
+        if self._pieces is None or self.decoder is None or not self.decoder.is_visible(token_id, False):
+            return b""
+        return self._pieces.of(token_id)
 
     def token_text(self, token_id: int) -> str:
         """The text of a single token."""
@@ -74,7 +81,10 @@ class Texts:
 def _encode(text: str, add_special_tokens: bool, tokenizer: Any) -> list[int]:
     if tokenizer is None:
         raise RequestError("a text prompt needs a tokenizer; give token ids or set model.tokenizer")
-    token_ids = list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+    try:
+        token_ids = list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+    except Exception as error:  # tokenizer libraries raise anything, for half a surrogate pair for example
+        raise RequestError(f"the tokenizer refuses this prompt ({kind_and_line(error)}); change it") from error
     if not token_ids:
         raise RequestError("the prompt is empty; give at least one token")
     return token_ids

@@ -1,0 +1,67 @@
+"""Bad words: what the user would read decides, however it is split into tokens."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ulysses_infer.text.bad_words import BadWords, Spellings
+
+WORDS = ["he", "llo", "hello", " hello", "l", "o", "hel", " ", "class", "ass", "a", "s", "lo,", "lo!x", "lox"]
+PIECES = ["", *WORDS, "\n", "\n\n"]
+TOKENS = [*(piece.encode() for piece in PIECES), b"\xc3", b"\xa9", "é".encode()]
+SPELLINGS = Spellings(TOKENS)
+
+
+def ids(*pieces):
+    return [TOKENS.index(piece if isinstance(piece, bytes) else piece.encode()) for piece in pieces]
+
+
+def forbidden(words, output=()):
+    return {TOKENS[token] for token in BadWords((), words, SPELLINGS).completing(ids(*output))}
+
+
+@pytest.mark.parametrize(
+    ("output", "completing"),
+    [
+        ([], {b"hello", b" hello"}),
+        (["he"], {b"hello", b" hello", b"llo"}),
+        (["hel"], {b"hello", b" hello", b"lo,", b"lo!x"}),  # not "lox": there the word goes on
+        ([" ", "hel", "l"], {b"hello", b" hello", b"o"}),
+        (["a", "he"], {b"hello", b" hello", b"llo"}),  # it begins where a token does
+    ],
+)
+def test_every_way_to_spell_a_word_is_forbidden(output, completing):
+    assert forbidden(["hello"], output) == completing
+
+
+def test_a_part_of_a_longer_word_is_no_bad_word():
+    assert forbidden(["ass"]) == {b"ass"}
+    assert forbidden(["\n"]) == {b"\n", b"\n\n"}
+
+
+def test_a_word_that_begins_with_a_space_is_forbidden_as_it_is():
+    assert forbidden([" hello"]) == {b" hello"}
+    assert forbidden([" hello"], [" ", "hel"]) == {b" hello", b"lo,", b"lo!x"}
+    assert forbidden([" hello"], [" ", "he"]) == {b" hello", b"llo"}
+
+
+def test_bytes_that_spell_a_character_are_its_text():
+    assert forbidden(["é"]) == {"é".encode()}
+    assert forbidden(["é"], [b"\xc3"]) == {"é".encode(), b"\xa9"}
+
+
+def test_sequences_hold_where_the_bytes_are_not_known():
+    words = BadWords([[7], [5, 6, 8]])
+    assert words.completing([]) == [7]
+    assert words.completing([1, 5, 6]) == [7, 8]
+
+
+@given(st.lists(st.integers(1, len(TOKENS) - 1), max_size=12), st.sampled_from(["hello", " hello", "é", "ass", "lo"]))
+def test_what_is_left_never_spells_the_word_in_whole_tokens(output, word):
+    words, kept = BadWords((), [word], SPELLINGS), []
+    for token in output:
+        if token not in words.completing(kept):
+            kept.append(token)
+    for start in range(len(kept)):
+        for stop in range(start + 1, len(kept) + 1):
+            assert b"".join(TOKENS[token] for token in kept[start:stop]) != word.encode()
