@@ -35,7 +35,7 @@ class Writer:
         ends = [] if params.ignore_eos else [self.eos]
         grammar = self.compiler.state(params.structured_outputs, [*ends, *(params.stop_token_ids or ())])
         eos = frozenset([self.eos])
-        return SamplingRow(params, seed, self.prompt, [] if outputs is None else outputs, eos, (), grammar)
+        return SamplingRow(params, seed, self.prompt, [] if outputs is None else outputs, eos, None, grammar)
 
     def logits(self, seed, position, spread=3.0):
         generator = torch.Generator().manual_seed(seed * 100_003 + position)

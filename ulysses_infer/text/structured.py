@@ -31,14 +31,20 @@ import numpy.typing as npt
 
 from ulysses_infer.errors import RequestError
 from ulysses_infer.sampling_params import StructuredOutputs
+from ulysses_infer.text.structured_pieces import alternatives_lark
+from ulysses_infer.text.structured_schema import prepare_schema
 from ulysses_infer.text.token_bytes import token_bytes
 
 MAX_COMPILED = 128  # compiled grammars kept
 MAX_ERROR = 160  # characters of the library's message that are shown
 # The library compiles recursively: some 500 rules in a chain overflow an 8 MiB stack and kill the process.
 COMPILE_STACK_BYTES = 2**29
-MAX_MULTIPLE_OF = 10_000  # the automaton has this many states: 1,000,000 take 6 s
-MAX_WHITESPACE = 64  # characters between two parts of JSON; without a limit, weak models write line breaks forever
+MAX_INDENT = 8
+# Between two parts of JSON: one space, or one line break with an indent. With more, weak models write it forever.
+WHITESPACE = rf"\x20|\x0A[\x20\x09]{{0,{MAX_INDENT}}}"
+# Without \u: an escaped letter would let a key pass for another one. Control characters in a schema need it.
+ESCAPES, ALL_ESCAPES = 'nrbtf\\"', 'nrbtf\\"u'
+CONTROL_CHARACTER = re.compile(r"(?<!\\)(?:\\\\)*\\u00[01]")
 LIMITS = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,
@@ -49,6 +55,8 @@ LIMITS = {
 FREE_TOKENS = '%llguidance {"no_forcing": true}\n'
 # Grammars inside Lark text would bypass the checks of schemas.
 REFUSED_IN_LARK = ("%json", "%regex", "%llguidance", "%lark")
+
+WHITESPACE_PATTERN = re.compile(r"(?:[ \t\n\r\[\](){}|?*+,0-9]|\\[nrts]|\\x(?:20|0[9AaDd]))*")
 
 Result = TypeVar("Result")
 Penalties = npt.NDArray[np.float32]
@@ -116,10 +124,15 @@ class GrammarCompiler:
         return GrammarState(found.deep_copy(), self._vocab_size, end_token_ids)
 
     @functools.cached_property
-    def _vocabulary(self) -> Any:
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token id. Raises RequestError without a tokenizer, or if it works in an unknown way."""
         if self._tokenizer is None:
             raise RequestError("structured_outputs needs a tokenizer; set model.tokenizer")
-        return _library().LLTokenizer(_Vocabulary(token_bytes(self._tokenizer, self._vocab_size)))
+        return token_bytes(self._tokenizer, self._vocab_size)
+
+    @functools.cached_property
+    def _vocabulary(self) -> Any:
+        return _library().LLTokenizer(_Vocabulary(self.token_bytes))
 
     def _compile(self, grammar: str) -> Any:
         """A matcher in its initial state, or the library's message."""
@@ -169,9 +182,14 @@ def _dead_end(matcher: Any, vocab_size: int) -> str:
 
 def _as_lark(wanted: StructuredOutputs) -> str:
     if wanted.json is not None:
-        return FREE_TOKENS + "start: %json " + _schema(wanted)
+        return FREE_TOKENS + "start: %json " + _schema_text(str(wanted.json), _white_space(wanted))
     if wanted.json_object:
-        return FREE_TOKENS + "start: %json " + _with_options({"type": "object"}, wanted)
+        return FREE_TOKENS + "start: %json " + _with_options({"type": "object"}, _white_space(wanted))
+    if wanted.alternatives is not None:
+        white_space = _white_space(wanted)
+        return FREE_TOKENS + alternatives_lark(
+            json.loads(str(wanted.alternatives)), lambda schema: _schema_text(json.dumps(schema), white_space)
+        )
     if wanted.choice:
         quoted = [json.dumps(text, ensure_ascii=False) for text in wanted.choice]
         # a single terminal, so that limits on parallel rules do not apply
@@ -182,10 +200,28 @@ def _as_lark(wanted: StructuredOutputs) -> str:
     return FREE_TOKENS + _grammar(wanted.grammar)
 
 
-def _schema(wanted: StructuredOutputs) -> str:
-    assert isinstance(wanted.json, str)
+def _white_space(wanted: StructuredOutputs) -> str | None:
+    """The regex for white space between two parts of JSON; None for compact JSON."""
+    if wanted.disable_any_whitespace:
+        return None
+    return WHITESPACE if wanted.whitespace_pattern is None else _only_white_space(wanted.whitespace_pattern)
+
+
+def _only_white_space(pattern: str) -> str | None:
+    """The request's own regex, for one run of at least one character."""
+    if not WHITESPACE_PATTERN.fullmatch(pattern):
+        raise RequestError(
+            f"structured_outputs.whitespace_pattern {pattern[:40]!r} is no regex for JSON's white space alone; "
+            "use spaces, tabs and line breaks, such as [ \\n]*"
+        )
+    return f"(?:{pattern})".replace(r"\s", r"[\x20\x09\x0A\x0D]") if pattern else None
+
+
+@functools.lru_cache(MAX_COMPILED)
+def _schema_text(text: str, white_space: str | None) -> str:
+    """The schema for the library."""
     try:
-        schema = json.loads(wanted.json)
+        schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RequestError(
             f"structured_outputs.json is no JSON schema: {str(error)[:MAX_ERROR]}; use a JSON object"
@@ -196,28 +232,21 @@ def _schema(wanted: StructuredOutputs) -> str:
         raise RequestError(
             f"structured_outputs.json is no JSON schema: {str(schema)[:40]!r} is not an object; use a JSON object"
         )
-    _check_multiples(schema)
-    return _with_options(schema, wanted)
+    try:
+        return _with_options(prepare_schema(schema), white_space)
+    except RecursionError as error:
+        raise RequestError("structured_outputs.json is nested too deeply; use fewer levels") from error
 
 
-def _check_multiples(schema: dict[str, Any]) -> None:
-    waiting: list[Any] = [schema]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, dict):
-            divisor = part.get("multipleOf")
-            if isinstance(divisor, int | float) and abs(divisor) > MAX_MULTIPLE_OF:
-                raise RequestError(
-                    f"structured_outputs.json has multipleOf {str(divisor)[:40]}; use at most {MAX_MULTIPLE_OF}"
-                )
-        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-
-
-def _with_options(schema: dict[str, Any], wanted: StructuredOutputs) -> str:
+def _with_options(schema: dict[str, Any], white_space: str | None) -> str:
     """The schema's text with options for the library; such options in the request are ignored."""
-    options: dict[str, Any] = {"whitespace_flexible": not wanted.disable_any_whitespace}
-    if not wanted.disable_any_whitespace:
-        options["whitespace_pattern"] = rf"[\x20\x0A\x0D\x09]{{1,{MAX_WHITESPACE}}}"
+    needs_escapes = CONTROL_CHARACTER.search(json.dumps(schema))
+    options: dict[str, Any] = {
+        "whitespace_flexible": False,
+        "json_allowed_escapes": ALL_ESCAPES if needs_escapes else ESCAPES,
+    }
+    if white_space is not None:
+        options["whitespace_pattern"] = white_space
     return json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
 
 
