@@ -117,7 +117,7 @@ def test_the_mouse_brings_up_what_lies_under_it(browser: Browser, serve: Callabl
     browser.point_at("#band", 300, 0)
     text_has(browser, "#tip", "steps ended")
     browser.point_at("#steps", 300, 0)
-    text_has(browser, "#tip", "tokens decoded")
+    text_has(browser, "#tip", "decode tokens")
     browser.point_at("#chart-inter-token canvas", 100, 0)
     text_has(browser, "#tip", "p99")
     browser.point_at("h1", 0, 0)
@@ -180,7 +180,7 @@ def test_draining_takes_two_clicks(browser: Browser, serve: Callable) -> None:
 
 def test_a_server_with_a_key_shows_its_data_to_those_who_have_it(browser: Browser, serve: Callable) -> None:
     serve(past=5.0, api_key="clients-key")
-    text_is(browser, "#status-text", "key needed")
+    text_is(browser, "#status-text", "key required")
     use_key(browser, "clients-key")
     text_is(browser, "#status-text", "ready")
     text_is(browser, "#policy-chip", "threshold · 256 tokens")

@@ -1,4 +1,4 @@
-// API keys for the data and for changing the policy, kept in this tab's session only.
+// API keys for the data and for changing the policy, stored only for the session of this tab.
 
 const keySlots = { data: "ulysses-infer-key", admin: "ulysses-infer-admin-key" };
 
@@ -10,7 +10,7 @@ const keys = {
   },
 };
 
-// Addresses are relative to the page's own, so that a proxy may put the server under any path.
+// URLs are relative to the page, so that a proxy may serve it under any path.
 async function ask(path, { key, method = "GET", body } = {}) {
   const headers = {};
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -24,7 +24,7 @@ async function ask(path, { key, method = "GET", body } = {}) {
   try {
     value = JSON.parse(text);
   } catch {
-    if (answer.ok) throw new TypeError("the answer is not JSON");
+    if (answer.ok) throw new TypeError("the response is not JSON");
   }
   const error = value && value.error;
   return { status: answer.status, ok: answer.ok, value, error: (error && (error.message || error)) || `HTTP ${answer.status}` };
@@ -52,7 +52,7 @@ class Admin {
     try {
       await action();
     } catch {
-      this.say("The server does not answer.", "bad");
+      this.say("The server does not respond.", "bad");
     } finally {
       buttons.forEach((button) => { button.disabled = false; });
     }
@@ -63,21 +63,21 @@ class Admin {
     byId("admin-message").dataset.tone = tone;
   }
 
-  // One field for both keys: each slot takes the key that it opens with.
+  // One field for both keys: the key is stored for each kind of access that it grants.
   async useKey() {
     const key = byId("key").value.trim();
     if (!key) return this.say("Enter a key first.", "bad");
-    if (/[^\x21-\x7e]/.test(key)) return this.say("A key has no spaces and no accents.", "bad");
+    if (/[^\x21-\x7e]/.test(key)) return this.say("A key must not contain spaces or non-ASCII characters.", "bad");
     const opensData = (await ask("dashboard/data?seconds=10", { key })).ok;
     if (opensData) keys.set("data", key);
     const error = await this.open(key);
     byId("key").value = "";
     if (opensData) this.onKey();
-    if (error && opensData && this.store.locked) return this.say("This key shows the data; another may change the policy.");
+    if (error && opensData && this.store.locked) return this.say("This key gives access to the data, but not to the policy.");
     return error ? this.say(error, "bad") : this.say("");
   }
 
-  // Returns the server's objection to the key, if any.
+  // Returns the server's error message if it rejects the key, else null.
   async open(key) {
     const answer = await ask("admin/policy", { key });
     if (!answer.ok) {
@@ -113,7 +113,7 @@ class Admin {
     this.showFields();
   }
 
-  // Another admin's change, or the modes of an engine that came up: shown unless the user is editing here.
+  // Shows a changed policy or new modes, unless the user is editing the form.
   follow(policy) {
     const seen = JSON.stringify([policy, this.store.data.modes]);
     if (this.opened && !this.touched && seen !== this.seen) this.fill(policy);
@@ -156,7 +156,7 @@ class Admin {
     }
     this.calm();
     const answer = await ask("admin/drain", { key: keys.get("admin"), method: "POST" });
-    if (answer.ok) this.say("Draining: running requests are finished, new ones turned away.");
+    if (answer.ok) this.say("Draining: running requests are completed, new requests are rejected.");
     else this.say(answer.error, "bad");
   }
 
@@ -170,6 +170,6 @@ class Admin {
     keys.drop("admin");
     keys.drop("data");
     this.show(false);
-    this.say("Forgotten.");
+    this.say("Keys removed.");
   }
 }

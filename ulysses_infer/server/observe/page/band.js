@@ -1,4 +1,4 @@
-// The band: the engine's mode over time, and the most recent steps by number of tokens.
+// The band of modes over time, and bars of the most recent steps by number of tokens.
 
 const bandTop = 2;
 const bandFoot = 22;
@@ -75,7 +75,7 @@ class Band {
     const busy = seconds.reduce((sum, each) => sum + each, 0) || 1;
     const lines = seconds.flatMap((each, mode) =>
       each ? [[colors.ofMode(store.data.modes, mode), store.data.modes[mode].name, formats.share(each / busy)]] : []);
-    const counts = [["steps ended", row[1]], ["tokens", row[2]], ["of them decoding", row[3]]];
+    const counts = [["steps ended", row[1]], ["tokens", row[2]], ["decode tokens", row[3]]];
     return tip.show(this.event, head, [...lines, ...counts.map(([name, value]) => [null, name, formats.count(value)])]);
   }
 }
@@ -162,8 +162,8 @@ class StepBars {
     const [sequence, , seconds, mode, tokens, decodes] = step;
     return tip.show(this.event, `step ${formats.count(sequence)}`, [
       [colors.ofMode(store.data.modes, mode), store.data.modes[mode].name, formats.duration(seconds)],
-      [null, "tokens of prompts", formats.count(tokens - decodes)],
-      [null, "tokens decoded", formats.count(decodes)],
+      [null, "prefill tokens", formats.count(tokens - decodes)],
+      [null, "decode tokens", formats.count(decodes)],
     ]);
   }
 }

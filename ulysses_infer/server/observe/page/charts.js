@@ -1,9 +1,9 @@
-// Line charts over time. All charts and the band share one view, so the crosshair is at the same time in each.
+// Line charts over time. All charts and the band share one view, so their crosshairs show the same time.
 
 const chartLeft = 52;
 const chartTop = 8;
 const chartFoot = 22;
-const longestGap = 15; // seconds that a line of latencies crosses
+const longestGap = 15; // seconds without data that a line may span
 
 class Chart {
   // lines: [{name, column, color: () => css, fill}]; scale: "linear" | "log" | "share"
@@ -143,7 +143,7 @@ class Chart {
     });
     if (!this.event) return;
     const head = formats.ago(this.view.end - this.view.hover);
-    if (!point) tip.show(this.event, head, [[null, "nothing recorded", ""]]);
+    if (!point) tip.show(this.event, head, [[null, "no data", ""]]);
     else tip.show(this.event, head, this.lines.map((line) => [line.color(), line.name, this.format(point[line.column])]));
   }
 }
@@ -158,7 +158,7 @@ function runsOf(points, gap) {
   return runs;
 }
 
-// A round number of at least `value` whose quarters are round as well.
+// A round number of at least `value` whose quarters are also round.
 function niceAbove(value) {
   const quarter = Math.max(1, (value * 1.04) / 4);
   const power = 10 ** Math.floor(Math.log10(quarter));

@@ -1,4 +1,4 @@
-// Shared drawing helpers: elements, number formatting, colours, canvases that fit their container, the tooltip.
+// Shared drawing helpers: elements, number formats, colours, canvases that fit their container, the tooltip.
 
 const byId = (id) => document.getElementById(id);
 
@@ -64,7 +64,7 @@ const colors = {
       "text", "well", "line", "card", "good", "warn", "bad"];
     for (const name of names) this[name] = style.getPropertyValue(`--${name}`).trim();
   },
-  // sequence parallel, tensor parallel, both: as in the terminal; several modes of both kinds differ in shade
+  // Colours of sequence parallel, tensor parallel and mixed modes as in the terminal; mixed modes differ in shade.
   ofMode(modes, number) {
     const kind = modes[number].kind;
     if (kind !== "mixed") return this[kind];
@@ -114,7 +114,7 @@ function drawText(context, text, x, y, align = "left", color = colors.dim) {
 const timeSteps = { 60: [10, 20], 120: [20, 30], 300: [60, 60], 900: [180, 300] };
 const narrow = 560;
 
-// Ticks stand at fixed distances from now, so that they do not move while the data does.
+// Ticks are at fixed distances from now, so that they do not move with the data.
 function drawTimeAxis(context, view, left, right, y) {
   const step = timeSteps[view.seconds][right - left < narrow ? 1 : 0];
   for (let ago = 0; ago <= view.seconds; ago += step) {

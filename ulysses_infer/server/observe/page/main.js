@@ -1,9 +1,9 @@
-// Main loop: polls for new data once per second and redraws many times per second for smooth scrolling.
+// Main loop: polls for new data once per second and redraws several times per second for smooth scrolling.
 
 const pollSeconds = 1;
-const delaySeconds = 1.2; // the right edge lags by this much, so that what it shows has arrived
+const delaySeconds = 1.2; // the right edge lags by this much, so that its data has arrived
 const framesPerSecond = 24;
-const smoothedPoints = 10; // one second has too few prompts for a stable prefix cache hit rate
+const smoothedPoints = 10; // a single second has too few prompts for a stable prefix cache hit rate
 
 const view = { seconds: 120, start: 0, end: 0, hover: null };
 const store = {
@@ -86,7 +86,7 @@ function setStatus(status) {
     admin.show(admin.opened);
     if (locked) byId("key").focus();
   }
-  byId("key-label").textContent = locked ? "Key" : "Admin key, to change it";
+  byId("key-label").textContent = locked ? "Key" : "Admin key (to change the policy)";
   showStatus(status, store.data);
 }
 
@@ -100,7 +100,7 @@ async function fetchData() {
   if (seconds !== view.seconds) return fetchData();
   const before = store.data;
   if (!isFirst && before && answer.value.uptime < before.uptime) {
-    restart = true; // another server answers now, with a clock and steps of its own
+    restart = true; // the server was restarted: its clock and step numbers are new
     return fetchData();
   }
   take(answer.value, isFirst || !before);
@@ -125,7 +125,7 @@ function draw() {
   view.end = store.data.now + Math.min(heardBefore, 3 * pollSeconds) - delaySeconds;
   const hoverAt = view.hover === null ? null : view.hover - view.start;
   view.start = view.end - view.seconds;
-  if (hoverAt !== null) view.hover = view.start + hoverAt; // the pointer stays, time moves on below it
+  if (hoverAt !== null) view.hover = view.start + hoverAt; // keeps the crosshair at the pointer
   band.draw(store);
   stepBars.draw(store);
   charts.forEach((chart) => chart.draw(store));
@@ -150,6 +150,6 @@ byId("range").addEventListener("change", (event) => {
 });
 document.addEventListener("visibilitychange", () => { if (!document.hidden) poll(); });
 const restored = document.querySelector("input[name=range]:checked");
-if (restored) view.seconds = Number(restored.value); // a reload keeps the choice
+if (restored) view.seconds = Number(restored.value); // browsers restore the choice after a reload
 poll();
 requestAnimationFrame(frame);

@@ -1,10 +1,10 @@
-// The page's text: header, large numbers, legend of modes, tables.
+// The text of the page: header, large numbers, legend of modes, tables.
 
 class Tiles {
   constructor(place) {
     this.tiles = {};
     for (const [name, title] of [["generated", "Generated"], ["prompt", "Prompts"], ["running", "Running"],
-      ["first", "Time to first token"], ["inter", "Time between tokens"], ["cache", "KV cache in use"]]) {
+      ["first", "Time to first token"], ["inter", "Inter-token latency"], ["cache", "KV cache usage"]]) {
       const value = element("p", { className: "value" });
       const note = element("p", { className: "note" });
       const card = element("div", { className: "tile" }, element("h3", { textContent: title }), value);
@@ -59,7 +59,7 @@ function showStepsNote(store) {
   const mode = step && store.data.modes[step[3]];
   byId("steps-note").textContent = step
     ? `last: step ${formats.count(step[0])}, ${marks[mode.kind]} ${mode.name}, ${formats.count(step[4])} tokens in ${formats.duration(step[2])}`
-    : "no step yet";
+    : "no steps yet";
 }
 
 function showBars(place, rows, whole, empty) {
@@ -73,7 +73,7 @@ function showBars(place, rows, whole, empty) {
   place.replaceChildren(...(cells.length ? cells : [element("p", { className: "empty", textContent: empty })]));
 }
 
-const outcomes = [["stop", "finished", "good"], ["length", "reached its length", "three"], ["abort", "client left", "faint"],
+const outcomes = [["stop", "finished", "good"], ["length", "reached length limit", "three"], ["abort", "client disconnected", "faint"],
   ["error", "failed", "bad"]];
 
 function showOutcomes({ window: shown, totals }) {
@@ -82,7 +82,7 @@ function showOutcomes({ window: shown, totals }) {
     const count = [element("b", { textContent: formats.count(size) }), ` · ${formats.count(totals.finished[reason])}`];
     return { name, size, color: colors[color], count };
   });
-  showBars(byId("outcomes"), rows, rows.reduce((sum, row) => sum + row.size, 0), "no request has ended yet");
+  showBars(byId("outcomes"), rows, rows.reduce((sum, row) => sum + row.size, 0), "no finished requests yet");
 }
 
 function showTimes({ modes, window: shown }) {
@@ -90,7 +90,7 @@ function showTimes({ modes, window: shown }) {
   const ofModes = modes.flatMap((mode, number) => {
     const [steps, , seconds] = shown.modes[number];
     if (!steps) return [];
-    const count = [element("b", { textContent: formats.share(seconds / whole) }), ` · ${formats.duration(seconds / steps)} a step`];
+    const count = [element("b", { textContent: formats.share(seconds / whole) }), ` · ${formats.duration(seconds / steps)} per step`];
     return [{ name: mode.name, size: seconds, color: colors.ofMode(modes, number), count }];
   });
   const collectives = Object.entries(shown.collective_seconds).filter(([, seconds]) => seconds > 0)
@@ -98,7 +98,7 @@ function showTimes({ modes, window: shown }) {
       name: name.replaceAll("_", " "), size: seconds, color: colors.faint,
       count: [element("b", { textContent: formats.share(whole ? seconds / whole : null) })],
     }));
-  showBars(byId("times"), [...ofModes, ...collectives], whole, "no steps in this time");
+  showBars(byId("times"), [...ofModes, ...collectives], whole, "no steps in this time range");
 }
 
 function modeText(mode) {
@@ -116,7 +116,7 @@ function policyText(policy) {
   return String(policy.name);
 }
 
-// What a policy does, as pairs of a condition and a mode or a value.
+// The rules of a policy, as pairs of a condition and a mode, or of a setting and its value.
 function rulesOf(policy) {
   if (policy.name === "static") return [["every step", policy.mode]];
   if (policy.name === "threshold") {
@@ -138,7 +138,7 @@ function showPolicy({ modes, state: { policy } }) {
 }
 
 const statusWords = { starting: "starting", ready: "ready", draining: "draining", dead: "dead", lost: "connection lost",
-  locked: "key needed", connecting: "connecting" };
+  locked: "key required", connecting: "connecting" };
 
 function showStatus(status, data) {
   byId("status").dataset.status = status;
@@ -148,9 +148,9 @@ function showStatus(status, data) {
   document.body.classList.toggle("locked", status === "locked" && !data);
   const notices = {
     dead: ["The engine is dead. ", data && data.reason],
-    lost: ["The server does not answer. ", "What is shown is what was last heard; trying again each second."],
-    locked: ["This server asks for a key. ", "With it in the field below, its data is shown here."],
-    draining: ["The server is shutting down. ", "It takes no new requests and finishes those that run."],
+    lost: ["The server does not respond. ", "The page shows the last received data and retries every second."],
+    locked: ["This server requires a key. ", "Enter it in the field below to see the data."],
+    draining: ["The server is shutting down. ", "It completes running requests and rejects new ones."],
   };
   const notice = notices[status];
   byId("notice").hidden = !notice;
@@ -168,9 +168,9 @@ function showHeader(data) {
   const same = new Set(weights).size === 1;
   byId("footer").textContent = [
     `${engine.weight_bytes_per_rank.length} rank${weights.length > 1 ? "s" : ""}`,
-    `weights ${same ? `${weights[0]} a rank` : weights.join(", ")}`,
+    `weights ${same ? `${weights[0]} per rank` : weights.join(", ")}`,
     `KV cache ${formats.count(engine.num_blocks * engine.block_size)} tokens in ${formats.count(engine.num_blocks)} blocks`,
-    `longest request ${formats.count(engine.max_model_len)} tokens`,
+    `maximum request length ${formats.count(engine.max_model_len)} tokens`,
     `preemptions ${formats.count(data.totals.preemptions)}`,
   ].join(" · ");
 }
