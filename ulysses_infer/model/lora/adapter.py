@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ulysses_infer.errors import CheckpointError, first_line
+from ulysses_infer.model.loading.files import read_json_object
+from ulysses_infer.model.lora.settings import CONFIG, MERGE, LoraSettings, check_settings
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])\.(?:default\.)?weight$")
-UNSUPPORTED = {"use_dora": "DoRA", "lora_bias": "bias terms", "modules_to_save": "fully trained modules"}
+_OF_TRAINING = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
+"""Keys of variants that act in training only."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,13 @@ def read_adapter(name: str, folder: Path) -> Adapter:
     settings = _settings(name, folder)
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in _tensors(name, folder).items():
+        if _OF_TRAINING.search(key):
+            continue
         match = _KEY.match(key.removeprefix(PREFIX))
         if match is None:
-            raise CheckpointError(f"adapter {name!r}: {WEIGHTS} holds {key!r}; only LoRA of linear layers is served")
+            raise CheckpointError(
+                f"adapter {name!r}: {WEIGHTS} holds {key!r}; only LoRA of linear layers is served: {MERGE}"
+            )
         layers.setdefault(match["module"], {})[match["part"]] = tensor
     return Adapter(name, {module: _lora_weights(name, module, parts, settings) for module, parts in layers.items()})
 
@@ -57,22 +61,11 @@ def adapter_bytes(folder: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _settings(name: str, folder: Path) -> dict[str, Any]:
+def _settings(name: str, folder: Path) -> LoraSettings:
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"adapter {name!r}: {folder} has no {CONFIG}; give a folder that PEFT saved")
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"adapter {name!r}: {path} cannot be read: {first_line(error)}") from error
-    if settings.get("peft_type") != "LORA":
-        raise CheckpointError(f"adapter {name!r} is of type {settings.get('peft_type')}; only LORA can be served")
-    found = [words for key, words in UNSUPPORTED.items() if settings.get(key)]
-    if settings.get("bias", "none") != "none":
-        found.append(f"bias={settings['bias']!r}")
-    if found:
-        raise CheckpointError(f"adapter {name!r} has {', '.join(found)}, which cannot be served; train it without")
-    return settings
+    return check_settings(name, read_json_object(path))
 
 
 def _tensors(name: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -87,20 +80,13 @@ def _tensors(name: str, folder: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"adapter {name!r}: {folder / WEIGHTS} cannot be read: {first_line(error)}") from error
 
 
-def _lora_weights(
-    name: str, module: str, parts: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
-) -> LoraWeights:
+def _lora_weights(name: str, module: str, parts: Mapping[str, torch.Tensor], settings: LoraSettings) -> LoraWeights:
     if set(parts) != {"A", "B"} or parts["A"].dim() != 2 or parts["A"].shape[0] != parts["B"].shape[1]:
         raise CheckpointError(f"adapter {name!r}: lora_A and lora_B of {module} do not belong together")
-    rank = parts["A"].shape[0]
-    alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", rank))
-    scaling = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-    return LoraWeights(parts["A"], parts["B"], scaling)
-
-
-def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """PEFT's per-layer values: a key is a regular expression that matches a suffix of the layer name."""
-    for pattern, value in (patterns or {}).items():
-        if re.search(rf"(?:^|\.){pattern}$", module):
-            return value
-    return default
+    rank, expected = parts["A"].shape[0], settings.rank_of(module)
+    if rank != expected:
+        raise CheckpointError(
+            f"adapter {name!r}: the matrices of {module} have rank {rank}, but {CONFIG} says {expected}; "
+            "the two files do not belong together"
+        )
+    return LoraWeights(parts["A"], parts["B"], settings.scaling_of(module))
