@@ -125,7 +125,13 @@ def test_message_of_a_value_with_many_lines_is_one_line():
 def test_combinations_that_contradict_are_refused():
     assert "max_tokens=2" in refusal(min_tokens=3, max_tokens=2)
     assert "detokenize" in refusal(stop="x", detokenize=False)
-    assert "greedy" in refusal(n=2, temperature=0)
+    assert "best_of is 3" in refusal(n=2, best_of=3)
+
+
+def test_equal_outputs_are_computed_once():
+    greedy = SamplingParams(n=3, best_of=3, temperature=0)
+    assert (greedy.num_distinct, greedy.as_computed().n) == (1, 1)
+    assert SamplingParams(n=3).as_computed().n == 3
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 CONSTRAINTS = "constraints"
 """Stop reason of a request that ended with an error because its own constraints leave no token to choose."""
@@ -81,6 +81,11 @@ class CompletionOutput:
         """Whether this output is complete."""
         return self.finish_reason is not None
 
+    def copy(self, index: int) -> CompletionOutput:
+        """An equal output at another index, with lists of its own."""
+        logprobs = None if self.logprobs is None else list(self.logprobs)
+        return replace(self, index=index, token_ids=list(self.token_ids), logprobs=logprobs)
+
 
 @dataclass
 class RequestOutput:
@@ -94,6 +99,13 @@ class RequestOutput:
     prompt_logprobs: PromptLogprobs | None = None
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     metrics: RequestMetrics | None = None
+
+    def with_copies(self, num_copies: int) -> RequestOutput:
+        """This one with `num_copies` outputs equal to its only one, which was computed once for all."""
+        if num_copies == 1:
+            return self
+        [only] = self.outputs
+        return replace(self, outputs=[only.copy(index) for index in range(num_copies)])
 
 
 def _elapsed(start: float | None, stop: float | None) -> float | None:

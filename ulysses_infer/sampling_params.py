@@ -128,6 +128,7 @@ class SamplingParams:
     """
 
     n: int = 1  # outputs per prompt
+    best_of: int | None = None  # only the value of n: outputs are not ranked
     presence_penalty: float = 0.0  # [-2, 2], subtracted once for every token id already in the output
     frequency_penalty: float = 0.0  # [-2, 2], subtracted once per occurrence in the output
     repetition_penalty: float = 1.0  # > 0; divides positive, multiplies negative logits of ids seen so far
@@ -223,6 +224,15 @@ class SamplingParams:
         return self.temperature < GREEDY_TEMPERATURE
 
     @property
+    def num_distinct(self) -> int:
+        """Outputs to compute: with greedy sampling the `n` outputs are equal, and one is computed."""
+        return 1 if self.is_greedy else self.n
+
+    def as_computed(self) -> SamplingParams:
+        """These parameters with `n` as `num_distinct`."""
+        return self if self.n == self.num_distinct else self.clone(n=self.num_distinct, best_of=None)
+
+    @property
     def stop_strings(self) -> list[str]:
         """`stop` as the list it became at construction."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -279,10 +289,9 @@ class SamplingParams:
             )
         if self.stop and not self.detokenize:
             raise RequestError(f"stop={_show(self.stop)} needs the text; set detokenize=True or use stop_token_ids")
-        if self.is_greedy and self.n > 1:
+        if self.best_of is not None and self.best_of != self.n:
             raise RequestError(
-                f"n is {self.n}, but temperature={self.temperature:g} is greedy and gives equal outputs; "
-                "use n=1 or raise temperature"
+                f"best_of is {_show(self.best_of)}, but outputs are not ranked; use n and choose yourself"
             )
 
 

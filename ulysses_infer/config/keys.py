@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ulysses_infer.config.schema import MISSING, Config
+from ulysses_infer.config.option import MISSING
+from ulysses_infer.config.schema import Config
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,9 @@ def _check_adapters(config: Config) -> None:
             f"lora.adapters has {config.served_model_name!r}, which is the model's own name; rename the adapter, or "
             "set server.served_model_name"
         )
+    default, choices = config.server.default_model, [config.served_model_name, *names]
+    if default is not None and default not in choices:
+        raise ConfigError(f"server.default_model = {default!r} is not one of the served names ({', '.join(choices)})")
 
 
 def refuse_unavailable(config: Config) -> None:

@@ -176,8 +176,8 @@ def test_token_ids_are_streamed_on_request(server: Served) -> None:
         ({"messages": USER, "top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"messages": USER, "max_tokens": 1, "max_completion_tokens": 2}, "they mean the same"),
         ({"messages": USER, "max_tokens": 0}, "max_tokens is 0"),
-        ({"messages": USER, "functions": []}, "functions is not available; use tools"),
-        ({"messages": USER, "echo": True}, "unknown field 'echo'"),
+        ({"messages": USER, "functions": [{"name": "f"}]}, "functions is not available; use tools"),
+        ({"messages": USER, "n": 2, "best_of": 3}, "best_of is 3"),
         ({"messages": USER, "tools": [{"type": "function"}]}, "tools[0]"),
         ({"messages": USER, "tool_choice": "required"}, "there are no tools"),
         (

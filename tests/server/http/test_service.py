@@ -186,8 +186,15 @@ def test_an_adapter_is_asked_for_as_a_model(server: Served) -> None:
         answer = server.post("/v1/completions", {"model": "french", "prompt": "a"}).json()
         server.post("/v1/chat/completions", {"model": "french", "messages": [{"role": "user", "content": "a"}]})
         server.post("/v1/completions", {"model": MODEL, "prompt": "a"})
-        server.post("/v1/completions", {"prompt": "a"})
+        unnamed = server.post("/v1/completions", {"prompt": "a"})
+        server.context.config.server.default_model = "french"
+        default = server.post("/v1/completions", {"prompt": "a"}).json()
     finally:
         server.context.config.lora.adapters.clear()
-    assert answer["model"] == "french"
-    assert [submit.adapter for submit in server.engine.submits] == ["french", "french", None, None]
+        server.context.config.server.default_model = None
+    assert answer["model"] == default["model"] == "french"
+    assert [submit.adapter for submit in server.engine.submits] == ["french", "french", None, "french"]
+    assert unnamed.status_code == 400
+    assert unnamed.json()["error"]["message"] == (
+        "model is missing; this server has 'tiny', 'french' (server.default_model sets a default)"
+    )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.http.context import AppContext
-from ulysses_infer.server.http.conversation import conversation_of
+from ulysses_infer.server.http.conversation import Conversation, conversation_of
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.generation import Prompt
 from ulysses_infer.server.http.logprobs import TokenNames, chat_logprob, prompt_logprobs
 from ulysses_infer.server.http.outputs import Delta, Output, Outputs
-from ulysses_infer.server.http.protocol.chat import ChatRequest
+from ulysses_infer.server.http.protocol.chat import ChatFields, ChatRequest
+from ulysses_infer.server.http.protocol.tokens import TokenizeRequest
 from ulysses_infer.server.http.respond import PreparedRequest, check_streaming, generation_of
 from ulysses_infer.server.http.sampling import sampling_params, structured_outputs
 from ulysses_infer.server.http.tool_use import ToolUse, check_format, tool_use
@@ -95,12 +98,12 @@ class ChatChoiceBuilder:
 
 async def prepare_chat(context: AppContext, body: ChatRequest) -> PreparedRequest:
     """Check a request, render its prompt. Raises `ApiError`, `RequestError`, `OverloadedError`, `EngineDeadError`."""
-    context.check_model(body.model)
+    context.choose_model(body.model)
     check_streaming(body)
     use, params = _parameters(context, body)
     context.engine_info()
     variables = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-    text = await context.texts.render(conversation_of(body, variables))
+    text = await context.texts.render(conversation_with_template(context, body, variables))
     token_ids = await context.texts.encode(text, bool(body.add_special_tokens))
     return PreparedRequest(
         body,
@@ -110,6 +113,22 @@ async def prepare_chat(context: AppContext, body: ChatRequest) -> PreparedReques
         new_choice=lambda output: ChatChoiceBuilder(context, body, output, use),
         prompt_fields=lambda outputs: _prompt_fields(context, body, outputs),
     )
+
+
+def conversation_with_template(
+    context: AppContext, body: ChatFields | TokenizeRequest, variables: Mapping[str, Any] | None = None
+) -> Conversation:
+    """The conversation of a request, with the request's own chat template if that is allowed.
+
+    Raises `ApiError`, `RequestError`.
+    """
+    conversation = conversation_of(body, variables)
+    if body.chat_template is None:
+        return conversation
+    if not context.config.server.trust_request_chat_template:
+        message = "chat_template is not allowed in requests; set server.trust_request_chat_template=true to allow it"
+        raise ApiError(400, message, param="chat_template")
+    return replace(conversation, variables={**conversation.variables, "chat_template": body.chat_template})
 
 
 def _prompt_fields(context: AppContext, body: ChatRequest, outputs: Outputs) -> dict[str, Any]:

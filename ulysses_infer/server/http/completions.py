@@ -83,9 +83,11 @@ class CompletionChoiceBuilder:
 async def prepare_completion(context: AppContext, body: CompletionRequest) -> PreparedRequest:
     """Check a request and encode its prompts. Raises `ApiError`, `RequestError`, `OverloadedError` or
     `EngineDeadError`."""
-    context.check_model(body.model)
+    context.choose_model(body.model)
     _check(body)
     changes: dict[str, Any] = {"logprobs": body.logprobs, "structured_outputs": structured_outputs(body)}
+    if body.max_tokens is None and context.config.server.default_max_tokens is not None:
+        changes["max_tokens"] = None  # the default of /v1/completions is not that of `sampling_defaults`
     if body.max_tokens == 0:
         changes |= {"max_tokens": 1, "min_tokens": 0}  # the engine always samples a token after a prompt
     if body.echo and body.logprobs is not None:
@@ -116,9 +118,6 @@ def check_token_ids(context: AppContext, token_ids: list[int]) -> list[int]:
 
 def _check(body: CompletionRequest) -> None:
     check_streaming(body)
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        message = f"best_of is {body.best_of}, but outputs are not ranked; use n and choose yourself"
-        raise ApiError(400, message, param="best_of")
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens is 0; ask for at least 1, or echo the prompt", param="max_tokens")
 

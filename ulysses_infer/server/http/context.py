@@ -63,10 +63,24 @@ class AppContext:
             message = f"the model {name[:200]!r} does not exist; this server has {served}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
+    def choose_model(self, name: str | None) -> str:
+        """The name of a request's model or adapter. Raises `ApiError`: 404 for an unknown one, 400 if the request
+        names none and there is no default."""
+        self.check_model(name)
+        default = self.config.server.default_model
+        if name is None and default is None and self.config.lora.adapters:
+            choices = ", ".join(map(repr, self.model_names))
+            message = f"model is missing; this server has {choices} (server.default_model sets a default)"
+            raise ApiError(400, message, param="model", code="missing_field")
+        return name or default or self.model_name
+
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:
-        """The model's own sampling defaults; none while it loads."""
-        return {} if self.client.info is None else self.client.info.sampling_defaults
+        """Values of sampling parameters that requests do not set: the model's own (none while it loads), and
+        `server.default_max_tokens`."""
+        defaults = {} if self.client.info is None else self.client.info.sampling_defaults
+        most = self.config.server.default_max_tokens
+        return defaults if most is None else {**defaults, "max_tokens": most}
 
     def engine_info(self) -> Ready:
         """What was loaded. Raises `OverloadedError` while loading, `EngineDeadError` if the engine is dead."""

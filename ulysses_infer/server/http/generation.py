@@ -8,6 +8,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import structs
+
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.messages import NewToken, Submit
 from ulysses_infer.server.router import Served
@@ -43,7 +45,7 @@ class Generation:
     @property
     def submits(self) -> list[Submit]:
         """One message to the engine per prompt."""
-        params = self.params.to_mapping()
+        params = self.params.as_computed().to_mapping()
         return [
             Submit(name, prompt.token_ids, params, self.priority, self.cache_salt, self.adapter)
             for name, prompt in zip(self.request_ids, self.prompts, strict=True)
@@ -58,15 +60,23 @@ async def generate(client: Served, generation: Generation) -> Batches:
 
     Closing the generator aborts unfinished prompts. Raises what `EngineClient.generate` raises.
     """
-    submits, num_sequences = generation.submits, generation.params.n
+    submits, params = generation.submits, generation.params
+    num_copies = params.n // params.num_distinct
     if len(submits) > 1:
-        async with aclosing(_merged(client, submits, num_sequences)) as items:
-            async for item in items:
-                yield item
+        async with aclosing(_merged(client, submits, params.num_distinct)) as items:
+            async for position, batch in items:
+                yield position, _copied(batch, num_copies)
         return
-    async with aclosing(_tokens(client, submits[0], num_sequences)) as batches:
+    async with aclosing(_tokens(client, submits[0], params.num_distinct)) as batches:
         async for batch in batches:
-            yield 0, batch
+            yield 0, _copied(batch, num_copies)
+
+
+def _copied(batch: list[NewToken], num_copies: int) -> list[NewToken]:
+    """The tokens of equal outputs, of which the first was computed."""
+    if num_copies == 1:
+        return batch
+    return [structs.replace(token, index=index) for index in range(num_copies) for token in batch]
 
 
 def _tokens(client: Served, submit: Submit, num_sequences: int) -> AsyncGenerator[list[NewToken]]:

@@ -11,12 +11,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from ulysses_infer.server.http.protocol.chat import ChatRequest
-from ulysses_infer.server.http.protocol.common import ErrorAnswer
+from ulysses_infer.server.http.protocol.common import Body, ErrorAnswer
 from ulysses_infer.server.http.protocol.completions import CompletionRequest
 from ulysses_infer.server.http.protocol.service import AbortRequest, PolicyChange
 from ulysses_infer.server.http.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
-BODIES: list[type[BaseModel]] = [
+BODIES: list[type[Body]] = [
     CompletionRequest,
     ChatRequest,
     TokenizeRequest,
@@ -90,12 +90,21 @@ def _describe(app: FastAPI, is_open: Callable[[str], bool]) -> dict[str, Any]:
     schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     _, bodies = models_json_schema([(body, "validation") for body in BODIES], ref_template=REFERENCE)
     components = schema.setdefault("components", {})
+    if app.state.context.config.server.unknown_fields == "warn":
+        _allow_unknown(bodies["$defs"])
     components["schemas"] = {**components.get("schemas", {}), **bodies["$defs"]}
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             _finish(operation, is_open(path))
     return schema
+
+
+def _allow_unknown(schemas: dict[str, Any]) -> None:
+    strict = {body.__name__ for body in BODIES if body.is_strict}
+    for name, schema in schemas.items():
+        if schema.get("additionalProperties") is False and name not in strict:
+            del schema["additionalProperties"]
 
 
 def _finish(operation: dict[str, Any], is_open: bool) -> None:

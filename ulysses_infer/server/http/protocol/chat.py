@@ -98,6 +98,9 @@ class ChatFields(Body):
     add_generation_prompt: bool | None = Field(None, description="Open the assistant's turn; the default.")
     continue_final_message: bool | None = Field(None, description="Leave the last message open and go on with it.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
+    chat_template: str | None = Field(
+        None, description="Replaces the model's chat template; needs server.trust_request_chat_template."
+    )
     add_special_tokens: bool | None = Field(
         None, description="Add the model's first token to what the template wrote; default: no, the template has it."
     )
@@ -112,7 +115,6 @@ class ChatRequest(EngineFields, ChatFields):
         "audio": "the model writes only text",
         "web_search_options": "the server has no web search; give a tool that searches",
         "use_beam_search": "beam search is not available; use n and temperature",
-        "chat_template": "a template of the request's own is not taken; set server.chat_template",
     }
     max_completion_tokens: Count | None = Field(None, description="The same as max_tokens; default: what fits.")
     logprobs: bool | None = None

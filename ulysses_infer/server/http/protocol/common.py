@@ -25,11 +25,13 @@ INT32 = 2**31 - 1
 
 
 class Body(BaseModel):
-    """A request body. Types are not converted, and unknown keys are errors."""
+    """A request body. Types are not converted. Unknown keys are errors, which `body.py` may forgive."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     refused: ClassVar[dict[str, str]] = {}
     """Fields of OpenAI's API that this server does not support, with what to do instead."""
+    is_strict: ClassVar[bool] = False
+    """Whether unknown fields are errors whatever `server.unknown_fields` says."""
 
 
 class ResponseBody(BaseModel):
@@ -114,8 +116,9 @@ class ResponseFormat(Body):
 class SamplingFields(Body):
     """Sampling: OpenAI's fields and vLLM's additional ones. Null means the default."""
 
-    model: str | None = Field(None, description="The served model; null: the one there is.")
+    model: str | None = Field(None, description="The served model or an adapter; null: server.default_model.")
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
+    best_of: int | None = Field(None, description="Only the value of n is accepted.")
     temperature: Annotated[float, between(TEMPERATURE_RANGE)] | None = None
     top_p: Annotated[float, above(TOP_P_RANGE)] | None = None
     top_k: Annotated[int, between(TOP_K_RANGE)] | None = None

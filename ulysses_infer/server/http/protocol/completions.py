@@ -65,7 +65,6 @@ class CompletionRequest(EngineFields):
     prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = Field(None, description="The answer starts with the prompt; max_tokens may then be 0.")
-    best_of: int | None = Field(None, description="Only the value of n is taken.")
     add_special_tokens: bool | None = Field(None, description="Whether text gets the model's first token; the default.")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from pydantic import Field, field_validator, model_validator
@@ -45,6 +45,7 @@ class Version(ResponseBody):
 class PolicyChange(Body):
     """A policy and its settings; missing ones get the recipe's values."""
 
+    is_strict: ClassVar[bool] = True
     name: str
     settings: dict[str, Any] = Field({}, description="By name.")
 
@@ -62,6 +63,7 @@ class PolicyChange(Body):
 class AbortRequest(Body):
     """Which requests to abort: one, by the id of its response, or all."""
 
+    is_strict: ClassVar[bool] = True
     request_id: str | None = None
     all: bool | None = None
 

@@ -21,6 +21,7 @@ class TokenizeRequest(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
     add_special_tokens: bool | None = Field(None, description="Default: yes for a prompt, no for messages.")
     return_token_strs: bool | None = None
 

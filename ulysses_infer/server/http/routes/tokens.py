@@ -7,9 +7,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ulysses_infer.server.http.body import read_body
+from ulysses_infer.server.http.chat import conversation_with_template
 from ulysses_infer.server.http.completions import check_token_ids
 from ulysses_infer.server.http.context import AppContext, context_of
-from ulysses_infer.server.http.conversation import conversation_of
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.openapi import answers, takes
 from ulysses_infer.server.http.protocol.tokens import (
@@ -50,5 +50,5 @@ async def _token_ids(context: AppContext, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
         return await context.texts.encode(body.prompt, body.add_special_tokens is not False)
     check_tools(body.tools or [])
-    text = await context.texts.render(conversation_of(body))
+    text = await context.texts.render(conversation_with_template(context, body))
     return await context.texts.encode(text, bool(body.add_special_tokens))
