@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from ulysses_infer.job.processes import end_with_parent, free_port
+from ulysses_infer.child_processes import end_with_parent
+from ulysses_infer.job.processes import free_port
 
 START_SECONDS = 120.0
 CASE_SECONDS = 120.0

@@ -30,7 +30,7 @@ LAYERS = [
     {"sampling_params"},
     {"outputs"},
     {"extras"},
-    {"errors", "host", "arithmetic", "cache_folders", "version"},
+    {"errors", "host", "arithmetic", "cache_folders", "child_processes", "version"},
 ]
 """From the top down. A module may import from its own folder and from lower layers."""
 INDEPENDENT = [("launch", "cli"), ("server", "bench"), ("bench", "server")]

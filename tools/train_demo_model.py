@@ -38,6 +38,7 @@ if not __package__:  # started by path, as the deepspeed launcher does
 
 from tools.demo_corpus import END, END_OF_TEXT, build_corpus, encode, train_tokenizer
 from tools.demo_recipe import Recipe, parse_arguments
+from ulysses_infer.job.lifetime import end_with_launcher
 
 IGNORED_LABEL = -100
 AVERAGED_STEPS = 100  # the loss of a single step is noisy
@@ -349,6 +350,7 @@ class Trainer:
 
 def main(argv: list[str]) -> None:
     """Entry point of every rank."""
+    end_with_launcher()
     recipe = parse_arguments(__doc__.split("\n")[0], argv)
     # DeepSpeed would first compile its shared-memory collective, which takes a minute and ignores the given group. gloo
     # is fast enough here.

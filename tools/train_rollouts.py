@@ -29,6 +29,7 @@ if not __package__:  # started by path, as the deepspeed launcher does
 
 from tools.demo_recipe import parse_arguments
 from ulysses_infer import RequestOutput, SamplingParams, init_inference
+from ulysses_infer.job.lifetime import end_with_launcher
 
 
 @dataclass
@@ -209,6 +210,7 @@ class Loop:
 
 def main(argv: list[str]) -> None:
     """Entry point of every rank."""
+    end_with_launcher()
     recipe = parse_arguments(__doc__.split("\n")[0], argv, Recipe)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it would take a minute
     deepspeed.init_distributed()

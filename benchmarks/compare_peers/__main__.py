@@ -29,6 +29,7 @@ from benchmarks.compare_peers.measuring import Field, Measured, Work, first_toke
 from benchmarks.compare_peers.report import as_values, machine, markdown, notes, same_tokens, table
 from ulysses_infer.bench.random_model import SHAPES, random_model
 from ulysses_infer.cache_folders import cache_folder
+from ulysses_infer.child_processes import end_children_with_this_process
 from ulysses_infer.engine.profile_key import device_name
 
 WIDTH = 190  # of a table that goes into a file
@@ -86,6 +87,7 @@ def parse_work(text: str) -> Work:
 
 def main() -> None:
     """Measure model after model; print and write after each."""
+    end_children_with_this_process()
     options = parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the stopped processes are ended too
     console = Console(width=None if sys.stdout.isatty() else WIDTH)

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any
 
 from ulysses_infer.bench.workload import Sample, measure
+from ulysses_infer.child_processes import end_with_parent
 from ulysses_infer.config import Config, ParallelConfig, PolicyConfig
 from ulysses_infer.errors import EngineDeadError, UlyssesError
 from ulysses_infer.inference import InferenceEngine
-from ulysses_infer.job.processes import end_with_parent
 
 LAUNCHER_VARIABLES = (
     "RANK",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from ulysses_infer.child_processes import die_with_parent, end_children_with_this_process, send
 from ulysses_infer.cli.arguments import CLIENTS, Command, parse
 from ulysses_infer.config import Config
 from ulysses_infer.errors import ConfigError, UlyssesError
@@ -23,7 +23,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_SECONDS = 5.0
 LEAVE_SECONDS = 15.0  # for a drained server to close its connections, and for the launcher to notice its end
 POLL_SECONDS = 1.0
-PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -56,6 +55,7 @@ def _run_client(command: Command) -> int:
         return replay(command.options)
     from ulysses_infer.bench.compare.compare_bench import run as compare
 
+    end_children_with_this_process()
     return compare(command.options, command.overrides)
 
 
@@ -63,13 +63,14 @@ def launch(arguments: list[str], config: Config, is_server: bool = False) -> int
     """Run the command on its ranks under DeepSpeed's launcher; returns the exit status.
 
     The launcher does not forward signals. So it gets its own process group, and a signal to this process ends that
-    group. If this process is killed, the kernel ends the launcher, which the ranks notice.
+    group. If this process is killed, the kernel ends the launcher, which the ranks notice; a keeper ends the rest.
     """
+    end_children_with_this_process()
     process = subprocess.Popen(
         launcher_command(arguments, num_ranks(config, is_server)),
         env={**os.environ, **launcher_variables(config, num_ranks(config, is_server))},
         start_new_session=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=die_with_parent,
     )
     stop = Stop(process, config.server.shutdown_timeout if is_server else None)
     for number in SIGNALS:
@@ -103,11 +104,12 @@ class Stop:
             self._is_drained = len(self._received) == 1
             patience = (self._drain_seconds or 0.0) if self._is_drained else 0.0
             self._deadline = time.monotonic() + STOP_SECONDS + patience + LEAVE_SECONDS
-            rank_zero.terminate()
+            send(rank_zero.pid, signal.SIGTERM)
         else:
             self._is_drained = False
             self._deadline = time.monotonic() + STOP_SECONDS
-            _signal_group(self._process, signal.SIGTERM if len(self._received) == 1 else signal.SIGKILL)
+            number = signal.SIGTERM if len(self._received) == 1 else signal.SIGKILL
+            send(self._process.pid, number, group=True)
 
     def wait(self) -> int:
         """The exit status of the ranks; 128 + n if signal n ended them early."""
@@ -116,7 +118,7 @@ class Stop:
                 return self._status(self._process.wait(timeout=POLL_SECONDS))
             except subprocess.TimeoutExpired:
                 continue
-        _signal_group(self._process, signal.SIGKILL)
+        send(self._process.pid, signal.SIGKILL, group=True)
         self._is_drained = False
         return self._status(self._process.wait())
 
@@ -171,12 +173,6 @@ def _uses_gpus(config: Config, count: int) -> bool:
     return True
 
 
-def _die_with_parent() -> None:
-    """Runs in the launcher before it starts: have the kernel end it when this process ends for any reason."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _rank_zero(launcher: subprocess.Popen[bytes]) -> psutil.Process | None:
     """The process of rank 0, once the launcher has started it."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -185,13 +181,6 @@ def _rank_zero(launcher: subprocess.Popen[bytes]) -> psutil.Process | None:
                 if str(LAUNCH) in process.cmdline() and process.environ().get("RANK") == "0":
                     return process
     return None
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return  # all have exited
 
 
 def _report(error: UlyssesError) -> int:

@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 import psutil
@@ -65,6 +66,19 @@ class Guard:
                 self._on_signal(number)
 
 
+def end_with_launcher() -> None:
+    """End this process when its launcher is gone: for programs on several ranks that have no `Guard`."""
+    launcher = Launcher.of_this_process()
+    if launcher is not None:
+        threading.Thread(target=_watch_launcher, args=(launcher,), name="end-with-launcher", daemon=True).start()
+
+
+def _watch_launcher(launcher: Launcher) -> None:
+    while launcher.is_alive():
+        time.sleep(POLL_SECONDS)
+    os._exit(1)
+
+
 def _empty_handler(number: int, frame: object) -> None:
     """Python writes to the wake-up descriptor only for signals that have a Python handler."""
 
@@ -73,7 +87,10 @@ class Launcher:
     """The `deepspeed` command above this rank and its helper, the parent of the ranks."""
 
     def __init__(self, helper: psutil.Process) -> None:
-        self._helper, self._command = helper, helper.ppid()
+        command = helper.parent()
+        # If the command was killed before this rank came here, the helper's parent is init.
+        is_orphan = command is not None and command.pid == 1 and "deepspeed" not in " ".join(command.cmdline())
+        self._helper, self._command = helper, None if is_orphan else helper.ppid()
 
     @classmethod
     def of_this_process(cls) -> Launcher | None:

@@ -14,11 +14,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ulysses_infer.child_processes import end_with_parent
 from ulysses_infer.config import Config
 from ulysses_infer.errors import ConfigError, EngineDeadError
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 STOP_SECONDS = 3.0  # for workers to exit before they are killed
 LOSS_SECONDS = 2.0  # a lost connection is noticed before the system reports that the process has ended
-PARENT_POLL_SECONDS = 0.5
 READY = b"r"
 
 
@@ -188,21 +187,6 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def end_with_parent(parent: int) -> None:
-    """End this process when its parent ends for any reason.
-
-    A thread polls, because the kernel's parent-death signal arrives as soon as the *thread* that started this process
-    ends.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PARENT_POLL_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 def _worker_main(parent: int, rank: int, world_size: int, port: int, ready: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import pickle
 import signal
 import socket
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ulysses_infer.child_processes import end_with_parent
 from ulysses_infer.config import Config, ServerConfig
 from ulysses_infer.errors import ConfigError, UlyssesError
 from ulysses_infer.job.watchdog import Address, WatchdogClient
@@ -137,6 +139,7 @@ def http_process(startup: StartupSettings, listener: socket.socket, endpoint: so
 
 def main() -> None:
     """Serve until rank 0 sends the end or is gone. Signals are left to rank 0, which receives them as well."""
+    end_with_parent(os.getppid(), patience=SHUTDOWN_SECONDS + CLOSING_SECONDS)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     link, listener, endpoint = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from types import TracebackType
 
 from ulysses_infer.bench.compare.contenders import GROUP, REPLICAS
 from ulysses_infer.bench.serve.client import Client, Server
+from ulysses_infer.child_processes import send
 from ulysses_infer.config import Config
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.job.processes import free_port
@@ -114,7 +116,8 @@ class RunningServer:
     def terminate(self) -> None:
         """Send it SIGTERM."""
         self.client.close()
-        self._process.terminate()
+        if self._process.poll() is None:
+            send(self._process.pid, signal.SIGTERM)
 
     def stop(self) -> None:
         """End it, or kill it after a time."""
