@@ -46,7 +46,7 @@ def model_options(default: str | None = None) -> argparse.ArgumentParser:
 
 
 def model_path(options: argparse.Namespace) -> str:
-    """The checkpoint that `model_options` chose, which is created if it has random weights."""
+    """The checkpoint that the options of `model_options` select; one with random weights is created if necessary."""
     return options.model or str(random_model(options.random_model))
 
 

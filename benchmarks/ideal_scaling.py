@@ -1,16 +1,16 @@
-"""How close a step on W ranks comes to a W-th of one rank's: `python -m benchmarks.ideal_scaling [--ranks 2]`.
+"""Scaling efficiency of a step on W ranks: `python -m benchmarks.ideal_scaling [--ranks 2]`.
 
-The same steps run on one rank with one thread and on W ranks with one thread each, started anew in turns: large
-prefills in the base mode (SP), decodes in full TP. The ideal is one rank's time / W. It is set against three times of
-the W ranks, because what "without communication" means is a matter of definition:
+The same steps run on one rank with one thread and on W ranks with one thread each, alternately, with a new start each
+time: large prefills in the base mode (SP), decodes in full TP. The ideal is the time of one rank / W. It is divided by
+three times of the W ranks:
 
-- `whole`: the step as it is, exchanges included;
-- `slowest`: the longest that any rank spent outside exchanges. A rank that has more to do, or is slower, makes the
-  others wait within theirs; this counts such waiting as work, which it is: it is the number to judge by;
-- `rank 0`: the step less all that rank 0 spent in exchanges, its waiting included: flattering where ranks are uneven.
+- `whole`: the whole step, exchanges included;
+- `slowest`: the longest time that any rank spent outside exchanges. It includes load imbalance, because the other ranks
+  wait for the slowest one within their exchanges. This is the ratio to judge by;
+- `rank 0`: the step less the time of rank 0 in exchanges, waiting included, which is too optimistic for uneven ranks.
 
-Exchanges include the packing of what is sent. `crowd` is one rank's time while all cores run the same step on their
-own, over its time alone: what sharing the memory and the clock costs before anything is split.
+Exchanges include packing the data to send. `crowd` is the time of one rank while all cores run the same step
+independently, relative to its time alone: the cost of sharing memory bandwidth and clock frequency.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from ulysses_infer.engine.engine import Engine
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.step_plan import StepPlan
 
-WANTED = 0.95
+TARGET = 0.95
 CONTEXT = 512
 WARM_UPS = 2
 WIDTH = 120  # of a table that goes into a file
-FILL_SECONDS = 120.0  # at most: cache that was never written costs nothing to read, and would flatter
+FILL_SECONDS = 120.0  # limit on filling the cache: pages that were never written are too fast to read
 
 
 class Case(NamedTuple):
@@ -55,12 +55,12 @@ class Case(NamedTuple):
     full_tp: bool
 
     def mode(self, num_ranks: int) -> Mode:
-        """The mode it runs in on so many ranks."""
+        """Its mode on `num_ranks` ranks."""
         return Mode(1, num_ranks) if self.full_tp else Mode(num_ranks, 1)
 
 
 def cases(prefills: Sequence[int], decodes: Sequence[int]) -> list[Case]:
-    """SP prefills of so many tokens, TP decodes of so many requests."""
+    """SP prefills with these numbers of tokens, and TP decodes with these numbers of requests."""
     return [
         *(Case(f"SP prefill {count}", Point(0, 0, ((0, count),)), False) for count in prefills),
         *(Case(f"TP decode {count}", Point(count, CONTEXT), True) for count in decodes),
@@ -68,19 +68,19 @@ def cases(prefills: Sequence[int], decodes: Sequence[int]) -> list[Case]:
 
 
 class Spent(NamedTuple):
-    """One run of a step on one rank, in seconds."""
+    """Seconds of one run of a step on one rank."""
 
     step: float
     exchanges: float
 
     @property
     def work(self) -> float:
-        """Outside exchanges."""
+        """Seconds outside exchanges."""
         return self.step - self.exchanges
 
 
 class Found(NamedTuple):
-    """What was measured of a case, medians over all runs, in seconds."""
+    """The measured times of a case: medians over all runs, in seconds."""
 
     alone: float
     crowd: float
@@ -89,17 +89,17 @@ class Found(NamedTuple):
     rank0: float
 
     def shares(self, num_ranks: int) -> dict[str, float]:
-        """The ideal over each of the three times; 1 is perfect."""
+        """The ideal divided by each of the three times; 1 is perfect."""
         ideal = self.alone / num_ranks
         return {"whole": ideal / self.whole, "slowest": ideal / self.slowest, "rank 0": ideal / self.rank0}
 
 
 Runs = dict[str, list[list[Spent]]]
-"""By case, of every run, what each rank spent."""
+"""By case and run, the times of each rank."""
 
 
 def found_of(name: str, alone: Runs, crowd: Runs, ranks: Runs) -> Found:
-    """Medians of one case."""
+    """The medians of one case."""
     return Found(
         alone=median(run[0].step for run in alone[name]),
         crowd=median(spent.step for run in crowd[name] for spent in run),
@@ -113,7 +113,7 @@ def found_of(name: str, alone: Runs, crowd: Runs, ranks: Runs) -> Found:
 
 
 class Recorder:
-    """Notes what every step of this rank took, from its start to its end on this rank."""
+    """Records the duration of every step on this rank."""
 
     def __init__(self, engine: InferenceEngine) -> None:
         assert engine._rank is not None
@@ -132,7 +132,7 @@ class Recorder:
 
 
 def run_cases(engine: Engine, recorder: Recorder, wanted: Sequence[Case], repeats: int) -> dict[str, list[int]]:
-    """Run every case on all ranks; returns which of the recorded steps are its runs. Rank 0's side."""
+    """Run every case on all ranks; returns the indices of its recorded steps. Rank 0's part."""
     num_ranks = engine.config.parallel.world_size
     found: dict[str, list[int]] = {}
     with engine.policies.calibration() as calibration, calibration.prepared(FILL_SECONDS):
@@ -145,7 +145,7 @@ def run_cases(engine: Engine, recorder: Recorder, wanted: Sequence[Case], repeat
 
 
 def run_part(path: str, num_ranks: int, wanted: Sequence[Case], repeats: int, output: Path) -> None:
-    """One rank's life: the cases, then what this rank spent on each, into `output`."""
+    """One rank's process: run the cases and write the rank's times to `output`."""
     blocks = 2 + max(sum(-(-(start + count) // 16) for start, count in case.point.sequences) for case in wanted)
     scheduler = {"max_num_batched_tokens": max(case.point.shape.num_tokens for case in wanted), "max_num_seqs": 512}
     with init_inference(
@@ -165,7 +165,7 @@ def run_part(path: str, num_ranks: int, wanted: Sequence[Case], repeats: int, ou
 
 
 def launch(options: argparse.Namespace, path: str, num_ranks: int, copies: int) -> Runs:
-    """Run the cases on an engine of `num_ranks` ranks, or on `copies` engines of one; what each process spent."""
+    """Run the cases on `copies` engines of `num_ranks` ranks each; returns the times of each process."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(index) for index in range(num_ranks * copies)]
@@ -202,7 +202,7 @@ def launch(options: argparse.Namespace, path: str, num_ranks: int, copies: int) 
 
 
 def rank_environment(index: int, num_ranks: int, port: int) -> dict[str, str]:
-    """What a launcher would tell rank `index`; nothing of that for an engine of one rank."""
+    """The launcher's environment variables for rank `index`; none for an engine of one rank."""
     variables = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if num_ranks > 1:
         variables |= {
@@ -218,7 +218,7 @@ def rank_environment(index: int, num_ranks: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -226,26 +226,26 @@ def free_port() -> int:
 
 
 def merge(parts: Sequence[Runs]) -> Runs:
-    """All rounds' runs together."""
+    """The runs of all rounds, by case."""
     return {name: [run for part in parts for run in part[name]] for name in parts[0]}
 
 
 def foreign_cores(others: LoadMeter, started: float) -> float:
-    """Cores that other programs kept busy since `started`, our own processes that have ended left out."""
+    """Cores that other programs kept busy since `started`, excluding ended child processes."""
     ended = os.times()
     ours = (ended.children_user + ended.children_system) / (time.monotonic() - started)
     return max(0.0, others.foreign_cores() - ours)
 
 
 def report(found: dict[str, Found], num_ranks: int) -> Table:
-    """A row a case: times in ms, and the ideal over each, with what attention_spans the wanted share in green."""
+    """One row per case: times in ms and the ratios, green if `slowest` reaches the target."""
     result = Table(box=box.SIMPLE_HEAD, show_edge=False)
     titles = ("step", "1 rank ms", "crowd", f"{num_ranks} ranks ms", "exchanges ms", "whole", "slowest", "rank 0")
     for title in titles:
         result.add_column(title, justify="left" if title == "step" else "right", no_wrap=True)
     for name, case in found.items():
         shares = case.shares(num_ranks)
-        verdict = "green" if shares["slowest"] >= WANTED else "red"
+        verdict = "green" if shares["slowest"] >= TARGET else "red"
         result.add_row(
             name,
             f"{case.alone * 1e3:.2f}",
@@ -260,17 +260,17 @@ def report(found: dict[str, Found], num_ranks: int) -> Table:
 
 
 def sizes(text: str) -> list[int]:
-    """`512,2048` as numbers; nothing for an empty text."""
+    """`512,2048` as numbers; an empty list for an empty text."""
     return [int(part) for part in text.split(",") if part]
 
 
 def main() -> None:
-    """Run all processes in rounds and print; or, with --part, be one of them."""
+    """Run all processes in rounds and print; with --part, run one of them."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0],
         parents=[model_options("llama-0.5b"), common_options(ranks=2, repeats=7, output=None)],
     )
-    parser.add_argument("--rounds", type=int, default=3, help="times each engine is started (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of starts of each engine (default 3)")
     parser.add_argument("--prefills", default="512,2048,4096", help="tokens of the SP steps (512,2048,4096)")
     parser.add_argument("--decodes", default="1,8,32", help="requests of the TP steps (1,8,32)")
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
@@ -289,7 +289,9 @@ def main() -> None:
     alone, crowd, ranks = (merge(parts[name]) for name in ("alone", "crowd", "ranks"))
     found = {case.name: found_of(case.name, alone, crowd, ranks) for case in wanted}
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(f"{Path(path).name}: one rank's time / {options.ranks} over the time of {options.ranks} ranks")
+    console.print(
+        f"{Path(path).name}: time of one rank / {options.ranks}, relative to the time of {options.ranks} ranks"
+    )
     console.print(report(found, options.ranks))
     console.print(f"other programs kept {foreign_cores(others, started):.2f} cores busy")
     if options.output is not None:

@@ -1,9 +1,9 @@
-"""How good a policy's choices are, step by step: `python -m benchmarks.judge_policy --random-model llama-60m --sp 2`.
+"""Quality of a policy's choices, step by step: `python -m benchmarks.judge_policy --random-model llama-60m --sp 2`.
 
-Calibrates as a server would, then draws steps that calibration has not seen, measures each in every mode (the modes
-taking turns), and adds up what each policy would have taken for them: every static mode, the adaptive policy, and the
-best threshold there is, picked by hand with all measurements known. All are compared with an oracle that always has the
-faster mode. Under a launcher (`deepspeed --num_gpus 2 benchmarks/judge_policy.py ...`) its ranks are used.
+Calibrates like a server, then draws random steps that calibration has not seen, measures each in every mode
+(alternating the modes), and sums the time that each policy would take: every static mode, the adaptive policy, and the
+best threshold in hindsight. All are compared with an oracle that always chooses the fastest mode. Under a launcher
+(`deepspeed --num_gpus 2 benchmarks/judge_policy.py ...`) its ranks are used.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.policies import AdaptivePolicy
 from ulysses_infer.parallel.layout import Mode
 
-CLEAR = 1.1  # a choice counts as clear where the modes' times differ by more than a tenth
+CLEAR = 1.1  # a case is clear if the times of the modes differ by more than 10 %
 
 
 class Judged(NamedTuple):
-    """A step that was measured in every mode, and what the policy would have chosen for it."""
+    """A step measured in every mode, and the mode that the policy would choose."""
 
     point: Point
     times: dict[Mode, float]
@@ -40,7 +40,7 @@ class Judged(NamedTuple):
 
 
 def draw_points(count: int, limits: Limits, seed: int) -> list[Point]:
-    """Steps as serving makes them: decodes alone, prompts alone, both; sizes drawn evenly over their logarithms."""
+    """Steps as in serving: decodes only, prompts only, or both, with log-uniform sizes."""
     draw = random.Random(seed)
 
     def log_uniform(low: int, high: int) -> int:
@@ -64,7 +64,7 @@ def draw_points(count: int, limits: Limits, seed: int) -> list[Point]:
 
 
 def judge(engine: Engine, count: int, repeats: int, longest: float, seed: int, seconds: float) -> list[Judged]:
-    """Measure `count` new steps in every mode, `repeats` times each, and ask the policy about each."""
+    """Measure `count` new steps in every mode, `repeats` times each, with the policy's choice for each."""
     policy = engine.policies.policy
     assert isinstance(policy, AdaptivePolicy)
     modes = engine.config.parallel.available_modes
@@ -81,7 +81,7 @@ def judge(engine: Engine, count: int, repeats: int, longest: float, seed: int, s
 
 
 def best_threshold(judged: Sequence[Judged], base: Mode, shift: Mode) -> tuple[int, list[Mode]]:
-    """The token count for which these steps take the least time in all, and the modes it chooses."""
+    """The threshold with the lowest total log time over the steps, and the modes it selects."""
 
     def modes_for(threshold: int) -> list[Mode]:
         return [base if step.point.shape.num_tokens > threshold else shift for step in judged]
@@ -94,7 +94,7 @@ def best_threshold(judged: Sequence[Judged], base: Mode, shift: Mode) -> tuple[i
 
 
 def report(judged: Sequence[Judged], base: Mode, shift: Mode) -> Table:
-    """A row a policy: time over the oracle's, in all and in the mean of the steps, and how it does in clear cases."""
+    """One row per policy: time relative to the oracle's, total and mean, and correct choices in clear cases."""
     threshold, by_threshold = best_threshold(judged, base, shift)
     rows = {f"static sp{mode.sp}xtp{mode.tp}": [mode] * len(judged) for mode in judged[0].times}
     rows[f"threshold {threshold} (best in hindsight)"] = by_threshold
@@ -108,10 +108,10 @@ def report(judged: Sequence[Judged], base: Mode, shift: Mode) -> Table:
 
 
 def score(judged: Sequence[Judged], modes: Sequence[Mode]) -> list[str]:
-    """What choosing `modes` for the steps costs over the best mode of each."""
+    """The cost of the choice `modes`, relative to the best mode of each step."""
     best = [min(step.times.values()) for step in judged]
     taken = [step.times[mode] for step, mode in zip(judged, modes, strict=True)]
-    ratios = [mine / least for mine, least in zip(taken, best, strict=True)]
+    ratios = [own / least for own, least in zip(taken, best, strict=True)]
     clear = [
         step.times[mode] == min(step.times.values())
         for step, mode in zip(judged, modes, strict=True)
@@ -127,7 +127,7 @@ def score(judged: Sequence[Judged], modes: Sequence[Mode]) -> list[str]:
 
 
 def details(judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """Every step in plain values."""
+    """Every step as JSON values."""
     return [
         {
             "decodes": step.point.decodes,
@@ -146,7 +146,7 @@ def main() -> None:
         description=(__doc__ or "").split("\n")[0],
         parents=[model_options(), common_options(sp=2, tp=1, steps=60, repeats=5, output=None), launcher_options()],
     )
-    parser.add_argument("--longest", type=float, default=2.0, help="leave out steps of more seconds (default 2)")
+    parser.add_argument("--longest", type=float, default=2.0, help="leave out steps that take more seconds (default 2)")
     parser.add_argument("--calibration-seconds", type=float, default=30.0)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=1)

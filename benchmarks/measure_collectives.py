@@ -1,10 +1,11 @@
-"""How long the exchanges of a step take between the ranks of this host: by torch (gloo) and in shared memory.
+"""Duration of the exchanges of a step between the ranks of this host, with torch (gloo) and in shared memory.
 
     python -m benchmarks.measure_collectives [--ranks 2] [--seconds 0.3]
     deepspeed --num_gpus 2 benchmarks/measure_collectives.py
 
-The two take turns, size by size, so that what disturbs the machine disturbs both; microseconds of rank 0, Python
-included, least and median. Sizes are what a rank has to send. Beside them, what a copy of as many bytes takes.
+Both alternate for each message size, so that disturbances affect both. Times are microseconds on rank 0, Python
+included: minimum and median. Message sizes are the bytes that a rank sends. The time of a copy of the same size is
+shown for comparison.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Exchange = Callable[[], Any]
 
 
 def exchanges(groups: ProcessGroups, size: int) -> dict[str, Exchange]:
-    """What is measured, each with messages of `size` bytes, in bfloat16."""
+    """The measured exchanges by name, with bfloat16 messages of `size` bytes."""
     layout = groups.layout
     sequence, tensor = groups.by_mode[layout.base], groups.by_mode[layout.shift]
     row = layout.world_size * HEADS * HEAD_WIDTH
@@ -52,7 +53,7 @@ def exchanges(groups: ProcessGroups, size: int) -> dict[str, Exchange]:
             groups.mailbox.send(message)
         else:
             groups.mailbox.receive()
-        tensor.sum_over_tp(partial[:8])  # rank 0 does not wait for the others to hear; this makes it
+        tensor.sum_over_tp(partial[:8])  # makes rank 0 wait until the others have received
 
     return {
         "all_reduce": lambda: tensor.sum_over_tp(partial),
@@ -90,7 +91,7 @@ def _time(exchange: Exchange) -> list[float]:
 
 
 def _go_on(groups: ProcessGroups, wanted: bool) -> bool:
-    """Rank 0 decides for all."""
+    """Rank 0's decision, on all ranks."""
     decision = torch.tensor([int(wanted)])
     torch.distributed.broadcast(decision, src=0, group=groups.control)
     return bool(decision)
@@ -106,7 +107,7 @@ def report(size: int, taken: dict[str, dict[str, list[float]]], table: Table) ->
 
 
 def measure(seconds: float, sizes: list[int]) -> None:
-    """What a rank does."""
+    """Measure on one rank; rank 0 prints the table."""
     torch.set_num_threads(1)
     init_distributed(torch.device("cpu"))
     layout = Layout(Mode(int(os.environ["WORLD_SIZE"]), 1))
@@ -124,7 +125,7 @@ def measure(seconds: float, sizes: list[int]) -> None:
 
 
 def start_ranks(count: int) -> int:
-    """Run this program once a rank; returns the first bad exit status, or 0."""
+    """Run this program once per rank; returns the first non-zero exit status, or 0."""
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **common}
@@ -136,7 +137,7 @@ def start_ranks(count: int) -> int:
 
 
 def main() -> None:
-    """Parse; start the ranks, or be one."""
+    """Start the ranks, or run one of them."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0] if __doc__ else None,
         parents=[common_options(ranks=2, seconds=0.3), launcher_options()],

@@ -1,9 +1,9 @@
-"""What `torch.compile` makes of a decode step on this CPU, beside the engine's recorded step, and when each is ready.
+"""A decode step on this CPU with `torch.compile` and with the engine's CPU graph: step time and start-up time.
 
     python -m benchmarks.measure_compile MODEL [--threads 2] [--context 512] [--steps 50]
 
-The same checkpoint three ways, one request, bfloat16: transformers' own forward over a static cache, as it is and
-compiled, and a step of the engine on one rank. They take turns, a step each; every token goes through the whole model.
+One request on the same checkpoint in bfloat16: transformers' forward with a static cache, eager and compiled, and a
+step of the engine on one rank. The three alternate step by step.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rich.table import Table
 from benchmarks.arguments import common_options
 from ulysses_infer import SamplingParams, init_inference
 
-FIRST_TOKEN = 7  # whichever: times do not depend on tokens
+FIRST_TOKEN = 7  # arbitrary: times do not depend on tokens
 
 
 class Transformers:
-    """A decode step of transformers' model over a static cache."""
+    """A decode step of transformers' model with a static cache."""
 
     def __init__(self, path: Path, context: int, num_steps: int, compiled: bool) -> None:
         from transformers import AutoModelForCausalLM, StaticCache
@@ -44,7 +44,7 @@ class Transformers:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One token more."""
+        """Generate one more token."""
         place = torch.tensor([self.position])
         output = self.forward(self.token, past_key_values=self.cache, position_ids=place[None], cache_position=place)
         self.token = output.logits[:, -1:].argmax(dim=-1)  # type: ignore[attr-defined]
@@ -52,7 +52,7 @@ class Transformers:
 
 
 class Ours:
-    """A step of the engine, whose third decode is the first that is repeated from its graph."""
+    """A step of the engine. The third decode is the first that is replayed from its CPU graph."""
 
     def __init__(self, path: Path, context: int, num_steps: int, threads: int) -> None:
         started = time.perf_counter()
@@ -76,7 +76,7 @@ class Ours:
         self.ready_seconds = time.perf_counter() - started
 
     def step(self) -> None:
-        """One token more."""
+        """Generate one more token."""
         self.engine.step()
 
 
@@ -85,14 +85,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], parents=[common_options(threads=2, context=512, steps=50)]
     )
-    parser.add_argument("model", type=Path, help="a checkpoint's folder")
+    parser.add_argument("model", type=Path, help="folder of a checkpoint")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     num_steps = options.steps + 4
     contenders: dict[str, Transformers | Ours] = {
-        "transformers, as it is": Transformers(options.model, options.context, num_steps, compiled=False),
+        "transformers, eager": Transformers(options.model, options.context, num_steps, compiled=False),
         "transformers, torch.compile": Transformers(options.model, options.context, num_steps, compiled=True),
-        "recorded step": Ours(options.model, options.context, num_steps, options.threads),
+        "engine, CPU graph": Ours(options.model, options.context, num_steps, options.threads),
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(options.steps):
@@ -100,7 +100,7 @@ def main() -> None:
             started = time.perf_counter()
             contender.step()
             times[name].append((time.perf_counter() - started) * 1e3)
-    table = Table("", "ms a step", "middle half", "ready after s", box=None)
+    table = Table("", "ms per step", "quartiles", "ready after s", box=None)
     for name, contender in contenders.items():
         low, middle, high = statistics.quantiles(times[name], n=4)
         table.add_row(name, f"{middle:.2f}", f"{low:.2f}..{high:.2f}", f"{contender.ready_seconds:.1f}")

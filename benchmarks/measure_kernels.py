@@ -1,10 +1,10 @@
-"""The speed of the CPU kernels beside torch's, every alternative in turn in one run.
+"""Speed of the native CPU kernels compared with torch's, alternating in one run.
 
     python -m benchmarks.measure_kernels [matmul] [attention] [prompt] [write] [--threads 1] [--dtype bfloat16]
 
-Weights and caches are larger than the processor's caches and visited in turn, as a model's layers are. The figures are
-of each alternative's fastest call, with the median behind it: other programs only ever make a call slower. With one
-thread it is processor time that counts, so that waiting for a core does not.
+Weights and caches are larger than the CPU's caches and are visited one after another, like a model's layers. The table
+shows the fastest call of each alternative and, in brackets, the median: other programs only make calls slower. With one
+thread, CPU time is measured, which excludes waiting for a core.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ulysses_infer.cache.paged import CacheShape, PagedCache
 from ulysses_infer.native.matmul import NativeMatmul
 
 VISITED_BYTES = 400_000_000
-WIDTH = 150  # of the tables where nobody looks
+WIDTH = 150  # of tables that are not printed to a terminal
 WEIGHTS = ((2560, 1536), (9216, 1536), (1536, 4608), (16384, 1536))  # 0.5 B parameters: qkv, gate and up, down, head
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 BLOCK_SIZE = 16
@@ -53,7 +53,7 @@ Calls = dict[str, Callable[[], Any]]
 
 
 class Heads(NamedTuple):
-    """Heads of a query, heads of a key and value, width of each."""
+    """Number of query heads, number of key/value heads, and head width."""
 
     query: int
     key_value: int
@@ -67,7 +67,7 @@ OF_60M, OF_05B = Heads(8, 4, 64), Heads(12, 4, 128)
 
 
 def fastest(calls: Calls, seconds: float) -> dict[str, tuple[float, float]]:
-    """Seconds of the fastest and of the median call, the alternatives taking turns."""
+    """Seconds of the fastest and of the median call of each alternative, measured alternately."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     until = time.perf_counter() + seconds * len(calls)
@@ -80,7 +80,7 @@ def fastest(calls: Calls, seconds: float) -> dict[str, tuple[float, float]]:
 
 
 def row_of(shape: Sequence[Any], times: dict[str, tuple[float, float]], num_bytes: int, operations: float) -> list[str]:
-    """A table's row: what was computed, then time, rate of memory and rate of arithmetic of each alternative."""
+    """A table row: the shape, then time, memory bandwidth and arithmetic rate of each alternative."""
     cells = [str(part) for part in shape]
     for best, median in times.values():
         cells += [f"{best * 1e6:.0f} ({median * 1e6:.0f})", f"{num_bytes / best / 1e9:.1f}"]
@@ -107,7 +107,7 @@ def _multiply(linear: Callable[..., Any], inputs: torch.Tensor, weights: Iterato
 
 
 def measure_matmul(dtype: torch.dtype, seconds: float) -> Table:
-    """Products of few rows with the weights of a model of 0.5 B parameters."""
+    """Products of few rows with the weights of a model with 0.5 B parameters."""
     table = table_of(f"matrix products, {dtype}", ("N", "K", "rows"), ("torch", "native"))
     native = NativeMatmul()
     native.most_rows = dict.fromkeys(native.most_rows, max(ROWS))
@@ -124,7 +124,7 @@ def measure_matmul(dtype: torch.dtype, seconds: float) -> Table:
 
 
 class Batch:
-    """Sequences of one length and context each in a paged cache of several layers, their blocks shuffled."""
+    """Sequences of equal length and context in a paged cache of several layers with shuffled blocks."""
 
     def __init__(self, count: int, length: int, context: int, dtype: torch.dtype, heads: Heads = OF_05B) -> None:
         self.heads = heads
@@ -163,7 +163,7 @@ class Batch:
 
 
 def measure_attention(dtype: torch.dtype, seconds: float) -> Table:
-    """Decodes: one query token a sequence."""
+    """Decodes: one query token per sequence."""
     title = f"attention of decodes, {OF_05B}, {dtype}"
     table = table_of(title, ("sequences", "context"), ("torch", "native"))
     for count, context in CONTEXTS:
@@ -175,7 +175,7 @@ def measure_attention(dtype: torch.dtype, seconds: float) -> Table:
 
 
 def rate_of_products(dtype: torch.dtype, seconds: float) -> float:
-    """Operations a second of a large product, beside which those of attention may be held."""
+    """Operations per second of a large matrix product, for comparison with attention."""
     size = 1024
     one, other = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     return 2 * size**3 / fastest({"torch": lambda: F.linear(one, other)}, seconds)["torch"][0]
@@ -197,7 +197,7 @@ def measure_prompts(dtype: torch.dtype, seconds: float) -> Table:
 
 
 def measure_writes(dtype: torch.dtype, seconds: float) -> Table:
-    """Keys and values of new tokens into the cache."""
+    """Writes of keys and values of new tokens to the cache."""
     table = table_of(f"cache writes, {dtype}", ("tokens",), ("torch",))
     for count, length in ((1, 1), (8, 1), (32, 1), (128, 1), (1, 512)):
         batch = Batch(count, length, length + 100, dtype)

@@ -1,10 +1,10 @@
-"""Peak memory of a rank while a long prompt is computed in chunks: beside the cache it follows the chunk alone.
+"""Peak memory of a rank during the chunked prefill of a long prompt: outside the cache it depends only on the chunk.
 
     python -m benchmarks.measure_long_prefill [--lengths 16384 130000] [--chunk 2048] [--sp 2]
 
-Runs a Llama of two narrow layers with random weights, made for 32,768 positions and stretched with YaRN, on processes
-of this host (Linux, CPU), its steps in changing modes. A first prompt only warms up. Memory is what the fullest rank
-took at its peak beyond what it had then, with the cache's own part of it.
+Runs a Llama with two narrow layers, random weights and 32,768 positions, extended with YaRN, in processes on this host
+(Linux, CPU), with a different mode in each step. The first prompt is a warm-up. The table shows the peak memory of the
+rank that uses most, beyond its memory after the warm-up, and the part of the cache in it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ulysses_infer.console.library_logging import quiet_libraries
 from ulysses_infer.errors import UlyssesError
 
 MIB = 1 << 20
-ORIGINAL = 32768  # positions that the model is made for
+ORIGINAL = 32768  # positions of the model without YaRN
 BLOCK_SIZE = 16
-INTERVAL = 0.005  # seconds between looks
+INTERVAL = 0.005  # seconds between samples
 OWN_MEMORY = ("RssAnon", "RssShmem", "VmSwap")
 SHAPE: dict[str, Any] = {
     "vocab_size": 256,
@@ -46,25 +46,25 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-"""So narrow that 130,000 tokens take minutes; a token takes 1 KiB of cache, over all ranks."""
+"""Narrow, so that 130,000 tokens take only minutes; a token takes 1 KiB of cache over all ranks."""
 
 
 class Row(NamedTuple):
-    """One prompt."""
+    """The measurements of one prompt."""
 
     tokens: int
     steps: int
     seconds: float
     peak_bytes: int
-    """What the fullest rank took, beyond what it had before."""
+    """Additional memory of the rank that uses most."""
     cache_bytes: int
-    """What of that its blocks of the cache are."""
+    """The part of its cache blocks."""
 
 
 class PeakMemory:
-    """The most memory that processes take meanwhile, looked at from a thread: `with PeakMemory([pid]) as seen:`.
+    """Peak memory of processes, sampled from a thread: `with PeakMemory([pid]) as seen:`.
 
-    Memory of their own, in RAM or swapped out: files that they map come and go as the system likes.
+    Counts their own memory, in RAM or swapped out, but not mapped files, which the system may evict.
     """
 
     def __init__(self, pids: list[int]) -> None:
@@ -89,13 +89,13 @@ class PeakMemory:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes that the process has now."""
+    """Current memory of the process in bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.partition(":")[0] in OWN_MEMORY)
 
 
 def make_model(folder: str) -> None:
-    """Save the model, random, in float32."""
+    """Save the model with random weights in float32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -118,7 +118,7 @@ def settings(longest: int, chunk: int, sp: int) -> dict[str, Any]:
         "parallel.modes": [[part, sp // part] for part in range(1, sp + 1) if sp % part == 0],
         "cache.num_blocks": -(-longest // BLOCK_SIZE) + 1,
         "cache.block_size": BLOCK_SIZE,
-        "cache.enable_prefix_caching": False,  # or a longer prompt would find the shorter one
+        "cache.enable_prefix_caching": False,  # a longer prompt would reuse the shorter one
         "scheduler.max_num_batched_tokens": chunk,
         "runtime.device": "cpu",
         "runtime.threads_per_rank": 1,
@@ -126,12 +126,12 @@ def settings(longest: int, chunk: int, sp: int) -> dict[str, Any]:
 
 
 def prompt(length: int) -> list[int]:
-    """So many token ids, random, always the same."""
+    """`length` random token ids, the same in every run."""
     return random.Random(0).choices(range(3, 256), k=length)
 
 
 def measure(engine: Any, lengths: list[int], chunk: int) -> list[Row]:
-    """Compute a prompt of each length, the shortest first, and look at every process of the engine."""
+    """Compute a prompt of each length, the shortest first, and measure all processes of the engine."""
     modes = itertools.cycle(engine.config.parallel.available_modes)
     engine._engine.choose_mode = lambda _: next(modes)
     block_bytes = engine.stats()["cache_bytes_per_rank"] // engine.stats()["num_blocks"]
@@ -152,7 +152,7 @@ def measure(engine: Any, lengths: list[int], chunk: int) -> list[Row]:
 
 
 def main() -> None:
-    """Parse, run, print a table."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -172,7 +172,7 @@ def main() -> None:
                 rows = measure(engine, arguments.lengths, arguments.chunk)
         except UlyssesError as error:
             sys.exit(f"error: {error}")
-    print("| prompt | steps | seconds | peak of a rank | of it cache | beside it |\n|---|---|---|---|---|---|")
+    print("| prompt | steps | seconds | peak per rank | cache | other |\n|---|---|---|---|---|---|")
     for row in rows:
         sizes = (row.peak_bytes, row.cache_bytes, row.peak_bytes - row.cache_bytes)
         shown = " | ".join(f"{size / MIB:.1f} MiB" for size in sizes)

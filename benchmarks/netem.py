@@ -1,11 +1,11 @@
-"""Compare parallelism over a link of a set bandwidth and delay, on one machine.
+"""Compares kinds of parallelism over links with a given bandwidth and delay, on one machine.
 
     sudo python -m benchmarks.netem --rate 1gbit --delay 50us MODEL --protocol shape --output FOLDER
 
-Every rank gets a network namespace with a veth of its own to a common bridge; what it sends is limited there (tc tbf)
-and delayed (tc netem). `ulysses-infer bench compare` runs in the first namespace with the options given here, and its
-servers run with one rank in each, as on so many nodes. Needs root and iproute2. The namespaces are removed however this
-ends; those of a run that was killed (SIGKILL) are removed by the next one.
+Every rank gets a network namespace with its own veth to a common bridge; its outgoing traffic is limited (tc tbf) and
+delayed (tc netem). `ulysses-infer bench compare` runs in the first namespace with the given options, and its servers
+run with one rank in each namespace, as on separate nodes. Needs root and iproute2. The namespaces are always removed at
+the end; after SIGKILL the next run removes them.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ BRIDGE = "bridge"
 NETWORK = "10.77.0"
 END_SECONDS = 45.0
 POLL_SECONDS = 0.2
-OVER_THE_LINK = "runtime.collectives=torch"  # the ranks are on one host, and would share its memory
-LEAST_BURST = 256 * 1024  # bytes: a few of the largest packets that the kernel makes of a stream
+OVER_THE_LINK = "runtime.collectives=torch"  # ranks on one host would use shared memory by default
+LEAST_BURST = 256 * 1024  # bytes: several of the kernel's largest packets
 TICKS_PER_SECOND = 250  # a bucket must hold what passes between two ticks of the kernel's clock
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
 class NetemError(Exception):
-    """What is missing, in one line."""
+    """A missing prerequisite, in one line."""
 
 
 # -- namespaces --------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ class NetemError(Exception):
 
 @contextmanager
 def namespaces(count: int, rate: str | None, delay: str | None) -> Iterator[list[str]]:
-    """So many namespaces, joined by a bridge in one more; gone when this is left, with whatever runs in them."""
+    """`count` namespaces, connected by a bridge in another one; on exit they and their processes are removed."""
     names = [f"{PREFIX}-{os.getpid()}-{number}" for number in range(count)]
     switch = f"{PREFIX}-{os.getpid()}-switch"
     try:
@@ -73,7 +73,7 @@ def _make(name: str) -> None:
 
 
 def _join(name: str, number: int, switch: str) -> None:
-    """A cable from a namespace to the bridge."""
+    """Connect a namespace to the bridge."""
     port = f"port{number}"
     _ip("-n", name, "link", "add", INTERFACE, "type", "veth", "peer", "name", port, "netns", switch)
     _ip("-n", name, "addr", "add", f"{address(number)}/24", "dev", INTERFACE)
@@ -82,7 +82,7 @@ def _join(name: str, number: int, switch: str) -> None:
 
 
 def _shape(name: str, rate: str | None, delay: str | None) -> None:
-    """Limit and delay what a namespace sends. Raises `NetemError` if this kernel cannot."""
+    """Limit and delay a namespace's outgoing traffic. Raises `NetemError` if this kernel does not support it."""
     parent = ["root"]
     if rate is not None:
         _tc(name, parent, "1:", "tbf", "rate", rate, "burst", str(burst_bytes(rate)), "latency", "50ms")
@@ -96,11 +96,11 @@ def _tc(name: str, parent: Sequence[str], handle: str, kind: str, *words: str) -
     done = _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", INTERFACE, *place, kind, *words)
     if done.returncode != 0:
         option = "--delay" if kind == "netem" else "--rate"
-        raise NetemError(f"this kernel does not take `tc qdisc {kind}` ({_last_line(done)}); leave {option} out")
+        raise NetemError(f"this kernel does not support `tc qdisc {kind}` ({_last_line(done)}); leave {option} out")
 
 
 def remove(names: Sequence[str]) -> None:
-    """End what runs in these namespaces, and delete them; those that do not exist are no concern."""
+    """Kill the processes in these namespaces and delete them; missing ones are ignored."""
     for name in names:
         for pid in _run("ip", "netns", "pids", name).stdout.split():
             with suppress(ProcessLookupError):
@@ -109,19 +109,19 @@ def remove(names: Sequence[str]) -> None:
 
 
 def remove_leftovers() -> None:
-    """Delete the namespaces of runs whose process is gone."""
+    """Delete the namespaces of runs whose process has ended."""
     listed = [line.split()[0] for line in _run("ip", "netns", "list").stdout.splitlines() if line.strip()]
     owners = {name: re.fullmatch(rf"{PREFIX}-(\d+)-\w+", name) for name in listed}
     remove([name for name, match in owners.items() if match and not psutil.pid_exists(int(match[1]))])
 
 
 def address(number: int) -> str:
-    """Of a rank's namespace."""
+    """IP address of a rank's namespace."""
     return f"{NETWORK}.{number + 1}"
 
 
 def burst_bytes(rate: str) -> int:
-    """Size of the bucket that a rate needs."""
+    """Size of the token bucket for a rate."""
     number, unit = re.fullmatch(r"([\d.]+)([a-z]+)", rate).groups()  # type: ignore[union-attr]
     return max(LEAST_BURST, int(float(number) * UNITS[unit] / 8 / TICKS_PER_SECOND))
 
@@ -145,7 +145,7 @@ def _last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def launch(names: Sequence[str], arguments: Sequence[str]) -> int:
-    """Run a command on one rank in each namespace, as on so many nodes; returns the exit status of the first to end."""
+    """Run a command on one rank in each namespace; returns the exit status of the first rank that ends."""
     with tempfile.NamedTemporaryFile("w", suffix=".hosts") as hosts, tempfile.TemporaryDirectory() as cache:
         hosts.writelines(f"{name} slots=1\n" for name in names)
         hosts.flush()
@@ -167,9 +167,9 @@ def launch(names: Sequence[str], arguments: Sequence[str]) -> int:
 
 
 def rank_environment(count: int, cache: str) -> dict[str, str]:
-    """Environment of a rank, one of `count` on this machine; its collectives go over the link.
+    """Environment of one of `count` ranks on this machine; its collectives use the link.
 
-    `cache`: a folder instead of the user's, for step times that were measured over another link do not hold here.
+    `cache`: replaces the user's cache folder, because stored step times are of another link.
     """
     threads = str(max(1, len(os.sched_getaffinity(0)) // count))
     own = {"GLOO_SOCKET_IFNAME": INTERFACE, "XDG_CACHE_HOME": cache}
@@ -186,7 +186,7 @@ def _first_status(nodes: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(nodes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Tell all, give them time to drain, then end them."""
+    """Send SIGTERM to all, wait until they have drained, then kill the rest."""
     _signal(nodes, signal.SIGTERM)
     deadline = time.monotonic() + END_SECONDS
     while time.monotonic() < deadline and any(node.poll() is None for node in nodes):
@@ -206,7 +206,7 @@ def _signal(nodes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def main() -> None:
-    """Parse, prepare, compare, clean up."""
+    """Create the namespaces, run the comparison, clean up."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that everything is removed
     signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
     if sys.argv[1:2] == ["launch"]:
@@ -225,7 +225,7 @@ def main() -> None:
 
 
 def check_possible() -> None:
-    """Raise `NetemError` if something is missing that only the user can get."""
+    """Raise `NetemError` if a prerequisite is missing that only the user can provide."""
     if os.geteuid() != 0:
         raise NetemError("network namespaces need root; run this with sudo")
     for program in ("ip", "tc"):
@@ -266,8 +266,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         usage="netem.py [--rate RATE] [--delay TIME] [--ranks N] [MODEL] [options of bench compare]",
     )
-    parser.add_argument("--rate", type=_rate, metavar="RATE", help="of each link and direction, as 1gbit or 100mbit")
-    parser.add_argument("--delay", type=_delay, metavar="TIME", help="one way, as 50us or 1ms")
+    parser.add_argument(
+        "--rate", type=_rate, metavar="RATE", help="bandwidth per link and direction, such as 1gbit or 100mbit"
+    )
+    parser.add_argument("--delay", type=_delay, metavar="TIME", help="one-way delay, such as 50us or 1ms")
     parser.add_argument("--ranks", type=int, choices=range(2, 65), metavar="N", default=2, help="default: 2")
     return parser
 

@@ -1,9 +1,8 @@
-"""How the engine's costs grow: `python -m benchmarks.plot_growth --random-model llama-60m --sp 2 --seconds 300`.
+"""Growth of the engine's costs: `python -m benchmarks.plot_growth --random-model llama-60m --sp 2 --seconds 300`.
 
-Step time against the tokens of a prefill, the requests that decode and the length of their context (synthetic steps, as
-calibration runs them, in every mode in turns); tokens a second against the requests that run together; memory of the
-ranks against model and cache. Writes growth.png and growth.csv into `--output`; points for which the time does not
-suffice are left out, the largest first.
+Plots step time over prefill tokens, decoding requests and context length (synthetic steps as in calibration, in every
+mode alternately); throughput over concurrent requests; memory of the ranks over model and cache size. Writes growth.png
+and growth.csv to `--output`. If time is short, the largest points are left out.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ from ulysses_infer.engine.engine import Engine
 from ulysses_infer.parallel.layout import Mode
 
 BLOCK_SIZE = 16
-CACHED_TOKENS = 32768  # that calibration fills at most
+CACHED_TOKENS = 32768  # maximum number of tokens that calibration caches
 SHARES = {"fill": 0.15, "tokens": 0.2, "requests": 0.2, "context": 0.2, "throughput": 0.25}  # of the time
 MOST_ROUNDS = 9
-GROWTH = 3.0  # a point may take so many times what the one before it took, before it is known better
+GROWTH = 3.0  # assumed ratio of a point's time to that of the previous point, until it is measured
 INPUT_LEN, OUTPUT_LEN = 64, 32
 MEMORY_BLOCKS = (256, 512, 1024)
 Visit = Callable[[Point], dict[Mode, float]]
 
 
 class Row(NamedTuple):
-    """One point of a picture."""
+    """One point of a plot."""
 
     sweep: str
     series: str
@@ -53,7 +52,7 @@ class Row(NamedTuple):
 
 
 def sweep_points(limits: Limits, max_num_seqs: int) -> dict[str, list[tuple[int, Point]]]:
-    """What each sweep runs, as (x, step), smallest first, as far as `limits` allow."""
+    """The (x, step) points of each sweep within `limits`, smallest first."""
     context_of_many = CACHED_TOKENS // max_num_seqs - BLOCK_SIZE  # all of them fit
     sweeps = {
         "tokens": [(count, Point(0, 0, ((0, count),))) for count in powers(16, 4096)],
@@ -64,7 +63,7 @@ def sweep_points(limits: Limits, max_num_seqs: int) -> dict[str, list[tuple[int,
 
 
 def powers(first: int, last: int) -> list[int]:
-    """`first`, doubled up to `last`."""
+    """`first` and its doubles up to `last`."""
     found = [first]
     while found[-1] * 2 <= last:
         found.append(found[-1] * 2)
@@ -85,7 +84,7 @@ def fits(point: Point, limits: Limits) -> bool:
 def run_sweep(
     visit: Visit, points: Sequence[tuple[int, Point]], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> dict[tuple[int, Mode], list[float]]:
-    """Visit the points in rounds for about so many seconds; what would take longer than is left is not begun."""
+    """Visit the points in rounds for about `seconds`; a point that would exceed the time left is not started."""
     deadline = clock() + seconds
     costs: dict[int, float] = {}
     times: dict[tuple[int, Mode], list[float]] = {}
@@ -102,7 +101,7 @@ def run_sweep(
 
 
 def rows_of(sweep: str, times: dict[tuple[int, Mode], list[float]]) -> list[Row]:
-    """Milliseconds: medians and ranges."""
+    """Medians and ranges in milliseconds."""
     return [
         Row(sweep, f"SP {mode.sp} x TP {mode.tp}", x, *(1e3 * value for value in (median(own), min(own), max(own))))
         for (x, mode), own in sorted(times.items())
@@ -110,7 +109,7 @@ def rows_of(sweep: str, times: dict[tuple[int, Mode], list[float]]) -> list[Row]
 
 
 def step_times(engine: Engine, seconds: float) -> list[Row]:
-    """The three sweeps over synthetic steps, on rank 0's side."""
+    """The three sweeps over synthetic steps. Rank 0's part."""
     rows: list[Row] = []
     with engine.policies.calibration() as calibration, calibration.prepared(SHARES["fill"] * seconds) as (limits, _):
         for name, points in sweep_points(limits, engine.config.scheduler.max_num_seqs).items():
@@ -120,7 +119,7 @@ def step_times(engine: Engine, seconds: float) -> list[Row]:
 
 
 def throughput(engine: InferenceEngine, largest: int, seconds: float) -> list[Row]:
-    """Tokens a second of all prompts and completions, as more requests run together."""
+    """Prompt and output tokens per second over the number of concurrent requests."""
     params = SamplingParams(temperature=0, max_tokens=OUTPUT_LEN, ignore_eos=True, detokenize=False)
     draw = random.Random(0)
 
@@ -148,7 +147,7 @@ def throughput(engine: InferenceEngine, largest: int, seconds: float) -> list[Ro
 
 
 def memory(models: Sequence[str], sp: int, console: Console) -> list[Row]:
-    """MiB of the ranks together with the cache written to, each size in a new process."""
+    """MiB of all ranks with a full cache, each size in a new process."""
     rows = []
     for model in models:
         for blocks in MEMORY_BLOCKS:
@@ -165,7 +164,7 @@ def memory(models: Sequence[str], sp: int, console: Console) -> list[Row]:
 
 
 def print_memory(model: str, blocks: int, sp: int) -> None:
-    """Bytes of all ranks together, as JSON, of an engine whose cache has been written to its last block."""
+    """Print the bytes of all ranks of an engine with a full cache, as JSON."""
     with init_inference(
         random_model(model),
         parallel={"sp": sp},
@@ -203,7 +202,7 @@ PANELS = {
     "tokens": ("Step time over prefilled tokens", "tokens in the step", "ms"),
     "requests": ("Step time over running requests", "requests that decode", "ms"),
     "context": ("Step time over context, 4 requests", "tokens of context each", "ms"),
-    "throughput": (f"Throughput, {INPUT_LEN} in / {OUTPUT_LEN} out", "requests together", "tokens/s"),
+    "throughput": (f"Throughput, {INPUT_LEN} in / {OUTPUT_LEN} out", "concurrent requests", "tokens/s"),
     "memory": ("Memory of all ranks", "tokens of cache", "MiB"),
 }
 
@@ -211,7 +210,7 @@ LINES = {"rss": "-", "pss": "--", "weights": ":", "cache": "-."}
 
 
 def draw(rows: Sequence[Row], title: str, subtitle: str, path: Path) -> None:
-    """All panels as one picture."""
+    """Draw all panels in one figure."""
     from matplotlib.figure import Figure
 
     from ulysses_infer.bench.compare.plots.style import empty, heading, plain_numbers, styled
@@ -224,7 +223,7 @@ def draw(rows: Sequence[Row], title: str, subtitle: str, path: Path) -> None:
             axes.set_xlabel(x_label)
             own = [row for row in rows if row.sweep == sweep]
             if not own:
-                empty(axes, "nothing measured")
+                empty(axes, "no data")
                 continue
             _lines(axes, own)
             plain_numbers(axes)
@@ -263,7 +262,7 @@ def _lines(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def series_colour(series: str) -> str:
-    """The mode's colour where it is one."""
+    """The colour of a mode, or of a model's memory."""
     from ulysses_infer.bench.compare.plots.style import COLOURS, mode_colour
 
     words = series.split()
@@ -273,14 +272,20 @@ def series_colour(series: str) -> str:
 
 
 def main() -> None:
-    """Measure, write, print where."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0],
         parents=[model_options("llama-60m"), common_options(sp=2)],
     )
-    parser.add_argument("--seconds", type=float, default=300.0, help="for steps and throughput together (default 300)")
-    parser.add_argument("--max-num-seqs", type=int, default=512, help="most requests at a time (default 512)")
-    parser.add_argument("--memory-models", default="llama-60m,llama-0.5b", help="whose memory is measured; '' for none")
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, help="total time for steps and throughput (default 300)"
+    )
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=512, help="maximum number of concurrent requests (default 512)"
+    )
+    parser.add_argument(
+        "--memory-models", default="llama-60m,llama-0.5b", help="models for the memory plot; '' for none"
+    )
     parser.add_argument("--output", type=Path, default=Path("growth"), help="folder to write (default: %(default)s)")
     parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "BLOCKS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -302,7 +307,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     write_csv(rows, options.output / "growth.csv")
     subtitle = f"{Path(path).name} on {options.sp} ranks · medians and ranges · other programs: {busy:.2f} cores"
-    draw(rows, "How costs grow", subtitle, options.output / "growth.png")
+    draw(rows, "Growth of costs", subtitle, options.output / "growth.png")
     console.print(f"{len(rows)} points; other programs kept {busy:.2f} cores busy; written to {options.output}")
 
 

@@ -1,11 +1,11 @@
-"""What one rank of a layout computes in a step, in every mode, measured alone on one device.
+"""Computation time of one rank of a layout per step, in every mode, measured alone on one device.
 
     python -m benchmarks.profile_layout configs/models/llama-3.3-70b.json --fp8 --output llama-70b-h200.json
 
-Runs rank `--rank` of the layout `--sp` x `--tp` with random weights and nobody to exchange with: every exchange has its
-shapes, its copies and no traffic, so the times are those of the computation. As many layers as `--layers` says are run,
-and one alone; the difference is scaled to the whole model. Prints a table; `--output` saves the figures as JSON, with
-how they were obtained.
+Runs rank `--rank` of the layout `--sp` x `--tp` with random weights and without the other ranks: exchanges make their
+copies but transfer nothing, so the times are those of the computation. Measures `--layers` layers and one layer, and
+extrapolates the difference to the whole model. Prints a table; `--output` saves the figures as JSON, with a description
+of the method.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ulysses_infer.worker.worker import Worker
 WARM_UP = 3
 HOW = (
     "benchmarks/profile_layout.py: one rank alone, random weights, exchanges without traffic; seconds are medians; "
-    "model_seconds = seconds of one layer more x layers of the model + the rest, from runs of 1 and of `layers` layers"
+    "model_seconds = seconds per layer x layers of the model + the rest, from runs of 1 and of `layers` layers"
 )
 
 
@@ -59,7 +59,7 @@ class Load(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A load in a mode: the step's seconds on the layers that ran, and scaled to the whole model."""
+    """A load in a mode: seconds of the step with the measured layers, and extrapolated to the whole model."""
 
     mode: str
     requests: int
@@ -70,23 +70,23 @@ class Measured:
 
 
 class NoWeights:
-    """A `TensorSource` of a checkpoint that is not there."""
+    """A `TensorSource` without tensors."""
 
     def keys(self) -> Iterable[str]:
-        """None."""
+        """No keys."""
         return ()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of none."""
+        """Raises `KeyError`."""
         raise KeyError(key)
 
     def read(self, key: str, kept: Any) -> torch.Tensor:
-        """Of none."""
+        """Raises `KeyError`."""
         raise KeyError(key)
 
 
 def build_model(config: Any, layout: Layout, rank: int, device: torch.device, max_model_len: int) -> ShiftModel:
-    """The rank's share of a model of `config`, its weights drawn at random on the device."""
+    """The rank's share of a model with random weights on the device."""
     settings = ModelConfig(path="-", dtype="bfloat16", max_model_len=max_model_len)
     blueprint = ModelBuilder(config, NoWeights, settings, layout, layout.shard_of(rank), device)
     torch.manual_seed(rank)
@@ -102,7 +102,7 @@ def build_model(config: Any, layout: Layout, rank: int, device: torch.device, ma
 
 
 def _random(name: str, like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Small numbers around 0; scales are one positive number."""
+    """Small random numbers around 0; scales are constant."""
     if "scale" in name:
         return torch.full(like.shape, 0.01, dtype=like.dtype, device=device)
     if not like.dtype.is_floating_point:
@@ -112,7 +112,7 @@ def _random(name: str, like: torch.Tensor, device: torch.device) -> torch.Tensor
 
 
 def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load], arguments: Any) -> Worker:
-    """A worker over `model` whose groups are null, with a cache for the largest load."""
+    """A worker with null process groups and a cache for the largest load."""
     device = next(model.module.parameters()).device
     groups = ProcessGroups(layout, rank, world=NullProcessGroup(layout.world_size, rank))
     for mode in layout.modes:
@@ -144,7 +144,7 @@ def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load]
 
 
 def make_plan(mode: Mode, load: Load, blocks_each: int, dropped: list[int]) -> StepPlan:
-    """The step of `load`: every request has its own blocks, and its earlier tokens are taken as cached."""
+    """The step of `load`: every request has its own blocks, and its earlier tokens count as cached."""
     items = [
         PlanItem(index, load.context, load.tokens, [index * blocks_each + n for n in range(blocks_each)], LAST_LOGITS)
         for index in range(load.requests)
@@ -185,7 +185,7 @@ def times_of(num_layers: int, loads: list[Load], arguments: Any) -> Iterator[tup
 
 
 def read_config(path: Path, num_layers: int, fp8: bool) -> Any:
-    """transformers' config of `path`, with fewer layers, and with block-scaled FP8 weights if asked for."""
+    """transformers' config of `path` with `num_layers` layers and, with `fp8`, block-scaled FP8 weights."""
     values = json.loads(path.read_text(encoding="utf-8"))
     values["num_hidden_layers"] = num_layers
     for name in ("layer_types", "mlp_only_layers"):
@@ -202,7 +202,7 @@ def read_config(path: Path, num_layers: int, fp8: bool) -> Any:
 
 
 def profile(arguments: Any) -> list[Measured]:
-    """Every load in every mode, scaled to the whole model."""
+    """Every load in every mode, extrapolated to the whole model."""
     loads = [
         *(Load(requests, 1, arguments.context) for requests in arguments.decodes),
         *(Load(1, tokens, 0) for tokens in arguments.prompts),
@@ -211,14 +211,14 @@ def profile(arguments: Any) -> list[Measured]:
     alone = {(mode, load): seconds for mode, load, seconds in times_of(1, loads, arguments)}
     measured = []
     for mode, load, seconds in times_of(arguments.layers, loads, arguments):
-        a_layer = (seconds - alone[mode, load]) / (arguments.layers - 1)
-        scaled = alone[mode, load] + (whole - 1) * a_layer
+        per_layer = (seconds - alone[mode, load]) / (arguments.layers - 1)
+        scaled = alone[mode, load] + (whole - 1) * per_layer
         measured.append(Measured(str(mode), *load, seconds, scaled))
     return measured
 
 
 def save(measured: list[Measured], arguments: Any) -> None:
-    """Write the figures and how they were obtained."""
+    """Write the figures with a description of the method."""
     on_gpu = arguments.device.startswith("cuda")
     values = {
         "how": HOW,
@@ -237,7 +237,7 @@ def save(measured: list[Measured], arguments: Any) -> None:
 
 
 def main() -> None:
-    """Parse, measure, print, save."""
+    """Measure, print, save."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -245,9 +245,11 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="a config.json")
     parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--layers", type=int, default=8, help="layers to run, at least 2, for the difference to one")
-    parser.add_argument("--fp8", action="store_true", help="weights in FP8 with a scale a block of 128 x 128")
-    parser.add_argument("--decodes", type=int, nargs="*", default=[1, 8, 32, 128, 256], help="requests of decode steps")
+    parser.add_argument("--layers", type=int, default=8, help="number of layers to run, at least 2")
+    parser.add_argument("--fp8", action="store_true", help="weights in FP8 with one scale per block of 128 x 128")
+    parser.add_argument(
+        "--decodes", type=int, nargs="*", default=[1, 8, 32, 128, 256], help="numbers of requests of decode steps"
+    )
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of prompt steps")
     parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,13 +1,13 @@
-"""Where a step's time goes: matrix products, attention, collectives, and the rest (the engine's overhead).
+"""Profile of a step: matrix products, attention, collectives, and the rest (the engine's overhead).
 
     python -m benchmarks.profile_step --model DIR --sp 1 [--batch 1] [key=value overrides]
     deepspeed --num_gpus 2 benchmarks/profile_step.py --model DIR [--sp 2] [--mode tp] [--batch 1] [key=value overrides]
 
 Runs decodes of `--batch` requests, or with `--prefill N` prompts of N tokens, in one mode on every rank, times the
-kinds of work on rank 0, and prints the median and the least over the steps. A collective's time includes waiting for
-the other ranks. Steps repeated from a graph (decodes on a CPU's native kernels) are timed there, call by call; others
-through the interfaces that the kinds of work sit behind, where the timers cost about a microsecond a call, which counts
-as overhead; norms, rotary angles and gates are then under "everything else".
+kinds of work on rank 0, and prints the median and the minimum over the steps. The time of a collective includes waiting
+for the other ranks. In steps replayed from a CPU graph (decodes with native kernels) every native call is timed. In
+other steps, timers wrap the interfaces of each kind of work; they cost about a microsecond per call, which counts as
+overhead, and norms, rotary angles and gates are part of "everything else".
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from ulysses_infer.worker.cpu_graphs import CpuGraphRunner
 Step = tuple[float, defaultdict[str, float]]  # seconds, and seconds by kind of work
 PREFILLS = 12
 KINDS = ("matrix products", "attention", "collectives", "norms, rotary, gates")
-ON_TAPES = dict(zip(native.KINDS, (*KINDS[:2], KINDS[3], *[KINDS[2]] * 3), strict=True))
+KIND_OF_CALL = dict(zip(native.KINDS, (*KINDS[:2], KINDS[3], *[KINDS[2]] * 3), strict=True))
 
 
 class Clock:
-    """Seconds by kind of work within the current step; a kind inside another counts once, as the inner one."""
+    """Seconds by kind of work within the current step; nested work counts once, as the inner kind."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -63,7 +63,7 @@ class Clock:
 
 
 class Timed:
-    """An object of which some methods are timed and everything else is the original's."""
+    """A proxy of an object that times some of its methods."""
 
     def __init__(self, original: Any, clock: Clock, kind: str, methods: tuple[str, ...]) -> None:
         self._original = original
@@ -75,7 +75,7 @@ class Timed:
 
 
 def attach_adapters(engine: InferenceEngine, clock: Clock) -> None:
-    """Put timers on the worker's matrix products, attention backend and collectives."""
+    """Time the worker's matrix products, attention backend and collectives."""
     assert engine._rank is not None
     worker = engine._rank.worker
     exchanges = ("tokens_to_heads", "heads_to_tokens", "gather_rows", "sum_over_tp")
@@ -86,37 +86,37 @@ def attach_adapters(engine: InferenceEngine, clock: Clock) -> None:
 
 
 def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int, prefill: int = 0) -> list[Step]:
-    """Decode steps of a full batch, or prefills: (seconds, seconds by kind) of each.
+    """(seconds, seconds by kind) of each decode step of a full batch, or of each prefill.
 
-    On rank 0 a step is all that the engine does for one: from choosing the requests to giving them their tokens.
+    On rank 0 a step is the whole engine step, from scheduling to processing the tokens.
     """
     clock = Clock()
     steps: list[Step] = []
     assert engine._rank is not None
     worker = engine._rank.worker
-    run, brain = worker.run, engine._engine
+    run, engine_of_rank0 = worker.run, engine._engine
 
     def run_share(plan: Any, *args: Any) -> Any:
         clock.seconds.clear()
         result = run(plan, *args)
         if isinstance(worker.graphs, CpuGraphRunner):
             for kind, seconds in worker.graphs.seconds.items():
-                clock.seconds[ON_TAPES[kind]] += seconds
+                clock.seconds[KIND_OF_CALL[kind]] += seconds
         return result
 
     def run_step() -> Any:
-        assert brain is not None
+        assert engine_of_rank0 is not None
         started = time.perf_counter()
         result = step()
         seconds = time.perf_counter() - started
-        if brain.stats.recent[-1].num_tokens == (prefill or batch):
+        if engine_of_rank0.stats.recent[-1].num_tokens == (prefill or batch):
             steps.append((seconds, defaultdict(float, clock.seconds)))
         return result
 
     attach_adapters(engine, clock)
     worker.run = run_share  # type: ignore[assignment, method-assign]
-    if brain is not None:  # the other ranks do no more than their share
-        step, brain.step = brain.step, run_step  # type: ignore[method-assign]
+    if engine_of_rank0 is not None:  # only rank 0 has an engine
+        step, engine_of_rank0.step = engine_of_rank0.step, run_step  # type: ignore[method-assign]
     draw = random.Random(0)
     vocab_size = worker.model.shape.vocab_size
     groups = [[prefill]] * PREFILLS if prefill else [[input_len] * batch]
@@ -124,11 +124,11 @@ def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int
         prompts = [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]
         output_tokens = 1 if prefill else output_len
         engine.generate(prompts, SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True))
-    return steps[3:]  # without the first, which is run as ever, and the second, which is recorded
+    return steps[3:]  # without the first steps, which run layer by layer or are recorded
 
 
 def list_functions(engine: InferenceEngine, arguments: argparse.Namespace) -> None:
-    """Decode once more under Python's profiler, which itself takes most of the time: for comparing functions only."""
+    """Decode again under Python's profiler. It takes most of the time itself, so only compare functions."""
     profiler = cProfile.Profile()
     assert engine._rank is not None
     worker = engine._rank.worker
@@ -139,7 +139,7 @@ def list_functions(engine: InferenceEngine, arguments: argparse.Namespace) -> No
 
 
 def profiled(function: Callable[..., Any], profiler: cProfile.Profile) -> Callable[..., Any]:
-    """`function`, under `profiler`."""
+    """`function`, profiled with `profiler`."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         profiler.enable()
@@ -152,13 +152,13 @@ def profiled(function: Callable[..., Any], profiler: cProfile.Profile) -> Callab
 
 
 def report(steps: list[Step], title: str) -> None:
-    """Print the median step, and of each part the least that any step took: on a busy machine that says more."""
+    """Print the median and the minimum of each part; on a busy machine the minimum is more reliable."""
     parts = {kind: [by_kind[kind] for _, by_kind in steps] for kind in KINDS}
     parts["everything else"] = [seconds - sum(by_kind.values()) for seconds, by_kind in steps]
     parts["step"] = [seconds for seconds, _ in steps]
     total = statistics.median(parts["step"])
     table = Table(title=title)
-    for column in ("part", "median ms", "% of step", "least ms"):
+    for column in ("part", "median ms", "% of step", "min ms"):
         table.add_column(column, justify="right" if column != "part" else "left")
     for kind, seconds in parts.items():
         median = statistics.median(seconds)
@@ -175,9 +175,11 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--mode", default="tp", help="tp or sp")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt: time prefills, not decodes")
-    parser.add_argument("--functions", type=int, default=0, help="also list so many functions by their own time")
-    parser.add_argument("overrides", nargs="*", help="key=value, as in a recipe")
+    parser.add_argument("--prefill", type=int, default=0, help="time prefills of this many tokens instead of decodes")
+    parser.add_argument(
+        "--functions", type=int, default=0, help="also list this many functions, sorted by their own time"
+    )
+    parser.add_argument("overrides", nargs="*", help="recipe keys as key=value")
     arguments = parser.parse_args()
     settings = {
         "parallel.sp": arguments.sp,
@@ -193,7 +195,7 @@ def main() -> None:
             threads = torch.get_num_threads()
             tokens, requests = arguments.prefill, arguments.batch
             kind = f"prefill, {tokens} tokens" if tokens else f"decode, {requests} requests"
-            report(steps, f"{kind}, mode {arguments.mode}, {threads} thread(s) a rank")
+            report(steps, f"{kind}, mode {arguments.mode}, {threads} thread(s) per rank")
 
 
 if __name__ == "__main__":

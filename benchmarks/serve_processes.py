@@ -1,4 +1,4 @@
-"""The processes that benchmarks/serve_report.py measures: a server, and an offline engine beside it."""
+"""The processes that benchmarks/serve_report.py measures: a server and an offline engine."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ from ulysses_infer.bench.serve.datasets import Item
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 300.0
 POLL_SECONDS = 0.5
-PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
-WORKER = "from serve_processes import offline_worker; offline_worker()"
+WORKER = "from benchmarks.serve_processes import offline_worker; offline_worker()"
 
 
 @dataclass
 class Steps:
-    """Engine steps of a stretch of time."""
+    """Engine steps in a period of time."""
 
     count: float = 0.0
     tokens: float = 0.0
@@ -38,26 +37,26 @@ class Steps:
 
 @dataclass
 class Measured:
-    """The same work, done one way."""
+    """The measurements of one run."""
 
     tokens: int
-    """Generated."""
+    """Generated tokens."""
     seconds: float
     cpu: dict[str, float]
-    """Processor seconds by role."""
+    """CPU seconds by role."""
     steps: Steps
     num_lost: int = 0
     idle_cpu: float = 0.0
-    """Processor seconds of the other engine meanwhile."""
+    """CPU seconds of the idle engine during the run."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens."""
+        """Generated tokens per second."""
         return self.tokens / self.seconds
 
 
 def difference(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
-    """What was spent in between."""
+    """CPU seconds spent in between, by role."""
     return {role: seconds - before.get(role, 0.0) for role, seconds in after.items()}
 
 
@@ -71,21 +70,21 @@ class ServerProcess:
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
     def wait_until_ready(self) -> str:
-        """The server's URL, once it takes requests. Exits with the server's output if it does not start."""
+        """Wait until the server is ready; returns its URL. Exits with the server's output if it does not start."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             found = re.search(r"serving \S.* on (http://\S+)", self._log.read_text(encoding="utf-8"))
             if found:
                 return found[1]
             time.sleep(POLL_SECONDS)
-        sys.exit(f"the server did not start; it said:\n{self._log.read_text(encoding='utf-8')}")
+        sys.exit(f"the server did not start; its output:\n{self._log.read_text(encoding='utf-8')}")
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Processor seconds so far, by role."""
+        """CPU seconds so far, by role."""
         return _cpu_seconds([psutil.Process(self._process.pid)], _server_role)
 
     def stop(self) -> None:
-        """Drain and end it."""
+        """Drain and stop the server."""
         self._process.terminate()
         try:
             self._process.wait(60)
@@ -112,14 +111,14 @@ def _cpu_seconds(roots: list[psutil.Process], role_of: Callable[[psutil.Process]
 
 
 def busy_seconds() -> float:
-    """Processor seconds that the whole machine has spent."""
+    """CPU seconds of the whole machine since boot."""
     times = psutil.cpu_times()
     return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
 
 
 @contextmanager
 def server(arguments: list[str]) -> Iterator[tuple[ServerProcess, str]]:
-    """A server that runs, and its URL."""
+    """A running server and its URL."""
     with tempfile.TemporaryDirectory() as folder:
         process = ServerProcess(arguments, Path(folder) / "server.log")
         try:
@@ -129,17 +128,17 @@ def server(arguments: list[str]) -> Iterator[tuple[ServerProcess, str]]:
 
 
 class Offline:
-    """`generate` in a process of its own, which is kept."""
+    """An offline engine in a process of its own."""
 
     def __init__(self, model: str, settings: dict[str, Any]) -> None:
         command = [sys.executable, "-c", WORKER, model, json.dumps(settings)]
-        environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": PYTHONPATH}
+        environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def wait_until_ready(self) -> None:
-        """Until the model is loaded."""
+        """Wait until the model is loaded."""
         self._read()
 
     def generate(self, items: list[Item]) -> Measured:
@@ -155,12 +154,12 @@ class Offline:
         )
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Processor seconds so far, by role."""
+        """CPU seconds so far, by role."""
         root = psutil.Process(self._process.pid)
         return _cpu_seconds([root], lambda process: "rank 0" if process == root else "other ranks")
 
     def stop(self) -> None:
-        """End it: it stops at the end of its input."""
+        """Stop it by closing its input."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
@@ -174,7 +173,8 @@ class Offline:
 
 
 def offline_worker() -> None:
-    """In the process of its own: a line of work in, a line of measurements out. Arguments: model, settings."""
+    """The offline engine's process: reads prompts and writes measurements, one JSON line each. Arguments: model,
+    settings."""
     from ulysses_infer import SamplingParams, init_inference
 
     def totals() -> list[float]:

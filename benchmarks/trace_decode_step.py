@@ -1,8 +1,8 @@
-"""Which files and classes one decode step enters, in order: `python -m benchmarks.trace_decode_step [--eager]`.
+"""Files and classes that one decode step uses, in order: `python -m benchmarks.trace_decode_step [--eager]`.
 
 Runs the bundled model on one CPU rank, warms up, and records one decode step of `InferenceEngine.stream` with
-`sys.setprofile`. Counts the package's files whose functions are called and the package's classes whose methods are.
-Uses the public interface only, so that it also runs on older checkouts (put them on PYTHONPATH).
+`sys.setprofile`. Counts the package's files whose functions are called and its classes whose methods are called. Uses
+only the public interface, so that it also runs on older checkouts (add them to PYTHONPATH).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Trace:
         self.types: dict[str, None] = {}
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        """For `sys.setprofile`."""
+        """The callback of `sys.setprofile`."""
         path = Path(frame.f_code.co_filename)
         if event != "call" or not path.is_relative_to(ROOT):
             return

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.serve_long_prompt import long_prompt
 from benchmarks.serve_processes import Measured, Steps, difference
-from benchmarks.serve_report import LoadReport, long_prompt, num_lost, print_load
+from benchmarks.serve_report import LoadReport, num_lost, print_load
 from ulysses_infer.bench.serve.answer import StreamedAnswer
 from ulysses_infer.bench.serve.load import LoadRun
 from ulysses_infer.bench.serve.result import result_of
