@@ -90,6 +90,15 @@ def test_a_single_file_beside_a_stale_index_is_served(shards, tmp_path):
     assert found == want[0, 3:].tolist()
 
 
+def test_a_folder_of_an_adapter_is_named_with_its_base_model(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(
+        CheckpointError, match=r"is an adapter of PEFT, not a model; serve owner/base with lora\.adapters"
+    ):
+        find_checkpoint(str(tmp_path))
+
+
 # -- configuration files -------------------------------------------------------------------------------------------
 
 NO_OBJECTS = ["", "not json", "[]", "null", '"text"', '{"a": 1', b"\xff\xfe"]

@@ -16,6 +16,7 @@ from ulysses_infer.model.loading.files import (
     MemorySource,
     SafetensorsSource,
     TensorSource,
+    read_json_object,
     resolve_folder,
     take,
     weights_file,
@@ -24,6 +25,7 @@ from ulysses_infer.model.loading.training import AdaptedSource, TrainingSource, 
 from ulysses_infer.model.loading.zero import open_zero, zero_folder
 from ulysses_infer.parallel.layout import Span
 
+ADAPTER_CONFIG = "adapter_config.json"
 LEVELS_ABOVE = 3  # a training run has its config.json at most this many levels above the folder of a step
 
 
@@ -66,7 +68,15 @@ class Checkpoint:
 def find_checkpoint(path: str, revision: str | None = None, hf_config: str | None = None) -> Checkpoint:
     """The checkpoint that a hub id or a folder names. Raises `CheckpointError`."""
     folder = resolve_folder(path, revision)
-    return Checkpoint(folder, None if weights_file(folder) else zero_folder(folder), hf_config)
+    if weights_file(folder):
+        return Checkpoint(folder, None, hf_config)
+    step = zero_folder(folder)
+    if step is None and (folder / ADAPTER_CONFIG).is_file():
+        base = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "its base model"
+        raise CheckpointError(
+            f"{folder} is an adapter of PEFT, not a model; serve {base} with lora.adapters.NAME={path}"
+        )
+    return Checkpoint(folder, step, hf_config)
 
 
 @dataclass(frozen=True)
