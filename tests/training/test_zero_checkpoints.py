@@ -172,9 +172,10 @@ def test_a_lost_or_broken_file_is_one_line(saved, tmp_path):
 def test_the_latest_step_is_taken_and_one_that_is_not_there_is_named(saved, tmp_path):
     folder, _ = saved("zero1")
     assert find_checkpoint(str(folder)).step == folder / "step20"
-    (tmp_path / "latest").write_text("step7\n")
-    with pytest.raises(CheckpointError, match="names 'step7'"):
-        find_checkpoint(str(tmp_path))
+    for tag, named in (("step7\n", "names 'step7'"), ("", "names ''")):
+        (tmp_path / "latest").write_text(tag)
+        with pytest.raises(CheckpointError, match=named):
+            find_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize(

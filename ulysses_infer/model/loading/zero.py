@@ -22,6 +22,11 @@ POINTERS = ("latest", "latest_universal")  # files that name the folder of the l
 UNIVERSAL_WEIGHTS = "zero"  # the folder of a universal checkpoint with one folder per parameter
 ZERO_3_PREFIX = "zero_pp_rank_"  # of the model-states files of ZeRO 3, one per rank
 
+READING_ERRORS = (
+    *(OSError, ValueError, LookupError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError),
+    *(ImportError, AttributeError),  # a pickle can name classes that are not installed here
+)
+
 
 def zero_folder(folder: Path) -> Path | None:
     """The folder of one saved step: `folder` itself, or the one that its `latest` names; None if there is neither.
@@ -30,8 +35,8 @@ def zero_folder(folder: Path) -> Path | None:
     """
     for pointer in POINTERS:
         if (folder / pointer).is_file():
-            tag = (folder / pointer).read_text().strip()
-            if not (folder / tag).is_dir():
+            tag = (folder / pointer).read_text(errors="replace").strip()
+            if not tag or not (folder / tag).is_dir():
                 raise CheckpointError(f"{folder / pointer} names {tag!r}, but there is no such folder beside it")
             return folder / tag
     is_step = (folder / UNIVERSAL_WEIGHTS).is_dir() or any(folder.glob("*_model_states.pt"))
@@ -50,7 +55,7 @@ def open_zero(folder: Path) -> ZeroSource:
             tensors = _partitioned(folder)
         else:
             tensors = _unpartitioned(folder)
-    except (OSError, ValueError, LookupError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except READING_ERRORS as error:
         raise CheckpointError(
             f"the DeepSpeed checkpoint {folder} cannot be read: {first_line(error)}; it may be incomplete"
         ) from error
@@ -100,10 +105,12 @@ def _whole_module(folder: Path) -> Mapping[str, Any]:
     files = sorted(folder.glob("*_model_states.pt"))
     if any(file.name.startswith(ZERO_3_PREFIX) for file in files):
         return {}
+    if not files:
+        raise ValueError("it has no *_model_states.pt, which holds the module's state")
     if len(files) != 1:
         raise ValueError(f"its weights are in {len(files)} model-parallel parts, which only DeepSpeed can join")
     module: Mapping[str, Any] = _load(files[0])["module"]
-    return module
+    return {name: value for name, value in module.items() if isinstance(value, torch.Tensor)}
 
 
 @dataclass(frozen=True)
