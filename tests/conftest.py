@@ -9,9 +9,33 @@ import pytest
 
 from tests.ranks import RankPools
 from tests.tiny import tiny_llama
+from ulysses_infer.child_processes import end_children_with_this_process
 
 hypothesis.settings.register_profile("ulysses_infer", deadline=None, derandomize=True)  # the same examples in every run
 hypothesis.settings.load_profile("ulysses_infer")
+
+
+# Tests that mostly wait for processes. They go first, so that other workers compute meanwhile and none is left alone.
+WAITING = (
+    "tests/server/test_faults",
+    "tests/job",
+    "tests/training",
+    "tests/server",
+    "tests/test_launch",
+    "tests/bench",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files for `--dist loadfile`, which hands them out in this order."""
+    items.sort(
+        key=lambda item: next((i for i, name in enumerate(WAITING) if item.nodeid.startswith(name)), len(WAITING))
+    )
+
+
+def pytest_configure() -> None:
+    """Nothing that a test starts outlives the session, even if the session is killed."""
+    end_children_with_this_process()
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+if not __package__:  # started by path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ulysses_infer.child_processes import end_children_with_this_process
+
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"  # the release the engine is developed on
 EXTRAS = {"demo": "", "test": "[serve,bench,train,test]"}
 CHECKS = (["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"])
 PYTEST = ["pytest", "--durations=10"]
+IN_PARALLEL = ["--numprocesses=3", "--dist=loadfile", "--no-loadscope-reorder"]  # most time is spent in waits
 THOROUGH = "--thorough"
 
 
@@ -34,6 +40,7 @@ def main() -> None:
         print(__doc__)
         sys.exit(0 if command in ("-h", "--help") else 2)
     check_machine()
+    end_children_with_this_process()
     environment = Environment(Path(os.environ.get("ULYSSES_VENV") or ROOT / ".venv").resolve())
     environment.prepare(command)
     os.chdir(ROOT)
@@ -139,20 +146,20 @@ def run_demo(environment: Environment, overrides: list[str]) -> None:
 
 def run_tests(environment: Environment, arguments: list[str]) -> None:
     """Run the checks in order; exits with the status of the first that fails."""
-    variables = environment.variables()
+    variables, tests = environment.variables(), [*PYTEST, *selection(arguments)]
     if environment.count_gpus() == 0:
-        variables = cpu_variables(variables)
-    for command in (*CHECKS, pytest_command(arguments)):
+        variables, tests = cpu_variables(variables), [*PYTEST, *IN_PARALLEL, *selection(arguments)]
+    for command in (*CHECKS, tests):
         say(" ".join(command))
         status = subprocess.run([environment.bin / command[0], *command[1:]], env=variables, check=False).returncode
         if status != 0:
             sys.exit(status)
 
 
-def pytest_command(arguments: list[str]) -> list[str]:
-    """pytest with the user's arguments; `--thorough` removes the default selection of tests."""
-    selection = ["-m", ""] if THOROUGH in arguments else []
-    return [*PYTEST, *selection, *(argument for argument in arguments if argument != THOROUGH)]
+def selection(arguments: list[str]) -> list[str]:
+    """The user's arguments for pytest; `--thorough` removes the default selection of tests."""
+    everything = ["-m", ""] if THOROUGH in arguments else []
+    return [*everything, *(argument for argument in arguments if argument != THOROUGH)]
 
 
 def cpu_variables(variables: dict[str, str]) -> dict[str, str]:

@@ -80,7 +80,7 @@ def test_what_is_named_and_cannot_is_refused_with_the_reason(name, changes, why)
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", set(CAPABILITIES) - {"torch"})
+@pytest.mark.parametrize("name", sorted(set(CAPABILITIES) - {"torch"}))
 def test_what_is_named_and_not_installed_is_refused(name):
     with pytest.raises(ConfigError, match="is not installed; use auto"):
         chosen(name=name, installed={"torch"})

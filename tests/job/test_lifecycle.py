@@ -74,7 +74,7 @@ def tokens(outputs):
 
 
 def test_engines_follow_each_other_in_one_process(folder):
-    environment = dict(os.environ)
+    environment, earlier = dict(os.environ), shared_memory(os.getpid())
     with init_inference(folder, **settings()) as alone:
         wanted = tokens(alone.generate(["hello", "a"], GREEDY))
     for make in (lambda: start(folder), lambda: in_a_thread(lambda: start(in_memory(folder)))):
@@ -85,7 +85,7 @@ def test_engines_follow_each_other_in_one_process(folder):
             assert engine.tokenizer is not None
             pids = workers(engine)
             assert traces() == pids, "the folder that hands a model over is gone once all ranks have loaded it"
-            assert not any(shared_memory(pid) for pid in [os.getpid(), *pids])
+            assert not any(shared_memory(pid) - earlier for pid in [os.getpid(), *pids])
             time.sleep(1.0)  # workers look whether their parent lives: a thread that ended is not the parent
             assert tokens(engine.generate(["hello", "a"], GREEDY)) == wanted
         assert not any(psutil.pid_exists(pid) for pid in pids)
@@ -310,6 +310,36 @@ def test_control_c_in_a_generation_ends_everything(folder):
     assert code in (-signal.SIGINT, 130)
     assert errors.strip().endswith("KeyboardInterrupt")
     assert "worker rank" not in errors
+
+
+AGAIN = """
+for presses in (1, 2):
+    try:
+        print("generating", flush=True)
+        while True:
+            engine.generate(["hello"] * 4, long)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        if presses == 2:
+            time.sleep(5)
+    stats = engine.stats()
+    print(stats["num_requests_running"], len(engine.generate("hello", long)[0].outputs[0].token_ids), flush=True)
+"""
+
+
+def test_control_c_leaves_the_engine_usable_and_a_second_one_ends_it(folder):
+    with script("import time\n" + AGAIN, folder) as process:
+        assert process.stdout.readline() == "generating\n"
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert [process.stdout.readline() for _ in range(3)] == ["interrupted\n", "0 120\n", "generating\n"]
+        time.sleep(1.2)  # the next one is a first one again
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "interrupted\n"
+        process.send_signal(signal.SIGINT)
+        code, _, errors = finish(process)
+    assert code in (-signal.SIGINT, 130)
+    assert errors.strip().endswith("KeyboardInterrupt")
 
 
 def test_workers_end_with_a_killed_parent(folder):

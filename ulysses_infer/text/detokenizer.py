@@ -52,6 +52,14 @@ class TokenDecoder:
         return {token: part for token, part in self._skipped_texts.items() if any(part in text for text in texts)}
 
     @functools.cached_property
+    def special_texts(self) -> dict[str, list[int]]:
+        """The texts of special tokens that are skipped, with the ids that have them."""
+        ids: dict[str, list[int]] = {}
+        for token_id, text in sorted(self._skipped_texts.items()):
+            ids.setdefault(text, []).append(token_id)
+        return ids
+
+    @functools.cached_property
     def _skipped_texts(self) -> dict[int, str]:
         return {token_id: self.decode([token_id], False) for token_id in self._skipped}
 

@@ -5,6 +5,7 @@ The value is a list of alternatives, each a list of pieces. A piece is one of:
     {"text": "…"}                                   this text
     {"tokens": [7, 8]}                              one of these token ids, such as a special token
     {"regex": "…"}                                  text of this regex
+    {"until": "…"}                                  any text up to this one, which is part of it
     {"json": {…}}                                   JSON of this schema
     {"repeat": [[…], …], "min": 0, "max": null}     one of the alternatives, min to max times
 """
@@ -50,6 +51,10 @@ class _Writer:
                 return f"<[{','.join(map(str, ids))}]>"
             case {"regex": str(pattern)} if pattern and "\n" not in pattern:
                 return f"/{pattern.replace('/', chr(92) + '/')}/"
+            case {"until": str(end)} if end:
+                name = f"until_{len(self.rules)}"
+                self.rules.append(f"{name}[stop={json.dumps(end, ensure_ascii=False)}]: /(?s:.*)/")
+                return name
             case {"json": schema}:
                 return self._schema(schema)
             case {"repeat": inner, "min": int(low), "max": int() | None as high} if 0 <= low <= MAX_REPEATS:

@@ -45,7 +45,8 @@ class DollarParser:
 @dataclass(frozen=True)
 class DollarFormat:
     name: str = "dollar"
-    needs_special_tokens: bool = True
+    tags: tuple[str, ...] = ("$",)
+    is_bare: bool = False
 
     def parser(self, tools: Any) -> DollarParser:
         return DollarParser()
@@ -67,7 +68,7 @@ def test_calls_are_found_in_a_whole_answer(calling: Served) -> None:
         ("call-0", "f", '{"a":1}'),
         ("call-1", "g", '{"a":1}'),
     ]
-    assert calling.engine.submits[0].params["skip_special_tokens"] is False
+    assert "skip_special_tokens" not in calling.engine.submits[0].params
 
 
 def test_an_answer_of_calls_alone_has_no_content(calling: Served) -> None:
@@ -139,7 +140,7 @@ def test_a_demanded_call_is_forced_and_read_in_its_own_format(
         return StructuredOutputs(regex=f"{len(tools)}{parallel}")
 
     monkeypatch.setattr(tool_use, "tool_choice_constraint", forced)
-    monkeypatch.setattr(tool_use, "constrained_format", lambda tool_choice: DollarFormat(needs_special_tokens=False))
+    monkeypatch.setattr(tool_use, "constrained_format", lambda tool_choice: DollarFormat())
     body = {"messages": USER, "tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
     answer = calling.post("/v1/chat/completions", body).json()
     assert answer["choices"][0]["finish_reason"] == reason

@@ -17,7 +17,7 @@ from ulysses_infer.server.http.protocol.chat import ChatFields, ChatRequest
 from ulysses_infer.server.http.protocol.tokens import TokenizeRequest
 from ulysses_infer.server.http.respond import PreparedRequest, check_streaming, generation_of
 from ulysses_infer.server.http.sampling import sampling_params, structured_outputs
-from ulysses_infer.server.http.tool_use import ToolUse, check_format, tool_use
+from ulysses_infer.server.http.tool_use import ToolUse, tool_use
 
 
 class ChatChoiceBuilder:
@@ -148,13 +148,13 @@ def _parameters(context: AppContext, body: ChatRequest) -> tuple[ToolUse, Sampli
         raise ApiError(400, "top_logprobs needs logprobs: true; set it", param="top_logprobs")
     use = tool_use(context, body)
     wanted = structured_outputs(body)
-    check_format(body, use, wanted)
+    use = use.with_response_format(body, wanted)
     changes: dict[str, Any] = {
         "max_tokens": _max_tokens(body),
         "structured_outputs": use.constraint or wanted,
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
     }
-    if use.format is not None and use.format.needs_special_tokens:
+    if use.special is not None:
         changes["skip_special_tokens"] = False
     return use, sampling_params(body, context.sampling_defaults, **changes)
 

@@ -17,20 +17,27 @@ from ulysses_infer.server.tool_calls.events import (
     ToolFormat,
     Tools,
 )
+from ulysses_infer.server.tool_calls.formatted import formatted_parser
+from ulysses_infer.server.tool_calls.grammar import calls_grammar
+from ulysses_infer.server.tool_calls.special import SpecialTags, special_tags
 
 __all__ = [
     "FORMATS",
     "ArgumentsDelta",
     "CallStarted",
     "ContentDelta",
+    "SpecialTags",
     "ToolCallParser",
     "ToolChoice",
     "ToolEvent",
     "ToolFormat",
     "Tools",
+    "calls_grammar",
     "check_tool_choice",
     "check_tools",
     "choose_format",
     "constrained_format",
+    "formatted_parser",
+    "special_tags",
     "tool_choice_constraint",
 ]

@@ -20,6 +20,7 @@ from ulysses_infer.server.tool_calls.json_calls import REQUIRED
 from ulysses_infer.server.tool_calls.streaming import call_id
 
 _DATA_KEYS = ("const", "enum", "default", "examples")  # keywords with plain values, in which "$ref" is not a reference
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # names to schemas
 
 
 def tool_choice_constraint(tools: Tools, tool_choice: ToolChoice, parallel: bool = True) -> StructuredOutputs | None:
@@ -34,15 +35,12 @@ def tool_choice_constraint(tools: Tools, tool_choice: ToolChoice, parallel: bool
         return StructuredOutputs(json=parameters_of(chosen))
     if tool_choice != "required":
         return None
-    schema: dict[str, Any] = {
-        "type": "array",
-        "minItems": 1,
-        "items": {"anyOf": [_call_schema(tool) for tool in tools]},
-    }
+    calls = call_schema(tools, "parameters")
+    definitions = calls.pop("$defs")
+    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": calls}
     if not parallel:
         schema["maxItems"] = 1
-    schema["$defs"] = {function_of(tool)["name"]: _moved(parameters_of(tool), tool) for tool in tools}
-    return StructuredOutputs(json=schema)
+    return StructuredOutputs(json={**schema, "$defs": definitions})
 
 
 def constrained_format(tool_choice: ToolChoice) -> ToolFormat:
@@ -51,14 +49,27 @@ def constrained_format(tool_choice: ToolChoice) -> ToolFormat:
     return REQUIRED if name is None else NamedFormat(name)
 
 
-def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
-    name = function_of(tool)["name"]
-    return {
-        "type": "object",
-        "properties": {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/{name}"}},
-        "required": ["name", "parameters"],
-        "additionalProperties": False,
-    }
+def call_schema(tools: Tools, key: str) -> dict[str, Any]:
+    """The schema of one call as an object with its name and, as `key`, its arguments; with `$defs` at its top."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": function_of(tool)["name"]}, key: {"$ref": _place(tool)}},
+            "required": ["name", key],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    return {"anyOf": calls, "$defs": {function_of(tool)["name"]: _moved(parameters_of(tool), tool) for tool in tools}}
+
+
+def parameters_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a tool's arguments, as a reference into its `$defs`."""
+    return {"$ref": _place(tool), "$defs": {function_of(tool)["name"]: _moved(parameters_of(tool), tool)}}
+
+
+def _place(tool: Mapping[str, Any]) -> str:
+    return f"#/$defs/{function_of(tool)['name']}"
 
 
 def _moved(schema: Any, tool: Mapping[str, Any]) -> Any:
@@ -67,10 +78,15 @@ def _moved(schema: Any, tool: Mapping[str, Any]) -> Any:
         return [_moved(part, tool) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
-    moved = {key: value if key in _DATA_KEYS else _moved(value, tool) for key, value in schema.items()}
+    moved = {}
+    for key, value in schema.items():
+        if key in _MAPS and isinstance(value, Mapping):
+            moved[key] = {name: _moved(part, tool) for name, part in value.items()}
+        else:
+            moved[key] = value if key in _DATA_KEYS else _moved(value, tool)
     reference = moved.get("$ref")
     if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
-        moved["$ref"] = f"#/$defs/{function_of(tool)['name']}{reference[1:]}"
+        moved["$ref"] = _place(tool) + reference[1:]
     return moved
 
 
@@ -80,7 +96,8 @@ class NamedFormat:
 
     function: str
     name: str = "named"
-    needs_special_tokens: bool = False
+    tags: tuple[str, ...] = ()
+    is_bare: bool = True
 
     def parser(self, tools: Tools) -> ToolCallParser:
         """A new parser, for one output."""

@@ -56,8 +56,12 @@ class ToolFormat(Protocol):
         """The name in `server.tool_call_parser`."""
 
     @property
-    def needs_special_tokens(self) -> bool:
-        """Whether the markup is made of special tokens, so text must be decoded with `skip_special_tokens=False`."""
+    def tags(self) -> tuple[str, ...]:
+        """Markup that may be special tokens of a tokenizer: text must then be decoded with them."""
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether an output may start with a call without a tag."""
 
     def parser(self, tools: Tools) -> ToolCallParser:
         """A new parser, for one output. `tools`: those of the request."""

@@ -49,7 +49,8 @@ class JsonFormat:
     """Whether an output may start with a call without an opener; then only names of known tools make a call."""
     knows_names: bool = False
     """Whether names are not checked."""
-    needs_special_tokens: bool = False
+    tags: tuple[str, ...] = ()
+    """Markup that may be special tokens of a tokenizer."""
     make_id: Callable[[], str] = call_id
     patterns: dict[str, regex.Pattern[str]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -107,6 +108,8 @@ class JsonCallParser(StreamingParser):
             return self._commit(found)
         if may_come:
             return False
+        if self._drop_unfinished(self._pattern):
+            return True
         self._scanner, self._num_scanned = BracketScanner(), 0
         self._state = self._whole
         return True
@@ -129,7 +132,9 @@ class JsonCallParser(StreamingParser):
         end = self._scanner.feed(self._text[max(start, self._num_scanned) :])
         if end is None:
             self._num_scanned = len(self._text)
-            return self._no_call() if self._is_final else False
+            if not self._is_final:
+                return False
+            return self._drop_rest() if self._num_calls else self._no_call()
         end += max(start, self._num_scanned)
         call = _read_call(self._text[start:end], self._known_names)
         if call is None:
@@ -212,6 +217,7 @@ HERMES = JsonFormat(
     first=rf"<tool_call>{SPACE}{NAMED_OBJECT}",
     openers=("<tool_call>",),
     closing=rf"{SPACE}</tool_call>",
+    tags=("<tool_call>", "</tool_call>"),
 )
 LLAMA3_JSON = JsonFormat(
     "llama3_json",
@@ -219,6 +225,7 @@ LLAMA3_JSON = JsonFormat(
     openers=("<|python_tag|>",),
     following=rf"{SPACE};{SPACE}{NAMED_OBJECT}",
     is_bare=True,
+    tags=("<|python_tag|>",),
 )
 MISTRAL = JsonFormat(
     "mistral",
@@ -229,10 +236,13 @@ MISTRAL = JsonFormat(
     openers=("[TOOL_CALLS]",),
     following=rf"{SPACE},{SPACE}{NAMED_OBJECT}",
     closing=rf"{SPACE}\]",
-    needs_special_tokens=True,
+    tags=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
     make_id=short_call_id,
 )
-_CALLS, _CALL, _SEPARATOR = (f"<\uff5ctool▁{word}\uff5c>" for word in ("calls▁begin", "call▁begin", "sep"))
+DEEPSEEK_TAGS = tuple(
+    f"<\uff5ctool▁{word}\uff5c>" for word in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end")
+)
+_CALLS, _CALL, _SEPARATOR = DEEPSEEK_TAGS[:3]
 DEEPSEEK = JsonFormat(
     "deepseek",
     first=(
@@ -242,7 +252,7 @@ DEEPSEEK = JsonFormat(
     ),
     openers=(_CALLS, _CALL),
     closing=rf"{SPACE}(?:```{SPACE})?<\uff5ctool▁calls?▁end\uff5c>",
-    needs_special_tokens=True,
+    tags=DEEPSEEK_TAGS,
 )
 REQUIRED = JsonFormat(
     "required",

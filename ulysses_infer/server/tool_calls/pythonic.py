@@ -32,7 +32,8 @@ class PythonicFormat:
     """Lists of Python calls."""
 
     name: str = "pythonic"
-    needs_special_tokens: bool = False
+    tags: tuple[str, ...] = ("<|python_start|>", "<|python_end|>")
+    is_bare: bool = True
 
     def parser(self, tools: Tools) -> ToolCallParser:
         """A new parser, for one output."""
@@ -67,6 +68,8 @@ class PythonicParser(StreamingParser):
         found, may_come = self._match(self._pattern)
         if may_come:
             return False
+        if found is None and self._drop_unfinished(self._pattern):
+            return True
         if found is None or found["name"] not in self._known_names:
             return self._no_call()
         self._name, self._start = found["name"], found.end() - 1
@@ -78,6 +81,8 @@ class PythonicParser(StreamingParser):
         end = self._scanner.feed(self._text[self._num_scanned :])
         if end is None:
             self._num_scanned = len(self._text)
+            if self._is_final and self._num_calls:
+                return self._drop_rest()
             is_hopeless = self._is_final or self._num_scanned - self._start > MAX_CALL_CHARACTERS
             return self._no_call() if is_hopeless else False
         end += self._num_scanned

@@ -13,7 +13,6 @@ Values are plain text; the tool's schema gives their JSON types. Those of type s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ import regex
 from ulysses_infer.server.tool_calls.definitions import function_of, parameters_of
 from ulysses_infer.server.tool_calls.events import ToolCallParser, Tools
 from ulysses_infer.server.tool_calls.streaming import NAME, SPACE, StreamingParser, as_json, num_shared
+from ulysses_infer.server.tool_calls.values import is_text, property_schema, read_value
 
 _CALL = regex.compile(rf"(?:<tool_call>{SPACE})?<function=(?P<name>{NAME})>")
 _PARAMETER = regex.compile(rf"{SPACE}<parameter=(?P<key>[^<>\n]{{1,256}})>(?P<newline>\n|[^\n])")
@@ -36,7 +36,8 @@ class Qwen3CoderFormat:
     """Calls in XML-like tags."""
 
     name: str = "qwen3_coder"
-    needs_special_tokens: bool = False
+    tags: tuple[str, ...] = ("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>")
+    is_bare: bool = False
 
     def parser(self, tools: Tools) -> ToolCallParser:
         """A new parser, for one output."""
@@ -44,13 +45,18 @@ class Qwen3CoderFormat:
 
 
 class Qwen3CoderParser(StreamingParser):
-    """Parses the tags of a call. A call that breaks off keeps the arguments parsed so far."""
+    """Parses the tags of a call. A call that breaks off keeps the arguments that are complete, and text up to its end.
+
+    A value that is not always a string is given once it is complete.
+    """
 
     def __init__(self, tools: Tools) -> None:
         super().__init__(("<tool_call>", "<function="))
-        self._schemas = {function_of(tool)["name"]: parameters_of(tool).get("properties", {}) for tool in tools}
-        self._properties: Mapping[str, Any] = {}
+        self._parameters_of = {function_of(tool)["name"]: parameters_of(tool) for tool in tools}
+        self._parameters: Mapping[str, Any] = {}
         self._schema: Any = None
+        self._is_text = False
+        self._head = ""  # what precedes the current value in the arguments
         self._separator = "{"
 
     def _open(self) -> bool:
@@ -58,10 +64,10 @@ class Qwen3CoderParser(StreamingParser):
         if may_come:
             return False
         if found is None:
-            return self._reject()
+            return self._drop_unfinished(_CALL) or self._reject()
         self._take(found.end())
         self._start_call(found["name"])
-        self._properties, self._separator = self._schemas.get(found["name"], {}), "{"
+        self._parameters, self._separator = self._parameters_of.get(found["name"], {}), "{"
         self._state = self._inside
         return True
 
@@ -72,13 +78,16 @@ class Qwen3CoderParser(StreamingParser):
         if found is None and ending is None and (may_come or may_end):
             return False
         if found is None:
-            return self._end_call(0 if ending is None else ending.end())
+            self._end_call(0 if ending is None else ending.end())
+            if ending is None and not self._drop_unfinished(_PARAMETER):
+                self._drop_unfinished(_END)
+            return True
         self._take(found.start("newline") + (found["newline"] == "\n"))
-        self._emit_arguments(f"{self._separator}{as_json(found['key'])}: ")
-        self._separator = ", "
-        self._schema = self._properties.get(found["key"])
-        if _is_text(self._schema):
-            self._emit_arguments('"')
+        self._head, self._separator = f"{self._separator}{as_json(found['key'])}: ", ", "
+        self._schema = property_schema(self._parameters, found["key"], self._parameters)
+        self._is_text = is_text(self._schema, self._parameters)
+        if self._is_text:
+            self._emit_arguments(self._head + '"')
         self._state = self._value
         return True
 
@@ -86,20 +95,27 @@ class Qwen3CoderParser(StreamingParser):
         """A parameter's text, up to its closing tag, without the line break before the tag."""
         ends = [(at, len(end)) for end in _VALUE_ENDS if (at := self._text.find(end)) >= 0]
         if not ends:
-            if _is_text(self._schema):
-                held = 0 if self._is_final else max(num_shared(self._text, end) for end in _VALUE_ENDS)
-                self._give_text(len(self._text) - held)
-            elif self._is_final:
-                self._emit_arguments(_read_value(self._take(len(self._text)), self._schema))
-            return False
+            return self._value_so_far()
         position, length = min(ends)
-        if _is_text(self._schema):
+        if self._is_text:
             self._give_text(position)
             self._emit_arguments('"')
         else:
-            self._emit_arguments(_read_value(self._take(position), self._schema))
+            self._emit_arguments(self._head + read_value(self._take(position), self._schema, self._parameters))
         self._take(length)
         self._state = self._inside
+        return True
+
+    def _value_so_far(self) -> bool:
+        if self._is_text:
+            held = max(num_shared(self._text, end) for end in _VALUE_ENDS)
+            self._give_text(len(self._text) - held)
+        if not self._is_final:
+            return False
+        if not self._is_text:
+            self._emit_arguments("{}" if self._head.startswith("{") else "}")
+        self._take(len(self._text))
+        self._state = self._content
         return True
 
     def _give_text(self, length: int) -> None:
@@ -113,24 +129,3 @@ class Qwen3CoderParser(StreamingParser):
 
     def _close(self) -> bool:
         return self._leave_call(_CLOSE)
-
-
-def _is_text(schema: Any) -> bool:
-    """Whether a value is always text: its type is string, or the schema gives none."""
-    return not isinstance(schema, Mapping) or schema.get("type", "string" if "enum" not in schema else "") == "string"
-
-
-def _read_value(text: str, schema: Mapping[str, Any]) -> str:
-    """A value as JSON: the text itself if it is JSON (or Python's True, False, None), otherwise a string."""
-    plain = {"True": "true", "False": "false", "None": "null"}.get(text.strip(), text)
-    try:
-        value = json.loads(plain)
-        written = as_json(value)
-    except (ValueError, RecursionError):
-        return as_json(text)
-    return as_json(text) if isinstance(value, str) and "string" in _types(schema) else written
-
-
-def _types(schema: Mapping[str, Any]) -> list[Any]:
-    types = schema.get("type", [])
-    return types if isinstance(types, list) else [types]

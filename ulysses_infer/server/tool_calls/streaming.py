@@ -88,6 +88,20 @@ class StreamingParser:
             return None, found is not None and not self._is_final
         return found, False
 
+    def _drop_unfinished(self, pattern: regex.Pattern[str]) -> bool:
+        """Drop the rest of an output that ends, after a call, within what may be another one or the call's end."""
+        if not (self._is_final and self._num_calls and self._text):
+            return False
+        found = pattern.match(self._text, partial=True)
+        if found is None or not found.partial:
+            return False
+        return self._drop_rest()
+
+    def _drop_rest(self) -> bool:
+        self._take(len(self._text))
+        self._state = self._content
+        return True
+
     def _reject(self) -> bool:
         """The text starts with an opener that does not start a call: it is content."""
         self._take_content(max((len(opener) for opener in self._openers if self._text.startswith(opener)), default=0))

@@ -1,0 +1,160 @@
+"""The calls of each format as alternatives of a grammar, for outputs that are calls or match a response format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ulysses_infer.server.tool_calls.constraint import call_schema, parameters_schema
+from ulysses_infer.server.tool_calls.definitions import function_of, parameters_of
+from ulysses_infer.server.tool_calls.events import ToolFormat, Tools
+from ulysses_infer.server.tool_calls.json_calls import DEEPSEEK_TAGS
+from ulysses_infer.server.tool_calls.values import is_text, property_schema
+
+Piece = dict[str, Any]
+Tag = Callable[[str], list[Piece]]
+"""The pieces of a tag: text, or a special token."""
+MAX_CALLS = 64
+_LINE: Piece = {"regex": r"[ \n]{0,2}"}
+_SPACE: Piece = {"regex": " {0,1}"}
+
+
+def calls_grammar(
+    markup: ToolFormat, tools: Tools, special: Mapping[str, list[int]], parallel: bool
+) -> list[list[Piece]] | None:
+    """Alternatives for `StructuredOutputs.alternatives` that each are one or more calls; None for unknown formats.
+
+    `special`: the special tokens among the tags, with their ids.
+    """
+    write = _FORMATS.get(markup.name)
+
+    def tag(text: str) -> list[Piece]:
+        return [{"tokens": special[text]}] if text in special else [{"text": text}]
+
+    return None if write is None else write(tools, tag, parallel)
+
+
+def _text(text: str) -> Piece:
+    return {"text": text}
+
+
+def _some(alternatives: Sequence[list[Piece]], low: int = 1, high: int | None = 1) -> Piece:
+    return {"repeat": list(alternatives), "min": low, "max": high}
+
+
+def _listed(call: list[Piece], separator: list[Piece], parallel: bool) -> list[Piece]:
+    """One call, or several with a separator."""
+    return [*call, _some([[*separator, *call]], 0, MAX_CALLS)] if parallel else call
+
+
+def _hermes(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
+    calls = {"json": call_schema(tools, "arguments")}
+    return [_listed([*tag("<tool_call>"), _LINE, calls, _LINE, *tag("</tool_call>")], [_LINE], parallel)]
+
+
+def _llama3_json(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
+    calls = _listed([{"json": call_schema(tools, "parameters")}], [_text(";"), _LINE], parallel)
+    return [calls, [*tag("<|python_tag|>"), *calls]]
+
+
+def _mistral(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
+    opener = tag("[TOOL_CALLS]")
+    items = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/_call"}}
+    schema = call_schema(tools, "arguments")
+    definitions = {**schema.pop("$defs"), "_call": schema}
+    calls = {**items, "$defs": definitions, **({} if parallel else {"maxItems": 1})}
+    named = [
+        [*opener, _text(function_of(tool)["name"]), _some([tag("[ARGS]")], 0), {"json": parameters_schema(tool)}]
+        for tool in tools
+    ]
+    return [[*opener, _SPACE, {"json": calls}], [_some(named, 1, MAX_CALLS if parallel else 1)]]
+
+
+def _deepseek(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
+    first, begin, separator, end, last = (tag(text) for text in DEEPSEEK_TAGS)
+
+    def calls(write: Callable[[Mapping[str, Any]], list[Piece]]) -> list[Piece]:
+        each = [[*begin, *write(tool), *end] for tool in tools]
+        return [*first, *_listed([_some(each)], [_LINE], parallel), *last]
+
+    def plain(tool: Mapping[str, Any]) -> list[Piece]:
+        return [_text(function_of(tool)["name"]), *separator, {"json": parameters_schema(tool)}]
+
+    def fenced(tool: Mapping[str, Any]) -> list[Piece]:
+        name = function_of(tool)["name"]
+        schema = {"json": parameters_schema(tool)}
+        return [_text("function"), *separator, _text(f"{name}\n```json\n"), schema, _text("\n```")]
+
+    return [calls(plain), calls(fenced)]
+
+
+def _pythonic(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
+    separator = [_text(","), _SPACE]
+    each = [
+        [_text(f"{function_of(tool)['name']}("), _some(_keywords(tool, separator)), _text(")")]
+        for tool in tools
+        if re.fullmatch(r"[A-Za-z_][\w.-]*", function_of(tool)["name"])
+    ]
+    calls = [_text("["), *_listed([_some(each)], separator, parallel), _text("]")]
+    return [calls, [*tag("<|python_start|>"), *calls, *tag("<|python_end|>")]] if each else []
+
+
+def _keywords(tool: Mapping[str, Any], separator: list[Piece]) -> list[list[Piece]]:
+    """The arguments of a Python call in the schema's order."""
+    parameters = parameters_of(tool)
+    required = parameters.get("required") or ()
+    keys = [key for key in parameters.get("properties") or {} if key.isidentifier()]
+    items = [([_text(f"{key}="), _property(tool, key)], key in required) for key in keys]
+    tails: list[list[Piece]] = [[]]  # what may follow another argument, from the last item on
+    for item, is_required in reversed(items):
+        tails.insert(0, [_some([[*separator, *item]], int(is_required)), *tails[0]])
+    found: list[list[Piece]] = []
+    for position, (item, is_required) in enumerate(items):
+        found.append([*item, *tails[position + 1]])
+        if is_required:
+            return found
+    return [*found, []]
+
+
+def _property(tool: Mapping[str, Any], key: str) -> Piece:
+    """The value of one argument as JSON."""
+    schema = parameters_schema(tool)
+    pointer = key.replace("~", "~0").replace("/", "~1").replace("%", "%25")
+    reference = f"{schema['$ref']}/properties/{pointer}"
+    return {"json": {"$ref": reference, "$defs": schema["$defs"]}}
+
+
+def _qwen3_coder(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
+    each = []
+    for tool in tools:
+        parameters = parameters_of(tool)
+        body: list[Piece] = [*tag("<function="), _text(f"{function_of(tool)['name']}>\n")]
+        for key in parameters.get("properties") or {}:
+            value = [*tag("<parameter="), _text(f"{key}>\n"), *_tagged_value(tool, key, tag), _text("\n")]
+            body.append(_some([value], int(key in (parameters.get("required") or ()))))
+        each.append([*body, *tag("</function>")])
+    call = [*tag("<tool_call>"), _text("\n"), _some(each), _text("\n"), *tag("</tool_call>")]
+    return [_listed(call, [_LINE], parallel)]
+
+
+def _tagged_value(tool: Mapping[str, Any], key: str, tag: Tag) -> list[Piece]:
+    parameters = parameters_of(tool)
+    schema = property_schema(parameters, key, parameters)
+    if is_text(schema, parameters):
+        closing = tag("</parameter>")
+        return [{"until": "\n</parameter>"}] if "text" in closing[0] else [{"regex": "(?s:.*)"}, *closing]
+    options = schema.get("enum") if isinstance(schema, Mapping) else None
+    if isinstance(options, list) and options and all(isinstance(option, str) and option for option in options):
+        return [_some([[_text(option)] for option in options]), _text("\n"), *tag("</parameter>")]
+    return [_property(tool, key), _text("\n"), *tag("</parameter>")]
+
+
+_FORMATS: dict[str, Callable[[Tools, Tag, bool], list[list[Piece]]]] = {
+    "hermes": _hermes,
+    "llama3_json": _llama3_json,
+    "mistral": _mistral,
+    "deepseek": _deepseek,
+    "pythonic": _pythonic,
+    "qwen3_coder": _qwen3_coder,
+}
