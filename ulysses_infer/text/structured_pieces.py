@@ -7,7 +7,8 @@ The value is a list of alternatives, each a list of pieces. A piece is one of:
     {"regex": "…"}                                  text of this regex
     {"until": "…"}                                  any text up to this one, which is part of it
     {"json": {…}}                                   JSON of this schema
-    {"repeat": [[…], …], "min": 0, "max": null}     one of the alternatives, min to max times
+    {"repeat": [[…], …], "min": 0, "max": null}     one of the alternatives, min to max times; with "separator": […]
+                                                    between two of them, at least once
 """
 
 from __future__ import annotations
@@ -58,8 +59,17 @@ class _Writer:
             case {"json": schema}:
                 return self._schema(schema)
             case {"repeat": inner, "min": int(low), "max": int() | None as high} if 0 <= low <= MAX_REPEATS:
-                return f"({self.alternatives(inner, depth + 1)}){_times(low, high)}"
+                return self._repeat(inner, piece.get("separator"), low, high, depth + 1)
         raise _wrong(piece)
+
+    def _repeat(self, inner: Any, separator: Any, low: int, high: int | None, depth: int) -> str:
+        item = f"({self.alternatives(inner, depth)})"
+        if separator is None:
+            return f"{item}{_times(low, high)}"
+        name = f"item_{len(self.rules)}"
+        self.rules.append(f"{name}: {item}")
+        between = self.alternatives([separator], depth)
+        return f"({name} ({between} {name}){_times(max(low - 1, 0), None if high is None else max(high - 1, 0))})"
 
     def _schema(self, schema: Any) -> str:
         text = self._schema_text(schema)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -45,7 +46,7 @@ def _some(alternatives: Sequence[list[Piece]], low: int = 1, high: int | None = 
 
 def _listed(call: list[Piece], separator: list[Piece], parallel: bool) -> list[Piece]:
     """One call, or several with a separator."""
-    return [*call, _some([[*separator, *call]], 0, MAX_CALLS)] if parallel else call
+    return [{**_some([call], 1, MAX_CALLS), "separator": separator}] if parallel else call
 
 
 def _hermes(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
@@ -119,6 +120,9 @@ def _keywords(tool: Mapping[str, Any], separator: list[Piece]) -> list[list[Piec
 
 def _property(tool: Mapping[str, Any], key: str) -> Piece:
     """The value of one argument as JSON."""
+    own = parameters_of(tool)["properties"][key]
+    if '"$ref"' not in json.dumps(own):
+        return {"json": own}
     schema = parameters_schema(tool)
     pointer = key.replace("~", "~0").replace("/", "~1").replace("%", "%25")
     reference = f"{schema['$ref']}/properties/{pointer}"
