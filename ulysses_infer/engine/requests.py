@@ -76,7 +76,7 @@ class RequestTable:
             request.output_token_ids,
             request.eos_token_ids,
             prompts.bad_words(params),
-            prompts.grammar(params),
+            prompts.grammar(params, request.prompt_token_ids),
         )
         decoder = prompts.decoder if params.stop else self.decoder
         return Sequence(request, row, Detokenizer(decoder, params, request.prompt_token_ids))

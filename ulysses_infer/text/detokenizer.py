@@ -160,6 +160,11 @@ class TextStream:
         is_split = self._decode(self._window[:start]) + self._decode(self._window[start:]) == text
         return start if is_split else 0
 
+    @staticmethod
+    def begins_a_text(decoder: TokenDecoder, prompt_token_ids: Sequence[int]) -> bool:
+        """Whether an output after this prompt is decoded as a text of its own, which may lose its first space."""
+        return not TextStream(decoder, True, prompt_token_ids)._window
+
     def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
         """The last prompt token with whole characters, if the prompt ends in text."""
         for token_id in reversed(prompt_token_ids[-CONTEXT_SEARCH:]):

@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ulysses_infer.model.sampling.sampler import derive_seed
 from ulysses_infer.sampling_params import SamplingParams, StructuredOutputs
 from ulysses_infer.text.bad_words import BadWords, Spellings
 from ulysses_infer.text.chat_template import ChatTemplate, find_template
-from ulysses_infer.text.detokenizer import TokenDecoder
+from ulysses_infer.text.detokenizer import TextStream, TokenDecoder
 from ulysses_infer.text.structured import GrammarCompiler, GrammarState
 
 logger = logging.getLogger(__name__)
@@ -83,12 +83,13 @@ class PromptReader:
             logger.warning("bad words are only recognised as the tokenizer spells them: %s", error)
             return None
 
-    def grammar(self, params: SamplingParams) -> GrammarState | None:
-        """The initial grammar state of `params.structured_outputs`; None without constraints."""
+    def grammar(self, params: SamplingParams, prompt_token_ids: Sequence[int] = ()) -> GrammarState | None:
+        """The initial grammar state of `params.structured_outputs` after a prompt; None without constraints."""
         if not isinstance(params.structured_outputs, StructuredOutputs):
             return None
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        return self.grammars.state(params.structured_outputs, eos.union(params.stop_token_ids or ()))
+        begins_a_text = self.decoder is not None and TextStream.begins_a_text(self.decoder, prompt_token_ids)
+        return self.grammars.state(params.structured_outputs, eos.union(params.stop_token_ids or ()), begins_a_text)
 
     def seed(self, params: SamplingParams) -> int:
         """The request's seed: its own, else the next one derived from the engine's seed, else a random one."""

@@ -24,13 +24,15 @@ import re
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ulysses_infer.errors import RequestError
 from ulysses_infer.sampling_params import StructuredOutputs
+from ulysses_infer.text.detokenizer import TokenDecoder
+from ulysses_infer.text.first_space import Speller, drops_first_space
 from ulysses_infer.text.structured_pieces import alternatives_lark
 from ulysses_infer.text.structured_schema import prepare_schema
 from ulysses_infer.text.token_bytes import token_bytes
@@ -73,9 +75,12 @@ def check(wanted: StructuredOutputs) -> None:
 class GrammarState:
     """The state of one output in its grammar. It follows the output's token ids, so recomputation changes nothing."""
 
-    def __init__(self, matcher: Any, vocab_size: int, end_token_ids: Collection[int]) -> None:
-        """end_token_ids: tokens that end the output, allowed wherever the grammar may end."""
-        self._matcher, self._vocab_size = matcher, vocab_size
+    def __init__(
+        self, matcher: Any, vocab_size: int, end_token_ids: Collection[int], first: FirstToken | None = None
+    ) -> None:
+        """end_token_ids: tokens that end the output, allowed wherever the grammar may end. first: given if the first
+        token counts without its space."""
+        self._matcher, self._vocab_size, self._first = matcher, vocab_size, first
         self._end_token_ids = [token for token in end_token_ids if token < vocab_size]
         self._num_consumed = 0
 
@@ -90,16 +95,31 @@ class GrammarState:
         All are -inf if the grammar is complete and no token can end the output, or if it became too complex to follow.
         """
         for token in output_token_ids[self._num_consumed :]:
-            self._matcher.consume_token(token)
-        self._num_consumed = len(output_token_ids)
-        if self._matcher.is_stopped():
+            self._consume(token)
+            self._num_consumed += 1
+        matcher = self._first.matcher if self._first is not None and not self._num_consumed else self._matcher
+        if matcher.is_stopped():
             penalties = np.full(self._vocab_size, -np.inf, dtype=np.float32)
         else:
-            penalties = _unpack(self._matcher.compute_bitmask(), self._vocab_size)
-            if self._matcher.is_error():
+            penalties = _unpack(matcher.compute_bitmask(), self._vocab_size)
+            if matcher.is_error():
                 penalties.fill(-np.inf)
         penalties[self._end_token_ids] = 0.0 if self.may_end else -np.inf
         return penalties
+
+    def _consume(self, token: int) -> None:
+        spelled = (token,) if self._first is None or self._num_consumed else self._first.spell(token)
+        for each in spelled:
+            self._matcher.consume_token(each)
+
+
+class FirstToken(NamedTuple):
+    """How the first token of an output is read if it counts without its space."""
+
+    matcher: Any
+    """A matcher in its initial state, for which tokens begin without a space."""
+    spell: Callable[[int], Sequence[int]]
+    """Tokens with the text that the token has in this place."""
 
 
 class GrammarCompiler:
@@ -113,15 +133,40 @@ class GrammarCompiler:
     def prepare(self) -> None:
         """Build what all grammars share: half a second for a large vocabulary. Raises RequestError if that fails."""
         _ = self._vocabulary
+        if self.drops_first_space:
+            _ = self._first_vocabulary
 
-    def state(self, wanted: StructuredOutputs, end_token_ids: Collection[int]) -> GrammarState:
-        """The initial state of an output that has to match `wanted`. Raises RequestError of one line."""
-        library, grammar = _library(), _as_lark(wanted)
-        found = self._compiled(grammar)
+    def state(
+        self, wanted: StructuredOutputs, end_token_ids: Collection[int], begins_a_text: bool = False
+    ) -> GrammarState:
+        """The initial state of an output that has to match `wanted`. Raises RequestError of one line.
+
+        begins_a_text: the output is decoded as a text of its own, of which some decoders drop the first space.
+        """
+        matcher, first = self._matcher(wanted), None
+        if begins_a_text and self.drops_first_space:
+            first = FirstToken(self._matcher(wanted, is_first=True), self._spell_without_space)
+        return GrammarState(matcher, self._vocab_size, end_token_ids, first)
+
+    def _matcher(self, wanted: StructuredOutputs, is_first: bool = False) -> Any:
+        library = _library()
+        found = self._compiled(_as_lark(wanted), is_first)
         if isinstance(found, str):
             raise _refusal(wanted, found)
         assert isinstance(found, library.LLMatcher)
-        return GrammarState(found.deep_copy(), self._vocab_size, end_token_ids)
+        return found.deep_copy()
+
+    def _spell_without_space(self, token: int) -> Sequence[int]:
+        return self._speller.spell(self.token_bytes[token].removeprefix(b" ")) or (token,)
+
+    @functools.cached_property
+    def drops_first_space(self) -> bool:
+        """Whether the tokenizer's decoder drops the first space of a text."""
+        return drops_first_space(TokenDecoder(self._tokenizer), self.token_bytes)
+
+    @functools.cached_property
+    def _speller(self) -> Speller:
+        return Speller(self.token_bytes)
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
@@ -134,9 +179,18 @@ class GrammarCompiler:
     def _vocabulary(self) -> Any:
         return _library().LLTokenizer(_Vocabulary(self.token_bytes))
 
-    def _compile(self, grammar: str) -> Any:
+    @functools.cached_property
+    def _first_vocabulary(self) -> Any:
+        """The vocabulary of the first token: without its space, and without tokens that cannot be spelled so."""
+        pieces = [
+            piece.removeprefix(b" ") if self._speller.spell(piece.removeprefix(b" ")) else b""
+            for piece in self.token_bytes
+        ]
+        return _library().LLTokenizer(_Vocabulary(pieces))
+
+    def _compile(self, grammar: str, is_first: bool) -> Any:
         """A matcher in its initial state, or the library's message."""
-        library, vocabulary = _library(), self._vocabulary
+        library, vocabulary = _library(), self._first_vocabulary if is_first else self._vocabulary
 
         def build() -> Any:
             matcher = library.LLMatcher(vocabulary, grammar, log_level=0, limits=_limits(library))
