@@ -1,6 +1,8 @@
 """`init_inference` and its engine on one rank: what goes in, what comes out, and what is refused."""
 
+import itertools
 import json
+import signal
 import subprocess
 import sys
 
@@ -460,6 +462,80 @@ def test_stats_count_steps_and_tokens(folder):
         assert stats["kv_cache_usage_perc"] == 0
         assert len(fresh.recent_steps) == 8
         json.dumps(stats)
+
+
+def press(*_):
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("way", ["generate", "stream"])
+def test_control_c_aborts_the_requests_in_flight_and_the_engine_goes_on(engine, monkeypatch, way):
+    handler, clock = signal.getsignal(signal.SIGINT), itertools.count(0, 100)
+    monkeypatch.setattr(engine._interrupts, "_clock", lambda: next(clock))
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._engine.stats, "record", press)
+        with pytest.raises(KeyboardInterrupt):
+            list(getattr(engine, way)("hello", GREEDY))
+    assert not engine._engine.has_unfinished
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert len(tokens(engine.generate("hello", GREEDY))[0]) == 8
+
+
+def test_a_second_control_c_in_a_step_ends_the_engine(folder):
+    with init_inference(folder, **settings()) as doomed:
+        with pytest.raises(KeyboardInterrupt):
+            doomed.generate("hello", GREEDY, on_step=lambda touched: (press(), press()))
+        with pytest.raises(EngineDeadError, match="shut down"):
+            doomed.stats()
+
+
+def test_a_second_control_c_soon_after_the_generation_ends_the_engine(folder):
+    handler = signal.getsignal(signal.SIGINT)
+    with init_inference(folder, **settings()) as doomed:
+        with pytest.raises(KeyboardInterrupt):
+            doomed.generate("hello", GREEDY, on_step=press)
+        doomed.stats()
+        with pytest.raises(KeyboardInterrupt):
+            press()
+        with pytest.raises(EngineDeadError, match="shut down"):
+            doomed.stats()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_greedy_outputs_are_equal_and_computed_once(engine):
+    params = SamplingParams(n=3, temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
+    before = engine.stats()["modes"]["sp1xtp1"]["tokens"]
+    [whole] = engine.generate("hello", params)
+    assert [output.index for output in whole.outputs] == [0, 1, 2]
+    assert {tuple(output.token_ids) for output in whole.outputs} == {tuple(tokens(engine.generate("hello", GREEDY))[0])}
+    assert engine.stats()["modes"]["sp1xtp1"]["tokens"] - before <= 2 * 12
+    last = list(engine.stream("hello", params))[-1]
+    assert [output.token_ids for output in last.outputs] == [output.token_ids for output in whole.outputs]
+
+
+def test_no_mix_of_arguments_is_a_type_error(folder, monkeypatch):
+    monkeypatch.setattr("ulysses_infer.inference.InferenceEngine", lambda config, model: config)
+
+    assert init_inference(folder, model={"dtype": "float32"}).model.dtype == "float32"
+    assert init_inference(folder, {"parallel": {"sp": 2}}, model={"dtype": torch.float32}).model.path == folder
+    assert init_inference(model=folder, config={"model": {"dtype": "float32"}}).model.dtype == "float32"
+    assert init_inference(model={"path": folder, "dtype": "float16"}).model.dtype == "float16"
+    assert LLM(model=folder, dtype="half", seed=3).engine.model.seed == 3
+    for arguments, named, words in [
+        ((folder,), {"model": "other"}, "two models"),
+        ((folder, {}), {"config": {}}, "two configs"),
+        ((folder, {}, 3), {}, "3 positional arguments"),
+        (({"dtype": "float32"},), {}, "the model is a mapping"),
+        ((3,), {}, "model is a int"),
+        ((folder, 3), {}, "config = 3"),
+        ((folder,), {"model": {"path": "other"}}, "both set model.path"),
+        ((folder,), {"parallel": 2}, "parallel is a section"),
+        ((), {}, "model.path is not set"),
+    ]:
+        for call in (init_inference, LLM):
+            with pytest.raises(ConfigError, match=r"^[^\n]+$") as caught:
+                call(*arguments, **named)
+            assert words in str(caught.value)
 
 
 def test_an_engine_shut_down_says_so(folder):

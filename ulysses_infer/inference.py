@@ -18,7 +18,7 @@ from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.generate_inputs import GenerateInput, arrivals_for, as_params, generate_inputs
 from ulysses_infer.engine.policies import policy_settings
 from ulysses_infer.engine.stats import StepRecord
-from ulysses_infer.errors import fatal
+from ulysses_infer.errors import ConfigError, fatal
 from ulysses_infer.job.multi_rank_engine import MultiRankEngine
 from ulysses_infer.job.processes import (
     WorkerProcesses,
@@ -47,6 +47,8 @@ class _Subscription(NamedTuple):
     """Collects the outputs of a request."""
 
     outputs: list[RequestOutput]
+    num_copies: int = 1
+    """Equal outputs, of which one is computed."""
     only_finished: bool = False
     """Whether only the finished output is needed: making intermediate ones takes time proportional to their length."""
 
@@ -126,17 +128,19 @@ class InferenceEngine(MultiRankEngine):
         prompts: text, token ids, or a list of those (a list of message dicts is one chat). `sampling_params` is one
         for all or one each. `on_step` sees, on rank 0, the requests each step touched, by prompt index.
         `arrival_steps[i]` delays prompt i until that many steps have run. `adapter` is the name of a LoRA adapter, one
-        for all or one each. Raises `RequestError` if any prompt or
-        parameter is invalid, before anything runs; `EngineDeadError` when a rank is lost.
+        for all or one each. Raises `RequestError` if any prompt or parameter is invalid, before anything runs;
+        `EngineDeadError` when a rank is lost. In plain Python, Ctrl-C aborts the requests and leaves the engine usable;
+        a second one within a second ends it.
         """
-        return self._on_rank_0(
-            lambda engine: self._complete(
-                engine,
-                generate_inputs(prompts, sampling_params, adapter, engine.prompts.sampling_defaults),
-                on_step,
-                arrival_steps,
+        with self._interruptible():
+            return self._on_rank_0(
+                lambda engine: self._complete(
+                    engine,
+                    generate_inputs(prompts, sampling_params, adapter, engine.prompts.sampling_defaults),
+                    on_step,
+                    arrival_steps,
+                )
             )
-        )
 
     def stream(
         self, prompt: Any, sampling_params: SamplingParams | None = None, adapter: str | None = None
@@ -149,27 +153,32 @@ class InferenceEngine(MultiRankEngine):
         if not self.is_first:
             yield from self._follow_stream()
             return
-        name = self._on_rank_0(
-            lambda engine: engine.add(
-                prompt, as_params(sampling_params, engine.prompts.sampling_defaults), adapter=adapter
-            )
-        )
+        name = ""
         inbox: list[RequestOutput] = []
-        self._subscriptions[name] = _Subscription(inbox)
         finished = False
         try:
+            with self._interruptible():
+                name = self._on_rank_0(lambda engine: self._add_stream(engine, prompt, sampling_params, adapter, inbox))
             while not finished:
-                while not inbox:
-                    self._step()
+                with self._interruptible():
+                    while not inbox:
+                        self._step()
                 output = inbox.pop(0)
                 finished = output.finished
                 self._broadcast(output)
                 yield output
         finally:
-            del self._subscriptions[name]
-            if self._engine is not None:
+            if self._subscriptions.pop(name, None) is not None and self._engine is not None:
                 self._engine.abort(name)
                 self._broadcast(None)
+
+    def _add_stream(
+        self, engine: Engine, prompt: Any, given: Any, adapter: str | None, inbox: list[RequestOutput]
+    ) -> str:
+        params = as_params(given, engine.prompts.sampling_defaults)
+        name = _add(engine, GenerateInput(prompt, params, adapter))
+        self._subscriptions[name] = _Subscription(inbox, _num_copies(params))
+        return name
 
     def _follow_stream(self) -> Iterator[RequestOutput]:
         """The other ranks' side of `stream`: outputs come from rank 0, until None."""
@@ -200,7 +209,10 @@ class InferenceEngine(MultiRankEngine):
                 while waiting and (arrivals[waiting[0]] <= steps or len(done) == len(names)):
                     index = waiting.popleft()
                     name = _add(engine, inputs[index])
-                    names[name], self._subscriptions[name] = index, _Subscription(inbox, only_finished=on_step is None)
+                    names[name] = index
+                    copies = _num_copies(inputs[index].params)
+                    self._subscriptions[name] = _Subscription(inbox, copies, only_finished=on_step is None)
+                    self._interrupts.check()
                 self._step()
                 steps += 1
                 touched = {names[output.request_id]: output for output in inbox}
@@ -216,6 +228,7 @@ class InferenceEngine(MultiRankEngine):
 
     def _step(self) -> None:
         """Run one step and hand its outputs to those who wait for them."""
+        self._interrupts.check()
         self._running_rank()
         assert self._engine is not None
         with self._end_on_failure(), fatal("a step"):
@@ -226,7 +239,7 @@ class InferenceEngine(MultiRankEngine):
     def _deliver(self, completion: Completion) -> None:
         inbox = self._subscriptions.get(completion.request_id)
         if inbox is not None and (completion.is_finished or not inbox.only_finished):
-            inbox.outputs.append(completion.output())
+            inbox.outputs.append(completion.output().with_copies(inbox.num_copies))
 
     # -- control -----------------------------------------------------------------------------------------------
 
@@ -274,7 +287,8 @@ class InferenceEngine(MultiRankEngine):
         if completion is None:
             return None
         self._deliver(completion)
-        return completion.output()
+        subscription = self._subscriptions.get(request_id)
+        return completion.output().with_copies(1 if subscription is None else subscription.num_copies)
 
     # -- weights and memory ------------------------------------------------------------------------------------
 
@@ -318,21 +332,27 @@ class InferenceEngine(MultiRankEngine):
 
 def _add(engine: Engine, given: GenerateInput) -> str:
     """Queue one prompt; returns its request id. Raises `RequestError`."""
-    return engine.add(given.prompt, given.params, adapter=given.adapter)
+    return engine.add(given.prompt, given.params.as_computed(), adapter=given.adapter)
 
 
-def init_inference(model: Any = None, config: Any = None, **overrides: Any) -> InferenceEngine:
+def _num_copies(params: SamplingParams) -> int:
+    return params.n // params.num_distinct
+
+
+def init_inference(model: Any = None, config: Any = None, /, *surplus: Any, **overrides: Any) -> InferenceEngine:
     """Load a model and bring all ranks up.
 
     model: hub id, folder (DeepSpeed ZeRO checkpoints included), `transformers.PreTrainedModel` or the
     `DeepSpeedEngine` that trains one; None takes the recipe's `model.path`. config: recipe path, dict or `Config`.
-    overrides: nested dicts (`parallel={"sp": 2}`) or, through `**{"a.b": c}`, dotted keys; one that clashes with a dict
-    `config` raises. In plain Python with `parallel` sizes above 1 the engine starts its own worker processes; under
-    `deepspeed`, `torchrun` or `accelerate launch` every rank calls this alike. With a DeepSpeed engine these are the
-    ranks that train: the base mode is then, unless given, SP as in the training and TP over the rest.
+    overrides: nested dicts (`parallel={"sp": 2}`, also `model={"dtype": "float32"}` beside a model) or, through
+    `**{"a.b": c}`, dotted keys; one that clashes with a dict `config` raises. In plain Python with `parallel` sizes
+    above 1 the engine starts its own worker processes; under `deepspeed`, `torchrun` or `accelerate launch` every rank
+    calls this alike. With a DeepSpeed engine these are the ranks that train: the base mode is then, unless given, SP as
+    in the training and TP over the rest.
 
     Raises `ConfigError`, `CheckpointError` or `UnsupportedModelError`, each with one line, on every rank.
     """
+    model, config = _chosen_arguments(model, config, surplus, overrides)
     settings = _with_model(model, overrides)
     given = None if model is None or isinstance(model, str | os.PathLike) else given_model(model)
     loaded = load_config(
@@ -342,9 +362,27 @@ def init_inference(model: Any = None, config: Any = None, **overrides: Any) -> I
     return InferenceEngine(loaded, given)
 
 
+def _chosen_arguments(model: Any, config: Any, surplus: tuple[Any, ...], overrides: dict[str, Any]) -> tuple[Any, Any]:
+    """The model and the configuration, positional or taken from `overrides` by name; a mapping `model=` is a section
+    of the recipe and stays there. Raises `ConfigError`."""
+    if surplus:
+        raise ConfigError(f"{2 + len(surplus)} positional arguments; give a model, a config, and the rest by name")
+    if "model" in overrides and not isinstance(overrides["model"], Mapping):
+        if model is not None:
+            raise ConfigError(f"two models, {model!r:.80} and {overrides['model']!r:.80}; give one")
+        model = overrides.pop("model")
+    if "config" in overrides:
+        if config is not None:
+            raise ConfigError(f"two configs, {config!r:.80} and {overrides['config']!r:.80}; give one")
+        config = overrides.pop("config")
+    if isinstance(model, Mapping):
+        raise ConfigError("the model is a mapping; give a hub id, a folder or a model, or the mapping as model=...")
+    return model, config
+
+
 def _with_model(model: Any, overrides: Mapping[str, Any]) -> Overrides:
     if model is None:
         return overrides
     if not isinstance(model, str | os.PathLike):
         return {**overrides, "model.path": getattr(model, "name_or_path", "") or "(a model in memory)"}
-    return {**overrides, "model.path": str(model)}
+    return {**overrides, "model.path": os.fspath(model)}

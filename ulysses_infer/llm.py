@@ -13,8 +13,8 @@ from ulysses_infer.sampling_params import SamplingParams
 class LLM:
     """`LLM(model, **overrides)` with `generate` and `chat`; arguments as `init_inference` takes them."""
 
-    def __init__(self, model: Any, config: Any = None, **overrides: Any) -> None:
-        self.engine: InferenceEngine = init_inference(model, config, **overrides)
+    def __init__(self, model: Any = None, config: Any = None, /, *surplus: Any, **overrides: Any) -> None:
+        self.engine: InferenceEngine = init_inference(model, config, *surplus, **overrides)
 
     def generate(
         self,

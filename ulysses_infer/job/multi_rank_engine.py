@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.errors import EngineDeadError, UlyssesError, failure_reason, fatal, is_lost_connection
 from ulysses_infer.job.follower import follow
+from ulysses_infer.job.interrupts import Interrupts
 from ulysses_infer.job.processes import STOP_SECONDS, WorkerProcesses
 from ulysses_infer.worker.channel import CALL, SHUTDOWN
 from ulysses_infer.worker.rank import Rank
@@ -28,6 +29,7 @@ class MultiRankEngine:
         self._processes: WorkerProcesses | None = None
         self._rank: Rank | None = None
         self._engine: Engine | None = None  # only on rank 0
+        self._interrupts = Interrupts(lambda: self._end(at_once=True))
 
     def shutdown(self) -> None:
         """Stop the engine and every process it started, and free its memory. Safe to call again."""
@@ -63,6 +65,15 @@ class MultiRankEngine:
         self._broadcast(result)
         return result
 
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """In plain Python, Ctrl-C inside the block takes effect between two steps and leaves the engine usable."""
+        if self._spmd:
+            yield
+            return
+        with self._interrupts.postponed():
+            yield
+
     def _on_all_ranks(self, action: Callable[..., None], *args: Any) -> None:
         """Run `action(rank, *args)` on every rank; worker processes get it as a message."""
         rank = self._running_rank()
@@ -89,11 +100,13 @@ class MultiRankEngine:
 
     @contextmanager
     def _end_on_failure(self) -> Iterator[None]:
-        """End the engine on any error except a refused request: after it, ranks may be out of step."""
+        """End the engine on any error except a refused request and an interrupt between two steps: after it, ranks may
+        be out of step."""
         try:
             yield
         except BaseException as error:
-            if isinstance(error, UlyssesError) and not isinstance(error, EngineDeadError):
+            is_refusal = isinstance(error, UlyssesError) and not isinstance(error, EngineDeadError)
+            if is_refusal or self._interrupts.is_orderly(error):
                 raise
             cause = error.__cause__ or error
             losses = self._losses(cause)
