@@ -1,7 +1,6 @@
 """Several replicas behind one server: the least loaded gets the next request, and they live and end together."""
 
 import asyncio
-import collections
 import concurrent.futures
 import contextlib
 import socket
@@ -10,6 +9,7 @@ import time
 import pytest
 
 from tests.server.job import Job
+from ulysses_infer.config import Config, ModelConfig, ParallelConfig
 from ulysses_infer.errors import EngineDeadError, RequestError
 from ulysses_infer.server.client import EngineClient
 from ulysses_infer.server.frames import FrameReader, encode_frame
@@ -27,7 +27,7 @@ from ulysses_infer.server.messages import (
     Submit,
     ToEngine,
 )
-from ulysses_infer.server.replicas import LeaderAcceptor, make_endpoint
+from ulysses_infer.server.replicas import LeaderAcceptor, _config_of_replica, make_endpoint
 from ulysses_infer.server.router import Router
 
 
@@ -84,6 +84,10 @@ class Replica:
 
     def received_of(self, kind):
         return [message for message in self.listen() if isinstance(message, kind)]
+
+
+def text_of(response):
+    return response.json()["choices"][0]["text"]
 
 
 @contextlib.asynccontextmanager
@@ -238,12 +242,25 @@ def test_a_door_can_be_closed_on_who_waits_at_it():
         line.close()
 
 
+def test_replicas_derive_different_seeds_from_the_seed_of_the_job():
+    def seeds(seed):
+        config = Config(model=ModelConfig(path="-", seed=seed), parallel=ParallelConfig(dp=2))
+        return [_config_of_replica(config, index).model.seed for index in range(2)]
+
+    assert seeds(None) == [None, None]
+    first, second = seeds(7)
+    assert first != second
+    assert seeds(7) == [first, second]
+
+
 @pytest.mark.distributed
 def test_two_replicas_of_two_ranks_answer_alike_and_end_with_any_of_their_ranks(long_folder):
     with Job(long_folder, dp=2, **{"cache.num_blocks": 2048}) as server:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            texts = list(pool.map(lambda _: server.complete(max_tokens=40).json()["choices"][0]["text"], range(24)))
-        assert len(collections.Counter(texts)) == 1
+            texts = list(pool.map(lambda _: text_of(server.complete(max_tokens=40)), range(24)))
+            drawn = list(pool.map(lambda _: text_of(server.complete(max_tokens=40, temperature=1)), range(8)))
+            seeded = list(pool.map(lambda _: text_of(server.complete(max_tokens=40, temperature=1, seed=5)), range(8)))
+        assert [len(set(each)) for each in (texts, drawn, seeded)] == [1, 8, 1]
         steps = [sum(mode["steps"] for mode in replica["modes"].values()) for replica in server.stats()["replicas"]]
         assert min(steps) > 40
         streams = [server.stream(max_tokens=8000) for _ in range(2)]
