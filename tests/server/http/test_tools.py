@@ -9,7 +9,7 @@ import pytest
 from tests.server.http.harness import MODEL, Served
 from ulysses_infer.sampling_params import StructuredOutputs
 from ulysses_infer.server.http import tool_use
-from ulysses_infer.server.tool_calls import ArgumentsDelta, CallStarted, ContentDelta, ToolEvent
+from ulysses_infer.server.tool_calls import FORMATS, ArgumentsDelta, CallStarted, ContentDelta, ToolEvent
 
 USER = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("f", "g")]
@@ -38,7 +38,7 @@ class DollarParser:
             return [CallStarted(self._index, f"call-{self._index}", character)]
         return []
 
-    def finish(self) -> list[ToolEvent]:
+    def finish(self, is_cut: bool = False) -> list[ToolEvent]:
         return [ArgumentsDelta(index, '{"a":1}') for index in range(self._index + 1)]
 
 
@@ -113,13 +113,69 @@ def test_a_call_cut_short_says_so(calling: Served) -> None:
     assert choice["message"]["tool_calls"][0]["function"]["name"] == "f"
 
 
-def test_a_format_and_tools_exclude_each_other(calling: Served) -> None:
+def test_a_format_that_no_grammar_describes_excludes_tools(calling: Served) -> None:
     body = {"messages": USER, "tools": TOOLS, "response_format": {"type": "json_object"}}
     answer = calling.post("/v1/chat/completions", body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "response_format"
     body["tool_choice"] = "none"
     assert calling.post("/v1/chat/completions", body).status_code == 200
+
+
+@pytest.fixture
+def hermes(server: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
+    """A model that writes Hermes' tags as special tokens."""
+    special = {"<tool_call>": [7], "</tool_call>": [8], "<|end|>": [9]}
+    monkeypatch.setattr(server.context, "tool_format", FORMATS["hermes"])
+    monkeypatch.setattr(server.context.texts.decoder, "special_texts", special, raising=False)
+    return server
+
+
+CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+ANSWER = '{"answer": "<function"}'
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"properties": {"answer": {"type": "string"}}}}}
+
+
+@pytest.mark.parametrize(("text", "reason"), [(CALL, "tool_calls"), (ANSWER, "stop")])
+@pytest.mark.parametrize(
+    "wanted", [{"response_format": FORMAT}, {"structured_outputs": {"json_object": True}}], ids=str
+)
+def test_an_output_is_a_call_or_matches_the_format(hermes: Served, text: str, reason: str, wanted: dict) -> None:
+    hermes.script(text=lambda submit, index: text)
+    body = {"messages": USER, "tools": TOOLS, **wanted}
+    choice = hermes.post("/v1/chat/completions", body).json()["choices"][0]
+    assert choice["finish_reason"] == reason
+    assert choice["message"]["content"] == (None if text is CALL else text)
+    params = hermes.engine.submits[-1].params
+    assert params["skip_special_tokens"] is False
+    answer, call = json.loads(params["structured_outputs"]["alternatives"])
+    assert list(answer[0]) == ["json"]
+    assert call[0]["repeat"][0][0] == {"tokens": [7]}
+
+
+def test_a_format_alone_or_a_demanded_call_alone(hermes: Served) -> None:
+    hermes.script(text=lambda submit, index: ANSWER)
+    for choice, kind in (("none", "answer"), ("required", "minItems")):
+        body = {"messages": USER, "tools": TOOLS, "tool_choice": choice, "response_format": FORMAT}
+        hermes.post("/v1/chat/completions", body)
+        assert kind in hermes.engine.submits[-1].params["structured_outputs"]["json"]
+
+
+def test_special_tokens_are_shown_only_on_request(hermes: Served) -> None:
+    hermes.script(text=lambda submit, index: "a<tool_call>b<|end|>c")
+    body = {"messages": USER, "tools": TOOLS}
+    assert hermes.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"] == "abc"
+    shown = hermes.post("/v1/chat/completions", {**body, "skip_special_tokens": False}).json()
+    assert shown["choices"][0]["message"]["content"] == "a<tool_call>b<|end|>c"
+
+
+def test_the_start_of_a_call_is_not_shown_if_the_output_is_cut(hermes: Served) -> None:
+    hermes.script(text=lambda submit, index: CALL)
+    choice = hermes.post("/v1/chat/completions", {"messages": USER, "tools": TOOLS, "max_tokens": 14}).json()[
+        "choices"
+    ][0]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "")
+    assert "tool_calls" not in choice["message"]
 
 
 def test_an_unknown_function_is_refused(calling: Served) -> None:

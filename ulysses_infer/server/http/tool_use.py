@@ -97,7 +97,8 @@ def _special_tags(context: AppContext, body: ChatRequest) -> SpecialTags | None:
     decoder = context.texts.decoder
     if decoder is None or context.tool_format is None or body.skip_special_tokens is False:
         return None
-    return _special_tags_of(context.tool_format, decoder)
+    markup: Any = context.tool_format  # hashable, which the protocol does not say
+    return _special_tags_of(markup, decoder)
 
 
 @functools.lru_cache(8)
@@ -130,13 +131,16 @@ class CallReader:
         self.has_calls = False
         """Whether the output calls a tool."""
 
-    def read(self, text: str, is_last: bool) -> dict[str, Any]:
-        """Parse the next piece of text: `content` and `tool_calls` of a chunk's delta, if any."""
+    def read(self, text: str, is_last: bool, is_cut: bool = False) -> dict[str, Any]:
+        """Parse the next piece of text: `content` and `tool_calls` of a chunk's delta, if any.
+
+        is_cut: the output ended at the limit of its length.
+        """
         if self._before_parser is not None:
             text = self._before_parser.feed(text, is_last)
         events = self._parser.push(text) if text else []
         if is_last:
-            events = [*events, *self._parser.finish()]
+            events = [*events, *self._parser.finish(is_cut)]
         content = ""
         calls: dict[int, dict[str, Any]] = {}
         for event in events:

@@ -121,6 +121,6 @@ class NamedParser:
         self._has_started = True
         return events
 
-    def finish(self) -> list[ToolEvent]:
+    def finish(self, is_cut: bool = False) -> list[ToolEvent]:
         """Nothing is held back."""
         return []

@@ -44,8 +44,11 @@ class ToolCallParser(Protocol):
     def push(self, text: str) -> list[ToolEvent]:
         """Take the next piece of text; returns the new events, possibly none."""
 
-    def finish(self) -> list[ToolEvent]:
-        """The output is complete: returns the text held back. Text that did not become a call is content."""
+    def finish(self, is_cut: bool = False) -> list[ToolEvent]:
+        """The output is complete: returns the text held back. Text that did not become a call is content.
+
+        is_cut: it ended at the limit of its length, so the start of a call is not content.
+        """
 
 
 class ToolFormat(Protocol):

@@ -35,8 +35,8 @@ class FormattedParser:
             return self._parser.push(text)
         return [ContentDelta(text)] if text else []
 
-    def finish(self) -> list[ToolEvent]:
+    def finish(self, is_cut: bool = False) -> list[ToolEvent]:
         """The output is complete: returns the text held back."""
         if self._is_call:
-            return self._parser.finish()
+            return self._parser.finish(is_cut)
         return [ContentDelta(self._held)] if self._held else []

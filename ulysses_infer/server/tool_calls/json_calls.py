@@ -134,7 +134,7 @@ class JsonCallParser(StreamingParser):
             self._num_scanned = len(self._text)
             if not self._is_final:
                 return False
-            return self._drop_rest() if self._num_calls else self._no_call()
+            return self._drop_rest() if self._is_call_likely() else self._no_call()
         end += max(start, self._num_scanned)
         call = _read_call(self._text[start:end], self._known_names)
         if call is None:
@@ -169,6 +169,8 @@ class JsonCallParser(StreamingParser):
         found, may_come = self._match(_REST)
         if may_come:
             return False
+        if found is None and self._drop_unfinished(_REST):
+            return True
         if found is not None:
             self._take(found.end())
         self._state = self._after
@@ -185,9 +187,12 @@ class JsonCallParser(StreamingParser):
 
     def _close(self) -> bool:
         if "closing" in self._markup.patterns:
-            found, may_come = self._match(self._markup.patterns["closing"])
+            closing = self._markup.patterns["closing"]
+            found, may_come = self._match(closing)
             if may_come:
                 return False
+            if found is None and self._drop_unfinished(closing):
+                return True
             if found is not None:
                 self._take(found.end())
                 return True

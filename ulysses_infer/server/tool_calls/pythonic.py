@@ -81,7 +81,7 @@ class PythonicParser(StreamingParser):
         end = self._scanner.feed(self._text[self._num_scanned :])
         if end is None:
             self._num_scanned = len(self._text)
-            if self._is_final and self._num_calls:
+            if self._is_final and self._is_call_likely():
                 return self._drop_rest()
             is_hopeless = self._is_final or self._num_scanned - self._start > MAX_CALL_CHARACTERS
             return self._no_call() if is_hopeless else False
@@ -110,6 +110,8 @@ class PythonicParser(StreamingParser):
         following, may_follow = self._match(_NEXT)
         if following is None and (may_end or may_follow):
             return False
+        if following is None and self._drop_unfinished(_END):
+            return True
         self._pattern = _NEXT
         self._state = self._head
         return True

@@ -72,10 +72,13 @@ class TextRemover:
         """The next piece without the texts. Its end is held back while it may be the start of one."""
         if self._removed.pattern is None:
             return text
-        text = self._removed.pattern.sub("", self._held + text)
-        num_held = 0 if is_last else self._num_held(text)
+        kept, start = "", 0
+        text = self._held + text
+        for found in self._removed.pattern.finditer(text):
+            kept, start = kept + text[start : found.start()], found.end()
+        num_held = 0 if is_last else self._num_held(text[start:])
         self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
+        return kept + text[start : len(text) - num_held]
 
     def _num_held(self, text: str) -> int:
         longest = min(len(text), self._removed.longest_start)

@@ -37,7 +37,7 @@ class StreamingParser:
     def __init__(self, openers: Sequence[str], make_id: Callable[[], str] = call_id) -> None:
         self._openers, self._make_id = openers, make_id
         self._text = ""
-        self._is_final = False
+        self._is_final = self._is_cut = False
         self._state: Callable[[], bool] = self._content
         self._space = ""  # white space around calls: content only if text follows or no call was made
         self._in_content = False
@@ -52,9 +52,9 @@ class StreamingParser:
         events, self._events = self._events, []
         return events
 
-    def finish(self) -> list[ToolEvent]:
-        """The output is complete: returns the text held back."""
-        self._is_final = True
+    def finish(self, is_cut: bool = False) -> list[ToolEvent]:
+        """The output is complete: returns the text held back. Of a cut output, not the start of a call."""
+        self._is_final, self._is_cut = True, is_cut
         return self.push("")
 
     # -- states: True if there is more to do -----------------------------------------------------------------------
@@ -69,7 +69,8 @@ class StreamingParser:
             self._take_content(position)
             self._state = self._open
             return True
-        self._take_content(len(self._text) - (0 if self._is_final else self._num_held()))
+        holds = not self._is_final or (self._is_cut and self._num_calls > 0)
+        self._take_content(len(self._text) - (self._num_held() if holds else 0))
         if self._is_final and not self._num_calls:
             self._emit_content(self._space)
             self._space = ""
@@ -89,13 +90,17 @@ class StreamingParser:
         return found, False
 
     def _drop_unfinished(self, pattern: regex.Pattern[str]) -> bool:
-        """Drop the rest of an output that ends, after a call, within what may be another one or the call's end."""
-        if not (self._is_final and self._num_calls and self._text):
+        """Drop the rest of an output that ends within what may be a call, if that is likely."""
+        if not (self._is_final and self._text and self._is_call_likely()):
             return False
         found = pattern.match(self._text, partial=True)
         if found is None or not found.partial:
             return False
         return self._drop_rest()
+
+    def _is_call_likely(self) -> bool:
+        """Whether the output called before, or was cut after an opener."""
+        return self._num_calls > 0 or (self._is_cut and any(map(self._text.startswith, self._openers)))
 
     def _drop_rest(self) -> bool:
         self._take(len(self._text))
@@ -114,6 +119,8 @@ class StreamingParser:
         found, may_come = self._match(closer)
         if may_come:
             return False
+        if found is None and self._drop_unfinished(closer):
+            return True
         if found is not None:
             self._take(found.end())
         self._state = self._content

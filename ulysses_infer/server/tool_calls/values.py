@@ -67,7 +67,7 @@ def _accepts(value: Any, schema: Any, root: Any, depth: int = 0) -> bool:
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
         return schema is not False
     types = schema.get("type")
-    if types is not None and not _has_type(value, types if isinstance(types, list | tuple) else [types]):
+    if types is not None and not _has_type(value, list(types) if isinstance(types, list | tuple) else [types]):
         return False
     if "const" in schema and value != schema["const"]:
         return False
