@@ -34,7 +34,7 @@ class ChatChoiceBuilder:
         delta = self._output.flush()
         message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
         if self._reader is not None:
-            fields = self._reader.read(delta.text, is_last=True)
+            fields = self._reader.read(delta.text, is_last=True, is_cut=delta.finish_reason == "length")
             message["content"] = fields.get("content", None if self._reader.has_calls else "")
             if "tool_calls" in fields:
                 calls = fields["tool_calls"]
@@ -56,7 +56,8 @@ class ChatChoiceBuilder:
 
     def _new_fields(self, delta: Delta) -> dict[str, Any]:
         if self._reader is not None:
-            return self._reader.read(delta.text, is_last=delta.finish_reason is not None)
+            reason = delta.finish_reason
+            return self._reader.read(delta.text, is_last=reason is not None, is_cut=reason == "length")
         return {"content": delta.text} if delta.text else {}
 
     def _opening(self) -> dict[str, Any]:
