@@ -193,6 +193,14 @@ def test_cached_tokens_are_told(server: Served) -> None:
             {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "string"}}}},
             {"json": '{"type":"string"}'},
         ),
+        (
+            {"response_format": {"type": "json_object"}, "guided_whitespace_pattern": r"\s*"},
+            {"json_object": True, "whitespace_pattern": r"\s*"},
+        ),
+        (
+            {"structured_outputs": {"json_object": True, "whitespace_pattern": ""}},
+            {"json_object": True, "whitespace_pattern": ""},
+        ),
         ({"response_format": {"type": "text"}}, None),
     ],
 )

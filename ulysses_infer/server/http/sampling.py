@@ -43,7 +43,10 @@ def structured_outputs(body: EngineFields) -> Mapping[str, Any] | None:
     if len(found) > 1:
         names = " and ".join(found)
         raise ApiError(400, f"{names} each constrain the output; use only one", param=list(found)[-1])
-    return next(iter(found.values()), None)
+    chosen = next(iter(found.values()), None)
+    if chosen is None or body.guided_whitespace_pattern is None:
+        return chosen
+    return {**chosen, "whitespace_pattern": body.guided_whitespace_pattern}
 
 
 def _response_format(body: EngineFields) -> Mapping[str, Any] | None:

@@ -95,6 +95,7 @@ class StructuredOutputsField(Body):
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = Field(None, description="Regex of the white space between two parts of JSON.")
 
 
 class JsonSchema(Body):
@@ -163,6 +164,9 @@ class EngineFields(SamplingFields):
     guided_regex: str | None = Field(None, description="The same as structured_outputs.regex.")
     guided_choice: list[str] | None = Field(None, description="The same as structured_outputs.choice.")
     guided_grammar: str | None = Field(None, description="The same as structured_outputs.grammar.")
+    guided_whitespace_pattern: str | None = Field(
+        None, description="The same as structured_outputs.whitespace_pattern, for response_format and guided_json too."
+    )
 
     user: str | None = Field(None, description="Taken, without effect, as the next ones.")
     metadata: dict[str, Any] | None = None
