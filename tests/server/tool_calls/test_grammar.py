@@ -6,7 +6,7 @@ import pytest
 from formats import RENDER, TOOLS, decoded, feed, joined
 
 from tests.text.grammars import NUM_BYTES, matcher, matches
-from ulysses_infer.server.tool_calls import FORMATS, calls_grammar, formatted_parser
+from ulysses_infer.server.tool_calls import FORMATS, calls_grammar, formatted_parser, tool_choice_constraint
 
 NAMES = sorted(FORMATS)
 RENDERED = sorted(name for name in RENDER if name != "required")
@@ -71,6 +71,8 @@ def test_required_arguments_and_their_order_in_python_calls():
 
 
 SCHEMA = {
+    "$id": "https://example.com/tool",
+    "$schema": "http://json-schema.org/draft-07/schema#",
     "type": "object",
     "$defs": {"Place": {"type": "object", "properties": {"$ref": {"type": "integer"}}, "required": ["$ref"]}},
     "properties": {
@@ -92,6 +94,15 @@ def test_references_and_names_of_keywords(name):
     assert decoded(joined(feed(formatted_parser(FORMATS[base(name)], tools), text))[1]) == [("f", arguments)]
     wrong = rendered(name, [("f", {**arguments, "enum": [{"$ref": "x"}]})])
     assert not matches(wrong, **wanted(base(name), tools=tools))
+
+
+def test_references_of_a_demanded_call():
+    tools = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
+    arguments = {"default": {"$ref": 1}, "type": "b", "properties": "<p>", "enum": [{"$ref": 2}]}
+    schema = tool_choice_constraint(tools, "required").json
+    assert matches(json.dumps([{"name": "f", "parameters": arguments}]), json=schema)
+    arguments["default"] = {"$ref": "x"}
+    assert not matches(json.dumps([{"name": "f", "parameters": arguments}]), json=schema)
 
 
 @pytest.mark.parametrize("name", NAMES)

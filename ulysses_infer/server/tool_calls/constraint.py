@@ -60,12 +60,18 @@ def call_schema(tools: Tools, key: str) -> dict[str, Any]:
         }
         for tool in tools
     ]
-    return {"anyOf": calls, "$defs": {function_of(tool)["name"]: _moved(parameters_of(tool), tool) for tool in tools}}
+    return {"anyOf": calls, "$defs": {name: part for tool in tools for name, part in _definition(tool).items()}}
 
 
 def parameters_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a tool's arguments, as a reference into its `$defs`."""
-    return {"$ref": _place(tool), "$defs": {function_of(tool)["name"]: _moved(parameters_of(tool), tool)}}
+    return {"$ref": _place(tool), "$defs": _definition(tool)}
+
+
+def _definition(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a tool's arguments, by the tool's name. Its own identifier would change what references mean."""
+    schema = {key: value for key, value in parameters_of(tool).items() if key not in ("$id", "$schema")}
+    return {function_of(tool)["name"]: _moved(schema, tool)}
 
 
 def _place(tool: Mapping[str, Any]) -> str:
