@@ -1,14 +1,19 @@
 """Alternatives of text, tokens and JSON."""
 
+import numpy as np
 import pytest
 from grammars import NUM_BYTES, matcher, matches
+from tokenizers_to_try import byte_level
 
 from ulysses_infer.errors import RequestError
+from ulysses_infer.sampling_params import StructuredOutputs
+from ulysses_infer.text.structured import GrammarCompiler, check
 
 OPEN, CLOSE = NUM_BYTES, NUM_BYTES + 1
 OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
 CALL = [{"tokens": [OPEN]}, {"text": "f"}, {"regex": "[ /]?"}, {"json": OBJECT}, {"tokens": [CLOSE]}]
-WANTED = [[{"json": OBJECT}], [{"repeat": [CALL], "min": 1, "max": 2}]]
+ANSWER = [{"json": OBJECT}]
+WANTED = [ANSWER, [{"repeat": [CALL], "min": 1, "max": 2}]]
 
 
 def test_either_alternative_is_admitted():
@@ -28,6 +33,30 @@ def test_nothing_else_is_admitted(text):
 def test_schemas_inside_are_checked():
     with pytest.raises(RequestError, match="minimum"):
         matcher(alternatives=[[{"json": {"type": "integer", "minimum": 10**20}}]])
+
+
+@pytest.mark.parametrize("tokens", [[NUM_BYTES + 2], [7, 10**6]])
+def test_tokens_beyond_the_vocabulary_are_refused(tokens):
+    compiler = GrammarCompiler(None, NUM_BYTES + 2)
+    for pieces in ([{"tokens": tokens}], [{"repeat": [[{"tokens": tokens}]], "min": 0, "max": 1}]):
+        with pytest.raises(RequestError, match="vocabulary lacks"):
+            compiler.state(StructuredOutputs(alternatives=[ANSWER, pieces]), ())
+
+
+def test_special_tokens_of_a_tokenizer_are_admitted_where_they_stand():
+    tokenizer = byte_level()
+    opener, end = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    letter = tokenizer.convert_tokens_to_ids("a")
+    compiler = GrammarCompiler(tokenizer, len(tokenizer))
+    wanted = StructuredOutputs(alternatives=[[{"text": "a"}], [{"tokens": [opener]}, {"text": "a"}]])
+    state = compiler.state(wanted, [end])
+    assert set(np.flatnonzero(state.penalties([]) == 0)) == {opener, letter}
+    assert set(np.flatnonzero(state.penalties([opener]) == 0)) == {letter}
+    assert set(np.flatnonzero(state.penalties([opener, letter]) == 0)) == {end}
+
+
+def test_the_early_check_admits_tokens():
+    check(StructuredOutputs(alternatives=WANTED))
 
 
 NESTED = [{"text": "a"}]

@@ -33,7 +33,7 @@ from ulysses_infer.errors import RequestError
 from ulysses_infer.sampling_params import StructuredOutputs
 from ulysses_infer.text.detokenizer import TokenDecoder
 from ulysses_infer.text.first_space import Speller, drops_first_space
-from ulysses_infer.text.structured_pieces import alternatives_lark
+from ulysses_infer.text.structured_pieces import alternatives_lark, token_ids
 from ulysses_infer.text.structured_schema import prepare_schema
 from ulysses_infer.text.token_bytes import token_bytes
 
@@ -149,8 +149,10 @@ class GrammarCompiler:
         return GrammarState(matcher, self._vocab_size, end_token_ids, first)
 
     def _matcher(self, wanted: StructuredOutputs, is_first: bool = False) -> Any:
-        library = _library()
-        found = self._compiled(_as_lark(wanted), is_first)
+        library, grammar = _library(), _as_lark(wanted)
+        if wanted.alternatives is not None:
+            self._check_tokens(json.loads(str(wanted.alternatives)))
+        found = self._compiled(grammar, is_first)
         if isinstance(found, str):
             raise _refusal(wanted, found)
         assert isinstance(found, library.LLMatcher)
@@ -174,6 +176,14 @@ class GrammarCompiler:
         if self._tokenizer is None:
             raise RequestError("structured_outputs needs a tokenizer; set model.tokenizer")
         return token_bytes(self._tokenizer, self._vocab_size)
+
+    def _check_tokens(self, alternatives: Any) -> None:
+        largest = max(token_ids(alternatives), default=0)
+        if largest >= self._vocab_size:
+            raise RequestError(
+                f"structured_outputs.alternatives has the token {largest}, which the model's vocabulary lacks; "
+                f"use ids below {self._vocab_size}"
+            )
 
     @functools.cached_property
     def _vocabulary(self) -> Any:

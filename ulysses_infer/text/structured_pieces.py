@@ -14,7 +14,7 @@ The value is a list of alternatives, each a list of pieces. A piece is one of:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ulysses_infer.errors import RequestError
@@ -28,6 +28,13 @@ def alternatives_lark(alternatives: Any, schema_text: Callable[[Any], str]) -> s
     writer = _Writer(schema_text)
     start = writer.alternatives(alternatives, 0)
     return "\n".join([f"start: {start}", *writer.rules])
+
+
+def token_ids(alternatives: Any) -> Iterator[int]:
+    """The token ids in checked alternatives."""
+    for piece in (piece for pieces in alternatives for piece in pieces):
+        yield from piece.get("tokens", ())
+        yield from token_ids([*piece.get("repeat", ()), piece.get("separator", ())])
 
 
 class _Writer:
