@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ulysses_infer.child_processes import end_with_parent
 from ulysses_infer.config import Config
@@ -220,5 +220,12 @@ def _worker_main(parent: int, rank: int, world_size: int, port: int, ready: int)
     return 0
 
 
+def _exit_at_once(status: int) -> NoReturn:
+    """Exit without finalising the interpreter: with torch loaded that takes a second, for which rank 0 would wait."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(_worker_main(*map(int, sys.argv[1:])))
+    _exit_at_once(_worker_main(*map(int, sys.argv[1:])))
