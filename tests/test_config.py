@@ -391,7 +391,9 @@ class TestAliases:
         assert message == "parallel.tp = 'two' (in the command line, as tensor_parallel_size): expected int"
 
     def test_shift_switch_takes_only_true_and_false(self):
-        assert complaint(["--enable-shift-parallel=2"]) == "enable_shift_parallel must be true or false, not '2'"
+        assert complaint(["--enable-shift-parallel=2"]) == (
+            "enable_shift_parallel (in the command line): must be true or false, not '2'"
+        )
 
     def test_deepspeed_keys_are_understood(self):
         config = load({"dtype": torch.float16, "tensor_parallel": {"tp_size": 2}, "max_out_tokens": 512})
@@ -407,10 +409,6 @@ class TestAliases:
 
     def test_unknown_key_under_an_alias_is_refused(self):
         assert complaint({"tensor_parallel": {"tp_sise": 2}}).startswith("unknown key 'tensor_parallel.tp_sise'")
-
-    def test_needless_deepspeed_key_says_to_leave_it_out(self):
-        message = complaint({"replace_with_kernel_inject": True})
-        assert message.endswith("leave it out: it is not needed here")
 
     @pytest.mark.parametrize(
         "given",
@@ -429,8 +427,84 @@ class TestAliases:
 
         assert {alias.target for alias in ALIASES.values()} <= set(all_keys())
 
+    @pytest.mark.parametrize(
+        ("given", "key", "value"),
+        [
+            ({"tool_call_parser": "qwen3_xml"}, "server.tool_call_parser", "qwen3_coder"),
+            ({"attention_backend": "FLASH_ATTN"}, "runtime.attention_backend", "flash_attn"),
+            ({"attention_backend": "TORCH_SDPA"}, "runtime.attention_backend", "torch"),
+            ({"async_scheduling": True}, "scheduler.async_scheduling", True),
+            ({"enable_expert_parallel": True}, "parallel.expert_placement", "expert"),
+            ({"enable_expert_parallel": False}, "parallel.expert_placement", "auto"),
+            ({"served_model_name": ["a"]}, "server.served_model_name", "a"),
+            ({"lora_modules": ["a=org/x", '{"name": "b"}=y']}, "lora.adapters", {"a": "org/x", '{"name": "b"}': "y"}),
+            ({"lora_modules": {"name": "a", "path": "org/x"}}, "lora.adapters", {"a": "org/x"}),
+            ({"lora_modules": {"a": "org/x"}}, "lora.adapters", {"a": "org/x"}),
+            ({"max_num_seqs": None, "tokenizer": None, "dtype": None}, "scheduler.max_num_seqs", 256),
+            (["--enable-log-requests", "--port", "1"], "server.access_log", True),
+            (["--chat-template=x.jinja"], "server.chat_template", "x.jinja"),
+            (["--no-async-scheduling"], "scheduler.async_scheduling", False),
+        ],
+    )
+    def test_arguments_of_vllm_set_ours(self, given, key, value):
+        section, _, name = key.partition(".")
+        assert getattr(getattr(load(given), section), name) == value
+
+    @pytest.mark.parametrize(
+        ("name", "value", "words"),
+        [
+            ("speculative_config", {"method": "ngram"}, "speculative decoding is not available, leave it out"),
+            ("reasoning_parser", "qwen3", "there is no such setting here; reasoning is part of the content"),
+            ("quantization", "fp8", "the quantization of the checkpoint is detected"),
+            ("load_format", "dummy", "the format of the weights is detected"),
+            ("pipeline_parallel_size", 2, "use parallel.sp and parallel.tp"),
+            ("cpu_offload_gb", 4, "raise parallel.tp"),
+            ("served_model_name", ["a", "b"], "several values"),
+            ("lora_modules", ["a"], "lora.adapters.NAME=PATH"),
+            ("checkpoint", "x.json", "give the checkpoint as the model"),
+        ],
+    )
+    def test_arguments_without_a_meaning_here_are_refused_with_the_reason(self, name, value, words):
+        message = complaint({name: value})
+        assert message.startswith(name)
+        assert words in message
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"swap_space": 4},
+            {"disable_log_requests": True},
+            {"load_format": "auto"},
+            {"enable_lora": False},
+            {"cpu_offload_gb": 0},
+            {"replace_with_kernel_inject": True},
+            ["--enable-auto-tool-choice"],
+            ["--max-lora-rank", "64"],
+            ["--no-disable-log-stats"],
+        ],
+    )
+    def test_arguments_that_change_nothing_are_accepted_with_one_line(self, given, caplog):
+        assert load(given) == load()
+        assert len(caplog.messages) == 1
+        assert "has no effect: " in caplog.text
+
+    def test_null_for_a_foreign_argument_is_silent(self, caplog):
+        assert load({"quantization": None, "speculative_config": None}) == load()
+        assert not caplog.messages
+
 
 class TestPaths:
+    @pytest.mark.parametrize("sign", ["pyproject.toml", ".git"])
+    def test_paths_are_found_from_the_repository_of_the_recipe(self, folders, sign):
+        (folders / sign).touch()
+        (folders / "models" / "m").mkdir(parents=True)
+        write(folders, "templates/t.jinja", "x")
+        text = "model: {path: models/m}\nserver: {chat_template: templates/t.jinja}\npolicy: {profile: auto}\n"
+        config = load_config(write(folders, "recipes/deep/r.yaml", text))
+        assert config.model.path == str(folders / "models" / "m")
+        assert config.server.chat_template == str(folders / "templates" / "t.jinja")
+        assert config.policy.profile == "auto"
+
     @pytest.fixture
     def folders(self, tmp_path, monkeypatch):
         """A working directory and a folder of recipes beside it."""

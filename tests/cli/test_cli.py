@@ -43,9 +43,20 @@ def test_flags_of_vllm_and_its_plugin_are_understood() -> None:
     assert config.policy.name == "threshold"
 
 
+def test_arguments_of_vllms_server_are_understood() -> None:
+    flags = ["-tp", "2", "--lora-modules", "a=org/x", "b=org/y", "--served-model-name", "n", "--api-key", "k"]
+    config = parse(["serve", "--model", "m", *flags, "--enable-expert-parallel", "--no-enable-log-requests"]).config()
+
+    assert (config.model.path, config.parallel.tp) == ("m", 2)
+    assert config.lora.adapters == {"a": "org/x", "b": "org/y"}
+    assert (config.server.served_model_name, config.server.api_key) == ("n", "k")
+    assert config.parallel.expert_placement == "expert"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["serve", "m", "--speculative-config", '{"method": "ngram"}'], "speculative decoding is not available"),
         (["generate", "m"], "nothing to generate"),
         (["generate", "m", "n", "--prompt", "x"], "one MODEL is enough"),
         (["generate", "m", "--tensr-parallel-size", "2"], "did you mean '--tensor-parallel-size'?"),

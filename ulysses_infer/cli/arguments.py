@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ from ulysses_infer.bench.compare.compare_options import add_options, check_optio
 from ulysses_infer.bench.replay.replay_options import parse_replay
 from ulysses_infer.bench.serve.serve_options import parse_serve
 from ulysses_infer.config import Config, load_config
-from ulysses_infer.config.aliases import ALIASES, split_flags
+from ulysses_infer.config.aliases import flag_names, is_switch, split_flags
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.extras import require_extra
 
@@ -21,6 +22,9 @@ CLIENTS = ("bench serve", "bench replay", "bench compare")
 """Commands that run in a single process without ranks."""
 MODES = ("tp", "sp", "shift", "single")
 RANDOM_MODELS = ("llama-60m", "llama-0.5b")
+SHORT_FLAGS = {"tensor_parallel_size": ("-tp",), "data_parallel_size": ("-dp",)}
+LISTS = ("lora_modules", "allowed_origins")
+"""Flags that take several values."""
 DEFAULT_MAX_TOKENS = 128  # for prompts given on the command line
 
 USAGE = """\
@@ -95,21 +99,22 @@ class _Parser(argparse.ArgumentParser):
     """An argparse parser that accepts options anywhere and raises our one-line errors."""
 
     def __init__(self, command: str, description: str) -> None:
-        words = "[MODEL] [options] [key=value ...]"
         super().__init__(
             prog=f"ulysses-infer {command}",
-            usage=f"ulysses-infer {command} {words}",
+            usage=f"ulysses-infer {command} [MODEL] [options] [key=value ...]",
             description=description,
             allow_abbrev=False,
+            conflict_handler="resolve",  # a command's own option replaces the alias
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
         self.add_argument("--config", metavar="RECIPE", help="recipe to start from (YAML)")
-        for alias, meant in ALIASES.items():
-            if "." not in alias:
-                flags = [f"--{alias.replace('_', '-')}"] + ([f"--no-{alias.replace('_', '-')}"] * meant.is_switch)
-                arity: dict[str, Any] = {"nargs": 0} if meant.is_switch else {}
-                self.add_argument(*flags, action=_Override, help=argparse.SUPPRESS, **arity)
+        self.add_argument("--model", help=argparse.SUPPRESS)
+        for alias in flag_names():
+            words = alias.replace("_", "-")
+            flags = [*SHORT_FLAGS.get(alias, ()), f"--{words}"] + [f"--no-{words}"] * is_switch(alias)
+            arity: dict[str, Any] = {"nargs": 0} if is_switch(alias) else {"nargs": "+"} if alias in LISTS else {}
+            self.add_argument(*flags, action=_Override, help=argparse.SUPPRESS, **arity)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -120,7 +125,7 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             split_flags([word for word in unknown if word.startswith("--")])  # raises, with the nearest name
             self.error(f"unknown flag {unknown[0]!r}; {self.prog} --help lists those there are")
-        words = [word for word in options.words if "=" not in word]
+        words = [word for word in options.words if "=" not in word] + [options.model] * (options.model is not None)
         if len(words) > 1:
             raise ConfigError(f"{words[1]!r}: one MODEL is enough, and {words[0]!r} is one; keys are set as key=value")
         assigned = [word for word in options.words if "=" in word]
@@ -131,7 +136,10 @@ class _Override(argparse.Action):
     """Keeps a flag that stands for a recipe key as it was written."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        written = [option_string or ""] + ([values] if isinstance(values, str) else [])
+        flag = next(word for word in self.option_strings if word.startswith("--"))
+        written = [flag if option_string is None or not option_string.startswith("--") else option_string]
+        if self.nargs != 0:
+            written.append(values if isinstance(values, str) else json.dumps(values))
         namespace.overrides = [*getattr(namespace, "overrides", []), *written]
 
 
@@ -139,8 +147,7 @@ def _switch_as_key(word: str) -> str:
     """`--enforce-eager=true` as `enforce_eager=true`, because argparse allows no value for a switch."""
     flag, equals, value = word.partition("=")
     name = flag.removeprefix("--").replace("-", "_")
-    is_switch = flag.startswith("--") and name in ALIASES and ALIASES[name].is_switch
-    return f"{name}={value}" if equals and is_switch else word
+    return f"{name}={value}" if equals and flag.startswith("--") and is_switch(name) else word
 
 
 def _parse_generate(arguments: list[str]) -> Command:

@@ -12,12 +12,26 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from ulysses_infer.config.aliases import ALIASES, NEEDLESS_KEYS, dtype_name, is_alias_section, split_flags
+from ulysses_infer.config.aliases import ALIASES, dtype_name, is_alias_section, split_flags
+from ulysses_infer.config.foreign import FOREIGN, settle
 from ulysses_infer.config.keys import all_keys, hint_for, is_key, is_mapping, is_open
 from ulysses_infer.config.schema import Config
 from ulysses_infer.errors import ConfigError, first_line
 
-PATH_KEYS = ("model.path", "model.tokenizer", "lora.adapters")
+PATH_KEYS = (
+    "model.path",
+    "model.hf_config",
+    "model.tokenizer",
+    "model.generation_config",
+    "policy.profile",
+    "server.chat_template",
+    "server.ssl_certfile",
+    "server.ssl_keyfile",
+    "lora.adapters",
+)
+WORDS = ("", "auto", "none")
+"""Values of path keys that are no paths."""
+REPOSITORY_SIGNS = ("pyproject.toml", ".git")
 
 
 @dataclass(frozen=True)
@@ -96,13 +110,17 @@ def _leaves(tree: Mapping[Any, Any], prefix: str, origin: str) -> Iterator[tuple
         if is_mapping(name) or is_alias_section(name):
             yield from _leaves(_mapping(name, value, origin), name + ".", origin)
         elif is_key(name) or name in ALIASES:
-            yield name, value
+            if not _means_default(name, value):
+                yield name, value
+        elif name in FOREIGN:
+            settle(name, value, origin)
         else:
-            raise ConfigError(f"unknown key '{name}' in {origin}; {_hint(name)}")
+            raise ConfigError(f"unknown key '{name}' in {origin}; {hint_for(name)}")
 
 
-def _hint(name: str) -> str:
-    return "leave it out: it is not needed here" if name in NEEDLESS_KEYS else hint_for(name)
+def _means_default(name: str, value: Any) -> bool:
+    """Whether an alias has the value null, which vLLM writes for a default and its key here does not take."""
+    return value is None and name in ALIASES and not all_keys()[ALIASES[name].target].optional
 
 
 def _mapping(name: str, value: Any, origin: str) -> Mapping[Any, Any]:
@@ -118,24 +136,39 @@ def _setting(name: str, value: Any, origin: str, folder: Path) -> Setting:
     alias = ALIASES.get(name)
     key = alias.target if alias else name
     if alias and alias.translate:
-        value = alias.translate(value)
+        try:
+            value = alias.translate(value)
+        except ConfigError as error:
+            raise ConfigError(f"{name} (in {origin}): {error}") from error
     if key.endswith(".dtype"):
         value = dtype_name(value)
+    if key == "lora.adapters" and isinstance(value, Mapping):  # as an alias gives it
+        value = {adapter: locate(path, folder) if isinstance(path, str) else path for adapter, path in value.items()}
     if (key in PATH_KEYS or key.rpartition(".")[0] in PATH_KEYS) and isinstance(value, str):
-        value = _locate(value, folder)
+        value = locate(value, folder)
     return Setting(key, value, origin, spelling=name)
 
 
-def _locate(value: str, folder: Path) -> str:
-    """A relative path as an absolute one, if it exists in `folder` or in the working directory.
+def locate(value: str, folder: Path) -> str:
+    """A relative path as an absolute one, if it exists in `folder`, in the repository that contains `folder`, or in the
+    working directory.
 
-    Anything else is a hub id and stays as it is, unless it starts with a dot, which no hub id does.
+    Anything else is a hub id or a word such as `auto` and stays as it is, unless it starts with a dot.
     """
+    if value in WORDS:
+        return value
     path = Path(value).expanduser()
-    for base in (folder, Path.cwd()):
+    for base in (folder, *repository_of(folder), Path.cwd()):
         if (base / path).exists():
             return os.path.abspath(base / path)
     return os.path.abspath(folder / path) if value.startswith((".", "~")) else value
+
+
+def repository_of(folder: Path) -> list[Path]:
+    """The root of the repository that contains `folder`; empty if there is none."""
+    absolute = Path(os.path.abspath(folder))
+    roots = (base for base in (absolute, *absolute.parents) if any((base / sign).exists() for sign in REPOSITORY_SIGNS))
+    return list(roots)[:1]
 
 
 def _refuse_contradictions(settings: list[Setting]) -> None:
