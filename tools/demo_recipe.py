@@ -7,11 +7,13 @@ import difflib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 
 from benchmarks.arguments import launcher_options
+from ulysses_infer.config.settings import locate
 
 
 @dataclass
@@ -77,14 +79,28 @@ class Recipe:
 
 
 def load_recipe(path: str | None, overrides: list[str], recipe: type[Any] = Recipe) -> Any:
-    """A `recipe`: its defaults, then the recipe file, then the command line. Exits on an unknown key."""
+    """A `recipe`: its defaults, then the recipe file, then the command line. Exits on an unknown key.
+
+    A model's relative path is found from the folder of the recipe that names it, its repository or the working
+    directory.
+    """
+    if path and not Path(path).is_file():
+        sys.exit(f"recipe '{path}' does not exist; give the path of a YAML file")
     schema = OmegaConf.structured(recipe)
     known = list(dotted_keys(_plain(schema)))
-    layers = [OmegaConf.load(path)] if path else []
-    for layer in [*layers, OmegaConf.from_dotlist(overrides)]:
+    layers = [(OmegaConf.load(path), Path(path).resolve().parent)] if path else []
+    _find_model(schema, Path(__file__).parent)
+    for layer, folder in [*layers, (OmegaConf.from_dotlist(overrides), Path.cwd())]:
         reject_unknown_keys(_plain(layer), known)
+        _find_model(layer, folder)
         schema = OmegaConf.merge(schema, layer)
     return OmegaConf.to_object(schema)
+
+
+def _find_model(layer: Any, folder: Path) -> None:
+    """Make the path of a model absolute; a mapping is its shape."""
+    if isinstance(layer.get("model"), str):
+        layer.model = locate(layer.model, folder)
 
 
 def _plain(tree: Any) -> Mapping[str, object]:

@@ -29,7 +29,9 @@ if not __package__:  # started by path, as the deepspeed launcher does
 
 from tools.demo_recipe import parse_arguments
 from ulysses_infer import RequestOutput, SamplingParams, init_inference
+from ulysses_infer.errors import UlyssesError
 from ulysses_infer.job.lifetime import end_with_launcher
+from ulysses_infer.model.loading.files import resolve_folder
 
 
 @dataclass
@@ -212,6 +214,10 @@ def main(argv: list[str]) -> None:
     """Entry point of every rank."""
     end_with_launcher()
     recipe = parse_arguments(__doc__.split("\n")[0], argv, Recipe)
+    try:
+        recipe.model = str(resolve_folder(recipe.model, None))
+    except UlyssesError as error:
+        sys.exit(f"error: {error}")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it would take a minute
     deepspeed.init_distributed()
     loop = Loop(recipe)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.launcher import ROOT, environment
 from tools.demo_recipe import load_recipe
-from tools.train_rollouts import Recipe
+from tools.train_rollouts import Recipe, main
 from ulysses_infer.job.processes import free_port
 
 RECIPE = "recipes/train_rollouts.yaml"
@@ -19,6 +19,22 @@ def test_shipped_recipe_is_valid():
     recipe = load_recipe(str(ROOT / RECIPE), [], Recipe)
     assert (ROOT / recipe.model / "config.json").is_file()
     assert recipe.train.steps >= 10
+
+
+@pytest.mark.parametrize("config", [str(ROOT / RECIPE), None])
+def test_the_model_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(config, [], Recipe).model == str(ROOT / "models" / "demo")
+    (tmp_path / "mine").mkdir()
+    assert load_recipe(config, ["model=mine"], Recipe).model == str(tmp_path / "mine")
+
+
+def test_a_model_or_recipe_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tools.train_rollouts.end_with_launcher", lambda: None)
+    with pytest.raises(SystemExit, match=r"^error: model.path '/nowhere/m' is no folder[^\n]*$"):
+        main(["--config", str(ROOT / RECIPE), "model=/nowhere/m"])
+    with pytest.raises(SystemExit, match=r"^recipe 'none.yaml' does not exist[^\n]*$"):
+        main(["--config", "none.yaml"])
 
 
 @pytest.mark.launcher
