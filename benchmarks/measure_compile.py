@@ -61,6 +61,7 @@ class Ours:
             str(path),
             **{
                 "model.dtype": "bfloat16",
+                "model.max_model_len": 16 * blocks,
                 "cache.num_blocks": blocks,
                 "runtime.device": "cpu",
                 "runtime.threads_per_rank": threads,

@@ -114,6 +114,7 @@ def settings(longest: int, chunk: int, sp: int) -> dict[str, Any]:
     }
     return {
         "model.hf_overrides": {"rope_parameters": stretch},
+        "model.max_model_len": longest + 1,
         "parallel.sp": sp,
         "parallel.modes": [[part, sp // part] for part in range(1, sp + 1) if sp % part == 0],
         "cache.num_blocks": -(-longest // BLOCK_SIZE) + 1,

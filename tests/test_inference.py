@@ -401,6 +401,11 @@ def test_a_request_larger_than_the_cache_is_refused_and_others_run(folder):
         assert len(tokens(small.generate("hello", GREEDY))[0]) == 8
 
 
+def test_a_cache_of_too_few_blocks_for_one_request_is_refused_at_start(folder):
+    with pytest.raises(ConfigError, match=r"raise cache\.num_blocks to at least 32 or lower model\.max_model_len to 16"):
+        init_inference(folder, **settings(**{"cache.num_blocks": 4, "model.max_model_len": 128}))
+
+
 def test_a_cache_too_small_for_one_request_is_refused_at_start(folder):
     overrides = settings(**{"cache.memory_bytes": 8192})
     del overrides["cache.num_blocks"]

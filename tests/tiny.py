@@ -81,4 +81,8 @@ def settings(sp: int = 1, tp: int = 1, **changes: Any) -> dict[str, Any]:
         "runtime.threads_per_rank": 1,
         "runtime.device": "cpu",
     }
-    return {**plain, **changes}
+    chosen = {**plain, **changes}
+    num_blocks, whole = chosen["cache.num_blocks"], SHAPE["max_position_embeddings"]
+    if num_blocks is not None and num_blocks * chosen["cache.block_size"] < whole:
+        chosen.setdefault("model.max_model_len", num_blocks * chosen["cache.block_size"])
+    return chosen

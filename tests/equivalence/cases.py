@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 TOLERANCE = 1e-4
+MAX_MODEL_LEN = 128  # of the tiny models
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Profile:
         modes = [[s, sp * tp // s] for s in range(1, sp + 1) if sp % s == 0]
         return {
             "parallel": {"sp": sp, "tp": tp, "modes": modes, "rank_order": self.rank_order},
+            "model.max_model_len": min(MAX_MODEL_LEN, 4 * self.num_blocks),
             "cache": {
                 "num_blocks": self.num_blocks,
                 "block_size": 4,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.equivalence.cases import CROWD, TIGHT, Profile, check, run_case
+from tests.equivalence.cases import CROWD, MAX_MODEL_LEN, TIGHT, Profile, check, run_case
 from tests.equivalence.families import tiny_config
 from tests.equivalence.tiny_models import NEW_TOKENS, make_checkpoint, make_prompts, make_reference
 
@@ -19,7 +19,7 @@ CACHED = replace(CROWD, num_blocks=100, max_num_seqs=8)
 UNCACHED = replace(CACHED, name="uncached", prefix_caching=False)
 PRESSED = replace(TIGHT, num_blocks=28)
 """Blocks of layers that see everything; the others have as many as they need."""
-PRESSED_WINDOWS = replace(TIGHT, num_blocks=8)
+PRESSED_WINDOWS = replace(TIGHT, num_blocks=8, settings={"model.max_model_len": MAX_MODEL_LEN})
 """Where all layers have windows of 6: a chunk of 16 takes 7, and short texts grow to 3 each."""
 FAMILIES = {
     "gemma2": PRESSED,

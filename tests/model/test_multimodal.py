@@ -22,6 +22,7 @@ from ulysses_infer.model.model import ModelBuilder, read_config
 from ulysses_infer.parallel.layout import Layout, Mode
 
 ENGINE: dict[str, Any] = {
+    "model": {"max_model_len": 64},
     "cache": {"num_blocks": 16, "block_size": 4},
     "runtime": {"threads_per_rank": 1, "device": "cpu"},
 }

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.bench.load import LoadMeter
 from ulysses_infer.bench.random_model import random_model
 from ulysses_infer.bench.report import as_json, comparison
@@ -71,10 +72,12 @@ def check_json(path: str | None) -> None:
 def for_benchmark(config: Config, workload: Workload) -> Config:
     """`config` with a cache just large enough for the workload and without prefix caching, so that modes are
     independent."""
-    cache = dataclasses.replace(config.cache, enable_prefix_caching=False)
+    cache, model = dataclasses.replace(config.cache, enable_prefix_caching=False), dataclasses.replace(config.model)
     if cache.num_blocks is None and cache.memory_bytes is None:
-        cache.num_blocks = workload.num_blocks(cache.block_size)
-    return dataclasses.replace(config, cache=cache)
+        model.max_model_len = model.max_model_len or workload.input_len + workload.output_len
+        longest = ceil_div(model.max_model_len, cache.block_size)
+        cache.num_blocks = max(workload.num_blocks(cache.block_size), longest)
+    return dataclasses.replace(config, cache=cache, model=model)
 
 
 def interleaved(

@@ -55,18 +55,22 @@ class CacheSizing:
             longest[0], self._largest(requests, lambda count: self._blocks_per_group(longest[0], count), num_bytes)
         )
 
-    def check_fits_one_request(self, num_blocks: Sequence[int]) -> None:
-        """Raise `ConfigError` if these blocks cannot hold one request of `max_model_len` tokens."""
+    def check_fits_one_request(self, num_blocks: Sequence[int], in_blocks: bool = False) -> None:
+        """Raise `ConfigError` if these blocks cannot hold one request of `max_model_len` tokens.
+
+        in_blocks: whether the size is given in blocks instead of bytes.
+        """
         needed = self.blocks_of_request(self.max_model_len)
         if all(have >= want for have, want in zip(num_blocks, needed, strict=True)):
             return
         held = self.num_bytes(num_blocks)
         lengths = range(self.max_model_len + 1)
         longest = bisect_right(lengths, held, key=lambda length: self.num_bytes(self.blocks_of_request(length))) - 1
+        key, least = ("num_blocks", max(needed)) if in_blocks else ("memory_bytes", self.num_bytes(needed))
         raise ConfigError(
             f"the cache holds {num_blocks[0]} blocks = {num_blocks[0] * self.shape.block_size} tokens, less than one "
-            f"request of max_model_len {self.max_model_len}; raise cache.memory_bytes to at least "
-            f"{self.num_bytes(needed)} or lower model.max_model_len to {longest}"
+            f"request of max_model_len {self.max_model_len} ({self.num_bytes(needed)} bytes); raise cache.{key} to at "
+            f"least {least} or lower model.max_model_len to {longest}"
         )
 
     def _blocks_per_group(self, num_blocks: int, num_requests: int) -> list[int]:

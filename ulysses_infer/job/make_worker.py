@@ -94,7 +94,7 @@ def _make_cache(
         num_blocks = sizing.blocks_per_group(config.num_blocks)
     else:
         num_blocks = sizing.blocks_within(num_bytes, use_all=config.memory_bytes is not None)
-        sizing.check_fits_one_request(num_blocks)
+    sizing.check_fits_one_request(num_blocks, in_blocks=config.num_blocks is not None)
     return PagedCache(sizing.shape, num_blocks, device, scratch_blocks, sizing.groups)
 
 
