@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -32,7 +34,8 @@ def main() -> None:
         command = parse(arguments)
         if command.name in CLIENTS:
             sys.exit(_run_client(command))
-        config = command.config()
+        with _quiet_config():
+            config = command.config()
         is_server = command.name == "serve"
         if num_ranks(config, is_server) > 1 and not is_launched():
             sys.exit(launch(arguments, config, is_server))
@@ -41,6 +44,17 @@ def main() -> None:
     from ulysses_infer.cli.rank import main as run_here
 
     run_here(arguments)
+
+
+@contextlib.contextmanager
+def _quiet_config() -> Iterator[None]:
+    """Leave warnings about the configuration to rank 0, which reads it again."""
+    logger = logging.getLogger("ulysses_infer.config")
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(logging.NOTSET)
 
 
 def _run_client(command: Command) -> int:
