@@ -433,6 +433,7 @@ class TestAliases:
             ({"tool_call_parser": "qwen3_xml"}, "server.tool_call_parser", "qwen3_coder"),
             ({"attention_backend": "FLASH_ATTN"}, "runtime.attention_backend", "flash_attn"),
             ({"attention_backend": "TORCH_SDPA"}, "runtime.attention_backend", "torch"),
+            ({"generation_config": "vllm"}, "model.generation_config", "none"),
             ({"async_scheduling": True}, "scheduler.async_scheduling", True),
             ({"enable_expert_parallel": True}, "parallel.expert_placement", "expert"),
             ({"enable_expert_parallel": False}, "parallel.expert_placement", "auto"),

@@ -21,8 +21,9 @@ class LLM:
         prompts: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         adapter: str | Sequence[str | None] | None = None,
+        use_tqdm: Any = False,
     ) -> list[RequestOutput]:
-        """Complete every prompt; see `InferenceEngine.generate`."""
+        """Complete every prompt; see `InferenceEngine.generate`. use_tqdm: accepted, but there is no progress bar."""
         return self.engine.generate(prompts, sampling_params, adapter=adapter)
 
     def chat(
@@ -30,8 +31,9 @@ class LLM:
         messages: list[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         adapter: str | Sequence[str | None] | None = None,
+        use_tqdm: Any = False,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of message dicts) or a list of conversations."""
+        """Answer one conversation (a list of message dicts) or a list of conversations; arguments as for `generate`."""
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         return self.engine.generate(conversations, sampling_params, adapter=adapter)
 

@@ -45,12 +45,12 @@ def test_flags_of_vllm_and_its_plugin_are_understood() -> None:
 
 def test_arguments_of_vllms_server_are_understood() -> None:
     flags = ["-tp", "2", "--lora-modules", "a=org/x", "b=org/y", "--served-model-name", "n", "--api-key", "k"]
-    config = parse(["serve", "--model", "m", *flags, "--enable-expert-parallel", "--no-enable-log-requests"]).config()
+    config = parse(["serve", "--model", "m", *flags, "--enable_expert_parallel", "--max_num_seqs=7"]).config()
 
     assert (config.model.path, config.parallel.tp) == ("m", 2)
     assert config.lora.adapters == {"a": "org/x", "b": "org/y"}
     assert (config.server.served_model_name, config.server.api_key) == ("n", "k")
-    assert config.parallel.expert_placement == "expert"
+    assert (config.parallel.expert_placement, config.scheduler.max_num_seqs) == ("expert", 7)
 
 
 @pytest.mark.parametrize(

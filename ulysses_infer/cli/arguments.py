@@ -144,8 +144,11 @@ class _Override(argparse.Action):
 
 
 def _switch_as_key(word: str) -> str:
-    """`--enforce-eager=true` as `enforce_eager=true`, because argparse allows no value for a switch."""
+    """`--enforce-eager=true` as `enforce_eager=true`, because argparse allows no value for a switch; the flags of other
+    keys with hyphens."""
     flag, equals, value = word.partition("=")
+    if flag.startswith("--") and "_" in flag:
+        return _switch_as_key(flag.replace("_", "-") + equals + value)
     name = flag.removeprefix("--").replace("-", "_")
     return f"{name}={value}" if equals and flag.startswith("--") and is_switch(name) else word
 

@@ -41,6 +41,11 @@ def parser_name(value: Any) -> Any:
     return PARSER_NAMES.get(value, value) if isinstance(value, str) else value
 
 
+def generation_config_name(value: Any) -> Any:
+    """The source of sampling defaults in our spelling: vLLM's `vllm` is `none`."""
+    return "none" if value == "vllm" else value
+
+
 def only_one(value: Any) -> Any:
     """The value, or the only one of a list; vLLM takes several names and keys."""
     if isinstance(value, (list, tuple)):
@@ -102,7 +107,7 @@ ALIASES: dict[str, Alias] = {
     "trust_remote_code": Alias("model.trust_remote_code"),
     "max_model_len": Alias("model.max_model_len"),
     "hf_overrides": Alias("model.hf_overrides"),
-    "generation_config": Alias("model.generation_config"),
+    "generation_config": Alias("model.generation_config", generation_config_name),
     "override_generation_config": Alias("model.override_generation_config"),
     "gpu_memory_utilization": Alias("cache.memory_utilization"),
     "kv_cache_dtype": Alias("cache.dtype"),

@@ -347,7 +347,8 @@ def _library() -> Any:
     try:
         import llguidance
     except ImportError as error:
-        raise RequestError("structured_outputs needs the package llguidance; install ulysses_infer[serve]") from error
+        message = 'structured_outputs needs llguidance; install: pip install "ulysses_infer[serve]"'
+        raise RequestError(message) from error
     return llguidance
 
 
