@@ -42,7 +42,11 @@ def test_demo_shifts_between_both_modes_and_accounts_for_it(tmp_path: Path) -> N
     ("override", "message"),
     [
         ("polcy.name=static", "error: unknown key 'polcy.name' in the command line; did you mean 'policy.name'?"),
-        ("parallel.sp=4", "error: parallel.sp * parallel.tp = 4 * 1 = 4, but the job has 2 ranks; start 4 ranks"),
+        pytest.param(
+            "parallel.sp=4",
+            "error: parallel.sp * parallel.tp = 4 * 1 = 4, but the job has 2 ranks; start 4 ranks",
+            marks=pytest.mark.thorough,
+        ),
         ("cache.num_blocks=1", "error: "),  # found when the engine is up
     ],
 )

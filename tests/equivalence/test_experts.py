@@ -82,13 +82,13 @@ def test_tokens_sent_to_the_owners_of_their_experts_come_back_right(
 @pytest.mark.parametrize(
     ("family", "num_experts", "placement", "base", "function"),
     [
-        ("qwen3_moe", 12, "expert", (8, 1), run_dispatching),
         ("mixtral", 4, "expert", (4, 2), run_case),  # fewer experts than ranks
         ("gpt_oss", 10, "expert", (2, 4), run_dispatching),
         ("llama4_text", 8, "width", (4, 2), run_case),
         *(
             pytest.param(*case, marks=pytest.mark.thorough)
             for case in (
+                ("qwen3_moe", 12, "expert", (8, 1), run_dispatching),
                 ("qwen2_moe", 4, "width", (8, 1), run_case),
                 ("deepseek_v2", 4, "expert", (1, 8), run_case),
                 ("olmoe", 8, "width", (2, 4), run_case),

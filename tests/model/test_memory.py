@@ -60,7 +60,7 @@ def load(folder, tp, shard, dtype):
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_weights_in_the_checkpoints_dtype_stay_in_its_file(checkpoint, tp):
     """On a CPU they are mapped pages, which the ranks of a host share and the system can drop."""
     measured = load(checkpoint, tp, tp - 1, "float32")
@@ -68,7 +68,7 @@ def test_weights_in_the_checkpoints_dtype_stay_in_its_file(checkpoint, tp):
     assert measured["grown"] < SLACK
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_converted_weights_are_never_held_twice(checkpoint, tp):
     measured = load(checkpoint, tp, tp - 1, "bfloat16")
     assert 85 * MIB / tp < measured["weights"] < 90 * MIB / tp

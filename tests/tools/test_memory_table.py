@@ -81,8 +81,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-@pytest.mark.parametrize("placement", ["replicate", "expert", "width"])
-@pytest.mark.parametrize(("name", "base"), [("qwen3-30b-a3b", Mode(8, 1)), ("llama-4-scout-17b-16e", Mode(4, 2))])
+LOADED = [
+    pytest.param("qwen3-30b-a3b", Mode(8, 1), marks=pytest.mark.thorough),
+    ("llama-4-scout-17b-16e", Mode(4, 2)),
+]
+
+
+@pytest.mark.parametrize("placement", ["replicate", "expert", pytest.param("width", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(("name", "base"), LOADED)
 def test_loading_takes_what_the_table_says(name: str, base: Mode, placement: str, checkpoint: Any) -> None:
     folder = checkpoint(name)
     planned = draw(reduced(name), Layout(base), 3, placement)

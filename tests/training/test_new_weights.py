@@ -64,7 +64,7 @@ def test_a_model_that_was_given_in_memory_keeps_its_own_weights(others):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_a_model_with_lora_adapters_is_served_as_the_model_that_it_amounts_to(others, ranks):
     (folder, _, plain), _, _ = others
     adapted = with_adapters(tiny_llama_of(folder), {"target_modules": ["q_proj", "up_proj"]})
@@ -191,7 +191,7 @@ def test_an_engine_sleeps_and_wakes_up_as_it_was(others, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("update_first", [True, False])
+@pytest.mark.parametrize("update_first", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_weights_dropped_by_a_deep_sleep_come_with_the_next_update(others, ranks, update_first):
     (folder, _, _), (second, _, expected), _ = others
     with init_inference(folder, **settings(ranks)) as engine:

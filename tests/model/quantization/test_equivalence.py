@@ -24,6 +24,10 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+# Formats that differ little from one that is always tested.
+VARIANTS = ("gptq-reordered", "awq-channel", "compressed-int4", "compressed-int4-reordered")
+
+
 def run(rank_pool: Any, expected: Any, base: tuple[int, int], profile: Profile) -> None:
     outcomes = rank_pool(base[0] * base[1]).run(run_case, expected.folder, base, profile, expected.prompts, NEW_TOKENS)
     check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
@@ -34,7 +38,9 @@ def quantised(folder: Any, family: str, name: str, **changes: Any) -> Any:
     return make_reference(model, folder, make_prompts())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough) if name in VARIANTS else name for name in FORMATS]
+)
 def test_a_format_equals_its_dense_weights_in_every_mode(name: str, rank_pool: Any, tmp_path: Any) -> None:
     expected = quantised(tmp_path, "llama", name)
     for base, profile in LAYOUTS:
