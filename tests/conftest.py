@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
+import torch
 
 from tests.ranks import RankPools
 from tests.tiny import tiny_llama
 from ulysses_infer.child_processes import end_children_with_this_process
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 hypothesis.settings.register_profile("ulysses_infer", deadline=None, derandomize=True)  # the same examples in every run
 hypothesis.settings.load_profile("ulysses_infer")

@@ -26,7 +26,7 @@ LAYERS = [
     {"config"},
     {"step_time"},
     {"parallel"},
-    {"native"},
+    {"native", "kernels"},
     {"sampling_params"},
     {"outputs"},
     {"extras"},

@@ -1,0 +1,217 @@
+"""Compiles Triton kernels to cubins without a GPU and prints what each uses, one JSON object per line.
+
+`python tests/kernels/compile.py [ARCHITECTURE ...]`, without TRITON_INTERPRET. `CASES` lists what is compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+FP8_ARCHITECTURES = (90, 100)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with the types of its arguments and the values of its constants."""
+
+    name: str
+    kernel: str
+    """`module:function` below `ulysses_infer.kernels`."""
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    aligned: tuple[str, ...] = ()
+    """Arguments that are divisible by 16; pointers are always."""
+    architectures: tuple[int, ...] = ARCHITECTURES
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def pointers(dtype: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, f"*{dtype}")
+
+
+def integers(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
+def _norm(name: str, width: int, kind: int, add: bool = True, dtype: str = "bf16") -> Case:
+    groups = max(1, 1 << (width // 128 - 1).bit_length())
+    values = dtype if kind == 0 else "fp8e4nv"
+    return Case(
+        f"{name} {dtype} {width}",
+        "norm:rms_norm_kernel",
+        {
+            **pointers(dtype, "x", "residual", "weight", "out"),
+            **pointers(values, "values"),
+            **pointers(dtype if kind == 0 else "fp32", "scales"),
+            **integers("x_stride", "scale_stride", "width"),
+            "eps": "fp32",
+        },
+        {"GROUPS": groups, "ADD": add, "KIND": kind},
+        num_warps=max(1, min(16, groups // 4)),
+        aligned=("x_stride", "width"),
+        architectures=ARCHITECTURES if kind == 0 else FP8_ARCHITECTURES,
+    )
+
+
+def _gated(name: str, kind: int) -> Case:
+    rows = kind == 1
+    strides = ("gate_row", "gate_shard", "up_row", "up_shard", "size", "width")
+    return Case(
+        name,
+        "activation:gated_rows_kernel" if rows else "activation:gated_kernel",
+        {
+            **pointers("bf16", "gate", "up"),
+            **pointers("fp8e4nv" if kind else "bf16", "values"),
+            **pointers("fp32" if kind else "bf16", "scales"),
+            **integers(*strides, *(() if rows else ("scale_stride",))),
+        },
+        {"GROUPS": 32 if rows else 8, "SILU": True, **({} if rows else {"KIND": kind})},
+        num_warps=8 if rows else 4,
+        aligned=strides,
+        architectures=FP8_ARCHITECTURES if kind else ARCHITECTURES,
+    )
+
+
+def _heads(name: str, cache: str, norm: bool, slots: bool, width: int = 128, rotated: int | None = None) -> Case:
+    rotated = width if rotated is None else rotated
+    sources = [f"{x}_{y}" for x in ("query", "key", "value") for y in ("row", "shard")]
+    targets = [f"{x}_out_{y}" for x in ("query", "key", "value") for y in ("row", "shard")]
+    heads = ("query_heads", "kv_heads", "query_source", "kv_source", "query_target", "kv_target")
+    return Case(
+        name,
+        "heads:heads_kernel",
+        {
+            **pointers("bf16", "query", "key", "value", "query_weight", "key_weight", "cosine", "sine"),
+            **pointers("i64", "index", "slots"),
+            **pointers("bf16", "query_out"),
+            **pointers(cache, "key_out", "value_out"),
+            **dict.fromkeys(("query_eps", "key_eps", "key_scale", "value_scale"), "fp32"),
+            **integers("cosine_row", *sources, *targets, *heads),
+        },
+        {
+            "WIDTH": width,
+            "ROTATED": rotated,
+            "HALF": 1 << (rotated // 2 - 1).bit_length(),
+            "REST": 1 << (max(width - rotated, 1) - 1).bit_length(),
+            "COLUMNS": 1 << (width - 1).bit_length(),
+            "HEADS": 4,
+            "QUERY_NORM": norm,
+            "KEY_NORM": norm,
+            "INDEXED": not slots,
+            "SLOTS": slots,
+        },
+        num_warps=2,
+        aligned=("cosine_row", *sources, *targets),
+        architectures=FP8_ARCHITECTURES if cache.startswith("fp8") else ARCHITECTURES,
+    )
+
+
+def _store(cache: str) -> Case:
+    strides = ("key_row", "key_head", "value_row", "value_head", "key_size", "value_size")
+    return Case(
+        f"cache store {cache}",
+        "cache:store_kernel",
+        {
+            **pointers("bf16", "key", "value"),
+            **pointers("i64", "slots"),
+            **pointers(cache, "keys", "values"),
+            **integers(*strides),
+        },
+        {"KEY_WIDTH": 128, "VALUE_WIDTH": 128, "TILE": 1024},
+        aligned=strides,
+        architectures=FP8_ARCHITECTURES if cache.startswith("fp8") else ARCHITECTURES,
+    )
+
+
+def _quantise(kind: str, groups: int, *strides: str) -> Case:
+    names = ("x_stride", *strides, "width")
+    return Case(
+        f"quantise {kind}",
+        f"quantisation:quantise_{kind}",
+        {**pointers("bf16", "x"), **pointers("fp8e4nv", "values"), **pointers("fp32", "scales"), **integers(*names)},
+        {"GROUPS": groups},
+        aligned=("x_stride", "width"),
+        architectures=FP8_ARCHITECTURES,
+    )
+
+
+CASES: list[Case] = [
+    _norm("add, norm", 8192, 0),
+    _norm("norm", 5120, 0, add=False),
+    _norm("add, norm", 2048, 0, dtype="fp32"),
+    _norm("add, norm", 16384, 0),
+    _norm("add, norm, row scale", 8192, 1),
+    _norm("add, norm, group scales", 5120, 2),
+    _gated("gated", 0),
+    _gated("gated, row scale", 1),
+    _gated("gated, group scales", 2),
+    _quantise("rows", 32),
+    _quantise("groups", 8, "scale_stride"),
+    _heads("rotary, cache write", "bf16", norm=False, slots=True),
+    _heads("head norm, rotary, cache write", "bf16", norm=True, slots=True),
+    _heads("head norm, rotary, FP8 cache write", "fp8e4nv", norm=True, slots=True),
+    _heads("head norm, rotary of a part, pack", "bf16", norm=True, slots=False, width=256, rotated=64),
+    _store("bf16"),
+    _store("fp8e4nv"),
+]
+
+
+def compile_case(case: Case, architecture: int) -> dict[str, Any]:
+    """Compile one case and read what it uses from its cubin."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, function = case.kernel.split(":")
+    kernel = getattr(importlib.import_module(f"ulysses_infer.kernels.{module}"), function)
+    names = list(kernel.arg_names)
+    signature = {name: "constexpr" if name in case.constants else case.signature[name] for name in names}
+    attributes = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if name in case.aligned or signature[name].startswith("*")
+    }
+    source = ASTSource(kernel, signature, dict(case.constants), attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    used = resources(compiled.asm["cubin"])
+    return {"name": case.name, "sm": architecture, **used, "shared": compiled.metadata.shared}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers per thread, and bytes of stack and local memory, which are 0 if nothing is spilled."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
+
+
+def main() -> None:
+    """Compile all cases for the architectures given, or for all."""
+    wanted = [int(argument) for argument in sys.argv[1:]] or ARCHITECTURES
+    for case in CASES:
+        for architecture in case.architectures:
+            if architecture in wanted:
+                print(json.dumps(compile_case(case, architecture)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Norm, rotary embedding and the writes of heads in one kernel equal torch's operations one after another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.interpreter import use_exact_rounding
+from ulysses_infer.cache.paged import CacheShape, PagedCache
+from ulysses_infer.kernels import cache as cache_kernels
+from ulysses_infer.kernels.heads import HeadNorm, HeadTarget, place_heads
+from ulysses_infer.model.fusion.elementwise import TorchElementwise
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+TOKENS = 3
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> None:
+    use_exact_rounding()
+
+
+def make_cache(dtype: torch.dtype, heads: int, width: int, device: str = "cpu") -> PagedCache:
+    return PagedCache(CacheShape(1, heads, width, width, 4, dtype), 3, torch.device(device))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = 1e-5 if expected.dtype == torch.float32 else 1e-2
+    if expected.itemsize == 1:
+        tolerance = 0.13  # one step of FP8
+    torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance / 10)
+
+
+def reference(query, key, norms, cosine, sine, width):
+    torch_ops = TorchElementwise(query.dtype)
+    query, key = (x.reshape(len(x), -1, width) for x in (query, key))
+    query, key = (
+        x if norm is None else torch_ops.rms_norm(x, norm.weight, norm.eps)
+        for x, norm in zip((query, key), norms, strict=True)
+    )
+    return torch_ops.apply_rotary(query, key, cosine, sine)
+
+
+def make_inputs(dtype, heads, kv_heads, width, rotated, shards=1, normed=True):
+    torch.manual_seed(heads + width)
+    whole = torch.randn(TOKENS, shards, (heads + 2 * kv_heads) // shards * width).to(dtype)
+    query, key, value = whole.split([n // shards * width for n in (heads, kv_heads, kv_heads)], dim=-1)
+    angles = torch.rand(TOKENS, rotated // 2).repeat(1, 2) * 6
+    norm = HeadNorm((torch.rand(width) + 0.5).to(dtype), 1e-6) if normed else None
+    return query, key, value, (norm, norm), angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("width", "rotated"), [(16, 16), (16, 4), (24, 24)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_are_written_into_the_cache(dtype, width, rotated, normed) -> None:
+    query, key, value, norms, cosine, sine = make_inputs(dtype, 6, 2, width, rotated, normed=normed)
+    expected_query, expected_key = reference(query, key, norms, cosine, sine, width)
+    cache, slots = make_cache(dtype, 2, width), torch.tensor([9, 2, 5])
+    keys, values = (x[0].flatten(0, 1).unsqueeze(1) for x in (cache.keys, cache.values))
+    out = torch.empty(TOKENS, 1, 6, width, dtype=dtype)
+    place_heads(query, key, value, norms, cosine, sine, HeadTarget(out, keys, values, slots))
+    close(out[:, 0], expected_query)
+    found_key, found_value = cache.read(0, slots)
+    close(found_key, expected_key)
+    assert torch.equal(found_value, value.reshape(TOKENS, 2, width))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_an_fp8_cache_is_scaled_and_saturated(scale) -> None:
+    query, key, value, norms, cosine, sine = make_inputs(torch.bfloat16, 4, 2, 16, 16)
+    value[0] *= 1e4
+    _, expected_key = reference(query, key, norms, cosine, sine, 16)
+    slots = torch.tensor([1, 0, 7])
+    cache, wanted = (make_cache(torch.float8_e4m3fn, 2, 16) for _ in range(2))
+    wanted.write(0, slots, expected_key / scale, value.reshape(TOKENS, 2, 16) / scale)
+    keys, values = (x[0].flatten(0, 1).unsqueeze(1) for x in (cache.keys, cache.values))
+    out = torch.empty(TOKENS, 1, 4, 16, dtype=torch.bfloat16)
+    target = HeadTarget(out, keys, values, slots, scale, scale)
+    place_heads(query, key, value, norms, cosine, sine, target)
+    (found_key, found_value), (wanted_key, wanted_value) = cache.read(0, slots), wanted.read(0, slots)
+    close(found_key, wanted_key)
+    assert torch.equal(found_value.view(torch.uint8), wanted_value.view(torch.uint8))
+
+
+@pytest.mark.parametrize("shards", [1, 4], ids=["apart", "stacked"])
+@pytest.mark.parametrize("index", [None, [0, 0, 1, 1]], ids=["even", "shared"])
+def test_heads_are_packed_for_an_all_to_all(shards, index) -> None:
+    """To [sp, t, q | k | v], from separate projections or from one stacked by head shards."""
+    width, sp = 16, 4
+    kv_heads = 4 if index is None else 2
+    if shards > kv_heads:
+        pytest.skip("stacked weights share no rows")
+    query, key, value, norms, cosine, sine = make_inputs(torch.bfloat16, 8, kv_heads, width, 16, shards)
+    expected_query, expected_key = reference(query, key, norms, cosine, sine, width)
+    expected_value = value.reshape(TOKENS, kv_heads, width)
+    order = None if index is None else torch.tensor(index)
+    if order is not None:
+        expected_key, expected_value = expected_key[:, order], expected_value[:, order]
+    packed = torch.empty(sp, TOKENS, 4 * width, dtype=torch.bfloat16)
+    parts = packed.transpose(0, 1).split([2 * width, width, width], dim=-1)
+    target = HeadTarget(*(part.unflatten(-1, (-1, width)) for part in parts))
+    place_heads(query, key, value, norms, cosine, sine, target, order)
+    for part, expected in zip(parts, (expected_query, expected_key, expected_value), strict=True):
+        close(part, expected.reshape(TOKENS, sp, -1))
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_keys_and_values_are_stored(cache_dtype, heads) -> None:
+    torch.manual_seed(5)
+    packed = torch.randn(TOKENS, heads * (24 + 8) + 5).bfloat16() * 300
+    key, value = (x.unflatten(-1, (heads, -1)) for x in packed[:, 5:].split([heads * 24, heads * 8], dim=-1))
+    slots = torch.tensor([11, 3, 4])
+    caches = [PagedCache(CacheShape(1, heads, 24, 8, 4, cache_dtype), 3, torch.device("cpu")) for _ in range(2)]
+    caches[0].write(0, slots, key, value)
+    cache_kernels.store(*(x[0].flatten(0, 1) for x in (caches[1].keys, caches[1].values)), slots, key, value)
+    for expected, found in zip(caches[0].read(0, slots), caches[1].read(0, slots), strict=True):
+        assert torch.equal(expected.view(torch.uint8), found.view(torch.uint8))

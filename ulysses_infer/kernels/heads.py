@@ -1,0 +1,334 @@
+"""Query and key norms, rotary embedding and the move of heads to where attention reads them, in one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ulysses_infer.kernels.launch import launch
+
+HEADS = 4
+"""Heads per program."""
+
+
+@triton.jit
+def head_columns(ROTATED: tl.constexpr, HALF: tl.constexpr):
+    """Columns of the two halves that are rotated, [HALF] each, and which of them exist."""
+    first = tl.arange(0, HALF)
+    return first, first + ROTATED // 2, first < ROTATED // 2
+
+
+@triton.jit
+def normed_heads(first, second, rest, weight, eps, WIDTH: tl.constexpr, ROTATED: tl.constexpr, dtype: tl.constexpr):
+    """RMS norm of each head, given in three pieces of columns; rounded as torch does, as float32."""
+    HALF: tl.constexpr = first.shape[1]
+    REST: tl.constexpr = rest.shape[1]
+    square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1) + tl.sum(rest * rest, axis=1)
+    factor = tl.rsqrt(square / WIDTH + eps)[:, None]
+    low, high, exists = head_columns(ROTATED, HALF)
+    others = ROTATED + tl.arange(0, REST)
+    low_weight = tl.load(weight + low, mask=exists, other=0.0).to(tl.float32)[None, :]
+    high_weight = tl.load(weight + high, mask=exists, other=0.0).to(tl.float32)[None, :]
+    other_weight = tl.load(weight + others, mask=others < WIDTH, other=0.0).to(tl.float32)[None, :]
+    first = ((first * factor).to(dtype).to(tl.float32) * low_weight).to(dtype).to(tl.float32)
+    second = ((second * factor).to(dtype).to(tl.float32) * high_weight).to(dtype).to(tl.float32)
+    rest = ((rest * factor).to(dtype).to(tl.float32) * other_weight).to(dtype).to(tl.float32)
+    return first, second, rest
+
+
+@triton.jit
+def stored(values, scale, dtype: tl.constexpr, to: tl.constexpr):
+    """float32 values as memory of dtype `to` stores them: divided by `scale` and saturated if it is FP8 (e4m3)."""
+    if to.primitive_bitwidth > 8:
+        return values.to(to)
+    else:
+        divided = tl.div_rn(values, tl.zeros_like(values) + scale).to(dtype).to(tl.float32)
+        return tl.minimum(tl.maximum(divided, -448.0), 448.0).to(to)
+
+
+@triton.jit
+def rotated(first, second, cosine, sine, low, high, is_pair, dtype: tl.constexpr):
+    """The two halves of each head after rotary embedding; every product and sum is rounded as torch does."""
+    cos_low = tl.load(cosine + low, mask=is_pair, other=0.0).to(tl.float32)[None, :]
+    cos_high = tl.load(cosine + high, mask=is_pair, other=0.0).to(tl.float32)[None, :]
+    sin_low = tl.load(sine + low, mask=is_pair, other=0.0).to(tl.float32)[None, :]
+    sin_high = tl.load(sine + high, mask=is_pair, other=0.0).to(tl.float32)[None, :]
+    left = (first * cos_low).to(dtype).to(tl.float32) - (second * sin_low).to(dtype).to(tl.float32)
+    right = (second * cos_high).to(dtype).to(tl.float32) + (first * sin_high).to(dtype).to(tl.float32)
+    return left.to(dtype).to(tl.float32), right.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def move_rotated(
+    source,
+    target,
+    exists,
+    weight,
+    eps,
+    cosine,
+    sine,
+    scale,
+    WIDTH: tl.constexpr,
+    ROTATED: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Normalise and rotate the heads at `source` and write them to `target`: pointers, one per head."""
+    low, high, is_pair = head_columns(ROTATED, HALF)
+    others = ROTATED + tl.arange(0, REST)
+    inside = exists & is_pair[None, :]
+    rest_inside = exists & (others < WIDTH)[None, :]
+    dtype: tl.constexpr = source.dtype.element_ty
+    to: tl.constexpr = target.dtype.element_ty
+    first = tl.load(source[:, None] + low[None, :], mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source[:, None] + high[None, :], mask=inside, other=0.0).to(tl.float32)
+    rest = tl.load(source[:, None] + others[None, :], mask=rest_inside, other=0.0).to(tl.float32)
+    if NORM:
+        first, second, rest = normed_heads(first, second, rest, weight, eps, WIDTH, ROTATED, dtype)
+    first, second = rotated(first, second, cosine, sine, low, high, is_pair, dtype)
+    tl.store(target[:, None] + low[None, :], stored(first, scale, dtype, to), mask=inside)
+    tl.store(target[:, None] + high[None, :], stored(second, scale, dtype, to), mask=inside)
+    tl.store(target[:, None] + others[None, :], stored(rest, scale, dtype, to), mask=rest_inside)
+
+
+@triton.jit
+def move(source, target, exists, scale, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Copy the heads at `source` to `target`: pointers, one per head."""
+    column = tl.arange(0, COLUMNS)
+    inside = exists & (column < WIDTH)[None, :]
+    dtype: tl.constexpr = source.dtype.element_ty
+    to: tl.constexpr = target.dtype.element_ty
+    values = tl.load(source[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(target[:, None] + column[None, :], stored(values, scale, dtype, to), mask=inside)
+
+
+@triton.jit
+def source_head(index, head, heads, INDEXED: tl.constexpr):
+    """The KV head to read for each of `head`."""
+    if INDEXED:
+        return tl.load(index + head, mask=head < heads, other=0)
+    else:
+        return head
+
+
+@triton.jit
+def target_row(slots, token, SLOTS: tl.constexpr):
+    """The row to which a token's key and value are written."""
+    if SLOTS:
+        return tl.load(slots + token)
+    else:
+        return token
+
+
+@triton.jit
+def heads_kernel(
+    query,
+    key,
+    value,
+    query_weight,
+    key_weight,
+    cosine,
+    sine,
+    index,
+    slots,
+    query_out,
+    key_out,
+    value_out,
+    query_eps,
+    key_eps,
+    key_scale,
+    value_scale,
+    cosine_row,
+    query_row,
+    query_shard,
+    key_row,
+    key_shard,
+    value_row,
+    value_shard,
+    query_out_row,
+    query_out_shard,
+    key_out_row,
+    key_out_shard,
+    value_out_row,
+    value_out_shard,
+    query_heads,
+    kv_heads,
+    query_source,
+    kv_source,
+    query_target,
+    kv_target,
+    WIDTH: tl.constexpr,
+    ROTATED: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    QUERY_NORM: tl.constexpr,
+    KEY_NORM: tl.constexpr,
+    INDEXED: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """One program per token and `HEADS` heads: first all of the query, then of the key, then of the value.
+
+    A tensor's head h is number `h % n` of shard `h // n`, n being `*_source` heads per shard where it is read and
+    `*_target` where it is written. With INDEXED, KV head h is read from head `index[h]`. With SLOTS, keys and values
+    are written to row `slots[token]` instead of the token's own.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    query_blocks = tl.cdiv(query_heads, HEADS)
+    kv_blocks = tl.cdiv(kv_heads, HEADS)
+    if block < query_blocks:
+        head = block * HEADS + tl.arange(0, HEADS)
+        move_rotated(
+            query + token * query_row + (head // query_source) * query_shard + (head % query_source) * WIDTH,
+            query_out
+            + token * query_out_row
+            + (head // query_target) * query_out_shard
+            + (head % query_target) * WIDTH,
+            (head < query_heads)[:, None],
+            query_weight,
+            query_eps,
+            cosine + token * cosine_row,
+            sine + token * cosine_row,
+            1.0,
+            WIDTH,
+            ROTATED,
+            HALF,
+            REST,
+            QUERY_NORM,
+        )
+    elif block < query_blocks + kv_blocks:
+        head = (block - query_blocks) * HEADS + tl.arange(0, HEADS)
+        read = source_head(index, head, kv_heads, INDEXED)
+        move_rotated(
+            key + token * key_row + (read // kv_source) * key_shard + (read % kv_source) * WIDTH,
+            key_out
+            + target_row(slots, token, SLOTS) * key_out_row
+            + (head // kv_target) * key_out_shard
+            + (head % kv_target) * WIDTH,
+            (head < kv_heads)[:, None],
+            key_weight,
+            key_eps,
+            cosine + token * cosine_row,
+            sine + token * cosine_row,
+            key_scale,
+            WIDTH,
+            ROTATED,
+            HALF,
+            REST,
+            KEY_NORM,
+        )
+    else:
+        head = (block - query_blocks - kv_blocks) * HEADS + tl.arange(0, HEADS)
+        read = source_head(index, head, kv_heads, INDEXED)
+        move(
+            value + token * value_row + (read // kv_source) * value_shard + (read % kv_source) * WIDTH,
+            value_out
+            + target_row(slots, token, SLOTS) * value_out_row
+            + (head // kv_target) * value_out_shard
+            + (head % kv_target) * WIDTH,
+            (head < kv_heads)[:, None],
+            value_scale,
+            WIDTH,
+            COLUMNS,
+        )
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """An RMS norm over each head."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class HeadTarget:
+    """Where heads are written: [rows, shards, heads per shard, d], with dense heads. A cache has one shard."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    slots: torch.Tensor | None = None
+    """[t] int64, the row of each token's key and value; None: the token's own."""
+    key_scale: float = 1.0
+    value_scale: float = 1.0
+
+
+def place_heads(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    norms: tuple[HeadNorm | None, HeadNorm | None],
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    target: HeadTarget,
+    index: torch.Tensor | None = None,
+) -> None:
+    """Normalise and rotate the heads of [t, shards, heads per shard * d] and write them to `target`.
+
+    norms: of query and key. cosine, sine: [t, r], r <= d and even. index: the KV head to read for each one written.
+    """
+    width = target.query.shape[3]
+    rotated_width = cosine.shape[1]
+    rest = width - rotated_width
+    query_heads = target.query.shape[1] * target.query.shape[2]
+    kv_heads = target.key.shape[1] * target.key.shape[2]
+    blocks = triton.cdiv(query_heads, HEADS) + 2 * triton.cdiv(kv_heads, HEADS)
+    query_norm, key_norm = norms
+    half = triton.next_power_of_2(rotated_width // 2)
+    launch(
+        heads_kernel,
+        (query.shape[0], blocks),
+        query,
+        key,
+        value,
+        query if query_norm is None else query_norm.weight,
+        key if key_norm is None else key_norm.weight,
+        cosine,
+        sine,
+        cosine if index is None else index,
+        cosine if target.slots is None else target.slots,
+        target.query,
+        target.key,
+        target.value,
+        0.0 if query_norm is None else query_norm.eps,
+        0.0 if key_norm is None else key_norm.eps,
+        target.key_scale,
+        target.value_scale,
+        cosine.stride(0),
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        target.query.stride(0),
+        target.query.stride(1),
+        target.key.stride(0),
+        target.key.stride(1),
+        target.value.stride(0),
+        target.value.stride(1),
+        query_heads,
+        kv_heads,
+        query.shape[2] // width,
+        key.shape[2] // width,
+        target.query.shape[2],
+        target.key.shape[2],
+        WIDTH=width,
+        ROTATED=rotated_width,
+        HALF=half,
+        REST=triton.next_power_of_2(max(rest, 1)),
+        COLUMNS=triton.next_power_of_2(width),
+        HEADS=HEADS,
+        QUERY_NORM=query_norm is not None,
+        KEY_NORM=key_norm is not None,
+        INDEXED=index is not None,
+        SLOTS=target.slots is not None,
+        num_warps=2,
+    )

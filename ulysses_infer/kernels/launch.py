@@ -1,0 +1,63 @@
+"""Launches Triton kernels, counts the launches, and says which devices run them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+FP8_CAPABILITY = (8, 9)
+"""The first compute capability with FP8 (e4m3) conversions."""
+
+_assumed: dict[str, tuple[int, int]] = {}
+_counters: list[Counter[str]] = []
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a device that runs Triton kernels; None for other devices."""
+    if device.type in _assumed:
+        return _assumed[device.type]
+    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether Triton kernels on `device` can write FP8."""
+    found = capability(device)
+    return found is not None and found >= FP8_CAPABILITY
+
+
+@contextmanager
+def assume(device_type: str, compute_capability: tuple[int, int]) -> Iterator[None]:
+    """Within the `with` block, treat `device_type` as a GPU: `cpu` for Triton's interpreter, `meta` to count."""
+    _assumed[device_type] = compute_capability
+    try:
+        yield
+    finally:
+        del _assumed[device_type]
+
+
+@contextmanager
+def counted(counter: Counter[str]) -> Iterator[None]:
+    """Add the launches within the `with` block to `counter`, by kernel name."""
+    _counters.append(counter)
+    try:
+        yield
+    finally:
+        _counters.remove(counter)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, **constants: Any) -> None:
+    """Launch `kernel` on `grid`. An empty grid launches nothing. On device `meta` launches are only counted."""
+    if 0 in grid:
+        return
+    for counter in _counters:
+        counter[kernel.__name__] += 1
+    if any(isinstance(argument, torch.Tensor) and argument.is_meta for argument in arguments):
+        return
+    kernel[grid](*arguments, num_warps=num_warps, **constants)
