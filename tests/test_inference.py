@@ -469,10 +469,19 @@ def test_stats_count_steps_and_tokens(folder):
         json.dumps(stats)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C has Python's handler, also where the tests run in the background."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
 def press(*_):
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("way", ["generate", "stream"])
 def test_control_c_aborts_the_requests_in_flight_and_the_engine_goes_on(engine, monkeypatch, way):
     handler, clock = signal.getsignal(signal.SIGINT), itertools.count(0, 100)
@@ -486,6 +495,7 @@ def test_control_c_aborts_the_requests_in_flight_and_the_engine_goes_on(engine, 
     assert len(tokens(engine.generate("hello", GREEDY))[0]) == 8
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_control_c_in_a_step_ends_the_engine(folder):
     with init_inference(folder, **settings()) as doomed:
         with pytest.raises(KeyboardInterrupt):
@@ -494,6 +504,7 @@ def test_a_second_control_c_in_a_step_ends_the_engine(folder):
             doomed.stats()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_control_c_soon_after_the_generation_ends_the_engine(folder):
     handler = signal.getsignal(signal.SIGINT)
     with init_inference(folder, **settings()) as doomed:

@@ -48,6 +48,7 @@ class Job:
         self.url = f"http://127.0.0.1:{self.port}"
         keys = {**SETTINGS, "model.path": folder, "parallel.sp": sp, "parallel.dp": dp, "server.port": self.port}
         keys |= changes
+        keys.setdefault("model.max_model_len", min(8192, keys["cache.num_blocks"] * keys["cache.block_size"]))
         arguments = ["serve", *(f"{key}={value}" for key, value in keys.items())]
         self._environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "ULYSSES_TEST_FAULT": fault}
         self._environment["PYTHONPATH"] = str(ROOT)

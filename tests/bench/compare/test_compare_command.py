@@ -50,6 +50,7 @@ def test_model_recipe_and_keys_are_those_of_other_commands():
 
 
 @pytest.mark.launcher
+@pytest.mark.timeout(600)
 def test_a_tiny_comparison_from_start_to_report(tmp_path):
     tiny_llama(tmp_path / "model")
     output = tmp_path / "report"
@@ -57,7 +58,7 @@ def test_a_tiny_comparison_from_start_to_report(tmp_path):
     command += ["smoke", "--repeats", "1", "--protocol", "shape,bursty", "--output", str(output), *SETTINGS]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((output / "results.json").read_text())
     assert results["contenders"] == ["dp", "tp", "sp", "shift", "adaptive"]
