@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.interpreter import use_exact_rounding
 from ulysses_infer.kernels import activation, norm, quantisation
-from ulysses_infer.kernels.quantisation import GROUP, GROUPED, NONE, ROW
+from ulysses_infer.kernels.scaled_rows import ALIGNED_ROWS, GROUP, GROUPED, NONE, ROW, QuantisedRows
 from ulysses_infer.model.fusion.elementwise import TorchElementwise
 from ulysses_infer.model.quantization.products import quantised_tokens
 
@@ -20,9 +20,10 @@ def _exact() -> None:
     use_exact_rounding()
 
 
-def check_quantised(found: tuple, expected: torch.Tensor, kind: int) -> None:
+def check_quantised(found: QuantisedRows, expected: torch.Tensor, kind: int) -> None:
     """`found` is `expected` quantised; the reduction order may flip a rounding of a few values before that."""
-    values, scales = found
+    values, scales = found.values, found.scales
+    assert (found.kind, found.shape, found.dtype) == (kind, expected.shape, expected.dtype)
     wanted, wanted_scales = quantised_tokens(expected, expected.shape[1] if kind == ROW else GROUP)
     rows = len(expected)
     assert scales.shape == (len(values), wanted_scales.shape[1])
@@ -33,7 +34,7 @@ def check_quantised(found: tuple, expected: torch.Tensor, kind: int) -> None:
     assert (dense - reference).abs().mean() <= 2e-3 * reference.abs().mean()
     if kind == GROUPED:
         assert scales.stride(0) == 1
-        assert len(values) % quantisation.ALIGNED_ROWS == 0
+        assert len(values) % ALIGNED_ROWS == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,12 +47,11 @@ def test_norm(dtype: torch.dtype, width: int, add: bool) -> None:
     reference = TorchElementwise(dtype)
     if add:
         total, expected = reference.add_rms_norm(x, residual, weight, 1e-5)
-        found, scales = norm.rms_norm(x, weight, 1e-5, residual)
+        found = norm.rms_norm(x, weight, 1e-5, residual)
         assert torch.equal(residual, total)
     else:
         expected = reference.rms_norm(x, weight, 1e-5)
-        found, scales = norm.rms_norm(x, weight, 1e-5)
-    assert scales is None
+        found = norm.rms_norm(x, weight, 1e-5)
     torch.testing.assert_close(found, expected, rtol=TOLERANCES[dtype], atol=1e-6)
 
 
@@ -71,7 +71,8 @@ def test_quantisation_is_bitwise_equal(dtype: torch.dtype, kind: int, width: int
     torch.manual_seed(2)
     rows = torch.randn(6, width + 16)[:, :width].to(dtype) * torch.tensor([1, 0, 100, 1e-3, 1, 1])[:, None].to(dtype)
     wanted, wanted_scales = quantised_tokens(rows, width if kind == ROW else GROUP)
-    values, scales = quantisation.quantise(rows, kind)
+    found = quantisation.quantise(rows, kind)
+    values, scales = found.values, found.scales
     assert torch.equal(scales[:6], wanted_scales)
     assert torch.equal(values[:6].view(torch.uint8), wanted.view(torch.uint8))
 
@@ -79,7 +80,8 @@ def test_quantisation_is_bitwise_equal(dtype: torch.dtype, kind: int, width: int
 def test_long_rows_are_quantised_in_several_parts() -> None:
     rows = torch.randn(2, 3 * quantisation.TILE * GROUP + 40, dtype=torch.bfloat16)
     wanted, wanted_scales = quantised_tokens(rows, rows.shape[1])
-    values, scales = quantisation.quantise(rows, ROW)
+    found = quantisation.quantise(rows, ROW)
+    values, scales = found.values, found.scales
     assert torch.equal(scales, wanted_scales)
     assert torch.equal(values.view(torch.uint8), wanted.view(torch.uint8))
 
@@ -92,7 +94,7 @@ def test_gated(dtype: torch.dtype, name: str, shards: int) -> None:
     both = torch.randn(4, shards, 2 * 24).to(dtype) * 3
     gate, up = both.chunk(2, dim=-1)
     expected = TorchElementwise(dtype).gated(name, gate, up).flatten(1)
-    found, _ = activation.gated(name, gate, up, NONE)
+    found = activation.gated(name, gate, up, NONE)
     torch.testing.assert_close(found, expected, rtol=TOLERANCES[dtype], atol=1e-5)
 
 

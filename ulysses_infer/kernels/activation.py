@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from ulysses_infer.kernels.launch import launch
-from ulysses_infer.kernels.quantisation import NONE, ROW, empty_quantised, quantised, scale_of, tile_groups
+from ulysses_infer.kernels.quantisation import empty_quantised, quantised, scale_of, tile_groups
+from ulysses_infer.kernels.scaled_rows import GROUP, NONE, ROW, QuantisedRows
 
 
 @triton.jit
@@ -92,30 +93,28 @@ def gated_rows_kernel(
     tl.store(scales + row + tl.arange(0, 1), scale)
 
 
-def gated(
-    activation: str, gate: torch.Tensor, up: torch.Tensor, kind: int = NONE
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`activation(gate) * up`. gate, up: [t, shards, F], with dense last dimensions.
+def gated(activation: str, gate: torch.Tensor, up: torch.Tensor, kind: int = NONE) -> torch.Tensor | QuantisedRows:
+    """`activation(gate) * up`, quantised by `kind`: [t, shards * F].
 
-    Returns (output [t, shards * F], None), or its FP8 values and scales as `empty_quantised` describes.
+    gate, up: [t, shards, F], with dense last dimensions.
     """
     rows, shards, size = gate.shape
     width = shards * size
-    scales = None
+    output: torch.Tensor | QuantisedRows
     if kind == NONE:
-        values = gate.new_empty(rows, width)
+        output = values = scales = gate.new_empty(rows, width)
     else:
-        values, scales = empty_quantised(gate, rows, width, kind)
+        output = empty_quantised(gate, torch.Size((rows, width)), kind)
+        values, scales = output.values, output.scales
     strides = (gate.stride(0), gate.stride(1), up.stride(0), up.stride(1))
+    arguments = (gate, up, values, scales, *strides, size, width)
     silu = activation == "silu"
     if kind == ROW:
         groups = min(tile_groups(width), 32)
-        arguments = (gate, up, values, scales, *strides, size, width)
         launch(gated_rows_kernel, (rows,), *arguments, GROUPS=groups, SILU=silu, num_warps=8)
     else:
         groups = min(tile_groups(width), 8)
-        arguments = (gate, up, values, values if scales is None else scales, *strides, size, width)
-        stride = 0 if scales is None else scales.stride(1)
-        grid = (rows, triton.cdiv(width, groups * 128))
+        stride = 0 if kind == NONE else scales.stride(1)
+        grid = (rows, triton.cdiv(width, groups * GROUP))
         launch(gated_kernel, grid, *arguments, stride, GROUPS=groups, SILU=silu, KIND=kind)
-    return values, scales
+    return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections import Counter
 from collections.abc import Iterator
@@ -18,18 +19,29 @@ _counters: list[Counter[str]] = []
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a device that runs Triton kernels; None for other devices."""
+    """The compute capability of an NVIDIA GPU; None for other devices."""
     if device.type in _assumed:
         return _assumed[device.type]
-    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or torch.version.hip:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels run on `device`."""
+    return capability(device) is not None and has_triton()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton is installed; torch's GPU builds bring it."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def has_fp8(device: torch.device) -> bool:
     """Whether Triton kernels on `device` can write FP8."""
     found = capability(device)
-    return found is not None and found >= FP8_CAPABILITY
+    return found is not None and found >= FP8_CAPABILITY and has_triton()
 
 
 @contextmanager

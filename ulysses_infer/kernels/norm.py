@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from ulysses_infer.kernels.launch import launch
-from ulysses_infer.kernels.quantisation import NONE, empty_quantised, quantised, scale_of, tile_groups
+from ulysses_infer.kernels.quantisation import dense_rows, empty_quantised, quantised, scale_of, tile_groups
+from ulysses_infer.kernels.scaled_rows import NONE, QuantisedRows
 
 
 @triton.jit
@@ -62,30 +63,29 @@ def rms_norm_kernel(
 
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None, kind: int = NONE
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The norm of `x` [t, D], or of `residual + x`, which overwrites `residual` (dense).
-
-    Returns (the norm, None), or its FP8 values and scales as `empty_quantised` describes.
-    """
-    rows, width = x.shape
-    scales, out, scale_stride = None, None, 0
-    if kind == NONE:
-        out = x.new_empty(rows, width)
-        values, unused = out, out
-    else:
-        values, scales = empty_quantised(x, rows, width, kind)
-        unused, scale_stride = values, scales.stride(1)
+) -> torch.Tensor | QuantisedRows:
+    """The norm of `x` [..., D], or of `residual + x`, which overwrites `residual` (contiguous); quantised by `kind`."""
+    flat = dense_rows(x)
+    rows, width = flat.shape
     groups = tile_groups(width)
+    output: torch.Tensor | QuantisedRows
+    if kind == NONE:
+        output = out = values = scales = x.new_empty(x.shape)
+        scale_stride = 0
+    else:
+        output = empty_quantised(x, x.shape, kind)
+        values, scales, scale_stride = output.values, output.scales, output.scales.stride(1)
+        out = x  # not written
     launch(
         rms_norm_kernel,
         (rows,),
-        x,
-        x if residual is None else residual,
+        flat,
+        flat if residual is None else residual,
         weight,
-        unused,
+        out,
         values,
-        unused if scales is None else scales,
-        x.stride(0),
+        scales,
+        flat.stride(0),
         scale_stride,
         width,
         eps,
@@ -94,7 +94,7 @@ def rms_norm(
         KIND=kind,
         num_warps=norm_warps(groups),
     )
-    return values, scales
+    return output
 
 
 def norm_warps(groups: int) -> int:

@@ -10,15 +10,10 @@ import triton
 import triton.language as tl
 
 from ulysses_infer.kernels.launch import launch
+from ulysses_infer.kernels.scaled_rows import ALIGNED_ROWS, GROUP, ROW, QuantisedRows
 
-GROUP = 128
-"""Values per scale of group quantisation."""
-NONE, ROW, GROUPED = 0, 1, 2
-"""Kinds of quantisation."""
 FP8_MAX = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(1e-12)
-ALIGNED_ROWS = 4
-"""Group-quantised outputs are padded to a multiple of this number of rows, as block-scaled products need."""
 TILE = 32
 """Groups per program, or per iteration."""
 
@@ -73,36 +68,37 @@ def quantise_groups(x, values, scales, x_stride, scale_stride, width, GROUPS: tl
     tl.store(scales + group * scale_stride + row, scale, mask=group * 128 < width)
 
 
-def quantise(x: torch.Tensor, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x: [t, K] with dense rows; returns FP8 values and float32 scales as `empty_quantised` describes."""
-    rows, width = x.shape
-    values, scales = empty_quantised(x, rows, width, kind)
+def quantise(x: torch.Tensor, kind: int) -> QuantisedRows:
+    """x: [..., K], quantised by row or by group."""
+    flat = dense_rows(x)
+    rows, width = flat.shape
+    found = empty_quantised(x, x.shape, kind)
     if kind == ROW:
         groups = min(tile_groups(width), TILE)
-        launch(quantise_rows, (rows,), x, values, scales, x.stride(0), width, GROUPS=groups)
+        launch(quantise_rows, (rows,), flat, found.values, found.scales, flat.stride(0), width, GROUPS=groups)
     else:
         groups = min(tile_groups(width), 8)
         grid = (rows, triton.cdiv(width, groups * GROUP))
-        launch(quantise_groups, grid, x, values, scales, x.stride(0), scales.stride(1), width, GROUPS=groups)
-    return values, scales
+        strides = (flat.stride(0), found.scales.stride(1))
+        launch(quantise_groups, grid, flat, found.values, found.scales, *strides, width, GROUPS=groups)
+    return found
 
 
-def empty_quantised(like: torch.Tensor, rows: int, width: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for `rows` quantised rows of `width` values.
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """x: [..., K] as [rows, K], with dense rows; a view where possible."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
-    By row: values [rows, width], scales [rows, 1]. By group: values [padded rows, width] and scales [padded rows,
-    width / 128], column-major; the padding is not written.
-    """
+
+def empty_quantised(like: torch.Tensor, shape: torch.Size, kind: int) -> QuantisedRows:
+    """Memory for a quantised tensor of `shape` and of the dtype and device of `like`."""
+    rows, width = shape[:-1].numel(), shape[-1]
     if kind == ROW:
-        return (
-            like.new_empty(rows, width, dtype=torch.float8_e4m3fn),
-            like.new_empty(rows, 1, dtype=torch.float32),
-        )
-    padded = rows + -rows % ALIGNED_ROWS
-    return (
-        like.new_empty(padded, width, dtype=torch.float8_e4m3fn),
-        like.new_empty(width // GROUP, padded, dtype=torch.float32).t(),
-    )
+        values, scales = (rows, width), like.new_empty(rows, 1, dtype=torch.float32)
+    else:
+        padded = rows + -rows % ALIGNED_ROWS
+        values, scales = (padded, width), like.new_empty(width // GROUP, padded, dtype=torch.float32).t()
+    return QuantisedRows(like.new_empty(*values, dtype=torch.float8_e4m3fn), scales, kind, shape, like.dtype)
 
 
 def tile_groups(width: int) -> int:
