@@ -35,6 +35,7 @@ from rich.table import Table
 from benchmarks.arguments import common_options, model_options, model_path
 from ulysses_infer import InferenceEngine, init_inference
 from ulysses_infer.bench.load import LoadMeter
+from ulysses_infer.child_processes import end_children_with_this_process
 from ulysses_infer.engine.calibration_points import Point
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.parallel.layout import Mode
@@ -266,6 +267,7 @@ def sizes(text: str) -> list[int]:
 
 def main() -> None:
     """Run all processes in rounds and print; with --part, run one of them."""
+    end_children_with_this_process()
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0],
         parents=[model_options("llama-0.5b"), common_options(ranks=2, repeats=7, output=None)],

@@ -26,6 +26,7 @@ from ulysses_infer.bench.load import LoadMeter
 from ulysses_infer.engine.calibration_points import Limits, Point
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.policies import AdaptivePolicy
+from ulysses_infer.job.lifetime import end_with_launcher
 from ulysses_infer.parallel.layout import Mode
 
 CLEAR = 1.1  # a case is clear if the times of the modes differ by more than 10 %
@@ -142,6 +143,7 @@ def details(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Parse, run on every rank, print on rank 0."""
+    end_with_launcher()
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0],
         parents=[model_options(), common_options(sp=2, tp=1, steps=60, repeats=5, output=None), launcher_options()],

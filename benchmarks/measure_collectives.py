@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.arguments import common_options, launcher_options
+from ulysses_infer.child_processes import end_children_with_this_process
+from ulysses_infer.job.lifetime import end_with_launcher
 from ulysses_infer.job.processes import free_port, is_launched
 from ulysses_infer.parallel.groups import ProcessGroups, build_groups, init_distributed
 from ulysses_infer.parallel.layout import Layout, Mode, token_spans
@@ -126,6 +128,7 @@ def measure(seconds: float, sizes: list[int]) -> None:
 
 def start_ranks(count: int) -> int:
     """Run this program once per rank; returns the first non-zero exit status, or 0."""
+    end_children_with_this_process()
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **common}
@@ -146,6 +149,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not is_launched():
         sys.exit(start_ranks(arguments.ranks))
+    end_with_launcher()
     measure(arguments.seconds, list(arguments.sizes))
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 
+from ulysses_infer.child_processes import end_children_with_this_process
 from ulysses_infer.job.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,6 +208,7 @@ def _signal(nodes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 def main() -> None:
     """Create the namespaces, run the comparison, clean up."""
+    end_children_with_this_process()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that everything is removed
     signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
     if sys.argv[1:2] == ["launch"]:

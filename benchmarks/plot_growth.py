@@ -26,6 +26,7 @@ from benchmarks.arguments import common_options, model_options, model_path
 from ulysses_infer import InferenceEngine, SamplingParams, init_inference
 from ulysses_infer.bench.load import LoadMeter
 from ulysses_infer.bench.random_model import random_model
+from ulysses_infer.child_processes import end_children_with_this_process
 from ulysses_infer.engine.calibration_points import Limits, Point
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.parallel.layout import Mode
@@ -273,6 +274,7 @@ def series_colour(series: str) -> str:
 
 def main() -> None:
     """Measure and write the results."""
+    end_children_with_this_process()
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0],
         parents=[model_options("llama-60m"), common_options(sp=2)],

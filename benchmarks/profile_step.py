@@ -30,6 +30,7 @@ from torch.nn import functional
 from benchmarks.arguments import common_options, launcher_options
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.inference import InferenceEngine
+from ulysses_infer.job.lifetime import end_with_launcher
 from ulysses_infer.native import function as native
 from ulysses_infer.worker.cpu_graphs import CpuGraphRunner
 
@@ -168,6 +169,7 @@ def report(steps: list[Step], title: str) -> None:
 
 def main() -> None:
     """Parse, run on every rank, print on rank 0."""
+    end_with_launcher()
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0] if __doc__ else None,
         parents=[common_options(sp=2, input_len=128, output_len=32), launcher_options()],

@@ -46,6 +46,7 @@ from ulysses_infer.bench.serve.result import result_of
 from ulysses_infer.bench.serve.serve_bench import completion_body, event_loop_factory, first_model
 from ulysses_infer.bench.serve.serve_options import ENDPOINTS
 from ulysses_infer.bench.serve.vocabulary import PromptVocabulary, ask_vocabulary
+from ulysses_infer.child_processes import end_children_with_this_process
 
 PATH = ENDPOINTS["completions"]
 
@@ -203,6 +204,7 @@ def _per_token(runs: list[Measured], role: str) -> float:
 def main() -> None:
     """Parse, measure, print."""
     options = _parse()
+    end_children_with_this_process()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that servers are ended too
     os.environ.setdefault("PYTHONPATH", str(ROOT))
     with asyncio.Runner(loop_factory=event_loop_factory()) as runner:

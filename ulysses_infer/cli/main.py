@@ -18,6 +18,7 @@ from ulysses_infer.child_processes import die_with_parent, end_children_with_thi
 from ulysses_infer.cli.arguments import CLIENTS, Command, parse
 from ulysses_infer.config import Config
 from ulysses_infer.errors import ConfigError, UlyssesError
+from ulysses_infer.host import cpu_quota, shared_cores
 from ulysses_infer.job.processes import free_port, is_launched
 
 LAUNCH = Path(__file__).parents[1] / "launch.py"
@@ -164,9 +165,13 @@ def launcher_variables(config: Config, count: int) -> dict[str, str]:
     if _uses_gpus(config, count):
         return {}
     variables = {"DS_ACCELERATOR": "cpu"}
+    own = frozenset(os.sched_getaffinity(0))
+    shared = shared_cores(own, [own], count, cpu_quota())
+    threads = config.runtime.threads_per_rank or shared.threads_per_rank
     if "OMP_NUM_THREADS" not in os.environ:
-        share = max(1, len(os.sched_getaffinity(0)) // count)
-        variables["OMP_NUM_THREADS"] = str(config.runtime.threads_per_rank or share)
+        variables["OMP_NUM_THREADS"] = str(threads)
+    if shared.crowding(threads) and "OMP_WAIT_POLICY" not in os.environ:
+        variables["OMP_WAIT_POLICY"] = "PASSIVE"
     return variables
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,7 +11,7 @@ import torch
 
 from ulysses_infer.config import Config, choose_for_device, refuse_unavailable
 from ulysses_infer.errors import ConfigError
-from ulysses_infer.host import ranks_on_this_host
+from ulysses_infer.host import cpu_quota, host_identity, ranks_on_this_host, shared_cores
 from ulysses_infer.job.load_model import LoadedModel, load_model
 from ulysses_infer.job.make_worker import make_worker
 from ulysses_infer.model.loading.checkpoint import Progress
@@ -23,6 +24,7 @@ from ulysses_infer.worker.memory import keep_freed_memory
 from ulysses_infer.worker.rank import Rank
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def start_rank(
@@ -41,12 +43,11 @@ def start_rank(
     device = choose_device(config.runtime.device)
     choose_for_device(config, device.type)
     ranks_on_host = ranks_on_this_host(config.parallel.layout.world_size)
-    set_threads(config, device, ranks_on_host)
     groups = _join_groups(config, device, model, rendezvous)
     channel = Channel(groups)
     if device.type == "cpu":
         keep_freed_memory()
-    pinned = _pin_cores(config, device, channel, groups.rank, ranks_on_host)
+    pinned = _share_cores(config, device, channel, groups, ranks_on_host)
     try:
         loaded = load_model(config, model, progress, channel, groups, device, ranks_on_host)
         return _make_rank(config, loaded, channel, groups, device, pinned)
@@ -78,12 +79,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def set_threads(config: Config, device: torch.device, ranks_on_host: int) -> None:
-    """Share the cores of a host among its CPU ranks: more threads than cores only wait for each other."""
+def set_threads(config: Config, device: torch.device, share: int) -> None:
+    """Use `share` threads for a rank on the CPU: more threads than cores only wait for each other."""
     if config.runtime.threads_per_rank is not None:
         torch.set_num_threads(config.runtime.threads_per_rank)
-    elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
+    elif device.type == "cpu":
+        torch.set_num_threads(min(share, torch.get_num_threads()) if "OMP_NUM_THREADS" in os.environ else share)
 
 
 def _join_groups(
@@ -102,15 +103,26 @@ def _join_groups(
     return build_groups(layout, modes, device, num_ranks, config.runtime.collectives, external_group)
 
 
-def _pin_cores(
-    config: Config, device: torch.device, channel: Channel, rank: int, ranks_on_host: int
+def _share_cores(
+    config: Config, device: torch.device, channel: Channel, groups: ProcessGroups, ranks_on_host: int
 ) -> PinnedCores | None:
-    """Done before any large allocation: memory is placed near the core that first writes it. Collective."""
-    cores_of_ranks = channel.gather(frozenset(os.sched_getaffinity(0)))
+    """Set the threads, shorten waits if there are more of them than cores, and pin the rank to its cores. Collective.
+
+    Done before any large allocation: memory is placed near the core that first writes it.
+    """
+    host, own = host_identity(), frozenset(os.sched_getaffinity(0))
+    cores_of_ranks = channel.gather((host, own))
+    on_host = [cores for other, cores in cores_of_ranks if other == host]
+    shared = shared_cores(own, on_host, ranks_on_host, cpu_quota())
+    set_threads(config, device, shared.threads_per_rank)
+    if crowding := shared.crowding(torch.get_num_threads() if device.type == "cpu" else 1):
+        groups.yield_early()
+        if groups.is_first:
+            logger.warning(crowding)
     if device.type != "cpu" or not config.runtime.pin_cores:
         return None
-    local_rank = int(os.environ.get("LOCAL_RANK", rank)) % ranks_on_host
-    return pin(local_rank, ranks_on_host, torch.get_num_threads(), cores_of_ranks)
+    local_rank = int(os.environ.get("LOCAL_RANK", groups.rank)) % ranks_on_host
+    return pin(local_rank, ranks_on_host, torch.get_num_threads(), [cores for _, cores in cores_of_ranks])
 
 
 def _make_rank(

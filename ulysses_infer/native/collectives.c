@@ -368,6 +368,11 @@ group_state *group_open(char *place, int size, int me, int num_slots, int64_t sl
 
 void group_limit(group_state *group, int64_t timeout_ns) { group->timeout_ns = timeout_ns; }
 
+/* How long a waiting rank spins, and then yields, before it sleeps. */
+void group_patience(group_state *group, int64_t spin_ns, int64_t yield_ns) {
+    group->spin_ns = spin_ns, group->yield_ns = yield_ns;
+}
+
 /* Leave: ranks that wait for this one stop waiting, at once if they wait in this process group. */
 void group_close(group_state *group) {
     atomic_store(group->left[group->me], 1);

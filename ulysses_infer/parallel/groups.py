@@ -76,6 +76,11 @@ class ProcessGroups:
         if self.memory is not None:
             self.memory.limit_waits(seconds)
 
+    def yield_early(self) -> None:
+        """Have waits in shared memory give up the core soon."""
+        if self.memory is not None:
+            self.memory.yield_early()
+
     def gather_to_first(self, shard: torch.Tensor) -> torch.Tensor | None:
         """Gather the `shard` of every rank, all of one shape, on rank 0: [W, *shape] in rank order; None elsewhere."""
         if self.layout.world_size == 1:

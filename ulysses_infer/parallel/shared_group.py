@@ -39,6 +39,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "group_receive": [c_void_p, c_void_p, c_int64, POINTER(c_int64)],
         "memory_unmap": [c_void_p, c_int64],
         "group_limit": [c_void_p, c_int64],
+        "group_patience": [c_void_p, c_int64, c_int64],
         "group_close": [c_void_p],
     }
     for name, arguments in signatures.items():

@@ -28,6 +28,7 @@ NANOSECONDS = 1_000_000_000
 # How long a waiting rank spins (unless its peer was last seen on the same core), and then yields its core in a loop,
 # before it sleeps. So waiting is harmless where ranks share cores.
 SPIN_NS, YIELD_NS = 20_000, 2_000_000
+CROWDED_SPIN_NS, CROWDED_YIELD_NS = 5_000, 100_000  # where ranks outnumber cores
 T = TypeVar("T", bound=SharedMemoryEndpoint)
 
 
@@ -74,6 +75,11 @@ class SharedMemory:
         for endpoint in self._endpoints:
             if not (isinstance(endpoint, SharedMemoryMailbox) and self._rank != 0):
                 self._library.group_limit(endpoint.handle, int(seconds * NANOSECONDS))
+
+    def yield_early(self) -> None:
+        """Sleep soon in all waits: ranks outnumber cores, so the rank that is waited for may need this one's core."""
+        for endpoint in self._endpoints:
+            self._library.group_patience(endpoint.handle, CROWDED_SPIN_NS, CROWDED_YIELD_NS)
 
     def close(self) -> None:
         """Leave. Ranks that wait for this one raise RuntimeError."""
