@@ -1,7 +1,7 @@
-"""Attention libraries that need a GPU, as their documentation says they compute, in plain float32 torch on the CPU.
+"""Stand-ins for attention libraries that need a GPU: plain float32 torch on the CPU, written from their documentation.
 
-Each takes the arguments of the real function and refuses what the real one refuses, so that what the adapters hand
-over is checked. Loops over sequences; only for tests.
+Each takes the arguments of the real function and refuses what the real one refuses, so the adapters' calls are
+checked. They loop over sequences; only for tests.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 def attend(query, key, value, scale, left, right, softcap):
-    """One sequence, queries the last of its tokens. Returns [n, Hq, dv] and the log sums [n, Hq]."""
+    """One sequence; the queries are its last tokens. Returns [n, Hq, dv] and the log sums [n, Hq]."""
     length, heads, _ = query.shape
     count, groups = key.shape[0], heads // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -33,7 +33,7 @@ def attend(query, key, value, scale, left, right, softcap):
 
 
 def paged(query, keys, values, query_starts, context_lens, tables, scale, left, right, softcap=0.0):
-    """All sequences. tables: a list of pages for each. Returns [T, Hq, dv] and [T, Hq]."""
+    """All sequences. tables: one list of pages per sequence. Returns [T, Hq, dv] and [T, Hq]."""
     outputs, sums = [], []
     for index, context in enumerate(context_lens):
         rows = slice(query_starts[index], query_starts[index + 1])
@@ -118,7 +118,7 @@ def varlen_attn(
 
 
 class Wrapper:
-    """What flashinfer's wrappers have in common: a plan, then any number of runs of it."""
+    """The common part of flashinfer's wrappers: a plan, then any number of runs."""
 
     def __init__(self, workspace, kv_layout="NHD", **buffers):
         assert (workspace.dtype, kv_layout) == (torch.uint8, "NHD")
@@ -171,7 +171,7 @@ class Wrapper:
 
 
 class Decode(Wrapper):
-    """`BatchDecodeWithPagedKVCacheWrapper`: one query a sequence."""
+    """`BatchDecodeWithPagedKVCacheWrapper`: one query per sequence."""
 
     def plan(
         self,
@@ -253,7 +253,7 @@ class Prefill(Wrapper):
 
 
 class FlashInfer:
-    """The module `flashinfer`, remembering the wrappers made from it."""
+    """The module `flashinfer`; it keeps the wrappers made from it."""
 
     def __init__(self):
         self.wrappers = []

@@ -29,7 +29,7 @@ def sees(position, other, options):
 
 
 def paged(contexts, block_size, num_blocks, generator):
-    """Block tables over shuffled blocks, padded with 0, no two sequences sharing one."""
+    """Block tables over shuffled blocks, padded with 0; no two sequences share a block."""
     free = torch.randperm(num_blocks, generator=generator).tolist()
     needed = [-(-context // block_size) for context in contexts]
     tables = torch.zeros(len(contexts), max(needed), dtype=torch.int64)
@@ -66,7 +66,7 @@ def unseen_blocks(metadata, options, block_size):
 
 
 def spoil_unseen(keys, values, metadata, options):
-    """Fill what has been freed behind a window with NaN, which no weight of 0 would hide."""
+    """Fill the blocks freed behind a window with NaN: a weight of 0 does not hide it."""
     for place in unseen_blocks(metadata, options, keys.shape[1]):
         keys[metadata.block_tables[place]] = values[metadata.block_tables[place]] = float("nan")
 

@@ -1,4 +1,4 @@
-"""The adapters to attention libraries of a GPU, over stand-ins of the libraries, against the torch loop."""
+"""The adapters to GPU attention libraries, over stand-ins of the libraries, compared with the torch loop."""
 
 import functools
 
@@ -50,7 +50,7 @@ CANNOT = {("varlen", "softcap"), *((name, "chunk_size") for name in ("flash_attn
 
 
 def make_metadata(lengths, contexts, seed=0, shared=False):
-    """Sequences over shuffled blocks, their tables padded with a block that is somebody else's."""
+    """Sequences over shuffled blocks, their tables padded with a block of another sequence."""
     generator = torch.Generator().manual_seed(seed)
     free = torch.randperm(NUM_BLOCKS, generator=generator).tolist()
     needed = [-(-context // BLOCK_SIZE) for context in contexts]
@@ -108,7 +108,7 @@ def test_an_adapter_attends_as_the_torch_loop_does(name, kind, case):
     st.sampled_from(["plain", "window", "sinks"]),
     st.booleans(),
 )
-def test_an_adapter_attends_right_over_any_sequences(sequences, name, kind, shared):
+def test_an_adapter_is_correct_for_any_sequences(sequences, name, kind, shared):
     lengths = [length for length, _ in sequences]
     contexts = [length + before for length, before in sequences]
     check(BACKENDS[name](), lengths, contexts, (4, 2), KINDS[kind], shared=shared)
@@ -116,7 +116,7 @@ def test_an_adapter_attends_right_over_any_sequences(sequences, name, kind, shar
 
 @pytest.mark.parametrize("kind", ["window", "chunks"])
 def test_flex_does_not_look_at_blocks_that_no_query_sees(kind):
-    """Where they were, their sequence may by now have put another of its blocks."""
+    """By then, their place in the table may hold a later block of the sequence."""
     metadata, options = make_metadata((1, 3, 2), (20, 9, 17)), make_options(KINDS[kind], 4)
     query, cache = torch.randn(6, 4, WIDTH), make_cache(2)
     wanted = TorchLoopAttention().attend(query, *cache, metadata, options)
@@ -128,7 +128,7 @@ def test_flex_does_not_look_at_blocks_that_no_query_sees(kind):
     torch.testing.assert_close(BACKENDS["flex"]().attend(query, *cache, metadata, options), wanted)
 
 
-def test_flex_attends_right_over_blocks_that_sequences_share():
+def test_flex_is_correct_for_blocks_that_sequences_share():
     check(BACKENDS["flex"](), (3, 1, 2), (9, 8, 11), (4, 2), {}, shared=True)
 
 
@@ -165,7 +165,7 @@ def test_steps_of_decodes_are_tiles_of_one_row():
     assert tiles.size == 1
 
 
-def test_flashinfer_plans_each_kind_of_layer_once_a_step():
+def test_flashinfer_plans_each_kind_of_layer_once_per_step():
     library = cuda_fakes.FlashInfer()
     backend = FlashInferAttention(library, torch.device("cpu"))
     query, cache = torch.randn(2, 4, WIDTH), make_cache(2)

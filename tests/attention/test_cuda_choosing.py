@@ -1,4 +1,4 @@
-"""Which attention a GPU gets: every refusal has its reason, and what is named is taken or refused in one line."""
+"""The attention backend chosen on a GPU: refusals have a reason, and a named backend is used or refused in one line."""
 
 import dataclasses
 import itertools
@@ -53,7 +53,7 @@ def test_auto_takes_the_first_that_can(changes, wanted):
         ({"block_size": 4}, "torch"),
     ],
 )
-def test_without_extra_libraries_torch_has_something_for_everything(changes, wanted):
+def test_without_extra_libraries_torch_meets_every_need(changes, wanted):
     choice = chosen(installed={"varlen", "flex", "torch"}, **changes)
     assert choice.name == wanted
     assert choice.rejected["flash_attn"] == "flash_attn is not installed"
@@ -71,7 +71,7 @@ def test_without_extra_libraries_torch_has_something_for_everything(changes, wan
         ("magic", {}, "a GPU runs flash_attn"),
     ],
 )
-def test_what_is_named_and_cannot_is_refused_with_the_reason(name, changes, why):
+def test_a_named_backend_that_cannot_run_is_refused_with_the_reason(name, changes, why):
     with pytest.raises(ConfigError) as refusal:
         chosen(name=name, **changes)
     message = str(refusal.value)
@@ -81,12 +81,12 @@ def test_what_is_named_and_cannot_is_refused_with_the_reason(name, changes, why)
 
 
 @pytest.mark.parametrize("name", sorted(set(CAPABILITIES) - {"torch"}))
-def test_what_is_named_and_not_installed_is_refused(name):
+def test_a_named_backend_that_is_not_installed_is_refused(name):
     with pytest.raises(ConfigError, match="is not installed; use auto"):
         chosen(name=name, installed={"torch"})
 
 
-def test_every_need_is_met_by_something():
+def test_every_need_is_met_by_some_backend():
     for dtype, width, block, softcap, chunks in itertools.product(
         (torch.float32, torch.bfloat16), (64, 80, 512), (1, 16, 256), (False, True), (False, True)
     ):
@@ -103,13 +103,13 @@ def test_needs_are_what_any_layer_asks_for():
     assert not AttentionNeeds.of(layers[1:], 1024, *rest).softcap
 
 
-def test_the_log_names_the_choice_and_the_others_faults(caplog, monkeypatch):
+def test_the_log_names_the_choice_and_why_others_were_refused(caplog, monkeypatch):
     monkeypatch.setattr(choosing, "installed_backends", lambda: {"torch"})
     with caplog.at_level(logging.INFO):
         backend = make_gpu_backend("auto", torch.device("cpu"), HOPPER)
     assert backend.name == "torch"
     (record,) = caplog.records
-    assert record.levelno == logging.WARNING, "it is slow, and nobody asked for it"
+    assert record.levelno == logging.WARNING, "it is slow and was not requested"
     assert record.getMessage() == (
         "attention runs on torch (not flash_attn: flash_attn is not installed; not flashinfer: flashinfer is not "
         "installed; not varlen: torch.nn.attention.varlen is not installed; not flex: triton is not installed)"

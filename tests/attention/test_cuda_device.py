@@ -18,7 +18,7 @@ NUM_BLOCKS, WIDTH, HEADS = 16, 128, (8, 2)
 
 
 def make_metadata(lengths, contexts, block_size):
-    """The sequences, with the blocks of each in falling order."""
+    """The sequences, with the blocks of each in descending order."""
     tables, free = torch.zeros(len(contexts), -(-max(contexts) // block_size), dtype=torch.int32), NUM_BLOCKS
     for row, context in enumerate(contexts):
         for column in range(-(-context // block_size)):

@@ -1,4 +1,4 @@
-"""The adapter to flashinfer's attention over latents, over a stand-in of the library, and when it is taken."""
+"""The adapter to flashinfer's attention over latents, over a stand-in of the library, and when it is chosen."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_latents_are_attended_to_as_the_torch_loop_does(case: str) -> None:
     assert (library.plans, library.runs) == (2, 6)
 
 
-def test_another_scale_is_planned_anew() -> None:
+def test_another_scale_is_planned_again() -> None:
     backend, library = make()
     given = inputs("decodes")
     for scaling in (0.4, 0.2, 0.4):
@@ -136,7 +136,7 @@ def test_a_layer_on_a_gpu_divides_a_step_as_one_on_a_cpu(case: str) -> None:
         ({"dtype": torch.float32, "cache_dtype": torch.float32}, "torch"),
     ],
 )
-def test_a_gpu_takes_the_kernel_for_latents_of_its_widths(changes: dict[str, Any], wanted: str) -> None:
+def test_a_gpu_uses_the_kernel_for_latents_of_supported_widths(changes: dict[str, Any], wanted: str) -> None:
     choice = choose(
         "auto", dataclasses.replace(HOPPER, **changes), {"flash_attn", "flashinfer", "varlen", "flex", "torch"}
     )

@@ -1,4 +1,4 @@
-"""Attention over paged blocks against attention written out, one query and one head at a time."""
+"""Attention over paged blocks compared with a reference that computes one query and one head at a time."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def check(*arguments, **named):
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (4, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_paged_attention_is_attention(batch, options, heads):
+def test_paged_attention_equals_the_reference(batch, options, heads):
     check(*BATCHES[batch], heads, make_options(options, heads[0]))
 
 
@@ -73,5 +73,5 @@ def test_an_unknown_backend_names_the_known_ones():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (4, 1)], ids=str)
 def test_a_chunk_after_a_long_past_is_merged_with_it(heads, dtype):
-    """Past and chunk are two calls; the next sequences reuse the room that the first one's keys were gathered in."""
+    """Past and chunk are two calls; the next sequences reuse the buffer of the first one's keys."""
     check([7, 2, 5], [90, 31, 10], heads, AttentionOptions(scaling=0.3), width=16, value_width=16, dtype=dtype)
