@@ -37,7 +37,7 @@ def test_random_model_is_made_once(tiny_model: Path) -> None:
     assert weights.stat().st_mtime_ns == made
 
 
-def test_random_model_of_another_shape_is_made_anew(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_model_of_another_shape_is_made_again(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "llama-60m", {**TINY, "vocab_size": 80})
 
     assert json.loads((random_model("llama-60m") / "config.json").read_text())["vocab_size"] == 80

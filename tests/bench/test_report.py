@@ -83,7 +83,7 @@ def test_modes_need_ranks() -> None:
         check_modes(["single", "tp"], Config())
 
 
-def test_table_has_one_row_a_mode_and_marks_the_best() -> None:
+def test_table_has_one_row_per_mode_and_marks_the_best() -> None:
     samples = {"tp": [sample(0.010)], "sp": [sample(0.020)]}
 
     table = comparison("latency", samples, {"tp": "tp", "sp": "sp"})

@@ -1,4 +1,4 @@
-"""Findings as a comparison would make them, from numbers that the test knows."""
+"""Findings of a comparison, made from numbers that the test knows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def findings_of(cases: list[ComparisonCase], repeats: int = 2, foreign: float = 
 
 
 def run_of(case: ComparisonCase, name: str, repeat: int, factor: float, foreign: float = 0.0) -> ContenderRun:
-    """Each request takes 0.1 s to its first token and 0.01 s a token, times the factor; later repeats 10 % more."""
+    """Each request takes 0.1 s to its first token and 0.01 s per token, times the factor; later repeats 10 % more."""
     factor *= 1 + repeat / 10
     requests = [
         RequestRow(row.at, 0.1 * factor, 0.01 * factor, 0.2 * factor, row.input_len, row.output_len, 0, "")

@@ -38,7 +38,7 @@ SETTINGS = (
         (["--random-model", "llama-60m"], "give one of them"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options, message):
+def test_senseless_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         parse(["bench", "compare", "model", *options])
 

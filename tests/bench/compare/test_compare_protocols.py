@@ -1,4 +1,4 @@
-"""What every protocol asks for, and in which order it is asked."""
+"""The requests of every protocol, and their order."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def cases_of(name: str, inputs: ProtocolInputs = INPUTS) -> list[ComparisonCase]
     return PROTOCOLS[name].cases(inputs)
 
 
-def test_the_shape_is_asked_for_alone_and_together():
+def test_the_shape_is_measured_alone_and_saturated():
     lone, saturated = cases_of("shape")
     assert (lone.kind, len(lone.rows)) == ("lone", 2)
     assert (saturated.kind, len(saturated.rows)) == ("saturated", 8)
     assert {(row.at, row.input_len, row.output_len) for row in (*lone.rows, *saturated.rows)} == {(0.0, 100, 10)}
 
 
-def test_longer_contexts_are_asked_for_less_often():
+def test_longer_contexts_have_fewer_requests():
     cases = cases_of("context")
     assert [(case.x, case.kind) for case in cases] == [
         (length, kind) for length in SIZES.contexts for kind in ("lone", "saturated")
@@ -103,13 +103,13 @@ def test_a_model_that_is_too_short_is_refused():
 
 
 @pytest.mark.parametrize("in_turn", [False, True])
-def test_everybody_does_everything_once_a_repeat(in_turn):
+def test_every_contender_runs_every_case_once_per_repeat(in_turn):
     cases, contenders = cases_of("shape"), list(CONTENDERS.values())
     steps = list(order(cases, contenders, 3, in_turn))
     assert len(steps) == len(set(map(str, steps))) == 3 * len(cases) * len(contenders)
 
 
-def test_repeats_are_interleaved_and_begin_with_another():
+def test_repeats_are_interleaved_and_rotate_the_first_contender():
     cases, contenders = cases_of("shape"), list(CONTENDERS.values())
     steps = list(order(cases, contenders, 2, False))
     assert [contender.name for _, _, contender in steps[:5]] == ["dp", "tp", "sp", "shift", "adaptive"]
@@ -117,7 +117,7 @@ def test_repeats_are_interleaved_and_begin_with_another():
     assert [case.name for _, case, _ in steps[:10]] == ["shape-lone"] * 5 + ["shape-saturated"] * 5
 
 
-def test_servers_in_turn_are_started_once_a_repeat():
+def test_servers_in_turn_are_started_once_per_repeat():
     servers = [c.server for _, _, c in order(cases_of("shape"), list(CONTENDERS.values()), 2, True)]
     switches = sum(a != b for a, b in pairwise(servers))
     assert switches == 3

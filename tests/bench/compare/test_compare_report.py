@@ -55,7 +55,7 @@ def test_without_a_static_mode_there_is_no_ratio():
     assert [row.ratio for row in rows_of(findings, findings.cases[0])] == [None] * 4
 
 
-def test_failed_requests_count_for_nothing():
+def test_failed_requests_do_not_count():
     good = RequestRow(0.0, 0.1, 0.01, 0.2, 100, 10, 0, "")
     bad = RequestRow(0.5, 9.0, None, 9.0, 100, 0, 0, "boom")
     metrics = metrics_of([good, bad])
@@ -67,7 +67,7 @@ def test_failed_requests_count_for_nothing():
     assert any("1 requests failed" in line and "boom" in line for line in remarks(findings))
 
 
-def test_a_busy_machine_and_absentees_are_named():
+def test_a_busy_machine_and_missing_contenders_are_named():
     findings = findings_of(SHAPE, foreign=0.7)
     findings.refused["adaptive"] = "policy adaptive is not available"
     text = " ".join(remarks(findings))
@@ -76,7 +76,7 @@ def test_a_busy_machine_and_absentees_are_named():
     assert "negligible" in " ".join(remarks(findings_of(SHAPE, foreign=0.1)))
 
 
-def test_findings_come_back_from_disk_as_they_were(tmp_path):
+def test_findings_are_unchanged_after_a_round_trip_to_disk(tmp_path):
     findings = findings_of(ALL)
     findings.save(tmp_path)
     assert dataclasses.asdict(load_findings(tmp_path)) == dataclasses.asdict(findings)
@@ -128,7 +128,7 @@ def test_the_report_is_one_file_that_needs_nothing_else(tmp_path):
     assert page.count("<caption>") == len(ALL)
 
 
-def test_a_report_of_little_says_what_there_is(tmp_path):
+def test_a_report_of_few_results_shows_what_there_is(tmp_path):
     pytest.importorskip("matplotlib")
     from ulysses_infer.bench.compare.report import headline, write_report
 

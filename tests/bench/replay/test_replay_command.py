@@ -77,7 +77,7 @@ def test_the_papers_window_is_a_preset(trace):
         (["--nonsense"], "nonsense"),
     ],
 )
-def test_what_makes_no_sense_is_refused(trace, options, message):
+def test_senseless_options_are_refused(trace, options, message):
     with pytest.raises(ConfigError, match=message):
         run(parse_replay([str(trace), *options]))
 

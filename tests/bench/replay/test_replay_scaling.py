@@ -94,7 +94,7 @@ def test_prompts_have_the_scaled_length_whatever_their_hash_ids(hash_ids, input_
     assert len(item.content) == row.input_len == max(1, round(input_len * factor))
 
 
-def test_prompts_are_the_same_in_every_replay_and_others_with_another_seed():
+def test_prompts_are_equal_in_every_replay_and_differ_with_another_seed():
     rows = [TraceRow(0.0, 700, 4, (3, 4)), TraceRow(1.0, 40, 4)]
     assert trace_items(rows, IDS, 1) == trace_items(rows, IDS, 1)
     pairs = zip(trace_items(rows, IDS, 1), trace_items(rows, IDS, 2), strict=True)
@@ -102,7 +102,7 @@ def test_prompts_are_the_same_in_every_replay_and_others_with_another_seed():
 
 
 @given(times, st.integers(1, 60))
-def test_thinning_keeps_so_many_rows_in_order_and_evenly(moments, count):
+def test_thinning_keeps_the_given_number_of_rows_in_order_and_evenly(moments, count):
     rows = rows_at(moments)
     kept = thinned(rows, count)
     assert len(kept) == min(count, len(rows))

@@ -27,7 +27,7 @@ class Script:
 
 @dataclass
 class FakeServer:
-    """Use it with `async with`. Requests are noted with the moments at which they came."""
+    """Use it with `async with`. Requests are recorded with their arrival times."""
 
     script: Script = field(default_factory=Script)
     has_tokenizer: bool = True

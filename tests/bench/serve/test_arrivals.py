@@ -41,7 +41,7 @@ def test_infinite_rate_is_all_at_once() -> None:
     assert arrival_times(5, Rate(math.inf), 1.0, 0) == [0.0] * 5
 
 
-def test_infinite_burstiness_is_a_metronome() -> None:
+def test_infinite_burstiness_gives_equal_gaps() -> None:
     assert arrival_times(4, Rate(2.0), math.inf, 0) == [0.0, 0.5, 1.0, 1.5]
 
 
@@ -54,7 +54,7 @@ def test_gaps_have_the_mean_of_the_rate_and_the_variation_of_the_burstiness(shap
 
 
 @given(st.floats(0.1, 100), st.floats(0.1, 100), st.integers(2, 500), st.booleans(), st.floats(0, 1))
-def test_rate_of_a_ramp_is_where_it_should_be_all_along(
+def test_rate_of_a_ramp_is_correct_at_every_time(
     start: float, end: float, count: int, is_exponential: bool, share: float
 ) -> None:
     ramp = Ramp(start, end, count, is_exponential)
@@ -62,14 +62,14 @@ def test_rate_of_a_ramp_is_where_it_should_be_all_along(
     assert ramp.moment(count) == pytest.approx(ramp.seconds)
 
     position = share * count * 0.99
-    step = count * 1e-8  # short, also where the rate starts near nothing
+    step = count * 1e-8  # short, also where the rate starts near zero
     gap = ramp.moment(position + step) - ramp.moment(position)
     along = ramp.moment(position + step / 2) / ramp.seconds
     wanted = start * (end / start) ** along if is_exponential else start + (end - start) * along
     assert step / gap == pytest.approx(wanted, rel=1e-2)
 
 
-def test_linear_ramp_may_start_from_nothing() -> None:
+def test_linear_ramp_may_start_from_zero() -> None:
     times = arrival_times(101, Ramp(0.0, 10.0, 100), math.inf, 0)
 
     assert times[0] == 0

@@ -96,7 +96,7 @@ def test_trace_is_sent_at_its_times(tmp_path: Path) -> None:
     assert [body["max_tokens"] for body in server.bodies] == [1, 2, 3, 4]
 
 
-def test_duration_keeps_so_many_in_flight() -> None:
+def test_duration_keeps_the_given_number_in_flight() -> None:
     with serving(FakeServer(Script(first=0.02))) as server:
         assert bench(server, "--duration", "0.3", "--max-concurrency", "2", "--output-len", "1") == 0
 
@@ -112,7 +112,7 @@ def test_failures_are_shown_and_fail_the_command_if_nothing_succeeded(capsys: py
     assert "failed, 3 x: the connection was closed in the middle of the answer" in printed
 
 
-def test_server_that_is_away_is_one_line() -> None:
+def test_unreachable_server_is_a_one_line_error() -> None:
     with pytest.raises(ConfigError, match=r"^no server at http://127\.0\.0\.1:9: [^\n]*set --base-url$"):
         run(parse_serve(["--base-url", "http://127.0.0.1:9"]))
 
@@ -128,7 +128,7 @@ def test_server_without_a_tokenizer_says_how_to_get_token_ids() -> None:
     assert all(isinstance(body["prompt"], str) for body in server.bodies[2:])
 
 
-def test_server_without_models_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_without_models_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(FakeServer()) as server, pytest.raises(RequestError, match="HTTP 404"):
         bench(server, "--base-url", server.url + "/elsewhere")
 
@@ -164,7 +164,7 @@ def test_senseless_options_are_refused_in_one_line(options: list[str], words: st
     assert words in str(raised.value)
 
 
-def test_spellings_of_the_field_are_understood() -> None:
+def test_option_names_of_other_benchmarks_are_understood() -> None:
     flags = ["--dataset-name", "random", "--random-input-len", "7", "--endpoint", "/v1/chat/completions"]
     ramp = ["--ramp-up-strategy", "exponential", "--ramp-up-start-rps", "1", "--ramp-up-end-rps", "8"]
     options = parse_serve([*flags, *ramp, "--metric-percentiles", "90"])
@@ -173,7 +173,7 @@ def test_spellings_of_the_field_are_understood() -> None:
     assert rate_of(options, 5) == Ramp(1.0, 8.0, 5, is_exponential=True)
 
 
-def test_command_is_no_work_for_ranks() -> None:
+def test_command_refuses_to_run_under_a_launcher() -> None:
     command = parse(["bench", "serve", "--num-prompts", "3"])
 
     with pytest.raises(ConfigError, match="run it without a launcher"):

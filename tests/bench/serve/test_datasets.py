@@ -1,4 +1,4 @@
-"""What is asked: random prompts, shared prefixes, files, traces."""
+"""Datasets of requests: random prompts, shared prefixes, files, traces."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_prompts_repeat_with_their_seed_alone() -> None:
     assert first[0] != first[1]
 
 
-def test_text_has_about_as_many_tokens() -> None:
+def test_text_has_about_the_requested_number_of_tokens() -> None:
     (item,) = take(random_items(TEXT, 60, 5, 0.0, 0), 1)
 
     assert isinstance(item.content, str)
@@ -89,7 +89,7 @@ def test_wrong_line_of_a_custom_file_is_named(tmp_path: Path, line: str) -> None
         custom_items(file, None)
 
 
-def test_missing_file_is_told(tmp_path: Path) -> None:
+def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         custom_items(tmp_path / "none", 1)
 
@@ -137,7 +137,7 @@ def test_azure_trace_is_read_across_midnight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "text"), [("x.csv", "A,B\n1,2\n"), ("x.jsonl", '{"timestamp": 1}\n'), ("x.csv", "")])
-def test_what_is_no_trace_is_refused(tmp_path: Path, name: str, text: str) -> None:
+def test_file_that_is_not_a_trace_is_refused(tmp_path: Path, name: str, text: str) -> None:
     file = tmp_path / name
     file.write_text(text)
 
@@ -177,6 +177,6 @@ def test_token_ids_are_those_the_tokenizer_makes(
         assert not ids or set(vocabulary.ids) <= {ord(character) for character in " abcdefghijklmnopqrstuvwxyz"}
 
 
-def test_too_few_requests_are_told() -> None:
+def test_too_few_requests_are_reported() -> None:
     with pytest.raises(ConfigError, match="only 0 requests"):
         take([], 3)

@@ -60,7 +60,7 @@ def test_known_delays_are_measured_within_two_milliseconds(path: str, uvloop: bo
         assert answer.tpot == pytest.approx(statistics.fmean(answer.gaps))
         wanted = [later - earlier for earlier, later in pairwise([arrived, *tokens])]
         errors += [abs(got - want) for got, want in zip([answer.ttft, *answer.gaps], wanted, strict=True)]
-    assert statistics.median(errors) < 0.002  # on a machine that others use, single ones wait for a core
+    assert statistics.median(errors) < 0.002  # on a shared machine some requests wait for a core
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_lost_stream_is_a_failure_with_its_reason(ending: str, words: str) -> No
         assert re.search(words, answer.error)
 
 
-def test_server_that_is_away_is_a_failure() -> None:
+def test_unreachable_server_is_a_failure() -> None:
     async def work() -> LoadRun:
         async with FakeServer() as server:
             url = server.url
@@ -109,7 +109,7 @@ def test_answer_that_never_ends_is_lost_after_the_timeout() -> None:
     assert answer.error == "no end within 0.1 s"
 
 
-def test_tokens_are_counted_where_the_server_does_not_tell() -> None:
+def test_tokens_are_counted_where_the_server_does_not_report_them() -> None:
     async def work() -> LoadRun:
         async with FakeServer(Script(has_usage=False)) as server:
             return await ask(server)
@@ -117,7 +117,7 @@ def test_tokens_are_counted_where_the_server_does_not_tell() -> None:
     assert run(work()).answers[0].output_tokens == 4
 
 
-def test_requests_go_out_at_absolute_moments_whatever_becomes_of_earlier_ones() -> None:
+def test_requests_are_sent_at_absolute_times_regardless_of_earlier_ones() -> None:
     async def work() -> tuple[LoadRun, list[float]]:
         async with FakeServer(Script(first=0.3)) as server:
             asyncio.get_running_loop().call_later(0.1, time.sleep, 0.1)
@@ -145,7 +145,7 @@ def test_limit_of_requests_in_flight_holds_later_ones_back_without_blaming_the_c
         assert sum(answer.sent <= moment < answer.ended for answer in answers) <= 2
 
 
-def test_slow_client_is_found_late() -> None:
+def test_lateness_of_a_slow_client_is_measured() -> None:
     async def work() -> LoadRun:
         async with FakeServer() as server:
             asyncio.get_running_loop().call_later(0.1, time.sleep, 0.2)
@@ -156,7 +156,7 @@ def test_slow_client_is_found_late() -> None:
     assert max(done.loop_lags) > 0.1
 
 
-def test_closed_loop_keeps_so_many_in_flight_for_so_long() -> None:
+def test_closed_loop_keeps_the_given_number_in_flight_for_the_duration() -> None:
     async def work() -> tuple[LoadRun, int]:
         async with FakeServer(Script(first=0.02)) as server:
             client = Client(Server.of(server.url))
@@ -190,7 +190,7 @@ def test_connection_that_was_closed_while_idle_costs_nothing() -> None:
     assert all(answer.error is None for answer in run(work()))
 
 
-def test_server_is_told_who_asks() -> None:
+def test_requests_carry_the_api_key_and_headers() -> None:
     async def work() -> list[str]:
         async with FakeServer() as fake:
             server = Server.of(fake.url + "/v1/", api_key="secret", headers={"X-Team": "blue"})
@@ -213,7 +213,7 @@ def test_refused_call_says_why() -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://x:port", "http://x:99999"])
-def test_what_is_no_url_is_refused(url: str) -> None:
+def test_invalid_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="--base-url"):
         Server.of(url)
 
@@ -277,6 +277,6 @@ def test_https_works_with_a_certificate_that_is_trusted(tmp_path: Path) -> None:
     assert "certificate verify failed" in (wary.answers[0].error or "")
 
 
-def test_certificates_that_cannot_be_read_are_told() -> None:
+def test_certificates_that_cannot_be_read_are_reported() -> None:
     with pytest.raises(ConfigError, match="--ca-file 'none'"):
         Server.of("https://x", ca_file="none")

@@ -1,4 +1,4 @@
-"""The field's table and JSON keys, and the arithmetic behind them."""
+"""The usual table and JSON keys of serving benchmarks, and the arithmetic behind them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def run() -> LoadRun:
     return LoadRun(10.0, 12.0, [answer(10.0, 0.2, 0.1), answer(10.1, 0.4, 0.2), failed], [0.001], 0.003, 2)
 
 
-def test_table_is_the_fields_line_for_line() -> None:
+def test_table_has_the_usual_lines() -> None:
     result = result_of(run(), {"ttft": 300, "tpot": 150}, [50, 99.9])
 
     lines = table(result, max_concurrency=8, rate=4.0).splitlines()
@@ -93,7 +93,7 @@ def test_table_is_the_fields_line_for_line() -> None:
     assert {len(line) for line in lines} == {50, 51}  # values are padded to ten characters
 
 
-def test_lines_of_what_was_not_asked_for_are_left_out() -> None:
+def test_lines_of_metrics_not_requested_are_left_out() -> None:
     text = table(result_of(run(), {}, [99]))
 
     assert "goodput" not in text
@@ -102,7 +102,7 @@ def test_lines_of_what_was_not_asked_for_are_left_out() -> None:
     assert "P99 E2EL (ms):" in text
 
 
-def test_json_has_the_fields_keys() -> None:
+def test_json_has_the_usual_keys() -> None:
     result = json.loads(json.dumps(result_of(run(), {}, [99])))
 
     assert set(KEYS.split()) <= set(result)
@@ -128,7 +128,7 @@ def test_failures_are_counted_by_their_message() -> None:
     assert lines[-1] == "failed: 2 more kinds of errors; see errors in --result-file"
 
 
-def test_lateness_of_the_client_is_told() -> None:
+def test_lateness_of_the_client_is_reported() -> None:
     done = LoadRun(0.0, 1.0, [answer(0.5, 0.1, 0.1, late=0.04)], [0.0, 0.05])
     lines = remarks(result_of(done, {}, [99]))
 
@@ -147,7 +147,7 @@ def test_percentiles_interpolate(values: list[float]) -> None:
     assert percentile(values, 25) == pytest.approx(statistics.quantiles(values, n=4, method="inclusive")[0])
 
 
-def test_goodput_wants_every_limit_kept() -> None:
+def test_goodput_requires_every_limit_to_be_kept() -> None:
     answers = [answer(0, 0.2, 0.1), answer(0, 0.4, 0.1), answer(0, 0.2, 0.3)]
 
     assert num_within(answers, {"ttft": 300}) == 2
@@ -155,7 +155,7 @@ def test_goodput_wants_every_limit_kept() -> None:
     assert num_within(answers, {"e2el": 799}) == 2
 
 
-def test_peaks_are_of_one_second_and_of_one_moment() -> None:
+def test_peaks_are_tokens_in_one_second_and_requests_at_one_time() -> None:
     # tokens at 0.9, 1.0, 1.1 and at 1.5, 1.8, 2.1
     answers = [answer(0.5, 0.4, 0.101), answer(1.0, 0.5, 0.3)]
 
@@ -165,7 +165,7 @@ def test_peaks_are_of_one_second_and_of_one_moment() -> None:
 
 
 def stream(*chunks: object) -> StreamedAnswer:
-    """What the meter makes of chunks that come a second apart."""
+    """The meter's result for chunks that arrive one second apart."""
     meter = StreamMeter(StreamedAnswer())
     for moment, chunk in enumerate(chunks, 1):
         meter.take(b"[DONE]" if chunk == "[DONE]" else json.dumps(chunk).encode(), float(moment))
@@ -173,7 +173,7 @@ def stream(*chunks: object) -> StreamedAnswer:
     return meter.answer
 
 
-def test_role_and_closing_chunks_are_no_tokens() -> None:
+def test_role_and_closing_chunks_are_not_tokens() -> None:
     deltas = [{"role": "assistant", "content": ""}, {"content": "a"}, {"content": ""}, {"content": "b"}]
     chunks = [{"choices": [{"delta": delta}]} for delta in deltas]
     found = stream(*chunks, {"choices": [{"delta": {}, "finish_reason": "stop"}]}, "[DONE]")
@@ -185,7 +185,7 @@ def test_role_and_closing_chunks_are_no_tokens() -> None:
     assert found.output_tokens == 3
 
 
-def test_thoughts_and_tool_calls_are_tokens() -> None:
+def test_reasoning_and_tool_calls_are_tokens() -> None:
     deltas = [{"reasoning_content": "hm"}, {"tool_calls": [{"index": 0}]}]
     found = stream(*({"choices": [{"delta": delta}]} for delta in deltas))
 
@@ -198,7 +198,7 @@ def test_last_token_may_come_with_the_end() -> None:
     assert (found.error, found.gaps, found.ended) == (None, [1.0], 2.0)
 
 
-def test_usage_tells_more_than_the_pieces() -> None:
+def test_usage_overrides_the_count_of_chunks() -> None:
     usage = {"prompt_tokens": 9, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 4}}
     found = stream({"choices": [{"text": "abc", "finish_reason": "stop"}]}, {"choices": [], "usage": usage}, "[DONE]")
 
