@@ -20,27 +20,25 @@ hypothesis.settings.register_profile("ulysses_infer", deadline=None, derandomize
 hypothesis.settings.load_profile("ulysses_infer")
 
 
-# Tests that mostly wait for processes. They go first, so that other workers compute meanwhile and none is left alone.
-WAITING = (
-    "tests/server/test_faults",
+# Tests that start programs and servers. One worker runs them one after another: their ranks would disturb each other.
+PROGRAMS = (
+    "tests/server/test_",
     "tests/job",
     "tests/training",
-    "tests/server",
     "tests/test_launch",
-    "tests/bench",
+    "tests/bench/compare/test_compare_command",
+    "tests/bench/test_bench",
+    "tests/engine/test_calibration",
+    "tests/benchmarks",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files for `--dist loadfile`, which hands them out in this order."""
-    items.sort(
-        key=lambda item: next((i for i, name in enumerate(WAITING) if item.nodeid.startswith(name)), len(WAITING))
-    )
-
-
-def pytest_configure() -> None:
-    """Nothing that a test starts outlives the session, even if the session is killed."""
-    end_children_with_this_process()
+    """Form the groups of `--dist loadgroup`: all tests that start programs, which go first, and each other file."""
+    for item in items:
+        name = "programs" if item.nodeid.startswith(PROGRAMS) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: not item.nodeid.startswith(PROGRAMS))
 
 
 @pytest.fixture(scope="session")

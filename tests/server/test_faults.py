@@ -43,7 +43,7 @@ def assert_everyone_is_told(server, streams, seconds=END_SECONDS):
     [
         pytest.param(0, signal.SIGKILL, id="killed-0", marks=pytest.mark.thorough),
         pytest.param(1, signal.SIGKILL, id="killed-1"),
-        pytest.param(0, signal.SIGSTOP, id="stopped-0"),
+        pytest.param(0, signal.SIGSTOP, id="stopped-0", marks=pytest.mark.thorough),
         pytest.param(1, signal.SIGSTOP, id="stopped-1", marks=pytest.mark.thorough),
     ],
 )
