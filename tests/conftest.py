@@ -41,6 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(PROGRAMS))
 
 
+def pytest_configure() -> None:
+    """Nothing that a test starts outlives the session, even if the session is killed."""
+    end_children_with_this_process()
+
+
 @pytest.fixture(scope="session")
 def rank_pool() -> Iterator[RankPools]:
     """`rank_pool(world_size).run(function, *args)`: the function's result on each of that many ranks, in rank order.
