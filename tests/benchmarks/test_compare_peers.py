@@ -70,7 +70,7 @@ def repeat(ttft: float, tpot: float, throughput: float) -> Repeat:
 # -- processes -----------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_is_stopped_unless_it_is_asked_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_worker_is_stopped_between_tasks_and_leaves_nothing(tmp_path: Path) -> None:
     before = children()
     worker = Worker("fake", fake(), tmp_path / "log", seconds=60)
     (process,) = map(psutil.Process, children() - before)
@@ -133,7 +133,7 @@ def test_rounds_go_on_without_the_peers_that_fail(tmp_path: Path, monkeypatch: p
     assert children() == before
 
 
-def test_tokens_that_differ_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_differ_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = {LIMITS: 0, "transformers": 5, "ours": 5, "llama.cpp": 6}
     programs = {name: lambda setting, token=token: fake(token=token) for name, token in tokens.items()}
     monkeypatch.setattr("benchmarks.compare_peers.measuring.PROGRAMS", programs)
@@ -163,7 +163,7 @@ def test_torch_is_installed_before_what_would_bring_another_build() -> None:
     assert RECIPES["vllm"].installs[0] == ("torch==2.13.0",)
 
 
-def test_the_line_that_matters_of_a_log_is_the_last_error() -> None:
+def test_the_last_error_of_a_log_is_reported() -> None:
     assert last_error("a\nERROR: no wheel\nnote: see above\n\n") == "ERROR: no wheel"
     assert last_error("one\ntwo\n") == "two"
     assert last_error("") == ""
@@ -251,7 +251,7 @@ def test_without_any_peer_there_is_no_ratio() -> None:
     assert all("best peer (" not in line for line in notes(alone))
 
 
-def test_the_report_names_who_is_missing_and_why(measured: Measured) -> None:
+def test_the_report_names_missing_peers_and_the_reasons(measured: Measured) -> None:
     text = "\n".join(notes(measured))
 
     assert "llama.cpp: not measured: no compiler" in text
@@ -290,7 +290,7 @@ def test_work_is_read_as_it_is_written(count: int, given_tokens: int, wanted: in
     "arguments",
     [["--peers", "vllm,nobody"], ["--models", "llama-7b"], ["--lone", "512"], ["--together", "32x256/1"], ["policy"]],
 )
-def test_an_argument_that_means_nothing_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_argument_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(arguments)
 

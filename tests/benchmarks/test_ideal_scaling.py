@@ -42,6 +42,6 @@ def test_rounds_are_merged_by_case() -> None:
     assert merge([ALONE, ALONE])["step"] == ALONE["step"] * 2
 
 
-def test_one_rank_is_told_of_no_others() -> None:
+def test_one_rank_gets_no_variables_of_a_launcher() -> None:
     assert rank_environment(0, 1, 1234).get("WORLD_SIZE") is None
     assert rank_environment(1, 2, 1234)["RANK"] == "1"

@@ -47,7 +47,7 @@ def test_decodes_prompts_and_mixtures_are_all_drawn():
     assert any(start > 0 for point in drawn for start, _ in point.chunks), "some prompts go on after cached tokens"
 
 
-def test_the_best_threshold_lies_where_the_modes_change_places():
+def test_the_best_threshold_lies_where_the_modes_cross_over():
     judged = [step(1, 3.0, 1.0), step(64, 2.0, 1.0), step(65, 1.0, 2.0), step(900, 1.0, 3.0)]
     assert best_threshold(judged, SP, TP) == (64, [TP, TP, SP, SP])
 

@@ -21,13 +21,13 @@ def listed() -> str:
 
 
 def can_make() -> bool:
-    """Some containers let root do little."""
+    """Some containers restrict root."""
     made = subprocess.run(["ip", "netns", "add", f"{netem.PREFIX}-{os.getpid()}-probe"], capture_output=True)
     netem.remove([f"{netem.PREFIX}-{os.getpid()}-probe"])
     return made.returncode == 0
 
 
-def test_it_says_in_one_line_what_is_missing(monkeypatch):
+def test_missing_requirements_are_reported_in_one_line(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(netem.NetemError, match="need root; run this with sudo"):
         netem.check_possible()
@@ -60,7 +60,7 @@ def test_namespaces_reach_each_other_and_are_gone_afterwards():
 
 
 def break_off_in_namespaces() -> None:
-    """Talk from one to the other, leave a process in each, and fail."""
+    """Send from one to the other, leave a process in each, and fail."""
     with netem.namespaces(2, None, None) as names:
         assert all(name in listed() for name in names)
         start(names[1], "import time; time.sleep(60)")

@@ -18,7 +18,7 @@ AMPLE = Limits(num_tokens=4096, num_sequences=512, context=8191, cached=32768)
 
 
 class Machine:
-    """A clock and steps that move it: a prefill takes a second a token in either mode."""
+    """A clock and steps that move it: a prefill takes one second per token in either mode."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -55,7 +55,7 @@ def test_with_ample_room_every_size_is_run() -> None:
         cached=st.integers(16, 32768),
     )
 )
-def test_no_sweep_runs_what_calibration_may_not(limits: Limits) -> None:
+def test_sweeps_keep_the_limits_of_calibration(limits: Limits) -> None:
     for points in sweep_points(limits, 512).values():
         assert all(fits(point, limits) for _, point in points)
         assert [x for x, _ in points] == sorted({x for x, _ in points})
@@ -75,7 +75,7 @@ def test_a_point_that_would_take_longer_than_is_left_is_not_begun() -> None:
 
     run_sweep(machine.visit, prefills(1, 2, 4, 100), seconds=20, clock=machine.clock)
 
-    # after 14 seconds there is no time for 100, of which nothing is known, but for a second round of the small ones
+    # after 14 seconds there is no time for 100, whose duration is unknown, but for a second round of the others
     assert machine.visited == [1, 2, 4, 1, 2]
     assert machine.now == 20
 

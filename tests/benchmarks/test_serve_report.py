@@ -26,7 +26,7 @@ def test_gaps_and_steps_count_while_the_long_prompt_is_prefilled() -> None:
     assert found.prefill_seconds == 1.5
 
 
-def test_stream_that_is_short_of_tokens_is_lost() -> None:
+def test_stream_with_too_few_tokens_is_lost() -> None:
     answers = [
         StreamedAnswer(output_tokens=4),
         StreamedAnswer(output_tokens=3),
@@ -52,5 +52,5 @@ def test_ratios_are_of_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rank 0                    1000       500\n" in printed
 
 
-def test_processes_that_came_later_count_from_nothing() -> None:
+def test_processes_that_started_later_count_from_zero() -> None:
     assert difference({"a": 3.0, "b": 1.0}, {"a": 1.0}) == {"a": 2.0, "b": 1.0}
