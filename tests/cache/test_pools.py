@@ -22,7 +22,7 @@ def chain(count, block_size, text=0):
 
 
 def compute(pools, num_blocks, text=0):
-    """A text computed and published block by block, what it does not see any more given back; its tables."""
+    """Compute and publish a text block by block, freeing blocks it no longer sees; returns its tables."""
     tables, contents = [[] for _ in pools.attention_spans], chain(num_blocks, pools.block_size, text)
     for block, content in enumerate(contents):
         pools.free_out_of_window_blocks(tables, block, block * pools.block_size, num_blocks * pools.block_size)
@@ -32,7 +32,7 @@ def compute(pools, num_blocks, text=0):
 
 
 def visible_blocks(attention_span, num_blocks, block_size):
-    """Those of a prefix of so many blocks that the token after it sees, by trying each position."""
+    """The blocks of a prefix that the token after it sees, by trying each position."""
     query = num_blocks * block_size
     return {position // block_size for position in range(attention_span.first_visible(query), query)}
 
@@ -78,7 +78,7 @@ def test_a_continuation_hits_the_blocks_just_computed(attention_spans):
 def test_a_prefix_with_evicted_window_blocks_is_not_a_hit():
     pools = BlockPools([60, 6], 4, attention_spans=MIXED)
     pools.free(compute(pools, 20))
-    assert pools.match_prefix(chain(12, 4)) == (0, [[], []]), "its window went for the blocks that followed"
+    assert pools.match_prefix(chain(12, 4)) == (0, [[], []]), "its window was evicted for the blocks that followed"
     assert pools.match_prefix(chain(20, 4))[0] == 20
     taken = pools.pools[1].allocate(5)
     assert pools.match_prefix(chain(20, 4)) == (0, [[], []])
@@ -103,14 +103,14 @@ def test_the_end_of_a_prompt_stays_cached_while_its_answer_grows():
         pools.extend(tables, 1)
         pools.publish(tables, block + 1, block, content)
     assert pools.match_prefix(contents[:10])[0] == 10
-    assert pools.match_prefix(contents[:9])[0] == 0, "nobody asked for it before others needed its blocks"
+    assert pools.match_prefix(contents[:9])[0] == 0, "its blocks were evicted before it was requested"
 
 
 def test_blocks_that_were_shared_stay_cached_longer():
     pools = BlockPools([200, 20], 4, attention_spans=MIXED)
     tables = compute(pools, 12)
     shared = pools.match_prefix(chain(9, 4))
-    assert shared[0] == 9, "a beginning that texts share"
+    assert shared[0] == 9, "a prefix that texts share"
     pools.share(shared[1])
     other = shared[1]
     pools.extend(other, 1)
@@ -124,7 +124,7 @@ def test_blocks_that_were_shared_stay_cached_longer():
 
 @given(st.data(), kinds, st.integers(1, 5), st.integers(1, 12))
 def test_a_hit_is_the_longest_complete_prefix(data, attention_spans, block_size, count):
-    """Whichever blocks are gone: what is found is what trying every length finds."""
+    """Whichever blocks are evicted, the hit is the one that trying every length finds."""
     pools = BlockPools([count] * len(attention_spans), block_size, attention_spans=attention_spans)
     contents, cached = chain(count, block_size), []
     for pool in pools.pools:

@@ -46,7 +46,7 @@ def test_layers_with_equal_spans_form_one_cache_group():
 
 @given(attention_spans, st.integers(0, 120), st.integers(1, 30), st.integers(1, 9))
 def test_a_sequence_never_holds_more_blocks_than_predicted(attention_span, start, count, block_size):
-    """Of any step: from the first block that its first token sees to the last that it writes."""
+    """For any step: from the first block that its first token sees to the last that it writes."""
     held = -(-(start + count) // block_size) - attention_span.first_visible(start) // block_size
     assert held <= attention_span.most_blocks(start + count, count, block_size) <= -(-(start + count) // block_size)
 
@@ -59,7 +59,7 @@ def test_full_attention_layers_share_the_memory_evenly():
 
 
 def test_windows_get_what_running_requests_hold_and_full_attention_the_rest():
-    """A decode holds up to 3 blocks of a window of 6; 2 more let it begin; a step of 16 tokens takes 4."""
+    """A decode holds up to 3 blocks of a window of 6; 2 more for its start; a step of 16 tokens takes 4."""
     plenty = 10**9
     assert sizing(MIXED, 4000, 8).blocks_within(plenty) == [8 * 1000, 8 * (3 + 2) + 4]
     assert sizing(MIXED, 4000, 8).blocks_per_group(100) == [100, 44]
@@ -91,7 +91,7 @@ def test_the_memory_is_used_and_holds_one_request_if_possible(kinds, longest, nu
     fits = all(have >= want for have, want in zip(found, needed, strict=True))
     assert fits == (made.num_bytes(needed) <= num_bytes)
     even = min(num_bytes // shape.bytes_per_block, made.blocks_within(10**12)[0])
-    assert found[0] >= even, "at least as long texts as with one table for all"
+    assert found[0] >= even, "texts at least as long as with one table for all"
 
 
 @pytest.mark.parametrize(("groups", "num_blocks", "longest"), [(ALL, [4], 16), (MIXED, [8, 7], 32)])
@@ -106,7 +106,7 @@ def test_a_cache_too_small_for_one_request_is_refused_with_both_remedies(groups,
 
 
 def test_a_long_request_needs_few_blocks_of_sliding_window_layers():
-    """Shapes of Gemma 3 27B: 62 layers, of which each sixth sees everything and the others 1024 tokens."""
+    """Shapes of Gemma 3 27B: 62 layers, every sixth sees everything, the others 1024 tokens."""
     shape = CacheShape(62, 16, 128, 128, 16, torch.bfloat16)
     options = [AttentionOptions(1.0, None if (layer + 1) % 6 == 0 else 1024) for layer in range(62)]
     made = CacheSizing(shape, CacheGroups.of(options, 131072), 131072, 256, 2048)
