@@ -77,7 +77,7 @@ def test_senseless_command_is_refused_in_one_line(arguments: list[str], words: s
     assert words in str(raised.value)
 
 
-def test_launcher_gets_a_rank_for_each_part_and_the_arguments_as_they_are() -> None:
+def test_launcher_gets_the_number_of_ranks_and_unchanged_arguments() -> None:
     command = cli.launcher_command(["generate", "m", "--prompt", "two words"], 4)
 
     assert command[command.index("--num_gpus") + 1] == "4"
@@ -92,7 +92,7 @@ def test_ranks_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None
     assert cli.launcher_variables(TWO_RANKS, 2) == {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "4"}
 
 
-def test_threads_asked_for_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requested_threads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = dataclasses.replace(TWO_RANKS, runtime=RuntimeConfig(device="cpu", threads_per_rank=3))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert cli.launcher_variables(asked, 2)["OMP_NUM_THREADS"] == "3"
@@ -101,14 +101,14 @@ def test_threads_asked_for_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OMP_NUM_THREADS" not in cli.launcher_variables(asked, 2)
 
 
-def test_too_few_gpus_are_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_gpus_are_reported_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
 
     with pytest.raises(ConfigError, match="2 ranks need 2 GPUs, but this machine has 1"):
         cli.launcher_variables(dataclasses.replace(TWO_RANKS, runtime=RuntimeConfig()), 2)
 
 
-def test_error_is_told_without_starting_the_launcher() -> None:
+def test_error_is_reported_without_starting_the_launcher() -> None:
     result = run(ulysses_infer("generate", "models/demo", "--prompt", "x", "parallel.sp=two"), timeout=30)
 
     assert result.returncode == 2
@@ -137,7 +137,9 @@ def test_version_and_help_need_no_heavy_import() -> None:
         ("fastapi", ["bench", "compare", "m"], "serve"),
     ],
 )
-def test_missing_extra_is_told_in_one_line_with_the_pip_command(module: str, arguments: list[str], extra: str) -> None:
+def test_missing_extra_is_reported_in_one_line_with_the_pip_command(
+    module: str, arguments: list[str], extra: str
+) -> None:
     code = f"import sys; sys.modules[{module!r}] = None; from ulysses_infer.cli.main import main; main()"
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
 
