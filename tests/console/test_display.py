@@ -1,4 +1,4 @@
-"""What a run looks like: live on a terminal, as lines in a log, in the tables at the end."""
+"""The display of a run: live on a terminal, as lines in a log, as tables at the end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shown(display_type: type, view: RunView, width: int = 100, height: int = 30)
     return file.getvalue()
 
 
-def test_view_counts_what_may_still_come() -> None:
+def test_view_counts_tokens_that_may_still_come() -> None:
     view = make_view("a", "b")
     assert view.most_tokens == 16
 
@@ -109,7 +109,7 @@ def test_live_display_shows_the_newest_text_and_the_mode() -> None:
     assert "arrives at step 0" in text
 
 
-def test_model_output_cannot_drive_the_terminal() -> None:
+def test_model_output_cannot_control_the_terminal() -> None:
     assert "\x1b" not in printable("\x1b[2Jgone")
     assert printable("a\tb\nc") == "a\tb\nc"
     view = make_view("p")
