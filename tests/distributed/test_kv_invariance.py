@@ -1,9 +1,9 @@
 """KV-cache invariance: the bytes a rank caches for a token do not depend on the mode the step ran in.
 
-Compared directly on every rank, keys and values of all layers, SP against TP against modes mixed at random. Not bit by
-bit: a projection of t tokens by 1/tp of the rows is another matrix product in each mode, and the sum over the TP group
-adds the same numbers in another order, so float32 values may differ in their last bits. A wrong head, token, position
-or slot differs by about one.
+Compared directly on every rank, keys and values of all layers, SP against TP against modes mixed at random. Not
+bitwise: a projection of t tokens by 1/tp of the rows is another matrix product in each mode, and the sum over the TP
+group adds the same numbers in another order, so float32 values may differ in their last bits. A wrong head, token,
+position or slot differs by about one.
 """
 
 import random
@@ -42,7 +42,7 @@ class SlotRecorder:
         return arrays
 
     def take(self):
-        """Slots in order of sequence and position, and what they belong to; then forget them."""
+        """Slots in order of sequence and position, with their owners; clears the record."""
         first = min(handle for handle, _ in self.slots)
         ordered = sorted(self.slots.items())
         self.slots = {}
@@ -50,7 +50,7 @@ class SlotRecorder:
 
 
 def cached(engine, recorder, choose_mode, prompts):
-    """Run the prompts and read what every layer of this rank cached: [(keys, values)], and whose tokens they are."""
+    """Run the prompts and read what every layer of this rank cached: [(keys, values)], and the owners of the tokens."""
     if engine.is_first:
         engine._engine.choose_mode = choose_mode
     engine.generate(prompts, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))

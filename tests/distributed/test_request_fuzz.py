@@ -1,6 +1,6 @@
-"""Any options with any tokenizer: a request gets a right answer or is refused with the value that is wrong.
+"""Any options with any tokenizer: a request gets a correct answer or a refusal that names the wrong value.
 
-The vocabularies of model and tokenizer differ in size, the modes of two ranks flip, and nothing ends the engine.
+The vocabularies of model and tokenizer differ in size, the modes of two ranks flip, and no request ends the engine.
 """
 
 import functools
