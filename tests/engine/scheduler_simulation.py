@@ -1,7 +1,7 @@
-"""A pretend engine around the real scheduler, which checks every step.
+"""A simulated engine around the real scheduler, which checks every step.
 
-Its workers know only what batches tell them, its cache slots remember which tokens they depend on, and its
-model reads nothing but the cache: in every cache group what that group's layers see, and it fails if any of it is gone.
+Its workers know only what batches tell them, its cache slots remember which tokens they depend on, and its model reads
+only the cache: in every cache group, the slots that the group's layers see. It fails if one of them is gone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def next_token(prefix: tuple[int, ...]) -> int:
 
 
 def lone_output(request: Request, max_model_len: int) -> list[int]:
-    """What `request` would produce alone, by the definition of its stopping rules."""
+    """What `request` produces alone, by the definition of its stopping rules."""
     tokens, output, params = list(request.prompt_token_ids), [], request.params
     while True:
         output.append(next_token(tuple(tokens)))
@@ -78,7 +78,7 @@ class Simulation:
         self.computed: dict[int, int] = {}  # the same: tokens of each request in the cache
         self.admitted: list[int] = []  # indices in order of admission
         self.outputs: dict[int, list[int]] = {}  # sampled tokens of each request, known to the host or not yet
-        self.sampled: dict[int, dict[int, int]] = {}  # by id of a batch on its way, what it sampled
+        self.sampled: dict[int, dict[int, int]] = {}  # tokens sampled by each in-flight batch, by its id
 
     def add(self, prompt: list[int], priority: int = 0, salt: str = "", **params: Any) -> Request:
         index = len(self.requests)
@@ -119,7 +119,7 @@ class Simulation:
         return batch
 
     def finish_step(self, batch: Batch) -> list[Request]:
-        """The scheduler hears what a step has sampled."""
+        """Give the scheduler the tokens that a step has sampled."""
         finished = self.scheduler.update(batch, self.sampled.pop(id(batch)))
         for request in finished:
             assert request.output_token_ids == lone_output(request, self.max_model_len)
@@ -180,7 +180,7 @@ class Simulation:
             self._take_blocks(item)
             assert item.start == self.computed[index], "positions must follow without gap or repetition"
             num_tokens = len(self._tokens(item.request))
-            assert num_tokens < item.request.length_limit, "a token that is surely not wanted"
+            assert num_tokens < item.request.length_limit, "a token that is certainly not needed"
             assert 0 < item.num_new_tokens <= num_tokens - item.start
             assert item.samples == (item.start + item.num_new_tokens == num_tokens)
             self._check_slots(item.request, item.start, item.start)
@@ -204,12 +204,12 @@ class Simulation:
         assert keys == sorted(keys), "decodes first, each part in order of admission"
 
     def _check_slots(self, request: Request, start: int, stop: int) -> None:
-        """What tokens from `start` on see of those before `stop` is in every group where it should be."""
+        """In every group, what tokens from `start` on see before `stop` is in the right slots."""
         tokens = tuple(self._tokens(request)[:stop])
         for group, attention_span in enumerate(self.allocator.attention_spans):
             for position in range(attention_span.first_visible(start), stop):
                 slot = self._slot(group, request, position)
-                assert slot[1] in request.block_tables[group], "a block was given back too early"
+                assert slot[1] in request.block_tables[group], "a block was freed too early"
                 assert self.slots[slot] == tokens[: position + 1]
 
     def _write(self, item: ScheduledRequest) -> None:

@@ -1,4 +1,4 @@
-"""Policy adaptive: what it decides, says, learns and counts, on machines whose times are known."""
+"""Policy adaptive: decisions, explanations, learning and counts, on machines whose times are known."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def test_it_is_made_from_a_recipe_and_knows_nothing_at_first():
         ([SP], {"target_tpot_ms": 9}, True),
     ],
 )
-def test_it_wants_measurements_where_they_decide_something(modes, settings, wants):
+def test_it_wants_calibration_only_where_it_decides_something(modes, settings, wants):
     assert AdaptivePolicy(modes, PolicyConfig(name="adaptive", **settings)).wants_calibration is wants
 
 
-def test_a_decision_says_what_was_predicted_and_why():
+def test_a_decision_records_predictions_and_the_reason():
     chosen = policy()
     decision, seconds = run(chosen, decodes(3))
     assert decision.mode == TP
@@ -86,7 +86,7 @@ def test_a_decision_says_what_was_predicted_and_why():
     assert "\n" not in text
 
 
-def test_a_single_mode_says_so():
+def test_a_single_mode_is_the_recorded_reason():
     only = AdaptivePolicy([SP], PolicyConfig(name="adaptive"))
     assert only.decide(prompt(5)).reason.startswith("the only mode loaded")
 
@@ -121,14 +121,14 @@ def test_exploration_finds_a_mode_that_was_measured_wrongly():
     for chosen in (honest, blind):
         for _ in range(200):
             run(chosen, decodes(4))
-    assert blind.choose(decodes(4)) == SP, "it never looked"
+    assert blind.choose(decodes(4)) == SP, "it never explored"
     assert honest.model.predict(decodes(4).shape)[1] < honest.model.predict(decodes(4).shape)[0]
     assert honest.stats()["explored_steps"] > 0
     assert honest.stats()["explored_faster"] > 0
     assert honest.stats()["regret_seconds"] > 0, "in hindsight the other mode was the better one"
 
 
-def test_without_exploration_no_step_is_spent_on_trying():
+def test_without_exploration_no_step_tries_another_mode():
     draw, chosen = random.Random(1), policy()
     for _ in range(200):
         decision, _ = run(chosen, some_batch(draw))
@@ -146,7 +146,7 @@ def test_without_a_profile_it_tries_the_modes_and_then_knows():
     chosen = AdaptivePolicy(MODES, PolicyConfig(name="adaptive"))
     chosen.assume(assumed_steps(SIZES, CPU, MODES))
 
-    def cost(mode, shape):  # the contrary of what the sizes suggest
+    def cost(mode, shape):  # the opposite of what the sizes suggest
         return 0.010 if mode == SP else 0.013
 
     reasons = [run(chosen, decodes(4), cost)[0].reason.split(" (")[0] for _ in range(60)]

@@ -1,4 +1,4 @@
-"""Steps asked for before the tokens of the last are here: nothing that comes out may show it."""
+"""Steps scheduled ahead, before the tokens of the previous step are known, change no output."""
 
 import random
 
@@ -33,7 +33,7 @@ BOUND = [
 
 
 def serve(folder, sp, params, num_blocks, is_async):
-    """On a rank: what came out, how many steps were asked for ahead, and how often somebody was preempted."""
+    """On a rank: the outputs, the number of steps scheduled ahead, and the number of preemptions."""
     chosen = settings(
         sp, **{"cache.num_blocks": num_blocks, "scheduler.async_scheduling": is_async, "runtime.debug": True}
     )
@@ -78,7 +78,7 @@ def rounded(entries):
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("num_blocks", [64, 14], ids=["roomy", "tight"])
-def test_steps_ahead_give_what_steps_in_turn_give(rank_pool, folder, world_size, num_blocks):
+def test_steps_ahead_give_the_outputs_of_synchronous_steps(rank_pool, folder, world_size, num_blocks):
     pool = rank_pool(world_size)
     (wanted, none, preempted), *_ = pool.run(serve, folder, world_size, FREE, num_blocks, False)
     results = pool.run(serve, folder, world_size, FREE, num_blocks, True)
@@ -92,7 +92,7 @@ def test_steps_ahead_give_what_steps_in_turn_give(rank_pool, folder, world_size,
 
 
 @pytest.mark.distributed
-def test_requests_whose_next_token_needs_the_last_have_every_step_wait(rank_pool, folder):
+def test_no_step_runs_ahead_of_requests_whose_next_token_needs_the_last(rank_pool, folder):
     assert all(map(reads_outputs, BOUND))
     assert not any(map(reads_outputs, FREE))
     mixed = [*FREE[:3], *BOUND, *FREE[3:]]
@@ -104,7 +104,7 @@ def test_requests_whose_next_token_needs_the_last_have_every_step_wait(rank_pool
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_requests_may_be_aborted_while_their_steps_are_on_the_way(folder, seed):
+def test_requests_may_be_aborted_while_their_steps_are_in_flight(folder, seed):
     draw, params = random.Random(seed), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     with init_inference(folder, **settings(**{"scheduler.async_scheduling": True})) as engine:
         brain, names, ended = engine._engine, [], {}
@@ -123,7 +123,7 @@ def test_requests_may_be_aborted_while_their_steps_are_on_the_way(folder, seed):
         assert all(output.outputs[0].token_ids == wanted[output.prompt] for output in ended.values())
 
 
-def test_an_abort_of_everybody_forgets_the_step_on_its_way_and_its_time(folder):
+def test_aborting_all_requests_forgets_the_in_flight_step_and_its_time(folder):
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     with init_inference(folder, **settings(**{"scheduler.async_scheduling": True})) as engine:
         brain = engine._engine
@@ -159,12 +159,12 @@ def test_null_is_off_on_a_cpu(folder):
         engine._engine.abort_all()
 
 
-def test_awaited_tokens_are_filled_in_where_they_are_and_no_token_becomes_any():
+def test_placeholder_tokens_are_replaced_by_sampled_ones():
     next_tokens, ids = NextTokenBuffer(None), torch.tensor([7, -1, 9, -3, -2])
     next_tokens.share(torch.tensor([4, -1, 6]), 3, torch.device("cpu"))
     next_tokens.fill_placeholders(ids)
     assert ids.tolist() == [7, 4, 9, 6, 0]
 
 
-def test_what_a_cpu_sends_is_there_at_once():
+def test_copies_to_the_host_are_complete_at_once_on_a_cpu():
     assert DeviceToHostCopy(torch.tensor([3, 1])).wait() == [3, 1]

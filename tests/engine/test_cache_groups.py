@@ -1,4 +1,4 @@
-"""An engine whose layers see different parts of the past: what it takes, gives back, measures and says."""
+"""An engine whose layers have different attention spans: blocks taken and freed, calibration, error messages."""
 
 import pytest
 
@@ -13,7 +13,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def windows(tmp_path_factory):
-    """Of two layers one sees everything, one 6 tokens."""
+    """Of two layers, one sees everything, the other 6 tokens."""
     made = tmp_path_factory.mktemp("gemma3")
     make_checkpoint(tiny_config("gemma3_text"), made)
     return str(made)
@@ -27,7 +27,7 @@ def tokens(engine, prompts):
     return [output.outputs[0].token_ids for output in engine.generate(prompts, GREEDY)]
 
 
-def test_blocks_come_back_from_every_group_and_after_sleep_all_is_as_before(windows):
+def test_blocks_are_freed_in_every_group_and_sleep_changes_nothing_else(windows):
     prompts = make_prompts(lengths=(60, 9, 30))
     with opened(windows, **{"cache.num_blocks": 200, "scheduler.max_num_seqs": 4}) as engine:
         allocator, cache = engine._engine.scheduler.allocator, engine._rank.worker.cache
@@ -41,11 +41,11 @@ def test_blocks_come_back_from_every_group_and_after_sleep_all_is_as_before(wind
         engine.wake_up()
         hits = engine.stats()["prefix_cache_hits"]
         assert tokens(engine, prompts) == found
-        assert engine.stats()["prefix_cache_hits"] == hits, "what was cached is gone in every group"
+        assert engine.stats()["prefix_cache_hits"] == hits, "nothing is cached in any group"
         assert (engine.stats()["num_blocks"], engine.stats()["kv_cache_usage_perc"]) == (200, 0.0)
 
 
-def test_calibrating_borrows_from_every_group_and_gives_back(windows):
+def test_calibration_takes_blocks_of_every_group_and_frees_them(windows):
     prompts = make_prompts(lengths=(60, 9))
     with opened(windows) as engine:
         found = tokens(engine, prompts)

@@ -1,4 +1,4 @@
-"""Measuring steps on real ranks: it leaves nothing behind, and the policy that uses it changes no output."""
+"""Calibration on real ranks: it leaves nothing behind, and the policy that uses it changes no output."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_design_stays_within_the_limits_and_has_each_point_once(limits, fine
         assert sum(ends) <= limits.cached
 
 
-def test_a_point_says_its_shape():
+def test_a_point_prints_its_shape():
     point = Point(2, 100, ((50, 8),))
     assert point.sequences == [(99, 1), (99, 1), (50, 8)]
     assert (point.shape.decode_context, point.shape.num_prefill_tokens, point.shape.past_pairs) == (200, 8, 400)
@@ -225,11 +225,11 @@ def test_the_command_prints_a_table_and_writes_a_profile(folder, tmp_path, capfd
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "soon", "inf", "nan"])
-def test_the_command_wants_a_time(seconds):
+def test_the_command_requires_a_time(seconds):
     with pytest.raises(ConfigError, match="is not a number of seconds above 0"):
         parse(["calibrate", "model", "--seconds", seconds])
 
 
-def test_the_command_says_beforehand_when_it_could_not_write(tmp_path):
+def test_the_command_checks_the_output_path_before_it_measures(tmp_path):
     with pytest.raises(ConfigError, match="does not exist; create it"):
         command.check_output(str(tmp_path / "missing" / "profile.json"))

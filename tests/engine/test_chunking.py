@@ -1,4 +1,4 @@
-"""Prefill chunks that leave decodes their time."""
+"""Prefill chunks that let decodes keep their target time."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def test_a_prompt_that_would_be_late_gets_the_slack_of_the_decodes():
     relaxed = sizer(0.05, ttft=60.0).limit([*DECODES, late], None)
     pressed = sizer(0.05, ttft=0.3).limit([*DECODES, late], None)
     assert relaxed == sizer(0.05).limit([*DECODES, late], None)
-    assert pressed > relaxed, "ten tokens in no time: half a second is in hand"
+    assert pressed > relaxed, "ten tokens in no time: half a second of slack"
     behind = sizer(0.05, ttft=0.3, now=10.0).limit([*DECODES, late], None)
-    assert behind == relaxed, "nothing is in hand: the decodes' target comes first"
+    assert behind == relaxed, "there is no slack: the decodes' target comes first"
 
 
 def small_scheduler(**settings):
@@ -109,11 +109,11 @@ def test_every_request_ends_under_any_limit(limit):
     scheduler.allocator.assert_idle()
 
 
-def test_decodes_keep_their_target_in_a_simulated_crowd():
+def test_decodes_keep_their_target_under_simulated_load():
     """The real scheduler and policy on a made-up machine: with the target, no gap between tokens is longer."""
     gaps = {target: longest_gap(target) for target in (None, 60.0)}
     assert gaps[60.0] <= 0.060
-    assert gaps[None] > 2 * gaps[60.0], "without it a long prompt holds everyone up"
+    assert gaps[None] > 2 * gaps[60.0], "without it a long prompt delays every request"
 
 
 def longest_gap(target):

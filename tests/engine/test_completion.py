@@ -49,7 +49,7 @@ def test_minus_one_is_the_whole_vocabulary():
     assert math.fsum(math.exp(value.logprob) for value in entry.values()) == pytest.approx(1.0)
 
 
-def test_rows_may_want_different_counts():
+def test_rows_may_request_different_counts():
     one, all_of_them = TokenScores(LOGITS, torch.tensor([1, 0]), [1, -1]).entries(None)
     assert (len(one), len(all_of_them)) == (1, 5)
     assert all_of_them[0].logprob == pytest.approx(math.log(0.2))

@@ -308,7 +308,7 @@ def test_an_urgent_request_displaces_the_least_urgent_when_all_slots_are_taken()
     sim.run()
 
 
-def test_an_urgent_request_displaces_nobody_while_there_is_room():
+def test_an_urgent_request_displaces_none_while_there_is_room():
     sim = small_simulation(policy="priority", max_num_seqs=3)
     sim.add(prompt(4), priority=2, ignore_eos=True)
     sim.step()
@@ -318,7 +318,7 @@ def test_an_urgent_request_displaces_nobody_while_there_is_room():
     assert list(shape(batch)) == ["r0", "r1"]
 
 
-def test_an_equally_urgent_request_displaces_nobody():
+def test_an_equally_urgent_request_displaces_none():
     sim = small_simulation(policy="priority", max_num_seqs=1)
     sim.add(prompt(4), priority=1, ignore_eos=True)
     sim.step()
@@ -326,7 +326,7 @@ def test_an_equally_urgent_request_displaces_nobody():
     assert sim.step().preempted == []
 
 
-def test_an_urgent_request_that_would_not_fit_anyway_displaces_nobody():
+def test_an_urgent_request_that_would_not_fit_anyway_displaces_none():
     sim = small_simulation(num_blocks=8, policy="priority")
     sim.add(prompt(16), priority=0, ignore_eos=True, max_tokens=4)
     sim.add(prompt(4, 1), priority=2, ignore_eos=True, max_tokens=4)

@@ -1,4 +1,4 @@
-"""How requests end, and which are never let in."""
+"""How requests end, and which are refused."""
 
 import pytest
 from scheduler_simulation import EOS, prompt, shape, small_simulation
@@ -146,7 +146,7 @@ def test_no_more_than_one_step_is_scheduled_ahead():
         sim.scheduler.schedule(ahead=True)
 
 
-def test_a_step_ahead_leaves_out_whoever_ends_with_the_awaited_token():
+def test_a_step_ahead_leaves_out_requests_that_end_with_the_awaited_token():
     sim = small_simulation()
     sim.add(prompt(4), ignore_eos=True, max_tokens=1)
     sim.add(prompt(5, 1), ignore_eos=True, max_tokens=2)
@@ -170,7 +170,7 @@ def test_a_token_computed_ahead_for_a_request_that_has_ended_is_dropped():
     sim.allocator.assert_idle()
 
 
-def test_a_step_ahead_preempts_nobody_and_says_that_room_is_short():
+def test_a_step_ahead_preempts_no_request_and_reports_that_blocks_are_short():
     sim = small_simulation(num_blocks=6)
     sim.add(prompt(8), ignore_eos=True, max_tokens=9)
     sim.add(prompt(7, 1), ignore_eos=True, max_tokens=9)
@@ -230,7 +230,7 @@ def test_the_largest_request_that_can_run_does(length, max_tokens, config):
     assert len(request.output_token_ids) == max_tokens
 
 
-def test_an_id_in_use_is_refused_and_its_owner_unharmed():
+def test_an_id_in_use_is_refused_and_its_owner_unaffected():
     sim = small_simulation()
     sim.add(prompt(4), ignore_eos=True)
     with pytest.raises(RequestError, match="request id 'r0' is in use"):

@@ -1,4 +1,4 @@
-"""Random lives of many requests; `Simulation` checks every step and every output."""
+"""Random operations on many requests; `Simulation` checks every step and every output."""
 
 import random
 from contextlib import nullcontext
@@ -88,7 +88,7 @@ class RandomLives(RuleBasedStateMachine):
     @precondition(lambda self: self.simulation.requests)
     @rule(data=st.data(), how=st.sampled_from(["abort", "finish"]))
     def end(self, data, how):
-        """In whatever state: waiting, mid-prefill, decoding, preempted, in a step now running, finished."""
+        """In any state: waiting, mid-prefill, decoding, preempted, in an in-flight step, finished."""
         request = data.draw(st.sampled_from(self.simulation.requests))
         finished = request.is_finished
         if how == "abort":
@@ -132,7 +132,7 @@ def random_request(source):
 
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=150, deadline=None)
-def test_crowds_that_preempt_displace_and_share_get_their_lone_outputs(seed):
+def test_requests_that_preempt_displace_and_share_give_the_outputs_they_give_alone(seed):
     source = random.Random(seed)
     block_size = source.randint(1, 4)
     simulation = Simulation(
