@@ -1,4 +1,4 @@
-"""One engine on the ranks of a pool, driven hard, and what came out of it."""
+"""One engine on the ranks of a pool under a demanding load, and its outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_MODEL_LEN = 128  # of the tiny models
 
 @dataclass(frozen=True)
 class Profile:
-    """How the engine is run: what must not change a single token."""
+    """How the engine is run; none of this may change a token."""
 
     name: str
     rank_order: str = "sp_inner"
@@ -64,7 +64,7 @@ def bases(world_size: int) -> list[tuple[int, int]]:
 
 @dataclass
 class Outcome:
-    """What an engine gave, and what happened to it meanwhile."""
+    """The outputs of an engine, and what happened during the run."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
@@ -107,7 +107,7 @@ def run_case(folder: Path, base: tuple[int, int], profile: Profile, prompts: lis
 
 
 class ModeShuffle:
-    """Rank 0's choice of modes: another order of all of them again and again, and a count of preemptions."""
+    """Rank 0's choice of modes, all of them in a new order each round, and a count of preemptions."""
 
     def __init__(self, modes: list[Any], seed: int = 0) -> None:
         self.modes, self.random = list(modes), random.Random(seed)
@@ -132,7 +132,7 @@ def all_logprobs(output: Any) -> list[float]:
 
 
 def check(outcomes: list[Outcome], reference: Any, profile: Profile, num_modes: int) -> float:
-    """Assert that rank 0 gave what transformers gives and the others heard the same. Returns the largest error."""
+    """Assert that rank 0 gave transformers' outputs and the other ranks the same. Returns the largest error."""
     first = outcomes[0]
     assert all(other.tokens == first.tokens and other.again == first.again for other in outcomes[1:])
     assert first.tokens == reference.tokens, "tokens differ"
@@ -147,6 +147,6 @@ def check(outcomes: list[Outcome], reference: Any, profile: Profile, num_modes: 
     is_tight = profile.name == TIGHT.name
     if not (is_tight and first.all_windows):
         assert (first.num_preempted > 0) == is_tight
-    if not is_tight:  # there, blocks are taken for others before they can be hit
+    if not is_tight:  # there, blocks are evicted before they can be hit
         assert (first.prefix_hits > 0) == profile.prefix_caching
     return error

@@ -1,4 +1,4 @@
-"""Checkpoints and references of the families, made once a session when first asked for."""
+"""Checkpoints and references of the families, made once per session on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny config of each family the suite proves: shapes that matter to a layout, features that make it itself."""
+"""A tiny config of each tested family: shapes that matter to a layout, and the features of the family."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 6, "num_key_value_heads": 2},
 }
 
-# Features that none of the families has, each proved on one layout.
+# Features that none of the families has, each tested on one layout.
 FEATURES: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": True, "logit_scale": 0.3},  # a norm with weights of its own for every head
     "gpt2": {"num_key_value_heads": None, "head_dim": None},  # weights stored transposed, q, k and v packed
-    "beam": {**LOCAL_AND_GLOBAL, "head_dim": 16, "moe_intermediate_size": 32, **EXPERTS},  # a bias a head
+    "beam": {**LOCAL_AND_GLOBAL, "head_dim": 16, "moe_intermediate_size": 32, **EXPERTS},  # one bias per head
     "bitnet": {},  # a norm over the heads' outputs
     "modernbert-decoder": {
         **LOCAL_AND_GLOBAL,
@@ -76,7 +76,7 @@ LATENT = {
 }
 ROUTED = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 
-# Mixtures of experts, each proved with its experts in every placement.
+# Mixtures of experts, each tested with its experts in every placement.
 EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": FAMILIES["mixtral"],
     "qwen2_moe": {
@@ -143,7 +143,7 @@ NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_
 
 
 def with_experts(model_type: str, num_experts: int) -> dict[str, int]:
-    """The change of config that gives a family so many experts, by its own name for them."""
+    """The config change that sets the number of experts under the family's own name for it."""
     return {name: num_experts for name in NUM_EXPERTS if name in EXPERT_FAMILIES[model_type]}
 
 

@@ -18,7 +18,7 @@ BASES = [base for world_size in (2, 4) for base in bases(world_size)]
 
 
 def run_dispatching(*arguments: Any) -> Any:
-    """`run_case` with tokens sent to the owners of their experts, which steps as small as these do not pay for."""
+    """`run_case` with tokens sent to the owners of their experts, although steps this small do not pay for it."""
     from ulysses_infer.parallel import experts
 
     usual, experts.DISPATCH_BYTES = experts.DISPATCH_BYTES, -1
@@ -57,7 +57,7 @@ def run(
 
 
 @pytest.mark.parametrize(("family", "placement", "base", "profile", "num_experts"), cases())
-def test_experts_stay_where_they_are_and_answers_are_right(
+def test_every_placement_gives_correct_answers(
     family: str,
     placement: str,
     base: tuple[int, int],
@@ -72,7 +72,7 @@ def test_experts_stay_where_they_are_and_answers_are_right(
 @pytest.mark.parametrize(
     ("family", "base"), diagonal(["qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3"], [(2, 1), (4, 1), (2, 2)])
 )
-def test_tokens_sent_to_the_owners_of_their_experts_come_back_right(
+def test_tokens_sent_to_the_owners_of_their_experts_give_correct_answers(
     family: str, base: tuple[int, int], rank_pool: Any, reference: Any
 ) -> None:
     expected = reference(family, **with_experts(family, 4))

@@ -38,7 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def cases() -> list[Any]:
-    """Every model on every base, caching latents and heads; what else may differ takes turns. One in seven always."""
+    """Every model on every base, caching latents and heads; other options alternate. One case in seven by default."""
     chosen, turn = [], 0
     for model in MODELS:
         for base in [base for world_size in (1, 2, 4) for base in bases(world_size)]:

@@ -1,4 +1,4 @@
-"""Beyond the common: few and many key/value heads, eight ranks, three ranks, what only some architectures have."""
+"""Uncommon layouts: few and many key/value heads, three and eight ranks, features of single architectures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long prompts in chunks: the answer is right, and memory beside the cache follows the chunk, not the prompt."""
+"""Long prompts in chunks: the answer is correct, and memory beside the cache follows the chunk, not the prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLACK = 16 << 20  # of the allocator and the prompt's own ids; a copy of one lay
 
 
 class Prefill(NamedTuple):
-    """What one prompt gave on a rank."""
+    """The result of one prompt on a rank."""
 
     logprobs: dict[int, float]  # of the likeliest tokens to follow; the same on every rank
     beside_cache: int  # bytes at the peak beyond those before the first prompt and beyond what the cache accounts for

@@ -1,6 +1,6 @@
 """The four models of the Shift Parallelism paper, thin and of two layers, on 8 ranks in the layouts of their recipes.
 
-Heads, experts and everything else that decides who owns what are the real ones; widths are what fits a test.
+Heads, experts and all else that decides ownership are the real ones; widths are small enough for a test.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def thin(name: str) -> Any:
-    """The model's config with small widths and two layers; of Scout, with a small picture tower too."""
+    """The model's config with small widths and two layers; of Scout, with a small vision encoder too."""
     whole = read_config(ROOT / "configs" / "models" / f"{name}.json")
     real = whole.get_text_config(decoder=True)
     values = {key: value for key, value in real.to_dict().items() if key not in ("dtype", "layer_types", "moe_layers")}
@@ -90,7 +90,9 @@ def thin(name: str) -> Any:
         ),
     ],
 )
-def test_paper_shapes_are_right_in_their_recipes_layout(name: str, placement: str, shape: Any, rank_pool: Any) -> None:
+def test_paper_shapes_are_correct_in_the_layout_of_their_recipe(
+    name: str, placement: str, shape: Any, rank_pool: Any
+) -> None:
     parallel = load_config(ROOT / "recipes" / f"{RECIPES[name]}.yaml").parallel
     base = parallel.sp, parallel.tp
     assert base[0] * base[1] == 8

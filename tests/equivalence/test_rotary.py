@@ -1,9 +1,9 @@
-"""Every rotary kind that transformers knows; those it would recompute from each batch are fixed for the longest text.
+"""Every rotary kind that transformers knows; those that it recomputes for each batch are fixed for the longest text.
 
-`dynamic` and `longrope` have other frequencies for long texts than for short ones, and transformers takes those of the
-longest text in the batch, for all of it, while keys already cached keep what they had. The engine has one set: that
-of its own longest text. So it must equal transformers frozen alike on every text, and transformers as it is on the
-longest.
+`dynamic` and `longrope` have other frequencies for long texts than for short ones. transformers uses those of the
+longest text in a batch for the whole batch, while keys already cached keep theirs. The engine has one set: that of its
+own longest text. So it must equal transformers with these frequencies fixed on every text, and unchanged transformers
+on the longest.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def with_length(profile: Profile, length: int) -> Profile:
     return replace(profile, settings={"model.max_model_len": length})
 
 
-def test_crowd_equals_transformers_frozen_alike(checkpoint: tuple[Any, Path], rank_pool: Any) -> None:
+def test_batch_equals_transformers_with_fixed_frequencies(checkpoint: tuple[Any, Path], rank_pool: Any) -> None:
     model, folder = checkpoint
     freeze_rotary(model, LONGEST)
     expected = make_reference(model, folder, make_prompts(lengths=(1, 9, 40, 75)))
@@ -108,7 +108,7 @@ def test_crowd_equals_transformers_frozen_alike(checkpoint: tuple[Any, Path], ra
 
 
 @pytest.mark.parametrize("checkpoint", MOVING, indirect=True)
-def test_longest_sequence_equals_transformers_as_it_is(checkpoint: tuple[Any, Path], rank_pool: Any) -> None:
+def test_longest_sequence_equals_unchanged_transformers(checkpoint: tuple[Any, Path], rank_pool: Any) -> None:
     model, folder = checkpoint
     (prompt,) = make_prompts(lengths=(LONGEST - 1,))
     profile = with_length(CROWD, LONGEST)

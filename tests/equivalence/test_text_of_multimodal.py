@@ -1,4 +1,4 @@
-"""Whole checkpoints with picture towers, asked with text alone, against the whole model of transformers."""
+"""Whole checkpoints with multimodal encoders, given text alone, compared with transformers' whole model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.equivalence.cases import CROWD, INNER, Profile, check, run_case
 from tests.equivalence.tiny_models import NEW_TOKENS, make_checkpoint, make_prompts, make_reference
 
 pytestmark = pytest.mark.distributed
-LENGTHS = (1, 3, 9, 17, 26)  # shared beginnings are what the second run of a case finds
+LENGTHS = (1, 3, 9, 17, 26)  # shared prefixes are cached for the second run of a case
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ LENGTHS = (1, 3, 9, 17, 26)  # shared beginnings are what the second run of a ca
     ],
     ids=lambda value: getattr(value, "name", str(value).replace(" ", "")),
 )
-def test_text_alone_is_answered_as_by_the_whole_model(
+def test_text_alone_gives_the_outputs_of_the_whole_model(
     model_type: str, base: tuple[int, int], profile: Profile, rank_pool: Any, tmp_path: Path
 ) -> None:
     model = make_checkpoint(next(tiny_configs(model_type)), tmp_path)

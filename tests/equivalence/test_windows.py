@@ -1,4 +1,4 @@
-"""Prompts many times as long as what layers see: their blocks go to others while they run, and nothing changes."""
+"""Prompts many times longer than the attention span: other requests reuse their blocks, and no output changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAMILIES = {
 
 
 def cases() -> list[Any]:
-    """Every family in every way; by default each in one."""
+    """Every family with every profile; by default each with one."""
     chosen = []
     for turn, (family, pressed) in enumerate(FAMILIES.items()):
         for number, profile in enumerate((CACHED, pressed, UNCACHED)):
@@ -41,7 +41,7 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("family", "profile"), cases())
-def test_blocks_out_of_sight_are_given_back_and_tokens_stay(
+def test_out_of_window_blocks_are_freed_and_tokens_do_not_change(
     family: str, profile: Profile, tmp_path: Path, rank_pool: Any
 ) -> None:
     prompts = make_prompts(lengths=LENGTHS)

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints and what transformers itself makes of them."""
+"""Tiny random checkpoints and transformers' own outputs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def make_checkpoint(config: Any, folder: Path, seed: int = 0) -> Any:
-    """Save a tiny random model of `config` to `folder` and return transformers' own reading of it, in float32."""
+    """Save a tiny random model of `config` to `folder` and return transformers' own model of it, in float32."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -55,7 +55,7 @@ def make_checkpoint(config: Any, folder: Path, seed: int = 0) -> Any:
 
 
 def model_class(config: Any) -> Any:
-    """The class whose checkpoints have `config`: with its picture and sound towers, where it has some."""
+    """The class whose checkpoints have `config`: with vision and audio encoders where it has them."""
     from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 
     return AutoModelForMultimodalLM if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
@@ -69,7 +69,7 @@ def make_prompts(vocabulary: int = VOCABULARY, lengths: tuple[int, ...] = PROMPT
 
 @torch.inference_mode()
 def make_reference(model: Any, folder: Path, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> Reference:
-    """Greedy completions by `generate` and teacher-forced log-probabilities by one plain forward a prompt."""
+    """Greedy completions by `generate` and teacher-forced log-probabilities by one plain forward per prompt."""
     tokens, logprobs = [], []
     model.generation_config.eos_token_id = None
     for prompt in prompts:
