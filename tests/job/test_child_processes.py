@@ -41,7 +41,7 @@ def start(code, mark):
 
 
 def marked(mark):
-    """The running processes that `start` started with `mark`, and theirs."""
+    """The running processes that `start` started with `mark`, and their children."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -111,7 +111,7 @@ time.sleep(100)
     assert_gone(str(tmp_path))
 
 
-def test_a_stopped_process_takes_a_signal():
+def test_a_signal_reaches_a_stopped_process():
     code = """
 child = subprocess.Popen(["sleep", "100"])
 os.kill(child.pid, signal.SIGSTOP)
@@ -122,7 +122,7 @@ print(child.wait(5), flush=True)
         assert process.wait(SECONDS) == 0
 
 
-def test_a_process_ends_with_its_parent_after_its_patience(tmp_path):
+def test_a_process_ends_a_given_time_after_its_parent(tmp_path):
     child = PRELUDE + "end_with_parent(os.getppid(), patience=0.5); time.sleep(100)"
     code = f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(1); print('started', flush=True)"
     with start(code, str(tmp_path)) as process:

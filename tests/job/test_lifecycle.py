@@ -86,7 +86,7 @@ def test_engines_follow_each_other_in_one_process(folder):
             pids = workers(engine)
             assert traces() == pids, "the folder that hands a model over is gone once all ranks have loaded it"
             assert not any(shared_memory(pid) - earlier for pid in [os.getpid(), *pids])
-            time.sleep(1.0)  # workers look whether their parent lives: a thread that ended is not the parent
+            time.sleep(1.0)  # workers check whether their parent process lives, not the thread that started them
             assert tokens(engine.generate(["hello", "a"], GREEDY)) == wanted
         assert not any(psutil.pid_exists(pid) for pid in pids)
         assert not torch.distributed.is_initialized()
@@ -100,7 +100,7 @@ def in_memory(folder):
 
 
 def in_a_thread(make):
-    """What `make` makes, in a thread that has ended by now."""
+    """The result of `make` in a thread that has ended by now."""
     made = []
     thread = threading.Thread(target=lambda: made.append(make()))
     thread.start()
@@ -209,7 +209,7 @@ def test_a_worker_that_dies_before_the_ranks_meet_is_an_error_at_once(folder, tm
 
 
 def test_a_worker_that_dies_while_the_groups_form_is_an_error(folder, tmp_path, monkeypatch):
-    """Rank 0 waits for it then, in the depths of gloo, but not for long."""
+    """Rank 0 then waits for it inside gloo, but not for long."""
     monkeypatch.setattr("ulysses_infer.parallel.groups.FORMING_TIMEOUT", timedelta(seconds=4))
     code = """
 import os, sys, threading, time
@@ -243,13 +243,13 @@ while True:
 
 
 def heed_control_c():
-    """Tests that a shell runs in the background are started deaf to it, and so would be what they start."""
+    """A shell starts background jobs with SIGINT ignored, and their children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def script(code, folder, stdin=False):
-    """A Python process running `code` after the engine has started; stdin: the code comes like a notebook cell."""
+    """A Python process running `code` after the engine has started; stdin: as in a notebook cell."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE"):
         environment.pop(name, None)

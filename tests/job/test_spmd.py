@@ -1,4 +1,4 @@
-"""One engine, every rank calling it alike, as under a launcher: equal results, equal errors, in every mode."""
+"""One engine that every rank calls alike, as under a launcher: equal results and equal errors in every mode."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_a_seed_gives_the_same_tokens_in_every_mode_and_layout(folder, rank_pool
 
 
 def everything(folder):
-    """Each public call on each rank; everything that came back."""
+    """Every public call on each rank; returns all results."""
     seen = []
     with init_inference(folder, **settings(2)) as engine:
         params = SamplingParams(n=2, temperature=1.0, max_tokens=6, seed=1, logprobs=1, prompt_logprobs=0)
