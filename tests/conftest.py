@@ -33,6 +33,7 @@ PROGRAMS = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Form the groups of `--dist loadgroup`: all tests that start programs, which go first, and each other file."""
     for item in items:
