@@ -132,7 +132,7 @@ def test_a_rank_reads_only_the_bytes_it_keeps(tmp_path, base):
     for shard in range(base.world_size):
         model, source = counted(tmp_path, base, shard)
         assert source.bytes == model.weight_bytes
-        shared_heads = 2 * 2 * 64 * 8 * 4 if base.tp == 4 else 0  # one KV head on two ranks, twice a layer
+        shared_heads = 2 * 2 * 64 * 8 * 4 if base.tp == 4 else 0  # one KV head on two ranks, two tensors per layer
         vocabulary = -(-99 // base.world_size) * 64 * 4
         assert source.bytes <= full / base.tp + replicated + vocabulary + shared_heads
 
@@ -190,7 +190,7 @@ def test_sources_read_spans_in_order(tmp_path, source_type):
     assert source.shape("weight") == (6, 10)
 
 
-# -- what is wrong with it -----------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_file_of_the_index_is_named(tmp_path):

@@ -116,7 +116,7 @@ def test_each_rank_has_an_equal_width_of_every_expert_for_any_base(family: str, 
     ranks = [blueprint(folder, base, g, "width").load() for g in range(4)]
     for name in experts_of(ranks[0].module):
         parts = [dict(rank.module.named_parameters())[name] for rank in ranks]
-        cut = parts[0].shape != whole[name].shape  # the bias of the way down belongs to all
+        cut = parts[0].shape != whole[name].shape  # every rank has the bias of the down projection
         assert sum(part.numel() for part in parts) == whole[name].numel() * (1 if cut else 4)
         assert torch.equal(torch.cat([part.flatten() for part in parts]).unique(), whole[name].unique())
 
@@ -162,7 +162,7 @@ def test_a_missing_expert_is_noticed_before_others_take_its_place(checkpoint: An
         blueprint(tmp_path, Mode(2, 1), 0, "expert").load()
 
 
-# -- what travels and what is counted ----------------------------------------------------------------------------
+# -- token exchange and load counts ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -203,7 +203,7 @@ def test_the_load_of_every_rank_is_counted(placement: str, checkpoint: Any, rank
     assert results[0] == results[1], "the same on all ranks"
     found, placed, of_experts = results[0]
     assert placed == placement
-    choices = 2 * 2  # layers, experts a token
+    choices = 2 * 2  # layers, experts per token
     for mode, (tokens, per_rank) in found.items():
         slices = 1 if placement == "expert" or (placement, mode) == ("replicate", "sp") else 2
         assert sum(per_rank) == tokens * choices * slices

@@ -91,7 +91,7 @@ def logprobs(model: ShiftModel) -> torch.Tensor:
 
 
 def taken(model: ShiftModel) -> tuple[int, int, int, bool]:
-    """Which forms `model` has taken."""
+    """The fused forms in `model`."""
     kinds = [type(module) for module in model.module.modules()]
     norms, feed_forwards, attentions = map(kinds.count, (FusedRMSNorm, FusedFeedForward, FusedAttention))
     return norms, feed_forwards, attentions, model.decoder is not None
@@ -125,7 +125,7 @@ def test_parameters_keep_their_names_and_are_not_copied() -> None:
 
 
 def wrap(module: Any, change: Callable[[Any], Any]) -> None:
-    """Let `change` have the last word on what `module` returns."""
+    """Apply `change` to what `module` returns."""
     forward = module.forward
     module.forward = lambda *args, **kwargs: change(forward(*args, **kwargs))
 

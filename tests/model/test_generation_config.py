@@ -50,14 +50,14 @@ def test_a_wrong_setting_is_one_line(changes, message):
         sampling_defaults(settings(**changes), {})
 
 
-def test_a_text_ends_at_the_tokens_of_all_three_places(tmp_path):
+def test_end_tokens_of_all_three_sources_end_the_text(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 1, "text_config": {"eos_token_id": [2]}}))
     tokenizer, config = SimpleNamespace(eos_token_id=3), SimpleNamespace(eos_token_id=9)
     assert eos_token_ids({"eos_token_id": [4, 5]}, tmp_path, config, tokenizer) == {1, 2, 3, 4, 5}
     assert eos_token_ids({}, None, config, None) == {9}  # the default of the model's class
 
 
-def test_what_is_no_token_id_is_ignored():
+def test_values_that_are_not_token_ids_are_ignored():
     assert eos_token_ids({"eos_token_id": [[1], "2", None, True, 7]}, None, None, None) == {7}
 
 

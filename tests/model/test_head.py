@@ -39,7 +39,7 @@ def test_concatenated_shards_equal_the_full_heads_logits(world_size, bias):
     with step(FakeCollectives(), logits_counts=[5]):
         shards = [head(hidden)[0] for head in heads(source, world_size)]
     sent = [pad_shard(shard, VOCABULARY, world_size) for shard in shards]
-    assert len({shard.shape for shard in sent}) == 1, "equal shapes travel in one gather"
+    assert len({shard.shape for shard in sent}) == 1, "equal shapes share one gather"
     torch.testing.assert_close(concat_shards(sent, VOCABULARY), source(hidden)[0])
 
 
@@ -70,7 +70,7 @@ def best_over(logits, world_size):
     ]
     pairs = torch.stack([local_argmax(logits[:, slice(*span)], span) for span in spans])
     found = global_argmax(pairs).tolist()
-    assert global_argmax(pairs.flip(0)).tolist() == found, "in whatever order members come"
+    assert global_argmax(pairs.flip(0)).tolist() == found, "in any order of the ranks"
     assert global_argmax_torch(pairs).tolist() == global_argmax_torch(pairs.flip(0)).tolist() == found
     return found
 

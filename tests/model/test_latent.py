@@ -59,7 +59,7 @@ def logits_of(
     backend: Any,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Run `steps`, of each sequence its tokens from .. to, and return the logits of each: [n, V]."""
+    """Run `steps`, each a range of tokens per sequence, and return the logits of each: [n, V]."""
     shape = model.shape
     cache = PagedCache(
         CacheShape(
@@ -218,7 +218,7 @@ def test_absorbed_scores_and_outputs_are_those_of_expanded_heads(
 @given(length=st.integers(1, 9000), past=st.integers(0, 200_000))
 def test_latents_are_expanded_if_that_takes_fewer_multiplications(length: int, past: int) -> None:
     w, pairs = DEEPSEEK, length * past + length * (length + 1) // 2
-    own = length * w.latent * (w.key + w.value)  # one expansion a new token, or as much to absorb and release
+    own = length * w.latent * (w.key + w.value)  # one expansion per new token, or as much to absorb and release
     absorbed = own + pairs * (2 * w.latent + w.rotary)
     expanded = own + past * w.latent * (w.key + w.value) + pairs * (w.key + w.rotary + w.value)
     assert w.prefers_expansion(length, past + length) == (length > 1 and expanded < absorbed)
@@ -289,7 +289,7 @@ def test_null_chooses_the_smaller_cache_per_rank() -> None:
     assert not draw(theirs, False, 1).shape.values_in_keys
 
 
-PUBLISHED = {  # bytes a token and layer in bfloat16: of a latent, and of heads on 1, 2, 4 and 8 ranks
+PUBLISHED = {  # bytes per token and layer in bfloat16: of a latent, and of heads on 1, 2, 4 and 8 ranks
     "deepseek_v3": (128, 1152, [81920, 40960, 20480, 10240]),
     "deepseek_v2": (16, 1152, [10240, 5120, 2560, 1280]),  # V2-Lite
 }

@@ -29,7 +29,7 @@ ENGINE: dict[str, Any] = {
 
 
 class Watched(SafetensorsSource):
-    """Notes what is read."""
+    """Records what is read."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

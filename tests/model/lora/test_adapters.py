@@ -64,7 +64,7 @@ def params():
 
 
 def complete(folder, folders, prompts, adapters, sp, tp, changes):
-    """Every prompt through every adapter, all in one crowd, a random mode each step."""
+    """Every prompt through every adapter, all in one batch, with a random mode in each step."""
     chosen = random.Random(3)
     with init_inference(folder, **settings(sp, tp, **{"lora.adapters": folders, **changes})) as engine:
         if engine.is_first:
@@ -106,7 +106,7 @@ def test_cached_prefixes_are_not_shared_between_adapters(adapted):
                 output = engine.generate(prompts, params(), adapter=name)[0]
                 assert output.outputs[0].token_ids == answers[name].tokens[-1]
         hits = engine.stats()["prefix_cache_hits"]
-    assert hits == 3 * (len(prompts[0]) - 1) // 4 * 4, "the second round of each found what its first had left"
+    assert hits == 3 * (len(prompts[0]) - 1) // 4 * 4, "the second round of each hits what its first has cached"
 
 
 def test_only_requests_for_unknown_adapters_fail(adapted):

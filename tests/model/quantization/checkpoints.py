@@ -1,6 +1,6 @@
 """Tiny checkpoints in the public quantised formats, and transformers' model of their weights made dense again.
 
-Quantising and dequantising are written here once more, value by value from the formats' descriptions, on whole
+Quantising and dequantising are written here independently, value by value from the formats' descriptions, on whole
 matrices: nothing of the package is used.
 """
 
@@ -23,7 +23,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def repeated(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int]) -> torch.Tensor:
-    """[out, in] from one value a block."""
+    """[out, in] from one value per block."""
     rows, columns = torch.arange(shape[0]) // block[0], torch.arange(shape[1]) // block[1]
     return scale[rows][:, columns]
 

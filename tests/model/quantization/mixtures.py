@@ -35,7 +35,7 @@ def mxfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
 
 
 def fbgemm(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """[out, in], stored transposed with a scale an output."""
+    """[out, in], stored transposed with one scale per output."""
     scale = weight.abs().amax(1, keepdim=True) / 448
     values = (weight / scale).clamp(-448, 448).to(FP8)
     return {"": values.t(), "_scale": scale.t()}, values.float() * scale
@@ -43,7 +43,7 @@ def fbgemm(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A family's checkpoint in a format: how its experts are stored, and what of its config is unlike other tests'."""
+    """A family's checkpoint in a format: how its experts are stored, and config values unlike other tests'."""
 
     family: str
     format: Format
@@ -52,7 +52,7 @@ class Mixture:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-# 44 neurons an expert: a half or a quarter of them ends inside every block, group and word of the formats.
+# 44 neurons per expert: a half or a quarter of them ends inside every block, group and word of the formats.
 NARROW = {"moe_intermediate_size": 44}
 MXFP4 = Format(
     {
@@ -118,7 +118,7 @@ def _linears(model: Any) -> set[str]:
 
 
 def _stacked(tensor: torch.Tensor, quantise: Quantise) -> tuple[Tensors, torch.Tensor]:
-    """tensor: [E, in, out]; what all experts' components are, and the dense weight."""
+    """tensor: [E, in, out]; the components of all experts, and the dense weight."""
     experts = [quantise(one.t()) for one in tensor]
     names = experts[0][0]
     components = {name: torch.stack([found[name] for found, _ in experts]).contiguous() for name in names}

@@ -1,4 +1,4 @@
-"""Slicing: whatever the blocks and the cuts, a slice of what is stored is the slice of the whole weight."""
+"""Slicing: for any blocks and cuts, a slice of the stored tensors is that slice of the whole weight."""
 
 from __future__ import annotations
 

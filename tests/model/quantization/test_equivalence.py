@@ -13,7 +13,7 @@ from tests.model.quantization.checkpoints import FORMATS, make_quantised
 
 pytestmark = pytest.mark.distributed
 
-# Heads of 8 and 22 neurons a rank of four: no slice falls on the blocks, words or groups of the formats.
+# Heads of 8 and, on four ranks, 22 neurons per rank: no slice falls on the blocks, words or groups of the formats.
 LAYOUTS = [((4, 1), CROWD), ((2, 2), INNER)]
 FEWER_RANKS = [((1, 1), CROWD), ((2, 1), WHOLE), ((1, 2), WHOLE)]
 # What else a family has: packed q, k and v; latent attention, whose first projections stay whole; no bias.

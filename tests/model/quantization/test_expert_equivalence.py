@@ -14,7 +14,7 @@ from tests.model.quantization.mixtures import MIXTURES, make_mixture
 
 pytestmark = pytest.mark.distributed
 PLACEMENTS = ("expert", "width", "replicate")
-# In which placements each format is tested always; the rest is thorough.
+# The placements in which each format is always tested; the rest is thorough.
 ALWAYS = {
     "qwen3-fp8": PLACEMENTS,
     "gpt-oss-mxfp4": ("expert", "width"),
@@ -28,7 +28,7 @@ ALWAYS = {
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`reference(name, num_experts)`: a checkpoint, made once, and what transformers makes of its dense weights."""
+    """`reference(name, num_experts)`: a checkpoint, made once, and transformers' answers with its dense weights."""
     made: dict[tuple[str, int], Any] = {}
 
     def get(name: str, num_experts: int) -> Any:

@@ -88,7 +88,7 @@ def test_a_rank_reads_no_expert_that_it_does_not_keep(checkpoint: Any) -> None:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_sizes_before_injection_are_those_of_what_is_stored(name: str, checkpoint: Any) -> None:
-    """What `expert_placement: auto` is chosen by."""
+    """The sizes by which `expert_placement: auto` chooses."""
     folder = checkpoint(name)
     plan = blueprint(folder, Mode(1, 1), 0, "replicate")
     config = type(plan.injection.model.config).from_pretrained(folder)
@@ -173,7 +173,7 @@ def test_a_prefix_of_the_checkpoint_is_taken_off(checkpoint: Any) -> None:
     assert keys.find("model.layers.1.self_attn.q_proj.weight", loader.names.rename) is None
 
 
-def test_experts_of_a_language_model_that_has_a_tower_are_found(tmp_path: Path) -> None:
+def test_experts_of_a_multimodal_checkpoint_are_found(tmp_path: Path) -> None:
     """Under the prefix that Llama 4's files have, one by one, where transformers has no conversion for them."""
     from transformers import Llama4Config, Llama4ForConditionalGeneration
 

@@ -1,4 +1,4 @@
-"""One projection of all experts: whatever the blocks, the cut and the experts kept, its slice is that of the whole."""
+"""One projection of all experts: for any blocks, cut and experts kept, its slice is that of the whole."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Stored:
     """[E, out, in]"""
 
     def load(self, cut: Any, sharding: Sharding, own: Span, place: Any) -> ExpertMatrix:
-        """What a rank whose base place is `place` makes of it."""
+        """The matrix as the rank with base place `place` loads it."""
         sizes = (self.dense.shape[1], self.dense.shape[2])
         matrix = ExpertMatrix(self.scheme, sizes, cut, sharding, NUM_EXPERTS, own, place, CPU)
         for name, parameter in list(matrix.named_parameters()):
@@ -81,17 +81,14 @@ def store_as(shape: tuple[int, int], quantise: Any, scheme: Any, *merged: dict[s
 
 
 def product(matrix: ExpertMatrix, inputs: int) -> torch.Tensor:
-    """What every own expert makes of the unit vectors: its weights, [own, out, in]."""
+    """The output of every own expert for the unit vectors: its weights, [own, out, in]."""
     own = matrix.own.size
     groups = TokenGroups(torch.arange(1, own + 1) * inputs)
     return matrix(torch.eye(inputs).repeat(own, 1), groups).view(own, inputs, -1).transpose(1, 2)
 
 
 def check_slices(stored: Stored, cut: Any, sharding: Sharding) -> None:
-    """In every mode of every layout, of every rank: the experts that it keeps, and its slice of each.
-
-    No placement cuts both.
-    """
+    """For every rank in every mode of every layout: the experts it keeps, and its slice of each. None cuts both."""
     for layout in LAYOUTS:
         for shard in range(layout.world_size):
             own = Span(1, 2) if layout.base.tp == 1 and shard % 2 == 0 else Span(0, NUM_EXPERTS)
@@ -162,7 +159,7 @@ def test_a_missing_or_a_wrong_expert_is_refused() -> None:
         matrix.read("weight", wrong, {expert: f"{expert}.weight" for expert in range(3)})
 
 
-def test_four_bits_mean_what_transformers_takes_them_for() -> None:
+def test_four_bit_values_are_those_of_transformers() -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     stored = store("mxfp4", (44, 64))

@@ -21,12 +21,12 @@ from ulysses_infer.parallel.layout import Layout, Mode
 
 CPU = torch.device("cpu")
 NAME = "rounded_to_fp8"
-TOLERANCE = 2e-3  # a number at the middle of two that FP8 has is rounded to either, by its last bit
+TOLERANCE = 2e-3  # the last bit decides the rounding of numbers midway between two of FP8
 SCALES = {0: (0.003, 0.005), 1: (0.2, 1.0)}  # of keys and values, by layer; the first ones make some numbers too large
 
 
 def rounded(tensor: torch.Tensor, scale: float) -> torch.Tensor:
-    """What an FP8 cache gives back."""
+    """The values read from an FP8 cache."""
     return (tensor / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(tensor.dtype) * scale
 
 
@@ -64,7 +64,7 @@ def add_scales(folder: Any, names: tuple[str, str]) -> None:
     [("llama", None), ("llama", ("k_scale", "v_scale")), ("qwen3", ("k_proj.output_scale", "v_proj.output_scale"))],
     ids=["unscaled", "scaled", "old names"],
 )
-def test_every_mode_reads_what_was_rounded(
+def test_every_mode_reads_rounded_values(
     family: str, names: Any, rank_pool: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_checkpoint(tiny_config(family), tmp_path)
@@ -100,7 +100,7 @@ def test_scales_are_read_and_bad_ones_refused(tmp_path):
             plans()
 
 
-def test_it_takes_one_byte_a_number_and_never_holds_nan():
+def test_it_takes_one_byte_per_number_and_never_holds_nan():
     shape = CacheShape(1, 2, 8, 6, 4, FP8)
     assert shape.bytes_per_block == 4 * 2 * 14
     cache = PagedCache(shape, 3, CPU)

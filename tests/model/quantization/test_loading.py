@@ -49,7 +49,7 @@ def layer_bytes(model):
 
 @pytest.mark.parametrize(("name", "share"), [("compressed-channel", 1.02), ("gptq", 0.79), ("awq", 0.79)])
 def test_weights_stay_as_small_as_they_are_stored(tmp_path, name, share):
-    """A byte a value of FP8, half a byte of four bits plus its groups of 16; each once, for all modes."""
+    """One byte per FP8 value, half a byte per 4-bit value plus its groups of 16; each once, for all modes."""
     model = make_quantised(tiny_config("llama", **WIDE), tmp_path, FORMATS[name])
     layers = [m for n, m in model.named_modules() if type(m) is torch.nn.Linear and "layers" in n]
     values = sum(layer.weight.numel() for layer in layers)

@@ -64,7 +64,7 @@ def test_row_scaled_product_of_a_view_equals_the_dequantised_one(grain, rows, co
     found = RowScaledProduct(scheme)(inputs, piece)
     assert found.dtype == torch.bfloat16
     assert found.shape == expected.shape
-    # Activations have three bits of mantissa: errors of 1/16 a value, which average out over a sum.
+    # Activations have three bits of mantissa: errors of 1/16 per value, which average out over a sum.
     assert (found.float() - expected).norm() < 0.05 * expected.norm()
     exact = DequantisedProduct(scheme)(inputs.float(), piece)
     torch.testing.assert_close(exact, expected, atol=1e-4, rtol=1e-4)
@@ -173,7 +173,7 @@ def test_no_more_than_a_tile_is_dequantised_at_a_time(monkeypatch):
     assert max(sizes) <= TILES["cpu"]
 
 
-def test_one_index_a_feature_is_the_default():
+def test_one_index_per_feature_is_the_default():
     component = Component((4,), torch.float32)
     assert component.axis("row") is None
 

@@ -17,7 +17,7 @@ UP = "model.layers.3.mlp.up_proj"
 
 
 class Config:
-    """What of a transformers config is read."""
+    """The part of a transformers config that is read."""
 
     def __init__(self, given):
         self.quantization_config = given
@@ -126,7 +126,7 @@ def test_groups_of_a_config_each_have_their_targets():
         ),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name_in_one_line(given, words):
+def test_unsupported_settings_are_refused_by_name_in_one_line(given, words):
     with pytest.raises(UnsupportedModelError) as caught:
         read(given)
     assert words in str(caught.value)
@@ -158,7 +158,7 @@ def test_experts_in_one_tensor_are_two_matrices(given, scheme, names):
     assert read({**given, "modules_to_not_convert": [EXPERTS]}).experts_of(EXPERTS, has_gate=True) is None
 
 
-def test_mxfp4_is_of_experts_alone():
+def test_mxfp4_is_for_experts_only():
     assert read({"quant_method": "mxfp4"}).scheme_of(UP) is None
 
 
