@@ -1,4 +1,4 @@
-"""The C files built for lesser processors than this one, as their users would get them."""
+"""The C files built for older processors than this one, as their users get them."""
 
 import ctypes
 import functools

@@ -65,7 +65,7 @@ def test_each_recording_begins_with_all_of_the_memory():
     again = arena.empty((64,), torch.float32)
     assert again.data_ptr() == kept.data_ptr()
     place = again.data_ptr()
-    del kept  # of the recording before: it gives nothing back to this one
+    del kept  # of the previous recording: freeing it gives no memory to this one
     gc.collect()
     assert arena.empty((64,), torch.float32).data_ptr() != place
 

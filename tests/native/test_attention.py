@@ -1,4 +1,4 @@
-"""Attention in C against attention written out, on this processor and as built for lesser ones."""
+"""Attention in C compared with the reference, on this processor and as built for older ones."""
 
 import ctypes
 

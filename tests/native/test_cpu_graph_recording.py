@@ -66,7 +66,7 @@ def test_a_replay_computes_what_the_step_would_compute(dtype, rows):
         total = layer.total.clone()
         layer.total.copy_(before)
         assert torch.equal(replayed(graph, result), expected)
-        assert torch.equal(layer.total, total)  # what a step changes, it changes each time
+        assert torch.equal(layer.total, total)  # in-place changes happen at every replay
 
 
 def test_recording_also_runs_the_step():

@@ -18,7 +18,7 @@ SHAPES = [(1, 64), (3, 100), (5, 17), (130, 1536)]  # whole and broken vectors; 
 
 @pytest.fixture(params=X86, autouse=True)
 def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs on this processor's code and on that of lesser ones."""
+    """Every test runs on this processor's code and on that of older ones."""
     monkeypatch.setattr(elementwise, "open_library", lambda name: build_for(name, request.param))
 
 

@@ -1,4 +1,4 @@
-"""Products of few rows in C against float64, on this processor and as built for lesser ones."""
+"""Products of few rows in C against float64, on this processor and as built for older ones."""
 
 import pytest
 import torch
@@ -136,7 +136,7 @@ def test_unsupported_inputs_fall_back_to_torch(native, inputs, weight):
     assert torch.equal(native(inputs, weight), F.linear(inputs, weight))
 
 
-def test_linear_asks_the_step_who_multiplies():
+def test_linear_uses_the_matmul_backend_of_the_step():
     inputs, weight = torch.randn(2, 8), torch.randn(4, 8)
     assert torch.equal(linear(inputs, weight), F.linear(inputs, weight))
     with step(FakeCollectives(), matmul=lambda *arguments: arguments):
