@@ -15,7 +15,7 @@ CASES = [(2, 1, "sp_inner"), (4, 1, "sp_inner"), (4, 2, "sp_inner"), (4, 2, "tp_
 
 
 class Context:
-    """As much of a step context as the exchange reads."""
+    """The part of a step context that the exchange reads."""
 
     def __init__(self, collectives, spans):
         self.collectives, self.token_spans = collectives, spans

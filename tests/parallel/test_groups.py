@@ -1,4 +1,4 @@
-"""Process groups of every mode, on real ranks: who is in them, in what order, and what they do when ranks differ."""
+"""Process groups of every mode, on real ranks: their ranks, the order of these, and errors when ranks differ."""
 
 import os
 import time
@@ -59,7 +59,7 @@ def test_groups_are_those_of_the_layout(rank_pool, backend, world_size, tp, orde
         assert [layout.shard_of(r) for r in shard_order] == list(range(world_size))
         for mode in layout.modes:
             sp_ranks, tp_ranks, total = found[mode]
-            # Members of the SP group stand in the order of their shards: the all-to-all relies on it.
+            # The ranks of the SP group are in the order of their shards: the all-to-all relies on it.
             assert sp_ranks == (layout.sp_group(mode, shard) if mode.sp > 1 else None)
             assert tp_ranks == (sorted(layout.tp_group(mode, shard)) if mode.tp > 1 else None)
             # Summed over both groups, every shard is counted once.
@@ -115,7 +115,7 @@ def test_a_wait_for_a_silent_rank_ends(rank_pool, backend):
 
 
 def idle(backend, seconds):
-    """Rank 0 has nothing to say for longer than the limit, then speaks."""
+    """Rank 0 sends nothing for longer than the limit, then sends."""
     layout = Layout(Mode(2, 1))
     groups = build_groups(layout, layout.modes, CPU, collectives=backend)
     groups.limit_waits(seconds)
@@ -131,7 +131,7 @@ def idle(backend, seconds):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_idle_engine_is_no_hung_one(rank_pool, backend):
+def test_an_idle_engine_does_not_time_out(rank_pool, backend):
     assert rank_pool(2).run(idle, backend, 0.2) == [b"seven", b"seven"]
 
 
@@ -152,11 +152,11 @@ def leave_early(backend):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_rank_that_leaves_lets_the_others_go_and_spares_the_job(rank_pool, backend):
+def test_a_rank_that_leaves_ends_the_waits_of_others_and_spares_the_job(rank_pool, backend):
     assert rank_pool(2).run(leave_early, backend) == [2.0, 2.0]
 
 
-def test_waits_are_limited_only_where_something_is_due():
+def test_waits_for_the_next_command_are_not_limited():
     class Recorder:
         def set_timeout(self, timeout):
             self.timeout = timeout

@@ -215,7 +215,7 @@ class TestHeads:
 
     @given(layouts_with_heads())
     def test_cache_of_a_rank_is_the_same_in_every_mode(self, case):
-        """What the all-to-all of a mode can hand a shard covers the cache that the shard owns for life."""
+        """The heads that the all-to-all of a mode can give a shard cover the cache that the shard always owns."""
         layout, _, key_value_heads = case
         for mode in layout.modes:
             for shard in range(layout.world_size):

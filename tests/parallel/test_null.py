@@ -1,4 +1,4 @@
-"""The group without members: what comes out has the shapes that the other ranks would have made."""
+"""Null process groups: results have the shapes that they would have with the other ranks."""
 
 import pytest
 import torch
@@ -32,14 +32,14 @@ def test_what_a_rank_receives_is_finite_and_its_own():
     assert NullProcessGroup(2, 0).sum(partial) is partial
 
 
-def test_only_the_first_gets_what_is_gathered():
+def test_only_the_first_rank_gets_gathered_tensors():
     shard = torch.ones(2)
     assert len(NullProcessGroup(3, 0).gather_to_first(shard)) == 3
     assert NullProcessGroup(3, 1).gather_to_first(shard) is None
 
 
 @pytest.mark.parametrize("mode", Layout(Mode(8, 1)).modes)
-def test_a_mode_has_the_groups_it_has_members_for(mode):
+def test_the_groups_of_a_mode_have_its_sizes(mode):
     collectives = null_collectives(Layout(Mode(8, 1)).place(mode, 5))
     sizes = [1 if group is None else len(group.ranks) for group in (collectives.sp_group, collectives.tp_group)]
     assert sizes == [mode.sp, mode.tp]

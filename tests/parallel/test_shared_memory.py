@@ -57,7 +57,7 @@ def same(found, expected):
     return torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0)) and torch.equal(found.isnan(), expected.isnan())
 
 
-# -- what comes out ------------------------------------------------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------------------------
 
 
 def sum_everything(sp, tp, order):
@@ -80,7 +80,7 @@ def test_sums_are_in_group_order_on_every_rank(rank_pool, sp, tp, order):
 
 
 def run_at_random(sp, tp, order, seed):
-    """The same exchanges in shared memory and by gloo, drawn alike on all ranks, with pauses that are not."""
+    """The same exchanges in shared memory and by gloo, drawn alike on all ranks, with pauses that differ."""
     layout = Layout(Mode(sp, tp), order)
     both = shared(layout), build_groups(layout, layout.modes, CPU, collectives="torch")
     draw, pauses = random.Random(seed), random.Random(os.environ["RANK"])
@@ -144,7 +144,7 @@ def sum_again_and_again(world_size, rounds):
 
 @pytest.mark.parametrize(("world_size", "rounds"), [(2, 5000), (3, 1500), (8, 300)])
 def test_thousands_of_collectives_in_a_row_do_not_mix(rank_pool, world_size, rounds):
-    """Eight ranks are more than most machines that run tests have cores."""
+    """Most test machines have fewer than eight cores."""
     assert rank_pool(world_size).run(sum_again_and_again, world_size, rounds) == [rounds] * world_size
 
 
@@ -229,7 +229,7 @@ def test_ranks_of_one_host_share_memory_by_default(rank_pool):
     assert rank_pool(2).run(choose, "torch") == [TorchProcessGroup] * 2
 
 
-# -- what is left, and what it costs -------------------------------------------------------------------------------
+# -- leftovers and waits -------------------------------------------------------------------------------------------
 
 
 def maps():
@@ -278,7 +278,7 @@ def test_a_rank_that_waits_long_sleeps(rank_pool):
     assert max(rank_pool(2).run(wait_idly, seconds)) < seconds / 50
 
 
-# -- ranks that are lost -------------------------------------------------------------------------------------------
+# -- lost ranks ----------------------------------------------------------------------------------------------------
 
 
 def lose_a_rank(folder, number):
