@@ -1,4 +1,4 @@
-"""Made-up machines: what a step truly takes in each mode, so that tests know the right answer."""
+"""Simulated machines: the true time of a step in each mode, so that tests know the right answer."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def model_of(measurements: Iterable[Measurement]) -> StepTimeModel:
 
 
 def some_step(draw: random.Random) -> StepShape:
-    """A step as traffic makes them."""
+    """A step as in traffic."""
     contexts = [draw.randrange(1, 3000)] * draw.choice([0, 1, 4, 20, 60])
     chunk = draw.choice([0, 0, 16, 100, 600, 2000]) or (0 if contexts else 50)
     return StepShape.of(contexts, [(draw.choice([0, 0, 1500]), chunk)] if chunk else [])

@@ -32,7 +32,7 @@ def test_a_large_gain_changes_it_at_once():
     assert switching.choose({SP: 9.0, TP: 1.0}) == TP
 
 
-def test_modes_that_take_turns_at_being_a_little_faster_change_nothing():
+def test_modes_that_alternate_in_being_slightly_faster_change_nothing():
     switching = SwitchHysteresis(1.0)
     chosen = [switching.choose({SP: 1.0, TP: 1.0 + (-1) ** step * 0.1}) for step in range(50)]
     assert set(chosen) == {SP}

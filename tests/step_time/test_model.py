@@ -59,7 +59,7 @@ def test_a_clear_difference_is_never_decided_wrongly():
             assert fastest(model, shape) == best(machine, shape), shape
 
 
-def test_a_mode_that_really_attends_dearer_is_told_from_the_others():
+def test_a_mode_with_slower_attention_is_distinguished_from_the_others():
     def cost(mode, shape):
         return machine(mode, shape) + (2e-6 * shape.decode_context if mode == TP else 0.0)
 
@@ -87,7 +87,7 @@ def test_outliers_do_not_move_a_prediction():
     assert model.drift.changes == 0
 
 
-def test_what_traffic_shows_replaces_what_was_measured_of_its_kind_and_nothing_else():
+def test_observed_steps_replace_measurements_of_their_kind_only():
     model, decode, prompt = model_of(measured(machine)), StepShape.of([500] * 8, []), StepShape.of([], [(0, 2048)])
     before = model.predict(prompt)
     for _ in range(6):
@@ -96,7 +96,7 @@ def test_what_traffic_shows_replaces_what_was_measured_of_its_kind_and_nothing_e
     assert model.predict(prompt) == pytest.approx(before, rel=0.05)
 
 
-def test_thousands_of_decodes_leave_what_is_known_of_prompts():
+def test_thousands_of_decodes_do_not_change_predictions_of_prompts():
     draw, model = random.Random(4), model_of(measured(machine))
     for _ in range(2000):
         shape = StepShape.of([draw.randrange(100, 1000)] * draw.randrange(1, 30), [])
@@ -107,7 +107,7 @@ def test_thousands_of_decodes_leave_what_is_known_of_prompts():
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.7])
-def test_a_machine_that_changes_speed_is_noticed_in_one_mode_and_believed_of_all(factor):
+def test_a_change_of_speed_observed_in_one_mode_applies_to_all(factor):
     draw, model = random.Random(5), model_of(measured(machine))
     for _ in range(200):
         shape = StepShape.of([draw.randrange(100, 1000)] * draw.randrange(1, 30), [])

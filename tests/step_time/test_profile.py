@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_a_profile_comes_back_as_it_was(profile, tmp_path):
+def test_a_profile_is_unchanged_after_a_round_trip(profile, tmp_path):
     path = tmp_path / "deep" / "profile.json"
     profile.save(path)
     assert Profile.load(path) == profile
@@ -41,7 +41,7 @@ def test_a_stored_profile_is_found_by_its_key(profile):
     assert read_profile("auto", {**KEY, "device": "another"})[0] is None
 
 
-def test_a_stale_profile_is_not_used_and_the_reason_is_said(profile):
+def test_a_stale_profile_is_not_used_and_the_reason_is_reported(profile):
     profile.save(cached_path(KEY))
     found, why = read_profile("auto", {**KEY, "versions": {"torch": "2.14"}})
     assert found is None
@@ -72,7 +72,7 @@ def test_a_named_profile_of_another_machine_is_refused_with_the_difference(profi
         ('{"format": 99}', "it has format 99, not 1"),
     ],
 )
-def test_a_named_profile_that_is_none_is_one_line(tmp_path, text, message):
+def test_a_named_file_that_is_not_a_profile_is_one_line(tmp_path, text, message):
     path = tmp_path / "profile.json"
     if text is not None:
         path.write_text(text)

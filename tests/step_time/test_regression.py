@@ -1,4 +1,4 @@
-"""Least squares without negative coefficients, without faith in outliers."""
+"""Least squares without negative coefficients, robust against outliers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_where_it_starts_does_not_change_the_solution(seed, passive):
 
 
 @given(SEEDS)
-def test_exact_times_give_the_exact_prices(seed):
+def test_exact_times_give_the_exact_coefficients(seed):
     _, matrix, coefficients = problem(seed)
     fitted = fit_coefficients(matrix, matrix @ coefficients, np.ones(len(matrix)))
     np.testing.assert_allclose(matrix @ fitted, matrix @ coefficients, rtol=1e-3)
@@ -59,14 +59,14 @@ def test_noise_and_one_row_in_ten_that_took_far_too_long_move_predictions_little
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(1e-6, 1e4)), min_size=1, max_size=20))
-def test_prices_are_finite_and_not_negative_whatever_was_measured(pairs):
+def test_coefficients_are_finite_and_not_negative_whatever_was_measured(pairs):
     rows = np.array([[1.0, x, x] for x, _ in pairs])
     fitted = fit_coefficients(rows, np.array([y for _, y in pairs]), np.ones(len(pairs)))
     assert np.all(np.isfinite(fitted))
     assert np.all(fitted >= 0)
 
 
-def test_a_feature_that_has_to_prove_itself_gets_no_price_for_noise():
+def test_an_optional_feature_gets_no_coefficient_from_noise():
     random = np.random.default_rng(0)
     rows = np.column_stack([np.ones(60), random.uniform(0, 1, 60)])
     seconds = np.exp(random.normal(0, 0.02, 60))
