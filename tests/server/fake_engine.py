@@ -38,7 +38,7 @@ READY = Ready("tiny", MAX_MODEL_LEN, len(VOCABULARY), [EOS], [(2, 1), (1, 2)], 6
 
 @dataclass
 class Script:
-    """What becomes of requests. `text`: what is written, by the request and the sequence's index."""
+    """How requests are answered. `text`: the output, by the request and the sequence's index."""
 
     text: Callable[[Submit, int], str] = lambda submit, index: "hello world"
     seconds: float = 0.0

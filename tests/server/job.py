@@ -1,4 +1,4 @@
-"""A served model as its own processes: started, talked to, hurt, and checked for what it leaves behind."""
+"""A served model as its own processes: started, sent requests, killed, and checked for what it leaves behind."""
 
 import contextlib
 import json
@@ -99,7 +99,7 @@ class Job:
             for line in pipe:
                 self.output += line
 
-    # -- while it lives ------------------------------------------------------------------------------------------
+    # -- while it runs -------------------------------------------------------------------------------------------
 
     def wait_until_ready(self):
         deadline = time.monotonic() + START_SECONDS
@@ -112,7 +112,7 @@ class Job:
         self.all += [child for process in list(self.all) for child in process.children(recursive=True)]
 
     def status(self, path):
-        """The HTTP status of a GET; None where nobody answers."""
+        """The HTTP status of a GET; None without an answer."""
         try:
             return httpx.get(self.url + path, timeout=5).status_code
         except httpx.TransportError:
@@ -146,7 +146,7 @@ class Job:
     # -- its end -------------------------------------------------------------------------------------------------
 
     def left_after(self, seconds):
-        """What is still there of it."""
+        """What is left of the job."""
         gone = psutil.wait_procs([process for process in self.all if not is_own(process)], timeout=seconds)[1]
         deadline = time.monotonic() + seconds
         for process in self.processes:

@@ -1,4 +1,4 @@
-"""`launch.py` with a fault to order: what a test cannot do to a rank from outside, it asks for by `ULYSSES_TEST_FAULT`.
+"""`launch.py` with a fault given by `ULYSSES_TEST_FAULT`, for what a test cannot do to a rank from outside.
 
 `raise:RANK:STEP`  the rank's forward pass raises in that step
 `hang:RANK:STEP`   the rank's forward pass never returns, though its other threads live

@@ -1,6 +1,6 @@
-"""Crowds at the door: hundreds of streams, a thousand clients that hang up, a cache too small for all of them.
+"""Heavy load: hundreds of streams, a thousand clients that hang up, a cache too small for all of them.
 
-One server of two ranks takes them all, changing the mode with every step; afterwards it is as good as new.
+One server of two ranks serves them all, changing the mode with every step, and loses no block or memory.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def server(long_folder):
-    """128 blocks of 4 tokens: a few dozen of the sequences below fill them. Steps are asked for ahead, as on a GPU."""
+    """128 blocks of 4 tokens: a few dozen of the sequences below fill them. Steps are scheduled ahead, as on a GPU."""
     changes = {"server.max_num_queued_requests": 2000, "scheduler.async_scheduling": True}
     with Job(long_folder, fault="flip", **changes) as job:
         yield job
@@ -62,7 +62,7 @@ async def read_all(client):
 
 
 async def leave_early(server, generator, gate):
-    """Ask, and hang up: at once, while queued, after some tokens, at the last one."""
+    """Send a request and hang up: at once, while queued, after some tokens, at the last one."""
     async with gate:
         client = Client(server, generator, max_tokens=generator.choice([1, 2, 40, 400]))
         await client.start()
@@ -122,7 +122,7 @@ def test_two_hundred_streams_at_once_all_end_as_they_should(server):
     wait_until_idle(server)
 
 
-def test_requests_that_do_not_fit_together_take_turns(server):
+def test_requests_that_do_not_fit_together_all_complete(server):
     """Sixteen sequences of 60 blocks in a cache of 128: some are preempted, and all are right."""
 
     async def case(seeds):
@@ -155,7 +155,7 @@ def texts(results):
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
 )
-def test_junk_on_the_wire_hurts_nobody(server, junk):
+def test_junk_on_the_wire_does_not_affect_other_requests(server, junk):
     async def case():
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         with contextlib.suppress(ConnectionError):

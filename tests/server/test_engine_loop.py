@@ -27,7 +27,7 @@ SHORT = {"max_tokens": 5, "ignore_eos": True, "temperature": 0}
 
 
 class Log:
-    """An observer that keeps what it hears."""
+    """An observer that keeps every event."""
 
     def __init__(self):
         self.steps, self.finished, self.gaps, self.dead = [], [], 0, []
@@ -234,7 +234,7 @@ def test_an_administrator_changes_the_policy_and_aborts(engine):
     asyncio.run(case())
 
 
-def test_draining_answers_who_is_in_and_refuses_who_comes(engine):
+def test_draining_answers_accepted_requests_and_refuses_new_ones(engine):
     async def case():
         async with served(engine) as (client, _, serving, thread):
             task = asyncio.create_task(collect(client, "a", LONG))
@@ -252,7 +252,7 @@ def test_draining_answers_who_is_in_and_refuses_who_comes(engine):
     asyncio.run(case())
 
 
-def test_draining_ends_at_its_limit_with_an_error_for_who_still_waits(engine):
+def test_draining_ends_at_its_limit_with_an_error_for_waiting_requests(engine):
     async def case():
         async with served(engine, shutdown_timeout=0.0) as (client, log, serving, thread):
             task = asyncio.create_task(collect(client, "a", LONG))
@@ -267,7 +267,7 @@ def test_draining_ends_at_its_limit_with_an_error_for_who_still_waits(engine):
     asyncio.run(case())
 
 
-def test_a_stop_tells_everyone_at_once(engine):
+def test_a_stop_is_reported_to_every_request_at_once(engine):
     async def case():
         async with served(engine) as (client, log, serving, _):
             tasks = [asyncio.create_task(collect(client, f"r{number}", LONG)) for number in range(6)]

@@ -84,7 +84,7 @@ def test_ranks_do_not_outlive_the_http_process(long_folder, number):
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
-def test_an_exception_in_the_forward_pass_of_a_rank_is_told_to_everyone(long_folder, rank):
+def test_an_exception_in_the_forward_pass_of_a_rank_is_reported_to_every_client(long_folder, rank):
     with job(long_folder, fault=f"raise:{rank}:600") as server:
         streams = [server.stream(max_tokens=LONG) for _ in range(3)]
         assert_everyone_is_told(server, streams)
@@ -204,7 +204,7 @@ def test_two_nodes_serve_as_one_and_end_as_one(long_folder):
 
 @pytest.mark.launcher
 @pytest.mark.thorough
-def test_a_node_that_loses_its_launcher_takes_the_other_one_along(long_folder):
+def test_a_node_that_loses_its_launcher_ends_the_other_one(long_folder):
     with job(long_folder, how="nodes") as server:
         stream = server.stream(max_tokens=LONG)
         server.processes[1].kill()

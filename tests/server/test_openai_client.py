@@ -96,7 +96,7 @@ def test_a_tool_that_must_be_called_is_called_as_it_declares(client, choice):
     assert json.loads(arguments) == json.loads(call.function.arguments)
 
 
-def test_mistakes_are_the_clients_own_kinds_of_error(server, client):
+def test_mistakes_raise_the_clients_own_errors(server, client):
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.completions.create(model="tiny", prompt="x", temperature=9)
     with pytest.raises(openai.NotFoundError, match="does not exist"):

@@ -60,7 +60,7 @@ def state(running=0, usage=0.0):
 
 
 class Replica:
-    """The engine's end of one replica's line."""
+    """The engine's end of one replica's connection."""
 
     def __init__(self, line):
         line.setblocking(False)
@@ -120,7 +120,7 @@ async def until(condition):
             await asyncio.sleep(0.001)
 
 
-def test_requests_go_where_least_is_to_be_done():
+def test_requests_go_to_the_least_loaded_replica():
     async def case():
         async with routed(3) as (router, _, replicas):
             sizes = [900, 10, 20, 30, 40]
@@ -136,7 +136,7 @@ def test_requests_go_where_least_is_to_be_done():
     assert asyncio.run(case()) == [["r0"], ["r1", "r3"], ["r2", "r4"]]
 
 
-def test_the_states_of_all_are_one_state():
+def test_the_states_of_all_replicas_are_merged():
     async def case():
         async with routed(2) as (router, observer, replicas):
             assert [info.num_blocks for info in observer.ready] == [20]
@@ -179,7 +179,7 @@ def test_commands_reach_the_replicas_that_they_concern():
     asyncio.run(case())
 
 
-def test_they_drain_together_and_leave_together():
+def test_replicas_drain_together_and_end_together():
     async def case():
         async with routed(2) as (router, _, replicas):
             task = asyncio.create_task(collect(router, "a"))
@@ -190,7 +190,7 @@ def test_they_drain_together_and_leave_together():
             replicas[0].send(Draining(1e9))
             await until(lambda: router.status == "draining")
             await asyncio.sleep(0.05)
-            assert not replicas[1].received_of(Goodbye), "the first has somebody to answer"
+            assert not replicas[1].received_of(Goodbye), "the first still has a request to answer"
             replicas[0].finish("a")
             assert len(await task) == 1
             await router.ended.wait()
@@ -199,7 +199,7 @@ def test_they_drain_together_and_leave_together():
     asyncio.run(case())
 
 
-def test_the_death_of_one_is_told_to_those_who_wait_for_another():
+def test_the_death_of_one_replica_is_reported_to_requests_of_others():
     async def case():
         async with routed(2) as (router, observer, replicas):
             tasks = [asyncio.create_task(collect(router, name)) for name in "ab"]
@@ -214,7 +214,7 @@ def test_the_death_of_one_is_told_to_those_who_wait_for_another():
     asyncio.run(case())
 
 
-def test_only_who_knows_the_word_comes_through_the_door():
+def test_connections_without_the_auth_token_are_refused():
     listener, endpoint = make_endpoint("127.0.0.1")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(LeaderAcceptor(listener, endpoint.auth_token).accept, 2)
@@ -230,7 +230,7 @@ def test_only_who_knows_the_word_comes_through_the_door():
         line.close()
 
 
-def test_a_door_can_be_closed_on_who_waits_at_it():
+def test_closing_the_acceptor_ends_the_wait_for_replicas():
     listener, endpoint = make_endpoint("127.0.0.1")
     acceptor = LeaderAcceptor(listener, endpoint.auth_token)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

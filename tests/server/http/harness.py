@@ -126,6 +126,6 @@ def served(texts: Texts, is_ready: bool = True, **settings: Any) -> Iterator[Ser
 def wait_for(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come"
+        assert time.monotonic() < deadline, "nothing came in time"
         time.sleep(0.005)
     return value

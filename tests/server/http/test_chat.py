@@ -42,14 +42,14 @@ def test_parts_of_text_are_joined(server: Served) -> None:
     assert len(server.engine.submits[0].token_ids) == len("[user]a b[a]")  # the line break is no token of this model
 
 
-def test_a_picture_is_refused_by_name(server: Served) -> None:
+def test_an_image_is_refused_by_name(server: Served) -> None:
     content = [{"type": "image_url", "image_url": {"url": "data:"}}]
     answer = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": content}]})
     assert answer.status_code == 400
     assert "messages[0].content has a part of type image_url; the model reads only text" in answer.text
 
 
-def test_what_the_template_refuses_is_the_clients_mistake(server: Served) -> None:
+def test_messages_that_the_template_refuses_are_a_client_error(server: Served) -> None:
     answer = server.post("/v1/chat/completions", {"messages": [{"role": "developer", "content": "be nice"}]})
     assert answer.status_code == 400
     assert "no system role" in answer.json()["error"]["message"]
@@ -195,7 +195,7 @@ def test_a_wrong_request_is_400_in_one_line(server: Served, body: dict, words: s
     assert "\n" not in message
 
 
-def test_fields_of_openais_without_a_meaning_here_are_taken(server: Served) -> None:
+def test_fields_of_openai_without_a_meaning_here_are_accepted(server: Served) -> None:
     server.openai.chat.completions.create(
         model=MODEL,
         messages=USER,

@@ -143,7 +143,7 @@ def test_streamed_logprobs_join_to_those_of_a_whole_answer(server: Served) -> No
 
 
 def test_the_prompt_is_scored_without_a_token_of_output(server: Served) -> None:
-    """What lm-eval asks for."""
+    """As lm-eval requests it."""
     body = {"prompt": encode("abc"), "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
     answer = server.post("/v1/completions", body).json()
     choice = answer["choices"][0]
@@ -174,7 +174,7 @@ def test_prompt_logprobs_have_vllms_format(server: Served) -> None:
     assert choice["prompt_logprobs"] == [None, {str(b): {"logprob": -2.5, "rank": 2, "decoded_token": "b"}}]
 
 
-def test_cached_tokens_are_told(server: Served) -> None:
+def test_cached_tokens_are_reported(server: Served) -> None:
     server.script(num_cached_tokens=2)
     answer = server.openai.completions.create(model=MODEL, prompt=["abc", "def"])
     assert answer.usage.prompt_tokens_details.cached_tokens == 4
@@ -204,7 +204,7 @@ def test_cached_tokens_are_told(server: Served) -> None:
         ({"response_format": {"type": "text"}}, None),
     ],
 )
-def test_what_the_output_must_match_reaches_the_engine(server: Served, field: dict, constraint: dict | None) -> None:
+def test_structured_output_fields_reach_the_engine(server: Served, field: dict, constraint: dict | None) -> None:
     answer = server.post("/v1/completions", {"prompt": "a", **field})
     assert answer.status_code == 200, answer.text
     assert server.engine.submits[0].params.get("structured_outputs") == constraint

@@ -32,7 +32,7 @@ def stream_lines(server: Served, body: dict) -> list[str]:
     ("kind", "status", "error"),
     [("invalid", 400, None), ("overloaded", 503, "overloaded"), ("internal", 500, "internal_error")],
 )
-def test_what_the_engine_refuses_has_a_status(
+def test_refusals_of_the_engine_have_a_status(
     server: Served, kind: str, status: int, error: str | None, streams: bool
 ) -> None:
     server.script(refusal=("no", kind))
@@ -63,13 +63,13 @@ def test_an_error_in_a_stream_is_an_event_and_then_done(server: Served) -> None:
     assert done == "[DONE]"
 
 
-def test_an_administrators_abort_leaves_what_there_is(server: Served) -> None:
+def test_an_administrators_abort_returns_the_partial_output(server: Served) -> None:
     server.script(num_tokens=2, then="abort")
     choice = server.post("/v1/completions", BODY).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("he", "abort")
 
 
-def test_a_dead_engine_is_told_to_those_who_wait_and_to_those_who_come(texts: Texts) -> None:
+def test_a_dead_engine_is_reported_to_waiting_and_to_new_requests(texts: Texts) -> None:
     with served(texts) as server:
         server.script(num_tokens=2, then="die", seconds=0.01)
         *_, error, done = stream_lines(server, BODY)
@@ -98,7 +98,7 @@ def test_an_engine_that_hangs_up_is_dead(texts: Texts) -> None:
         assert server.post("/v1/completions", BODY).status_code == 503
 
 
-def test_while_it_starts_nothing_is_served_and_probes_say_so(texts: Texts) -> None:
+def test_during_the_start_nothing_is_served_and_probes_report_it(texts: Texts) -> None:
     with served(texts, is_ready=False) as server:
         assert server.get("/health").status_code == server.get("/ready").status_code == 503
         assert server.get("/health").json()["status"] == "starting"
@@ -173,7 +173,7 @@ def test_a_client_that_leaves_before_its_body_is_complete_costs_nothing(server: 
     assert server.engine.aborts == []
 
 
-# -- what is no request -------------------------------------------------------------------------------------------
+# -- invalid requests ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"null", b"[]", b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100_000])
@@ -218,7 +218,7 @@ def test_a_large_body_is_413_whether_declared_or_not(texts: Texts) -> None:
         b"\x00" * 1000,
     ],
 )
-def test_junk_harms_nobody(server: Served, junk: bytes) -> None:
+def test_junk_does_not_affect_other_requests(server: Served, junk: bytes) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=1) as connection:
         connection.sendall(junk)
         try:
@@ -246,7 +246,7 @@ def test_a_commands_refusal_is_400(server: Served) -> None:
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "requests are running")
 
 
-def test_a_client_that_does_not_read_holds_up_nobody(server: Served) -> None:
+def test_a_client_that_does_not_read_delays_no_other(server: Served) -> None:
     server.script(text=lambda submit, index: "x" * 120, seconds=0.001)
     body = json.dumps({"prompt": ["a"] * 64, "n": 8, "max_tokens": 120, "logprobs": 20, "stream": True}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)

@@ -1,4 +1,4 @@
-"""Bodies that nobody meant, straight through the application: an answer always, and never a 5xx."""
+"""Random request bodies, passed directly to the application: always an answer, and never a 5xx."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_unknown_fields_can_be_rejected(
     assert post(server, {**CHAT, "echo": True})[1]["error"]["message"] == "unknown field 'echo'; leave it out"
 
 
-def test_other_errors_beside_an_unknown_field_are_told(server: Served) -> None:
+def test_other_errors_beside_an_unknown_field_are_reported(server: Served) -> None:
     status, answer = post(server, {**TEXT, "thinking": True, "top_p": 0})
     assert (status, answer["error"]["param"]) == (400, "top_p")
     assert post(server, {"promt": "a"})[1]["error"]["message"] == "unknown field 'promt'; did you mean 'prompt'?"

@@ -150,7 +150,7 @@ def test_an_answer_is_aborted_by_its_id(server: Served) -> None:
 
 
 @pytest.mark.parametrize("body", [{}, {"all": False}, {"all": True, "request_id": "a"}, {"every": True}])
-def test_an_abort_says_what(server: Served, body: dict) -> None:
+def test_an_abort_with_a_wrong_body_is_400(server: Served, body: dict) -> None:
     assert server.post("/admin/abort", body, headers=ADMIN).status_code == 400
 
 
@@ -177,7 +177,7 @@ def test_without_origins_there_is_no_cors(server: Served) -> None:
     assert "access-control-allow-origin" not in server.get("/health", headers={"Origin": "https://a.example"}).headers
 
 
-def test_an_adapter_is_asked_for_as_a_model(server: Served) -> None:
+def test_an_adapter_is_requested_as_a_model(server: Served) -> None:
     server.context.config.lora.adapters["french"] = "/adapters/french"
     try:
         assert [model.id for model in server.openai.models.list().data] == [MODEL, "french"]

@@ -116,7 +116,7 @@ class Browser:
         self._do("actions", actions=[{"type": "pointer", "id": "mouse", "actions": [move]}])
 
     def command(self, name: str, **parameters: Any) -> Any:
-        """One of the DevTools protocol's."""
+        """Send a command of the DevTools protocol."""
         return self._do("goog/cdp/execute", cmd=name, params=parameters)
 
     def prefer(self, **features: str) -> None:

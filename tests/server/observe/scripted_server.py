@@ -1,4 +1,4 @@
-"""The server around the live page, with make-believe traffic: `python -m tests.server.observe.scripted_server PORT`."""
+"""The server around the live page, with simulated traffic: `python -m tests.server.observe.scripted_server PORT`."""
 
 from __future__ import annotations
 

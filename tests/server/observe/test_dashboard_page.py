@@ -1,4 +1,4 @@
-"""The live page in a real browser, over a server with make-believe traffic."""
+"""The live page in a real browser, over a server with simulated traffic."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_time_shown_can_be_chosen(browser: Browser, serve: Callable) -> None
     assert oldest < 64
 
 
-def test_the_mouse_brings_up_what_lies_under_it(browser: Browser, serve: Callable) -> None:
+def test_the_mouse_shows_the_values_under_it(browser: Browser, serve: Callable) -> None:
     serve(past=60.0)
     text_is(browser, "#status-text", "ready")
     browser.point_at("#band", 300, 0)
@@ -144,7 +144,7 @@ def test_an_admin_changes_the_policy_and_sees_its_effect(browser: Browser, serve
     assert browser.run("return JSON.stringify([localStorage.length, document.cookie])") == '[0,""]'
 
 
-def test_the_servers_own_line_says_why_a_policy_is_refused(browser: Browser, serve: Callable) -> None:
+def test_the_servers_reason_is_shown_when_a_policy_is_refused(browser: Browser, serve: Callable) -> None:
     serve(past=5.0)
     text_is(browser, "#status-text", "ready")
     use_key(browser, ADMIN_KEY)
@@ -155,7 +155,7 @@ def test_the_servers_own_line_says_why_a_policy_is_refused(browser: Browser, ser
     text_has(browser, "#admin-message", "policy.threshold_tokens -1 is not a token count")
 
 
-def test_a_wrong_key_opens_nothing_and_is_not_kept(browser: Browser, serve: Callable) -> None:
+def test_a_wrong_key_gives_no_access_and_is_not_kept(browser: Browser, serve: Callable) -> None:
     serve(past=5.0)
     text_is(browser, "#status-text", "ready")
     use_key(browser, "guess")
@@ -186,7 +186,7 @@ def test_a_server_with_a_key_shows_its_data_to_those_who_have_it(browser: Browse
     text_is(browser, "#policy-chip", "threshold · 256 tokens")
 
 
-def test_a_dead_engine_and_a_server_that_is_gone_are_told_apart(browser: Browser, serve: Callable) -> None:
+def test_a_dead_engine_and_an_unreachable_server_are_distinguished(browser: Browser, serve: Callable) -> None:
     server = serve(past=5.0)
     text_is(browser, "#status-text", "ready")
     server.observatory.on_dead("rank 2 was killed by signal 9")
@@ -205,7 +205,7 @@ def test_names_with_markup_in_them_stay_text(browser: Browser, serve: Callable) 
     assert browser.run("return document.querySelectorAll('img').length") == 0
 
 
-def test_the_page_asks_nobody_but_its_own_server(browser: Browser, serve: Callable) -> None:
+def test_the_page_sends_requests_to_its_own_server_only(browser: Browser, serve: Callable) -> None:
     serve(past=1.0)
     text_is(browser, "#status-text", "ready")
     names = browser.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")

@@ -1,4 +1,4 @@
-"""The last minutes: nothing lost in sums, nothing kept for ever, nothing sent twice."""
+"""The history of the last minutes: sums are complete, memory is bounded, nothing is sent twice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def play(steps: list[tuple[float, float, tuple[int, int], int]]) -> History:
 
 
 @given(steps_strategy)
-def test_the_band_holds_every_step_and_all_of_its_time(steps: list) -> None:
+def test_the_band_holds_every_step_and_its_whole_time(steps: list) -> None:
     history = play(steps)
     seen = snapshot(history, SPAN_SECONDS)
     rows = seen["band"]["rows"]
@@ -57,7 +57,7 @@ def test_switches_are_changes_between_neighbouring_steps(steps: list) -> None:
 
 
 @given(steps_strategy, st.integers(0, 60), st.sampled_from([60.0, 120.0, 900.0]))
-def test_what_is_new_added_to_what_one_has_is_all_there_is(steps: list, first: int, seconds: float) -> None:
+def test_updates_added_to_earlier_data_give_the_whole_history(steps: list, first: int, seconds: float) -> None:
     clock = ReplayClock(START)
     history = History(clock)
     have: dict[str, dict] = {"band": {}, "points": {}, "steps": {}}
@@ -141,7 +141,7 @@ def test_any_window_gives_a_bounded_answer_in_plain_json(seconds: float) -> None
     assert json.loads(json.dumps(seen, allow_nan=False)) == seen
 
 
-def test_rows_say_what_happened_in_their_second() -> None:
+def test_rows_hold_the_events_of_their_second() -> None:
     clock = ReplayClock(START + 0.5)
     history = History(clock)
     history.on_state(make_state(num_running=2, prefix_cache_queries=50, prefix_cache_hits=10))

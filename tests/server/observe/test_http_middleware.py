@@ -1,4 +1,4 @@
-"""The middleware: ids, metrics and the access log, without touching what passes through."""
+"""The middleware: ids, metrics and the access log, without changing the messages."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_stream_passes_chunk_by_chunk_and_is_logged_once_it_has_ended() -> Non
 
 
 @pytest.mark.parametrize("given", [b"abc", b"A.b_c-9", b"x" * 128])
-def test_a_decent_request_id_is_taken_over(given: bytes) -> None:
+def test_a_valid_request_id_is_kept(given: bytes) -> None:
     exchange = Exchange(answer())
     exchange.run(headers=[(b"X-Request-Id", given)])
     assert exchange.seen_id == exchange.answered_id == exchange.logged[0]["request_id"] == given.decode()

@@ -59,7 +59,7 @@ def record(**changes: Any) -> RequestRecord:
         ("request_inference_time_seconds", REQUEST),
     ],
 )
-def test_latencies_are_cut_at_the_fields_buckets(observatory: Observatory, name: str, bounds: str) -> None:
+def test_latencies_have_the_usual_buckets(observatory: Observatory, name: str, bounds: str) -> None:
     found = {float(dict(labels)["le"]) for metric, labels in samples(observatory) if metric == f"ulysses:{name}_bucket"}
     assert found == {float(bound) for bound in bounds.split()} | {float("inf")}
 
@@ -90,7 +90,7 @@ def test_a_request_that_left_while_it_waited_has_only_the_stages_it_reached(obse
     assert value(observatory, "request_success_total", finished_reason="abort") == 1
 
 
-def test_every_generated_token_is_counted_once_whatever_events_told_of_it(observatory: Observatory) -> None:
+def test_every_generated_token_is_counted_once_by_whatever_event(observatory: Observatory) -> None:
     request = record(num_output_tokens=1, finish_reason=None)
     observatory.on_first_token(request)
     request.num_output_tokens = 3  # the first token of another sequence has no event of its own
@@ -111,7 +111,7 @@ def test_running_totals_become_counters(observatory: Observatory) -> None:
     assert value(observatory, "prefix_cache_queries_total") == 150
     assert value(observatory, "prefix_cache_hits_total") == 60
     assert value(observatory, "num_preemptions_total") == 2
-    observatory.on_step(make_state(prefix_cache_queries=10), None)  # counted anew
+    observatory.on_step(make_state(prefix_cache_queries=10), None)  # counted from 0 again
     assert value(observatory, "prefix_cache_queries_total") == 160
 
 
@@ -141,7 +141,7 @@ def test_gauges_follow_the_engines_state(observatory: Observatory) -> None:
     assert value(observatory, "engine_up") == 0
 
 
-def test_only_the_policy_of_now_is_there(observatory: Observatory) -> None:
+def test_only_the_current_policy_is_exported(observatory: Observatory) -> None:
     for policy in ({"name": "static", "mode": [1, 4]}, {"name": "threshold", "threshold_tokens": 8}):
         observatory.on_step(make_state(policy=policy), None)
     found = [dict(labels) for name, labels in samples(observatory) if name == "ulysses:policy_info"]

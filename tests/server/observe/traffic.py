@@ -1,4 +1,4 @@
-"""A make-believe engine: requests come and go, steps run in one mode or another, and an observer hears of it."""
+"""A simulated engine: requests come and go, steps run in one mode or another, and an observer gets every event."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUDGET = 2048
 
 
 class ReplayClock:
-    """Any moment one likes, until it is let go and tells the time."""
+    """A clock that shows any time set, and real time once `now` is None."""
 
     def __init__(self, now: float | None = None) -> None:
         self.now = now
@@ -77,7 +77,7 @@ class Traffic:
         self.now = self.clock()
 
     def run(self, until: float, at: Callable[[float], None]) -> None:
-        """Steps from where it was to `until`; `at(now)` is called as time passes."""
+        """Run steps from the current time to `until`; `at(now)` is called as time passes."""
         while self.now < until:
             self._arrive()
             if self.waiting or self.running:
@@ -87,7 +87,7 @@ class Traffic:
                 at(self.now)
 
     def _arrive(self) -> None:
-        """A few chats at any time; every half a minute some seconds of long documents."""
+        """A few chats at any time; every half minute, some seconds of long documents."""
         is_burst = self.now % 31 < 7
         if self.random.random() < self.load * (0.3 if is_burst else 0.045) and len(self.waiting) < 24:
             self.arrived += 1

@@ -37,7 +37,7 @@ NONE = [
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
-def test_a_chat_template_betrays_its_format(name):
+def test_the_format_is_detected_from_the_chat_template(name):
     assert choose_format("auto", TEMPLATES[name]).name == name
     assert choose_format(name, None) is FORMATS[name]
 
@@ -209,7 +209,7 @@ def test_a_named_function_gives_its_arguments_alone(compiler):
     assert constrained_format(named("get_weather")).parser(STRICT).finish() == []
 
 
-def test_references_inside_a_tools_schema_still_lead_somewhere(compiler):
+def test_references_inside_a_tools_schema_still_resolve(compiler):
     tree = {
         "type": "object",
         "$defs": {"leaf": {"type": "integer"}},

@@ -21,7 +21,7 @@ def base(name):
 @pytest.mark.parametrize("name", RENDERED)
 @given(calls=calls_lists, data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_what_was_rendered_is_parsed_however_it_is_cut(name, calls, data):
+def test_rendered_calls_are_parsed_however_they_are_cut(name, calls, data):
     text = RENDER[name](calls)
     cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=8))
     content, found = parse(base(name), text, cuts)
@@ -51,7 +51,7 @@ def test_text_before_and_after_calls_is_content(name):
 
 
 @pytest.mark.parametrize("name", RENDERED)
-def test_white_space_around_calls_is_no_content(name):
+def test_white_space_around_calls_is_not_content(name):
     content, calls = parse(base(name), f"\n {RENDER[name](CALLS)} \n")
     assert decoded(calls) == CALLS
     assert content == ""
@@ -132,7 +132,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in MALFORMED.items() for text in texts])
-def test_what_is_no_call_stays_content(name, text):
+def test_text_that_is_not_a_call_stays_content(name, text):
     assert parse(name, text) == (text, [])
     assert parse(name, text, range(len(text))) == (text, [])
 

@@ -1,4 +1,4 @@
-"""Outputs that are calls or match a response format: what the grammar admits is what the parser reads."""
+"""Outputs that are calls or match a response format: the parser reads exactly what the grammar admits."""
 
 import json
 
