@@ -257,7 +257,7 @@ class RuntimeConfig:
         "requests as CPU graphs when they recur, and replay them without Python between the native kernels."
     )
     threads_per_rank: int | None = option(
-        at_least=1, help="CPU threads per rank; null: OMP_NUM_THREADS if set, else its share of the cores."
+        at_least=1, help="CPU threads per rank; null: its share of the cores, at most OMP_NUM_THREADS."
     )
     pin_cores: bool = option(
         True, help="On a CPU, pin each rank to its own share of the host's cores, if there are enough for all ranks."
