@@ -1,4 +1,4 @@
-"""Bad words: what the user would read decides, however it is split into tokens."""
+"""Bad words: the text that the user would read decides, however it is split into tokens."""
 
 import pytest
 from hypothesis import given

@@ -14,7 +14,7 @@ KIND = "sentencepiece"
 
 
 def write(wanted, prompt, favourite):
-    """The text of a greedy output that likes one token most."""
+    """The text of a greedy output that prefers one token."""
     tokenizer = tokenizer_of(KIND)
     reader = PromptReader(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}), seed=0)
     params = SamplingParams(temperature=0, structured_outputs=wanted)

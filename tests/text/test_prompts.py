@@ -1,4 +1,4 @@
-"""What users give as a prompt, and what it becomes."""
+"""The kinds of prompts, and the tokens they become."""
 
 import pytest
 

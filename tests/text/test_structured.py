@@ -1,4 +1,4 @@
-"""Outputs that must match something: whatever the logits say, they do."""
+"""Structured outputs match their grammar, whatever the logits are."""
 
 import json
 import re
@@ -198,7 +198,7 @@ def test_json_object_gives_an_object(writer):
     assert any(ended for _, ended in seen)
 
 
-def test_white_space_cannot_go_on_for_ever(writer):
+def test_white_space_is_bounded(writer):
     row = writer.row(SamplingParams(structured_outputs={"json_object": True}), outputs=[])
     space = writer.compiler._tokenizer.encode(" ", add_special_tokens=False)[-1]
     brace = writer.compiler._tokenizer.encode("{", add_special_tokens=False)[-1]
@@ -238,7 +238,7 @@ def test_stop_tokens_may_end_an_output_too(writer):
 @pytest.mark.parametrize(
     "params", [{"ignore_eos": True}, {"min_tokens": 9}, {"allowed_token_ids": [68, 69, 70]}], ids=str
 )
-def test_without_a_way_to_say_so_a_complete_output_leaves_no_token(writer, params):
+def test_without_an_ending_token_a_complete_output_allows_no_token(writer, params):
     if "allowed_token_ids" in params:
         params = {"allowed_token_ids": ids(writer, "abc")}
     row = writer.row(SamplingParams(structured_outputs={"regex": "ab"}, temperature=0, **params), outputs=[])
@@ -290,7 +290,7 @@ def test_states_of_one_grammar_are_independent(writer):
     assert allowed(writer.row(SamplingParams(structured_outputs=wanted), outputs=[])) == {a, b}
 
 
-def test_asking_twice_or_late_changes_nothing(writer):
+def test_a_second_or_late_mask_request_changes_nothing(writer):
     params = SamplingParams(structured_outputs={"regex": "[ab]{3}c"})
     stepwise, late = writer.row(params, outputs=[]), writer.row(params, outputs=ids(writer, "aba"))
     for token in ids(writer, "aba"):

@@ -114,7 +114,7 @@ def _is_above(number, bound, strict):
     return number > bound or (number == bound and not strict)
 
 
-def test_keys_cannot_be_written_twice_in_disguise():
+def test_keys_cannot_be_repeated_in_escaped_form():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     assert not matches(r'{"\u0061":"x"}', json=schema)
     assert fits(schema, {"a": 1, "b": "é"})

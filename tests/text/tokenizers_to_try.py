@@ -45,7 +45,7 @@ def sentencepiece(words=WORDS):
 
 
 def word_piece():
-    """Whose text is no concatenation of its tokens."""
+    """A tokenizer whose text is not the concatenation of its tokens."""
     vocabulary = {piece: index for index, piece in enumerate([*SPECIAL, "the", "##s", "a", "b"])}
     tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="<unk>"))
     tokenizer.decoder = decoders.WordPiece()
