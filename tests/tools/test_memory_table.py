@@ -1,4 +1,4 @@
-"""The table of memory per rank and placement, against what loading really takes."""
+"""The table of memory per rank and placement, compared with the memory that loading takes."""
 
 from __future__ import annotations
 

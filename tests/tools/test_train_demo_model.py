@@ -53,7 +53,7 @@ class Run:
 
 
 class Ranks:
-    """The tool on `world` ranks, started as the launcher would start them, without its seconds."""
+    """The tool on `world` ranks, started as the launcher would start them, without its delays."""
 
     def __init__(self, world: int, folder: Path, *overrides: str) -> None:
         self.folder = folder
