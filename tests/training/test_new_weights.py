@@ -65,7 +65,7 @@ def test_a_model_that_was_given_in_memory_keeps_its_own_weights(others):
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.thorough)])
-def test_a_model_with_lora_adapters_is_served_as_the_model_that_it_amounts_to(others, ranks):
+def test_a_model_with_lora_adapters_is_served_with_them_merged(others, ranks):
     (folder, _, plain), _, _ = others
     adapted = with_adapters(tiny_llama_of(folder), {"target_modules": ["q_proj", "up_proj"]})
     with init_inference(adapted, **settings(ranks)) as engine:
@@ -149,7 +149,7 @@ def one_rank_has_another(folder, others):
 
 
 @pytest.mark.distributed
-def test_what_only_one_rank_cannot_take_no_rank_takes(others, rank_pool):
+def test_weights_that_one_rank_refuses_are_taken_by_none(others, rank_pool):
     first, second = rank_pool(2).run(one_rank_has_another, str(others[0][0]), others)
     assert first == second
 

@@ -34,7 +34,7 @@ def difference(output, logprobs):
 
 
 def largest_error(engine, trained):
-    """Generate, then have the training's own forward judge every token."""
+    """Generate, then score every token by the training's own forward."""
     plain = engine.generate(PROMPTS, PLAIN)  # those read cached prefixes, the others do not
     outputs = engine.generate(PROMPTS, GREEDY)
     assert [o.outputs[0].token_ids for o in plain] == [o.outputs[0].token_ids for o in outputs]
@@ -43,7 +43,7 @@ def largest_error(engine, trained):
 
 
 def zero_3_everywhere():
-    """As Hugging Face's Trainer has it: every model that transformers makes is then partitioned at once."""
+    """As in Hugging Face's Trainer: every model that transformers makes is then partitioned at once."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
@@ -191,7 +191,7 @@ def test_with_master_weights_in_float32_the_modules_own_bfloat16_ones_are_served
 
 
 def budgeted(source, **overrides):
-    """Bytes that this rank's weights were reckoned to take of its share of the memory, and bytes that they are."""
+    """Bytes budgeted for this rank's weights in its share of the memory, and bytes that they really take."""
     watched = mock.patch("ulysses_infer.job.load_model.check_weights_fit")
     with watched as seen, init_inference(source, **overrides) as engine:
         return seen.call_args.args[0].weights, engine._rank.worker.model.weight_bytes
@@ -210,7 +210,7 @@ def budgets(folder):
     return found
 
 
-def test_memory_is_reckoned_for_what_every_rank_copies_and_shared_for_what_none_does(folder, training_ranks):
+def test_memory_is_budgeted_for_weights_that_ranks_copy_and_for_shared_ones(folder, training_ranks):
     for found in training_ranks(2).run(budgets, folder):
         stored = {origin: weights for origin, (_, weights) in found.items()}
         assert {origin: reckoned for origin, (reckoned, _) in found.items()} == {

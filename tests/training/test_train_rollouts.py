@@ -31,7 +31,7 @@ def test_the_model_is_found_from_any_working_directory(tmp_path: Path, monkeypat
 
 def test_a_model_or_recipe_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tools.train_rollouts.end_with_launcher", lambda: None)
-    with pytest.raises(SystemExit, match=r"^error: model.path '/nowhere/m' is no folder[^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^error: model.path '/nowhere/m' is neither a folder[^\n]*$"):
         main(["--config", str(ROOT / RECIPE), "model=/nowhere/m"])
     with pytest.raises(SystemExit, match=r"^recipe 'none.yaml' does not exist[^\n]*$"):
         main(["--config", "none.yaml"])

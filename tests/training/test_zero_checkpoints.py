@@ -1,4 +1,4 @@
-"""What DeepSpeed saves while training is served as it lies, and as the folder that tools/zero_to_hf.py makes of it.
+"""DeepSpeed's training checkpoints are served directly, and as the folder that tools/zero_to_hf.py makes of them.
 
 Trained for 20 steps, saved, converted, and generated from: the same tokens and log-probabilities as by the training
 model's own forward.
@@ -102,7 +102,7 @@ def saved(tmp_path_factory, training_ranks):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_what_was_trained_generates_as_the_training_models_own_forward(kind, saved, rank_pool, tmp_path):
+def test_the_trained_model_generates_as_the_training_models_own_forward(kind, saved, rank_pool, tmp_path):
     folder, (texts, logprobs, state) = saved(kind)
     check_state(open_weights(folder), state, KINDS[kind][2])
     zero_to_hf([str(folder), str(tmp_path / "hf")])
@@ -185,7 +185,7 @@ def test_the_latest_step_is_taken_and_one_that_is_not_there_is_named(saved, tmp_
         (2, "model.norm.weight", "in 2 model-parallel parts"),
     ],
 )
-def test_what_cannot_be_joined_is_refused_in_one_line(files, name, message, tmp_path):
+def test_checkpoints_that_cannot_be_joined_are_refused_in_one_line(files, name, message, tmp_path):
     for part in range(files):
         torch.save({"module": {name: torch.zeros(2)}}, tmp_path / f"mp_rank_0{part}_model_states.pt")
     with pytest.raises(CheckpointError, match=message) as caught:

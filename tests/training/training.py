@@ -149,7 +149,7 @@ def training(stage: int, sequence_parallel: int, **changes: Any) -> Iterator[Tra
     from deepspeed.utils import groups
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]  # Ulysses puts itself in its place
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]  # Ulysses replaces it
     trained = Training(stage, sequence_parallel, **changes)
     try:
         yield trained
