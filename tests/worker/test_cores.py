@@ -1,4 +1,4 @@
-"""Which cores each rank keeps to."""
+"""The cores that each rank is pinned to."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_ranks_without_enough_cores_run_anywhere():
     assert pin(0, 1, len(allowed) + 1, [allowed]) is None
 
 
-def test_cores_that_somebody_distributed_already_are_left_alone(monkeypatch):
+def test_cores_that_a_launcher_distributed_are_left_alone(monkeypatch):
     allowed = frozenset(os.sched_getaffinity(0))
     assert pin(0, 1, 1, [allowed, allowed | {4096}]) is None
     monkeypatch.setattr(os, "cpu_count", lambda: len(allowed) + 1)
@@ -71,7 +71,7 @@ def test_cores_that_somebody_distributed_already_are_left_alone(monkeypatch):
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) != os.cpu_count(), reason="this process may not use every core")
 @pytest.mark.parametrize("pins", [True, False])
-def test_an_engine_keeps_to_its_cores_while_it_lives(folder, monkeypatch, pins):
+def test_an_engine_is_pinned_to_its_cores_while_it_lives(folder, monkeypatch, pins):
     before = os.sched_getaffinity(0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(len(before)))  # as if there were a rank for each core
     with init_inference(folder, **settings(**{"runtime.pin_cores": pins})) as engine:

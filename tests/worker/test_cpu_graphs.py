@@ -1,4 +1,4 @@
-"""Decode steps repeated from graphs: the very same numbers as layer by layer, in every mode, whatever came between."""
+"""Decode steps replayed from CPU graphs: exactly the numbers of layers run singly, in every mode, after any step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEW_TOKENS = 24
 
 
 class Replays:
-    """Counts what the graphs of this rank did."""
+    """Counts replays of this rank's graphs."""
 
     def __init__(self, engine: Any) -> None:
         self.runner: Any = engine._rank.worker.graphs
@@ -86,11 +86,11 @@ def test_sequences_are_preempted(rank_pool, reference):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "deepseek_v3"])
-def test_models_that_are_mostly_torch_s_own_run_as_ever(family, rank_pool, reference):
+def test_models_with_mostly_torch_operations_run_without_graphs(family, rank_pool, reference):
     assert compare(rank_pool, reference(family), (1, 1)) == 0
 
 
-def test_without_native_collectives_steps_run_as_ever(rank_pool, reference):
+def test_without_native_collectives_steps_run_without_graphs(rank_pool, reference):
     assert compare(rank_pool, reference("llama"), (2, 1), **{"runtime.collectives": "torch"}) == 0
 
 

@@ -94,7 +94,7 @@ class Driver:
     def plan(self, step):
         """A new prompt, or decodes of some of the sequences; now and then one ends.
 
-        Some of its tokens are placeholder from the step before; `known` are what they will be.
+        Some of its tokens are placeholders for those of the step before; `known` are their values.
         """
         dropped = []
         if step < PROMPTS or self.random.random() < 0.15:

@@ -1,4 +1,4 @@
-"""Steps ahead of their tokens on a real GPU; skipped without one."""
+"""Steps scheduled ahead on a real GPU; skipped without one."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @pytest.mark.parametrize("eager", [True, None])
-def test_tokens_are_those_of_steps_in_turn(folder, eager):
+def test_tokens_are_those_of_synchronous_steps(folder, eager):
     found = []
     for is_async in (False, True):
         changes = {"runtime.device": "cuda", "runtime.enforce_eager": eager, "scheduler.async_scheduling": is_async}
@@ -24,7 +24,7 @@ def test_tokens_are_those_of_steps_in_turn(folder, eager):
     assert found[0] == found[1]
 
 
-def test_nobody_waits_for_the_gpu_to_choose_tokens():
+def test_choosing_tokens_does_not_wait_for_the_gpu():
     rows = [
         row(temperature=0),
         row(seed=1),

@@ -38,7 +38,7 @@ def test_steps_touch_few_new_pages_once_memory_is_kept():
     assert faults("keep") < left / 4  # the heap may grow once more
 
 
-def test_settled_objects_are_not_looked_at_again():
+def test_frozen_objects_are_not_collected_again():
     program = """
 import gc
 from ulysses_infer.worker.memory import freeze_gc

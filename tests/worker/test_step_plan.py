@@ -1,4 +1,4 @@
-"""Step plans: the bytes that travel, and the rows that need logits."""
+"""Step plans: their encoding, and the rows that need logits."""
 
 import numpy as np
 from hypothesis import given

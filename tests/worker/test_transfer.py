@@ -1,4 +1,4 @@
-"""A step's inputs: what is sent arrives, whatever was sent before."""
+"""A step's inputs arrive as they were sent, whatever was sent before."""
 
 import numpy as np
 import pytest
