@@ -51,7 +51,7 @@ def pytest_configure() -> None:
 def rank_pool() -> Iterator[RankPools]:
     """`rank_pool(world_size).run(function, *args)`: the function's result on each of that many ranks, in rank order.
 
-    The ranks are real processes with a gloo group, started once a session and used by all tests; the function and
+    The ranks are real processes with a gloo group, started once per session and used by all tests; the function and
     what it takes and returns go through pickle. `tests/ranks.py` says how errors and hangs come back. Mark tests that
     use it `distributed`.
     """

@@ -25,7 +25,7 @@ def environment() -> dict[str, str]:
 
 
 def deepspeed(num_ranks: int, *arguments: str) -> list[str]:
-    """The `deepspeed` command on so many ranks, with a free port."""
+    """The `deepspeed` command on `num_ranks` ranks, with a free port."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
     return [*launcher, "--num_gpus", str(num_ranks), LAUNCH, *arguments]
 

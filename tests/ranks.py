@@ -112,7 +112,7 @@ class RankPool:
 
 
 class RankPools:
-    """One `RankPool` a world size, made when first asked for."""
+    """One `RankPool` per world size, made on first use."""
 
     def __init__(self) -> None:
         self._pools: dict[int, RankPool] = {}

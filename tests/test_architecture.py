@@ -1,4 +1,4 @@
-"""The order of folders: imports point down only, without circles, and no folder is a crowd."""
+"""The order of folders: imports point down only, without circles, and no folder has too many files."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_there_are_no_import_circles(graph):
     assert not remaining, f"these modules import each other: {sorted(remaining)}"
 
 
-def test_no_folder_has_more_files_than_one_can_take_in():
+def test_no_folder_has_too_many_files():
     counts: dict[Path, int] = defaultdict(int)
     for path in (ROOT / PACKAGE).rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts and path.name != "__init__.py":

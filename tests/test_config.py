@@ -1,4 +1,4 @@
-"""Loading a configuration: which source wins, which names are understood, and what every mistake says."""
+"""Loading a configuration: which source wins, which names are understood, and the message of every error."""
 
 import logging
 import re
@@ -88,7 +88,7 @@ class TestSources:
     def test_interpolation_reads_another_key(self):
         assert load(["scheduler.max_num_seqs=${parallel.sp}", "parallel.sp=3"]).scheduler.max_num_seqs == 3
 
-    def test_interpolation_that_leads_nowhere_is_one_line(self):
+    def test_interpolation_of_an_unknown_key_is_one_line(self):
         assert "parallel.nothing" in complaint(["parallel.sp=${parallel.nothing}"])
 
     def test_text_on_the_command_line_stays_text(self):
@@ -304,7 +304,7 @@ class TestModes:
         assert "choose from [2, 2], [1, 4]" in message
 
     @pytest.mark.parametrize("modes", ["[[1, 2, 3]]", "[[0, 2]]", "[[2]]"])
-    def test_what_is_no_pair_is_refused(self, modes):
+    def test_a_value_that_is_not_a_pair_is_refused(self, modes):
         assert "each mode is [sp, tp]" in complaint(["parallel.sp=2", f"parallel.modes={modes}"])
 
     def test_threshold_policy_needs_the_mode_it_shifts_to(self):
@@ -596,7 +596,7 @@ class TestWhatTheDeviceChooses:
         choose_for_device(config, device)
         assert config.scheduler.async_scheduling is ahead
 
-    def test_what_somebody_wrote_stays(self):
+    def test_explicit_values_are_kept(self):
         config = load(["scheduler.max_num_batched_tokens=77", "scheduler.async_scheduling=true"])
         choose_for_device(config, "cpu")
         assert config.scheduler.max_num_batched_tokens == 77

@@ -1,4 +1,4 @@
-"""`init_inference` and its engine on one rank: what goes in, what comes out, and what is refused."""
+"""`init_inference` and its engine on one rank: inputs, outputs and refusals."""
 
 import itertools
 import json
@@ -238,7 +238,7 @@ def test_log_probabilities_are_left_out_unless_asked_for(engine):
     assert output.outputs[0].cumulative_logprob is None
 
 
-def test_all_of_the_vocabulary_can_be_had(engine):
+def test_log_probabilities_of_the_whole_vocabulary_can_be_requested(engine):
     (output,) = engine.generate("hello", SamplingParams(temperature=0, max_tokens=1, logprobs=-1))
     assert len(output.outputs[0].logprobs[0]) == len(VOCABULARY)
 
@@ -256,7 +256,7 @@ def test_prompt_log_probabilities_are_complete_when_the_prompt_was_seen_before(e
 # -- seeds ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_seed_gives_the_same_tokens_in_any_company(engine):
+def test_a_seed_gives_the_same_tokens_in_any_batch(engine):
     params = [SamplingParams(temperature=1.0, max_tokens=10, seed=seed, ignore_eos=True) for seed in range(4)]
     alone = [tokens(engine.generate(prompt, each))[0] for prompt, each in zip(PROMPTS, params, strict=True)]
     assert tokens(engine.generate(PROMPTS, params)) == alone
@@ -337,7 +337,7 @@ def test_a_bad_prompt_is_refused_at_the_streams_first_step(engine):
         next(engine.stream(""))
 
 
-def test_aborting_what_is_unknown_does_nothing(engine):
+def test_aborting_an_unknown_request_does_nothing(engine):
     assert engine.abort("nobody") is None
 
 
@@ -448,7 +448,7 @@ def test_a_step_that_fails_ends_the_engine_in_one_line(folder, monkeypatch):
         ("threshold", {"threshold_tokens": -1}, "threshold_tokens"),
     ],
 )
-def test_a_policy_that_cannot_be_is_one_line_and_the_old_one_stays(engine, name, values, message):
+def test_an_invalid_policy_is_one_line_and_the_old_one_stays(engine, name, values, message):
     before = engine.stats()["policy"]
     with pytest.raises(ConfigError, match=message) as caught:
         engine.set_policy(name, **values)
@@ -554,7 +554,7 @@ def test_no_mix_of_arguments_is_a_type_error(folder, monkeypatch):
             assert words in str(caught.value)
 
 
-def test_an_engine_shut_down_says_so(folder):
+def test_an_engine_that_was_shut_down_reports_it(folder):
     with init_inference(folder, **settings()) as engine:
         engine.generate("hello", GREEDY)
     engine.shutdown()
@@ -604,7 +604,7 @@ def test_an_exception_inside_the_with_block_passes_through(folder):
         engine.stats()
 
 
-def test_llm_speaks_vllms_names(folder, engine):
+def test_llm_accepts_vllms_names(folder, engine):
     with LLM(folder, **settings()) as llm:
         assert tokens(llm.generate(["hello"], GREEDY)) == tokens(engine.generate(["hello"], GREEDY))
         messages = [{"role": "user", "content": "hi"}]

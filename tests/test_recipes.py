@@ -92,7 +92,7 @@ def test_every_recipe_has_its_published_shape_and_modes_here():
 
 
 @every_recipe
-def test_recipe_loads_without_a_word(recipe, caplog):
+def test_recipe_loads_without_output(recipe, caplog):
     refuse_unavailable(load_config(recipe))
     assert not caplog.messages
 

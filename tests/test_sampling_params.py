@@ -109,7 +109,7 @@ def test_parameters_travel_as_plain_mappings(wanted):
     assert params.clone() == params
 
 
-def test_defaults_travel_as_nothing():
+def test_defaults_are_left_out_of_the_mapping():
     assert SamplingParams().to_mapping() == {}
     assert SamplingParams(stop=[], seed=-1, top_k=-1).to_mapping() == {}
 

@@ -57,7 +57,7 @@ def test_a_random_models_output_fits_the_schema_and_ends_with_eos(engine):
     ],
     ids=str,
 )
-def test_a_complete_output_ends_even_if_eos_may_not_say_so(engine, params):
+def test_a_complete_output_ends_even_where_eos_is_not_allowed(engine, params):
     wanted = SamplingParams(structured_outputs={"regex": "ab{3}"}, temperature=0, max_tokens=30, **params)
     outputs = engine.generate(
         ["hello", "hello"], [wanted, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)]

@@ -1,4 +1,4 @@
-"""A tiny Llama with a tokenizer, and engine settings to match: what the tests of everything but the models run on."""
+"""A tiny Llama with a tokenizer, and matching engine settings, for all tests but those of the models."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tiny_llama(folder: Path, tokenizer: bool = True, **changes: Any) -> Any:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token a printable ASCII character: every text has an obvious encoding."""
+    """One token per printable ASCII character: every text has an obvious encoding."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 

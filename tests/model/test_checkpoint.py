@@ -306,7 +306,7 @@ def test_an_unreadable_config_gives_a_one_line_error(tmp_path, text):
 
 def test_neither_folder_nor_hub_id_is_refused(tmp_path):
     for path in (str(tmp_path / "missing"), "./missing", "missing"):
-        with pytest.raises(CheckpointError, match="is no folder and no hub id"):
+        with pytest.raises(CheckpointError, match="is neither a folder nor a hub id"):
             init_inference(path, **settings())
 
 
