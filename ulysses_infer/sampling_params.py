@@ -311,7 +311,7 @@ def _schema_text(schema: Any) -> Any:
         return json.dumps(dict(schema), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(
-            f"structured_outputs.json is no JSON schema ({str(error)[:80]}); use plain JSON values"
+            f"structured_outputs.json is not a JSON schema ({str(error)[:80]}); use plain JSON values"
         ) from error
 
 
@@ -364,7 +364,7 @@ def _token_ids(name: str, value: Any) -> list[int]:
     token_ids = _list(name, value, "use token ids, as in [1, 2]")
     for token_id in token_ids:
         if not _is_integer(token_id) or not 0 <= token_id <= MAX_COUNT:
-            raise RequestError(f"{name} has {_show(token_id)}, which is no token id; use integers from 0 up")
+            raise RequestError(f"{name} has {_show(token_id)}, which is not a token id; use integers from 0 up")
     return list(dict.fromkeys(int(token_id) for token_id in token_ids))
 
 

@@ -119,7 +119,7 @@ def refusals(folder, others):
 def check_refusals(seen):
     assert "has shape [64, 80], but the model's config makes it [64, 88]" in seen[0]
     assert "lacks 1 of" in seen[1]
-    assert "is no folder" in seen[2]
+    assert "is neither a folder" in seen[2]
     assert "model is a int" in seen[3]
 
 

@@ -275,7 +275,7 @@ def _only_white_space(pattern: str) -> str | None:
     """The request's own regex, for one run of at least one character."""
     if not WHITESPACE_PATTERN.fullmatch(pattern):
         raise RequestError(
-            f"structured_outputs.whitespace_pattern {pattern[:40]!r} is no regex for JSON's white space alone; "
+            f"structured_outputs.whitespace_pattern {pattern[:40]!r} is not a regex that matches white space alone; "
             "use spaces, tabs and line breaks, such as [ \\n]*"
         )
     return f"(?:{pattern})".replace(r"\s", r"[\x20\x09\x0A\x0D]") if pattern else None
@@ -288,13 +288,13 @@ def _schema_text(text: str, white_space: str | None) -> str:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RequestError(
-            f"structured_outputs.json is no JSON schema: {str(error)[:MAX_ERROR]}; use a JSON object"
+            f"structured_outputs.json is not a JSON schema: {str(error)[:MAX_ERROR]}; use a JSON object"
         ) from error
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
         raise RequestError(
-            f"structured_outputs.json is no JSON schema: {str(schema)[:40]!r} is not an object; use a JSON object"
+            f"structured_outputs.json is not a JSON schema: {str(schema)[:40]!r} is not an object; use a JSON object"
         )
     try:
         return _with_options(prepare_schema(schema), white_space)
@@ -337,7 +337,7 @@ def _grammar(text: str) -> str:
     try:
         return str(any_to_lark(text))
     except Exception as error:  # a parser of free text: whatever it raises, the text is wrong
-        raise RequestError(f"structured_outputs.grammar is no GBNF: {_one_line(str(error))}; or use Lark") from error
+        raise RequestError(f"structured_outputs.grammar is not GBNF: {_one_line(str(error))}; or use Lark") from error
 
 
 # --- the library ---

@@ -103,7 +103,7 @@ def resolve_folder(path: str, revision: str | None) -> Path:
     if local.is_dir():
         return local
     if local.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise CheckpointError(f"model.path {path!r} is no folder and no hub id (owner/name); check the spelling")
+        raise CheckpointError(f"model.path {path!r} is neither a folder nor a hub id (owner/name); check the spelling")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -112,7 +112,7 @@ def resolve_folder(path: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         raise CheckpointError(
-            f"model.path {path!r} is no local folder and could not be had from the hub ({reason}); "
+            f"model.path {path!r} is not a local folder and could not be loaded from the hub ({reason}); "
             "give a folder, or check the name, your access and the network"
         ) from error
 
@@ -156,7 +156,7 @@ def _named_file(folder: Path) -> Path | None:
     is_inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))  # a link may lead out of it
     if not (is_inside and path.is_file() and path.name.endswith((".safetensors", ".safetensors.index.json"))):
         raise CheckpointError(
-            f"{config}: {NAMED_KEY} is {name!r}, which is no safetensors file or index in this folder"
+            f"{config}: {NAMED_KEY} is {name!r}, which is not a safetensors file or index in this folder"
         )
     return path
 

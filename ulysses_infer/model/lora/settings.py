@@ -130,7 +130,7 @@ def _wrong_entry(pattern: str, number: Any) -> str | None:
     try:
         re.compile(pattern)
     except re.error as error:
-        return f"has {pattern!r}, which is no regular expression ({first_line(error)})"
+        return f"has {pattern!r}, which is not a regular expression ({first_line(error)})"
     return None if _is_number(number) else f"must have a positive number for {pattern!r}"
 
 

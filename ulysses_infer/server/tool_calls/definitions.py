@@ -80,7 +80,7 @@ def named_function(tool_choice: ToolChoice) -> str | None:
 def _check_tool(tool: Any, where: str) -> str:
     """Check one definition; returns its name."""
     if not isinstance(tool, Mapping) or tool.get("type", "function") != "function":
-        raise RequestError(f'{where} is no function; use {{"type": "function", "function": {{"name": "…"}}}}')
+        raise RequestError(f'{where} is not a function; use {{"type": "function", "function": {{"name": "…"}}}}')
     function = tool.get("function")
     if not isinstance(function, Mapping):
         raise RequestError(f'{where} has no "function" object; use {{"type": "function", "function": {{"name": "…"}}}}')
@@ -88,7 +88,7 @@ def _check_tool(tool: Any, where: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise RequestError(f"{where} has the name {str(name)[:80]!r}; use 1 to 64 letters, digits, '_', '-' or '.'")
     if not isinstance(function.get("description") or "", str):
-        raise RequestError(f"{where} ({name}) has a description that is no text; use a string")
+        raise RequestError(f"{where} ({name}) has a description that is not text; use a string")
     _check_parameters(function.get("parameters"), f"{where} ({name})")
     return name
 
@@ -103,7 +103,7 @@ def _check_parameters(schema: Any, where: str) -> None:
         raise RequestError(f"{where} has properties that are no object; map names to schemas")
     for key, value in properties.items():
         if not isinstance(value, Mapping | bool):
-            raise RequestError(f"{where} has a schema for {str(key)[:60]!r} that is no object; use {{}} for any value")
+            raise RequestError(f"{where} has a schema for {str(key)[:60]!r} that is not an object; {{}} allows any")
     required = schema.get("required", [])
     if not isinstance(required, list | tuple) or not all(isinstance(key, str) for key in required):
-        raise RequestError(f"{where} has 'required' that is no list of names; use [] if nothing is required")
+        raise RequestError(f"{where} has 'required' that is not a list of names; use [] if nothing is required")

@@ -91,5 +91,5 @@ def _number(request: Request, name: str) -> float | None:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ApiError(400, f"{name} is {text[:40]!r}, which is no number", param=name)
+        raise ApiError(400, f"{name} is {text[:40]!r}, which is not a number", param=name)
     return number
