@@ -30,6 +30,7 @@ PROGRAMS = (
     "tests/bench/test_bench",
     "tests/engine/test_calibration",
     "tests/benchmarks",
+    "tests/cli/test_killed_commands",
 )
 
 
