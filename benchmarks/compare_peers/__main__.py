@@ -2,12 +2,12 @@
 
     python -m benchmarks.compare_peers               # everything; installs and compiles the peers on first use
     python -m benchmarks.compare_peers --models llama-60m --peers ours-tp,vllm,vllm-tp --repeats 3
-    python -m benchmarks.compare_peers --check       # first: do all compute the same tokens in float32?
+    python -m benchmarks.compare_peers --check       # first: do all give the same tokens in float32?
 
-Random weights, random token prompts, greedy, the end of text ignored. Every engine is a process (or as many as there
-are threads) that is started once and stopped while another is measured; rounds over all of them are repeated.
+Random weights, random token prompts, greedy, end of text ignored. Every engine is one process (or one per thread),
+started once and stopped while another is measured; rounds over all of them are repeated.
 
-A peer that cannot be installed or run here is named with the reason, and the others go on. vLLM wants
+A peer that cannot be installed or run here is named with the reason, and the others go on. vLLM needs
 libtcmalloc_minimal preloaded: it is taken from the system, or from `vllm/lib` in the folder of environments.
 """
 
@@ -25,14 +25,14 @@ from rich.console import Console
 
 from benchmarks.compare_peers.catalogue import CONTENDERS, LIMITS, Setting
 from benchmarks.compare_peers.floors import Floors, Sizes, floors
-from benchmarks.compare_peers.measuring import Field, Measured, Work, first_tokens, run_rounds
+from benchmarks.compare_peers.measuring import Measured, RunningPrograms, Work, first_tokens, run_rounds
 from benchmarks.compare_peers.report import as_values, machine, markdown, notes, same_tokens, table
 from ulysses_infer.bench.random_model import SHAPES, random_model
 from ulysses_infer.cache_folders import cache_folder
 from ulysses_infer.child_processes import end_children_with_this_process
 from ulysses_infer.engine.profile_key import device_name
 
-WIDTH = 190  # of a table that goes into a file
+WIDTH = 190  # of a table written to a file
 CHECK = Work(num_prompts=1, input_len=64, output_len=8)
 
 
@@ -42,11 +42,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("compare_peers", description=about[0], epilog=about[-1])
     names = ", ".join(CONTENDERS)
     parser.add_argument("--models", default="llama-60m,llama-0.5b", help=f"of {', '.join(SHAPES)} (default: both)")
-    parser.add_argument("--peers", default=names.replace(" ", ""), help=f"who is measured, of {names} (default: all)")
+    parser.add_argument("--peers", default=names.replace(" ", ""), help=f"contenders, of {names} (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="of each engine, all processes together (default 2)")
-    parser.add_argument("--lone", default="1x512/64", help="the lone request: 1 x tokens in / out (default 1x512/64)")
-    parser.add_argument("--together", default="32x256/64", help="the requests that come together (default 32x256/64)")
+    parser.add_argument(
+        "--single", default="1x512/64", help="the single request: 1 x tokens in / out (default 1x512/64)"
+    )
+    parser.add_argument("--concurrent", default="32x256/64", help="the concurrent requests (default 32x256/64)")
     parser.add_argument(
         "--environments",
         type=Path,
@@ -64,7 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             if name not in known:
                 parser.error(f"--{field}: there is no {name!r}; choose from {', '.join(known)}")
         setattr(options, field, chosen)
-    for field in ("lone", "together"):
+    for field in ("single", "concurrent"):
         try:
             setattr(options, field, parse_work(getattr(options, field)))
         except ValueError:
@@ -127,13 +129,13 @@ def compare(name: str, options: argparse.Namespace, console: Console) -> tuple[M
     model = random_model(name)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     contenders = {peer: CONTENDERS[peer] for peer in CONTENDERS if peer in options.peers}
-    longest = max(work.input_len + work.output_len for work in (options.lone, options.together, CHECK))
+    longest = max(work.input_len + work.output_len for work in (options.single, options.concurrent, CHECK))
     setting = Setting(
         model,
         "bfloat16",
         options.threads,
         longest,
-        max(options.lone.num_prompts, options.together.num_prompts),
+        max(options.single.num_prompts, options.concurrent.num_prompts),
         options.environments.resolve(),
         dict(override.split("=", 1) for override in options.overrides),
     )
@@ -144,14 +146,21 @@ def compare(name: str, options: argparse.Namespace, console: Console) -> tuple[M
         found = first_tokens(exact, contenders, logs, options.timeout, CHECK, config["vocab_size"], say)
         console.print(same_tokens(found))
     measured = Measured()
-    field = Field(setting, logs, options.timeout, measured, say)
-    with field.started([LIMITS, *(contender.program for contender in contenders.values())]):
+    running = RunningPrograms(setting, logs, options.timeout, measured, say)
+    with running.started([LIMITS, *(contender.program for contender in contenders.values())]):
         run_rounds(
-            field, contenders, measured, options.lone, options.together, config["vocab_size"], options.repeats, say
+            running,
+            contenders,
+            measured,
+            options.single,
+            options.concurrent,
+            config["vocab_size"],
+            options.repeats,
+            say,
         )
     if not measured.limits:
         return measured, None
-    return measured, floors(Sizes.of(config), options.lone, options.together, *machine(measured))
+    return measured, floors(Sizes.of(config), options.single, options.concurrent, *machine(measured))
 
 
 def _cpu() -> Any:

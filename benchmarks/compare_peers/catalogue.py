@@ -1,4 +1,4 @@
-"""Who is compared: the processes to run, and what each is measured as."""
+"""The contenders: the processes to run, and the rows of the result that each gives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIMITS = "limits"
 
 @dataclass(frozen=True)
 class Setting:
-    """What all engines are started for."""
+    """The settings that all engines are started with."""
 
     model: Path
     dtype: str
@@ -34,7 +34,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Program:
-    """A worker process: its command up to the socket's path, what it is told first, what its environment adds."""
+    """A worker process: its command up to the socket's path, its options, and additional environment variables."""
 
     command: list[str]
     options: dict[str, Any]
@@ -43,7 +43,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the result: a program, and what its tasks add."""
+    """A row of the result: a program, and additional settings of its tasks."""
 
     label: str
     program: str
@@ -89,7 +89,7 @@ def our_single_rank(setting: Setting) -> Program:
 
 
 def _our_program(setting: Setting, ranks: int, threads: int) -> Program:
-    blocks = setting.max_num_seqs * -(-setting.max_model_len // 16) * 2  # whatever the block size: ample
+    blocks = setting.max_num_seqs * -(-setting.max_model_len // 16) * 2  # enough for any block size
     options = {
         "model": str(setting.model),
         "dtype": setting.dtype,
@@ -112,7 +112,7 @@ def transformers_generate(setting: Setting) -> Program:
 def deepspeed_init_inference(setting: Setting) -> Program:
     """DeepSpeed through its launcher, in our own environment; it compiles its shared-memory collectives once."""
     operators = setting.environments / "deepspeed-ops"
-    for lock in operators.glob("*/lock"):  # of a compilation that was killed: everybody would wait for it for ever
+    for lock in operators.glob("*/lock"):  # left by a killed compilation; others would wait for it forever
         lock.unlink()
     options = {"model": str(setting.model), "dtype": setting.dtype, "tp": setting.threads, "threads": 1}
     ranks = ["--num_gpus", str(setting.threads), "--no_local_rank", "--master_port", str(_free_port())]
@@ -134,7 +134,7 @@ def vllm(setting: Setting) -> Program:
 
 
 def vllm_tensor_parallel(setting: Setting) -> Program:
-    """vLLM with a process for each thread."""
+    """vLLM with one process per thread."""
     return _vllm(setting, setting.threads, _cores(setting, "|"))
 
 
@@ -185,7 +185,7 @@ def llama_cpp(setting: Setting) -> Program:
 
 
 def machine_limits(setting: Setting) -> Program:
-    """No engine: what the processors can do."""
+    """No engine: the limits of the processors."""
     variables = {"OMP_NUM_THREADS": str(setting.threads)}
     return Program(_module(sys.executable, "limits"), {"threads": setting.threads}, variables)
 

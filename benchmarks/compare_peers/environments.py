@@ -18,12 +18,12 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an environment holds."""
+    """The packages of an environment."""
 
     installs: tuple[tuple[str, ...], ...]
-    """Requirements, installed one group after the other: torch first, or a build for GPUs may come along."""
+    """Requirements, installed one group after the other: torch first, or a GPU build may be installed with others."""
     removes: tuple[str, ...] = ()
-    """Packages that came along and do harm."""
+    """Packages installed as dependencies that break the peer."""
 
 
 RECIPES = {
@@ -67,7 +67,7 @@ def _pip(folder: Path, log: str, *arguments: str) -> None:
 
 
 def last_error(text: str) -> str:
-    """The line that says most of why a program failed: the last that speaks of an error, else the last."""
+    """The most telling line of a log: the last that contains "error", else the last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower() and not line.startswith("note:")]
     return (errors or lines or [""])[-1]

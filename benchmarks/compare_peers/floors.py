@@ -1,4 +1,4 @@
-"""What no engine can beat on a machine: weights read at the memory's speed, products at the processors'."""
+"""The bounds that no engine can beat: weights read at memory bandwidth, products at the processors' peak rate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Sizes:
     """Of the matrices of one layer."""
     head_weights: int
     key_value_width: int
-    """Of keys and values of one token and layer together."""
+    """Of keys and values of one token and layer concurrent."""
     query_width: int
 
     @classmethod
@@ -32,11 +32,11 @@ class Sizes:
 
     @property
     def weights(self) -> int:
-        """Read in every step: all matrices but the embedding, of which a step takes single rows."""
+        """Read in every step: all matrices but the embedding, which a step reads by rows."""
         return self.layers * self.layer_weights + self.head_weights
 
     def prefill_operations(self, tokens: int) -> float:
-        """Multiplications and additions for one prompt, logits for its last token alone."""
+        """Multiplications and additions for one prompt, logits for its last token only."""
         attention = 4 * self.query_width * tokens * (tokens + 1) / 2
         return self.layers * (2 * self.layer_weights * tokens + attention) + 2 * self.head_weights
 
@@ -51,16 +51,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Floors:
-    """The least that a machine allows."""
+    """The shortest times that a machine allows, and the highest throughput."""
 
     ttft: float
     tpot: float
     throughput: float
-    """The most, that is."""
 
 
-def floors(sizes: Sizes, lone: Work, together: Work, bandwidth: float, matmul: float, itemsize: int = 2) -> Floors:
-    """For bytes a second of `bandwidth` and operations a second of `matmul`; a step takes the longer of the two."""
+def floors(sizes: Sizes, single: Work, concurrent: Work, bandwidth: float, matmul: float, itemsize: int = 2) -> Floors:
+    """bandwidth: bytes per second; matmul: operations per second. A step takes the longer of the two times."""
 
     def prefill(work: Work) -> float:
         operations = work.num_prompts * sizes.prefill_operations(work.input_len)
@@ -73,5 +72,5 @@ def floors(sizes: Sizes, lone: Work, together: Work, bandwidth: float, matmul: f
             work.num_prompts * sizes.decode_operations(context) / matmul,
         )
 
-    seconds = prefill(together) + (together.output_len - 1) * decode(together)
-    return Floors(prefill(lone), decode(lone), together.num_tokens / seconds)
+    seconds = prefill(concurrent) + (concurrent.output_len - 1) * decode(concurrent)
+    return Floors(prefill(single), decode(single), concurrent.num_tokens / seconds)

@@ -1,4 +1,4 @@
-"""Rounds over all contenders: each is measured once a round, so that what disturbs the machine disturbs all alike."""
+"""Rounds over all contenders: each is measured once per round, so that other load disturbs all alike."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare_peers.asking import Task
 from benchmarks.compare_peers.catalogue import LIMITS, PROGRAMS, Contender, Setting
 from benchmarks.compare_peers.environments import UnavailableError
 from benchmarks.compare_peers.processes import Worker
+from benchmarks.compare_peers.protocol import Task
 from ulysses_infer.bench.load import LoadMeter
 
-WAKE_UP = (32, 4)  # tokens in and out of the request before each measurement: caches and clocks get warm
+WARM_UP = (32, 4)  # tokens in and out of the request before each measurement, which warms up caches and clocks
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Work:
-    """One kind of measurement: requests of a shape that come together."""
+    """One kind of measurement: concurrent requests of one shape."""
 
     num_prompts: int
     input_len: int
@@ -41,16 +41,16 @@ class Work:
 
 @dataclass
 class Repeat:
-    """What one round measured of one contender."""
+    """The measurements of one contender in one round."""
 
     ttft: float
-    """Seconds to the first token of the lone request."""
+    """Seconds to the first token of the single request."""
     tpot: float
     """Seconds for each of its further tokens."""
     throughput: float
-    """Tokens a second, of prompts and completions, of the requests that came together."""
+    """Tokens per second, of prompts and completions, of the concurrent requests."""
     foreign_cores: float
-    """What other programs took meanwhile, in cores."""
+    """Cores that other programs used meanwhile."""
 
 
 @dataclass
@@ -62,11 +62,11 @@ class Measured:
     unavailable: dict[str, str] = field(default_factory=dict)
     """Why a contender has no repeats, or no more of them."""
     limits: list[dict[str, float]] = field(default_factory=list)
-    """`bandwidth` in bytes a second and `matmul` in operations a second, once a round."""
+    """`bandwidth` in bytes per second and `matmul` in operations per second, once per round."""
 
 
-class Field:
-    """All programs of a comparison, each started once and kept."""
+class RunningPrograms:
+    """The running programs of a comparison, each started once."""
 
     def __init__(self, setting: Setting, logs: Path, seconds: float, measured: Measured, say: Say) -> None:
         self._setting, self._logs, self._seconds = setting, logs, seconds
@@ -75,7 +75,7 @@ class Field:
 
     @contextmanager
     def started(self, programs: Iterable[str]) -> Iterator[None]:
-        """Start programs, each once and one after the other; everything has ended afterwards."""
+        """Start programs one after the other, each once; all have ended afterwards."""
         with ExitStack() as cleanup:
             for name in dict.fromkeys(programs):
                 self._start(name, cleanup)
@@ -95,32 +95,32 @@ class Field:
 
 
 def run_rounds(
-    field: Field,
+    running: RunningPrograms,
     contenders: Mapping[str, Contender],
     measured: Measured,
-    lone: Work,
-    together: Work,
+    single: Work,
+    concurrent: Work,
     vocab_size: int,
     repeats: int,
     say: Say,
 ) -> None:
-    """Warm every contender up with the very work, then measure A B C, B C A, ..., limits at each round's start."""
+    """Warm up every contender with the measured work, then measure A B C, B C A, ..., limits at each round's start."""
     names = list(contenders)
     for turn in range(-1, repeats):
-        if turn >= 0 and LIMITS in field.workers:
-            worker = field.workers[LIMITS]
-            with worker.awake():
-                measured.limits.append(worker.ask({}))
+        if turn >= 0 and LIMITS in running.workers:
+            worker = running.workers[LIMITS]
+            with worker.resumed():
+                measured.limits.append(worker.measure({}))
         shift = max(turn, 0) % len(names)
         for name in names[shift:] + names[:shift]:
             contender = contenders[name]
-            found = field.workers.get(contender.program)
+            found = running.workers.get(contender.program)
             if found is None or name in measured.unavailable:
                 measured.unavailable.setdefault(name, measured.unavailable.get(contender.program, ""))
                 continue
             say(f"{'warming up' if turn < 0 else f'round {turn + 1} of {repeats}:'} {name}")
             try:
-                repeat = _measure(found, contender, lone, together, vocab_size, turn)
+                repeat = _measure(found, contender, single, concurrent, vocab_size, turn)
             except UnavailableError as error:
                 measured.unavailable[name] = str(error)
                 say(f"{name}: failed: {error}")
@@ -129,22 +129,24 @@ def run_rounds(
                 measured.repeats.setdefault(name, []).append(repeat)
 
 
-def _measure(worker: Worker, contender: Contender, lone: Work, together: Work, vocab_size: int, turn: int) -> Repeat:
-    def ask(work: Work) -> dict[str, Any]:
-        return worker.ask(work.task(vocab_size, turn) | contender.settings)
+def _measure(
+    worker: Worker, contender: Contender, single: Work, concurrent: Work, vocab_size: int, turn: int
+) -> Repeat:
+    def measure(work: Work) -> dict[str, Any]:
+        return worker.measure(work.task(vocab_size, turn) | contender.settings)
 
-    with worker.awake():
-        ask(Work(1, *WAKE_UP))
+    with worker.resumed():
+        measure(Work(1, *WARM_UP))
         load = LoadMeter()
-        alone = ask(lone)
-        crowd = ask(together)
+        answer_single = measure(single)
+        answer_concurrent = measure(concurrent)
         foreign = load.foreign_cores()
-    _check(alone, lone)
-    _check(crowd, together)
+    _check(answer_single, single)
+    _check(answer_concurrent, concurrent)
     return Repeat(
-        ttft=alone["first"],
-        tpot=(alone["seconds"] - alone["first"]) / (lone.output_len - 1),
-        throughput=together.num_tokens / crowd["seconds"],
+        ttft=answer_single["first"],
+        tpot=(answer_single["seconds"] - answer_single["first"]) / (single.output_len - 1),
+        throughput=concurrent.num_tokens / answer_concurrent["seconds"],
         foreign_cores=foreign,
     )
 
@@ -169,21 +171,21 @@ def first_tokens(
     found: dict[str, list[int] | str] = {}
     for program in dict.fromkeys(contender.program for contender in contenders.values()):
         measured = Measured()
-        field = Field(setting, logs, seconds, measured, say)
+        running = RunningPrograms(setting, logs, seconds, measured, say)
         mine = {name: contender for name, contender in contenders.items() if contender.program == program}
-        with field.started([program]):
+        with running.started([program]):
             for name, contender in mine.items():
-                found[name] = _first_tokens(field, contender, work.task(vocab_size, "check"), measured)
+                found[name] = _first_tokens(running, contender, work.task(vocab_size, "check"), measured)
     return found
 
 
-def _first_tokens(field: Field, contender: Contender, task: Task, measured: Measured) -> list[int] | str:
-    worker = field.workers.get(contender.program)
+def _first_tokens(running: RunningPrograms, contender: Contender, task: Task, measured: Measured) -> list[int] | str:
+    worker = running.workers.get(contender.program)
     if worker is None:
         return measured.unavailable[contender.program]
     try:
-        with worker.awake():
-            tokens: list[int] = worker.ask(task | contender.settings)["tokens"][0]
+        with worker.resumed():
+            tokens: list[int] = worker.measure(task | contender.settings)["tokens"][0]
     except UnavailableError as error:
         return str(error)
     return tokens

@@ -1,4 +1,4 @@
-"""A worker process: started, asked, stopped while others are measured, ended with all that it started."""
+"""A worker process: started, measured, stopped while others are measured, ended with all that it started."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 
-from benchmarks.compare_peers.asking import Answer, Task, receive, send
 from benchmarks.compare_peers.catalogue import Program
 from benchmarks.compare_peers.environments import UnavailableError, last_error
+from benchmarks.compare_peers.protocol import Answer, Task, receive, send
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTLE_SECONDS = 0.05
@@ -28,7 +28,7 @@ POLL_SECONDS = 0.2
 
 
 class Worker:
-    """One program, running. While it is not asked it is stopped (SIGSTOP): waiting by spinning then costs nothing."""
+    """One running program. Between measurements it is stopped (SIGSTOP), so that busy-waiting costs nothing."""
 
     def __init__(self, name: str, program: Program, log: Path, seconds: float) -> None:
         """Start it and wait up to `seconds` for it to be ready. Raises `UnavailableError`."""
@@ -62,13 +62,13 @@ class Worker:
                 os.rmdir(folder)
         self._signal(signal.SIGSTOP)
 
-    def ask(self, task: Task) -> Answer:
-        """One measurement; the process must be awake. Raises `UnavailableError` if it fails or takes too long."""
+    def measure(self, task: Task) -> Answer:
+        """One measurement; the process must be resumed. Raises `UnavailableError` if it fails or takes too long."""
         send(self._connection, task)
         return self._receive()
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
+    def resumed(self) -> Iterator[None]:
         """The process runs inside, and is stopped afterwards."""
         self._signal(signal.SIGCONT)
         time.sleep(SETTLE_SECONDS)
@@ -79,12 +79,12 @@ class Worker:
 
     def end(self) -> None:
         """End it and all that it started."""
-        family = self._family()  # while there is somebody to ask for it
+        processes = self._process_tree()  # while the process still lists its children
         self._signal(signal.SIGCONT)
         self._connection.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_SECONDS)
-        for process in family:
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._kill()
@@ -116,8 +116,8 @@ class Worker:
         said = last_error(self.log.read_text(encoding="utf-8", errors="replace"))
         return f"{what}; {said} (its log: {self.log})"
 
-    def _family(self) -> list[psutil.Process]:
-        """The process and all it started, those first that could start more."""
+    def _process_tree(self) -> list[psutil.Process]:
+        """The process and its descendants, parents first."""
         try:
             own = psutil.Process(self._process.pid)
             return [own, *own.children(recursive=True)]
@@ -125,7 +125,7 @@ class Worker:
             return []
 
     def _signal(self, number: int) -> None:
-        for process in self._family():
+        for process in self._process_tree():
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 

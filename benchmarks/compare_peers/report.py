@@ -1,4 +1,4 @@
-"""The result: a table to look at, Markdown for the documentation, plain values for a file."""
+"""The result: a table for the terminal, Markdown for the documentation, plain values for a file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from benchmarks.compare_peers.catalogue import CONTENDERS, LIMITS
 from benchmarks.compare_peers.floors import Floors
 from benchmarks.compare_peers.measuring import Measured, Repeat
 
-QUIET_CORES = 0.1  # other programs may take this much before figures are not to be trusted
+MAX_FOREIGN_CORES = 0.1  # above this use by other programs, figures are not reliable
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of every repeat."""
+    """A figure measured in every repeat."""
 
     key: str
     title: str
@@ -82,7 +82,7 @@ def best_of_ours(measured: Measured, metric: Metric) -> tuple[str, Cell] | None:
 
 
 def table(measured: Measured, limits: Floors | None) -> Table:
-    """A row a contender: of each metric the median, the range, the ratio to the best peer, the share of the limit."""
+    """One row per contender: for each metric the median, range, ratio to the best peer and share of the limit."""
     result = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False)
     result.add_column("engine", no_wrap=True)
     columns = {metric: cells(measured, metric, limits) for metric in METRICS}
@@ -120,7 +120,7 @@ def _style(cell: Cell, metric: Metric) -> str:
 
 
 def notes(measured: Measured) -> list[str]:
-    """What has to be known beside the table, a line each: limits, best ratios, load, who is missing and why."""
+    """Notes to the table, one line each: limits, best ratios, load by other programs, missing contenders."""
     lines = []
     if measured.limits:
         bandwidth, matmul = machine(measured)
@@ -132,8 +132,8 @@ def notes(measured: Measured) -> list[str]:
             lines.append(f"best of ours by {metric.title}: {best[1].ratio:.2f} x the best peer ({name})")
     foreign = [repeat.foreign_cores for own in measured.repeats.values() for repeat in own]
     if foreign:
-        busy = sum(cores > QUIET_CORES for cores in foreign)
-        warning = f"; in {busy} of {len(foreign)} measurements too much (> {QUIET_CORES})" if busy else ""
+        busy = sum(cores > MAX_FOREIGN_CORES for cores in foreign)
+        warning = f"; in {busy} of {len(foreign)} measurements too much (> {MAX_FOREIGN_CORES})" if busy else ""
         typical, most = statistics.median(foreign), max(foreign)
         lines.append(f"other programs kept {typical:.2f} cores busy (median), {most:.2f} at most{warning}")
     lines += [f"{name}: not measured: {reason}" for name, reason in missing(measured).items()]
@@ -179,7 +179,7 @@ def markdown(title: str, measured: Measured, limits: Floors | None) -> str:
 
 
 def as_values(measured: Measured, limits: Floors | None) -> dict[str, Any]:
-    """Everything that was measured, and what was made of it."""
+    """All measurements, and the figures computed from them."""
     return {
         "contenders": {
             name: {

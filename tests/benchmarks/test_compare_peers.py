@@ -20,14 +20,14 @@ from benchmarks.compare_peers.__main__ import parse, parse_work
 from benchmarks.compare_peers.catalogue import CONTENDERS, LIMITS, Program, Setting
 from benchmarks.compare_peers.environments import COMPLETE, RECIPES, UnavailableError, last_error, prepare
 from benchmarks.compare_peers.floors import Floors, Sizes, floors
-from benchmarks.compare_peers.measuring import Field, Measured, Repeat, Work, first_tokens, run_rounds
+from benchmarks.compare_peers.measuring import Measured, Repeat, RunningPrograms, Work, first_tokens, run_rounds
 from benchmarks.compare_peers.processes import Worker
 from benchmarks.compare_peers.report import METRICS, as_values, best_of_ours, cells, markdown, notes, same_tokens, table
 from benchmarks.compare_peers.workers.gguf_file import gguf_name, interleaved
 
 FAKE = """
 import os
-from benchmarks.compare_peers.asking import serve
+from benchmarks.compare_peers.protocol import serve
 
 def start(options):
     if options.get("refuses"):
@@ -45,7 +45,7 @@ def start(options):
 serve(start)
 """
 SETTING = Setting(Path("unused"), "bfloat16", 2, 64, 4, Path("unused"))
-LONE, TOGETHER = Work(1, 8, 3), Work(4, 6, 5)
+SINGLE, CONCURRENT = Work(1, 8, 3), Work(4, 6, 5)
 
 
 def fake(**options: Any) -> Program:
@@ -76,8 +76,8 @@ def test_a_worker_is_stopped_between_tasks_and_leaves_nothing(tmp_path: Path) ->
     (process,) = map(psutil.Process, children() - before)
 
     assert becomes_stopped(process)
-    with worker.awake():
-        answer = worker.ask(LONE.task(10, 0))
+    with worker.resumed():
+        answer = worker.measure(SINGLE.task(10, 0))
     assert becomes_stopped(process)
     worker.end()
 
@@ -117,10 +117,10 @@ def test_rounds_go_on_without_the_peers_that_fail(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("benchmarks.compare_peers.measuring.PROGRAMS", programs)
     contenders = {name: CONTENDERS[name] for name in ("ours-tp", "ours-sp", "vllm", "transformers", "llama.cpp")}
     measured, said, before = Measured(), [], children()
-    field = Field(SETTING, tmp_path, 60, measured, said.append)
+    running = RunningPrograms(SETTING, tmp_path, 60, measured, said.append)
 
-    with field.started(programs):
-        run_rounds(field, contenders, measured, LONE, TOGETHER, 10, 2, said.append)
+    with running.started(programs):
+        run_rounds(running, contenders, measured, SINGLE, CONCURRENT, 10, 2, said.append)
 
     assert {name: len(own) for name, own in measured.repeats.items()} == {"ours-tp": 2, "ours-sp": 2}
     found = measured.repeats["ours-tp"][0]
@@ -139,7 +139,7 @@ def test_tokens_that_differ_are_reported(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("benchmarks.compare_peers.measuring.PROGRAMS", programs)
     contenders = {name: CONTENDERS[name] for name in ("ours-tp", "transformers", "llama.cpp")}
 
-    found = first_tokens(SETTING, contenders, tmp_path, 60, LONE, 10, lambda text: None)
+    found = first_tokens(SETTING, contenders, tmp_path, 60, SINGLE, 10, lambda text: None)
 
     assert found == {"ours-tp": [5] * 3, "transformers": [5] * 3, "llama.cpp": [6] * 3}
     console = Console(width=100, record=True, file=io.StringIO())
@@ -201,8 +201,8 @@ def test_prefill_counts_every_pair_of_tokens_once() -> None:
 
 @given(bandwidth=st.floats(1e3, 1e12), matmul=st.floats(1e3, 1e15))
 def test_a_faster_machine_never_has_a_higher_floor(bandwidth: float, matmul: float) -> None:
-    slow = floors(Sizes.of(SHAPE), LONE, TOGETHER, bandwidth, matmul)
-    fast = floors(Sizes.of(SHAPE), LONE, TOGETHER, 2 * bandwidth, 2 * matmul)
+    slow = floors(Sizes.of(SHAPE), SINGLE, CONCURRENT, bandwidth, matmul)
+    fast = floors(Sizes.of(SHAPE), SINGLE, CONCURRENT, 2 * bandwidth, 2 * matmul)
 
     assert fast.ttft == pytest.approx(slow.ttft / 2)
     assert fast.tpot == pytest.approx(slow.tpot / 2)
@@ -288,7 +288,13 @@ def test_work_is_read_as_it_is_written(count: int, given_tokens: int, wanted: in
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--peers", "vllm,nobody"], ["--models", "llama-7b"], ["--lone", "512"], ["--together", "32x256/1"], ["policy"]],
+    [
+        ["--peers", "vllm,nobody"],
+        ["--models", "llama-7b"],
+        ["--single", "512"],
+        ["--concurrent", "32x256/1"],
+        ["policy"],
+    ],
 )
 def test_an_invalid_argument_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -298,9 +304,9 @@ def test_an_invalid_argument_is_refused(arguments: list[str], capsys: pytest.Cap
 
 
 def test_prompts_are_equal_for_every_contender_and_differ_between_rounds() -> None:
-    assert LONE.task(100, 3) == LONE.task(100, 3)
-    assert LONE.task(100, 3) != LONE.task(100, 4)
-    assert max(map(max, TOGETHER.task(10, 0)["prompts"])) < 10
+    assert SINGLE.task(100, 3) == SINGLE.task(100, 3)
+    assert SINGLE.task(100, 3) != SINGLE.task(100, 4)
+    assert max(map(max, CONCURRENT.task(10, 0)["prompts"])) < 10
 
 
 # -- GGUF ----------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""One module for each engine, run as a process of its own in that engine's virtual environment."""
+"""One module per engine, run as its own process in that engine's virtual environment."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from benchmarks.compare_peers.asking import Answer, Measure, Task, serve
+from benchmarks.compare_peers.protocol import Answer, Measure, Task, serve
 from benchmarks.compare_peers.workers.transformers_generate import generating
 
 FOREVER = datetime.timedelta(days=7)  # ranks wait for each other while others are measured
@@ -24,40 +24,40 @@ def load(options: dict[str, Any]) -> Measure:
     tensor_parallel = {"tp_size": options["tp"]}
     engine = deepspeed.init_inference(model, dtype=dtype, tensor_parallel=tensor_parallel)
     for name, buffer in engine.module.named_buffers():
-        buffer.data = frequencies[name].data  # rotary frequencies in bfloat16 would get long positions wrong
+        buffer.data = frequencies[name].data  # rotary frequencies in bfloat16 are wrong for long positions
     return generating(engine.module)
 
 
 def follow(options: dict[str, Any]) -> None:
-    """What every rank but the first does: the same tasks, told by the first."""
+    """Run the tasks that rank 0 broadcasts, on every other rank."""
     from torch import distributed
 
     measure = load(options)
     while True:
-        told: list[Any] = [None]
-        distributed.broadcast_object_list(told, src=0)
-        if told[0] is None:
+        message: list[Any] = [None]
+        distributed.broadcast_object_list(message, src=0)
+        if message[0] is None:
             return
-        measure(told[0])
+        measure(message[0])
 
 
 def start(options: dict[str, Any]) -> tuple[Measure, str]:
-    """The first rank's part: the others are told the options, and every task."""
+    """Rank 0: broadcast the options and every task to the others."""
     import deepspeed
     from torch import distributed
 
     distributed.broadcast_object_list([options], src=0)
     measure = load(options)
 
-    def together(task: Task) -> Answer:
+    def measure_on_all_ranks(task: Task) -> Answer:
         distributed.broadcast_object_list([task], src=0)
         return measure(task)
 
-    return together, deepspeed.__version__
+    return measure_on_all_ranks, deepspeed.__version__
 
 
 def main() -> None:
-    """Join the other ranks; the first one serves."""
+    """Join the other ranks; rank 0 serves."""
     import deepspeed
     from torch import distributed
 
@@ -68,9 +68,9 @@ def main() -> None:
         finally:
             distributed.broadcast_object_list([None], src=0)
     else:
-        told: list[Any] = [None]
-        distributed.broadcast_object_list(told, src=0)
-        follow(told[0])
+        message: list[Any] = [None]
+        distributed.broadcast_object_list(message, src=0)
+        follow(message[0])
 
 
 if __name__ == "__main__":

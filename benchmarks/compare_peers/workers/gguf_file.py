@@ -22,7 +22,7 @@ OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", 
 
 
 def gguf_name(name: str) -> str:
-    """What GGUF calls a Llama tensor of transformers."""
+    """The GGUF name of a Llama tensor of transformers."""
     stem = name.removesuffix(".weight")
     if stem in OUTER_NAMES:
         return f"{OUTER_NAMES[stem]}.weight"
@@ -52,7 +52,7 @@ def tensors(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def write(folder: Path, target: Path, dtype: str) -> None:
-    """Write `target` from the checkpoint in `folder`, in bfloat16 or float32; norms are float32 as llama.cpp wants."""
+    """Write `target` from the checkpoint in `folder`, in bfloat16 or float32; norms are float32 for llama.cpp."""
     import gguf
     import numpy as np
 

@@ -1,6 +1,6 @@
-"""What the processors can do at best: reading memory, and bfloat16 matrix products. Measured between the engines.
+"""The limits of the processors: memory bandwidth and bfloat16 matrix products. Measured between the engines.
 
-Both by torch and by this project's kernels, whichever is faster.
+Each by torch and by this project's kernels, whichever is faster.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.compare_peers.asking import Answer, Measure, Task, serve
+from benchmarks.compare_peers.protocol import Answer, Measure, Task, serve
 
 READ_BYTES = 1 << 29  # far beyond any cache
 PRODUCTS = ((512, 1536, 4608), (2048, 1536, 4608), (2048, 2048, 2048), (512, 512, 3584))  # (m, k, n)
 REPEATS = 5
-ROW = 4096  # numbers in a row of the weight that one row of inputs is multiplied with, to read it
+ROW = 4096  # width of the weight that is read by multiplying it with one row of inputs
 
 
 def best_rate(work: float, run: Callable[[], Any]) -> float:
-    """`work` a second, at the fastest of several runs."""
+    """`work` per second, at the fastest of several runs."""
     fastest = float("inf")
     for _ in range(REPEATS):
         started = time.perf_counter()

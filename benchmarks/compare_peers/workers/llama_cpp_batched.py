@@ -6,7 +6,7 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare_peers.asking import Answer, Measure, Stopwatch, Task, serve
+from benchmarks.compare_peers.protocol import Answer, Measure, Stopwatch, Task, serve
 from benchmarks.compare_peers.workers.gguf_file import write
 
 BATCH = 2048  # tokens of one call, llama.cpp's own default

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.compare_peers.asking import Answer, Measure, Stopwatch, Task, serve
+from benchmarks.compare_peers.protocol import Answer, Measure, Stopwatch, Task, serve
 
 FOREVER = 1e6  # seconds: a process that is stopped while others are measured is not hung
 

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.compare_peers.asking import Answer, Measure, Stopwatch, Task, serve
+from benchmarks.compare_peers.protocol import Answer, Measure, Stopwatch, Task, serve
 
 
 class FirstToken:
-    """A streamer: `generate` shows it the prompt, and then each token as it comes."""
+    """A streamer: `generate` passes it the prompt, then each token."""
 
     def __init__(self, watch: Stopwatch) -> None:
         self._watch, self._calls = watch, 0
 
     def put(self, value: Any) -> None:
-        """Hear of the prompt, or of one more token."""
+        """Receive the prompt, or one more token."""
         self._calls += 1
         if self._calls > 1:
             self._watch.token()
 
     def end(self) -> None:
-        """Hear of the end."""
+        """End of the output."""
 
 
 def generating(model: Any) -> Measure:
-    """How to measure a model that has transformers' `generate`."""
+    """The measuring function of a model that has transformers' `generate`."""
     import torch
 
     def measure(task: Task) -> Answer:
         prompts, length = torch.tensor(task["prompts"]), task["output_len"]
         watch = Stopwatch()
-        streamer = FirstToken(watch) if len(prompts) == 1 else None  # it takes lone requests only
+        streamer = FirstToken(watch) if len(prompts) == 1 else None  # streamers take single requests only
         with torch.inference_mode():
             output = model.generate(
                 prompts,

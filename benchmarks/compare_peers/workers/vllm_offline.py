@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.compare_peers.asking import Answer, Measure, Stopwatch, Task, serve
+from benchmarks.compare_peers.protocol import Answer, Measure, Stopwatch, Task, serve
 
 
 def start(options: dict[str, Any]) -> tuple[Measure, str]:

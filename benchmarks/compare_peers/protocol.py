@@ -1,4 +1,4 @@
-"""How a worker process is asked for measurements: JSON over a local socket. Standard library only."""
+"""Messages to and from worker processes: JSON over a local socket. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from multiprocessing.connection import Client, Connection
 from typing import Any
 
 Task = dict[str, Any]
-"""`prompts`: token ids of each; `output_len`: tokens to generate for each; and what the contender's settings add."""
+"""`prompts`: token ids of each; `output_len`: tokens to generate for each; and the contender's settings."""
 Answer = dict[str, Any]
 """`first`: seconds to the first token; `seconds`: to the last one; `tokens`: the generated ids of each prompt."""
 Measure = Callable[[Task], Answer]
-CUT = 300  # characters of an error that are worth a line
+CUT = 300  # most characters of an error message
 
 
 class Stopwatch:
-    """Seconds since it was made, and those at which the first token came."""
+    """Seconds since its creation, and until the first token."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._first = 0.0
 
     def token(self) -> None:
-        """A token is there."""
+        """Note that a token has come."""
         self._first = self._first or time.perf_counter() - self._started
 
     def answer(self, tokens: list[list[int]]) -> Answer:
-        """Everything is there."""
+        """The answer, once all tokens have come."""
         return {"first": self._first, "seconds": time.perf_counter() - self._started, "tokens": tokens}
 
 
@@ -39,18 +39,18 @@ def receive(connection: Connection) -> Any:
 
 
 def send(connection: Connection, message: Any) -> None:
-    """Give the other side a message."""
+    """Send a message to the other side."""
     connection.send_bytes(json.dumps(message).encode())
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """The error in one line."""
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text[:CUT]}"
 
 
 def serve(start: Callable[[dict[str, Any]], tuple[Measure, str]]) -> None:
-    """A worker's whole life: `start(options)` gives how to measure and a version; then one answer for each task."""
+    """Run a worker: `start(options)` returns a function that measures and a version; then one answer per task."""
     connection = Client(sys.argv[1], "AF_UNIX")
     try:
         measure, version = start(receive(connection))
