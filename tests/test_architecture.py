@@ -34,7 +34,7 @@ LAYERS = [
 ]
 """From the top down. A module may import from its own folder and from lower layers."""
 INDEPENDENT = [("launch", "cli"), ("server", "bench"), ("bench", "server")]
-"""Pairs within a layer of which the first may import the second."""
+"""Pairs within a layer: the first may import the second."""
 MAX_FILES = 20
 
 

@@ -136,7 +136,7 @@ class TestIncludes:
             load_config(recipe)
 
     @pytest.mark.parametrize("include", ["{a: b}", "[1]", "3"])
-    def test_include_that_is_no_list_of_names_is_refused(self, tmp_path, include):
+    def test_include_that_is_not_a_list_of_names_is_refused(self, tmp_path, include):
         with pytest.raises(ConfigError, match="give a list of file names"):
             load_config(write(tmp_path, "r.yaml", f"include: {include}\n"))
 
@@ -329,12 +329,12 @@ class TestClashes:
         with pytest.raises(ConfigError, match=r"^parallel.sp is 4 in the config dict but 2 in the arguments: give it"):
             load_config({"model.path": "m", "parallel": {"sp": 4}}, {"parallel.sp": 2}, strict_clash=True)
 
-    def test_same_value_and_other_keys_are_no_clash(self):
+    def test_same_value_and_other_keys_do_not_clash(self):
         source = {"model.path": "m", "parallel": {"sp": 4}, "policy": {"name": "static"}}
         config = load_config(source, {"parallel.sp": "4", "policy": {"mode": "tp"}}, strict_clash=True)
         assert (config.parallel.sp, config.policy.mode) == (4, "tp")
 
-    def test_default_is_no_clash(self):
+    def test_default_does_not_clash(self):
         assert load_config(Config(), {"model.path": "m", "parallel.sp": 2}, strict_clash=True).parallel.sp == 2
 
     def test_clash_between_an_alias_and_a_key_raises_when_strict(self):

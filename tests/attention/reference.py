@@ -1,4 +1,4 @@
-"""Attention written out in float64, and random sequences in a paged cache to compare a backend with it."""
+"""Naive attention in float64, and random sequences in a paged cache to compare a backend with it."""
 
 import torch
 

@@ -103,7 +103,7 @@ def test_powers_end_with_the_last_that_fits() -> None:
     assert powers(16, 16) == [16]
 
 
-def test_csv_and_picture_hold_every_sweep(tmp_path: Path) -> None:
+def test_csv_and_plot_hold_every_sweep(tmp_path: Path) -> None:
     rows = [
         *rows_of("tokens", {(count, mode): [count / 1e3] for count in (16, 32) for mode in (SP, TP)}),
         Row("memory", "llama-60m rss", 4096, 900, 900, 900),

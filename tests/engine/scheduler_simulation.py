@@ -28,7 +28,7 @@ EOS = 4
 
 
 def next_token(prefix: tuple[int, ...]) -> int:
-    """The pretend model: a function of every token before."""
+    """The simulated model: a function of every token before."""
     return zlib.crc32(bytes(prefix)) % VOCABULARY
 
 
@@ -46,7 +46,7 @@ def lone_output(request: Request, max_model_len: int) -> list[int]:
 
 
 class Simulation:
-    """Scheduler, pretend workers and pretend model. `requests` has every request ever added."""
+    """Scheduler, simulated workers and simulated model. `requests` has every request ever added."""
 
     def __init__(
         self,

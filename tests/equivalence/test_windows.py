@@ -20,7 +20,7 @@ UNCACHED = replace(CACHED, name="uncached", prefix_caching=False)
 PRESSED = replace(TIGHT, num_blocks=28)
 """Blocks of layers that see everything; the others have as many as they need."""
 PRESSED_WINDOWS = replace(TIGHT, num_blocks=8, settings={"model.max_model_len": MAX_MODEL_LEN})
-"""Where all layers have windows of 6: a chunk of 16 takes 7, and short texts grow to 3 each."""
+"""If all layers have windows of 6: a chunk of 16 takes 7, and short texts grow to 3 each."""
 FAMILIES = {
     "gemma2": PRESSED,
     "gemma3_text": PRESSED,

@@ -87,7 +87,7 @@ def test_every_call_gives_every_rank_the_same(folder, rank_pool):
 
 
 def refusals(folder):
-    """Errors of every kind, one after another, on an engine that goes on."""
+    """Errors of every kind, one after another, on an engine that survives them."""
     seen = []
     with init_inference(folder, **settings(2)) as engine:
         for call in (

@@ -106,7 +106,7 @@ NO_OBJECTS = ["", "not json", "[]", "null", '"text"', '{"a": 1', b"\xff\xfe"]
 
 @pytest.mark.parametrize("text", NO_OBJECTS)
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_a_file_that_is_no_json_object_is_named_in_one_line(name, text, tmp_path):
+def test_a_file_that_is_not_a_json_object_is_named_in_one_line(name, text, tmp_path):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(CheckpointError, match=rf"/{name} cannot be read: .*; correct it or download it again$"):
         (read_config if name == "config.json" else load_generation_config)(tmp_path)

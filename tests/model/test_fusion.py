@@ -45,7 +45,7 @@ FORMS = {
     "gpt2": (0, 0, 0, False),
 }
 ROUNDED_ELSEWHERE = {"olmo2": (0, 2, 0, False)}
-"""What is not the same in bfloat16: olmo2 weights its norms and rotates in float32."""
+"""Differences in bfloat16: olmo2 weights its norms and rotates in float32."""
 
 
 def load(family: str, dtype: torch.dtype, fuse: bool, damage: Callable[[Any], None] | None = None) -> ShiftModel:

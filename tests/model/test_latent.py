@@ -31,7 +31,7 @@ from ulysses_infer.parallel.layout import Layout, Mode, Span
 CPU = torch.device("cpu")
 SERVED = ("deepseek_v2", "deepseek_v3", "longcat_flash", "minicpm3", "youtu", "glm4_moe_lite", "axk1")
 DEEPSEEK = LatentWidths(512, 64, 128, 128)
-"""Of V2, V2-Lite and V3 alike."""
+"""The same for V2, V2-Lite and V3."""
 BLOCK = 4
 
 

@@ -136,7 +136,7 @@ def test_an_idle_engine_does_not_time_out(rank_pool, backend):
 
 
 def leave_early(backend):
-    """Rank 1 closes its groups while rank 0 waits in them; the job's own group goes on."""
+    """Rank 1 closes its groups while rank 0 waits in them; the job's own group still works."""
     layout = Layout(Mode(2, 1))
     groups = build_groups(layout, layout.modes, CPU, collectives=backend)
     if groups.is_first:

@@ -46,7 +46,7 @@ class Script:
     refusal: tuple[str, str] | None = None
     """(message, kind)"""
     num_tokens: int | None = None
-    """After so many tokens of a request it stalls, or does `then`."""
+    """After this number of tokens of a request it stalls, or does `then`."""
     then: str = "stall"
     """stall, die, error, abort"""
     num_cached_tokens: int = 0

@@ -22,7 +22,7 @@ def job(folder, **changes):
     return Job(folder, **{**LARGE, **changes})
 
 
-def assert_everyone_is_told(server, streams, seconds=END_SECONDS):
+def assert_every_client_gets_an_error(server, streams, seconds=END_SECONDS):
     """Each stream gets an error event, and /health fails until the server is gone."""
     started = time.monotonic()
     statuses = set()
@@ -51,7 +51,7 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_job(long_folder, rank, number
     with job(long_folder) as server:
         streams = [server.stream(max_tokens=LONG) for _ in range(3)]
         server.rank(rank).send_signal(number)
-        assert_everyone_is_told(server, streams)
+        assert_every_client_gets_an_error(server, streams)
         if (rank, number) == (1, signal.SIGKILL):
             assert "rank 1 ended unexpectedly" in streams[0].errors[0]["error"]["message"]
         if (rank, number) == (1, signal.SIGSTOP):
@@ -64,7 +64,7 @@ def test_a_rank_that_dies_while_nothing_runs_ends_the_job(long_folder):
     with job(long_folder) as server:
         assert server.complete().status_code == 200
         server.rank(1).kill()
-        assert_everyone_is_told(server, [])
+        assert_every_client_gets_an_error(server, [])
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_ranks_do_not_outlive_the_http_process(long_folder, number):
 def test_an_exception_in_the_forward_pass_of_a_rank_is_reported_to_every_client(long_folder, rank):
     with job(long_folder, fault=f"raise:{rank}:600") as server:
         streams = [server.stream(max_tokens=LONG) for _ in range(3)]
-        assert_everyone_is_told(server, streams)
+        assert_every_client_gets_an_error(server, streams)
         assert "a fault to order" in streams[0].errors[0]["error"]["message"]
         assert "ValueError: a fault to order" in server.output
 
@@ -95,7 +95,7 @@ def test_an_exception_in_the_forward_pass_of_a_rank_is_reported_to_every_client(
 def test_a_wedged_step_shows_where_each_rank_is_stuck(long_folder):
     with job(long_folder, fault="hang:1:60", **{"runtime.step_timeout": 3}) as server:
         stream = server.stream(max_tokens=LONG)
-        assert_everyone_is_told(server, [stream])
+        assert_every_client_gets_an_error(server, [stream])
         assert "a step has taken more than 3 s" in stream.errors[0]["error"]["message"]
         assert "stacks of rank 0" in server.output
         assert "stacks of rank 1" in server.output

@@ -25,7 +25,7 @@ def forbidden(words, output=()):
     [
         ([], {b"hello", b" hello"}),
         (["he"], {b"hello", b" hello", b"llo"}),
-        (["hel"], {b"hello", b" hello", b"lo,", b"lo!x"}),  # not "lox": there the word goes on
+        (["hel"], {b"hello", b" hello", b"lo,", b"lo!x"}),  # not "lox": there the word continues
         ([" ", "hel", "l"], {b"hello", b" hello", b"o"}),
         (["a", "he"], {b"hello", b" hello", b"llo"}),  # it begins where a token does
     ],
@@ -34,7 +34,7 @@ def test_every_way_to_spell_a_word_is_forbidden(output, completing):
     assert forbidden(["hello"], output) == completing
 
 
-def test_a_part_of_a_longer_word_is_no_bad_word():
+def test_a_part_of_a_longer_word_is_not_a_bad_word():
     assert forbidden(["ass"]) == {b"ass"}
     assert forbidden(["\n"]) == {b"\n", b"\n\n"}
 

@@ -106,7 +106,7 @@ def test_a_prefix_from_the_cache_is_a_start_beyond_the_first_token():
     assert arrays.groups[0].block_tables.tolist() == [[5, 6, 7]]
 
 
-def test_a_preempted_sequence_starts_anew():
+def test_a_preempted_sequence_starts_again():
     tables = BlockTables(BLOCK_SIZE, 1, MAX_BLOCKS)
     tables.apply(plan_of([PlanItem(3, 0, 6, [5, 6], LAST_LOGITS)]))
     arrays = tables.apply(plan_of([PlanItem(3, 0, 6, [1, 2], LAST_LOGITS)], dropped=[3]))
@@ -133,7 +133,7 @@ def test_tables_of_every_group_show_what_its_layers_see_and_no_more_than_that(at
     pools = BlockPools([60] * len(attention_spans), BLOCK_SIZE, attention_spans=attention_spans)
     tables = BlockTables(BLOCK_SIZE, 2, 20, attention_spans)
     starts, held, ends = [0, cached * BLOCK_SIZE], [[[] for _ in attention_spans] for _ in range(2)], [0, cached]
-    for group, attention_span in enumerate(attention_spans):  # as a hit of so many blocks would share them
+    for group, attention_span in enumerate(attention_spans):  # as a prefix hit of that many blocks would share them
         count = cached - attention_span.first_visible(starts[1]) // BLOCK_SIZE
         held[1][group] = pools.pools[group].allocate(count)
     truth = [[{} for _ in attention_spans] for _ in range(2)]

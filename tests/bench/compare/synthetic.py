@@ -9,7 +9,7 @@ from ulysses_infer.bench.compare.protocols import Capacity, ComparisonCase, Prot
 SIZES = WorkloadSizes(input_len=100, output_len=10, num_lone=2, num_saturated=8, contexts=(50, 100, 4000), seconds=10.0)
 INPUTS = ProtocolInputs(SIZES, Capacity(requests=4.0, tokens=440.0), max_model_len=8192)
 SPEEDS = {"dp": 2.0, "tp": 1.0, "sp": 1.5, "shift": 1.1, "adaptive": 0.9}
-"""How much longer everything takes than it does for tp."""
+"""Time relative to tp."""
 ABOUT = {
     "model": "demo <b>",
     "num_ranks": 2,

@@ -1,4 +1,4 @@
-"""A server that speaks enough of OpenAI's format, with known delays, and that can misbehave in every way."""
+"""A server with enough of OpenAI's format, known delays, and every kind of misbehaviour."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class FakeServer:
     script: Script = field(default_factory=Script)
     has_tokenizer: bool = True
     drops_idle: bool = False
-    """Close a connection after an answer that promised to keep it."""
+    """Close the connection after an answer that announced keep-alive."""
     tls: ssl.SSLContext | None = None
     bodies: list[dict[str, Any]] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     moments: list[float] = field(default_factory=list)
     tokens: list[list[float]] = field(default_factory=list)
-    """Of each request, the moments at which its tokens went out."""
+    """For each request, the times at which its tokens were sent."""
     num_connections: int = 0
     url: str = ""
 

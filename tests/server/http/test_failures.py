@@ -177,7 +177,7 @@ def test_a_client_that_leaves_before_its_body_is_complete_costs_nothing(server: 
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"null", b"[]", b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100_000])
-def test_a_body_that_is_no_object_is_400(server: Served, body: bytes) -> None:
+def test_a_body_that_is_not_an_object_is_400(server: Served, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     answer = server.http.post("/v1/completions", content=body, headers=headers)
     assert answer.status_code == 400

@@ -167,7 +167,7 @@ def test_mistral_ids_have_nine_characters_and_its_own_are_kept():
     assert first.id.startswith("call_")
 
 
-def test_the_schema_says_what_a_parameters_text_stands_for():
+def test_the_schema_gives_the_type_of_a_parameters_text():
     text = (
         "<function=search><parameter=query>\n12\n</parameter><parameter=exact>True</parameter>"
         '<parameter=options>\n{"a": [1]}\n</parameter><parameter=unknown>1</parameter></function>'
