@@ -115,7 +115,7 @@ def test_tied_embeddings_stay_tied(training_ranks):
 
 
 def use_the_trainings_groups(base):
-    """Which modes' SP exchanges run in the training's own group, and the largest error; the training continues afterwards."""
+    """Which modes' SP exchanges run in the training's own group, and the largest error; training continues after it."""
     with training(2, 2) as trained:
         with init_inference(trained.engine, **NO_LAYOUT, **base, **{"runtime.collectives": "torch"}) as engine:
             shuffle_modes(engine)
