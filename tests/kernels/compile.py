@@ -147,6 +147,67 @@ def _quantise(kind: str, groups: int, *strides: str) -> Case:
     )
 
 
+def _attention(
+    name: str,
+    group: int,
+    lengths: int,
+    width: int,
+    cache: str = "bfloat16",
+    model: str = "bfloat16",
+    architectures: tuple[int, ...] = ARCHITECTURES,
+    latents: bool = False,
+    splits: int = 1,
+    **options: Any,
+) -> list[Case]:
+    """The launches of 2 sequences of `lengths` query tokens and 2 KV heads, recorded on device meta."""
+    import torch
+
+    from ulysses_infer.kernels import attention, launch
+
+    def empty(*shape: int, dtype: str = "int32") -> Any:
+        return torch.empty(*shape, dtype=getattr(torch, dtype), device="meta")
+
+    heads = 1 if latents else 2
+    query, keys = empty(2 * lengths, heads * group, width, dtype=model), empty(64, 16, heads, width, dtype=cache)
+    values = keys[..., :512] if latents else empty(64, 16, heads, width, dtype=cache)
+    sequences = attention.Sequences(empty(3), empty(2), empty(2, 32), lengths, 512)
+    if options.pop("sinks", False):
+        options["sinks"] = empty(heads * group, dtype="float32")
+    softmax = attention.Softmax(0.1, **options)
+    cases: list[Case] = []
+
+    def record(
+        kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
+    ) -> None:
+        given = dict(zip(kernel.arg_names, arguments, strict=False))
+        cases.append(
+            Case(
+                f"{name}: {kernel.__name__}",
+                f"attention:{kernel.__name__}",
+                {argument: _type_of(value) for argument, value in given.items()},
+                constants,
+                num_warps,
+                num_stages,
+                tuple(k for k, v in given.items() if isinstance(v, int) and v % 16 == 0),
+                architectures,
+            )
+        )
+
+    original, attention.launch = attention.launch, record
+    with launch.assume("meta", (min(architectures) // 10, 0)):
+        attention.attention(query, keys, values, sequences, softmax, splits)
+    attention.launch = original
+    return cases
+
+
+def _type_of(argument: Any) -> str:
+    """The type of a kernel's argument as signatures name it."""
+    if isinstance(argument, int | float):
+        return "i32" if isinstance(argument, int) else "fp32"
+    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "int32": "i32"}
+    return "*" + names[str(argument.dtype).removeprefix("torch.")]
+
+
 CASES: list[Case] = [
     _norm("add, norm", 8192, 0),
     _norm("norm", 5120, 0, add=False),
@@ -165,6 +226,30 @@ CASES: list[Case] = [
     _heads("head norm, rotary of a part, pack", "bf16", norm=True, slots=False, width=256, rotated=64),
     _store("bf16"),
     _store("fp8e4nv"),
+    *_attention("decode 8 x 128", 8, 1, 128, splits=4),
+    *_attention("decode 8 x 128, e4m3", 8, 1, 128, "float8_e4m3fn", architectures=FP8_ARCHITECTURES),
+    *_attention("decode 8 x 128, e4m3 bits", 8, 1, 128, "float8_e4m3fn", architectures=(80,)),
+    *_attention("decode 5 x 80, e5m2", 5, 1, 80, "float8_e5m2"),
+    *_attention("prefill 8 x 128", 8, 512, 128),
+    *_attention("prefill 8 x 128, e4m3", 8, 512, 128, "float8_e4m3fn", architectures=FP8_ARCHITECTURES),
+    *_attention("prefill 8 x 128, e4m3 bits", 8, 512, 128, "float8_e4m3fn", architectures=(80,)),
+    *_attention("prefill 8 x 64, all", 8, 512, 64, window=128, chunk=8192, softcap=30.0, sinks=True),
+    *_attention("prefill 2 x 256, window, cap", 2, 512, 256, window=4096, softcap=50.0),
+    *_attention("prefill 1 x 192", 1, 512, 192),
+    *_attention("decode 4 x 256", 4, 1, 256),
+    *_attention("decode 4 x 128, float32", 4, 1, 128, "float32", "float32"),
+    *_attention("prefill 4 x 256, float32", 4, 512, 256, "float32", "float32"),
+    *_attention("decode 16 x 576, latents", 16, 1, 576, latents=True, splits=4),
+    *_attention("prefill 4 x 96, float16 cache", 4, 512, 96, "float16", "float16"),
+    *_attention("mixed 1 x 128, e4m3 bits", 1, 64, 128, "float8_e4m3fn", architectures=(80,)),
+    *_attention("decode 16 x 576, latents, e4m3", 16, 1, 576, "float8_e4m3fn", latents=True, architectures=(90, 100)),
+    *_attention("prefill 2 x 256, e4m3", 2, 512, 256, "float8_e4m3fn", architectures=(90, 100)),
+    *_attention("prefill 2 x 256, e4m3 bits", 2, 512, 256, "float8_e4m3fn", architectures=(80,)),
+    *_attention("decode 128 x 576, latents", 128, 1, 576, latents=True),
+    *_attention("decode 128 x 576, latents, e4m3", 128, 1, 576, "float8_e4m3fn", latents=True, architectures=(90, 100)),
+    *_attention(
+        "decode 128 x 576, latents, e4m3 bits", 128, 1, 576, "float8_e4m3fn", latents=True, architectures=(80,)
+    ),
 ]
 
 
