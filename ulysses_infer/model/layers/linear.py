@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ulysses_infer.kernels.scaled_rows import NONE
 from ulysses_infer.model.context import step_context
 from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.parallel.layout import Place, Span
@@ -103,6 +104,9 @@ class ShiftLinear(nn.Module):
         if len(self._pieces) == 1:
             return linear(inputs, *self._pieces[0])
         return torch.cat([linear(inputs, weight, bias) for weight, bias in self._pieces], dim=-1)
+
+    input_kind = NONE
+    """See `QuantizedLinear.input_kind`."""
 
     def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         """The result of `forward` of a column-parallel layer, split into the sharding's parts: q, k and v if packed."""

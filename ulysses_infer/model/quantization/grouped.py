@@ -8,7 +8,9 @@ from functools import cached_property
 
 import torch
 
-from ulysses_infer.model.quantization.products import is_aligned, quantised_tokens
+from ulysses_infer.kernels.launch import capability
+from ulysses_infer.kernels.scaled_rows import ROW
+from ulysses_infer.model.quantization.products import is_aligned, quantised_rows
 from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.model.quantization.scheme import Scheme
 
@@ -32,9 +34,9 @@ class TokenGroups:
 def is_grouped(scheme: Scheme, views: Mapping[str, torch.Tensor]) -> bool:
     """Whether `grouped_product` can read these views of all experts' components on their device."""
     weight = views.get("weight")
-    if weight is None or weight.device.type != "cuda" or not isinstance(scheme, ScaledWeight):
+    if weight is None or not isinstance(scheme, ScaledWeight):
         return False
-    return torch.cuda.get_device_capability(weight.device) == CAPABILITY and is_groupable(scheme, weight)
+    return capability(weight.device) == CAPABILITY and is_groupable(scheme, weight)
 
 
 def is_groupable(scheme: ScaledWeight, weight: torch.Tensor) -> bool:
@@ -52,12 +54,12 @@ def grouped_product(
     the kernel reads is column-major, a transposed view of it.
     """
     weight, scale = views["weight"], views[scheme.scale_name]
-    values, scales = quantised_tokens(tokens.contiguous(), tokens.shape[1])
+    rows = quantised_rows(tokens, ROW)
     channels = scale.reshape(len(weight), -1).expand(-1, weight.shape[1]).contiguous()
     output = torch._scaled_grouped_mm(
-        values,
+        rows.values,
         weight.transpose(1, 2),
-        scales[:, 0].contiguous(),
+        rows.scales[:, 0],
         channels,
         offs=groups.offsets,
         out_dtype=torch.bfloat16,

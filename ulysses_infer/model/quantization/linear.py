@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from ulysses_infer.kernels.scaled_rows import NONE, QuantisedRows
 from ulysses_infer.model.context import step_context
 from ulysses_infer.model.layers.linear import Cut
 from ulysses_infer.model.loading.files import TensorSource
@@ -40,6 +41,8 @@ class QuantizedLinear(nn.Module):
             self.bias = nn.Parameter(source.bias.new_empty(size), requires_grad=False)
         self._products: list[tuple[Product, Piece]] = []
         self._part_sizes: list[int] = []
+        self.is_stacked = False
+        """Whether its weight is part of a stacked weight (`fusion/stacked.py`)."""
 
     # -- loading -----------------------------------------------------------------------------------------------
 
@@ -65,8 +68,22 @@ class QuantizedLinear(nn.Module):
 
     # -- running -----------------------------------------------------------------------------------------------
 
+    @property
+    def components(self) -> Mapping[str, Component]:
+        """The tensors of the whole layer."""
+        return self._components
+
+    @property
+    def input_kind(self) -> int:
+        """How it quantises its inputs (kernels/scaled_rows.py); it takes them quantised, too."""
+        kinds = {product.input_kind for product, _ in self._products}
+        return kinds.pop() if len(kinds) == 1 else NONE
+
     def bind(self, place: Place) -> None:
         """Read the weight as `place` needs it from now on. Views only; nothing is copied."""
+        if self.is_stacked:
+            self._products = []
+            return
         spans = self.sharding.spans(place.weight_index, place.mode.tp)
         self._part_sizes = [span.size for span in spans]
         pieces = [self._piece(span) for span in merge(spans)]
@@ -95,7 +112,7 @@ class QuantizedLinear(nn.Module):
         piece = self._piece(span)
         return lambda dtype: self.scheme.dequantise(piece.parts, piece.rows, piece.columns).to(dtype)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor | QuantisedRows) -> torch.Tensor:
         """inputs: [..., in features of the mode]; returns [..., out features of the mode]."""
         outputs = [product(inputs, piece) for product, piece in self._products]
         if self.cut == "column":
@@ -103,6 +120,6 @@ class QuantizedLinear(nn.Module):
         output = step_context().collectives.sum_over_tp(outputs[0])
         return output if self.bias is None else output.add_(self.bias)
 
-    def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+    def parts(self, inputs: torch.Tensor | QuantisedRows) -> Sequence[torch.Tensor]:
         """The result of `forward` of a column-parallel layer, split by the parts of the sharding."""
         return self.forward(inputs).split(self._part_sizes, dim=-1)

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
+from ulysses_infer.kernels.launch import FP8_CAPABILITY, capability, has_fp8
+from ulysses_infer.kernels.scaled_rows import ALIGNED_ROWS, GROUP, GROUPED, NONE, ROW, QuantisedRows
 from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.model.quantization.component import Component
 from ulysses_infer.model.quantization.scaled import ScaledWeight
@@ -18,10 +20,10 @@ from ulysses_infer.parallel.layout import Span
 TILES = {"cpu": 1 << 20, "cuda": 1 << 24}  # weight values dequantized at a time
 BLOCK = 128  # the rows of a tile are a multiple of this, and of FP8 blocks on tensor cores
 ALIGNMENT = 16  # bytes; required of sizes, strides and addresses by FP8 tensor cores
-TOKENS = 4  # tokens of a block-scaled product are padded to this, to align the columns of their scales
 BLOCK_SCALING_CUDA = (12, 9)  # the first CUDA version with support
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST_SCALE = 1e-12  # minimum scale of activations, for tokens of zeros
+FAST_ROWS = 256  # from this many rows on (prefill), partial sums stay in the tensor cores, with fewer bits
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,12 @@ class Piece:
 class Product(Protocol):
     """inputs [..., columns] times a piece: [..., rows], plus its bias."""
 
-    def __call__(self, inputs: torch.Tensor, piece: Piece) -> torch.Tensor:
+    @property
+    def input_kind(self) -> int:
+        """How it quantises its inputs (kernels/scaled_rows.py); it takes them quantised, too."""
+        ...
+
+    def __call__(self, inputs: torch.Tensor | QuantisedRows, piece: Piece) -> torch.Tensor:
         """The product, in the inputs' dtype."""
         ...
 
@@ -54,13 +61,16 @@ class Product(Protocol):
 class DequantisedProduct:
     """Any scheme on any device: dequantizes some rows of the weight at a time, never all of it."""
 
+    input_kind = NONE
+
     def __init__(self, scheme: Scheme) -> None:
         self._scheme = scheme
 
-    def __call__(self, inputs: torch.Tensor, piece: Piece) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor | QuantisedRows, piece: Piece) -> torch.Tensor:
         """See `Product`."""
+        assert isinstance(inputs, torch.Tensor)
         output = inputs.new_empty(*inputs.shape[:-1], piece.rows.size)
-        for rows, parts in piece.tiles(_tile_rows(piece.columns.size, TILES[inputs.device.type])):
+        for rows, parts in piece.tiles(_tile_rows(piece.columns.size, TILES.get(inputs.device.type, TILES["cuda"]))):
             weight = self._scheme.dequantise(parts, rows, piece.columns).to(inputs.dtype).contiguous()
             first = rows.start - piece.rows.start
             output[..., first : first + rows.size] = linear(inputs, weight)
@@ -75,17 +85,25 @@ class RowScaledProduct:
     slice of outputs nor one of inputs is copied.
     """
 
+    input_kind = ROW
+
     def __init__(self, scheme: ScaledWeight) -> None:
         self._scheme = scheme
 
-    def __call__(self, inputs: torch.Tensor, piece: Piece) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor | QuantisedRows, piece: Piece) -> torch.Tensor:
         """See `Product`."""
         weight, scale = piece.parts["weight"], piece.parts[self._scheme.scale_name]
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        values, scales = quantised_tokens(rows, rows.shape[-1])
+        rows = quantised_rows(inputs, ROW)
         # N numbers; copied only if there is a single one
         channels = scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
-        output = torch._scaled_mm(values, weight.t(), scales, channels, out_dtype=torch.bfloat16).to(inputs.dtype)
+        output = torch._scaled_mm(
+            rows.values,
+            weight.t(),
+            rows.scales,
+            channels,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=rows.num_rows >= FAST_ROWS,
+        ).to(inputs.dtype)
         if piece.bias is not None:
             output.add_(piece.bias)
         return output.view(*inputs.shape[:-1], weight.shape[0])
@@ -94,26 +112,43 @@ class RowScaledProduct:
 class BlockScaledProduct:
     """FP8 on tensor cores, with one scale per 128 inputs of a token and one per 128 x 128 values of the weight."""
 
+    input_kind = GROUPED
+
     def __init__(self, scheme: ScaledWeight) -> None:
         self._scheme = scheme
 
-    def __call__(self, inputs: torch.Tensor, piece: Piece) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor | QuantisedRows, piece: Piece) -> torch.Tensor:
         """See `Product`."""
         weight, scale = piece.parts["weight"], piece.parts[self._scheme.scale_name]
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        values, scales = quantised_tokens(F.pad(rows, (0, 0, 0, -len(rows) % TOKENS)), BLOCK)
+        rows = quantised_rows(inputs, GROUPED)
         output = F.scaled_mm(
-            values,
+            rows.values,
             weight.t(),
-            scales.t().contiguous().t(),
+            rows.scales,
             F.ScalingType.BlockWise1x128,
             padded_blocks(scale).t(),
             F.ScalingType.BlockWise128x128,
             output_dtype=torch.bfloat16,
-        )[: len(rows)].to(inputs.dtype)
+        )[: rows.num_rows].to(inputs.dtype)
         if piece.bias is not None:
             output.add_(piece.bias)
         return output.view(*inputs.shape[:-1], weight.shape[0])
+
+
+def quantised_rows(inputs: torch.Tensor | QuantisedRows, kind: int) -> QuantisedRows:
+    """`inputs` [..., K] quantised by `kind` unless they already are: one Triton kernel where it runs, else torch."""
+    if isinstance(inputs, QuantisedRows):
+        assert inputs.kind == kind
+        return inputs
+    if has_fp8(inputs.device):
+        from ulysses_infer.kernels.quantisation import quantise
+
+        return quantise(inputs, kind)
+    rows, shape = inputs.reshape(-1, inputs.shape[-1]), inputs.shape
+    if kind == ROW:
+        return QuantisedRows(*quantised_tokens(rows, rows.shape[1]), kind, shape, inputs.dtype)
+    values, scales = quantised_tokens(F.pad(rows, (0, 0, 0, -len(rows) % ALIGNED_ROWS)), GROUP)
+    return QuantisedRows(values, scales.t().contiguous().t(), kind, shape, inputs.dtype)
 
 
 def quantised_tokens(rows: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,9 +183,10 @@ def choose_product(scheme: Scheme, piece: Piece) -> Product:
 
 def _on_tensor_cores(weight: torch.Tensor) -> bool:
     """Whether the FP8 kernels can read this view, [N, K]: a GPU with support, and everything aligned."""
-    if weight.device.type != "cuda" or weight.dtype != torch.float8_e4m3fn:
+    found = capability(weight.device)
+    if found is None or weight.dtype != torch.float8_e4m3fn:
         return False
-    return torch.cuda.get_device_capability(weight.device) >= (8, 9) and is_aligned(weight)
+    return found >= FP8_CAPABILITY and is_aligned(weight)
 
 
 def is_aligned(weight: torch.Tensor) -> bool:
@@ -162,7 +198,7 @@ def is_aligned(weight: torch.Tensor) -> bool:
 def _has_block_scaling(device: torch.device) -> bool:
     """torch supports it on Hopper only."""
     version = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
-    return torch.cuda.get_device_capability(device) == (9, 0) and version >= BLOCK_SCALING_CUDA
+    return capability(device) == (9, 0) and (version >= BLOCK_SCALING_CUDA or device.type != "cuda")
 
 
 def _tile_rows(columns: int, tile: int) -> int:
