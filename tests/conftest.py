@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -34,13 +35,26 @@ PROGRAMS = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in this hook, too
+def group_of(nodeid: str) -> str:
+    """The tests that one worker runs one after another: all that start programs, and those of each other file."""
+    return "programs" if nodeid.startswith(PROGRAMS) else nodeid.partition("::")[0]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Form the groups of `--dist loadgroup`: all tests that start programs, which go first, and each other file."""
-    for item in items:
-        name = "programs" if item.nodeid.startswith(PROGRAMS) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: not item.nodeid.startswith(PROGRAMS))
+    """Tests that start programs go first: together they take longer than any file."""
+    items.sort(key=lambda item: group_of(item.nodeid) != "programs")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Groups of tests for the workers of pytest-xdist."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)
 
 
 def pytest_configure() -> None:

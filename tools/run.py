@@ -29,7 +29,7 @@ TORCH = "torch==2.13.0"  # the release the engine is developed on
 EXTRAS = {"demo": "", "test": "[serve,bench,train,test]"}
 CHECKS = (["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"])
 PYTEST = ["pytest", "--durations=10"]
-IN_PARALLEL = ["--numprocesses=2", "--dist=loadgroup", "--no-loadscope-reorder"]  # groups: tests/conftest.py
+IN_PARALLEL = ["--numprocesses=2", "--dist=loadscope", "--no-loadscope-reorder"]  # groups: tests/conftest.py
 THOROUGH = "--thorough"
 
 
