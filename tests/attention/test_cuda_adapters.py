@@ -40,11 +40,22 @@ KINDS = {
     "window, soft cap and sinks": {"sliding_window": 7, "softcap": 2.0, "sinks": True},
     "chunks": {"chunk_size": 6},
 }
+
+
+def triton_attention():
+    """Our own kernel, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    from ulysses_infer.attention.triton import TritonAttention
+
+    return TritonAttention()
+
+
 BACKENDS = {
     "flash_attn": lambda: FlashAttnAttention(cuda_fakes.flash_attn_varlen_func),
     "flashinfer": lambda: FlashInferAttention(cuda_fakes.FlashInfer(), torch.device("cpu")),
     "varlen": lambda: VarlenAttention(cuda_fakes.varlen_attn),
     "flex": lambda: FlexAttention(flex_attention),
+    "triton": triton_attention,
 }
 CANNOT = {("varlen", "softcap"), *((name, "chunk_size") for name in ("flash_attn", "flashinfer", "varlen"))}
 
@@ -97,7 +108,7 @@ def check(backend, lengths, contexts, heads, kind, **how):
     ],
 )
 def test_an_adapter_attends_as_the_torch_loop_does(name, kind, case):
-    for heads in HEADS if name != "flex" else HEADS[1:2]:
+    for heads in HEADS[1:2] if name in ("flex", "triton") else HEADS:
         check(BACKENDS[name](), *CASES[case], heads, KINDS[kind])
 
 

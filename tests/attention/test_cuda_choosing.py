@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import logging
+import sys
+import types
 
 import pytest
 import torch
@@ -27,13 +29,14 @@ def chosen(installed=EVERYTHING, name="auto", **changes):
         ({"block_size": 16}, "flashinfer"),
         ({"block_size": 16, "softcap": True}, "flashinfer"),
         ({"softcap": True}, "flash_attn"),
-        ({"chunks": True}, "flex"),
-        ({"dtype": torch.float32, "cache_dtype": torch.float32}, "flex"),
+        ({"chunks": True}, "triton"),
+        ({"dtype": torch.float32, "cache_dtype": torch.float32}, "triton"),
         ({"key_width": 192, "value_width": 192}, "flash_attn"),
-        ({"key_width": 192, "value_width": 128}, "flex"),
-        ({"block_size": 16, "key_width": 96, "value_width": 96}, "flex"),
-        ({"block_size": 8, "key_width": 96, "value_width": 96}, "torch"),
-        ({"cache_dtype": torch.float8_e4m3fn}, "torch"),
+        ({"key_width": 192, "value_width": 128}, "triton"),
+        ({"block_size": 16, "key_width": 96, "value_width": 96}, "triton"),
+        ({"block_size": 8, "key_width": 96, "value_width": 96}, "triton"),
+        ({"cache_dtype": torch.float8_e4m3fn}, "triton"),
+        ({"latents": True, "key_width": 288, "value_width": 256}, "triton"),
         ({"capability": (7, 5)}, "flex"),
     ],
 )
@@ -59,6 +62,18 @@ def test_without_extra_libraries_torch_meets_every_need(changes, wanted):
     assert choice.rejected["flash_attn"] == "flash_attn is not installed"
 
 
+@pytest.mark.parametrize("changes", [{}, {"softcap": True}, {"chunks": True}, {"block_size": 16}, {"block_size": 4}])
+def test_without_extra_libraries_our_own_kernel_meets_every_need(changes):
+    assert chosen(installed={"triton", "varlen", "flex", "torch"}, **changes).name == "triton"
+
+
+def test_a_package_without_the_function_that_is_called_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    assert "flash_attn" not in choosing.installed_backends()
+    sys.modules["flash_attn"].flash_attn_varlen_func = print
+    assert "flash_attn" in choosing.installed_backends()
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "why"),
     [
@@ -67,7 +82,7 @@ def test_without_extra_libraries_torch_meets_every_need(changes, wanted):
         ("flash_attn", {"chunks": True}, "it has no chunked attention"),
         ("flashinfer", {"key_width": 80, "value_width": 80}, "heads are 80 and 80 wide"),
         ("flex", {"block_size": 24}, "not a power of two from 16 up"),
-        ("native", {}, "a GPU runs flash_attn, flashinfer, varlen, flex, torch"),
+        ("native", {}, "a GPU runs flash_attn, flashinfer, triton, varlen, flex, torch"),
         ("magic", {}, "a GPU runs flash_attn"),
     ],
 )
@@ -112,7 +127,8 @@ def test_the_log_names_the_choice_and_why_others_were_refused(caplog, monkeypatc
     assert record.levelno == logging.WARNING, "it is slow and was not requested"
     assert record.getMessage() == (
         "attention runs on torch (not flash_attn: flash_attn is not installed; not flashinfer: flashinfer is not "
-        "installed; not varlen: torch.nn.attention.varlen is not installed; not flex: triton is not installed)"
+        "installed; not triton: triton is not installed; not varlen: torch.nn.attention.varlen is not installed; "
+        "not flex: triton is not installed)"
     )
 
 

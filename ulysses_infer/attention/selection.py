@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -26,10 +26,13 @@ FLEX_PAGE = 16  # the smallest tile of its matrix products
 LIBRARIES = {
     "flash_attn": "flash_attn",
     "flashinfer": "flashinfer",
+    "triton": "triton",
     "varlen": "torch.nn.attention.varlen",
     "flex": "triton",
 }
 """The module that each backend needs."""
+FUNCTIONS = {"flash_attn": ("flash_attn_varlen_func",), "varlen": ("varlen_attn",), "triton": ("jit",)}
+"""The functions that a module must have to be of use."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,10 @@ def _reject_flashinfer(needs: AttentionNeeds) -> str | None:
     return None
 
 
+def _reject_triton(needs: AttentionNeeds) -> str | None:
+    return "it needs an Ampere or newer GPU" if needs.capability < (8, 0) else None
+
+
 def _reject_flex(needs: AttentionNeeds) -> str | None:
     if needs.block_size < FLEX_PAGE or needs.block_size & (needs.block_size - 1):
         return f"cache.block_size is {needs.block_size}, not a power of two from {FLEX_PAGE} up"
@@ -129,6 +136,7 @@ def _reject_torch(needs: AttentionNeeds) -> str | None:
 CAPABILITIES: dict[str, Callable[[AttentionNeeds], str | None]] = {
     "flash_attn": _reject_flash,
     "flashinfer": _reject_flashinfer,
+    "triton": _reject_triton,
     "varlen": _reject_varlen,
     "flex": _reject_flex,
     "torch": _reject_torch,
@@ -167,8 +175,19 @@ def _rejection(name: str, needs: AttentionNeeds, installed: Collection[str]) -> 
 
 
 def installed_backends() -> set[str]:
-    """The backends whose library is installed."""
-    return {"torch", *(name for name, module in LIBRARIES.items() if importlib.util.find_spec(module) is not None)}
+    """The backends whose library can be imported with the function that is called.
+
+    Looking for the module would not do: some packages install a folder of that name without the function.
+    """
+    return {"torch", *(name for name in LIBRARIES if _is_importable(name))}
+
+
+def _is_importable(name: str) -> bool:
+    try:
+        module = importlib.import_module(LIBRARIES[name])
+    except Exception:  # a library that does not fit the driver or torch raises anything
+        return False
+    return all(hasattr(module, function) for function in FUNCTIONS.get(name, ()))
 
 
 def make_backend(name: str, device: torch.device) -> AttentionBackend:
@@ -213,6 +232,10 @@ def _load(name: str, device: torch.device, latents: bool) -> AttentionBackend:
         from ulysses_infer.attention.flashinfer import FlashInferAttention
 
         return FlashInferAttention(flashinfer, device)
+    if name == "triton":
+        from ulysses_infer.attention.triton import TritonAttention
+
+        return TritonAttention()
     if name == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
