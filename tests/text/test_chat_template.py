@@ -77,6 +77,46 @@ def test_what_transformers_renders_from_parts_is_what_is_rendered_here(tokenizer
         assert ChatTemplate(tokenizer).render(messages) == expected
 
 
+FIRST = "{{ messages[0].role == 'system' or raise_exception('system first') }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (FIRST + OF_PARTS, "True[system]bekind[user]hi[a]"),  # only accepts conversations with a system message
+        (FIRST + OF_PARTS.replace("m.content", "m.content[:1]"), "True[system]be\nkind[user]hi[a]"),
+        (OF_TEXT.replace("m.content", "m.content | tojson(separators=(',', ':'))"), '[system]"be\\nkind"[user]"hi"[a]'),
+    ],
+)
+def test_nothing_that_the_user_wrote_is_lost(tokenizer, template, expected):
+    tokenizer.chat_template = template
+    messages = [{"role": "system", "content": parts("be", "kind")}, {"role": "user", "content": "hi"}]
+    assert ChatTemplate(tokenizer).render(messages) == expected
+
+
+CALL = {"function": {"name": "get", "arguments": '{"city": "Rome"}'}}
+OF_CALLS = "{{ m.role }}:{% for call in m.tool_calls or () %}{{ call.function.arguments | tojson }}{% endfor %}"
+OF_CALLS_IN_TEXT = (  # as DeepSeek's
+    "{{ m.role }}:{% if m['content'] is none %}{% for call in m.tool_calls %}{{ '<' + call.function.arguments + '>' }}"
+    "{% endfor %}{% else %}{{ m['content'] + '|' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (OF_CALLS, 'user:assistant:{"city": "Rome"}'),
+        (OF_CALLS_IN_TEXT, 'user:hi|assistant:<{"city": "Rome"}>'),
+        (OF_CALLS + "{{ '=' + m.content[0].text }}", 'user:=hiassistant:{"city": "Rome"}='),
+    ],
+)
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_calls_without_content_are_rendered(tokenizer, template, expected, content):
+    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", **content, "tool_calls": [CALL]}]
+    assert ChatTemplate(tokenizer).render(messages) == expected
+
+
 def test_absent_content_is_empty(tokenizer):
     for template in (OF_TEXT, OF_PARTS):
         tokenizer.chat_template = template

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ulysses_infer.errors import RequestError, first_line
 
-PROBE = "ulysses-infer-probe"
-PARTS_AS_TEXT = (f"'text': '{PROBE}'", f'"text": "{PROBE}"')  # how a template for text writes a list of parts
+PROBE, SECOND_PROBE = "ulysses-infer-probe", "ulysses-infer-end"
+# How a template for text writes a list of parts: as Python or JSON.
+PARTS_AS_TEXT = re.compile(rf"""text[\\'"]+:\s?[\\'"]+{PROBE}""")
 OLD_PLACES = ("chat_template.json", "processor_config.json")  # a processor's files, which tokenizers do not read
 MAX_FORMS = 64  # templates and roles whose forms are kept
 
@@ -29,6 +31,7 @@ class ContentForms(NamedTuple):
 
     text: bool
     parts: bool
+    first_part_only: bool = False
 
 
 def find_template(place: str | Path, revision: str | None) -> str | None:
@@ -84,61 +87,111 @@ class ChatTemplate:
             raise RequestError(
                 "the checkpoint has no chat template; give a plain prompt, or set server.chat_template for a server"
             )
-        options = {"tools": tools, "documents": documents, **variables}
+        options = {
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            **variables,
+        }
         key = (template if isinstance(template, str) else json.dumps(template), bool(tools))
-        adapted = [
-            {**message, "content": self._content(message, key)} for message in _with_known_roles(messages, key[0])
-        ]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                adapted,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **options,
-            )
-        except Exception as error:  # a template is a program and may raise anything
-            raise RequestError(f"the chat template refuses these messages: {first_line(error)}") from error
-        return str(text)
+        adapted = [self._adapted(message, key) for message in _with_known_roles(messages, key[0])]
+        refusal = None
+        for attempt, render in self._attempts(adapted, key):
+            try:
+                return render(attempt, options)
+            except Exception as error:  # a template is a program and may raise anything
+                refusal = error
+        raise RequestError(f"the chat template refuses these messages: {first_line(refusal)}") from refusal
+
+    def _attempts(
+        self, messages: list[Message], key: tuple[str, bool]
+    ) -> Iterator[tuple[list[Message], Callable[[list[Message], dict[str, Any]], str]]]:
+        """The messages as transformers renders them, then in forms for templates that raise on that: absent content
+        as null or as empty text, arguments of calls as text."""
+        yield messages, self._render
+        in_text = [_with_arguments_in_text(message) for message in messages]
+        if any("content" not in message for message in messages):
+            yield [{"content": None, **message} for message in in_text], self._render_nulls
+        if not all(message.get("content") for message in messages):
+            yield [self._with_empty_content(message, key) for message in messages], self._render
+        if any("tool_calls" in message for message in messages):
+            yield [self._with_empty_content(message, key) for message in in_text], self._render
+
+    def _render(self, messages: list[Message], options: dict[str, Any]) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    def _render_nulls(self, messages: list[Message], options: dict[str, Any]) -> str:
+        """As `apply_chat_template`, which drops keys whose value is null."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self._tokenizer.get_chat_template(options.get("chat_template"), options["tools"])
+        variables = {**self._tokenizer.special_tokens_map, **options, "chat_template": template}
+        rendered, _ = render_jinja_template([messages], **variables)
+        return str(rendered[0])
+
+    def _adapted(self, message: Message, key: tuple[str, bool]) -> Message:
+        """The message with its content in a form that the template reads, and the arguments of calls as objects."""
+        adapted = {name: value for name, value in message.items() if value is not None}
+        if "content" in adapted:
+            adapted["content"] = self._content(message, key)
+        if isinstance(adapted.get("tool_calls"), list | tuple):
+            adapted["tool_calls"] = [_with_arguments(call, _as_object) for call in adapted["tool_calls"]]
+        return adapted
 
     def _content(self, message: Message, key: tuple[str, bool]) -> Any:
-        """The message's content in a form that the template reads."""
-        content = message.get("content")
+        content = message["content"]
         parts = _text_parts(content)
         forms = self._forms(str(message.get("role")), *key)
-        if isinstance(content, list | tuple) and forms.parts:
-            return parts
-        if forms.parts and not forms.text:
+        if forms.parts and (isinstance(content, list | tuple) or not forms.text):
+            if forms.first_part_only and len(parts) > 1:
+                return [{"type": "text", "text": "\n".join(part["text"] for part in parts)}]
             return parts
         return "\n".join(part["text"] for part in parts)
 
+    def _with_empty_content(self, message: Message, key: tuple[str, bool]) -> Message:
+        if message.get("content"):
+            return message
+        forms = self._forms(str(message.get("role")), *key)
+        return {**message, "content": "" if forms.text else [{"type": "text", "text": ""}]}
+
     def _find_forms(self, role: str, template: str, with_tools: bool) -> ContentForms:
         """The forms in which the text of a probe comes out of the template; text if it comes out of neither."""
-        in_parts = [{"type": "text", "text": PROBE}]
-        found = ContentForms(
-            self._shows(role, PROBE, template, with_tools), self._shows(role, in_parts, template, with_tools)
-        )
-        return found if any(found) else ContentForms(True, False)
+        in_parts = [{"type": "text", "text": text} for text in (PROBE, SECOND_PROBE)]
+        text = self._shown(role, PROBE, template, with_tools)
+        parts = self._shown(role, in_parts, template, with_tools)
+        if not text and not parts:
+            return ContentForms(True, False)
+        return ContentForms(bool(text), bool(parts), SECOND_PROBE not in parts)
 
-    def _shows(self, role: str, content: Any, template: str, with_tools: bool) -> bool:
+    def _shown(self, role: str, content: Any, template: str, with_tools: bool) -> str:
+        """A conversation with the content, as the template writes it; "" if the template does not read it."""
         options: dict[str, Any] = {"tools": [PROBE_TOOL]} if with_tools else {}
         if isinstance(getattr(self._tokenizer, "chat_template", None), str):
             options["chat_template"] = template  # it may be the request's own
-        for filler in ("x", [{"type": "text", "text": "x"}]):
-            conversation = _probe_conversation(role, content, filler)
+        for conversation in _probe_conversations(role, content):
             try:
-                text = str(self._tokenizer.apply_chat_template(conversation, tokenize=False, **options))
+                text = self._render(conversation, options)
             except Exception:  # a template is a program and may raise anything; it does not read this form
                 continue
-            if PROBE in text and not any(written in text for written in PARTS_AS_TEXT):
-                return True
-        return False
+            if PROBE in text and not PARTS_AS_TEXT.search(text):
+                return text
+        return ""
 
 
 PROBE_TOOL = {
     "type": "function",
     "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
 }
+
+
+def _probe_conversations(role: str, content: Any) -> Iterator[list[Message]]:
+    """Short conversations with the content in a message of `role`, in forms that different templates accept."""
+    for filler in ("x", [{"type": "text", "text": "x"}]):
+        messages = _probe_conversation(role, content, filler)
+        yield messages
+        if role != "system":
+            yield [{"role": "system", "content": filler}, *messages]
 
 
 def _probe_conversation(role: str, content: Any, filler: Any) -> list[Message]:
@@ -148,11 +201,41 @@ def _probe_conversation(role: str, content: Any, filler: Any) -> list[Message]:
         return [probe]
     if role == "assistant":
         return [user, probe]
-    if role == "tool":
+    if role in ("tool", "function"):
         call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {}}}
         caller = {"role": "assistant", "content": filler, "tool_calls": [call]}
         return [user, caller, {**probe, "name": "f", "tool_call_id": "call00000"}]
     return [probe, user]
+
+
+def _with_arguments_in_text(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_with_arguments(call, _as_text) for call in calls]}
+
+
+def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of the call with changed arguments; anything without arguments as it is."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or "arguments" not in function:
+        return call
+    return {**call, "function": {**function, "arguments": change(function["arguments"])}}
+
+
+def _as_object(arguments: Any) -> Any:
+    """JSON as an object. Invalid JSON that a model once wrote stays text, because it is only history."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _text_parts(content: Any) -> list[dict[str, Any]]:

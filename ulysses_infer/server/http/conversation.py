@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,14 +72,11 @@ def conversation_of(body: Any, variables: Mapping[str, Any] | None = None) -> Co
 
 
 def message_of(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: text or text parts as content, and call arguments as objects."""
+    """A message of a request as a mapping, for the chat template."""
     mapping = message.model_dump(exclude_none=True, exclude={"content", "tool_calls"})
     mapping["content"] = message.content
     if message.tool_calls:
-        calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
-        for call in calls:
-            call["function"]["arguments"] = _arguments(call["function"]["arguments"])
-        mapping["tool_calls"] = calls
+        mapping["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
     return mapping
 
 
@@ -88,15 +84,6 @@ def _num_characters(content: str | list[dict[str, Any]] | None) -> int:
     if isinstance(content, list):
         return sum(len(str(part.get("text", ""))) for part in content)
     return len(content or "")
-
-
-def _arguments(text: str) -> Any:
-    """The arguments as an object. Invalid JSON that a model once wrote stays text, because it is only history."""
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
 
 
 def render(template: ChatTemplate, conversation: Conversation) -> str:
