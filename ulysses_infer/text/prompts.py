@@ -20,6 +20,7 @@ from ulysses_infer.text.detokenizer import TextStream, TokenDecoder
 from ulysses_infer.text.structured import GrammarCompiler, GrammarState
 
 logger = logging.getLogger(__name__)
+MAX_CACHED = 32  # requests whose bad words are kept prepared
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -44,6 +45,7 @@ class PromptReader:
         self.decoder = None if tokenizer is None else TokenDecoder(tokenizer)
         self.grammars = GrammarCompiler(tokenizer, vocab_size)
         self._seed, self._unseeded = seed, itertools.count()
+        self._bad_words = functools.lru_cache(MAX_CACHED)(self._make_bad_words)
 
     def read(self, prompt: Any) -> tuple[str | None, list[int]]:
         """The prompt's text (None for token ids) and its token ids. Raises `RequestError`."""
@@ -66,13 +68,17 @@ class PromptReader:
             return None
         if self.tokenizer is None:
             raise RequestError("bad_words needs a tokenizer; set model.tokenizer")
+        return self._bad_words(tuple(params.bad_words))
+
+    def _make_bad_words(self, words: tuple[str, ...]) -> BadWords:
         # A word with a token that the model has no row for cannot be sampled in these tokens.
-        encoded = [word for word in params.encode_bad_words(self.tokenizer) if max(word) < self.vocab_size]
+        encoded = SamplingParams(bad_words=list(words)).encode_bad_words(self.tokenizer)
+        encoded = [word for word in encoded if max(word) < self.vocab_size]
         spellings = self._spellings
         if spellings is None:
             return BadWords(encoded)
         without_text = [word for word in encoded if not all(spellings.token_bytes[token] for token in word)]
-        return BadWords(without_text, params.bad_words, spellings)
+        return BadWords(without_text, words, spellings)
 
     @functools.cached_property
     def _spellings(self) -> Spellings | None:
