@@ -96,13 +96,13 @@ class ChatTemplate:
         }
         key = (template if isinstance(template, str) else json.dumps(template), bool(tools))
         adapted = [self._adapted(message, key) for message in _with_known_roles(messages, key[0])]
-        refusal = None
+        refusals: list[Exception] = []
         for attempt, render in self._attempts(adapted, key):
             try:
                 return render(attempt, options)
             except Exception as error:  # a template is a program and may raise anything
-                refusal = error
-        raise RequestError(f"the chat template refuses these messages: {first_line(refusal)}") from refusal
+                refusals.append(error)
+        raise RequestError(f"the chat template refuses these messages: {first_line(refusals[-1])}") from refusals[-1]
 
     def _attempts(
         self, messages: list[Message], key: tuple[str, bool]
@@ -127,8 +127,8 @@ class ChatTemplate:
 
         template = self._tokenizer.get_chat_template(options.get("chat_template"), options["tools"])
         variables = {**self._tokenizer.special_tokens_map, **options, "chat_template": template}
-        rendered, _ = render_jinja_template([messages], **variables)
-        return str(rendered[0])
+        rendered: Any = render_jinja_template([messages], **variables)
+        return str(rendered[0][0])
 
     def _adapted(self, message: Message, key: tuple[str, bool]) -> Message:
         """The message with its content in a form that the template reads, and the arguments of calls as objects."""
