@@ -182,13 +182,14 @@ class CountingTokenizer:
         return self._tokenizer.decode(token_ids, **kwargs)
 
 
+@pytest.mark.parametrize("stop", [None, ["zzz"]])
 @pytest.mark.parametrize("garbage", [False, True])
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
-def test_cost_per_token_does_not_grow_with_the_text(kind, garbage):
+def test_cost_per_token_does_not_grow_with_the_text(kind, garbage, stop):
     tokenizer = CountingTokenizer(tokenizer_of(kind))
     byte = tokenizer.convert_tokens_to_ids({"byte_level": "Ģ", "sentencepiece": "<0x80>"}[kind])
     token_ids = [byte] * 3000 if garbage else encode(kind, "the 你é quick\n" * 500)[:3000]
-    detok = Detokenizer(TokenDecoder(tokenizer), SamplingParams())
+    detok = Detokenizer(TokenDecoder(tokenizer), SamplingParams(stop=stop))
     tokenizer.num_decoded = 0
     assert "".join(pieces_of(detok, token_ids)) == full_decode(kind, token_ids)
     assert tokenizer.num_decoded <= len(token_ids) * WINDOW * 6

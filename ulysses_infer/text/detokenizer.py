@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ulysses_infer.errors import RequestError
@@ -27,7 +27,9 @@ class TokenDecoder:
     def __init__(self, tokenizer: Any) -> None:
         self._decode = _decoding(tokenizer)
         vocabulary = tokenizer.get_vocab()
-        self._bytes = frozenset(i for piece, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(str(piece)))
+        self._bytes = {
+            i: int(str(piece)[3:5], 16) for piece, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(str(piece))
+        }
         candidates = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         self._known = frozenset(vocabulary.values()) | candidates
         self._skipped = frozenset(token_id for token_id in candidates if self._vanishes(token_id))
@@ -66,6 +68,10 @@ class TokenDecoder:
     def is_byte(self, token_id: int) -> bool:
         """Whether the token is a single byte, written when the vocabulary lacks a character."""
         return token_id in self._bytes
+
+    def byte_tokens(self, values: Collection[int]) -> frozenset[int]:
+        """The tokens that are one of these bytes."""
+        return frozenset(token_id for token_id, value in self._bytes.items() if value in values)
 
     def _vanishes(self, token_id: int) -> bool:
         """Whether skipping special tokens skips this one (tokenizers disagree about what is special)."""
@@ -183,6 +189,7 @@ class StopMatcher:
         self._stops = stops
         self._borders = [_borders(stop) for stop in stops]
         self._matched = [0] * len(stops)  # characters of each stop string that the text ends with
+        self._first = {stop[0] for stop in stops}
 
     def feed(self, character: str) -> str | None:
         """Add a character; returns the longest stop string that ends with it."""
@@ -194,6 +201,10 @@ class StopMatcher:
                 matched = borders[matched]
             self._matched[index] = matched
         return complete or None
+
+    def may_begin_in(self, text: str) -> bool:
+        """Whether a stop string may begin in `text`: quick, for most text."""
+        return not self._first.isdisjoint(text)
 
     def would_find(self, text: str) -> bool:
         """Whether a stop string would be complete within `text`, which is not added."""
@@ -247,6 +258,9 @@ class Detokenizer:
         if self._stream is not None and decoder is not None and params.stop_strings and params.skip_special_tokens:
             self._hidden = decoder.skipped_parts(params.stop_strings)
         self._has_stops = bool(params.stop_strings)
+        self._last_bytes: frozenset[int] = frozenset()  # byte tokens that may complete a stop string while held back
+        if decoder is not None and params.stop_strings:
+            self._last_bytes = decoder.byte_tokens({stop.encode(errors="replace")[-1] for stop in params.stop_strings})
         self._include_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
@@ -281,14 +295,14 @@ class Detokenizer:
             self._accept(self._hidden[token_id], shown=False)
             return
         self._accept(stream.push(token_id))
-        may_stop = self._has_stops and self.stop_reason is None and self._num_tokens > self._min_tokens
+        may_stop = token_id in self._last_bytes and self.stop_reason is None and self._num_tokens > self._min_tokens
         if may_stop and self._matcher.would_find(stream.pending()):
             self._accept(stream.finish())
 
     def _accept(self, text: str, shown: bool = True) -> None:
         """Add certain text and emit what can no longer be part of a stop string. shown: it is part of the output."""
-        if not self._has_stops:
-            self._pieces += [text] if text else []
+        if not self._has_stops or (not self._held and not self._matcher.may_begin_in(text)):
+            self._pieces += [text] if text and shown else []
             return
         may_stop = self._num_tokens > self._min_tokens
         for position, character in enumerate(text):
