@@ -1,5 +1,8 @@
 """Bad words: the text that the user would read decides, however it is split into tokens."""
 
+import itertools
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,10 +53,32 @@ def test_bytes_that_spell_a_character_are_its_text():
     assert forbidden(["é"], [b"\xc3"]) == {"é".encode(), b"\xa9"}
 
 
+def test_a_word_is_a_whole_word_wherever_it_is_in_a_token():
+    tokens = [b"x", b"a-b", b"xa-b", b"a-bx", b" a-b.", b"a-ba-b", b"xa-b a-b", b"-", b"a--b", b"(", "aé".encode()]
+    forbidden = BadWords((), ["a-b", "-"], Spellings(tokens)).completing([]).tolist()
+    assert [tokens[token] for token in forbidden] == [piece for piece in tokens if b"-" in piece]
+    forbidden = BadWords((), ["a-b", "a"], Spellings(tokens)).completing([]).tolist()
+    assert [tokens[token] for token in forbidden] == [b"a-b", b"a-bx", b" a-b.", b"a-ba-b", b"xa-b a-b", b"a--b"]
+
+
+def test_many_words_cost_microseconds_per_token():
+    letters = range(ord("a"), ord("z") + 1)
+    tokens = [bytes(spelled) for spelled in itertools.product(letters, repeat=3)]
+    spelled = itertools.islice(itertools.permutations(letters, 6), 500)
+    words = ["".join(map(chr, word)) for word in spelled]
+    bad_words = BadWords((), words, Spellings(tokens))
+    output = [tokens.index(b"xyz"), tokens.index(b"abc")]
+    started = time.process_time()
+    for _ in range(100):
+        found = bad_words.completing(output)
+    assert time.process_time() - started < 0.05  # half a millisecond per token; it takes some ten microseconds
+    assert len(found) == len({word[3:] for word in words})
+
+
 def test_sequences_hold_where_the_bytes_are_not_known():
     words = BadWords([[7], [5, 6, 8]])
-    assert words.completing([]) == [7]
-    assert words.completing([1, 5, 6]) == [7, 8]
+    assert words.completing([]).tolist() == [7]
+    assert words.completing([1, 5, 6]).tolist() == [7, 8]
 
 
 @given(st.lists(st.integers(1, len(TOKENS) - 1), max_size=12), st.sampled_from(["hello", " hello", "é", "ass", "lo"]))

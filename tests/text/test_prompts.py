@@ -75,15 +75,15 @@ def test_without_a_tokenizer_text_is_refused(bare):
 
 
 def test_bad_words_are_forbidden_as_text_and_special_tokens_by_id(reader, bare):
-    assert reader.bad_words(SamplingParams(bad_words=["ab"])).completing(encode("a")) == encode("b")
-    assert reader.bad_words(SamplingParams(bad_words=["</s>"])).completing([]) == [EOS]
+    assert reader.bad_words(SamplingParams(bad_words=["ab"])).completing(encode("a")).tolist() == encode("b")
+    assert reader.bad_words(SamplingParams(bad_words=["</s>"])).completing([]).tolist() == [EOS]
     assert bare.bad_words(SamplingParams()) is None
 
 
 def test_tokens_beyond_the_models_vocabulary_are_ignored(tokenizer):
     small = PromptReader(tokenizer, VOCABULARY.index("b"), frozenset({EOS, 98, 4000, -1}), seed=0)
     assert small.eos_token_ids == {EOS}
-    assert small.bad_words(SamplingParams(bad_words=["b", "a"])).completing([]) == encode("a")
+    assert small.bad_words(SamplingParams(bad_words=["b", "a"])).completing([]).tolist() == encode("a")
 
 
 def test_text_that_the_tokenizer_refuses_is_one_line(reader):

@@ -9,9 +9,18 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 MAX_CACHED = 4096  # remainders of words whose tokens are kept
+SEPARATOR = b"\xff"  # in no token's bytes
+LETTER = rb"[0-9A-Za-z_\x80-\xfe]"  # ASCII letters, digits and the underscore, and every byte of other characters
+
+_is_letter = re.compile(LETTER).match
 
 
 class Spellings:
@@ -21,6 +30,8 @@ class Spellings:
         """token_bytes: the bytes of each token id; b"" for tokens without text."""
         self.token_bytes = token_bytes
         self._sorted = sorted((piece, token) for token, piece in enumerate(token_bytes) if piece)
+        self._joined = SEPARATOR.join(piece for piece, _ in self._sorted)  # searched much faster than a list
+        self._starts = list(itertools.accumulate((len(piece) + 1 for piece, _ in self._sorted), initial=0))
         self.completing = functools.lru_cache(MAX_CACHED)(self._completing)
         self.containing = functools.lru_cache(MAX_CACHED)(self._containing)
 
@@ -29,61 +40,89 @@ class Spellings:
         found, place = [], bisect.bisect_left(self._sorted, (rest, -1))
         while place < len(self._sorted) and self._sorted[place][0].startswith(rest):
             piece, token = self._sorted[place]
-            if not _goes_on(rest[-1], piece[len(rest) : len(rest) + 1]):
+            if not _goes_on(rest[-1:], piece[len(rest) : len(rest) + 1]):
                 found.append(token)
             place += 1
         return tuple(found)
 
     def _containing(self, word: bytes) -> tuple[int, ...]:
         """Tokens that contain `word` as a whole word, or begin with it."""
-        inside = {token for piece, token in self._sorted if word in piece and _has_word(piece, word)}
-        return tuple(sorted(inside.union(self.completing(word))))
+        inside = set(self.completing(word))
+        if word in self._joined:
+            places = (bisect.bisect_right(self._starts, match.start()) - 1 for match in _whole(word, self._joined))
+            inside.update(self._sorted[place][1] for place in places)
+        return tuple(sorted(inside))
+
+
+class _Node:
+    """A beginning of words: the words that go on from here, by their next byte."""
+
+    __slots__ = ("next", "rests", "tokens")
+
+    def __init__(self) -> None:
+        self.next: dict[int, _Node] = {}
+        self.rests: list[bytes] = []  # of the words that begin so
+        self.tokens: tuple[int, ...] | None = None  # that complete one of them, once they are needed
 
 
 class BadWords:
-    """The bad words of one request."""
+    """The bad words of a request. It keeps nothing of the outputs, so they can share it."""
 
     def __init__(
         self, sequences: Sequence[Sequence[int]], words: Sequence[str] = (), spellings: Spellings | None = None
     ) -> None:
         """sequences: token ids that spell the words, as the tokenizer writes them; words: their text, for all other
         ways to spell them with `spellings`."""
-        self._sequences = sequences
+        always = {last for *prefix, last in sequences if not prefix}
+        self._sequences = [tuple(sequence) for sequence in sequences if len(sequence) > 1]
         self._spellings = spellings
-        self._words = [] if spellings is None else sorted({variant for word in words for variant in _variants(word)})
-        self._longest = max(map(len, self._words), default=0)
+        self._root = _Node()
+        spelled = () if spellings is None else [word.encode(errors="replace") for word in words]
+        self._longest = max(map(len, spelled), default=0)
+        for word in spelled:
+            assert spellings is not None
+            always.update(spellings.containing(word))
+            self._insert(word)
+        self._always = np.array(sorted(always), dtype=np.int64)
 
-    def completing(self, output_token_ids: Sequence[int]) -> list[int]:
+    def _insert(self, word: bytes) -> None:
+        node = self._root
+        for length in range(1, len(word)):
+            node = node.next.setdefault(word[length - 1], _Node())
+            node.rests.append(word[length:])
+
+    def completing(self, output_token_ids: Sequence[int]) -> npt.NDArray[np.int64]:
         """Tokens that would complete a bad word after `output_token_ids`."""
-        forbidden = [
-            last
-            for *prefix, last in self._sequences
-            if len(output_token_ids) >= len(prefix) and _ends_with(output_token_ids, prefix)
-        ]
+        forbidden = [sequence[-1] for sequence in self._sequences if _ends_with(output_token_ids, sequence[:-1])]
         if self._spellings is not None:
-            forbidden += self._spelled(self._spellings, output_token_ids)
-        return forbidden
+            forbidden += self._going_on(self._spellings, output_token_ids)
+        return np.append(self._always, forbidden).astype(np.int64) if forbidden else self._always
 
-    def _spelled(self, spellings: Spellings, output_token_ids: Sequence[int]) -> list[int]:
+    def _going_on(self, spellings: Spellings, output_token_ids: Sequence[int]) -> Iterator[int]:
+        """Tokens that would complete a word that earlier tokens begin."""
         text, starts = _tail(spellings.token_bytes, output_token_ids, self._longest)
-        forbidden: list[int] = []
-        for word in self._words:
-            forbidden += spellings.containing(word)
-            for length in range(1, min(len(word), len(text) + 1)):
-                start = len(text) - length
-                may_start = start in starts or not _goes_on(word[0], text[start - 1 : start])
-                if may_start and text.endswith(word[:length]):
-                    forbidden += spellings.completing(word[length:])
-        return forbidden
+        for start in range(max(len(text) - self._longest + 1, 0), len(text)):
+            if text[start] not in self._root.next:
+                continue
+            if start not in starts and _goes_on(text[start : start + 1], text[start - 1 : start]):
+                continue
+            node = self._root
+            for byte in text[start:]:
+                if byte not in node.next:
+                    break
+                node = node.next[byte]
+            else:
+                yield from _tokens_of(node, spellings)
+
+
+def _tokens_of(node: _Node, spellings: Spellings) -> tuple[int, ...]:
+    if node.tokens is None:
+        node.tokens = tuple({token for rest in node.rests for token in spellings.completing(rest)})
+    return node.tokens
 
 
 def _ends_with(token_ids: Sequence[int], suffix: Sequence[int]) -> bool:
-    return list(token_ids[len(token_ids) - len(suffix) :]) == list(suffix)
-
-
-def _variants(word: str) -> list[bytes]:
-    text = word.encode(errors="replace")
-    return [text] if word[:1].isspace() else [text, b" " + text]
+    return len(token_ids) >= len(suffix) and tuple(token_ids[len(token_ids) - len(suffix) :]) == suffix
 
 
 def _tail(token_bytes: Sequence[bytes], token_ids: Sequence[int], length: int) -> tuple[bytes, set[int]]:
@@ -102,23 +141,14 @@ def _tail(token_bytes: Sequence[bytes], token_ids: Sequence[int], length: int) -
     return b"".join(reversed(pieces)), starts
 
 
-def _has_word(piece: bytes, word: bytes) -> bool:
-    """Whether `piece` contains `word` with no word going on at either end."""
-    start = piece.find(word)
-    while start >= 0:
-        end = start + len(word)
-        before, after = piece[start - 1 : start] if start else b"", piece[end : end + 1]
-        if not _goes_on(word[0], before) and not _goes_on(word[-1], after):
-            return True
-        start = piece.find(word, start + 1)
-    return False
+def _whole(word: bytes, text: bytes) -> Iterator[re.Match[bytes]]:
+    """Where `word` is in `text` with no word going on at either end."""
+    escaped = re.escape(word)
+    before = b"(?<!" + LETTER + escaped + b")" if _is_letter(word[:1]) else b""  # after the word: so it is found fast
+    after = b"(?!" + LETTER + b")" if _is_letter(word[-1:]) else b""
+    return re.finditer(escaped + before + after, text)
 
 
-def _goes_on(edge: int, beside: bytes) -> bool:
+def _goes_on(edge: bytes, beside: bytes) -> bool:
     """Whether a word goes on from its edge byte to the byte beside it; b"" is the end of the text."""
-    return bool(beside) and _is_letter(edge) and _is_letter(beside[0])
-
-
-def _is_letter(byte: int) -> bool:
-    """ASCII letters, digits and the underscore, and every byte of other characters."""
-    return byte >= 0x80 or byte == ord("_") or chr(byte).isalnum()
+    return bool(_is_letter(edge) and _is_letter(beside))

@@ -21,6 +21,7 @@ import torch
 
 from ulysses_infer.sampling_params import SamplingParams
 
+NO_TOKENS = np.empty(0, dtype=np.int64)
 NO_TOKEN = -1  # the result of a row without any possible token: all forbidden, or logits not finite
 MAX_ELEMENTS = 2**24  # rows * vocabulary processed at a time; bounds temporaries to a few hundred MiB
 TOP_P_CANDIDATES = 1024  # most nuclei are smaller, and this top-k is far cheaper than a full sort
@@ -114,7 +115,7 @@ class Grammar(Protocol):
 class ForbiddenWords(Protocol):
     """The bad words of a request (`text/bad_words.py`)."""
 
-    def completing(self, output_token_ids: Sequence[int]) -> list[int]:
+    def completing(self, output_token_ids: Sequence[int]) -> npt.NDArray[np.int64]:
         """Tokens that would complete a bad word after `output_token_ids`."""
 
 
@@ -158,7 +159,7 @@ class SamplingRow:
     def is_constrained(self) -> bool:
         """Whether the request forbids tokens, so that none may be left."""
         allowed = self.params.allowed_token_ids is not None
-        return allowed or self.grammar is not None or bool(self.forbidden_token_ids())
+        return allowed or self.grammar is not None or self.forbidden_token_ids().size > 0
 
     def history(self, device: torch.device) -> TokenHistory:
         """The token counts of this row, updated with `output_token_ids`."""
@@ -167,23 +168,22 @@ class SamplingRow:
         self._history.update(self.output_token_ids)
         return self._history
 
-    def forbidden_token_ids(self) -> list[int]:
+    def forbidden_token_ids(self) -> npt.NDArray[np.int64]:
         """Tokens that `min_tokens` and `bad_words` forbid at the next position."""
-        forbidden: list[int] = []
+        forbidden = NO_TOKENS if self.bad_words is None else self.bad_words.completing(self.output_token_ids)
         if self.position < self.params.min_tokens:
-            forbidden += [*self.eos_token_ids, *(self.params.stop_token_ids or ())]
-        if self.bad_words is not None:
-            forbidden += self.bad_words.completing(self.output_token_ids)
+            endings = [*self.eos_token_ids, *(self.params.stop_token_ids or ())]
+            forbidden = np.append(forbidden, np.array(endings, dtype=np.int64))
         return forbidden
 
-    def constraints(self) -> tuple[npt.NDArray[np.float32] | None, list[int]]:
+    def constraints(self) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.int64]]:
         """The grammar's penalties ([V], None without a grammar) and the forbidden tokens of the next position."""
         try:
             penalties = None if self.grammar is None else self.grammar.penalties(self.output_token_ids)
             return penalties, self.forbidden_token_ids()
         except Exception as error:  # grammar and tokenizer libraries raise anything; the other rows must go on
             self.error = error
-            return None, []
+            return None, NO_TOKENS
 
 
 class Sampler:
@@ -216,7 +216,9 @@ class Sampler:
         tokens[to_device_async(indices, tokens)] = torch.where(peak.isfinite(), chosen, NO_TOKEN)
 
 
-def to_device_async(values: Sequence[Any], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def to_device_async(
+    values: Sequence[Any] | npt.NDArray[Any], like: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Copy `values` to the device of `like` without waiting for it."""
     on_host = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
     return on_host.to(like.device, non_blocking=True)
@@ -277,11 +279,12 @@ def _apply_allowed_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> 
             scores[index, allowed] = kept
 
 
-def _apply_forbidden_tokens(scores: torch.Tensor, forbidden: Sequence[list[int]]) -> None:
-    entries = [(index, token) for index, tokens in enumerate(forbidden) for token in tokens]
-    if entries:
-        row_ids, token_ids = to_device_async(entries, scores).T
-        scores[row_ids, token_ids] = -torch.inf
+def _apply_forbidden_tokens(scores: torch.Tensor, forbidden: Sequence[npt.NDArray[np.int64]]) -> None:
+    token_ids = np.concatenate(forbidden)
+    if token_ids.size:
+        row_ids = np.repeat(np.arange(len(forbidden)), [len(tokens) for tokens in forbidden])
+        rows, tokens = to_device_async(np.stack([row_ids, token_ids]), scores)
+        scores[rows, tokens] = -torch.inf
 
 
 def _apply_logit_bias(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
