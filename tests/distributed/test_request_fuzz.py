@@ -10,6 +10,7 @@ import random
 import re
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -169,6 +170,54 @@ def check(engine, kind, batch):
 @hypothesis.given(batch=batches)
 def test_every_request_is_answered_or_refused(engine, kind, batch):
     check(engine, kind, batch)
+
+
+def raise_at_the_third_call(owner, name):
+    calls, original = itertools.count(1), getattr(owner, name)
+
+    def raising(*args):
+        if next(calls) >= 3:
+            raise ZeroDivisionError("of a library")
+        return original(*args)
+
+    setattr(owner, name, raising)
+
+
+def forbid_at_the_third_call(owner, name):
+    calls, original = itertools.count(1), getattr(owner, name)
+    setattr(owner, name, lambda *args: original(*args) + (0 if next(calls) < 3 else -np.inf))
+
+
+@pytest.mark.parametrize("place", ["grammar", "append", "end", "abort"])
+def test_what_raises_for_one_request_ends_it_alone(engine, place):
+    use_tokenizer(engine, "sentencepiece")
+    others = [
+        ([5, 6], {"seed": 3, "n": 2, "max_tokens": 9, "ignore_eos": True, "stop": ["zz"]}),
+        ([8], {"temperature": 0, "max_tokens": 9, "ignore_eos": True, "bad_words": ["a"], "logprobs": 1}),
+    ]
+    expected = [[each.token_ids for each in output.outputs] for output in complete(engine, others)]
+    name = engine.add([4], SamplingParams(seed=5, structured_outputs={"regex": "[a-z ]{9,}"}, stop=["zz"]))
+    sequence = engine.requests._completions[name].sequences[0]
+    if place == "grammar":
+        raise_at_the_third_call(sequence.row.grammar, "penalties")
+    elif place == "append":
+        raise_at_the_third_call(sequence.detokenizer, "append")
+    else:
+        forbid_at_the_third_call(sequence.row.grammar, "penalties")
+        sequence.detokenizer.finish = lambda: 1 / 0
+    names, ended = [engine.add(prompt, SamplingParams(**wanted)) for prompt, wanted in others], {}
+    for step in itertools.count():
+        if step == 2 and place == "abort":
+            engine.abort(name)
+        if not engine.has_unfinished:
+            break
+        ended |= {completion.request_id: completion.output() for completion in engine.step()}
+    assert [[each.token_ids for each in ended[other].outputs] for other in names] == expected
+    if place != "abort":
+        assert ended[name].outputs[0].finish_reason == "error"
+        assert "ZeroDivisionError" in ended[name].outputs[0].stop_reason
+    assert engine.scheduler.allocator.num_used == 0
+    assert not engine.requests.sequences
 
 
 @pytest.mark.thorough

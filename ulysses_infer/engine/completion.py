@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,8 @@ from ulysses_infer.outputs import CompletionOutput, Logprob, PromptLogprobs, Req
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.text.detokenizer import Detokenizer, TokenDecoder
 from ulysses_infer.worker.transfer import DeviceToHostCopy
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -38,6 +41,13 @@ class Sequence:
         if request.is_finished:
             self.detokenizer.finish()
         return self.detokenizer.stop_reason
+
+    def finish_text(self) -> None:
+        """Give out the text held back of an aborted output; nothing if that raises, as tokenizer libraries may."""
+        try:
+            self.detokenizer.finish()
+        except Exception:
+            logger.exception("the end of the text of request %s cannot be decoded", self.request.request_id)
 
     def output(self, index: int) -> CompletionOutput:
         """The output so far."""

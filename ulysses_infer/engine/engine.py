@@ -170,15 +170,22 @@ class Engine:
         """End requests whose constraints allow no token: normally if their grammar is complete, else with an error."""
         for index in [index for index, token in results.tokens.items() if token < 0]:
             completion, sequence = self.requests.sequences[index]
-            if sequence.row.error is not None:
-                self._fail(completion, sequence, sequence.row.error)
-            elif sequence.row.may_end:
-                sequence.detokenizer.finish()
-                self.scheduler.finish(sequence.request, "stop", sequence.detokenizer.stop_reason)
-            else:
-                sequence.detokenizer.finish()
-                logger.warning("request %s: its constraints allow no token; ended with an error", completion.request_id)
-                self.scheduler.finish(sequence.request, "error", CONSTRAINTS if sequence.row.is_constrained else None)
+            try:
+                self._end_without_token(completion, sequence)
+            except Exception as error:  # grammar and tokenizer libraries raise anything
+                self._fail(completion, sequence, error)
+
+    def _end_without_token(self, completion: Completion, sequence: Sequence) -> None:
+        row = sequence.row
+        if row.error is not None:
+            raise row.error
+        sequence.detokenizer.finish()
+        if row.may_end:
+            self.scheduler.finish(sequence.request, "stop", sequence.detokenizer.stop_reason)
+            return
+        reason = CONSTRAINTS if row.is_constrained else None
+        logger.warning("request %s: its constraints allow no token; ended with an error", completion.request_id)
+        self.scheduler.finish(sequence.request, "error", reason)
 
     def _fail(self, completion: Completion, sequence: Sequence, error: Exception) -> None:
         """End one sequence because its own constraints or text raised; the other requests go on."""

@@ -115,8 +115,8 @@ class RequestTable:
             return None
         for sequence in completion.sequences:
             if self._scheduler.abort(sequence.request.request_id) is not None:
-                sequence.detokenizer.finish()
                 self.forget(sequence.request)
+                sequence.finish_text()
         return completion
 
     def abort_all(self) -> list[Completion]:
