@@ -26,15 +26,20 @@ def test_it_can_be_ignored_replaced_and_overridden(tmp_path):
     assert sampling_defaults(settings(generation_config="none"), RECOMMENDED) == {}
     (tmp_path / "generation_config.json").write_text('{"top_k": 3}')
     assert sampling_defaults(settings(generation_config=str(tmp_path)), RECOMMENDED) == {"top_k": 3}
+    without = settings(override_generation_config={"temperature": None})
+    assert sampling_defaults(without, {"temperature": 0.6, "top_k": 3}) == {"top_k": 3}
     changed = settings(generation_config="none", override_generation_config={"temperature": 0})
     assert sampling_defaults(changed, RECOMMENDED) == {"temperature": 0.0}
 
 
 def test_a_value_that_no_request_may_have_is_left_out_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        assert sampling_defaults(settings(), {"temperature": -1, "top_p": "x", "top_k": 5}) == {"top_k": 5}
+        assert sampling_defaults(settings(), {"temperature": -1, "top_p": "x", "top_k": 5, "max_new_tokens": 0}) == {
+            "top_k": 5
+        }
     assert "temperature is out of range, got -1" in caplog.text
     assert "top_p must be a number, got 'x'" in caplog.text
+    assert "max_new_tokens must be from 1" in caplog.text
 
 
 @pytest.mark.parametrize(

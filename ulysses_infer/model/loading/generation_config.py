@@ -73,6 +73,7 @@ def sampling_defaults(settings: ModelConfig, generation: Mapping[str, Any]) -> d
     defaults = _valid(values, source)
     for key, value in settings.override_generation_config.items():
         _check_key(key)
+        defaults.pop(SAMPLING_FIELDS[key], None)  # null: the neutral value
         defaults |= _checked(key, value)
     if defaults:
         listed = ", ".join(f"{name}={value}" for name, value in defaults.items())
@@ -106,7 +107,7 @@ def _checked(key: str, value: Any) -> dict[str, Any]:
     try:
         return {name: getattr(SamplingParams(**{name: value}), name)}
     except RequestError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error).replace(name, key, 1)) from error
 
 
 def _check_key(key: str) -> None:
