@@ -75,6 +75,12 @@ def test_many_words_cost_microseconds_per_token():
     assert len(found) == len({word[3:] for word in words})
 
 
+def test_a_word_of_any_length_is_forbidden():
+    word = "helo" * 20_000 + " lo"
+    output = ids("hel", "o") * 20_000 + ids(" ")
+    assert {TOKENS[token] for token in BadWords((), [word], SPELLINGS).completing(output)} == {b"lo,", b"lo!x"}
+
+
 def test_sequences_hold_where_the_bytes_are_not_known():
     words = BadWords([[7], [5, 6, 8]])
     assert words.completing([]).tolist() == [7]

@@ -30,6 +30,7 @@ class Spellings:
         """token_bytes: the bytes of each token id; b"" for tokens without text."""
         self.token_bytes = token_bytes
         self._sorted = sorted((piece, token) for token, piece in enumerate(token_bytes) if piece)
+        self.longest = max((len(piece) for piece, _ in self._sorted), default=0)
         self._joined = SEPARATOR.join(piece for piece, _ in self._sorted)  # searched much faster than a list
         self._starts = list(itertools.accumulate((len(piece) + 1 for piece, _ in self._sorted), initial=0))
         self.completing = functools.lru_cache(MAX_CACHED)(self._completing)
@@ -54,17 +55,6 @@ class Spellings:
         return tuple(sorted(inside))
 
 
-class _Node:
-    """A beginning of words: the words that go on from here, by their next byte."""
-
-    __slots__ = ("next", "rests", "tokens")
-
-    def __init__(self) -> None:
-        self.next: dict[int, _Node] = {}
-        self.rests: list[bytes] = []  # of the words that begin so
-        self.tokens: tuple[int, ...] | None = None  # that complete one of them, once they are needed
-
-
 class BadWords:
     """The bad words of a request. It keeps nothing of the outputs, so they can share it."""
 
@@ -76,20 +66,21 @@ class BadWords:
         always = {last for *prefix, last in sequences if not prefix}
         self._sequences = [tuple(sequence) for sequence in sequences if len(sequence) > 1]
         self._spellings = spellings
-        self._root = _Node()
+        self._beginnings: dict[bytes, list[int]] = {}  # with the tokens that complete a word from there
         spelled = () if spellings is None else [word.encode(errors="replace") for word in words]
         self._longest = max(map(len, spelled), default=0)
         for word in spelled:
             assert spellings is not None
             always.update(spellings.containing(word))
-            self._insert(word)
+            self._add_beginnings(word, spellings)
         self._always = np.array(sorted(always), dtype=np.int64)
+        self._lengths = sorted(set(map(len, self._beginnings)))
 
-    def _insert(self, word: bytes) -> None:
-        node = self._root
-        for length in range(1, len(word)):
-            node = node.next.setdefault(word[length - 1], _Node())
-            node.rests.append(word[length:])
+    def _add_beginnings(self, word: bytes, spellings: Spellings) -> None:
+        for length in range(max(1, len(word) - spellings.longest), len(word)):
+            tokens = spellings.completing(word[length:])
+            if tokens:
+                self._beginnings.setdefault(word[:length], []).extend(tokens)
 
     def completing(self, output_token_ids: Sequence[int]) -> npt.NDArray[np.int64]:
         """Tokens that would complete a bad word after `output_token_ids`."""
@@ -101,24 +92,11 @@ class BadWords:
     def _going_on(self, spellings: Spellings, output_token_ids: Sequence[int]) -> Iterator[int]:
         """Tokens that would complete a word that earlier tokens begin."""
         text, starts = _tail(spellings.token_bytes, output_token_ids, self._longest)
-        for start in range(max(len(text) - self._longest + 1, 0), len(text)):
-            if text[start] not in self._root.next:
-                continue
-            if start not in starts and _goes_on(text[start : start + 1], text[start - 1 : start]):
-                continue
-            node = self._root
-            for byte in text[start:]:
-                if byte not in node.next:
-                    break
-                node = node.next[byte]
-            else:
-                yield from _tokens_of(node, spellings)
-
-
-def _tokens_of(node: _Node, spellings: Spellings) -> tuple[int, ...]:
-    if node.tokens is None:
-        node.tokens = tuple({token for rest in node.rests for token in spellings.completing(rest)})
-    return node.tokens
+        for length in self._lengths:
+            start = len(text) - length
+            tokens = self._beginnings.get(text[start:]) if start >= 0 else None
+            if tokens and (start in starts or not _goes_on(text[start : start + 1], text[start - 1 : start])):
+                yield from tokens
 
 
 def _ends_with(token_ids: Sequence[int], suffix: Sequence[int]) -> bool:
