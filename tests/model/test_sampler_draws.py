@@ -8,7 +8,8 @@ from sampling_rows import V, one, random_logits, row, token_lists
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ulysses_infer.model.sampling import sampler as sampler_module
-from ulysses_infer.model.sampling.sampler import Sampler, derive_seed, uniform
+from ulysses_infer.model.sampling.sampler import Sampler
+from ulysses_infer.model.sampling.seeds import derive_seed, uniform
 from ulysses_infer.sampling_params import SamplingParams
 
 

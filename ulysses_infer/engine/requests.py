@@ -13,7 +13,8 @@ from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.scheduler import Scheduler
 from ulysses_infer.errors import RequestError
-from ulysses_infer.model.sampling.sampler import SamplingRow, derive_seed, needs_full_logits, reads_outputs
+from ulysses_infer.model.sampling.sampler import SamplingRow, needs_full_logits, reads_outputs
+from ulysses_infer.model.sampling.seeds import derive_seed
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.text.detokenizer import Detokenizer
 from ulysses_infer.text.prompts import PromptReader

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from ulysses_infer.config import Config
 from ulysses_infer.job.watchdog import Address
-from ulysses_infer.model.sampling.sampler import derive_seed
+from ulysses_infer.model.sampling.seeds import derive_seed
 from ulysses_infer.parallel.groups import Rendezvous
 
 STORE_SECONDS = 120.0

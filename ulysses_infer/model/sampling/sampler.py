@@ -19,34 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ulysses_infer.model.sampling.seeds import uniform
 from ulysses_infer.sampling_params import SamplingParams
 
-NO_TOKENS = np.empty(0, dtype=np.int64)
+NONE_FORBIDDEN = np.empty(0, dtype=np.int64)
 NO_TOKEN = -1  # the result of a row without any possible token: all forbidden, or logits not finite
 MAX_ELEMENTS = 2**24  # rows * vocabulary processed at a time; bounds temporaries to a few hundred MiB
 TOP_P_CANDIDATES = 1024  # most nuclei are smaller, and this top-k is far cheaper than a full sort
 CANDIDATE_GROWTH = 16  # factor of the next attempt if the nucleus is larger
-
-_MASK = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def _splitmix64_finalizer(value: int) -> int:
-    """SplitMix64's finaliser, a bijection of 64-bit integers (Steele et al. doi 10.1145/2714064.2660195)."""
-    value &= _MASK
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
-    return value ^ (value >> 31)
-
-
-def derive_seed(seed: int, index: int) -> int:
-    """The seed of output `index` of a request with seed `seed`."""
-    return _splitmix64_finalizer(seed + index * _GOLDEN)
-
-
-def uniform(seed: int, index: int) -> float:
-    """Number `index` of SplitMix64's stream for `seed`, in [0, 1): 52 bits, so that `uniform * x < x`."""
-    return (_splitmix64_finalizer(_splitmix64_finalizer(seed) + (index + 1) * _GOLDEN) >> 12) * 2.0**-52
 
 
 def needs_full_logits(params: SamplingParams) -> bool:
@@ -170,7 +150,7 @@ class SamplingRow:
 
     def forbidden_token_ids(self) -> npt.NDArray[np.int64]:
         """Tokens that `min_tokens` and `bad_words` forbid at the next position."""
-        forbidden = NO_TOKENS if self.bad_words is None else self.bad_words.completing(self.output_token_ids)
+        forbidden = NONE_FORBIDDEN if self.bad_words is None else self.bad_words.completing(self.output_token_ids)
         if self.position < self.params.min_tokens:
             endings = [*self.eos_token_ids, *(self.params.stop_token_ids or ())]
             forbidden = np.append(forbidden, np.array(endings, dtype=np.int64))
@@ -183,7 +163,7 @@ class SamplingRow:
             return penalties, self.forbidden_token_ids()
         except Exception as error:  # grammar and tokenizer libraries raise anything; the other rows must go on
             self.error = error
-            return None, NO_TOKENS
+            return None, NONE_FORBIDDEN
 
 
 class Sampler:
