@@ -23,7 +23,6 @@ OLD_PLACES = ("chat_template.json", "processor_config.json")  # a processor's fi
 MAX_FORMS = 64  # templates and roles whose forms are kept
 
 Message = dict[str, Any]
-Rendering = Callable[[list[Message]], str]
 
 
 class ContentForms(NamedTuple):

@@ -12,11 +12,12 @@ from typing import Any
 
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError, RequestError, kind_and_line
-from ulysses_infer.model.sampling.sampler import derive_seed
+from ulysses_infer.model.sampling.seeds import derive_seed
 from ulysses_infer.sampling_params import SamplingParams, StructuredOutputs
 from ulysses_infer.text.bad_words import BadWords, Spellings
 from ulysses_infer.text.chat_template import ChatTemplate, find_template
 from ulysses_infer.text.detokenizer import TextStream, TokenDecoder
+from ulysses_infer.text.encoding import check_not_empty, encode
 from ulysses_infer.text.structured import GrammarCompiler, GrammarState
 
 logger = logging.getLogger(__name__)
@@ -106,17 +107,10 @@ class PromptReader:
         return derive_seed(self._seed, next(self._unseeded))
 
     def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        if self.tokenizer is None:
-            raise RequestError("a text prompt needs a tokenizer; give token ids or set model.tokenizer")
-        try:
-            token_ids = list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        except Exception as error:  # tokenizer libraries raise anything, for half a surrogate pair for example
-            raise RequestError(f"the tokenizer refuses this prompt ({kind_and_line(error)}); change it") from error
-        return self._check_ids(token_ids)
+        return self._check_ids(encode(self.tokenizer, text, add_special_tokens))
 
     def _check_ids(self, token_ids: list[Any]) -> list[int]:
-        if not token_ids:
-            raise RequestError("the prompt is empty; give at least one token")
+        check_not_empty(token_ids)
         for token in token_ids:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise RequestError(f"prompt token ids must be integers, not {token!r}")

@@ -3,14 +3,14 @@
 The library is llguidance (an Earley parser over regex derivatives, computing masks token by token). Measured on one
 CPU core with a byte-level vocabulary of 128,000 tokens, a schema of nine fields and an output of 68 tokens:
 
-                     start-up    compile    mask, mean / worst      needs
-    llguidance 1.9   0.4 s       0.7 ms     0.06 / 0.5 ms a token   nothing
-    xgrammar 0.2     0.5 s       98 ms      0.10 / 0.5 ms a token   torch, triton, transformers, apache-tvm-ffi
-    outlines-core    0.04 s      740 ms     a table look-up         nothing; regular languages only
+                     start-up    compile    mask per token, mean / worst   dependencies
+    llguidance 1.9   0.4 s       0.7 ms     0.06 / 0.5 ms                  none
+    xgrammar 0.2     0.5 s       98 ms      0.10 / 0.5 ms                  torch, triton, transformers, apache-tvm-ffi
+    outlines-core    0.04 s      740 ms     a table look-up                none; regular languages only
 
-Adding the mask to the logits costs another 0.03 ms. Requests are compiled between two steps, so it is the compile time
-that decides, and that its work has limits in units ("fuel") rather than none. It also refuses what it cannot express
-in a schema, where others pass over it.
+Adding the mask to the logits costs another 0.03 ms. Grammars are compiled between two steps, so the compile time
+decides. llguidance also limits its work in units ("fuel"), and refuses schema keywords that it cannot express, which
+the others ignore.
 
 Left to itself the library writes text that the grammar forces in the tokenizer's canonical tokens. That is switched
 off: bad_words or allowed_token_ids may forbid just these tokens while others spell the same text.

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ulysses_infer.config import Config
-from ulysses_infer.errors import ConfigError, RequestError, kind_and_line
+from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.server.http.conversation import Conversation, render
 from ulysses_infer.text.chat_template import ChatTemplate
 from ulysses_infer.text.detokenizer import TokenDecoder
+from ulysses_infer.text.encoding import encode
 from ulysses_infer.text.token_bytes import byte_level, sentencepiece
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ class Texts:
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`. Raises `RequestError`."""
-        return await self._run(len(text), functools.partial(_encode, text, add_special_tokens))
+        return await self._run(len(text), lambda tokenizer: encode(tokenizer, text, add_special_tokens))
 
     async def render(self, conversation: Conversation) -> str:
         """The conversation rendered by the chat template. Raises `RequestError`."""
@@ -76,18 +77,6 @@ class Texts:
         if size <= INLINE_CHARACTERS:
             return work(self._tokenizer)
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._spare)
-
-
-def _encode(text: str, add_special_tokens: bool, tokenizer: Any) -> list[int]:
-    if tokenizer is None:
-        raise RequestError("a text prompt needs a tokenizer; give token ids or set model.tokenizer")
-    try:
-        token_ids = list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
-    except Exception as error:  # tokenizer libraries raise anything, for half a surrogate pair for example
-        raise RequestError(f"the tokenizer refuses this prompt ({kind_and_line(error)}); change it") from error
-    if not token_ids:
-        raise RequestError("the prompt is empty; give at least one token")
-    return token_ids
 
 
 class TokenPieces:
