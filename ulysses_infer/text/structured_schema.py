@@ -314,15 +314,14 @@ def _unevaluated(keyword: str, same: str) -> Callable[[Schema, Schema], None]:
     return rewrite
 
 
-def _without_effect(needs: tuple[str, ...]) -> Callable[[str], Callable[[Schema, Schema], None]]:
-    def named(keyword: str) -> Callable[[Schema, Schema], None]:
-        def rewrite(part: Schema, _: Schema) -> None:
-            if not any(name in part for name in needs):
-                del part[keyword]
+def _without_effect(keyword: str, *needs: str) -> Callable[[Schema, Schema], None]:
+    """A keyword that means nothing without one of `needs`."""
 
-        return rewrite
+    def rewrite(part: Schema, _: Schema) -> None:
+        if not any(name in part for name in needs):
+            del part[keyword]
 
-    return named
+    return rewrite
 
 
 def _one_of(part: Schema, root: Schema) -> None:
@@ -360,8 +359,8 @@ _REWRITES: Mapping[str, Callable[[Schema, Schema], None]] = {
     "unevaluatedProperties": _unevaluated("unevaluatedProperties", "additionalProperties"),
     "unevaluatedItems": _unevaluated("unevaluatedItems", "items"),
     "propertyNames": _property_names,
-    "if": _without_effect(("then", "else"))("if"),
-    **{name: _without_effect(("if",))(name) for name in ("then", "else")},
-    **{name: _without_effect(("contains",))(name) for name in ("minContains", "maxContains")},
+    "if": _without_effect("if", "then", "else"),
+    **{name: _without_effect(name, "if") for name in ("then", "else")},
+    **{name: _without_effect(name, "contains") for name in ("minContains", "maxContains")},
     "oneOf": _one_of,
 }
