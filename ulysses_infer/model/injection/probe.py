@@ -123,9 +123,10 @@ def _check_windows(model: Any, cache: ProbeCache, attention: ProbeAttention) -> 
 
 
 def _check_token_isolation(model: Any, context: StepContext) -> str | None:
-    """A problem found in every trial. A rank with an empty part of the vocabulary has no logits to compare."""
+    """A problem found in every trial. A rank with an empty part of the vocabulary has no logits to compare, and tensors
+    on device `meta` have no values."""
     found = None
-    if not model.vocabulary.size:
+    if not model.vocabulary.size or next(model.module.parameters()).is_meta:
         return None
     for tokens in TRIALS:
         found = _token_isolation_problem(model, context, [token % model.shape.vocab_size for token in tokens])
