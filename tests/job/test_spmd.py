@@ -143,7 +143,7 @@ def fail_alone(folder, phase):
                 "budget": (load_model, "available_memory", ConfigError("rank 1 has no memory")),
                 "load": (ModelBuilder, "load", CheckpointError("rank 1 cannot read")),
                 "cache": (make_worker, "PagedCache", RuntimeError("rank 1 is out of memory\nmore lines")),
-                "blueprint": (load_model, "_make_blueprint", KeyError("rank 1 has a bug")),
+                "blueprint": (load_model, "make_blueprint", KeyError("rank 1 has a bug")),
             }[phase]
 
             def fail(*args, **kwargs):

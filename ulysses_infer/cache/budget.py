@@ -34,11 +34,16 @@ class MemoryBudget:
         )
 
 
+def usable_memory(total: int, free: int, utilization: float) -> int:
+    """Bytes that a rank may use of a GPU with `total` bytes of memory, of which `free` are free."""
+    return int(total * utilization) - (total - free)
+
+
 def available_memory(device: torch.device, utilization: float, ranks_on_host: int) -> int:
     """Bytes that one rank may use: of its GPU's memory, or its share of the free host memory."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return int(total * utilization) - (total - free)
+        return usable_memory(total, free, utilization)
     import psutil
 
     return int(psutil.virtual_memory().available * utilization) // ranks_on_host

@@ -19,7 +19,7 @@ from ulysses_infer.model.loading.sources import Checkpoint, GivenModel, find_che
 from ulysses_infer.model.loading.weights import Weights
 from ulysses_infer.model.lora.adapter import adapter_bytes, read_adapter
 from ulysses_infer.model.lora.attach import attach_adapters
-from ulysses_infer.model.model import ModelBuilder, ShiftModel, choose_dtype, read_config
+from ulysses_infer.model.model import ModelBuilder, ModelShape, ShiftModel, choose_dtype, read_config
 from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.worker.channel import Channel
 from ulysses_infer.worker.worker import ROWS_PER_GATHER
@@ -44,17 +44,23 @@ def load_model(
     groups: ProcessGroups,
     device: torch.device,
     ranks_on_host: int,
+    checkpoint: Checkpoint | None = None,
+    available: int | None = None,
 ) -> LoadedModel:
     """Load the weights of `given`, or of the checkpoint at `config.model.path`. Collective.
 
-    progress: called on rank 0. Raises `CheckpointError`, `ConfigError` or `UnsupportedModelError`, on all ranks alike.
+    progress: called on rank 0. checkpoint: the one to load, if it is known. available: bytes that this rank may use;
+    None measures them. Raises `CheckpointError`, `ConfigError` or `UnsupportedModelError`, on all ranks alike.
     """
-    checkpoint = None if given is not None else _find_checkpoint(config, channel)
-    own = channel.together(lambda: available_memory(device, config.cache.memory_utilization, ranks_on_host))
+    if given is None and checkpoint is None:
+        checkpoint = _find_checkpoint(config, channel)
+    own = available or channel.together(
+        lambda: available_memory(device, config.cache.memory_utilization, ranks_on_host)
+    )
     memory = channel.smallest(own)
-    blueprint = channel.together(lambda: _make_blueprint(config, given, checkpoint, groups, device, memory))
+    blueprint = channel.together(lambda: make_blueprint(config, given, checkpoint, groups, device, memory))
     dense = channel.together(lambda: _dense_bytes(config, given or checkpoint, blueprint, device, ranks_on_host))
-    budget = channel.together(lambda: _make_budget(config, blueprint, dense, device, ranks_on_host))
+    budget = channel.together(lambda: _make_budget(config, blueprint, dense, own))
     fuse = config.runtime.fuse and not config.lora.adapters  # adapters apply to the separate projections
     model = channel.together(lambda: blueprint.load(progress if groups.is_first else None, fuse))
     channel.together(lambda: _attach_adapters(config, model, device))
@@ -74,7 +80,7 @@ def _find_checkpoint(config: Config, channel: Channel) -> Checkpoint:
     return channel.together(lambda: found or find())
 
 
-def _make_blueprint(
+def make_blueprint(
     config: Config,
     given: GivenModel | None,
     checkpoint: Checkpoint | None,
@@ -82,6 +88,7 @@ def _make_blueprint(
     device: torch.device,
     memory: int,
 ) -> ModelBuilder:
+    """What this rank will store of `given` or `checkpoint`. memory: bytes on the rank with the least of it."""
     layout, shard = config.parallel.layout, groups.shard
     # Adapters may change kv_b_proj, which is not applied as a layer when latents are cached.
     latent = False if config.lora.adapters else config.cache.latent
@@ -117,28 +124,25 @@ def _own_dtype(origin: GivenModel | Checkpoint) -> torch.dtype:
     return choose_dtype("auto", read_config(origin.find_files()))
 
 
-def _make_budget(
-    config: Config, blueprint: ModelBuilder, dense_bytes: int, device: torch.device, ranks_on_host: int
-) -> MemoryBudget:
+def _make_budget(config: Config, blueprint: ModelBuilder, dense_bytes: int, available: int) -> MemoryBudget:
     """What is available, and what weights and activations take of it. Raises `ConfigError` if weights do not fit."""
     shape, scheduler = blueprint.shape, config.scheduler
     rows = min(max(scheduler.max_num_seqs, ROWS_PER_GATHER), scheduler.max_num_batched_tokens)
-    activations = activation_bytes(
-        scheduler.max_num_batched_tokens,
-        shape.hidden_size,
-        shape.intermediate_size,
-        ceil_div(shape.vocab_size, config.parallel.world_size),
-        rows,
-        blueprint.dtype.itemsize,
-    )
+    activations = step_bytes(config, shape, blueprint.dtype, scheduler.max_num_batched_tokens, rows)
     adapters = sum(adapter_bytes(resolve_folder(path, None)) for path in config.lora.adapters.values())
     budget = MemoryBudget(
-        available=available_memory(device, config.cache.memory_utilization, ranks_on_host),
+        available=available,
         weights=blueprint.expert_bytes + dense_bytes + adapters,
         activations=activations + (MAX_EXPANDED_BYTES if shape.values_in_keys else 0),
     )
     check_weights_fit(budget)
     return budget
+
+
+def step_bytes(config: Config, shape: ModelShape, dtype: torch.dtype, num_tokens: int, num_rows: int) -> int:
+    """Upper bound of the temporary tensors of a step of `num_tokens` tokens, with logits of `num_rows` of them."""
+    share = ceil_div(shape.vocab_size, config.parallel.world_size)
+    return activation_bytes(num_tokens, shape.hidden_size, shape.intermediate_size, share, num_rows, dtype.itemsize)
 
 
 def _attach_adapters(config: Config, model: ShiftModel, device: torch.device) -> None:

@@ -12,13 +12,14 @@ from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import FP8, CacheShape, PagedCache
 from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.config import CacheConfig, Config
+from ulysses_infer.kernels.launch import capability
 from ulysses_infer.model.model import DTYPES, ShiftModel
 from ulysses_infer.native.matmul import make_matmul
 from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.worker.block_tables import BlockTables
 from ulysses_infer.worker.channel import Channel
 from ulysses_infer.worker.cpu_graphs import CpuGraphRunner, wants_cpu_graphs
-from ulysses_infer.worker.cuda_graphs import CudaCapturer, CudaGraphRunner, wants_cuda_graphs
+from ulysses_infer.worker.cuda_graphs import Capturer, CudaCapturer, CudaGraphRunner, wants_cuda_graphs
 from ulysses_infer.worker.worker import Worker
 
 
@@ -29,8 +30,12 @@ def make_worker(
     channel: Channel,
     groups: ProcessGroups,
     device: torch.device,
+    capturer: Capturer | None = None,
 ) -> Worker:
-    """The worker of this rank, ready to run steps. Collective. Raises `ConfigError`, on all ranks alike."""
+    """The worker of this rank, ready to run steps. Collective. Raises `ConfigError`, on all ranks alike.
+
+    capturer: of decode steps, if they are captured; None: CUDA's.
+    """
     shape, scheduler, max_model_len = cache_shape(config, model, groups), config.scheduler, model.shape.max_model_len
     layers = CacheGroups.of(model.attention_options, max_model_len)
     sizing = CacheSizing(shape, layers, max_model_len, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
@@ -47,7 +52,7 @@ def make_worker(
     matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
     worker = Worker(model, cache, tables, groups, backend, matmul, device, config.runtime.debug)
     if captures:
-        channel.together(lambda: _capture_cuda_graphs(worker, config))
+        channel.together(lambda: _capture_cuda_graphs(worker, config, capturer))
     elif device.type == "cpu" and wants_cpu_graphs(config.runtime.enforce_eager, backend, matmul, shape, model.dtype):
         assert isinstance(backend, NativeAttention)
         assert matmul is not None
@@ -73,10 +78,15 @@ def make_attention(name: str, model: ShiftModel, shape: CacheShape, device: torc
     """The attention backend `name` for this model and cache. Raises `ConfigError` if it cannot be used."""
     if device.type == "cpu":
         return make_backend(name, device)
-    needs = AttentionNeeds.of(
+    return make_gpu_backend(name, device, attention_needs(model, shape, device))
+
+
+def attention_needs(model: ShiftModel, shape: CacheShape, device: torch.device) -> AttentionNeeds:
+    """What the model, its cache and the GPU require of attention."""
+    return AttentionNeeds.of(
         model.attention_options,
         model.shape.max_model_len,
-        torch.cuda.get_device_capability(device),
+        capability(device) or torch.cuda.get_device_capability(device),
         model.dtype,
         shape.dtype,
         shape.key_width,
@@ -84,7 +94,6 @@ def make_attention(name: str, model: ShiftModel, shape: CacheShape, device: torc
         shape.block_size,
         shape.values_in_keys,
     )
-    return make_gpu_backend(name, device, needs)
 
 
 def _make_cache(
@@ -98,7 +107,7 @@ def _make_cache(
     return PagedCache(sizing.shape, num_blocks, device, scratch_blocks, sizing.groups)
 
 
-def _capture_cuda_graphs(worker: Worker, config: Config) -> None:
+def _capture_cuda_graphs(worker: Worker, config: Config, capturer: Capturer | None) -> None:
     """Capture the decode steps of every mode. Collective."""
     assert isinstance(worker.backend, KernelAttention)
     max_rows = min(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
@@ -108,7 +117,7 @@ def _capture_cuda_graphs(worker: Worker, config: Config) -> None:
         worker.groups,
         worker.backend,
         worker.eager.inputs,
-        CudaCapturer(worker.device),
+        capturer or CudaCapturer(worker.device),
         worker.device,
         max_rows,
     )
