@@ -89,34 +89,6 @@ def flash_attn_varlen_func(
     return (output, log_sum.t().contiguous(), None) if return_attn_probs else output
 
 
-def varlen_attn(
-    query,
-    key,
-    value,
-    cu_seq_q,
-    cu_seq_k,
-    max_q,
-    max_k,
-    *,
-    return_aux=None,
-    scale=None,
-    window_size=(-1, -1),
-    enable_gqa=False,
-    seqused_k=None,
-    block_table=None,
-    num_splits=None,
-):
-    """torch 2.13: key lengths are `seqused_k`; no soft cap; the log sums are [Hq, T]."""
-    assert block_table is not None
-    check_int32(cu_seq_q, cu_seq_k, seqused_k, block_table)
-    assert enable_gqa or query.shape[1] == key.shape[2]
-    contexts, lengths = seqused_k.tolist(), cu_seq_q.diff().tolist()
-    assert max(lengths) <= max_q
-    assert max(contexts) <= max_k
-    output, log_sum = paged(query, key, value, cu_seq_q.tolist(), contexts, block_table.tolist(), scale, *window_size)
-    return (output, log_sum.t().contiguous()) if return_aux is not None and return_aux.lse else output
-
-
 class Wrapper:
     """The common part of flashinfer's wrappers: a plan, then any number of runs."""
 

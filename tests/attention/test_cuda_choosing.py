@@ -27,8 +27,6 @@ def chosen(installed=EVERYTHING, name="auto", **changes):
     [
         ({}, "flash_attn"),
         ({"block_size": 16}, "flashinfer"),
-        ({"block_size": 16, "softcap": True}, "flashinfer"),
-        ({"softcap": True}, "flash_attn"),
         ({"chunks": True}, "triton"),
         ({"dtype": torch.float32, "cache_dtype": torch.float32}, "triton"),
         ({"key_width": 192, "value_width": 192}, "flash_attn"),
@@ -37,7 +35,7 @@ def chosen(installed=EVERYTHING, name="auto", **changes):
         ({"block_size": 8, "key_width": 96, "value_width": 96}, "triton"),
         ({"cache_dtype": torch.float8_e4m3fn}, "triton"),
         ({"latents": True, "key_width": 288, "value_width": 256}, "triton"),
-        ({"capability": (7, 5)}, "flex"),
+        ({"capability": (7, 5)}, "torch"),
     ],
 )
 def test_auto_takes_the_first_that_can(changes, wanted):
@@ -47,24 +45,16 @@ def test_auto_takes_the_first_that_can(changes, wanted):
     assert all(choice.rejected.values())
 
 
-@pytest.mark.parametrize(
-    ("changes", "wanted"),
-    [
-        ({}, "varlen"),
-        ({"softcap": True}, "flex"),
-        ({"block_size": 16}, "flex"),
-        ({"block_size": 4}, "torch"),
-    ],
-)
-def test_without_extra_libraries_torch_meets_every_need(changes, wanted):
-    choice = chosen(installed={"varlen", "flex", "torch"}, **changes)
-    assert choice.name == wanted
+@pytest.mark.parametrize("block_size", [4, 16, 256])
+def test_without_triton_and_extra_libraries_torch_runs(block_size):
+    choice = chosen(installed={"torch"}, block_size=block_size)
+    assert choice.name == "torch"
     assert choice.rejected["flash_attn"] == "flash_attn is not installed"
 
 
-@pytest.mark.parametrize("changes", [{}, {"softcap": True}, {"chunks": True}, {"block_size": 16}, {"block_size": 4}])
+@pytest.mark.parametrize("changes", [{}, {"chunks": True}, {"block_size": 16}, {"block_size": 4}])
 def test_without_extra_libraries_our_own_kernel_meets_every_need(changes):
-    assert chosen(installed={"triton", "varlen", "flex", "torch"}, **changes).name == "triton"
+    assert chosen(installed={"triton", "torch"}, **changes).name == "triton"
 
 
 def test_a_package_without_the_function_that_is_called_is_not_installed(monkeypatch):
@@ -77,13 +67,11 @@ def test_a_package_without_the_function_that_is_called_is_not_installed(monkeypa
 @pytest.mark.parametrize(
     ("name", "changes", "why"),
     [
-        ("varlen", {"softcap": True}, "it has no soft cap"),
-        ("varlen", {"block_size": 16}, "cache.block_size is 16, not a multiple of 256"),
+        ("flash_attn", {"block_size": 16}, "cache.block_size is 16, not a multiple of 256"),
         ("flash_attn", {"chunks": True}, "it has no chunked attention"),
         ("flashinfer", {"key_width": 80, "value_width": 80}, "heads are 80 and 80 wide"),
-        ("flex", {"block_size": 24}, "not a power of two from 16 up"),
-        ("native", {}, "a GPU runs flash_attn, flashinfer, triton, varlen, flex, torch"),
-        ("magic", {}, "a GPU runs flash_attn"),
+        ("triton", {"capability": (7, 5)}, "it needs an Ampere or newer GPU"),
+        *((name, {}, "a GPU runs flash_attn, flashinfer, triton, torch; use auto") for name in ("flex", "native")),
     ],
 )
 def test_a_named_backend_that_cannot_run_is_refused_with_the_reason(name, changes, why):
@@ -102,10 +90,10 @@ def test_a_named_backend_that_is_not_installed_is_refused(name):
 
 
 def test_every_need_is_met_by_some_backend():
-    for dtype, width, block, softcap, chunks in itertools.product(
-        (torch.float32, torch.bfloat16), (64, 80, 512), (1, 16, 256), (False, True), (False, True)
+    for dtype, width, block, chunks in itertools.product(
+        (torch.float32, torch.bfloat16), (64, 80, 512), (1, 16, 256), (False, True)
     ):
-        changes = {"dtype": dtype, "key_width": width, "block_size": block, "softcap": softcap, "chunks": chunks}
+        changes = {"dtype": dtype, "key_width": width, "block_size": block, "chunks": chunks}
         assert chosen(**changes).name in CAPABILITIES
 
 
@@ -113,9 +101,9 @@ def test_needs_are_what_any_layer_asks_for():
     layers = [AttentionOptions(1.0, softcap=50.0), AttentionOptions(1.0, sliding_window=8, chunk_size=512)]
     rest = ((9, 0), torch.bfloat16, torch.bfloat16, 128, 128, 16)
     needs = AttentionNeeds.of(layers, 1024, *rest)
-    assert (needs.softcap, needs.chunks) == (True, True)
+    assert needs.chunks
     assert not AttentionNeeds.of(layers, 512, *rest).chunks, "no sequence outgrows a chunk"
-    assert not AttentionNeeds.of(layers[1:], 1024, *rest).softcap
+    assert not AttentionNeeds.of(layers[:1], 1024, *rest).chunks
 
 
 def test_the_log_names_the_choice_and_why_others_were_refused(caplog, monkeypatch):
@@ -127,11 +115,10 @@ def test_the_log_names_the_choice_and_why_others_were_refused(caplog, monkeypatc
     assert record.levelno == logging.WARNING, "it is slow and was not requested"
     assert record.getMessage() == (
         "attention runs on torch (not flash_attn: flash_attn is not installed; not flashinfer: flashinfer is not "
-        "installed; not triton: triton is not installed; not varlen: torch.nn.attention.varlen is not installed; "
-        "not flex: triton is not installed)"
+        "installed; not triton: triton is not installed)"
     )
 
 
 def test_a_gpus_backend_is_refused_on_a_cpu():
-    with pytest.raises(ConfigError, match=r"runtime\.attention_backend is 'varlen'"):
-        make_backend("varlen", torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"runtime\.attention_backend is 'flashinfer'"):
+        make_backend("flashinfer", torch.device("cpu"))

@@ -18,7 +18,6 @@ from tests.equivalence.tiny_models import make_checkpoint
 from tests.tiny import settings as engine_settings
 from ulysses_infer.attention.flash_attn import FlashAttnAttention
 from ulysses_infer.attention.flashinfer import FlashInferAttention
-from ulysses_infer.attention.flex import FlexAttention
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.cache.paged import PagedCache
 from ulysses_infer.cache.pools import BlockPools
@@ -245,12 +244,12 @@ def test_a_static_step_leaves_nothing_of_the_one_before():
 
 
 class TestWhetherStepsAreCaptured:
-    flash, flex, loop = BACKENDS["flash_attn"](), FlexAttention(None), TorchLoopAttention()
+    flash, loop = BACKENDS["flash_attn"](), TorchLoopAttention()
 
     def test_on_a_gpu_they_are_where_attention_allows(self):
         assert wants_cuda_graphs(None, CUDA, self.flash, has_experts=False)
         assert wants_cuda_graphs(False, CUDA, self.flash, has_experts=False)
-        assert not wants_cuda_graphs(None, CUDA, self.flex, has_experts=False)
+        assert not wants_cuda_graphs(None, CUDA, self.loop, has_experts=False)
         assert not wants_cuda_graphs(True, CUDA, self.flash, has_experts=False)
 
     def test_experts_are_only_captured_on_request(self):

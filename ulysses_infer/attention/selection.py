@@ -22,17 +22,12 @@ HALF = (torch.float16, torch.bfloat16)
 FLASH_PAGE = 256  # FlashAttention-2 needs a page size that is a multiple of this
 FLASH_WIDTH = 256
 FLASHINFER_WIDTHS = (64, 128, 256)
-FLEX_PAGE = 16  # the smallest tile of its matrix products
-LIBRARIES = {
-    "flash_attn": "flash_attn",
-    "flashinfer": "flashinfer",
-    "triton": "triton",
-    "varlen": "torch.nn.attention.varlen",
-    "flex": "triton",
+FUNCTIONS = {
+    "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
+    "flashinfer": ("flashinfer", "BatchPrefillWithPagedKVCacheWrapper"),
+    "triton": ("triton", "jit"),
 }
-"""The module that each backend needs."""
-FUNCTIONS = {"flash_attn": ("flash_attn_varlen_func",), "varlen": ("varlen_attn",), "triton": ("jit",)}
-"""The functions that a module must have to be of use."""
+"""The module that each backend needs, and what is called of it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,6 @@ class AttentionNeeds:
     key_width: int
     value_width: int
     block_size: int
-    softcap: bool = False
     chunks: bool = False
     latents: bool = False
     """Whether the cache holds latents (MLA), whose first elements are the values."""
@@ -73,7 +67,6 @@ class AttentionNeeds:
             key_width,
             value_width,
             block_size,
-            softcap=any(layer.softcap is not None for layer in layers),
             chunks=any(layer.chunk_size is not None and layer.chunk_size < max_model_len for layer in layers),
             latents=latents,
         )
@@ -100,10 +93,6 @@ def _reject_flash(needs: AttentionNeeds) -> str | None:
     return None
 
 
-def _reject_varlen(needs: AttentionNeeds) -> str | None:
-    return "it has no soft cap" if needs.softcap else _reject_flash(needs)
-
-
 def _reject_flashinfer(needs: AttentionNeeds) -> str | None:
     if (reason := _reject_libraries(needs)) is not None:
         return reason
@@ -119,16 +108,6 @@ def _reject_triton(needs: AttentionNeeds) -> str | None:
     return "it needs an Ampere or newer GPU" if needs.capability < (8, 0) else None
 
 
-def _reject_flex(needs: AttentionNeeds) -> str | None:
-    if needs.block_size < FLEX_PAGE or needs.block_size & (needs.block_size - 1):
-        return f"cache.block_size is {needs.block_size}, not a power of two from {FLEX_PAGE} up"
-    if needs.cache_dtype != needs.dtype:
-        return "it needs a cache of the model's dtype"
-    if needs.latents:
-        return "its tiles of queries and latents do not fit on a GPU's cores"
-    return None
-
-
 def _reject_torch(needs: AttentionNeeds) -> str | None:
     return None
 
@@ -137,8 +116,6 @@ CAPABILITIES: dict[str, Callable[[AttentionNeeds], str | None]] = {
     "flash_attn": _reject_flash,
     "flashinfer": _reject_flashinfer,
     "triton": _reject_triton,
-    "varlen": _reject_varlen,
-    "flex": _reject_flex,
     "torch": _reject_torch,
 }
 """Backends in order of preference, each with a function that returns why it cannot be used, or None."""
@@ -170,7 +147,7 @@ def _rejection(name: str, needs: AttentionNeeds, installed: Collection[str]) -> 
     if name not in CAPABILITIES:
         return f"a GPU runs {', '.join(CAPABILITIES)}"
     if name not in installed:
-        return f"{LIBRARIES[name]} is not installed"
+        return f"{FUNCTIONS[name][0]} is not installed"
     return CAPABILITIES[name](needs)
 
 
@@ -179,15 +156,14 @@ def installed_backends() -> set[str]:
 
     Looking for the module would not do: some packages install a folder of that name without the function.
     """
-    return {"torch", *(name for name in LIBRARIES if _is_importable(name))}
+    return {"torch", *(name for name, function in FUNCTIONS.items() if _is_importable(*function))}
 
 
-def _is_importable(name: str) -> bool:
+def _is_importable(module: str, function: str) -> bool:
     try:
-        module = importlib.import_module(LIBRARIES[name])
+        return hasattr(importlib.import_module(module), function)
     except Exception:  # a library that does not fit the driver or torch raises anything
         return False
-    return all(hasattr(module, function) for function in FUNCTIONS.get(name, ()))
 
 
 def make_backend(name: str, device: torch.device) -> AttentionBackend:
@@ -236,16 +212,4 @@ def _load(name: str, device: torch.device, latents: bool) -> AttentionBackend:
         from ulysses_infer.attention.triton import TritonAttention
 
         return TritonAttention()
-    if name == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-
-        from ulysses_infer.attention.varlen import VarlenAttention
-
-        return VarlenAttention(varlen_attn)
-    if name == "flex":
-        from torch.nn.attention.flex_attention import flex_attention
-
-        from ulysses_infer.attention.flex import FlexAttention
-
-        return FlexAttention(torch.compile(flex_attention, dynamic=True))
     return TorchLoopAttention()

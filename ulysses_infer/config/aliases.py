@@ -140,7 +140,7 @@ ALIASES: dict[str, Alias] = {
     "enable_log_requests": Alias("server.access_log"),
 }
 
-BACKEND_NAMES = {"TORCH_SDPA": "torch", "FLEX_ATTENTION": "flex", "TRITON_ATTN": "triton"}
+BACKEND_NAMES = {"TORCH_SDPA": "torch", "TRITON_ATTN": "triton"}
 PARSER_NAMES = {
     "llama4_json": "llama3_json",
     "llama4_pythonic": "pythonic",

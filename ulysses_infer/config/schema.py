@@ -232,7 +232,7 @@ class RuntimeConfig:
     attention_backend: str = option(
         "auto",
         help="Attention implementation; auto: the best one for the device. On a CPU native or torch; on a GPU "
-        "flash_attn, flashinfer (where installed), triton (our own kernel), varlen, flex (torch's) or torch.",
+        "flash_attn, flashinfer (where installed), triton (our own kernel) or torch (slow).",
     )
     collectives: str = option(
         "auto",
