@@ -66,9 +66,8 @@ class Wrapper:
 
 
 def make() -> tuple[FlashInferLatentAttention, Any]:
-    backend = FlashInferLatentAttention(
-        SimpleNamespace(mla=SimpleNamespace(BatchMLAPagedAttentionWrapper=Wrapper)), CPU
-    )
+    library = SimpleNamespace(mla=SimpleNamespace(BatchMLAPagedAttentionWrapper=Wrapper))
+    backend = FlashInferLatentAttention(library, CPU, TorchLoopAttention())
     return backend, backend._wrapper
 
 
@@ -101,7 +100,7 @@ def test_another_scale_is_planned_again() -> None:
 
 
 @pytest.mark.parametrize("kind", ["expanded", "window"])
-def test_what_the_kernel_lacks_is_left_to_torch(kind: str) -> None:
+def test_what_the_kernel_lacks_is_left_to_the_other_backend(kind: str) -> None:
     backend, library = make()
     query, keys, values, metadata = inputs("chunks and decodes")
     values = values.contiguous() if kind == "expanded" else values
@@ -131,11 +130,15 @@ def test_a_layer_on_a_gpu_divides_a_step_as_one_on_a_cpu(case: str) -> None:
     [
         ({}, "flashinfer"),
         ({"block_size": 256}, "flashinfer"),
-        ({"key_width": 288, "value_width": 256}, "torch"),
-        ({"cache_dtype": torch.float8_e4m3fn}, "torch"),
-        ({"dtype": torch.float32, "cache_dtype": torch.float32}, "torch"),
+        ({"key_width": 288, "value_width": 256}, "triton"),
+        ({"cache_dtype": torch.float8_e4m3fn}, "triton"),
+        ({"dtype": torch.float32, "cache_dtype": torch.float32}, "triton"),
     ],
 )
 def test_a_gpu_uses_the_kernel_for_latents_of_supported_widths(changes: dict[str, Any], wanted: str) -> None:
-    choice = choose("auto", dataclasses.replace(HOPPER, **changes), {"flash_attn", "flashinfer", "torch"})
+    choice = choose("auto", dataclasses.replace(HOPPER, **changes), {"flash_attn", "flashinfer", "triton", "torch"})
     assert choice.name == wanted
+
+
+def test_expanded_latents_need_triton() -> None:
+    assert choose("auto", HOPPER, {"flashinfer", "torch"}).name == "torch"

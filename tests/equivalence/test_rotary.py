@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.equivalence.cases import CROWD, TOLERANCE, Profile, check, run_case
@@ -122,3 +123,25 @@ def test_longest_sequence_equals_unchanged_transformers(checkpoint: tuple[Any, P
 def test_every_kind_that_transformers_knows_is_here() -> None:
     every = [values for _, given in KINDS.values() for values in (given, *given.values()) if isinstance(values, dict)]
     assert {values["rope_type"] for values in every if "rope_type" in values} == {"default", *ROPE_INIT_FUNCTIONS}
+
+
+class DynamicFrequencies(torch.nn.Module):
+    """Recomputes its frequencies where its input is, as transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rope_type = "dynamic"
+        self.register_buffer("inv_freq", torch.zeros(4, device="cuda"))
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        assert position_ids.device == x.device
+        self.register_buffer("inv_freq", torch.ones(4, device=x.device))
+        return self.inv_freq
+
+
+def test_frozen_frequencies_stay_on_the_device() -> None:
+    with FakeTensorMode():
+        module = DynamicFrequencies()
+        freeze_rotary(module, LONGEST)
+        assert module.inv_freq.device.type == "cuda"
+    assert module.rope_type == "frozen"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from ulysses_infer.attention.backend import (
     KernelSequences,
     running_sums,
 )
+from ulysses_infer.attention.plans import PlanInputs, PlanOrder
 from ulysses_infer.attention.sinks import with_sinks
 
 WORKSPACE_BYTES = 128 * 1024 * 1024  # what the library recommends
@@ -39,11 +39,11 @@ class PlanKey(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """Block tables in the library's format, on the host, int32."""
+    """Block tables in the library's format."""
 
-    indptr: torch.Tensor  # [N + 1], where each sequence's pages start
-    indices: torch.Tensor  # [indptr[N]], the pages of all sequences
-    last_page_len: torch.Tensor  # [N], tokens in the last page of each
+    indptr: np.ndarray  # [N + 1], where each sequence's pages start
+    indices: np.ndarray  # [indptr[N]], the pages of all sequences
+    last_page_len: np.ndarray  # [N], tokens in the last page of each
 
 
 class FlashInferAttention(KernelAttention):
@@ -60,7 +60,7 @@ class FlashInferAttention(KernelAttention):
         self._library = library
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[bool, PlanKey], Any] = {}
-        self._copied: dict[Any, torch.cuda.Event] = {}  # by wrapper; recorded after a plan was copied
+        self._inputs, self._order = PlanInputs(device), PlanOrder.on(device)
 
     def attend(
         self,
@@ -83,7 +83,7 @@ class FlashInferAttention(KernelAttention):
     def replan(self, sequences: KernelSequences, host: HostSequences) -> None:
         """See `KernelAttention.replan`."""
         for key, wrapper in sequences.plans.items():
-            self._run_plan(_plan_decode, wrapper, host, key)
+            self._plan_decode(wrapper, host, key)
 
     def _planned(self, sequences: KernelSequences, key: PlanKey) -> Any:
         """The planned wrapper for layers of kind `key` in this step."""
@@ -94,25 +94,29 @@ class FlashInferAttention(KernelAttention):
     def _plan(self, sequences: KernelSequences, key: PlanKey) -> Any:
         if sequences.captured:
             wrapper = self._captured_wrapper(sequences, key)
-            self._run_plan(_plan_decode, wrapper, sequences.host, key)
+            self._plan_decode(wrapper, sequences.host, key)
             return wrapper
         slot = (sequences.decodes_only, key)
         if slot not in self._wrappers:
             self._wrappers[slot] = self._wrapper(*slot)
         wrapper = self._wrappers[slot]
-        plan = _plan_decode if sequences.decodes_only else _plan_prefill
-        self._run_plan(plan, wrapper, sequences.host, key)
+        plan = self._plan_decode if sequences.decodes_only else self._plan_prefill
+        plan(wrapper, sequences.host, key)
         return wrapper
 
-    def _run_plan(
-        self, plan: Callable[[Any, HostSequences, PlanKey], None], wrapper: Any, host: HostSequences, key: PlanKey
-    ) -> None:
-        """Plan `wrapper`. Plans are copied from one pinned buffer, so the copy of the last plan must finish first."""
-        if wrapper in self._copied:
-            self._copied[wrapper].synchronize()
-        plan(wrapper, host, key)
-        if self._workspace.is_cuda:
-            self._copied.setdefault(wrapper, torch.cuda.Event()).record()
+    def _plan_decode(self, wrapper: Any, host: HostSequences, key: PlanKey) -> None:
+        pages, common = self._pages(host, key), _common(key)
+        self._order.run(wrapper, lambda: wrapper.plan(*pages, *_shape(key), **common))
+
+    def _plan_prefill(self, wrapper: Any, host: HostSequences, key: PlanKey) -> None:
+        starts, pages = self._inputs.on_host(running_sums(host.query_lens)), self._pages(host, key)
+        self._order.run(wrapper, lambda: wrapper.plan(starts, *pages, *_shape(key), causal=True, **_common(key)))
+
+    def _pages(self, host: HostSequences, key: PlanKey) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The arrays of `Pages`. The library reads all but the indices on the host, and would wait to copy those."""
+        pages = pages_of(host, key.block_size)
+        on_host = self._inputs.on_host
+        return on_host(pages.indptr), self._inputs.on_device(pages.indices), on_host(pages.last_page_len)
 
     def _wrapper(self, decodes_only: bool, key: PlanKey) -> Any:
         if not decodes_only:
@@ -144,7 +148,7 @@ def pages_of(host: HostSequences, block_size: int) -> Pages:
     used = np.arange(host.block_tables.shape[1]) < counts[:, None]
     last = host.context_lens - (counts - 1) * block_size
     arrays = running_sums(counts), host.block_tables[used], last
-    return Pages(*(torch.from_numpy(array.astype(np.int32)) for array in arrays))
+    return Pages(*(array.astype(np.int32) for array in arrays))
 
 
 def _key(query: torch.Tensor, keys: torch.Tensor, options: AttentionOptions) -> PlanKey:
@@ -165,28 +169,8 @@ def _uses_tensor_cores(key: PlanKey) -> bool:
     return key.num_attention_heads // key.num_key_value_heads >= TENSOR_CORE_GROUP
 
 
-def _plan_decode(wrapper: Any, host: HostSequences, key: PlanKey) -> None:
-    wrapper.plan(
-        *pages_of(host, key.block_size),
-        key.num_attention_heads,
-        key.num_key_value_heads,
-        key.width,
-        key.block_size,
-        **_common(key),
-    )
-
-
-def _plan_prefill(wrapper: Any, host: HostSequences, key: PlanKey) -> None:
-    wrapper.plan(
-        torch.from_numpy(running_sums(host.query_lens)),
-        *pages_of(host, key.block_size),
-        key.num_attention_heads,
-        key.num_key_value_heads,
-        key.width,
-        key.block_size,
-        causal=True,
-        **_common(key),
-    )
+def _shape(key: PlanKey) -> tuple[int, int, int, int]:
+    return key.num_attention_heads, key.num_key_value_heads, key.width, key.block_size
 
 
 def _common(key: PlanKey) -> dict[str, Any]:

@@ -148,6 +148,8 @@ def _rejection(name: str, needs: AttentionNeeds, installed: Collection[str]) -> 
         return f"a GPU runs {', '.join(CAPABILITIES)}"
     if name not in installed:
         return f"{FUNCTIONS[name][0]} is not installed"
+    if name == "flashinfer" and needs.latents and "triton" not in installed:
+        return "triton, which attends to expanded latents, is not installed"
     return CAPABILITIES[name](needs)
 
 
@@ -201,7 +203,7 @@ def _load(name: str, device: torch.device, latents: bool) -> AttentionBackend:
 
         from ulysses_infer.attention.flashinfer_latent import FlashInferLatentAttention
 
-        return FlashInferLatentAttention(flashinfer, device)
+        return FlashInferLatentAttention(flashinfer, device, _load("triton", device, latents))
     if name == "flashinfer":
         import flashinfer
 

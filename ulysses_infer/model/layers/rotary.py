@@ -39,9 +39,12 @@ def _depends_on_batch(rope_type: str) -> bool:
 
 
 def _compute_frequencies(module: nn.Module, max_model_len: int, layer_type: str | None) -> None:
-    last = torch.tensor([[max_model_len - 1]])
+    device = next(module.buffers()).device  # transformers keeps frequencies where the input is
+    if device.type == "meta":
+        return  # without values
+    last = torch.tensor([[max_model_len - 1]], device=device)
     extra = {} if layer_type is None else {"layer_type": layer_type}
-    module(torch.zeros(1, 1, 1), last, **extra)
+    module(torch.zeros(1, 1, 1, device=device), last, **extra)
 
 
 # -- maximum model length ------------------------------------------------------------------------------------------
