@@ -31,7 +31,7 @@ USAGE = """\
 usage: ulysses-infer COMMAND [MODEL] [--config RECIPE] [options] [key=value ...]
 
 commands:
-  generate              complete prompts: --prompt TEXT, or those of the recipe
+  generate              complete prompts: --prompt TEXT, or those of the recipe; --dry-run: print what would start
   bench latency         time to first token and per token of a lone request, in every mode
   bench throughput      tokens per second of many requests together, in every mode
   bench serve           load on a server that speaks OpenAI's format, this one or another
@@ -61,14 +61,19 @@ class Command:
     overrides: list[str]
     """Recipe settings, as `load_config` takes them."""
 
+    @property
+    def is_dry(self) -> bool:
+        """Whether the command only prints what a start would do."""
+        return getattr(self.options, "dry_run", False)
+
     def config(self) -> Config:
         """The configuration this command runs with. Raises `ConfigError`."""
         if self.name in CLIENTS:
             raise ConfigError(f"{self.name} is a client, of one process; run it without a launcher")
-        if self.name == "serve":
+        if self.name == "serve" and not self.is_dry:
             require_extra("serve", "serve")
         config = load_config(self.options.config, self.overrides)
-        if self.name != "generate":
+        if self.name != "generate" or self.is_dry:
             return config
         given = _given_prompts(self.options)
         if given:
@@ -161,7 +166,9 @@ def _parse_generate(arguments: list[str]) -> Command:
     parser.add_argument("--temperature", metavar="T", help="0 is greedy")
     parser.add_argument("--adapter", metavar="NAME", help="LoRA adapter to go through, one of lora.adapters")
     parser.add_argument("--output", metavar="FILE", help="write the results as JSON lines")
+    _add_dry_run(parser)
     options, model, overrides = parser.parse_command(arguments)
+    _check_dry_run(options)
     settings = {
         "model.path": model,
         "generate.adapter": options.adapter,
@@ -170,6 +177,18 @@ def _parse_generate(arguments: list[str]) -> Command:
         "generate.output": options.output,
     }
     return Command("generate", options, overrides + _assignments(settings))
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read config.json only; print what a start on GPUs would do, and exit"
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="GPU that --dry-run assumes, as h200; default: this machine's")
+
+
+def _check_dry_run(options: argparse.Namespace) -> None:
+    if options.gpu and not options.dry_run:
+        raise ConfigError("--gpu is for --dry-run; a run takes the GPUs of the machine")
 
 
 def _parse_bench(arguments: list[str]) -> Command:
@@ -221,7 +240,9 @@ def _parse_serve(arguments: list[str]) -> Command:
     parser.add_argument("--api-key", metavar="KEY", help="key that clients must send")
     parser.add_argument("--admin-api-key", metavar="KEY", help="key for the administrative routes")
     parser.add_argument("--served-model-name", metavar="NAME", help="model name that clients use")
+    _add_dry_run(parser)
     options, model, overrides = parser.parse_command(arguments)
+    _check_dry_run(options)
     names = ("host", "port", "api_key", "admin_api_key", "served_model_name")
     settings = {"model.path": model, **{f"server.{name}": getattr(options, name) for name in names}}
     return Command("serve", options, overrides + _assignments(settings))

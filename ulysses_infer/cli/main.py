@@ -37,6 +37,8 @@ def main() -> None:
             sys.exit(_run_client(command))
         with _quiet_config():
             config = command.config()
+        if command.is_dry:
+            sys.exit(_run_dry(command, config))
         is_server = command.name == "serve"
         if num_ranks(config, is_server) > 1 and not is_launched():
             sys.exit(launch(arguments, config, is_server))
@@ -72,6 +74,17 @@ def _run_client(command: Command) -> int:
 
     end_children_with_this_process()
     return compare(command.options, command.overrides)
+
+
+def _run_dry(command: Command, config: Config) -> int:
+    """Print what a start would do, in this process; returns the exit status."""
+    from ulysses_infer.console.library_logging import quiet_libraries
+
+    quiet_libraries(0)
+    from ulysses_infer.cli.dry_run.command import run as run_dry
+
+    run_dry(command.options, config)
+    return 0
 
 
 def launch(arguments: list[str], config: Config, is_server: bool = False) -> int:

@@ -52,6 +52,8 @@ def main(arguments: list[str]) -> NoReturn:
 
 def run(command: Command, rank: int, guard: Guard) -> None:
     """Check the command against the job and run it."""
+    if command.is_dry:
+        raise ConfigError("--dry-run is for one process; run it without a launcher: ulysses-infer generate --dry-run")
     config = command.config()
     set_up_logging(config.runtime.log_level, rank)
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")), replicas=command.name == "serve")

@@ -31,32 +31,35 @@ def make_worker(
     groups: ProcessGroups,
     device: torch.device,
     capturer: Capturer | None = None,
+    backend: AttentionBackend | None = None,
 ) -> Worker:
     """The worker of this rank, ready to run steps. Collective. Raises `ConfigError`, on all ranks alike.
 
-    capturer: of decode steps, if they are captured; None: CUDA's.
+    capturer: of decode steps, if they are captured; None: CUDA's. backend: attention; None: as the recipe says.
     """
     shape, scheduler, max_model_len = cache_shape(config, model, groups), config.scheduler, model.shape.max_model_len
     layers = CacheGroups.of(model.attention_options, max_model_len)
     sizing = CacheSizing(shape, layers, max_model_len, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
     own = channel.together(lambda: cache_bytes(config.cache, sizing, budget, device.type == "cpu"))
     num_bytes = channel.smallest(own)  # shards are equal, free memory may not be
-    backend = channel.together(lambda: make_attention(config.runtime.attention_backend, model, shape, device))
+    attention = backend or channel.together(
+        lambda: make_attention(config.runtime.attention_backend, model, shape, device)
+    )
     captures = channel.together(
-        lambda: wants_cuda_graphs(config.runtime.enforce_eager, device, backend, bool(model.injection.expert_layers))
+        lambda: wants_cuda_graphs(config.runtime.enforce_eager, device, attention, bool(model.injection.expert_layers))
     )
     cache = channel.together(lambda: _make_cache(config.cache, sizing, num_bytes, device, scratch_blocks=int(captures)))
     tables = BlockTables(
         config.cache.block_size, scheduler.max_num_seqs, shape.blocks_for(max_model_len), layers.attention_spans
     )
     matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
-    worker = Worker(model, cache, tables, groups, backend, matmul, device, config.runtime.debug)
+    worker = Worker(model, cache, tables, groups, attention, matmul, device, config.runtime.debug)
     if captures:
         channel.together(lambda: _capture_cuda_graphs(worker, config, capturer))
-    elif device.type == "cpu" and wants_cpu_graphs(config.runtime.enforce_eager, backend, matmul, shape, model.dtype):
-        assert isinstance(backend, NativeAttention)
+    elif device.type == "cpu" and wants_cpu_graphs(config.runtime.enforce_eager, attention, matmul, shape, model.dtype):
+        assert isinstance(attention, NativeAttention)
         assert matmul is not None
-        worker.graphs = CpuGraphRunner(model, cache, groups, backend, matmul, scheduler.max_num_seqs)
+        worker.graphs = CpuGraphRunner(model, cache, groups, attention, matmul, scheduler.max_num_seqs)
     return worker
 
 

@@ -1,0 +1,192 @@
+"""`--dry-run`: every recipe of this repository for GPUs, from the config.json of its model, without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.recipe_configs import MODELS, recipe_path, write_config
+from ulysses_infer.cli.arguments import parse
+from ulysses_infer.cli.dry_run.command import run as run_command
+from ulysses_infer.cli.dry_run.config_only import read_config_only
+from ulysses_infer.cli.dry_run.gpus import TABLE, find_gpu, own_gpu
+from ulysses_infer.cli.dry_run.report import DryRun, dry_run
+from ulysses_infer.cli.dry_run.table import render, sections
+from ulysses_infer.cli.rank import run as run_rank
+from ulysses_infer.config import ModelConfig, load_config
+from ulysses_infer.errors import CheckpointError, ConfigError
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.worker.launch_counter import StepLaunches
+
+GIB = 1 << 30
+WEIGHTS = {
+    "llama-3.3-70b-fp8-8xh200": 66.0,
+    "qwen3-32b-fp8-8xh200": 30.7,
+    "qwen3-32b-yarn-128k-8xh200": 30.7,
+    "llama-4-scout-17b-16e-8xh200": 33.0,
+    "qwen3-30b-a3b-8xh200": 56.4,
+    "qwen3-14b-2x24gb": 14.0,
+    "qwen3-8b-2x24gb": 14.7,
+}
+"""GiB that the rank with most of them stores."""
+
+
+def dry(recipe: str, folder: Path, gpu: str, *overrides: str, layers: int | None = None) -> DryRun:
+    model = write_config(recipe, folder, layers)
+    return dry_run(load_config(recipe_path(recipe), [f"model.path={model}", *overrides]), find_gpu(gpu))
+
+
+def check_steps(found: DryRun) -> None:
+    """Both kinds of steps run in every mode with our attention, and decodes are captured from one row per slice on."""
+    modes = found.config.parallel.available_modes
+    assert found.attention.name == "triton"
+    assert set(found.prefills) == set(found.decodes) == set(modes)
+    assert set(found.buckets) == set(modes) or any("not captured" in line for line in found.log)
+    for mode in modes:
+        prefill, decodes = found.prefills[mode], found.decodes[mode]
+        assert isinstance(prefill, StepLaunches), prefill
+        assert not isinstance(decodes, str), decodes
+        assert len(prefill.marks) == found.rank.model.shape.num_layers
+        assert sorted(decodes) == found.buckets.get(mode, [mode.sp])
+        assert min(decodes) == mode.sp
+        assert min(step.exchanges_per_layer for step in (prefill, *decodes.values())) >= 2
+
+
+def gpu_of(recipe: str) -> str:
+    return "h200" if recipe.endswith("h200") else "rtx4090"
+
+
+@pytest.mark.parametrize("recipe", MODELS)
+def test_every_recipe_runs_on_meta_in_both_modes_and_is_captured(recipe: str, tmp_path: Path) -> None:
+    found = dry(recipe, tmp_path, gpu_of(recipe), layers=4)
+
+    check_steps(found)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("recipe", MODELS)
+def test_every_recipe_fits_with_all_layers(recipe: str, tmp_path: Path) -> None:
+    found = dry(recipe, tmp_path, gpu_of(recipe))
+
+    check_steps(found)
+    assert found.rank.budget.weights / GIB == pytest.approx(WEIGHTS[recipe], abs=0.1)
+    assert found.rank.worker.cache.num_bytes > 0
+
+
+def test_dense_recipes_capture_decodes_of_up_to_512_rows(tmp_path: Path) -> None:
+    found = dry("qwen3-32b-fp8-8xh200", tmp_path, "h200", layers=2)
+
+    assert found.buckets[Mode(8, 1)][0] == 8
+    assert found.buckets[Mode(1, 8)][:4] == [1, 2, 4, 8]
+    assert {sizes[-1] for sizes in found.buckets.values()} == {512}
+
+
+def test_the_table_names_what_a_start_decides(tmp_path: Path) -> None:
+    found = dry("qwen3-30b-a3b-8xh200", tmp_path, "h100", layers=2)
+    text, titles = render(found), [section.title for section in sections(found)]
+
+    assert titles == [
+        "model",
+        "memory per rank",
+        "attention",
+        "collectives",
+        "CUDA graphs",
+        "launches",
+        "prefill",
+        "log of the start",
+    ]
+    for words in (
+        "Qwen3MoeForCausalLM: 2 layers",
+        "8 x H100 80 GB, 79.65 GiB, sm_90",
+        "32 query and 4 KV; per rank 4 and 1, each KV head on 2 ranks",
+        "128 in 2 layers, placed by replicate",
+        "full  2 layers",
+        "8192 tokens a step, 1024 on each rank",
+        "40960 tokens in 5 steps",
+    ):
+        assert words in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_columns_are_aligned(tmp_path: Path) -> None:
+    text = render(dry("qwen3-8b-2x24gb", tmp_path, "rtx4090", layers=2))
+    memory = text.split("memory per rank\n")[1].split("\n\n")[0].splitlines()
+
+    assert len({line.index("GiB") - len(line.split("GiB")[0].split()[-1]) for line in memory}) == 1
+
+
+def test_a_model_that_does_not_fit_is_one_line_with_numbers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the model does not fit: .* weights 30\.\d\d GiB") as raised:
+        dry("qwen3-32b-fp8-8xh200", tmp_path, "rtx4090")
+    assert "\n" not in str(raised.value)
+
+
+def test_refused_attention_is_an_error_as_at_a_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="attention_backend is flash_attn, but"):
+        dry("qwen3-8b-2x24gb", tmp_path, "rtx4090", "runtime.attention_backend=flash_attn", layers=2)
+
+
+def test_eager_runs_capture_nothing(tmp_path: Path) -> None:
+    found = dry("qwen3-8b-2x24gb", tmp_path, "rtx4090", "runtime.enforce_eager=true", layers=2)
+
+    assert found.buckets == {}
+    assert "runtime.enforce_eager is true" in render(found)
+    assert set(found.decodes[Mode(2, 1)]) == {2}
+
+
+def test_without_a_gpu_one_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    with pytest.raises(ConfigError, match="give --gpu, as in --gpu h200"):
+        own_gpu()
+
+
+def test_unknown_gpus_are_one_line_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="--gpu h20o: unknown; the nearest is h20 ") as raised:
+        find_gpu("h20o")
+    assert "\n" not in str(raised.value)
+    assert find_gpu("RTX 4090").capability == (8, 9)
+    assert all(find_gpu(name).memory > 16 * GIB for name in TABLE)
+
+
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_the_flag_needs_no_prompt_and_no_ranks(command: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = write_config("qwen3-8b-2x24gb", tmp_path, layers=2)
+    words = [command, "--config", str(recipe_path("qwen3-8b-2x24gb")), "--dry-run", "--gpu", "l40s"]
+    parsed = parse([*words, f"model.path={model / 'config.json'}"])
+
+    assert parsed.is_dry
+    run_command(parsed.options, parsed.config())
+    assert "2 x L40S" in capsys.readouterr().out
+
+
+def test_the_flag_is_refused_on_ranks_of_a_launcher() -> None:
+    with pytest.raises(ConfigError, match="run it without a launcher"):
+        run_rank(parse(["generate", "m", "--dry-run"]), 0, None)
+
+
+def test_a_gpu_is_only_for_dry_runs() -> None:
+    with pytest.raises(ConfigError, match="--gpu is for --dry-run"):
+        parse(["generate", "m", "--prompt", "x", "--gpu", "h200"])
+
+
+@pytest.mark.parametrize("path", ["no/such/folder", "/no/such/folder", "README.md"])
+def test_a_model_without_config_is_one_line(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", _refuse)
+
+    with pytest.raises(CheckpointError, match=r"no folder, config\.json or hub id|has no config\.json"):
+        read_config_only(ModelConfig(path=path))
+
+
+def test_a_hub_id_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", _refuse)
+
+    with pytest.raises(CheckpointError, match="could not be loaded from the hub") as raised:
+        read_config_only(ModelConfig(path="owner/name"))
+    assert "\n" not in str(raised.value)
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise OSError("no network\nhere")

@@ -1,0 +1,112 @@
+"""One rank of a layout on device `meta`: the loader's and worker's own code, without weights, GPU or other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.attention.triton import TritonAttention
+from ulysses_infer.cli.dry_run.config_only import ConfigOnly
+from ulysses_infer.config import Config
+from ulysses_infer.job.load_model import load_model, make_blueprint
+from ulysses_infer.job.make_worker import make_worker
+from ulysses_infer.model.context import step_context
+from ulysses_infer.parallel.groups import ProcessGroups
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.parallel.null import NullProcessGroup
+from ulysses_infer.worker.channel import Channel
+from ulysses_infer.worker.launch_counter import LaunchCounter, StepLaunches, counted_collectives
+from ulysses_infer.worker.step import Step
+from ulysses_infer.worker.step_plan import LAST_LOGITS, PlanItem, StepPlan, logits_positions
+
+META = torch.device("meta")
+
+
+class MarkedAttention(TritonAttention):
+    """Tells a counter where the attention of each layer begins, and remembers the step that it belongs to."""
+
+    def __init__(self, counter: LaunchCounter) -> None:
+        self._counter = counter
+        self.mode, self.num_sequences = Mode(1, 1), 0
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        assert metadata.kernel is not None
+        self.mode, self.num_sequences = step_context().collectives.place.mode, metadata.kernel.num_sequences
+        self._counter.mark()
+        return super().attend(query, keys, values, metadata, options)
+
+
+class CountingCapturer:
+    """A `Capturer` that runs each step once and counts what it launches."""
+
+    def __init__(self, counter: LaunchCounter, attention: MarkedAttention) -> None:
+        self._counter, self._attention = counter, attention
+        self.steps: dict[tuple[Mode, int], StepLaunches] = {}
+        """By mode and number of rows."""
+
+    def capture(self, step: Callable[[], None]) -> CountingCapturer:
+        """See `Capturer.capture`."""
+        launches = self._counter.count(step)
+        self.steps[self._attention.mode, self._attention.num_sequences] = launches
+        return self
+
+    def replay(self) -> None:
+        """See `Captured.replay`. On device `meta` there is nothing to compute."""
+
+
+class MetaRank:
+    """The rank that stores most, with its model, budget and worker."""
+
+    def __init__(self, config: Config, checkpoint: ConfigOnly, memory: int) -> None:
+        """memory: bytes that the rank may use. Raises `UlyssesError`s of one line, as a start does."""
+        layout, self.counter = config.parallel.layout, LaunchCounter()
+        self.attention = MarkedAttention(self.counter)
+        self.capturer = CountingCapturer(self.counter, self.attention)
+        # Shares differ by at most one row, and the last rank has the larger one.
+        ranks = [self._groups(config, rank) for rank in dict.fromkeys((0, layout.world_size - 1))]
+        self.groups = max(ranks, key=lambda groups: _weight_bytes(config, checkpoint, groups, memory))
+        channel = Channel(self.groups)
+        self.loaded = load_model(
+            config, None, None, channel, self.groups, META, layout.world_size, checkpoint=checkpoint, available=memory
+        )
+        self.model, self.budget = self.loaded.model, self.loaded.budget
+        self.worker = make_worker(
+            config, self.model, self.budget, channel, self.groups, META, self.capturer, self.attention
+        )
+
+    def _groups(self, config: Config, rank: int) -> ProcessGroups:
+        layout = config.parallel.layout
+        world = NullProcessGroup(layout.world_size, rank) if layout.world_size > 1 else None
+        groups = ProcessGroups(layout, rank, world=world)
+        for mode in config.parallel.available_modes:
+            groups.by_mode[mode] = counted_collectives(groups.place(mode), self.counter)
+        return groups
+
+    def run(self, mode: Mode, num_sequences: int, tokens_each: int) -> StepLaunches:
+        """Run a step layer by layer, as the worker does, and count: sequences of `tokens_each` new tokens."""
+        cache = self.worker.cache
+        blocks = list(range(cache.shape.blocks_for(tokens_each))) * len(cache.groups.attention_spans)
+        items = [PlanItem(index, 0, tokens_each, blocks, LAST_LOGITS) for index in range(num_sequences)]
+        tokens = np.ones(num_sequences * tokens_each, dtype=np.int32)
+        plan = StepPlan(0, mode, items, tokens, list(range(num_sequences)), full_logits=True)
+        step = Step(plan, self.worker.tables.apply(plan), logits_positions(items), self.worker.next_tokens)
+        return self.counter.count(lambda: self.worker.eager.run(step, _keep))
+
+
+def _keep(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+def _weight_bytes(config: Config, checkpoint: ConfigOnly, groups: ProcessGroups, memory: int) -> int:
+    return make_blueprint(config, None, checkpoint, groups, META, memory).weight_bytes

@@ -1,0 +1,163 @@
+"""The table that a dry run prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ulysses_infer.arithmetic import ceil_div
+from ulysses_infer.attention.span import AttentionSpan
+from ulysses_infer.cli.dry_run.report import TAKEN_BYTES, DryRun
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.worker.launch_counter import StepLaunches
+
+GIB = 1 << 30
+ASIDE = ("captured decode steps", "attention runs on")
+"""Beginnings of log lines that the table has elsewhere."""
+
+
+class Section(NamedTuple):
+    """A titled part of the table: rows of cells."""
+
+    title: str
+    rows: Sequence[Sequence[str]]
+
+
+def render(run: DryRun) -> str:
+    """The whole table as text."""
+    return "\n".join(line for section in sections(run) for line in _lines(section)) + "\n"
+
+
+def sections(run: DryRun) -> Iterator[Section]:
+    """The parts of the table, in order."""
+    yield Section("model", list(_model(run)))
+    yield Section("memory per rank", list(_memory(run)))
+    yield Section("attention", list(_attention(run)))
+    yield Section("collectives", list(_collectives(run)))
+    yield Section("CUDA graphs", list(_graphs(run)))
+    yield Section("launches", list(_launches(run)))
+    yield Section("prefill", list(_prefill(run)))
+    notes = [message for message in run.log if not message.startswith(ASIDE)]
+    yield Section("log of the start", [[note] for note in notes])
+
+
+def _lines(section: Section) -> Iterator[str]:
+    """Columns are as wide as their longest cell; the last one is free."""
+    yield section.title
+    columns = max((len(row) for row in section.rows), default=0)
+    widths = [
+        max(len(row[column]) for row in section.rows if len(row) > column + 1 or column == 0)
+        for column in range(columns - 1)
+    ]
+    for row in section.rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+        yield "  " + "  ".join([*cells, row[-1]]).rstrip()
+    yield ""
+
+
+def _model(run: DryRun) -> Iterator[Sequence[str]]:
+    shape, parallel, model = run.rank.model.shape, run.config.parallel, run.rank.model
+    kind, world_size = type(model.module).__name__, parallel.world_size
+    yield "architecture", f"{kind}: {shape.num_layers} layers, hidden size {shape.hidden_size}"
+    yield "GPUs", f"{world_size} x {run.gpu.name}, {_gib(run.gpu.memory)}, sm_{''.join(map(str, run.gpu.capability))}"
+    yield "modes", ", ".join(str(mode) for mode in parallel.available_modes) + f"; base {parallel.base}"
+    policy = run.config.policy
+    threshold = f" at {policy.threshold_tokens} tokens" if policy.name == "threshold" else ""
+    yield "policy", f"{policy.name}{threshold}"
+    own = shape.key_value_heads_of(run.rank.groups.shard, parallel.layout)
+    copies = world_size * own // shape.num_key_value_heads
+    stored = f"each KV head on {copies} ranks" if copies > 1 else "no KV head twice"
+    yield (
+        "heads",
+        (
+            f"{shape.num_attention_heads} query and {shape.num_key_value_heads} KV; per rank "
+            f"{shape.num_attention_heads // world_size} and {own}, {stored}"
+        ),
+    )
+    if layers := model.injection.expert_layers:
+        yield "experts", f"{layers[0].num_experts} in {len(layers)} layers, placed by {layers[0].placement}"
+    read, kept = len(list(run.checkpoint.open().keys())), len(list(model.module.parameters()))
+    yield "load plan", f"{read} tensors of a checkpoint -> {kept} parameters of a rank, none missing"
+
+
+def _memory(run: DryRun) -> Iterator[Sequence[str]]:
+    budget, cache, shape = run.rank.budget, run.rank.worker.cache, run.rank.model.shape
+    share = run.config.cache.memory_utilization
+    yield "GPU", _gib(run.gpu.memory), f"of which {_gib(TAKEN_BYTES)} are assumed to be taken by driver, CUDA and NCCL"
+    yield "to use", _gib(budget.available), f"cache.memory_utilization {share:g}"
+    yield "weights", _gib(budget.weights), ""
+    yield "activations", _gib(budget.activations), f"of a step of {run.config.scheduler.max_num_batched_tokens} tokens"
+    tokens = cache.num_blocks * cache.shape.block_size
+    yield (
+        "KV cache",
+        _gib(cache.num_bytes),
+        f"{tokens:,} tokens of {str(cache.shape.dtype).removeprefix('torch.')} in blocks of {cache.shape.block_size}; "
+        f"{tokens / shape.max_model_len:.1f} requests of {shape.max_model_len:,} tokens",
+    )
+    rest = run.gpu.memory - TAKEN_BYTES - budget.weights - budget.activations - cache.num_bytes
+    yield "rest", _gib(rest), f"CUDA graphs take about {_gib(run.graph_bytes)} of it"
+
+
+def _attention(run: DryRun) -> Iterator[Sequence[str]]:
+    kinds = Counter(_kind(options.span) for options in run.rank.model.attention_options)
+    for kind, count in kinds.items():
+        yield kind, f"{count} layers", run.attention.name
+    for name, reason in run.attention.rejected.items():
+        yield "not", name, reason
+    if run.attention.name not in ("triton", "torch"):
+        yield "note", "launches", "counted with triton instead"
+
+
+def _kind(span: AttentionSpan) -> str:
+    if span.sliding_window is not None:
+        return f"window of {span.sliding_window}"
+    return "full" if span.chunk_size is None else f"chunks of {span.chunk_size}"
+
+
+def _collectives(run: DryRun) -> Iterator[Sequence[str]]:
+    world_size = run.config.parallel.world_size
+    yield ("none: a single rank" if world_size == 1 else "NCCL, by torch.distributed",)
+
+
+def _graphs(run: DryRun) -> Iterator[Sequence[str]]:
+    if not run.buckets:
+        reason = "runtime.enforce_eager is true" if run.config.runtime.enforce_eager else "see the log of the start"
+        yield "none", reason
+        return
+    for mode, sizes in run.buckets.items():
+        yield str(mode), f"decode steps of {', '.join(map(str, sizes))} rows"
+    largest = max(sizes[-1] for sizes in run.buckets.values())
+    yield "not", f"steps with prompt tokens or LoRA adapters, decode steps of more than {largest} rows"
+
+
+def _launches(run: DryRun) -> Iterator[Sequence[str]]:
+    yield "step", "mode", "kernels per layer", "exchanges per layer", "kernels in all", "kernels of a layer"
+    for mode, decodes in run.decodes.items():
+        if isinstance(decodes, str):
+            yield "decode", str(mode), decodes
+            continue
+        for rows in sorted({min(decodes), max(decodes)}):
+            yield _row(f"decode of {rows} rows", mode, decodes[rows])
+    for mode, prefill in run.prefills.items():
+        title = f"prefill of {run.prefill_tokens} tokens"
+        yield (title, str(mode), prefill) if isinstance(prefill, str) else _row(title, mode, prefill)
+
+
+def _row(title: str, mode: Mode, step: StepLaunches) -> Sequence[str]:
+    exchanges = f"{step.exchanges_per_layer:.4g} {' + '.join(kind for kind in step.exchanges if kind != 'all-gather')}"
+    if len(step.marks) < 2:
+        return title, str(mode), "-", "-", str(step.kernels.total()), ""
+    each = ", ".join(f"{count} {name}" for name, count in sorted(step.of_a_layer.items(), key=lambda item: -item[1]))
+    return title, str(mode), f"{step.kernels_per_layer:.4g}", exchanges, str(step.kernels.total()), each
+
+
+def _prefill(run: DryRun) -> Iterator[Sequence[str]]:
+    longest, tokens = run.rank.model.shape.max_model_len, run.prefill_tokens
+    for mode in run.config.parallel.available_modes:
+        yield str(mode), f"{tokens} tokens a step, {ceil_div(tokens, mode.sp)} on each rank"
+    yield "longest", f"{longest} tokens in {ceil_div(longest, tokens)} steps"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
