@@ -5,6 +5,9 @@ it. `demo` runs recipes/demo.yaml on two ranks; append overrides such as policy.
 formatter and linter (as checks), the type checker and the tests. `test --thorough` adds the tests marked `thorough`,
 which are more cases of the same kinds. Other arguments are passed to pytest.
 
+On a machine with NVIDIA GPUs torch's build for CUDA and the extra `gpu` are installed. `--index-url URL` installs torch
+from that package index, for a driver that is too old for the default build.
+
 Needs only Python 3.11 or newer, with its standard library, and gcc.
 """
 
@@ -22,27 +25,29 @@ from pathlib import Path
 if not __package__:  # started by path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tools.gpu_driver import find_driver, has_nvidia_gpu, misfit, tag_of
 from ulysses_infer.child_processes import end_children_with_this_process
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"  # the release the engine is developed on
-EXTRAS = {"demo": "", "test": "[serve,bench,train,test]"}
+EXTRAS: dict[str, set[str]] = {"demo": set(), "test": {"serve", "bench", "train", "test"}}
 CHECKS = (["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"])
 PYTEST = ["pytest", "--durations=10"]
 IN_PARALLEL = ["--numprocesses=2", "--dist=loadscope", "--no-loadscope-reorder"]  # groups: tests/conftest.py
 THOROUGH = "--thorough"
+INDEX_URL = "--index-url"
 
 
 def main() -> None:
     """Run the command; exits with its status."""
-    command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    command, (index_url, arguments) = (sys.argv[1:2] or [""])[0], take_index_url(sys.argv[2:])
     if command not in EXTRAS:
         print(__doc__)
         sys.exit(0 if command in ("-h", "--help") else 2)
     check_machine()
     end_children_with_this_process()
     environment = Environment(Path(os.environ.get("ULYSSES_VENV") or ROOT / ".venv").resolve())
-    environment.prepare(command)
+    environment.prepare(command, index_url)
     os.chdir(ROOT)
     if command == "demo":
         run_demo(environment, arguments)
@@ -60,6 +65,38 @@ def check_machine() -> None:
         import ensurepip  # noqa: F401
     except ImportError:
         fail("Python's venv is incomplete (no ensurepip); install the package python3-venv")
+
+
+def take_index_url(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of `--index-url`, or None, and the other arguments."""
+    joined = [word for word in arguments if word.startswith(f"{INDEX_URL}=")]
+    if joined:
+        return joined[-1].partition("=")[2], [word for word in arguments if word not in joined]
+    if INDEX_URL not in arguments:
+        return None, arguments
+    place = arguments.index(INDEX_URL)
+    if place + 1 == len(arguments):
+        fail(f"{INDEX_URL} needs the address of a package index")
+    return arguments[place + 1], arguments[:place] + arguments[place + 2 :]
+
+
+def torch_build(index_url: str) -> str:
+    """The requirement for pip of torch from an index: the build of its CUDA tag, if the address ends in one."""
+    tag = tag_of(index_url)
+    return f"{TORCH}+{tag}" if tag else TORCH
+
+
+def extras_of(command: str) -> set[str]:
+    """The extras of the package that `command` needs on this machine."""
+    return EXTRAS[command] | ({"gpu"} if has_nvidia_gpu() else set())
+
+
+def check_driver(index_url: str | None) -> None:
+    """Exit with one line if the NVIDIA driver cannot run the build of torch that would be installed."""
+    driver = find_driver()
+    problem = misfit(driver, TORCH, index_url) if driver is not None else None
+    if problem is not None:
+        fail(problem)
 
 
 class Environment:
@@ -87,21 +124,32 @@ class Environment:
         stamp = self.stamp(command)
         return stamp.is_file() and stamp.read_text() == self.fingerprint
 
-    def prepare(self, command: str) -> None:
-        """Create the environment and install what `command` needs, unless already done."""
-        if self.is_ready(command):
+    def prepare(self, command: str, index_url: str | None = None) -> None:
+        """Create the environment and install what `command` needs, unless already done.
+
+        index_url: package index for torch; torch is then installed again.
+        """
+        if self.is_ready(command) and index_url is None:
             return
+        check_driver(index_url)
         if not (self.bin / "python").exists():
             say(f"creating a virtual environment in {self.folder}")
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(self.folder)], check=True)
-        self.pip_install(self.torch_requirement())
-        self.pip_install("-e", f"{ROOT}{EXTRAS[command]}")
-        for name, extras in EXTRAS.items():
-            if extras in ("", EXTRAS[command]):
+        if index_url is None:
+            self.pip_install(self.torch_requirement())
+        else:
+            self.pip_install(INDEX_URL, index_url, torch_build(index_url))
+        extras = extras_of(command)
+        self.pip_install("-e", f"{ROOT}[{','.join(sorted(extras))}]" if extras else str(ROOT))
+        for name in EXTRAS:
+            if extras_of(name) <= extras:
                 self.stamp(name).write_text(self.fingerprint)
 
     def pip_install(self, *requirement: str) -> None:
-        """Install, showing pip's latest line on a terminal; on failure, exit with its last lines."""
+        """Install, showing pip's latest line on a terminal; on failure, exit with its last lines.
+
+        The last argument is the requirement; options of pip precede it.
+        """
         say(f"installing {requirement[-1]} (this can take some minutes)")
         command = [str(self.bin / "python"), "-m", "pip", "install", "--progress-bar=off", *requirement]
         pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -165,14 +213,6 @@ def selection(arguments: list[str]) -> list[str]:
 def cpu_variables(variables: dict[str, str]) -> dict[str, str]:
     """`variables` for ranks on the CPU with one thread each; by default every rank would use all cores."""
     return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **variables}
-
-
-def has_nvidia_gpu() -> bool:
-    """Whether the driver reports an NVIDIA GPU."""
-    if shutil.which("nvidia-smi") is None:
-        return any(Path("/proc/driver/nvidia/gpus").glob("*"))
-    listing = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, text=True, check=False)
-    return listing.returncode == 0 and "GPU" in listing.stdout
 
 
 def free_port() -> int:
