@@ -70,6 +70,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int =
         return
     for counter in _counters:
         counter[kernel.__name__] += 1
-    if any(isinstance(argument, torch.Tensor) and argument.is_meta for argument in arguments):
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    if any(tensor.is_meta for tensor in tensors):
+        if elsewhere := [tensor.device for tensor in tensors if not tensor.is_meta]:
+            raise RuntimeError(f"{kernel.__name__} of device meta is given a tensor of {elsewhere[0]}")
         return
     kernel[grid](*arguments, num_warps=num_warps, **constants)
