@@ -25,6 +25,7 @@ QWEN3_14B = {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers
 QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.3-70b-fp8-8xh200": ("llama-3.3-70b", {"quantization_config": FP8_CHANNEL}),
+    "llama-3.3-70b-fp8-8xh100": ("llama-3.3-70b", {"quantization_config": FP8_CHANNEL}),
     "qwen3-32b-fp8-8xh200": ("qwen3-32b", {"quantization_config": FP8_BLOCK}),
     "qwen3-32b-yarn-128k-8xh200": ("qwen3-32b", {"quantization_config": FP8_BLOCK}),
     "llama-4-scout-17b-16e-8xh200": ("llama-4-scout-17b-16e", {}),
@@ -44,10 +45,10 @@ def write_config(recipe: str, folder: Path, layers: int | None = None) -> Path:
     name, changes = MODELS[recipe]
     config = read_config(ROOT / "configs" / "models" / f"{name}.json")
     text = config.get_text_config(decoder=True)
-    for key, value in ({**changes, "num_hidden_layers": layers} if layers else changes).items():
+    for key, value in {**changes, **({"num_hidden_layers": layers} if layers else {})}.items():
         setattr(text if hasattr(text, key) else config, key, value)
-    for key in ("layer_types", "no_rope_layers", "moe_layers") if layers else ():
+    for key in ("layer_types", "no_rope_layers", "moe_layers"):
         if getattr(text, key, None):
-            setattr(text, key, list(getattr(text, key))[:layers])
+            setattr(text, key, list(getattr(text, key))[: text.num_hidden_layers])
     config.save_pretrained(folder)
     return folder

@@ -44,6 +44,7 @@ class Shape:
 
 SHAPES = {
     "llama-3.3-70b-fp8-8xh200": Shape(8192, 80, 64, 8, 128, 28672, 128256, 131072, weight_bytes=72.7e9),
+    "llama-3.3-70b-fp8-8xh100": Shape(8192, 80, 64, 8, 128, 28672, 128256, 131072, weight_bytes=72.7e9),
     "qwen3-32b-fp8-8xh200": Shape(5120, 64, 64, 8, 128, 25600, 151936, 40960, weight_bytes=34.3e9),
     "qwen3-32b-yarn-128k-8xh200": Shape(5120, 64, 64, 8, 128, 25600, 151936, 40960, weight_bytes=34.3e9),
     "llama-4-scout-17b-16e-8xh200": Shape(5120, 48, 40, 8, 128, 8192, 202048, 10485760, 16, weight_bytes=218e9),
@@ -55,6 +56,7 @@ SHAPES = {
 MODES = {
     "demo": [(2, 1), (1, 2)],
     "llama-3.3-70b-fp8-8xh200": [(8, 1), (1, 8)],
+    "llama-3.3-70b-fp8-8xh100": [(4, 2), (1, 8)],
     "qwen3-32b-fp8-8xh200": [(8, 1), (1, 8)],
     "qwen3-32b-yarn-128k-8xh200": [(8, 1), (1, 8)],
     "llama-4-scout-17b-16e-8xh200": [(4, 2), (1, 8)],
@@ -63,7 +65,7 @@ MODES = {
     "qwen3-14b-2x24gb": [(1, 2)],
 }
 
-DEVICE_BYTES = {"8xh200": 141e9, "2x24gb": 24 * 2**30}
+DEVICE_BYTES = {"8xh200": 141e9, "8xh100": 80 * 2**30, "2x24gb": 24 * 2**30}
 
 
 def shape_of(recipe):

@@ -23,11 +23,12 @@ from ulysses_infer.worker.launch_counter import StepLaunches
 GIB = 1 << 30
 WEIGHTS = {
     "llama-3.3-70b-fp8-8xh200": 66.0,
+    "llama-3.3-70b-fp8-8xh100": 34.1,
     "qwen3-32b-fp8-8xh200": 30.7,
     "qwen3-32b-yarn-128k-8xh200": 30.7,
-    "llama-4-scout-17b-16e-8xh200": 33.0,
+    "llama-4-scout-17b-16e-8xh200": 33.1,
     "qwen3-30b-a3b-8xh200": 56.4,
-    "qwen3-14b-2x24gb": 14.0,
+    "qwen3-14b-2x24gb": 14.5,
     "qwen3-8b-2x24gb": 14.7,
 }
 """GiB that the rank with most of them stores."""
@@ -55,7 +56,7 @@ def check_steps(found: DryRun) -> None:
 
 
 def gpu_of(recipe: str) -> str:
-    return "h200" if recipe.endswith("h200") else "rtx4090"
+    return {"8xh200": "h200", "8xh100": "h100"}.get(recipe.rpartition("-")[2], "rtx4090")
 
 
 @pytest.mark.parametrize("recipe", MODELS)
@@ -73,6 +74,16 @@ def test_every_recipe_fits_with_all_layers(recipe: str, tmp_path: Path) -> None:
     check_steps(found)
     assert found.rank.budget.weights / GIB == pytest.approx(WEIGHTS[recipe], abs=0.1)
     assert found.rank.worker.cache.num_bytes > 0
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("recipe", [name for name in MODELS if name.endswith("h200")])
+def test_recipes_for_h200_fit_on_h100_except_the_one_that_says_so(recipe: str, tmp_path: Path) -> None:
+    if recipe == "llama-3.3-70b-fp8-8xh200":
+        with pytest.raises(ConfigError, match="less than one request of max_model_len 131072"):
+            dry(recipe, tmp_path, "h100")
+        return
+    check_steps(dry(recipe, tmp_path, "h100"))
 
 
 def test_dense_recipes_capture_decodes_of_up_to_512_rows(tmp_path: Path) -> None:
