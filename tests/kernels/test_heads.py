@@ -8,8 +8,9 @@ import torch
 from tests.kernels.interpreter import use_exact_rounding
 from ulysses_infer.cache.paged import CacheShape, PagedCache
 from ulysses_infer.kernels import cache as cache_kernels
-from ulysses_infer.kernels.heads import HeadNorm, HeadTarget, place_heads
-from ulysses_infer.model.fusion.elementwise import TorchElementwise
+from ulysses_infer.kernels.heads import place_heads
+from ulysses_infer.kernels.placement import HeadNorm, HeadTarget
+from ulysses_infer.model.fusion.torch_elementwise import TorchElementwise
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TOKENS = 3

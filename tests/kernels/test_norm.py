@@ -8,7 +8,7 @@ import torch
 from tests.kernels.interpreter import use_exact_rounding
 from ulysses_infer.kernels import activation, norm, quantisation
 from ulysses_infer.kernels.scaled_rows import ALIGNED_ROWS, GROUP, GROUPED, NONE, ROW, QuantisedRows
-from ulysses_infer.model.fusion.elementwise import TorchElementwise
+from ulysses_infer.model.fusion.torch_elementwise import TorchElementwise
 from ulysses_infer.model.quantization.products import quantised_tokens
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

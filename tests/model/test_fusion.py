@@ -16,10 +16,10 @@ from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.cache.paged import CacheShape, PagedCache
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.model.fusion.attention import FusedAttention
-from ulysses_infer.model.fusion.elementwise import TorchElementwise
 from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
 from ulysses_infer.model.fusion.fuse import Fusion
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
+from ulysses_infer.model.fusion.torch_elementwise import TorchElementwise
 from ulysses_infer.model.injection.probe import trial_context
 from ulysses_infer.model.model import ModelBuilder, ShiftModel
 from ulysses_infer.parallel.layout import Layout, Mode, Span

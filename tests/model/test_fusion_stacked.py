@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from tests.equivalence.families import tiny_config
 from tests.equivalence.tiny_models import perturb
+from tests.model.quantization.checkpoints import FORMATS, make_quantised
 from tests.model.test_linear import stored
 from tests.model.test_weights_once import live_tensor_bytes
 from ulysses_infer.config import ModelConfig
@@ -17,9 +19,11 @@ from ulysses_infer.model.fusion import fuse
 from ulysses_infer.model.fusion.attention import FusedAttention
 from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
 from ulysses_infer.model.fusion.stacked import StackedLinears
-from ulysses_infer.model.loading.files import MemorySource
+from ulysses_infer.model.loading.files import MemorySource, SafetensorsSource
 from ulysses_infer.model.loading.weights import Weights
 from ulysses_infer.model.model import ModelBuilder, ShiftModel
+from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.quantization.scaled import Grain, ScaledWeight
 from ulysses_infer.parallel.layout import Layout, Mode
 from ulysses_infer.parallel.sharding import Part, Sharding
 
@@ -85,7 +89,7 @@ def test_modes_and_parameters_are_views_of_one_tensor() -> None:
     for mode in layout.modes:
         stacked.bind(layout.place(mode, 5))
         assert stacked._piece is not None
-        assert {stacked._piece[0].untyped_storage().data_ptr()} == memory
+        assert {stacked._piece.parts["weight"].untyped_storage().data_ptr()} == memory
 
 
 def load(
@@ -137,3 +141,74 @@ def test_weight_updates_write_the_stacked_tensor_and_sleep_frees_it(monkeypatch:
     held = live_tensor_bytes()
     weights.drop()
     assert held - live_tensor_bytes() > 0.9 * blueprint.weight_bytes
+
+
+def quantised_linears(grain: Grain, layout: Layout, shard: int) -> list[QuantizedLinear]:
+    """q, k and v in FP8 with random values, scales and biases, as rank `shard` stores them."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for part in (Part(16, 4), Part(8, 4, shared=True), Part(8, 4, shared=True)):
+        scheme = ScaledWeight("weight_scale", grain, (4, 4) if grain == "block" else (1, 1))
+        source, base = nn.Linear(8, part.features), layout.place(layout.base, shard)
+        linear = QuantizedLinear(source, scheme, "column", Sharding((part,)), base)
+        for parameter in linear.parameters():
+            parameter.data = torch.rand(parameter.shape, generator=generator).to(parameter.dtype)
+        made.append(linear)
+    return made
+
+
+@pytest.mark.parametrize("grain", ["channel", "block"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_fp8_weights_are_stacked_with_their_scales(layout: Layout, grain: Grain) -> None:
+    inputs = torch.randn(5, 8)
+    for shard in range(layout.world_size):
+        base = layout.place(layout.base, shard)
+        apart, together = (quantised_linears(grain, layout, shard) for _ in range(2))
+        assert StackedLinears.fits(together, base)
+        stacked = StackedLinears(together, base)
+        for mode in layout.modes:
+            place = layout.place(mode, shard)
+            stacked.bind(place)
+            for found, linear in zip(stacked.parts(inputs), apart, strict=True):
+                linear.bind(place)
+                torch.testing.assert_close(found, linear(inputs))
+        assert len({each.weight.untyped_storage().data_ptr() for each in together}) == 1
+        assert len({each.weight_scale.untyped_storage().data_ptr() for each in together}) == 1
+
+
+def test_what_has_no_rows_to_stack_is_left_alone() -> None:
+    layout = Layout(Mode(1, 1))
+    base = layout.place(layout.base, 0)
+    assert not StackedLinears.fits(quantised_linears("tensor", layout, 0), base)
+    dense, quantised = linears(HEADS, layout, 0), quantised_linears("channel", layout, 0)
+    assert not StackedLinears.fits([dense[0], quantised[1]], base)
+    assert not StackedLinears.fits([nn.Linear(6, 6)], base)
+
+
+def test_blocks_that_a_shard_would_cut_are_not_stacked() -> None:
+    layout = Layout(Mode(4, 1))
+    (query, *_) = quantised_linears("block", layout, 0)
+    wide = QuantizedLinear(
+        nn.Linear(8, 24),
+        ScaledWeight("weight_scale", "block", (4, 4)),
+        "column",
+        Sharding((Part(4, 6),)),
+        layout.place(layout.base, 0),
+    )
+    assert not StackedLinears.fits([query, wide], layout.place(layout.base, 0))
+
+
+def test_a_loaded_fp8_model_is_stacked_and_reloads_in_place(tmp_path: Path) -> None:
+    make_quantised(tiny_config("qwen3"), tmp_path, FORMATS["compressed-channel"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fuse, "should_stack_weights", lambda _: True)
+        layout = Layout(Mode(2, 1))
+        blueprint = ModelBuilder.from_folder(tmp_path, ModelConfig(path="-"), layout, 1, torch.device("cpu"))
+        model = blueprint.load()
+    assert all(isinstance(block.inputs[0], StackedLinears) for block in blocks(model))
+    before = {name: parameter.detach().clone() for name, parameter in model.module.named_parameters()}
+    weights = Weights(blueprint, model, are_borrowed=False)
+    weights.drop()
+    weights.write(SafetensorsSource(tmp_path))
+    for name, parameter in model.module.named_parameters():
+        assert torch.equal(parameter.detach().float(), before[name].float()), name

@@ -7,7 +7,8 @@ import torch
 
 from tests.native.building import X86, build_for
 from ulysses_infer.model.fusion import elementwise
-from ulysses_infer.model.fusion.elementwise import ACTIVATIONS, NativeElementwise, TorchElementwise, make_elementwise
+from ulysses_infer.model.fusion.elementwise import ACTIVATIONS, NativeElementwise, make_elementwise
+from ulysses_infer.model.fusion.torch_elementwise import TorchElementwise
 from ulysses_infer.native.library import is_available
 
 pytestmark = pytest.mark.skipif(not is_available("elementwise"), reason="no C compiler here")

@@ -10,6 +10,7 @@ import torch
 
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.cache.groups import CacheGroups
+from ulysses_infer.kernels.launch import has_fp8, runs_kernels
 from ulysses_infer.native.function import ELEMENTWISE, native_function
 
 FP8 = torch.float8_e4m3fn
@@ -71,6 +72,7 @@ class PagedCache:
         self._scratch_blocks = scratch_blocks
         on_cpu = device.type == "cpu"
         self._store = native_function("attention", "store_rows", "pppiii", ELEMENTWISE) if on_cpu else None
+        self._has_kernel = has_fp8(device) if shape.dtype == FP8 else runs_kernels(device)
         self.take()
 
     def take(self) -> None:
@@ -99,6 +101,12 @@ class PagedCache:
 
     def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the step's keys and values. slots: [T]; key: [T, Hkv, d]; value: [T, Hkv, dv]."""
+        if self._has_kernel:
+            from ulysses_infer.kernels.cache import store
+
+            keys, values = self.rows(layer)
+            store(keys, None if self.shape.values_in_keys else values, slots, key, value)
+            return
         pairs = ((self.keys[layer], key), (self.values[layer], value))
         for cached, new in pairs[:1] if self.shape.values_in_keys else pairs:
             if self._store is not None and new.dtype == cached.dtype and _is_dense(new):
@@ -115,6 +123,10 @@ class PagedCache:
             if cached.dtype == FP8:  # saturate to the largest representable value; torch copies float8 as bytes
                 new, cached = new.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8), cached.view(torch.uint8)
             cached.flatten(0, 1).index_copy_(0, slots, new.to(cached.dtype))
+
+    def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cache by slots, for kernels that write it: keys [slots, Hkv, d] and values [slots, Hkv, dv]."""
+        return self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
 
     @property
     def num_blocks(self) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from ulysses_infer.kernels.launch import launch
+from ulysses_infer.kernels.placement import HeadNorm, HeadTarget
 
 HEADS = 4
 """Heads per program."""
@@ -237,27 +236,6 @@ def heads_kernel(
             WIDTH,
             COLUMNS,
         )
-
-
-@dataclass(frozen=True)
-class HeadNorm:
-    """An RMS norm over each head."""
-
-    weight: torch.Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
-class HeadTarget:
-    """Where heads are written: [rows, shards, heads per shard, d], with dense heads. A cache has one shard."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    slots: torch.Tensor | None = None
-    """[t] int64, the row of each token's key and value; None: the token's own."""
-    key_scale: float = 1.0
-    value_scale: float = 1.0
 
 
 def place_heads(

@@ -22,7 +22,7 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     """The compute capability of an NVIDIA GPU; None for other devices."""
     if device.type in _assumed:
         return _assumed[device.type]
-    if device.type != "cuda" or torch.version.hip:
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability(device)
 

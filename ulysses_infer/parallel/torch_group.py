@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ulysses_infer.kernels.scaled_rows import QuantisedRows
 from ulysses_infer.parallel.layout import Span
 
 INLINE_BYTES = 4096  # sent with the length in one broadcast; the rest of a longer message needs a second
@@ -30,13 +31,17 @@ class TorchProcessGroup:
         _comm().all_reduce(partial, group=self.process_group)
         return partial
 
+    def sum_add_norm(
+        self, partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, kind: int
+    ) -> torch.Tensor | QuantisedRows | None:
+        """None: see `ProcessGroup.sum_add_norm`."""
+        return None
+
     def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
         """sources: each [t, n * h, d]; returns each as [T, h, d], strided views of one all-to-all."""
         sp, local = len(tokens), sources[0].shape[0]
         widths = [x.shape[1] // sp * x.shape[2] for x in sources]
-        packed = sources[0].new_empty(sp, local, sum(widths))
-        for piece, x, width in zip(packed.split(widths, dim=-1), sources, widths, strict=True):
-            piece.copy_(x.reshape(-1, sp, width).transpose(0, 1))
+        packed = _packed(sources, sp, widths)
         received = packed.new_empty(tokens[-1].stop, sum(widths))
         self._exchange(received, packed.view(sp * local, sum(widths)), [span.size for span in tokens], [local] * sp)
         return [
@@ -106,6 +111,19 @@ class TorchMailbox:
 
     def _broadcast(self, buffer: torch.Tensor) -> None:
         torch.distributed.broadcast(buffer, src=0, group=self._process_group)
+
+
+def _packed(sources: Sequence[torch.Tensor], sp: int, widths: list[int]) -> torch.Tensor:
+    """sources: each [t, sp * h, d]; returns [sp, t, sum of h * d], by receiving rank.
+
+    A view of a single source whose memory is in that order.
+    """
+    if len(sources) == 1 and sources[0].shape[1] == sp and sources[0].transpose(0, 1).is_contiguous():
+        return sources[0].transpose(0, 1)
+    packed = sources[0].new_empty(sp, sources[0].shape[0], sum(widths))
+    for piece, x, width in zip(packed.split(widths, dim=-1), sources, widths, strict=True):
+        piece.copy_(x.reshape(-1, sp, width).transpose(0, 1))
+    return packed
 
 
 def _comm() -> Any:

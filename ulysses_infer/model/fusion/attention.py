@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ulysses_infer.attention.backend import AttentionOptions
+from ulysses_infer.kernels.placement import HeadNorm, HeadTarget
 from ulysses_infer.model.fusion.elementwise import Elementwise
+from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.projections import (
+    Inputs,
     Projection,
     children_with_weights,
+    common_input_kind,
     find_linears,
+    flat,
     has_own_weights,
     project,
 )
 from ulysses_infer.model.injection.rules import ATTENTION_OUTPUTS, KEY_NORMS, QUERY_NORMS
-from ulysses_infer.model.layers.attention import attend_tokens
+from ulysses_infer.model.layers.attention import attend_placed, attend_tokens
 from ulysses_infer.model.layers.norm import ShardedRMSNorm
 
 PROJECTION_NAMES = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
@@ -56,11 +62,16 @@ class FusedAttention(nn.Module):
             and not has_own_weights(source)
         )
 
+    @property
+    def input_kind(self) -> int:
+        """See `QuantizedLinear.input_kind`."""
+        return common_input_kind(self.inputs)
+
     def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
+        self, hidden_states: Inputs, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
     ) -> tuple[torch.Tensor, None]:
         """hidden_states: [1, t, D]; position_embeddings: cosine and sine, [1, t, r]; returns ([1, t, D], None)."""
-        query, key, value = project(self.inputs, hidden_states[0])
+        query, key, value = (part.flatten(1) for part in project(self.inputs, flat(hidden_states)))
         query, key = self._heads(query, self._norms[0]), self._heads(key, self._norms[1])
         cosine, sine = position_embeddings
         query, key = self._elementwise.apply_rotary(query, key, cosine[0], sine[0])
@@ -77,6 +88,51 @@ class FusedAttention(nn.Module):
             x = norm(x)
         x = x.view(x.shape[0], -1, self.head_dim)
         return x if norm is None or across else norm(x)
+
+
+class PlacedAttention(FusedAttention):
+    """`FusedAttention` with one Triton kernel for head norms, rotary embedding and the move of all heads.
+
+    In full TP the kernel writes the cache, in SP the input of the all-to-all.
+    """
+
+    @staticmethod
+    def candidate(source: Any) -> bool:
+        """Whether it is such a block, with norms per head or none."""
+        norms = (_child(source, QUERY_NORMS), _child(source, KEY_NORMS))
+        return FusedAttention.candidate(source) and all(
+            norm is None or isinstance(norm, FusedRMSNorm) for norm in norms
+        )
+
+    def forward(
+        self, hidden_states: Inputs, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        """See `FusedAttention.forward`."""
+        heads = project(self.inputs, flat(hidden_states))
+        cosine, sine = (each[0] for each in position_embeddings)
+        place = partial(self._place, heads, cosine, sine)
+        attended = attend_placed(self.layer_idx, self.head_plan, place, heads[0], self.head_dim, self.options)
+        (output,) = self._output
+        return output(attended.flatten(1))[None], None
+
+    def _place(
+        self,
+        heads: list[torch.Tensor],
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        target: HeadTarget,
+        index: torch.Tensor | None,
+    ) -> None:
+        """Implements `PlaceHeads`. heads: q, k, v, [t, shards, heads per shard * d]."""
+        from ulysses_infer.kernels.heads import place_heads
+
+        query, key, value = (each[: target.query.shape[0]] for each in heads)
+        norms = _head_norm(self._norms[0]), _head_norm(self._norms[1])
+        place_heads(query, key, value, norms, cosine, sine, target, index)
+
+
+def _head_norm(norm: Any) -> HeadNorm | None:
+    return None if norm is None else HeadNorm(norm.weight, norm.eps)
 
 
 def _outputs(source: nn.Module) -> list[Any]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
-from ulysses_infer.model.fusion.projections import children_with_weights
+from ulysses_infer.model.fusion.projections import children_with_weights, input_kind
 
 LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 BASE_PARTS = ("embed_tokens", "layers", "norm")
@@ -22,6 +22,7 @@ class _DecoderLayer:
     attention_norm: FusedRMSNorm
     feed_forward: nn.Module
     next_norm: FusedRMSNorm  # of the next layer, or the last one
+    next_attention: nn.Module | None  # reads it; None: the head does
 
 
 class FusedDecoder:
@@ -32,10 +33,10 @@ class FusedDecoder:
         self.embedding, self.rotary, self.head = base.embed_tokens, rotary, head
         self._elementwise = elementwise
         self.first_norm: FusedRMSNorm = base.layers[0].input_layernorm
-        following = [*(layer.input_layernorm for layer in base.layers[1:]), base.norm]
+        following = [*((layer.input_layernorm, layer.self_attn) for layer in base.layers[1:]), (base.norm, None)]
         self.layers = [
-            _DecoderLayer(layer.self_attn, layer.post_attention_layernorm, layer.mlp, norm)
-            for layer, norm in zip(base.layers, following, strict=True)
+            _DecoderLayer(layer.self_attn, layer.post_attention_layernorm, layer.mlp, norm, attention)
+            for layer, (norm, attention) in zip(base.layers, following, strict=True)
         ]
 
     @staticmethod
@@ -65,8 +66,9 @@ class FusedDecoder:
                 past_key_values=None,
                 use_cache=False,
             )
-            residual, normed = layer.attention_norm.add_and_norm(attended, residual)
-            residual, normed = layer.next_norm.add_and_norm(layer.feed_forward(normed), residual)
+            residual, normed = layer.attention_norm.add_and_norm(attended, residual, input_kind(layer.feed_forward))
+            output = layer.feed_forward(normed)
+            residual, normed = layer.next_norm.add_and_norm(output, residual, input_kind(layer.next_attention))
         if len(logits_rows) < normed.shape[1]:  # ascending and distinct: skip the selection if it is all rows
             normed = normed.index_select(1, logits_rows)
         logits: torch.Tensor = self.head(normed)[0]

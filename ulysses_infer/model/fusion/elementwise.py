@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch.nn import functional as F
 
+from ulysses_infer.kernels.launch import runs_kernels
+from ulysses_infer.kernels.scaled_rows import NONE, QuantisedRows
+from ulysses_infer.model.fusion.torch_elementwise import TorchElementwise
 from ulysses_infer.native.function import ELEMENTWISE, NativeFunction
 from ulysses_infer.native.library import is_available, open_library
 
@@ -22,9 +24,12 @@ class Elementwise(Protocol):
         ...
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`residual + x` and its norm, all [..., D]. May overwrite `residual` with the sum."""
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, kind: int = NONE
+    ) -> tuple[torch.Tensor, torch.Tensor | QuantisedRows]:
+        """`residual + x` and its norm, all [..., D]. May overwrite `residual` with the sum.
+
+        `kind` (kernels/scaled_rows.py): how the reader of the norm quantises it; it may be returned quantised so.
+        """
         ...
 
     def apply_rotary(
@@ -36,6 +41,12 @@ class Elementwise(Protocol):
 
     def gated(self, activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """`activation(gate) * up`, all [..., F]; `activation` is one of `ACTIVATIONS`."""
+        ...
+
+    def gated_shards(
+        self, activation: str, gate: torch.Tensor, up: torch.Tensor, kind: int = NONE
+    ) -> torch.Tensor | QuantisedRows:
+        """`gated` of [t, shards, F], with dense rows: [t, shards * F]. `kind`: see `add_rms_norm`."""
         ...
 
     def rotary(
@@ -51,60 +62,13 @@ class Elementwise(Protocol):
 
 def make_elementwise(dtype: torch.dtype, device: torch.device) -> Elementwise:
     """The fastest implementation available for tensors of `dtype` on `device`."""
+    if runs_kernels(device):
+        from ulysses_infer.model.fusion.triton_elementwise import TritonElementwise
+
+        return TritonElementwise(dtype, device)
     if device.type == "cpu" and dtype in SUFFIXES and is_available("elementwise"):
         return NativeElementwise(dtype)
     return TorchElementwise(dtype)
-
-
-class TorchElementwise:
-    """Implementation in torch, for any device."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """See `Elementwise`."""
-        wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Elementwise`."""
-        total = residual + x
-        return total, self.rms_norm(total, weight, eps)
-
-    def apply_rotary(
-        self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Elementwise`."""
-        return _apply_rotary(query, cosine, sine), _apply_rotary(key, cosine, sine)
-
-    def gated(self, activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """See `Elementwise`."""
-        active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-        return active * up
-
-    def rotary(
-        self, positions: torch.Tensor, frequencies: torch.Tensor, scaling: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Elementwise`."""
-        angles = positions[:, None].float() * frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * scaling).to(self.dtype), (angles.sin() * scaling).to(self.dtype)
-
-    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """See `Elementwise`."""
-        return F.embedding(token_ids, table)
-
-
-def _apply_rotary(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """x: [t, H, d]; cosine, sine: [t, r]."""
-    width = cosine.shape[-1]
-    rotated, rest = x[..., :width], x[..., width:]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
-    return rotated if rest.shape[-1] == 0 else torch.cat((rotated, rest), dim=-1)
 
 
 class NativeElementwise:
@@ -130,7 +94,7 @@ class NativeElementwise:
         return normed
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, kind: int = NONE
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Elementwise`."""
         x, residual, width = x.contiguous(), residual.contiguous(), weight.shape[0]
@@ -172,6 +136,12 @@ class NativeElementwise:
             output.data_ptr(), gate.data_ptr(), gate.stride(-2), up.data_ptr(), up.stride(-2), rows, width
         )
         return output
+
+    def gated_shards(
+        self, activation: str, gate: torch.Tensor, up: torch.Tensor, kind: int = NONE
+    ) -> torch.Tensor | QuantisedRows:
+        """See `Elementwise`."""
+        return self.gated(activation, gate.flatten(1), up.flatten(1))
 
     def rotary(
         self, positions: torch.Tensor, frequencies: torch.Tensor, scaling: float

@@ -7,10 +7,14 @@ from torch import nn
 
 from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.projections import (
+    Inputs,
     Projection,
     children_with_weights,
+    common_input_kind,
     find_linears,
+    flat,
     has_own_weights,
+    input_kind,
     project,
 )
 
@@ -41,9 +45,14 @@ class FusedFeedForward(nn.Module):
         found = find_linears(source, PROJECTION_NAMES)
         return bool(found) and set(found) == set(children_with_weights(source).values()) and not has_own_weights(source)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    @property
+    def input_kind(self) -> int:
+        """See `QuantizedLinear.input_kind`."""
+        return common_input_kind(self.inputs)
+
+    def forward(self, hidden_states: Inputs) -> torch.Tensor:
         """hidden_states: [..., t, D]; returns the same shape."""
-        gate, up = project(self.inputs, hidden_states)
+        gate, up = project(self.inputs, flat(hidden_states))
         (down,) = self._output
-        output: torch.Tensor = down(self._elementwise.gated(self.activation, gate, up))
-        return output
+        output: torch.Tensor = down(self._elementwise.gated_shards(self.activation, gate, up, input_kind(down)))
+        return output.view(*hidden_states.shape[:-1], output.shape[-1])

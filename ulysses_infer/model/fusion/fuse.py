@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ulysses_infer.attention.backend import AttentionOptions
+from ulysses_infer.kernels.launch import runs_kernels
 from ulysses_infer.model.context import use_step_context
-from ulysses_infer.model.fusion.attention import FusedAttention
+from ulysses_infer.model.fusion.attention import FusedAttention, PlacedAttention
 from ulysses_infer.model.fusion.decoder import FusedDecoder
 from ulysses_infer.model.fusion.elementwise import ACTIVATIONS, Elementwise, make_elementwise
 from ulysses_infer.model.fusion.equivalence import MISMATCH_ERRORS, Call, is_close, is_equivalent_on, record_calls
@@ -35,7 +36,7 @@ def should_stack_weights(device: torch.device) -> bool:
     Yes on a GPU, where one large product is faster than several small ones. On a CPU the gain is negligible, and
     separate weights stay in file pages that ranks share.
     """
-    return device.type != "cpu"
+    return device.type != "cpu" or runs_kernels(device)
 
 
 class Fusion:
@@ -50,8 +51,9 @@ class Fusion:
         self.elementwise: Elementwise = make_elementwise(model.dtype, device)
         self.fused: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
-        self._cache, self._attention = ProbeCache(), ProbeAttention()
-        self._context = trial_context(model.injection.layout, model.injection.base.shard, self._cache, self._attention)
+        self._cache, self._attention = ProbeCache(self._cache_rows(device)), ProbeAttention()
+        layout, shard = model.injection.layout, model.injection.base.shard
+        self._context = trial_context(layout, shard, self._cache, self._attention, device)
         self._tokens = torch.tensor([token % model.shape.vocab_size for token in TOKENS], device=device)
         self._positions = torch.tensor([1, model.shape.max_model_len - 1], device=device)
         # Innermost first: attention blocks are tested with their norms already fused.
@@ -62,6 +64,16 @@ class Fusion:
             self._stack_all()
         self.decoder = self._fuse_decoder()
         self._log_summary()
+
+    def _cache_rows(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the trial's tokens."""
+        shape, base = self.model.shape, self.injection.base
+        heads = len(TOKENS), shape.key_value_heads_of(base.shard, self.injection.layout)
+        keys, values = (
+            torch.empty(*heads, width, dtype=self.model.dtype, device=device)
+            for width in (shape.key_width, shape.value_width)
+        )
+        return keys, values
 
     def _replace_all(self, kind: Any) -> None:
         found = [module for module in self._modules(kind) if kind.candidate(module)]
@@ -95,6 +107,8 @@ class Fusion:
         elif kind is FusedFeedForward:
             yield from (FusedFeedForward(source, activation, self.elementwise) for activation in ACTIVATIONS)
         elif kind is FusedAttention and (asked := options[source.layer_idx]).sinks is None:  # type: ignore[index]
+            if runs_kernels(self._tokens.device) and PlacedAttention.candidate(source):
+                yield PlacedAttention(source, asked, self.elementwise)
             yield FusedAttention(source, asked, self.elementwise)
 
     def _run(self, modules: list[nn.Module]) -> tuple[dict[nn.Module, Call], dict[int, AttentionOptions]]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ulysses_infer.kernels.scaled_rows import NONE, QuantisedRows
 from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.layers.norm import PerHeadNorm, ShardedRMSNorm
 
@@ -35,9 +36,11 @@ class FusedRMSNorm(nn.Module):
         """hidden_states: [..., D]; returns the same shape."""
         return self._elementwise.rms_norm(hidden_states, self.weight, self.eps)
 
-    def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`residual + x` and its norm, all [..., D]. May overwrite `residual`."""
-        return self._elementwise.add_rms_norm(x, residual, self.weight, self.eps)
+    def add_and_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, kind: int = NONE
+    ) -> tuple[torch.Tensor, torch.Tensor | QuantisedRows]:
+        """See `Elementwise.add_rms_norm`."""
+        return self._elementwise.add_rms_norm(x, residual, self.weight, self.eps, kind)
 
 
 def _epsilon(source: Any) -> Any:

@@ -8,21 +8,48 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ulysses_infer.kernels.scaled_rows import NONE, QuantisedRows
 from ulysses_infer.model.layers.linear import ShiftLinear
 from ulysses_infer.model.quantization.linear import QuantizedLinear
+
+Inputs = torch.Tensor | QuantisedRows
 
 
 class Projection(Protocol):
     """One or several column-parallel linears."""
 
-    def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        """inputs: [..., in]; returns the outputs, each [..., out features of the mode]."""
+    @property
+    def input_kind(self) -> int:
+        """See `QuantizedLinear.input_kind`."""
+        ...
+
+    def shard_parts(self, inputs: Inputs) -> Sequence[torch.Tensor]:
+        """inputs: [..., in]; returns the outputs, each [..., shards, out features of a shard], with dense rows.
+
+        The features of the mode are those of one shard after another's.
+        """
         ...
 
 
-def project(projections: Iterable[Projection], inputs: torch.Tensor) -> list[torch.Tensor]:
-    """The outputs of all `projections` of `inputs`, in order."""
-    return [part for projection in projections for part in projection.parts(inputs)]
+def project(projections: Iterable[Projection], inputs: Inputs) -> list[torch.Tensor]:
+    """The outputs of all `projections` of `inputs`, in order: each [..., shards, out features of a shard]."""
+    return [part for projection in projections for part in projection.shard_parts(inputs)]
+
+
+def common_input_kind(projections: Iterable[Projection]) -> int:
+    """How all `projections` quantise their inputs; NONE if they differ."""
+    kinds = {projection.input_kind for projection in projections}
+    return kinds.pop() if len(kinds) == 1 else NONE
+
+
+def input_kind(module: nn.Module | None) -> int:
+    """How `module` takes its inputs quantised; NONE if it does not."""
+    return getattr(module, "input_kind", NONE)
+
+
+def flat(inputs: Inputs) -> Inputs:
+    """[..., D] as [rows, D]."""
+    return inputs.flat() if isinstance(inputs, QuantisedRows) else inputs.flatten(0, -2)
 
 
 def find_linears(module: nn.Module, forms: tuple[tuple[str, ...], ...]) -> list[Any]:

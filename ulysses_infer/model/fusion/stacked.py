@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
+from ulysses_infer.kernels.scaled_rows import NONE, QuantisedRows
 from ulysses_infer.model.layers.linear import ShiftLinear
 from ulysses_infer.model.layers.matmul import linear
+from ulysses_infer.model.quantization.component import Component
+from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.quantization.products import Piece, Product, choose_product
+from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.parallel.layout import Place, Span
+
+Linear = ShiftLinear | QuantizedLinear
 
 
 class StackedLinears:
-    """Computes `linears` as one matrix product. Their parameters become views of one stacked tensor.
+    """Computes `linears` as one matrix product. Their parameters become views of stacked tensors.
 
     Rows are ordered by the sp0 head shards of the base slice: first the rows of shard 0 of all linears, then those of
     shard 1, and so on. So the rows of every mode are contiguous. If sp0 > 1, parameters are reshaped to
-    [sp0, rows, in] (biases to [sp0, rows]).
+    [sp0, rows, in] (biases to [sp0, rows]). FP8 weights are stacked together with their scales.
     """
 
-    def __init__(self, linears: Sequence[ShiftLinear], base: Place) -> None:
+    def __init__(self, linears: Sequence[Linear], base: Place) -> None:
         self.linears, self.base = linears, base
         self._sizes = [sum(span.size for span in each.sharding.base_spans(base)) // base.mode.sp for each in linears]
-        self._weight: torch.Tensor | None = None
-        self._bias: torch.Tensor | None = None
-        self._piece: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._steps = _stacked_parameters(linears[0])
+        self._wholes: dict[str, torch.Tensor] = {}
+        self._product: Product = _DenseProduct()
+        self._piece: Piece | None = None
         self._shards = 1
         for each in linears:
             each.is_stacked = True
@@ -33,65 +42,126 @@ class StackedLinears:
     @staticmethod
     def fits(linears: Sequence[nn.Module], base: Place) -> bool:
         """Whether all are column-parallel and shard evenly, without shared rows (fewer KV heads than ranks)."""
-        return all(
-            isinstance(each, ShiftLinear)
-            and each.cut == "column"
-            and not each.transposed
-            and _cuts_evenly(each, base)
-            and (each.bias is None) == (linears[0].bias is None)
-            and each.weight.dtype == linears[0].weight.dtype
-            for each in linears
+        return (
+            _are_linears(linears)
+            and _are_alike(linears)
+            and all(_is_column(each) and _cuts_evenly(each, base) for each in linears)
         )
+
+    @property
+    def input_kind(self) -> int:
+        """See `QuantizedLinear.input_kind`."""
+        return self._product.input_kind
 
     def bind(self, place: Place) -> None:
         """Switch to the rows of `place`'s shards. Copies only if the parameters have changed address."""
-        if any(_is_released(each.weight) for each in self.linears):
-            self._weight = self._bias = self._piece = None
+        if any(_is_released(parameter) for each in self.linears for parameter in each.parameters()):
+            self._wholes, self._piece = {}, None
             return
-        self._weight = self._stacked("weight", self._weight)
-        self._bias = None if self.linears[0].bias is None else self._stacked("bias", self._bias)
+        self._wholes = {name: self._stacked(name, step) for name, step in self._steps.items()}
         first = place.weight_index * place.mode.sp - self.base.weight_index * self.base.mode.sp
         self._shards = place.mode.sp
-        self._piece = self._rows(self._weight, first), None if self._bias is None else self._rows(self._bias, first)
+        parts = {name: whole[first : first + self._shards].flatten(0, 1) for name, whole in self._wholes.items()}
+        self._product, self._piece = self._product_of(parts)
 
-    def _rows(self, whole: torch.Tensor, first: int) -> torch.Tensor:
-        return whole[first : first + self._shards].flatten(0, 1)
+    def _product_of(self, parts: dict[str, torch.Tensor]) -> tuple[Product, Piece]:
+        first, bias = self.linears[0], parts.pop("bias", None)
+        rows, columns = Span(0, self._shards * sum(self._sizes)), Span(0, parts["weight"].shape[1])
+        if isinstance(first, ShiftLinear):
+            return _DenseProduct(), Piece(rows, columns, {}, parts, bias)
+        piece = Piece(rows, columns, first.components, parts, bias)
+        return choose_product(first.scheme, piece), piece
 
-    def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+    def parts(self, inputs: torch.Tensor | QuantisedRows) -> Sequence[torch.Tensor]:
         """inputs: [..., in]; returns the output of each linear, in order."""
+        return [part.flatten(-2) for part in self.shard_parts(inputs)]
+
+    def shard_parts(self, inputs: torch.Tensor | QuantisedRows) -> Sequence[torch.Tensor]:
+        """inputs: [..., in]; returns the output of each linear as [..., shards, features of a shard]: views."""
         assert self._piece is not None
-        output = linear(inputs, *self._piece)
-        if self._shards == 1:
-            return output.split(self._sizes, dim=-1)
-        return [part.flatten(-2) for part in output.unflatten(-1, (self._shards, -1)).split(self._sizes, dim=-1)]
+        output = self._product(inputs, self._piece)
+        return output.unflatten(-1, (self._shards, -1)).split(self._sizes, dim=-1)
 
     @torch.inference_mode(False)  # weight updates write into it outside of inference mode
-    def _stacked(self, name: str, before: torch.Tensor | None) -> torch.Tensor:
-        """The stacked tensor [sp0, all rows, ...]. Creates it unless the parameters are views of `before`."""
+    def _stacked(self, name: str, step: int) -> torch.Tensor:
+        """The stacked tensor [sp0, all rows, ...], of `step` features per row.
+
+        Created unless the parameters are views of it already.
+        """
         parameters: list[nn.Parameter] = [getattr(each, name) for each in self.linears]
+        before = self._wholes.get(name)
         if before is not None and all(_shares_memory(each, before) for each in parameters):
             return before
-        shards, tail = self.base.mode.sp, parameters[0].shape[-1:] if name == "weight" else ()
-        rows = zip(parameters, self._sizes, strict=True)
+        shards, tail = self.base.mode.sp, _tail(self.linears[0], name)
+        sizes = [size // step for size in self._sizes]
+        rows = zip(parameters, sizes, strict=True)
         whole = torch.cat([each.detach().reshape(shards, size, *tail) for each, size in rows], dim=1)
-        for parameter, part in zip(parameters, whole.split(self._sizes, dim=1), strict=True):
+        for parameter, part in zip(parameters, whole.split(sizes, dim=1), strict=True):
             parameter.data = part[0] if shards == 1 else part
         return whole
 
 
-def _cuts_evenly(linear: ShiftLinear, base: Place) -> bool:
-    """Whether the shards of the base slice have equal, disjoint, consecutive ranges of its rows."""
+class _DenseProduct:
+    """The product with a weight that is not quantised. Implements `Product`."""
+
+    input_kind = NONE
+
+    def __call__(self, inputs: torch.Tensor | QuantisedRows, piece: Piece) -> torch.Tensor:
+        assert isinstance(inputs, torch.Tensor)
+        return linear(inputs, piece.parts["weight"], piece.bias)
+
+
+def _are_linears(modules: Sequence[nn.Module]) -> TypeGuard[Sequence[Linear]]:
+    return all(isinstance(each, ShiftLinear | QuantizedLinear) for each in modules)
+
+
+def _are_alike(linears: Sequence[Linear]) -> bool:
+    """Whether all have the same parameters, of the same dtypes."""
+    first = _description(linears[0])
+    return all(type(each) is type(linears[0]) and _description(each) == first for each in linears)
+
+
+def _description(linear: Linear) -> tuple[object, ...]:
+    scheme = linear.scheme if isinstance(linear, QuantizedLinear) else None
+    return scheme, {name: parameter.dtype for name, parameter in linear.named_parameters()}
+
+
+def _is_column(linear: Linear) -> bool:
+    """Whether its outputs are sharded, and the rows of its parameters with them."""
+    if isinstance(linear, ShiftLinear):
+        return linear.cut == "column" and not linear.transposed
+    # A scale for a whole tensor has no rows. Packed weights have no product that would gain.
+    return linear.cut == "column" and isinstance(linear.scheme, ScaledWeight) and linear.scheme.grain != "tensor"
+
+
+def _stacked_parameters(linear: Linear) -> dict[str, int]:
+    """The parameters to stack, and how many output features a row of each covers."""
+    steps = {"weight": 1} if isinstance(linear, ShiftLinear) else _component_steps(linear.components)
+    return steps if linear.bias is None else {**steps, "bias": 1}
+
+
+def _component_steps(components: Mapping[str, Component]) -> dict[str, int]:
+    return {name: each.outputs.step for name, each in components.items() if each.outputs is not None}
+
+
+def _tail(linear: Linear, name: str) -> torch.Size:
+    """The dimensions of a parameter after its rows."""
+    return linear.get_parameter(name).shape[-1:] if name != "bias" else torch.Size(())
+
+
+def _cuts_evenly(linear: Linear, base: Place) -> bool:
+    """Whether the shards of the base slice have equal, disjoint, consecutive ranges of its rows, and whole blocks."""
     shards = base.mode.sp
-    if shards == 1:
-        return True
-    if len(linear.sharding.parts) != 1:
+    if shards > 1 and len(linear.sharding.parts) != 1:
         return False
-    (part,), (stored,) = linear.sharding.parts, linear.sharding.base_spans(base)
-    size = stored.size // shards
-    first = base.weight_index * shards
-    return all(
-        part.span(first + i, base.world_size) == Span(stored.start + i * size, stored.start + (i + 1) * size)
-        for i in range(shards)
+    stored = linear.sharding.base_spans(base)
+    size = sum(span.size for span in stored) // shards
+    edges = (size, *(span.start for span in stored))
+    if any(edge % step for step in _stacked_parameters(linear).values() for edge in edges):
+        return False
+    first, part, start = base.weight_index * shards, linear.sharding.parts[0], stored[0].start
+    return shards == 1 or all(
+        part.span(first + i, base.world_size) == Span(start + i * size, start + (i + 1) * size) for i in range(shards)
     )
 
 

@@ -24,10 +24,19 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}  # o
 class ProbeCache:
     """Stub of the paged cache: holds the keys and values of one step and records which layers wrote."""
 
-    def __init__(self) -> None:
+    def __init__(self, like: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """like: tensors of the shapes of a layer's keys and values, for `rows`."""
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self.layers: list[int] = []
+        self._like = like
+
+    def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `PagedCache.rows`."""
+        assert self._like is not None
+        self.keys[layer], self.values[layer] = (torch.empty_like(each) for each in self._like)
+        self.layers.append(layer)
+        return self.keys[layer], self.values[layer]
 
     def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """key: [T, Hkv, d]; value: [T, Hkv, dv]."""
@@ -89,10 +98,15 @@ def _first_problem(model: Any) -> str | None:
     )
 
 
-def trial_context(layout: Layout, shard: int, cache: Any, attention: ProbeAttention) -> StepContext:
-    """A full-TP context without all-reduces, for one rank alone. Its results are meaningless but comparable."""
-    zeros = torch.zeros(2, dtype=torch.int64)
-    metadata = AttentionMetadata(zeros, [1, 1], [1, 1], zeros[:, None])
+def trial_context(
+    layout: Layout, shard: int, cache: Any, attention: ProbeAttention, device: torch.device | str = "cpu"
+) -> StepContext:
+    """A full-TP context of two tokens without all-reduces, for one rank alone.
+
+    Its results are meaningless but comparable.
+    """
+    slots = torch.arange(2, device=device)
+    metadata = AttentionMetadata(slots, [1, 1], [1, 1], slots[:, None])
     collectives = Collectives(layout.place(layout.shift, shard), None, None)
     return StepContext(collectives, [Span(0, 2)], [2], metadata, cache, attention)
 

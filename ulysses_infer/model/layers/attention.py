@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from ulysses_infer.attention.backend import AttentionOptions
+from ulysses_infer.cache.paged import CacheScales
 from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.kernels.placement import HeadTarget, PlaceHeads
 from ulysses_infer.model.context import StepContext, step_context
 from ulysses_infer.model.layers.head_plan import HeadPlan
 
@@ -67,7 +69,50 @@ def attend_tokens(
         return _attend(context, layer, plan, query, key, value, options)
     count = context.num_local_tokens
     query, key, value = _tokens_to_heads(context, plan, query[:count], key[:count], value[:count])
-    output = _attend(context, layer, plan, query, key, value, options)
+    return _heads_to_tokens(context, _attend(context, layer, plan, query, key, value, options))
+
+
+def attend_placed(
+    layer: int, plan: HeadPlan, place: PlaceHeads, like: torch.Tensor, width: int, options: AttentionOptions
+) -> torch.Tensor:
+    """`attend_tokens` for heads that `place` writes to where the mode needs them: the cache, or the all-to-all's input.
+
+    like: [t, ...], gives the number of tokens, dtype and device. width: of every head. Returns [t, Hq/tp, width].
+    """
+    context = step_context()
+    if context.collectives.place.mode.sp == 1:
+        query = _place_into_cache(context, layer, plan, place, like, width)
+        return _attend_cached(context, layer, plan, query, options)
+    query, key, value = _place_and_exchange(context, plan, place, like, width)
+    return _heads_to_tokens(context, _attend(context, layer, plan, query, key, value, options))
+
+
+def _place_into_cache(
+    context: StepContext, layer: int, plan: HeadPlan, place: PlaceHeads, like: torch.Tensor, width: int
+) -> torch.Tensor:
+    """Full TP: keys and values go to the cache. Returns the query, [t, Hq/W, width]."""
+    query = like.new_empty(like.shape[0], plan.local_attention_heads, width)
+    keys, values = context.cache.rows(layer)
+    slots, scales = context.attention_of(layer).slots, plan.cache_scales or CacheScales()
+    place(HeadTarget(query[:, None], keys[:, None], values[:, None], slots, scales.key, scales.value), None)
+    return query
+
+
+def _place_and_exchange(
+    context: StepContext, plan: HeadPlan, place: PlaceHeads, like: torch.Tensor, width: int
+) -> tuple[torch.Tensor, ...]:
+    """SP: heads go to the packed input of the all-to-all. Returns q, k, v of all tokens, each [T, h, d]."""
+    heads = [plan.local_attention_heads // context.collectives.place.mode.sp, *[plan.shard_key_value_heads] * 2]
+    sizes = (context.collectives.place.mode.sp, context.num_local_tokens, sum(heads), width)
+    packed = like.new_empty(sizes).transpose(0, 1)
+    place(HeadTarget(*packed.split(heads, dim=2)), plan.key_value_index(like.device))
+    (received,) = context.collectives.tokens_to_heads((packed.flatten(2),), context.token_spans)
+    query, key, value = received.unflatten(-1, (-1, width)).squeeze(1).split(heads, dim=1)
+    return query, key, value
+
+
+def _heads_to_tokens(context: StepContext, output: torch.Tensor) -> torch.Tensor:
+    """output: [T, Hq/W, dv]; returns [t, Hq/tp, dv]."""
     back = context.collectives.heads_to_tokens(output.flatten(1), context.token_spans)
     if back.shape[0] == 0:  # an empty slice runs a dummy token, whose output is unused
         back = back.new_zeros(1, back.shape[1])
@@ -84,13 +129,22 @@ def _attend(
     options: AttentionOptions,
 ) -> torch.Tensor:
     """Write the cache, then attend: all tokens, local heads. query: [T, Hq/W, d]; returns [T, Hq/W, dv]."""
-    cache, metadata, scales = context.cache, context.attention_of(layer), plan.cache_scales
+    slots, scales = context.attention_of(layer).slots, plan.cache_scales
+    if scales is not None:
+        key, value = key / scales.key, value / scales.value
+    context.cache.write(layer, slots, key, value)
+    return _attend_cached(context, layer, plan, query, options)
+
+
+def _attend_cached(
+    context: StepContext, layer: int, plan: HeadPlan, query: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
+    """Attention over the cache, after its write. query: [T, Hq/W, d]; returns [T, Hq/W, dv]."""
+    cached = context.cache.keys[layer], context.cache.values[layer]
+    metadata, scales = context.attention_of(layer), plan.cache_scales
     if scales is not None:
         # The backend reads the quantized cache: fold the key scale into the scores, the value scale into the output.
-        key, value = key / scales.key, value / scales.value
         options = replace(options, scaling=options.scaling * scales.key)
-    cache.write(layer, metadata.slots, key, value)
-    cached = cache.keys[layer], cache.values[layer]
     if plan.latent is None:
         output = context.backend.attend(query, *cached, metadata, options)
     else:

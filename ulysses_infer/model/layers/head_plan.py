@@ -18,6 +18,8 @@ class HeadPlan:
         self.local_attention_heads = num_attention_heads
         self.local_key_value_heads = num_key_value_heads
         self.shard_heads = Span(0, num_attention_heads)
+        self.shard_key_value_heads = num_key_value_heads
+        """KV heads that this rank caches, in every mode."""
         self.cache_scales: CacheScales | None = None
         self.latent: LatentAttention | None = None
         self._mode = Mode(1, 1)
@@ -31,6 +33,7 @@ class HeadPlan:
         self.local_attention_heads = self.num_attention_heads // count
         self.local_key_value_heads = held.size
         self.shard_heads = even_span(self.num_attention_heads, place.shard, place.world_size)
+        self.shard_key_value_heads = key_value_span(self.num_key_value_heads, place.shard, place.world_size).size
         order = [
             head - held.start
             for shard in range(index * place.mode.sp, (index + 1) * place.mode.sp)

@@ -114,6 +114,10 @@ class ShiftLinear(nn.Module):
             return [linear(inputs, weight, bias) for weight, bias in self._pieces]
         return self.forward(inputs).split(self._part_sizes, dim=-1)
 
+    def shard_parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        """`parts` as [..., 1, features], as `StackedLinears.shard_parts` returns them."""
+        return [part.unsqueeze(-2) for part in self.parts(inputs)]
+
     def _forward_row(self, inputs: torch.Tensor) -> torch.Tensor:
         ((weight, _),) = self._pieces
         output = step_context().collectives.sum_over_tp(linear(inputs, weight))

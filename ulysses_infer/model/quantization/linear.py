@@ -52,11 +52,15 @@ class QuantizedLinear(nn.Module):
             return None if self.cut == "row" else (0, self._spans)
         return self._components[name].kept(self.cut, self._spans)
 
+    def _component(self, name: str) -> Component:
+        if name != "bias":
+            return self._components[name]
+        return Component((self.out_features,), self.get_parameter(name).dtype, outputs=Axis(0))
+
     def read(self, name: str, source: TensorSource, key: str) -> torch.Tensor:
         """This rank's part of the tensor `name`, called `key` in `source`. Raises `CheckpointError`."""
-        parameter = self.get_parameter(name)
-        component = self._components.get(name, Component((self.out_features,), parameter.dtype))
-        return read_part(component, source, key, self.slices(name), tuple(parameter.shape))
+        component = self._component(name)
+        return read_part(component, source, key, self.slices(name), component.stored_shape(self.cut, self._spans))
 
     def check_foreign(self, name: str, source: TensorSource, key: str) -> None:
         """Check a checkpoint tensor that this layer does not use, for example zero points of a symmetric scheme.
@@ -102,8 +106,7 @@ class QuantizedLinear(nn.Module):
     def _bias(self, span: Span) -> torch.Tensor | None:
         if self.bias is None:
             return None
-        whole = Component((self.out_features,), self.bias.dtype, Axis(0))
-        return whole.view(self.bias.detach(), "column", self._spans, span)
+        return self._component("bias").view(self.bias.detach(), "column", self._spans, span)
 
     def reader(self, place: Place) -> Callable[[torch.dtype], torch.Tensor]:
         """Returns the weight of a column-parallel layer as one piece for `place`, [out / tp, in], dequantized at each
@@ -123,3 +126,7 @@ class QuantizedLinear(nn.Module):
     def parts(self, inputs: torch.Tensor | QuantisedRows) -> Sequence[torch.Tensor]:
         """The result of `forward` of a column-parallel layer, split by the parts of the sharding."""
         return self.forward(inputs).split(self._part_sizes, dim=-1)
+
+    def shard_parts(self, inputs: torch.Tensor | QuantisedRows) -> Sequence[torch.Tensor]:
+        """`parts` as [..., 1, features], as `StackedLinears.shard_parts` returns them."""
+        return [part.unsqueeze(-2) for part in self.parts(inputs)]
