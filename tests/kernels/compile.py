@@ -147,6 +147,55 @@ def _quantise(kind: str, groups: int, *strides: str) -> Case:
     )
 
 
+PEERS = {"halves": "*i64", "flags": "*i64", "epochs": "*i64"}
+
+
+def _ranks(number: int) -> dict[str, int]:
+    peers = 1 << (number - 1).bit_length()
+    return {"RANK": 1, "RANKS": number, "PEERS": peers, "HALF": 512 << 10, "PROGRAMS": 128}
+
+
+def _sum(dtype: str, ranks: int) -> Case:
+    return Case(
+        f"sum {dtype}, {ranks} ranks",
+        "collectives:sum_kernel",
+        {**pointers(dtype, "partial"), **PEERS, **integers("size")},
+        {**_ranks(ranks), "TILE": 1024},
+        aligned=("size",),
+    )
+
+
+def _sum_add_norm(width: int, kind: int, ranks: int = 8, dtype: str = "bf16") -> Case:
+    groups = 1 << (width // 128 - 1).bit_length()
+    return Case(
+        f"sum, add, norm {dtype} {width}, kind {kind}, {ranks} ranks",
+        "collectives:sum_add_norm_kernel",
+        {
+            **pointers(dtype, "partial", "residual", "weight", "out"),
+            **pointers("fp8e4nv" if kind else dtype, "values"),
+            **pointers("fp32" if kind else dtype, "scales"),
+            **PEERS,
+            **integers("rows", "scale_stride", "width"),
+            "eps": "fp32",
+        },
+        {**_ranks(ranks), "GROUPS": groups, "KIND": kind},
+        num_warps=max(1, min(16, groups // 4)),
+        aligned=("width",),
+        architectures=FP8_ARCHITECTURES if kind else ARCHITECTURES,
+    )
+
+
+def _exchange(to_heads: bool) -> Case:
+    strides = ("source_row", "source_rank", "out_row", "out_rank", "width")
+    return Case(
+        f"exchange, {'tokens to heads' if to_heads else 'heads to tokens'}",
+        "collectives:exchange_kernel",
+        {**pointers("bf16", "source", "out"), **PEERS, **integers("tokens", *strides)},
+        {**_ranks(8), "TO_HEADS": to_heads, "TILE": 1024},
+        aligned=strides,
+    )
+
+
 def _attention(
     name: str,
     group: int,
@@ -226,6 +275,15 @@ CASES: list[Case] = [
     _heads("head norm, rotary of a part, pack", "bf16", norm=True, slots=False, width=256, rotated=64),
     _store("bf16"),
     _store("fp8e4nv"),
+    _sum("bf16", 8),
+    _sum("fp32", 3),
+    _sum_add_norm(8192, 0),
+    _sum_add_norm(16384, 0),
+    _sum_add_norm(8192, 1),
+    _sum_add_norm(5120, 2),
+    _sum_add_norm(2048, 0, ranks=2, dtype="fp32"),
+    _exchange(to_heads=True),
+    _exchange(to_heads=False),
     *_attention("decode 8 x 128", 8, 1, 128, splits=4),
     *_attention("decode 8 x 128, e4m3", 8, 1, 128, "float8_e4m3fn", architectures=FP8_ARCHITECTURES),
     *_attention("decode 8 x 128, e4m3 bits", 8, 1, 128, "float8_e4m3fn", architectures=(80,)),

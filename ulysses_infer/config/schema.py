@@ -236,9 +236,9 @@ class RuntimeConfig:
     )
     collectives: str = option(
         "auto",
-        choices=("auto", "torch", "shared_memory"),
-        help="How ranks exchange tensors: torch (NCCL, gloo) or shared memory; auto: shared memory on one host without "
-        "GPUs.",
+        choices=("auto", "torch", "shared_memory", "symmetric_memory"),
+        help="How ranks exchange tensors: torch (NCCL, gloo), shared memory (CPUs of one host) or symmetric memory for "
+        "small messages (GPUs of one host); auto: whichever memory the ranks can share, else torch.",
     )
     matmul_backend: str = option(
         "auto",

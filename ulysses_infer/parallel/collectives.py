@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
+from ulysses_infer.kernels.scaled_rows import NONE, QuantisedRows
 from ulysses_infer.parallel.group import ProcessGroup
 from ulysses_infer.parallel.layout import Place, Span
 
@@ -33,6 +35,19 @@ class CollectiveClock:
         """Seconds added since the last call, by kind."""
         taken, self._seconds = self._seconds, {}
         return taken
+
+
+class ResidualNorm(Protocol):
+    """An RMS norm with the residual addition before it."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def add_and_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, kind: int = NONE
+    ) -> tuple[torch.Tensor, torch.Tensor | QuantisedRows]:
+        """`residual + x` and its norm, all [..., D]; may overwrite `residual` with the sum."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -85,3 +100,18 @@ class Collectives:
             self.tp_group.sum(partial)
             self.clock.add("all_reduce", started)
         return partial
+
+    def sum_add_norm(
+        self, partial: torch.Tensor, residual: torch.Tensor, norm: ResidualNorm, kind: int = NONE
+    ) -> tuple[torch.Tensor, torch.Tensor | QuantisedRows]:
+        """`norm.add_and_norm` of the sum of `partial` over the TP group, in one kernel where the group has one.
+
+        May overwrite `partial` and `residual`.
+        """
+        if self.tp_group is not None:
+            started = time.perf_counter()
+            normed = self.tp_group.sum_add_norm(partial, residual, norm.weight, norm.eps, kind)
+            self.clock.add("all_reduce", started)
+            if normed is not None:
+                return residual, normed
+        return norm.add_and_norm(self.sum_over_tp(partial), residual, kind)

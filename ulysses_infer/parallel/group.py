@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from ulysses_infer.kernels.scaled_rows import QuantisedRows
 from ulysses_infer.parallel.layout import Span
 
 
@@ -24,6 +25,15 @@ class ProcessGroup(Protocol):
 
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
         """All-reduce in place; returns `partial`. The result is bitwise equal on all ranks."""
+
+    def sum_add_norm(
+        self, partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, kind: int
+    ) -> torch.Tensor | QuantisedRows | None:
+        """All-reduce `partial` [..., D], add it to `residual` in place, and return the RMS norm of that, all in one.
+
+        kind: the quantisation of the norm (kernels/scaled_rows.py). None, with nothing done, if the group has no such
+        kernel, or none for these tensors; the same on all ranks.
+        """
 
     def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
         """sources: each [t, n * h, d], this rank's tokens with the heads of all n ranks; returns each as [T, h, d],

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,13 @@ from ulysses_infer.parallel.collectives import CollectiveClock, Collectives
 from ulysses_infer.parallel.group import Mailbox, ProcessGroup
 from ulysses_infer.parallel.layout import Layout, Mode, Place
 from ulysses_infer.parallel.shared_memory import SharedMemory, SharedMemoryUnavailableError, share_memory
+from ulysses_infer.parallel.symmetric_memory import (
+    SMALL_BYTES,
+    Allocator,
+    SymmetricMemoryUnavailableError,
+    TorchAllocator,
+    share_symmetric_memory,
+)
 from ulysses_infer.parallel.torch_group import TorchMailbox, TorchProcessGroup
 
 logger = logging.getLogger(__name__)
@@ -151,13 +158,14 @@ def build_groups(
     num_ranks: int | None = None,
     collectives: str = "auto",
     external_group: Any = None,
+    allocator: Allocator | None = None,
 ) -> ProcessGroups:
     """Create the process groups of every mode. Collective: all ranks call it with the same arguments.
 
     `num_ranks`: of the job; by default from the launcher's environment. `collectives`: as `runtime.collectives`.
     `external_group`: a sequence-parallel process group of the job, used by modes with the same ranks; it outlives the
-    engine. Raises `ConfigError` on every rank if the job and the layout differ in the number of ranks, or if memory
-    must be shared and cannot be.
+    engine. `allocator`: of symmetric memory; by default torch's. Raises `ConfigError` on every rank if the job and the
+    layout differ in the number of ranks, or if memory must be shared and cannot be.
     """
     if layout.world_size == 1:
         _check_world_size(layout, num_ranks or int(os.environ.get("WORLD_SIZE", "1")))
@@ -171,10 +179,14 @@ def build_groups(
     control.set_timeout(START_TIMEOUT)
     groups = ProcessGroups(layout, comm.get_rank(), control=control, owned=[control])
     reason = _share_memory(groups, modes, device, collectives)
-    if groups.is_first:
-        logger.info("collectives use %s", f"torch: {reason}" if reason else "shared memory")
+    used = "shared memory"
     if reason:
         _use_torch(groups, modes, external_group)
+        used = f"torch: {reason}"
+        if device.type != "cpu":
+            used = _use_gpu_memory(groups, device, collectives, allocator or TorchAllocator())
+    if groups.is_first:
+        logger.info("collectives use %s", used)
     return groups
 
 
@@ -185,12 +197,65 @@ def _share_memory(groups: ProcessGroups, modes: list[Mode], device: torch.device
     try:
         if device.type != "cpu":
             raise SharedMemoryUnavailableError("tensors are not in CPU memory")
+        if collectives == "symmetric_memory":
+            raise ConfigError("runtime.collectives = symmetric_memory needs GPUs; use auto, shared_memory or torch")
         _use_memory(groups, modes)
     except SharedMemoryUnavailableError as error:
         if collectives == "shared_memory":
             raise ConfigError(f"runtime.collectives = shared_memory, but {error}; use auto or torch") from error
         return str(error)
     return ""
+
+
+def _use_gpu_memory(groups: ProcessGroups, device: torch.device, collectives: str, allocator: Allocator) -> str:
+    """Let small messages between GPUs, and messages from rank 0, travel through memory. Collective; returns what does.
+
+    Raises `ConfigError` on every rank if that is required and impossible.
+    """
+    if collectives == "torch":
+        return "torch: runtime.collectives = torch"
+    _share_mailbox(groups)
+    try:
+        _use_symmetric_memory(groups.by_mode, groups.control, device, allocator)
+    except SymmetricMemoryUnavailableError as error:
+        if collectives == "symmetric_memory":
+            raise ConfigError(f"runtime.collectives = symmetric_memory, but {error}; use auto or torch") from error
+        return f"torch: no symmetric memory: {error}"
+    return f"symmetric memory up to {SMALL_BYTES >> 10} KiB, torch above"
+
+
+def _share_mailbox(groups: ProcessGroups) -> None:
+    """Send messages from rank 0 through shared memory instead of the control group, if the ranks can share any."""
+    try:
+        groups.memory = share_memory(groups.rank, [], groups.control)
+    except SharedMemoryUnavailableError as error:
+        if groups.is_first:
+            logger.info("step plans travel by gloo: %s", error)
+        return
+    groups.mailbox = groups.memory.mailbox()
+
+
+def _use_symmetric_memory(
+    by_mode: dict[Mode, Collectives], control: Any, device: torch.device, allocator: Allocator
+) -> None:
+    """Replace the process groups of all modes, each of which gets its memory once."""
+    pairs = {mode: [_torch_group(group) for group in (each.sp_group, each.tp_group)] for mode, each in by_mode.items()}
+    distinct = list(dict.fromkeys(itertools.chain(*pairs.values())))  # the modes at both ends share one of all ranks
+    memories = share_symmetric_memory(distinct, device, control, allocator)
+    from ulysses_infer.parallel.symmetric_group import SymmetricGroup
+
+    made = {
+        group: None if memory is None else SymmetricGroup(group, memory)
+        for group, memory in zip(distinct, memories, strict=True)
+    }
+    for mode, (sp_group, tp_group) in pairs.items():
+        by_mode[mode] = replace(by_mode[mode], sp_group=made[sp_group], tp_group=made[tp_group])
+
+
+def _torch_group(group: ProcessGroup | None) -> Any:
+    """The process group of torch that `group` uses."""
+    assert group is None or isinstance(group, TorchProcessGroup)
+    return group and group.process_group
 
 
 def _use_memory(groups: ProcessGroups, modes: list[Mode]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ulysses_infer.arithmetic import ceil_div
+from ulysses_infer.kernels.scaled_rows import QuantisedRows
 from ulysses_infer.parallel.collectives import Collectives
 from ulysses_infer.parallel.layout import Place, Span
 
@@ -31,6 +32,12 @@ class NullProcessGroup:
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
         """Returns `partial` unchanged."""
         return partial
+
+    def sum_add_norm(
+        self, partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, kind: int
+    ) -> torch.Tensor | QuantisedRows | None:
+        """None: see `ProcessGroup.sum_add_norm`."""
+        return None
 
     def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
         """sources: each [t, n * h, d]; returns each as [T, h, d], this rank's tokens repeated."""

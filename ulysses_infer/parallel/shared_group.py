@@ -9,6 +9,7 @@ from itertools import accumulate
 
 import torch
 
+from ulysses_infer.kernels.scaled_rows import QuantisedRows
 from ulysses_infer.native.function import ALL_REDUCE, ALL_TO_ALL, GATHER, NativeFunction, is_recording
 from ulysses_infer.parallel.layout import Span
 
@@ -109,6 +110,12 @@ class SharedMemoryGroup(SharedMemoryEndpoint):
             raise TypeError(f"tensors of {partial.dtype} cannot be summed in shared memory")
         self._sum(self.handle, partial.data_ptr(), partial.numel(), kind)
         return partial
+
+    def sum_add_norm(
+        self, partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, kind: int
+    ) -> torch.Tensor | QuantisedRows | None:
+        """None: see `ProcessGroup.sum_add_norm`."""
+        return None
 
     def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
         """sources: each [t, n * h, d]; returns each as [T, h, d], dense."""
