@@ -58,12 +58,14 @@ FAULTS: dict[str, tuple[Callable[..., Any], list[Callable[[], torch.Tensor]], st
 }
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_found_and_named(name: str) -> None:
+def test_a_fault_is_found_and_named(name: str, inference: bool) -> None:
+    """Also in inference mode, where torch passes composite operators whole."""
     step, makers, reason = FAULTS[name]
     given = [make() for make in makers]
 
-    with pytest.raises(CaptureError) as raised, CaptureChecker(META):
+    with pytest.raises(CaptureError) as raised, torch.inference_mode(inference), CaptureChecker(META):
         step(*given)
 
     message = str(raised.value)
@@ -72,9 +74,10 @@ def test_a_fault_is_found_and_named(name: str) -> None:
     assert "\n" not in message
 
 
-def test_what_can_be_captured_is_left_alone() -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_can_be_captured_is_left_alone(inference: bool) -> None:
     x, table, where, seen = rows(), rows(), places(), mask()
-    with CaptureChecker(META):
+    with torch.inference_mode(inference), CaptureChecker(META):
         x.add_(table).mul_(2.0)
         x[0] = 3.0
         x[:, :2].copy_(table[:, 2:4])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -92,6 +93,11 @@ class CaptureChecker(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Check one operator and run it."""
         kwargs = kwargs or {}
+        if _is_composite(function):  # in inference mode operators are not taken apart before they arrive here
+            with self._again():
+                result = function.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         tensors = _tensors(args, kwargs)
         reason = _reason(function, args, kwargs, tensors, self._device)
         if reason is not None:
@@ -104,6 +110,15 @@ class CaptureChecker(TorchDispatchMode):
         if self._records:
             self._record(str(function), {storage._cdata for storage in storages}, result)
         return result
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Check what an operator consists of."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
 
     def _record(self, operator: str, known: set[int], result: Any) -> None:
         for tensor in _tensors((result,), {}):
@@ -150,6 +165,10 @@ def find_cause(step: Callable[[], None], device: torch.device) -> str | None:
 
 
 # -- what prevents capture -----------------------------------------------------------------------------------------
+
+
+def _is_composite(function: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
 
 
 def _reason(function: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], device: torch.device) -> str | None:
@@ -241,7 +260,8 @@ def _frames() -> Iterator[FrameType]:
 
 def _line(frame: FrameType) -> str:
     path = Path(frame.f_code.co_filename)
-    return f"{'/'.join(path.parts[-3:])}:{frame.f_lineno}"
+    shown = path.relative_to(Path(PACKAGE).parent) if path.is_relative_to(PACKAGE) else Path(*path.parts[-3:])
+    return f"{shown}:{frame.f_lineno}"
 
 
 def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:

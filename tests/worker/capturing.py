@@ -1,0 +1,77 @@
+"""A rank of a tiny model on device `meta` whose decode steps run as CUDA graphs capture them, under the checker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.equivalence.families import tiny_config
+from tests.model.quantization.checkpoints import change_config
+from tests.tiny import settings
+from ulysses_infer.attention.backend import KernelAttention
+from ulysses_infer.cli.dry_run.config_only import read_config_only
+from ulysses_infer.cli.dry_run.meta_rank import META, MetaRank
+from ulysses_infer.config import choose_for_device, load_config
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.worker.capture_checker import Allocation, CaptureChecker
+from ulysses_infer.worker.cuda_graphs import CudaGraphRunner
+
+MEMORY = 1 << 40
+
+
+class CheckingCapturer:
+    """Runs each step twice, as `CudaCapturer` does, under a checker. A replay computes nothing."""
+
+    def __init__(self) -> None:
+        self.steps: list[CaptureChecker] = []
+
+    def capture(self, step: Callable[[], None]) -> CheckingCapturer:
+        with CaptureChecker(META):
+            step()
+        with CaptureChecker(META, records_allocations=True) as checker:
+            step()
+        self.steps.append(checker)
+        return self
+
+    def replay(self) -> None: ...
+
+    @property
+    def kept(self) -> list[Allocation]:
+        return [each for step in self.steps for each in step.kept()]
+
+
+def write_tiny(folder: Path, family: str, quantization: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """The config.json of a tiny model in bfloat16."""
+    tiny_config(family, dtype="bfloat16", **changes).save_pretrained(folder)
+    if quantization is not None:
+        change_config(folder, quantization_config=quantization)
+    return folder
+
+
+def make_rank(folder: Path, ranks: int, **changes: Any) -> MetaRank:
+    """A rank with the modes (ranks, 1) and (1, ranks). Within `assume("meta", ...)`."""
+    modes = {"parallel.modes": [[ranks, 1], [1, ranks]], "runtime.device": "cuda", "model.path": str(folder)}
+    few = {"scheduler.max_num_seqs": ranks, "runtime.enforce_eager": False}
+    config = load_config({**settings(ranks, 1), **modes, **few, **changes})
+    choose_for_device(config, "cuda")
+    return MetaRank(config, read_config_only(config.model), MEMORY)
+
+
+def capture(rank: MetaRank, max_rows: int = 2, backend: KernelAttention | None = None) -> CheckingCapturer:
+    """Capture the decode steps of every mode again, under the checker. Raises `ConfigError` with the first fault."""
+    worker, capturer = rank.worker, CheckingCapturer()
+    runner = CudaGraphRunner(
+        worker.model,
+        worker.cache,
+        worker.groups,
+        backend or rank.attention,
+        worker.eager.inputs,
+        capturer,
+        META,
+        max_rows,
+    )
+    runner.capture_all()
+    assert len(capturer.steps) == sum(map(len, runner.buckets.values()))
+    assert set(runner.buckets) == {Mode(*mode) for mode in rank.groups.by_mode}
+    return capturer

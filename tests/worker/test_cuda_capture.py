@@ -1,0 +1,80 @@
+"""Decode steps of tiny models of every kind on device `meta`, in SP and TP mode: nothing prevents their capture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.equivalence.families import EXPERT_FAMILIES, FAMILIES, FEATURES
+from tests.model.quantization.checkpoints import FORMATS
+from tests.worker.capturing import capture, make_rank, write_tiny
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.kernels.launch import assume
+
+pytest.importorskip("triton")
+
+from ulysses_infer.attention.triton import TritonAttention
+
+DENSE = ("llama", "qwen2", "qwen3", "gemma3_text")
+QUANTISED = ("compressed-channel", "fp8-block", "awq")
+
+
+def cases(default: tuple[str, ...], every: Any) -> list[Any]:
+    """`default`, and the others in thorough runs."""
+    rest = [pytest.param(name, marks=pytest.mark.thorough) for name in every if name not in default]
+    return [*default, *rest]
+
+
+def check(folder: Path, ranks: int = 2, **changes: Any) -> None:
+    with assume("meta", (9, 0)):
+        capturer = capture(make_rank(folder, ranks, **changes))
+    assert all(step.allocations for step in capturer.steps)
+    assert capturer.kept == []
+
+
+@pytest.mark.parametrize("family", cases(DENSE, {**FAMILIES, **FEATURES}.keys() - EXPERT_FAMILIES.keys()))
+def test_steps_of_dense_models_can_be_captured(family: str, tmp_path: Path) -> None:
+    check(write_tiny(tmp_path, family))
+
+
+@pytest.mark.parametrize("name", cases(QUANTISED, FORMATS))
+def test_steps_of_quantised_models_can_be_captured(name: str, tmp_path: Path) -> None:
+    check(write_tiny(tmp_path, "llama", FORMATS[name].config))
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "float16"])
+def test_steps_with_a_cache_of_another_dtype_can_be_captured(dtype: str, tmp_path: Path) -> None:
+    check(write_tiny(tmp_path, "llama"), **{"cache.dtype": dtype})
+
+
+class FaultyAttention(TritonAttention):
+    """Reads the context lengths, as kernels that are planned from the device do."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        assert metadata.kernel is not None
+        metadata.kernel.context_lens.max().item()
+        return super().attend(query, keys, values, metadata, options)
+
+
+def test_what_prevents_capture_is_named_with_its_line(tmp_path: Path) -> None:
+    with assume("meta", (9, 0)):
+        rank = make_rank(write_tiny(tmp_path, "llama"), 2)
+        with pytest.raises(ConfigError) as raised:
+            capture(rank, backend=FaultyAttention())
+    message = str(raised.value)
+    assert message.startswith("a decode step of 2 rows in mode sp2xtp1 cannot be captured (aten._local_scalar_dense")
+    assert "reads from the device, at tests/worker/test_cuda_capture.py:" in message
+    assert "called from ulysses_infer/model/layers/attention.py:" in message
+    assert message.endswith("set runtime.enforce_eager=true")
+    assert "\n" not in message
