@@ -8,6 +8,11 @@ import time
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
 from tests.kernels.interpreter import use_exact_rounding
 from tests.parallel.symmetric_files import FileAllocator
 from ulysses_infer.kernels import collectives
@@ -113,3 +118,26 @@ def test_calls_of_changing_kind_and_size_do_not_mix(rank_pool, tmp_path, ranks, 
 def test_many_calls_do_not_mix(rank_pool, tmp_path, ranks, rounds, programs) -> None:
     found = rank_pool(ranks).run(run_rounds, str(tmp_path), rounds, programs, timeout=1200)
     assert found == [rounds] * ranks
+
+
+def run_without_waiting(folder: str) -> bool:
+    """Whether rank 0 gets another sum if kernels do not wait and rank 1 is late."""
+    peers, memory = open_buffers(folder, 2)
+    parts = [torch.full((10,), 1.0), torch.full((10,), 2.0)]
+    if peers.rank == 1:
+        time.sleep(1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "meet_all", triton.jit(_meet_nobody))
+        collectives.sum_in_place(parts[peers.rank], peers)
+    torch.distributed.barrier()
+    del memory
+    return not torch.equal(parts[peers.rank], torch.full((10,), 3.0))
+
+
+def _meet_nobody(flags, epoch, rank: tl.constexpr, ranks: tl.constexpr, peers: tl.constexpr) -> None:
+    pass
+
+
+@pytest.mark.distributed
+def test_a_kernel_that_does_not_wait_is_noticed(rank_pool, tmp_path) -> None:
+    assert rank_pool(2).run(run_without_waiting, str(tmp_path)) == [True, False]

@@ -216,9 +216,10 @@ def test_torch_declares_what_the_allocator_calls():
     import torch.distributed._symmetric_memory as symmetric
     from torch._C._distributed_c10d import _SymmetricMemory
 
-    inspect.signature(symmetric.empty).bind(5, dtype=torch.uint8, device=GPU)
+    with pytest.raises(RuntimeError, match="does not support device type cpu"):  # TypeError if it took other arguments
+        _SymmetricMemory.empty_strided_p2p((8,), [1], torch.uint8, torch.device("cpu"))
     inspect.signature(symmetric.rendezvous).bind(torch.zeros(1), "group")
-    for name in ("buffer_ptrs", "multicast_ptr", "rank", "offset"):
+    for name in ("buffer_ptrs", "multicast_ptr", "rank"):
         assert isinstance(getattr(_SymmetricMemory, name), property), name
     for name in symmetric_memory.TORCH_OPERATORS:
         assert str(getattr(torch.ops.symm_mem, name).default._schema).count("str") == 2
@@ -228,18 +229,17 @@ class FakeHandle(SimpleNamespace):
     """What torch's rendezvous returns."""
 
 
-@pytest.mark.parametrize("offset", [0, 64])
-def test_addresses_are_those_of_the_tensor_in_its_mapping(monkeypatch, offset):
+def test_addresses_are_those_of_whole_mappings(monkeypatch):
     import torch.distributed._symmetric_memory as symmetric
 
     local, group = torch.zeros(64, dtype=torch.uint8), SimpleNamespace(group_name="group 7")
-    handle = FakeHandle(buffer_ptrs=[local.data_ptr() - offset, 4096], offset=offset, rank=0, multicast_ptr=0)
+    handle = FakeHandle(buffer_ptrs=[local.data_ptr(), 4096], rank=0, multicast_ptr=0)
     monkeypatch.setattr(symmetric, "rendezvous", lambda tensor, process_group: handle)
     memory = TorchAllocator().meet(local, group)
-    assert (memory.addresses, memory.has_multicast) == ([local.data_ptr(), 4096 + offset], False)
+    assert (memory.addresses, memory.has_multicast) == ([local.data_ptr(), 4096], False)
     assert (memory.group_name, memory.rank, memory.handle) == ("group 7", 0, handle)
-    handle.offset += 16
-    with pytest.raises(RuntimeError, match="other addresses"):
+    handle.buffer_ptrs[0] -= 16
+    with pytest.raises(RuntimeError, match="another place"):
         TorchAllocator().meet(local, group)
 
 

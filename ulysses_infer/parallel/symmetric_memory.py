@@ -96,9 +96,10 @@ class TorchAllocator:
 
     def reserve(self, size: int, device: torch.device) -> torch.Tensor:
         """See `Allocator.reserve`."""
-        import torch.distributed._symmetric_memory as symmetric
+        from torch._C._distributed_c10d import _SymmetricMemory
 
-        local = symmetric.empty(size, dtype=torch.uint8, device=device).zero_()
+        # Not from the memory pool of `symmetric_memory.empty`: some of torch's operators ignore the place in a pool.
+        local = _SymmetricMemory.empty_strided_p2p((size,), [1], torch.uint8, device).zero_()
         torch.cuda.synchronize(device)
         return local
 
@@ -107,10 +108,9 @@ class TorchAllocator:
         import torch.distributed._symmetric_memory as symmetric
 
         handle = symmetric.rendezvous(local, process_group)
-        offset = getattr(handle, "offset", 0)  # torch may place several tensors in one mapping
-        addresses = [pointer + offset for pointer in handle.buffer_ptrs]
+        addresses = list(handle.buffer_ptrs)
         if addresses[handle.rank] != local.data_ptr():
-            raise RuntimeError("torch gives other addresses of symmetric memory than expected")
+            raise RuntimeError("torch maps symmetric memory at another place than expected")
         multicast = bool(handle.multicast_ptr)
         return SymmetricMemory(local, addresses, handle.rank, process_group.group_name, multicast, handle)
 
