@@ -90,6 +90,7 @@ class ShiftModel:
 
     def rebind(self) -> None:
         """Recreate the views of the weights. Call it after weights have changed address."""
+        self.injection.forget_views()
         self.injection.bind(self.injection.base)
         self._mode = self.injection.base.mode
         self.weights_version += 1

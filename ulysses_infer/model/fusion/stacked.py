@@ -15,7 +15,7 @@ from ulysses_infer.model.quantization.component import Component
 from ulysses_infer.model.quantization.linear import QuantizedLinear
 from ulysses_infer.model.quantization.products import Piece, Product, choose_product
 from ulysses_infer.model.quantization.scaled import ScaledWeight
-from ulysses_infer.parallel.layout import Place, Span
+from ulysses_infer.parallel.layout import Mode, Place, Span
 
 Linear = ShiftLinear | QuantizedLinear
 
@@ -35,6 +35,7 @@ class StackedLinears:
         self._wholes: dict[str, torch.Tensor] = {}
         self._product: Product = _DenseProduct()
         self._piece: Piece | None = None
+        self._views: dict[Mode, tuple[Product, Piece]] = {}
         self._shards = 1
         for each in linears:
             each.is_stacked = True
@@ -55,22 +56,28 @@ class StackedLinears:
 
     def bind(self, place: Place) -> None:
         """Switch to the rows of `place`'s shards. Copies only if the parameters have changed address."""
-        if any(_is_released(parameter) for each in self.linears for parameter in each.parameters()):
-            self._wholes, self._piece = {}, None
-            return
-        self._wholes = {name: self._stacked(name, step) for name, step in self._steps.items()}
-        first = place.weight_index * place.mode.sp - self.base.weight_index * self.base.mode.sp
         self._shards = place.mode.sp
-        parts = {name: whole[first : first + self._shards].flatten(0, 1) for name, whole in self._wholes.items()}
-        self._product, self._piece = self._product_of(parts)
+        if place.mode not in self._views:
+            if any(_is_released(parameter) for each in self.linears for parameter in each.parameters()):
+                self._wholes, self._piece = {}, None
+                return
+            self._wholes = {name: self._stacked(name, step) for name, step in self._steps.items()}
+            self._views[place.mode] = self._view(place)
+        self._product, self._piece = self._views[place.mode]
 
-    def _product_of(self, parts: dict[str, torch.Tensor]) -> tuple[Product, Piece]:
-        first, bias = self.linears[0], parts.pop("bias", None)
+    def forget_views(self) -> None:
+        """See `ShiftLinear.forget_views`."""
+        self._views.clear()
+
+    def _view(self, place: Place) -> tuple[Product, Piece]:
+        first, linear = place.weight_index * place.mode.sp - self.base.weight_index * self.base.mode.sp, self.linears[0]
+        parts = {name: whole[first : first + self._shards].flatten(0, 1) for name, whole in self._wholes.items()}
+        bias = parts.pop("bias", None)
         rows, columns = Span(0, self._shards * sum(self._sizes)), Span(0, parts["weight"].shape[1])
-        if isinstance(first, ShiftLinear):
+        if isinstance(linear, ShiftLinear):
             return _DenseProduct(), Piece(rows, columns, {}, parts, bias)
-        piece = Piece(rows, columns, first.components, parts, bias)
-        return choose_product(first.scheme, piece), piece
+        piece = Piece(rows, columns, linear.components, parts, bias)
+        return choose_product(linear.scheme, piece), piece
 
     def parts(self, inputs: torch.Tensor | QuantisedRows) -> Sequence[torch.Tensor]:
         """inputs: [..., in]; returns the output of each linear, in order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import nn
 
@@ -32,6 +32,15 @@ class ModeAware(Protocol):
 
     def bind(self, place: Place) -> None:
         """Switch to the weights of `place`."""
+        ...
+
+
+@runtime_checkable
+class KeepsViews(Protocol):
+    """A mode-aware layer that makes the views of each mode once."""
+
+    def forget_views(self) -> None:
+        """Make them again. Called after weights have changed address."""
         ...
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model import experts
 from ulysses_infer.model.experts import EXPERTS_NAME, ExpertLayer, ScaledInputExperts, is_experts, scales_inputs
-from ulysses_infer.model.injection.attention import AttentionInjector, ModeAware
+from ulysses_infer.model.injection.attention import AttentionInjector, KeepsViews, ModeAware
 from ulysses_infer.model.injection.rules import MLP_RULES, PACKED_MLP_INPUTS
 from ulysses_infer.model.layers import attention
 from ulysses_infer.model.layers.attention import ATTENTION_NAME
@@ -58,6 +58,12 @@ class Injection:
         """Switch every mode-aware layer to `place`. Called when the mode changes."""
         for layer in self.mode_aware_layers:
             layer.bind(place)
+
+    def forget_views(self) -> None:
+        """Let the layers make their views again. Call it after weights have changed address."""
+        for layer in self.mode_aware_layers:
+            if isinstance(layer, KeepsViews):
+                layer.forget_views()
 
     def slices(self, name: str) -> tuple[int, list[Any]] | None:
         """The part of the full parameter `name` that this rank keeps: (dimension, spans), or None for all of it."""

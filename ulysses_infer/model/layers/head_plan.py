@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ulysses_infer.cache.paged import CacheScales
@@ -34,13 +36,7 @@ class HeadPlan:
         self.local_key_value_heads = held.size
         self.shard_heads = even_span(self.num_attention_heads, place.shard, place.world_size)
         self.shard_key_value_heads = key_value_span(self.num_key_value_heads, place.shard, place.world_size).size
-        order = [
-            head - held.start
-            for shard in range(index * place.mode.sp, (index + 1) * place.mode.sp)
-            for head in range(*key_value_span(self.num_key_value_heads, shard, place.world_size))
-        ]
-        # The projection computes each KV head once; heads that several shards need are replicated for the all-to-all.
-        self._order = None if order == list(range(held.size)) else order
+        self._order = _order_of_key_value_heads(self.num_key_value_heads, place)
         self._mode = place.mode
 
     def use_latent(self, latent: LatentAttention) -> None:
@@ -54,3 +50,15 @@ class HeadPlan:
         if self._mode not in self._indices:
             self._indices[self._mode] = torch.tensor(self._order, device=device)
         return self._indices[self._mode]
+
+
+@functools.cache
+def _order_of_key_value_heads(count: int, place: Place) -> list[int] | None:
+    """The local KV head that each receiving head is, in order; None if each is sent once, in order.
+
+    The projection computes each KV head once; heads that several shards need are replicated for the all-to-all.
+    """
+    held = key_value_span(count, place.weight_index, place.mode.tp)
+    shards = range(place.weight_index * place.mode.sp, (place.weight_index + 1) * place.mode.sp)
+    order = [head - held.start for shard in shards for head in range(*key_value_span(count, shard, place.world_size))]
+    return None if order == list(range(held.size)) else order

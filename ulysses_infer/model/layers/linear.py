@@ -11,10 +11,12 @@ from torch import nn
 from ulysses_infer.kernels.scaled_rows import NONE
 from ulysses_infer.model.context import step_context
 from ulysses_infer.model.layers.matmul import linear
-from ulysses_infer.parallel.layout import Place, Span
+from ulysses_infer.parallel.layout import Mode, Place, Span
 from ulysses_infer.parallel.sharding import Sharding, merge
 
 Cut = Literal["column", "row"]
+Weights = tuple[torch.Tensor, torch.Tensor | None]
+"""A weight and its bias."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -58,8 +60,9 @@ class ShiftLinear(nn.Module):
         bias_size = stored if cut == "column" else outputs
         has_bias = source.bias is not None
         self.bias = nn.Parameter(source.bias.new_empty(bias_size), requires_grad=False) if has_bias else None
-        self._pieces: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._pieces: list[Weights] = []
         self._part_sizes: list[int] = []
+        self._views: dict[Mode, tuple[list[Weights], list[int]]] = {}
         self.is_stacked = False
         """Whether its weight is part of a stacked weight (`fusion/stacked.py`)."""
 
@@ -79,11 +82,16 @@ class ShiftLinear(nn.Module):
         if self.is_stacked:
             self._pieces = []
             return
-        spans = self.sharding.part_spans(self.base, place)
-        self._part_sizes = [span.size for span in spans]
-        self._pieces = [self._piece(span) for span in merge(spans)]
+        if place.mode not in self._views:
+            spans = self.sharding.part_spans(self.base, place)
+            self._views[place.mode] = [self._piece(span) for span in merge(spans)], [span.size for span in spans]
+        self._pieces, self._part_sizes = self._views[place.mode]
 
-    def _piece(self, span: Span) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forget_views(self) -> None:
+        """Make the views of every mode again when it is next bound. Call it after the weight has changed address."""
+        self._views.clear()
+
+    def _piece(self, span: Span) -> Weights:
         weight = self.weight.detach().narrow(self._cut_dimension, span.start, span.size)
         weight = weight.t() if self.transposed else weight
         if self.cut == "row" or self.bias is None:
@@ -118,7 +126,16 @@ class ShiftLinear(nn.Module):
         """`parts` as [..., 1, features], as `StackedLinears.shard_parts` returns them."""
         return [part.unsqueeze(-2) for part in self.parts(inputs)]
 
-    def _forward_row(self, inputs: torch.Tensor) -> torch.Tensor:
+    @property
+    def has_partial(self) -> bool:
+        """Whether the sum of `partial` over the TP group is the result of `forward`: no bias, no adapter."""
+        return self.cut == "row" and self.bias is None and not self._forward_hooks
+
+    def partial(self, inputs: torch.Tensor) -> torch.Tensor:
+        """This rank's term of the result of a row-parallel layer, for callers that sum it with more in one kernel."""
         ((weight, _),) = self._pieces
-        output = step_context().collectives.sum_over_tp(linear(inputs, weight))
+        return linear(inputs, weight)
+
+    def _forward_row(self, inputs: torch.Tensor) -> torch.Tensor:
+        output = step_context().collectives.sum_over_tp(self.partial(inputs))
         return output if self.bias is None else output.add_(self.bias)

@@ -15,7 +15,7 @@ from ulysses_infer.model.quantization.component import Axis, Component
 from ulysses_infer.model.quantization.products import Piece, Product, choose_product
 from ulysses_infer.model.quantization.reading import check_foreign, read_part
 from ulysses_infer.model.quantization.scheme import Scheme
-from ulysses_infer.parallel.layout import Place, Span
+from ulysses_infer.parallel.layout import Mode, Place, Span
 from ulysses_infer.parallel.sharding import Sharding, merge
 
 
@@ -41,6 +41,7 @@ class QuantizedLinear(nn.Module):
             self.bias = nn.Parameter(source.bias.new_empty(size), requires_grad=False)
         self._products: list[tuple[Product, Piece]] = []
         self._part_sizes: list[int] = []
+        self._views: dict[Mode, tuple[list[tuple[Product, Piece]], list[int]]] = {}
         self.is_stacked = False
         """Whether its weight is part of a stacked weight (`fusion/stacked.py`)."""
 
@@ -88,10 +89,16 @@ class QuantizedLinear(nn.Module):
         if self.is_stacked:
             self._products = []
             return
-        spans = self.sharding.spans(place.weight_index, place.mode.tp)
-        self._part_sizes = [span.size for span in spans]
-        pieces = [self._piece(span) for span in merge(spans)]
-        self._products = [(choose_product(self.scheme, piece), piece) for piece in pieces]
+        if place.mode not in self._views:
+            spans = self.sharding.spans(place.weight_index, place.mode.tp)
+            pieces = [self._piece(span) for span in merge(spans)]
+            products = [(choose_product(self.scheme, piece), piece) for piece in pieces]
+            self._views[place.mode] = products, [span.size for span in spans]
+        self._products, self._part_sizes = self._views[place.mode]
+
+    def forget_views(self) -> None:
+        """See `ShiftLinear.forget_views`."""
+        self._views.clear()
 
     def _piece(self, span: Span) -> Piece:
         """The features `span`, which lie inside one of the stored spans."""
@@ -117,11 +124,21 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor | QuantisedRows) -> torch.Tensor:
         """inputs: [..., in features of the mode]; returns [..., out features of the mode]."""
+        if self.cut == "row":
+            output = step_context().collectives.sum_over_tp(self.partial(inputs))
+            return output if self.bias is None else output.add_(self.bias)
         outputs = [product(inputs, piece) for product, piece in self._products]
-        if self.cut == "column":
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        output = step_context().collectives.sum_over_tp(outputs[0])
-        return output if self.bias is None else output.add_(self.bias)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    @property
+    def has_partial(self) -> bool:
+        """See `ShiftLinear.has_partial`."""
+        return self.cut == "row" and self.bias is None and not self._forward_hooks
+
+    def partial(self, inputs: torch.Tensor | QuantisedRows) -> torch.Tensor:
+        """See `ShiftLinear.partial`."""
+        ((product, piece),) = self._products
+        return product(inputs, piece)
 
     def parts(self, inputs: torch.Tensor | QuantisedRows) -> Sequence[torch.Tensor]:
         """The result of `forward` of a column-parallel layer, split by the parts of the sharding."""
