@@ -36,6 +36,9 @@ def chosen(installed=EVERYTHING, name="auto", **changes):
         ({"cache_dtype": torch.float8_e4m3fn}, "triton"),
         ({"latents": True, "key_width": 288, "value_width": 256}, "triton"),
         ({"capability": (7, 5)}, "torch"),
+        ({"key_width": 512, "value_width": 512}, "triton"),
+        ({"key_width": 1024, "value_width": 1024}, "torch"),
+        ({"cache_dtype": torch.float8_e5m2, "chunks": True, "capability": (8, 0)}, "triton"),
     ],
 )
 def test_auto_takes_the_first_that_can(changes, wanted):
@@ -71,6 +74,7 @@ def test_a_package_without_the_function_that_is_called_is_not_installed(monkeypa
         ("flash_attn", {"chunks": True}, "it has no chunked attention"),
         ("flashinfer", {"key_width": 80, "value_width": 80}, "heads are 80 and 80 wide"),
         ("triton", {"capability": (7, 5)}, "it needs an Ampere or newer GPU"),
+        ("triton", {"key_width": 1024, "value_width": 1024}, "heads are 1024 and 1024 wide, above 576 and 512"),
         *((name, {}, "a GPU runs flash_attn, flashinfer, triton, torch; use auto") for name in ("flex", "native")),
     ],
 )

@@ -17,11 +17,11 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a block can use."""
 
 
-def compiled(*architectures: int) -> list[dict[str, Any]]:
-    """What every case uses, compiled in a process without the interpreter."""
+def compiled(*arguments: str) -> list[dict[str, Any]]:
+    """What each case uses that Python with these arguments compiles, in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, architectures)]
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -29,11 +29,14 @@ def compiled(*architectures: int) -> list[dict[str, Any]]:
 
 def check(architectures: tuple[int, ...]) -> None:
     pytest.importorskip("triton")
-    found = compiled(*architectures)
+    found = compiled(str(SCRIPT), *map(str, architectures))
     assert {each["sm"] for each in found} == set(architectures)
-    spilled = [each for each in found if each["spills"]]
-    assert not spilled
-    assert not [each for each in found if each["shared"] > SHARED_MEMORY[each["sm"]]]
+    assert not too_large(found)
+
+
+def too_large(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Kernels that spill registers or need more shared memory than a block can use."""
+    return [each for each in found if each["spills"] or each["shared"] > SHARED_MEMORY[each["sm"]]]
 
 
 def test_kernels_compile_for_hopper_without_spills() -> None:
@@ -43,3 +46,20 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
 @pytest.mark.thorough
 def test_kernels_compile_for_ampere_and_blackwell_without_spills() -> None:
     check((80, 100))
+
+
+TOO_WIDE = """
+import json
+from tests.kernels.compile import _attention, compile_case
+for case in _attention("too wide", 4, 512, 1024):
+    print(json.dumps(compile_case(case, 80)))
+"""
+
+
+def test_a_kernel_too_large_for_shared_memory_is_noticed() -> None:
+    """Attention refuses heads of this width for that reason."""
+    pytest.importorskip("triton")
+    (found,) = compiled("-c", TOO_WIDE)
+    assert found["shared"] > SHARED_MEMORY[80]
+    assert too_large([found]) == [found]
+    assert too_large([{**found, "shared": 99 * 1024, "spills": 0}]) == []

@@ -22,6 +22,7 @@ HALF = (torch.float16, torch.bfloat16)
 FLASH_PAGE = 256  # FlashAttention-2 needs a page size that is a multiple of this
 FLASH_WIDTH = 256
 FLASHINFER_WIDTHS = (64, 128, 256)
+TRITON_WIDTHS = (576, 512)  # of keys and values; tiles of wider ones do not fit shared memory
 FUNCTIONS = {
     "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
     "flashinfer": ("flashinfer", "BatchPrefillWithPagedKVCacheWrapper"),
@@ -105,7 +106,13 @@ def _reject_flashinfer(needs: AttentionNeeds) -> str | None:
 
 
 def _reject_triton(needs: AttentionNeeds) -> str | None:
-    return "it needs an Ampere or newer GPU" if needs.capability < (8, 0) else None
+    if needs.capability < (8, 0):
+        return "it needs an Ampere or newer GPU"
+    if needs.key_width > TRITON_WIDTHS[0] or needs.value_width > TRITON_WIDTHS[1]:
+        return (
+            f"heads are {needs.key_width} and {needs.value_width} wide, above {' and '.join(map(str, TRITON_WIDTHS))}"
+        )
+    return None
 
 
 def _reject_torch(needs: AttentionNeeds) -> str | None:
