@@ -74,6 +74,9 @@ def test_row_slices_sum_to_the_whole_layer_with_the_bias_once(width, bias):
         with step(first):
             for layer, part in zip(layers, slices, strict=True):
                 layer(part)
+        for layer, part, summed in zip(layers, slices, first.partials, strict=True):
+            assert torch.equal(layer.partial(part), summed)
+            assert layer.has_partial == (not bias)
         total = torch.stack(first.partials).sum(0)
         with step(FakeCollectives(total)):
             for layer, part in zip(layers, slices, strict=True):
