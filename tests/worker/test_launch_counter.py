@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from ulysses_infer.kernels.launch import launch
@@ -78,3 +79,35 @@ def test_each_count_starts_from_zero() -> None:
     assert counter.count(lambda: x.sin()).kernels == {"sin": 1}
     assert first.kernels == {"exp": 1}
     assert first.kernels_per_layer == 0
+
+
+class Norm:
+    """An RMS norm of ours, without its kernel."""
+
+    eps = 1e-6
+
+    def __init__(self, width: int) -> None:
+        self.weight = torch.empty(width, dtype=torch.bfloat16, device="meta")
+
+    def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor, kind: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        launch(kernel_of_ours, (1,), x)
+        return residual, x
+
+
+@pytest.mark.parametrize(
+    ("rows", "symmetric", "exchange", "kernels"),
+    [
+        (4, True, "all-reduce + norm", {}),
+        (4, False, "all-reduce", {"kernel_of_ours": 1}),
+        (400, True, "all-reduce", {"kernel_of_ours": 1}),
+    ],
+)
+def test_small_sums_take_the_norm_with_them(rows: int, symmetric: bool, exchange: str, kernels: dict[str, int]) -> None:
+    counter = LaunchCounter()
+    collectives = counted_collectives(Layout(Mode(4, 1)).place(Mode(1, 4), 0), counter, symmetric)
+    x = torch.empty(rows, 8192, dtype=torch.bfloat16, device="meta")
+
+    found = counter.count(lambda: collectives.sum_add_norm(x, x, Norm(8192)))
+
+    assert found.exchanges == {exchange: 1}
+    assert found.kernels == kernels

@@ -62,22 +62,9 @@ class SymmetricGroup(TorchProcessGroup):
         self, partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, kind: int
     ) -> torch.Tensor | QuantisedRows | None:
         """See `ProcessGroup.sum_add_norm`."""
-        if not self._fuses_norm(partial, residual, weight, kind):
+        if not fuses_norm(partial, residual, weight, kind, self._one_shot_bytes):
             return None
         return collectives.sum_add_norm(partial, residual, weight, eps, kind, self._peers)
-
-    def _fuses_norm(self, partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, kind: int) -> bool:
-        width = partial.shape[-1]
-        return (
-            _is_small(partial)
-            and partial.nbytes <= self._one_shot_bytes
-            and partial.dtype in SUMMED
-            and partial.dtype == residual.dtype == weight.dtype
-            and residual.is_contiguous()
-            and width <= WIDEST_NORM
-            and (kind == NONE or has_fp8(partial.device))
-            and not (kind == GROUPED and width % GROUP)
-        )
 
     def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
         """sources: each [t, n * h, d]; returns each as [T, h, d], strided views of one all-to-all."""
@@ -113,6 +100,21 @@ class SymmetricGroup(TorchProcessGroup):
         """sources: each [t, n * h, d]; returns [t, n, sum of h * d], dense in the last dimension."""
         parts = [x.unflatten(1, (self._ranks, -1)).flatten(2) for x in sources]  # copied if heads are not dense
         return parts[0] if len(parts) == 1 and parts[0].stride(2) == 1 else torch.cat(parts, dim=2)
+
+
+def fuses_norm(partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, kind: int, most_bytes: int) -> bool:
+    """Whether one kernel sums, adds and normalises. most_bytes: `one_shot_bytes` of the group."""
+    width = partial.shape[-1]
+    return (
+        _is_small(partial)
+        and partial.nbytes <= most_bytes
+        and partial.dtype in SUMMED
+        and partial.dtype == residual.dtype == weight.dtype
+        and residual.is_contiguous()
+        and width <= WIDEST_NORM
+        and (kind == NONE or has_fp8(partial.device))
+        and not (kind == GROUPED and width % GROUP)
+    )
 
 
 def _is_small(x: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ulysses_infer.kernels.launch import counted
+from ulysses_infer.kernels.scaled_rows import QuantisedRows
 from ulysses_infer.parallel.collectives import Collectives
 from ulysses_infer.parallel.layout import Place, Span
 from ulysses_infer.parallel.null import NullProcessGroup
@@ -106,16 +107,28 @@ def launches_kernel(function: Any, result: Any) -> bool:
 
 
 class CountedProcessGroup(NullProcessGroup):
-    """A process group without other ranks whose exchanges are counted."""
+    """A process group without other ranks whose exchanges are counted, as if the GPUs had symmetric memory or not."""
 
-    def __init__(self, size: int, index: int, counter: LaunchCounter) -> None:
+    def __init__(self, size: int, index: int, counter: LaunchCounter, symmetric: bool = False) -> None:
         super().__init__(size, index)
-        self._counter = counter
+        self._counter, self._symmetric = counter, symmetric
 
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
         """See `ProcessGroup.sum`."""
         with self._counter.exchange("all-reduce"):
             return super().sum(partial)
+
+    def sum_add_norm(
+        self, partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, kind: int
+    ) -> torch.Tensor | QuantisedRows | None:
+        """See `ProcessGroup.sum_add_norm`."""
+        from ulysses_infer.kernels.norm import empty_normed
+        from ulysses_infer.parallel.symmetric_group import fuses_norm, one_shot_bytes
+
+        if not (self._symmetric and fuses_norm(partial, residual, weight, kind, one_shot_bytes(len(self.ranks)))):
+            return None
+        with self._counter.exchange("all-reduce + norm"):
+            return empty_normed(partial, kind)[0]
 
     def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
         """See `ProcessGroup.tokens_to_heads`."""
@@ -133,11 +146,11 @@ class CountedProcessGroup(NullProcessGroup):
             return super().gather_rows(rows, counts)
 
 
-def counted_collectives(place: Place, counter: LaunchCounter) -> Collectives:
-    """The collectives of `place`'s mode without communication, counted."""
+def counted_collectives(place: Place, counter: LaunchCounter, symmetric: bool = False) -> Collectives:
+    """The collectives of `place`'s mode without communication, counted. symmetric: as with symmetric memory."""
     sp, tp = place.mode
     return Collectives(
         place,
-        CountedProcessGroup(sp, place.token_index, counter) if sp > 1 else None,
-        CountedProcessGroup(tp, place.weight_index, counter) if tp > 1 else None,
+        CountedProcessGroup(sp, place.token_index, counter, symmetric) if sp > 1 else None,
+        CountedProcessGroup(tp, place.weight_index, counter, symmetric) if tp > 1 else None,
     )

@@ -90,7 +90,8 @@ class MetaRank:
         world = NullProcessGroup(layout.world_size, rank) if layout.world_size > 1 else None
         groups = ProcessGroups(layout, rank, world=world)
         for mode in config.parallel.available_modes:
-            groups.by_mode[mode] = counted_collectives(groups.place(mode), self.counter)
+            symmetric = config.runtime.collectives != "torch"
+            groups.by_mode[mode] = counted_collectives(groups.place(mode), self.counter, symmetric)
         return groups
 
     def run(self, mode: Mode, num_sequences: int, tokens_each: int) -> StepLaunches:

@@ -10,6 +10,7 @@ from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cli.dry_run.report import TAKEN_BYTES, DryRun
 from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.parallel.symmetric_memory import SMALL_BYTES
 from ulysses_infer.worker.launch_counter import StepLaunches
 
 GIB = 1 << 30
@@ -116,8 +117,18 @@ def _kind(span: AttentionSpan) -> str:
 
 
 def _collectives(run: DryRun) -> Iterator[Sequence[str]]:
-    world_size = run.config.parallel.world_size
-    yield ("none: a single rank" if world_size == 1 else "NCCL, by torch.distributed",)
+    chosen, shape = run.config.runtime.collectives, run.rank.model.shape
+    if run.config.parallel.world_size == 1:
+        yield ("none: a single rank",)
+        return
+    if chosen == "torch":
+        yield ("NCCL", "all messages: runtime.collectives is torch")
+        return
+    row = shape.hidden_size * run.rank.model.dtype.itemsize
+    condition = "if the GPUs can address each other's memory" if chosen == "auto" else "required"
+    yield "symmetric memory", f"messages up to {SMALL_BYTES >> 10} KiB, {condition}"
+    yield "NCCL", "larger messages, and all if there is no symmetric memory"
+    yield "all-reduce", f"{row / 1024:g} KiB a row: up to {SMALL_BYTES // row} rows are small"
 
 
 def _graphs(run: DryRun) -> Iterator[Sequence[str]]:
