@@ -196,6 +196,14 @@ def _exchange(to_heads: bool) -> Case:
     )
 
 
+def _greetings() -> list[Case]:
+    constants = {"RANK": 1, "RANKS": 8}
+    return [
+        Case("greet, 8 ranks", "collectives:greet_kernel", {"halves": "*i64"}, constants),
+        Case("greetings, 8 ranks", "collectives:greetings_kernel", pointers("i64", "halves", "out"), {"RANKS": 8}),
+    ]
+
+
 def _attention(
     name: str,
     group: int,
@@ -284,6 +292,7 @@ CASES: list[Case] = [
     _sum_add_norm(2048, 0, ranks=2, dtype="fp32"),
     _exchange(to_heads=True),
     _exchange(to_heads=False),
+    *_greetings(),
     *_attention("decode 8 x 128", 8, 1, 128, splits=4),
     *_attention("decode 8 x 128, e4m3", 8, 1, 128, "float8_e4m3fn", architectures=FP8_ARCHITECTURES),
     *_attention("decode 8 x 128, e4m3 bits", 8, 1, 128, "float8_e4m3fn", architectures=(80,)),
