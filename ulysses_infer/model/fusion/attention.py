@@ -15,6 +15,7 @@ from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.projections import (
     Inputs,
     Projection,
+    can_defer_sum,
     children_with_weights,
     common_input_kind,
     find_linears,
@@ -63,14 +64,26 @@ class FusedAttention(nn.Module):
         )
 
     @property
+    def can_defer_sum(self) -> bool:
+        """Whether it can leave the sum over the TP group to the caller."""
+        return can_defer_sum(self._output[0])
+
+    @property
     def input_kind(self) -> int:
         """See `QuantizedLinear.input_kind`."""
         return common_input_kind(self.inputs)
 
     def forward(
-        self, hidden_states: Inputs, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
+        self,
+        hidden_states: Inputs,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        unsummed: bool = False,
+        **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states: [1, t, D]; position_embeddings: cosine and sine, [1, t, r]; returns ([1, t, D], None)."""
+        """hidden_states: [1, t, D]; position_embeddings: cosine and sine, [1, t, r]; returns ([1, t, D], None).
+
+        unsummed: leave the sum over the TP group out.
+        """
         query, key, value = (part.flatten(1) for part in project(self.inputs, flat(hidden_states)))
         query, key = self._heads(query, self._norms[0]), self._heads(key, self._norms[1])
         cosine, sine = position_embeddings
@@ -78,8 +91,13 @@ class FusedAttention(nn.Module):
         attended = attend_tokens(
             self.layer_idx, self.head_plan, query, key, value.view(value.shape[0], -1, self.head_dim), self.options
         )
-        (output,) = self._output
-        return output(attended.flatten(1))[None], None
+        return self._projected(attended, unsummed)[None], None
+
+    def _projected(self, attended: torch.Tensor, unsummed: bool) -> torch.Tensor:
+        """attended: [t, H, d]; returns [t, D]."""
+        (linear,) = self._output
+        output: torch.Tensor = (linear.partial if unsummed else linear)(attended.flatten(1))
+        return output
 
     def _heads(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         """x: [t, H * d]; returns [t, H, d], normalized per head, or over all heads together."""
@@ -105,15 +123,18 @@ class PlacedAttention(FusedAttention):
         )
 
     def forward(
-        self, hidden_states: Inputs, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
+        self,
+        hidden_states: Inputs,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        unsummed: bool = False,
+        **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """See `FusedAttention.forward`."""
         heads = project(self.inputs, flat(hidden_states))
         cosine, sine = (each[0] for each in position_embeddings)
         place = partial(self._place, heads, cosine, sine)
         attended = attend_placed(self.layer_idx, self.head_plan, place, heads[0], self.head_dim, self.options)
-        (output,) = self._output
-        return output(attended.flatten(1))[None], None
+        return self._projected(attended, unsummed)[None], None
 
     def _place(
         self,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from ulysses_infer.kernels.scaled_rows import QuantisedRows
+from ulysses_infer.model.context import step_context
 from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.projections import children_with_weights, input_kind
@@ -17,12 +20,26 @@ BASE_PARTS = ("embed_tokens", "layers", "norm")
 
 
 @dataclass(frozen=True)
-class _DecoderLayer:
-    attention: nn.Module
-    attention_norm: FusedRMSNorm
-    feed_forward: nn.Module
-    next_norm: FusedRMSNorm  # of the next layer, or the last one
-    next_attention: nn.Module | None  # reads it; None: the head does
+class _Block:
+    """Attention or feed-forward, and the norm after it."""
+
+    module: nn.Module
+    norm: FusedRMSNorm
+    reader: nn.Module | None  # of the norm; None: the head
+
+    def add_and_norm(
+        self, output: torch.Tensor, residual: torch.Tensor, unsummed: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | QuantisedRows]:
+        """The new residual and its norm, both [1, t, D]. unsummed: `output` is still to be summed over the TP group."""
+        kind = input_kind(self.reader)
+        if unsummed:
+            return step_context().collectives.sum_add_norm(output, residual, self.norm, kind)
+        return self.norm.add_and_norm(output, residual, kind)
+
+    @cached_property
+    def options(self) -> dict[str, bool]:
+        """Arguments of the module: whether it leaves its sum over the TP group to the norm."""
+        return {"unsummed": True} if getattr(self.module, "can_defer_sum", False) else {}
 
 
 class FusedDecoder:
@@ -35,8 +52,8 @@ class FusedDecoder:
         self.first_norm: FusedRMSNorm = base.layers[0].input_layernorm
         following = [*((layer.input_layernorm, layer.self_attn) for layer in base.layers[1:]), (base.norm, None)]
         self.layers = [
-            _DecoderLayer(layer.self_attn, layer.post_attention_layernorm, layer.mlp, norm, attention)
-            for layer, (norm, attention) in zip(base.layers, following, strict=True)
+            (_Block(layer.self_attn, layer.post_attention_layernorm, layer.mlp), _Block(layer.mlp, norm, reader))
+            for layer, (norm, reader) in zip(base.layers, following, strict=True)
         ]
 
     @staticmethod
@@ -57,18 +74,19 @@ class FusedDecoder:
         position_ids = positions[None]
         rotary = self.rotary(residual, position_ids)
         normed = self.first_norm(residual)
-        for layer in self.layers:
-            attended, _ = layer.attention(
+        for attention, feed_forward in self.layers:
+            attended, _ = attention.module(
                 hidden_states=normed,
                 position_embeddings=rotary,
                 attention_mask=None,
                 position_ids=position_ids,
                 past_key_values=None,
                 use_cache=False,
+                **attention.options,
             )
-            residual, normed = layer.attention_norm.add_and_norm(attended, residual, input_kind(layer.feed_forward))
-            output = layer.feed_forward(normed)
-            residual, normed = layer.next_norm.add_and_norm(output, residual, input_kind(layer.next_attention))
+            residual, normed = attention.add_and_norm(attended, residual, **attention.options)
+            output = feed_forward.module(normed, **feed_forward.options)
+            residual, normed = feed_forward.add_and_norm(output, residual, **feed_forward.options)
         if len(logits_rows) < normed.shape[1]:  # ascending and distinct: skip the selection if it is all rows
             normed = normed.index_select(1, logits_rows)
         logits: torch.Tensor = self.head(normed)[0]

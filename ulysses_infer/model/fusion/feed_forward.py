@@ -9,6 +9,7 @@ from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.projections import (
     Inputs,
     Projection,
+    can_defer_sum,
     children_with_weights,
     common_input_kind,
     find_linears,
@@ -50,9 +51,15 @@ class FusedFeedForward(nn.Module):
         """See `QuantizedLinear.input_kind`."""
         return common_input_kind(self.inputs)
 
-    def forward(self, hidden_states: Inputs) -> torch.Tensor:
-        """hidden_states: [..., t, D]; returns the same shape."""
+    @property
+    def can_defer_sum(self) -> bool:
+        """Whether it can leave the sum over the TP group to the caller."""
+        return can_defer_sum(self._output[0])
+
+    def forward(self, hidden_states: Inputs, unsummed: bool = False) -> torch.Tensor:
+        """hidden_states: [..., t, D]; returns the same shape. unsummed: leave the sum over the TP group out."""
         gate, up = project(self.inputs, flat(hidden_states))
         (down,) = self._output
-        output: torch.Tensor = down(self._elementwise.gated_shards(self.activation, gate, up, input_kind(down)))
+        active = self._elementwise.gated_shards(self.activation, gate, up, input_kind(down))
+        output: torch.Tensor = down.partial(active) if unsummed else down(active)
         return output.view(*hidden_states.shape[:-1], output.shape[-1])
