@@ -19,7 +19,7 @@ from ulysses_infer.parallel.layout import Place, Span
 from ulysses_infer.parallel.null import NullProcessGroup
 
 FACTORIES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-WITHOUT_KERNEL = frozenset((*FACTORIES, "alias", "detach", "lift_fresh", "_unsafe_view"))
+WITHOUT_KERNEL = frozenset((*FACTORIES, "alias", "detach", "detach_", "lift_fresh", "_unsafe_view"))
 """Operators that return a tensor of the device without launching a kernel; views are recognised by their schema."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from ulysses_infer.parallel.symmetric_memory import SMALL_BYTES
 from ulysses_infer.worker.launch_counter import StepLaunches
 
 GIB = 1 << 30
+LINE_WIDTH = 120
 ASIDE = ("captured decode steps", "attention runs on")
 """Beginnings of log lines that the table has elsewhere."""
 
@@ -38,8 +40,9 @@ def sections(run: DryRun) -> Iterator[Section]:
     yield Section("collectives", list(_collectives(run)))
     yield Section("CUDA graphs", list(_graphs(run)))
     yield Section("launches", list(_launches(run)))
+    yield Section("kernels of a layer of the smallest decode", list(_kernels(run)))
     yield Section("prefill", list(_prefill(run)))
-    notes = [message for message in run.log if not message.startswith(ASIDE)]
+    notes = [message for message in dict.fromkeys(run.log) if not message.startswith(ASIDE)]
     yield Section("log of the start", [[note] for note in notes])
 
 
@@ -52,8 +55,10 @@ def _lines(section: Section) -> Iterator[str]:
         for column in range(columns - 1)
     ]
     for row in section.rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
-        yield "  " + "  ".join([*cells, row[-1]]).rstrip()
+        start = "".join(f"  {cell.ljust(width)}" for cell, width in zip(row[:-1], widths, strict=False)) + "  "
+        wrapped = textwrap.wrap(row[-1], LINE_WIDTH - len(start)) or [""]
+        yield (start + wrapped[0]).rstrip()
+        yield from (" " * len(start) + line for line in wrapped[1:])
     yield ""
 
 
@@ -143,7 +148,7 @@ def _graphs(run: DryRun) -> Iterator[Sequence[str]]:
 
 
 def _launches(run: DryRun) -> Iterator[Sequence[str]]:
-    yield "step", "mode", "kernels per layer", "exchanges per layer", "kernels in all", "kernels of a layer"
+    yield "step", "mode", "kernels per layer", "in all", "exchanges per layer"
     for mode, decodes in run.decodes.items():
         if isinstance(decodes, str):
             yield "decode", str(mode), decodes
@@ -156,11 +161,18 @@ def _launches(run: DryRun) -> Iterator[Sequence[str]]:
 
 
 def _row(title: str, mode: Mode, step: StepLaunches) -> Sequence[str]:
-    exchanges = f"{step.exchanges_per_layer:.4g} {' + '.join(kind for kind in step.exchanges if kind != 'all-gather')}"
-    if len(step.marks) < 2:
-        return title, str(mode), "-", "-", str(step.kernels.total()), ""
-    each = ", ".join(f"{count} {name}" for name, count in sorted(step.of_a_layer.items(), key=lambda item: -item[1]))
-    return title, str(mode), f"{step.kernels_per_layer:.4g}", exchanges, str(step.kernels.total()), each
+    kinds = " + ".join(kind for kind in step.exchanges if kind != "all-gather")  # which only the head needs
+    each = (f"{step.kernels_per_layer:.4g}", f"{step.exchanges_per_layer:.4g} {kinds}".rstrip())
+    kernels, exchanges = each if len(step.marks) > 1 else ("-", "-")
+    return title, str(mode), kernels, str(step.kernels.total()), exchanges
+
+
+def _kernels(run: DryRun) -> Iterator[Sequence[str]]:
+    for mode, decodes in run.decodes.items():
+        if isinstance(decodes, str) or len(decodes[min(decodes)].marks) < 2:
+            continue
+        counts = decodes[min(decodes)].of_a_layer.most_common()
+        yield str(mode), ", ".join(f"{count} {name}" for name, count in counts)
 
 
 def _prefill(run: DryRun) -> Iterator[Sequence[str]]:
