@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -51,10 +52,10 @@ def build(folder, layout, collectives="auto", fails=None):
 # -- exchanges -----------------------------------------------------------------------------------------------------
 
 
-def exchange_all(folder, tp):
-    """Every mode of 4 ranks: sums, norms and all-to-alls through memory equal those of gloo; one memory per group."""
+def exchange_all(folder, world_size, tp):
+    """Every mode: sums, norms and all-to-alls through memory equal those of gloo; one memory per group."""
     use_exact_rounding()
-    layout = Layout(Mode(4 // tp, tp))
+    layout = Layout(Mode(world_size // tp, tp))
     groups, allocator = build(folder, layout, "symmetric_memory")
     plain = build_groups(layout, layout.modes, GPU, collectives="torch")
     inputs = torch.Generator().manual_seed(groups.rank)
@@ -100,9 +101,11 @@ def exchange_slices(mode, mine, theirs, inputs):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.thorough)])
-def test_exchanges_through_memory_equal_those_of_torch(rank_pool, tmp_path, tp):
-    rank_pool(4).run(exchange_all, str(tmp_path), tp)
+@pytest.mark.parametrize(
+    ("world_size", "tp"), [(2, 1), *(pytest.param(4, tp, marks=pytest.mark.thorough) for tp in (1, 2))]
+)
+def test_exchanges_through_memory_equal_those_of_torch(rank_pool, tmp_path, world_size, tp):
+    rank_pool(world_size).run(exchange_all, str(tmp_path), world_size, tp)
 
 
 # -- which way a message takes -------------------------------------------------------------------------------------
@@ -250,14 +253,24 @@ def test_without_a_gpu_there_is_no_symmetric_memory():
 # -- agreement -----------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def logged(lines):
+    """Add what the building of groups logs to `lines`."""
+    handler, level = logging.Handler(), groups_module.logger.level
+    handler.emit = lambda record: lines.append(record.getMessage())
+    groups_module.logger.addHandler(handler)
+    groups_module.logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        groups_module.logger.setLevel(level)
+        groups_module.logger.removeHandler(handler)
+
+
 def build_and_report(folder, collectives, fails, hosts=None):
     """(types of this rank's group of all ranks and mailbox, sum over it, log lines), or the error of the config."""
     layout, lines = Layout(Mode(2, 1)), []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    with pytest.MonkeyPatch.context() as patch, assume("cpu", (9, 0)):
-        patch.setattr(groups_module.logger, "level", logging.INFO)
-        groups_module.logger.addHandler(handler)
+    with pytest.MonkeyPatch.context() as patch, assume("cpu", (9, 0)), logged(lines):
         if hosts is not None:
             host = hosts[int(os.environ["RANK"])]
             for module in (shared_memory, symmetric_memory):
@@ -266,8 +279,6 @@ def build_and_report(folder, collectives, fails, hosts=None):
             groups, _ = build(folder, layout, collectives, fails)
         except ConfigError as error:
             return str(error)
-        finally:
-            groups_module.logger.removeHandler(handler)
         tp_group = groups.by_mode[layout.shift].tp_group
         total = float(tp_group.sum(torch.ones(3))[0])
         sent = send(groups)
