@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from ulysses_infer.attention.triton import TritonAttention
 
 DENSE = ("llama", "qwen2", "qwen3", "gemma3_text")
+EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3", "llama4_text", "gpt_oss")
 QUANTISED = ("compressed-channel", "fp8-block", "awq")
 
 
@@ -36,14 +37,19 @@ def check(folder: Path, ranks: int = 2, **changes: Any) -> None:
     assert capturer.kept == []
 
 
-@pytest.mark.parametrize("family", cases(DENSE, {**FAMILIES, **FEATURES}.keys() - EXPERT_FAMILIES.keys()))
+@pytest.mark.parametrize("family", cases(DENSE, sorted({**FAMILIES, **FEATURES}.keys() - EXPERT_FAMILIES.keys())))
 def test_steps_of_dense_models_can_be_captured(family: str, tmp_path: Path) -> None:
     check(write_tiny(tmp_path, family))
 
 
+@pytest.mark.parametrize("family", cases(EXPERTS, EXPERT_FAMILIES))
+def test_steps_of_mixtures_of_experts_can_be_captured(family: str, tmp_path: Path) -> None:
+    check(write_tiny(tmp_path, family), **{"model.max_model_len": 128})
+
+
 @pytest.mark.parametrize("name", cases(QUANTISED, FORMATS))
 def test_steps_of_quantised_models_can_be_captured(name: str, tmp_path: Path) -> None:
-    check(write_tiny(tmp_path, "llama", FORMATS[name].config))
+    check(write_tiny(tmp_path, "llama", FORMATS[name].config, num_hidden_layers=1))
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "float16"])
