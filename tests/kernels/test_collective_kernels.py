@@ -106,10 +106,10 @@ def run_rounds(folder: str, rounds: int, programs: int) -> int:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "rounds"), [(2, 60), (4, 15)])
-def test_calls_of_changing_kind_and_size_do_not_mix(rank_pool, tmp_path, ranks, rounds) -> None:
+@pytest.mark.parametrize(("ranks", "rounds", "programs"), [(2, 40, 2), (3, 10, 4)])
+def test_calls_of_changing_kind_and_size_do_not_mix(rank_pool, tmp_path, ranks, rounds, programs) -> None:
     """With few programs, so that each does several tiles and rows."""
-    assert rank_pool(ranks).run(run_rounds, str(tmp_path), rounds, ranks) == [rounds] * ranks
+    assert rank_pool(ranks).run(run_rounds, str(tmp_path), rounds, programs) == [rounds] * ranks
 
 
 @pytest.mark.thorough
