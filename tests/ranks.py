@@ -65,17 +65,12 @@ class RankPool:
     def _start(self) -> None:
         rendezvous = {"WORLD_SIZE": str(self.world_size), "LOCAL_WORLD_SIZE": str(self.world_size)}
         rendezvous |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        with _environment(ENVIRONMENT):  # read while the fork server imports, once for all ranks
-            for rank in range(self.world_size):
-                ours, theirs = context.Pipe()
-                environment = {**ENVIRONMENT, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                process = context.Process(target=_serve, args=(theirs, environment), daemon=True)
-                process.start()
-                theirs.close()
-                self._processes.append(process)
-                self._connections.append(ours)
+        for rank in range(self.world_size):
+            ours, theirs = multiprocessing.Pipe()
+            environment = {**ENVIRONMENT, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self._processes.append(start_forked(_serve, theirs, environment))
+            theirs.close()
+            self._connections.append(ours)
         self._send((_join_group, ()))
         self._collect(START_SECONDS, "starting the ranks")
 
@@ -109,6 +104,16 @@ class RankPool:
         if waiting:
             raise TimeoutError(f"{name}: no answer from ranks {[*waiting.values()]} after {timeout:.0f} s")
         return [results[rank] for rank in range(self.world_size)]
+
+
+def start_forked(function: Callable[..., Any], *args: Any) -> Any:
+    """The `multiprocessing` process, started, of `function(*args)`: a fork of one that has imported all it needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=function, args=args, daemon=True)
+    with _environment(ENVIRONMENT):  # read while the fork server imports, once for all
+        process.start()
+    return process
 
 
 class RankPools:

@@ -26,12 +26,11 @@ COMMANDS = {
 }
 """The arguments of each, and a part of the command line of the last process that it starts."""
 TEST = """
-import time
-from tests.launcher import Running, ulysses_infer
+import subprocess, sys, time
 
 def test_that_never_ends():
-    with Running(ulysses_infer({arguments})) as running:
-        time.sleep(1000)
+    subprocess.Popen({command}, start_new_session=True)
+    time.sleep(1000)
 """
 
 
@@ -71,10 +70,9 @@ def arguments_of(name, folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "stopped"),
     [
-        ("compare", False),
-        ("serve", True),
-        *(pytest.param(name, False, marks=pytest.mark.thorough) for name in COMMANDS if name != "compare"),
-        pytest.param("compare", True, marks=pytest.mark.thorough),
+        ("serve", False),
+        *(pytest.param(name, False, marks=pytest.mark.thorough) for name in COMMANDS if name != "serve"),
+        *(pytest.param(name, True, marks=pytest.mark.thorough) for name in ("serve", "compare")),
     ],
 )
 def test_nothing_outlives_a_killed_command(folder, tmp_path, name, stopped):
@@ -89,9 +87,11 @@ def test_nothing_outlives_a_killed_command(folder, tmp_path, name, stopped):
     assert_gone(str(tmp_path))
 
 
-def test_nothing_outlives_a_killed_test_session(folder, tmp_path):
-    arguments = repr(arguments_of("serve", folder, tmp_path))[1:-1]
-    (tmp_path / "test_inner.py").write_text(TEST.format(arguments=arguments))
+@pytest.mark.parametrize("program", ["sleep", pytest.param("serve", marks=pytest.mark.thorough)])
+def test_nothing_outlives_a_killed_test_session(folder, tmp_path, program):
+    serve = [sys.executable, "-m", "ulysses_infer.cli.main", *arguments_of("serve", folder, tmp_path)]
+    command, last = (["sleep", "1000"], "sleep 1000") if program == "sleep" else (serve, SERVER)
+    (tmp_path / "test_inner.py").write_text(TEST.format(command=command))
     options = [
         "-p",
         "tests.conftest",
@@ -101,7 +101,7 @@ def test_nothing_outlives_a_killed_test_session(folder, tmp_path):
         "no:cacheprovider",
         str(tmp_path / "test_inner.py"),
     ]
-    process = start([sys.executable, "-m", "pytest", *options], str(tmp_path), SERVER, tmp_path)
+    process = start([sys.executable, "-m", "pytest", *options], str(tmp_path), last, tmp_path)
     process.kill()
     process.wait()
     assert_gone(str(tmp_path))

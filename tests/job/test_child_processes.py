@@ -1,5 +1,6 @@
 """Nothing that a program starts outlives it: stopped processes, orphans and foreign programs included."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -30,14 +31,17 @@ print("started", flush=True)
 """
 
 
+@contextlib.contextmanager
 def start(code, mark):
-    """A Python process that runs `code`, once it has printed a line."""
+    """A Python process that runs `code`, once it has printed a line. Afterwards it is killed, if it still runs."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: mark}
-    process = subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + code], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline()
-    return process
+    command = [sys.executable, "-c", PRELUDE + code]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline()
+            yield process
+        finally:
+            process.kill()
 
 
 def marked(mark):
@@ -49,6 +53,15 @@ def marked(mark):
                 found.append(process)
         except psutil.Error:
             continue
+    return found
+
+
+def await_count(mark, count, seconds=SECONDS):
+    """The processes with `mark`, once there are `count` of them."""
+    deadline = time.monotonic() + seconds
+    while len(found := marked(mark)) != count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(found) == count, [process.cmdline() for process in found]
     return found
 
 
@@ -65,7 +78,7 @@ def assert_gone(mark, seconds=SECONDS):
 
 def test_everything_ends_with_a_killed_program(tmp_path):
     with start(TREE + "time.sleep(100)", str(tmp_path)) as process:
-        assert len(marked(str(tmp_path))) == 8  # itself, the keeper, five sleeps and a shell
+        await_count(str(tmp_path), 8)  # itself, the keeper, five sleeps and a shell
         process.kill()
     assert_gone(str(tmp_path))
 
@@ -91,22 +104,19 @@ time.sleep(100)
 
 
 def test_an_inner_program_leaves_what_an_outer_one_started(tmp_path):
-    inner = PRELUDE + "end_children_with_this_process(); subprocess.Popen(['sleep', '100'])"
+    stopped = "os.kill(subprocess.Popen(['sleep', '{}']).pid, signal.SIGSTOP)"  # keepers end it at once
+    inner = f"{PRELUDE}end_children_with_this_process(); {stopped.format(100)}"
     code = f"""
 end_children_with_this_process()
 end_children_with_this_process()  # once is enough
-subprocess.Popen(["sleep", "99"])
+{stopped.format(99)}
 subprocess.run([sys.executable, "-c", {inner!r}], check=True)
 print("started", flush=True)
 time.sleep(100)
 """
     with start(code, str(tmp_path)) as process:
-        deadline = time.monotonic() + SECONDS
-        while len(marked(str(tmp_path))) > 3 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        left = [each.cmdline() for each in marked(str(tmp_path)) if each.pid != process.pid]
-        assert ["sleep", "99"] in left
-        assert len(left) == 2  # and the keeper
+        left = await_count(str(tmp_path), 3)  # itself, the keeper and the outer program's child
+        assert ["sleep", "99"] in [each.cmdline() for each in left]
         process.kill()
     assert_gone(str(tmp_path))
 
@@ -135,6 +145,7 @@ def test_this_test_session_has_a_keeper():
 
 
 STARTED_BY = {
+    "tools/gpu_driver.py": "tools/run.py",
     "benchmarks/serve_processes.py": "benchmarks/serve_report.py",
     "benchmarks/compare_peers/processes.py": "benchmarks/compare_peers/__main__.py",
     "benchmarks/compare_peers/environments.py": "benchmarks/compare_peers/__main__.py",

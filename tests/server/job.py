@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.ranks import start_forked
 from ulysses_infer.job.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +42,45 @@ def launcher():
     return [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
 
 
+class ForkedRank:
+    """A rank without a launcher, forked from a process that has imported everything; as `subprocess.Popen`."""
+
+    def __init__(self, arguments, environment, output):
+        with multiprocessing.connection.Connection(os.dup(output), readable=False) as pipe:
+            self._process = start_forked(run_rank, arguments, environment, pipe)
+        self.pid = self._process.pid
+        self.terminate, self.kill = self._process.terminate, self._process.kill
+
+    def poll(self):
+        return self._process.exitcode
+
+    def wait(self, seconds=None):
+        self._process.join(seconds)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("a rank", seconds)
+        return self.poll()
+
+
+def run_rank(arguments, environment, output):
+    """What a forked rank does."""
+    os.setsid()
+    for number in (1, 2):
+        os.dup2(output.fileno(), number)
+    output.close()
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    from tests.server.rank import start
+
+    start(arguments)
+
+
 class Job:
-    """The processes of one server. `how`: ranks (started directly), deepspeed, nodes (of one rank), ulysses-infer."""
+    """The processes of one server.
+
+    how: ranks (without a launcher), lone ranks (each as if alone on its host), deepspeed, nodes (of one rank each),
+    ulysses-infer.
+    """
 
     def __init__(self, folder, sp=2, dp=1, how="ranks", fault="", **changes):
         self.port = free_port()
@@ -54,6 +93,7 @@ class Job:
         self._environment["PYTHONPATH"] = str(ROOT)
         starters = {
             "ranks": self._start_ranks,
+            "lone ranks": self._start_lone_ranks,
             "deepspeed": self._start_deepspeed,
             "nodes": self._start_nodes,
             "ulysses-infer": self._start_cli,
@@ -67,10 +107,18 @@ class Job:
         self.all = []
 
     def _start_ranks(self, arguments, count):
-        names = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-        names["MASTER_PORT"] = str(free_port())
-        command = [sys.executable, "-m", "tests.server.rank", *arguments]
-        return [self._start(command, **names, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+        return self._fork(arguments, [{"LOCAL_WORLD_SIZE": str(count), "LOCAL_RANK": str(n)} for n in range(count)])
+
+    def _start_lone_ranks(self, arguments, count):
+        return self._fork(arguments, [{"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}] * count)
+
+    def _fork(self, arguments, places):
+        meeting = {"WORLD_SIZE": str(len(places)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environments = [{**self._environment, **meeting, **place} for place in places]
+        return [
+            ForkedRank(arguments, {**environment, "RANK": str(rank)}, self._write)
+            for rank, environment in enumerate(environments)
+        ]
 
     def _start_deepspeed(self, arguments, count):
         return [self._start([*launcher(), "--num_gpus", str(count), LAUNCH, *arguments])]
@@ -120,9 +168,11 @@ class Job:
 
     def rank(self, number):
         """The process of a rank."""
+        if isinstance(self.processes[0], ForkedRank):
+            return self.all[number]
         for process in self.all:
             with contextlib.suppress(psutil.Error):
-                launched = {"tests.server.rank", LAUNCH, str(ROOT / LAUNCH)} & set(process.cmdline())
+                launched = {LAUNCH, str(ROOT / LAUNCH)} & set(process.cmdline())
                 if launched and process.environ().get("RANK") == str(number):
                     return process
         raise AssertionError(f"no rank {number} among {self.all}")

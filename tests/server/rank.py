@@ -6,7 +6,6 @@
 """
 
 import os
-import sys
 import time
 
 from ulysses_infer.cli.rank import main
@@ -31,10 +30,11 @@ def flipping_warm_up(engine):
     engine.choose_mode = lambda batch: modes[next(steps) % len(modes)]
 
 
-if __name__ == "__main__":
+def start(arguments):
+    """Serve, with the fault if there is one."""
     fault = os.environ.get("ULYSSES_TEST_FAULT", "")
     if fault == "flip":
         serve.warm_up = flipping_warm_up
     elif fault:
         Worker.run = faulty_run
-    main(sys.argv[1:])
+    main(arguments)

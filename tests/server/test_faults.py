@@ -150,7 +150,8 @@ def test_draining_ends_at_its_limit(long_folder):
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("which", ["deepspeed", pytest.param("helper", marks=pytest.mark.thorough)])
+@pytest.mark.thorough  # `test_launch.py` kills the launcher of a cheaper command
+@pytest.mark.parametrize("which", ["deepspeed", "helper"])
 def test_ranks_do_not_outlive_a_killed_launcher(long_folder, which):
     with job(long_folder, how="deepspeed") as server:
         server.stream(max_tokens=LONG)
@@ -183,6 +184,7 @@ def test_the_command_drains_at_the_first_signal_and_passes_the_status_on(long_fo
 
 
 @pytest.mark.launcher
+@pytest.mark.thorough  # `cli/test_killed_commands.py` does not wait until the server is ready
 def test_nothing_outlives_the_killed_command(long_folder):
     with job(long_folder, how="ulysses-infer") as server:
         server.stream(max_tokens=LONG)
@@ -191,8 +193,9 @@ def test_nothing_outlives_the_killed_command(long_folder):
 
 
 @pytest.mark.launcher
-def test_two_nodes_serve_as_one_and_end_as_one(long_folder):
-    with job(long_folder, how="nodes") as server:
+@pytest.mark.parametrize("how", [pytest.param("nodes", marks=pytest.mark.thorough), "lone ranks"])
+def test_two_nodes_serve_as_one_and_end_as_one(long_folder, how):
+    with job(long_folder, how=how) as server:
         assert server.complete(max_tokens=20).json()["usage"]["completion_tokens"] == 20
         stream = server.stream(max_tokens=300)
         server.rank(0).terminate()
