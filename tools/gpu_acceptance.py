@@ -10,6 +10,7 @@ table and writes configs/profiles/GPU-COUNT.json. Exit status 1 if a check fails
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import sys
@@ -23,6 +24,7 @@ from tools.acceptance.check import FAILED, Group, Result, Settings, as_dicts, ru
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {
     "kernels": "tools.acceptance.kernels:check_kernels",
+    "operations": "tools.acceptance.operations:check_operations",
     "collectives": "tools.acceptance.exchanges:check_exchanges",
     "engines": "tools.acceptance.engines:check_engines",
     "start": "tools.acceptance.engines:check_start",
@@ -38,13 +40,15 @@ def main() -> None:
     """Run the checks; exits with 1 if one fails."""
     options = parse()
     device = torch.device(options.device)
-    ranks = options.ranks or max(1, torch.cuda.device_count())
+    ranks = options.ranks or default_ranks(torch.cuda.device_count())
     results = []
     for name in options.only or GROUPS:
         model = model_of(name, options)
         for result in run_group(name, group_of(name), Settings(device, ranks, options.quick, model)):
             print(f"{result.outcome:8} {result.check}", file=sys.stderr, flush=True)
             results.append(result)
+        gc.collect()
+        torch.cuda.empty_cache()  # for the processes of the next group
     sys.stdout.write(table(results))
     path = options.output or (default_output(device, ranks) if device.type == "cuda" else None)
     if path is not None:
@@ -57,7 +61,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ranks", type=int, help="GPUs to use; default: all. On a CPU, processes (default 1)")
+    parser.add_argument("--ranks", type=int, help="GPUs to use; default: all, up to 8. On a CPU, processes (default 1)")
     parser.add_argument("--quick", action="store_true", help="small shapes: does it run, not how fast")
     parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=f"some of: {', '.join(GROUPS)}")
     parser.add_argument("--model", type=Path, help="checkpoint for start and peers; default: 0.5 B random parameters")
@@ -68,6 +72,11 @@ def parse() -> argparse.Namespace:
     if options.device == "cuda" and (options.ranks or 0) > torch.cuda.device_count():
         parser.error(f"--ranks {options.ranks}: this machine has {torch.cuda.device_count()} GPUs")
     return options
+
+
+def default_ranks(num_gpus: int) -> int:
+    """The largest power of two up to 8, which divides the heads of the bundled model."""
+    return max(count for count in (1, 2, 4, 8) if count <= max(1, num_gpus))
 
 
 def group_of(name: str) -> Group:

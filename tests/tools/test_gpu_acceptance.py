@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.profile_layout import Load
+from tests.kernels.interpreter import use_exact_rounding
 from tools import gpu_acceptance
 from tools.acceptance import exchanges, kernels
 from tools.acceptance.check import (
@@ -31,7 +32,9 @@ from tools.acceptance.check import (
 )
 from tools.acceptance.engines import Answers, _compare
 from tools.acceptance.kernels import check_kernels
+from tools.acceptance.operations import check_operations
 from tools.acceptance.speed import QUICK, SMALL, check_speed, decode_bytes, make_worker, prefill_operations
+from ulysses_infer.kernels import launch
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -65,6 +68,19 @@ def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "NativeAttention", Wrong)
 
     assert {result.outcome for result in check_kernels(settings())} == {FAILED}
+
+
+def test_operations_agree_with_torch_in_the_interpreter() -> None:
+    use_exact_rounding()
+    with launch.assume("cpu", (10, 0)):  # torch on a CPU multiplies FP8 with scales per channel only, as on Blackwell
+        found = list(check_operations(settings()))
+
+    assert [result.outcome for result in found].count(PASSED) == len(found) - 1 == 8, table(found)
+    assert [result.check for result in found if result.outcome == SKIPPED] == ["product, FP8 per block"]
+
+
+def test_operations_are_skipped_where_no_kernels_run() -> None:
+    assert [r.outcome for r in run_group("operations", check_operations, settings())] == [SKIPPED]
 
 
 def test_speeds_are_shares_of_the_devices_own_rates_without_targets_on_a_cpu() -> None:
@@ -157,6 +173,10 @@ def test_the_exit_status_and_the_file_tell_of_failures(
     saved = json.loads(output.read_text())
     assert [check["outcome"] for check in saved["checks"]] == [PASSED, FAILED]
     assert (saved["device"], saved["ranks"]) == ("cpu", 1)
+
+
+def test_ranks_divide_the_heads_of_the_bundled_model() -> None:
+    assert [gpu_acceptance.default_ranks(count) for count in (0, 1, 2, 3, 7, 8, 16)] == [1, 1, 2, 2, 4, 8, 8]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
