@@ -29,6 +29,7 @@ from ulysses_infer.attention.backend import KernelAttention
 from ulysses_infer.cache.paged import CacheShape, PagedCache
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.job.make_worker import make_attention
+from ulysses_infer.model.experts import host_reads
 from ulysses_infer.model.fusion.fuse import Fusion
 from ulysses_infer.model.injection.probe import probe
 from ulysses_infer.model.layers.rotary import freeze_rotary
@@ -128,7 +129,7 @@ def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load]
         sizes.values_in_keys,
     )
     backend = make_attention(arguments.attention_backend, model, shape, device)
-    captures = wants_cuda_graphs(None, device, backend, bool(model.injection.expert_layers))
+    captures = wants_cuda_graphs(None, device, backend, host_reads(model.injection.expert_layers, device))
     blocks = max(load.requests * shape.blocks_for(load.context + load.tokens) for load in loads)
     cache = PagedCache(shape, blocks, device, scratch_blocks=1)
     for pool in (*cache.keys, *cache.values):

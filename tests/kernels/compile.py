@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.kernels.expert_cases import expert_cases
+
 ARCHITECTURES = (80, 90, 100)
 FP8_ARCHITECTURES = (90, 100)
 
@@ -204,6 +206,40 @@ def _greetings() -> list[Case]:
     ]
 
 
+def _draw(name: str, aligned: tuple[str, ...]) -> Case:
+    return Case(
+        name,
+        "sampling:draw_kernel",
+        {**pointers("fp32", "weights"), "options": "*fp64", "tokens": "*i64", **integers("stride", "size")},
+        {"ROWS": 16, "COLUMNS": 1024},
+        num_warps=8,
+        aligned=aligned,
+    )
+
+
+def _routing() -> list[Case]:
+    sizes = integers("num_choices", "first", "own")
+    pointed = {**pointers("i64", "experts", "counts", "tokens"), **pointers("i32", "offsets", "rows")}
+    summed = {**pointers("bf16", "outputs", "weights", "result"), "rows": "*i32"}
+    return [
+        Case(
+            "choose 8 of 128 experts",
+            "routing:choose_kernel",
+            {**pointers("bf16", "logits", "weights"), "experts": "*i64", **integers("logits_row", "num_experts")},
+            {"TOP_K": 8, "EXPERTS": 128, "NORMALISE": True},
+            num_warps=1,
+        ),
+        Case("sort by expert", "routing:sort_kernel", {**pointed, **sizes}, {"TOP_K": 8, "CHOICES": 1024}),
+        Case(
+            "sum of 8 experts",
+            "routing:sum_kernel",
+            {**summed, **integers("output_row", "width")},
+            {"TOP_K": 8, "COLUMNS": 1024, "WIDE": False},
+            aligned=("output_row", "width"),
+        ),
+    ]
+
+
 def _attention(
     name: str,
     group: int,
@@ -261,7 +297,7 @@ def _type_of(argument: Any) -> str:
     """The type of a kernel's argument as signatures name it."""
     if isinstance(argument, int | float):
         return "i32" if isinstance(argument, int) else "fp32"
-    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "int32": "i32"}
+    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "int8": "i8", "int32": "i32"}
     return "*" + names[str(argument.dtype).removeprefix("torch.")]
 
 
@@ -293,6 +329,9 @@ CASES: list[Case] = [
     _exchange(to_heads=True),
     _exchange(to_heads=False),
     *_greetings(),
+    _draw("draw from 151936", ("stride", "size")),
+    _draw("draw from 32003", ()),
+    *_routing(),
     *_attention("decode 8 x 128", 8, 1, 128, splits=4),
     *_attention("decode 8 x 128, e4m3", 8, 1, 128, "float8_e4m3fn", architectures=FP8_ARCHITECTURES),
     *_attention("decode 8 x 128, e4m3 bits", 8, 1, 128, "float8_e4m3fn", architectures=(80,)),
@@ -317,6 +356,7 @@ CASES: list[Case] = [
     *_attention(
         "decode 128 x 576, latents, e4m3 bits", 128, 1, 576, "float8_e4m3fn", latents=True, architectures=(80,)
     ),
+    *expert_cases(Case, _type_of),
 ]
 
 

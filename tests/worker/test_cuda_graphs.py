@@ -247,22 +247,25 @@ class TestWhetherStepsAreCaptured:
     flash, loop = BACKENDS["flash_attn"](), TorchLoopAttention()
 
     def test_on_a_gpu_they_are_where_attention_allows(self):
-        assert wants_cuda_graphs(None, CUDA, self.flash, has_experts=False)
-        assert wants_cuda_graphs(False, CUDA, self.flash, has_experts=False)
-        assert not wants_cuda_graphs(None, CUDA, self.loop, has_experts=False)
-        assert not wants_cuda_graphs(True, CUDA, self.flash, has_experts=False)
+        assert wants_cuda_graphs(None, CUDA, self.flash)
+        assert wants_cuda_graphs(False, CUDA, self.flash)
+        assert not wants_cuda_graphs(None, CUDA, self.loop)
+        assert not wants_cuda_graphs(True, CUDA, self.flash)
 
-    def test_experts_are_only_captured_on_request(self):
-        assert not wants_cuda_graphs(None, CUDA, self.flash, has_experts=True)
-        assert wants_cuda_graphs(False, CUDA, self.flash, has_experts=True)
+    def test_experts_that_wait_for_the_device_are_not_captured(self, caplog):
+        with caplog.at_level("INFO", "ulysses_infer"):
+            assert not wants_cuda_graphs(None, CUDA, self.flash, "experts are multiplied one by one")
+        assert "decode steps of all modes are not captured: experts are multiplied one by one" in caplog.text
+        with pytest.raises(ConfigError, match=r"enforce_eager is false, but experts are multiplied one by one"):
+            wants_cuda_graphs(False, CUDA, self.flash, "experts are multiplied one by one")
 
     def test_asking_for_what_attention_cannot_is_an_error(self):
         with pytest.raises(ConfigError, match=r"runtime\.enforce_eager is false, but attention runs on torch"):
-            wants_cuda_graphs(False, CUDA, self.loop, has_experts=False)
+            wants_cuda_graphs(False, CUDA, self.loop)
 
     @pytest.mark.parametrize("value", [None, True, False])
     def test_on_a_cpu_they_never_are(self, value):
-        assert not wants_cuda_graphs(value, CPU, self.loop, has_experts=False)
+        assert not wants_cuda_graphs(value, CPU, self.loop)
 
 
 def test_a_step_that_cannot_be_captured_is_one_line(rank_pool, folder):

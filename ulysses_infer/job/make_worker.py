@@ -13,6 +13,7 @@ from ulysses_infer.cache.paged import FP8, CacheShape, PagedCache
 from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.config import CacheConfig, Config
 from ulysses_infer.kernels.launch import capability
+from ulysses_infer.model.experts import host_reads
 from ulysses_infer.model.model import DTYPES, ShiftModel
 from ulysses_infer.native.matmul import make_matmul
 from ulysses_infer.parallel.groups import ProcessGroups
@@ -45,9 +46,9 @@ def make_worker(
     attention = backend or channel.together(
         lambda: make_attention(config.runtime.attention_backend, model, shape, device)
     )
-    captures = channel.together(
-        lambda: wants_cuda_graphs(config.runtime.enforce_eager, device, attention, bool(model.injection.expert_layers))
-    )
+    reads = host_reads(model.injection.expert_layers, device)
+    wanted = channel.together(lambda: wants_cuda_graphs(config.runtime.enforce_eager, device, attention, reads))
+    captures = bool(channel.smallest(int(wanted)))  # all ranks capture, or none
     cache = channel.together(lambda: _make_cache(config.cache, sizing, num_bytes, device, scratch_blocks=int(captures)))
     tables = BlockTables(
         config.cache.block_size, scheduler.max_num_seqs, shape.blocks_for(max_model_len), layers.attention_spans

@@ -29,6 +29,7 @@ class StepContext:
     matmul: NativeMatmul | None = None  # None: use torch
     adapters: Sequence[tuple[int, torch.Tensor]] = ()  # (adapter number, rows of this rank's slice that use it)
     attention_of_layers: Sequence[AttentionMetadata] | None = None  # only with several cache groups
+    is_captured: bool = False  # replayed with other data: no sizes that depend on data
 
     def attention_of(self, layer: int) -> AttentionMetadata:
         """The attention metadata of the cache group of `layer`."""

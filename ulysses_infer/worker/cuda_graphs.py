@@ -177,7 +177,7 @@ class CudaGraphRunner:
             self._inputs[size] = self._make_inputs(size)
         inputs = self._inputs[size]
         inputs.fill(None, self.cache.shape.block_size, self._transfer)
-        context = self._contexts.build(mode, size, [group.metadata for group in inputs.groups])
+        context = self._contexts.build(mode, size, [group.metadata for group in inputs.groups], is_captured=True)
         local = self._contexts.local_span(mode, size)
         token_ids, positions = inputs.token_ids[local.start : local.stop], inputs.positions[local.start : local.stop]
         rows = self._rows[: local.size]
@@ -201,25 +201,22 @@ class CudaGraphRunner:
         self._logits[: logits.shape[0]].copy_(logits)
 
 
-def wants_cuda_graphs(enforce_eager: bool | None, device: torch.device, backend: object, has_experts: bool) -> bool:
+def wants_cuda_graphs(enforce_eager: bool | None, device: torch.device, backend: object, host_reads: str = "") -> bool:
     """Whether to capture decode steps. enforce_eager: None captures where nothing prevents it.
 
-    Raises `ConfigError` if enforce_eager is False and the attention backend cannot be captured.
+    host_reads: why steps, of any mode, would wait for values on the device; "": they would not.
+    Raises `ConfigError` if enforce_eager is False and steps cannot be captured.
     """
-    if enforce_eager:
+    if enforce_eager or device.type == "cpu":  # CPU graphs are in cpu_graphs.py
         return False
-    if device.type == "cpu":
-        return False  # CPU graphs are in cpu_graphs.py
-    name = getattr(backend, "name", "?")
+    reason = host_reads
     if not isinstance(backend, KernelAttention):
-        if enforce_eager is not None:
-            raise ConfigError(
-                f"runtime.enforce_eager is false, but attention runs on {name}, whose steps cannot be captured; "
-                "use null, or another runtime.attention_backend"
-            )
-        logger.info("decode steps are not captured: attention runs on %s", name)
-        return False
-    if has_experts and enforce_eager is None:
-        logger.info("decode steps are not captured: experts may be sent tokens by counts that only the host knows")
-        return False
-    return True
+        reason = f"attention runs on {getattr(backend, 'name', '?')}"
+    if reason and enforce_eager is not None:
+        raise ConfigError(
+            f"runtime.enforce_eager is false, but {reason}, so that steps cannot be captured; use null, or another "
+            "runtime.attention_backend"
+        )
+    if reason:
+        logger.info("decode steps of all modes are not captured: %s", reason)
+    return not reason

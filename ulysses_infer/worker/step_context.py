@@ -35,6 +35,7 @@ class StepContextBuilder:
         attention: Sequence[AttentionMetadata],
         logits_rows: np.ndarray | None = None,
         adapters: Sequence[tuple[int, torch.Tensor]] = (),
+        is_captured: bool = False,
     ) -> StepContext:
         """The context of a step of `num_tokens` tokens.
 
@@ -53,6 +54,7 @@ class StepContextBuilder:
             matmul=self.matmul,
             adapters=adapters,
             attention_of_layers=self.cache.groups.each_layer(attention),
+            is_captured=is_captured,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from ulysses_infer.model.experts.placement import EXPERT, REPLICATE
 from ulysses_infer.model.experts.quantized import QuantizedExpertWeights
 from ulysses_infer.model.experts.weights import ExpertWeights
 from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK
+from ulysses_infer.model.quantization.grouped import has_grouped
 from ulysses_infer.parallel.experts import dispatch, dispatch_pays, gather_and_scatter
-from ulysses_infer.parallel.layout import Layout, Place, even_span
+from ulysses_infer.parallel.layout import Layout, Place
 
 EXPERTS_NAME = "ulysses_infer"
 
@@ -47,9 +49,7 @@ class ExpertLayer:
         kind = QuantizedExpertWeights if hasattr(module, EXPERTS_MARK) else ExpertWeights
         self.weights = kind(module, placement, layout, shard)
         self.placement, self.first_member = placement, 0
-        owners = [even_span(self.weights.num_experts, g, layout.world_size) for g in range(layout.world_size)]
-        self._owners = [g for g, span in enumerate(owners) for _ in range(span.size)]
-        self._owner_index: torch.Tensor | None = None
+        self._world_size = layout.world_size
         self._num_tokens: torch.Tensor | None = None  # [own experts] int64, on the device
 
     def slices(self, name: str) -> Any:
@@ -72,16 +72,15 @@ class ExpertLayer:
 
         packed = routed.pack()
         row_bytes = packed.shape[1] * packed.element_size()
-        sizes = tokens[-1].stop, len(self._owners), routed.experts.shape[1], row_bytes
-        if self.placement == EXPERT and dispatch_pays(context.collectives, *sizes):
+        sizes = tokens[-1].stop, self.num_experts, routed.experts.shape[1], row_bytes
+        if self.placement == EXPERT and not context.is_captured and dispatch_pays(context.collectives, *sizes):
             return dispatch(context.collectives, packed, self._members(routed.experts), compute)
         return gather_and_scatter(context.collectives, packed, tokens, compute)
 
     def _members(self, experts: torch.Tensor) -> torch.Tensor:
         """Like `experts`, with the SP group member that owns each; outside of 0 .. sp - 1 for other groups' experts."""
-        if self._owner_index is None:
-            self._owner_index = torch.tensor(self._owners, device=experts.device)
-        return self._owner_index[experts] - self.first_member
+        owners = ((experts + 1) * self._world_size - 1) // self.num_experts  # the inverse of `even_span`
+        return owners - self.first_member
 
     def compute(self, routed: Routed) -> torch.Tensor:
         """Own experts on the tokens that chose them: [n, H], zero for tokens that chose none."""
@@ -89,16 +88,15 @@ class ExpertLayer:
         experts, order = self._own_index(routed.experts).sort()
         counts = experts.new_zeros(own + 1).scatter_add_(0, experts, torch.ones_like(experts))[:own]
         self._count(counts)
-        on_cpu = experts.device.type == "cpu"
-        # checking would make the host wait for a device
-        num_rows = int(counts.sum()) if on_cpu else len(order) * bool(own)
+        host_knows = experts.device.type == "cpu" and not has_grouped(experts.device)  # else it would have to wait
+        num_rows = int(counts.sum()) if host_knows else len(order) * bool(own)
         if num_rows == 0:
             return torch.zeros_like(routed.hidden)
         experts, order = experts[:num_rows], order[:num_rows]
         offsets = counts.cumsum(0).to(torch.int32)
         output = self.weights.forward(routed.hidden[order // choices], offsets, experts.clamp(max=own - 1))
         output = output * routed.weights.reshape(-1)[order, None]
-        if not on_cpu:  # a grouped product does not write the rows after the last own one
+        if not host_knows:  # a grouped product does not write the rows after the last own one
             output = output.masked_fill((experts == own)[:, None], 0)
         rows = output.new_zeros(routed.experts.numel(), output.shape[1])
         rows[order] = output
@@ -117,18 +115,30 @@ class ExpertLayer:
         return self.weights.num_experts
 
     def token_counts(self) -> list[int]:
-        """Tokens that each own expert has computed so far; waits for the device."""
+        """Tokens that each own expert has computed so far, with the padding of captured steps; waits for the device."""
         counts: list[int] = [0] * self.weights.own.size if self._num_tokens is None else self._num_tokens.tolist()
         return counts
 
     def forget_counts(self) -> None:
-        """Count from zero again."""
-        self._num_tokens = None
+        """Count from zero again. In place: captured steps go on counting in the same memory."""
+        if self._num_tokens is not None:
+            with torch.inference_mode():  # as steps run
+                self._num_tokens.zero_()
 
     def _count(self, counts: torch.Tensor) -> None:
         if self._num_tokens is None:
             self._num_tokens = torch.zeros_like(counts)
         self._num_tokens += counts
+
+
+def host_reads(layers: Sequence[ExpertLayer], device: torch.device) -> str:
+    """Why the host has to read from `device` how many tokens each expert has; "": it does not, in any mode.
+
+    Captured steps never send tokens to the owners of their experts by counts, so this does not depend on the mode.
+    """
+    if not layers or has_grouped(device):
+        return ""
+    return f"experts are multiplied one by one, because {device} does not run the Triton kernel for all at once"
 
 
 def shift_experts(

@@ -1,4 +1,4 @@
-"""One quantized matrix of all stored experts; an expert is dequantized when it has tokens."""
+"""One quantized matrix of all stored experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from torch import nn
 from ulysses_infer.errors import CheckpointError
 from ulysses_infer.model.layers.linear import Cut
 from ulysses_infer.model.loading.files import TensorSource
-from ulysses_infer.model.quantization.grouped import TokenGroups, grouped_product, is_grouped
+from ulysses_infer.model.quantization.grouped import (
+    TokenGroups,
+    grouped_product,
+    has_grouped,
+    is_grouped,
+    stored_product,
+)
 from ulysses_infer.model.quantization.products import Piece, choose_product
 from ulysses_infer.model.quantization.reading import check_foreign, read_part
 from ulysses_infer.model.quantization.scaled import ScaledWeight
@@ -112,13 +118,18 @@ class ExpertMatrix(nn.Module):
 
         Rows after the last own expert's are not written.
         """
-        outputs = [
-            grouped_product(tokens, groups, self.scheme, views)
-            if isinstance(self.scheme, ScaledWeight) and is_grouped(self.scheme, views)
-            else self._one_by_one(tokens, groups, rows, columns, views)
-            for rows, columns, views in self._pieces
-        ]
+        outputs = [self._product(tokens, groups, *piece) for piece in self._pieces]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _product(
+        self, tokens: torch.Tensor, groups: TokenGroups, rows: Span, columns: Span, views: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Of all experts at once where the device can; else the host needs the groups' sizes."""
+        if isinstance(self.scheme, ScaledWeight) and is_grouped(self.scheme, views):
+            return grouped_product(tokens, groups, self.scheme, views)
+        if has_grouped(tokens.device):
+            return stored_product(tokens, groups, self.scheme.stored_experts(views, rows, columns))
+        return self._one_by_one(tokens, groups, rows, columns, views)
 
     def _one_by_one(
         self, tokens: torch.Tensor, groups: TokenGroups, rows: Span, columns: Span, views: dict[str, torch.Tensor]

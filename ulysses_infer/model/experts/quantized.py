@@ -53,7 +53,7 @@ class QuantizedExpertWeights(ExpertWeights):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def forward(self, tokens: torch.Tensor, offsets: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """See `ExpertWeights.forward`; waits for the device where experts are multiplied one by one."""
+        """See `ExpertWeights.forward`."""
         groups, (up_bias, down_bias) = TokenGroups(offsets), self._biases
         up = self._joined([matrix(tokens, groups) for matrix in self._ups])
         hidden = self._activate(up if up_bias is None else up + up_bias[experts])

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.model.experts.placement import EXPERT, REPLICATE, WIDTH, check_width
 from ulysses_infer.model.layers.matmul import linear
+from ulysses_infer.model.quantization.grouped import TokenGroups, has_grouped, is_dense_grouped, stored_product
 from ulysses_infer.parallel.layout import Layout, Mode, Place, Span, even_span
 from ulysses_infer.parallel.sharding import Part, Sharding
 
@@ -106,15 +108,18 @@ def _up_parts(width: int, has_gate: bool, is_concatenated: bool) -> tuple[Part, 
 
 def _grouped_linear(tokens: torch.Tensor, weight: Weight, offsets: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     matrices, bias = weight
-    if tokens.device.type == "cpu":
-        output = _linear_by_linear(tokens, matrices, offsets)
-    else:
+    fits = is_dense_grouped(tokens, matrices)
+    if has_grouped(tokens.device) and not fits:
+        output = stored_product(tokens, TokenGroups(offsets), StoredExperts(matrices, *matrices.shape[1:]))
+    elif fits or tokens.device.type != "cpu":
         output = F.grouped_mm(tokens, matrices.transpose(1, 2), offs=offsets)
+    else:
+        output = _linear_by_linear(tokens, matrices, offsets)
     return output if bias is None else output + bias[experts]
 
 
 def _linear_by_linear(tokens: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """On a CPU, `grouped_mm` is a loop too, with a product that is slow for few rows and needs alignment."""
+    """Waits for the offsets. On a CPU, `grouped_mm` is a loop too, with a slow product for few rows."""
     ends = offsets.tolist()
     groups = zip(matrices, [0, *ends], ends, strict=False)
     pieces = [linear(tokens[start:end], matrix) for matrix, start, end in groups if end > start]

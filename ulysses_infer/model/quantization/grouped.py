@@ -1,4 +1,4 @@
-"""Grouped FP8 product over all experts, on tensor cores that support it."""
+"""Products of all experts at once: torch's kernels where they serve, else the Triton kernel over what is stored."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from functools import cached_property
 
 import torch
 
-from ulysses_infer.kernels.launch import capability
+from ulysses_infer.kernels.experts_weights import StoredExperts
+from ulysses_infer.kernels.launch import capability, has_triton
 from ulysses_infer.kernels.scaled_rows import ROW
-from ulysses_infer.model.quantization.products import is_aligned, quantised_rows
+from ulysses_infer.model.quantization.products import ALIGNMENT, is_aligned, quantised_rows
 from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.model.quantization.scheme import Scheme
 
-CAPABILITY = (9, 0)  # Hopper, the only one that torch supports
+CAPABILITY = (9, 0)  # Hopper, the only one for which torch has a grouped FP8 product
+DENSE_GENERATIONS = (9, 10)  # Hopper and Blackwell: elsewhere torch's grouped product reads the offsets on the host
+FIRST_GENERATION = 8  # Ampere, the first with bfloat16 tensor cores
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,31 @@ def grouped_product(
         out_dtype=torch.bfloat16,
     )
     return output.to(tokens.dtype)
+
+
+def has_grouped(device: torch.device) -> bool:
+    """Whether `stored_product` runs on `device`."""
+    found = capability(device)
+    return found is not None and found[0] >= FIRST_GENERATION and has_triton()
+
+
+def stored_product(tokens: torch.Tensor, groups: TokenGroups, stored: StoredExperts) -> torch.Tensor:
+    """tokens: [S, K]; returns [S, N]. Any format: weights are dequantised in registers, tokens are not quantised."""
+    from ulysses_infer.kernels.experts import grouped_product as triton_product
+
+    return triton_product(tokens, groups.offsets, stored)
+
+
+def is_dense_grouped(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether torch's grouped product of dense weights [E, N, K], views with strides, runs without the host."""
+    found = capability(tokens.device)
+    if found is None or found[0] not in DENSE_GENERATIONS or tokens.dtype != torch.bfloat16:
+        return False
+    return _is_dense_aligned(tokens) and _is_dense_aligned(weight)
+
+
+def _is_dense_aligned(values: torch.Tensor) -> bool:
+    """Whether one of the last two dimensions is dense, and the other's steps and the address are 16-byte multiples."""
+    other = {values.stride(-1): values.stride(-2), values.stride(-2): values.stride(-1)}.get(1, 1)
+    numbers = (other, values.storage_offset(), *values.stride()[:-2])
+    return not any(number * values.element_size() % ALIGNMENT for number in numbers)

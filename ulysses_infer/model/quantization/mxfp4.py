@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ulysses_infer.arithmetic import ceil_div
+from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.model.quantization.component import Axis, Component
 from ulysses_infer.parallel.layout import Span
 
@@ -41,6 +42,22 @@ class Mxfp4Weight:
         """See `Scheme`."""
         values = _values(parts["blocks"]).mul_(_powers(parts["scales"])[..., None])
         return values.flatten(1).narrow(1, columns.start % BLOCK_VALUES, columns.size)
+
+    def stored_experts(self, parts: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> StoredExperts:
+        """See `Scheme`."""
+        codes = parts["blocks"].flatten(2)  # a view: blocks lie behind one another
+        return StoredExperts(
+            codes[:, :, columns.start % BLOCK_VALUES // 2 :],
+            rows.size,
+            columns.size,
+            rows.start,
+            columns.start,
+            values="e2m1",
+            packed="inputs",
+            bits=4,
+            scales=parts["scales"],
+            group_size=BLOCK_VALUES,
+        )
 
 
 def _values(blocks: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ulysses_infer.arithmetic import ceil_div
+from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.model.quantization.component import Axis, Component
 from ulysses_infer.parallel.layout import Span
 
@@ -68,6 +69,24 @@ class AwqWeight:
         zeros = unpack(parts["qzeros"], 1, 4, AWQ_ORDER).narrow(1, rows.start % 8, rows.size)
         return _grouped(codes, zeros, parts["scales"], _groups(columns, self.group_size, codes.device))
 
+    def stored_experts(self, parts: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> StoredExperts:
+        """See `Scheme`."""
+        codes, zeros, scales = (parts[name].transpose(1, 2) for name in ("qweight", "qzeros", "scales"))
+        return StoredExperts(
+            codes,
+            rows.size,
+            columns.size,
+            rows.start,
+            columns.start,
+            values="integer",
+            packed="outputs",
+            bits=4,
+            interleaved=True,
+            scales=scales,
+            group_size=max(self.group_size, 0),
+            zeros=zeros,
+        )
+
 
 @dataclass(frozen=True)
 class GptqWeight:
@@ -112,6 +131,25 @@ class GptqWeight:
         zeros = unpack(parts["qzeros"], 1, self.bits).narrow(1, rows.start % words, rows.size) + self.zero_offset
         groups = parts["g_idx"].long() if self.reordered else _groups(columns, self.group_size, codes.device)
         return _grouped(codes, zeros, parts["scales"], groups)
+
+    def stored_experts(self, parts: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> StoredExperts:
+        """See `Scheme`."""
+        codes, zeros, scales = (parts[name].transpose(1, 2) for name in ("qweight", "qzeros", "scales"))
+        return StoredExperts(
+            codes,
+            rows.size,
+            columns.size,
+            rows.start,
+            columns.start,
+            values="integer",
+            packed="inputs",
+            bits=self.bits,
+            scales=scales,
+            group_size=max(self.group_size, 0),
+            zeros=zeros,
+            zero=self.zero_offset,
+            groups=parts.get("g_idx"),
+        )
 
 
 @dataclass(frozen=True)
@@ -158,3 +196,21 @@ class CompressedWeight:
             zeros = unpack(parts["weight_zero_point"], 0, self.bits).narrow(0, rows.start % words, rows.size)
         groups = parts["weight_g_idx"].long() if self.reordered else _groups(columns, self.group_size, codes.device)
         return _grouped(codes.t(), zeros.t(), scales.t(), groups)
+
+    def stored_experts(self, parts: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> StoredExperts:
+        """See `Scheme`."""
+        return StoredExperts(
+            parts["weight_packed"],
+            rows.size,
+            columns.size,
+            rows.start,
+            columns.start,
+            values="integer",
+            packed="inputs",
+            bits=self.bits,
+            scales=parts["weight_scale"],
+            group_size=max(self.group_size, 0),
+            zeros=parts.get("weight_zero_point"),
+            zero=1 << (self.bits - 1) if self.symmetric else 0,
+            groups=parts.get("weight_g_idx"),
+        )

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from ulysses_infer.arithmetic import ceil_div
+from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.model.quantization.component import Axis, Component, spread
 from ulysses_infer.parallel.layout import Span
 
@@ -65,6 +66,21 @@ class ScaledWeight:
             scale = spread(spread(scale, 0, rows, self.block[0]), 1, columns, self.block[1])
         return widened(parts["weight"]).mul_(scale)
 
+    def stored_experts(self, parts: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> StoredExperts:
+        """See `Scheme`."""
+        weight, scale = parts["weight"], parts[self.scale_name]
+        steps = self.block if self.grain == "block" else (1, 0)
+        return StoredExperts(
+            weight,
+            rows.size,
+            columns.size,
+            rows.start,
+            columns.start,
+            scales=scale.view(-1, 1, 1) if self.grain == "tensor" else scale,
+            scale_outputs=steps[0],
+            group_size=steps[1],
+        )
+
 
 @dataclass(frozen=True)
 class TransposedScaledWeight:
@@ -85,3 +101,8 @@ class TransposedScaledWeight:
     def dequantise(self, parts: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> torch.Tensor:
         """See `Scheme`."""
         return widened(parts["weight"]).mul_(parts["weight_scale"]).t()
+
+    def stored_experts(self, parts: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> StoredExperts:
+        """See `Scheme`."""
+        weight, scale = (parts[name].transpose(1, 2) for name in ("weight", "weight_scale"))
+        return StoredExperts(weight, rows.size, columns.size, rows.start, columns.start, scales=scale)

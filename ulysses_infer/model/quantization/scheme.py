@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.model.quantization.component import Component
 from ulysses_infer.parallel.layout import Span
 
@@ -31,4 +32,8 @@ class Scheme(Protocol):
 
         parts: the indices of each component that cover both spans.
         """
+        ...
+
+    def stored_experts(self, parts: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> StoredExperts:
+        """The same slice of all experts without dequantising: parts: as for `dequantise`, behind a first dimension."""
         ...

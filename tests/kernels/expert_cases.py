@@ -1,0 +1,104 @@
+"""Launches of the experts' kernel at real sizes, recorded on device `meta`, for `compile.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ulysses_infer.model.quantization.mxfp4 import Mxfp4Weight
+from ulysses_infer.model.quantization.packed import AwqWeight, CompressedWeight, GptqWeight
+from ulysses_infer.model.quantization.scaled import ScaledWeight, TransposedScaledWeight
+from ulysses_infer.parallel.layout import Span
+
+HIDDEN, WIDTH, EXPERTS = 2048, 768, 128
+"""Of Qwen3-30B-A3B."""
+SCHEMES: dict[str, Any] = {
+    "FP8 block": ScaledWeight("scale", "block", (128, 128)),
+    "FP8 channel": ScaledWeight("scale", "channel"),
+    "FP8 transposed": TransposedScaledWeight(),
+    "int8": ScaledWeight("scale", "channel", dtype=torch.int8),
+    "mxfp4": Mxfp4Weight(),
+    "AWQ": AwqWeight(128),
+    "GPTQ": GptqWeight(128),
+    "GPTQ reordered": GptqWeight(128, 4, True),
+    "int4": CompressedWeight(128),
+    "int4 with zero points": CompressedWeight(32, 4, False),
+    "8 bits in words": CompressedWeight(128, 8),
+    "dense": None,
+}
+ROWS = {"decode": 8, "32 rows": 4096, "64 rows": 8192, "prefill": 65536}
+HOPPER = (
+    ("FP8 block", "decode"),
+    ("FP8 block", "prefill"),
+    ("FP8 transposed", "decode"),
+    ("mxfp4", "32 rows"),
+    ("AWQ", "decode"),
+    ("GPTQ", "prefill"),
+    ("int4 with zero points", "decode"),
+    ("dense", "prefill"),
+)
+"""What is compiled for sm_90 by default; everything is for the others. `main` compiles everything."""
+
+
+def stored_experts(name: str, dtype: torch.dtype) -> Any:
+    """The matrices of a format in `SCHEMES`, on device meta."""
+    from ulysses_infer.kernels.experts_weights import StoredExperts
+
+    if name == "dense":
+        return StoredExperts(torch.empty(EXPERTS, WIDTH, HIDDEN, dtype=dtype, device="meta"), WIDTH, HIDDEN)
+    components = SCHEMES[name].components(WIDTH, HIDDEN)
+    parts = {n: torch.empty(EXPERTS, *c.shape, dtype=c.dtype, device="meta") for n, c in components.items()}
+    return SCHEMES[name].stored_experts(parts, Span(0, WIDTH), Span(0, HIDDEN))
+
+
+def record(name: str, what: str, dtype: torch.dtype, architecture: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """(kernel, arguments, options) of one launch."""
+    from ulysses_infer.kernels import experts, launch
+
+    found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
+        found.append((kernel, arguments, options))
+
+    tokens = torch.empty(ROWS[what], HIDDEN, dtype=dtype, device="meta")
+    offsets = torch.empty(EXPERTS, dtype=torch.int32, device="meta")
+    original, experts.launch = experts.launch, keep
+    try:
+        with launch.assume("meta", (architecture // 10, architecture % 10)):
+            experts.grouped_product(tokens, offsets, stored_experts(name, dtype))
+    finally:
+        experts.launch = original
+    return found[0]
+
+
+def expert_cases(make: Callable[..., Any], type_of: Callable[[Any], str]) -> Iterator[Any]:
+    """The cases of all formats, each as steps of several sizes launch it."""
+    for name in SCHEMES:
+        for what in ROWS:
+            for architecture in (80, 90, 100):
+                if architecture != 90 or (name, what) in HOPPER:
+                    yield expert_case(make, type_of, name, what, torch.bfloat16, architecture)
+    for dtype in (torch.float16, torch.float32):
+        yield expert_case(make, type_of, "dense", "prefill", dtype, 80)
+
+
+def expert_case(
+    make: Callable[..., Any], type_of: Callable[[Any], str], name: str, what: str, dtype: torch.dtype, architecture: int
+) -> Any:
+    """One case of one architecture."""
+    kernel, arguments, options = record(name, what, dtype, architecture)
+    given = dict(zip(kernel.arg_names, arguments, strict=False))
+    num_warps, num_stages = options.pop("num_warps"), options.pop("num_stages")
+    fixed = {key: value for key, value in given.items() if value is None or (type(value) is int and value == 1)}
+    return make(
+        f"experts {name}, {what}, {str(dtype).removeprefix('torch.')}",
+        f"experts_kernel:{kernel.__name__}",
+        {key: type_of(value) for key, value in given.items() if key not in fixed},
+        {**options, **fixed},
+        num_warps,
+        num_stages,
+        tuple(key for key, value in given.items() if type(value) is int and value % 16 == 0),
+        (architecture,),
+    )
