@@ -24,7 +24,7 @@ def test_greedy_takes_the_largest_logit_and_the_lowest_id_on_ties():
 
 def test_plain_greedy_rows_cost_one_argmax(monkeypatch):
     monkeypatch.setattr(sampler_module, "_apply_processors", None)
-    monkeypatch.setattr(sampler_module, "_sample_random", None)
+    monkeypatch.setattr(sampler_module, "draw", None)
     logits = random_logits(5, V)
     assert Sampler().sample(logits, [row(temperature=0)] * 5) == logits.argmax(-1).tolist()
 

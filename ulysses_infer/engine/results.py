@@ -8,7 +8,8 @@ import torch
 
 from ulysses_infer.engine.batch import Batch, ScheduledRequest
 from ulysses_infer.engine.completion import Completion, Sequence, TokenScores
-from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler, to_device_async
+from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler
+from ulysses_infer.model.sampling.transfer import to_device_async
 from ulysses_infer.text.detokenizer import TokenDecoder
 from ulysses_infer.worker.step_plan import ALL_LOGITS, LAST_LOGITS, PlanItem
 

@@ -102,12 +102,15 @@ def _native_global_argmax() -> NativeFunction | None:
 
 
 def pad_shard(logits: torch.Tensor, vocab_size: int, world_size: int) -> torch.Tensor:
-    """`logits` [n, V/W] padded to the largest shard, so that uneven shards can be gathered."""
+    """`logits` [n, V/W] padded to the largest shard, so that uneven shards can be gathered in the model's type."""
     largest = ceil_div(vocab_size, world_size)
-    return F.pad(logits.float(), (0, largest - logits.shape[-1]))
+    return F.pad(logits, (0, largest - logits.shape[-1]))
 
 
 def concat_shards(shards: list[torch.Tensor], vocab_size: int) -> torch.Tensor:
-    """[n, V] from the gathered `pad_shard` shards in shard order."""
-    spans = [even_span(vocab_size, index, len(shards)) for index in range(len(shards))]
-    return torch.cat([shard[:, : span.size] for shard, span in zip(shards, spans, strict=True)], dim=-1)
+    """[n, V] float32 from the gathered `pad_shard` shards in shard order."""
+    whole = shards[0].new_empty(len(shards[0]), vocab_size, dtype=torch.float32)
+    for index, shard in enumerate(shards):
+        span = even_span(vocab_size, index, len(shards))
+        whole[:, span.start : span.stop] = shard[:, : span.size]
+    return whole

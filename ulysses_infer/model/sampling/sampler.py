@@ -1,32 +1,31 @@
 """The sampler: turns logits into token ids, on rank 0.
 
 Logits processors run in vLLM's order: grammar, allowed_token_ids, bad_words, min_tokens, logit_bias, penalties. Then
-greedy rows take the argmax. The others apply temperature, min_p, top_k and top_p, and sample a token. Greedy rows
-without processors cost one argmax.
+greedy rows take the argmax. The others apply temperature, min_p, top_k and top_p, and draw a token (`draw.py`). Greedy
+rows without processors cost one argmax.
 
-Sampling uses one uniform random number per token, a pure function of (seed, position in the output). So the result does
-not depend on batch, mode or preemption. The number is looked up in the cumulative distribution over the vocabulary in
-id order, summed in float64. So noise of 1e-5 in the logits changes a token only with a probability of that order.
+A draw takes one uniform random number per token, a pure function of (seed, position in the output). So the result does
+not depend on batch, mode or preemption.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ulysses_infer.model.sampling.draw import draw
 from ulysses_infer.model.sampling.seeds import uniform
+from ulysses_infer.model.sampling.transfer import to_device_async
 from ulysses_infer.sampling_params import SamplingParams
 
 NONE_FORBIDDEN = np.empty(0, dtype=np.int64)
 NO_TOKEN = -1  # the result of a row without any possible token: all forbidden, or logits not finite
 MAX_ELEMENTS = 2**24  # rows * vocabulary processed at a time; bounds temporaries to a few hundred MiB
-TOP_P_CANDIDATES = 1024  # most nuclei are smaller, and this top-k is far cheaper than a full sort
-CANDIDATE_GROWTH = 16  # factor of the next attempt if the nucleus is larger
 
 
 def needs_full_logits(params: SamplingParams) -> bool:
@@ -62,8 +61,8 @@ class TokenHistory:
 
     def __init__(self, prompt_token_ids: Sequence[int], device: torch.device) -> None:
         distinct = list(dict.fromkeys(prompt_token_ids))
-        self.token_ids = torch.tensor(distinct, dtype=torch.long, device=device)
         self.counts = torch.zeros(len(distinct), device=device)
+        self.token_ids = to_device_async(distinct, self.counts, torch.int64)
         self._slots = {token: slot for slot, token in enumerate(distinct)}
         self._num_counted = 0
 
@@ -74,9 +73,9 @@ class TokenHistory:
         num_known = len(self.token_ids)
         unseen = list(dict.fromkeys(t for t, slot in zip(new, slots, strict=True) if slot >= num_known))
         if unseen:
-            self.token_ids = torch.cat([self.token_ids, self.token_ids.new_tensor(unseen)])
+            self.token_ids = torch.cat([self.token_ids, to_device_async(unseen, self.token_ids)])
             self.counts = torch.cat([self.counts, self.counts.new_zeros(len(unseen))])
-        where = self.token_ids.new_tensor(slots)
+        where = to_device_async(slots, self.token_ids, torch.int64)
         self.counts.index_add_(0, where, torch.ones_like(where, dtype=self.counts.dtype))
         self._num_counted = len(output_token_ids)
 
@@ -196,14 +195,6 @@ class Sampler:
         tokens[to_device_async(indices, tokens)] = torch.where(peak.isfinite(), chosen, NO_TOKEN)
 
 
-def to_device_async(
-    values: Sequence[Any] | npt.NDArray[Any], like: torch.Tensor, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """Copy `values` to the device of `like` without waiting for it."""
-    on_host = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
-    return on_host.to(like.device, non_blocking=True)
-
-
 def _take_rows(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
     return logits if len(indices) == len(logits) else logits[to_device_async(indices, logits)]
 
@@ -225,7 +216,9 @@ def _choose_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[t
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
         places = to_device_async(drawn, scores)
-        tokens[places] = _sample_random(_take_rows(scores, drawn), peak[places], [rows[index] for index in drawn])
+        numbers = [uniform(rows[index].seed, rows[index].position) for index in drawn]
+        params = [rows[index].params for index in drawn]
+        tokens[places] = draw(_take_rows(scores, drawn), peak[places], params, numbers)
     return tokens, peak
 
 
@@ -247,7 +240,8 @@ def _apply_processors(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None
 def _apply_grammars(scores: torch.Tensor, penalties: Sequence[npt.NDArray[np.float32] | None]) -> None:
     for index, row_penalties in enumerate(penalties):
         if row_penalties is not None:
-            scores[index] += torch.from_numpy(row_penalties).to(scores.device)
+            on_host = torch.from_numpy(row_penalties)
+            scores[index] += on_host if scores.is_cpu else to_device_async(row_penalties, scores)
 
 
 def _apply_allowed_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -284,10 +278,11 @@ def _apply_penalties(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     if not entries:
         return
     indices, params, histories = zip(*entries, strict=True)
-    lengths = torch.tensor([len(history.token_ids) for history in histories], device=scores.device)
+    lengths = [len(history.token_ids) for history in histories]
+    spread = to_device_async(np.repeat(np.arange(len(entries)), lengths), scores)  # the entry of each token
 
     def per_token(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, device=scores.device).repeat_interleave(lengths)
+        return to_device_async(values, scores)[spread]
 
     row_ids = per_token(indices)
     token_ids = torch.cat([history.token_ids for history in histories])
@@ -298,85 +293,3 @@ def _apply_penalties(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     new -= per_token([p.frequency_penalty for p in params]) * counts
     new -= per_token([p.presence_penalty for p in params]) * (counts > 0)
     scores[row_ids, token_ids] = new
-
-
-def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    """`values` as a [m, 1] column of `like`'s type and device."""
-    return to_device_async(values, like, like.dtype)[:, None]
-
-
-# --- random sampling ---
-
-
-def _sample_random(scores: torch.Tensor, peak: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """One random token per row of `scores: [m, V]`, by inverse transform sampling in id order."""
-    temperature = _column([row.params.temperature for row in rows], scores)
-    weights = ((scores - peak[:, None]) / temperature).exp_()  # [m, V], the largest is 1
-    _truncate(weights, [row.params for row in rows])
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    numbers = [uniform(row.seed, row.position) for row in rows]
-    target = _column(numbers, cumulative) * cumulative[:, -1:]
-    # The first token whose cumulative weight exceeds the target; never one of weight 0.
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
-
-
-def _truncate(weights: torch.Tensor, params: Sequence[SamplingParams]) -> None:
-    """Zero the weights excluded by min_p, then top_k, then top_p, each applied to the rest."""
-    if any(p.min_p > 0 for p in params):
-        weights.masked_fill_(weights < _column([p.min_p for p in params], weights), 0.0)
-    vocab_size = weights.shape[1]
-    cut = [index for index, p in enumerate(params) if 0 < p.top_k < vocab_size or p.top_p < 1]
-    if cut:
-        top_k = [min(params[i].top_k or vocab_size, vocab_size) for i in cut]
-        # A top_p of 1 keeps all tokens, whatever the rounding of the sums.
-        top_p = [params[i].top_p if params[i].top_p < 1 else torch.inf for i in cut]
-        places = to_device_async(cut, weights)
-        weights[places] = _keep_top_k_top_p(weights[places], top_k, _column(top_p, weights).double())
-
-
-def _keep_top_k_top_p(
-    weights: torch.Tensor, top_k: Sequence[int], top_p: torch.Tensor, num_candidates: int = TOP_P_CANDIDATES
-) -> torch.Tensor:
-    """`weights: [m, V]` with zeros outside the top_k: [m] largest and, of these, the top_p: [m, 1] nucleus
-    (Holtzman et al. 2020, arXiv 1904.09751). Of equal weights at the threshold the lowest ids stay. A CPU first
-    looks for the nucleus among the `num_candidates` largest weights; a GPU sorts all, to avoid a synchronization.
-    """
-    vocab_size = weights.shape[1]
-    num_values = max((k for k in top_k if k < vocab_size), default=1)
-    if vocab_size in top_k:
-        num_values = vocab_size if weights.is_cuda else min(max(num_values, num_candidates), vocab_size)
-    values = weights.topk(num_values).values  # [m, num_values], descending
-    sizes = to_device_async(top_k, weights)
-    kept = _prefix_lengths(weights, values, sizes, top_p)
-    result = _keep_prefix(weights, values, kept)
-    if num_values == vocab_size or vocab_size not in top_k:
-        return result
-    wider = ((sizes == vocab_size) & (kept == num_values)).nonzero()[:, 0].tolist()
-    if wider:
-        result[wider] = _keep_top_k_top_p(
-            weights[wider], [vocab_size] * len(wider), top_p[wider], num_candidates * CANDIDATE_GROWTH
-        )
-    return result
-
-
-def _prefix_lengths(
-    weights: torch.Tensor, values: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
-) -> torch.Tensor:
-    """How many of `values: [m, c]`, a row's largest weights in descending order, are kept: [m], at least one."""
-    inside = torch.arange(values.shape[1], device=values.device) < top_k[:, None]
-    mass = torch.where(inside, values, 0.0).cumsum(-1, dtype=torch.float64)
-    whole = weights.sum(-1, dtype=torch.float64)
-    total = torch.where(top_k < weights.shape[1], mass[:, -1], whole)[:, None]
-    return (inside & (mass - values < top_p * total)).sum(-1).clamp_(min=1)
-
-
-def _keep_prefix(weights: torch.Tensor, values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """`weights: [m, V]` with zeros outside the `kept: [m]` largest; `values: [m, c]` are these, sorted."""
-    threshold = values.gather(-1, kept[:, None] - 1)
-    above = weights > threshold
-    room = kept[:, None] - above.sum(-1, keepdim=True)
-    at_threshold = weights == threshold
-    # A GPU does it always: checking would need a synchronization.
-    if weights.is_cuda or bool((at_threshold.sum(-1, keepdim=True) > room).any()):
-        at_threshold &= at_threshold.cumsum(-1) <= room
-    return torch.where(above | at_threshold, weights, 0.0)
