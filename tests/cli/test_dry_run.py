@@ -43,14 +43,13 @@ def check_steps(found: DryRun) -> None:
     """Both kinds of steps run in every mode with our attention, and decodes are captured from one row per slice on."""
     modes = found.config.parallel.available_modes
     assert found.attention.name == "triton"
-    assert set(found.prefills) == set(found.decodes) == set(modes)
-    assert set(found.buckets) == set(modes) or any("not captured" in line for line in found.log)
+    assert set(found.prefills) == set(found.decodes) == set(found.buckets) == set(modes)
     for mode in modes:
         prefill, decodes = found.prefills[mode], found.decodes[mode]
         assert isinstance(prefill, StepLaunches), prefill
         assert not isinstance(decodes, str), decodes
         assert len(prefill.marks) == found.rank.model.shape.num_layers
-        assert sorted(decodes) == found.buckets.get(mode, [mode.sp])
+        assert sorted(decodes) == found.buckets[mode]
         assert min(decodes) == mode.sp
         assert min(step.exchanges_per_layer for step in (prefill, *decodes.values())) >= 2
 
@@ -61,7 +60,8 @@ def gpu_of(recipe: str) -> str:
 
 @pytest.mark.parametrize("recipe", MODELS)
 def test_every_recipe_runs_on_meta_in_both_modes_and_is_captured(recipe: str, tmp_path: Path) -> None:
-    found = dry(recipe, tmp_path, gpu_of(recipe), layers=4)
+    layers = 4 if "llama-4" in recipe else 2  # every fourth layer of Scout is of another kind
+    found = dry(recipe, tmp_path, gpu_of(recipe), "scheduler.max_num_seqs=16", layers=layers)
 
     check_steps(found)
 
@@ -130,8 +130,8 @@ def test_columns_are_aligned(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_fit_is_one_line_with_numbers(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the model does not fit: .* weights 30\.\d\d GiB") as raised:
-        dry("qwen3-32b-fp8-8xh200", tmp_path, "rtx4090")
+    with pytest.raises(ConfigError, match=r"the model does not fit: 1\.31 GiB .* weights \d\.\d\d GiB") as raised:
+        dry("qwen3-32b-fp8-8xh200", tmp_path, "h200", "cache.memory_utilization=0.02", layers=2)
     assert "\n" not in str(raised.value)
 
 
