@@ -3,10 +3,12 @@
 A token takes one uniform random number, which is looked up in the cumulative distribution over the vocabulary in id
 order. So noise of 1e-5 in the logits changes a token only with a probability of that order. Weights are summed as
 integers, so a row's token depends neither on the batch nor on the implementation: Triton's kernel on a GPU, or torch.
+Both take the weights that torch computed.
 
-The whole rows are on rank 0. Gathering 256 rows of 152k bf16 logits from 8 H200 takes about 0.22 ms, 64 rows 0.07 ms
-(public NCCL tables). Searching limits on shards would take up to 32 all-reduces of at least 16 us: 0.5 ms, even for one
-row. FlashInfer's sampling is not used: its draws depend on its own generator and on the number of rejections.
+The whole rows are on rank 0, where penalties and log-probabilities need them, too. Gathering 256 rows of 152k bf16
+logits from 8 H200 takes about 0.22 ms, 64 rows 0.07 ms (public NCCL tables). Searching limits on shards would take up
+to 32 all-reduces of at least 16 us: 0.5 ms, even for one row. FlashInfer's sampling is not used: its draws depend on
+its own generator and on the number of rejections.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ def _keep_top_k_top_p(
 ) -> torch.Tensor:
     """`weights: [m, V]` with zeros outside the top_k: [m] largest and, of these, the top_p: [m] nucleus
     (Holtzman et al. 2020, arXiv 1904.09751). Of equal weights at the threshold the lowest ids stay. A CPU first
-    looks for the nucleus among the `num_candidates` largest weights; a GPU sorts all, to avoid a synchronization.
+    looks for the nucleus among the `num_candidates` largest weights; a GPU sorts all, to avoid a synchronization. May
+    overwrite `weights`.
     """
     vocab_size = weights.shape[1]
     num_values = max((k for k in top_k if k < vocab_size), default=1)
@@ -81,10 +84,11 @@ def _keep_top_k_top_p(
     values = weights.topk(num_values).values  # [m, num_values], descending
     sizes = to_device_async(top_k, weights)
     kept = _prefix_lengths(weights, values, sizes, top_p, vocab_size in top_k)
-    result = _keep_prefix(weights, values, kept)
     if num_values == vocab_size or vocab_size not in top_k:
-        return result
+        return _keep_prefix(weights, values, kept)
     wider = ((sizes == vocab_size) & (kept == num_values)).nonzero()[:, 0].tolist()
+    # Rows whose nucleus is larger are cut again below.
+    result = weights if len(wider) == len(weights) else _keep_prefix(weights, values, kept)
     if wider:
         result[wider] = _keep_top_k_top_p(
             weights[wider], [vocab_size] * len(wider), top_p[wider], num_candidates * CANDIDATE_GROWTH
