@@ -201,8 +201,8 @@ def _exchange(to_heads: bool) -> Case:
 def _greetings() -> list[Case]:
     constants = {"RANK": 1, "RANKS": 8}
     return [
-        Case("greet, 8 ranks", "collectives:greet_kernel", {"halves": "*i64"}, constants),
-        Case("greetings, 8 ranks", "collectives:greetings_kernel", pointers("i64", "halves", "out"), {"RANKS": 8}),
+        Case("greet, 8 ranks", "peers:greet_kernel", {"halves": "*i64"}, constants),
+        Case("greetings, 8 ranks", "peers:greetings_kernel", pointers("i64", "halves", "out"), {"RANKS": 8}),
     ]
 
 

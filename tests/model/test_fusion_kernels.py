@@ -24,9 +24,9 @@ from ulysses_infer.parallel.layout import Layout, Mode
 
 RUNTIME = {"threads_per_rank": 1, "device": "cpu", "debug": True, "enforce_eager": True}
 KERNELS = replace(CROWD, name="kernels", settings={"runtime": RUNTIME})
-LENGTHS = (9, 5, 9)
+LENGTHS = (6, 5)
 """Lengths of the prompts. The interpreter is slow."""
-NEW_TOKENS = 3
+NEW_TOKENS = 2
 
 
 def run_with_kernels(folder: Path, base: tuple[int, int], profile: Profile, prompts: list[list[int]]) -> Any:
@@ -39,7 +39,8 @@ def run_with_kernels(folder: Path, base: tuple[int, int], profile: Profile, prom
 @pytest.mark.parametrize(
     ("family", "base"),
     [
-        ("qwen3", (2, 1)),
+        pytest.param("qwen3", (2, 1), marks=pytest.mark.thorough),
+        ("qwen3_moe", (2, 1)),
         pytest.param("llama", (2, 2), marks=pytest.mark.thorough),
         pytest.param("qwen2", (4, 1), marks=pytest.mark.thorough),
     ],

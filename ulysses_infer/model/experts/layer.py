@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ulysses_infer.kernels.launch import runs_kernels
 from ulysses_infer.model.context import StepContext, step_context
 from ulysses_infer.model.experts.placement import EXPERT, REPLICATE
 from ulysses_infer.model.experts.quantized import QuantizedExpertWeights
@@ -84,23 +85,36 @@ class ExpertLayer:
 
     def compute(self, routed: Routed) -> torch.Tensor:
         """Own experts on the tokens that chose them: [n, H], zero for tokens that chose none."""
+        if runs_kernels(routed.hidden.device) and has_grouped(routed.hidden.device):
+            return self._compute_by_kernels(routed)
         own, choices = self.weights.own.size, routed.experts.shape[1]
         experts, order = self._own_index(routed.experts).sort()
         counts = experts.new_zeros(own + 1).scatter_add_(0, experts, torch.ones_like(experts))[:own]
-        self._count(counts)
+        self._counts(counts.device).add_(counts)
         host_knows = experts.device.type == "cpu" and not has_grouped(experts.device)  # else it would have to wait
         num_rows = int(counts.sum()) if host_knows else len(order) * bool(own)
         if num_rows == 0:
             return torch.zeros_like(routed.hidden)
         experts, order = experts[:num_rows], order[:num_rows]
         offsets = counts.cumsum(0).to(torch.int32)
-        output = self.weights.forward(routed.hidden[order // choices], offsets, experts.clamp(max=own - 1))
+        output = self.weights.forward(routed.hidden[order // choices], offsets)
         output = output * routed.weights.reshape(-1)[order, None]
         if not host_knows:  # a grouped product does not write the rows after the last own one
             output = output.masked_fill((experts == own)[:, None], 0)
         rows = output.new_zeros(routed.experts.numel(), output.shape[1])
         rows[order] = output
         return rows.view(-1, choices, output.shape[1]).sum(dim=1).to(routed.hidden.dtype)
+
+    def _compute_by_kernels(self, routed: Routed) -> torch.Tensor:
+        """`compute` on a GPU, in few launches and without reading counts on the host."""
+        from ulysses_infer.kernels.routing import sort_by_expert, sum_of_experts
+
+        own = self.weights.own
+        found = sort_by_expert(routed.experts.contiguous(), own.start, self._counts(routed.experts.device))
+        if own.size == 0:
+            return torch.zeros_like(routed.hidden)
+        output = self.weights.forward(routed.hidden.index_select(0, found.tokens), found.offsets)
+        return sum_of_experts(output, routed.weights.contiguous(), found.rows)
 
     def _own_index(self, experts: torch.Tensor) -> torch.Tensor:
         """[t * K]: each choice relative to the first own expert; other experts get the number after the last."""
@@ -125,10 +139,11 @@ class ExpertLayer:
             with torch.inference_mode():  # as steps run
                 self._num_tokens.zero_()
 
-    def _count(self, counts: torch.Tensor) -> None:
+    def _counts(self, device: torch.device) -> torch.Tensor:
+        """The counts of the own experts, [own experts] int64, to be added to."""
         if self._num_tokens is None:
-            self._num_tokens = torch.zeros_like(counts)
-        self._num_tokens += counts
+            self._num_tokens = torch.zeros(self.weights.own.size, dtype=torch.int64, device=device)
+        return self._num_tokens
 
 
 def host_reads(layers: Sequence[ExpertLayer], device: torch.device) -> str:

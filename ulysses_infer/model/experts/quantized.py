@@ -8,7 +8,7 @@ import torch
 
 from ulysses_infer.model.experts.kinds import dense_weights, expert_shape, matrix_sizes
 from ulysses_infer.model.experts.matrix import ExpertMatrix
-from ulysses_infer.model.experts.weights import ExpertWeights
+from ulysses_infer.model.experts.weights import ExpertWeights, expert_of_rows
 from ulysses_infer.model.layers.linear import Cut
 from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK, ExpertScheme
 from ulysses_infer.model.quantization.grouped import TokenGroups
@@ -52,12 +52,16 @@ class QuantizedExpertWeights(ExpertWeights):
         parts = [bias.narrow(1, span.start, span.size) for span in self.up_sharding.local_spans(self.base, place)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def forward(self, tokens: torch.Tensor, offsets: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """See `ExpertWeights.forward`."""
         groups, (up_bias, down_bias) = TokenGroups(offsets), self._biases
-        up = self._joined([matrix(tokens, groups) for matrix in self._ups])
-        hidden = self._activate(up if up_bias is None else up + up_bias[experts])
-        output: torch.Tensor = self.module.down_proj(hidden, groups)
+        experts = expert_of_rows(offsets, len(tokens)) if self.module.has_bias else offsets
+        pieces = [matrix(tokens, groups) for matrix in self._ups]
+        if up_bias is not None:
+            pieces = [self._joined(pieces) + up_bias[experts]]
+        elif not self.module.is_concatenated:
+            pieces = [self._joined(pieces)]
+        output: torch.Tensor = self.module.down_proj(self._activate(pieces), groups)
         return output if down_bias is None else output + down_bias[experts]
 
     def _joined(self, ups: list[torch.Tensor]) -> torch.Tensor:

@@ -56,10 +56,11 @@ def is_equivalent_on(call: Call, source: Callable[..., Any], replacement: Callab
     for factor in FACTORS:
         scaled = call.times(factor)
         try:
-            found = _first(replacement(*scaled.args, **scaled.kwargs))
+            found = _tensors(replacement(*scaled.args, **scaled.kwargs))
         except MISMATCH_ERRORS:
             return False
-        if not is_close(found, _first(source(*scaled.args, **scaled.kwargs))):
+        expected = _tensors(source(*scaled.args, **scaled.kwargs))
+        if len(found) != len(expected) or not all(map(is_close, found, expected)):
             return False
     return True
 
@@ -70,13 +71,14 @@ def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
         return False
     if expected.is_meta:
         return True
+    if not expected.is_floating_point():
+        return torch.equal(found, expected)
     if not bool(expected.isfinite().all()):
         return False
     difference = (found.float() - expected.float()).abs().mean()
     return bool(difference <= TOLERANCE[expected.dtype] * expected.float().abs().mean())
 
 
-def _first(output: Any) -> torch.Tensor:
-    """The first tensor of a module's output."""
-    result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return result
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """The tensors among a module's outputs."""
+    return [each for each in (output if isinstance(output, tuple) else (output,)) if isinstance(each, torch.Tensor)]

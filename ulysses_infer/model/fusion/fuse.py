@@ -20,6 +20,7 @@ from ulysses_infer.model.fusion.attention import FusedAttention, PlacedAttention
 from ulysses_infer.model.fusion.decoder import FusedDecoder
 from ulysses_infer.model.fusion.elementwise import ACTIVATIONS, Elementwise, make_elementwise
 from ulysses_infer.model.fusion.equivalence import MISMATCH_ERRORS, Call, is_close, is_equivalent_on, record_calls
+from ulysses_infer.model.fusion.experts import FusedRouter, fuse_gate
 from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.rotary import FusedRotary
@@ -57,8 +58,11 @@ class Fusion:
         self._tokens = torch.tensor([token % model.shape.vocab_size for token in TOKENS], device=device)
         self._positions = torch.tensor([1, model.shape.max_model_len - 1], device=device)
         # Innermost first: attention blocks are tested with their norms already fused.
-        for kind in (FusedRMSNorm, FusedFeedForward, FusedAttention):
+        for kind in (FusedRMSNorm, FusedFeedForward, FusedRouter, FusedAttention):
             self._replace_all(kind)
+        if runs_kernels(device):
+            for layer in self.injection.expert_layers:
+                fuse_gate(layer, self.elementwise, model.dtype, device)
         self.num_stacked = 0
         if should_stack_weights(device):
             self._stack_all()
@@ -104,6 +108,8 @@ class Fusion:
             return
         if kind is FusedRMSNorm and source.weight.dtype == self.model.dtype:
             yield FusedRMSNorm(source, self.elementwise)
+        elif kind is FusedRouter and runs_kernels(self._tokens.device):
+            yield from (FusedRouter(source, normalise) for normalise in (True, False))
         elif kind is FusedFeedForward:
             yield from (FusedFeedForward(source, activation, self.elementwise) for activation in ACTIVATIONS)
         elif kind is FusedAttention and (asked := options[source.layer_idx]).sinks is None:  # type: ignore[index]
