@@ -18,6 +18,7 @@ from tests.parallel.symmetric_files import FileAllocator
 from ulysses_infer.kernels import collectives
 from ulysses_infer.kernels.launch import assume
 from ulysses_infer.kernels.norm import rms_norm
+from ulysses_infer.kernels.peers import PeerBuffers
 from ulysses_infer.kernels.scaled_rows import GROUPED, NONE, ROW
 from ulysses_infer.parallel.layout import token_spans
 
@@ -25,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HALF = 16 << 10
 
 
-def open_buffers(folder: str, programs: int) -> tuple[collectives.PeerBuffers, object]:
+def open_buffers(folder: str, programs: int) -> tuple[PeerBuffers, object]:
     """The buffers of this rank in a group of all ranks, and what keeps them."""
     group = torch.distributed.group.WORLD
     ranks = torch.distributed.get_world_size()
@@ -34,7 +35,7 @@ def open_buffers(folder: str, programs: int) -> tuple[collectives.PeerBuffers, o
     halves = torch.tensor(memory.addresses)
     epochs = torch.zeros(programs, dtype=torch.int64)
     torch.distributed.barrier()  # no rank may signal before all have cleared their flags
-    return collectives.PeerBuffers(halves, halves + 2 * HALF, epochs, memory.rank, HALF), memory
+    return PeerBuffers(halves, halves + 2 * HALF, epochs, memory.rank, HALF), memory
 
 
 def inputs(seed: int, rank: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -50,7 +51,7 @@ def total(parts: list[torch.Tensor]) -> torch.Tensor:
     return summed.to(parts[0].dtype)
 
 
-def check_sum(draw: random.Random, seed: int, ranks: int, peers: collectives.PeerBuffers) -> None:
+def check_sum(draw: random.Random, seed: int, ranks: int, peers: PeerBuffers) -> None:
     dtype, size = draw.choice(DTYPES), draw.choice((1, 7, 1000, 1024, 1025, 3000))
     parts = [inputs(seed, rank, size, dtype=dtype) for rank in range(ranks)]
     mine = parts[peers.rank].clone()
@@ -58,7 +59,7 @@ def check_sum(draw: random.Random, seed: int, ranks: int, peers: collectives.Pee
     assert torch.equal(mine, total(parts)), (seed, dtype, size)
 
 
-def check_norm(draw: random.Random, seed: int, ranks: int, peers: collectives.PeerBuffers) -> None:
+def check_norm(draw: random.Random, seed: int, ranks: int, peers: PeerBuffers) -> None:
     dtype, rows, kind = draw.choice(DTYPES), draw.choice((1, 3, 7)), draw.choice((NONE, ROW, GROUPED))
     width = draw.choice((128, 256)) if kind == GROUPED else draw.choice((40, 128, 300))
     parts = [inputs(seed, rank, rows, width, dtype=dtype) for rank in range(ranks)]
@@ -76,7 +77,7 @@ def check_norm(draw: random.Random, seed: int, ranks: int, peers: collectives.Pe
     assert torch.equal(found.scales[:rows], expected.scales[:rows])
 
 
-def check_exchange(draw: random.Random, seed: int, ranks: int, peers: collectives.PeerBuffers) -> None:
+def check_exchange(draw: random.Random, seed: int, ranks: int, peers: PeerBuffers) -> None:
     dtype, tokens, width = draw.choice(DTYPES), draw.choice((1, ranks - 1, ranks, 7)), draw.choice((5, 48, 64))
     spans = token_spans(tokens, ranks)
     whole = inputs(seed, 0, tokens, ranks, width + 3, dtype=dtype)[..., :width]  # rows with a gap

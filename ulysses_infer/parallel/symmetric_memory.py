@@ -15,7 +15,7 @@ from ulysses_infer.host import host_identity
 from ulysses_infer.kernels.launch import runs_kernels
 
 if TYPE_CHECKING:
-    from ulysses_infer.kernels.collectives import PeerBuffers
+    from ulysses_infer.kernels.peers import PeerBuffers
 
 SMALL_BYTES = 512 << 10
 """The largest message that travels through symmetric memory. Above it NCCL's bandwidth counts more than its latency."""
@@ -47,7 +47,7 @@ class SymmetricMemory:
 
     def peer_buffers(self) -> PeerBuffers:
         """The rest, for our kernels."""
-        from ulysses_infer.kernels.collectives import PROGRAMS, PeerBuffers
+        from ulysses_infer.kernels.peers import PROGRAMS, PeerBuffers
 
         device = self.local.device
         halves = torch.tensor(self.addresses, device=device) + SMALL_BYTES
@@ -57,7 +57,7 @@ class SymmetricMemory:
 
 def memory_bytes(ranks: int) -> int:
     """Bytes of one rank's memory."""
-    from ulysses_infer.kernels.collectives import flag_bytes
+    from ulysses_infer.kernels.peers import flag_bytes
 
     return 3 * SMALL_BYTES + flag_bytes(ranks)
 
@@ -157,7 +157,7 @@ def _meet(local: torch.Tensor | None, process_group: Any, allocator: Allocator) 
 
 def _greet(memories: Sequence[SymmetricMemory | None]) -> None:
     """Write this rank's number to the memory of every peer."""
-    from ulysses_infer.kernels.collectives import greet
+    from ulysses_infer.kernels.peers import greet
 
     for memory in filter(None, memories):
         greet(memory.peer_buffers())
@@ -166,7 +166,7 @@ def _greet(memories: Sequence[SymmetricMemory | None]) -> None:
 
 def _check_greetings(memories: Sequence[SymmetricMemory | None]) -> None:
     """Read what all ranks have written everywhere: some machines map the memory of other GPUs and lose such writes."""
-    from ulysses_infer.kernels.collectives import greetings
+    from ulysses_infer.kernels.peers import greetings
 
     for memory in filter(None, memories):
         ranks = list(range(len(memory.addresses)))
