@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.recipe_configs import MODELS, recipe_path, write_config
+from benchmarks.recipe_models import MODELS, recipe_path, write_config
 from ulysses_infer.cli.arguments import parse
 from ulysses_infer.cli.dry_run.command import run as run_command
 from ulysses_infer.cli.dry_run.config_only import read_config_only

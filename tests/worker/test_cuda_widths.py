@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from tests.recipe_configs import recipe_path, write_config
+from benchmarks.recipe_models import recipe_path, write_config
 from tests.worker.capturing import MEMORY, capture
 from ulysses_infer.attention.selection import choose
 from ulysses_infer.cli.dry_run.config_only import read_config_only
@@ -85,14 +85,14 @@ def make_rank(model: Model, folder: Path) -> MetaRank:
 
 
 def run_mixed(rank: MetaRank, mode: Mode) -> torch.Tensor:
-    """A step with a prompt of 300 tokens, a chunk of another, and decodes."""
+    """A step with a prompt of 100 tokens, a chunk of another, and decodes."""
     worker, cache = rank.worker, rank.worker.cache
-    lengths = (300, 77, 1, 1, 1)
+    lengths = (100, 27, 1, 1, 1)
     groups = len(cache.groups.attention_spans)
     items = []
     for handle, length in enumerate(lengths):
         blocks = [*range(cache.shape.blocks_for(length))] * groups
-        items.append(PlanItem(handle, 0, length, blocks, NO_LOGITS if length == 77 else LAST_LOGITS))
+        items.append(PlanItem(handle, 0, length, blocks, NO_LOGITS if length == 27 else LAST_LOGITS))
     plan = StepPlan(0, mode, items, np.ones(sum(lengths), dtype=np.int32), [*range(len(lengths))], full_logits=True)
     step = Step(plan, worker.tables.apply(plan), logits_positions(items), worker.next_tokens)
     logits = worker.eager.run(step, lambda logits: logits)

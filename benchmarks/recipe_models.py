@@ -37,6 +37,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def recipe_path(recipe: str) -> Path:
+    """The file of a recipe."""
     return ROOT / "recipes" / f"{recipe}.yaml"
 
 
