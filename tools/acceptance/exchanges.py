@@ -39,10 +39,10 @@ def check_exchanges(settings: Settings) -> Iterator[Result]:
         if "unavailable" in found:
             yield skipped(f"collectives {choice}", found["unavailable"])
             continue
-        kind = found["kind"]
+        kind = f"collectives {choice} ({found['kind']})"
         for name, worst in found["differences"].items():
-            yield at_most(f"{kind}: {name}: difference", worst, 0.0 if name.startswith("all-to-all") else SUM_TOLERANCE)
-        yield measured(f"{kind}: all-reduce of 16 KiB", found["microseconds"], "us")
+            yield at_most(f"{kind}, {name}: difference", worst, 0.0 if name.startswith("all-to-all") else SUM_TOLERANCE)
+        yield measured(f"{kind}, all-reduce of 16 KiB", found["microseconds"], "us")
 
 
 def in_ranks(settings: Settings, choices: Sequence[str]) -> dict[str, dict[str, Any]]:

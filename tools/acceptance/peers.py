@@ -57,7 +57,9 @@ def own_seconds(settings: Settings, tokens: int) -> float:
 def transformers_seconds(settings: Settings, tokens: int) -> float:
     """Of transformers' `generate`."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     dtype = getattr(torch, DTYPES[settings.device.type])
     model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, device_map=settings.device)
     prompt = torch.arange(1, PROMPT_TOKENS + 1, device=settings.device)[None]

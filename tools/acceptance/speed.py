@@ -33,6 +33,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "vocab_size": 512,
 }
+MUCH_MEMORY = 60 << 30
 LEAST_OF_COPY, LEAST_OF_PRODUCT = 0.85, 0.70
 
 
@@ -49,13 +50,15 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(copied_bytes=1 << 30, side=8192, context=4096, prompt=8192, requests=32, repeats=20)
+LESS = FULL._replace(context=2048, prompt=4096, requests=8)
+"""For GPUs with less than `MUCH_MEMORY`; the weights take 15 GiB."""
 QUICK = Sizes(copied_bytes=1 << 22, side=256, context=64, prompt=128, requests=4, repeats=3)
 
 
 def check_speed(settings: Settings) -> Iterator[Result]:
     """The device's own rates, and what share of them a model of 8 billion parameters reaches."""
-    sizes, shape = (QUICK, SMALL) if settings.quick else (FULL, SHAPE_8B)
     device, applies = settings.device, settings.has_targets
+    sizes, shape = (QUICK, SMALL) if settings.quick else (full_sizes(device), SHAPE_8B)
     copied, product = copy_rate(device, sizes), product_rate(device, sizes)
     yield measured("copying memory, reads and writes", copied / 1e9, "GB/s")
     yield measured("product of large bfloat16 matrices", product / 1e12, "TFLOP/s")
@@ -70,6 +73,12 @@ def check_speed(settings: Settings) -> Iterator[Result]:
     prompt = Load(1, sizes.prompt, 0)
     share = prefill_operations(worker, sizes.prompt) / seconds_of(worker, prompt, sizes) / product
     yield at_least(f"prefill of {sizes.prompt} tokens / product", share, LEAST_OF_PRODUCT, applies)
+
+
+def full_sizes(device: torch.device) -> Sizes:
+    """How much is measured on this device."""
+    is_small = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < MUCH_MEMORY
+    return LESS if is_small else FULL
 
 
 def copy_rate(device: torch.device, sizes: Sizes) -> float:
