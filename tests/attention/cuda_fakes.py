@@ -37,7 +37,7 @@ def paged(query, keys, values, query_starts, context_lens, tables, scale, left, 
     outputs, sums = [], []
     for index, context in enumerate(context_lens):
         rows = slice(query_starts[index], query_starts[index + 1])
-        pages = torch.tensor(tables[index][: -(-context // keys.shape[1])])
+        pages = torch.tensor(tables[index][: -(-context // keys.shape[1])], dtype=torch.int64)
         key, value = keys[pages].flatten(0, 1)[:context], values[pages].flatten(0, 1)[:context]
         output, log_sum = attend(query[rows], key, value, scale, left, right, softcap)
         outputs.append(output)

@@ -13,7 +13,7 @@ from tests.attention.test_flashinfer_latent import inputs
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.attention.flashinfer import FlashInferAttention
 from ulysses_infer.attention.flashinfer_latent import FlashInferLatentAttention
-from ulysses_infer.attention.plans import PlanInputs, PlanOrder
+from ulysses_infer.attention.plans import HostArrays, PlanOrder
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 
 META = torch.device("meta")
@@ -90,6 +90,6 @@ def test_page_indices_are_on_the_device_before_the_library_would_wait_to_copy_th
 
 def test_inputs_of_plans_are_copies() -> None:
     array = np.arange(4)
-    tensor = PlanInputs(torch.device("cpu")).on_host(array)
+    tensor = HostArrays(torch.device("cpu")).on_host(array)
     array[:] = 0
     assert tensor.tolist() == [0, 1, 2, 3]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from tests.equivalence.families import tiny_config
 from tests.model.quantization.checkpoints import change_config
@@ -15,9 +18,13 @@ from ulysses_infer.cli.dry_run.meta_rank import META, MetaRank
 from ulysses_infer.config import choose_for_device, load_config
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.capture_checker import Allocation, CaptureChecker
-from ulysses_infer.worker.cuda_graphs import CudaGraphRunner
+from ulysses_infer.worker.cuda_graphs import Capturer, CudaGraphRunner
+from ulysses_infer.worker.step import Step
+from ulysses_infer.worker.step_plan import LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, logits_positions
 
 MEMORY = 1 << 40
+MIXED = (100, 27, 1, 1, 1)
+"""Tokens of the sequences of a step: a prompt, a chunk of another, and decodes."""
 
 
 class CheckingCapturer:
@@ -51,27 +58,48 @@ def write_tiny(folder: Path, family: str, quantization: dict[str, Any] | None = 
 
 def make_rank(folder: Path, ranks: int, **changes: Any) -> MetaRank:
     """A rank with the modes (ranks, 1) and (1, ranks). Within `assume("meta", ...)`."""
-    modes = {"parallel.modes": [[ranks, 1], [1, ranks]], "runtime.device": "cuda", "model.path": str(folder)}
+    modes = {
+        "parallel.modes": [[ranks, 1], [1, ranks]][: min(ranks, 2)],
+        "runtime.device": "cuda",
+        "model.path": str(folder),
+    }
     few = {"scheduler.max_num_seqs": ranks, "runtime.enforce_eager": False}
     config = load_config({**settings(ranks, 1), **modes, **few, **changes})
     choose_for_device(config, "cuda")
     return MetaRank(config, read_config_only(config.model), MEMORY)
 
 
-def capture(rank: MetaRank, max_rows: int = 2, backend: KernelAttention | None = None) -> CheckingCapturer:
+def capture(
+    rank: MetaRank, max_rows: int = 2, backend: KernelAttention | None = None, capturer: Capturer | None = None
+) -> CheckingCapturer:
     """Capture the decode steps of every mode again, under the checker. Raises `ConfigError` with the first fault."""
-    worker, capturer = rank.worker, CheckingCapturer()
+    worker, checking = rank.worker, CheckingCapturer()
     runner = CudaGraphRunner(
         worker.model,
         worker.cache,
         worker.groups,
         backend or rank.attention,
         worker.eager.inputs,
-        capturer,
+        capturer or checking,
         META,
         max_rows,
     )
     runner.capture_all()
-    assert len(capturer.steps) == sum(map(len, runner.buckets.values()))
+    assert len(checking.steps) == sum(map(len, runner.buckets.values()))
     assert set(runner.buckets) == {Mode(*mode) for mode in rank.groups.by_mode}
-    return capturer
+    return checking
+
+
+def run_step(rank: MetaRank, mode: Mode, lengths: Sequence[int]) -> torch.Tensor:
+    """Run a step of sequences of `lengths` new tokens; the second needs no logits. Returns the logits' rows."""
+    worker, cache = rank.worker, rank.worker.cache
+    groups, items = len(cache.groups.attention_spans), []
+    for handle, length in enumerate(lengths):
+        blocks = [*range(cache.shape.blocks_for(length))] * groups
+        items.append(PlanItem(handle, 0, length, blocks, NO_LOGITS if handle == 1 else LAST_LOGITS))
+    plan = StepPlan(0, mode, items, np.ones(sum(lengths), dtype=np.int32), [*range(len(lengths))], full_logits=True)
+    step = Step(plan, worker.tables.apply(plan), logits_positions(items), worker.next_tokens)
+    runner = worker.graphs if worker.graphs is not None and worker.graphs.accepts(plan) else worker.eager
+    logits = runner.run(step, lambda logits: logits)
+    assert logits is not None
+    return logits

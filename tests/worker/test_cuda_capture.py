@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import torch
 
 from tests.equivalence.families import EXPERT_FAMILIES, FAMILIES, FEATURES
 from tests.model.quantization.checkpoints import FORMATS
-from tests.worker.capturing import capture, make_rank, write_tiny
+from tests.model.quantization.mixtures import MIXTURES
+from tests.model.sampling_rows import random_logits, row
+from tests.worker.capturing import META, MIXED, CheckingCapturer, capture, make_rank, run_step, write_tiny
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.kernels.launch import assume
+from ulysses_infer.model.sampling.sampler import Sampler
+from ulysses_infer.worker.capture_checker import CaptureChecker
 
 pytest.importorskip("triton")
 
@@ -47,6 +52,14 @@ def test_steps_of_mixtures_of_experts_can_be_captured(family: str, tmp_path: Pat
     check(write_tiny(tmp_path, family), **{"model.max_model_len": 128})
 
 
+@pytest.mark.parametrize("name", cases(("qwen3-fp8",), MIXTURES))
+def test_steps_of_quantised_experts_can_be_captured(name: str, tmp_path: Path) -> None:
+    mixture = MIXTURES[name]
+    check(
+        write_tiny(tmp_path, mixture.family, mixture.format.config, **mixture.changes), **{"model.max_model_len": 128}
+    )
+
+
 @pytest.mark.parametrize("name", cases(QUANTISED, FORMATS))
 def test_steps_of_quantised_models_can_be_captured(name: str, tmp_path: Path) -> None:
     check(write_tiny(tmp_path, "llama", FORMATS[name].config, num_hidden_layers=1))
@@ -55,6 +68,31 @@ def test_steps_of_quantised_models_can_be_captured(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("dtype", ["fp8", "float16"])
 def test_steps_with_a_cache_of_another_dtype_can_be_captured(dtype: str, tmp_path: Path) -> None:
     check(write_tiny(tmp_path, "llama"), **{"cache.dtype": dtype})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe", "deepseek_v3"])
+def test_steps_do_not_wait_for_the_device(family: str, tmp_path: Path) -> None:
+    """Neither a step with prompts nor the replay of decodes, some of which need no logits."""
+    room = {"scheduler.max_num_batched_tokens": 256, "scheduler.max_num_seqs": 8, "cache.num_blocks": 256}
+    with assume("meta", (9, 0)):
+        rank = make_rank(write_tiny(tmp_path, family), 2, **{"model.max_model_len": 128, **room})
+        with CaptureChecker(META, assumes_pinned=True):
+            for mode in rank.groups.by_mode:
+                run_step(rank, mode, MIXED)
+                assert run_step(rank, mode, (1, 1, 1)).shape[0] == 2
+
+
+def test_choosing_tokens_does_not_wait_for_the_device() -> None:
+    rows = [
+        row(temperature=0),
+        row(seed=1),
+        row(seed=2, top_k=5, top_p=0.7),
+        row(seed=3, min_p=0.1),
+        row(seed=4, logit_bias={3: 2.0}, allowed_token_ids=[1, 2, 3], min_tokens=3, eos=frozenset({2})),
+    ]
+    logits = random_logits(len(rows), 40).to(META)
+    with assume("meta", (9, 0)), CaptureChecker(META, assumes_pinned=True):
+        assert Sampler().choose(logits, rows).shape == (len(rows),)
 
 
 class FaultyAttention(TritonAttention):
@@ -84,3 +122,22 @@ def test_what_prevents_capture_is_named_with_its_line(tmp_path: Path) -> None:
     assert "called from ulysses_infer/model/layers/attention.py:" in message
     assert message.endswith("set runtime.enforce_eager=true")
     assert "\n" not in message
+
+
+class RefusingCapturer:
+    """Fails as CUDA does, without naming the operator."""
+
+    def capture(self, step: Callable[[], None]) -> CheckingCapturer:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize(("ranks", "named"), [(1, True), (2, False)])
+def test_a_failed_capture_names_its_cause_where_no_rank_waits_for_another(
+    ranks: int, named: bool, tmp_path: Path
+) -> None:
+    with assume("meta", (9, 0)):
+        rank = make_rank(write_tiny(tmp_path, "llama"), ranks)
+        with pytest.raises(ConfigError) as raised:
+            capture(rank, backend=FaultyAttention(), capturer=RefusingCapturer())
+    assert ("reads from the device, at tests/worker/test_cuda_capture.py:" in str(raised.value)) == named
+    assert ("operation not permitted" in str(raised.value)) == (not named)

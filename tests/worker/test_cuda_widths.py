@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from benchmarks.recipe_models import recipe_path, write_config
-from tests.worker.capturing import MEMORY, capture
+from tests.worker.capturing import MEMORY, MIXED, capture, run_step
 from ulysses_infer.attention.selection import choose
 from ulysses_infer.cli.dry_run.config_only import read_config_only
 from ulysses_infer.cli.dry_run.meta_rank import META, MetaRank
@@ -29,8 +28,6 @@ from ulysses_infer.kernels.launch import assume
 from ulysses_infer.model.quantization.products import BlockScaledProduct, Piece, RowScaledProduct
 from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.parallel.layout import Mode, Span
-from ulysses_infer.worker.step import Step
-from ulysses_infer.worker.step_plan import LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, logits_positions
 
 LLAMA, QWEN, SCOUT = "llama-3.3-70b-fp8-8xh200", "qwen3-32b-fp8-8xh200", "llama-4-scout-17b-16e-8xh200"
 EXPERTS = "qwen3-30b-a3b-8xh200"
@@ -84,27 +81,11 @@ def make_rank(model: Model, folder: Path) -> MetaRank:
     return MetaRank(config, read_config_only(config.model), MEMORY)
 
 
-def run_mixed(rank: MetaRank, mode: Mode) -> torch.Tensor:
-    """A step with a prompt of 100 tokens, a chunk of another, and decodes."""
-    worker, cache = rank.worker, rank.worker.cache
-    lengths = (100, 27, 1, 1, 1)
-    groups = len(cache.groups.attention_spans)
-    items = []
-    for handle, length in enumerate(lengths):
-        blocks = [*range(cache.shape.blocks_for(length))] * groups
-        items.append(PlanItem(handle, 0, length, blocks, NO_LOGITS if length == 27 else LAST_LOGITS))
-    plan = StepPlan(0, mode, items, np.ones(sum(lengths), dtype=np.int32), [*range(len(lengths))], full_logits=True)
-    step = Step(plan, worker.tables.apply(plan), logits_positions(items), worker.next_tokens)
-    logits = worker.eager.run(step, lambda logits: logits)
-    assert logits is not None
-    return logits
-
-
 def test_decodes_can_be_captured_and_mixed_steps_run(rank: MetaRank) -> None:
     capturer = capture(rank, max_rows=8)
 
     assert capturer.kept == []
-    assert all(run_mixed(rank, mode).shape[1] > 0 for mode in MODES)
+    assert all(run_step(rank, mode, MIXED).shape[0] == 4 for mode in MODES)
     needs = attention_needs(rank.model, rank.worker.cache.shape, META)
     for capability in ((8, 0), (9, 0), (10, 0)):
         choice = choose("auto", dataclasses.replace(needs, capability=capability), {"triton", "torch"})

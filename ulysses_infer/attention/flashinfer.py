@@ -17,7 +17,7 @@ from ulysses_infer.attention.backend import (
     KernelSequences,
     running_sums,
 )
-from ulysses_infer.attention.plans import PlanInputs, PlanOrder
+from ulysses_infer.attention.plans import HostArrays, PlanOrder
 from ulysses_infer.attention.sinks import with_sinks
 
 WORKSPACE_BYTES = 128 * 1024 * 1024  # what the library recommends
@@ -60,7 +60,7 @@ class FlashInferAttention(KernelAttention):
         self._library = library
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[bool, PlanKey], Any] = {}
-        self._inputs, self._order = PlanInputs(device), PlanOrder.on(device)
+        self._inputs, self._order = HostArrays(device), PlanOrder.on(device)
 
     def attend(
         self,

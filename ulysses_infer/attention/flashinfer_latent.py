@@ -8,7 +8,7 @@ import torch
 
 from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata, AttentionOptions, running_sums
 from ulysses_infer.attention.flashinfer import WORKSPACE_BYTES, pages_of
-from ulysses_infer.attention.plans import PlanInputs, PlanOrder
+from ulysses_infer.attention.plans import HostArrays, PlanOrder
 
 WIDTHS = (576, 512)  # of a latent and of its value part, which the kernel supports
 
@@ -25,7 +25,7 @@ class FlashInferLatentAttention:
         """library: the module `flashinfer`. other: attends where the kernel cannot."""
         workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._wrapper = library.mla.BatchMLAPagedAttentionWrapper(workspace)
-        self._inputs, self._order, self._other = PlanInputs(device), PlanOrder.on(device), other
+        self._inputs, self._order, self._other = HostArrays(device), PlanOrder.on(device), other
 
     def attend(
         self,

@@ -21,8 +21,8 @@ class Event(Protocol):
         ...
 
 
-class PlanInputs:
-    """Makes the tensors that plans read. All are int32, and on a GPU's host pinned, so that their copies do not wait.
+class HostArrays:
+    """Makes tensors of arrays of whole numbers. A GPU's host has them pinned, so that their copies do not wait.
 
     Torch reuses pinned memory only after the copies from it.
     """
@@ -30,15 +30,15 @@ class PlanInputs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def on_host(self, array: np.ndarray) -> torch.Tensor:
+    def on_host(self, array: np.ndarray, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         """`array` in memory of its own."""
-        tensor = torch.empty(array.shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        tensor = torch.empty(array.shape, dtype=dtype, pin_memory=self._device.type == "cuda")
         tensor.numpy()[...] = array
         return tensor
 
-    def on_device(self, array: np.ndarray) -> torch.Tensor:
+    def on_device(self, array: np.ndarray, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         """`array` on the device, where it is when the work launched so far is done."""
-        return self.on_host(array).to(self._device, non_blocking=True)
+        return self.on_host(array, dtype).to(self._device, non_blocking=True)
 
 
 class PlanOrder:

@@ -60,10 +60,13 @@ class CaptureChecker(TorchDispatchMode):
     libraries do outside of torch's operators is not seen.
     """
 
-    def __init__(self, device: torch.device, records_allocations: bool = False) -> None:
-        """device: the step's. records_allocations: also fill `allocations`."""
+    def __init__(self, device: torch.device, records_allocations: bool = False, assumes_pinned: bool = False) -> None:
+        """device: the step's. records_allocations: also fill `allocations`.
+
+        assumes_pinned: take host memory for pinned, which only a GPU's host has.
+        """
         super().__init__()
-        self._device, self._records = device, records_allocations
+        self._device, self._records, self._assumes_pinned = device, records_allocations, assumes_pinned
         self._python_values = _PythonValues(device)
         self.allocations: list[Allocation] = []
 
@@ -99,7 +102,7 @@ class CaptureChecker(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         tensors = _tensors(args, kwargs)
-        reason = _reason(function, args, kwargs, tensors, self._device)
+        reason = _reason(function, args, kwargs, tensors, self._device, self._assumes_pinned)
         if reason is not None:
             raise _error(reason, str(function), tensors)
         storages = [tensor.untyped_storage() for tensor in tensors]
@@ -171,10 +174,12 @@ def _is_composite(function: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
 
 
-def _reason(function: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], device: torch.device) -> str | None:
+def _reason(
+    function: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], device: torch.device, assumes_pinned: bool
+) -> str | None:
     name = function.overloadpacket.__name__
     if name in COPIES:
-        return _reason_of_copy(name, args, kwargs, device)
+        return _reason_of_copy(name, args, kwargs, device, assumes_pinned)
     own = [tensor for tensor in tensors if tensor.device.type == device.type]
     if not own:
         return None
@@ -187,7 +192,7 @@ def _reason(function: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], 
     return None
 
 
-def _reason_of_copy(name: str, args: Any, kwargs: Any, device: torch.device) -> str | None:
+def _reason_of_copy(name: str, args: Any, kwargs: Any, device: torch.device, assumes_pinned: bool) -> str | None:
     makes = name == "_to_copy"  # the others write to their first argument
     source, target = (args[0], args[0]) if makes else (args[1], args[0])
     origin, goal = source.device, torch.device(kwargs.get("device") or target.device) if makes else target.device
@@ -200,7 +205,7 @@ def _reason_of_copy(name: str, args: Any, kwargs: Any, device: torch.device) -> 
         is_pinned = source.is_pinned()
     else:
         is_pinned = kwargs.get("pin_memory", False) if makes else target.is_pinned()
-    if not is_pinned:
+    if not (is_pinned or assumes_pinned):
         return f"copies {way} through pageable memory"
     waits = not (kwargs.get("non_blocking", False) or (not makes and any(args[2:3])))
     return f"waits for a copy {way}" if waits else None

@@ -20,6 +20,7 @@ from ulysses_infer.errors import ConfigError, first_line
 from ulysses_infer.model.model import ShiftModel
 from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.worker.capture_checker import CaptureError, find_cause
 from ulysses_infer.worker.static_inputs import CudaGroupInputs, CudaInputs
 from ulysses_infer.worker.step import Finish, Step
 from ulysses_infer.worker.step_context import StepContextBuilder
@@ -152,8 +153,10 @@ class CudaGraphRunner:
         for group, host in zip(inputs.groups, hosts, strict=True):
             self.backend.replan(group.sequences, host)
         self._graphs[mode, size].replay()
-        logits, rows = self._logits[:num_tokens], step.logits_rows
-        return finish(logits if len(rows) == num_tokens else logits[torch.from_numpy(rows).to(logits.device)])
+        logits = self._logits[:num_tokens]
+        if len(step.logits_rows) < num_tokens:
+            logits = logits[self._transfer.send([step.logits_rows])[0]]
+        return finish(logits)
 
     def _max_blocks(self, cache_group: int) -> int:
         """The most blocks that a decode reads of a cache group; a table may start one block earlier."""
@@ -188,10 +191,17 @@ class CudaGraphRunner:
         try:
             self._graphs[mode, size] = self._capturer.capture(run_step)
         except RuntimeError as error:
+            cause = self._cause(error, run_step)
             raise ConfigError(
-                f"a decode step of {size} rows in mode {mode} cannot be captured ({first_line(error)}); "
+                f"a decode step of {size} rows in mode {mode} cannot be captured ({cause}); "
                 "set runtime.enforce_eager=true"
             ) from error
+
+    def _cause(self, error: RuntimeError, step: Callable[[], None]) -> str:
+        """Why a step could not be captured: the operator, where the ranks can run the step again to find it."""
+        alone = self.groups.layout.world_size == 1 and not isinstance(error, torch.cuda.OutOfMemoryError)
+        found = find_cause(step, self._rows.device) if alone and not isinstance(error, CaptureError) else None
+        return found or first_line(error)
 
     def _keep(self, logits: torch.Tensor) -> None:
         """Copy logits out of the graphs' shared memory, which the next graph overwrites."""

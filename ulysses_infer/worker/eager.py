@@ -7,7 +7,6 @@ import torch
 
 from ulysses_infer.attention.backend import KernelAttention
 from ulysses_infer.model.model import ShiftModel
-from ulysses_infer.parallel.layout import Span
 from ulysses_infer.worker.attention_inputs import AttentionInputs
 from ulysses_infer.worker.step import Finish, Step
 from ulysses_infer.worker.step_context import StepContextBuilder, at_least_one, rows_within
@@ -32,26 +31,22 @@ class EagerRunner:
         plan, arrays = step.plan, step.arrays
         local = self.contexts.local_span(plan.mode, plan.num_tokens)
         attention_inputs = AttentionInputs(arrays, self._for_kernels)
+        adapters = adapter_rows(plan.items, local.start, local.stop)
         token_ids, positions, logits_rows, *sent = self.inputs.send(
             [
                 at_least_one(plan.token_ids[local.start : local.stop].astype(np.int64)),
                 at_least_one(arrays.positions[local.start : local.stop]),
                 rows_within(step.logits_rows, local) - local.start,
                 *attention_inputs.to_send(),
+                *(rows for _, rows in adapters),
             ]
         )
         step.fill_placeholders(token_ids)
-        attention = attention_inputs.metadata(sent)
-        context = self.contexts.build(
-            plan.mode, plan.num_tokens, attention, step.logits_rows, self._adapters(plan, local)
-        )
+        first = len(sent) - len(adapters)
+        attention = attention_inputs.metadata(sent[:first])
+        of_adapters = [(number, rows) for (number, _), rows in zip(adapters, sent[first:], strict=True)]
+        context = self.contexts.build(plan.mode, plan.num_tokens, attention, step.logits_rows, of_adapters)
         return finish(self.model.forward(token_ids, positions, logits_rows, context))
 
     def invalidate(self) -> None:
         """See `StepRunner.invalidate`. Nothing is kept between steps."""
-
-    def _adapters(self, plan: StepPlan, local: Span) -> list[tuple[int, torch.Tensor]]:
-        return [
-            (number, torch.from_numpy(rows).to(self.device))
-            for number, rows in adapter_rows(plan.items, local.start, local.stop)
-        ]

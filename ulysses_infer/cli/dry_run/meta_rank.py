@@ -17,6 +17,7 @@ from ulysses_infer.model.context import step_context
 from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.parallel.null import NullProcessGroup
+from ulysses_infer.worker.capture_checker import CaptureChecker
 from ulysses_infer.worker.channel import Channel
 from ulysses_infer.worker.launch_counter import LaunchCounter, StepLaunches, counted_collectives
 from ulysses_infer.worker.step import Step
@@ -48,7 +49,7 @@ class MarkedAttention(TritonAttention):
 
 
 class CountingCapturer:
-    """A `Capturer` that runs each step once and counts what it launches."""
+    """A `Capturer` that counts what each step launches. It refuses the first step of a mode that cannot be captured."""
 
     def __init__(self, counter: LaunchCounter, attention: MarkedAttention) -> None:
         self._counter, self._attention = counter, attention
@@ -57,8 +58,11 @@ class CountingCapturer:
 
     def capture(self, step: Callable[[], None]) -> CountingCapturer:
         """See `Capturer.capture`."""
-        launches = self._counter.count(step)
-        self.steps[self._attention.mode, self._attention.num_sequences] = launches
+        launches, mode = self._counter.count(step), self._attention.mode
+        if all(mode != other for other, _ in self.steps):
+            with CaptureChecker(META):  # not at the first run, which may prepare what later ones use
+                step()
+        self.steps[mode, self._attention.num_sequences] = launches
         return self
 
     def replay(self) -> None:

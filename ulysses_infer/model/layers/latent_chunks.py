@@ -10,6 +10,7 @@ import torch
 
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.backend import AttentionMetadata, HostSequences, KernelSequences, running_sums
+from ulysses_infer.attention.plans import HostArrays
 
 MAX_EXPANDED_BYTES = 1 << 27  # of expanded keys and values at a time: heads are processed in chunks that fit
 Expand = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -67,25 +68,24 @@ def _subset(metadata: AttentionMetadata, sequences: Sequence[int], block_size: i
         tables = np.zeros_like(tables)
         tables[used] = np.arange(len(blocks))
     own = HostSequences(query_lens[list(sequences)].astype(np.int32), context_lens.astype(np.int32), tables)
-    on_device = torch.from_numpy(tables).to(device)
+    send = HostArrays(device).on_device
+    on_device, own_rows = send(tables, metadata.block_tables.dtype), send(rows, torch.int64)
     part = AttentionMetadata(
-        metadata.slots[torch.from_numpy(rows).to(device)],
+        metadata.slots[own_rows],
         own.query_lens.tolist(),
         own.context_lens.tolist(),
         on_device,
         None if kernel is None else _kernel(own, on_device),
     )
-    return SequenceSubset(torch.from_numpy(rows).to(device), torch.from_numpy(blocks).to(device), part)
+    return SequenceSubset(own_rows, send(blocks, torch.int64), part)
 
 
 def _kernel(host: HostSequences, block_tables: torch.Tensor) -> KernelSequences:
-    def on_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(block_tables.device)
-
+    send = HostArrays(block_tables.device).on_device
     return KernelSequences(
-        on_device(running_sums(host.query_lens)),
-        on_device(running_sums(host.context_lens)),
-        on_device(host.context_lens),
+        send(running_sums(host.query_lens)),
+        send(running_sums(host.context_lens)),
+        send(host.context_lens),
         block_tables,
         int(host.query_lens.max()),
         int(host.context_lens.max()),
