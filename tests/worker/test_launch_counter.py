@@ -76,7 +76,10 @@ def test_each_count_starts_from_zero() -> None:
     x, counter = meta(4), LaunchCounter()
     first = counter.count(lambda: x.exp())
 
+    counter.mark()  # of a step that is not counted
+
     assert counter.count(lambda: x.sin()).kernels == {"sin": 1}
+    assert first.marks == []
     assert first.kernels == {"exp": 1}
     assert first.kernels_per_layer == 0
 

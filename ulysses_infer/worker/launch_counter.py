@@ -69,7 +69,9 @@ class LaunchCounter:
         self._kernels, self._exchanges, self._marks = Counter(), Counter(), []
         with counted(self._kernels), _Operators(self._kernels):
             step()
-        return StepLaunches(self._kernels, self._exchanges, self._marks)
+        found = StepLaunches(self._kernels, self._exchanges, self._marks)
+        self._kernels, self._exchanges, self._marks = Counter(), Counter(), []  # of steps that are not counted
+        return found
 
     def mark(self) -> None:
         """Note the counts so far: the attention of the next layer begins."""
