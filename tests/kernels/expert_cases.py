@@ -28,12 +28,13 @@ SCHEMES: dict[str, Any] = {
     "8 bits in words": CompressedWeight(128, 8),
     "dense": None,
 }
-ROWS = {"decode": 8, "32 rows": 4096, "64 rows": 8192, "prefill": 65536}
+ROWS = {"decode": 8, "decode of a slice": 8, "32 rows": 4096, "64 rows": 8192, "prefill": 65536}
 HOPPER = (
     ("FP8 block", "decode"),
     ("FP8 block", "prefill"),
     ("FP8 transposed", "decode"),
     ("mxfp4", "32 rows"),
+    ("mxfp4", "decode of a slice"),
     ("AWQ", "decode"),
     ("GPTQ", "prefill"),
     ("int4 with zero points", "decode"),
@@ -42,15 +43,20 @@ HOPPER = (
 """What is compiled for sm_90 by default; everything is for the others. `main` compiles everything."""
 
 
-def stored_experts(name: str, dtype: torch.dtype) -> Any:
-    """The matrices of a format in `SCHEMES`, on device meta."""
+def stored_experts(name: str, dtype: torch.dtype, columns: Span) -> Any:
+    """The matrices [HIDDEN, WIDTH] of a format in `SCHEMES` on device meta, and the slice `columns` of each."""
     from ulysses_infer.kernels.experts_weights import StoredExperts
 
+    rows = Span(0, HIDDEN)
     if name == "dense":
-        return StoredExperts(torch.empty(EXPERTS, WIDTH, HIDDEN, dtype=dtype, device="meta"), WIDTH, HIDDEN)
-    components = SCHEMES[name].components(WIDTH, HIDDEN)
-    parts = {n: torch.empty(EXPERTS, *c.shape, dtype=c.dtype, device="meta") for n, c in components.items()}
-    return SCHEMES[name].stored_experts(parts, Span(0, WIDTH), Span(0, HIDDEN))
+        whole = torch.empty(EXPERTS, HIDDEN, WIDTH, dtype=dtype, device="meta")
+        return StoredExperts(whole.narrow(2, columns.start, columns.size), HIDDEN, columns.size)
+    parts: dict[str, torch.Tensor] = {}
+    for part, component in SCHEMES[name].components(HIDDEN, WIDTH).items():
+        stacked = component.stacked(EXPERTS)
+        whole = torch.empty(stacked.shape, dtype=stacked.dtype, device="meta")
+        parts[part] = stacked.view(whole, "row", [Span(0, WIDTH)], columns)
+    return SCHEMES[name].stored_experts(parts, rows, columns)
 
 
 def record(name: str, what: str, dtype: torch.dtype, architecture: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -62,12 +68,13 @@ def record(name: str, what: str, dtype: torch.dtype, architecture: int) -> tuple
     def keep(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
         found.append((kernel, arguments, options))
 
-    tokens = torch.empty(ROWS[what], HIDDEN, dtype=dtype, device="meta")
+    columns = Span(288, 384) if "slice" in what else Span(0, WIDTH)
+    tokens = torch.empty(ROWS[what], columns.size, dtype=dtype, device="meta")
     offsets = torch.empty(EXPERTS, dtype=torch.int32, device="meta")
     original, experts.launch = experts.launch, keep
     try:
         with launch.assume("meta", (architecture // 10, architecture % 10)):
-            experts.grouped_product(tokens, offsets, stored_experts(name, dtype))
+            experts.grouped_product(tokens, offsets, stored_experts(name, dtype, columns))
     finally:
         experts.launch = original
     return found[0]

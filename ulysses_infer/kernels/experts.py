@@ -41,7 +41,11 @@ def tiles_of(num_tokens: int, stored: StoredExperts, itemsize: int) -> Tiles:
         return Tiles(64 if stored.packed or stored.group_size or rows == 64 else 128, 128, 64, 8, 3)
     if rows == 32:
         return Tiles(32, 64, 64 if stored.packed else 128, 4, 3)
-    return Tiles(16, 32, 128, 4, 3)
+    if stored.packed == "outputs":  # whole sectors of memory
+        return Tiles(16, 64, 64, 4, 3)
+    # A mask over words prevents wide loads; none is needed if the depth divides the inputs.
+    divides_half = stored.inputs % 128 == 64
+    return Tiles(16, 32, 64 if stored.packed and divides_half else 128, 4, 3)
 
 
 def row_tiles(num_tokens: int, num_experts: int, rows: int) -> int:
@@ -82,6 +86,11 @@ def grouped_product(tokens: torch.Tensor, offsets: torch.Tensor, stored: StoredE
         stored.inputs,
         first_output,
         first_input,
+        first_input // stored.per_word,
+        triton.cdiv(
+            first_output + stored.outputs if stored.packed == "outputs" else first_input + stored.inputs,
+            stored.per_word,
+        ),
         tokens.stride(0),
         output.stride(0),
         *codes.stride(),
@@ -97,6 +106,7 @@ def grouped_product(tokens: torch.Tensor, offsets: torch.Tensor, stored: StoredE
         PACKED=stored.packed,
         BITS=stored.bits,
         PER_WORD=stored.per_word,
+        EVEN=first_input % tiles.depth == 0 and stored.inputs % tiles.depth == 0,
         INTERLEAVED=stored.interleaved,
         SCALE_OUTPUTS=stored.scale_outputs,
         GROUPING=grouping,

@@ -69,6 +69,8 @@ def experts_kernel(  # noqa: C901 (constants choose the branches)
     inputs,
     first_output,
     first_input,
+    first_word,
+    end_word,
     x_row,
     output_row,
     code_expert,
@@ -88,6 +90,7 @@ def experts_kernel(  # noqa: C901 (constants choose the branches)
     PACKED: tl.constexpr,
     BITS: tl.constexpr,
     PER_WORD: tl.constexpr,
+    EVEN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     SCALE_OUTPUTS: tl.constexpr,
     GROUPING: tl.constexpr,
@@ -105,6 +108,7 @@ def experts_kernel(  # noqa: C901 (constants choose the branches)
 
     x: [S, inputs]; output: [S, outputs]. Positions count outputs and inputs from where the first word or group of the
     slice begins; the slice itself begins at position `first_output`, `first_input`.
+    EVEN: all inputs of every iteration are in the slice.
     GROUPING: "one" (a scale per output), "runs" (consecutive inputs share a scale, and the first position begins a
     group), "each" (every input looks its group up, or computes it).
     """
@@ -131,14 +135,16 @@ def experts_kernel(  # noqa: C901 (constants choose the branches)
         tokens = tl.load(x + row[:, None] * x_row + k[None, :], mask=has_row[:, None] & has_k[None, :], other=0.0)
         if PACKED == "inputs":
             word = position // PER_WORD + tl.arange(0, DEPTH // PER_WORD)
-            has_word = (word >= first_input // PER_WORD) & (word * PER_WORD < first_input + inputs)
-            place = (word - first_input // PER_WORD)[:, None] * code_input + n[None, :] * code_output
-            words = tl.load(codes + place, mask=has_word[:, None] & has_n[None, :], other=0).to(tl.int32)
+            place = (word - first_word)[:, None] * code_input + n[None, :] * code_output
+            has_word = has_n[None, :]
+            if not EVEN:
+                has_word = has_word & ((word >= first_word) & (word < end_word))[:, None]
+            words = tl.load(codes + place, mask=has_word, other=0)
             bit = place_in_word(tl.arange(0, PER_WORD), BITS, INTERLEAVED)
             read = tl.reshape(words[:, None, :] >> bit[None, :, None], [DEPTH, COLUMNS]) & ((1 << BITS) - 1)
         elif PACKED == "outputs":
             word = start // PER_WORD + tl.arange(0, COLUMNS // PER_WORD)
-            has_word = word * PER_WORD < first_output + outputs
+            has_word = word < end_word
             place = k[:, None] * code_input + word[None, :] * code_output
             words = tl.load(codes + place, mask=has_k[:, None] & has_word[None, :], other=0)
             bit = place_in_word(tl.arange(0, PER_WORD), BITS, INTERLEAVED)

@@ -45,9 +45,9 @@ class Mxfp4Weight:
 
     def stored_experts(self, parts: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> StoredExperts:
         """See `Scheme`."""
-        codes = parts["blocks"].flatten(2)  # a view: blocks lie behind one another
+        words = parts["blocks"].view(torch.int32).flatten(2)  # a view: blocks lie behind one another
         return StoredExperts(
-            codes[:, :, columns.start % BLOCK_VALUES // 2 :],
+            words[:, :, columns.start % BLOCK_VALUES // 8 :],
             rows.size,
             columns.size,
             rows.start,
