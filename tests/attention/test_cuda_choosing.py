@@ -8,10 +8,13 @@ import types
 
 import pytest
 import torch
+from transformers import AutoConfig
 
+from benchmarks.recipe_models import MODELS, recipe_path, write_config
 from ulysses_infer.attention import selection as choosing
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.attention.selection import CAPABILITIES, AttentionNeeds, choose, make_backend, make_gpu_backend
+from ulysses_infer.config import load_config
 from ulysses_infer.errors import ConfigError
 
 EVERYTHING = set(CAPABILITIES)
@@ -58,6 +61,19 @@ def test_without_triton_and_extra_libraries_torch_runs(block_size):
 @pytest.mark.parametrize("changes", [{}, {"chunks": True}, {"block_size": 16}, {"block_size": 4}])
 def test_without_extra_libraries_our_own_kernel_meets_every_need(changes):
     assert chosen(installed={"triton", "torch"}, **changes).name == "triton"
+
+
+@pytest.mark.parametrize("recipe", MODELS)
+def test_our_own_kernel_serves_every_recipe_with_every_cache(recipe, tmp_path):
+    config = load_config(recipe_path(recipe))
+    text = AutoConfig.from_pretrained(write_config(recipe, tmp_path)).get_text_config()
+    options = [AttentionOptions(1.0, chunk_size=getattr(text, "attention_chunk_size", None))]
+    caches = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+    for capability, cache in itertools.product([(8, 0), (9, 0), (10, 0)], caches):
+        shape = text.head_dim, text.head_dim, config.cache.block_size
+        needs = AttentionNeeds.of(options, config.model.max_model_len, capability, torch.bfloat16, cache, *shape)
+        assert needs.chunks == ("scout" in recipe)
+        assert choose("auto", needs, {"triton", "torch"}).name == "triton"
 
 
 def test_a_package_without_the_function_that_is_called_is_not_installed(monkeypatch):

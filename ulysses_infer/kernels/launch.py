@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,8 +33,12 @@ def runs_kernels(device: torch.device) -> bool:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether triton is installed; torch's GPU builds bring it."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether triton can be imported; torch's GPU builds bring it."""
+    try:
+        from triton import jit
+    except ImportError:
+        return False
+    return callable(jit)
 
 
 def has_fp8(device: torch.device) -> bool:
