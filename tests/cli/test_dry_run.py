@@ -21,6 +21,7 @@ from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.launch_counter import StepLaunches
 
 GIB = 1 << 30
+LESS = "scheduler.max_num_seqs=16"  # fewer steps to capture
 WEIGHTS = {
     "llama-3.3-70b-fp8-8xh200": 66.0,
     "llama-3.3-70b-fp8-8xh100": 34.1,
@@ -61,7 +62,7 @@ def gpu_of(recipe: str) -> str:
 @pytest.mark.parametrize("recipe", MODELS)
 def test_every_recipe_runs_on_meta_in_both_modes_and_is_captured(recipe: str, tmp_path: Path) -> None:
     layers = 4 if "llama-4" in recipe else 2  # every fourth layer of Scout is of another kind
-    found = dry(recipe, tmp_path, gpu_of(recipe), "scheduler.max_num_seqs=16", layers=layers)
+    found = dry(recipe, tmp_path, gpu_of(recipe), LESS, layers=layers)
 
     check_steps(found)
 
@@ -92,6 +93,16 @@ def test_dense_recipes_capture_decodes_of_up_to_512_rows(tmp_path: Path) -> None
     assert found.buckets[Mode(8, 1)][0] == 8
     assert found.buckets[Mode(1, 8)][:4] == [1, 2, 4, 8]
     assert {sizes[-1] for sizes in found.buckets.values()} == {512}
+
+
+def test_an_fp8_cache_takes_half_and_is_served_by_the_same_kernel(tmp_path: Path) -> None:
+    found = {}
+    for dtype in ("auto", "fp8"):
+        run = dry("qwen3-32b-yarn-128k-8xh200", tmp_path, "h200", f"cache.dtype={dtype}", LESS, layers=2)
+        check_steps(run)
+        found[dtype] = run.rank.worker.cache.shape
+    assert found["fp8"].dtype == torch.float8_e4m3fn
+    assert found["fp8"].bytes_per_block * 2 == found["auto"].bytes_per_block
 
 
 def test_the_table_names_what_a_start_decides(tmp_path: Path) -> None:
