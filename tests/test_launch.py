@@ -41,7 +41,11 @@ def test_demo_shifts_between_both_modes_and_accounts_for_it(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("polcy.name=static", "error: unknown key 'polcy.name' in the command line; did you mean 'policy.name'?"),
+        pytest.param(
+            "polcy.name=static",
+            "error: unknown key 'polcy.name' in the command line; did you mean 'policy.name'?",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param(
             "parallel.sp=4",
             "error: parallel.sp * parallel.tp = 4 * 1 = 4, but the job has 2 ranks; start 4 ranks",
@@ -61,7 +65,7 @@ def test_user_error_is_one_line_from_all_ranks_together(override: str, message: 
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.thorough), signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
 def test_no_rank_outlives_the_launcher(number: int) -> None:
     with Running(deepspeed(2, *ENDLESS)) as job:
         job.wait_for_output(GENERATING)

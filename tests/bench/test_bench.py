@@ -49,16 +49,32 @@ def test_unknown_random_model_is_refused_with_the_known_ones(tmp_path: Path) -> 
 
 
 @pytest.mark.distributed
-def test_all_modes_are_measured_in_one_run(tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "modes", [["shift", "single"], pytest.param(["tp", "sp", "shift", "single"], marks=pytest.mark.thorough)]
+)
+def test_all_modes_are_measured_in_one_run(
+    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], modes: list[str]
+) -> None:
     file = tmp_path / "measured.json"
-    sizes = ["--input-len", "20", "--output-len", "4", "--num-prompts", "2", "--repeats", "2"]
+    sizes = [
+        "--input-len",
+        "20",
+        "--output-len",
+        "4",
+        "--num-prompts",
+        "2",
+        "--repeats",
+        "2",
+        "--modes",
+        ",".join(modes),
+    ]
     keys = ["parallel.sp=2", "policy.threshold_tokens=8", "runtime.threads_per_rank=1", "runtime.device=cpu"]
     command = parse(["bench", "throughput", "--random-model", "llama-60m", *sizes, "--json", str(file), *keys])
 
     bench.run(command.options, command.config(), rank=0)
 
     record = json.loads(file.read_text())
-    assert list(record["modes"]) == ["tp", "sp", "shift", "single"]
+    assert list(record["modes"]) == modes
     assert all(len(mode["total_token_throughput"]) == 2 for mode in record["modes"].values())
     assert max(mode["total_token_throughput_of_best"] for mode in record["modes"].values()) == 1.0
     printed = capfd.readouterr().out

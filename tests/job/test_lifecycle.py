@@ -1,6 +1,7 @@
 """Engines in plain Python start their own worker processes; nothing of them outlives the engine, however it ends."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from tests.ranks import start_forked
 from tests.tiny import settings
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.errors import CheckpointError, ConfigError, EngineDeadError, UnsupportedModelError
@@ -113,19 +115,21 @@ def generate_for_ever(engine):
         engine.generate(["hello"] * 4, LONG)
 
 
-def test_a_worker_killed_mid_generation_ends_the_engine_in_time_and_by_name(folder):
-    with start(folder, sp=4) as engine:
-        victim = workers(engine)[2]
+@pytest.mark.parametrize(("sp", "rank"), [(2, 1), pytest.param(4, 3, marks=pytest.mark.thorough)])
+def test_a_worker_killed_mid_generation_ends_the_engine_in_time_and_by_name(folder, sp, rank):
+    with start(folder, sp=sp) as engine:
+        victim = workers(engine)[rank - 1]
         threading.Timer(0.3, os.kill, (victim, signal.SIGKILL)).start()
         started = time.monotonic()
         with pytest.raises(EngineDeadError) as caught:
             generate_for_ever(engine)
         assert time.monotonic() - started < SECONDS
-        assert str(caught.value) == "the engine ended: worker rank 3 was killed by SIGKILL"
+        assert str(caught.value) == f"the engine ended: worker rank {rank} was killed by SIGKILL"
         with pytest.raises(EngineDeadError, match="shut down"):
             engine.generate("hello")
 
 
+@pytest.mark.thorough
 def test_a_worker_that_died_while_idle_is_found_at_the_next_call(folder):
     with start(folder) as engine:
         os.kill(workers(engine)[0], signal.SIGKILL)
@@ -210,7 +214,7 @@ def test_a_worker_that_dies_before_the_ranks_meet_is_an_error_at_once(folder, tm
 
 def test_a_worker_that_dies_while_the_groups_form_is_an_error(folder, tmp_path, monkeypatch):
     """Rank 0 then waits for it inside gloo, but not for long."""
-    monkeypatch.setattr("ulysses_infer.parallel.groups.FORMING_TIMEOUT", timedelta(seconds=4))
+    monkeypatch.setattr("ulysses_infer.parallel.groups.FORMING_TIMEOUT", timedelta(seconds=2))
     code = """
 import os, sys, threading, time
 def die():
@@ -300,6 +304,7 @@ def test_an_exception_ends_the_workers_with_the_script(folder):
     assert errors.strip().endswith("KeyError: 'mine'")
 
 
+@pytest.mark.thorough  # of two, the second one does that too: below
 def test_control_c_in_a_generation_ends_everything(folder):
     with script(FOREVER, folder) as process:
         process.stdout.readline()
@@ -343,7 +348,21 @@ def test_control_c_leaves_the_engine_usable_and_a_second_one_ends_it(folder):
 
 
 def test_workers_end_with_a_killed_parent(folder):
-    with script(FOREVER, folder) as process:
-        process.stdout.readline()
+    ours, theirs = multiprocessing.Pipe()
+    with ours:
+        process = start_forked(generate_and_tell, folder, dict(os.environ), theirs)
+        theirs.close()
+        assert ours.recv() == "generating"
+        assert traces()
         process.kill()
-        assert process.wait(SECONDS) == -signal.SIGKILL
+        process.join(SECONDS)
+        assert process.exitcode == -signal.SIGKILL
+
+
+def generate_and_tell(folder, environment, pipe):
+    """Generate for ever; the pipe gets a word once an output is complete."""
+    os.environ.update(environment)
+    engine = start(folder)
+    engine.generate("hello", GREEDY)
+    pipe.send("generating")
+    generate_for_ever(engine)

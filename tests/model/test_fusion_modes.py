@@ -12,6 +12,7 @@ import pytest
 from tests.equivalence.cases import CROWD, INNER, Profile, check, run_case
 from tests.equivalence.conftest import reference as reference
 from tests.equivalence.tiny_models import NEW_TOKENS
+from tests.selection import diagonal
 
 pytestmark = pytest.mark.distributed
 BASES = [(2, 1), (4, 1), (2, 2)]
@@ -30,18 +31,19 @@ def run(rank_pool: Any, function: Any, expected: Any, base: tuple[int, int], pro
     check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    "family", [*(pytest.param(name, marks=pytest.mark.thorough) for name in ("llama", "qwen3")), "gemma2"]
+)
 def test_fusion_can_be_switched_off(family: str, rank_pool: Any, reference: Any) -> None:
     run(rank_pool, run_case, reference(family), (2, 2), replace(CROWD, settings=UNFUSED))
 
 
-@pytest.mark.parametrize("base", BASES, ids=str)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2"])
-def test_stacked_weights(family: str, base: tuple[int, int], rank_pool: Any, reference: Any) -> None:
+@pytest.mark.parametrize(("base", "family"), diagonal(BASES, ["llama", "qwen2", "qwen3", "gemma2"]))
+def test_stacked_weights(base: tuple[int, int], family: str, rank_pool: Any, reference: Any) -> None:
     profile = INNER if base == (2, 2) else CROWD
     run(rank_pool, run_stacked, reference(family), base, profile)
 
 
-@pytest.mark.parametrize("key_value_heads", [1, 2, 8])
+@pytest.mark.parametrize("key_value_heads", [1, pytest.param(2, marks=pytest.mark.thorough), 8])
 def test_stacked_weights_with_few_or_many_key_value_heads(key_value_heads: int, rank_pool: Any, reference: Any) -> None:
     run(rank_pool, run_stacked, reference("llama", num_key_value_heads=key_value_heads), (4, 1), CROWD)

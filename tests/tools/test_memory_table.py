@@ -87,7 +87,9 @@ LOADED = [
 ]
 
 
-@pytest.mark.parametrize("placement", ["replicate", "expert", pytest.param("width", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "placement", ["expert", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("replicate", "width"))]
+)
 @pytest.mark.parametrize(("name", "base"), LOADED)
 def test_loading_takes_what_the_table_says(name: str, base: Mode, placement: str, checkpoint: Any) -> None:
     folder = checkpoint(name)

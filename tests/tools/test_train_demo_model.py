@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
-import subprocess
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.launcher import ROOT
+from tests.ranks import start_forked
 from tools.demo_corpus import ROLES, SYSTEM_PROMPT, render_chat, turn, with_system_prompt
 from tools.demo_recipe import load_recipe, parse_arguments
+from ulysses_infer.job.processes import free_port
 
 STEPS = 16
+SECONDS = 120
 TINY = [
     "corpus.max_files=12",
     "corpus.vocab_size=384",
@@ -53,36 +55,21 @@ class Run:
 
 
 class Ranks:
-    """The tool on `world` ranks, started as the launcher would start them, without its delays."""
+    """The tool on `world` ranks, started as the launcher would start them, without its delays and their imports."""
 
     def __init__(self, world: int, folder: Path, *overrides: str) -> None:
         self.folder = folder
-        command = [sys.executable, str(ROOT / "tools" / "train_demo_model.py")]
         arguments = [*TINY, f"output_dir={folder / 'model'}", f"run_dir={folder / 'run'}", *overrides]
-        environment = os.environ | {
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "WORLD_SIZE": str(world),
-        }
-        self.processes = [
-            subprocess.Popen(
-                [*command, f"--local_rank={rank}", *arguments],
-                text=True,
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(world)
-        ]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+        self.output = folder / "output.txt"
+        self.processes = [start_forked(run_tool, arguments, meeting, rank, self.output) for rank in range(world)]
 
     def finish(self) -> Run:
         """Wait for every rank; a failed one ends the others and the test, with its output."""
         try:
             for process in self.processes:
-                output, _ = process.communicate(timeout=120)
-                assert process.returncode == 0, output
+                process.join(SECONDS)
+                assert process.exitcode == 0, self.output.read_text()
         finally:
             for process in self.processes:
                 process.kill()
@@ -90,11 +77,15 @@ class Ranks:
         return Run(self.folder / "model", [json.loads(line) for line in log])
 
 
-def free_port() -> int:
-    """A free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def run_tool(arguments: list[str], meeting: dict[str, str], rank: int, output: Path) -> None:
+    """What the process of a rank does."""
+    with output.open("ab", buffering=0) as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    os.environ.update(meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"})
+    program = str(ROOT / "tools" / "train_demo_model.py")
+    sys.argv = [program, f"--local_rank={rank}", *arguments]
+    runpy.run_path(program, run_name="__main__")
 
 
 @pytest.fixture(scope="module")

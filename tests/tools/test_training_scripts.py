@@ -9,8 +9,15 @@ import pytest
 from tests.launcher import run
 
 
-@pytest.mark.parametrize("name", ["train_demo_model", "train_rollouts"])
-@pytest.mark.parametrize("way", ["path", "module"])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("train_demo_model", "path"),
+        pytest.param("train_demo_model", "module", marks=pytest.mark.thorough),
+        pytest.param("train_rollouts", "path", marks=pytest.mark.thorough),  # as in `test_train_rollouts.py`
+        ("train_rollouts", "module"),
+    ],
+)
 def test_script_starts(name: str, way: str) -> None:
     script = [f"tools/{name}.py"] if way == "path" else ["-m", f"tools.{name}"]
     done = run([sys.executable, *script, "--help"])

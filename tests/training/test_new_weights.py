@@ -170,7 +170,7 @@ def test_weights_do_not_change_and_memory_is_not_given_back_under_a_running_requ
 # -- sleep -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_an_engine_sleeps_and_wakes_up_as_it_was(others, ranks):
     folder, _, expected = others[0]
     with init_inference(folder, **settings(ranks)) as engine:

@@ -7,6 +7,7 @@ import torch
 
 from tests.equivalence.cases import ModeShuffle, all_logprobs
 from tests.equivalence.tiny_models import token_logprobs
+from tests.selection import diagonal
 from tests.tiny import settings
 from tests.training.training import training
 from ulysses_infer import SamplingParams, init_inference
@@ -92,8 +93,7 @@ def check(found, expected_layout):
     assert hits > 0, "prefixes were cached between updates"
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("base", ["as trained", "tp"])
+@pytest.mark.parametrize(("base", "stage"), diagonal(["as trained", "tp"], [0, 1, 2, 3]))
 def test_log_probabilities_are_the_training_models_own_after_every_update(stage, base, training_ranks):
     found = training_ranks(2).run(follow_training, stage, BASES[base], {})
     check(found, (2, 1) if base == "as trained" else (1, 2))

@@ -10,6 +10,7 @@ import torch
 
 from tests.equivalence.cases import ModeShuffle, all_logprobs
 from tests.equivalence.conftest import reference as reference
+from tests.selection import diagonal
 from tests.tiny import settings
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.attention.native import NativeAttention
@@ -68,8 +69,7 @@ def compare(rank_pool: Any, expected: Any, base: tuple[int, int], **changes: Any
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("base", [(1, 1), (2, 1), (2, 2)], ids=str)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize(("family", "base"), diagonal(["llama", "qwen3", "mistral"], [(1, 1), (2, 1), (2, 2)]))
 def test_modes_and_batches_change_from_step_to_step(family, base, rank_pool, reference):
     assert compare(rank_pool, reference(family), base) > 10
 

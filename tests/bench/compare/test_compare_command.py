@@ -49,27 +49,31 @@ def test_model_recipe_and_keys_are_those_of_other_commands():
     assert command.overrides == ["parallel.sp=4", "model.path=model"]
 
 
+CONTENDERS = {"dp": {(1, 1)}, "tp": {(1, 2)}, "sp": {(2, 1)}, "shift": {(1, 2), (2, 1)}, "adaptive": None}
+"""The modes that each has to take; None for any."""
+
+
 @pytest.mark.launcher
 @pytest.mark.timeout(600)
-def test_a_tiny_comparison_from_start_to_report(tmp_path):
+@pytest.mark.parametrize("names", [["dp", "shift"], pytest.param([*CONTENDERS], marks=pytest.mark.thorough)])
+def test_a_tiny_comparison_from_start_to_report(tmp_path, names):
     tiny_llama(tmp_path / "model")
     output = tmp_path / "report"
     command = [sys.executable, "-m", "ulysses_infer.cli.main", "bench", "compare", str(tmp_path / "model"), "--scale"]
     command += ["smoke", "--repeats", "1", "--protocol", "shape,bursty", "--output", str(output), *SETTINGS]
+    command += [] if len(names) == len(CONTENDERS) else ["--contenders", ",".join(names)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((output / "results.json").read_text())
-    assert results["contenders"] == ["dp", "tp", "sp", "shift", "adaptive"]
+    assert results["contenders"] == names
     assert results["refused"] == {}
-    assert len(results["runs"]) == 3 * 5
+    assert len(results["runs"]) == 3 * len(names)
     assert [request for run in results["runs"] for request in run["requests"] if request[-1]] == []
     modes = {run["contender"]: {(step[2], step[3]) for step in run["steps"]} for run in results["runs"]}
-    assert modes["dp"] == {(1, 1)}
-    assert modes["tp"] == {(1, 2)}
-    assert modes["sp"] == {(2, 1)}
-    assert modes["shift"] == {(1, 2), (2, 1)}
+    assert set(modes) == set(names)
+    assert all(modes[name] == CONTENDERS[name] for name in names if CONTENDERS[name])
     page = (output / "report.html").read_text()
     assert "http://" not in page
     assert {path.name for path in output.glob("*.csv")} == {"summary.csv", "requests.csv", "steps.csv"}

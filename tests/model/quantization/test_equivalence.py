@@ -25,7 +25,16 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 
 
 # Formats that differ little from one that is always tested.
-VARIANTS = ("gptq-reordered", "awq-channel", "compressed-int4", "compressed-int4-reordered")
+VARIANTS = (
+    "fp8-autofp8",
+    "fp8-spared",
+    "gptq-reordered",
+    "gptq-8bit-v2",
+    "awq-channel",
+    "compressed-block",
+    "compressed-int4",
+    "compressed-int4-reordered",
+)
 
 
 def run(rank_pool: Any, expected: Any, base: tuple[int, int], profile: Profile) -> None:
@@ -54,14 +63,13 @@ def test_one_and_two_ranks(name: str, base: Any, profile: Profile, rank_pool: An
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("family", "changes", "name"),
     [
-        "fp8-block",
-        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("compressed-channel", "awq")),
-        "gptq-reordered",
+        pytest.param(*family, name, id=f"{family[0]}-{name}", marks=[] if name in kept else [pytest.mark.thorough])
+        for family, kept in zip(FAMILIES, (["fp8-block"], ["gptq-reordered"], ["fp8-block"]), strict=True)
+        for name in ("fp8-block", "compressed-channel", "awq", "gptq-reordered")
     ],
 )
-@pytest.mark.parametrize(("family", "changes"), FAMILIES, ids=lambda value: value if isinstance(value, str) else "")
 def test_packed_latent_and_shared_heads(
     family: str, changes: dict[str, Any], name: str, rank_pool: Any, tmp_path: Any
 ) -> None:
@@ -70,6 +78,6 @@ def test_packed_latent_and_shared_heads(
     run(rank_pool, expected, (2, 2), CROWD)
 
 
-@pytest.mark.parametrize("name", ["fp8-block", "compressed-int4-zeros"])
+@pytest.mark.parametrize("name", [pytest.param("fp8-block", marks=pytest.mark.thorough), "compressed-int4-zeros"])
 def test_eight_ranks(name: str, rank_pool: Any, tmp_path: Any) -> None:
     run(rank_pool, quantised(tmp_path, "llama", name, num_key_value_heads=2), (4, 2), CROWD)
