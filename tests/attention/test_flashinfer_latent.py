@@ -12,7 +12,7 @@ import torch
 
 from tests.attention.cuda_fakes import check_int32, paged
 from tests.attention.test_cuda_adapters import BLOCK_SIZE, CASES, NUM_BLOCKS, make_metadata
-from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions, KernelAttention
 from ulysses_infer.attention.flashinfer_latent import FlashInferLatentAttention
 from ulysses_infer.attention.selection import AttentionNeeds, choose
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
@@ -25,10 +25,21 @@ HOPPER = AttentionNeeds((9, 0), torch.bfloat16, torch.bfloat16, 576, 512, block_
 
 
 class Wrapper:
-    """`BatchMLAPagedAttentionWrapper` of flashinfer 0.5, in plain torch."""
+    """`BatchMLAPagedAttentionWrapper` of flashinfer 0.7, in plain torch."""
 
-    def __init__(self, workspace: torch.Tensor) -> None:
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        use_cuda_graph: bool = False,
+        qo_indptr: torch.Tensor | None = None,
+        kv_indptr: torch.Tensor | None = None,
+        kv_indices: torch.Tensor | None = None,
+        kv_len_arr: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> None:
         self.plans, self.runs = 0, 0
+        self.buffers = [qo_indptr, kv_indptr, kv_len_arr, kv_indices] if use_cuda_graph else []
+        assert use_cuda_graph == (backend in ("fa2", "fa3")), "others cannot be planned again"
 
     def plan(
         self,
@@ -47,6 +58,10 @@ class Wrapper:
     ) -> None:
         check_int32(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
         assert causal
+        if self.buffers:
+            *exact, places = self.buffers
+            assert [len(each) for each in exact] == [len(qo_indptr), len(kv_indptr), len(kv_len_arr)]
+            assert len(places) >= len(kv_indices)
         assert (q_data_type, kv_data_type) == (torch.float32, torch.float32)
         self.pages = [kv_indices[start:stop].tolist() for start, stop in itertools.pairwise(kv_indptr.tolist())]
         self.starts, self.contexts, self.scale = qo_indptr.tolist(), kv_len_arr.tolist(), sm_scale
@@ -65,10 +80,34 @@ class Wrapper:
         return output
 
 
-def make() -> tuple[FlashInferLatentAttention, Any]:
-    library = SimpleNamespace(mla=SimpleNamespace(BatchMLAPagedAttentionWrapper=Wrapper))
-    backend = FlashInferLatentAttention(library, CPU, TorchLoopAttention())
-    return backend, backend._wrapper
+class Loop(TorchLoopAttention, KernelAttention):
+    """Stands for the Triton kernel."""
+
+
+class Library:
+    """The module `flashinfer`; it keeps the wrappers made from it."""
+
+    def __init__(self) -> None:
+        self.wrappers: list[Wrapper] = []
+        self.mla = SimpleNamespace(BatchMLAPagedAttentionWrapper=self._make)
+
+    def _make(self, *arguments: Any, **options: Any) -> Wrapper:
+        self.wrappers.append(Wrapper(*arguments, **options))
+        return self.wrappers[-1]
+
+    @property
+    def plans(self) -> int:
+        return sum(wrapper.plans for wrapper in self.wrappers)
+
+    @property
+    def runs(self) -> int:
+        return sum(wrapper.runs for wrapper in self.wrappers)
+
+
+def make() -> tuple[FlashInferLatentAttention, Library]:
+    library = Library()
+    backend = FlashInferLatentAttention(library, CPU, Loop())
+    return backend, library
 
 
 def inputs(case: str) -> tuple[Any, ...]:
@@ -90,13 +129,32 @@ def test_latents_are_attended_to_as_the_torch_loop_does(case: str) -> None:
     assert (library.plans, library.runs) == (2, 6)
 
 
-def test_another_scale_is_planned_again() -> None:
+def test_another_scale_has_a_plan_of_its_own() -> None:
     backend, library = make()
     given = inputs("decodes")
     for scaling in (0.4, 0.2, 0.4):
         expected = TorchLoopAttention().attend(*given, AttentionOptions(scaling))
         torch.testing.assert_close(backend.attend(*given, AttentionOptions(scaling)), expected, atol=2e-5, rtol=2e-5)
-    assert library.plans == 3
+    assert library.plans == 2
+
+
+def test_captured_steps_have_wrappers_of_their_own_and_are_planned_again() -> None:
+    backend, library = make()
+    query, keys, values, metadata = inputs("decodes")
+    assert metadata.kernel is not None
+    static = dataclasses.replace(metadata.kernel, captured=True)
+    captured = dataclasses.replace(metadata, kernel=static)
+    for _ in range(2):  # layers
+        backend.attend(query, keys, values, captured, AttentionOptions(0.4))
+    later = make_metadata((1, 1, 1), (2, 8, 19), seed=5)
+    assert later.kernel is not None
+    backend.replan(static, later.kernel.host)
+    expected = TorchLoopAttention().attend(query, keys, values, later, AttentionOptions(0.4))
+    torch.testing.assert_close(
+        backend.attend(query, keys, values, captured, AttentionOptions(0.4)), expected, atol=2e-5, rtol=2e-5
+    )
+    backend.attend(query, keys, values, metadata, AttentionOptions(0.4))
+    assert [(bool(each.buffers), each.plans, each.runs) for each in library.wrappers] == [(True, 2, 3), (False, 1, 1)]
 
 
 @pytest.mark.parametrize("kind", ["expanded", "window"])

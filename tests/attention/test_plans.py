@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 from tests.attention.test_cuda_adapters import make_metadata
-from tests.attention.test_flashinfer_latent import inputs
+from tests.attention.test_flashinfer_latent import Loop, inputs
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.attention.flashinfer import FlashInferAttention
 from ulysses_infer.attention.flashinfer_latent import FlashInferLatentAttention
 from ulysses_infer.attention.plans import HostArrays, PlanOrder
-from ulysses_infer.attention.torch_loop import TorchLoopAttention
 
 META = torch.device("meta")
 
@@ -67,12 +66,13 @@ def test_every_plan_of_latents_runs_in_order() -> None:
             plan()
 
     library = SimpleNamespace(mla=SimpleNamespace(BatchMLAPagedAttentionWrapper=Recorder))
-    backend = FlashInferLatentAttention(library, torch.device("cpu"), TorchLoopAttention())
+    backend = FlashInferLatentAttention(library, torch.device("cpu"), Loop())
     backend._order = Order(None)
     for _ in range(2):
         backend.attend(*inputs("decodes"), AttentionOptions(0.4))
-    assert planned == [backend._wrapper] * 2
-    assert backend._wrapper.devices() == ["cpu"] * 4
+    (wrapper,) = backend._wrappers.values()
+    assert planned == [wrapper] * 2
+    assert wrapper.devices() == ["cpu"] * 4
 
 
 def test_page_indices_are_on_the_device_before_the_library_would_wait_to_copy_them() -> None:

@@ -20,7 +20,6 @@ from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata,
 from ulysses_infer.attention.flash_attn import FlashAttnAttention
 from ulysses_infer.attention.flashinfer import FlashInferAttention
 from ulysses_infer.attention.flashinfer_latent import FlashInferLatentAttention
-from ulysses_infer.attention.torch_loop import TorchLoopAttention
 
 CPU = torch.device("cpu")
 PACKAGE = Path(__file__).parents[2] / "ulysses_infer"
@@ -99,9 +98,15 @@ def captured_sequences(metadata: AttentionMetadata) -> tuple[KernelSequences, An
 
 def test_calls_of_flashinfer_for_latents_fit() -> None:
     library = Library(**{LATENT: test_flashinfer_latent.Wrapper})
-    backend = FlashInferLatentAttention(SimpleNamespace(mla=library), CPU, TorchLoopAttention())
+    backend = FlashInferLatentAttention(SimpleNamespace(mla=library), CPU, test_flashinfer_latent.Loop())
     for case in CASES:
         backend.attend(*test_flashinfer_latent.inputs(case), AttentionOptions(0.4))
+    query, keys, values, metadata = test_flashinfer_latent.inputs("decodes")
+    captured, host = captured_sequences(metadata)
+    own = AttentionMetadata(metadata.slots, [], [], metadata.block_tables, captured)
+    backend.attend(query, keys, values, own, AttentionOptions(0.4))
+    backend.replan(captured, host)
+    assert any(call.get("use_cuda_graph") for call in library.calls[f"{LATENT}.__init__"])
     assert {name for name, calls in library.calls.items() if calls} == names_of(LATENT)
 
 
@@ -115,6 +120,7 @@ def names_of(*classes: str) -> set[str]:
         ("flash_attn_varlen_func", cuda_fakes.flash_attn_varlen_func),
         (f"{DECODE}._plan_impl", cuda_fakes.Decode.plan),
         (f"{PREFILL}.plan", cuda_fakes.Prefill.plan),
+        (f"{LATENT}.__init__", test_flashinfer_latent.Wrapper.__init__),
         (f"{LATENT}.plan", test_flashinfer_latent.Wrapper.plan),
         (f"{LATENT}.run", test_flashinfer_latent.Wrapper.run),
         (f"{DECODE}.run", cuda_fakes.Wrapper.run),

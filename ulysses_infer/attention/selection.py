@@ -209,8 +209,9 @@ def _load(name: str, device: torch.device, latents: bool) -> AttentionBackend:
         import flashinfer.mla
 
         from ulysses_infer.attention.flashinfer_latent import FlashInferLatentAttention
+        from ulysses_infer.attention.triton import TritonAttention
 
-        return FlashInferLatentAttention(flashinfer, device, _load("triton", device, latents))
+        return FlashInferLatentAttention(flashinfer, device, TritonAttention())
     if name == "flashinfer":
         import flashinfer
 
