@@ -173,6 +173,7 @@ def test_a_signal_to_the_whole_group_of_a_launcher_drains(long_folder):
 
 
 @pytest.mark.launcher
+@pytest.mark.thorough  # `test_launch.py` signals a cheaper command; how ranks drain is tested above
 def test_the_command_drains_at_the_first_signal_and_passes_the_status_on(long_folder):
     with job(long_folder, how="ulysses-infer") as server:
         stream = server.stream(max_tokens=300)
@@ -192,8 +193,9 @@ def test_nothing_outlives_the_killed_command(long_folder):
         server.assert_gone()
 
 
-@pytest.mark.launcher
-@pytest.mark.parametrize("how", [pytest.param("nodes", marks=pytest.mark.thorough), "lone ranks"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("nodes", marks=[pytest.mark.launcher, pytest.mark.thorough]), "lone ranks"]
+)
 def test_two_nodes_serve_as_one_and_end_as_one(long_folder, how):
     with job(long_folder, how=how) as server:
         assert server.complete(max_tokens=20).json()["usage"]["completion_tokens"] == 20

@@ -101,7 +101,12 @@ def saved(tmp_path_factory, training_ranks):
     return get
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+MORE = ("zero1", "universal1")  # as stage 2
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.thorough) if kind in MORE else kind for kind in KINDS]
+)
 def test_the_trained_model_generates_as_the_training_models_own_forward(kind, saved, rank_pool, tmp_path):
     folder, (texts, logprobs, state) = saved(kind)
     check_state(open_weights(folder), state, KINDS[kind][2])
