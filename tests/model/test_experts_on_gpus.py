@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.equivalence.cases import check as check_outcomes
 from tests.equivalence.families import tiny_config, with_experts
-from tests.equivalence.tiny_models import make_checkpoint
+from tests.equivalence.tiny_models import make_checkpoint, make_prompts, make_reference
 from tests.kernels.interpreter import use_exact_rounding
 from tests.model.quantization.mixtures import MIXTURES, make_mixture
 from tests.model.quantization.test_expert_matrix import MERGED, check_slices, store
 from tests.model.quantization.test_expert_matrix import SCHEMES as SCHEMES_OF_MATRICES
+from tests.model.test_fusion_kernels import KERNELS, LENGTHS, NEW_TOKENS, run_with_kernels
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.kernels.launch import assume, counted
 from ulysses_infer.model.experts import host_reads
@@ -145,6 +148,19 @@ def test_a_rank_without_experts_computes_nothing(tmp_path: Path) -> None:
     with torch.inference_mode(), assume("cpu", HOPPER), NoHostReads():
         output = layer.compute(routed)
     assert torch.equal(output, torch.zeros(2, 64))
+
+
+@pytest.mark.thorough
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "placement"), [("qwen3-fp8", "expert"), ("gpt-oss-mxfp4", "width")])
+def test_quantised_mixtures_on_two_ranks(name: str, placement: str, rank_pool: Any, tmp_path: Path) -> None:
+    """All Triton kernels in every mode: transformers' answers of the same weights made dense."""
+    model = make_mixture(tmp_path, MIXTURES[name], **with_experts(MIXTURES[name].family, 4))
+    expected = make_reference(model, tmp_path, make_prompts(lengths=LENGTHS), NEW_TOKENS)
+    placed = {**KERNELS.settings, "parallel.expert_placement": placement}
+    profile = replace(KERNELS, settings=placed)
+    outcomes = rank_pool(2).run(run_with_kernels, tmp_path, (2, 1), profile, expected.prompts, timeout=600)
+    check_outcomes(outcomes, expected, profile, num_modes=2)
 
 
 # -- captured steps ------------------------------------------------------------------------------------------------
