@@ -87,12 +87,16 @@ def test_recipes_for_h200_fit_on_h100_except_the_one_that_says_so(recipe: str, t
     check_steps(dry(recipe, tmp_path, "h100"))
 
 
-def test_dense_recipes_capture_decodes_of_up_to_512_rows(tmp_path: Path) -> None:
+def test_dense_recipes_capture_decodes_and_small_steps_with_prompts(tmp_path: Path) -> None:
     found = dry("qwen3-32b-fp8-8xh200", tmp_path, "h200", layers=2)
 
     assert found.buckets[Mode(8, 1)][0] == 8
     assert found.buckets[Mode(1, 8)][:4] == [1, 2, 4, 8]
-    assert {sizes[-1] for sizes in found.buckets.values()} == {512}
+    assert {sizes[-1] for sizes in found.buckets.values()} == {1024}
+    assert {sizes[-1] for sizes in found.mixed_sizes.values()} == {1024}
+    captured = {(mode, size) for mode, sizes in found.mixed_sizes.items() for size in sizes}
+    assert set(found.rank.capturer.mixed) == captured
+    assert max(step.kernels_per_layer for step in found.rank.capturer.mixed.values()) <= 12
 
 
 def test_an_fp8_cache_takes_half_and_is_served_by_the_same_kernel(tmp_path: Path) -> None:

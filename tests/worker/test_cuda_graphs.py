@@ -46,12 +46,12 @@ BACKENDS = {
 STEPS, PROMPTS, LARGEST = 24, 5, 8
 
 
-@given(st.integers(1, 700), st.sampled_from([1, 2, 3, 4, 8]))
+@given(st.integers(1, 1500), st.sampled_from([1, 2, 3, 4, 8]))
 def test_buckets_are_even_over_the_slices_and_waste_little(max_num_seqs, sp):
     sizes = bucket_sizes(max_num_seqs, sp)
     assert sizes == sorted(set(sizes))
     assert all(size % sp == 0 and size > 0 for size in sizes)
-    limit = min(max_num_seqs, 512)
+    limit = min(max_num_seqs, 1024)
     assert limit <= sizes[-1] < limit + sp
     for rows in range(1, limit + 1):
         size = next(size for size in sizes if size >= rows)
@@ -100,7 +100,8 @@ class Driver:
             handle, self.next_handle = self.next_handle, self.next_handle + 1
             self.tokens[handle] = [self.random.randrange(90) for _ in range(self.random.choice([1, 2, 5, 11]))]
             self.done[handle], self.blocks[handle], self.tables[handle] = 0, 0, [[] for _ in self.pools.pools]
-            chosen = [handle]
+            others = [each for each in self.tokens if each != handle]
+            chosen = [handle, *self.random.sample(others, self.random.randint(0, min(3, len(others))))]
         else:
             if len(self.tokens) > 3 and self.random.random() < 0.3:
                 dropped = [self.random.choice(list(self.tokens))]

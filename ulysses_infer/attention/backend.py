@@ -120,6 +120,9 @@ class AttentionBackend(Protocol):
 class KernelAttention(AttentionBackend):
     """Base of backends that read `AttentionMetadata.kernel` only, so that CUDA graphs can capture their steps."""
 
+    captures_prompts = False
+    """Whether one captured launch serves any division of its tokens over sequences, not only one token each."""
+
     def replan(self, sequences: KernelSequences, host: HostSequences) -> None:
         """Plan a captured step again before its replay, for `host`, the current values of its static `sequences`.
 

@@ -12,6 +12,7 @@ class TritonAttention(KernelAttention):
     """All masks, soft caps, sinks, head widths, block sizes and caches, latents (MLA) included. Nothing is planned."""
 
     name = "triton"
+    captures_prompts = True
 
     def attend(
         self,

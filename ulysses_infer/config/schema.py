@@ -256,6 +256,12 @@ class RuntimeConfig:
         "them on a GPU if attention and model allow it. On a CPU, false and null both record steps of up to 256 "
         "requests as CPU graphs when they recur, and replay them without Python between the native kernels."
     )
+    max_captured_tokens: int = option(
+        1024,
+        at_least=0,
+        help="The largest step with prompt tokens that is captured as a CUDA graph, in tokens; 0 captures decode steps "
+        "only. Needs Triton's attention (runtime.attention_backend).",
+    )
     threads_per_rank: int | None = option(
         at_least=1, help="CPU threads per rank; null: its share of the cores, at most OMP_NUM_THREADS."
     )

@@ -21,6 +21,7 @@ from ulysses_infer.worker.block_tables import BlockTables
 from ulysses_infer.worker.channel import Channel
 from ulysses_infer.worker.cpu_graphs import CpuGraphRunner, wants_cpu_graphs
 from ulysses_infer.worker.cuda_graphs import Capturer, CudaCapturer, CudaGraphRunner, wants_cuda_graphs
+from ulysses_infer.worker.mixed_graphs import MixedGraphRunner
 from ulysses_infer.worker.worker import Worker
 
 
@@ -56,7 +57,8 @@ def make_worker(
     matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
     worker = Worker(model, cache, tables, groups, attention, matmul, device, config.runtime.debug)
     if captures:
-        channel.together(lambda: _capture_cuda_graphs(worker, config, capturer))
+        mixes = bool(channel.smallest(int(model.decoder is not None)))  # ranks fuse on their own
+        channel.together(lambda: _capture_cuda_graphs(worker, config, capturer or CudaCapturer(device), mixes))
     elif device.type == "cpu" and wants_cpu_graphs(config.runtime.enforce_eager, attention, matmul, shape, model.dtype):
         assert isinstance(attention, NativeAttention)
         assert matmul is not None
@@ -111,19 +113,25 @@ def _make_cache(
     return PagedCache(sizing.shape, num_blocks, device, scratch_blocks, sizing.groups)
 
 
-def _capture_cuda_graphs(worker: Worker, config: Config, capturer: Capturer | None) -> None:
-    """Capture the decode steps of every mode. Collective."""
+def _capture_cuda_graphs(worker: Worker, config: Config, capturer: Capturer, mixes: bool) -> None:
+    """Capture the decode steps of every mode, and small steps with prompt tokens if `mixes`. Collective."""
     assert isinstance(worker.backend, KernelAttention)
-    max_rows = min(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
+    max_num_seqs, max_tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
     runner = CudaGraphRunner(
         worker.model,
         worker.cache,
         worker.groups,
         worker.backend,
         worker.eager.inputs,
-        capturer or CudaCapturer(worker.device),
+        capturer,
         worker.device,
-        max_rows,
+        min(max_num_seqs, max_tokens),
     )
     runner.capture_all()
     worker.graphs = runner
+    limit = min(config.runtime.max_captured_tokens, max_tokens)
+    if mixes and limit and worker.backend.captures_prompts:
+        inputs = worker.eager.inputs
+        mixed = MixedGraphRunner(worker.model, worker.contexts, inputs, capturer, max_num_seqs, limit)
+        mixed.capture_all()
+        worker.mixed_graphs = mixed

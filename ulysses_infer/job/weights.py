@@ -24,8 +24,8 @@ def update_weights(rank: Rank, source: Any) -> None:
 def sleep(rank: Rank, level: int) -> None:
     """Free the memory of the cache, and with level 2 also that of the weights."""
     rank.worker.cache.release()
-    if rank.worker.graphs is not None:
-        rank.worker.graphs.invalidate()
+    for graphs in rank.worker.all_graphs:
+        graphs.invalidate()
     if level == CACHE_AND_WEIGHTS:
         rank.weights.drop()
     _return_free_memory(rank.worker.device)

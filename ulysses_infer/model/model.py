@@ -104,10 +104,7 @@ class ShiftModel:
         input_ids, positions: [t] int64; logits_rows: indices into the slice of the tokens that need logits. Returns
         [n, V/W]: logits of all such tokens of the batch, for this rank's part of the vocabulary.
         """
-        place = context.collectives.place
-        if place.mode != self._mode:
-            self.injection.bind(place)
-            self._mode = place.mode
+        self._bind(context)
         with use_step_context(context):
             if self.decoder is not None:
                 return self.decoder(input_ids, positions, logits_rows)
@@ -116,6 +113,28 @@ class ShiftModel:
             )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    @torch.inference_mode()
+    def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor, context: StepContext) -> torch.Tensor:
+        """`forward` up to what the head reads, [t, D]; only with a fused layer loop."""
+        assert self.decoder is not None
+        self._bind(context)
+        with use_step_context(context):
+            return self.decoder.hidden(input_ids, positions)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor, context: StepContext) -> torch.Tensor:
+        """The rest of `forward`. hidden: [t, D]; rows: [n] of this rank; the head is the same in every mode."""
+        assert self.decoder is not None
+        with use_step_context(context):
+            return self.decoder.logits(hidden, rows)
+
+    def _bind(self, context: StepContext) -> None:
+        """Let the layers read their weights as the mode of the step needs them."""
+        place = context.collectives.place
+        if place.mode != self._mode:
+            self.injection.bind(place)
+            self._mode = place.mode
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:

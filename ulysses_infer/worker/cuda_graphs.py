@@ -29,7 +29,7 @@ from ulysses_infer.worker.transfer import StepInputs
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS = 512  # larger steps are long enough to hide their kernel launches
+MAX_ROWS = 1024  # larger steps are long enough to hide their kernel launches
 
 
 class Captured(Protocol):

@@ -46,7 +46,9 @@ class Worker:
         self.contexts = StepContextBuilder(cache, groups, backend, matmul)
         self.eager = EagerRunner(model, self.contexts, device)
         self.graphs: StepRunner | None = None
-        """Runs the steps it accepts faster than `eager`; None: every step is run eagerly."""
+        """Runs the decode steps it accepts faster than `eager`; None: every step is run eagerly."""
+        self.mixed_graphs: StepRunner | None = None
+        """Runs the other steps it accepts faster than `eager`; None: they are run eagerly."""
         self.next_tokens = NextTokenBuffer(groups.world)
 
     @property
@@ -80,7 +82,12 @@ class Worker:
 
     def _runner_for(self, plan: StepPlan) -> StepRunner:
         # Rank-divergent with CPU graphs: one rank may replay while another records. Their collectives are the same.
-        return self.graphs if self.graphs is not None and self.graphs.accepts(plan) else self.eager
+        return next((graphs for graphs in self.all_graphs if graphs.accepts(plan)), self.eager)
+
+    @property
+    def all_graphs(self) -> list[StepRunner]:
+        """The runners with recorded or captured steps."""
+        return [graphs for graphs in (self.graphs, self.mixed_graphs) if graphs is not None]
 
     def _greedy_tokens(self, logits: torch.Tensor) -> torch.Tensor | None:
         """The best token of every row: each rank finds the best of its vocabulary shard, rank 0 compares."""

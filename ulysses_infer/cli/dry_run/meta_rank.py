@@ -31,7 +31,7 @@ class MarkedAttention(TritonAttention):
 
     def __init__(self, counter: LaunchCounter) -> None:
         self._counter = counter
-        self.mode, self.num_sequences = Mode(1, 1), 0
+        self.mode, self.num_sequences, self.num_tokens = Mode(1, 1), 0, 0
 
     def attend(
         self,
@@ -43,7 +43,8 @@ class MarkedAttention(TritonAttention):
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
         assert metadata.kernel is not None
-        self.mode, self.num_sequences = step_context().collectives.place.mode, metadata.kernel.num_sequences
+        self.mode = step_context().collectives.place.mode
+        self.num_sequences, self.num_tokens = metadata.kernel.num_sequences, len(metadata.slots)
         self._counter.mark()
         return super().attend(query, keys, values, metadata, options)
 
@@ -54,7 +55,9 @@ class CountingCapturer:
     def __init__(self, counter: LaunchCounter, attention: MarkedAttention) -> None:
         self._counter, self._attention = counter, attention
         self.steps: dict[tuple[Mode, int], StepLaunches] = {}
-        """By mode and number of rows."""
+        """Decode steps by mode and number of rows."""
+        self.mixed: dict[tuple[Mode, int], StepLaunches] = {}
+        """Steps with prompt tokens by mode and number of tokens."""
 
     def capture(self, step: Callable[[], None]) -> CountingCapturer:
         """See `Capturer.capture`."""
@@ -62,7 +65,9 @@ class CountingCapturer:
         if all(mode != other for other, _ in self.steps):
             with CaptureChecker(META):  # not at the first run, which may prepare what later ones use
                 step()
-        self.steps[mode, self._attention.num_sequences] = launches
+        is_decode = self._attention.num_sequences == self._attention.num_tokens
+        steps = self.steps if is_decode else self.mixed
+        steps[mode, self._attention.num_tokens] = launches
         return self
 
     def replay(self) -> None:

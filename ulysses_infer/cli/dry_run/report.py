@@ -21,6 +21,7 @@ from ulysses_infer.kernels.launch import assume, has_triton
 from ulysses_infer.parallel.layout import Mode, check_mode
 from ulysses_infer.worker.cuda_graphs import CudaGraphRunner
 from ulysses_infer.worker.launch_counter import StepLaunches
+from ulysses_infer.worker.mixed_graphs import MixedGraphRunner
 
 TAKEN_BYTES = 3 << 29
 """Assumed memory that is taken before the engine measures: driver, CUDA context, NCCL's buffers."""
@@ -49,6 +50,12 @@ class DryRun:
         return dict(graphs.buckets) if isinstance(graphs, CudaGraphRunner) else {}
 
     @property
+    def mixed_sizes(self) -> dict[Mode, list[int]]:
+        """Tokens of the steps with prompt tokens that would be captured in each mode; empty if none would be."""
+        mixed = self.rank.worker.mixed_graphs
+        return dict(mixed.sizes) if isinstance(mixed, MixedGraphRunner) else {}
+
+    @property
     def prefill_tokens(self) -> int:
         """Tokens of the largest step of prompt tokens of one request."""
         most = self.config.scheduler.max_num_batched_tokens
@@ -58,7 +65,7 @@ class DryRun:
     @property
     def graph_bytes(self) -> int:
         """Upper bound of the temporary tensors that all CUDA graphs share."""
-        largest = max((sizes[-1] for sizes in self.buckets.values()), default=0)
+        largest = max((sizes[-1] for sizes in (*self.buckets.values(), *self.mixed_sizes.values())), default=0)
         model = self.rank.model
         return step_bytes(self.config, model.shape, model.dtype, largest, largest) if largest else 0
 

@@ -143,8 +143,12 @@ def _graphs(run: DryRun) -> Iterator[Sequence[str]]:
         return
     for mode, sizes in run.buckets.items():
         yield str(mode), f"decode steps of {', '.join(map(str, sizes))} rows"
+        if mixed := run.mixed_sizes.get(mode):
+            yield "", f"other steps of {', '.join(map(str, mixed))} tokens"
     largest = max(sizes[-1] for sizes in run.buckets.values())
-    yield "not", f"steps with prompt tokens or LoRA adapters, decode steps of more than {largest} rows"
+    prompts = max((sizes[-1] for sizes in run.mixed_sizes.values()), default=0)
+    larger = f"steps with prompt tokens, if more than {prompts}" if prompts else "steps with prompt tokens"
+    yield "not", f"steps with LoRA adapters, {larger}, decode steps of more than {largest} rows"
 
 
 def _launches(run: DryRun) -> Iterator[Sequence[str]]:

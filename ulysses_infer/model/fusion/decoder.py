@@ -70,6 +70,10 @@ class FusedDecoder:
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_rows: torch.Tensor) -> torch.Tensor:
         """input_ids, positions: [t]; logits_rows: indices into them; returns [n, V/W] as `ShiftModel.forward`."""
+        return self.logits(self.hidden(input_ids, positions), logits_rows)
+
+    def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """input_ids, positions: [t]; returns what the head reads, [t, D]."""
         residual = self._embedded(input_ids)[None]
         position_ids = positions[None]
         rotary = self.rotary(residual, position_ids)
@@ -87,9 +91,13 @@ class FusedDecoder:
             residual, normed = attention.add_and_norm(attended, residual, **attention.options)
             output = feed_forward.module(normed, **feed_forward.options)
             residual, normed = feed_forward.add_and_norm(output, residual, **feed_forward.options)
-        if len(logits_rows) < normed.shape[1]:  # ascending and distinct: skip the selection if it is all rows
-            normed = normed.index_select(1, logits_rows)
-        logits: torch.Tensor = self.head(normed)[0]
+        return normed[0]
+
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """hidden: [t, D]; rows: [n]; returns [n, V/W] as `ShiftModel.forward`."""
+        if len(rows) < len(hidden):  # ascending and distinct: skip the selection if it is all rows
+            hidden = hidden.index_select(0, rows)
+        logits: torch.Tensor = self.head(hidden[None])[0]
         return logits
 
     def _embedded(self, input_ids: torch.Tensor) -> torch.Tensor:
