@@ -52,6 +52,8 @@ SCHEMES: dict[str, tuple[Any, Any]] = {
     "int4 with zero points": (compressed(16, symmetric=False), CompressedWeight(16, 4, False)),
     "int4 reordered": (compressed(32, symmetric=True, reordered=True), CompressedWeight(32, 4, True, True)),
 }
+WHOLE_BY_DEFAULT = ("FP8 block", "FP8 transposed", "int8", "mxfp4", "AWQ", "GPTQ", "int4")
+"""Of all formats, slices are tested."""
 COUNTS = {
     "some without tokens": (0, 3, 0, 5),
     "one has all": (0, 0, 21, 0),
@@ -114,7 +116,9 @@ def check(
     torch.testing.assert_close(output[: sum(counts)].double(), wanted, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    "name", [name if name in WHOLE_BY_DEFAULT else pytest.param(name, marks=pytest.mark.thorough) for name in SCHEMES]
+)
 def test_formats(name: str) -> None:
     parts, dense = make(name)
     check(cut(name, parts, *WHOLE), dense, COUNTS["some without tokens"])

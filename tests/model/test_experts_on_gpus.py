@@ -235,7 +235,9 @@ def qwen_layer(name: str, layout: Layout, placement: str) -> ExpertLayer:
     return layer
 
 
-@pytest.mark.parametrize("capability", [(8, 0), HOPPER, (10, 0)], ids=str)
+@pytest.mark.parametrize(
+    "capability", [HOPPER, *(pytest.param(each, marks=pytest.mark.thorough) for each in ((8, 0), (10, 0)))], ids=str
+)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_qwen3_30b_a3b_on_eight_gpus(name: str, capability: tuple[int, int]) -> None:
     for base, placement in ((Mode(8, 1), "replicate"), (Mode(8, 1), "expert"), (Mode(4, 2), "width")):
