@@ -50,7 +50,7 @@ class MarkedAttention(TritonAttention):
 
 
 class CountingCapturer:
-    """A `Capturer` that counts what each step launches. It refuses the first step of a mode that cannot be captured."""
+    """A `Capturer` that counts what each step launches. Of each kind and mode it checks that one can be captured."""
 
     def __init__(self, counter: LaunchCounter, attention: MarkedAttention) -> None:
         self._counter, self._attention = counter, attention
@@ -62,11 +62,11 @@ class CountingCapturer:
     def capture(self, step: Callable[[], None]) -> CountingCapturer:
         """See `Capturer.capture`."""
         launches, mode = self._counter.count(step), self._attention.mode
-        if all(mode != other for other, _ in self.steps):
-            with CaptureChecker(META):  # not at the first run, which may prepare what later ones use
-                step()
         is_decode = self._attention.num_sequences == self._attention.num_tokens
         steps = self.steps if is_decode else self.mixed
+        if all(mode != other for other, _ in steps):
+            with CaptureChecker(META):  # not at the first run, which may prepare what later ones use
+                step()
         steps[mode, self._attention.num_tokens] = launches
         return self
 

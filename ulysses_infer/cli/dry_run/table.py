@@ -16,7 +16,7 @@ from ulysses_infer.worker.launch_counter import StepLaunches
 
 GIB = 1 << 30
 LINE_WIDTH = 120
-ASIDE = ("captured decode steps", "attention runs on")
+ASIDE = ("captured ", "attention runs on")
 """Beginnings of log lines that the table has elsewhere."""
 
 
