@@ -16,10 +16,10 @@ from tests.equivalence.cases import check as check_outcomes
 from tests.equivalence.families import tiny_config, with_experts
 from tests.equivalence.tiny_models import make_checkpoint, make_prompts, make_reference
 from tests.kernels.interpreter import use_exact_rounding
+from tests.model.fusion.test_fusion_kernels import KERNELS, LENGTHS, NEW_TOKENS, run_with_kernels
 from tests.model.quantization.mixtures import MIXTURES, make_mixture
 from tests.model.quantization.test_expert_matrix import MERGED, check_slices, store
 from tests.model.quantization.test_expert_matrix import SCHEMES as SCHEMES_OF_MATRICES
-from tests.model.test_fusion_kernels import KERNELS, LENGTHS, NEW_TOKENS, run_with_kernels
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.kernels.launch import assume, counted
 from ulysses_infer.model.experts import host_reads
