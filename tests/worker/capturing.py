@@ -19,6 +19,7 @@ from ulysses_infer.config import choose_for_device, load_config
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.capture_checker import Allocation, CaptureChecker
 from ulysses_infer.worker.cuda_graphs import Capturer, CudaGraphRunner
+from ulysses_infer.worker.mixed_graphs import MixedGraphRunner
 from ulysses_infer.worker.step import Step
 from ulysses_infer.worker.step_plan import LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, logits_positions
 
@@ -72,7 +73,7 @@ def make_rank(folder: Path, ranks: int, **changes: Any) -> MetaRank:
 def capture(
     rank: MetaRank, max_rows: int = 2, backend: KernelAttention | None = None, capturer: Capturer | None = None
 ) -> CheckingCapturer:
-    """Capture the decode steps of every mode again, under the checker. Raises `ConfigError` with the first fault."""
+    """Capture the steps of every mode again, under the checker. Raises `ConfigError` with the first fault."""
     worker, checking = rank.worker, CheckingCapturer()
     runner = CudaGraphRunner(
         worker.model,
@@ -85,13 +86,22 @@ def capture(
         max_rows,
     )
     runner.capture_all()
-    assert len(checking.steps) == sum(map(len, runner.buckets.values()))
+    count = sum(map(len, runner.buckets.values()))
+    if isinstance(worker.mixed_graphs, MixedGraphRunner):
+        inputs = worker.eager.inputs
+        mixed = MixedGraphRunner(worker.model, worker.contexts, inputs, capturer or checking, max_rows, 64)
+        mixed.capture_all()
+        count += sum(map(len, mixed.sizes.values()))
+    assert len(checking.steps) == count
     assert set(runner.buckets) == {Mode(*mode) for mode in rank.groups.by_mode}
     return checking
 
 
-def run_step(rank: MetaRank, mode: Mode, lengths: Sequence[int]) -> torch.Tensor:
-    """Run a step of sequences of `lengths` new tokens; the second needs no logits. Returns the logits' rows."""
+def run_step(rank: MetaRank, mode: Mode, lengths: Sequence[int], eager: bool) -> torch.Tensor:
+    """Run a step of sequences of `lengths` new tokens; the second needs no logits. Returns the logits' rows.
+
+    eager: layer by layer; else as the worker does, where replays compute nothing.
+    """
     worker, cache = rank.worker, rank.worker.cache
     groups, items = len(cache.groups.attention_spans), []
     for handle, length in enumerate(lengths):
@@ -99,7 +109,8 @@ def run_step(rank: MetaRank, mode: Mode, lengths: Sequence[int]) -> torch.Tensor
         items.append(PlanItem(handle, 0, length, blocks, NO_LOGITS if handle == 1 else LAST_LOGITS))
     plan = StepPlan(0, mode, items, np.ones(sum(lengths), dtype=np.int32), [*range(len(lengths))], full_logits=True)
     step = Step(plan, worker.tables.apply(plan), logits_positions(items), worker.next_tokens)
-    runner = worker.graphs if worker.graphs is not None and worker.graphs.accepts(plan) else worker.eager
+    runner = worker.eager if eager else worker._runner_for(plan)
+    assert eager or runner in worker.all_graphs
     logits = runner.run(step, lambda logits: logits)
     assert logits is not None
     return logits

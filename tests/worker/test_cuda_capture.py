@@ -1,7 +1,8 @@
-"""Decode steps of tiny models of every kind on device `meta`, in SP and TP mode: nothing prevents their capture."""
+"""Steps of tiny models of every kind on device `meta`, in SP and TP mode: nothing prevents their capture."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,15 @@ def test_steps_with_a_cache_of_another_dtype_can_be_captured(dtype: str, tmp_pat
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe", "deepseek_v3"])
 def test_steps_do_not_wait_for_the_device(family: str, tmp_path: Path) -> None:
-    """Neither a step with prompts nor the replay of decodes, some of which need no logits."""
+    """Neither layer by layer nor around replays, of decodes and of steps with prompts; some need no logits."""
     room = {"scheduler.max_num_batched_tokens": 256, "scheduler.max_num_seqs": 8, "cache.num_blocks": 256}
     with assume("meta", (9, 0)):
         rank = make_rank(write_tiny(tmp_path, family), 2, **{"model.max_model_len": 128, **room})
         with CaptureChecker(META, assumes_pinned=True):
-            for mode in rank.groups.by_mode:
-                run_step(rank, mode, MIXED)
-                assert run_step(rank, mode, (1, 1, 1)).shape[0] == 2
+            for mode, eager in itertools.product(rank.groups.by_mode, (False, True)):
+                assert run_step(rank, mode, (1, 1, 1), eager).shape[0] == 2
+                captured_prompts = rank.worker.mixed_graphs is not None
+                assert run_step(rank, mode, MIXED, eager or not captured_prompts).shape[0] == 4
 
 
 def test_choosing_tokens_does_not_wait_for_the_device() -> None:

@@ -85,7 +85,7 @@ def test_decodes_can_be_captured_and_mixed_steps_run(rank: MetaRank) -> None:
     capturer = capture(rank, max_rows=8)
 
     assert capturer.kept == []
-    assert all(run_step(rank, mode, MIXED).shape[0] == 4 for mode in MODES)
+    assert all(run_step(rank, mode, MIXED, eager=True).shape[0] == 4 for mode in MODES)
     needs = attention_needs(rank.model, rank.worker.cache.shape, META)
     for capability in ((8, 0), (9, 0), (10, 0)):
         choice = choose("auto", dataclasses.replace(needs, capability=capability), {"triton", "torch"})
