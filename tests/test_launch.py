@@ -77,10 +77,8 @@ def test_no_rank_outlives_the_launcher(number: int) -> None:
         assert "Traceback" not in job.rest_of_output()
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.thorough), (signal.SIGTERM, 143)],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_to_the_front_end_ends_the_whole_job(number: int, status: int) -> None:
     with Running(ulysses_infer(*ENDLESS)) as job:
         job.wait_for_output(GENERATING)

@@ -9,6 +9,7 @@ from ulysses_infer.errors import ConfigError
 MODULES = {
     "serve": ("fastapi", "uvicorn", "uvloop", "httptools", "msgspec", "prometheus_client", "regex"),
     "bench": ("httptools", "matplotlib"),
+    "gguf": ("gguf",),
 }
 """The modules of each extra that its commands require."""
 

@@ -246,6 +246,7 @@ def test_chunks_of_a_long_prompt_are_made_small_for_a_target(folder):
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_the_command_prints_a_table_and_writes_a_profile(folder, tmp_path, capfd):
     path = tmp_path / "profile.json"

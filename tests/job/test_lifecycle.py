@@ -75,6 +75,7 @@ def tokens(outputs):
 # -- engines in this process ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_engines_follow_each_other_in_one_process(folder):
     environment, earlier = dict(os.environ), shared_memory(os.getpid())
     with init_inference(folder, **settings()) as alone:

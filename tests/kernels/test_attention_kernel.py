@@ -123,9 +123,9 @@ def test_every_e4m3_number_is_read_by_its_bits():
         assert torch.equal(output.flatten(), values.float().flatten())
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.thorough), 3])
 @pytest.mark.parametrize("batch", ["decodes", "mixed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.thorough), torch.bfloat16], ids=str)
 def test_latents_are_keys_and_their_first_columns_values(dtype, batch, splits):
     lengths, contexts = BATCHES[batch]
     query, keys, _, metadata, sequences = random_step(lengths, contexts, (20, 1), 40, 32, 4, 0, dtype)

@@ -81,15 +81,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-LOADED = [
-    pytest.param("qwen3-30b-a3b", Mode(8, 1), marks=pytest.mark.thorough),
-    ("llama-4-scout-17b-16e", Mode(4, 2)),
-]
+LOADED = [("qwen3-30b-a3b", Mode(8, 1)), ("llama-4-scout-17b-16e", Mode(4, 2))]
 
 
-@pytest.mark.parametrize(
-    "placement", ["expert", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("replicate", "width"))]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("placement", ["expert", "replicate", "width"])
 @pytest.mark.parametrize(("name", "base"), LOADED)
 def test_loading_takes_what_the_table_says(name: str, base: Mode, placement: str, checkpoint: Any) -> None:
     folder = checkpoint(name)

@@ -37,6 +37,7 @@ def test_a_model_or_recipe_that_is_not_there_is_one_line(tmp_path: Path, monkeyp
         main(["--config", "none.yaml"])
 
 
+@pytest.mark.thorough
 @pytest.mark.launcher
 @pytest.mark.distributed
 def test_the_reward_rises(tmp_path: Path):

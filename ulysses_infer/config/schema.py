@@ -28,8 +28,8 @@ class ModelConfig:
 
     path: str = option(
         MISSING,
-        help="Checkpoint: a hub id or a folder (DeepSpeed ZeRO checkpoints included), relative to the recipe that "
-        "contains the key or to the working directory.",
+        help="Checkpoint: a hub id, a folder (DeepSpeed ZeRO checkpoints included) or a GGUF file, relative to the "
+        "recipe that contains the key or to the working directory.",
     )
     hf_config: str | None = option(
         help="Folder with the Hugging Face config.json (and tokenizer) for a checkpoint without one, such as a "
@@ -378,5 +378,6 @@ class Config:
     @property
     def served_model_name(self) -> str:
         """The model name that clients use."""
-        local = Path(self.model.path)
-        return self.server.served_model_name or (local.resolve().name if local.is_dir() else self.model.path)
+        local = Path(self.model.path).resolve()
+        own = local.stem if local.is_file() else local.name if local.is_dir() else self.model.path
+        return self.server.served_model_name or own

@@ -74,7 +74,7 @@ def _find_checkpoint(config: Config, channel: Channel) -> Checkpoint:
     """Rank 0 finds or downloads the checkpoint first; the others then find it in the same place or cache."""
 
     def find() -> Checkpoint:
-        return find_checkpoint(config.model.path, config.model.revision, config.model.hf_config)
+        return find_checkpoint(config.model.path, config.model.revision, config.model.hf_config, config.model.dtype)
 
     found = channel.together(lambda: find() if channel.is_first else None)
     return channel.together(lambda: found or find())

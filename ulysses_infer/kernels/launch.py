@@ -50,11 +50,13 @@ def has_fp8(device: torch.device) -> bool:
 @contextmanager
 def assume(device_type: str, compute_capability: tuple[int, int]) -> Iterator[None]:
     """Within the `with` block, treat `device_type` as a GPU: `cpu` for Triton's interpreter, `meta` to count."""
+    before = dict(_assumed)
     _assumed[device_type] = compute_capability
     try:
         yield
     finally:
-        del _assumed[device_type]
+        _assumed.clear()
+        _assumed.update(before)
 
 
 @contextmanager

@@ -64,7 +64,7 @@ WIDE = {
 """Sizes that FP8 tensor cores read."""
 
 
-@pytest.mark.parametrize("name", ["compressed-channel", "modelopt"])
+@pytest.mark.parametrize("name", ["compressed-channel", pytest.param("modelopt", marks=pytest.mark.thorough)])
 def test_inputs_are_quantised_once_by_the_kernels_that_write_them(name: str, tmp_path: Path) -> None:
     use_exact_rounding()
     make_quantised(tiny_config("qwen3", **WIDE), tmp_path, FORMATS[name])

@@ -28,6 +28,8 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 VARIANTS = (
     "fp8-autofp8",
     "fp8-spared",
+    "fbgemm",
+    "modelopt",
     "gptq-reordered",
     "gptq-8bit-v2",
     "awq-channel",
@@ -56,7 +58,7 @@ def test_a_format_equals_its_dense_weights_in_every_mode(name: str, rank_pool: A
         run(rank_pool, expected, base, profile)
 
 
-@pytest.mark.parametrize("name", ["fp8-block", "gptq"])
+@pytest.mark.parametrize("name", ["fp8-block", pytest.param("gptq", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize(("base", "profile"), FEWER_RANKS, ids=["one", "two in sp", "two in tp"])
 def test_one_and_two_ranks(name: str, base: Any, profile: Profile, rank_pool: Any, tmp_path: Any) -> None:
     run(rank_pool, quantised(tmp_path, "llama", name), base, profile)
@@ -78,6 +80,7 @@ def test_packed_latent_and_shared_heads(
     run(rank_pool, expected, (2, 2), CROWD)
 
 
-@pytest.mark.parametrize("name", [pytest.param("fp8-block", marks=pytest.mark.thorough), "compressed-int4-zeros"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["fp8-block", "compressed-int4-zeros"])
 def test_eight_ranks(name: str, rank_pool: Any, tmp_path: Any) -> None:
     run(rank_pool, quantised(tmp_path, "llama", name, num_key_value_heads=2), (4, 2), CROWD)

@@ -21,6 +21,7 @@ from ulysses_infer.model.loading.files import (
     take,
     weights_file,
 )
+from ulysses_infer.model.loading.gguf import converted, find_gguf
 from ulysses_infer.model.loading.training import AdaptedSource, TrainingSource, has_adapters
 from ulysses_infer.model.loading.zero import open_zero, zero_folder
 from ulysses_infer.parallel.layout import Span
@@ -65,8 +66,14 @@ class Checkpoint:
         )
 
 
-def find_checkpoint(path: str, revision: str | None = None, hf_config: str | None = None) -> Checkpoint:
-    """The checkpoint that a hub id or a folder names. Raises `CheckpointError`."""
+def find_checkpoint(
+    path: str, revision: str | None = None, hf_config: str | None = None, dtype: str = "auto"
+) -> Checkpoint:
+    """The checkpoint that a hub id, a folder or a GGUF file names. dtype: the recipe's. Raises `CheckpointError`."""
+    gguf = find_gguf(Path(path).expanduser())
+    if gguf is not None:
+        with unpartitioned():
+            return Checkpoint(converted(gguf, dtype), None, hf_config)
     folder = resolve_folder(path, revision)
     if weights_file(folder):
         return Checkpoint(folder, None, hf_config)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from ulysses_infer.kernels.launch import FP8_CAPABILITY, capability, has_fp8
+from ulysses_infer.kernels.launch import FP8_CAPABILITY, capability, has_fp8, has_triton
 from ulysses_infer.kernels.scaled_rows import ALIGNED_ROWS, GROUP, GROUPED, NONE, ROW, QuantisedRows
 from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.model.quantization.component import Component
@@ -20,6 +20,7 @@ from ulysses_infer.parallel.layout import Span
 TILES = {"cpu": 1 << 20, "cuda": 1 << 24}  # weight values dequantized at a time
 BLOCK = 128  # the rows of a tile are a multiple of this, and of FP8 blocks on tensor cores
 ALIGNMENT = 16  # bytes; required of sizes, strides and addresses by FP8 tensor cores
+KERNEL_CAPABILITY = (8, 0)  # Ampere, the first with bfloat16 tensor cores
 BLOCK_SCALING_CUDA = (12, 9)  # the first CUDA version with support
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST_SCALE = 1e-12  # minimum scale of activations, for tokens of zeros
@@ -75,6 +76,31 @@ class DequantisedProduct:
             first = rows.start - piece.rows.start
             output[..., first : first + rows.size] = linear(inputs, weight)
         return output if piece.bias is None else output.add_(piece.bias)
+
+
+class StoredProduct:
+    """Any scheme on a GPU with Triton, in one launch: the kernel of experts, for a single one.
+
+    Weights are dequantised in registers; inputs are not quantised.
+    """
+
+    input_kind = NONE
+
+    def __init__(self, scheme: Scheme, piece: Piece) -> None:
+        parts = {name: part[None] for name, part in piece.parts.items()}
+        self._stored = scheme.stored_experts(parts, piece.rows, piece.columns)
+
+    def __call__(self, inputs: torch.Tensor | QuantisedRows, piece: Piece) -> torch.Tensor:
+        """See `Product`."""
+        from ulysses_infer.kernels.experts import grouped_product
+
+        assert isinstance(inputs, torch.Tensor)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        ends = torch.full((1,), len(rows), dtype=torch.int32, device=rows.device)
+        output = grouped_product(rows, ends, self._stored)
+        if piece.bias is not None:
+            output.add_(piece.bias)
+        return output.view(*inputs.shape[:-1], piece.rows.size)
 
 
 class RowScaledProduct:
@@ -178,7 +204,14 @@ def choose_product(scheme: Scheme, piece: Piece) -> Product:
         whole = scheme.block == (BLOCK, BLOCK) and not any(start % BLOCK for start in starts)
         if whole and _has_block_scaling(weight.device):
             return BlockScaledProduct(scheme)
+    if _runs_kernels(next(iter(piece.parts.values())).device):
+        return StoredProduct(scheme, piece)
     return DequantisedProduct(scheme)
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    found = capability(device)
+    return found is not None and found >= KERNEL_CAPABILITY and has_triton()
 
 
 def _on_tensor_cores(weight: torch.Tensor) -> bool:

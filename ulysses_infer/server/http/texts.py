@@ -127,7 +127,9 @@ def load_texts(config: Config) -> Texts:
     from ulysses_infer.text.prompts import load_tokenizer
 
     model = config.model
-    folder = None if model.tokenizer else find_checkpoint(model.path, model.revision, model.hf_config).find_files()
+    folder = None
+    if not model.tokenizer:
+        folder = find_checkpoint(model.path, model.revision, model.hf_config, model.dtype).find_files()
     tokenizer = load_tokenizer(model, folder)
     if config.server.chat_template is not None:
         if tokenizer is None:
