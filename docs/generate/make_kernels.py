@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ RESOURCES = """
 ## Registers and shared memory
 
 Registers per thread on sm_80, sm_90 and sm_100 (a dash: the kernel needs FP8 conversions that the GPU lacks), and the
-most shared memory in bytes. Spills: {spills} in all {count} compiled kernels. `tests/kernels/test_compile.py` checks
-both.
+most shared memory in bytes. {spills} bytes are spilled in all {count} compiled kernels, by Triton {version}.
+`tests/kernels/test_compile.py` checks spills and shared memory.
 
 | kernel | sm_80 | sm_90 | sm_100 | shared memory |
 |---|---|---|---|---|
@@ -43,7 +44,8 @@ both.
 def main() -> None:
     """Run both programs and write the page."""
     found = [json.loads(line) for line in output("tests/kernels/compile.py").splitlines()]
-    resources = RESOURCES.format(spills=sum(each["spills"] for each in found), count=len(found))
+    spills = sum(each["spills"] for each in found)
+    resources = RESOURCES.format(spills=spills, count=len(found), version=version("triton"))
     launches = output("-m", "benchmarks.kernel_budget")
     PAGE.write_text(HEAD + launches + resources + "\n".join(rows(found)) + "\n")
     print(f"wrote {PAGE.relative_to(ROOT)}")

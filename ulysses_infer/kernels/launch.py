@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+PRODUCT_CAPABILITY = (8, 0)
+"""The first compute capability with bfloat16 tensor cores."""
 FP8_CAPABILITY = (8, 9)
 """The first compute capability with FP8 (e4m3) conversions."""
 
@@ -39,6 +41,12 @@ def has_triton() -> bool:
     except ImportError:
         return False
     return callable(jit)
+
+
+def runs_products(device: torch.device) -> bool:
+    """Whether the Triton kernel that multiplies stored weights runs on `device`."""
+    found = capability(device)
+    return found is not None and found >= PRODUCT_CAPABILITY and has_triton()
 
 
 def has_fp8(device: torch.device) -> bool:

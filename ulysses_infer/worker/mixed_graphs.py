@@ -112,6 +112,8 @@ class MixedGraphRunner:
             MixedGroupInputs(cache, group, max_num_seqs + 1, largest, longest)
             for group in range(len(cache.groups.attention_spans))
         ]
+        all_sizes = {size for sizes in self.sizes.values() for size in sizes}
+        self._metadata = {size: [inputs.metadata(size) for inputs in self._inputs] for size in all_sizes}
         self._graphs: dict[tuple[Mode, int], Captured] = {}
         self._weights_version = model.weights_version
 
@@ -147,8 +149,7 @@ class MixedGraphRunner:
         rows = self._fill(size, step, rows_within(step.logits_rows, local) - local.start)
         step.fill_placeholders(self._tokens[0, :num_tokens])
         self._graphs[mode, size].replay()
-        metadata = [inputs.metadata(size) for inputs in self._inputs]
-        context = self._contexts.build(mode, size, metadata, step.logits_rows)
+        context = self._contexts.build(mode, size, self._metadata[size], step.logits_rows)
         return finish(self.model.logits(self._hidden[: local.size], rows, context))
 
     def _fill(self, size: int, step: Step | None, rows: np.ndarray) -> torch.Tensor:
@@ -169,8 +170,7 @@ class MixedGraphRunner:
 
     def _capture(self, mode: Mode, size: int) -> None:
         self._fill(size, None, np.zeros(0, dtype=np.int64))
-        metadata = [inputs.metadata(size) for inputs in self._inputs]
-        context = self._contexts.build(mode, size, metadata, is_captured=True)
+        context = self._contexts.build(mode, size, self._metadata[size], is_captured=True)
         local = self._contexts.local_span(mode, size)
         token_ids, positions = self._tokens[:, local.start : local.stop]
 

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ulysses_infer.kernels.launch import runs_kernels
+from ulysses_infer.kernels.launch import runs_products
 from ulysses_infer.model.context import StepContext, step_context
 from ulysses_infer.model.experts.placement import EXPERT, REPLICATE
 from ulysses_infer.model.experts.quantized import QuantizedExpertWeights
 from ulysses_infer.model.experts.weights import ExpertWeights
 from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK
-from ulysses_infer.model.quantization.grouped import has_grouped
 from ulysses_infer.parallel.experts import dispatch, dispatch_pays, gather_and_scatter
 from ulysses_infer.parallel.layout import Layout, Place
 
@@ -85,13 +84,13 @@ class ExpertLayer:
 
     def compute(self, routed: Routed) -> torch.Tensor:
         """Own experts on the tokens that chose them: [n, H], zero for tokens that chose none."""
-        if runs_kernels(routed.hidden.device) and has_grouped(routed.hidden.device):
+        if runs_products(routed.hidden.device):
             return self._compute_by_kernels(routed)
         own, choices = self.weights.own.size, routed.experts.shape[1]
         experts, order = self._own_index(routed.experts).sort()
         counts = experts.new_zeros(own + 1).scatter_add_(0, experts, torch.ones_like(experts))[:own]
         self._counts(counts.device).add_(counts)
-        host_knows = experts.device.type == "cpu" and not has_grouped(experts.device)  # else it would have to wait
+        host_knows = experts.device.type == "cpu"  # else it would have to wait
         num_rows = int(counts.sum()) if host_knows else len(order) * bool(own)
         if num_rows == 0:
             return torch.zeros_like(routed.hidden)
@@ -151,7 +150,7 @@ def host_reads(layers: Sequence[ExpertLayer], device: torch.device) -> str:
 
     Captured steps never send tokens to the owners of their experts by counts, so this does not depend on the mode.
     """
-    if not layers or has_grouped(device):
+    if not layers or runs_products(device):
         return ""
     return f"experts are multiplied one by one, because {device} does not run the Triton kernel for all at once"
 

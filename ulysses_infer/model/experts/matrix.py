@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ulysses_infer.errors import CheckpointError
+from ulysses_infer.kernels.launch import runs_products
 from ulysses_infer.model.layers.linear import Cut
 from ulysses_infer.model.loading.files import TensorSource
 from ulysses_infer.model.quantization.grouped import (
     TokenGroups,
     grouped_product,
-    has_grouped,
     is_grouped,
     stored_product,
 )
@@ -127,7 +127,7 @@ class ExpertMatrix(nn.Module):
         """Of all experts at once where the device can; else the host needs the groups' sizes."""
         if isinstance(self.scheme, ScaledWeight) and is_grouped(self.scheme, views):
             return grouped_product(tokens, groups, self.scheme, views)
-        if has_grouped(tokens.device):
+        if runs_products(tokens.device):
             return stored_product(tokens, groups, self.scheme.stored_experts(views, rows, columns))
         return self._one_by_one(tokens, groups, rows, columns, views)
 

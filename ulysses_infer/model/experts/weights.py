@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from ulysses_infer.kernels.experts_weights import StoredExperts
+from ulysses_infer.kernels.launch import runs_products
 from ulysses_infer.model.experts.placement import EXPERT, REPLICATE, WIDTH, check_width
 from ulysses_infer.model.layers.matmul import linear
-from ulysses_infer.model.quantization.grouped import TokenGroups, has_grouped, is_dense_grouped, stored_product
+from ulysses_infer.model.quantization.grouped import TokenGroups, is_dense_grouped, stored_product
 from ulysses_infer.parallel.layout import Layout, Mode, Place, Span, even_span
 from ulysses_infer.parallel.sharding import Part, Sharding
 
@@ -125,7 +126,7 @@ def expert_of_rows(offsets: torch.Tensor, num_rows: int) -> torch.Tensor:
 def _grouped_linear(tokens: torch.Tensor, weight: Weight, offsets: torch.Tensor) -> torch.Tensor:
     matrices, bias = weight
     fits = is_dense_grouped(tokens, matrices)
-    if has_grouped(tokens.device) and not fits:
+    if runs_products(tokens.device) and not fits:
         output = stored_product(tokens, TokenGroups(offsets), StoredExperts(matrices, *matrices.shape[1:]))
     elif fits or tokens.device.type != "cpu":
         output = F.grouped_mm(tokens, matrices.transpose(1, 2), offs=offsets)

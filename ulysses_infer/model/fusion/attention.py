@@ -15,7 +15,6 @@ from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.projections import (
     Inputs,
     Projection,
-    can_defer_sum,
     children_with_weights,
     common_input_kind,
     find_linears,
@@ -66,7 +65,8 @@ class FusedAttention(nn.Module):
     @property
     def can_defer_sum(self) -> bool:
         """Whether it can leave the sum over the TP group to the caller."""
-        return can_defer_sum(self._output[0])
+        has_partial: bool = self._output[0].has_partial
+        return has_partial
 
     @property
     def input_kind(self) -> int:

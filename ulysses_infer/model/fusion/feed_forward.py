@@ -9,7 +9,6 @@ from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.projections import (
     Inputs,
     Projection,
-    can_defer_sum,
     children_with_weights,
     common_input_kind,
     find_linears,
@@ -54,7 +53,8 @@ class FusedFeedForward(nn.Module):
     @property
     def can_defer_sum(self) -> bool:
         """Whether it can leave the sum over the TP group to the caller."""
-        return can_defer_sum(self._output[0])
+        has_partial: bool = self._output[0].has_partial
+        return has_partial
 
     def forward(self, hidden_states: Inputs, unsummed: bool = False) -> torch.Tensor:
         """hidden_states: [..., t, D]; returns the same shape. unsummed: leave the sum over the TP group out."""

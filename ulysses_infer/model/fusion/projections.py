@@ -47,11 +47,6 @@ def input_kind(module: nn.Module | None) -> int:
     return getattr(module, "input_kind", NONE)
 
 
-def can_defer_sum(linear: Any) -> bool:
-    """Whether the sum over the TP group is all that follows the product of `linear`."""
-    return linear.cut == "row" and linear.bias is None
-
-
 def flat(inputs: Inputs) -> Inputs:
     """[..., D] as [rows, D]."""
     return inputs.flat() if isinstance(inputs, QuantisedRows) else inputs.flatten(0, -2)

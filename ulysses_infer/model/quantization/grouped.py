@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from ulysses_infer.kernels.experts_weights import StoredExperts
-from ulysses_infer.kernels.launch import capability, has_triton
+from ulysses_infer.kernels.launch import capability
 from ulysses_infer.kernels.scaled_rows import ROW
 from ulysses_infer.model.quantization.products import ALIGNMENT, is_aligned, quantised_rows
 from ulysses_infer.model.quantization.scaled import ScaledWeight
@@ -17,7 +17,6 @@ from ulysses_infer.model.quantization.scheme import Scheme
 
 CAPABILITY = (9, 0)  # Hopper, the only one for which torch has a grouped FP8 product
 DENSE_GENERATIONS = (9, 10)  # Hopper and Blackwell: elsewhere torch's grouped product reads the offsets on the host
-FIRST_GENERATION = 8  # Ampere, the first with bfloat16 tensor cores
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,6 @@ def grouped_product(
         out_dtype=torch.bfloat16,
     )
     return output.to(tokens.dtype)
-
-
-def has_grouped(device: torch.device) -> bool:
-    """Whether `stored_product` runs on `device`."""
-    found = capability(device)
-    return found is not None and found[0] >= FIRST_GENERATION and has_triton()
 
 
 def stored_product(tokens: torch.Tensor, groups: TokenGroups, stored: StoredExperts) -> torch.Tensor:

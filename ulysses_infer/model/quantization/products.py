@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from ulysses_infer.kernels.launch import FP8_CAPABILITY, capability, has_fp8, has_triton
+from ulysses_infer.kernels.launch import FP8_CAPABILITY, capability, has_fp8, runs_products
 from ulysses_infer.kernels.scaled_rows import ALIGNED_ROWS, GROUP, GROUPED, NONE, ROW, QuantisedRows
 from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.model.quantization.component import Component
@@ -20,7 +20,6 @@ from ulysses_infer.parallel.layout import Span
 TILES = {"cpu": 1 << 20, "cuda": 1 << 24}  # weight values dequantized at a time
 BLOCK = 128  # the rows of a tile are a multiple of this, and of FP8 blocks on tensor cores
 ALIGNMENT = 16  # bytes; required of sizes, strides and addresses by FP8 tensor cores
-KERNEL_CAPABILITY = (8, 0)  # Ampere, the first with bfloat16 tensor cores
 BLOCK_SCALING_CUDA = (12, 9)  # the first CUDA version with support
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST_SCALE = 1e-12  # minimum scale of activations, for tokens of zeros
@@ -204,14 +203,9 @@ def choose_product(scheme: Scheme, piece: Piece) -> Product:
         whole = scheme.block == (BLOCK, BLOCK) and not any(start % BLOCK for start in starts)
         if whole and _has_block_scaling(weight.device):
             return BlockScaledProduct(scheme)
-    if _runs_kernels(next(iter(piece.parts.values())).device):
+    if runs_products(next(iter(piece.parts.values())).device):
         return StoredProduct(scheme, piece)
     return DequantisedProduct(scheme)
-
-
-def _runs_kernels(device: torch.device) -> bool:
-    found = capability(device)
-    return found is not None and found >= KERNEL_CAPABILITY and has_triton()
 
 
 def _on_tensor_cores(weight: torch.Tensor) -> bool:
