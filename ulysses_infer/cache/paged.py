@@ -18,6 +18,18 @@ FP8_MAX = torch.finfo(FP8).max
 
 
 @dataclass(frozen=True)
+class IndexShape:
+    """The layers that cache keys of an index (learned sparse attention) beside their own, one head of `width` each.
+
+    The head is replicated: every rank scores the keys for its own tokens, as its mode divides them.
+    """
+
+    layers: frozenset[int]
+    width: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class CacheShape:
     """Shape of one rank's cache. Key and value widths may differ (MLA)."""
 
@@ -29,12 +41,19 @@ class CacheShape:
     dtype: torch.dtype
     values_in_keys: bool = False
     """Whether values are the first elements of the keys (MLA latents) and not stored separately."""
+    index: IndexShape | None = None
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of one block's keys and values in all layers."""
+        """Bytes of one block in all layers."""
+        return sum(map(self.bytes_of_layer, range(self.num_layers)))
+
+    def bytes_of_layer(self, layer: int) -> int:
+        """Bytes of one block's keys and values in `layer`, and of its index keys."""
         values = self.num_key_value_heads * (self.key_width + (0 if self.values_in_keys else self.value_width))
-        return self.num_layers * self.block_size * values * self.dtype.itemsize
+        indexed = self.index is not None and layer in self.index.layers
+        index_bytes = self.index.width * self.index.dtype.itemsize if indexed and self.index is not None else 0
+        return self.block_size * (values * self.dtype.itemsize + index_bytes)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks needed for `num_tokens` tokens of one sequence."""
@@ -51,6 +70,7 @@ class CacheScales(NamedTuple):
 class PagedCache:
     """keys[layer], values[layer]: [num_blocks, block_size, Hkv, width], with the Hkv heads of this rank's shard.
 
+    index_keys[layer]: [num_blocks, block_size, 1, width] of the layers with an index, the same on every rank.
     All layers of a cache group have the same number of blocks.
     """
 
@@ -82,20 +102,26 @@ class PagedCache:
             self.values = [keys[..., : self.shape.value_width] for keys in self.keys]
         else:
             self.values = [self._allocate(layer, self.shape.value_width) for layer in range(self.shape.num_layers)]
+        index = self.shape.index
+        self.index_keys: dict[int, torch.Tensor] = {}
+        if index is not None:
+            self.index_keys = {n: self._allocate(n, index.width, 1, index.dtype) for n in sorted(index.layers)}
 
     def release(self) -> None:
         """Free the memory, until `take`."""
-        self.keys, self.values = [], []
+        self.keys, self.values, self.index_keys = [], [], {}
 
-    def _allocate(self, layer: int, width: int) -> torch.Tensor:
+    def _allocate(
+        self, layer: int, width: int, heads: int | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         shape, num_blocks = self.shape, self.blocks_of_groups[self.groups.of_layer[layer]]
         # Not touched before it is written: on a CPU, pages are allocated when blocks are first used.
         return torch.empty(
             num_blocks + self._scratch_blocks,
             shape.block_size,
-            shape.num_key_value_heads,
+            heads or shape.num_key_value_heads,
             width,
-            dtype=shape.dtype,
+            dtype=dtype or shape.dtype,
             device=self.device,
         )
 
@@ -107,22 +133,36 @@ class PagedCache:
             keys, values = self.rows(layer)
             store(keys, None if self.shape.values_in_keys else values, slots, key, value)
             return
-        pairs = ((self.keys[layer], key), (self.values[layer], value))
-        for cached, new in pairs[:1] if self.shape.values_in_keys else pairs:
-            if self._store is not None and new.dtype == cached.dtype and _is_dense(new):
-                size = cached.dtype.itemsize
-                self._store(
-                    cached.data_ptr(),
-                    slots.data_ptr(),
-                    new.data_ptr(),
-                    len(slots),
-                    new[0].numel() * size,
-                    new.stride(0) * size,
-                )
-                continue
-            if cached.dtype == FP8:  # saturate to the largest representable value; torch copies float8 as bytes
-                new, cached = new.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8), cached.view(torch.uint8)
-            cached.flatten(0, 1).index_copy_(0, slots, new.to(cached.dtype))
+        self._store_rows(self.keys[layer], slots, key)
+        if not self.shape.values_in_keys:
+            self._store_rows(self.values[layer], slots, value)
+
+    def write_index(self, layer: int, slots: torch.Tensor, key: torch.Tensor) -> None:
+        """Store the step's index keys of `layer`. slots: [T]; key: [T, width]."""
+        cached, new = self.index_keys[layer], key[:, None]
+        if runs_kernels(self.device):
+            from ulysses_infer.kernels.cache import store
+
+            store(cached.flatten(0, 1), None, slots, new, new)
+        else:
+            self._store_rows(cached, slots, new)
+
+    def _store_rows(self, cached: torch.Tensor, slots: torch.Tensor, new: torch.Tensor) -> None:
+        """cached: [blocks, size, H, d]; new: [T, H, d]."""
+        if self._store is not None and new.dtype == cached.dtype and _is_dense(new):
+            size = cached.dtype.itemsize
+            self._store(
+                cached.data_ptr(),
+                slots.data_ptr(),
+                new.data_ptr(),
+                len(slots),
+                new[0].numel() * size,
+                new.stride(0) * size,
+            )
+            return
+        if cached.dtype == FP8:  # saturate to the largest representable value; torch copies float8 as bytes
+            new, cached = new.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8), cached.view(torch.uint8)
+        cached.flatten(0, 1).index_copy_(0, slots, new.to(cached.dtype))
 
     def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The cache by slots, for kernels that write it: keys [slots, Hkv, d] and values [slots, Hkv, dv]."""
@@ -145,8 +185,8 @@ class PagedCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole cache."""
-        counts = [self.blocks_of_groups[group] for group in self.groups.of_layer]
-        return sum(counts) * self.shape.bytes_per_block // self.shape.num_layers
+        layers = enumerate(self.groups.of_layer)
+        return sum(self.blocks_of_groups[group] * self.shape.bytes_of_layer(layer) for layer, group in layers)
 
 
 def _is_dense(rows: torch.Tensor) -> bool:

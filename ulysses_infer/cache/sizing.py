@@ -22,9 +22,9 @@ class CacheSizing:
     max_num_batched_tokens: int
 
     def num_bytes(self, num_blocks: Sequence[int]) -> int:
-        """Bytes of `num_blocks[group]` blocks in each cache group."""
-        per_layer = self.shape.bytes_per_block // self.shape.num_layers
-        return sum(count * self.groups.num_layers(group) * per_layer for group, count in enumerate(num_blocks))
+        """Bytes of `num_blocks[group]` blocks in each of the first cache groups."""
+        layers = [(layer, group) for layer, group in enumerate(self.groups.of_layer) if group < len(num_blocks)]
+        return sum(num_blocks[group] * self.shape.bytes_of_layer(layer) for layer, group in layers)
 
     def blocks_of_request(self, num_tokens: int) -> list[int]:
         """The most blocks that a request of `num_tokens` tokens ever holds."""
