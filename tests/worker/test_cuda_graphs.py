@@ -225,7 +225,7 @@ def test_a_static_step_leaves_nothing_of_the_one_before():
 
     def fill(count, context):
         seen = GroupArrays(np.arange(count) + 10, [context] * count, np.full((count, -(-context // 4)), 7))
-        arrays = StepArrays(np.arange(count) + context - 1, [1] * count, [seen])
+        arrays = StepArrays(np.arange(count) + context - 1, [1] * count, [seen], np.arange(count))
         items = [PlanItem(n, context - 1, 1, [], LAST_LOGITS) for n in range(count)]
         plan = StepPlan(0, Mode(1, 1), items, np.arange(count, dtype=np.int32) + 20, [], False)
         return static.fill(Step(plan, arrays, np.arange(count), NextTokenBuffer(None)), 4, inputs)

@@ -23,7 +23,7 @@ def update_weights(rank: Rank, source: Any) -> None:
 
 def sleep(rank: Rank, level: int) -> None:
     """Free the memory of the cache, and with level 2 also that of the weights."""
-    rank.worker.cache.release()
+    rank.worker.release_caches()
     for graphs in rank.worker.all_graphs:
         graphs.invalidate()
     if level == CACHE_AND_WEIGHTS:
@@ -34,9 +34,9 @@ def sleep(rank: Rank, level: int) -> None:
 def wake_up(rank: Rank) -> None:
     """Allocate the cache again. Collective; an error on any rank is raised on all, and then none has a cache."""
     try:
-        rank.channel.together(rank.worker.cache.take)
+        rank.channel.together(rank.worker.take_caches)
     except Exception:
-        rank.worker.cache.release()
+        rank.worker.release_caches()
         raise
 
 

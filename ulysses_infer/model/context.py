@@ -11,6 +11,7 @@ import torch
 
 from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata
 from ulysses_infer.cache.paged import PagedCache
+from ulysses_infer.cache.states import StateCache, StateSequences
 from ulysses_infer.native.matmul import NativeMatmul
 from ulysses_infer.parallel.collectives import Collectives
 from ulysses_infer.parallel.layout import Span
@@ -30,6 +31,9 @@ class StepContext:
     adapters: Sequence[tuple[int, torch.Tensor]] = ()  # (adapter number, rows of this rank's slice that use it)
     attention_of_layers: Sequence[AttentionMetadata] | None = None  # only with several cache groups
     is_captured: bool = False  # replayed with other data: no sizes that depend on data
+    positions: torch.Tensor | None = None  # [t] int64, of this rank's tokens; `ShiftModel` sets it
+    states: StateCache | None = None  # only with recurrent layers
+    sequences: StateSequences | None = None  # the same
 
     def attention_of(self, layer: int) -> AttentionMetadata:
         """The attention metadata of the cache group of `layer`."""
@@ -47,6 +51,13 @@ _current: ContextVar[StepContext] = ContextVar("ulysses_infer_step")
 def step_context() -> StepContext:
     """The context of the current step. Raises LookupError outside a step."""
     return _current.get()
+
+
+def step_positions() -> torch.Tensor:
+    """The positions of this rank's tokens in the current step, [t] int64."""
+    positions = step_context().positions
+    assert positions is not None
+    return positions
 
 
 def step_context_or_none() -> StepContext | None:

@@ -26,12 +26,14 @@ class StepArrays(NamedTuple):
     positions: np.ndarray  # [T] int64, position of each token in its sequence
     query_lens: list[int]
     groups: list[GroupArrays]
+    rows: np.ndarray  # [num_sequences] int64, row of each sequence in the block tables: its state slot
 
 
 class BlockTables:
     """Mirrors the block tables of all running sequences, updated by each plan.
 
-    Blocks that rank 0 has freed because they are out of the window stay in their row and are not read.
+    Blocks that rank 0 has freed because they are out of the window stay in their row and are not read. The row of a
+    sequence is also its slot in the cache of recurrent states. It is the same on every rank.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class BlockTables:
         for blocks, attention_span in zip(self._blocks, self.attention_spans, strict=True):
             slots = blocks[rows_of_tokens, numbers] * self.block_size + offsets
             groups.append(GroupArrays(slots, *self._visible(blocks, attention_span, rows, starts, ends)))
-        return StepArrays(positions, query_lens, groups)
+        return StepArrays(positions, query_lens, groups, rows)
 
     def _visible(
         self, blocks: np.ndarray, attention_span: AttentionSpan, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray

@@ -32,11 +32,12 @@ class EagerRunner:
         local = self.contexts.local_span(plan.mode, plan.num_tokens)
         attention_inputs = AttentionInputs(arrays, self._for_kernels)
         adapters = adapter_rows(plan.items, local.start, local.stop)
-        token_ids, positions, logits_rows, *sent = self.inputs.send(
+        token_ids, positions, logits_rows, slots, *sent = self.inputs.send(
             [
                 at_least_one(plan.token_ids[local.start : local.stop].astype(np.int64)),
                 at_least_one(arrays.positions[local.start : local.stop]),
                 rows_within(step.logits_rows, local) - local.start,
+                arrays.rows,
                 *attention_inputs.to_send(),
                 *(rows for _, rows in adapters),
             ]
@@ -45,7 +46,15 @@ class EagerRunner:
         first = len(sent) - len(adapters)
         attention = attention_inputs.metadata(sent[:first])
         of_adapters = [(number, rows) for (number, _), rows in zip(adapters, sent[first:], strict=True)]
-        context = self.contexts.build(plan.mode, plan.num_tokens, attention, step.logits_rows, of_adapters)
+        context = self.contexts.build(
+            plan.mode,
+            plan.num_tokens,
+            attention,
+            step.logits_rows,
+            of_adapters,
+            slots=slots,
+            query_lens=arrays.query_lens,
+        )
         return finish(self.model.forward(token_ids, positions, logits_rows, context))
 
     def invalidate(self) -> None:

@@ -29,7 +29,7 @@ class Rank:
         """Leave the groups, the cores that this rank kept to, and the memory. Not collective."""
         self.groups.close()
         self.release_cores()
-        self.worker.cache.release()
+        self.worker.release_caches()
         if self.worker.device.type == "cpu":
             return_freed_memory()
 

@@ -9,6 +9,7 @@ import torch
 
 from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata
 from ulysses_infer.cache.paged import PagedCache
+from ulysses_infer.cache.states import StateCache, StateSequences
 from ulysses_infer.model.context import StepContext
 from ulysses_infer.native.matmul import NativeMatmul
 from ulysses_infer.parallel.groups import ProcessGroups
@@ -19,10 +20,15 @@ class StepContextBuilder:
     """Combines what a rank keeps for all steps with what one step brings."""
 
     def __init__(
-        self, cache: PagedCache, groups: ProcessGroups, backend: AttentionBackend, matmul: NativeMatmul | None = None
+        self,
+        cache: PagedCache,
+        groups: ProcessGroups,
+        backend: AttentionBackend,
+        matmul: NativeMatmul | None = None,
+        states: StateCache | None = None,
     ) -> None:
-        """matmul: None multiplies with torch."""
-        self.cache, self.groups, self.backend, self.matmul = cache, groups, backend, matmul
+        """matmul: None multiplies with torch. states: None for models without recurrent layers."""
+        self.cache, self.groups, self.backend, self.matmul, self.states = cache, groups, backend, matmul, states
 
     def local_span(self, mode: Mode, num_tokens: int) -> Span:
         """This rank's slice of the step's tokens."""
@@ -36,11 +42,14 @@ class StepContextBuilder:
         logits_rows: np.ndarray | None = None,
         adapters: Sequence[tuple[int, torch.Tensor]] = (),
         is_captured: bool = False,
+        slots: torch.Tensor | None = None,
+        query_lens: Sequence[int] = (),
     ) -> StepContext:
         """The context of a step of `num_tokens` tokens.
 
         attention: one per cache group. logits_rows: [n], ascending; None: all rows need logits. adapters: (number,
-        local rows) of each LoRA adapter in the step.
+        local rows) of each LoRA adapter in the step. slots, query_lens: state slot and tokens of each sequence; only
+        needed with states.
         """
         spans = token_spans(num_tokens, mode.sp)
         counts = [span.size if logits_rows is None else len(rows_within(logits_rows, span)) for span in spans]
@@ -55,6 +64,8 @@ class StepContextBuilder:
             adapters=adapters,
             attention_of_layers=self.cache.groups.each_layer(attention),
             is_captured=is_captured,
+            states=self.states,
+            sequences=None if slots is None else StateSequences(slots, query_lens),
         )
 
 

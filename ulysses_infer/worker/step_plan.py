@@ -43,6 +43,10 @@ class StepPlan(NamedTuple):
     """Whether rank 0 needs whole logits rows; otherwise each rank's best token is enough."""
     keeps_tokens: bool = False
     """Whether every rank keeps the chosen tokens, because the next step may start before rank 0 has received them."""
+    restores: Sequence[tuple[int, int]] = ()
+    """(handle, snapshot slot) of each sequence whose recurrent states are restored before the step."""
+    snapshots: Sequence[tuple[int, int]] = ()
+    """(handle, snapshot slot) of each sequence whose states are saved after the step. Restores come first."""
 
     @property
     def num_tokens(self) -> int:
@@ -69,6 +73,8 @@ class StepPlan(NamedTuple):
             self.dropped,
             self.full_logits,
             self.keeps_tokens,
+            self.restores,
+            self.snapshots,
         )
         encoded: bytes = msgpack.packb(fields)
         return encoded
@@ -76,11 +82,9 @@ class StepPlan(NamedTuple):
     @classmethod
     def decode(cls, data: bytes) -> StepPlan:
         """The inverse of `encode`."""
-        sequence, mode, items, tokens, dropped, full_logits, keeps_tokens = msgpack.unpackb(data)
+        sequence, mode, items, tokens, *others = msgpack.unpackb(data)
         token_ids = np.frombuffer(tokens, dtype=np.int32)
-        return cls(
-            sequence, Mode(*mode), [PlanItem(*item) for item in items], token_ids, dropped, full_logits, keeps_tokens
-        )
+        return cls(sequence, Mode(*mode), [PlanItem(*item) for item in items], token_ids, *others)
 
 
 def placeholder(row: int) -> int:

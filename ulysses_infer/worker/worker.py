@@ -9,6 +9,7 @@ import torch
 
 from ulysses_infer.attention.backend import AttentionBackend
 from ulysses_infer.cache.paged import PagedCache
+from ulysses_infer.cache.states import StateCache
 from ulysses_infer.errors import EngineDeadError
 from ulysses_infer.model.model import ShiftModel
 from ulysses_infer.model.sampling.head import concat_shards, global_argmax, local_argmax, pad_shard
@@ -17,6 +18,7 @@ from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.worker.block_tables import BlockTables
 from ulysses_infer.worker.eager import EagerRunner
 from ulysses_infer.worker.next_tokens import NextTokenBuffer
+from ulysses_infer.worker.state_slots import StateSlots
 from ulysses_infer.worker.step import Step, StepRunner
 from ulysses_infer.worker.step_context import StepContextBuilder
 from ulysses_infer.worker.step_plan import StepPlan, logits_positions
@@ -40,10 +42,13 @@ class Worker:
         matmul: NativeMatmul | None,
         device: torch.device,
         debug: bool = False,
+        states: StateCache | None = None,
     ) -> None:
-        self.model, self.cache, self.tables = model, cache, tables
+        """states: of recurrent layers; None if the model has none."""
+        self.model, self.cache, self.tables, self.states = model, cache, tables, states
         self.groups, self.device, self.debug = groups, device, debug
-        self.contexts = StepContextBuilder(cache, groups, backend, matmul)
+        self.contexts = StepContextBuilder(cache, groups, backend, matmul, states)
+        self._state_slots = None if states is None else StateSlots(states)
         self.eager = EagerRunner(model, self.contexts, device)
         self.graphs: StepRunner | None = None
         """Runs the decode steps it accepts faster than `eager`; None: every step is run eagerly."""
@@ -72,7 +77,11 @@ class Worker:
         step = Step(plan, self.tables.apply(plan), logits_positions(plan.items), self.next_tokens)
         num_rows = len(step.logits_rows)
         finish = _keep_logits if plan.full_logits or num_rows == 0 else self._greedy_tokens
+        if self._state_slots is not None:
+            self._state_slots.prepare(plan, step.arrays)
         result = self._runner_for(plan).run(step, finish)
+        if self._state_slots is not None:
+            self._state_slots.save(plan, step.arrays)
         if num_rows == 0:
             return None
         tokens = self._choose_tokens(result, choose) if plan.full_logits else result
@@ -88,6 +97,18 @@ class Worker:
     def all_graphs(self) -> list[StepRunner]:
         """The runners with recorded or captured steps."""
         return [graphs for graphs in (self.graphs, self.mixed_graphs) if graphs is not None]
+
+    def take_caches(self) -> None:
+        """Allocate the memory of keys, values and states, after `release_caches`."""
+        self.cache.take()
+        if self.states is not None:
+            self.states.take()
+
+    def release_caches(self) -> None:
+        """Free the memory of keys, values and states, until `take_caches`."""
+        self.cache.release()
+        if self.states is not None:
+            self.states.release()
 
     def _greedy_tokens(self, logits: torch.Tensor) -> torch.Tensor | None:
         """The best token of every row: each rank finds the best of its vocabulary shard, rank 0 compares."""
