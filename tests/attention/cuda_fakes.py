@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 
 
-def attend(query, key, value, scale, left, right, softcap):
+def attend(query, key, value, scale, left, right, softcap, slopes=None):
     """One sequence; the queries are its last tokens. Returns [n, Hq, dv] and the log sums [n, Hq]."""
     length, heads, _ = query.shape
     count, groups = key.shape[0], heads // key.shape[1]
@@ -22,6 +22,8 @@ def attend(query, key, value, scale, left, right, softcap):
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     where = torch.arange(count - length, count)[:, None] - torch.arange(count)[None, :]  # > 0: the key is to the left
+    if slopes is not None:
+        scores = scores - slopes[:, None, None] * where.abs()
     hidden = torch.zeros(length, count, dtype=torch.bool)
     if left >= 0:
         hidden |= where > left
@@ -32,14 +34,14 @@ def attend(query, key, value, scale, left, right, softcap):
     return output.to(query.dtype), scores.logsumexp(-1).t()
 
 
-def paged(query, keys, values, query_starts, context_lens, tables, scale, left, right, softcap=0.0):
+def paged(query, keys, values, query_starts, context_lens, tables, scale, left, right, softcap=0.0, slopes=None):
     """All sequences. tables: one list of pages per sequence. Returns [T, Hq, dv] and [T, Hq]."""
     outputs, sums = [], []
     for index, context in enumerate(context_lens):
         rows = slice(query_starts[index], query_starts[index + 1])
         pages = torch.tensor(tables[index][: -(-context // keys.shape[1])], dtype=torch.int64)
         key, value = keys[pages].flatten(0, 1)[:context], values[pages].flatten(0, 1)[:context]
-        output, log_sum = attend(query[rows], key, value, scale, left, right, softcap)
+        output, log_sum = attend(query[rows], key, value, scale, left, right, softcap, slopes)
         outputs.append(output)
         sums.append(log_sum)
     return torch.cat(outputs), torch.cat(sums)
@@ -70,6 +72,7 @@ def flash_attn_varlen_func(
     """flash-attn 2.8: key lengths are the differences of `cu_seqlens_k`; the log sums are [Hq, T]."""
     assert block_table is not None
     check_int32(cu_seqlens_q, cu_seqlens_k, block_table)
+    assert alibi_slopes is None or (alibi_slopes.dtype, alibi_slopes.shape) == (torch.float32, (q.shape[1],))
     contexts, lengths = cu_seqlens_k.diff().tolist(), cu_seqlens_q.diff().tolist()
     assert max(lengths) <= max_seqlen_q
     assert max(contexts) <= max_seqlen_k
@@ -85,6 +88,7 @@ def flash_attn_varlen_func(
         left,
         0 if causal else right,
         softcap,
+        alibi_slopes,
     )
     return (output, log_sum.t().contiguous(), None) if return_attn_probs else output
 

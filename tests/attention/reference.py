@@ -15,6 +15,9 @@ def naive(query, keys, values, options):
         scores = options.softcap * torch.tanh(scores / options.softcap)
     positions = range(context)
     seen = [[sees(position, other, options) for other in positions] for position in positions[context - length :]]
+    if options.alibi is not None:
+        places = torch.arange(context, dtype=torch.float64)
+        scores = scores - options.alibi.double()[:, None, None] * (places[context - length :, None] - places)
     scores = scores.masked_fill(~torch.tensor(seen), float("-inf"))
     if options.sinks is not None:
         scores = torch.cat([scores, options.sinks.double()[:, None, None].expand(heads, length, 1)], dim=-1)
@@ -95,7 +98,9 @@ OPTIONS = {
     "sinks": {"sinks": True},
     "window and sinks": {"sliding_window": 5, "sinks": True},
     "window and soft cap": {"sliding_window": 7, "softcap": 1.5},
-    "all": {"sliding_window": 9, "chunk_size": 12, "softcap": 2.0, "sinks": True},
+    "alibi": {"alibi": True},
+    "window and alibi": {"sliding_window": 7, "alibi": True},
+    "all": {"sliding_window": 9, "chunk_size": 12, "softcap": 2.0, "sinks": True, "alibi": True},
 }
 
 
@@ -103,6 +108,8 @@ def make_options(name, query_heads, scaling=0.3):
     chosen = dict(OPTIONS[name])
     if chosen.pop("sinks", False):
         chosen["sinks"] = torch.linspace(-2.0, 2.0, query_heads)
+    if chosen.pop("alibi", False):
+        chosen["alibi"] = torch.linspace(0.5, 0.01, query_heads)
     return AttentionOptions(scaling=scaling, **chosen)
 
 

@@ -35,6 +35,8 @@ KINDS = {
     "sinks": {"sinks": True},
     "window, soft cap and sinks": {"sliding_window": 7, "softcap": 2.0, "sinks": True},
     "chunks": {"chunk_size": 6},
+    "alibi": {"alibi": True},
+    "window and alibi": {"sliding_window": 7, "alibi": True},
 }
 
 
@@ -51,7 +53,7 @@ BACKENDS = {
     "flashinfer": lambda: FlashInferAttention(cuda_fakes.FlashInfer(), torch.device("cpu")),
     "triton": triton_attention,
 }
-CANNOT = {("flash_attn", "chunk_size"), ("flashinfer", "chunk_size")}
+CANNOT = {("flash_attn", "chunk_size"), ("flashinfer", "chunk_size"), ("flashinfer", "alibi")}
 
 
 def make_metadata(lengths, contexts, seed=0, shared=False):
@@ -80,7 +82,8 @@ def make_cache(key_value_heads):
 
 def make_options(kind, heads, device="cpu"):
     sinks = torch.linspace(-1, 2, heads, device=device) if kind.get("sinks") else None
-    return AttentionOptions(**{"scaling": 0.4, **kind, "sinks": sinks})
+    slopes = torch.linspace(0.5, 0.01, heads, device=device) if kind.get("alibi") else None
+    return AttentionOptions(**{"scaling": 0.4, **kind, "sinks": sinks, "alibi": slopes})
 
 
 def check(backend, lengths, contexts, heads, kind, **how):

@@ -30,6 +30,8 @@ def chosen(installed=EVERYTHING, name="auto", **changes):
     [
         ({}, "flash_attn"),
         ({"block_size": 16}, "flashinfer"),
+        ({"alibi": True}, "flash_attn"),
+        ({"alibi": True, "block_size": 16}, "triton"),
         ({"chunks": True}, "triton"),
         ({"dtype": torch.float32, "cache_dtype": torch.float32}, "triton"),
         ({"key_width": 192, "value_width": 192}, "flash_attn"),
@@ -89,6 +91,7 @@ def test_a_package_without_the_function_that_is_called_is_not_installed(monkeypa
         ("flash_attn", {"block_size": 16}, "cache.block_size is 16, not a multiple of 256"),
         ("flash_attn", {"chunks": True}, "it has no chunked attention"),
         ("flashinfer", {"key_width": 80, "value_width": 80}, "heads are 80 and 80 wide"),
+        ("flashinfer", {"alibi": True}, "it derives ALiBi slopes from the number of heads"),
         ("triton", {"capability": (7, 5)}, "it needs an Ampere or newer GPU"),
         ("triton", {"key_width": 1024, "value_width": 1024}, "heads are 1024 and 1024 wide, above 576 and 512"),
         *((name, {}, "a GPU runs flash_attn, flashinfer, triton, torch; use auto") for name in ("flex", "native")),
@@ -122,6 +125,8 @@ def test_needs_are_what_any_layer_asks_for():
     rest = ((9, 0), torch.bfloat16, torch.bfloat16, 128, 128, 16)
     needs = AttentionNeeds.of(layers, 1024, *rest)
     assert needs.chunks
+    assert not needs.alibi
+    assert AttentionNeeds.of([*layers, AttentionOptions(1.0, alibi=torch.ones(4))], 1024, *rest).alibi
     assert not AttentionNeeds.of(layers, 512, *rest).chunks, "no sequence outgrows a chunk"
     assert not AttentionNeeds.of(layers[:1], 1024, *rest).chunks
 

@@ -264,8 +264,9 @@ def _attention(
     query, keys = empty(2 * lengths, heads * group, width, dtype=model), empty(64, 16, heads, width, dtype=cache)
     values = keys[..., :512] if latents else empty(64, 16, heads, width, dtype=cache)
     sequences = attention.Sequences(empty(3), empty(2), empty(2, 32), lengths, 512)
-    if options.pop("sinks", False):
-        options["sinks"] = empty(heads * group, dtype="float32")
+    for per_head in ("sinks", "alibi"):
+        if options.pop(per_head, False):
+            options[per_head] = empty(heads * group, dtype="float32")
     softmax = attention.Softmax(0.1, **options)
     cases: list[Case] = []
 
@@ -339,7 +340,9 @@ CASES: list[Case] = [
     *_attention("prefill 8 x 128", 8, 512, 128),
     *_attention("prefill 8 x 128, e4m3", 8, 512, 128, "float8_e4m3fn", architectures=FP8_ARCHITECTURES),
     *_attention("prefill 8 x 128, e4m3 bits", 8, 512, 128, "float8_e4m3fn", architectures=(80,)),
-    *_attention("prefill 8 x 64, all", 8, 512, 64, window=128, chunk=8192, softcap=30.0, sinks=True),
+    *_attention("prefill 8 x 64, all", 8, 512, 64, window=128, chunk=8192, softcap=30.0, sinks=True, alibi=True),
+    *_attention("decode 1 x 128, ALiBi", 1, 1, 128, splits=4, alibi=True),
+    *_attention("prefill 8 x 128, ALiBi", 8, 512, 128, alibi=True),
     *_attention("prefill 2 x 256, window, cap", 2, 512, 256, window=4096, softcap=50.0),
     *_attention("prefill 1 x 192", 1, 512, 192),
     *_attention("decode 4 x 256", 4, 1, 256),

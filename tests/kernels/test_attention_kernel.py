@@ -39,7 +39,7 @@ def sequences_of(metadata):
 
 
 def softmax_of(options, **changes):
-    fields = options.scaling, options.sliding_window, options.chunk_size, options.softcap, options.sinks
+    fields = options.scaling, options.sliding_window, options.chunk_size, options.softcap, options.sinks, options.alibi
     return Softmax(*fields, **changes)
 
 

@@ -56,6 +56,7 @@ def options(device: torch.device) -> dict[str, AttentionOptions]:
         "soft cap": AttentionOptions(scaling, softcap=20.0),
         "sinks": AttentionOptions(scaling, sinks=sinks),
         "chunks": AttentionOptions(scaling, chunk_size=32),
+        "ALiBi": AttentionOptions(scaling, alibi=torch.linspace(0.5, 0.01, QUERY_HEADS, device=device)),
     }
 
 

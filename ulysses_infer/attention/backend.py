@@ -71,18 +71,27 @@ class AttentionMetadata:
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """Attention parameters of a layer: softmax scale, span, logit soft cap, sinks (one per local head)."""
+    """Attention parameters of a layer: softmax scale, span, logit soft cap, and per local head: sinks, ALiBi slopes.
+
+    ALiBi: scores, after the soft cap, fall by the slope for every token between query and key.
+    """
 
     scaling: float
     sliding_window: int | None = None
     chunk_size: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    alibi: torch.Tensor | None = None
 
     @property
     def span(self) -> AttentionSpan:
         """How far back queries see."""
         return AttentionSpan(self.sliding_window, self.chunk_size)
+
+    @property
+    def is_per_head(self) -> bool:
+        """Whether some parameter differs between heads."""
+        return self.sinks is not None or self.alibi is not None
 
     @property
     def window_left(self) -> int:

@@ -16,7 +16,7 @@ from ulysses_infer.attention.backend import (
 
 
 class FlashAttnAttention(KernelAttention):
-    """`flash_attn_varlen_func` over block tables: windows and soft cap in the kernel, sinks from its log-sum-exp."""
+    """`flash_attn_varlen_func` over block tables: windows, cap and ALiBi in the kernel, sinks from its log-sum-exp."""
 
     name = "flash_attn"
 
@@ -48,6 +48,7 @@ class FlashAttnAttention(KernelAttention):
             causal=True,
             window_size=(window, -1 if window < 0 else 0),
             softcap=options.softcap or 0.0,
+            alibi_slopes=options.alibi,
             return_attn_probs=options.sinks is not None,
             block_table=sequences.block_tables,
         )

@@ -102,7 +102,7 @@ class _LayerArguments(ctypes.Structure):
     """`struct layer` of attention.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "output", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "output", "sinks", "alibi")),
         *((name, ctypes.c_int64) for name in ("row_stride", "head_stride", "heads", "groups")),
         *((name, ctypes.c_int64) for name in ("key_width", "value_width", "value_stride", "window", "chunk")),
         *((name, ctypes.c_float) for name in ("scaling", "soft_cap")),
@@ -116,13 +116,14 @@ class _LayerArguments(ctypes.Structure):
         if query.stride(2) != 1:
             query = query.contiguous()
         heads, key_width = keys.shape[2:]
-        sinks = None if options.sinks is None else options.sinks.float().contiguous()
+        sinks, slopes = _floats(options.sinks), _floats(options.alibi)
         made = _LayerArguments(
             query.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
             output.data_ptr(),
             None if sinks is None else sinks.data_ptr(),
+            None if slopes is None else slopes.data_ptr(),
             query.stride(0),
             query.stride(1),
             heads,
@@ -135,8 +136,12 @@ class _LayerArguments(ctypes.Structure):
             options.scaling,
             options.softcap or 0.0,
         )
-        made.kept = query, sinks  # keeps the memory alive
+        made.kept = query, sinks, slopes  # keeps the memory alive
         return made
+
+
+def _floats(per_head: torch.Tensor | None) -> torch.Tensor | None:
+    return None if per_head is None else per_head.float().contiguous()
 
 
 def _raise_memory_error(_: int) -> None:

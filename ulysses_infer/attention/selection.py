@@ -45,6 +45,8 @@ class AttentionNeeds:
     chunks: bool = False
     latents: bool = False
     """Whether the cache holds latents (MLA), whose first elements are the values."""
+    alibi: bool = False
+    """Whether scores fall with distance, by a slope per head (ALiBi)."""
 
     @classmethod
     def of(
@@ -70,6 +72,7 @@ class AttentionNeeds:
             block_size,
             chunks=any(layer.chunk_size is not None and layer.chunk_size < max_model_len for layer in layers),
             latents=latents,
+            alibi=any(layer.alibi is not None for layer in layers),
         )
 
 
@@ -97,6 +100,8 @@ def _reject_flash(needs: AttentionNeeds) -> str | None:
 def _reject_flashinfer(needs: AttentionNeeds) -> str | None:
     if (reason := _reject_libraries(needs)) is not None:
         return reason
+    if needs.alibi:
+        return "it derives ALiBi slopes from the number of heads, of which a rank has only a part"
     if needs.latents:
         fits = (needs.key_width, needs.value_width) == LATENT_WIDTHS
         return None if fits else f"latents are {needs.key_width} numbers, not {LATENT_WIDTHS[0]}"

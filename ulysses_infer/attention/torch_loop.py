@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 
-SCORES_PER_CALL = 1 << 24  # bounds explicit scores (soft cap, sinks) to 64 MiB of float32
+SCORES_PER_CALL = 1 << 24  # bounds explicit scores (soft cap, ALiBi, sinks) to 64 MiB of float32
 MASK_PER_CALL = 1 << 26  # bounds a mask, which torch makes float32, to 256 MiB; tiles of few rows would be slow
 
 
@@ -79,7 +79,7 @@ def _attend_one(
     """Attend for one sequence. query: [n, Hq, d], the last n positions; key, value: [m, Hkv, d] from `first` on."""
     length, count = query.shape[0], key.shape[0]
     context = first + count
-    plain = options.softcap is None and options.sinks is None
+    plain = options.softcap is None and options.sinks is None and options.alibi is None
     sees_all = options.span.first_visible(context - 1) <= first
     if plain and length == 1 and sees_all:
         return _decode(query, key, value, options.scaling)
@@ -152,13 +152,16 @@ def _fused(
 def _explicit(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """Unfused attention, for soft caps and sinks."""
+    """Unfused attention, for soft caps, ALiBi and sinks. The queries are the last of the keys' positions."""
     length, query_heads, width = query.shape
     heads, groups = key.shape[1], query_heads // key.shape[1]
     folded = query.view(length, heads, groups, width).permute(1, 2, 0, 3)  # [Hkv, G, n, d]
     scores = torch.matmul(folded, key.permute(1, 2, 0)[:, None]).float() * options.scaling
     if options.softcap is not None:
         scores = torch.tanh(scores / options.softcap) * options.softcap
+    if options.alibi is not None:
+        places = torch.arange(key.shape[0], device=key.device)
+        scores = scores + options.alibi.view(heads, groups, 1, 1) * (places - places[-length:, None])
     scores = scores.masked_fill(~visible, float("-inf"))
     weights = _softmax_with_sinks(scores, options.sinks).to(value.dtype)
     output = torch.matmul(weights, value.permute(1, 0, 2)[:, None])  # [Hkv, G, n, dv]

@@ -32,5 +32,7 @@ class TritonAttention(KernelAttention):
             kernel.max_query_len,
             kernel.max_context_len,
         )
-        softmax = Softmax(options.scaling, options.sliding_window, options.chunk_size, options.softcap, options.sinks)
+        softmax = Softmax(
+            options.scaling, options.sliding_window, options.chunk_size, options.softcap, options.sinks, options.alibi
+        )
         return attention(query, keys, values, sequences, softmax)

@@ -40,13 +40,17 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Softmax:
-    """How scores become weights. value_scale: a factor of the output, for values that are stored divided by it."""
+    """How scores become weights. sinks, alibi: [Hq], a logit and a slope of each head, float32.
+
+    value_scale: a factor of the output, for values that are stored divided by it.
+    """
 
     scaling: float
     window: int | None = None
     chunk: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    alibi: torch.Tensor | None = None
     value_scale: float = 1.0
 
 
@@ -205,6 +209,7 @@ def _attend(
         sequences.cu_query_lens,
         sequences.context_lens,
         query if softmax.sinks is None else softmax.sinks,
+        query if softmax.alibi is None else softmax.alibi,
         output,
         sums,
         softmax.scaling * LOG2_E if cap is None else 2.0 * softmax.scaling * LOG2_E / cap,
@@ -247,6 +252,7 @@ def _softmax_constants(softmax: Softmax) -> dict[str, Any]:
         "CHUNK": softmax.chunk or 0,
         "SOFTCAP": softmax.softcap is not None,
         "SINKS": softmax.sinks is not None,
+        "ALIBI": softmax.alibi is not None,
     }
 
 

@@ -50,6 +50,7 @@ def attention_kernel(  # noqa: C901 (constants choose most branches)
     cu_query_lens,
     context_lens,
     sinks,
+    slopes,
     output,
     sums,
     scale,
@@ -85,6 +86,7 @@ def attention_kernel(  # noqa: C901 (constants choose most branches)
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    ALIBI: tl.constexpr,
     FP8: tl.constexpr,
     DECODE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -145,6 +147,8 @@ def attention_kernel(  # noqa: C901 (constants choose most branches)
         if split == 0:
             largest = tl.load(sinks + head, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
             total = tl.full([ROWS], 1.0, tl.float32)
+    if ALIBI:
+        slope = tl.load(slopes + head, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
     result = tl.zeros([ROWS, VALUES], tl.float32)
     value_column = tl.arange(0, VALUES)
     table = block_tables + sequence.to(tl.int64) * table_row
@@ -163,6 +167,8 @@ def attention_kernel(  # noqa: C901 (constants choose most branches)
         score *= scale
         if SOFTCAP:  # scale has the cap divided out; tanh by way of exp2
             score = softcap * (1.0 - 2.0 / (tl.exp2(score) + 1.0))
+        if ALIBI:
+            score += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
         seen = inside[None, :] & (key[None, :] <= position[:, None])
         if WINDOW > 0:
             seen = seen & (position[:, None] - key[None, :] < WINDOW)

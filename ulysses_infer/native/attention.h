@@ -12,6 +12,7 @@ struct layer {
     const char *query, *keys, *values; /* [T, Hq, d], [slots, Hkv, d], [slots, Hkv, dv] */
     char *output;                      /* [T, Hq, dv] */
     const float *sinks;                /* [Hq], or null */
+    const float *alibi;                /* [Hq], slopes, or null */
     int64_t row_stride, head_stride;   /* of the query, in elements */
     int64_t heads, groups, key_width, value_width;
     int64_t value_stride;      /* from one value to the next, in elements */

@@ -83,9 +83,10 @@ INLINE void score_chunk(const struct layer *l, const char *const *query, int64_t
     }
 }
 
-/* Replace scores by weights for a row that sees keys `low` .. `high` of the chunk. */
-INLINE void weigh(const struct layer *l, struct state *state, float *scores, int64_t low, int64_t high,
-                  enum type type) {
+/* Replace scores by weights for a row that sees keys `low` .. `high` of the chunk. The row's own key is number `own`;
+ * ALiBi lowers the scores of earlier ones by `slope` per token. */
+INLINE void weigh(const struct layer *l, struct state *state, float *scores, int64_t low, int64_t high, int64_t own,
+                  float slope, enum type type) {
     state->rescale = 1;
     if (low >= high) {
         memset(scores, 0, CHUNK * sizeof *scores);
@@ -94,6 +95,8 @@ INLINE void weigh(const struct layer *l, struct state *state, float *scores, int
     for (int j = 0; j < CHUNK; j += LANES) {
         floats s = load(scores + j, FLOAT32) * l->scaling;
         if (l->soft_cap != 0) s = tanh_of(s / l->soft_cap) * l->soft_cap;
+        if (l->alibi)
+            for (int i = 0; i < LANES; i++) s[i] += slope * (float)(j + i - own);
         memcpy(scores + j, &s, sizeof s);
     }
     for (int64_t j = 0; j < low; j++) scores[j] = -INFINITY;
@@ -289,8 +292,9 @@ INLINE void attend_rows(const struct batch *b, const struct layer *l, int64_t s,
             for (int64_t i = 0; i < rows; i++) {
                 int64_t position = context - length + i / l->groups;
                 int64_t low = first_visible(l, position) - start, high = position + 1 - start;
+                float slope = l->alibi ? l->alibi[(first + h) * l->groups + i % l->groups] : 0;
                 weigh(l, mine.states + i, mine.scores + i * CHUNK, low < 0 ? 0 : low, high < count ? high : count,
-                      type);
+                      position - start, slope, type);
             }
             for (int64_t r = 0; r < rows; r += BLOCK) {
                 const char *const *fetched = r ? NULL : ahead;

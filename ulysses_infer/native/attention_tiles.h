@@ -32,6 +32,7 @@ struct tiles {
     float *best;                        /* [row of a tile]: maximum score of a chunk */
     float *most, *total;                /* [row]: running maximum score, running sum of weights */
     int32_t *low, *high;                /* [row]: the range of positions that it sees */
+    float *slopes;                      /* [row]: ALiBi per token, to base 2 */
 };
 
 /* Elements per unit. */
@@ -47,10 +48,10 @@ INLINE size_t place_tiles(struct tiles *t, const struct layer *l, int64_t rows, 
     t->columns = round_up(l->value_width, PANEL), t->most_columns = round_up(l->value_width, numbers * LANES);
     const int64_t lanes = t->vectors * LANES;
     float **places[] = {&t->queries, &t->keys, &t->values, &t->scores, &t->best, &t->sums, &t->most,
-                        &t->total, (float **)&t->low, (float **)&t->high};
+                        &t->total, (float **)&t->low, (float **)&t->high, &t->slopes};
     const int64_t sizes[] = {t->key_units * lanes, KEYS * t->key_stride, KEYS / numbers * t->most_columns,
                              KEYS * TILE_VECTORS * LANES, TILE_VECTORS * LANES, t->most_columns * lanes, lanes, lanes,
-                             lanes, lanes};
+                             lanes, lanes, l->alibi ? lanes : 0};
     size_t used = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         *places[i] = (float *)(memory + used);
@@ -202,6 +203,24 @@ INLINE void cap_tile(const struct tiles *t, const struct layer *l, const int vec
     for (int v = 0; v < vectors; v++) cap(t->best + v * LANES, l);
 }
 
+/* Lower the scores of positions from `start` on by the row's slope times their distance; the maximum of each row. */
+INLINE void slope_tile(const struct tiles *t, int64_t row, const int vectors, int64_t start, int64_t begin, int64_t end) {
+    for (int v = 0; v < vectors; v++) {
+        integers last;
+        memcpy(&last, t->high + row + v * LANES, sizeof last);
+        const floats slope = load(t->slopes + row + v * LANES, FLOAT32);
+        floats best = splat(-FLT_MAX);
+        for (int64_t j = begin; j < end; j++) {
+            float *at = t->scores + (j * vectors + v) * LANES;
+            const integers distance = (integers){0} + (int32_t)(start + j + 1) - last;
+            const floats score = load(at, FLOAT32) + slope * __builtin_convertvector(distance, floats);
+            best = larger_of(score, best);
+            memcpy(at, &score, sizeof score);
+        }
+        memcpy(t->best + v * LANES, &best, sizeof best);
+    }
+}
+
 /* Mask the scores of positions from `start` on that a row does not see; the maximum of the others. */
 INLINE void hide(const struct tiles *t, const int32_t *low, const int32_t *high, const int vectors, int64_t start,
                  int64_t begin, int64_t end) {
@@ -283,6 +302,7 @@ INLINE void attend_tile(const struct layer *l, const struct tiles *t, int64_t fi
     floats rescale[TILE_VECTORS];
     score_tile(t, l, t->queries + row * t->key_units, vectors, begin, end, factor, ahead, type);
     if (l->soft_cap != 0) cap_tile(t, l, vectors, begin, end);
+    if (l->alibi) slope_tile(t, row, vectors, start, begin, end);
     if (low[lanes - 1] > start + begin || high[0] < start + end)
         hide(t, low, high, vectors, start, begin, end);
     weigh_tile(t, row, vectors, begin, end, rescale, type);
@@ -299,6 +319,7 @@ static void begin_tiles(const struct tiles *t, const struct layer *l, int64_t po
         t->low[i] = (int32_t)first_visible(l, own), t->high[i] = (int32_t)own + 1;
         t->most[i] = l->sinks ? l->sinks[t->head * l->groups + row % l->groups] * LOG2_E : -FLT_MAX;
         t->total[i] = l->sinks ? 1 : 0;
+        if (l->alibi) t->slopes[i] = l->alibi[t->head * l->groups + row % l->groups] * LOG2_E;
     }
 }
 
