@@ -82,9 +82,11 @@ class StepPlan(NamedTuple):
     @classmethod
     def decode(cls, data: bytes) -> StepPlan:
         """The inverse of `encode`."""
-        sequence, mode, items, tokens, *others = msgpack.unpackb(data)
+        sequence, mode, items, tokens, dropped, full_logits, keeps_tokens, *states = msgpack.unpackb(data)
         token_ids = np.frombuffer(tokens, dtype=np.int32)
-        return cls(sequence, Mode(*mode), [PlanItem(*item) for item in items], token_ids, *others)
+        items = [PlanItem(*item) for item in items]
+        pairs = [tuple((handle, slot) for handle, slot in each) for each in states]
+        return cls(sequence, Mode(*mode), items, token_ids, dropped, full_logits, keeps_tokens, *pairs)
 
 
 def placeholder(row: int) -> int:
