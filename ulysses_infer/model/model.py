@@ -13,6 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ulysses_infer.attention.backend import AttentionOptions
+from ulysses_infer.cache.states import StateShape
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError, UnsupportedModelError, first_line, kind_and_line
 from ulysses_infer.model.context import StepContext, use_step_context
@@ -87,6 +88,11 @@ class ShiftModel:
     def weight_bytes(self) -> int:
         """Bytes of the parameters stored on this rank, tied ones counted once."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
+
+    @property
+    def state_shapes(self) -> tuple[StateShape, ...]:
+        """The states of its recurrent layers on this rank; empty if it has none."""
+        return tuple(shape for layer in self.injection.recurrent_layers for shape in layer.state_shapes)
 
     def rebind(self) -> None:
         """Recreate the views of the weights. Call it after weights have changed address."""

@@ -25,7 +25,7 @@ from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.rotary import FusedRotary
 from ulysses_infer.model.fusion.stacked import StackedLinears
-from ulysses_infer.model.injection.probe import ProbeAttention, ProbeCache, trial_context
+from ulysses_infer.model.injection.probe import ProbeAttention, ProbeCache, clear_states, trial_context
 
 logger = logging.getLogger(__name__)
 TOKENS = (3, 5)
@@ -54,7 +54,7 @@ class Fusion:
         self.kept: Counter[str] = Counter()
         self._cache, self._attention = ProbeCache(self._cache_rows(device)), ProbeAttention()
         layout, shard = model.injection.layout, model.injection.base.shard
-        self._context = trial_context(layout, shard, self._cache, self._attention, device)
+        self._context = trial_context(layout, shard, self._cache, self._attention, device, model.state_shapes)
         self._tokens = torch.tensor([token % model.shape.vocab_size for token in TOKENS], device=device)
         self._positions = torch.tensor([1, model.shape.max_model_len - 1], device=device)
         # Innermost first: attention blocks are tested with their norms already fused.
@@ -127,6 +127,7 @@ class Fusion:
 
     def _logits(self) -> torch.Tensor:
         rows = torch.arange(len(TOKENS), device=self._tokens.device)
+        clear_states(self._context)
         logits: torch.Tensor = self.model.forward(self._tokens, self._positions, rows, self._context)
         return logits
 

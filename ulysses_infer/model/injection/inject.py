@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 from torch import nn
 
+from ulysses_infer.cache.states import StateShape
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model import experts
 from ulysses_infer.model.experts import EXPERTS_NAME, ExpertLayer, ScaledInputExperts, is_experts, scales_inputs
@@ -27,6 +29,15 @@ from ulysses_infer.parallel.layout import Layout, Place
 logger = logging.getLogger(__name__)
 
 
+class HasStates(Protocol):
+    """A layer that keeps states of sequences from step to step."""
+
+    @property
+    def state_shapes(self) -> Sequence[StateShape]:
+        """The states that this rank keeps, the same in every mode."""
+        ...
+
+
 class Injection:
     """An injected model, its mode-aware layers, and its replicated linears.
 
@@ -36,6 +47,7 @@ class Injection:
     def __init__(self, model: Any, layout: Layout, shard: int, expert_placement: str = "replicate") -> None:
         self.model, self.layout = model, layout
         self.expert_placement, self.expert_layers = expert_placement, list[ExpertLayer]()
+        self.recurrent_layers: list[HasStates] = []
         self.base = layout.place(layout.base, shard)
         self.config = model.config.get_text_config(decoder=True)
         self.replicated_linears: list[str] = []

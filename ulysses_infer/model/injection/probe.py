@@ -7,11 +7,13 @@ batch, or attention that bypasses our attention function.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.cache.states import StateCache, StateSequences, StateShape
 from ulysses_infer.errors import UnsupportedModelError, first_line
 from ulysses_infer.model.context import StepContext
 from ulysses_infer.parallel.collectives import Collectives
@@ -86,7 +88,7 @@ def probe(model: Any) -> None:
 def _first_problem(model: Any) -> str | None:
     cache, attention = ProbeCache(), ProbeAttention()
     layout, shard = model.injection.layout, model.injection.base.shard
-    context = trial_context(layout, shard, cache, attention)
+    context = trial_context(layout, shard, cache, attention, _device_of(model), model.state_shapes)
     _logits(model, context, [1, 2], [0, 1])
     by_layer = dict(zip(cache.layers, attention.options, strict=True))
     model.attention_options = [by_layer[layer] for layer in sorted(by_layer)]
@@ -99,16 +101,35 @@ def _first_problem(model: Any) -> str | None:
 
 
 def trial_context(
-    layout: Layout, shard: int, cache: Any, attention: ProbeAttention, device: torch.device | str = "cpu"
+    layout: Layout,
+    shard: int,
+    cache: Any,
+    attention: ProbeAttention,
+    device: torch.device | str = "cpu",
+    state_shapes: Sequence[StateShape] = (),
 ) -> StepContext:
-    """A full-TP context of two tokens without all-reduces, for one rank alone.
+    """A full-TP context of two tokens without all-reduces, for one rank alone. Each token is a sequence of its own.
 
     Its results are meaningless but comparable.
     """
     slots = torch.arange(2, device=device)
     metadata = AttentionMetadata(slots, [1, 1], [1, 1], slots[:, None])
     collectives = Collectives(layout.place(layout.shift, shard), None, None)
-    return StepContext(collectives, [Span(0, 2)], [2], metadata, cache, attention)
+    states = StateCache(state_shapes, 2, torch.device(device)) if state_shapes else None
+    sequences = StateSequences(slots, [1, 1])
+    return StepContext(collectives, [Span(0, 2)], [2], metadata, cache, attention, states=states, sequences=sequences)
+
+
+def clear_states(context: StepContext) -> None:
+    """Let the sequences of a trial context start anew."""
+    if context.states is not None:
+        assert context.sequences is not None
+        context.states.clear(context.sequences.slots)
+
+
+def _device_of(model: Any) -> torch.device:
+    device: torch.device = next(model.module.parameters()).device
+    return device
 
 
 def _check_layers(model: Any, cache: ProbeCache) -> str | None:
@@ -162,8 +183,9 @@ def _token_isolation_problem(model: Any, context: StepContext, tokens: list[int]
 
 
 def _logits(model: Any, context: StepContext, tokens: list[int], positions: list[int]) -> torch.Tensor:
-    device = next(model.module.parameters()).device
+    device = _device_of(model)
     rows = torch.arange(2, device=device)
+    clear_states(context)
     logits = model.forward(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), rows, context)
     result: torch.Tensor = logits.float()
     return result
