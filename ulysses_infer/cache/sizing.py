@@ -26,6 +26,11 @@ class CacheSizing:
         layers = [(layer, group) for layer, group in enumerate(self.groups.of_layer) if group < len(num_blocks)]
         return sum(num_blocks[group] * self.shape.bytes_of_layer(layer) for layer, group in layers)
 
+    @property
+    def longest_request_bytes(self) -> int:
+        """Bytes of the blocks of a request of `max_model_len` tokens."""
+        return self.num_bytes(self.blocks_of_request(self.max_model_len))
+
     def blocks_of_request(self, num_tokens: int) -> list[int]:
         """The most blocks that a request of `num_tokens` tokens ever holds."""
         step, size = self.max_num_batched_tokens, self.shape.block_size

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 import torch
 
 from ulysses_infer.attention.backend import AttentionBackend, KernelAttention
@@ -11,6 +14,8 @@ from ulysses_infer.cache.budget import MemoryBudget, cache_bytes
 from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import FP8, CacheShape, PagedCache
 from ulysses_infer.cache.sizing import CacheSizing
+from ulysses_infer.cache.state_sizing import StateSizing
+from ulysses_infer.cache.states import StateCache, slot_bytes
 from ulysses_infer.config import CacheConfig, Config
 from ulysses_infer.kernels.launch import capability
 from ulysses_infer.model.experts import host_reads
@@ -23,6 +28,8 @@ from ulysses_infer.worker.cpu_graphs import CpuGraphRunner, wants_cpu_graphs
 from ulysses_infer.worker.cuda_graphs import Capturer, CudaCapturer, CudaGraphRunner, wants_cuda_graphs
 from ulysses_infer.worker.mixed_graphs import MixedGraphRunner
 from ulysses_infer.worker.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 
 def make_worker(
@@ -50,12 +57,18 @@ def make_worker(
     reads = host_reads(model.injection.expert_layers, device)
     wanted = channel.together(lambda: wants_cuda_graphs(config.runtime.enforce_eager, device, attention, reads))
     captures = bool(channel.smallest(int(wanted)))  # all ranks capture, or none
+    left = channel.smallest(budget.left) - num_bytes
+    states = channel.together(lambda: make_states(config, model, sizing, num_bytes, left, device, int(captures)))
+    if states is not None:
+        _limit_sequences(config, states, channel.is_first)
+        sizing = replace(sizing, max_num_seqs=states.num_sequences)
+        num_bytes -= 0 if config.cache.num_blocks is not None else states.num_bytes
     cache = channel.together(lambda: _make_cache(config.cache, sizing, num_bytes, device, scratch_blocks=int(captures)))
     tables = BlockTables(
         config.cache.block_size, scheduler.max_num_seqs, shape.blocks_for(max_model_len), layers.attention_spans
     )
     matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
-    worker = Worker(model, cache, tables, groups, attention, matmul, device, config.runtime.debug)
+    worker = Worker(model, cache, tables, groups, attention, matmul, device, config.runtime.debug, states)
     if captures:
         mixes = bool(channel.smallest(int(model.decoder is not None)))  # ranks fuse on their own
         channel.together(lambda: _capture_cuda_graphs(worker, config, capturer or CudaCapturer(device), mixes))
@@ -78,6 +91,46 @@ def cache_shape(config: Config, model: ShiftModel, groups: ProcessGroups) -> Cac
         dtype={"auto": model.dtype, "fp8": FP8, **DTYPES}[config.cache.dtype],
         values_in_keys=sizes.values_in_keys,
     )
+
+
+def make_states(
+    config: Config,
+    model: ShiftModel,
+    sizing: CacheSizing,
+    num_bytes: int,
+    left: int,
+    device: torch.device,
+    scratch_slots: int,
+) -> StateCache | None:
+    """The slots of the model's recurrent states; None if it has none. There may be fewer than `scheduler.max_num_seqs`.
+
+    num_bytes: of the whole cache or, if the recipe sets `cache.num_blocks`, of the keys and values; left: bytes that
+    are left besides. Raises `ConfigError` if one request does not fit.
+    """
+    shapes, settings = model.state_shapes, config.cache
+    if not shapes:
+        return None
+    wanted = None if settings.enable_prefix_caching else 0
+    slots = StateSizing(slot_bytes(shapes), config.scheduler.max_num_seqs, wanted, scratch_slots)
+    if settings.num_blocks is not None:
+        num_sequences, num_snapshots = slots.slots_within(left, 0)
+    else:
+        num_sequences, num_snapshots = slots.slots_within(num_bytes, sizing.longest_request_bytes)
+    return StateCache(shapes, num_sequences, device, num_snapshots, scratch_slots)
+
+
+def _limit_sequences(config: Config, states: StateCache, is_first: bool) -> None:
+    """Let no more requests run than there are slots of states."""
+    wanted, slots = config.scheduler.max_num_seqs, states.num_sequences
+    if slots < wanted and is_first:
+        logger.warning(
+            "at most %d requests run at a time, not scheduler.max_num_seqs = %d: the recurrent states of each take %d "
+            "bytes on every rank",
+            slots,
+            wanted,
+            states.num_bytes_per_slot,
+        )
+    config.scheduler.max_num_seqs = slots
 
 
 def make_attention(name: str, model: ShiftModel, shape: CacheShape, device: torch.device) -> AttentionBackend:
