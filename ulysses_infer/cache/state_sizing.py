@@ -49,7 +49,7 @@ class StateSizing:
         needed = self.num_bytes(1, wanted) + request_bytes
         remedy = "lower cache.state_snapshots, or " if wanted else ""
         return (
-            f"the cache has {num_bytes} bytes, but one request{snapshots} needs {needed} ({self.num_bytes_per_slot} for the "
-            f"recurrent states, {request_bytes} for keys and values); {remedy}use more ranks, raise "
+            f"the cache has {num_bytes} bytes, but one request{snapshots} needs {needed} ({self.num_bytes_per_slot} "
+            f"for recurrent states, {request_bytes} for keys and values); {remedy}use more ranks, raise "
             "cache.memory_bytes or lower model.max_model_len"
         )
