@@ -1,0 +1,97 @@
+"""Rules of layers with a delta rule: gated delta nets and Kimi delta attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ulysses_infer.model.recurrent.rules import Input, OwnWeight, Rule, convolution
+from ulysses_infer.parallel.grouped_sharding import GroupedSharding
+from ulysses_infer.parallel.sharding import Part, Sharding
+
+
+def interleaved_delta_net(module: Any) -> Rule:
+    """Qwen3-Next: q, k, v and z of one key head are neighbours, as are b and a."""
+    keys, values = module.num_k_heads, module.num_v_heads
+    each = values // keys
+    key, value, head = Part(1, module.head_k_dim, shared=True), Part(each, module.head_v_dim), Part(each)
+    inputs = (
+        Input("in_proj_qkvz", GroupedSharding((key, key, value, value), keys)),
+        Input("in_proj_ba", GroupedSharding((head, head), keys)),
+    )
+    return _delta_net(module, inputs, "out_proj")
+
+
+def delta_net(module: Any) -> Rule:
+    """Qwen3.5: q, k and v one after another."""
+    key, value = _heads(module)
+    head = Sharding((Part(value.units),))
+    inputs = (
+        Input("in_proj_qkv", Sharding((key, key, value))),
+        Input("in_proj_z", Sharding((value,))),
+        Input("in_proj_b", head),
+        Input("in_proj_a", head),
+    )
+    return _delta_net(module, inputs, "out_proj")
+
+
+def separate_delta_net(module: Any) -> Rule:
+    """OLMo hybrid: one projection each."""
+    key, value = _heads(module)
+    head = Part(value.units)
+    parts = {"q_proj": key, "k_proj": key, "v_proj": value, "a_proj": head, "b_proj": head, "g_proj": value}
+    return _delta_net(module, tuple(Input(name, Sharding((part,))) for name, part in parts.items()), "o_proj")
+
+
+def _heads(module: Any) -> tuple[Part, Part]:
+    """The features of all keys and of all values."""
+    return Part(module.num_k_heads, module.head_k_dim, shared=True), Part(module.num_v_heads, module.head_v_dim)
+
+
+def _delta_net(module: Any, inputs: tuple[Input, ...], output: str) -> Rule:
+    key, value = _heads(module)
+    mixed, head = Sharding((key, key, value)), Sharding((Part(value.units),))
+    return Rule(
+        inputs=inputs,
+        output=output,
+        output_part=value,
+        weights=(*convolution("conv1d", mixed), OwnWeight("A_log", head), OwnWeight("dt_bias", head)),
+        counts={
+            "num_k_heads": (Part(key.units, shared=True),),
+            "num_v_heads": (Part(value.units),),
+            "key_dim": (key,),
+            "value_dim": (value,),
+            "conv_dim": (key, key, value),
+        },
+        units={"key heads": (key.units, True), "value heads": (value.units, False)},
+    )
+
+
+def kimi_delta_attention(module: Any) -> Rule:
+    """Kimi Linear, GLM-5-Next: gates through a bottleneck; Ling: without."""
+    heads = Part(module.num_heads, module.head_dim)
+    each, whole = Sharding((Part(module.num_heads),)), Sharding((heads,))
+    gate = module.forget_gate
+    forget = Input("forget_gate.f_b_proj", whole, "forget_gate.f_a_proj")
+    output_gate = Input("g_b_proj", whole, "g_a_proj")
+    inputs = (
+        *(Input(name, whole) for name in ("q_proj", "k_proj", "v_proj")),
+        forget if hasattr(gate, "f_b_proj") else Input("forget_gate.f_proj", whole),
+        Input("b_proj", each),
+        output_gate if hasattr(module, "g_b_proj") else Input("g_proj", whole),
+    )
+    return Rule(
+        inputs=inputs,
+        output="o_proj",
+        output_part=heads,
+        weights=(
+            *convolution("conv1d", Sharding((heads, heads, heads))),
+            OwnWeight("forget_gate.A_log", each, gate.A_log.shape.index(module.num_heads)),
+            OwnWeight("forget_gate.dt_bias", whole),
+        ),
+        counts={
+            **dict.fromkeys(("num_heads", "forget_gate.num_heads"), (Part(module.num_heads),)),
+            **dict.fromkeys(("qkv_dim", "forget_gate.qkv_dim"), (heads,)),
+            "conv_dim": (heads, heads, heads),
+        },
+        units={"heads": (module.num_heads, False)},
+    )

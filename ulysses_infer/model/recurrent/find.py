@@ -1,0 +1,57 @@
+"""Finds the recurrent layers of a model, by the names of their parts."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.model.recurrent.delta import (
+    delta_net,
+    interleaved_delta_net,
+    kimi_delta_attention,
+    separate_delta_net,
+)
+from ulysses_infer.model.recurrent.layer import RecurrentLayer
+from ulysses_infer.model.recurrent.rules import Owner, Rule, RuleMaker
+from ulysses_infer.parallel.layout import Layout, Place
+
+_KIMI = ("q_proj", "k_proj", "v_proj", "conv1d", "forget_gate", "b_proj", "o_norm", "o_proj")
+
+RULES: dict[frozenset[str], RuleMaker] = {
+    frozenset(parts): maker
+    for maker, parts in (
+        (interleaved_delta_net, ("conv1d", "in_proj_qkvz", "in_proj_ba", "norm", "out_proj")),
+        (delta_net, ("conv1d", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "norm", "out_proj")),
+        (
+            separate_delta_net,
+            ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj", "o_proj", "conv1d", "o_norm"),
+        ),
+        (kimi_delta_attention, (*_KIMI, "g_a_proj", "g_b_proj")),
+        (kimi_delta_attention, (*_KIMI, "g_proj")),
+    )
+}
+"""By the names of all parts with weights."""
+
+
+def inject_recurrent(decoder: nn.Module, prefix: str, layout: Layout, base: Place) -> list[RecurrentLayer]:
+    """Shard all recurrent layers of `decoder`, whose name in the model is `prefix`."""
+    owner, found = Owner(base.shard, layout.world_size), list[RecurrentLayer]()
+    for name, module in list(decoder.named_modules()):
+        maker = RULES.get(_parts(module)) if hasattr(module, "layer_idx") else None
+        if maker is not None:
+            full_name = f"{prefix}.{name}" if prefix else name
+            found.append(RecurrentLayer(full_name, module, _made(maker, module, full_name), owner, base))
+    return found
+
+
+def _parts(module: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, child in module.named_children() if any(True for _ in child.parameters()))
+
+
+def _made(maker: RuleMaker, module: nn.Module, name: str) -> Rule:
+    try:
+        return maker(module)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) has no {error.name}, unlike layers that look like it"
+        ) from error

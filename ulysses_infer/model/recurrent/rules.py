@@ -1,0 +1,77 @@
+"""What a recurrent layer is made of: projections in, weights per head or channel, a projection out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ulysses_infer.parallel.layout import Span
+from ulysses_infer.parallel.sharding import Part, Sharding
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The head shard of a rank, whose heads and channels it owns in every mode."""
+
+    shard: int
+    world_size: int
+
+    def span(self, part: Part) -> Span:
+        """Own features of `part`."""
+        return part.span(self.shard, self.world_size)
+
+    def spans(self, sharding: Sharding) -> list[Span]:
+        """Own features of `sharding`, part by part."""
+        return sharding.spans(self.shard, self.world_size)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A projection whose outputs the inner part of the layer reads."""
+
+    name: str
+    """Its name inside the layer; "" is the input of the layer itself."""
+    sharding: Sharding
+    """Of its output features."""
+    before: str | None = None
+    """The layer that it is applied to the output of; every rank has it whole."""
+
+
+@dataclass(frozen=True)
+class OwnWeight:
+    """A weight of the inner part, of which a rank keeps its own heads or channels only, in every mode."""
+
+    name: str
+    sharding: Sharding
+    dimension: int = 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a recurrent layer is cut by head shard."""
+
+    inputs: tuple[Input, ...]
+    output: str
+    """Name of the output projection inside the layer; "" if it has none."""
+    output_part: Part
+    """The features of the inner part's result."""
+    weights: tuple[OwnWeight, ...] = ()
+    counts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
+    """Attributes that hold a number of heads or features, and what they count."""
+    units: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
+    """What must divide over the ranks, in words: how many, and whether neighbouring ranks may share one."""
+    replaced: Callable[[Any, Owner], Mapping[str, Any]] | None = None
+    """Makes what the forward sees instead of some attributes, from the layer and its `Owner`."""
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """Functions to call instead of those that the forward's module has under these names."""
+    forward: Callable[..., Any] | None = None
+    """Instead of the forward of the layer's class."""
+
+
+def convolution(name: str, sharding: Sharding) -> tuple[OwnWeight, OwnWeight]:
+    """The weights of a convolution with one filter per channel."""
+    return OwnWeight(f"{name}.weight", sharding), OwnWeight(f"{name}.bias", sharding)
+
+
+RuleMaker = Callable[[Any], Rule]
