@@ -58,6 +58,8 @@ class Collectives:
     sp_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     clock: CollectiveClock = field(default_factory=CollectiveClock)
+    world_group: ProcessGroup | None = None
+    """All ranks of the replica, in every mode."""
 
     def tokens_to_heads(self, sources: Sequence[torch.Tensor], tokens: Sequence[Span]) -> list[torch.Tensor]:
         """The forward all-to-all of Ulysses: from this rank's tokens with all heads to all tokens with its heads.
@@ -98,6 +100,14 @@ class Collectives:
         if self.tp_group is not None:
             started = time.perf_counter()
             self.tp_group.sum(partial)
+            self.clock.add("all_reduce", started)
+        return partial
+
+    def sum_over_all(self, partial: torch.Tensor) -> torch.Tensor:
+        """All-reduce over all ranks of the replica in place, in any mode; returns `partial`."""
+        if self.world_group is not None:
+            started = time.perf_counter()
+            self.world_group.sum(partial)
             self.clock.add("all_reduce", started)
         return partial
 

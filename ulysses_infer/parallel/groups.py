@@ -270,7 +270,7 @@ def _use_memory(groups: ProcessGroups, modes: list[Mode]) -> None:
     for mode in modes:
         sp_ranks, tp_ranks = _group_ranks(layout, mode, groups.shard)
         groups.by_mode[mode] = Collectives(
-            groups.place(mode), made.get(tuple(sp_ranks)), made.get(tuple(tp_ranks)), groups.clock
+            groups.place(mode), made.get(tuple(sp_ranks)), made.get(tuple(tp_ranks)), groups.clock, groups.world
         )
 
 
@@ -289,7 +289,7 @@ def _use_torch(groups: ProcessGroups, modes: list[Mode], external_group: Any) ->
         sp_group, tp_group = (
             group and TorchProcessGroup(group) for group in _mode_groups(groups, mode, world, external_sp)
         )
-        groups.by_mode[mode] = Collectives(groups.place(mode), sp_group, tp_group, groups.clock)
+        groups.by_mode[mode] = Collectives(groups.place(mode), sp_group, tp_group, groups.clock, groups.world)
 
 
 def _new_group(ranks: Iterable[int], backend: str | None = None) -> Any:

@@ -65,6 +65,7 @@ def null_collectives(place: Place) -> Collectives:
         place,
         NullProcessGroup(sp, place.token_index) if sp > 1 else None,
         NullProcessGroup(tp, place.weight_index) if tp > 1 else None,
+        world_group=NullProcessGroup(place.world_size, place.shard) if place.world_size > 1 else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.model.recurrent.convolution import short_convolution
 from ulysses_infer.model.recurrent.delta import (
     delta_net,
     interleaved_delta_net,
@@ -12,10 +13,14 @@ from ulysses_infer.model.recurrent.delta import (
     separate_delta_net,
 )
 from ulysses_infer.model.recurrent.layer import RecurrentLayer
+from ulysses_infer.model.recurrent.lightning import lightning_attention
+from ulysses_infer.model.recurrent.mamba import mamba, mamba2
 from ulysses_infer.model.recurrent.rules import Owner, Rule, RuleMaker
 from ulysses_infer.parallel.layout import Layout, Place
 
 _KIMI = ("q_proj", "k_proj", "v_proj", "conv1d", "forget_gate", "b_proj", "o_norm", "o_proj")
+
+_MAMBA = ("conv1d", "in_proj", "x_proj", "dt_proj", "out_proj")
 
 RULES: dict[frozenset[str], RuleMaker] = {
     frozenset(parts): maker
@@ -28,6 +33,12 @@ RULES: dict[frozenset[str], RuleMaker] = {
         ),
         (kimi_delta_attention, (*_KIMI, "g_a_proj", "g_b_proj")),
         (kimi_delta_attention, (*_KIMI, "g_proj")),
+        (lightning_attention, ("norm", "qkv_proj", "out_proj", "output_gate")),
+        (short_convolution, ("conv", "in_proj", "out_proj")),
+        (mamba2, ("conv1d", "in_proj", "norm", "out_proj")),
+        (mamba2, ("conv1d", "in_proj", "out_proj")),
+        (mamba, _MAMBA),
+        (mamba, (*_MAMBA, "dt_layernorm", "b_layernorm", "c_layernorm")),
     )
 }
 """By the names of all parts with weights."""

@@ -16,6 +16,7 @@ from ulysses_infer.model.context import StepContext, step_context
 from ulysses_infer.model.layers.linear import Cut, ShiftLinear
 from ulysses_infer.model.quantization.layers import shift_linear
 from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.quantization.scheme import MARK
 from ulysses_infer.model.recurrent.exchange import InputExchange, heads_to_tokens, tokens_to_heads
 from ulysses_infer.model.recurrent.rules import Input, Owner, Rule
 from ulysses_infer.model.recurrent.runs import Run, runs_of
@@ -62,7 +63,7 @@ class RecurrentLayer:
         return linear
 
     def _keep_own_weights(self) -> dict[str, tuple[int, list[Span]]]:
-        """Shrink the weights of the inner part, still on the meta device, to those of this rank."""
+        """Shrink the weights of the inner part, still on the meta device, and its buffers to those of this rank."""
         kept = {}
         for weight in self.rule.weights:
             path, _, leaf = weight.name.rpartition(".")
@@ -70,10 +71,11 @@ class RecurrentLayer:
             whole = getattr(parent, leaf, None)
             if whole is None:
                 continue
+            if hasattr(parent, MARK):
+                raise UnsupportedModelError(f"{self.name}.{path} is quantized; only projections in and out may be")
             spans = merge(self.owner.spans(weight.sharding))
-            shape = list(whole.shape)
-            shape[weight.dimension] = sum(span.size for span in spans)
-            setattr(parent, leaf, nn.Parameter(whole.new_empty(shape), requires_grad=False))
+            own = torch.cat([whole.narrow(weight.dimension, span.start, span.size) for span in spans], weight.dimension)
+            setattr(parent, leaf, nn.Parameter(own, requires_grad=False) if isinstance(whole, nn.Parameter) else own)
             kept[weight.name] = weight.dimension, spans
         return kept
 
@@ -96,8 +98,10 @@ class RecurrentLayer:
         sizes = [sum(span.size for span in self.owner.spans(each.sharding)) for each in self.rule.inputs]
         dtype = self.module.get_submodule(self.rule.inputs[0].name).weight.dtype
         self._fed = [like.new_empty(1, RECORDED_TOKENS, size, dtype=dtype) for size in sizes]
+        view = self._make_view(module)
+        view.states = states
         with torch.no_grad():
-            self._make_view(module)(self._fed[0], **{self._cache_name: states})
+            view(self._fed[0], **{self._cache_name: states})
         return states.shapes
 
     # -- running -----------------------------------------------------------------------------------------------
@@ -107,19 +111,22 @@ class RecurrentLayer:
         for exchange in self._exchanges:
             exchange.bind(place)
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, attention_mask: Any = None, **__: Any) -> torch.Tensor:
-        """hidden_states: [1, t, D]; returns the same shape."""
+    def forward(self, hidden_states: torch.Tensor, *_: Any, attention_mask: Any = None, **__: Any) -> Any:
+        """hidden_states: [1, t, D]; returns the same shape, with None if the rule says so."""
         if attention_mask is not None:
             raise UnsupportedModelError(f"{type(self.module).__name__} got an attention mask, which is not supported")
         context = step_context()
         outputs = [self._project(each, hidden_states[0]) for each in self.rule.inputs]
         result = self._run(context, tokens_to_heads(context, self._exchanges, outputs))
         back = heads_to_tokens(context, result)[None]
-        output: torch.Tensor = self.module.get_submodule(self.rule.output)(back) if self.rule.output else back
-        return output
+        output = self.module.get_submodule(self.rule.output)(back) if self.rule.output else back
+        return (output, None) if self.rule.returns_pair else output
 
     def _project(self, each: Input, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [t, D]; returns [t, features / tp]."""
+        scale = getattr(self.module, each.scale, None) if each.scale else None
+        if scale is not None:
+            hidden = hidden * scale
         if each.before is not None:
             hidden = self.module.get_submodule(each.before)(hidden)
         if not each.name:
@@ -143,6 +150,7 @@ class RecurrentLayer:
         assert context.states is not None
         states = LayerStates(context.states, self.module.layer_idx, run.slots)
         self._fed = [run.take(each) for each in inputs]
+        self._view.states = states
         output = self._view(self._fed[0], **{self._cache_name: states})
         states.store()
         result: torch.Tensor = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)

@@ -36,11 +36,13 @@ class Input:
     """Of its output features."""
     before: str | None = None
     """The layer that it is applied to the output of; every rank has it whole."""
+    scale: str | None = None
+    """The attribute, if there is one, that its input is multiplied by."""
 
 
 @dataclass(frozen=True)
 class OwnWeight:
-    """A weight of the inner part, of which a rank keeps its own heads or channels only, in every mode."""
+    """A weight or buffer of the inner part, of which a rank keeps its own heads or channels only, in every mode."""
 
     name: str
     sharding: Sharding
@@ -64,9 +66,14 @@ class Rule:
     replaced: Callable[[Any, Owner], Mapping[str, Any]] | None = None
     """Makes what the forward sees instead of some attributes, from the layer and its `Owner`."""
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    """Functions to call instead of those that the forward's module has under these names."""
+    """Functions to call instead of those that the forward's module has under these names.
+
+    They get the view of the layer and the other function first.
+    """
     forward: Callable[..., Any] | None = None
     """Instead of the forward of the layer's class."""
+    returns_pair: bool = False
+    """Whether the model expects a second result, which it does not use."""
 
 
 def convolution(name: str, sharding: Sharding) -> tuple[OwnWeight, OwnWeight]:

@@ -24,15 +24,16 @@ class ModuleView:
         functions: Mapping[str, Callable[..., Any]] | None = None,
         forward: Callable[..., Any] | None = None,
     ) -> None:
-        """replaced: by dotted name. functions: of the module's source file, by name; they get the view first."""
+        """replaced: by dotted name. functions: see `Rule.functions`."""
         self._module = module
         own = {name: value for name, value in replaced.items() if "." not in name}
         for child in sorted({name.split(".")[0] for name in replaced if "." in name}):
             inner = {name[len(child) + 1 :]: value for name, value in replaced.items() if name.startswith(f"{child}.")}
             own[child] = ModuleView(getattr(module, child), inner)
         vars(self).update(own)
-        bound = {name: functools.partial(function, self) for name, function in (functions or {}).items()}
-        self._forward = forward or _with_functions(type(module).forward, bound)
+        self.states: Any = None
+        """Those of the current run."""
+        self._forward = forward or self._with_functions(type(module).forward, functions or {})
 
     def __getattr__(self, name: str) -> Any:
         method = inspect.getattr_static(type(self._module), name, None)
@@ -44,12 +45,14 @@ class ModuleView:
         """What the module's class computes."""
         return self._forward(self, *args, **kwargs)
 
-
-def _with_functions(function: Callable[..., Any], others: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """`function` as if its module had `others` under their names; the module is not changed."""
-    if not others:
-        return function
-    plain = inspect.unwrap(function)
-    assert isinstance(plain, FunctionType)
-    names = {**plain.__globals__, **others}
-    return FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
+    def _with_functions(
+        self, forward: Callable[..., Any], others: Mapping[str, Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        """`forward` as if its source file had `others` under their names; the file's module is not changed."""
+        if not others:
+            return forward
+        plain = inspect.unwrap(forward)
+        assert isinstance(plain, FunctionType)
+        names = dict(plain.__globals__)
+        names |= {name: functools.partial(other, self, names[name]) for name, other in others.items()}
+        return FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
