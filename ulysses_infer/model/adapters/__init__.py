@@ -1,0 +1,1 @@
+"""Adapts families whose attention does not go through transformers' attention interface, or is laid out differently."""

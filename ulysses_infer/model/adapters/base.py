@@ -1,0 +1,57 @@
+"""What adapters share: attention modules that keep the weights of transformers' own, and the replacement of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ulysses_infer.model.injection.rules import AttentionRule
+from ulysses_infer.model.layers.attention import shift_attention
+from ulysses_infer.model.layers.head_plan import HeadPlan
+
+
+class Adapted(nn.Module):
+    """A module of transformers with another forward: its weights, names and sizes stay."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        vars(self).update(vars(source))
+
+    if TYPE_CHECKING:  # attributes of the source
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+class AdaptedAttention(Adapted):
+    """An attention module; subclasses compute queries, keys and values from the projections, and call `attend`."""
+
+    layer_idx: int
+    head_dim: int
+    head_plan: HeadPlan
+    attention_rules: Mapping[str, AttentionRule] = MappingProxyType({})
+    """Sharding rules of its linear layers that differ from those of other modules with the same names."""
+    replicated_parameters: tuple[str, ...] = ()
+    """Its own parameters that every rank needs whole."""
+
+    def heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """projected: [1, t, heads * d]; returns [1, heads, t, d]."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        """query: [1, Hq/tp, t, d]; key, value: [1, Hkv/tp, t, d]; returns [1, t, Hq/tp * d].
+
+        options: those of `shift_attention`.
+        """
+        output, _ = shift_attention(self, query, key, value, None, **options)
+        return output.flatten(2)
+
+
+def replace_all(model: nn.Module, name: str, make: Callable[[Any], nn.Module]) -> None:
+    """Replace every module of `model` whose class is called `name` by what `make` makes of it."""
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ == name:
+            model.set_submodule(path, make(module))
