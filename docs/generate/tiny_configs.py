@@ -117,6 +117,10 @@ SIZES: dict[str, Any] = {
         ("sliding_window", "attention_chunk_size", "window_size", "sliding_window_size", "local_window_size"), 6
     ),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "n_positions"), 128),
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_head_dim"), 8),
+    "linear_num_key_heads": 2,  # fewer than ranks
+    "linear_value_head_dim": 12,
     **dict.fromkeys(("index_n_heads", "index_topk", "index_head_dim"), 8),
     "query_pre_attn_scalar": 16,
     "layer_group_size": 2,

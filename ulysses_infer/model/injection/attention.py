@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import nn
@@ -25,6 +26,7 @@ from ulysses_infer.parallel.layout import Layout, Place, check_heads
 from ulysses_infer.parallel.sharding import Part
 
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+RECURRENT_KINDS = frozenset({"linear_attention", "conv", "mamba"})
 
 
 class ModeAware(Protocol):
@@ -47,28 +49,39 @@ class KeepsViews(Protocol):
 class AttentionInjector:
     """Injects all attention layers of a model. `layers`: the attention modules; `mode_aware_layers`: to be bound."""
 
-    def __init__(self, model: nn.Module, config: Any, local_config: Any, layout: Layout, base: Place) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        local_config: Any,
+        layout: Layout,
+        base: Place,
+        recurrent: Sequence[nn.Module] = (),
+    ) -> None:
+        """recurrent: layers that are sharded otherwise."""
         self.config, self.local_config = config, local_config
         self.layout, self.base = layout, base
         self.mode_aware_layers: list[ModeAware] = []
         self.layers: list[nn.Module] = []
-        self._check_layer_types()
+        self._check_layer_types(ATTENTION_KINDS | (RECURRENT_KINDS if recurrent else frozenset()))
         for name, module in list(model.named_modules()):
+            if module in recurrent:
+                continue
             if hasattr(module, "layer_idx") and _has_linear(module, ATTENTION_INPUTS):
                 self._inject(name, module)
                 self.layers.append(module)
-        if not self.layers:
+        if not self.layers and not recurrent:
             raise UnsupportedModelError(
                 f"no attention layer of model type {config.model_type!r} has a projection that can be sharded "
                 f"(known: {', '.join(ATTENTION_INPUTS)})"
             )
 
-    def _check_layer_types(self) -> None:
-        unknown = sorted(set(getattr(self.config, "layer_types", None) or ()) - ATTENTION_KINDS)
+    def _check_layer_types(self, known: frozenset[str]) -> None:
+        unknown = sorted(set(getattr(self.config, "layer_types", None) or ()) - known)
         if unknown:
             raise UnsupportedModelError(
                 f"model type {self.config.model_type!r} has {', '.join(unknown)} layers; supported: "
-                f"{', '.join(sorted(ATTENTION_KINDS))}"
+                f"{', '.join(sorted(known))}"
             )
 
     def _inject(self, name: str, module: nn.Module) -> None:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from torch import nn
 
-from ulysses_infer.cache.states import StateShape
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model import experts
 from ulysses_infer.model.experts import EXPERTS_NAME, ExpertLayer, ScaledInputExperts, is_experts, scales_inputs
@@ -23,19 +21,11 @@ from ulysses_infer.model.layers.attention import ATTENTION_NAME
 from ulysses_infer.model.layers.linear import ShiftLinear, cut_features, is_linear
 from ulysses_infer.model.quantization.layers import replace_whole, shift_linear
 from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.recurrent.find import inject_recurrent
 from ulysses_infer.model.sampling.head import ShardedHead
 from ulysses_infer.parallel.layout import Layout, Place
 
 logger = logging.getLogger(__name__)
-
-
-class HasStates(Protocol):
-    """A layer that keeps states of sequences from step to step."""
-
-    @property
-    def state_shapes(self) -> Sequence[StateShape]:
-        """The states that this rank keeps, the same in every mode."""
-        ...
 
 
 class Injection:
@@ -47,7 +37,6 @@ class Injection:
     def __init__(self, model: Any, layout: Layout, shard: int, expert_placement: str = "replicate") -> None:
         self.model, self.layout = model, layout
         self.expert_placement, self.expert_layers = expert_placement, list[ExpertLayer]()
-        self.recurrent_layers: list[HasStates] = []
         self.base = layout.place(layout.base, shard)
         self.config = model.config.get_text_config(decoder=True)
         self.replicated_linears: list[str] = []
@@ -58,8 +47,13 @@ class Injection:
         self.local_config = copy.copy(self.config)
         # Only the language model of a multimodal model is served and sharded.
         self.decoder = model if self.config is model.config else model.get_decoder()
-        injector = AttentionInjector(self.decoder, self.config, self.local_config, layout, self.base)
+        self.recurrent_layers = inject_recurrent(self.decoder, self._name_of(self.decoder), layout, self.base)
+        recurrent = [layer.module for layer in self.recurrent_layers]
+        injector = AttentionInjector(self.decoder, self.config, self.local_config, layout, self.base, recurrent)
         self.attention_layers, self.mode_aware_layers = injector.layers, injector.mode_aware_layers
+        for layer in self.recurrent_layers:
+            self.mode_aware_layers += [layer, *layer.linears]
+        self._own_slices = {name: kept for layer in self.recurrent_layers for name, kept in layer.slices.items()}
         self._inject_experts()
         self._inject_mlps()
         self.head_name, self.head = self._inject_head()
@@ -79,12 +73,17 @@ class Injection:
 
     def slices(self, name: str) -> tuple[int, list[Any]] | None:
         """The part of the full parameter `name` that this rank keeps: (dimension, spans), or None for all of it."""
+        if name in self._own_slices:
+            return self._own_slices[name]
         owner_name, _, leaf = name.rpartition(".")
         owner = self.model.get_submodule(owner_name)
         if isinstance(owner, ShiftLinear | QuantizedLinear | ShardedHead):
             return owner.slices(leaf)
         experts = getattr(owner, "expert_layer", None)
         return experts.slices(leaf) if experts is not None else None
+
+    def _name_of(self, wanted: nn.Module) -> str:
+        return next(name for name, module in self.model.named_modules() if module is wanted)
 
     # -- feed-forward ------------------------------------------------------------------------------------------
 
@@ -105,7 +104,7 @@ class Injection:
                 self.expert_layers.append(layer)
 
     def _inject_mlps(self) -> None:
-        attention_modules = set(self.attention_layers)
+        attention_modules = {*self.attention_layers, *(layer.module for layer in self.recurrent_layers)}
         for module in list(self.decoder.modules()):
             if module not in attention_modules and _is_plain_mlp(module):
                 for child, linear in _linear_children(module).items():
