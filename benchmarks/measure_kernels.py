@@ -132,7 +132,7 @@ class Batch:
         token_bytes = 2 * heads.key_value * heads.width * dtype.itemsize
         self.num_bytes = count * context * token_bytes
         layers = max(2, VISITED_BYTES // self.num_bytes | 1)
-        shape = CacheShape(layers, heads.key_value, heads.width, heads.width, BLOCK_SIZE, dtype)
+        shape = CacheShape.uniform(layers, heads.key_value, heads.width, heads.width, BLOCK_SIZE, dtype)
         self.cache = PagedCache(shape, count * blocks, torch.device("cpu"))
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor.normal_()

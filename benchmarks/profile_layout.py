@@ -26,7 +26,7 @@ from transformers import CONFIG_MAPPING
 
 from benchmarks.arguments import common_options
 from ulysses_infer.attention.backend import KernelAttention
-from ulysses_infer.cache.paged import CacheShape, PagedCache
+from ulysses_infer.cache.paged import PagedCache
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.job.make_worker import make_attention
 from ulysses_infer.model.experts import host_reads
@@ -118,16 +118,7 @@ def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load]
     groups = ProcessGroups(layout, rank, world=NullProcessGroup(layout.world_size, rank))
     for mode in layout.modes:
         groups.by_mode[mode] = null_collectives(groups.place(mode))
-    sizes = model.shape
-    shape = CacheShape(
-        sizes.num_layers,
-        sizes.key_value_heads_of(groups.shard, layout),
-        sizes.key_width,
-        sizes.value_width,
-        arguments.block_size,
-        model.dtype,
-        sizes.values_in_keys,
-    )
+    shape = model.shape.cache_shape(groups.shard, layout, arguments.block_size, model.dtype)
     backend = make_attention(arguments.attention_backend, model, shape, device)
     captures = wants_cuda_graphs(None, device, backend, host_reads(model.injection.expert_layers, device))
     blocks = max(load.requests * shape.blocks_for(load.context + load.tokens) for load in loads)
@@ -135,7 +126,7 @@ def build_worker(model: ShiftModel, layout: Layout, rank: int, loads: list[Load]
     for pool in (*cache.keys, *cache.values):
         pool.normal_()
     most = max(load.requests for load in loads)
-    tables = BlockTables(shape.block_size, most, shape.blocks_for(sizes.max_model_len))
+    tables = BlockTables(shape.block_size, most, shape.blocks_for(model.shape.max_model_len))
     matmul = make_matmul("auto", device)
     worker = Worker(model, cache, tables, groups, backend, matmul, device)
     if captures and isinstance(backend, KernelAttention):

@@ -11,7 +11,7 @@ from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.config import CacheConfig
 from ulysses_infer.errors import ConfigError
 
-SHAPE = CacheShape(3, 2, key_width=8, value_width=6, block_size=4, dtype=torch.float32)
+SHAPE = CacheShape.uniform(3, 2, key_width=8, value_width=6, block_size=4, dtype=torch.float32)
 CPU = torch.device("cpu")
 
 
@@ -37,7 +37,7 @@ def test_a_write_changes_only_its_layer_and_slots():
 
 
 def test_values_are_stored_in_the_caches_own_dtype():
-    shape = CacheShape(1, 1, 4, 4, 2, torch.bfloat16)
+    shape = CacheShape.uniform(1, 1, 4, 4, 2, torch.bfloat16)
     cache = PagedCache(shape, 2, CPU)
     cache.write(0, torch.tensor([3]), torch.full((1, 1, 4), 1.001), torch.full((1, 1, 4), 2.0))
     key, _ = cache.read(0, torch.tensor([3]))

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.groups import CacheGroups
-from ulysses_infer.cache.paged import CacheShape
+from ulysses_infer.cache.paged import CacheShape, LayerShape, PagedCache
 from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.errors import ConfigError
 
-SHAPE = CacheShape(3, 2, key_width=8, value_width=6, block_size=4, dtype=torch.float32)
+SHAPE = CacheShape.uniform(3, 2, key_width=8, value_width=6, block_size=4, dtype=torch.float32)
 ALL = CacheGroups.single(3)
 MIXED = CacheGroups((AttentionSpan(), AttentionSpan(6)), (1, 0, 1))
 attention_spans = st.builds(AttentionSpan, st.none() | st.integers(1, 60), st.none() | st.integers(1, 60))
@@ -33,7 +33,7 @@ def test_layers_are_grouped_by_attention_span_longest_first():
         AttentionSpan(6),
     ), "a window of 200 shows all of 100"
     assert groups.of_layer == (3, 0, 3, 0, 1, 2)
-    assert [groups.num_layers(group) for group in range(4)] == [2, 1, 1, 2]
+    assert [groups.layers_of(group) for group in range(4)] == [[1, 3], [4], [5], [0, 2]]
     assert groups.each_layer("abcd") == list("dadabc")
 
 
@@ -83,7 +83,7 @@ def test_windows_are_sized_for_fewer_requests_if_one_would_not_fit():
 )
 def test_the_memory_is_used_and_holds_one_request_if_possible(kinds, longest, num_seqs, step, num_bytes, use_all):
     options = [AttentionOptions(1.0, kind.sliding_window, kind.chunk_size) for kind in kinds]
-    shape = CacheShape(len(kinds), 2, 8, 6, 4, torch.float32)
+    shape = CacheShape.uniform(len(kinds), 2, 8, 6, 4, torch.float32)
     made = CacheSizing(shape, CacheGroups.of(options, longest), longest, num_seqs, step)
     found, needed = made.blocks_within(num_bytes, use_all), made.blocks_of_request(longest)
     assert made.num_bytes(found) <= num_bytes
@@ -107,7 +107,7 @@ def test_a_cache_too_small_for_one_request_is_refused_with_both_remedies(groups,
 
 def test_a_long_request_needs_few_blocks_of_sliding_window_layers():
     """Shapes of Gemma 3 27B: 62 layers, every sixth sees everything, the others 1024 tokens."""
-    shape = CacheShape(62, 16, 128, 128, 16, torch.bfloat16)
+    shape = CacheShape.uniform(62, 16, 128, 128, 16, torch.bfloat16)
     options = [AttentionOptions(1.0, None if (layer + 1) % 6 == 0 else 1024) for layer in range(62)]
     made = CacheSizing(shape, CacheGroups.of(options, 131072), 131072, 256, 2048)
     before = shape.blocks_for(32768) * shape.bytes_per_block
@@ -116,3 +116,34 @@ def test_a_long_request_needs_few_blocks_of_sliding_window_layers():
         [attention_span.most_blocks(32768, 1, 16) for attention_span in made.groups.attention_spans]
     )
     assert [round(count / 2**30, 2) for count in (before, after, decoding)] == [15.5, 3.73, 2.91]
+
+
+def test_layers_without_attention_belong_to_no_group() -> None:
+    window = AttentionOptions(1.0, sliding_window=6)
+    groups = CacheGroups.of([None, window, None, AttentionOptions(1.0)], max_model_len=100)
+    assert groups.attention_spans == (AttentionSpan(), AttentionSpan(6))
+    assert groups.of_layer == (None, 1, None, 0)
+    assert CacheGroups.of([None, None], max_model_len=100) == CacheGroups((AttentionSpan(),), (None, None))
+
+
+def test_a_block_takes_what_the_layers_of_its_group_cache() -> None:
+    """Full attention with wide heads, windows with narrow ones, and layers that read others' cache."""
+    wide, narrow = LayerShape(2, 16, 16), LayerShape(4, 8, 6)
+    shape = CacheShape((narrow, wide, narrow, None, None), 4, torch.float32, sources=((3, 2), (4, 1)))
+    groups = CacheGroups((AttentionSpan(), AttentionSpan(6)), (1, 0, 1, 1, 0))
+    made = CacheSizing(shape, groups, 100, 3, 16)
+    assert made.num_bytes([1]) == 4 * 4 * 2 * 32
+    assert made.num_bytes([1, 10]) == 4 * 4 * (2 * 32 + 10 * 2 * 4 * 14)
+    cache = PagedCache(shape, [7, 5], torch.device("cpu"), groups=groups)
+    assert cache.num_bytes == made.num_bytes([7, 5]) == sum(t.nbytes for t in {*cache.keys, *cache.values})
+    assert cache.of_layer(3)[0] is cache.keys[2]
+    assert cache.of_layer(4)[1] is cache.values[1]
+
+
+def test_a_cache_without_layers_has_the_blocks_that_the_scheduler_can_use() -> None:
+    shape = CacheShape((None, None), 4, torch.float32)
+    made = CacheSizing(shape, CacheGroups.of([None, None], 28), 28, 3, 16)
+    assert made.blocks_within(0) == made.blocks_within(1000, use_all=True) == [3 * 7]
+    made.check_fits_one_request([21])
+    cache = PagedCache(shape, [21], torch.device("cpu"), groups=made.groups)
+    assert (cache.num_blocks, cache.num_bytes) == (21, 0)

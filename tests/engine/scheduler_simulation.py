@@ -60,7 +60,7 @@ class Simulation:
         """num_blocks: of the first group; the others have what an engine would give them."""
         self.config = SchedulerConfig(**{"max_num_batched_tokens": 8192, **scheduler})
         sizing = CacheSizing(
-            CacheShape(len(attention_spans), 1, 1, 1, block_size, torch.float32),
+            CacheShape.uniform(len(attention_spans), 1, 1, 1, block_size, torch.float32),
             CacheGroups(attention_spans, (*range(len(attention_spans)),)),
             max_model_len,
             self.config.max_num_seqs,

@@ -22,7 +22,7 @@ def _exact() -> None:
 
 
 def make_cache(dtype: torch.dtype, heads: int, width: int, device: str = "cpu") -> PagedCache:
-    return PagedCache(CacheShape(1, heads, width, width, 4, dtype), 3, torch.device(device))
+    return PagedCache(CacheShape.uniform(1, heads, width, width, 4, dtype), 3, torch.device(device))
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -113,7 +113,7 @@ def test_keys_and_values_are_stored(cache_dtype, heads) -> None:
     packed = torch.randn(TOKENS, heads * (24 + 8) + 5).bfloat16() * 300
     key, value = (x.unflatten(-1, (heads, -1)) for x in packed[:, 5:].split([heads * 24, heads * 8], dim=-1))
     slots = torch.tensor([11, 3, 4])
-    caches = [PagedCache(CacheShape(1, heads, 24, 8, 4, cache_dtype), 3, torch.device("cpu")) for _ in range(2)]
+    caches = [PagedCache(CacheShape.uniform(1, heads, 24, 8, 4, cache_dtype), 3, torch.device("cpu")) for _ in range(2)]
     caches[0].write(0, slots, key, value)
     cache_kernels.store(*(x[0].flatten(0, 1) for x in (caches[1].keys, caches[1].values)), slots, key, value)
     for expected, found in zip(caches[0].read(0, slots), caches[1].read(0, slots), strict=True):

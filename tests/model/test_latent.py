@@ -62,7 +62,7 @@ def logits_of(
     """Run `steps`, each a range of tokens per sequence, and return the logits of each: [n, V]."""
     shape = model.shape
     cache = PagedCache(
-        CacheShape(
+        CacheShape.uniform(
             shape.num_layers,
             shape.num_key_value_heads,
             shape.key_width,
@@ -304,7 +304,7 @@ def test_memory_per_rank_of_published_shapes(family: str) -> None:
     def bytes_of(world_size: int, wanted: bool | None) -> int:
         layout = Layout(Mode(world_size, 1))
         shape = ModelBuilder(config, dict, ModelConfig(path="-"), layout, world_size - 1, CPU, latent=wanted).shape
-        cached = CacheShape(
+        cached = CacheShape.uniform(
             shape.num_layers,
             shape.key_value_heads_of(world_size - 1, layout),
             shape.key_width,
@@ -322,7 +322,7 @@ def test_memory_per_rank_of_published_shapes(family: str) -> None:
 
 
 def test_a_latent_cache_has_no_value_tensor() -> None:
-    shape = CacheShape(1, 1, 6, 4, BLOCK, torch.float32, values_in_keys=True)
+    shape = CacheShape.uniform(1, 1, 6, 4, BLOCK, torch.float32, values_in_keys=True)
     cache = PagedCache(shape, 3, CPU)
     key = torch.randn(2, 1, 6)
     cache.write(0, torch.tensor([9, 2]), key, key[..., :4])

@@ -113,7 +113,7 @@ def collective_seconds(folder: Path) -> dict[str, float]:
 
 
 class TestWhetherStepsAreRecorded:
-    shape = CacheShape(2, 2, 16, 16, 4, torch.float32)
+    shape = CacheShape.uniform(2, 2, 16, 16, 4, torch.float32)
 
     def wants(self, eager, backend=None, shape=shape, matmul=True):
         backend = backend or NativeAttention()
@@ -131,4 +131,4 @@ class TestWhetherStepsAreRecorded:
         assert not self.wants(eager, matmul=False)
 
     def test_a_cache_of_another_type_is_read_by_torch(self):
-        assert not self.wants(None, shape=CacheShape(2, 2, 16, 16, 4, torch.bfloat16))
+        assert not self.wants(None, shape=CacheShape.uniform(2, 2, 16, 16, 4, torch.bfloat16))

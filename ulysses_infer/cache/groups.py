@@ -16,15 +16,15 @@ T = TypeVar("T")
 class CacheGroups:
     """The cache groups of a model, longest attention span first.
 
-    Each cache group has its own pool of blocks, and each sequence its own block table per group. So all blocks of a
-    pool have the same size, and all layers of a group read the same table.
+    Each cache group has its own pool of blocks, and each sequence its own block table per group. All layers of a group
+    read the same table; a block takes memory in each of them, as much as the heads of that layer need.
 
     Not to be confused with process groups (ranks) and query groups (heads that share a KV head).
     """
 
     attention_spans: tuple[AttentionSpan, ...]
-    of_layer: tuple[int, ...]
-    """The cache group of each layer."""
+    of_layer: tuple[int | None, ...]
+    """The cache group of each layer; None: it has no attention."""
 
     @classmethod
     def single(cls, num_layers: int, attention_span: AttentionSpan | None = None) -> CacheGroups:
@@ -32,18 +32,23 @@ class CacheGroups:
         return cls((attention_span or AttentionSpan(),), (0,) * num_layers)
 
     @classmethod
-    def of(cls, options: Iterable[AttentionOptions], max_model_len: int) -> CacheGroups:
-        """Groups layers by their attention options, in layer order, for texts of up to `max_model_len` tokens."""
-        layers = [o.span.within(max_model_len) for o in options]
-        attention_spans = sorted(
-            dict.fromkeys(layers), key=lambda attention_span: attention_span.length or max_model_len, reverse=True
-        )
-        return cls(tuple(attention_spans), tuple(attention_spans.index(attention_span) for attention_span in layers))
+    def of(cls, options: Iterable[AttentionOptions | None], max_model_len: int) -> CacheGroups:
+        """Groups layers by their attention options, in layer order, for texts of up to `max_model_len` tokens.
+
+        None: a layer without attention. A model without any attention has one group without layers.
+        """
+        layers = [None if each is None else each.span.within(max_model_len) for each in options]
+        distinct = dict.fromkeys(span for span in layers if span is not None) or {AttentionSpan(): None}
+        spans = sorted(distinct, key=lambda span: span.length or max_model_len, reverse=True)
+        return cls(tuple(spans), tuple(None if span is None else spans.index(span) for span in layers))
 
     def each_layer(self, of_groups: Sequence[T]) -> list[T] | None:
-        """The item of `of_groups` for each layer; None if there is only one group."""
-        return [of_groups[group] for group in self.of_layer] if len(of_groups) > 1 else None
+        """The item of `of_groups` for each layer; None if there is only one group.
 
-    def num_layers(self, group: int) -> int:
-        """Number of layers of a group."""
-        return self.of_layer.count(group)
+        A layer without attention gets the first.
+        """
+        return [of_groups[group or 0] for group in self.of_layer] if len(of_groups) > 1 else None
+
+    def layers_of(self, group: int) -> list[int]:
+        """The layers of a group."""
+        return [layer for layer, own in enumerate(self.of_layer) if own == group]

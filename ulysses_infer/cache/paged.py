@@ -29,19 +29,63 @@ class IndexShape:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class CacheShape:
-    """Shape of one rank's cache. Key and value widths may differ (MLA)."""
+class LayerShape(NamedTuple):
+    """What one layer caches of each token on one rank. Key and value widths may differ."""
 
-    num_layers: int
     num_key_value_heads: int
     key_width: int
     value_width: int
-    block_size: int
-    dtype: torch.dtype
     values_in_keys: bool = False
     """Whether values are the first elements of the keys (MLA latents) and not stored separately."""
+
+    @property
+    def elements(self) -> int:
+        """Cached elements per token."""
+        return self.num_key_value_heads * (self.key_width + (0 if self.values_in_keys else self.value_width))
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Shape of one rank's cache, layer by layer."""
+
+    layers: tuple[LayerShape | None, ...]
+    """None: the layer has no cache of its own."""
+    block_size: int
+    dtype: torch.dtype
+    sources: tuple[tuple[int, int], ...] = ()
+    """Pairs of a layer without a cache of its own and the layer whose keys and values it reads."""
     index: IndexShape | None = None
+
+    @classmethod
+    def uniform(
+        cls,
+        num_layers: int,
+        num_key_value_heads: int,
+        key_width: int,
+        value_width: int,
+        block_size: int,
+        dtype: torch.dtype,
+        values_in_keys: bool = False,
+        index: IndexShape | None = None,
+    ) -> CacheShape:
+        """The shape of `num_layers` layers that are alike."""
+        layer = LayerShape(num_key_value_heads, key_width, value_width, values_in_keys)
+        return cls((layer,) * num_layers, block_size, dtype, index=index)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model, with a cache or without."""
+        return len(self.layers)
+
+    @property
+    def own_layers(self) -> list[LayerShape]:
+        """The layers that have a cache of their own."""
+        return [layer for layer in self.layers if layer is not None]
+
+    @property
+    def values_in_keys(self) -> bool:
+        """Whether a layer caches latents."""
+        return any(layer.values_in_keys for layer in self.own_layers)
 
     @property
     def bytes_per_block(self) -> int:
@@ -50,10 +94,11 @@ class CacheShape:
 
     def bytes_of_layer(self, layer: int) -> int:
         """Bytes of one block's keys and values in `layer`, and of its index keys."""
-        values = self.num_key_value_heads * (self.key_width + (0 if self.values_in_keys else self.value_width))
+        own = self.layers[layer]
+        values = 0 if own is None else own.elements * self.dtype.itemsize
         indexed = self.index is not None and layer in self.index.layers
         index_bytes = self.index.width * self.index.dtype.itemsize if indexed and self.index is not None else 0
-        return self.block_size * (values * self.dtype.itemsize + index_bytes)
+        return self.block_size * (values + index_bytes)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks needed for `num_tokens` tokens of one sequence."""
@@ -71,7 +116,8 @@ class PagedCache:
     """keys[layer], values[layer]: [num_blocks, block_size, Hkv, width], with the Hkv heads of this rank's shard.
 
     index_keys[layer]: [num_blocks, block_size, 1, width] of the layers with an index, the same on every rank.
-    All layers of a cache group have the same number of blocks.
+    All layers of a cache group have the same number of blocks. A layer that reads another layer's cache has the same
+    tensors; one without a cache has empty ones.
     """
 
     def __init__(
@@ -97,44 +143,51 @@ class PagedCache:
 
     def take(self) -> None:
         """Allocate the memory; its content is undefined."""
-        self.keys = [self._allocate(layer, self.shape.key_width) for layer in range(self.shape.num_layers)]
-        if self.shape.values_in_keys:
-            self.values = [keys[..., : self.shape.value_width] for keys in self.keys]
-        else:
-            self.values = [self._allocate(layer, self.shape.value_width) for layer in range(self.shape.num_layers)]
+        pairs = [self._take_layer(layer) for layer in range(self.shape.num_layers)]
+        for layer, source in self.shape.sources:
+            pairs[layer] = pairs[source]
+        self.keys, self.values = [keys for keys, _ in pairs], [values for _, values in pairs]
         index = self.shape.index
         self.index_keys: dict[int, torch.Tensor] = {}
         if index is not None:
-            self.index_keys = {n: self._allocate(n, index.width, 1, index.dtype) for n in sorted(index.layers)}
+            self.index_keys = {n: self._allocate(n, 1, index.width, index.dtype) for n in sorted(index.layers)}
 
     def release(self) -> None:
         """Free the memory, until `take`."""
         self.keys, self.values, self.index_keys = [], [], {}
 
-    def _allocate(
-        self, layer: int, width: int, heads: int | None = None, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        shape, num_blocks = self.shape, self.blocks_of_groups[self.groups.of_layer[layer]]
+    def _take_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer; empty if it has no cache of its own."""
+        shape, dtype = self.shape.layers[layer], self.shape.dtype
+        if shape is None:
+            nothing = torch.empty(0, dtype=dtype, device=self.device)
+            return nothing, nothing
+        keys = self._allocate(layer, shape.num_key_value_heads, shape.key_width, dtype)
+        if shape.values_in_keys:
+            return keys, keys[..., : shape.value_width]
+        return keys, self._allocate(layer, shape.num_key_value_heads, shape.value_width, dtype)
+
+    def _allocate(self, layer: int, heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        shape = self._num_blocks_of(layer) + self._scratch_blocks, self.shape.block_size, heads, width
         # Not touched before it is written: on a CPU, pages are allocated when blocks are first used.
-        return torch.empty(
-            num_blocks + self._scratch_blocks,
-            shape.block_size,
-            heads or shape.num_key_value_heads,
-            width,
-            dtype=dtype or shape.dtype,
-            device=self.device,
-        )
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _num_blocks_of(self, layer: int) -> int:
+        group = self.groups.of_layer[layer]
+        return 0 if group is None else self.blocks_of_groups[group]
 
     def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the step's keys and values. slots: [T]; key: [T, Hkv, d]; value: [T, Hkv, dv]."""
+        shape = self.shape.layers[layer]
+        assert shape is not None, f"layer {layer} has no cache of its own"
         if self._has_kernel:
             from ulysses_infer.kernels.cache import store
 
             keys, values = self.rows(layer)
-            store(keys, None if self.shape.values_in_keys else values, slots, key, value)
+            store(keys, None if shape.values_in_keys else values, slots, key, value)
             return
         self._store_rows(self.keys[layer], slots, key)
-        if not self.shape.values_in_keys:
+        if not shape.values_in_keys:
             self._store_rows(self.values[layer], slots, value)
 
     def write_index(self, layer: int, slots: torch.Tensor, key: torch.Tensor) -> None:
@@ -164,6 +217,10 @@ class PagedCache:
             new, cached = new.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8), cached.view(torch.uint8)
         cached.flatten(0, 1).index_copy_(0, slots, new.to(cached.dtype))
 
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that `layer` attends to, its own or another layer's."""
+        return self.keys[layer], self.values[layer]
+
     def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The cache by slots, for kernels that write it: keys [slots, Hkv, d] and values [slots, Hkv, dv]."""
         return self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
@@ -185,8 +242,8 @@ class PagedCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole cache."""
-        layers = enumerate(self.groups.of_layer)
-        return sum(self.blocks_of_groups[group] * self.shape.bytes_of_layer(layer) for layer, group in layers)
+        layers = range(self.shape.num_layers)
+        return sum(self._num_blocks_of(layer) * self.shape.bytes_of_layer(layer) for layer in layers)
 
 
 def _is_dense(rows: torch.Tensor) -> bool:

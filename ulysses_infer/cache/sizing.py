@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import CacheShape
@@ -23,8 +24,13 @@ class CacheSizing:
 
     def num_bytes(self, num_blocks: Sequence[int]) -> int:
         """Bytes of `num_blocks[group]` blocks in each of the first cache groups."""
-        layers = [(layer, group) for layer, group in enumerate(self.groups.of_layer) if group < len(num_blocks)]
-        return sum(num_blocks[group] * self.shape.bytes_of_layer(layer) for layer, group in layers)
+        return sum(count * size for count, size in zip(num_blocks, self._block_bytes, strict=False))
+
+    @cached_property
+    def _block_bytes(self) -> list[int]:
+        """Bytes of one block of each cache group, in all of the group's layers."""
+        groups = range(len(self.groups.attention_spans))
+        return [sum(map(self.shape.bytes_of_layer, self.groups.layers_of(group))) for group in groups]
 
     @property
     def longest_request_bytes(self) -> int:
@@ -50,7 +56,8 @@ class CacheSizing:
         As `blocks_per_group`, but sliding windows are sized for fewer requests if a request of `max_model_len` tokens
         would not fit otherwise.
         """
-        most = num_bytes // self.num_bytes([1]) if use_all else self._max_usable_blocks(0, self.max_num_seqs)
+        per_block = self._block_bytes[0]  # 0 if no layer has attention
+        most = num_bytes // per_block if use_all and per_block else self._max_usable_blocks(0, self.max_num_seqs)
         first = self._largest(range(most + 1), self.blocks_per_group, num_bytes)
         longest = self.blocks_of_request(self.max_model_len)
         if first >= longest[0] or self.num_bytes(longest) > num_bytes:

@@ -19,7 +19,8 @@ from ulysses_infer.model.loading.sources import Checkpoint, GivenModel, find_che
 from ulysses_infer.model.loading.weights import Weights
 from ulysses_infer.model.lora.adapter import adapter_bytes, read_adapter
 from ulysses_infer.model.lora.attach import attach_adapters
-from ulysses_infer.model.model import ModelBuilder, ModelShape, ShiftModel, choose_dtype, read_config
+from ulysses_infer.model.model import ModelBuilder, ShiftModel, choose_dtype, read_config
+from ulysses_infer.model.shape import ModelShape
 from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.worker.channel import Channel
 from ulysses_infer.worker.worker import ROWS_PER_GATHER

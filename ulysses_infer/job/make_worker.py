@@ -81,16 +81,8 @@ def make_worker(
 
 def cache_shape(config: Config, model: ShiftModel, groups: ProcessGroups) -> CacheShape:
     """The shape of this rank's cache blocks."""
-    sizes = model.shape
-    return CacheShape(
-        num_layers=sizes.num_layers,
-        num_key_value_heads=sizes.key_value_heads_of(groups.shard, groups.layout),
-        key_width=sizes.key_width,
-        value_width=sizes.value_width,
-        block_size=config.cache.block_size,
-        dtype={"auto": model.dtype, "fp8": FP8, **DTYPES}[config.cache.dtype],
-        values_in_keys=sizes.values_in_keys,
-    )
+    dtype = {"auto": model.dtype, "fp8": FP8, **DTYPES}[config.cache.dtype]
+    return model.shape.cache_shape(groups.shard, groups.layout, config.cache.block_size, dtype)
 
 
 def make_states(
@@ -143,13 +135,13 @@ def make_attention(name: str, model: ShiftModel, shape: CacheShape, device: torc
 def attention_needs(model: ShiftModel, shape: CacheShape, device: torch.device) -> AttentionNeeds:
     """What the model, its cache and the GPU require of attention."""
     return AttentionNeeds.of(
-        model.attention_options,
+        [options for options in model.attention_options if options is not None],
         model.shape.max_model_len,
         capability(device) or torch.cuda.get_device_capability(device),
         model.dtype,
         shape.dtype,
-        shape.key_width,
-        shape.value_width,
+        max((layer.key_width for layer in shape.own_layers), default=0),
+        max((layer.value_width for layer in shape.own_layers), default=0),
         shape.block_size,
         shape.values_in_keys,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ulysses_infer.model.experts import choose_placement, expert_sizes
 from ulysses_infer.model.fusion.decoder import FusedDecoder
 from ulysses_infer.model.fusion.fuse import Fusion
 from ulysses_infer.model.injection.architectures import check_supported
-from ulysses_infer.model.injection.heads import attention_heads
+from ulysses_infer.model.injection.heads import layer_heads
 from ulysses_infer.model.injection.inject import Injection
 from ulysses_infer.model.injection.latent_cache import enable_latent_cache
 from ulysses_infer.model.injection.probe import probe
@@ -37,31 +36,11 @@ from ulysses_infer.model.loading.weight_tying import resolve_weight_tying
 from ulysses_infer.model.quantization.cache_scales import apply_cache_scales
 from ulysses_infer.model.quantization.formats import read_quantization
 from ulysses_infer.model.quantization.layers import mark_quantised
-from ulysses_infer.parallel.layout import Layout, Mode, Span, key_value_span
+from ulysses_infer.model.shape import LayerHeads, ModelShape
+from ulysses_infer.parallel.layout import Layout, Mode, Span
 
 LARGE_TENSOR_ELEMENTS = 1 << 26  # elements
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a model that the engine needs."""
-
-    num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    key_width: int
-    value_width: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    max_model_len: int
-    values_in_keys: bool = False
-    """Whether the cache holds MLA latents: one key per token, whose first elements are the value."""
-
-    def key_value_heads_of(self, shard: int, layout: Layout) -> int:
-        """Number of KV heads that `shard` caches, in every mode."""
-        return key_value_span(self.num_key_value_heads, shard, layout.world_size).size
 
 
 class ShiftModel:
@@ -71,8 +50,8 @@ class ShiftModel:
         self.injection, self.shape, self.dtype = injection, shape, dtype
         self.module = injection.model
         self.decoder: FusedDecoder | None = None
-        self.attention_options: list[AttentionOptions] = []
-        """The attention options of each layer, recorded by the probe."""
+        self.attention_options: list[AttentionOptions | None] = []
+        """The attention options of each layer, recorded by the probe; None: it has no attention."""
         self._mode: Mode | None = None
         self.hf_overrides: Mapping[str, Any] = {}
         """The config values that the recipe overrides."""
@@ -309,22 +288,16 @@ def model_shape(injection: Injection, max_model_len: int | None, latent: LatentW
 
     Raises `ConfigError` if `max_model_len` exceeds its table of learned positions.
     """
-    config, layer = injection.config, injection.attention_layers[0]
-    heads = attention_heads(layer, config)
-    width = getattr(layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key_width, value_width = getattr(layer, "qk_head_dim", None), getattr(layer, "v_head_dim", None)
-    if latent is not None:
-        key_width, value_width = latent.cached, latent.latent
+    config = injection.config
+    layers: list[LayerHeads | None] = [None] * config.num_hidden_layers
+    for module in injection.attention_layers:
+        layer: Any = module
+        layers[layer.layer_idx] = layer_heads(layer, config, latent)
     return ModelShape(
-        num_layers=config.num_hidden_layers,
-        num_attention_heads=heads.num_attention_heads,
-        num_key_value_heads=heads.num_key_value_heads if latent is None else 1,
-        key_width=key_width or width,
-        value_width=value_width or width,
+        layers=tuple(layers),
         hidden_size=config.hidden_size,
         intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab_size=injection.head_vocab_size,
         # Only one rank warns.
         max_model_len=choose_max_model_len(config, max_model_len, warn=injection.base.shard == 0),
-        values_in_keys=latent is not None,
     )

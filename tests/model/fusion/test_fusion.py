@@ -67,7 +67,9 @@ def logprobs(model: ShiftModel) -> torch.Tensor:
     """[n, V] of a prompt of `LENGTH` tokens in two chunks, with real attention over a real cache."""
     shape = model.shape
     cache = PagedCache(
-        CacheShape(shape.num_layers, shape.num_key_value_heads, shape.key_width, shape.value_width, 4, model.dtype),
+        CacheShape.uniform(
+            shape.num_layers, shape.num_key_value_heads, shape.key_width, shape.value_width, 4, model.dtype
+        ),
         LENGTH,
         CPU,
     )

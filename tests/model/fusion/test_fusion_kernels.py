@@ -71,8 +71,7 @@ def test_inputs_are_quantised_once_by_the_kernels_that_write_them(name: str, tmp
     with assume("cpu", (9, 0)):
         layout, settings = Layout(Mode(1, 1)), ModelConfig(path="-", dtype="bfloat16")
         model = ModelBuilder.from_folder(tmp_path, settings, layout, 0, torch.device("cpu")).load()
-        rows = torch.empty(2, 2, 32, dtype=torch.bfloat16)
-        context = trial_context(layout, 0, ProbeCache((rows, rows)), ProbeAttention())
+        context = trial_context(layout, 0, ProbeCache.of(model), ProbeAttention())
         found, launches = logits_and_launches(model, context)
         for module in model.module.modules():
             if hasattr(module, "_elementwise"):

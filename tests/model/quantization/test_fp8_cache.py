@@ -101,7 +101,7 @@ def test_scales_are_read_and_bad_ones_refused(tmp_path):
 
 
 def test_it_takes_one_byte_per_number_and_never_holds_nan():
-    shape = CacheShape(1, 2, 8, 6, 4, FP8)
+    shape = CacheShape.uniform(1, 2, 8, 6, 4, FP8)
     assert shape.bytes_per_block == 4 * 2 * 14
     cache = PagedCache(shape, 3, CPU)
     key, value = torch.randn(3, 2, 8), torch.tensor([1e6, -1e6, 448, 0.3, -2.5, 0]).expand(3, 2, 6)

@@ -106,7 +106,7 @@ def _memory(run: DryRun) -> Iterator[Sequence[str]]:
 
 
 def _attention(run: DryRun) -> Iterator[Sequence[str]]:
-    kinds = Counter(_kind(options.span) for options in run.rank.model.attention_options)
+    kinds = Counter(_kind(options.span) for options in run.rank.model.attention_options if options is not None)
     for kind, count in kinds.items():
         yield kind, f"{count} layers", run.attention.name
     for name, reason in run.attention.rejected.items():

@@ -52,7 +52,7 @@ class Fusion:
         self.elementwise: Elementwise = make_elementwise(model.dtype, device)
         self.fused: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
-        self._cache, self._attention = ProbeCache(self._cache_rows(device)), ProbeAttention()
+        self._cache, self._attention = ProbeCache.of(model), ProbeAttention()
         layout, shard = model.injection.layout, model.injection.base.shard
         self._context = trial_context(layout, shard, self._cache, self._attention, device, model.state_shapes)
         self._tokens = torch.tensor([token % model.shape.vocab_size for token in TOKENS], device=device)
@@ -68,16 +68,6 @@ class Fusion:
             self._stack_all()
         self.decoder = self._fuse_decoder()
         self._log_summary()
-
-    def _cache_rows(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the trial's tokens."""
-        shape, base = self.model.shape, self.injection.base
-        heads = len(TOKENS), shape.key_value_heads_of(base.shard, self.injection.layout)
-        keys, values = (
-            torch.empty(*heads, width, dtype=self.model.dtype, device=device)
-            for width in (shape.key_width, shape.value_width)
-        )
-        return keys, values
 
     def _replace_all(self, kind: Any) -> None:
         found = [module for module in self._modules(kind) if kind.candidate(module)]
@@ -119,11 +109,11 @@ class Fusion:
 
     def _run(self, modules: list[nn.Module]) -> tuple[dict[nn.Module, Call], dict[int, AttentionOptions]]:
         """The inputs of `modules` in one forward of the model, and the attention options of each layer."""
-        self._cache.layers.clear()
+        self._cache.readers.clear()
         self._attention.options.clear()
         with record_calls(modules) as calls:
             self._logits()
-        return calls, dict(zip(self._cache.layers, self._attention.options, strict=True))
+        return calls, dict(zip(self._cache.readers, self._attention.options, strict=True))
 
     def _logits(self) -> torch.Tensor:
         rows = torch.arange(len(TOKENS), device=self._tokens.device)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from torch import nn
 
 from ulysses_infer.errors import UnsupportedModelError
-from ulysses_infer.model.injection.heads import LocalHeadCounts, PerHeadParameter, attention_heads
+from ulysses_infer.model.injection.heads import LocalHeadCounts, PerHeadParameter, attention_heads, head_width
 from ulysses_infer.model.injection.rules import (
     ATTENTION_INPUTS,
     ATTENTION_OUTPUTS,
@@ -110,14 +110,14 @@ class AttentionInjector:
         ):
             norm = dict(module.named_children()).get(child)
             size = 0 if norm is None else sum(parameter.numel() for parameter in norm.parameters())
-            if norm is None or size <= self._head_width(module):
+            if norm is None or size <= head_width(module, self.config):
                 continue
             weight = getattr(norm, "weight", None)
             if weight is not None and weight.dim() == 2:
                 self._replace(module, child, PerHeadNorm(norm, Part(count, shared=shared)))
             elif weight is not None and is_rms_norm(norm):
                 self._replace(module, child, ShardedRMSNorm(norm, Part(count, weight.numel() // count, shared)))
-            elif weight is None or weight.numel() > self._head_width(module):
+            elif weight is None or weight.numel() > head_width(module, self.config):
                 raise UnsupportedModelError(
                     f"{child} of {type(module).__name__} is a norm across heads, of a kind that cannot be sharded"
                 )
@@ -132,10 +132,6 @@ class AttentionInjector:
                     f"{name}.{leaf} {list(parameter.shape)} is a weight inside attention that no sharding rule covers"
                 )
             self.mode_aware_layers.append(PerHeadParameter(module, leaf, heads.num_attention_heads))
-
-    def _head_width(self, module: nn.Module) -> int:
-        width = getattr(module, "head_dim", None) or getattr(self.config, "head_dim", None)
-        return int(width or self.config.hidden_size // self.config.num_attention_heads)
 
     def _check(self, name: str, module: nn.Module) -> None:
         """Raise `UnsupportedModelError` if the module is not causal or has weights that no rule covers."""

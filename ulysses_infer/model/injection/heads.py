@@ -14,6 +14,8 @@ from ulysses_infer.model.injection.rules import (
     AttentionHeads,
 )
 from ulysses_infer.model.layers.head_plan import HeadPlan
+from ulysses_infer.model.layers.latent import LatentWidths
+from ulysses_infer.model.shape import LayerHeads
 from ulysses_infer.parallel.layout import Place
 from ulysses_infer.parallel.sharding import Part
 
@@ -26,6 +28,23 @@ def attention_heads(module: nn.Module, config: Any) -> AttentionHeads:
         return AttentionHeads(query_heads, query_heads)
     key_value_heads = _first_int(module, KEY_VALUE_COUNT_NAMES) or getattr(config, "num_key_value_heads", None)
     return AttentionHeads(int(query_heads), int(key_value_heads or query_heads))
+
+
+def layer_heads(module: Any, config: Any, latent: LatentWidths | None) -> LayerHeads:
+    """The heads of an attention layer as the cache needs them; `latent`: the widths of what it caches instead."""
+    heads = attention_heads(module, config)
+    if latent is not None:
+        return LayerHeads(heads.num_attention_heads, 1, latent.cached, latent.latent, values_in_keys=True)
+    width = head_width(module, config)
+    key_width, value_width = getattr(module, "qk_head_dim", None), getattr(module, "v_head_dim", None)
+    counts = heads.num_attention_heads, heads.num_key_value_heads
+    return LayerHeads(*counts, key_width or width, value_width or width)
+
+
+def head_width(module: Any, config: Any) -> int:
+    """The width of a head that the module's own attributes or its config give."""
+    width = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
+    return int(width or config.hidden_size // config.num_attention_heads)
 
 
 class LocalHeadCounts:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.cache.states import StateCache, StateSequences, StateShape
 from ulysses_infer.errors import UnsupportedModelError, first_line
 from ulysses_infer.model.context import StepContext
@@ -20,30 +21,45 @@ from ulysses_infer.parallel.collectives import Collectives
 from ulysses_infer.parallel.layout import Layout, Span
 
 TRIALS = ((3, 5, 7), (11, 13, 17), (19, 23, 29))  # token ids; rounding may flip an expert in one trial, not in all
+TOKENS = 2  # per trial
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}  # of the largest logit
 
 
 class ProbeCache:
-    """Stub of the paged cache: holds the keys and values of one step and records which layers wrote."""
+    """Stub of the paged cache: holds the keys and values of one step and records which layers wrote and read."""
 
-    def __init__(self, like: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
-        """like: tensors of the shapes of a layer's keys and values, for `rows`."""
+    def __init__(self, shape: CacheShape, device: torch.device) -> None:
+        self._shape, self._device = shape, device
+        self._sources = dict(shape.sources)
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
-        self.layers: list[int] = []
-        self._like = like
+        self.readers: list[int] = []
+
+    @classmethod
+    def of(cls, model: Any) -> ProbeCache:
+        """For a `ShiftModel`."""
+        base, layout = model.injection.base, model.injection.layout
+        return cls(model.shape.cache_shape(base.shard, layout, 1, model.dtype), next(model.module.parameters()).device)
 
     def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `PagedCache.rows`."""
-        assert self._like is not None
-        self.keys[layer], self.values[layer] = (torch.empty_like(each) for each in self._like)
-        self.layers.append(layer)
+        shape = self._shape.layers[layer]
+        assert shape is not None
+        self.keys[layer], self.values[layer] = (
+            torch.empty(TOKENS, shape.num_key_value_heads, width, dtype=self._shape.dtype, device=self._device)
+            for width in (shape.key_width, shape.value_width)
+        )
         return self.keys[layer], self.values[layer]
 
     def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """key: [T, Hkv, d]; value: [T, Hkv, dv]."""
         self.keys[layer], self.values[layer] = key, value
-        self.layers.append(layer)
+
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `PagedCache.of_layer`."""
+        self.readers.append(layer)
+        source = self._sources.get(layer, layer)
+        return self.keys[source], self.values[source]
 
 
 class ProbeAttention:
@@ -86,16 +102,16 @@ def probe(model: Any) -> None:
 
 
 def _first_problem(model: Any) -> str | None:
-    cache, attention = ProbeCache(), ProbeAttention()
+    cache, attention = ProbeCache.of(model), ProbeAttention()
     layout, shard = model.injection.layout, model.injection.base.shard
     context = trial_context(layout, shard, cache, attention, _device_of(model), model.state_shapes)
     _logits(model, context, [1, 2], [0, 1])
-    by_layer = dict(zip(cache.layers, attention.options, strict=True))
-    model.attention_options = [by_layer[layer] for layer in sorted(by_layer)]
+    by_layer = dict(zip(cache.readers, attention.options, strict=True))
+    model.attention_options = [by_layer.get(layer) for layer in range(model.shape.num_layers)]
     return (
         _check_layers(model, cache)
         or _check_heads(model, layout, shard, cache)
-        or _check_windows(model, cache, attention)
+        or _check_windows(model)
         or _check_token_isolation(model, context)
     )
 
@@ -133,27 +149,33 @@ def _device_of(model: Any) -> torch.device:
 
 
 def _check_layers(model: Any, cache: ProbeCache) -> str | None:
-    count = model.shape.num_layers
-    if sorted(cache.layers) == list(range(count)):
+    expected = [layer for layer, heads in enumerate(model.shape.layers) if heads is not None]
+    if sorted(cache.readers) == expected:
         return None
-    return f"it has {count} layers, but attention ran on layers {cache.layers} in one step"
+    return f"layers {expected} have attention, but it ran on layers {cache.readers} in one step"
 
 
 def _check_heads(model: Any, layout: Layout, shard: int, cache: ProbeCache) -> str | None:
-    shape = model.shape
-    heads = shape.key_value_heads_of(shard, layout)
-    for layer in range(shape.num_layers):
+    for layer, heads in enumerate(model.shape.layers):
+        if heads is None or heads.source is not None:
+            continue
         found = (*cache.keys[layer].shape[1:], cache.values[layer].shape[2])
-        if found != (heads, shape.key_width, shape.value_width):
-            return f"layer {layer} has key/value heads of a different number or width than layer 0"
+        expected = (heads.cached_by(shard, layout), heads.key_width, heads.value_width)
+        if found != expected:
+            return f"layer {layer} has key/value heads of {found} (number, widths), its config says {expected}"
     return None
 
 
-def _check_windows(model: Any, cache: ProbeCache, attention: ProbeAttention) -> str | None:
+def _check_windows(model: Any) -> str | None:
     kinds = getattr(model.injection.config, "layer_types", None)
-    for layer, options in zip(cache.layers, attention.options, strict=True):
+    for layer, options in enumerate(model.attention_options):
+        if options is None:
+            continue
         if kinds and (kinds[layer] == "sliding_attention") != (options.sliding_window is not None):
             return f"layer {layer} is of type {kinds[layer]}, but uses a window of {options.sliding_window}"
+        source = model.shape.layers[layer].source
+        if source is not None and model.attention_options[source].span != options.span:
+            return f"layer {layer} reads the cache of layer {source}, which has another attention span"
     return None
 
 

@@ -140,7 +140,7 @@ def _attend_cached(
     context: StepContext, layer: int, plan: HeadPlan, query: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
     """Attention over the cache, after its write. query: [T, Hq/W, d]; returns [T, Hq/W, dv]."""
-    cached = context.cache.keys[layer], context.cache.values[layer]
+    cached = context.cache.of_layer(layer)
     metadata, scales = context.attention_of(layer), plan.cache_scales
     if scales is not None:
         # The backend reads the quantized cache: fold the key scale into the scores, the value scale into the output.

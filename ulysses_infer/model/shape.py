@@ -1,0 +1,94 @@
+"""The sizes of a model that the engine needs, with the attention heads of every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ulysses_infer.cache.paged import CacheShape, LayerShape
+from ulysses_infer.parallel.layout import Layout, key_value_span
+
+
+class LayerHeads(NamedTuple):
+    """The attention heads of one layer, over all ranks."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    key_width: int
+    value_width: int
+    values_in_keys: bool = False
+    """Whether the cache holds MLA latents: one key per token, whose first elements are the value."""
+    source: int | None = None
+    """The layer whose keys and values it reads instead of caching its own."""
+
+    def cached_by(self, shard: int, layout: Layout) -> int:
+        """Number of KV heads that `shard` reads from the cache, in every mode."""
+        return key_value_span(self.num_key_value_heads, shard, layout.world_size).size
+
+
+NO_HEADS = LayerHeads(0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that the engine needs."""
+
+    layers: tuple[LayerHeads | None, ...]
+    """None: the layer has no attention."""
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_model_len: int
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers, with attention or without."""
+        return len(self.layers)
+
+    @property
+    def first_heads(self) -> LayerHeads:
+        """The heads of the first layer with attention. Most models have the same in every layer."""
+        return next((layer for layer in self.layers if layer is not None), NO_HEADS)
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the first layer with attention."""
+        return self.first_heads.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """KV heads of the first layer with attention."""
+        return self.first_heads.num_key_value_heads
+
+    @property
+    def key_width(self) -> int:
+        """Width of a key of the first layer with attention."""
+        return self.first_heads.key_width
+
+    @property
+    def value_width(self) -> int:
+        """Width of a value of the first layer with attention."""
+        return self.first_heads.value_width
+
+    @property
+    def values_in_keys(self) -> bool:
+        """Whether a layer caches latents."""
+        return any(layer is not None and layer.values_in_keys for layer in self.layers)
+
+    def key_value_heads_of(self, shard: int, layout: Layout) -> int:
+        """Number of KV heads that `shard` caches of the first layer with attention, in every mode."""
+        return self.first_heads.cached_by(shard, layout)
+
+    def cache_shape(self, shard: int, layout: Layout, block_size: int, dtype: torch.dtype) -> CacheShape:
+        """The shape of the cache of `shard`, the same in every mode."""
+        layers = [None if each is None else _own_cache(each, shard, layout) for each in self.layers]
+        sources = [(layer, each.source) for layer, each in enumerate(self.layers) if each and each.source is not None]
+        return CacheShape(tuple(layers), block_size, dtype, tuple(sources))
+
+
+def _own_cache(heads: LayerHeads, shard: int, layout: Layout) -> LayerShape | None:
+    if heads.source is not None:
+        return None
+    return LayerShape(heads.cached_by(shard, layout), heads.key_width, heads.value_width, heads.values_in_keys)
