@@ -18,6 +18,7 @@ from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.cache.sizing import CacheSizing
+from ulysses_infer.cache.snapshots import SnapshotPool
 from ulysses_infer.config import SchedulerConfig
 from ulysses_infer.engine.request import Request, RequestStatus
 from ulysses_infer.engine.scheduler import Batch, ScheduledRequest, Scheduler
@@ -55,9 +56,12 @@ class Simulation:
         max_model_len: int,
         caching: bool = True,
         attention_spans: tuple[AttentionSpan, ...] = (AttentionSpan(),),
+        snapshots: int | None = None,
+        snapshot_blocks: int = 1,
         **scheduler: Any,
     ) -> None:
-        """num_blocks: of the first group; the others have what an engine would give them."""
+        """num_blocks: of the first group; the others have what an engine would give them. snapshots: of recurrent
+        states, every `snapshot_blocks` blocks; None: the model has no states."""
         self.config = SchedulerConfig(**{"max_num_batched_tokens": 8192, **scheduler})
         sizing = CacheSizing(
             CacheShape.uniform(len(attention_spans), 1, 1, 1, block_size, torch.float32),
@@ -66,9 +70,17 @@ class Simulation:
             self.config.max_num_seqs,
             self.config.max_num_batched_tokens,
         )
-        self.allocator = BlockPools(sizing.blocks_per_group(num_blocks), block_size, caching, attention_spans)
+        self.pool = None if snapshots is None else SnapshotPool(snapshots, first_slot=100)
+        blocks = sizing.blocks_per_group(num_blocks)
+        self.allocator = BlockPools(blocks, block_size, caching, attention_spans, self.pool)
         self.ticks = itertools.count()
-        self.scheduler = Scheduler(self.config, self.allocator, max_model_len, clock=lambda: float(next(self.ticks)))
+        self.scheduler = Scheduler(
+            self.config,
+            self.allocator,
+            max_model_len,
+            clock=lambda: float(next(self.ticks)),
+            snapshot_interval=snapshot_blocks * block_size,
+        )
         self.max_model_len = max_model_len
         self.requests: list[Request] = []
         self.slots: dict[
@@ -76,6 +88,9 @@ class Simulation:
         ] = {}  # (group, block, offset) -> the tokens its KV depends on
         self.tables: dict[int, list[dict[int, int]]] = {}  # what workers know, by request index: blocks by group
         self.computed: dict[int, int] = {}  # the same: tokens of each request in the cache
+        self.states: dict[int, tuple[int, ...]] = {}  # the tokens that the states of each running request depend on
+        self.snapshots: dict[int, tuple[int, ...]] = {}  # the same of each snapshot slot
+        self.num_restored = 0
         self.admitted: list[int] = []  # indices in order of admission
         self.outputs: dict[int, list[int]] = {}  # sampled tokens of each request, known to the host or not yet
         self.sampled: dict[int, dict[int, int]] = {}  # tokens sampled by each in-flight batch, by its id
@@ -114,7 +129,11 @@ class Simulation:
         self._check_order(batch)
         self.check_blocks()
         for item in batch.scheduled:
+            self._restore(item)
+        for item in batch.scheduled:
             self._write(item)
+        for item in batch.scheduled:
+            self._save(item)
         self.sampled[id(batch)] = {i.request.index: self._sample(i) for i in batch.scheduled if i.samples}
         return batch
 
@@ -143,10 +162,37 @@ class Simulation:
             assert all(holders[b] == pool.reference_count(b) for b in range(pool.num_blocks))
             assert pool.num_used == len(holders)
         assert all(not r.block_tables for r in self.requests if r.status is not RequestStatus.RUNNING)
+        self._check_snapshots(running)
         step, size = self.config.max_num_batched_tokens, self.allocator.block_size
         for request, (group, attention_span) in itertools.product(running, enumerate(self.allocator.attention_spans)):
             num_tokens = request.num_tokens + request.num_placeholders
             assert len(request.block_tables[group]) <= attention_span.most_blocks(num_tokens, step, size)
+
+    def _check_snapshots(self, running: list[Request]) -> None:
+        """Slots that requests have reserved, published ones and empty ones are all slots, without overlap."""
+        reserved = [slot for request in running for _, slot in request.reserved_snapshots]
+        assert not any(r.reserved_snapshots for r in self.requests if r.status is not RequestStatus.RUNNING)
+        if self.pool is not None:
+            assert len(set(reserved)) == len(reserved) == self.pool.num_reserved
+            assert set(reserved) <= set(range(100, 100 + self.pool.num_slots))
+            assert self.pool.num_held + self.pool.num_reserved <= self.pool.num_slots
+
+    def _restore(self, item: ScheduledRequest) -> None:
+        """The states that a request starts from are those after the tokens before."""
+        index, tokens = item.request.index, tuple(self._tokens(item.request))
+        if index not in self.states:
+            assert (item.restored is None) == (item.start == 0 or self.pool is None)
+            self.num_restored += item.restored is not None
+            self.states[index] = tokens[: item.start] if item.restored is None else self.snapshots[item.restored]
+        else:
+            assert item.restored is None
+        assert self.states[index] == tokens[: item.start]
+
+    def _save(self, item: ScheduledRequest) -> None:
+        self.states[item.request.index] = tuple(self._tokens(item.request)[: item.start + item.num_new_tokens])
+        if item.snapshot is not None:
+            assert (item.start + item.num_new_tokens) % self.allocator.block_size == 0
+            self.snapshots[item.snapshot] = self.states[item.request.index]
 
     def _tokens(self, request: Request) -> list[int]:
         return [*request.prompt_token_ids, *self.outputs.get(request.index, ())]
@@ -168,7 +214,7 @@ class Simulation:
             assert victim is not min(unfinished, key=lambda r: r.precedence), "the first request was preempted"
             assert victim not in running
             assert all(r.precedence < victim.precedence for r in running), "a later request kept running"
-            del self.tables[victim.index], self.computed[victim.index]
+            del self.tables[victim.index], self.computed[victim.index], self.states[victim.index]
             self.admitted.remove(victim.index)
 
     def _mirror(self, batch: Batch) -> None:

@@ -2,7 +2,7 @@ import pytest
 from scheduler_simulation import prompt, shape, small_simulation
 
 from ulysses_infer.cache.prefix import extend_block_hashes
-from ulysses_infer.engine import scheduler
+from ulysses_infer.engine import request
 from ulysses_infer.engine.request import RequestStatus
 
 # --- what a step holds
@@ -181,7 +181,7 @@ def test_a_long_prompt_is_hashed_once_however_long_it_waits(monkeypatch):
         hashed.extend(token_ids)
         extend_block_hashes(hashes, token_ids, block_size, salt)
 
-    monkeypatch.setattr(scheduler, "extend_block_hashes", spy)
+    monkeypatch.setattr(request, "extend_block_hashes", spy)
     sim = small_simulation(num_blocks=16, max_num_batched_tokens=7)
     sim.add(prompt(20), ignore_eos=True, max_tokens=12)
     sim.add(prompt(40, 1), ignore_eos=True, max_tokens=1)

@@ -38,6 +38,8 @@ class RandomLives(RuleBasedStateMachine):
         max_num_batched_tokens=st.integers(1, 24),
         enable_chunked_prefill=st.booleans(),
         attention_spans=groups,
+        snapshots=st.sampled_from([None, None, 0, 1, 3, 20]),
+        snapshot_blocks=st.integers(1, 4),
     )
     def start(self, **config):
         self.simulation = Simulation(max_model_len=26, **config)
@@ -145,6 +147,8 @@ def test_requests_that_preempt_displace_and_share_give_the_outputs_they_give_alo
         max_num_batched_tokens=source.randint(20, 30) if (whole := source.random() < 0.3) else source.randint(1, 24),
         enable_chunked_prefill=not whole,
         attention_spans=source.choice(GROUPS),
+        snapshots=source.choice([None, None, 0, 1, 3, 20]),
+        snapshot_blocks=source.randint(1, 4),
     )
     for _ in range(40):
         if source.random() < 0.5:

@@ -8,6 +8,7 @@ from itertools import chain
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.blocks import BlockAllocator, PrefixCacheStats
+from ulysses_infer.cache.snapshots import SnapshotPool
 
 GroupBlockIds = list[list[int]]
 """A sequence's block tables, one per cache group. All end at the same block of the text. A table starts later if the
@@ -27,9 +28,12 @@ class BlockPools:
         block_size: int,
         enable_prefix_caching: bool = True,
         attention_spans: Sequence[AttentionSpan] = (AttentionSpan(),),
+        snapshots: SnapshotPool | None = None,
     ) -> None:
-        """num_blocks, attention_spans: one per cache group, longest span first."""
+        """num_blocks, attention_spans: one per cache group, longest span first. snapshots: of recurrent states; None if
+        the model has none."""
         self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
+        self.snapshots = snapshots
         self.attention_spans = tuple(attention_spans)
         self.pools = [BlockAllocator(count, block_size, enable_prefix_caching) for count in num_blocks]
         self.prefix_stats = PrefixCacheStats()
@@ -128,8 +132,19 @@ class BlockPools:
     def match_prefix(self, block_hashes: Sequence[bytes]) -> tuple[int, GroupBlockIds]:
         """The number of blocks of the longest cached prefix, and its block tables. Adds no reference.
 
-        Every cache group must still have the blocks that a token after the prefix attends to.
+        Every cache group must still have the blocks that a token after the prefix attends to. If the model has
+        recurrent layers, there must be a snapshot of the states after the prefix.
         """
+        length, tables = self.match_blocks(block_hashes)
+        while length and self.snapshots is not None:
+            with_snapshot = self.snapshots.longest(block_hashes, length)
+            if with_snapshot == length:
+                break
+            length, tables = self.match_blocks(block_hashes[:with_snapshot])
+        return length, tables
+
+    def match_blocks(self, block_hashes: Sequence[bytes]) -> tuple[int, GroupBlockIds]:
+        """As `match_prefix`, without regard to snapshots."""
         has_full = not self.attention_spans[0].is_limited
         full = self.pools[0].match_prefix(block_hashes) if has_full else []
         length = self._longest_cached_prefix(block_hashes, len(full) if has_full else len(block_hashes))
@@ -156,12 +171,16 @@ class BlockPools:
             return False
         for pool in self.pools:
             pool.reset_prefix_cache()
+        if self.snapshots is not None:
+            self.snapshots.reset()
         return True
 
     def assert_idle(self) -> None:
         """Raise AssertionError, naming the blocks, unless every block of every group is free."""
         for pool in self.pools:
             pool.assert_idle()
+        if self.snapshots is not None:
+            self.snapshots.assert_idle()
 
     def _first_visible_block(self, attention_span: AttentionSpan, num_blocks: int) -> int:
         """The first block that the token after `num_blocks` full blocks attends to."""

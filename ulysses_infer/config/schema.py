@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ulysses_infer.arithmetic import round_up
 from ulysses_infer.config.option import MISSING, option
 from ulysses_infer.parallel.layout import Layout, Mode
 
@@ -20,6 +21,7 @@ else:
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CACHE_DTYPES = (*DTYPES, "fp8")
+SNAPSHOT_INTERVAL = 512  # tokens, unless the recipe sets it
 
 
 @dataclass
@@ -200,6 +202,21 @@ class CacheConfig:
     )
     num_blocks: int | None = option(at_least=1, help="Cache size in blocks, instead of bytes.")
     enable_prefix_caching: bool = option(True, help="Reuse cached blocks for prompts with a common prefix.")
+    state_snapshots: int | None = option(
+        at_least=0,
+        help="Recurrent layers: number of saved states that prompts with a common prefix can start from; null: up to "
+        "four per request of scheduler.max_num_seqs, in at most 1/8 of the cache; 0: none, and no prefix is reused.",
+    )
+    state_snapshot_interval: int | None = option(
+        at_least=1,
+        help="Recurrent layers: tokens between snapshots of a text, a multiple of cache.block_size; null: 512 or the "
+        "next multiple. Steps of a prompt end at such positions, and where it leaves another cached text.",
+    )
+
+    @property
+    def snapshot_interval(self) -> int:
+        """Tokens between snapshots of a text."""
+        return self.state_snapshot_interval or round_up(SNAPSHOT_INTERVAL, self.block_size)
 
 
 @dataclass

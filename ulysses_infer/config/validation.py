@@ -41,6 +41,19 @@ def validate(config: Config, explicit: Mapping[str, Setting]) -> None:
     _check_policy(config, explicit)
     _check_generate(config, explicit)
     _check_adapters(config)
+    _check_snapshots(config, explicit)
+
+
+def _check_snapshots(config: Config, explicit: Mapping[str, Setting]) -> None:
+    cache = config.cache
+    if cache.state_snapshots and not cache.enable_prefix_caching:
+        raise _given(config, "cache.state_snapshots", explicit).complain(
+            "snapshots serve prefix caching, but cache.enable_prefix_caching is false; use null"
+        )
+    if (cache.state_snapshot_interval or 0) % cache.block_size:
+        raise _given(config, "cache.state_snapshot_interval", explicit).complain(
+            f"must be a multiple of cache.block_size = {cache.block_size}"
+        )
 
 
 def _check_adapters(config: Config) -> None:

@@ -28,6 +28,10 @@ class ScheduledRequest(NamedTuple):
     first."""
     samples: bool
     """Whether the step computes the request's last known token and so samples a new one."""
+    restored: int | None = None
+    """The snapshot of recurrent states that it starts from."""
+    snapshot: int | None = None
+    """Where its states are saved after the step."""
 
     @property
     def is_decode(self) -> bool:
@@ -91,9 +95,18 @@ class BatchBuilder:
     prefills: dict[int, ScheduledRequest] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
 
-    def put(self, request: Request, num_new_tokens: int, new_block_ids: list[int], samples: bool) -> None:
+    def put(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        new_block_ids: list[int],
+        samples: bool,
+        restored: int | None = None,
+        snapshot: int | None = None,
+    ) -> None:
         """Schedule the next `num_new_tokens` tokens of `request`."""
-        item = ScheduledRequest(request, request.num_computed_tokens, num_new_tokens, new_block_ids, samples)
+        start = request.num_computed_tokens
+        item = ScheduledRequest(request, start, num_new_tokens, new_block_ids, samples, restored, snapshot)
         (self.decodes if item.is_decode else self.prefills)[request.index] = item
         self.budget -= num_new_tokens
         self.prefill_budget -= 0 if item.is_decode else num_new_tokens
@@ -123,7 +136,7 @@ def make_plan(
     """The plan of `batch` in `mode`. previous_rows: for each request with a placeholder token, the logits row of the
     previous step that determines it."""
     items, tokens = [], []
-    for request, start, count, new_block_ids, samples in batch.scheduled:
+    for request, start, count, new_block_ids, samples, *_ in batch.scheduled:
         known = request.token_ids_from(start, start + count)
         tokens += known
         if len(known) < count:
@@ -132,4 +145,14 @@ def make_plan(
         wants_prompt = request.params.prompt_logprobs is not None and start < request.num_prompt_tokens
         logits = ALL_LOGITS if wants_prompt else LAST_LOGITS if samples else NO_LOGITS
         items.append(PlanItem(request.index, start, count, new_block_ids, logits, request.adapter))
-    return StepPlan(sequence, mode, items, np.array(tokens, dtype=np.int32), list(dropped), full_logits, keeps_tokens)
+    return StepPlan(
+        sequence,
+        mode,
+        items,
+        np.array(tokens, dtype=np.int32),
+        list(dropped),
+        full_logits,
+        keeps_tokens,
+        tuple((item.request.index, item.restored) for item in batch.scheduled if item.restored is not None),
+        tuple((item.request.index, item.snapshot) for item in batch.scheduled if item.snapshot is not None),
+    )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ulysses_infer.cache.pools import BlockPools
+from ulysses_infer.cache.snapshots import SnapshotPool
 from ulysses_infer.config import Config
 from ulysses_infer.engine.batch import Batch, ScheduledRequest, make_plan
 from ulysses_infer.engine.completion import Completion, Sequence
@@ -40,14 +41,16 @@ class Engine:
         """text: whether outputs carry text; without it, text is only produced to find stop strings."""
         self.config, self.rank, self.prompts = config, rank, prompts
         self.worker, self.channel = rank.worker, rank.channel
-        cache, shape = rank.worker.cache, rank.worker.model.shape
+        cache, states, shape = rank.worker.cache, rank.worker.states, rank.worker.model.shape
         allocator = BlockPools(
             cache.blocks_of_groups,
             cache.shape.block_size,
             config.cache.enable_prefix_caching,
             cache.groups.attention_spans,
+            None if states is None else SnapshotPool(states.num_snapshots, states.first_snapshot),
         )
-        self.scheduler = Scheduler(config.scheduler, allocator, shape.max_model_len)
+        interval = config.cache.snapshot_interval
+        self.scheduler = Scheduler(config.scheduler, allocator, shape.max_model_len, snapshot_interval=interval)
         self.requests = RequestTable(config, self.scheduler, prompts, shape.vocab_size, text)
         self.sleep = SleepState()
         self.policies = PolicyControl(config, rank, self.scheduler, self.requests, self.sleep)

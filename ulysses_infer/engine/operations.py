@@ -58,4 +58,19 @@ def describe(engine: Engine) -> dict[str, Any]:
         "prefix_cache_queries": allocator.prefix_stats.queries,
         "prefix_cache_hits": allocator.prefix_stats.hits,
         "num_preemptions": scheduler.num_preemptions,
+        **_describe_states(engine),
+    }
+
+
+def _describe_states(engine: Engine) -> dict[str, int]:
+    """The slots of recurrent states, if the model has any."""
+    states, snapshots = engine.worker.states, engine.scheduler.allocator.snapshots
+    if states is None or snapshots is None:
+        return {}
+    return {
+        "state_slots": states.num_sequences,
+        "state_bytes_per_slot": states.num_bytes_per_slot,
+        "state_snapshot_slots": snapshots.num_slots,
+        "state_snapshots": snapshots.num_held,
+        "state_snapshot_hits": snapshots.num_hits,
     }

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 
 from ulysses_infer.cache.pools import GroupBlockIds
+from ulysses_infer.cache.prefix import extend_block_hashes
 from ulysses_infer.sampling_params import SamplingParams
 
 
@@ -59,6 +60,10 @@ class Request:
     """Blocks of its text so far: the end of every table."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of the leading full blocks of known tokens; extended, never recomputed."""
+    shared_prefix: int = 0
+    """Leading tokens whose blocks are cached, but not the recurrent states after them."""
+    reserved_snapshots: list[tuple[int, int]] = field(default_factory=list)
+    """(number of tokens, slot) of each snapshot of its states that scheduled steps take."""
     num_published_blocks: int = 0
     """Leading blocks already published in the prefix cache."""
     precedence: tuple[int, int] = (0, 0)
@@ -118,6 +123,14 @@ class Request:
             return self.prompt_token_ids[start:stop]
         output = self.output_token_ids[max(0, start - num_prompt_tokens) : stop - num_prompt_tokens]
         return self.prompt_token_ids[start:] + output if start < num_prompt_tokens else output
+
+    def hashes_of_blocks(self, num_blocks: int, block_size: int) -> list[bytes]:
+        """Hashes of at least the first `num_blocks` blocks of known tokens; only new ones are computed."""
+        hashes = self.block_hashes
+        if len(hashes) < num_blocks:
+            token_ids = self.token_ids_from(len(hashes) * block_size, num_blocks * block_size)
+            extend_block_hashes(hashes, token_ids, block_size, self.cache_salt)
+        return hashes
 
     def append_token(self, token_id: int, now: float) -> None:
         """Append a sampled token that was in flight, at time `now` (seconds)."""

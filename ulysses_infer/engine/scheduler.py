@@ -23,10 +23,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from ulysses_infer.cache.pools import BlockPools, GroupBlockIds
-from ulysses_infer.cache.prefix import extend_block_hashes
 from ulysses_infer.config import SchedulerConfig
 from ulysses_infer.engine.batch import Batch, BatchBuilder, ScheduledRequest
 from ulysses_infer.engine.request import Request, RequestStatus
+from ulysses_infer.engine.snapshot_points import SnapshotPoints
 from ulysses_infer.errors import RequestError
 
 __all__ = ["Batch", "ScheduledRequest", "Scheduler"]
@@ -68,7 +68,9 @@ class Scheduler:
         allocator: BlockPools,
         max_model_len: int,
         clock: Callable[[], float] = time.monotonic,
+        snapshot_interval: int = 1,
     ) -> None:
+        """snapshot_interval: tokens between snapshots of recurrent states, a multiple of the block size."""
         self.config = config
         self.allocator = allocator
         self.max_model_len = max_model_len
@@ -79,6 +81,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting = _WaitingQueue()
         self._running: dict[int, Request] = {}  # by index, in order of admission
+        self._snapshots = SnapshotPoints(allocator, snapshot_interval)
 
     @property
     def has_unfinished(self) -> bool:
@@ -126,9 +129,13 @@ class Scheduler:
         if request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
         else:
-            del self._running[request.index]
-            self.allocator.free(request.block_tables)
+            self._stop_running(request)
         request.end(finish_reason, stop_reason, self._clock())
+
+    def _stop_running(self, request: Request) -> None:
+        del self._running[request.index]
+        self.allocator.free(request.block_tables)
+        self._snapshots.release(request)
 
     @property
     def running(self) -> list[Request]:
@@ -179,6 +186,7 @@ class Scheduler:
             if request.is_finished:
                 continue
             self._publish_full_blocks(request, item.start + item.num_new_tokens)
+            self._snapshots.publish(request, item.start + item.num_new_tokens)
             if item.samples:
                 request.append_token(sampled[request.index], now)
                 ending = request.ending()
@@ -196,7 +204,9 @@ class Scheduler:
         budget = step.budget if num_tokens_left == 1 else min(step.budget, step.prefill_budget)
         if budget <= 0:
             return
-        num_new_tokens = min(num_tokens_left, budget)
+        num_new_tokens = self._chunk(
+            request, request.num_computed_tokens, min(num_tokens_left, budget), num_tokens_left
+        )
         num_tokens = request.num_computed_tokens + num_new_tokens
         num_blocks = self.allocator.blocks_for(num_tokens) - request.num_blocks
         new_block_ids = []
@@ -208,7 +218,8 @@ class Scheduler:
                 return
             new_block_ids = self.allocator.extend(request.block_tables, num_blocks)
             request.num_blocks += num_blocks
-        step.put(request, num_new_tokens, new_block_ids, samples=num_new_tokens == num_tokens_left)
+        snapshot = self._snapshots.reserve(request, num_tokens)
+        step.put(request, num_new_tokens, new_block_ids, num_new_tokens == num_tokens_left, snapshot=snapshot)
 
     def _preempt_for(self, request: Request, num_blocks: int, step: BatchBuilder) -> bool:
         """Preempt requests from the end of the order until `num_blocks` are free. False if that would preempt `request`
@@ -231,6 +242,7 @@ class Scheduler:
         num_cached_tokens = num_cached * self.allocator.block_size
         num_tokens_left = request.num_tokens - num_cached_tokens
         num_new_tokens = self._first_chunk(num_tokens_left, min(step.budget, step.prefill_budget))
+        num_new_tokens = self._chunk(request, num_cached_tokens, num_new_tokens, num_tokens_left)
         if num_new_tokens == 0 or not self._make_room(request, cached, step):
             return False
         self._waiting.pop()
@@ -240,8 +252,16 @@ class Scheduler:
         self.allocator.extend(cached, request.num_blocks - num_cached)
         self._start(request, num_cached_tokens)
         block_ids = [block for table in cached for block in table]
-        step.put(request, num_new_tokens, block_ids, samples=num_new_tokens == num_tokens_left)
+        restored = self._snapshots.restored(request, num_cached_tokens)
+        snapshot = self._snapshots.reserve(request, num_cached_tokens + num_new_tokens)
+        step.put(request, num_new_tokens, block_ids, num_new_tokens == num_tokens_left, restored, snapshot)
         return True
+
+    def _chunk(self, request: Request, start: int, count: int, left: int) -> int:
+        """How many of `count` tokens from `start` a step takes, so that the states after them can be saved."""
+        if count == 0 or not self.config.enable_chunked_prefill:
+            return count
+        return self._snapshots.chunk(request, start, count, left)
 
     def _start(self, request: Request, num_cached_tokens: int) -> None:
         request.status = RequestStatus.RUNNING
@@ -307,8 +327,7 @@ class Scheduler:
     def _preempt(self, request: Request, step: BatchBuilder) -> None:
         """Move a running request back to the queue, without its blocks, and remove its part of `step`."""
         self.num_preemptions += 1
-        del self._running[request.index]
-        self.allocator.free(request.block_tables)
+        self._stop_running(request)
         request.restart()
         self._waiting.push(request)
         step.drop(request)
@@ -323,26 +342,19 @@ class Scheduler:
         if not self._reads_prefix_cache(request):
             return self.allocator.match_prefix([])
         num_blocks = (request.num_tokens - 1) // self.allocator.block_size
-        return self.allocator.match_prefix(self._block_hashes(request, num_blocks)[:num_blocks])
+        hashes = request.hashes_of_blocks(num_blocks, self.allocator.block_size)[:num_blocks]
+        self._snapshots.look_up(request, hashes)
+        return self.allocator.match_prefix(hashes)
 
     def _publish_full_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Publish the blocks that a step has filled in the prefix cache. Only now are their tokens known."""
         num_full = num_computed_tokens // self.allocator.block_size
         if num_full == request.num_published_blocks or not self.allocator.enable_prefix_caching:
             return
-        hashes = self._block_hashes(request, num_full)
+        hashes = request.hashes_of_blocks(num_full, self.allocator.block_size)
         for position in range(request.num_published_blocks, num_full):
             self.allocator.publish(request.block_tables, request.num_blocks, position, hashes[position])
         request.num_published_blocks = num_full
-
-    def _block_hashes(self, request: Request, num_blocks: int) -> list[bytes]:
-        """Hashes of at least the first `num_blocks` blocks; only new ones are computed."""
-        hashes = request.block_hashes
-        if len(hashes) < num_blocks:
-            block_size = self.allocator.block_size
-            token_ids = request.token_ids_from(len(hashes) * block_size, num_blocks * block_size)
-            extend_block_hashes(hashes, token_ids, block_size, request.cache_salt)
-        return hashes
 
     def _length_limit(self, request: Request) -> int:
         max_tokens = request.params.max_tokens

@@ -17,6 +17,7 @@ from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.cache.state_sizing import StateSizing
 from ulysses_infer.cache.states import StateCache, slot_bytes
 from ulysses_infer.config import CacheConfig, Config
+from ulysses_infer.errors import ConfigError
 from ulysses_infer.kernels.launch import capability
 from ulysses_infer.model.experts import host_reads
 from ulysses_infer.model.model import DTYPES, ShiftModel
@@ -101,14 +102,25 @@ def make_states(
     """
     shapes, settings = model.state_shapes, config.cache
     if not shapes:
+        _refuse_snapshots(config, model.injection.config.model_type)
         return None
-    wanted = None if settings.enable_prefix_caching else 0
+    wanted = settings.state_snapshots if settings.enable_prefix_caching else 0
     slots = StateSizing(slot_bytes(shapes), config.scheduler.max_num_seqs, wanted, scratch_slots)
     if settings.num_blocks is not None:
         num_sequences, num_snapshots = slots.slots_within(left, 0)
     else:
         num_sequences, num_snapshots = slots.slots_within(num_bytes, sizing.longest_request_bytes)
     return StateCache(shapes, num_sequences, device, num_snapshots, scratch_slots)
+
+
+def _refuse_snapshots(config: Config, model_type: str) -> None:
+    """Raise `ConfigError` if the recipe asks for snapshots of states that the model does not have."""
+    for key in ("state_snapshots", "state_snapshot_interval"):
+        if value := getattr(config.cache, key):
+            raise ConfigError(
+                f"cache.{key} = {value}: model type {model_type!r} has no recurrent layers, so there are no states to "
+                "save; use null"
+            )
 
 
 def _limit_sequences(config: Config, states: StateCache, is_first: bool) -> None:

@@ -27,6 +27,7 @@ from ulysses_infer.server.messages import (
     Refused,
     Reply,
     RequestStart,
+    SnapshotCounts,
     Stepped,
     StepReport,
     Submit,
@@ -224,7 +225,14 @@ class EngineLoop:
             num_preemptions=scheduler.num_preemptions,
             policy=self._engine.policies.policy.describe(),
             expert_tokens=self._expert_tokens,
+            snapshots=self._snapshot_counts(),
         )
+
+    def _snapshot_counts(self) -> SnapshotCounts | None:
+        states, pool = self._engine.worker.states, self._engine.scheduler.allocator.snapshots
+        if states is None or pool is None:
+            return None
+        return SnapshotCounts(pool.num_held, pool.num_slots, pool.num_hits, states.num_bytes_per_slot)
 
     def _report_state(self) -> None:
         self._link.send(Stepped(self.state()))

@@ -69,6 +69,17 @@ class RequestStart(msgspec.Struct, array_like=True):
     """One list per prompt token, the first one None; the prompt's own token comes first in each."""
 
 
+class SnapshotCounts(msgspec.Struct, array_like=True):
+    """Snapshots of recurrent states, for prefix caching."""
+
+    num_held: int
+    num_slots: int
+    num_hits: int
+    """Requests that started from one."""
+    num_bytes_each: int
+    """On every rank."""
+
+
 class EngineState(msgspec.Struct, array_like=True):
     """The engine's load, after a step or when it changes without one. Counters run from the engine's start."""
 
@@ -84,6 +95,8 @@ class EngineState(msgspec.Struct, array_like=True):
     """Name and settings, as from `Policy.describe`."""
     expert_tokens: list[int] = []
     """Tokens computed by the experts of each rank, updated every few seconds; empty without experts."""
+    snapshots: SnapshotCounts | None = None
+    """Of recurrent states; None if the model has none."""
 
 
 class StepReport(msgspec.Struct, array_like=True):

@@ -11,7 +11,7 @@ import msgspec
 
 from ulysses_infer.errors import EngineDeadError, RequestError
 from ulysses_infer.server.client import DEAD, DRAINING, READY, STARTING, EngineClient, Observer, RequestRecord
-from ulysses_infer.server.messages import EngineState, NewToken, Ready, StepReport, Submit
+from ulysses_infer.server.messages import EngineState, NewToken, Ready, SnapshotCounts, StepReport, Submit
 
 EVERYWHERE = ("set_policy", "abort_all", "drain", "reset_prefix_cache")
 SEQUENCE_TOKENS = 64
@@ -202,7 +202,15 @@ def _combined(states: list[EngineState]) -> EngineState:
         num_preemptions=total(lambda state: state.num_preemptions),
         policy=states[0].policy,
         expert_tokens=[tokens for state in states for tokens in state.expert_tokens],
+        snapshots=_combined_snapshots([state.snapshots for state in states if state.snapshots is not None]),
     )
+
+
+def _combined_snapshots(counts: list[SnapshotCounts]) -> SnapshotCounts | None:
+    if not counts:
+        return None
+    held, slots = sum(each.num_held for each in counts), sum(each.num_slots for each in counts)
+    return SnapshotCounts(held, slots, sum(each.num_hits for each in counts), counts[0].num_bytes_each)
 
 
 Served = EngineClient | Router

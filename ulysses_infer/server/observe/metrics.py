@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.server.client import RequestRecord
-from ulysses_infer.server.messages import EngineState, StepReport
+from ulysses_infer.server.messages import EngineState, SnapshotCounts, StepReport
 from ulysses_infer.server.observe.policies import describe_settings
 
 PREFIX = "ulysses:"
@@ -207,6 +207,20 @@ class _Total:
         self._total = total
 
 
+class _SnapshotMetrics:
+    """Snapshots of recurrent states."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._held = metrics.gauge("state_snapshots", "Snapshots of recurrent states that prompts can start from.")
+        self._bytes = metrics.gauge("state_snapshot_bytes", "Memory of these snapshots on each rank.")
+        self._hits = _Total(metrics.counter("state_snapshot_hits", "Requests that started from a snapshot."))
+
+    def take(self, counts: SnapshotCounts) -> None:
+        self._held.set(counts.num_held)
+        self._bytes.set(counts.num_held * counts.num_bytes_each)
+        self._hits.set(counts.num_hits)
+
+
 class _EngineMetrics:
     """The load of the engine and its cache."""
 
@@ -222,6 +236,7 @@ class _EngineMetrics:
             _Total(metrics.counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")),
             _Total(metrics.counter("num_preemptions", "Requests sent back to wait because blocks ran out.")),
         ]
+        self._snapshots = _SnapshotMetrics(metrics)
         self._expert_tokens = metrics.counter("expert_tokens", "Tokens computed by the experts of a rank.", "rank")
         self._of_ranks: list[_Total] = []
         self._metrics = metrics
@@ -234,6 +249,8 @@ class _EngineMetrics:
         counts = (state.prefix_cache_queries, state.prefix_cache_hits, state.num_preemptions)
         for total, count in zip(self._totals, counts, strict=True):
             total.set(count)
+        if state.snapshots is not None:
+            self._snapshots.take(state.snapshots)
         for rank in range(len(self._of_ranks), len(state.expert_tokens)):
             self._of_ranks.append(_Total(self._metrics.child(self._expert_tokens, str(rank))))
         for total, count in zip(self._of_ranks, state.expert_tokens, strict=False):

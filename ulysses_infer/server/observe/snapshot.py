@@ -63,6 +63,7 @@ def _state(history: History) -> dict[str, Any] | None:
         "running": state.num_running,
         "waiting": state.num_waiting,
         "kv_cache_usage": state.kv_cache_usage,
+        "snapshots": state.snapshots and {"held": state.snapshots.num_held, "slots": state.snapshots.num_slots},
         "policy": state.policy,
     }
 

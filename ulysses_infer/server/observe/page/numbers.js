@@ -33,7 +33,9 @@ class Tiles {
     this.showLatency("first", shown.first_token);
     this.showLatency("inter", shown.inter_token);
     const usage = state ? state.kv_cache_usage : 0;
-    this.set("cache", formats.share(state && usage), "", `prefix hits ${formats.share(shown.prefix_hit_rate)}`);
+    const snapshots = state && state.snapshots;
+    const states = snapshots ? ` · ${formats.count(snapshots.held)} of ${formats.count(snapshots.slots)} snapshots` : "";
+    this.set("cache", formats.share(state && usage), "", `prefix hits ${formats.share(shown.prefix_hit_rate)}${states}`);
     this.meter.style.width = `${usage * 100}%`;
   }
 

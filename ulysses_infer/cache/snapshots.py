@@ -1,0 +1,85 @@
+"""The pool of state snapshots: which prefix each one continues, and which is given up when space is needed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+
+class SnapshotPool:
+    """Slots for snapshots of recurrent states, least recently used first. Slot numbers are the same on every rank.
+
+    A slot is empty, reserved (a step that is scheduled will write it) or published: its content is the state after the
+    prefix whose last block has a certain hash. Published slots are reused when no slot is empty.
+    """
+
+    def __init__(self, num_slots: int, first_slot: int = 0) -> None:
+        self.num_slots = num_slots
+        self.num_hits = 0
+        """Requests that started from a snapshot, since the start."""
+        self._empty = list(range(first_slot + num_slots - 1, first_slot - 1, -1))
+        self._reserved: set[int] = set()
+        self._published: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
+
+    def __contains__(self, content: bytes) -> bool:
+        """Whether there is a snapshot of the prefix with hash `content`."""
+        return content in self._published
+
+    @property
+    def num_held(self) -> int:
+        """Published snapshots."""
+        return len(self._published)
+
+    @property
+    def num_reserved(self) -> int:
+        """Slots that scheduled steps will write."""
+        return len(self._reserved)
+
+    def longest(self, block_hashes: Sequence[bytes], at_most: int) -> int:
+        """The most blocks, up to `at_most`, after which there is a snapshot; 0 if there is none."""
+        return next((n for n in range(at_most, 0, -1) if block_hashes[n - 1] in self._published), 0)
+
+    def use(self, content: bytes) -> int:
+        """The slot of the published snapshot `content`, for a request that starts from it."""
+        self.num_hits += 1
+        self.touch(content)
+        return self._published[content]
+
+    def touch(self, content: bytes) -> None:
+        """Count the published snapshot `content` as used now."""
+        self._published.move_to_end(content)
+
+    def reserve(self) -> int | None:
+        """A slot to write, in place of the least recently used snapshot if none is empty; None if all are reserved."""
+        if self._empty:
+            slot = self._empty.pop()
+        elif self._published:
+            _, slot = self._published.popitem(last=False)
+        else:
+            return None
+        self._reserved.add(slot)
+        return slot
+
+    def publish(self, slot: int, content: bytes) -> None:
+        """Offer the reserved `slot`, now written, to requests with the prefix `content`."""
+        if content in self._published:
+            self.release(slot)
+            self.touch(content)
+            return
+        self._reserved.remove(slot)
+        self._published[content] = slot
+
+    def release(self, slot: int) -> None:
+        """Give back a reserved slot that no one will read."""
+        self._reserved.remove(slot)
+        self._empty.append(slot)
+
+    def reset(self) -> None:
+        """Forget all published snapshots, for example after a weight update."""
+        self._empty.extend(self._published.values())
+        self._published.clear()
+
+    def assert_idle(self) -> None:
+        """Raise AssertionError unless every slot is empty or published."""
+        if self._reserved or len(self._empty) + len(self._published) != self.num_slots:
+            raise AssertionError(f"idle engine, but the snapshot slots {sorted(self._reserved)} are reserved")
