@@ -187,7 +187,7 @@ class TestUnknownKeys:
     def test_the_section_is_listed_when_nothing_is_near(self):
         assert complaint({"parallel": {"zzz": 1}}).endswith(
             "known: parallel.sp, parallel.tp, parallel.dp, parallel.modes, parallel.rank_order, "
-            "parallel.expert_placement"
+            "parallel.pad_heads, parallel.expert_placement"
         )
 
     def test_unknown_section_lists_the_sections(self):

@@ -16,7 +16,7 @@ from ulysses_infer.model.layers.rotary import choose_max_model_len, max_supporte
 from ulysses_infer.model.loading.hf_overrides import overridden
 from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.model.quantization.linear import QuantizedLinear
-from ulysses_infer.parallel.layout import Mode, check_heads, check_mode, even_span, key_value_span
+from ulysses_infer.parallel.layout import Mode, check_mode, even_span, heads_fit, key_value_span
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("train_"))
@@ -110,7 +110,7 @@ def test_recipe_offers_the_modes_it_claims(recipe):
 @every_recipe
 def test_heads_divide_over_the_ranks(recipe):
     shape = shape_of(recipe)
-    check_heads(load_config(recipe).parallel.layout, shape.heads, shape.key_value_heads)
+    assert heads_fit(load_config(recipe).parallel.world_size, shape.heads, shape.key_value_heads)
 
 
 @every_recipe

@@ -96,7 +96,7 @@ def _heads(name: str, cache: str, norm: bool, slots: bool, width: int = 128, rot
         "heads:heads_kernel",
         {
             **pointers("bf16", "query", "key", "value", "query_weight", "key_weight", "cosine", "sine"),
-            **pointers("i64", "index", "slots"),
+            **pointers("i64", "query_index", "index", "slots"),
             **pointers("bf16", "query_out"),
             **pointers(cache, "key_out", "value_out"),
             **dict.fromkeys(("query_eps", "key_eps", "key_scale", "value_scale"), "fp32"),
@@ -111,6 +111,7 @@ def _heads(name: str, cache: str, norm: bool, slots: bool, width: int = 128, rot
             "HEADS": 4,
             "QUERY_NORM": norm,
             "KEY_NORM": norm,
+            "QUERY_INDEXED": not slots,
             "INDEXED": not slots,
             "SLOTS": slots,
         },

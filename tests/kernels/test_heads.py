@@ -85,23 +85,30 @@ def test_an_fp8_cache_is_scaled_and_saturated(scale) -> None:
 
 
 @pytest.mark.parametrize("shards", [1, 4], ids=["apart", "stacked"])
-@pytest.mark.parametrize("index", [None, [0, 0, 1, 1]], ids=["even", "shared"])
-def test_heads_are_packed_for_an_all_to_all(shards, index) -> None:
+@pytest.mark.parametrize(
+    ("index", "query_index"),
+    [(None, None), ([0, 0, 1, 1], None), ([0, 0, 1, 1], [0, 1, 2, 0, 3, 4, 5, 6])],
+    ids=["even", "shared", "padded"],
+)
+def test_heads_are_packed_for_an_all_to_all(shards, index, query_index) -> None:
     """To [sp, t, q | k | v], from separate projections or from one stacked by head shards."""
     width, sp = 16, 4
     kv_heads = 4 if index is None else 2
     if shards > kv_heads:
         pytest.skip("stacked weights share no rows")
-    query, key, value, norms, cosine, sine = make_inputs(torch.bfloat16, 8, kv_heads, width, 16, shards)
+    query_heads = 8 if query_index is None else 7
+    query, key, value, norms, cosine, sine = make_inputs(torch.bfloat16, query_heads, kv_heads, width, 16, shards)
     expected_query, expected_key = reference(query, key, norms, cosine, sine, width)
     expected_value = value.reshape(TOKENS, kv_heads, width)
-    order = None if index is None else torch.tensor(index)
+    order, places = (None if given is None else torch.tensor(given) for given in (index, query_index))
+    if places is not None:
+        expected_query = expected_query[:, places]
     if order is not None:
         expected_key, expected_value = expected_key[:, order], expected_value[:, order]
     packed = torch.empty(sp, TOKENS, 4 * width, dtype=torch.bfloat16)
     parts = packed.transpose(0, 1).split([2 * width, width, width], dim=-1)
     target = HeadTarget(*(part.unflatten(-1, (-1, width)) for part in parts))
-    place_heads(query, key, value, norms, cosine, sine, target, order)
+    place_heads(query, key, value, norms, cosine, sine, target, places, order)
     for part, expected in zip(parts, (expected_query, expected_key, expected_value), strict=True):
         close(part, expected.reshape(TOKENS, sp, -1))
 

@@ -6,7 +6,8 @@ import torch
 from ulysses_infer.model.layers.attention import _tokens_to_heads
 from ulysses_infer.model.layers.head_plan import HeadPlan
 from ulysses_infer.parallel.groups import build_groups
-from ulysses_infer.parallel.layout import Layout, Mode, even_span, key_value_span, token_spans
+from ulysses_infer.parallel.head_layout import head_layout
+from ulysses_infer.parallel.layout import Layout, Mode, token_spans
 
 CPU = torch.device("cpu")
 WIDTH = 3
@@ -35,27 +36,31 @@ def exchange_all(backend, world_size, tp, order, query_heads, key_value_heads):
     checked = 0
     for mode in layout.modes:
         place = groups.place(mode)
-        plan = HeadPlan(query_heads, key_value_heads)
+        heads = head_layout(world_size, query_heads, key_value_heads)
+        plan = HeadPlan(heads)
         plan.bind(place)
         for num_tokens in range(1, 12) if mode.sp > 1 else ():
             spans = token_spans(num_tokens, mode.sp)
             context = Context(groups.by_mode[mode], spans)
             mine = slice(*spans[place.token_index])
-            held = even_span(query_heads, place.weight_index, mode.tp)
-            shared = key_value_span(key_value_heads, place.weight_index, mode.tp)
+            held = heads.query_span(place.weight_index, mode.tp)
+            shared = heads.key_value_span(place.weight_index, mode.tp)
             sources = [
                 whole(num_tokens, query_heads, 0)[mine, slice(*held)],
                 whole(num_tokens, key_value_heads, 1)[mine, slice(*shared)],
                 whole(num_tokens, key_value_heads, 2)[mine, slice(*shared)],
             ]
             query, key, value = _tokens_to_heads(context, plan, *sources)
-            own = slice(*even_span(query_heads, place.shard, world_size))
-            own_shared = slice(*key_value_span(key_value_heads, place.shard, world_size))
+            own = plan.of_shard(torch.arange(query_heads))
+            own_shared = [slot.key_value_head for slot in heads.shards[place.shard].slots]
             assert torch.equal(query, whole(num_tokens, query_heads, 0)[:, own])
             assert torch.equal(key, whole(num_tokens, key_value_heads, 1)[:, own_shared])
             assert torch.equal(value, whole(num_tokens, key_value_heads, 2)[:, own_shared])
-            back = groups.by_mode[mode].heads_to_tokens(query.flatten(1), spans)
-            assert torch.equal(back, sources[0].flatten(1)), (mode, num_tokens)
+            back = groups.by_mode[mode].heads_to_tokens(query.flatten(1), spans).unflatten(1, (-1, WIDTH))
+            expected = sources[0].clone()
+            mine = heads.own_query_span(place.weight_index, mode.tp).relative_to(held)
+            expected[:, : mine.start], expected[:, mine.stop :] = 0, 0
+            assert torch.equal(plan.restored(back), expected), (mode, num_tokens)
             checked += 1
     groups.close()
     return checked
@@ -63,11 +68,14 @@ def exchange_all(backend, world_size, tp, order, query_heads, key_value_heads):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("world_size", "tp", "order"), CASES)
-@pytest.mark.parametrize("key_value_heads", [1, 2, 8], ids=lambda n: f"kv{n}")
+@pytest.mark.parametrize(
+    ("query_heads", "key_value_heads"), [(8, 1), (8, 2), (8, 8), (9, 3), pytest.param(3, 3, marks=pytest.mark.thorough)]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tokens_become_heads_and_come_back(rank_pool, backend, world_size, tp, order, key_value_heads):
+def test_tokens_become_heads_and_come_back(rank_pool, backend, world_size, tp, order, query_heads, key_value_heads):
+    """Heads that do not divide over the ranks are padded on the way and come back without padding."""
     num_exchanging_modes = len([m for m in Layout(Mode(world_size // tp, tp)).modes if m.sp > 1])
-    checked = rank_pool(world_size).run(exchange_all, backend, world_size, tp, order, 8, key_value_heads)
+    checked = rank_pool(world_size).run(exchange_all, backend, world_size, tp, order, query_heads, key_value_heads)
     assert checked == [11 * num_exchanging_modes] * world_size
 
 

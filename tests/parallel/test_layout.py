@@ -1,6 +1,7 @@
 """The arithmetic of head shards, modes and token slices, for any layout."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -226,7 +227,16 @@ class TestHeads:
 
     @given(layouts_with_heads())
     def test_fitting_heads_pass_the_check(self, case):
-        check_heads(*case)
+        layout, *heads = case
+        check_heads(replace(layout, pads_heads=False), *heads)
+
+    @given(layouts, st.integers(1, 64), st.integers(1, 16))
+    def test_no_heads_are_refused_if_they_are_padded(self, layout, group, key_value_heads):
+        check_heads(layout, group * key_value_heads, key_value_heads)
+
+    def test_query_heads_that_cannot_share_key_value_heads_evenly_are_refused(self):
+        with pytest.raises(ConfigError, match="10 query heads cannot share 4 key/value heads evenly"):
+            check_heads(Layout(Mode(2, 1)), 10, 4)
 
     @given(layouts, st.integers(1, 64), st.integers(1, 16))
     def test_refusal_lists_the_layouts_that_work_and_no_other(self, layout, group, key_value_heads):
@@ -234,19 +244,20 @@ class TestHeads:
         if heads_fit(layout.world_size, query_heads, key_value_heads):
             return
         with pytest.raises(ConfigError) as caught:
-            check_heads(layout, query_heads, key_value_heads)
+            check_heads(replace(layout, pads_heads=False), query_heads, key_value_heads)
         message = str(caught.value)
         listed = [int(number) for number in re.findall(r"\d+", message.partition("; use sp * tp = ")[2])]
         working = [size for size in range(1, query_heads + 1) if heads_fit(size, query_heads, key_value_heads)]
         assert listed == working
         for size in listed:
-            check_heads(Layout(Mode(size, 1)), query_heads, key_value_heads)
+            check_heads(Layout(Mode(size, 1), pads_heads=False), query_heads, key_value_heads)
 
     def test_refusal_reads_as_one_sentence(self):
         with pytest.raises(ConfigError) as caught:
-            check_heads(Layout(Mode(8, 1)), 12, 4)
+            check_heads(Layout(Mode(8, 1), pads_heads=False), 12, 4)
         assert str(caught.value) == (
-            "12 query heads and 4 key/value heads do not divide over sp * tp = 8 ranks; use sp * tp = 1, 2, 4 or 12"
+            "12 query heads and 4 key/value heads do not divide over sp * tp = 8 ranks; use sp * tp = 1, 2, 4 or 12, "
+            "or parallel.pad_heads=auto"
         )
 
     @pytest.mark.parametrize(

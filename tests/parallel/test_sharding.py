@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ulysses_infer.parallel.head_layout import head_layout
 from ulysses_infer.parallel.layout import Layout, Mode, Span, divisors
 from ulysses_infer.parallel.sharding import Part, Sharding, merge
 
@@ -16,13 +17,17 @@ layouts = st.builds(
 
 @st.composite
 def shardings(draw, world_size):
-    """One weight: plain, uneven, or packed query, key and value heads."""
-    kind = draw(st.sampled_from(["even", "uneven", "heads", "packed"]))
+    """One weight: plain, uneven, or packed query, key and value heads, which may not divide over the ranks."""
+    kind = draw(st.sampled_from(["even", "uneven", "heads", "packed", "padded"]))
     if kind == "even":
         return Sharding((Part(world_size * draw(st.integers(1, 3)), draw(st.integers(1, 3))),))
     if kind == "uneven":
         parts = draw(st.integers(1, 3))
         return Sharding(tuple(Part(draw(st.integers(1, 40))) for _ in range(parts)))
+    if kind == "padded":
+        heads = head_layout(world_size, draw(st.integers(1, 6)) * (keys := draw(st.integers(1, 12))), keys)
+        query = Part(heads.num_attention_heads, draw(st.integers(1, 3)), heads=heads)
+        return Sharding((query, *[Part(keys, draw(st.integers(1, 3)), shared=True, heads=heads)] * 2))
     key_value = draw(st.sampled_from(divisors(world_size)) | st.integers(1, 3).map(lambda n: n * world_size))
     query = Part(max(world_size, key_value) * draw(st.integers(1, 2)), draw(st.integers(1, 3)))
     shared = Part(key_value, draw(st.integers(1, 3)), shared=True)
@@ -47,7 +52,7 @@ def test_slices_of_a_mode_cover_the_weight(case):
     _layout, mode, _, sharding = case
     owned = [rows(sharding.spans(index, mode.tp)) for index in range(mode.tp)]
     assert set().union(*owned) == set(range(sharding.features))
-    if not any(part.shared for part in sharding.parts):
+    if not any(part.shared or part.heads for part in sharding.parts):
         assert sorted(row for mine in owned for row in mine) == list(range(sharding.features))
 
 

@@ -93,6 +93,12 @@ class ParallelConfig:
         help="Whether neighbouring ranks form sequence-parallel or tensor-parallel groups; use tp_inner for replicas "
         "that span nodes.",
     )
+    pad_heads: str = option(
+        "auto",
+        choices=("auto", "never"),
+        help="Attention heads that do not divide over the ranks, such as 28 query and 4 KV heads on 8: auto pads them "
+        "during attention (weights stay unpadded), and the start logs what that costs; never refuses them.",
+    )
     expert_placement: str = option(
         "auto",
         choices=("auto", "replicate", "expert", "width"),
@@ -120,7 +126,7 @@ class ParallelConfig:
     @property
     def layout(self) -> Layout:
         """The placement of heads on the ranks of one replica."""
-        return Layout(self.base, self.rank_order)
+        return Layout(self.base, self.rank_order, self.pad_heads == "auto")
 
     @property
     def available_modes(self) -> list[Mode]:

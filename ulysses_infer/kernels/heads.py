@@ -107,7 +107,7 @@ def move(source, target, exists, scale, WIDTH: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def source_head(index, head, heads, INDEXED: tl.constexpr):
-    """The KV head to read for each of `head`."""
+    """The head to read for each of `head`."""
     if INDEXED:
         return tl.load(index + head, mask=head < heads, other=0)
     else:
@@ -132,6 +132,7 @@ def heads_kernel(
     key_weight,
     cosine,
     sine,
+    query_index,
     index,
     slots,
     query_out,
@@ -168,14 +169,16 @@ def heads_kernel(
     HEADS: tl.constexpr,
     QUERY_NORM: tl.constexpr,
     KEY_NORM: tl.constexpr,
+    QUERY_INDEXED: tl.constexpr,
     INDEXED: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """One program per token and `HEADS` heads: first all of the query, then of the key, then of the value.
 
     A tensor's head h is number `h % n` of shard `h // n`, n being `*_source` heads per shard where it is read and
-    `*_target` where it is written. With INDEXED, KV head h is read from head `index[h]`. With SLOTS, keys and values
-    are written to row `slots[token]` instead of the token's own.
+    `*_target` where it is written. With INDEXED, KV head h is read from head `index[h]`, and with QUERY_INDEXED query
+    head h from `query_index[h]`. With SLOTS, keys and values are written to row `slots[token]` instead of the token's
+    own.
     """
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -183,8 +186,9 @@ def heads_kernel(
     kv_blocks = tl.cdiv(kv_heads, HEADS)
     if block < query_blocks:
         head = block * HEADS + tl.arange(0, HEADS)
+        read = source_head(query_index, head, query_heads, QUERY_INDEXED)
         move_rotated(
-            query + token * query_row + (head // query_source) * query_shard + (head % query_source) * WIDTH,
+            query + token * query_row + (read // query_source) * query_shard + (read % query_source) * WIDTH,
             query_out
             + token * query_out_row
             + (head // query_target) * query_out_shard
@@ -246,11 +250,13 @@ def place_heads(
     cosine: torch.Tensor,
     sine: torch.Tensor,
     target: HeadTarget,
+    query_index: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
 ) -> None:
     """Normalise and rotate the heads of [t, shards, heads per shard * d] and write them to `target`.
 
-    norms: of query and key. cosine, sine: [t, r], r <= d and even. index: the KV head to read for each one written.
+    norms: of query and key. cosine, sine: [t, r], r <= d and even. query_index, index: the query head and
+    the KV head to read for each one written.
     """
     width = target.query.shape[3]
     rotated_width = cosine.shape[1]
@@ -270,6 +276,7 @@ def place_heads(
         key if key_norm is None else key_norm.weight,
         cosine,
         sine,
+        cosine if query_index is None else query_index,
         cosine if index is None else index,
         cosine if target.slots is None else target.slots,
         target.query,
@@ -306,6 +313,7 @@ def place_heads(
         HEADS=HEADS,
         QUERY_NORM=query_norm is not None,
         KEY_NORM=key_norm is not None,
+        QUERY_INDEXED=query_index is not None,
         INDEXED=index is not None,
         SLOTS=target.slots is not None,
         num_warps=2,

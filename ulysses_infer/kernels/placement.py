@@ -32,6 +32,9 @@ class HeadTarget:
 class PlaceHeads(Protocol):
     """Computes the query, key and value heads of a layer and writes them to a target."""
 
-    def __call__(self, target: HeadTarget, index: torch.Tensor | None) -> None:
-        """index: the KV head to read for each one written; None: in order. A target may have room for fewer tokens."""
+    def __call__(self, target: HeadTarget, query_index: torch.Tensor | None, index: torch.Tensor | None) -> None:
+        """query_index, index: the query head and the KV head to read for each one written; None: in order.
+
+        A target may have room for fewer tokens.
+        """
         ...

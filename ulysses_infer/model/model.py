@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ from ulysses_infer.model.quantization.layers import mark_quantised
 from ulysses_infer.model.shape import LayerHeads, ModelShape
 from ulysses_infer.parallel.layout import Layout, Mode, Span
 
+logger = logging.getLogger(__name__)
 LARGE_TENSOR_ELEMENTS = 1 << 26  # elements
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -178,6 +180,8 @@ class ModelBuilder:
         self.injection = Injection(empty, layout, shard, placement)
         self.shape = model_shape(self.injection, settings.max_model_len, enable_latent_cache(self.injection, latent))
         self._open_source, self._overrides = open_source, settings.hf_overrides
+        for cost in self.shape.costs_of_padding(layout) if shard == 0 else ():
+            logger.warning("%s", cost)
 
     @classmethod
     def from_folder(

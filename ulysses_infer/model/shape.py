@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from ulysses_infer.cache.paged import CacheShape, LayerShape
-from ulysses_infer.parallel.layout import Layout, key_value_span
+from ulysses_infer.parallel.head_layout import HeadLayout, head_layout
+from ulysses_infer.parallel.layout import Layout
 
 
 class LayerHeads(NamedTuple):
@@ -25,7 +26,11 @@ class LayerHeads(NamedTuple):
 
     def cached_by(self, shard: int, layout: Layout) -> int:
         """Number of KV heads that `shard` reads from the cache, in every mode."""
-        return key_value_span(self.num_key_value_heads, shard, layout.world_size).size
+        return self.on(layout).key_value_slots
+
+    def on(self, layout: Layout) -> HeadLayout:
+        """Which heads every rank of `layout` has."""
+        return head_layout(layout.world_size, self.num_attention_heads, self.num_key_value_heads)
 
 
 NO_HEADS = LayerHeads(0, 0, 0, 0)
@@ -80,6 +85,11 @@ class ModelShape:
     def key_value_heads_of(self, shard: int, layout: Layout) -> int:
         """Number of KV heads that `shard` caches of the first layer with attention, in every mode."""
         return self.first_heads.cached_by(shard, layout)
+
+    def costs_of_padding(self, layout: Layout) -> list[str]:
+        """What the padding of heads costs on `layout`, in one line for each kind of layer that needs any."""
+        kinds = dict.fromkeys(each.on(layout) for each in self.layers if each is not None)
+        return [heads.cost_of_padding(layout.base) for heads in kinds if heads.is_padded]
 
     def cache_shape(self, shard: int, layout: Layout, block_size: int, dtype: torch.dtype) -> CacheShape:
         """The shape of the cache of `shard`, the same in every mode."""

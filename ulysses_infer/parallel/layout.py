@@ -79,11 +79,13 @@ class Layout:
     """The fixed placement of one replica: `world_size = sp0 * tp0` ranks, each with a fixed head shard.
 
     `rank_order` is "sp_inner" (head shard = rank) or "tp_inner" (tensor parallelism on neighbouring ranks, the
-    paper's §3.3 order: rank = s * tp0 + t owns shard t * sp0 + s).
+    paper's §3.3 order: rank = s * tp0 + t owns shard t * sp0 + s). `pads_heads`: heads that do not divide over the
+    ranks are padded; otherwise they are refused.
     """
 
     base: Mode
     rank_order: str = "sp_inner"
+    pads_heads: bool = True
 
     @property
     def world_size(self) -> int:
@@ -165,12 +167,17 @@ def heads_fit(world_size: int, num_attention_heads: int, num_key_value_heads: in
 
 def check_heads(layout: Layout, num_attention_heads: int, num_key_value_heads: int) -> None:
     """Raise `ConfigError`, listing valid world sizes, if the heads cannot be divided over the ranks."""
-    if heads_fit(layout.world_size, num_attention_heads, num_key_value_heads):
+    if num_attention_heads % num_key_value_heads:
+        raise ConfigError(
+            f"{num_attention_heads} query heads cannot share {num_key_value_heads} key/value heads evenly; "
+            "config.json describes no such model"
+        )
+    if layout.pads_heads or heads_fit(layout.world_size, num_attention_heads, num_key_value_heads):
         return
     fitting = [w for w in divisors(num_attention_heads) if heads_fit(w, num_attention_heads, num_key_value_heads)]
     raise ConfigError(
         f"{num_attention_heads} query heads and {num_key_value_heads} key/value heads do not divide over "
-        f"sp * tp = {layout.world_size} ranks; use sp * tp = {_or_list(fitting)}"
+        f"sp * tp = {layout.world_size} ranks; use sp * tp = {_or_list(fitting)}, or parallel.pad_heads=auto"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ulysses_infer.parallel.head_layout import HeadLayout
 from ulysses_infer.parallel.layout import Place, Span, even_span, key_value_span
 
 
@@ -11,12 +12,14 @@ from ulysses_infer.parallel.layout import Place, Span, even_span, key_value_span
 class Part:
     """A contiguous range of `units` equal units (heads, neurons) of `width` features each.
 
-    `shared` marks key/value heads: if there are fewer than shards, neighbouring shards share one.
+    `shared` marks key/value heads: if there are fewer than shards, neighbouring shards share one. `heads`: the layout
+    of attention heads, for units that are heads of attention; without it, units are divided evenly.
     """
 
     units: int
     width: int = 1
     shared: bool = False
+    heads: HeadLayout | None = None
 
     @property
     def features(self) -> int:
@@ -25,8 +28,23 @@ class Part:
 
     def span(self, index: int, count: int) -> Span:
         """Features of slice `index` of `count`, counted from the start of this part."""
-        cut = key_value_span if self.shared else even_span
-        units = cut(self.units, index, count)
+        return self._features(self._units(index, count))
+
+    def own_span(self, index: int, count: int) -> Span:
+        """Those features of `span` that count for slice `index`, so that over all slices each feature counts once."""
+        if self.heads is not None:
+            own = self.heads.own_key_value_span if self.shared else self.heads.own_query_span
+            return self._features(own(index, count))
+        units = self._units(index, count)
+        start = units.start if index == 0 else max(units.start, self._units(index - 1, count).stop)
+        return self._features(Span(start, units.stop))
+
+    def _units(self, index: int, count: int) -> Span:
+        if self.heads is not None:
+            return (self.heads.key_value_span if self.shared else self.heads.query_span)(index, count)
+        return (key_value_span if self.shared else even_span)(self.units, index, count)
+
+    def _features(self, units: Span) -> Span:
         return Span(units.start * self.width, units.stop * self.width)
 
 

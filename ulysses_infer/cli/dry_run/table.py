@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cli.dry_run.report import TAKEN_BYTES, DryRun
+from ulysses_infer.parallel.head_layout import HeadLayout
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.parallel.symmetric_memory import SMALL_BYTES
 from ulysses_infer.worker.launch_counter import StepLaunches
@@ -71,20 +72,21 @@ def _model(run: DryRun) -> Iterator[Sequence[str]]:
     policy = run.config.policy
     threshold = f" at {policy.threshold_tokens} tokens" if policy.name == "threshold" else ""
     yield "policy", f"{policy.name}{threshold}"
-    own = shape.key_value_heads_of(run.rank.groups.shard, parallel.layout)
-    copies = world_size * own // shape.num_key_value_heads
-    stored = f"each KV head on {copies} ranks" if copies > 1 else "no KV head twice"
-    yield (
-        "heads",
-        (
-            f"{shape.num_attention_heads} query and {shape.num_key_value_heads} KV; per rank "
-            f"{shape.num_attention_heads // world_size} and {own}, {stored}"
-        ),
-    )
+    if shape.num_attention_heads:
+        yield "heads", _heads(shape.first_heads.on(parallel.layout))
     if layers := model.injection.expert_layers:
         yield "experts", f"{layers[0].num_experts} in {len(layers)} layers, placed by {layers[0].placement}"
     read, kept = len(list(run.checkpoint.open().keys())), len(list(model.module.parameters()))
     yield "load plan", f"{read} tensors of a checkpoint -> {kept} parameters of a rank, none missing"
+
+
+def _heads(heads: HeadLayout) -> str:
+    copies = heads.world_size * heads.key_value_slots // heads.num_key_value_heads
+    stored = f"each KV head on {copies} ranks" if copies > 1 else "no KV head twice"
+    return (
+        f"{heads.num_attention_heads} query and {heads.num_key_value_heads} KV; per rank {heads.query_slots} and "
+        f"{heads.key_value_slots}, {'padding included' if heads.is_padded else stored}"
+    )
 
 
 def _memory(run: DryRun) -> Iterator[Sequence[str]]:

@@ -142,6 +142,7 @@ class PlacedAttention(FusedAttention):
         cosine: torch.Tensor,
         sine: torch.Tensor,
         target: HeadTarget,
+        query_index: torch.Tensor | None,
         index: torch.Tensor | None,
     ) -> None:
         """Implements `PlaceHeads`. heads: q, k, v, [t, shards, heads per shard * d]."""
@@ -149,7 +150,7 @@ class PlacedAttention(FusedAttention):
 
         query, key, value = (each[: target.query.shape[0]] for each in heads)
         norms = _head_norm(self._norms[0]), _head_norm(self._norms[1])
-        place_heads(query, key, value, norms, cosine, sine, target, index)
+        place_heads(query, key, value, norms, cosine, sine, target, query_index, index)
 
 
 def _head_norm(norm: Any) -> HeadNorm | None:

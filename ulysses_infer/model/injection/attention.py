@@ -22,8 +22,7 @@ from ulysses_infer.model.layers.head_plan import HeadPlan
 from ulysses_infer.model.layers.linear import cut_features, is_linear
 from ulysses_infer.model.layers.norm import PerHeadNorm, ShardedRMSNorm, is_rms_norm
 from ulysses_infer.model.quantization.layers import shift_linear
-from ulysses_infer.parallel.layout import Layout, Place, check_heads
-from ulysses_infer.parallel.sharding import Part
+from ulysses_infer.parallel.layout import Layout, Place
 
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 RECURRENT_KINDS = frozenset({"linear_attention", "conv", "mamba"})
@@ -86,9 +85,9 @@ class AttentionInjector:
 
     def _inject(self, name: str, module: nn.Module) -> None:
         self._check(name, module)
-        heads = attention_heads(module, self.config)
-        check_heads(self.layout, heads.num_attention_heads, heads.num_key_value_heads)
-        plan = HeadPlan(heads.num_attention_heads, heads.num_key_value_heads)
+        heads = attention_heads(module, self.config).on(self.layout)
+        assert heads.layout is not None
+        plan = HeadPlan(heads.layout)
         untyped = cast(Any, module)
         untyped.head_plan = plan
         untyped.attention_chunk_size = _chunk_size(self.config, untyped.layer_idx)
@@ -104,19 +103,17 @@ class AttentionInjector:
 
     def _inject_norms(self, module: nn.Module, heads: AttentionHeads) -> None:
         """Shard query and key norms over several heads. Norms over a single head need no change."""
-        for child, count, shared in (
-            *((name, heads.num_attention_heads, False) for name in QUERY_NORMS),
-            *((name, heads.num_key_value_heads, True) for name in KEY_NORMS),
-        ):
+        parts = ((QUERY_NORMS, heads.query_part), (KEY_NORMS, heads.key_value_part))
+        for child, part in ((name, part) for names, part in parts for name in names):
             norm = dict(module.named_children()).get(child)
             size = 0 if norm is None else sum(parameter.numel() for parameter in norm.parameters())
             if norm is None or size <= head_width(module, self.config):
                 continue
             weight = getattr(norm, "weight", None)
             if weight is not None and weight.dim() == 2:
-                self._replace(module, child, PerHeadNorm(norm, Part(count, shared=shared)))
+                self._replace(module, child, PerHeadNorm(norm, part(weight.shape[0])))
             elif weight is not None and is_rms_norm(norm):
-                self._replace(module, child, ShardedRMSNorm(norm, Part(count, weight.numel() // count, shared)))
+                self._replace(module, child, ShardedRMSNorm(norm, part(weight.numel())))
             elif weight is None or weight.numel() > head_width(module, self.config):
                 raise UnsupportedModelError(
                     f"{child} of {type(module).__name__} is a norm across heads, of a kind that cannot be sharded"
@@ -131,7 +128,7 @@ class AttentionInjector:
                 raise UnsupportedModelError(
                     f"{name}.{leaf} {list(parameter.shape)} is a weight inside attention that no sharding rule covers"
                 )
-            self.mode_aware_layers.append(PerHeadParameter(module, leaf, heads.num_attention_heads))
+            self.mode_aware_layers.append(PerHeadParameter(module, leaf, heads))
 
     def _check(self, name: str, module: nn.Module) -> None:
         """Raise `UnsupportedModelError` if the module is not causal or has weights that no rule covers."""

@@ -17,7 +17,6 @@ from ulysses_infer.model.layers.head_plan import HeadPlan
 from ulysses_infer.model.layers.latent import LatentWidths
 from ulysses_infer.model.shape import LayerHeads
 from ulysses_infer.parallel.layout import Place
-from ulysses_infer.parallel.sharding import Part
 
 
 def attention_heads(module: nn.Module, config: Any) -> AttentionHeads:
@@ -78,8 +77,8 @@ class PerHeadParameter:
     The full parameter stays registered. The module's forward finds the local view under the same name.
     """
 
-    def __init__(self, module: nn.Module, name: str, num_attention_heads: int) -> None:
-        self.module, self.name, self.part = module, name, Part(num_attention_heads)
+    def __init__(self, module: nn.Module, name: str, heads: AttentionHeads) -> None:
+        self.module, self.name, self.part = module, name, heads.query_part(heads.num_attention_heads)
 
     def bind(self, place: Place) -> None:
         """Switch to the entries of `place`'s heads."""

@@ -32,7 +32,7 @@ def enable_latent_cache(injection: Any, wanted: bool | None) -> LatentWidths | N
         logger.info("the cache holds heads: %s", reason)
         return None
     widths = LatentWidths.of(layers[0])
-    heads = layers[0].head_plan.num_attention_heads // injection.layout.world_size
+    heads = layers[0].head_plan.heads.query_slots
     of_heads = heads * (widths.key + widths.rotary + widths.value)
     if wanted is None and widths.cached >= of_heads:
         logger.info("the cache holds heads: %d elements per token, a latent has %d", of_heads, widths.cached)

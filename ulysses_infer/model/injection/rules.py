@@ -7,26 +7,34 @@ docs/models.md). Linear layers without a rule are replicated on every rank, whic
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ulysses_infer.model.layers.linear import Cut
+from ulysses_infer.parallel.head_layout import HeadLayout, divide_heads
+from ulysses_infer.parallel.layout import Layout
 from ulysses_infer.parallel.sharding import Part, Sharding
 
 
 @dataclass(frozen=True)
 class AttentionHeads:
-    """Head counts of a whole attention layer."""
+    """Head counts of a whole attention layer, and their layout on the ranks once it is known."""
 
     num_attention_heads: int
     num_key_value_heads: int
+    layout: HeadLayout | None = None
+
+    def on(self, layout: Layout) -> AttentionHeads:
+        """These heads on the ranks of `layout`. Raises `ConfigError` if they do not divide and are not padded."""
+        return replace(self, layout=divide_heads(layout, self.num_attention_heads, self.num_key_value_heads))
 
     def query_part(self, features: int) -> Part:
         """`features` as query heads."""
-        return Part(self.num_attention_heads, features // self.num_attention_heads)
+        return Part(self.num_attention_heads, features // self.num_attention_heads, heads=self.layout)
 
     def key_value_part(self, features: int) -> Part:
         """`features` as key/value heads."""
-        return Part(self.num_key_value_heads, features // self.num_key_value_heads, shared=True)
+        width = features // self.num_key_value_heads
+        return Part(self.num_key_value_heads, width, shared=True, heads=self.layout)
 
 
 # A rule returns the sharding of the features along the cut: outputs of a column cut, inputs of a row cut.
@@ -45,8 +53,8 @@ def _key_value_heads(features: int, heads: AttentionHeads) -> Sharding:
 def _packed_heads(features: int, heads: AttentionHeads) -> Sharding:
     """q, k and v one after another (phi3, gpt2)."""
     width = features // (heads.num_attention_heads + 2 * heads.num_key_value_heads)
-    query = Part(heads.num_attention_heads, width)
-    key_value = Part(heads.num_key_value_heads, width, shared=True)
+    query = heads.query_part(heads.num_attention_heads * width)
+    key_value = heads.key_value_part(heads.num_key_value_heads * width)
     return Sharding((query, key_value, key_value))
 
 

@@ -66,10 +66,11 @@ def attend_tokens(
     """
     context = step_context()
     if context.collectives.place.mode.sp == 1:
-        return _attend(context, layer, plan, query, key, value, options)
+        query, key, value = plan.arranged(query, key, value)
+        return plan.restored(_attend(context, layer, plan, query, key, value, options))
     count = context.num_local_tokens
     query, key, value = _tokens_to_heads(context, plan, query[:count], key[:count], value[:count])
-    return _heads_to_tokens(context, _attend(context, layer, plan, query, key, value, options))
+    return plan.restored(_heads_to_tokens(context, _attend(context, layer, plan, query, key, value, options)))
 
 
 def attend_placed(
@@ -82,19 +83,20 @@ def attend_placed(
     context = step_context()
     if context.collectives.place.mode.sp == 1:
         query = _place_into_cache(context, layer, plan, place, like, width)
-        return _attend_cached(context, layer, plan, query, options)
+        return plan.restored(_attend_cached(context, layer, plan, query, options))
     query, key, value = _place_and_exchange(context, plan, place, like, width)
-    return _heads_to_tokens(context, _attend(context, layer, plan, query, key, value, options))
+    return plan.restored(_heads_to_tokens(context, _attend(context, layer, plan, query, key, value, options)))
 
 
 def _place_into_cache(
     context: StepContext, layer: int, plan: HeadPlan, place: PlaceHeads, like: torch.Tensor, width: int
 ) -> torch.Tensor:
     """Full TP: keys and values go to the cache. Returns the query, [t, Hq/W, width]."""
-    query = like.new_empty(like.shape[0], plan.local_attention_heads, width)
+    query = like.new_empty(like.shape[0], plan.shard_attention_heads, width)
     keys, values = context.cache.rows(layer)
     slots, scales = context.attention_of(layer).slots, plan.cache_scales or CacheScales()
-    place(HeadTarget(query[:, None], keys[:, None], values[:, None], slots, scales.key, scales.value), None)
+    target = HeadTarget(query[:, None], keys[:, None], values[:, None], slots, scales.key, scales.value)
+    place(target, plan.query_index(like.device), plan.key_value_index(like.device))
     return query
 
 
@@ -102,10 +104,11 @@ def _place_and_exchange(
     context: StepContext, plan: HeadPlan, place: PlaceHeads, like: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, ...]:
     """SP: heads go to the packed input of the all-to-all. Returns q, k, v of all tokens, each [T, h, d]."""
-    heads = [plan.local_attention_heads // context.collectives.place.mode.sp, *[plan.shard_key_value_heads] * 2]
+    heads = [plan.shard_attention_heads, *[plan.shard_key_value_heads] * 2]
     sizes = (context.collectives.place.mode.sp, context.num_local_tokens, sum(heads), width)
     packed = like.new_empty(sizes).transpose(0, 1)
-    place(HeadTarget(*packed.split(heads, dim=2)), plan.key_value_index(like.device))
+    target = HeadTarget(*packed.split(heads, dim=2))
+    place(target, plan.query_index(like.device), plan.key_value_index(like.device))
     (received,) = context.collectives.tokens_to_heads((packed.flatten(2),), context.token_spans)
     query, key, value = received.unflatten(-1, (-1, width)).squeeze(1).split(heads, dim=1)
     return query, key, value
@@ -156,14 +159,10 @@ def _tokens_to_heads(
     context: StepContext, plan: HeadPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One fused all-to-all for q, k and v: from [t, heads/tp, d], this rank's tokens, to [T, heads/W, d], its heads."""
-    index = plan.key_value_index(key.device)
     if plan.latent is not None:  # its values are part of its key
-        key = key if index is None else key.index_select(1, index)
-        query, key = context.collectives.tokens_to_heads((query, key), context.token_spans)
+        query, key = context.collectives.tokens_to_heads(plan.arranged(query, key), context.token_spans)
         return query, key, key[..., : value.shape[-1]]
-    if index is not None:
-        key, value = key.index_select(1, index), value.index_select(1, index)
-    query, key, value = context.collectives.tokens_to_heads((query, key, value), context.token_spans)
+    query, key, value = context.collectives.tokens_to_heads(plan.arranged(query, key, value), context.token_spans)
     return query, key, value
 
 
@@ -186,7 +185,7 @@ def _options(
         sliding_window=kwargs.get("sliding_window"),
         chunk_size=module.attention_chunk_size,
         softcap=softcap,
-        sinks=None if sinks is None else sinks[plan.shard_heads.start : plan.shard_heads.stop],
+        sinks=None if sinks is None else plan.of_shard(sinks),
     )
 
 

@@ -2,63 +2,109 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
+from torch.nn import functional as F
 
 from ulysses_infer.cache.paged import CacheScales
 from ulysses_infer.model.layers.latent import LatentAttention
-from ulysses_infer.parallel.layout import Mode, Place, Span, even_span, key_value_span
+from ulysses_infer.model.layers.temperature import Temperature
+from ulysses_infer.parallel.head_layout import Arrangement, HeadLayout
+from ulysses_infer.parallel.layout import Mode, Place
 
 
 class HeadPlan:
-    """The local heads of an attention layer in the current mode, and the KV head that each shard receives."""
+    """The local heads of an attention layer in the current mode, and their order for attention.
 
-    def __init__(self, num_attention_heads: int, num_key_value_heads: int) -> None:
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.local_attention_heads = num_attention_heads
-        self.local_key_value_heads = num_key_value_heads
-        self.shard_heads = Span(0, num_attention_heads)
-        self.shard_key_value_heads = num_key_value_heads
-        """KV heads that this rank caches, in every mode."""
+    The projections compute each local head once. Before attention, KV heads that several shards need are repeated, and
+    where heads do not divide over the ranks, padding makes all shards and query groups equal; after attention, the
+    output of padding is dropped.
+    """
+
+    def __init__(self, heads: HeadLayout) -> None:
+        self.heads = heads
+        self.local_attention_heads = heads.num_attention_heads
+        """Query heads that the projections of this mode compute."""
+        self.local_key_value_heads = heads.num_key_value_heads
         self.cache_scales: CacheScales | None = None
         self.latent: LatentAttention | None = None
-        self._mode = Mode(1, 1)
-        self._order: list[int] | None = None
-        self._indices: dict[Mode, torch.Tensor] = {}
+        self.temperature: Temperature | None = None
+        """Scales queries by position, if the layer has one."""
+        self._mode = Mode(heads.world_size, 1)
+        self._arranged = heads.arrangement(Place(self._mode, 0, heads.world_size))
+        self._arrangements: dict[Mode, Arrangement] = {}
+        self._indices: dict[tuple[str, Mode, torch.device], torch.Tensor] = {}
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the whole layer."""
+        return self.heads.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """KV heads of the whole layer: one if it caches latents."""
+        return self.heads.num_key_value_heads
+
+    @property
+    def shard_attention_heads(self) -> int:
+        """Query heads that attention computes on this rank in this mode, padding included."""
+        return len(self._arranged.per_shard)
+
+    @property
+    def shard_key_value_heads(self) -> int:
+        """KV heads that this rank caches, in every mode."""
+        return self.heads.key_value_slots
 
     def bind(self, place: Place) -> None:
-        """Switch to the head counts of `place`'s mode."""
+        """Switch to the heads of `place`."""
         index, count = place.weight_index, place.mode.tp
-        held = key_value_span(self.num_key_value_heads, index, count)
-        self.local_attention_heads = self.num_attention_heads // count
-        self.local_key_value_heads = held.size
-        self.shard_heads = even_span(self.num_attention_heads, place.shard, place.world_size)
-        self.shard_key_value_heads = key_value_span(self.num_key_value_heads, place.shard, place.world_size).size
-        self._order = _order_of_key_value_heads(self.num_key_value_heads, place)
+        self.local_attention_heads = self.heads.query_span(index, count).size
+        self.local_key_value_heads = self.heads.key_value_span(index, count).size
         self._mode = place.mode
+        if place.mode not in self._arrangements:
+            self._arrangements[place.mode] = self.heads.arrangement(place)
+        self._arranged = self._arrangements[place.mode]
 
     def use_latent(self, latent: LatentAttention) -> None:
         """Let all query heads attend to one KV head, the latent. Call it before the first `bind`."""
-        self.latent, self.num_key_value_heads = latent, 1
+        self.latent, self.heads = latent, self.heads.with_shared_key()
+
+    def query_index(self, device: torch.device) -> torch.Tensor | None:
+        """The local query head at each place of attention; None if each occurs once, in order."""
+        return self._index("queries", self._arranged.queries, device)
 
     def key_value_index(self, device: torch.device) -> torch.Tensor | None:
-        """The local KV head to send to each receiving head, in order; None if each is sent once, in order."""
-        if self._order is None:
+        """The local KV head of each slot of attention; None if each occurs once, in order."""
+        return self._index("key_values", self._arranged.key_values, device)
+
+    def arranged(self, query: torch.Tensor, *key_values: torch.Tensor) -> list[torch.Tensor]:
+        """Local heads, each [t, heads, d], in the order that attention or its all-to-all takes."""
+        query = _select(query, 1, self.query_index(query.device))
+        return [query, *(_select(each, 1, self.key_value_index(each.device)) for each in key_values)]
+
+    def restored(self, output: torch.Tensor) -> torch.Tensor:
+        """The output of attention for the local query heads: [t, places, dv] to [t, Hq/tp, dv].
+
+        Those that another weight slice has, too, are zero here.
+        """
+        before, after = self._arranged.borrowed
+        own = _select(output, 1, self._index("returned", self._arranged.returned, output.device))
+        return F.pad(own, (0, 0, before, after)) if before or after else own
+
+    def of_shard(self, per_head: torch.Tensor) -> torch.Tensor:
+        """The entries of `per_head` [Hq, ...] (sinks, ALiBi slopes) for the query heads that attention sees here."""
+        heads = self._arranged.per_shard
+        if heads == tuple(range(heads[0], heads[0] + len(heads))):
+            return per_head[heads[0] : heads[0] + len(heads)]
+        return _select(per_head, 0, self._index("per_shard", heads, per_head.device))
+
+    def _index(self, name: str, order: tuple[int, ...] | None, device: torch.device) -> torch.Tensor | None:
+        if order is None:
             return None
-        if self._mode not in self._indices:
-            self._indices[self._mode] = torch.tensor(self._order, device=device)
-        return self._indices[self._mode]
+        key = name, self._mode, device
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(order, dtype=torch.int64, device=device)
+        return self._indices[key]
 
 
-@functools.cache
-def _order_of_key_value_heads(count: int, place: Place) -> list[int] | None:
-    """The local KV head that each receiving head is, in order; None if each is sent once, in order.
-
-    The projection computes each KV head once; heads that several shards need are replicated for the all-to-all.
-    """
-    held = key_value_span(count, place.weight_index, place.mode.tp)
-    shards = range(place.weight_index * place.mode.sp, (place.weight_index + 1) * place.mode.sp)
-    order = [head - held.start for shard in shards for head in range(*key_value_span(count, shard, place.world_size))]
-    return None if order == list(range(held.size)) else order
+def _select(tensor: torch.Tensor, dimension: int, index: torch.Tensor | None) -> torch.Tensor:
+    return tensor if index is None else tensor.index_select(dimension, index)

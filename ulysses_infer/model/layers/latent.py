@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.nn import functional as F
 
 from ulysses_infer.attention.backend import AttentionBackend, AttentionMetadata, AttentionOptions
 from ulysses_infer.errors import UnsupportedModelError
@@ -123,9 +124,13 @@ class LatentAttention:
         """query: [T, H, key + rotary]; keys, values: the cache, [blocks, size, 1, cached | latent].
 
         Returns [T, H, value]. Long chunks attend over keys and values that are expanded for the step, all others over
-        latents.
+        latents. Heads without weights, the last ones, are padding.
         """
         weight = self._read(query.dtype).unflatten(0, (-1, self.widths.key + self.widths.value))
+        padding = query.shape[1] - weight.shape[0]
+        if padding:
+            attended = self.attend(query[:, :-padding], keys, values, backend, metadata, options)
+            return F.pad(attended, (0, 0, 0, padding))
         if options.sliding_window is None and options.chunk_size is None:
             parts = split_sequences(metadata, keys.shape[1], self.widths.prefers_expansion)
         else:

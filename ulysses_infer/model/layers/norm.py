@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ulysses_infer.model.context import step_context
-from ulysses_infer.parallel.layout import Place
+from ulysses_infer.parallel.layout import Place, Span
 from ulysses_infer.parallel.sharding import Part
 
 
@@ -40,20 +40,21 @@ class ShardedRMSNorm(nn.Module):
         self.weight = nn.Parameter(source.weight.detach(), requires_grad=False)  # type: ignore[operator]
         self.eps = _epsilon(source)
         self.part = part
-        self._features = float(part.features)
+        self._own = Span(0, part.features)
 
     def bind(self, place: Place) -> None:
-        """Switch to the weights of `place`'s heads. A KV head that several ranks compute counts once per rank."""
-        count = place.mode.tp
-        span = self.part.span(place.weight_index, count)
-        self._features = float(sum(self.part.span(index, count).size for index in range(count)))
+        """Switch to the weights of `place`'s heads. A head that several ranks compute counts on one of them."""
+        index, count = place.weight_index, place.mode.tp
+        span = self.part.span(index, count)
+        self._own = self.part.own_span(index, count).relative_to(span)
         self._local_weight = self.weight.detach()[span.start : span.stop]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [..., heads/tp * d]; returns the same shape."""
         wide = hidden.float()
-        squares = step_context().collectives.sum_over_tp(wide.square().sum(dim=-1, keepdim=True))
-        normed = wide * torch.rsqrt(squares / self._features + self.eps)
+        own = wide[..., self._own.start : self._own.stop]
+        squares = step_context().collectives.sum_over_tp(own.square().sum(dim=-1, keepdim=True))
+        normed = wide * torch.rsqrt(squares / self.part.features + self.eps)
         return self._local_weight * normed.to(hidden.dtype)
 
 
