@@ -43,6 +43,9 @@ def chosen(installed=EVERYTHING, name="auto", **changes):
         ({"capability": (7, 5)}, "torch"),
         ({"key_width": 512, "value_width": 512}, "triton"),
         ({"key_width": 1024, "value_width": 1024}, "torch"),
+        ({"block_size": 16, "other_widths": frozenset({(64, 64)})}, "flashinfer"),
+        ({"block_size": 16, "other_widths": frozenset({(96, 96)})}, "triton"),
+        ({"other_widths": frozenset({(512, 512), (64, 64)})}, "triton"),
         ({"cache_dtype": torch.float8_e5m2, "chunks": True, "capability": (8, 0)}, "triton"),
     ],
 )

@@ -346,6 +346,8 @@ CASES: list[Case] = [
     *_attention("prefill 8 x 128, ALiBi", 8, 512, 128, alibi=True),
     *_attention("prefill 2 x 256, window, cap", 2, 512, 256, window=4096, softcap=50.0),
     *_attention("prefill 1 x 192", 1, 512, 192),
+    *_attention("prefill 8 x 512", 8, 512, 512),
+    *_attention("decode 8 x 512", 8, 1, 512),
     *_attention("decode 4 x 256", 4, 1, 256),
     *_attention("decode 4 x 128, float32", 4, 1, 128, "float32", "float32"),
     *_attention("prefill 4 x 256, float32", 4, 512, 256, "float32", "float32"),

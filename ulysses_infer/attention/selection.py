@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,6 +47,12 @@ class AttentionNeeds:
     """Whether the cache holds latents (MLA), whose first elements are the values."""
     alibi: bool = False
     """Whether scores fall with distance, by a slope per head (ALiBi)."""
+    other_widths: frozenset[tuple[int, int]] = frozenset()
+    """Widths of keys and values of other layers, where layers differ."""
+
+    def of_each_width(self) -> list[AttentionNeeds]:
+        """The needs of each kind of layer."""
+        return [self, *(replace(self, key_width=key, value_width=value) for key, value in sorted(self.other_widths))]
 
     @classmethod
     def of(
@@ -60,6 +66,7 @@ class AttentionNeeds:
         value_width: int,
         block_size: int,
         latents: bool = False,
+        other_widths: Iterable[tuple[int, int]] = (),
     ) -> AttentionNeeds:
         """Collect the needs of all layers; chunks of `max_model_len` or more do not count."""
         layers = list(options)
@@ -73,6 +80,7 @@ class AttentionNeeds:
             chunks=any(layer.chunk_size is not None and layer.chunk_size < max_model_len for layer in layers),
             latents=latents,
             alibi=any(layer.alibi is not None for layer in layers),
+            other_widths=frozenset(other_widths),
         )
 
 
@@ -162,7 +170,8 @@ def _rejection(name: str, needs: AttentionNeeds, installed: Collection[str]) -> 
         return f"{FUNCTIONS[name][0]} is not installed"
     if name == "flashinfer" and needs.latents and "triton" not in installed:
         return "triton, which attends to expanded latents, is not installed"
-    return CAPABILITIES[name](needs)
+    reasons = map(CAPABILITIES[name], needs.of_each_width())
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def installed_backends() -> set[str]:

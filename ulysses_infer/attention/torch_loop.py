@@ -21,7 +21,8 @@ class TorchLoopAttention:
     name = "torch"
 
     def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}  # reused, because allocation costs as much as the gather itself
+        # Reused, because allocation costs as much as the gather itself. By name and shape of a block.
+        self._buffers: dict[tuple[str, torch.Size], torch.Tensor] = {}
 
     def attend(
         self,
@@ -62,14 +63,10 @@ class TorchLoopAttention:
 
     def _gather(self, name: str, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """[m, Hkv, d], the tokens of `blocks` in order. Valid until the next call with this `name`."""
-        buffer, count = self._buffers.get(name), blocks.shape[0]
-        if (
-            buffer is None
-            or buffer.shape[0] < count
-            or buffer.shape[1:] != cache.shape[1:]
-            or buffer.dtype != cache.dtype
-        ):
-            buffer = self._buffers[name] = cache.new_empty(count, *cache.shape[1:])
+        key, count = (name, cache.shape[1:]), blocks.shape[0]
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape[0] < count or buffer.dtype != cache.dtype:
+            buffer = self._buffers[key] = cache.new_empty(count, *cache.shape[1:])
         return torch.index_select(cache, 0, blocks, out=buffer[:count]).flatten(0, 1)
 
 

@@ -143,7 +143,7 @@ def _make_budget(config: Config, blueprint: ModelBuilder, dense_bytes: int, avai
 def step_bytes(config: Config, shape: ModelShape, dtype: torch.dtype, num_tokens: int, num_rows: int) -> int:
     """Upper bound of the temporary tensors of a step of `num_tokens` tokens, with logits of `num_rows` of them."""
     share = ceil_div(shape.vocab_size, config.parallel.world_size)
-    return activation_bytes(num_tokens, shape.hidden_size, shape.intermediate_size, share, num_rows, dtype.itemsize)
+    return activation_bytes(num_tokens, shape.residual_width, shape.intermediate_size, share, num_rows, dtype.itemsize)
 
 
 def _attach_adapters(config: Config, model: ShiftModel, device: torch.device) -> None:

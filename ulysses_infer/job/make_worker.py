@@ -146,16 +146,17 @@ def make_attention(name: str, model: ShiftModel, shape: CacheShape, device: torc
 
 def attention_needs(model: ShiftModel, shape: CacheShape, device: torch.device) -> AttentionNeeds:
     """What the model, its cache and the GPU require of attention."""
+    widths = sorted({(layer.key_width, layer.value_width) for layer in shape.own_layers}) or [(0, 0)]
     return AttentionNeeds.of(
         [options for options in model.attention_options if options is not None],
         model.shape.max_model_len,
         capability(device) or torch.cuda.get_device_capability(device),
         model.dtype,
         shape.dtype,
-        max((layer.key_width for layer in shape.own_layers), default=0),
-        max((layer.value_width for layer in shape.own_layers), default=0),
+        *widths[-1],
         shape.block_size,
         shape.values_in_keys,
+        widths[:-1],
     )
 
 

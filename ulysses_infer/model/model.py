@@ -296,12 +296,22 @@ def model_shape(injection: Injection, max_model_len: int | None, latent: LatentW
     layers: list[LayerHeads | None] = [None] * config.num_hidden_layers
     for module in injection.attention_layers:
         layer: Any = module
-        layers[layer.layer_idx] = layer_heads(layer, config, latent)
+        if layer.layer_idx < len(layers):  # beyond are layers that the forward does not run (drafts)
+            layers[layer.layer_idx] = layer_heads(layer, config, latent)
     return ModelShape(
         layers=tuple(layers),
         hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        residual_width=config.hidden_size * getattr(config, "altup_num_inputs", 1),
+        intermediate_size=_intermediate_size(config),
         vocab_size=injection.head_vocab_size,
         # Only one rank warns.
         max_model_len=choose_max_model_len(config, max_model_len, warn=injection.base.shard == 0),
     )
+
+
+def _intermediate_size(config: Any) -> int:
+    """The width of the widest feed-forward block, and of the inputs that every layer gets besides (gemma3n, gemma4)."""
+    size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    widest = max(size) if isinstance(size, Sequence) else size  # one per layer (gemma3n)
+    per_layer = config.num_hidden_layers * (getattr(config, "hidden_size_per_layer_input", None) or 0)
+    return int(widest * (2 if getattr(config, "use_double_wide_mlp", False) else 1)) + per_layer

@@ -43,7 +43,10 @@ class ModelShape:
     layers: tuple[LayerHeads | None, ...]
     """None: the layer has no attention."""
     hidden_size: int
+    residual_width: int
+    """Elements per token that a layer hands to the next: several times `hidden_size` with AltUp (gemma3n)."""
     intermediate_size: int
+    """Elements per token of the widest temporary tensor of a layer."""
     vocab_size: int
     max_model_len: int
 

@@ -72,8 +72,12 @@ def _model(run: DryRun) -> Iterator[Sequence[str]]:
     policy = run.config.policy
     threshold = f" at {policy.threshold_tokens} tokens" if policy.name == "threshold" else ""
     yield "policy", f"{policy.name}{threshold}"
-    if shape.num_attention_heads:
-        yield "heads", _heads(shape.first_heads.on(parallel.layout))
+    kinds = Counter(heads._replace(source=None) for heads in shape.layers if heads is not None)
+    for heads, count in kinds.items():
+        where = f"in {count} layers, keys {heads.key_width} wide: " if len(kinds) > 1 else ""
+        yield "heads", where + _heads(heads.on(parallel.layout))
+    if readers := [heads for heads in shape.layers if heads is not None and heads.source is not None]:
+        yield "shared", f"{len(readers)} layers read the keys and values of another and cache none"
     if layers := model.injection.expert_layers:
         yield "experts", f"{layers[0].num_experts} in {len(layers)} layers, placed by {layers[0].placement}"
     read, kept = len(list(run.checkpoint.open().keys())), len(list(model.module.parameters()))

@@ -12,7 +12,6 @@ OWN_ATTENTION = "its attention does not use transformers' attention interface, s
 ALIBI = "it uses ALiBi position biases, which the attention backends do not support"
 DECODER_HALF = "it is the decoder half of an encoder-decoder model"
 SELECTED_KEYS = "its attention selects keys by a learned index"
-UNEQUAL_LAYERS = "its layers differ in the number or width of their key/value heads"
 CROSS_ATTENTION = "its layers cross-attend to encoded images, which the KV cache does not hold"
 NEEDS_AN_IMAGE = "it requires an image input"
 SPEECH_PIPELINE = "it is a pipeline of speech models; serve its thinker model instead"
@@ -103,10 +102,6 @@ REFUSED: dict[str, str] = {
         ),
         SELECTED_KEYS,
     ),
-    **dict.fromkeys(
-        ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "mimo_v2_flash"),
-        UNEQUAL_LAYERS,
-    ),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), DRAFT_MODEL),
     **dict.fromkeys(("evolla", "idefics", "mllama"), CROSS_ATTENTION),
     **dict.fromkeys(("blip", "blip-2", "instructblip", "instructblipvideo", "pi0", "shieldgemma2"), NEEDS_AN_IMAGE),
@@ -166,6 +161,12 @@ VERIFIED: frozenset[str] = frozenset(
         "gemma2",
         "gemma3",
         "gemma3_text",
+        "gemma3n",
+        "gemma3n_text",
+        "gemma4",
+        "gemma4_text",
+        "gemma4_unified",
+        "gemma4_unified_text",
         "glm",
         "glm4",
         "glm46v",
@@ -218,6 +219,7 @@ VERIFIED: frozenset[str] = frozenset(
         "llava_onevision",
         "longcat_flash",
         "mellum",
+        "mimo_v2_flash",
         "minicpm3",
         "minimax_m2",
         "minimax_m3_vl",

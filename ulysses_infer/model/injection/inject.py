@@ -19,6 +19,7 @@ from ulysses_infer.model.injection.rules import MLP_RULES, PACKED_MLP_INPUTS
 from ulysses_infer.model.layers import attention
 from ulysses_infer.model.layers.attention import ATTENTION_NAME
 from ulysses_infer.model.layers.linear import ShiftLinear, cut_features, is_linear
+from ulysses_infer.model.layers.sparsity import ShardedTopK
 from ulysses_infer.model.quantization.layers import replace_whole, shift_linear
 from ulysses_infer.model.quantization.linear import QuantizedLinear
 from ulysses_infer.model.recurrent.find import inject_recurrent
@@ -112,6 +113,15 @@ class Injection:
                         cut, rule = MLP_RULES[child]
                         sharding = rule(cut_features(linear, cut))
                         self._replace(module, child, shift_linear(linear, cut, sharding, self.base))
+                self._inject_sparsity(module)
+
+    def _inject_sparsity(self, module: nn.Module) -> None:
+        """Let a feed-forward block with sparse activations (gemma3n) take its cutoff from all neurons."""
+        untyped = cast(Any, module)
+        sparsity = getattr(module, "activation_sparsity", 0.0)
+        if hasattr(module, "_gaussian_topk") and sparsity > 0.0:
+            untyped._gaussian_topk = ShardedTopK(sparsity, untyped.intermediate_size)  # overrides the method
+            self.mode_aware_layers.append(untyped._gaussian_topk)
 
     # -- head --------------------------------------------------------------------------------------------------
 
@@ -139,6 +149,10 @@ class Injection:
         )
         if self.replicated_linears:
             logger.info("replicated on every rank: %s", ", ".join(self.replicated_linears))
+        for name, module in self.decoder.named_modules():
+            if isinstance(module, nn.Embedding) and name.endswith("_per_layer"):
+                size = module.weight.numel() * module.weight.element_size() / (1 << 30)
+                logger.info("replicated on every rank: %s, %.2f GiB", name, size)
 
 
 def _shrink_to_slice(module: nn.Module, layer: ExpertLayer) -> None:

@@ -65,6 +65,8 @@ def attend_tokens(
     query: [t, Hq/tp, d]; key, value: [t, max(1, Hkv/tp), d | dv]; returns [t, Hq/tp, dv].
     """
     context = step_context()
+    if plan.source is not None:
+        return _attend_shared(context, layer, plan, query, options)
     if context.collectives.place.mode.sp == 1:
         query, key, value = plan.arranged(query, key, value)
         return plan.restored(_attend(context, layer, plan, query, key, value, options))
@@ -86,6 +88,18 @@ def attend_placed(
         return plan.restored(_attend_cached(context, layer, plan, query, options))
     query, key, value = _place_and_exchange(context, plan, place, like, width)
     return plan.restored(_heads_to_tokens(context, _attend(context, layer, plan, query, key, value, options)))
+
+
+def _attend_shared(
+    context: StepContext, layer: int, plan: HeadPlan, query: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
+    """Attention of a layer that reads another layer's cache: only its queries are exchanged, and nothing is written."""
+    if context.collectives.place.mode.sp == 1:
+        (query,) = plan.arranged(query)
+        return plan.restored(_attend_cached(context, layer, plan, query, options))
+    own = plan.arranged(query[: context.num_local_tokens])
+    (query,) = context.collectives.tokens_to_heads(own, context.token_spans)
+    return plan.restored(_heads_to_tokens(context, _attend_cached(context, layer, plan, query, options)))
 
 
 def _place_into_cache(

@@ -44,7 +44,7 @@ class RemovedEncoder(nn.Module):
 
 def _drop_beside(module: nn.Module, text: set[Any], dropped: RemovedEncoder) -> None:
     for name, child in module.named_children():
-        if child in text:
+        if child in text or hasattr(child, "vocab_offset"):  # gemma3n embeds all text's ids with those, too
             continue
         if not text.isdisjoint(child.modules()):
             _drop_beside(child, text, dropped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any, cast
 
 from ulysses_infer.cache.paged import CacheScales
 from ulysses_infer.errors import CheckpointError
@@ -24,6 +25,7 @@ def apply_cache_scales(injection: Injection, source: TensorSource) -> None:
     Raises `CheckpointError` for scales that are not one positive number per layer.
     """
     keys, found = set(source.keys()), list[bool]()
+    plans: dict[int, HeadPlan] = {}
     for name, module in injection.model.named_modules():
         plan: HeadPlan | None = getattr(module, "head_plan", None)  # of an attention layer, fused or not
         if plan is not None:
@@ -32,6 +34,10 @@ def apply_cache_scales(injection: Injection, source: TensorSource) -> None:
                 scales = CacheScales(scales.key, scales.key)
             plan.cache_scales = None if scales == CacheScales() else scales
             found.append(scales != CacheScales())
+            plans[cast(Any, module).layer_idx] = plan
+    for plan in plans.values():
+        if plan.source is not None:
+            plan.cache_scales = plans[plan.source].cache_scales
     logger.info("%d of %d layers have scales for the FP8 cache in the checkpoint", sum(found), len(found))
 
 
