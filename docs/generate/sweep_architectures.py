@@ -128,11 +128,18 @@ def prepare(model_type: str, folder: Path) -> Reference:
         try:
             model = make_checkpoint(config, folder)
             vocabulary = config.get_text_config(decoder=True).vocab_size
-            return make_reference(model, folder, make_prompts(vocabulary, LENGTHS), NEW_TOKENS)
+            first = first_position(model)
+            return make_reference(model, folder, make_prompts(vocabulary, LENGTHS), NEW_TOKENS, first)
         except Exception:
             if number == len(configs) - 1:
                 raise
     raise ValueError(f"no tiny config for {model_type}")
+
+
+def first_position(model: Any) -> int:
+    """The position of the first token: RoBERTa's descendants count from behind their padding token."""
+    tables = [module for module in model.modules() if hasattr(module, "position_embeddings")]
+    return next((module.padding_idx + 1 for module in tables if hasattr(module, "padding_idx")), 0)
 
 
 def _line(error: BaseException) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ulysses_infer.model.injection.architectures import DECODERS, ENCODERS
+
 VOCABULARY = 101
 LAYERS = 2
 HEADS = 8
@@ -132,8 +134,28 @@ DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_layer
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "num_key_value_groups", "swa_num_key_value_heads")
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 2, "decoder_start_token_id": 1}
 
+SCAN = {"chunk_size": 8}  # shorter than prompts
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+
 # Values that some model types need besides.
 SPECIAL: dict[str, dict[str, Any]] = {
+    **{name: {"is_decoder": True, "pad_token_id": 1} for name in ENCODERS},
+    **{
+        name: {
+            "is_decoder": True,
+            "is_encoder_decoder": False,
+            "scale_embedding": True,
+            "forced_eos_token_id": None,
+        }
+        for name in DECODERS
+    },
+    "big_bird": {"is_decoder": True, "attention_type": "original_full"},
     "gptj": {"rotary_dim": 8, "n_inner": None},
     "codegen": {"rotary_dim": 8, "n_inner": None},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96},
@@ -150,6 +172,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "bailing_hybrid": {"num_expert_group": 2},
+    "mamba2": {**SCAN, "n_groups": 2, "state_size": 8, "use_bias": True},
+    "mamba": {"state_size": 8, "use_bias": True},
+    "falcon_mamba": {"state_size": 8, "use_bias": True},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_proj_bias": True},
+    "bamba": {**MAMBA, "attn_layer_indices": [1], "mamba_proj_bias": True},
+    "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"]},
+    "falcon_h1": {
+        **MAMBA,
+        "mamba_d_ssm": 128,
+        "mamba_rms_norm": True,
+        "ssm_in_multiplier": 1.2,
+        "ssm_multipliers": [0.9, 1.1, 1.2, 0.8, 1.3],
+    },
+    "nemotron_h": {**SCAN, "mamba_num_heads": 8, "mamba_head_dim": 12, "ssm_state_size": 8, "n_groups": 2},
     "flint": {"mlp_only_layers": [0], "num_experts": 4},
     "deepseek_v3": {"n_group": 2, "topk_group": 1},
     "nemotron": {"head_dim": 8},
@@ -186,7 +223,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "xmod": {"default_language": "en_XX", "is_decoder": True},
+    "xmod": {"default_language": "en_XX", "is_decoder": True, "pad_token_id": 1},
     # Multimodal encoders and projectors with large default sizes.
     "cohere2_vision": {"alignment_intermediate_size": 64},
     "siglip_vision_model": {"hidden_size": 64, "num_attention_heads": 4},

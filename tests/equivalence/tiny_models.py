@@ -68,23 +68,38 @@ def make_prompts(vocabulary: int = VOCABULARY, lengths: tuple[int, ...] = PROMPT
 
 
 @torch.inference_mode()
-def make_reference(model: Any, folder: Path, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> Reference:
-    """Greedy completions by `generate` and teacher-forced log-probabilities by one plain forward per prompt."""
+def make_reference(
+    model: Any, folder: Path, prompts: list[list[int]], new_tokens: int = NEW_TOKENS, first_position: int = 0
+) -> Reference:
+    """Greedy completions by `generate` and teacher-forced log-probabilities by one plain forward per prompt.
+
+    first_position: where a plain forward counts positions from; `generate` is not told so by itself.
+    """
     tokens, logprobs = [], []
     model.generation_config.eos_token_id = None
     for prompt in prompts:
         inputs = torch.tensor([prompt])
         whole = model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            **_positions(first_position, len(prompt)),
         )
         tokens.append(whole[0, len(prompt) :].tolist())
-        logprobs.append(token_logprobs(model, whole))
+        logprobs.append(token_logprobs(model, whole, **_positions(first_position, whole.shape[1])))
     return Reference(folder, prompts, tokens, logprobs)
 
 
 @torch.inference_mode()
-def token_logprobs(model: Any, token_ids: torch.Tensor) -> list[float]:
+def token_logprobs(model: Any, token_ids: torch.Tensor, **inputs: torch.Tensor) -> list[float]:
     """token_ids: [1, n]; the log-probability of each token but the first, given those before it."""
-    scores = model(token_ids, use_cache=False).logits[0].float().log_softmax(dim=-1)
+    scores = model(token_ids, use_cache=False, **inputs).logits[0].float().log_softmax(dim=-1)
     result: list[float] = scores[:-1].gather(1, token_ids[0, 1:, None])[:, 0].tolist()
     return result
+
+
+def _positions(first: int, count: int) -> dict[str, torch.Tensor]:
+    """The argument that tells a model its positions; none if it counts from 0, as all do by default."""
+    return {"position_ids": torch.arange(first, first + count)[None]} if first else {}

@@ -36,6 +36,8 @@ class AdaptedAttention(Adapted):
     """Sharding rules of its linear layers that differ from those of other modules with the same names."""
     replicated_parameters: tuple[str, ...] = ()
     """Its own parameters that every rank needs whole."""
+    outputs_elsewhere: tuple[tuple[nn.Module, str], ...] = ()
+    """Output projections that are not its children: modules, and the names that these have for them."""
 
     def heads(self, projected: torch.Tensor) -> torch.Tensor:
         """projected: [1, t, heads * d]; returns [1, heads, t, d]."""
@@ -48,6 +50,15 @@ class AdaptedAttention(Adapted):
         """
         output, _ = shift_attention(self, query, key, value, None, **options)
         return output.flatten(2)
+
+
+class SeparateAttention(AdaptedAttention):
+    """Separate q, k and v without positions, as in most models."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        """hidden_states: [1, t, D]; returns ([1, t, D], None)."""
+        query, key, value = (self.heads(each(hidden_states)) for each in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(self.attend(query, key, value, scaling=self.scaling)), None
 
 
 def replace_all(model: nn.Module, name: str, make: Callable[[Any], nn.Module]) -> None:

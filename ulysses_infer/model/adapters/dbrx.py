@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ulysses_infer.model.adapters.base import AdaptedAttention, replace_all
+from ulysses_infer.model.adapters.rotary import rotate_halves
 
 
 class DbrxAttention(AdaptedAttention):
@@ -23,7 +23,7 @@ class DbrxAttention(AdaptedAttention):
             packed = packed.clamp(min=-self.clip_qkv, max=self.clip_qkv)
         counts = self.head_plan.local_attention_heads, *[self.head_plan.local_key_value_heads] * 2
         query, key, value = self.heads(packed).split(counts, dim=1)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = (rotate_halves(each, *position_embeddings) for each in (query, key))
         return self.out_proj(self.attend(query, key, value)), None
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ulysses_infer.model.adapters.base import AdaptedAttention, replace_all
+from ulysses_infer.model.adapters.rotary import rotate_halves
 
 
 class GptAttention(AdaptedAttention):
@@ -66,11 +66,7 @@ class GptNeoxJapaneseAttention(AdaptedAttention):
         """hidden_states: [1, t, D]; position_embeddings: cosine and sine; returns ([1, t, D], None, bias)."""
         packed = self.query_key_value(hidden_states).unflatten(-1, (-1, 3, self.head_dim))
         query, key, value = (part.transpose(1, 2) for part in packed.unbind(-2))
-        rotated = self.rotary_ndims
-        first = apply_rotary_pos_emb(query[..., :rotated], key[..., :rotated], *position_embeddings)
-        query, key = (
-            torch.cat((start, whole[..., rotated:]), dim=-1) for start, whole in zip(first, (query, key), strict=True)
-        )
+        query, key = (rotate_halves(each, *position_embeddings) for each in (query, key))
         return self.dense(self.attend(query, key, value)), None, self.dense_bias
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.adapters.alibi import geometric_slopes
 from ulysses_infer.model.adapters.base import AdaptedAttention, replace_all
+from ulysses_infer.model.adapters.rotary import rotate_halves
 from ulysses_infer.model.injection.rules import AttentionHeads, packed_heads, query_heads
 from ulysses_infer.parallel.grouped_sharding import GroupedSharding
 from ulysses_infer.parallel.sharding import Part, Sharding
@@ -54,7 +54,7 @@ class FalconAttention(AdaptedAttention):
         query, key, value = (part.transpose(1, 2) for part in self._split(self.query_key_value(hidden_states)))
         if self.slopes is None:
             assert position_embeddings is not None
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            query, key = (rotate_halves(each, *position_embeddings) for each in (query, key))
         return self.dense(self.attend(query, key, value, alibi=self.slopes)), None
 
     def _split(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
 
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.adapters.base import AdaptedAttention, replace_all
+from ulysses_infer.model.adapters.rotary import rotate_pairs
 from ulysses_infer.model.injection.rules import AttentionHeads
 from ulysses_infer.parallel.grouped_sharding import GroupedSharding
 from ulysses_infer.parallel.sharding import Part, Sharding
@@ -19,24 +19,18 @@ BLOCKS = 4
 
 
 class GptjAttention(AdaptedAttention):
-    """Rotates the first `rotary_dim` columns of each head, or all."""
+    """Rotates as many columns of each head as the table of sines has, or all."""
 
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """hidden_states: [1, t, D]; position_ids: [1, t]; returns ([1, t, D], None)."""
         query, key, value = self.project(hidden_states)
         sine, cosine = self.embed_positions[position_ids].to(query.dtype).chunk(2, dim=-1)
-        query, key = (self._rotated(each, sine, cosine).transpose(1, 2) for each in (query, key))
-        return self.out_proj(self.attend(query, key, value.transpose(1, 2))), None
+        query, key = (rotate_pairs(each, cosine, sine) for each in (query, key))
+        return self.out_proj(self.attend(query, key, value)), None
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values, each [1, t, heads, d]."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        return tuple(each(hidden_states).unflatten(-1, (-1, self.head_dim)) for each in projections)
-
-    def _rotated(self, heads: torch.Tensor, sine: torch.Tensor, cosine: torch.Tensor) -> torch.Tensor:
-        rotated = self.rotary_dim or self.head_dim
-        first: torch.Tensor = apply_rotary_pos_emb(heads[..., :rotated], sine, cosine)
-        return torch.cat((first, heads[..., rotated:]), dim=-1)
+        """Queries, keys and values, each [1, heads, t, d]."""
+        return tuple(self.heads(each(hidden_states)) for each in (self.q_proj, self.k_proj, self.v_proj))
 
 
 def quarters_of_heads(features: int, heads: AttentionHeads) -> Sharding:
@@ -59,11 +53,11 @@ class CodegenAttention(GptjAttention):
         self.attention_rules = {"qkv_proj": ("column", quarters_of_heads)}
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values, each [1, t, heads, d]."""
+        """Queries, keys and values, each [1, heads, t, d]."""
         plan = self.head_plan
         blocks = max(1, BLOCKS * plan.local_attention_heads // plan.num_attention_heads)
         packed = self.qkv_proj(hidden_states).unflatten(-1, (blocks, 3, -1, self.head_dim))
-        query, value, key = (part.flatten(2, 3) for part in packed.unbind(3))
+        query, value, key = (part.flatten(2, 3).transpose(1, 2) for part in packed.unbind(3))
         return query, key, value
 
 

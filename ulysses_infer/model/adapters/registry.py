@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ulysses_infer.model.adapters.base import SeparateAttention, replace_all
+from ulysses_infer.model.adapters.bert import adapt_bert, adapt_big_bird, adapt_roformer
 from ulysses_infer.model.adapters.bloom import adapt_bloom
 from ulysses_infer.model.adapters.dbrx import adapt_dbrx
+from ulysses_infer.model.adapters.decoders import adapt_decoder, adapt_mvp
 from ulysses_infer.model.adapters.early_gpt import adapt_gpt, adapt_gpt_neo, adapt_gpt_neox_japanese
 from ulysses_infer.model.adapters.falcon import adapt_falcon
 from ulysses_infer.model.adapters.gpt_bigcode import adapt_gpt_bigcode
 from ulysses_infer.model.adapters.gptj import adapt_codegen, adapt_gptj
 from ulysses_infer.model.adapters.mpt import adapt_mpt
-from ulysses_infer.model.adapters.xglm import adapt_xglm
+from ulysses_infer.model.injection.architectures import DECODERS, ENCODERS
 
 ADAPTERS: dict[str, Callable[[Any], None]] = {
+    **dict.fromkeys(ENCODERS, adapt_bert),
+    **dict.fromkeys(DECODERS, adapt_decoder),
+    "big_bird": adapt_big_bird,
     "bloom": adapt_bloom,
     "codegen": adapt_codegen,
     "dbrx": adapt_dbrx,
@@ -24,8 +30,10 @@ ADAPTERS: dict[str, Callable[[Any], None]] = {
     "gpt_neox_japanese": adapt_gpt_neox_japanese,
     "gptj": adapt_gptj,
     "mpt": adapt_mpt,
+    "mvp": adapt_mvp,
     "openai-gpt": adapt_gpt,
-    "xglm": adapt_xglm,
+    "roformer": adapt_roformer,
+    "xglm": lambda model: replace_all(model, "XGLMAttention", SeparateAttention),
 }
 
 

@@ -8,8 +8,6 @@ from typing import Any
 from ulysses_infer.errors import UnsupportedModelError
 
 RECURRENT = "it has recurrent or convolutional layers, whose state is not in the KV cache"
-OWN_ATTENTION = "its attention does not use transformers' attention interface, so it cannot be sharded or cached"
-ALIBI = "it uses ALiBi position biases, which the attention backends do not support"
 DECODER_HALF = "it is the decoder half of an encoder-decoder model"
 SELECTED_KEYS = "its attention selects keys by a learned index"
 CROSS_ATTENTION = "its layers cross-attend to encoded images, which the KV cache does not hold"
@@ -21,37 +19,11 @@ DRAFT_MODEL = "it is a draft model, whose layers read the keys and values of ano
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
-            "bailing_hybrid",
-            "bamba",
-            "falcon_h1",
-            "falcon_mamba",
             "glm5_next",
-            "granitemoehybrid",
             "inkling2",
             "inkling2_text",
             "inkling_mm_model",
             "inkling_text",
-            "jamba",
-            "kimi_linear",
-            "lfm2",
-            "lfm2_moe",
-            "lfm2_vl",
-            "lfm3",
-            "lfm3_vl",
-            "mamba",
-            "mamba2",
-            "minicpm_ocr",
-            "minicpmv4_6",
-            "minicpmv4_7",
-            "minimax",
-            "nemo_speechlm",
-            "nemotron_h",
-            "nemotron_h_omni",
-            "olmo_hybrid",
-            "qwen3_5",
-            "qwen3_5_moe",
-            "qwen3_5_moe_text",
-            "qwen3_5_text",
             "qwen4_exp",
             "qwen4_exp_text",
             "recurrent_gemma",
@@ -63,26 +35,16 @@ REFUSED: dict[str, str] = {
         ),
         RECURRENT,
     ),
-    **dict.fromkeys(("codegen", "gpt_neo", "gpt_neox_japanese", "gptj", "openai-gpt", "trocr", "xglm"), OWN_ATTENTION),
-    **dict.fromkeys(("bloom", "falcon", "mpt"), ALIBI),
     **dict.fromkeys(
         (
-            "bart",
-            "bigbird_pegasus",
-            "blenderbot",
-            "blenderbot-small",
             "florence2",
-            "marian",
-            "mbart",
             "musicgen",
             "musicgen_melody",
-            "mvp",
-            "pegasus",
             "pix2struct",
-            "plbart",
             "pp_formulanet",
             "prophetnet",
             "t5gemma2",
+            "trocr",
             "udop",
             "vision-encoder-decoder",
             "whisper",
@@ -118,6 +80,39 @@ REFUSED: dict[str, str] = {
     "reformer": "it uses locality-sensitive hashing attention",
 }
 
+# Encoders that are language models with `is_decoder: true`.
+ENCODERS: tuple[str, ...] = (
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+
+# Encoder-decoders whose decoder alone is a language model, in checkpoints with `is_encoder_decoder: false`.
+DECODERS: tuple[str, ...] = (
+    "bart",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "marian",
+    "mbart",
+    "mvp",
+    "pegasus",
+    "plbart",
+)
+
 # Shown to be equivalent to transformers by docs/generate/sweep_architectures.py, which writes docs/models.md.
 VERIFIED: frozenset[str] = frozenset(
     (
@@ -128,9 +123,19 @@ VERIFIED: frozenset[str] = frozenset(
         "aria_text",
         "axk1",
         "aya_vision",
+        "bart",
         "beam",
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "bigbird_pegasus",
         "biogpt",
         "bitnet",
+        "blenderbot",
+        "blenderbot-small",
+        "bloom",
+        "camembert",
+        "codegen",
         "cohere",
         "cohere2",
         "cohere2_moe",
@@ -140,19 +145,24 @@ VERIFIED: frozenset[str] = frozenset(
         "cosmos3_edge",
         "cosmos3_omni",
         "cwm",
+        "data2vec-text",
+        "dbrx",
         "deepseek_ocr2",
         "deepseek_v2",
         "deepseek_v3",
         "deepseek_vl",
         "deepseek_vl_hybrid",
         "dots1",
+        "electra",
         "emu3",
+        "ernie",
         "ernie4_5",
         "ernie4_5_moe",
         "ernie4_5_vl_moe",
         "exaone4",
         "exaone4_5",
         "exaone_moe",
+        "falcon",
         "flex_olmo",
         "flint",
         "fun_asr_nano",
@@ -181,8 +191,11 @@ VERIFIED: frozenset[str] = frozenset(
         "gpt-sw3",
         "gpt2",
         "gpt_bigcode",
+        "gpt_neo",
         "gpt_neox",
+        "gpt_neox_japanese",
         "gpt_oss",
+        "gptj",
         "granite",
         "granite4_vision",
         "granite_docling",
@@ -218,6 +231,9 @@ VERIFIED: frozenset[str] = frozenset(
         "llava_next_video",
         "llava_onevision",
         "longcat_flash",
+        "marian",
+        "mbart",
+        "megatron-bert",
         "mellum",
         "mimo_v2_flash",
         "minicpm3",
@@ -233,21 +249,26 @@ VERIFIED: frozenset[str] = frozenset(
         "modernbert-decoder",
         "molmo2",
         "moss_transcribe_diarize",
+        "mpt",
         "muse_glimmer",
+        "mvp",
         "nanochat",
         "nemotron",
         "olmo",
         "olmo2",
         "olmo3",
         "olmoe",
+        "openai-gpt",
         "opt",
         "ovis2",
         "paddleocr_vl",
+        "pegasus",
         "persimmon",
         "phi",
         "phi3",
         "phi4_multimodal",
         "phimoe",
+        "plbart",
         "pp_chart2table",
         "qianfan_ocr",
         "qwen2",
@@ -263,6 +284,11 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_omni_moe_thinker",
         "qwen3_vl",
         "qwen3_vl_moe",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
         "seed_oss",
         "smollm3",
         "smolvlm",
@@ -276,6 +302,10 @@ VERIFIED: frozenset[str] = frozenset(
         "video_llava",
         "vipllava",
         "voxtral",
+        "xglm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
         "youtu",
     )
 )
@@ -287,11 +317,7 @@ def check_supported(config: Any, allow_unverified: bool) -> None:
     for model_type in model_types:
         if model_type in REFUSED:
             raise UnsupportedModelError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
-    if config.model_type == "gpt_bigcode" and not config.multi_query:
-        raise UnsupportedModelError(
-            "model type 'gpt_bigcode' with multi_query=false interleaves q, k and v per head, which no sharding "
-            "rule covers; use a multi-query checkpoint"
-        )
+    _check_role(config)
     unverified = [model_type for model_type in model_types if model_type not in VERIFIED]
     if unverified and not allow_unverified:
         near = difflib.get_close_matches(unverified[0], VERIFIED, n=1)
@@ -299,6 +325,19 @@ def check_supported(config: Any, allow_unverified: bool) -> None:
         raise UnsupportedModelError(
             f"model type {unverified[0]!r} has not been verified against transformers{hint}; "
             "set model.allow_unverified=true to serve it at your own risk (see docs/models.md)"
+        )
+
+
+def _check_role(config: Any) -> None:
+    """Raise `UnsupportedModelError` for encoders, and for decoders that read one."""
+    if config.model_type in ENCODERS and not config.is_decoder:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is an encoder; only checkpoints with is_decoder: true are served"
+        )
+    if config.model_type in DECODERS and config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is an encoder-decoder; only its decoder alone is served, from "
+            "checkpoints with is_encoder_decoder: false, as its ForCausalLM class saves them"
         )
 
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import nn
 
 from ulysses_infer.errors import UnsupportedModelError
-from ulysses_infer.model.injection.heads import (
-    LocalHeadCounts,
-    PerHeadParameter,
-    attention_heads,
-    config_of_layer,
-    head_width,
-    source_of_keys,
-)
+from ulysses_infer.model.injection.heads import LocalHeadCounts, PerHeadParameter, attention_heads, head_width
 from ulysses_infer.model.injection.rules import (
     ATTENTION_INPUTS,
     ATTENTION_OUTPUTS,
@@ -24,15 +17,19 @@ from ulysses_infer.model.injection.rules import (
     LATENT_NAMES,
     QUERY_NORMS,
     AttentionHeads,
+    AttentionRule,
+    query_heads,
 )
 from ulysses_infer.model.layers.head_plan import HeadPlan
 from ulysses_infer.model.layers.linear import cut_features, is_linear
 from ulysses_infer.model.layers.norm import PerHeadNorm, ShardedRMSNorm, is_rms_norm
+from ulysses_infer.model.layers.temperature import take_temperature
 from ulysses_infer.model.quantization.layers import shift_linear
 from ulysses_infer.parallel.layout import Layout, Place
 
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-RECURRENT_KINDS = frozenset({"linear_attention", "conv", "mamba"})
+HYBRID_KINDS = frozenset({"linear_attention", "conv", "mamba", "hybrid", "moe", "mlp"})
+"""Further kinds of layers in models with recurrent layers."""
 
 
 class ModeAware(Protocol):
@@ -69,11 +66,11 @@ class AttentionInjector:
         self.layout, self.base = layout, base
         self.mode_aware_layers: list[ModeAware] = []
         self.layers: list[nn.Module] = []
-        self._check_layer_types(ATTENTION_KINDS | (RECURRENT_KINDS if recurrent else frozenset()))
+        self._check_layer_types(ATTENTION_KINDS | (HYBRID_KINDS if recurrent else frozenset()))
         for name, module in list(model.named_modules()):
             if module in recurrent:
                 continue
-            if hasattr(module, "layer_idx") and _has_linear(module, ATTENTION_INPUTS):
+            if hasattr(module, "layer_idx") and _has_linear(module, (*ATTENTION_INPUTS, *_own_rules(module))):
                 self._inject(name, module)
                 self.layers.append(module)
         if not self.layers and not recurrent:
@@ -95,19 +92,24 @@ class AttentionInjector:
         heads = attention_heads(module, self.config).on(self.layout)
         assert heads.layout is not None
         plan = HeadPlan(heads.layout)
-        plan.source = source_of_keys(module, self.config)
+        plan.temperature = take_temperature(module)
         untyped = cast(Any, module)
         untyped.head_plan = plan
         untyped.attention_chunk_size = _chunk_size(self.config, untyped.layer_idx)
+        rules = {**ATTENTION_RULES, **_own_rules(module)}
         for child, linear in list(module.named_children()):
-            if child in ATTENTION_RULES and is_linear(linear):
-                cut, rule = ATTENTION_RULES[child]
+            if child in rules and is_linear(linear):
+                cut, rule = rules[child]
                 sharding = rule(cut_features(linear, cut), heads)
                 self._replace(module, child, shift_linear(linear, cut, sharding, self.base))
+        for owner, child in getattr(module, "outputs_elsewhere", ()):
+            linear = getattr(owner, child)
+            sharding = query_heads(cut_features(linear, "row"), heads)
+            self._replace(owner, child, shift_linear(linear, "row", sharding, self.base))
         self._inject_norms(module, heads)
         self._inject_vectors(name, module, heads)
-        untyped.config = config_of_layer(module, self.local_config)
-        self.mode_aware_layers.append(LocalHeadCounts(module, untyped.config, plan))
+        untyped.config = self.local_config
+        self.mode_aware_layers.append(LocalHeadCounts(module, self.local_config, plan))
 
     def _inject_norms(self, module: nn.Module, heads: AttentionHeads) -> None:
         """Shard query and key norms over several heads. Norms over a single head need no change."""
@@ -129,8 +131,9 @@ class AttentionInjector:
 
     def _inject_vectors(self, name: str, module: nn.Module, heads: AttentionHeads) -> None:
         """Shard the module's own parameters, except for sinks: the attention function selects those of its heads."""
+        replicated = getattr(module, "replicated_parameters", ())
         for leaf, parameter in module.named_parameters(recurse=False):
-            if "sink" in leaf:
+            if "sink" in leaf or leaf in replicated:
                 continue
             if parameter.shape[0] != heads.num_attention_heads:
                 raise UnsupportedModelError(
@@ -141,13 +144,13 @@ class AttentionInjector:
     def _check(self, name: str, module: nn.Module) -> None:
         """Raise `UnsupportedModelError` if the module is not causal or has weights that no rule covers."""
         kind = type(module).__name__
-        if not _has_linear(module, ATTENTION_OUTPUTS):
+        if not _has_linear(module, ATTENTION_OUTPUTS) and not getattr(module, "outputs_elsewhere", ()):
             raise UnsupportedModelError(
                 f"{name} ({kind}) has no known output projection ({', '.join(ATTENTION_OUTPUTS)})"
             )
         if getattr(module, "is_causal", True) is False:
             raise UnsupportedModelError(f"{name} ({kind}) is not causal")
-        known = {*ATTENTION_RULES, *QUERY_NORMS, *KEY_NORMS, *LATENT_NAMES}
+        known = {*ATTENTION_RULES, *_own_rules(module), *QUERY_NORMS, *KEY_NORMS, *LATENT_NAMES}
         for child, part in module.named_children():
             if child not in known and any(True for _ in part.parameters()):
                 raise UnsupportedModelError(
@@ -157,6 +160,12 @@ class AttentionInjector:
     def _replace(self, parent: nn.Module, child: str, replacement: nn.Module) -> None:
         setattr(parent, child, replacement)
         self.mode_aware_layers.append(cast(ModeAware, replacement))
+
+
+def _own_rules(module: nn.Module) -> Mapping[str, AttentionRule]:
+    """The sharding rules that an adapter has given the module."""
+    rules: Mapping[str, AttentionRule] = getattr(module, "attention_rules", {})
+    return rules
 
 
 def _has_linear(module: nn.Module, names: tuple[str, ...]) -> bool:

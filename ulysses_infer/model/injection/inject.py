@@ -13,6 +13,7 @@ from torch import nn
 
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model import experts
+from ulysses_infer.model.adapters.registry import adapt
 from ulysses_infer.model.experts import EXPERTS_NAME, ExpertLayer, ScaledInputExperts, is_experts, scales_inputs
 from ulysses_infer.model.injection.attention import AttentionInjector, KeepsViews, ModeAware
 from ulysses_infer.model.injection.rules import MLP_RULES, PACKED_MLP_INPUTS
@@ -48,6 +49,7 @@ class Injection:
         self.local_config = copy.copy(self.config)
         # Only the language model of a multimodal model is served and sharded.
         self.decoder = model if self.config is model.config else model.get_decoder()
+        adapt(self.decoder)
         self.recurrent_layers = inject_recurrent(self.decoder, self._name_of(self.decoder), layout, self.base)
         recurrent = [layer.module for layer in self.recurrent_layers]
         injector = AttentionInjector(self.decoder, self.config, self.local_config, layout, self.base, recurrent)

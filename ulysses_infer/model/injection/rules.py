@@ -42,15 +42,17 @@ AttentionRule = tuple[Cut, Callable[[int, AttentionHeads], Sharding]]
 MlpRule = tuple[Cut, Callable[[int], Sharding]]
 
 
-def _query_heads(features: int, heads: AttentionHeads) -> Sharding:
+def query_heads(features: int, heads: AttentionHeads) -> Sharding:
+    """One part per query head: q alone, or q, k and v of a head next to each other."""
     return Sharding((heads.query_part(features),))
 
 
-def _key_value_heads(features: int, heads: AttentionHeads) -> Sharding:
+def key_value_heads(features: int, heads: AttentionHeads) -> Sharding:
+    """One part per KV head."""
     return Sharding((heads.key_value_part(features),))
 
 
-def _packed_heads(features: int, heads: AttentionHeads) -> Sharding:
+def packed_heads(features: int, heads: AttentionHeads) -> Sharding:
     """q, k and v one after another (phi3, gpt2)."""
     width = features // (heads.num_attention_heads + 2 * heads.num_key_value_heads)
     query = heads.query_part(heads.num_attention_heads * width)
@@ -68,23 +70,24 @@ def _packed_neurons(features: int) -> Sharding:
 
 
 ATTENTION_RULES: dict[str, AttentionRule] = {
-    "q_proj": ("column", _query_heads),
-    "k_proj": ("column", _key_value_heads),
-    "v_proj": ("column", _key_value_heads),
-    "qkv_proj": ("column", _packed_heads),
-    "c_attn": ("column", _packed_heads),
+    "q_proj": ("column", query_heads),
+    "k_proj": ("column", key_value_heads),
+    "v_proj": ("column", key_value_heads),
+    "qkv_proj": ("column", packed_heads),
+    "Wqkv": ("column", packed_heads),
+    "c_attn": ("column", packed_heads),
     # [q, k, v] interleaved per head (gpt_neox): like query heads of three times the width.
-    "query_key_value": ("column", _query_heads),
+    "query_key_value": ("column", query_heads),
     # Multi-head latent attention: the down projections are replicated, the up projections to heads are sharded.
-    "q_b_proj": ("column", _query_heads),
-    "kv_b_proj": ("column", _query_heads),
+    "q_b_proj": ("column", query_heads),
+    "kv_b_proj": ("column", query_heads),
     # Gates over the attention output, one value or one vector per query head.
-    "gate_proj": ("column", _query_heads),
-    "g_proj": ("column", _query_heads),
-    **dict.fromkeys(("o_proj", "out_proj", "dense", "Wo", "c_proj"), ("row", _query_heads)),
+    "gate_proj": ("column", query_heads),
+    "g_proj": ("column", query_heads),
+    **dict.fromkeys(("o_proj", "out_proj", "dense", "Wo", "c_proj"), ("row", query_heads)),
 }
 ATTENTION_OUTPUTS = tuple(name for name, (cut, _) in ATTENTION_RULES.items() if cut == "row")
-ATTENTION_INPUTS = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value", "c_attn")
+ATTENTION_INPUTS = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
 
 # Norms inside attention. Those over a single head need no sharding.
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "attn_sub_norm")

@@ -11,7 +11,7 @@ from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.cache.paged import CacheScales
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.kernels.placement import HeadTarget, PlaceHeads
-from ulysses_infer.model.context import StepContext, step_context
+from ulysses_infer.model.context import StepContext, step_context, step_positions
 from ulysses_infer.model.layers.head_plan import HeadPlan
 
 ATTENTION_NAME = "ulysses_infer"
@@ -40,19 +40,22 @@ def shift_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    alibi: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer in any mode (arXiv 2509.16495 §3.1), with the signature of `AttentionInterface`.
 
     query: [1, Hq/tp, t, d]; key, value: [1, max(1, Hkv/tp), t, d | dv], or a latent (`LatentAttention.join`); returns
-    ([1, t, Hq/tp, dv], None).
+    ([1, t, Hq/tp, dv], None). s_aux, alibi: [Hq], a sink and a slope of each head of the whole layer.
     """
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask, which is not supported")
     plan = module.head_plan
     if plan.latent is not None:
         plan.latent.check(key, value)
-    options = _options(module, plan, query.shape[-1], scaling, softcap, s_aux, kwargs)
+    options = _options(module, plan, query.shape[-1], scaling, softcap, s_aux, alibi, kwargs)
+    if plan.temperature is not None:
+        query = plan.temperature.scaled(query, step_positions())
     tokens = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
     return attend_tokens(module.layer_idx, plan, *tokens, options)[None], None
 
@@ -187,6 +190,7 @@ def _options(
     scaling: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    alibi: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> AttentionOptions:
     unknown = [name for name, value in kwargs.items() if value is not None and name not in KNOWN_EXTRAS]
@@ -200,6 +204,7 @@ def _options(
         chunk_size=module.attention_chunk_size,
         softcap=softcap,
         sinks=None if sinks is None else plan.of_shard(sinks),
+        alibi=None if alibi is None else plan.of_shard(alibi),
     )
 
 

@@ -117,7 +117,12 @@ class Loader:
                 target.keys.append((key, pattern))
                 if pattern is not None and target.converter is None:
                     target.converter = copy.deepcopy(by_pattern[pattern])
-        return targets
+        return {**self._tied(targets), **targets}
+
+    def _tied(self, targets: Mapping[str, _Target]) -> dict[str, _Target]:
+        """Tied parameters, which checkpoints store once: as those that they are tied to."""
+        pairs: Mapping[str, str] = getattr(self.model, "all_tied_weights_keys", {})
+        return {name: targets[other] for name, other in pairs.items() if name in self.left and other in targets}
 
     def _is_expert_tensor(self, key: str, targets: dict[str, _Target]) -> bool:
         """Whether `key` belongs to quantized experts; if so, adds it to `targets`."""
