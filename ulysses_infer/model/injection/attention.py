@@ -8,7 +8,14 @@ from typing import Any, Protocol, cast, runtime_checkable
 from torch import nn
 
 from ulysses_infer.errors import UnsupportedModelError
-from ulysses_infer.model.injection.heads import LocalHeadCounts, PerHeadParameter, attention_heads, head_width
+from ulysses_infer.model.injection.heads import (
+    LocalHeadCounts,
+    PerHeadParameter,
+    attention_heads,
+    config_of_layer,
+    head_width,
+    source_of_keys,
+)
 from ulysses_infer.model.injection.rules import (
     ATTENTION_INPUTS,
     ATTENTION_OUTPUTS,
@@ -93,6 +100,7 @@ class AttentionInjector:
         assert heads.layout is not None
         plan = HeadPlan(heads.layout)
         plan.temperature = take_temperature(module)
+        plan.source = source_of_keys(module, self.config)
         untyped = cast(Any, module)
         untyped.head_plan = plan
         untyped.attention_chunk_size = _chunk_size(self.config, untyped.layer_idx)
@@ -108,8 +116,8 @@ class AttentionInjector:
             self._replace(owner, child, shift_linear(linear, "row", sharding, self.base))
         self._inject_norms(module, heads)
         self._inject_vectors(name, module, heads)
-        untyped.config = self.local_config
-        self.mode_aware_layers.append(LocalHeadCounts(module, self.local_config, plan))
+        untyped.config = config_of_layer(module, self.local_config)
+        self.mode_aware_layers.append(LocalHeadCounts(module, untyped.config, plan))
 
     def _inject_norms(self, module: nn.Module, heads: AttentionHeads) -> None:
         """Shard query and key norms over several heads. Norms over a single head need no change."""

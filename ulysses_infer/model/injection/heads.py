@@ -21,10 +21,12 @@ from ulysses_infer.parallel.layout import Place
 
 def attention_heads(module: nn.Module, config: Any) -> AttentionHeads:
     """Head counts of an attention layer. Latent attention (MLA) expands a latent to one KV head per query head."""
-    query_heads = _first_int(module, QUERY_COUNT_NAMES) or config.num_attention_heads
+    query_heads = _first_int(module, QUERY_COUNT_NAMES) or config_of_layer(module, config).num_attention_heads
     key_value_heads = _first_int(module, KEY_VALUE_COUNT_NAMES)
     if hasattr(module, "kv_b_proj") or (hasattr(module, "query_key_value") and key_value_heads is None):
         return AttentionHeads(query_heads, query_heads)
+    groups = _first_int(module, ("num_key_value_groups",))  # what the layer has, unlike its config (mimo_v2_flash)
+    key_value_heads = key_value_heads or (query_heads // groups if groups else None)
     key_value_heads = key_value_heads or getattr(config, "num_key_value_heads", None)
     return AttentionHeads(int(query_heads), int(key_value_heads or query_heads))
 
@@ -37,12 +39,28 @@ def layer_heads(module: Any, config: Any, latent: LatentWidths | None) -> LayerH
     width = head_width(module, config)
     key_width, value_width = getattr(module, "qk_head_dim", None), getattr(module, "v_head_dim", None)
     counts = heads.num_attention_heads, heads.num_key_value_heads
-    return LayerHeads(*counts, key_width or width, value_width or width)
+    return LayerHeads(*counts, key_width or width, value_width or width, source=source_of_keys(module, config))
+
+
+def source_of_keys(module: Any, config: Any) -> int | None:
+    """The layer whose keys and values an attention layer reads, if it makes none (gemma3n, gemma4); None: its own."""
+    if not getattr(module, "is_kv_shared_layer", False):
+        return None
+    layer, sources = module.layer_idx, getattr(config, "kv_source_layers", None)
+    if sources is not None:
+        return int(sources[layer])
+    modes, kinds = config.kv_sharing_modes, config.layer_types
+    return next(index for index in range(layer) if modes[index] == "store" and kinds[index] == kinds[layer])
+
+
+def config_of_layer(module: Any, config: Any) -> Any:
+    """The config with the values of an attention layer, for models whose layers differ (gemma4)."""
+    return config.per_layer_config[module.layer_idx] if getattr(config, "is_heterogeneous", False) else config
 
 
 def head_width(module: Any, config: Any) -> int:
     """The width of a head that the module's own attributes or its config give."""
-    width = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
+    width = getattr(module, "head_dim", None) or getattr(config_of_layer(module, config), "head_dim", None)
     return int(width or config.hidden_size // config.num_attention_heads)
 
 
