@@ -71,12 +71,13 @@ def make_worker(
     matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
     worker = Worker(model, cache, tables, groups, attention, matmul, device, config.runtime.debug, states)
     if captures:
-        mixes = bool(channel.smallest(int(model.decoder is not None)))  # ranks fuse on their own
+        # Ranks fuse on their own. Layers with states run each length of prompt by itself, so no graph fits them all.
+        mixes = bool(channel.smallest(int(model.decoder is not None and states is None)))
         channel.together(lambda: _capture_cuda_graphs(worker, config, capturer or CudaCapturer(device), mixes))
     elif device.type == "cpu" and wants_cpu_graphs(config.runtime.enforce_eager, attention, matmul, shape, model.dtype):
         assert isinstance(attention, NativeAttention)
         assert matmul is not None
-        worker.graphs = CpuGraphRunner(model, cache, groups, attention, matmul, scheduler.max_num_seqs)
+        worker.graphs = CpuGraphRunner(model, cache, groups, attention, matmul, scheduler.max_num_seqs, states)
     return worker
 
 
@@ -184,6 +185,7 @@ def _capture_cuda_graphs(worker: Worker, config: Config, capturer: Capturer, mix
         capturer,
         worker.device,
         min(max_num_seqs, max_tokens),
+        worker.states,
     )
     runner.capture_all()
     worker.graphs = runner

@@ -10,6 +10,7 @@ import torch
 from ulysses_infer.attention.backend import AttentionBackend
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.cache.paged import CacheShape, PagedCache
+from ulysses_infer.cache.states import StateCache
 from ulysses_infer.model.model import ShiftModel
 from ulysses_infer.native.arena import Arena
 from ulysses_infer.native.cpu_graph import CpuGraph
@@ -51,9 +52,10 @@ class CpuGraphRunner:
         backend: NativeAttention,
         matmul: NativeMatmul,
         max_num_seqs: int,
+        states: StateCache | None = None,
     ) -> None:
         self.model, self.groups, self.backend = model, groups, backend
-        self._contexts = StepContextBuilder(cache, groups, backend, matmul)
+        self._contexts = StepContextBuilder(cache, groups, backend, matmul, states)
         self._block_size = cache.shape.block_size
         self._max_rows = min(max_num_seqs, MAX_ROWS)
         max_blocks = cache.shape.blocks_for(model.shape.max_model_len)
@@ -110,7 +112,8 @@ class CpuGraphRunner:
         """Run the step in the static inputs eagerly and keep a recording of it."""
         mode, size, _ = key
         attention = self._inputs.metadata(size, self.backend, self._block_size)
-        context = self._contexts.build(mode, size, attention)
+        slots = torch.from_numpy(self._inputs.slots[:size])
+        context = self._contexts.build(mode, size, attention, slots=slots, query_lens=[1] * size)
         local = self._contexts.local_span(mode, size)
         token_ids, positions = (
             torch.from_numpy(at_least_one(values[local.start : local.stop]))

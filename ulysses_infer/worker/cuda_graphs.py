@@ -16,6 +16,7 @@ import torch
 from ulysses_infer.arithmetic import round_up
 from ulysses_infer.attention.backend import KernelAttention
 from ulysses_infer.cache.paged import PagedCache
+from ulysses_infer.cache.states import StateCache
 from ulysses_infer.errors import ConfigError, first_line
 from ulysses_infer.model.model import ShiftModel
 from ulysses_infer.parallel.groups import ProcessGroups
@@ -96,10 +97,12 @@ class CudaGraphRunner:
         capturer: Capturer,
         device: torch.device,
         max_num_seqs: int,
+        states: StateCache | None = None,
     ) -> None:
-        """`cache` must have a scratch block."""
+        """`cache` must have a scratch block, `states` a scratch slot."""
         self.model, self.cache, self.groups, self.backend = model, cache, groups, backend
-        self._contexts = StepContextBuilder(cache, groups, backend)
+        self._contexts = StepContextBuilder(cache, groups, backend, states=states)
+        self._scratch_slot = 0 if states is None else states.scratch_slot
         self._transfer, self._capturer = transfer, capturer
         self.buckets = {mode: bucket_sizes(max_num_seqs, mode.sp) for mode in groups.by_mode}
         largest = max(sizes[-1] for sizes in self.buckets.values())
@@ -168,7 +171,7 @@ class CudaGraphRunner:
         for group, tables in enumerate(self._block_tables):
             longest = min(self.model.shape.max_model_len, tables.shape[1] * self.cache.shape.block_size)
             groups.append(CudaGroupInputs(size, tables[:size], longest, self.cache.scratch_block(group)))
-        return CudaInputs(size, groups, self._rows.device)
+        return CudaInputs(size, groups, self._rows.device, self._scratch_slot)
 
     def _reserved_bytes(self) -> int:
         """GPU memory that torch has reserved."""
@@ -180,7 +183,10 @@ class CudaGraphRunner:
             self._inputs[size] = self._make_inputs(size)
         inputs = self._inputs[size]
         inputs.fill(None, self.cache.shape.block_size, self._transfer)
-        context = self._contexts.build(mode, size, [group.metadata for group in inputs.groups], is_captured=True)
+        metadata = [group.metadata for group in inputs.groups]
+        context = self._contexts.build(
+            mode, size, metadata, is_captured=True, slots=inputs.slots, query_lens=[1] * size
+        )
         local = self._contexts.local_span(mode, size)
         token_ids, positions = inputs.token_ids[local.start : local.stop], inputs.positions[local.start : local.stop]
         rows = self._rows[: local.size]

@@ -68,17 +68,21 @@ class CudaGroupInputs:
 class CudaInputs:
     """What CUDA graphs of `size` rows read, in every mode."""
 
-    def __init__(self, size: int, groups: Sequence[CudaGroupInputs], device: torch.device) -> None:
-        self.size, self.groups = size, list(groups)
-        self._tokens = torch.zeros(2, size, dtype=torch.int64, device=device)
-        self.token_ids, self.positions = self._tokens
+    def __init__(
+        self, size: int, groups: Sequence[CudaGroupInputs], device: torch.device, scratch_slot: int = 0
+    ) -> None:
+        """scratch_slot: of the recurrent states of padding rows."""
+        self.size, self.groups, self._scratch_slot = size, list(groups), scratch_slot
+        self._tokens = torch.zeros(3, size, dtype=torch.int64, device=device)
+        self.token_ids, self.positions, self.slots = self._tokens
 
     def fill(self, step: Step | None, block_size: int, transfer: StepInputs) -> list[HostSequences]:
         """Write a step of at most `size` rows; returns its sequences with padding. step: None is padding only."""
-        tokens = np.zeros((2, self.size), dtype=np.int64)
+        tokens = np.zeros((3, self.size), dtype=np.int64)
+        tokens[2] = self._scratch_slot
         group_arrays: Sequence[GroupArrays | None] = [None] * len(self.groups)
         if step is not None:
-            tokens[:, : step.plan.num_tokens] = step.plan.token_ids, step.arrays.positions
+            tokens[:, : step.plan.num_tokens] = step.plan.token_ids, step.arrays.positions, step.arrays.rows
             group_arrays = step.arrays.groups
         hosts, fields = [], [tokens]
         for group, arrays in zip(self.groups, group_arrays, strict=True):
@@ -96,7 +100,7 @@ class CpuInputs:
     """What CPU graphs read: the first n rows are those of a graph of n rows."""
 
     def __init__(self, max_rows: int, max_blocks: int, num_groups: int) -> None:
-        self.token_ids, self.positions = np.zeros((2, max_rows), dtype=np.int64)
+        self.token_ids, self.positions, self.slots = np.zeros((3, max_rows), dtype=np.int64)
         self._groups = [_CpuGroupInputs(max_rows, max_blocks) for _ in range(num_groups)]
 
     def fill(self, step: Step) -> None:
@@ -104,6 +108,7 @@ class CpuInputs:
         size, arrays = step.plan.num_tokens, step.arrays
         self.token_ids[:size] = step.plan.token_ids
         self.positions[:size] = arrays.positions
+        self.slots[:size] = arrays.rows
         step.fill_placeholders(torch.from_numpy(self.token_ids[:size]))
         for group, own in zip(self._groups, arrays.groups, strict=True):
             group.fill(own, size)
