@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ TABLES = {
     "Language models": False,
     "Multimodal models, text only": True,
 }
+MEASURED = "largest difference "
 WORDS = {"yes": "Yes", "untested": "Untested"}
 
 
@@ -118,10 +120,27 @@ def write_page(results: dict[str, dict[str, Any]], page: Path, bases: str) -> No
     page.write_text(text)
 
 
+def read_page(page: Path) -> dict[str, dict[str, Any]]:
+    """The results that `write_page` wrote, for model types that were not run again."""
+    rows = re.findall(r"^\| (\S+) \| (Yes|No|Untested) \| (.*) \|$", page.read_text(), flags=re.MULTILINE)
+    outcomes = {"Yes": "yes", "No": "refused", "Untested": "untested"}
+    return {
+        name: {"outcome": outcomes[word], "detail": detail.removeprefix(MEASURED).replace("\\|", "|")}
+        for name, word, detail in rows
+    }
+
+
+def changed(results: dict[str, dict[str, Any]]) -> set[str]:
+    """Model types whose results contradict `VERIFIED` or `REFUSED`."""
+    proved = {name for name, result in results.items() if result["outcome"] == "yes"}
+    reasons = {name for name, reason in REFUSED.items() if results.get(name, {}).get("detail") != reason}
+    return (proved ^ VERIFIED) | reasons
+
+
 def _remark(result: dict[str, Any]) -> str:
     detail = str(result["detail"]).partition(" (known: ")[0].replace("|", "\\|")
     _, found, reason = detail.partition(" is not supported: ")
-    return f"largest difference {detail}" if result["outcome"] == "yes" else (reason if found else detail)
+    return f"{MEASURED}{detail}" if result["outcome"] == "yes" else (reason if found else detail)
 
 
 def differences(results: dict[str, dict[str, Any]]) -> list[str]:

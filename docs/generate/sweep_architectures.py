@@ -3,16 +3,14 @@
 Multimodal models are saved whole and compared on text. The expert placement of each layout is drawn at random, seeded
 by the model type.
 
-Run from the repository root: `python -m docs.generate.sweep_architectures` (about forty minutes on two cores). Each
-result is saved to a JSON file at once, so that an interrupted sweep can be continued. `--only llama,opt` runs these
-model types again; `--report` only writes the page. The exit status is 1 if `VERIFIED` or `REFUSED` contradicts the
-results.
+Run from the repository root: `python -m docs.generate.sweep_architectures --all` (an hour on two cores). Results are
+kept in the page, which is written after each model type: `--only llama,opt` runs these model types again, and
+`--changed` those whose results contradict `VERIFIED` or `REFUSED`. The exit status is 1 if some still do.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -22,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from docs.generate.models_page import differences, write_page
+from docs.generate.models_page import changed, differences, read_page, write_page
 from docs.generate.tiny_configs import tiny_configs
 from tests.equivalence.cases import CROWD, check, run_case
 from tests.equivalence.tiny_models import Reference, make_checkpoint, make_prompts, make_reference
@@ -36,24 +34,22 @@ LENGTHS = (1, 3, 9, 17, 26)
 NEW_TOKENS = 6
 PROFILE = replace(CROWD, settings={"model.allow_unverified": True, "model.max_model_len": 64})
 SECONDS = 240.0
-RESULTS = Path("runs/architectures.json")
 PAGE = Path("docs/models.md")
 
 
 def main() -> int:
     """Run the sweep, write the page and compare with the lists of architectures."""
     arguments = _arguments()
-    results = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
-    pools = RankPools()
+    results = read_page(arguments.page) if arguments.page.is_file() else {}
+    pools, bases = RankPools(), ", ".join(f"sp{sp}xtp{tp}" for sp, tp in BASES)
     try:
-        for model_type in [] if arguments.report else _to_run(arguments.only, results):
-            results[model_type] = sweep_one(model_type, pools)
-            print(f"{model_type:28} {results[model_type]['outcome']:10} {results[model_type]['detail']}", flush=True)
-            arguments.results.parent.mkdir(parents=True, exist_ok=True)
-            arguments.results.write_text(json.dumps(results, indent=1, sort_keys=True))
+        for model_type in _to_run(arguments, results):
+            found = results[model_type] = sweep_one(model_type, pools)
+            print(f"{model_type:28} {found['outcome']:10} {found['detail']}", found.get("notes", ""), flush=True)
+            write_page(results, arguments.page, bases)
     finally:
         pools.close()
-    write_page(results, arguments.page, ", ".join(f"sp{sp}xtp{tp}" for sp, tp in BASES))
+    write_page(results, arguments.page, bases)
     problems = differences(results)
     print("\n".join(problems))
     return 1 if problems else 0
@@ -61,15 +57,19 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file with the results so far")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page, with the results so far")
     parser.add_argument("--only", default="", help="model types to run again, comma-separated")
-    parser.add_argument("--report", action="store_true", help="write the page from saved results, run no model")
+    parser.add_argument("--changed", action="store_true", help="run those whose results contradict the lists")
+    parser.add_argument("--all", action="store_true", help="run all model types again")
     return parser.parse_args()
 
 
-def _to_run(only: str, results: dict[str, Any]) -> list[str]:
-    return only.split(",") if only else [name for name in every_type() if name not in results]
+def _to_run(arguments: argparse.Namespace, results: dict[str, Any]) -> list[str]:
+    names = every_type()
+    if arguments.all:
+        return names
+    chosen = {name for name in names if name not in results} | set(filter(None, arguments.only.split(",")))
+    return sorted(chosen | (changed(results) if arguments.changed else set()))
 
 
 def every_type() -> list[str]:
