@@ -20,7 +20,7 @@ START_SECONDS = 120.0
 CASE_SECONDS = 120.0
 GRACE_SECONDS = 5.0  # for the other ranks' reports once one has failed
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-PRELOADED = ["torch", "deepspeed", "transformers.modeling_utils", "ulysses_infer.inference"]
+PRELOADED = ["tests.preloaded"]
 
 
 class RankPool:

@@ -413,9 +413,15 @@ def test_a_cache_too_small_for_one_request_is_refused_at_start(folder):
         init_inference(folder, **overrides)
 
 
-def test_more_ranks_than_heads_divide_over_lists_what_would_work(folder):
+def start_on_three_ranks(folder):
     with pytest.raises(ConfigError, match="use sp \\* tp = 1, 2, 4 or 8"):
         init_inference(folder, **settings(3, 1))
+    return True
+
+
+@pytest.mark.distributed
+def test_more_ranks_than_heads_divide_over_lists_what_would_work(folder, rank_pool):
+    assert rank_pool(3).run(start_on_three_ranks, folder) == [True] * 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -18,10 +18,10 @@ from ulysses_infer import SamplingParams, init_inference
 TOLERANCE = 5e-6  # of the largest cached value: float32, summed in another order, on any kind of processor
 CASES = [
     (2, 1, "sp_inner", 2),
-    (2, 1, "sp_inner", 1),
-    (4, 1, "sp_inner", 8),
+    pytest.param(2, 1, "sp_inner", 1, marks=pytest.mark.thorough),
+    pytest.param(4, 1, "sp_inner", 8, marks=pytest.mark.thorough),
     (4, 1, "sp_inner", 2),
-    (2, 2, "sp_inner", 4),
+    pytest.param(2, 2, "sp_inner", 4, marks=pytest.mark.thorough),
     (2, 2, "tp_inner", 2),
 ]
 

@@ -1,5 +1,7 @@
 """One engine that every rank calls alike, as under a launcher: equal results and equal errors in every mode."""
 
+import random
+
 import pytest
 
 from tests.tiny import settings
@@ -21,31 +23,28 @@ def seeded(count):
     return [SamplingParams(temperature=1.0, max_tokens=12, seed=seed, ignore_eos=True) for seed in range(count)]
 
 
-def generate(folder, sp, tp, mode, prompts, params):
-    with init_inference(folder, **settings(sp, tp)) as engine:
-        if mode == "random":
-            import random
-
-            chosen = random.Random(1)
-            if engine.is_first:
+def generate(folder, sp, tp, prompts, params):
+    """The tokens with only sequence parallelism, with only tensor parallelism, and with modes chosen at random."""
+    chosen, found = random.Random(1), []
+    with init_inference(folder, **settings(sp, tp, **{"cache.enable_prefix_caching": False})) as engine:
+        for mode in ("sp", "tp", "random"):
+            if mode != "random":
+                engine.set_policy("static", mode=mode)
+            elif engine.is_first:
                 engine._engine.choose_mode = lambda _: chosen.choice(engine.config.parallel.available_modes)
-        else:
-            engine.set_policy("static", mode=mode)
-        outputs = engine.generate(prompts, params)
-        used = set(engine.stats()["modes"])
-    return [output.outputs[0].token_ids for output in outputs], used
+            found.append([output.outputs[0].token_ids for output in engine.generate(prompts, params)])
+        assert len(engine.stats()["modes"]) == len(engine.config.parallel.available_modes)
+    return found
 
 
 def test_a_seed_gives_the_same_tokens_in_every_mode_and_layout(folder, rank_pool):
-    found = {}
+    found = []
     for sp, tp in ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2)):
-        for mode in ("sp", "tp", "random"):
-            results = rank_pool(sp * tp).run(generate, folder, sp, tp, mode, PROMPTS, seeded(4))
-            assert all(result == results[0] for result in results)
-            found[sp, tp, mode] = results[0][0]
-    first = found[1, 1, "sp"]
-    assert all(tokens == first for tokens in found.values())
-    assert len({tuple(tokens) for tokens in first}) == 4
+        results = rank_pool(sp * tp).run(generate, folder, sp, tp, PROMPTS, seeded(4))
+        assert all(result == results[0] for result in results)
+        found += results[0]
+    assert all(tokens == found[0] for tokens in found)
+    assert len({tuple(tokens) for tokens in found[0]}) == 4
 
 
 def everything(folder):

@@ -88,7 +88,7 @@ def test_top_k_one_is_greedy():
 )
 def test_samples_follow_the_distribution(params):
     """Chi-square with up to 5 degrees of freedom: 25.7 is exceeded with a probability of 1e-4."""
-    num, logits = 20000, torch.tensor([1.0, -1.0, 2.0, 0.0, 0.5, 2.0])
+    num, logits = 5000, torch.tensor([1.0, -1.0, 2.0, 0.0, 0.5, 2.0])
     drawn = Sampler().sample(logits.expand(num, -1), [row(seed=seed, **params) for seed in range(num)])
     scaled = logits / params.get("temperature", 1.0)
     kept = sorted(kept_tokens(scaled, **params))
@@ -173,12 +173,12 @@ def test_large_batches_are_processed_in_chunks(monkeypatch):
 
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.01}])
 def test_small_noise_in_the_logits_rarely_changes_the_token(params):
-    num, size = 4000, 500
+    num, size = 1000, 500
     logits = random_logits(num, size)
     rows = [row(seed=seed, **params) for seed in range(num)]
     noisy = logits + 1e-5 * random_logits(num, size, seed=1)
     changed = sum(a != b for a, b in zip(Sampler().sample(logits, rows), Sampler().sample(noisy, rows), strict=True))
-    assert changed <= 4
+    assert changed <= 1
 
 
 def test_seed_and_position_determine_the_sample():

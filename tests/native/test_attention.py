@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.attention.reference import BATCHES, OPTIONS, check, make_options, random_step
 from tests.native.building import X86, build_for
+from tests.selection import diagonal
 from ulysses_infer.attention import backend, native, selection
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.attention.native import NativeAttention
@@ -19,6 +20,7 @@ from ulysses_infer.native.library import NativeUnavailableError
 
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HEADS = {"8 share 2": (8, 2), "4 share 1": (4, 1), "3 own 3": (3, 3)}
 
 
 def make_native(architecture="native", longest_query=1 << 40):
@@ -30,16 +32,21 @@ def make_native(architecture="native", longest_query=1 << 40):
     return made
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("heads", [(8, 2), (4, 1), (3, 3)], ids=str)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("architecture", X86)
+@pytest.mark.parametrize(
+    ("architecture", "batch", "options", "heads", "dtype"),
+    diagonal(X86, [*BATCHES], [*OPTIONS], [*HEADS], [*DTYPES]),
+)
 def test_native_attention_matches_the_reference(architecture, batch, options, heads, dtype):
-    check(make_native(architecture), *BATCHES[batch], heads, make_options(options, heads[0]), dtype=dtype)
+    check(
+        make_native(architecture),
+        *BATCHES[batch],
+        HEADS[heads],
+        make_options(options, HEADS[heads][0]),
+        dtype=DTYPES[dtype],
+    )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     architecture=st.sampled_from(X86),
     sequences=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 300)), min_size=1, max_size=5),

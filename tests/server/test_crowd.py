@@ -1,4 +1,4 @@
-"""Heavy load: hundreds of streams, a thousand clients that hang up, a cache too small for all of them.
+"""Heavy load: a hundred streams, hundreds of clients that hang up, a cache too small for all of them.
 
 One server of two ranks serves them all, changing the mode with every step, and loses no block or memory.
 """
@@ -98,21 +98,22 @@ def memory(server):
     return [process.memory_full_info().uss for process in (server.rank(0), server.rank(1), server.http)]
 
 
-def test_a_thousand_clients_that_hang_up_leave_no_block_and_no_memory(server):
-    hang_up(server, 200, seed=1)
+@pytest.mark.parametrize("number", [400, pytest.param(1000, marks=pytest.mark.thorough)])
+def test_clients_that_hang_up_leave_no_block_and_no_memory(server, number):
+    hang_up(server, 100, seed=1)
     before = memory(server)
-    hang_up(server, 1000, seed=2)
+    hang_up(server, number, seed=2)
     after = memory(server)
-    assert all(now - then < 8 << 20 for then, now in zip(before, after, strict=True)), (before, after)
+    assert all(now - then < number << 13 for then, now in zip(before, after, strict=True)), (before, after)
     assert server.complete().status_code == 200
     modes = server.stats()["modes"]
     assert len(modes) == 2
     assert server.stats()["switches"] > 100
 
 
-def test_two_hundred_streams_at_once_all_end_as_they_should(server):
+def test_many_streams_at_once_all_end_as_they_should(server):
     async def case():
-        clients = [Client(server, random.Random(seed), max_tokens=8) for seed in range(200)]
+        clients = [Client(server, random.Random(seed), max_tokens=8) for seed in range(120)]
         return await asyncio.gather(*map(read_all, clients))
 
     for done, chunks in asyncio.run(case()):

@@ -113,7 +113,7 @@ def test_no_body_makes_the_engine_fail(server, path):
     """As in `http/test_fuzz.py`, with the engine behind it: what passes the HTTP layer must not hurt the ranks."""
     model, valid = ROUTES[path]
     generator = random.Random(path + "engine")
-    bodies = [odd_body(generator, list(model.model_fields), valid) for _ in range(500)]
+    bodies = [odd_body(generator, list(model.model_fields), valid) for _ in range(150)]
 
     async def post_all():
         headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
@@ -128,4 +128,4 @@ def test_no_body_makes_the_engine_fail(server, path):
         if answer.status_code not in (200, 400, 404)
     ]
     assert wrong == []
-    assert sum(answer.status_code == 200 for answer in answers) > 10
+    assert sum(answer.status_code == 200 for answer in answers) > 3

@@ -257,12 +257,12 @@ def test_replicas_derive_different_seeds_from_the_seed_of_the_job():
 def test_two_replicas_of_two_ranks_answer_alike_and_end_with_any_of_their_ranks(long_folder):
     with Job(long_folder, dp=2, **{"cache.num_blocks": 2048}) as server:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            texts = list(pool.map(lambda _: text_of(server.complete(max_tokens=40)), range(24)))
-            drawn = list(pool.map(lambda _: text_of(server.complete(max_tokens=40, temperature=1)), range(8)))
-            seeded = list(pool.map(lambda _: text_of(server.complete(max_tokens=40, temperature=1, seed=5)), range(8)))
-        assert [len(set(each)) for each in (texts, drawn, seeded)] == [1, 8, 1]
+            texts = list(pool.map(lambda _: text_of(server.complete(max_tokens=30)), range(12)))
+            drawn = list(pool.map(lambda _: text_of(server.complete(max_tokens=30, temperature=1)), range(6)))
+            seeded = list(pool.map(lambda _: text_of(server.complete(max_tokens=30, temperature=1, seed=5)), range(6)))
+        assert [len(set(each)) for each in (texts, drawn, seeded)] == [1, 6, 1]
         steps = [sum(mode["steps"] for mode in replica["modes"].values()) for replica in server.stats()["replicas"]]
-        assert min(steps) > 40
+        assert min(steps) > 30
         streams = [server.stream(max_tokens=8000) for _ in range(2)]
         server.rank(3).kill()
         for stream in streams:

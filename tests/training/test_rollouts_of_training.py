@@ -70,11 +70,11 @@ def follow_training(stage, base, changes):
     with training(stage, 2, **changes) as trained, init_inference(trained.engine, **NO_LAYOUT, **base) as engine:
         shuffle_modes(engine)
         layout = engine.config.parallel.base
-        for _ in range(3):
+        for _ in range(2):
             error, generated = largest_error(engine, trained)
             errors.append(error)
             tokens.append(generated)
-            for _ in range(3):
+            for _ in range(2):
                 trained.step()
             stale, _ = largest_error(engine, trained)
             assert stale > 0.01, "weights change only when they are told to"
@@ -89,7 +89,7 @@ def check(found, expected_layout):
     assert all(other == found[0] for other in found)
     assert layout == expected_layout
     assert max(errors) < 1e-4
-    assert tokens[0] != tokens[1] != tokens[2]
+    assert tokens[0] != tokens[1]
     assert hits > 0, "prefixes were cached between updates"
 
 

@@ -13,7 +13,8 @@ from ulysses_infer import SamplingParams, init_inference
 pytestmark = pytest.mark.distributed
 FAMILIES = ["llama", "phi3", "qwen3_moe", "mixtral", "olmo2", "gpt2", "gemma2"]
 PLACEMENTS = ["replicate", "expert", "width"]
-GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+PROMPTS = make_prompts(lengths=(2, 13, 21))
 
 
 def change_weights(first, second, base, placement, stacked):
@@ -28,11 +29,11 @@ def change_weights(first, second, base, placement, stacked):
             engine._engine.choose_mode = ModeShuffle(engine.config.parallel.available_modes)
         found = []
         for source, level in ((second, 1), (first, 2), (second, 2)):
-            found.append([o.outputs[0].token_ids for o in engine.generate(make_prompts(), GREEDY)])
+            found.append([o.outputs[0].token_ids for o in engine.generate(PROMPTS, GREEDY)])
             engine.sleep(level)
             engine.update_weights(source)
             engine.wake_up()
-        return [*found, [o.outputs[0].token_ids for o in engine.generate(make_prompts(), GREEDY)]]
+        return [*found, [o.outputs[0].token_ids for o in engine.generate(PROMPTS, GREEDY)]]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,9 @@ def pairs(tmp_path_factory):
         if family not in made:
             folders = [tmp_path_factory.mktemp(f"{family}{seed}") for seed in (0, 1)]
             models = [make_checkpoint(tiny_config(family), folder, seed) for seed, folder in enumerate(folders)]
-            answers = [make_reference(m, f, make_prompts()).tokens for m, f in zip(models, folders, strict=True)]
+            answers = [
+                make_reference(m, f, PROMPTS, GREEDY.max_tokens).tokens for m, f in zip(models, folders, strict=True)
+            ]
             made[family] = [str(folder) for folder in folders], answers
         return made[family]
 

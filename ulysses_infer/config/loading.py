@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -45,7 +47,7 @@ def load_config(
     """
     given = _source_settings(source)
     changes = _override_settings(overrides)
-    tree = OmegaConf.structured(Config)
+    tree = copy.deepcopy(_default_tree())
     if defaults and not any(setting.key in defaults for setting in (*given, *changes)):
         tree = _assign_all(tree, settings_of_mapping(defaults, "the training job"))
     tree = _assign_all(tree, given)
@@ -56,6 +58,13 @@ def load_config(
     validate(config, explicit)
     warn_ignored(config, explicit)
     return config
+
+
+@functools.cache
+def _default_tree() -> DictConfig:
+    """The schema's defaults. Copying them takes a fifth of the time of making them."""
+    tree: DictConfig = OmegaConf.structured(Config)
+    return tree
 
 
 def _source_settings(source: Source) -> list[Setting]:

@@ -257,12 +257,17 @@ class ModelBuilder:
         return model
 
 
-class _LargeTensorsOnMeta(TorchFunctionMode):
-    """Creates large tensors on the meta device. Otherwise accelerate first allocates llama4's experts, 2.5 GiB per
-    layer, and then discards them. No buffer is this large."""
+class _EmptyWeights(TorchFunctionMode):
+    """Creates large tensors on the meta device, and draws no numbers for tensors that are there.
+
+    Otherwise accelerate first allocates llama4's experts, 2.5 GiB per layer, and then discards them; no buffer is this
+    large. Drawing on the meta device takes milliseconds per tensor and has no effect.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function in (torch.Tensor.normal_, torch.Tensor.uniform_) and args[0].is_meta:
+            return args[0]
         if function in (torch.zeros, torch.empty) and "device" not in kwargs:
             size = args[0] if args and isinstance(args[0], Sequence) else args
             if all(isinstance(n, int) for n in size) and math.prod(size) >= LARGE_TENSOR_ELEMENTS:
@@ -275,7 +280,7 @@ def build_empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool =
     from accelerate import init_empty_weights
 
     try:
-        with unpartitioned(), init_empty_weights(include_buffers=False), _LargeTensorsOnMeta():
+        with unpartitioned(), init_empty_weights(include_buffers=False), _EmptyWeights():
             model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
         reason = first_line(error)

@@ -67,7 +67,7 @@ def test_answers_are_as_described(
 
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
-        max_examples=20,
+        max_examples=10,
         derandomize=True,
         deadline=None,
         database=None,
