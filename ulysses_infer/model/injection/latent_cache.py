@@ -23,7 +23,7 @@ def enable_latent_cache(injection: Any, wanted: bool | None) -> LatentWidths | N
     Raises `ConfigError` if `wanted` is true and the model does not support latents.
     """
     layers = injection.attention_layers
-    if wanted is False or (wanted is None and not _expands_latents(layers[0])):
+    if wanted is False or (wanted is None and not any(map(_expands_latents, layers))):
         return None
     reason = _reason_not_to_cache_latents(layers)
     if reason is not None:
@@ -53,7 +53,7 @@ def _expands_latents(layer: Any) -> bool:
 
 def _reason_not_to_cache_latents(layers: list[Any]) -> str | None:
     """Why these layers cannot cache latents; None if they can."""
-    if not all(_expands_latents(layer) for layer in layers):
+    if not layers or not all(_expands_latents(layer) for layer in layers):
         return "its attention has no latents"
     if any(layer.kv_b_proj.bias is not None for layer in layers):
         return "its kv_b_proj has a bias"

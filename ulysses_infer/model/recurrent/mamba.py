@@ -88,7 +88,8 @@ def scan_from_state(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """transformers' `scan`, which starts from zeros, and what the carried state adds to it.
 
-    hidden_states, dt, z: [n, C, L]; rates (A): [C, N]; entries, exits (B, C): [n, N, L]; returns [n, C, L] and the state [n, C, N].
+    hidden_states, dt, z: [n, C, L]; rates (A): [C, N]; entries, exits (B, C): [n, N, L]; returns [n, C, L] and the
+    state [n, C, N].
     """
     output, last = scan(
         hidden_states, dt, rates, entries, exits, delta_bias=delta_bias, **{**options, "return_last_state": True}

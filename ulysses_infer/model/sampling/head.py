@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +32,11 @@ class ShardedHead(nn.Module):
         self.bias: nn.Parameter | None = None
         if source.bias is not None:
             self.bias = nn.Parameter(source.bias.new_empty(self.vocabulary.size), requires_grad=False)
+
+    def __getattr__(self, name: str) -> Any:
+        # Mamba reads the type of its head's weight, which a tied head has not registered.
+        is_tied = name == "weight" and vars(self)["_tied_to"] != [None]
+        return self.rows() if is_tied else super().__getattr__(name)
 
     def slices(self, name: str) -> tuple[int, list[Span]] | None:
         """The part of the full parameter `name` that this rank keeps: (dimension, spans)."""
