@@ -47,6 +47,8 @@ class AttentionNeeds:
     """Whether the cache holds latents (MLA), whose first elements are the values."""
     alibi: bool = False
     """Whether scores fall with distance, by a slope per head (ALiBi)."""
+    selects: bool = False
+    """Whether an index on the device selects the keys of each token, which a plan on the host cannot know."""
     other_widths: frozenset[tuple[int, int]] = frozenset()
     """Widths of keys and values of other layers, where layers differ."""
 
@@ -67,6 +69,7 @@ class AttentionNeeds:
         block_size: int,
         latents: bool = False,
         other_widths: Iterable[tuple[int, int]] = (),
+        selects: bool = False,
     ) -> AttentionNeeds:
         """Collect the needs of all layers; chunks of `max_model_len` or more do not count."""
         layers = list(options)
@@ -81,6 +84,7 @@ class AttentionNeeds:
             latents=latents,
             alibi=any(layer.alibi is not None for layer in layers),
             other_widths=frozenset(other_widths),
+            selects=selects,
         )
 
 
@@ -90,6 +94,8 @@ def _reject_libraries(needs: AttentionNeeds) -> str | None:
         return "it needs an Ampere or newer GPU"
     if needs.chunks:
         return "it has no chunked attention"
+    if needs.selects:
+        return "it is planned on the host, but keys are selected on the device"
     if needs.dtype not in HALF or needs.cache_dtype != needs.dtype:
         return "it needs float16 or bfloat16 in model and cache"
     return None

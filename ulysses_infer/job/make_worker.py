@@ -84,7 +84,7 @@ def make_worker(
 def cache_shape(config: Config, model: ShiftModel, groups: ProcessGroups) -> CacheShape:
     """The shape of this rank's cache blocks."""
     dtype = {"auto": model.dtype, "fp8": FP8, **DTYPES}[config.cache.dtype]
-    return model.shape.cache_shape(groups.shard, groups.layout, config.cache.block_size, dtype)
+    return model.shape.cache_shape(groups.shard, groups.layout, config.cache.block_size, dtype, index_dtype=model.dtype)
 
 
 def make_states(
@@ -158,6 +158,7 @@ def attention_needs(model: ShiftModel, shape: CacheShape, device: torch.device) 
         shape.block_size,
         shape.values_in_keys,
         widths[:-1],
+        shape.index is not None,
     )
 
 

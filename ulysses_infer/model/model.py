@@ -25,7 +25,6 @@ from ulysses_infer.model.injection.heads import layer_heads
 from ulysses_infer.model.injection.inject import Injection
 from ulysses_infer.model.injection.latent_cache import enable_latent_cache
 from ulysses_infer.model.injection.probe import probe
-from ulysses_infer.model.layers.latent import LatentWidths
 from ulysses_infer.model.layers.rotary import choose_max_model_len, freeze_rotary
 from ulysses_infer.model.loading.checkpoint import Loader, Progress
 from ulysses_infer.model.loading.files import MemorySource, SafetensorsSource, TensorSource
@@ -178,7 +177,8 @@ class ModelBuilder:
             mark_quantised(empty, quantization)
         placement = choose_placement(expert_placement, layout, expert_sizes(empty), memory)
         self.injection = Injection(empty, layout, shard, placement)
-        self.shape = model_shape(self.injection, settings.max_model_len, enable_latent_cache(self.injection, latent))
+        enable_latent_cache(self.injection, latent)
+        self.shape = model_shape(self.injection, settings.max_model_len)
         self._open_source, self._overrides = open_source, settings.hf_overrides
         for cost in self.shape.costs_of_padding(layout) if shard == 0 else ():
             logger.warning("%s", cost)
@@ -292,8 +292,8 @@ def build_empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool =
     return model.eval()
 
 
-def model_shape(injection: Injection, max_model_len: int | None, latent: LatentWidths | None = None) -> ModelShape:
-    """Sizes of the injected model; `latent`: widths of its cached latents, None if it caches heads.
+def model_shape(injection: Injection, max_model_len: int | None) -> ModelShape:
+    """Sizes of the injected model.
 
     Raises `ConfigError` if `max_model_len` exceeds its table of learned positions.
     """
@@ -302,7 +302,7 @@ def model_shape(injection: Injection, max_model_len: int | None, latent: LatentW
     for module in injection.attention_layers:
         layer: Any = module
         if layer.layer_idx < len(layers):  # beyond are layers that the forward does not run (drafts)
-            layers[layer.layer_idx] = layer_heads(layer, config, latent)
+            layers[layer.layer_idx] = layer_heads(layer, config)
     return ModelShape(
         layers=tuple(layers),
         hidden_size=config.hidden_size,

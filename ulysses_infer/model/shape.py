@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ulysses_infer.cache.paged import CacheShape, LayerShape
+from ulysses_infer.cache.paged import CacheShape, IndexShape, LayerShape
 from ulysses_infer.parallel.head_layout import HeadLayout, head_layout
 from ulysses_infer.parallel.layout import Layout
 
@@ -23,6 +23,8 @@ class LayerHeads(NamedTuple):
     """Whether the cache holds MLA latents: one key per token, whose first elements are the value."""
     source: int | None = None
     """The layer whose keys and values it reads instead of caching its own."""
+    index_width: int = 0
+    """Width of the keys of its index, which are cached beside (learned sparse attention); 0: it has none."""
 
     def cached_by(self, shard: int, layout: Layout) -> int:
         """Number of KV heads that `shard` reads from the cache, in every mode."""
@@ -94,11 +96,15 @@ class ModelShape:
         kinds = dict.fromkeys(each.on(layout) for each in self.layers if each is not None)
         return [heads.cost_of_padding(layout.base) for heads in kinds if heads.is_padded]
 
-    def cache_shape(self, shard: int, layout: Layout, block_size: int, dtype: torch.dtype) -> CacheShape:
-        """The shape of the cache of `shard`, the same in every mode."""
+    def cache_shape(
+        self, shard: int, layout: Layout, block_size: int, dtype: torch.dtype, index_dtype: torch.dtype | None = None
+    ) -> CacheShape:
+        """The shape of the cache of `shard`, the same in every mode. index_dtype: of index keys; None: `dtype`."""
         layers = [None if each is None else _own_cache(each, shard, layout) for each in self.layers]
         sources = [(layer, each.source) for layer, each in enumerate(self.layers) if each and each.source is not None]
-        return CacheShape(tuple(layers), block_size, dtype, tuple(sources))
+        indexed = {layer: each.index_width for layer, each in enumerate(self.layers) if each and each.index_width}
+        index = IndexShape(frozenset(indexed), max(indexed.values()), index_dtype or dtype) if indexed else None
+        return CacheShape(tuple(layers), block_size, dtype, tuple(sources), index)
 
 
 def _own_cache(heads: LayerHeads, shard: int, layout: Layout) -> LayerShape | None:

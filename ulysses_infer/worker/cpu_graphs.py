@@ -151,7 +151,7 @@ def wants_cpu_graphs(
 ) -> bool:
     """Whether to record decode steps on a CPU. enforce_eager: None records where it is possible."""
     supported = isinstance(backend, NativeAttention) and shape.dtype == dtype and not shape.values_in_keys
-    supported = supported and matmul is not None
+    supported = supported and matmul is not None and shape.index is None  # torch selects keys on a CPU
     if enforce_eager is False and not supported:
         logger.warning("runtime.enforce_eager = false has no effect: steps are recorded with native kernels only")
     return supported and not enforce_eager

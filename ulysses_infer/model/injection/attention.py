@@ -20,6 +20,7 @@ from ulysses_infer.model.injection.rules import (
     ATTENTION_INPUTS,
     ATTENTION_OUTPUTS,
     ATTENTION_RULES,
+    INDEX,
     KEY_NORMS,
     LATENT_NAMES,
     QUERY_NORMS,
@@ -28,13 +29,14 @@ from ulysses_infer.model.injection.rules import (
     query_heads,
 )
 from ulysses_infer.model.layers.head_plan import HeadPlan
+from ulysses_infer.model.layers.key_index import attach_index
 from ulysses_infer.model.layers.linear import cut_features, is_linear
 from ulysses_infer.model.layers.norm import PerHeadNorm, ShardedRMSNorm, is_rms_norm
 from ulysses_infer.model.layers.temperature import take_temperature
 from ulysses_infer.model.quantization.layers import shift_linear
 from ulysses_infer.parallel.layout import Layout, Place
 
-ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"})
 HYBRID_KINDS = frozenset({"linear_attention", "conv", "mamba", "hybrid", "moe", "mlp"})
 """Further kinds of layers in models with recurrent layers."""
 
@@ -116,6 +118,8 @@ class AttentionInjector:
             self._replace(owner, child, shift_linear(linear, "row", sharding, self.base))
         self._inject_norms(module, heads)
         self._inject_vectors(name, module, heads)
+        if getattr(module, INDEX, None) is not None:
+            plan.index_width = attach_index(module, INDEX, untyped.layer_idx)
         untyped.config = config_of_layer(module, self.local_config)
         self.mode_aware_layers.append(LocalHeadCounts(module, untyped.config, plan))
 
@@ -158,7 +162,7 @@ class AttentionInjector:
             )
         if getattr(module, "is_causal", True) is False:
             raise UnsupportedModelError(f"{name} ({kind}) is not causal")
-        known = {*ATTENTION_RULES, *_own_rules(module), *QUERY_NORMS, *KEY_NORMS, *LATENT_NAMES}
+        known = {*ATTENTION_RULES, *_own_rules(module), *QUERY_NORMS, *KEY_NORMS, *LATENT_NAMES, INDEX}
         for child, part in module.named_children():
             if child not in known and any(True for _ in part.parameters()):
                 raise UnsupportedModelError(

@@ -31,24 +31,27 @@ def attention_heads(module: nn.Module, config: Any) -> AttentionHeads:
     return AttentionHeads(int(query_heads), int(key_value_heads or query_heads))
 
 
-def layer_heads(module: Any, config: Any, latent: LatentWidths | None) -> LayerHeads:
-    """The heads of an attention layer as the cache needs them; `latent`: the widths of what it caches instead."""
-    heads = attention_heads(module, config)
-    if latent is not None:
-        return LayerHeads(heads.num_attention_heads, 1, latent.cached, latent.latent, values_in_keys=True)
+def layer_heads(module: Any, config: Any) -> LayerHeads:
+    """The heads of an injected attention layer as the cache needs them: the latent, if it caches that instead."""
+    heads, plan = attention_heads(module, config), module.head_plan
+    cached = {"source": plan.source, "index_width": plan.index_width}
+    if plan.latent is not None:
+        latent: LatentWidths = plan.latent.widths
+        return LayerHeads(heads.num_attention_heads, 1, latent.cached, latent.latent, values_in_keys=True, **cached)
     width = head_width(module, config)
     key_width, value_width = getattr(module, "qk_head_dim", None), getattr(module, "v_head_dim", None)
     counts = heads.num_attention_heads, heads.num_key_value_heads
-    return LayerHeads(*counts, key_width or width, value_width or width, source=source_of_keys(module, config))
+    return LayerHeads(*counts, key_width or width, value_width or width, **cached)
 
 
 def source_of_keys(module: Any, config: Any) -> int | None:
     """The layer whose keys and values an attention layer reads, if it makes none (gemma3n, gemma4); None: its own."""
     if not getattr(module, "is_kv_shared_layer", False):
         return None
-    layer, sources = module.layer_idx, getattr(config, "kv_source_layers", None)
-    if sources is not None:
-        return int(sources[layer])
+    layer = module.layer_idx
+    if getattr(config, "kv_source_layers", None) is not None:  # mistral_large4
+        modes, kinds = config.kv_sharing_modes, config.no_rope_layers
+        return max(index for index in range(layer) if modes[index] == "store" and kinds[index] == kinds[layer])
     modes, kinds = config.kv_sharing_modes, config.layer_types
     return next(index for index in range(layer) if modes[index] == "store" and kinds[index] == kinds[layer])
 

@@ -16,35 +16,47 @@ HEADS, TOKENS = 2, 3  # of the test in `has_standard_expansion`
 TOLERANCE = 1e-9  # of values of about 1, in float64
 
 
-def enable_latent_cache(injection: Any, wanted: bool | None) -> LatentWidths | None:
-    """Make the attention layers of a new `Injection` cache latents instead of heads. Returns the latents' widths.
+def enable_latent_cache(injection: Any, wanted: bool | None) -> bool:
+    """Make the attention layers of a new `Injection` cache latents instead of heads. Returns whether they do.
 
-    wanted: `cache.latent`; None enables latents where they take less memory per rank. Returns None if heads are cached.
+    wanted: `cache.latent`; None enables latents where they take less memory per rank.
     Raises `ConfigError` if `wanted` is true and the model does not support latents.
     """
     layers = injection.attention_layers
     if wanted is False or (wanted is None and not any(map(_expands_latents, layers))):
-        return None
+        return _cache_heads(layers)
     reason = _reason_not_to_cache_latents(layers)
     if reason is not None:
         if wanted:
             raise ConfigError(f"cache.latent is true, but {reason} ({injection.config.model_type}); use null or false")
         logger.info("the cache holds heads: %s", reason)
-        return None
-    widths = LatentWidths.of(layers[0])
-    heads = layers[0].head_plan.heads.query_slots
-    of_heads = heads * (widths.key + widths.rotary + widths.value)
-    if wanted is None and widths.cached >= of_heads:
-        logger.info("the cache holds heads: %d elements per token, a latent has %d", of_heads, widths.cached)
-        return None
+        return _cache_heads(layers)
+    widths = [LatentWidths.of(layer) for layer in layers]
+    cached, of_heads = sum(each.cached for each in widths), sum(map(_elements_of_heads, layers, widths))
+    if wanted is None and cached >= of_heads:
+        logger.info("the cache holds heads: %d elements per token, latents have %d", of_heads, cached)
+        return _cache_heads(layers)
     own = injection.layout.place(injection.layout.shift, injection.base.shard)
-    for layer in layers:
-        latent = LatentAttention(widths, layer.kv_b_proj, own)
+    for layer, of_layer in zip(layers, widths, strict=True):
+        latent = LatentAttention(of_layer, layer.kv_b_proj, own)
         layer.head_plan.use_latent(latent)
         layer.expand_kv = latent.join  # the instance attribute overrides the method
         injection.mode_aware_layers.append(latent)
-    logger.info("the cache holds latents: %d elements per token, heads would take %d", widths.cached, of_heads)
-    return widths
+    logger.info("the cache holds latents: %d elements per token, heads would take %d", cached, of_heads)
+    return True
+
+
+def _cache_heads(layers: list[Any]) -> bool:
+    """Layers that share latents expand them on their own, so their heads differ. Returns False."""
+    for layer in layers:
+        if _expands_latents(layer):
+            layer.head_plan.source = None
+    return False
+
+
+def _elements_of_heads(layer: Any, widths: LatentWidths) -> int:
+    """Elements per token that a rank would cache of the layer's heads."""
+    return int(layer.head_plan.heads.query_slots * (widths.key + widths.rotary + widths.value))
 
 
 def _expands_latents(layer: Any) -> bool:
@@ -58,13 +70,10 @@ def _reason_not_to_cache_latents(layers: list[Any]) -> str | None:
     if any(layer.kv_b_proj.bias is not None for layer in layers):
         return "its kv_b_proj has a bias"
     try:
-        widths = {LatentWidths.of(layer) for layer in layers}
+        kinds = {(type(layer), LatentWidths.of(layer)) for layer in layers}
     except AttributeError as error:
         return f"its attention has no {error.name}"
-    if len(widths) > 1:
-        return "its layers have latents of different widths"
-    kinds = {type(layer) for layer in layers}
-    if not all(has_standard_expansion(kind, next(iter(widths))) for kind in kinds):
+    if not all(has_standard_expansion(kind, widths) for kind, widths in kinds):
         return "its expand_kv is not just a product with kv_b_proj"
     return None
 

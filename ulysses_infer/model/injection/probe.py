@@ -55,6 +55,9 @@ class ProbeCache:
         """key: [T, Hkv, d]; value: [T, Hkv, dv]."""
         self.keys[layer], self.values[layer] = key, value
 
+    def write_index(self, layer: int, slots: torch.Tensor, key: torch.Tensor) -> None:
+        """key: [T, width]. The probe's sequences are too short for a selection."""
+
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `PagedCache.of_layer`."""
         self.readers.append(layer)

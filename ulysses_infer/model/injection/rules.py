@@ -80,6 +80,7 @@ ATTENTION_RULES: dict[str, AttentionRule] = {
     "query_key_value": ("column", query_heads),
     # Multi-head latent attention: the down projections are replicated, the up projections to heads are sharded.
     "q_b_proj": ("column", query_heads),
+    "q_gate_proj": ("column", query_heads),  # a query and a gate next to each other per head
     "kv_b_proj": ("column", query_heads),
     # Gates over the attention output, one value or one vector per query head.
     "gate_proj": ("column", query_heads),
@@ -87,13 +88,15 @@ ATTENTION_RULES: dict[str, AttentionRule] = {
     **dict.fromkeys(("o_proj", "out_proj", "dense", "Wo", "c_proj"), ("row", query_heads)),
 }
 ATTENTION_OUTPUTS = tuple(name for name, (cut, _) in ATTENTION_RULES.items() if cut == "row")
-ATTENTION_INPUTS = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
+ATTENTION_INPUTS = ("q_proj", "q_b_proj", "q_gate_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
 
 # Norms inside attention. Those over a single head need no sharding.
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "attn_sub_norm")
 KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
 # Multi-head latent attention: weights before the up projections, replicated on every rank.
-LATENT_NAMES = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
+LATENT_NAMES = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "k_rope_only_layernorm")
+# The index of learned sparse attention, replicated on every rank: see `model/layers/key_index.py`.
+INDEX = "indexer"
 
 MLP_RULES: dict[str, MlpRule] = {
     **dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h"), ("column", _neurons)),

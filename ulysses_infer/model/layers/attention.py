@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
-from ulysses_infer.attention.backend import AttentionOptions
+from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
+from ulysses_infer.attention.index import Selection, by_slots
 from ulysses_infer.cache.paged import CacheScales
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.kernels.placement import HeadTarget, PlaceHeads
 from ulysses_infer.model.context import StepContext, step_context, step_positions
 from ulysses_infer.model.layers.head_plan import HeadPlan
+from ulysses_infer.model.layers.key_index import NoMask
 
 ATTENTION_NAME = "ulysses_infer"
 # Further arguments that models pass. Any other one might change the result and is refused.
@@ -41,6 +43,7 @@ def shift_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     alibi: torch.Tensor | None = None,
+    indices: Selection | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer in any mode (arXiv 2509.16495 §3.1), with the signature of `AttentionInterface`.
@@ -48,7 +51,7 @@ def shift_attention(
     query: [1, Hq/tp, t, d]; key, value: [1, max(1, Hkv/tp), t, d | dv], or a latent (`LatentAttention.join`); returns
     ([1, t, Hq/tp, dv], None). s_aux, alibi: [Hq], a sink and a slope of each head of the whole layer.
     """
-    if attention_mask is not None:
+    if attention_mask is not None and not isinstance(attention_mask, NoMask):
         raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask, which is not supported")
     plan = module.head_plan
     if plan.latent is not None:
@@ -57,25 +60,33 @@ def shift_attention(
     if plan.temperature is not None:
         query = plan.temperature.scaled(query, step_positions())
     tokens = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
-    return attend_tokens(module.layer_idx, plan, *tokens, options)[None], None
+    selected = None if indices is None else indices.metadata
+    return attend_tokens(module.layer_idx, plan, *tokens, options, selected)[None], None
 
 
 def attend_tokens(
-    layer: int, plan: HeadPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
+    layer: int,
+    plan: HeadPlan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: AttentionOptions,
+    selected: AttentionMetadata | None = None,
 ) -> torch.Tensor:
     """Attention of `layer` in the mode of the step, in token-major layout.
 
-    query: [t, Hq/tp, d]; key, value: [t, max(1, Hkv/tp), d | dv]; returns [t, Hq/tp, dv].
+    query: [t, Hq/tp, d]; key, value: [t, max(1, Hkv/tp), d | dv]; returns [t, Hq/tp, dv]. selected: the keys that an
+    index has selected, see `Selection`.
     """
     context = step_context()
     if plan.source is not None:
-        return _attend_shared(context, layer, plan, query, options)
+        return _attend_shared(context, layer, plan, query, options, selected)
     if context.collectives.place.mode.sp == 1:
         query, key, value = plan.arranged(query, key, value)
-        return plan.restored(_attend(context, layer, plan, query, key, value, options))
+        return plan.restored(_attend(context, layer, plan, query, key, value, options, selected))
     count = context.num_local_tokens
     query, key, value = _tokens_to_heads(context, plan, query[:count], key[:count], value[:count])
-    return plan.restored(_heads_to_tokens(context, _attend(context, layer, plan, query, key, value, options)))
+    return plan.restored(_heads_to_tokens(context, _attend(context, layer, plan, query, key, value, options, selected)))
 
 
 def attend_placed(
@@ -94,15 +105,20 @@ def attend_placed(
 
 
 def _attend_shared(
-    context: StepContext, layer: int, plan: HeadPlan, query: torch.Tensor, options: AttentionOptions
+    context: StepContext,
+    layer: int,
+    plan: HeadPlan,
+    query: torch.Tensor,
+    options: AttentionOptions,
+    selected: AttentionMetadata | None,
 ) -> torch.Tensor:
     """Attention of a layer that reads another layer's cache: only its queries are exchanged, and nothing is written."""
     if context.collectives.place.mode.sp == 1:
         (query,) = plan.arranged(query)
-        return plan.restored(_attend_cached(context, layer, plan, query, options))
+        return plan.restored(_attend_cached(context, layer, plan, query, options, selected))
     own = plan.arranged(query[: context.num_local_tokens])
     (query,) = context.collectives.tokens_to_heads(own, context.token_spans)
-    return plan.restored(_heads_to_tokens(context, _attend_cached(context, layer, plan, query, options)))
+    return plan.restored(_heads_to_tokens(context, _attend_cached(context, layer, plan, query, options, selected)))
 
 
 def _place_into_cache(
@@ -147,21 +163,29 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     options: AttentionOptions,
+    selected: AttentionMetadata | None = None,
 ) -> torch.Tensor:
     """Write the cache, then attend: all tokens, local heads. query: [T, Hq/W, d]; returns [T, Hq/W, dv]."""
     slots, scales = context.attention_of(layer).slots, plan.cache_scales
     if scales is not None:
         key, value = key / scales.key, value / scales.value
     context.cache.write(layer, slots, key, value)
-    return _attend_cached(context, layer, plan, query, options)
+    return _attend_cached(context, layer, plan, query, options, selected)
 
 
 def _attend_cached(
-    context: StepContext, layer: int, plan: HeadPlan, query: torch.Tensor, options: AttentionOptions
+    context: StepContext,
+    layer: int,
+    plan: HeadPlan,
+    query: torch.Tensor,
+    options: AttentionOptions,
+    selected: AttentionMetadata | None = None,
 ) -> torch.Tensor:
     """Attention over the cache, after its write. query: [T, Hq/W, d]; returns [T, Hq/W, dv]."""
     cached = context.cache.of_layer(layer)
     metadata, scales = context.attention_of(layer), plan.cache_scales
+    if selected is not None:
+        cached, metadata = (by_slots(cached[0]), by_slots(cached[1])), selected
     if scales is not None:
         # The backend reads the quantized cache: fold the key scale into the scores, the value scale into the output.
         options = replace(options, scaling=options.scaling * scales.key)

@@ -27,6 +27,8 @@ class HeadPlan:
         self.local_key_value_heads = heads.num_key_value_heads
         self.cache_scales: CacheScales | None = None
         self.latent: LatentAttention | None = None
+        self.index_width = 0
+        """Width of the layer's index keys, if it has an index (learned sparse attention)."""
         self.source: int | None = None
         """The layer whose keys and values this one reads, if it caches none of its own."""
         self.temperature: Temperature | None = None
