@@ -22,7 +22,7 @@ from typing import Any
 
 from docs.generate.models_page import changed, differences, read_page, write_page
 from docs.generate.tiny_configs import tiny_configs
-from tests.equivalence.cases import CROWD, check, run_case
+from tests.equivalence.cases import CROWD, check, run_case, with_snapshots
 from tests.equivalence.tiny_models import Reference, make_checkpoint, make_prompts, make_reference
 from tests.ranks import RankPools
 from ulysses_infer.errors import UnsupportedModelError
@@ -113,6 +113,7 @@ def _attempt(failure: str, action: Callable[[], Any]) -> Any:
 def _run_base(base: tuple[int, int], placement: str, reference: Reference, pools: RankPools) -> float:
     pool = pools(base[0] * base[1])
     profile = replace(PROFILE, settings={**PROFILE.settings, "parallel.expert_placement": placement})
+    profile = with_snapshots(profile, reference.folder)
     outcomes = pool.run(run_case, reference.folder, base, profile, reference.prompts, NEW_TOKENS, timeout=SECONDS)
     modes = [sp for sp in range(1, base[0] + 1) if base[0] % sp == 0]
     try:

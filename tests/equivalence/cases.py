@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 TOLERANCE = 1e-4
+BLOCK_SIZE = 4
 MAX_MODEL_LEN = 128  # of the tiny models
 
 
@@ -35,7 +36,7 @@ class Profile:
             "model.max_model_len": min(MAX_MODEL_LEN, 4 * self.num_blocks),
             "cache": {
                 "num_blocks": self.num_blocks,
-                "block_size": 4,
+                "block_size": BLOCK_SIZE,
                 "enable_prefix_caching": self.prefix_caching,
             },
             "scheduler": {
@@ -47,6 +48,17 @@ class Profile:
             "runtime": {"threads_per_rank": 1, "device": "cpu", "debug": True},
             **self.settings,
         }
+
+
+def with_snapshots(profile: Profile, folder: Path) -> Profile:
+    """The profile with snapshots of states at every block, if the checkpoint in `folder` has recurrent layers."""
+    from ulysses_infer.model.injection.attention import HYBRID_KINDS
+    from ulysses_infer.model.model import read_config
+
+    kinds = set(getattr(read_config(folder).get_text_config(decoder=True), "layer_types", None) or ())
+    if not kinds & HYBRID_KINDS or not profile.prefix_caching:
+        return profile
+    return replace(profile, settings={**profile.settings, "cache.state_snapshot_interval": BLOCK_SIZE})
 
 
 CROWD = Profile("crowd", arrival_every=2)

@@ -37,7 +37,7 @@ class StateShape:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: what is derived from it is kept
 class StateSequences:
     """The sequences of a step, in batch order, for layers with states."""
 

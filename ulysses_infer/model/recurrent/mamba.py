@@ -47,7 +47,32 @@ def mamba2(module: Any) -> Rule:
         },
         units={"heads": (heads, False), "groups": (groups, True)},
         replaced=functools.partial(_spread_norm, groups) if has_norm else None,
+        functions={"mamba2_selective_state_update": update_within_limits} if _limits_steps(module) else {},
     )
+
+
+def _limits_steps(module: Any) -> bool:
+    """Whether time steps are limited (Nemotron-H)."""
+    low, high = module.time_step_limit
+    return low > 0.0 or high < torch.inf
+
+
+def update_within_limits(
+    view: ModuleView,
+    update: Callable[..., torch.Tensor],
+    state: torch.Tensor,
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    *arguments: Any,
+    dt_bias: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:
+    """transformers' `update` by one token, which does not limit time steps as its form for several tokens does.
+
+    dt, dt_bias: [n, H, d], [H, d].
+    """
+    steps = F.softplus(dt + dt_bias.to(dt.dtype)).clamp(*view.time_step_limit)
+    return update(state, hidden_states, steps, *arguments, **{**options, "dt_softplus": False})
 
 
 def _spread_norm(groups: int, module: Any, owner: Owner) -> Mapping[str, Any]:
