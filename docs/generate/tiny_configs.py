@@ -143,6 +143,11 @@ MAMBA = {
     "mamba_chunk_size": 8,
 }
 
+# Of models whose layers differ.
+LOCAL_AND_GLOBAL = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+SHARED_LAYERS = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCABULARY}
+WIDE_GLOBALS = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 2, "attention_k_eq_v": True}
+
 # Values that some model types need besides.
 SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"is_decoder": True, "pad_token_id": 1} for name in ENCODERS},
@@ -204,6 +209,28 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
     },
     "hunyuan_vl_text": {"head_dim": 16},
+    "gemma3n_text": {
+        **LOCAL_AND_GLOBAL,
+        "intermediate_size": [96] * 4,
+        "activation_sparsity_pattern": [0.9, 0.5, 0.0, 0.0],
+        **SHARED_LAYERS,
+    },
+    "gemma4_text": {
+        **LOCAL_AND_GLOBAL,
+        **SHARED_LAYERS,
+        **WIDE_GLOBALS,
+        "use_double_wide_mlp": True,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
+    "gemma4_unified_text": {**LOCAL_AND_GLOBAL, **WIDE_GLOBALS, "num_kv_shared_layers": 2},
+    "mimo_v2_flash": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_key_value_heads": 4,  # twice as many in layers with windows
+    },
     "step3p5": {"sliding_window": 6},
     "ovis2": {"vocab_size": VOCABULARY, "hidden_size": 64},
     "paddleocr_vl_text": {
@@ -226,6 +253,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX", "is_decoder": True, "pad_token_id": 1},
     # Multimodal encoders and projectors with large default sizes.
     "cohere2_vision": {"alignment_intermediate_size": 64},
+    # Ids of images and audio within the vocabulary, because every text's ids are compared with them.
+    "gemma3n": {"image_token_id": 80, "audio_token_id": 88},
+    "gemma3n_vision": {"architecture": "resnet10t", "hidden_size": 512, "vocab_offset": 80, "vocab_size": 8},
+    "gemma3n_audio": {"vocab_offset": 88, "vocab_size": 13},
     "siglip_vision_model": {"hidden_size": 64, "num_attention_heads": 4},
     "qwen2_vl_vision": {"hidden_size": 64},
     "qwen2_5_omni_vision_encoder": {"hidden_size": 64, "num_heads": 4},
