@@ -241,6 +241,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 90},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1}},
+    "mllama_text_model": {"num_hidden_layers": 4, "cross_attention_layers": [1]},
+    "kosmos_2_5_text_model": {"pad_token_id": 1},
+    "moshi": {"sliding_window": 128},  # unused by attention, but not by the cache of `generate`
     "muse_spark_audio": {"num_hidden_layers": 4},
     "molmo2_adapter": {"vision_feature_layer": [0, 0]},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},

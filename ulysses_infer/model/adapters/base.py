@@ -36,8 +36,8 @@ class AdaptedAttention(Adapted):
     """Sharding rules of its linear layers that differ from those of other modules with the same names."""
     replicated_parameters: tuple[str, ...] = ()
     """Its own parameters that every rank needs whole."""
-    outputs_elsewhere: tuple[tuple[nn.Module, str], ...] = ()
-    """Output projections that are not its children: modules, and the names that these have for them."""
+    projections_elsewhere: tuple[tuple[nn.Module, str, AttentionRule], ...] = ()
+    """Linear layers that are not its children: the modules that have them, their names there, and their rules."""
 
     def heads(self, projected: torch.Tensor) -> torch.Tensor:
         """projected: [1, t, heads * d]; returns [1, heads, t, d]."""

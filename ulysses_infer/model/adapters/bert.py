@@ -25,7 +25,7 @@ class BertAttention(AdaptedAttention):
 
     def __init__(self, source: nn.Module, output: nn.Module) -> None:
         super().__init__(source)
-        self.attention_rules, self.outputs_elsewhere = RULES, ((output, "dense"),)
+        self.attention_rules, self.projections_elsewhere = RULES, ((output, "dense", ("row", query_heads)),)
         self.head_dim, self.is_causal = self.attention_head_size, self.is_decoder
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
@@ -40,9 +40,9 @@ class RoformerAttention(BertAttention):
     def forward(
         self, hidden_states: torch.Tensor, *_: Any, sinusoidal_pos: torch.Tensor, **__: Any
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states: [1, t, D]; sinusoidal_pos: sine and cosine, [1, 1, t, d]; returns as `BertAttention`."""
+        """hidden_states: [1, t, D]; sinusoidal_pos: sine and cosine, [..., t, d]; returns as `BertAttention`."""
         query, key, value = (self.heads(each(hidden_states)) for each in (self.query, self.key, self.value))
-        sine, cosine = sinusoidal_pos[0].chunk(2, dim=-1)
+        sine, cosine = sinusoidal_pos.flatten(0, -3).chunk(2, dim=-1)
         query, key = (rotate_pairs(each, cosine, sine) for each in (query, key))
         return self.attend(query, key, rotate_pairs(value, cosine, sine) if self.rotary_value else value), None
 

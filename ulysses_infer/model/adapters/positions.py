@@ -27,10 +27,11 @@ class OffsetEmbedding(Adapted):
 class StepEmbedding(Adapted):
     """An embedding of the step's positions, whatever the model gives it: token ids, shapes, past lengths."""
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: nn.Module, offset: int | None = None) -> None:
         super().__init__(source)
-        self.offset = getattr(source, "offset", 0)
+        self.offset = getattr(source, "offset", 0) if offset is None else offset
+        self.table = "weight" if hasattr(source, "weight") else "weights"
 
     def forward(self, *_: Any, **__: Any) -> torch.Tensor:
-        """Returns [t, D]; it is added to [1, t, D]."""
-        return F.embedding(step_positions() + self.offset, self.weight)
+        """Returns [1, t, D]."""
+        return F.embedding(step_positions()[None] + self.offset, getattr(self, self.table))

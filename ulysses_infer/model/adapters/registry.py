@@ -8,12 +8,18 @@ from typing import Any
 from ulysses_infer.model.adapters.base import SeparateAttention, replace_all
 from ulysses_infer.model.adapters.bert import adapt_bert, adapt_big_bird, adapt_roformer
 from ulysses_infer.model.adapters.bloom import adapt_bloom
+from ulysses_infer.model.adapters.chameleon import adapt_chameleon
+from ulysses_infer.model.adapters.ctrl import adapt_ctrl
 from ulysses_infer.model.adapters.dbrx import adapt_dbrx
 from ulysses_infer.model.adapters.decoders import adapt_decoder, adapt_mvp
 from ulysses_infer.model.adapters.early_gpt import adapt_gpt, adapt_gpt_neo, adapt_gpt_neox_japanese
 from ulysses_infer.model.adapters.falcon import adapt_falcon
 from ulysses_infer.model.adapters.gpt_bigcode import adapt_gpt_bigcode
 from ulysses_infer.model.adapters.gptj import adapt_codegen, adapt_gptj
+from ulysses_infer.model.adapters.jetmoe import adapt_jetmoe
+from ulysses_infer.model.adapters.kosmos import adapt_kosmos
+from ulysses_infer.model.adapters.mllama import adapt_mllama
+from ulysses_infer.model.adapters.moshi import adapt_moshi
 from ulysses_infer.model.adapters.mpt import adapt_mpt
 from ulysses_infer.model.injection.architectures import DECODERS, ENCODERS
 
@@ -22,13 +28,19 @@ ADAPTERS: dict[str, Callable[[Any], None]] = {
     **dict.fromkeys(DECODERS, adapt_decoder),
     "big_bird": adapt_big_bird,
     "bloom": adapt_bloom,
+    "chameleon": adapt_chameleon,
     "codegen": adapt_codegen,
+    "ctrl": adapt_ctrl,
     "dbrx": adapt_dbrx,
     "falcon": adapt_falcon,
     "gpt_bigcode": adapt_gpt_bigcode,
     "gpt_neo": adapt_gpt_neo,
     "gpt_neox_japanese": adapt_gpt_neox_japanese,
     "gptj": adapt_gptj,
+    "jetmoe": adapt_jetmoe,
+    "kosmos_2_5_text_model": adapt_kosmos,
+    "mllama_text_model": adapt_mllama,
+    "moshi": adapt_moshi,
     "mpt": adapt_mpt,
     "mvp": adapt_mvp,
     "openai-gpt": adapt_gpt,

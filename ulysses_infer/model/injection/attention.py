@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from torch import nn
 
 from ulysses_infer.errors import UnsupportedModelError
+from ulysses_infer.model.adapters.base import AdaptedAttention
 from ulysses_infer.model.injection.heads import (
     LocalHeadCounts,
     PerHeadParameter,
@@ -26,7 +27,6 @@ from ulysses_infer.model.injection.rules import (
     QUERY_NORMS,
     AttentionHeads,
     AttentionRule,
-    query_heads,
 )
 from ulysses_infer.model.layers.head_plan import HeadPlan
 from ulysses_infer.model.layers.key_index import attach_index
@@ -79,7 +79,7 @@ class AttentionInjector:
         for name, module in list(model.named_modules()):
             if module in recurrent:
                 continue
-            if hasattr(module, "layer_idx") and _has_linear(module, (*ATTENTION_INPUTS, *_own_rules(module))):
+            if hasattr(module, "layer_idx") and _is_attention(module):
                 self._inject(name, module)
                 self.layers.append(module)
         if not self.layers and not recurrent:
@@ -112,10 +112,9 @@ class AttentionInjector:
                 cut, rule = rules[child]
                 sharding = rule(cut_features(linear, cut), heads)
                 self._replace(module, child, shift_linear(linear, cut, sharding, self.base))
-        for owner, child in getattr(module, "outputs_elsewhere", ()):
+        for owner, child, (cut, rule) in getattr(module, "projections_elsewhere", ()):
             linear = getattr(owner, child)
-            sharding = query_heads(cut_features(linear, "row"), heads)
-            self._replace(owner, child, shift_linear(linear, "row", sharding, self.base))
+            self._replace(owner, child, shift_linear(linear, cut, rule(cut_features(linear, cut), heads), self.base))
         self._inject_norms(module, heads)
         self._inject_vectors(name, module, heads)
         if getattr(module, INDEX, None) is not None:
@@ -156,12 +155,14 @@ class AttentionInjector:
     def _check(self, name: str, module: nn.Module) -> None:
         """Raise `UnsupportedModelError` if the module is not causal or has weights that no rule covers."""
         kind = type(module).__name__
-        if not _has_linear(module, ATTENTION_OUTPUTS) and not getattr(module, "outputs_elsewhere", ()):
+        if getattr(module, "is_causal", True) is False:
+            raise UnsupportedModelError(f"{name} ({kind}) is not causal")
+        if isinstance(module, AdaptedAttention):
+            return
+        if not _has_linear(module, ATTENTION_OUTPUTS) and not hasattr(module, "projections_elsewhere"):
             raise UnsupportedModelError(
                 f"{name} ({kind}) has no known output projection ({', '.join(ATTENTION_OUTPUTS)})"
             )
-        if getattr(module, "is_causal", True) is False:
-            raise UnsupportedModelError(f"{name} ({kind}) is not causal")
         known = {*ATTENTION_RULES, *_own_rules(module), *QUERY_NORMS, *KEY_NORMS, *LATENT_NAMES, INDEX}
         for child, part in module.named_children():
             if child not in known and any(True for _ in part.parameters()):
@@ -178,6 +179,10 @@ def _own_rules(module: nn.Module) -> Mapping[str, AttentionRule]:
     """The sharding rules that an adapter has given the module."""
     rules: Mapping[str, AttentionRule] = getattr(module, "attention_rules", {})
     return rules
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return hasattr(module, "projections_elsewhere") or _has_linear(module, (*ATTENTION_INPUTS, *_own_rules(module)))
 
 
 def _has_linear(module: nn.Module, names: tuple[str, ...]) -> bool:

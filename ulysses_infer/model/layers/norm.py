@@ -59,19 +59,22 @@ class ShardedRMSNorm(nn.Module):
 
 
 class PerHeadNorm(nn.Module):
-    """A norm with separate weights for every head (cohere): runs transformers' module on the local heads."""
+    """A norm with separate weights for every head (cohere), or biases: runs transformers' module on the local heads."""
 
-    def __init__(self, source: nn.Module, part: Part) -> None:
+    def __init__(self, source: Any, part: Part) -> None:
         super().__init__()
-        self.weight = nn.Parameter(source.weight.detach(), requires_grad=False)  # type: ignore[operator]
+        self.weight = nn.Parameter(source.weight.detach(), requires_grad=False)
+        bias = getattr(source, "bias", None)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.part = part
         self._source = [source]  # not registered as a child: only its forward is used
 
     def bind(self, place: Place) -> None:
-        """Give the forward the weight rows of `place`'s heads."""
+        """Give the forward the rows of `place`'s heads."""
         span = self.part.span(place.weight_index, place.mode.tp)
-        local = self.weight.detach()[span.start : span.stop]
-        self._source[0].weight = nn.Parameter(local, requires_grad=False)
+        for name, whole in self.named_parameters():
+            local = whole.detach()[span.start : span.stop]
+            setattr(self._source[0], name, nn.Parameter(local, requires_grad=False))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [..., heads/tp, d]; returns the same shape."""
