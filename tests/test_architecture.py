@@ -13,6 +13,7 @@ PACKAGE = "ulysses_infer"
 LAYERS = [
     {"launch", "cli"},
     {"llm"},
+    {"planning"},
     {"server", "bench"},
     {"console"},
     {"inference"},

@@ -8,18 +8,16 @@ or its folder.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import CONFIG_MAPPING
 
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.experts.placement import PLACEMENTS
-from ulysses_infer.model.loading.legacy_configs import repair
+from ulysses_infer.model.loading.config_folder import read_config_file
 from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Layout, Mode
 
@@ -53,9 +51,7 @@ def main() -> None:
 
 def read_config(path: Path) -> Any:
     """transformers' config of a config.json or of the folder it is in."""
-    values = json.loads((path / "config.json" if path.is_dir() else path).read_text())
-    repair(values)
-    return CONFIG_MAPPING[values["model_type"]](**values)
+    return read_config_file(path / "config.json" if path.is_dir() else path)
 
 
 def rows(config: Any, layout: Layout) -> Iterator[Row]:

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from ulysses_infer.inference import InferenceEngine, init_inference
     from ulysses_infer.llm import LLM
     from ulysses_infer.outputs import RequestOutput
+    from ulysses_infer.planning.command import plan
     from ulysses_infer.sampling_params import SamplingParams
 
-__all__ = ["LLM", "InferenceEngine", "RequestOutput", "SamplingParams", "__version__", "init_inference"]
+__all__ = ["LLM", "InferenceEngine", "RequestOutput", "SamplingParams", "__version__", "init_inference", "plan"]
 
 _HOMES = {
     "InferenceEngine": "ulysses_infer.inference",
@@ -20,6 +21,7 @@ _HOMES = {
     "RequestOutput": "ulysses_infer.outputs",
     "SamplingParams": "ulysses_infer.sampling_params",
     "init_inference": "ulysses_infer.inference",
+    "plan": "ulysses_infer.planning.command",
 }
 
 

@@ -16,9 +16,10 @@ from ulysses_infer.config import Config, load_config
 from ulysses_infer.config.aliases import flag_names, is_switch, split_flags
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.extras import require_extra
+from ulysses_infer.planning.options import parse_plan
 
 BENCHMARKS = ("latency", "throughput")
-CLIENTS = ("bench serve", "bench replay", "bench compare")
+CLIENTS = ("bench serve", "bench replay", "bench compare", "plan")
 """Commands that run in a single process without ranks."""
 MODES = ("tp", "sp", "shift", "single")
 RANDOM_MODELS = ("llama-60m", "llama-0.5b")
@@ -39,6 +40,7 @@ commands:
   bench compare         dp, tp, sp and shift on this machine: a report with plots
   serve                 answer HTTP requests in OpenAI's format, until a signal ends it
   calibrate             measure the step times of every mode, for policy adaptive
+  plan                  predict layouts, latencies and throughput on hardware that need not be at hand
 
 MODEL is a hub id or a folder, unless the recipe names one. Any key of a recipe can be set, as in parallel.sp=2.
 `ulysses-infer COMMAND --help` has the options of a command; --version prints the version.
@@ -56,7 +58,7 @@ class Command:
     """A parsed command line."""
 
     name: str
-    """generate | bench | bench serve | bench replay | bench compare | serve | calibrate"""
+    """generate | bench | bench serve | bench replay | bench compare | serve | calibrate | plan"""
     options: argparse.Namespace
     overrides: list[str]
     """Recipe settings, as `load_config` takes them."""
@@ -69,7 +71,7 @@ class Command:
     def config(self) -> Config:
         """The configuration this command runs with. Raises `ConfigError`."""
         if self.name in CLIENTS:
-            raise ConfigError(f"{self.name} is a client, of one process; run it without a launcher")
+            raise ConfigError(f"{self.name} runs in one process, without ranks; run it without a launcher")
         if self.name == "serve" and not self.is_dry:
             require_extra("serve", "serve")
         config = load_config(self.options.config, self.overrides)
@@ -95,6 +97,7 @@ def parse(arguments: Sequence[str]) -> Command:
         print(f"ulysses-infer {__version__}")
         raise SystemExit(0)
     parsers = {"generate": _parse_generate, "bench": _parse_bench, "serve": _parse_serve, "calibrate": _parse_calibrate}
+    parsers["plan"] = _parse_plan
     if name not in parsers:
         raise ConfigError(f"unknown command {name!r}; choose from {', '.join(parsers)}")
     return parsers[name](rest)
@@ -177,6 +180,10 @@ def _parse_generate(arguments: list[str]) -> Command:
         "generate.output": options.output,
     }
     return Command("generate", options, overrides + _assignments(settings))
+
+
+def _parse_plan(arguments: list[str]) -> Command:
+    return Command("plan", parse_plan(arguments), [])
 
 
 def _add_dry_run(parser: argparse.ArgumentParser) -> None:

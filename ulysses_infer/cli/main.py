@@ -61,7 +61,7 @@ def _quiet_config() -> Iterator[None]:
 
 
 def _run_client(command: Command) -> int:
-    """Run a command that needs no ranks and no torch; returns the exit status."""
+    """Run a command that needs no ranks; returns the exit status."""
     if command.name == "bench serve":
         from ulysses_infer.bench.serve.serve_bench import run as load_server
 
@@ -70,6 +70,10 @@ def _run_client(command: Command) -> int:
         from ulysses_infer.bench.replay.replay_bench import run as replay
 
         return replay(command.options)
+    if command.name == "plan":
+        from ulysses_infer.planning.command import run as plan
+
+        return plan(command.options)
     from ulysses_infer.bench.compare.compare_bench import run as compare
 
     end_children_with_this_process()

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ulysses_infer.engine.load import outstanding_tokens
 from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError
 from ulysses_infer.server.frames import FrameReader, encode_frame
 from ulysses_infer.server.messages import (
@@ -126,11 +127,10 @@ class EngineClient:
         """Requests in progress."""
         return len(self._streams)
 
-    def outstanding_tokens(self, sequence_tokens: int) -> int:
-        """Outstanding tokens: prompts without output yet, plus `sequence_tokens` per sequence without output."""
-        return sum(
-            sequence_tokens * len(stream.unfinished)
-            + (stream.record.num_prompt_tokens if stream.record.first_token_time is None else 0)
+    def outstanding_tokens(self) -> int:
+        """The replica's load; see `engine.load`."""
+        return outstanding_tokens(
+            (len(stream.unfinished), stream.record.num_prompt_tokens if stream.record.first_token_time is None else 0)
             for stream in self._streams.values()
         )
 

@@ -14,8 +14,6 @@ from ulysses_infer.server.client import DEAD, DRAINING, READY, STARTING, EngineC
 from ulysses_infer.server.messages import EngineState, NewToken, Ready, SnapshotCounts, StepReport, Submit
 
 EVERYWHERE = ("set_policy", "abort_all", "drain", "reset_prefix_cache")
-SEQUENCE_TOKENS = 64
-"""Load of one decoding sequence, in waiting prompt tokens."""
 
 
 class Router:
@@ -186,7 +184,7 @@ class _ReplicaObserver:
 def load(client: EngineClient) -> tuple[int, float]:
     """A replica's load: prompts not computed yet and decoding sequences; then its cache usage as a tie-breaker."""
     usage = client.state.kv_cache_usage if client.state is not None else 0.0
-    return client.outstanding_tokens(SEQUENCE_TOKENS), usage
+    return client.outstanding_tokens(), usage
 
 
 def _combined(states: list[EngineState]) -> EngineState:

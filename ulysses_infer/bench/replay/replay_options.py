@@ -37,7 +37,8 @@ def parse_replay(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("trace", type=Path, metavar="TRACE", help="file to replay")
     add_server(parser)
-    _add_part(parser)
+    add_part(parser)
+    _add_sending(parser)
     add_output(parser)
     parser.add_argument(
         "--stop-at-eos",
@@ -49,11 +50,12 @@ def parse_replay(arguments: Sequence[str]) -> argparse.Namespace:
     parser.set_defaults(ignore_eos=True)
     options = parser.parse_args(list(arguments))
     check_common(options)
-    _check_window(options)
+    check_window(options)
     return options
 
 
-def _add_part(parser: argparse.ArgumentParser) -> None:
+def add_part(parser: argparse.ArgumentParser) -> None:
+    """Add the options that select and scale a part of a trace."""
     group = parser.add_argument_group("part of the trace")
     group.add_argument(
         "--window",
@@ -80,12 +82,17 @@ def _add_part(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-input-len", type=positive, metavar="N", help="truncate longer prompts")
     group.add_argument("--max-output-len", type=positive, metavar="N", help="truncate longer answers")
     group.add_argument("--num-prompts", type=positive, metavar="N", help="only N of the requests, evenly chosen")
+    group.add_argument("--seed", type=int, default=0, help="seed of prompts and arrivals; default: 0")
+
+
+def _add_sending(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sending")
     group.add_argument("--max-concurrency", type=positive, metavar="N", help="maximum number of requests in flight")
-    group.add_argument("--seed", type=int, default=0, help="seed of prompts; default: 0")
     add_prompt_format(group)
 
 
-def _check_window(options: argparse.Namespace) -> None:
+def check_window(options: argparse.Namespace) -> None:
+    """Raise `ConfigError` if the window is given twice or is empty."""
     given = (options.start_minute, options.end_minute)
     if options.window is not None and given != (None, None):
         raise ConfigError("--window and --start-minute or --end-minute: give one of them")

@@ -1,0 +1,47 @@
+"""Small models, nodes and workloads for tests of planning."""
+
+from __future__ import annotations
+
+from transformers import LlamaConfig
+
+from ulysses_infer.bench.serve.traces import TraceRow
+from ulysses_infer.config import Config, ModelConfig, SchedulerConfig
+from ulysses_infer.planning.changes import Changes
+from ulysses_infer.planning.node import Node, load_node
+from ulysses_infer.planning.operations import StepOperations
+from ulysses_infer.planning.planner import Planner
+from ulysses_infer.planning.sizes import ModelSizes, sizes_of
+
+
+def llama_config(**changes: int) -> LlamaConfig:
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def llama_sizes(**changes: int) -> ModelSizes:
+    return sizes_of(llama_config(**changes))
+
+
+def config(**scheduler: int) -> Config:
+    limits = {"max_num_seqs": 16, "max_num_batched_tokens": 512, **scheduler}
+    return Config(model=ModelConfig(path="-"), scheduler=SchedulerConfig(**limits))
+
+
+def planner(node: Node | None = None, sizes: ModelSizes | None = None) -> Planner:
+    return Planner(sizes or llama_sizes(), node or load_node("8xh200"), config())
+
+
+def operations(node: Node, sizes: ModelSizes | None = None) -> StepOperations:
+    return StepOperations(sizes or llama_sizes(), node, "replicate", Changes())
+
+
+def burst(count: int = 20, input_len: int = 300, output_len: int = 8) -> list[TraceRow]:
+    return [TraceRow(0.001 * number, input_len, output_len) for number in range(count)]

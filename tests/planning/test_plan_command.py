@@ -1,0 +1,103 @@
+"""`ulysses-infer plan` from the options to the table, the recipe and the report."""
+
+from __future__ import annotations
+
+import pytest
+
+import ulysses_infer
+from tests.planning.plans import burst, llama_config
+from ulysses_infer.cli.arguments import parse
+from ulysses_infer.config import load_config
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.planning.command import run
+from ulysses_infer.planning.workload import Traffic
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    llama_config().save_pretrained(folder)
+    return folder
+
+
+def planned(*words: str) -> int:
+    return run(parse(["plan", *map(str, words), "--max-num-seqs", "32", "--num-prompts", "12"]).options)
+
+
+def test_a_plan_prints_every_layout_and_writes_a_recipe_that_loads(model, tmp_path, capsys):
+    recipe = tmp_path / "best.yaml"
+    assert planned(model, "--hardware", "8xh200", "--input-len", "500", "--rate", "50", "--recipe", recipe) == 0
+    printed = capsys.readouterr().out
+    for words in ("sp8xtp1, adaptive", "dp8 sp1xtp1, static", "recommended: ", "TTFT p50", "on the Pareto front"):
+        assert words in printed
+    config = load_config(recipe, [])
+    assert config.parallel.num_ranks == 8
+    assert f"{config.parallel.base}, {config.policy.name}" in printed
+
+
+def test_a_trace_targets_and_a_price_are_in_the_table(model, tmp_path, capsys):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(f'{{"timestamp": {n * 10}, "input_length": 600, "output_length": 5}}\n' for n in range(9)))
+    planned(model, "--hardware", "2x24gb", "--trace", trace, "--slo", "ttft:500", "tpot:50", "--price", "1")
+    printed = capsys.readouterr().out
+    assert "9 requests" in printed
+    assert "goodput" in printed
+    assert "$/M tokens" in printed
+
+
+def test_targets_that_nothing_meets_name_the_one_that_binds(model, capsys):
+    planned(model, "--hardware", "2x24gb", "--input-len", "900", "--output-len", "8", "--slo", "ttft:0.1", "tpot:50")
+    assert "no layout meets the targets for 99 % of requests" in (printed := capsys.readouterr().out)
+    assert "ttft binds: its p99 is" in printed
+
+
+def test_explain_lists_operations_of_each_mode(model, capsys):
+    planned(model, "--hardware", "8xh200", "--explain", "sp4xtp2")
+    printed = capsys.readouterr().out
+    assert "sp4xtp2, mode sp4xtp2: one decode of 4096 tokens" in printed
+    assert "mode sp1xtp8: prompt of 4096 tokens" in printed
+    assert "all-to-all to heads" in printed
+
+
+def test_a_report_is_one_html_page_with_its_pictures(model, tmp_path):
+    pytest.importorskip("matplotlib")
+    report = tmp_path / "plan.html"
+    planned(model, "--hardware", "8xh200", "--input-len", "300", "--report", report)
+    text = report.read_text()
+    assert text.count("data:image/png;base64,") == 3
+    assert "http" not in text
+
+
+def test_python_plans_with_a_config_object():
+    plan = ulysses_infer.plan(
+        llama_config(), "8xh200", Traffic(400, 10, 20.0, 10), max_num_seqs=16, max_num_batched_tokens=512
+    )
+    assert plan.evaluations[0] is plan.best
+    assert plan.best in plan.pareto or plan.best.figures.latency.mean > 0
+    traced = ulysses_infer.plan(llama_config(), "8xh200", burst(5), max_num_seqs=16, max_num_batched_tokens=512)
+    assert len(traced.rows) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--hardware", "8xh20"], "nearest is 8xh200"),
+        (["--hardware", "8xh200", "--slo", "ttft"], "'ttft' is not METRIC:MS"),
+        (["--hardware", "8xh200", "--bursty"], "--bursty needs --rate"),
+        (["--hardware", "8xh200", "--trace", "x.csv", "--rate", "3"], "--trace has its own arrival times"),
+        (["--hardware", "8xh200", "--trace", "missing.csv"], "trace 'missing.csv' cannot be read"),
+        (["--hardware", "8xh200", "--explain", "sp3xtp1"], "those that fit are sp8xtp1"),
+        (["--hardware", "8xh200", "--input-len", "9000"], "no request fits"),
+    ],
+)
+def test_a_mistake_is_one_line(model, words, message):
+    with pytest.raises(ConfigError) as error:
+        planned(model, *words)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_fits_nowhere_says_what_would_help(tmp_path):
+    llama_config(hidden_size=8192, num_hidden_layers=80, intermediate_size=28672).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"no layout of llama fits on 2 x RTX 4090; .* too much\. Take more devices"):
+        planned(tmp_path, "--hardware", "2x24gb")

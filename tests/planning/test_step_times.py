@@ -1,0 +1,118 @@
+"""Predicted step times follow the hardware: faster parts never make a step slower."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.planning.plans import llama_sizes, operations
+from ulysses_infer.engine.calibration_points import Limits
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.planning.node import Node, known_nodes, load_node
+from ulysses_infer.planning.roofline import Link, Rate
+from ulysses_infer.planning.step_times import AnalyticStepTimes, MeasuredStepTimes, profile_of
+from ulysses_infer.step_time.step_shape import StepShape
+
+MODES = [Mode(8, 1), Mode(4, 2), Mode(2, 4), Mode(1, 8)]
+shapes = st.builds(
+    StepShape.of,
+    st.lists(st.integers(1, 4000), max_size=20),
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 2000)), min_size=1, max_size=3),
+)
+
+
+def times(node: Node) -> AnalyticStepTimes:
+    return AnalyticStepTimes(operations(node), MODES)
+
+
+def faster(node: Node, part: str, factor: float) -> Node:
+    """`node` with one kind of bandwidth or speed multiplied."""
+    value = getattr(node, part)
+    if isinstance(value, Rate):
+        return replace(
+            node, **{part: value._replace(flops=value.flops * factor, bytes_per_second=value.bytes_per_second * factor)}
+        )
+    changed = {
+        key: Link(each.latency_seconds, each.bytes_per_second * factor)
+        if isinstance(each, Link)
+        else each._replace(flops=each.flops * factor, bytes_per_second=each.bytes_per_second * factor)
+        for key, each in value.items()
+    }
+    return replace(node, **{part: changed})
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shapes,
+    st.sampled_from(MODES),
+    st.sampled_from(["products", "prefill_attention", "decode_attention", "elementwise", "all_reduce", "all_to_all"]),
+    st.floats(1, 10),
+)
+def test_more_speed_is_never_slower(shape, mode, part, factor):
+    node = load_node("8xh200")
+    assert times(faster(node, part, factor)).seconds(mode, shape) <= times(node).seconds(mode, shape) * (1 + 1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 8000), st.integers(1, 2000), st.sampled_from(MODES))
+def test_more_tokens_are_never_faster(tokens, more, mode):
+    own = times(load_node("8xh200"))
+    fewer, many = (StepShape.of([], [(0, count)]) for count in (tokens, tokens + more))
+    assert own.device_seconds(mode, fewer) <= own.device_seconds(mode, many) * (1 + 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 8000))
+def test_with_free_links_sequence_parallelism_loses_at_most_the_reading_of_its_weights(tokens):
+    node = load_node("8xh200")
+    free = {
+        part: {ranks: Link(0.0, float("inf")) for ranks in (2, 4, 8)}
+        for part in ("all_reduce", "all_reduce_small", "all_to_all", "all_gather")
+    }
+    sizes = llama_sizes()
+    own = AnalyticStepTimes(operations(replace(node, **free), sizes), MODES)
+    shape = StepShape.of([], [(0, tokens)])
+    reading = 2 * sizes.layer_weights / node.products["bf16"].bytes_per_second
+    norms = sizes.num_layers * node.elementwise.floor_seconds  # which the sum over the ranks includes
+    assert own.device_seconds(Mode(8, 1), shape) <= own.device_seconds(Mode(1, 8), shape) + reading + norms
+
+
+def test_operations_add_up_to_the_step():
+    own = times(load_node("8xh200"))
+    shape = StepShape.of([4096], [])
+    found = own.explain(Mode(1, 8), shape)
+    assert sum(operation.total for operation in found) == pytest.approx(own.seconds(Mode(1, 8), shape))
+    assert {"vocabulary head", "attention", "host"} <= {operation.name for operation in found}
+    assert not any("all-to-all" in operation.name for operation in found)
+
+
+def test_a_profile_of_the_predictions_predicts_the_same():
+    own = times(load_node("8xh200"))
+    measured = MeasuredStepTimes(profile_of(own, Limits(8192, 256, 131072, 1 << 20)))
+    for mode in MODES:
+        shape = StepShape.of([], [(0, 512)])
+        assert measured.seconds(mode, shape) == pytest.approx(own.seconds(mode, shape), rel=0.1)
+
+
+@pytest.mark.parametrize("name", known_nodes())
+def test_every_node_names_its_sources(name):
+    node = load_node(name)
+    assert node.notes
+    assert all(getattr(node, field.name) is not None for field in fields(node))
+    assert {2} <= set(node.all_reduce)
+
+
+def test_an_unknown_node_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"hardware '8xh20' is unknown; the nearest is 8xh200 \(known: "):
+        load_node("8xh20")
+
+
+def test_a_broken_node_file_is_one_line(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("device: X\n")
+    with pytest.raises(ConfigError, match="is not valid: KeyError 'num_devices'"):
+        load_node(str(path))

@@ -1,0 +1,129 @@
+"""The layouts of a model on a number of devices: which are legal, which fit, and what they leave for the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ulysses_infer.cache.budget import activation_bytes, usable_memory
+from ulysses_infer.config import Config
+from ulysses_infer.parallel.layout import Layout, Mode, divisors
+from ulysses_infer.planning.node import Node
+from ulysses_infer.planning.operations import cache_bytes_per_token
+from ulysses_infer.planning.sizes import ModelSizes
+
+GIB = 1 << 30
+TAKEN_BYTES = 3 << 29
+"""Memory taken before the engine measures: driver, CUDA context, NCCL's buffers. As `cli.dry_run` assumes."""
+EXPERT_SHARE = 0.5  # `parallel.expert_placement: auto` replicates experts while weights take at most this much
+
+
+@dataclass(frozen=True)
+class PlannedLayout:
+    """One way to use the devices, with its memory per rank in bytes."""
+
+    dp: int
+    base: Mode
+    placement: str
+    """Of experts: replicate, expert or width."""
+    weights: float
+    activations: float
+    available: float
+    token_bytes: float
+    """Per cached token on one rank."""
+    request_bytes: float
+    """Recurrent state of one request on one rank."""
+    reason: str | None = None
+    """Why it cannot be used; None if it can."""
+
+    @property
+    def layout(self) -> Layout:
+        """The arithmetic of its ranks."""
+        return Layout(self.base)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The base mode and full tensor parallelism."""
+        return tuple(dict.fromkeys((self.base, self.layout.shift)))
+
+    @property
+    def cache_bytes(self) -> float:
+        """What is left for the cache."""
+        return self.available - self.weights - self.activations
+
+    def cache_tokens(self, max_num_seqs: int) -> int:
+        """Tokens that the cache of one replica holds."""
+        return int((self.cache_bytes - max_num_seqs * self.request_bytes) / max(self.token_bytes, 1.0))
+
+    def __str__(self) -> str:
+        return f"dp{self.dp} {self.base}" if self.dp > 1 else str(self.base)
+
+
+def all_layouts(sizes: ModelSizes, node: Node, config: Config, num_nodes: int = 1) -> list[PlannedLayout]:
+    """Every layout of all devices, the unusable ones with their reason. A replica does not span nodes."""
+    return [
+        _planned(sizes, node, config, num_nodes * node.num_devices // world, Mode(world // tp, tp))
+        for world in reversed(divisors(node.num_devices))
+        for tp in divisors(world)
+    ]
+
+
+def _planned(sizes: ModelSizes, node: Node, config: Config, dp: int, base: Mode) -> PlannedLayout:
+    available = usable_memory(int(node.memory_bytes), int(node.memory_bytes) - TAKEN_BYTES, _utilization(config))
+    placement = config.parallel.expert_placement
+    if placement == "auto":
+        replicated = weights_of(sizes, base, "replicate")
+        placement = "replicate" if replicated <= EXPERT_SHARE * available else _divided(sizes, base)
+    item = 1.0 if config.cache.dtype.startswith("fp8") else 2.0
+    per_layer = cache_bytes_per_token(sizes, base.world_size, item)
+    states = 4 * sizes.state_elements / base.world_size * sizes.num_recurrent_layers
+    layout = PlannedLayout(
+        dp=dp,
+        base=base,
+        placement=placement if sizes.num_experts else "replicate",
+        weights=weights_of(sizes, base, placement),
+        activations=_activations(sizes, config, base),
+        available=available,
+        token_bytes=per_layer * sizes.num_attention_layers,
+        request_bytes=states,
+    )
+    return _with_reason(layout, sizes, config)
+
+
+def _divided(sizes: ModelSizes, base: Mode) -> str:
+    return "expert" if sizes.num_experts % base.world_size == 0 else "width"
+
+
+def _utilization(config: Config) -> float:
+    return config.cache.memory_utilization
+
+
+def weights_of(sizes: ModelSizes, base: Mode, placement: str) -> float:
+    """Bytes of weights on one rank: layers over tp, experts by their placement, the head over all ranks."""
+    layers = sizes.layer_weights / base.tp
+    if sizes.num_key_value_heads < base.tp:  # KV heads that ranks share are stored on each
+        extra = sizes.key_value_heads(base.tp) - sizes.num_key_value_heads / base.tp
+        width = sizes.key_width + sizes.value_width
+        layers += extra * width * sizes.hidden_size * sizes.num_attention_layers
+    experts = sizes.expert_weights / (base.tp if placement == "replicate" else base.world_size)
+    embedding = sizes.vocab_size * sizes.hidden_size * 2
+    head = 0 if sizes.has_tied_head else embedding / base.world_size
+    routers = sizes.num_experts * sizes.hidden_size * sizes.num_expert_layers * 2
+    return (layers + experts) * sizes.weight_bytes + embedding + head + routers
+
+
+def _activations(sizes: ModelSizes, config: Config, base: Mode) -> float:
+    tokens = config.scheduler.max_num_batched_tokens or 8192
+    width = max(sizes.intermediate_size, sizes.shared_width + sizes.experts_per_token * sizes.expert_width)
+    share = sizes.vocab_size // base.world_size
+    return activation_bytes(tokens, sizes.hidden_size, width, share, config.scheduler.max_num_seqs, 2)
+
+
+def _with_reason(layout: PlannedLayout, sizes: ModelSizes, config: Config) -> PlannedLayout:
+    reason = sizes.check_mode(layout.base)
+    longest = min(config.model.max_model_len or sizes.max_model_len, sizes.max_model_len)
+    if reason is None and layout.cache_bytes <= 0:
+        missing = -layout.cache_bytes / GIB
+        reason = f"weights take {layout.weights / GIB:.1f} GiB of {layout.available / GIB:.1f}: {missing:.1f} too much"
+    if reason is None and layout.cache_tokens(1) < longest:
+        reason = f"the cache would hold {layout.cache_tokens(1):,} tokens, less than one request of {longest:,}"
+    return replace(layout, reason=reason)

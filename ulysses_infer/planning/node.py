@@ -1,0 +1,133 @@
+"""`Node`: what a planner knows of a machine, read from a YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.planning.roofline import Link, Rate
+
+FOLDER = Path(__file__).parent / "nodes"
+PRODUCTS = ("bf16", "fp8", "fp8_block", "int4")
+
+
+@dataclass(frozen=True)
+class Host:
+    """Seconds that the host adds to the device's, and what it takes to launch kernels one by one."""
+
+    step_seconds: float
+    """Per step."""
+    hidden_tokens: int
+    """Steps of at most this many tokens are scheduled ahead, and hide what the host does."""
+    sequence_seconds: float
+    """Per sequence of a step: scheduling, detokenisation, streaming."""
+    request_seconds: float
+    """Per request, before it is scheduled: HTTP and tokenisation."""
+    launch_seconds: float
+    """Per kernel of a step that is not captured in a CUDA graph."""
+    max_captured_tokens: int
+    """The largest step that is captured."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node with equal devices. Times are in seconds, sizes in bytes."""
+
+    name: str
+    device: str
+    num_devices: int
+    memory_bytes: float
+    """Of one device, as its driver reports it."""
+    products: Mapping[str, Rate]
+    """Matrix products by dtype: what long runs sustain."""
+    experts: Mapping[str, Rate]
+    prefill_attention: Rate
+    decode_attention: Rate
+    prefill_recurrent: Rate
+    decode_recurrent: Rate
+    elementwise: Rate
+    all_reduce: Mapping[int, Link]
+    """Fused one-shot or NCCL, whichever is faster for the size, by number of ranks."""
+    all_reduce_small: Mapping[int, Link]
+    all_to_all: Mapping[int, Link]
+    all_gather: Mapping[int, Link]
+    host: Host
+    inter_node: Link
+    """Between nodes, per device."""
+    notes: tuple[str, ...]
+    """Where the constants come from."""
+
+
+def known_nodes() -> list[str]:
+    """The names that `load_node` takes."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_node(name: str) -> Node:
+    """The node of a name, or of a YAML file of the same form. Raises `ConfigError` with the nearest name."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = known_nodes()
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"hardware {name!r} is unknown; the nearest is {near} (known: {', '.join(known)}, or a file)")
+    try:
+        return _node(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"hardware file '{path}' is not valid: {type(error).__name__} {error}") from error
+
+
+def _node(name: str, values: Mapping[str, Any]) -> Node:
+    def rate(kind: str) -> Rate:
+        return _rate(values[kind])
+
+    def links(kind: str) -> dict[int, Link]:
+        return {int(ranks): Link(*map(float, link)) for ranks, link in values[kind].items()}
+
+    return Node(
+        name=name,
+        device=str(values["device"]),
+        num_devices=int(values["num_devices"]),
+        memory_bytes=float(values["memory_bytes"]),
+        products={dtype: _rate(each) for dtype, each in values["products"].items()},
+        experts={dtype: _rate(each) for dtype, each in values["experts"].items()},
+        prefill_attention=rate("prefill_attention"),
+        decode_attention=rate("decode_attention"),
+        prefill_recurrent=rate("prefill_recurrent"),
+        decode_recurrent=rate("decode_recurrent"),
+        elementwise=rate("elementwise"),
+        all_reduce=links("all_reduce"),
+        all_reduce_small=links("all_reduce_small"),
+        all_to_all=links("all_to_all"),
+        all_gather=links("all_gather"),
+        host=_host(values["host"]),
+        inter_node=Link(*map(float, values["inter_node"])),
+        notes=tuple(map(str, values["sources"])),
+    )
+
+
+def _host(values: Mapping[str, Any]) -> Host:
+    return Host(
+        step_seconds=float(values["step_seconds"]),
+        hidden_tokens=int(values["hidden_tokens"]),
+        sequence_seconds=float(values["sequence_seconds"]),
+        request_seconds=float(values["request_seconds"]),
+        launch_seconds=float(values["launch_seconds"]),
+        max_captured_tokens=int(values["max_captured_tokens"]),
+    )
+
+
+def _rate(values: Mapping[str, Any]) -> Rate:
+    """`flops` or `bytes_per_second` may be missing: then the other one is the limit."""
+    unlimited = math.inf
+    return Rate(
+        float(values.get("flops", unlimited)),
+        float(values.get("bytes_per_second", unlimited)),
+        float(values["floor_seconds"]),
+    )

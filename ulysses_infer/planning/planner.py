@@ -1,0 +1,220 @@
+"""Evaluates every layout that fits under every policy, and picks the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ulysses_infer.bench.serve.traces import TraceRow
+from ulysses_infer.config import Config, PolicyConfig
+from ulysses_infer.engine.calibration_points import Limits
+from ulysses_infer.engine.policies import AdaptivePolicy, Policy, StaticPolicy, ThresholdPolicy
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.planning.changes import Changes
+from ulysses_infer.planning.layouts import PlannedLayout, all_layouts
+from ulysses_infer.planning.node import Node
+from ulysses_infer.planning.operations import StepOperations
+from ulysses_infer.planning.replica import ReplicaSettings, SimulatedReplica
+from ulysses_infer.planning.results import Figures, figures_of
+from ulysses_infer.planning.simulation import simulate
+from ulysses_infer.planning.sizes import ModelSizes
+from ulysses_infer.planning.step_times import AnalyticStepTimes, MeasuredStepTimes, StepTimes, profile_of
+from ulysses_infer.planning.workload import check_lengths
+from ulysses_infer.step_time.profile import Profile
+from ulysses_infer.step_time.step_shape import StepShape
+
+MOST_TOKENS = 1 << 14
+Report = Callable[[str, float], None]
+"""Called with what is simulated and the share, 0 to 1, that is done."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with a policy."""
+
+    layout: PlannedLayout
+    policy: str
+    """static, threshold or adaptive."""
+    mode: Mode | None = None
+    """Of policy static."""
+    threshold: int | None = None
+
+    def __str__(self) -> str:
+        detail = {"static": str(self.mode), "threshold": f"{self.threshold} tokens"}.get(self.policy, "")
+        return f"{self.layout}, {self.policy} {detail}".rstrip()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A candidate and its figures; `replica` is the first of the simulated ones, for its timeline."""
+
+    candidate: Candidate
+    figures: Figures
+    replica: SimulatedReplica
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result of planning."""
+
+    sizes: ModelSizes
+    node: Node
+    num_nodes: int
+    rows: Sequence[TraceRow]
+    layouts: list[PlannedLayout]
+    evaluations: list[Evaluation]
+    """Best first."""
+    targets: Mapping[str, float]
+    crossovers: Mapping[str, int | None]
+    """By layout: the number of prompt tokens from which its base mode is faster than full tensor parallelism."""
+
+    @property
+    def best(self) -> Evaluation:
+        """The recommended one."""
+        return self.evaluations[0]
+
+    @property
+    def pareto(self) -> list[Evaluation]:
+        """Those that no other beats in both median time to first token and median time per token."""
+        return [one for one in self.evaluations if not any(_dominates(other, one) for other in self.evaluations)]
+
+
+class Planner:
+    """Plans one model on one kind of node."""
+
+    def __init__(
+        self,
+        sizes: ModelSizes,
+        node: Node,
+        config: Config,
+        num_nodes: int = 1,
+        changes: Changes | None = None,
+        profile: Profile | None = None,
+        tokens_per_hash: float = 512.0,
+    ) -> None:
+        """profile: measured step times instead of predicted ones; its modes decide which layouts are simulated."""
+        self.sizes, self.node, self.config, self.num_nodes = sizes, node, config, num_nodes
+        self.changes, self.profile = changes or Changes(), profile
+        self.tokens_per_hash = tokens_per_hash
+        self.max_model_len = min(config.model.max_model_len or sizes.max_model_len, sizes.max_model_len)
+        self.layouts = all_layouts(sizes, node, config, num_nodes)
+
+    def plan(self, rows: Sequence[TraceRow], targets: Mapping[str, float], report: Report | None = None) -> Plan:
+        """Simulate every candidate. targets: limits in ms by metric. Raises `ConfigError` if no layout fits."""
+        candidates = list(self._candidates())
+        if not candidates:
+            raise ConfigError(self._why_nothing_fits())
+        fitting = check_lengths(rows, self.max_model_len)
+        evaluations = []
+        for number, candidate in enumerate(candidates):
+            if report is not None:
+                report(str(candidate), number / len(candidates))
+            evaluations.append(self.evaluate(candidate, fitting, targets))
+        evaluations.sort(key=lambda evaluation: _cost(evaluation.figures, bool(targets)))
+        crossovers = {str(layout): self.crossover(layout) for layout in self.usable}
+        return Plan(self.sizes, self.node, self.num_nodes, fitting, self.layouts, evaluations, targets, crossovers)
+
+    @property
+    def usable(self) -> list[PlannedLayout]:
+        """Layouts that are legal and fit, and for which there are step times."""
+        fitting = [layout for layout in self.layouts if layout.reason is None]
+        if self.profile is None:
+            return fitting
+        measured = {measurement.mode for measurement in self.profile.measurements}
+        return [layout for layout in fitting if set(layout.modes) <= measured]
+
+    def _candidates(self) -> Iterator[Candidate]:
+        for layout in self.usable:
+            yield Candidate(layout, "static", layout.base)
+            if len(layout.modes) > 1:
+                yield Candidate(layout, "threshold", threshold=self.crossover(layout) or MOST_TOKENS)
+                yield Candidate(layout, "adaptive")
+
+    def evaluate(self, candidate: Candidate, rows: Sequence[TraceRow], targets: Mapping[str, float]) -> Evaluation:
+        """Simulate one candidate."""
+        times = self.times(candidate.layout)
+        settings = self.settings(candidate.layout)
+        policies = [self.policy(candidate, times) for _ in range(candidate.layout.dp)]
+        replicas = [SimulatedReplica(settings, times, policy) for policy in policies]
+        result = simulate(rows, replicas, times.request_seconds)
+        return Evaluation(candidate, figures_of(result, replicas, targets), replicas[0])
+
+    def times(self, layout: PlannedLayout) -> StepTimes:
+        """Step times of a layout."""
+        if self.profile is not None:
+            return MeasuredStepTimes(self.profile, self.node.host.request_seconds)
+        operations = StepOperations(self.sizes, self.node, layout.placement, self.changes, self.num_nodes)
+        return AnalyticStepTimes(operations, layout.modes)
+
+    def crossover(self, layout: PlannedLayout) -> int | None:
+        """The least number of prompt tokens from which the base mode stays faster than full TP; None if none is."""
+        times, (base, *shift) = self.times(layout), layout.modes
+        if not shift:
+            return None
+        counts = sorted({round(2 ** (step / 16)) for step in range(16 * MOST_TOKENS.bit_length())})
+        slower = [
+            count for count in counts if count <= MOST_TOKENS and not self._is_faster(times, base, shift[0], count)
+        ]
+        return None if slower and slower[-1] >= MOST_TOKENS // 2 else (slower[-1] if slower else 0)
+
+    @staticmethod
+    def _is_faster(times: StepTimes, base: Mode, shift: Mode, tokens: int) -> bool:
+        shape = StepShape.of([], [(0, tokens)])
+        return times.seconds(base, shape) < times.seconds(shift, shape)
+
+    def settings(self, layout: PlannedLayout) -> ReplicaSettings:
+        """What each replica of a layout is made of."""
+        scheduler, cache = self.config.scheduler, self.config.cache
+        most = layout.cache_tokens(scheduler.max_num_seqs)
+        usable = min(most, scheduler.max_num_seqs * self.max_model_len)
+        return ReplicaSettings(
+            scheduler=scheduler,
+            num_blocks=max(1, usable // cache.block_size),
+            block_size=cache.block_size,
+            max_model_len=self.max_model_len,
+            enable_prefix_caching=cache.enable_prefix_caching,
+            tokens_per_hash=self.tokens_per_hash,
+        )
+
+    def policy(self, candidate: Candidate, times: StepTimes) -> Policy:
+        """A new policy of a candidate."""
+        layout = candidate.layout
+        if candidate.policy == "static":
+            assert candidate.mode is not None
+            return StaticPolicy(candidate.mode)
+        if candidate.policy == "threshold":
+            assert candidate.threshold is not None
+            return ThresholdPolicy(layout.base, layout.layout.shift, candidate.threshold)
+        policy = AdaptivePolicy(layout.modes, PolicyConfig(name="adaptive"))
+        policy.learn(profile_of(times, self._limits(layout)), "predicted step times")
+        return policy
+
+    def _limits(self, layout: PlannedLayout) -> Limits:
+        scheduler = self.config.scheduler
+        tokens = scheduler.max_num_batched_tokens or 8192
+        return Limits(tokens, scheduler.max_num_seqs, self.max_model_len, layout.cache_tokens(scheduler.max_num_seqs))
+
+    def _why_nothing_fits(self) -> str:
+        if all(layout.reason is None for layout in self.layouts):
+            modes = ", ".join(str(m.mode) for m in self.profile.measurements[:1]) if self.profile else ""
+            return f"the profile has no layout's modes ({modes} ...); measure them with ulysses-infer calibrate"
+        fullest = max(self.layouts, key=lambda layout: layout.base.world_size * layout.base.tp)
+        node = f"{self.num_nodes * self.node.num_devices} x {self.node.device}"
+        lower = " or give --dtype fp8" if self.sizes.dtype == "bf16" else ""
+        return (
+            f"no layout of {self.sizes.model_type} fits on {node}; the smallest per device is {fullest}: "
+            f"{fullest.reason}. Take more devices, lower --max-model-len{lower}"
+        )
+
+
+def _cost(figures: Figures, has_targets: bool) -> tuple[float, ...]:
+    """With targets: missed requests first. Then the mean latency of a request."""
+    missed = 1 - figures.goodput if has_targets else 0.0
+    return figures.num_refused, round(missed, 4), figures.latency.mean
+
+
+def _dominates(one: Evaluation, other: Evaluation) -> bool:
+    mine = one.figures.ttft.p50, one.figures.tpot.p50
+    others = other.figures.ttft.p50, other.figures.tpot.p50
+    return all(a <= b for a, b in zip(mine, others, strict=True)) and mine != others

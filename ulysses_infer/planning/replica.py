@@ -1,0 +1,113 @@
+"""A replica in virtual time: the engine's scheduler, block pools and policy, with steps that only take time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from ulysses_infer.bench.serve.traces import TraceRow
+from ulysses_infer.cache.pools import BlockPools
+from ulysses_infer.config import SchedulerConfig
+from ulysses_infer.engine.batch import Batch
+from ulysses_infer.engine.load import outstanding_tokens
+from ulysses_infer.engine.policies import Decision, Policy
+from ulysses_infer.engine.request import Request
+from ulysses_infer.engine.scheduler import Scheduler
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.planning.step_times import StepTimes
+from ulysses_infer.planning.workload import prompt_hashes
+from ulysses_infer.sampling_params import SamplingParams
+
+TOKEN = 0  # what every sampled token is
+
+
+@dataclass
+class ModeCounts:
+    """Steps, tokens and seconds of each mode."""
+
+    steps: Counter[Mode] = field(default_factory=Counter)
+    tokens: Counter[Mode] = field(default_factory=Counter)
+    seconds: dict[Mode, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """What one replica is made of."""
+
+    scheduler: SchedulerConfig
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    enable_prefix_caching: bool = True
+    tokens_per_hash: float = 512.0
+    """Prompt tokens per hash id of the trace."""
+
+
+class SimulatedReplica:
+    """Steps one after another, each as long as `times` says. `now` is virtual, in seconds."""
+
+    def __init__(self, settings: ReplicaSettings, times: StepTimes, policy: Policy) -> None:
+        self.settings, self.times, self.policy = settings, times, policy
+        self.now = 0.0
+        pools = BlockPools([settings.num_blocks], settings.block_size, settings.enable_prefix_caching)
+        self.scheduler = Scheduler(settings.scheduler, pools, settings.max_model_len, clock=lambda: self.now)
+        self.counts = ModeCounts()
+        self.timeline: list[tuple[float, float, Mode, int]] = []
+        """(start, seconds, mode, batched tokens) of every step."""
+        self._step: tuple[Batch, Decision, float] | None = None
+        self._unfinished: dict[int, Request] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step runs."""
+        return self._step is not None
+
+    @property
+    def load(self) -> int:
+        """Outstanding work, as the server's router counts it."""
+        requests = self._unfinished.values()
+        return outstanding_tokens((1, 0 if r.first_token_time is not None else r.num_prompt_tokens) for r in requests)
+
+    def submit(self, row: TraceRow, index: int, now: float, arrived: float) -> Request:
+        """Queue a request that was sent at `arrived`. Raises `RequestError` if it can never run."""
+        self.now = now
+        params = SamplingParams(max_tokens=row.output_len, ignore_eos=True)
+        request = Request(str(index), index, [TOKEN] * row.input_len, params, arrived)
+        settings = self.settings
+        if settings.enable_prefix_caching:
+            request.block_hashes = prompt_hashes(row, index, settings.block_size, settings.tokens_per_hash)
+        self.scheduler.add(request)
+        self._unfinished[index] = request
+        return request
+
+    def start(self, now: float) -> float | None:
+        """Start a step; returns when it ends, or None if there is nothing to run."""
+        self.now = now
+        limit = self.policy.prefill_limit(self.scheduler.running, self.scheduler.next_waiting)
+        batch = self.scheduler.schedule(limit)
+        if batch.is_empty:
+            return None
+        decision = self.policy.decide(batch)
+        seconds = self.times.seconds(decision.mode, batch.shape)
+        self._step = batch, decision, seconds
+        self._count(decision.mode, batch.num_tokens, seconds)
+        return now + seconds
+
+    def finish(self, now: float) -> list[Request]:
+        """End the running step at `now`; returns the requests that end with it."""
+        assert self._step is not None
+        self.now = now
+        batch, decision, seconds = self._step
+        self._step = None
+        self.policy.observe(batch, decision, seconds)
+        sampled = {item.request.index: TOKEN for item in batch.scheduled if item.samples}
+        finished = self.scheduler.update(batch, sampled)
+        for request in finished:
+            del self._unfinished[request.index]
+        return finished
+
+    def _count(self, mode: Mode, tokens: int, seconds: float) -> None:
+        self.counts.steps[mode] += 1
+        self.counts.tokens[mode] += tokens
+        self.counts.seconds[mode] = self.counts.seconds.get(mode, 0.0) + seconds
+        self.timeline.append((self.now, seconds, mode, tokens))

@@ -1,0 +1,87 @@
+"""Step times of the simulation: measured on this machine, or predicted for hardware by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ulysses_infer.engine.calibration_points import Limits, design
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.planning.node import Host
+from ulysses_infer.planning.operations import (
+    EAGER_KERNELS_PER_LAYER,
+    KERNELS_PER_LAYER,
+    Operation,
+    StepOperations,
+)
+from ulysses_infer.step_time.model import Measurement, StepTimeModel
+from ulysses_infer.step_time.profile import Profile
+from ulysses_infer.step_time.step_shape import StepShape
+
+
+class StepTimes(Protocol):
+    """Predicts steps. The simulation reads nothing else of the hardware."""
+
+    modes: tuple[Mode, ...]
+    request_seconds: float
+    """From a request's arrival until it can be scheduled."""
+
+    def seconds(self, mode: Mode, shape: StepShape) -> float:
+        """Seconds from the start of a step until its tokens are known."""
+        ...
+
+
+class MeasuredStepTimes:
+    """Interpolates a stored profile, with the model that the adaptive policy uses."""
+
+    def __init__(self, profile: Profile, request_seconds: float = 0.0) -> None:
+        self.modes = tuple(dict.fromkeys(measurement.mode for measurement in profile.measurements))
+        self.request_seconds = request_seconds
+        self._model = StepTimeModel(self.modes)
+        self._model.learn(profile.measurements)
+
+    def seconds(self, mode: Mode, shape: StepShape) -> float:
+        """See `StepTimes`. Raises KeyError for a mode that the profile lacks."""
+        return dict(zip(self.modes, self._model.predict(shape), strict=True))[mode]
+
+
+class AnalyticStepTimes:
+    """Sums the operations of a step (`StepOperations`) and adds the host."""
+
+    def __init__(self, operations: StepOperations, modes: Sequence[Mode]) -> None:
+        self.operations, self.modes = operations, tuple(modes)
+        self.request_seconds = operations.node.host.request_seconds
+
+    def device_seconds(self, mode: Mode, shape: StepShape) -> float:
+        """Of all operations, or of launching them one by one if that takes longer."""
+        seconds = sum(operation.total for operation in self.operations.of(mode, shape))
+        return max(seconds, self._launch_seconds(shape))
+
+    def seconds(self, mode: Mode, shape: StepShape) -> float:
+        """See `StepTimes`. For short steps, the longer of device and host counts."""
+        host = self._host
+        own = host.step_seconds + host.sequence_seconds * shape.num_sequences
+        device = self.device_seconds(mode, shape)
+        return max(device, own) if shape.num_tokens <= host.hidden_tokens else device + own
+
+    def explain(self, mode: Mode, shape: StepShape) -> list[Operation]:
+        """The operations, the most expensive first, and what the host adds."""
+        found = sorted(self.operations.of(mode, shape), key=lambda operation: -operation.total)
+        rest = self.seconds(mode, shape) - sum(operation.total for operation in found)
+        return [*found, Operation("host", rest, 1, "host")]
+
+    @property
+    def _host(self) -> Host:
+        return self.operations.node.host
+
+    def _launch_seconds(self, shape: StepShape) -> float:
+        captured = shape.num_tokens <= self._host.max_captured_tokens
+        kernels = KERNELS_PER_LAYER if captured else EAGER_KERNELS_PER_LAYER
+        return 0.0 if captured else kernels * self.operations.sizes.num_layers * self._host.launch_seconds
+
+
+def profile_of(times: StepTimes, limits: Limits) -> Profile:
+    """What a calibration would measure if steps took these times: the start of the adaptive policy."""
+    points = [point.shape for point in design(limits)]
+    measurements = [Measurement(mode, shape, times.seconds(mode, shape)) for mode in times.modes for shape in points]
+    return Profile({"source": "plan"}, measurements)

@@ -1,0 +1,65 @@
+"""Requests of a simulation: from a trace, or drawn at a rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ulysses_infer.bench.serve.arrivals import Rate, arrival_times
+from ulysses_infer.bench.serve.traces import TraceRow
+from ulysses_infer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Requests of equal lengths."""
+
+    input_len: int
+    output_len: int
+    rate: float
+    """Requests per second; infinite: all at once."""
+    num_requests: int
+    burstiness: float = 1.0
+    """Shape of the gamma distribution of gaps: 1 is a Poisson process, less is burstier."""
+    seed: int = 0
+
+    def rows(self) -> list[TraceRow]:
+        """The requests, by arrival."""
+        times = arrival_times(self.num_requests, Rate(self.rate), self.burstiness, self.seed)
+        return [TraceRow(at, self.input_len, self.output_len) for at in times]
+
+
+def prompt_hashes(row: TraceRow, index: int, block_size: int, tokens_per_hash: float) -> list[bytes]:
+    """Block hashes of a prompt's full blocks. Rows share those whose hash ids they share; others are unique.
+
+    A trace's ids identify whole prefixes, as our chained hashes do.
+    """
+    count = row.input_len // block_size
+    if not row.hash_ids:
+        return [b"%d/%d" % (index, number) for number in range(count)]
+    last = len(row.hash_ids) - 1
+    return [
+        b"id %d/%d" % (row.hash_ids[min(int((number * block_size) // tokens_per_hash), last)], number)
+        for number in range(count)
+    ]
+
+
+def check_lengths(rows: Sequence[TraceRow], max_model_len: int) -> list[TraceRow]:
+    """The rows that the model can serve. Raises `ConfigError` if it can serve none."""
+    fitting = [row for row in rows if row.input_len > 0 and row.input_len + row.output_len <= max_model_len]
+    if not fitting:
+        shortest = min((row.input_len + row.output_len for row in rows), default=0)
+        raise ConfigError(
+            f"no request fits: the shortest has {shortest} tokens, the model serves {max_model_len}; "
+            "raise --max-model-len or give another trace"
+        )
+    return fitting
+
+
+def describe(rows: Sequence[TraceRow]) -> str:
+    """One line about the workload."""
+    inputs, outputs = (sum(getattr(row, name) for row in rows) / len(rows) for name in ("input_len", "output_len"))
+    seconds = rows[-1].at
+    rate = f"{len(rows) / seconds:.2f} requests/s over {seconds:.0f} s" if seconds > 0 else "all at once"
+    return f"{len(rows)} requests, {rate}; on average {math.ceil(inputs)} tokens in, {math.ceil(outputs)} out"
