@@ -30,8 +30,10 @@ def own_memory_kib():
 
 
 @pytest.mark.parametrize("base", [Mode(4, 1), Mode(2, 2)], ids=str)
-def test_binding_every_mode_allocates_nothing(tmp_path, base):
-    tiny_llama(tmp_path, tokenizer=False, hidden_size=512, intermediate_size=2048, vocab_size=2048)
+@pytest.mark.parametrize("heads", [(8, 2), (9, 3)], ids=["dividing", "padded"])
+def test_binding_every_mode_allocates_nothing(tmp_path, base, heads):
+    sizes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 64 * heads[0]}
+    tiny_llama(tmp_path, tokenizer=False, intermediate_size=2048, vocab_size=2048, **sizes)
     layout = Layout(base)
     model = ModelBuilder.from_folder(tmp_path, ModelConfig(path=str(tmp_path)), layout, 3, CPU).load()
     before, before_kib, bytes_before = live_tensor_bytes(), own_memory_kib(), model.weight_bytes

@@ -3,14 +3,21 @@
 import itertools
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given as given_any
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.head_layout import divide_heads, head_layout
-from ulysses_infer.parallel.layout import Layout, Mode, Span, even_span, heads_fit, key_value_span
+from ulysses_infer.parallel.layout import Layout, Mode, Span, divisors, even_span, heads_fit, key_value_span
 from ulysses_infer.parallel.sharding import Part
+
+
+def given(*strategies):
+    """Hypothesis' `given` with fewer examples: these tests are many, and their strategies overlap."""
+    return lambda test: settings(max_examples=25)(given_any(*strategies)(test))
+
 
 layouts = st.builds(
     Layout,
@@ -87,21 +94,24 @@ class TestShards:
             assert key_value_heads * ceil_div(group, heads.group_slots - 1) > slots
 
     @given(cases())
-    def test_heads_that_divide_are_not_padded_and_lie_where_equal_division_puts_them(self, case):
+    def test_heads_are_padded_only_if_they_do_not_divide(self, case):
         layout, heads = case
-        counts = heads.num_attention_heads, heads.num_key_value_heads
-        fit = heads_fit(layout.world_size, *counts)
+        fit = heads_fit(layout.world_size, heads.num_attention_heads, heads.num_key_value_heads)
         assert heads.is_padded == (not fit)
-        assume(fit)
-        assert layout.world_size * heads.query_slots == counts[0]
-        for index in range(layout.world_size):
-            assert heads.query_span(index, layout.world_size) == even_span(counts[0], index, layout.world_size)
-            assert heads.key_value_span(index, layout.world_size) == key_value_span(counts[1], index, layout.world_size)
+        assert (layout.world_size * heads.query_slots == heads.num_attention_heads) or not fit
 
-    @given(cases())
-    def test_shares_of_query_heads_are_equal_where_that_costs_no_room(self, case):
-        _, heads = case
-        assume(heads.num_key_value_heads in (1, heads.num_attention_heads))
+    @given(st.integers(1, 16), st.integers(1, 4), st.integers(1, 6), st.data())
+    def test_heads_that_divide_lie_where_equal_division_puts_them(self, world_size, times, group, data):
+        key_value_heads = data.draw(st.sampled_from([*divisors(world_size), times * world_size]))
+        query_heads = max(world_size, key_value_heads) * group
+        heads = head_layout(world_size, query_heads, key_value_heads)
+        for index in range(world_size):
+            assert heads.query_span(index, world_size) == even_span(query_heads, index, world_size)
+            assert heads.key_value_span(index, world_size) == key_value_span(key_value_heads, index, world_size)
+
+    @given(st.integers(1, 32), st.integers(1, 80), st.booleans())
+    def test_shares_of_query_heads_are_equal_where_that_costs_no_room(self, world_size, query_heads, is_shared):
+        heads = head_layout(world_size, query_heads, 1 if is_shared else query_heads)
         sizes = {shard.own.size for shard in heads.shards}
         assert max(sizes) - min(sizes) <= 1
 

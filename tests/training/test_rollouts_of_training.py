@@ -106,6 +106,16 @@ def test_four_ranks_that_train_two_sequences_at_a_time_are_one_replica(stage, ba
     check(found, (2, 2) if base == "as trained" else (4, 1))
 
 
+SIX_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("stage", "base"), [(3, "as trained"), (2, "sp4")])
+def test_heads_that_do_not_divide_over_the_ranks_follow_training(stage, base, training_ranks):
+    found = training_ranks(4).run(follow_training, stage, BASES[base], SIX_HEADS)
+    check(found, (2, 2) if base == "as trained" else (4, 1))
+
+
 def test_tied_embeddings_stay_tied(training_ranks):
     check(training_ranks(2).run(follow_training, 3, BASES["as trained"], {"tie_word_embeddings": True}), (2, 1))
 
@@ -234,7 +244,7 @@ def refusal(changes, overrides):
         (2, {"lora": {"use_dora": True, "target_modules": ["q_proj"]}}, {}, "q_proj is trained with DoraLinearVariant"),
         (2, {"lora": {"peft_type": "VERA"}}, {}, "PEFT's VERA"),
         (4, {}, {"parallel.sp": 2, "parallel.tp": 1}, "parallel.sp * parallel.tp = 2 * 1 = 2, but the job has 4 ranks"),
-        (4, {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48}, {}, "6"),
+        (4, SIX_HEADS, {"parallel.pad_heads": "never"}, "6 query heads and 2 key/value heads do not divide"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_on_every_rank(ranks, changes, overrides, words, training_ranks):

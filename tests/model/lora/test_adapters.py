@@ -37,14 +37,18 @@ ADAPTERS = [None, *SETTINGS]
 @pytest.fixture(scope="session")
 def adapted(tmp_path_factory):
     """(model folder, adapter folders by name, PEFT's answers by name, None: the model's own)."""
-    root = tmp_path_factory.mktemp("lora")
-    model = make_checkpoint(tiny_config(vocab_size=101), root / "model")
+    return make_adapted(tmp_path_factory.mktemp("lora"))
+
+
+def make_adapted(root, **changes):
+    """`adapted`, for a model with some sizes changed."""
+    model = make_checkpoint(tiny_config(vocab_size=101, **changes), root / "model")
     prompts = make_prompts()
     folders, answers = {}, {None: make_reference(model, root, prompts, NEW_TOKENS)}
-    for seed, (name, changes) in enumerate(SETTINGS.items(), start=1):
+    for seed, (name, adapter) in enumerate(SETTINGS.items(), start=1):
         wrapped = peft.get_peft_model(
             type(model).from_pretrained(root / "model", dtype=torch.float32),
-            peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **changes),
+            peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **adapter),
         )
         perturb(torch.nn.ModuleDict({"lora": torch.nn.ModuleList(_low_rank_layers(wrapped))}), seed)
         wrapped.save_pretrained(root / name)
@@ -93,6 +97,16 @@ def test_requests_of_several_adapters_share_batches_with_correct_outputs(adapted
     changes = small if (sp, tp) in ((2, 1), (2, 2)) else {}
     results = rank_pool(sp * tp).run(complete, folder, folders, prompts, ADAPTERS, sp, tp, changes)
     for found, _ in results:
+        check(found, prompts, answers)
+
+
+@pytest.mark.thorough
+@pytest.mark.distributed
+@pytest.mark.parametrize(("sp", "tp"), [(2, 1), (1, 2), (2, 2), (1, 4)])
+def test_adapters_of_heads_that_do_not_divide(tmp_path, rank_pool, sp, tp):
+    folder, folders, answers = make_adapted(tmp_path, num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
+    prompts = answers[None].prompts
+    for found, _ in rank_pool(sp * tp).run(complete, folder, folders, prompts, ADAPTERS, sp, tp, {}):
         check(found, prompts, answers)
 
 

@@ -84,6 +84,17 @@ def test_packed_latent_and_shared_heads(
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("heads", [(6, 3, 48), (10, 2, 80), (3, 3, 48)], ids=lambda heads: f"{heads[0]} heads")
+def test_heads_that_do_not_divide_need_no_padding_in_weights(
+    name: str, heads: tuple[int, int, int], rank_pool: Any, tmp_path: Any
+) -> None:
+    """Slices begin and end at the true heads, wherever those lie in blocks, words and groups."""
+    sizes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": heads[2], "head_dim": 8}
+    run(rank_pool, quantised(tmp_path, "llama", name, **sizes), (2, 2), CROWD)
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["fp8-block", "compressed-int4-zeros"])
 def test_eight_ranks(name: str, rank_pool: Any, tmp_path: Any) -> None:
     run(rank_pool, quantised(tmp_path, "llama", name, num_key_value_heads=2), (4, 2), CROWD)
