@@ -33,15 +33,18 @@ def attention_heads(module: nn.Module, config: Any) -> AttentionHeads:
 
 def layer_heads(module: Any, config: Any) -> LayerHeads:
     """The heads of an injected attention layer as the cache needs them: the latent, if it caches that instead."""
-    heads, plan = attention_heads(module, config), module.head_plan
-    cached = {"source": plan.source, "index_width": plan.index_width}
+    heads, plan = expanded_heads(module, config), module.head_plan
     if plan.latent is not None:
         latent: LatentWidths = plan.latent.widths
-        return LayerHeads(heads.num_attention_heads, 1, latent.cached, latent.latent, values_in_keys=True, **cached)
-    width = head_width(module, config)
+        heads = LayerHeads(heads.num_attention_heads, 1, latent.cached, latent.latent, values_in_keys=True)
+    return heads._replace(source=plan.source, index_width=plan.index_width)
+
+
+def expanded_heads(module: Any, config: Any) -> LayerHeads:
+    """The heads of an attention layer as its attention computes them, with latents expanded."""
+    heads, width = attention_heads(module, config), head_width(module, config)
     key_width, value_width = getattr(module, "qk_head_dim", None), getattr(module, "v_head_dim", None)
-    counts = heads.num_attention_heads, heads.num_key_value_heads
-    return LayerHeads(*counts, key_width or width, value_width or width, **cached)
+    return LayerHeads(heads.num_attention_heads, heads.num_key_value_heads, key_width or width, value_width or width)
 
 
 def source_of_keys(module: Any, config: Any) -> int | None:

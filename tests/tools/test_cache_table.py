@@ -1,0 +1,31 @@
+"""tools/cache_table.py: what Gemma 4 31B caches, by the loader's budget, on fewer layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.cache_table import MODELS, measure, render
+from ulysses_infer.cli.dry_run.gpus import find_gpu
+
+LAYERS = 6  # one period: five layers with windows, one that keeps all tokens
+BLOCK = 16
+
+
+def test_windows_limit_what_a_request_holds(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    values = json.loads((MODELS / "gemma-4-31b.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**values, "num_hidden_layers": LAYERS}))
+    table = measure(path, 8, 1, find_gpu("h200"))
+    layer = 2 * 1024  # bytes: 2 heads of 256 with windows, or 1 of 512; keys and values in bfloat16
+    assert (table.per_token, table.per_long_token) == (2 * layer * LAYERS // 2, layer)
+    assert (table.full_per_token, table.states) == (layer * LAYERS, 0)
+    for row in table.rows:
+        windows = (1024 // BLOCK + 1) * BLOCK  # a window may begin and end anywhere in its blocks
+        assert row.request == layer * (row.length + (LAYERS - 1) * windows)
+        assert row.full == layer * LAYERS * row.length
+        assert row.requests == table.cache // row.request > row.full_requests
+    assert len(list(render("gemma", table))) > len(table.rows)
