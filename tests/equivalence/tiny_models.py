@@ -11,7 +11,7 @@ import torch
 VOCABULARY = 101  # a prime: vocabulary shards are uneven on any number of ranks
 PROMPT_LENGTHS = (1, 2, 7, 13, 21, 38)
 NEW_TOKENS = 9
-INEXACT_CACHES = ("nemotron_h",)
+INEXACT_CACHES = ("nemotron_h", "nemotron_h_omni")
 """With a cache, transformers does not limit their time steps, as it does in a forward over the whole text."""
 
 

@@ -32,6 +32,7 @@ class StepContext:
     attention_of_layers: Sequence[AttentionMetadata] | None = None  # only with several cache groups
     is_captured: bool = False  # replayed with other data: no sizes that depend on data
     positions: torch.Tensor | None = None  # [t] int64, of this rank's tokens; `ShiftModel` sets it
+    logits_rows: torch.Tensor | None = None  # [n] int64, those of this rank's tokens that need logits; the same
     states: StateCache | None = None  # only with recurrent layers
     sequences: StateSequences | None = None  # the same
 

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class ShiftModel:
         [n, V/W]: logits of all such tokens of the batch, for this rank's part of the vocabulary.
         """
         self._bind(context)
-        with use_step_context(context):
+        with use_step_context(replace(context, positions=positions, logits_rows=logits_rows)):
             if self.decoder is not None:
                 return self.decoder(input_ids, positions, logits_rows)
             output = self.module(
@@ -105,7 +106,7 @@ class ShiftModel:
         """`forward` up to what the head reads, [t, D]; only with a fused layer loop."""
         assert self.decoder is not None
         self._bind(context)
-        with use_step_context(context):
+        with use_step_context(replace(context, positions=positions)):
             return self.decoder.hidden(input_ids, positions)
 
     @torch.inference_mode()

@@ -128,7 +128,7 @@ class Injection:
     # -- head --------------------------------------------------------------------------------------------------
 
     def _inject_head(self) -> tuple[str, ShardedHead]:
-        head = self.model.get_output_embeddings()
+        head = self.model.get_output_embeddings() or self._inner_head()
         name = next((name for name, module in self.model.named_modules() if module is head), None)
         if name is None or not isinstance(head, nn.Linear):
             raise UnsupportedModelError(f"{type(self.model).__name__} has no linear vocabulary head")
@@ -139,6 +139,12 @@ class Injection:
         owner, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(owner), leaf, sharded)
         return name, sharded
+
+    def _inner_head(self) -> nn.Module | None:
+        """The head of a language model inside the model."""
+        inner: Any = getattr(self.model, "language_model", None)
+        head: nn.Module | None = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+        return head
 
     def _replace(self, parent: nn.Module, child: str, replacement: nn.Module) -> None:
         setattr(parent, child, replacement)

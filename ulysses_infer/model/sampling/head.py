@@ -50,9 +50,15 @@ class ShardedHead(nn.Module):
         return tied_to.weight[self.vocabulary.start : self.vocabulary.stop]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [1, n_mine, D], rows of this rank's token slice; returns [1, n, V/W], all rows, local vocabulary."""
+        """hidden: [1, n_mine, D], rows of this rank's token slice; returns [1, n, V/W], all rows, local vocabulary.
+
+        The model may also give it the whole slice.
+        """
         context = step_context()
-        gathered = context.collectives.gather_rows(hidden[0], context.logits_counts)
+        rows, wanted = hidden[0], context.logits_rows
+        if wanted is not None and wanted.shape[0] != rows.shape[0]:
+            rows = rows.index_select(0, wanted)
+        gathered = context.collectives.gather_rows(rows, context.logits_counts)
         return linear(gathered, self.rows(), self.bias)[None]
 
 
