@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from docs.generate.tiny_configs import parts_of, shallow
 from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, bases, check, run_case
 from tests.equivalence.families import LATENT, ROUTED, SHAPE
 from tests.equivalence.tiny_models import NEW_TOKENS, Reference, make_checkpoint, make_prompts, make_reference
@@ -34,6 +36,34 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm_moe_dsa": ("glm_moe_dsa", {**EXPERTS, **SHARED}),
     "axk2": ("axk2", {**EXPERTS, "gated_norm_rank": 8}),
     "hy_v4": ("hy_v4", {**EXPERTS, **SHARED}),
+    "dots3_note_text": (
+        "dots3_note_text",
+        {
+            **EXPERTS,
+            "num_hidden_layers": 4,
+            "layer_types": ["indexed_attention", "sliding_attention", "sliding_attention", "indexed_attention"],
+            "sliding_window": 6,
+            "shared_experts_intermediate_size": 24,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_q_lora_rank": 12,
+            "swa_kv_lora_rank": 24,
+            "swa_head_dim": 16,
+            "swa_qk_nope_head_dim": 12,
+            "swa_v_head_dim": 8,
+        },
+    ),
+    "mistral_large4": (
+        "mistral_large4",
+        {
+            **EXPERTS,
+            "num_hidden_layers": 6,
+            "indexer_types": ["full", "shared", "full", "shared", "full", "shared"],
+            "no_rope_layers": [1, 1, 0, 1, 1, 0],
+            "kv_source_layers": [0, 1, 2, 1, 1, 2],
+            "num_key_value_heads": 8,
+        },
+    ),
 }
 BY_DEFAULT = ("glm_moe_dsa", (2, 1))
 
@@ -60,7 +90,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             prompts = make_prompts(lengths=LENGTHS)
-            made[name] = make_reference(make_checkpoint(config_of(name), folder), folder, prompts)
+            made[name] = make_reference(make_indexed_checkpoint(name, folder), folder, prompts)
         return made[name]
 
     return get
@@ -70,7 +100,22 @@ def config_of(name: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     family, changes = MODELS[name]
-    return CONFIG_MAPPING[family](**{**INDEX, **changes})
+    whole = CONFIG_MAPPING[family]()
+    if not parts_of(whole):
+        return type(whole)(**{**INDEX, **changes})
+    encoders = {part: shallow(config) for part, config in parts_of(whole).items() if part != "text_config"}
+    return type(whole)(text_config=type(whole.text_config)(**{**INDEX, **changes}), **encoders)
+
+
+def make_indexed_checkpoint(name: str, folder: Path) -> Any:
+    """As `make_checkpoint`, with random values also for learned rotary frequencies (mistral_large4)."""
+    model = make_checkpoint(config_of(name), folder)
+    learned = [buffer for key, buffer in model.named_buffers() if key.endswith("rotary_emb.alpha")]
+    for buffer in learned:
+        buffer.copy_(0.2 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(0)))
+    if learned:
+        model.save_pretrained(folder)
+    return model
 
 
 @pytest.mark.parametrize(("model", "base", "latent", "profile"), cases())

@@ -9,10 +9,8 @@ from ulysses_infer.errors import UnsupportedModelError
 
 RECURRENT = "it has recurrent or convolutional layers, whose state is not in the KV cache"
 DECODER_HALF = "it is the decoder half of an encoder-decoder model"
-SELECTED_KEYS = "its attention selects keys by a learned index"
 CROSS_ATTENTION = "its layers cross-attend to encoded images, which the KV cache does not hold"
 NEEDS_AN_IMAGE = "it requires an image input"
-SPEECH_PIPELINE = "it is a pipeline of speech models; serve its thinker model instead"
 DRAFT_MODEL = "it is a draft model, whose layers read the keys and values of another model"
 
 # Refused even with allow_unverified: these models fail, or run but give wrong results.
@@ -51,27 +49,18 @@ REFUSED: dict[str, str] = {
         ),
         DECODER_HALF,
     ),
-    **dict.fromkeys(
-        (
-            "deepseek_v4",
-            "dots3_note",
-            "dots3_note_text",
-            "mistral_large4",
-        ),
-        SELECTED_KEYS,
-    ),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), DRAFT_MODEL),
     **dict.fromkeys(("evolla", "idefics"), CROSS_ATTENTION),
     **dict.fromkeys(
         ("blip", "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "pi0", "shieldgemma2"), NEEDS_AN_IMAGE
     ),
     "blt": "its layers run over byte patches, whose number depends on the text",
+    "deepseek_v4": "it attends to entries compressed from windows of tokens, which the KV cache does not hold",
     "diffllama": "its differential attention mixes pairs of heads across shards",
     "doge": "its attention masks keys by value-dependent scores",
     "diffusion_gemma": "it generates blocks of tokens by diffusion, not autoregressively",
     "hrm_text": "it runs each layer several times per step, but the cache has one entry per layer",
     "paligemma": "its prompts use bidirectional attention, which rules out chunked prefill and prefix caching",
-    **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), SPEECH_PIPELINE),
     **dict.fromkeys(("kyutai_speech_to_text", "voxtral_realtime"), "it takes an audio input with every token"),
     "reformer": "it uses locality-sensitive hashing attention",
 }
@@ -156,6 +145,8 @@ VERIFIED: frozenset[str] = frozenset(
         "deepseek_vl_hybrid",
         "dots1",
         "electra",
+        "dots3_note",
+        "dots3_note_text",
         "emu3",
         "ernie",
         "ernie4_5",
@@ -267,6 +258,7 @@ VERIFIED: frozenset[str] = frozenset(
         "mistral",
         "mistral3",
         "mistral4",
+        "mistral_large4",
         "mixtral",
         "mllama",
         "modernbert-decoder",

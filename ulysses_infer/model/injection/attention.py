@@ -24,6 +24,7 @@ from ulysses_infer.model.injection.rules import (
     INDEX,
     KEY_NORMS,
     LATENT_NAMES,
+    PER_HEAD,
     QUERY_NORMS,
     AttentionHeads,
     AttentionRule,
@@ -151,6 +152,9 @@ class AttentionInjector:
                     f"{name}.{leaf} {list(parameter.shape)} is a weight inside attention that no sharding rule covers"
                 )
             self.mode_aware_layers.append(PerHeadParameter(module, leaf, heads))
+        for part in (child for child_name, child in module.named_children() if child_name in PER_HEAD):
+            leaves = [leaf for leaf, _ in part.named_parameters()]
+            self.mode_aware_layers += [PerHeadParameter(part, leaf, heads) for leaf in leaves]
 
     def _check(self, name: str, module: nn.Module) -> None:
         """Raise `UnsupportedModelError` if the module is not causal or has weights that no rule covers."""
@@ -163,7 +167,7 @@ class AttentionInjector:
             raise UnsupportedModelError(
                 f"{name} ({kind}) has no known output projection ({', '.join(ATTENTION_OUTPUTS)})"
             )
-        known = {*ATTENTION_RULES, *_own_rules(module), *QUERY_NORMS, *KEY_NORMS, *LATENT_NAMES, INDEX}
+        known = {*ATTENTION_RULES, *_own_rules(module), *QUERY_NORMS, *KEY_NORMS, *LATENT_NAMES, INDEX, *PER_HEAD}
         for child, part in module.named_children():
             if child not in known and any(True for _ in part.parameters()):
                 raise UnsupportedModelError(

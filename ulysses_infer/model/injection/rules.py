@@ -97,6 +97,8 @@ KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
 LATENT_NAMES = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "k_rope_only_layernorm")
 # The index of learned sparse attention, replicated on every rank: see `model/layers/key_index.py`.
 INDEX = "indexer"
+# Modules inside attention whose parameters have one entry per query head (mistral_large4).
+PER_HEAD = ("softmax_scaling",)
 
 MLP_RULES: dict[str, MlpRule] = {
     **dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h"), ("column", _neurons)),
