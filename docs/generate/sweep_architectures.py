@@ -20,6 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoConfig
+
 from docs.generate.models_page import changed, differences, read_page, write_page
 from docs.generate.tiny_configs import tiny_configs
 from tests.equivalence.cases import CROWD, check, run_case, with_snapshots
@@ -124,6 +127,8 @@ def _run_base(base: tuple[int, int], placement: str, reference: Reference, pools
 
 def prepare(model_type: str, folder: Path) -> Reference:
     """Write a checkpoint and transformers' reference results, for the first config that works; runs in a subprocess."""
+    if hasattr(CONFIG_MAPPING[model_type], "thinker_config"):
+        return _as_pipeline(model_type, prepare(f"{model_type}_thinker", folder))
     configs = list(tiny_configs(model_type))
     for number, config in enumerate(configs):
         try:
@@ -135,6 +140,16 @@ def prepare(model_type: str, folder: Path) -> Reference:
             if number == len(configs) - 1:
                 raise
     raise ValueError(f"no tiny config for {model_type}")
+
+
+def _as_pipeline(model_type: str, reference: Reference) -> Reference:
+    """Turn the checkpoint of a thinker into that of the whole pipeline."""
+    weights = reference.folder / "model.safetensors"
+    save_file({f"thinker.{name}": tensor for name, tensor in load_file(weights).items()}, weights)
+    thinker = AutoConfig.from_pretrained(reference.folder)
+    kind: Any = CONFIG_MAPPING[model_type]
+    kind(thinker_config=thinker.to_dict()).save_pretrained(reference.folder)
+    return reference
 
 
 def first_position(model: Any) -> int:

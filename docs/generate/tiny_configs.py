@@ -148,6 +148,14 @@ LOCAL_AND_GLOBAL = {"num_hidden_layers": 4, "layer_types": ["sliding_attention",
 SHARED_LAYERS = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCABULARY}
 WIDE_GLOBALS = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 2, "attention_k_eq_v": True}
 
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+
 # Values that some model types need besides.
 SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"is_decoder": True, "pad_token_id": 1} for name in ENCODERS},
@@ -243,6 +251,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1}},
     "mllama_text_model": {"num_hidden_layers": 4, "cross_attention_layers": [1]},
     "kosmos_2_5_text_model": {"pad_token_id": 1},
+    # Their own encoders need another library; text does not use them.
+    "fast_vlm": {"vision_config": VISION},
+    "perception_lm": {"vision_config": {**VISION, "model_args": {"embed_dim": 64}}},
     "moshi": {"sliding_window": 128},  # unused by attention, but not by the cache of `generate`
     "muse_spark_audio": {"num_hidden_layers": 4},
     "molmo2_adapter": {"vision_feature_layer": [0, 0]},

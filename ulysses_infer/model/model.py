@@ -31,7 +31,7 @@ from ulysses_infer.model.loading.checkpoint import Loader, Progress
 from ulysses_infer.model.loading.files import MemorySource, SafetensorsSource, TensorSource
 from ulysses_infer.model.loading.hf_overrides import blamed, overridden
 from ulysses_infer.model.loading.legacy_configs import legacy_config
-from ulysses_infer.model.loading.multimodal import auto_class, drop_multimodal_encoders
+from ulysses_infer.model.loading.multimodal import auto_class, drop_multimodal_encoders, thinker_of
 from ulysses_infer.model.loading.sources import unpartitioned
 from ulysses_infer.model.loading.weight_tying import resolve_weight_tying
 from ulysses_infer.model.quantization.cache_scales import apply_cache_scales
@@ -132,7 +132,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; give a folder that save_pretrained wrote")
     try:
-        return legacy_config(folder) or AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = legacy_config(folder) or AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return thinker_of(config)
     except CheckpointError:
         raise
     except StrictDataclassError as error:
@@ -218,7 +219,7 @@ class ModelBuilder:
 
         `open_source` opens the weights if they are not in its state dict.
         """
-        config = copy.deepcopy(model.config)
+        config = thinker_of(copy.deepcopy(model.config))
         config.dtype = model.dtype
         source = open_source or (lambda: MemorySource(model.state_dict()))
         return cls(config, source, settings, layout, shard, device, **options)

@@ -29,6 +29,8 @@ from ulysses_infer.model.quantization.linear import QuantizedLinear
 from ulysses_infer.model.quantization.reading import check_plain
 from ulysses_infer.parallel.layout import Span
 
+THINKER = "thinker."
+"""Prefix of the text model's tensors in the checkpoint of a speech pipeline."""
 Progress = Callable[[int, int], None]  # (parameters done, parameters in all)
 Slice = tuple[int, list[Span]] | None
 _Key = tuple[str, str | None]  # (checkpoint key, converter's source pattern)
@@ -62,6 +64,8 @@ class KeyNames:
         name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, known)
         if name not in known and key in known:
             name, pattern = rename_source_key(key, [], [], self.prefix, known)
+        if name not in known and key.startswith(THINKER):
+            return self.rename(key.removeprefix(THINKER), known)
         return name, pattern
 
 

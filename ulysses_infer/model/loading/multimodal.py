@@ -21,6 +21,11 @@ def auto_class(config: Any) -> Any:
     return AutoModelForMultimodalLM if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
 
 
+def thinker_of(config: Any) -> Any:
+    """The part of a speech pipeline (Qwen-Omni) that writes text, which is a model of its own; else `config`."""
+    return getattr(config, "thinker_config", config)
+
+
 def drop_multimodal_encoders(model: Any) -> None:
     """Replace every module of a multimodal `model` that text does not use by a placeholder without weights."""
     if model.config.get_text_config(decoder=True) is model.config:
