@@ -20,8 +20,9 @@ tokens with `generate`, and every log-probability with a plain forward pass.
 - **Yes** ({yes}): tokens equal, log-probabilities within 1e-4. The table gives the largest difference.
 - **No** ({no}): refused by name, with the reason, before any weight is loaded.
 - **Untested** ({untested}): the sweep has no tiny configuration that runs in transformers here. Refused unless
-  `model.allow_unverified=true`; even then the model must pass the checks at startup: every layer's attention is reached
-  once, all layers have the same heads, and tokens influence each other only through attention.
+  `model.allow_unverified=true`; even then the model must pass the checks at startup: attention is reached once in every
+  layer that has it, with the heads that its config says, and tokens influence each other only through attention and
+  recurrent states.
 
 [quantization.md](quantization.md) lists the supported quantized checkpoints. `dynamic` and `longrope` RoPE frequencies
 are computed once, for `model.max_model_len`: in transformers, they depend on the other sequences in the batch.
@@ -36,29 +37,35 @@ it ordinary RoPE, as in transformers for text.
 
 Wrappers around an arbitrary language model (llava, internvl, mistral3, ...) are served if the first table says Yes for
 that language model. If config.json ties the two embeddings, explicitly or by default, but the checkpoint has two
-different ones, both are used. Refused: models whose layers attend to encoded images, models that require an image, and
-PaliGemma, whose bidirectional attention over the prompt rules out chunked prefill and prefix caching.
+different ones, both are used. Refused: models that require an image, Idefics and Evolla, whose layers attend to encoded
+images, and PaliGemma, whose bidirectional attention over the prompt rules out chunked prefill and prefix caching.
+
+## Attention of other kinds
+
+Most models call attention through transformers' attention interface, where the engine puts its own function. The
+adapters in `ulysses_infer/model/adapters` do the rest for families whose modules compute attention themselves, pack
+their projections in an order of their own, or count positions from the batch. The weights keep their names.
+
+- *ALiBi* (Bloom, MPT, some Falcons): the slopes are sliced by head shard and stay in float32, in every attention back
+  end but flashinfer, which derives slopes from the number of heads; on a GPU, the other back ends are chosen instead.
+  transformers rounds Falcon's biases to bfloat16, so its log-probabilities differ from these by that rounding unless
+  slopes are powers of two and positions are below 256, as in the sweep.
+- *Encoders as decoders* (BERT and its descendants): checkpoints with `is_decoder: true`. The positions of RoBERTa's
+  descendants start behind the padding token, as in transformers' forward; its `generate` starts at 0.
+- *Decoders alone* (BART and its relatives): checkpoints with `is_encoder_decoder: false`, as the ForCausalLM classes
+  save them. Cross-attention is removed.
+- *Speech pipelines* (Qwen-Omni): the thinker is served, from the checkpoint of the whole pipeline.
+- *Llama 3.2 Vision*: without an image, transformers skips the layers that attend to one. They are removed.
+- JetMoE's experts, DBRX's, and the feed-forward blocks of encoders are whole on every rank.
 
 ## Recurrent and convolutional layers
 
-Models with state-space, linear-attention or convolutional layers (mamba, jamba, bamba, falcon_h1, granitemoehybrid,
-nemotron_h, qwen3_next, qwen3_5, minimax, kimi_linear, lfm2, zamba, ...) are refused by name; the dry run at startup
-detects other such models, because their tokens influence each other outside attention. Support would require:
-
-- *Modes.* Each head's state is a sum over the sequence in order. Under SP, the layer would exchange tokens for heads
-  before its scan and back after it, with the all-to-all that attention uses. The state would belong to the head shard,
-  like the KV cache, and survive a change of mode. The short convolution before the scan runs over channels, which can
-  be sharded the same way if they belong to heads.
-- *Sharding.* Each model family packs the projections of these layers (z, x, B, C, dt) in its own order. B and C are
-  shared by groups of heads that do not divide over as many ranks as the heads, and norms span all channels. Each family
-  needs its own sharding rule and verification. transformers has no interface for the scan as it has for attention and
-  experts, so each family's forward would have to be replaced.
-- *Engine.* A state cannot be split into blocks. Prefix caching would need saved copies of states, chunked prefill would
-  pass states between chunks, preemption would save or recompute them, and the scan would have to keep sequences of
-  different lengths in a batch apart.
-
-The first part fits this design; the other two amount to a second engine beside the paged cache. A partial
-implementation would give wrong results silently.
+Layers with a recurrent state (Mamba, gated delta rules, lightning attention, short convolutions) run transformers' own
+code, each rank for its heads or channels of all tokens: an all-to-all precedes the layer's inner part and another
+follows it, as in attention. The state of a sequence belongs to the head shard, so that it is the same in every mode. It
+is held in slots beside the blocks of the KV cache (`ulysses_infer/model/recurrent`, `cache.state_snapshots` in
+[recipe-reference.md](recipe-reference.md)). The dry run at startup refuses models whose tokens influence each other in
+another way.
 
 ## Mixtures of experts
 
@@ -79,9 +86,8 @@ tokens.
 `tests/equivalence/test_experts.py` compares mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3,
 llama4_text, gpt_oss, granitemoe, glm4_moe, ernie4_5_moe and minimax_m2 with transformers, with changing modes: `expert`
 and `width` in every layout of 2 and 4 ranks, `replicate` in sp2xtp2, and each model in one layout of 8 ranks. Expert
-counts include some that the ranks do not divide and some below the number of ranks. minimax (with lightning attention)
-and qwen3_next are refused for their recurrent layers. Experts of longcat_flash stay whole on every rank in any
-placement.
+counts include some that the ranks do not divide and some below the number of ranks. Experts of longcat_flash stay whole
+on every rank in any placement.
 
 Weights per rank of 8 in bfloat16, from `tools/memory_table.py`, which applies the loader's plan to the published
 configurations in `configs/models` (without Scout's image encoder). `tests/tools/test_memory_table.py` loads reduced

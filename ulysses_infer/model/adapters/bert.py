@@ -26,7 +26,7 @@ class BertAttention(AdaptedAttention):
     def __init__(self, source: nn.Module, output: nn.Module) -> None:
         super().__init__(source)
         self.attention_rules, self.projections_elsewhere = RULES, ((output, "dense", ("row", query_heads)),)
-        self.head_dim, self.is_causal = self.attention_head_size, self.is_decoder
+        self.head_dim, self.is_causal = self.attention_head_size, getattr(source, "is_decoder", True)
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         """hidden_states: [1, t, D]; returns ([1, t, Hq/tp * d], None)."""

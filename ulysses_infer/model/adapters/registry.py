@@ -33,6 +33,7 @@ ADAPTERS: dict[str, Callable[[Any], None]] = {
     "ctrl": adapt_ctrl,
     "dbrx": adapt_dbrx,
     "falcon": adapt_falcon,
+    "git": adapt_bert,
     "gpt_bigcode": adapt_gpt_bigcode,
     "gpt_neo": adapt_gpt_neo,
     "gpt_neox_japanese": adapt_gpt_neox_japanese,

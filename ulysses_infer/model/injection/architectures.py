@@ -55,6 +55,7 @@ REFUSED: dict[str, str] = {
         ("blip", "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "pi0", "shieldgemma2"), NEEDS_AN_IMAGE
     ),
     "blt": "its layers run over byte patches, whose number depends on the text",
+    "cpmant": "it puts learned tokens before every text, and its attention sees all of them and all of the prompt",
     "deepseek_v4": "it attends to entries compressed from windows of tokens, which the KV cache does not hold",
     "diffllama": "its differential attention mixes pairs of heads across shards",
     "doge": "its attention masks keys by value-dependent scores",
@@ -62,6 +63,9 @@ REFUSED: dict[str, str] = {
     "hrm_text": "it runs each layer several times per step, but the cache has one entry per layer",
     "paligemma": "its prompts use bidirectional attention, which rules out chunked prefill and prefix caching",
     **dict.fromkeys(("kyutai_speech_to_text", "voxtral_realtime"), "it takes an audio input with every token"),
+    **dict.fromkeys(
+        ("xlm", "xlnet"), "it generates by filling in a masked token behind the text, not autoregressively"
+    ),
     "reformer": "it uses locality-sensitive hashing attention",
 }
 
@@ -173,6 +177,7 @@ VERIFIED: frozenset[str] = frozenset(
         "gemma4_text",
         "gemma4_unified",
         "gemma4_unified_text",
+        "git",
         "glm",
         "glm4",
         "glm46v",
