@@ -49,6 +49,8 @@ def write_gguf(model: Any, path: Path, architecture: str = "qwen2") -> None:
     writer.add_pad_token_id(0)
     writer.add_chat_template(CHAT_TEMPLATE)
     for name, tensor in model.state_dict().items():
+        if name in model.all_tied_weights_keys:
+            continue
         writer.add_tensor(gguf_name(name), tensor.float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -65,8 +67,8 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{NAMES[part]}.{leaf}"
 
 
-def tiny_qwen2() -> Any:
-    """A random Qwen2 with the vocabulary of `TOKENS`."""
+def tiny_qwen2(is_tied: bool = False) -> Any:
+    """A random Qwen2 with the vocabulary of `TOKENS`. is_tied: its two embeddings are one."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -79,7 +81,7 @@ def tiny_qwen2() -> Any:
         num_key_value_heads=2,
         max_position_embeddings=128,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=False,
+        tie_word_embeddings=is_tied,
     )
     model = Qwen2ForCausalLM(config).float().eval()
     for parameter in model.parameters():

@@ -32,7 +32,8 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_a_file_is_served_with_its_tokenizer(file: Path, as_folder: bool) -> None:
-    model = tiny_qwen2()
+    model = tiny_qwen2(is_tied=as_folder)
+    write_gguf(model, file)
     path = file.parent if as_folder else file
     with init_inference(str(path), **{"runtime.device": "cpu", "model.dtype": "float32"}) as engine:
         (output,) = engine.generate(["(say:hi)"], GREEDY)

@@ -73,7 +73,8 @@ def _write(model: Any, tokenizer: Any, folder: Path) -> None:
 
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    save_torch_model(model, str(folder))
+    # Of tied embeddings, the input's is what other checkpoints keep.
+    save_torch_model(model, str(folder), shared_tensors_to_discard=list(model.all_tied_weights_keys))
     for part in (model.config, model.generation_config, tokenizer):
         part.save_pretrained(folder)
 
