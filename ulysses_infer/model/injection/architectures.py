@@ -60,7 +60,7 @@ REFUSED: dict[str, str] = {
     "diffllama": "its differential attention mixes pairs of heads across shards",
     "doge": "its attention masks keys by value-dependent scores",
     "diffusion_gemma": "it generates blocks of tokens by diffusion, not autoregressively",
-    "hrm_text": "it runs each layer several times per step, but the cache has one entry per layer",
+    "hrm_text": "its prompts use bidirectional attention, and it runs each layer several times per step",
     "paligemma": "its prompts use bidirectional attention, which rules out chunked prefill and prefix caching",
     **dict.fromkeys(("kyutai_speech_to_text", "voxtral_realtime"), "it takes an audio input with every token"),
     **dict.fromkeys(
