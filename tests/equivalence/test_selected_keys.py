@@ -10,12 +10,23 @@ import pytest
 import torch
 
 from docs.generate.tiny_configs import parts_of, shallow
+from tests.distributed.test_kv_invariance import TOLERANCE, SlotRecorder
 from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, bases, check, run_case
 from tests.equivalence.families import LATENT, ROUTED, SHAPE
-from tests.equivalence.tiny_models import NEW_TOKENS, Reference, make_checkpoint, make_prompts, make_reference
+from tests.equivalence.tiny_models import (
+    NEW_TOKENS,
+    VOCABULARY,
+    Reference,
+    make_checkpoint,
+    make_prompts,
+    make_reference,
+)
+from tests.tiny import settings
+from tools.memory_table import read_config
 
 pytestmark = pytest.mark.distributed
 
+MODEL_CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 TOP_K = 8
 LENGTHS = (1, 2, 7, 13, 21, 38, 45)
 YARN = {
@@ -126,4 +137,67 @@ def test_selected_keys_give_what_transformers_gives(
     folder: Path = expected.folder
     wanted = replace(profile, settings={"cache.latent": latent})
     outcomes = rank_pool(base[0] * base[1]).run(run_case, folder, base, wanted, expected.prompts, NEW_TOKENS)
+    check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
+
+
+def compare_modes(folder: str, sp: int, tp: int, prompts: list[list[int]]) -> tuple[float, torch.Tensor]:
+    """On a rank: the largest difference between modes, and the index keys that it caches of all tokens and layers."""
+    from ulysses_infer import SamplingParams, init_inference
+
+    changes = {"cache.enable_prefix_caching": False, "scheduler.max_num_batched_tokens": 16}
+    runs: list[torch.Tensor] = []
+    with init_inference(folder, **settings(sp, tp, **changes)) as engine:
+        inner: Any = engine
+        recorder = SlotRecorder(inner._rank.worker.tables)
+        for mode in engine.config.parallel.available_modes:
+            if inner.is_first:
+                inner._engine.choose_mode = lambda _, mode=mode: mode
+            engine.generate(prompts, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
+            _, slots = recorder.take()
+            keys = inner._rank.worker.cache.index_keys
+            runs.append(torch.stack([keys[layer].flatten(0, 2)[slots] for layer in sorted(keys)]))
+    return max(float((run - runs[0]).abs().max()) for run in runs), runs[0]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("sp", "tp"), [(2, 1), (2, 2)])
+def test_every_mode_and_every_rank_caches_the_same_index_keys(sp: int, tp: int, rank_pool: Any, reference: Any) -> None:
+    folder = str(reference("glm_moe_dsa").folder)
+    results = rank_pool(sp * tp).run(compare_modes, folder, sp, tp, make_prompts(VOCABULARY, (1, 7, 21, 38)))
+    first = results[0][1]
+    assert first.shape[0] == 2, "two of four layers have an index"
+    assert float(first.abs().mean()) > 0.1
+    for difference, keys in results:
+        assert difference <= TOLERANCE * float(first.abs().max())
+        assert (keys - first).abs().max() <= TOLERANCE * first.abs().max()
+
+
+REAL = {
+    "num_attention_heads": 128,
+    "n_routed_experts": 256,
+    "n_group": 8,
+    "index_n_heads": 64,
+    "num_experts_per_tok": 8,
+}
+WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("base", [(8, 1), (2, 4)])
+def test_deepseek_v32_with_its_heads_and_experts_on_eight_ranks(
+    base: tuple[int, int], rank_pool: Any, tmp_path: Path
+) -> None:
+    """Heads, groups, experts and index heads are the real ones; widths and layers are small enough for a test."""
+    real = read_config(MODEL_CONFIGS / "deepseek-v3.2.json")
+    assert {key: getattr(real, key) for key in REAL} == REAL
+    values = {key: value for key, value in real.to_dict().items() if key not in ("quantization_config", "dtype")}
+    small = {key: SHAPE[key] for key in (*WIDTHS, "bos_token_id", "eos_token_id")}
+    widths = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    widths |= {"moe_intermediate_size": 16, "index_head_dim": 16, "index_topk": TOP_K}
+    layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "mlp_layer_types": None, "layer_types": None}
+    config = type(real)(**{**values, **small, **widths, **layers})
+    model = make_checkpoint(config, tmp_path)
+    expected = make_reference(model, tmp_path, make_prompts(lengths=(1, 9, 31)), 4)
+    profile = replace(CROWD, settings={"cache.latent": True, "parallel.expert_placement": "expert"})
+    outcomes = rank_pool(8).run(run_case, tmp_path, base, profile, expected.prompts, 4)
     check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))

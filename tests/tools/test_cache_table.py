@@ -1,4 +1,4 @@
-"""tools/cache_table.py: what Gemma 4 31B caches, by the loader's budget, on fewer layers."""
+"""tools/cache_table.py: what Gemma 4 31B and DeepSeek-V3.2 cache, by the loader's budget, on fewer layers."""
 
 from __future__ import annotations
 
@@ -29,3 +29,13 @@ def test_windows_limit_what_a_request_holds(tmp_path: Path) -> None:
         assert row.full == layer * LAYERS * row.length
         assert row.requests == table.cache // row.request > row.full_requests
     assert len(list(render("gemma", table))) > len(table.rows)
+
+
+def test_latents_and_index_keys_take_less_than_heads(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    values = json.loads((MODELS / "deepseek-v3.2.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**values, "num_hidden_layers": 2, "first_k_dense_replace": 2}))
+    table = measure(path, 8, 1, find_gpu("h200"))
+    assert table.per_token == table.per_long_token == 2 * 2 * (512 + 64 + 128)
+    assert table.full_per_token == 2 * 2 * 128 // 8 * (128 + 64 + 128)

@@ -41,10 +41,11 @@ def layer_heads(module: Any, config: Any) -> LayerHeads:
 
 
 def expanded_heads(module: Any, config: Any) -> LayerHeads:
-    """The heads of an attention layer as its attention computes them, with latents expanded."""
-    heads, width = attention_heads(module, config), head_width(module, config)
+    """The heads of an injected attention layer as its attention computes them, with latents expanded."""
+    plan, width = module.head_plan, head_width(module, config)
+    key_value_heads = plan.num_key_value_heads if plan.latent is None else plan.num_attention_heads
     key_width, value_width = getattr(module, "qk_head_dim", None), getattr(module, "v_head_dim", None)
-    return LayerHeads(heads.num_attention_heads, heads.num_key_value_heads, key_width or width, value_width or width)
+    return LayerHeads(plan.num_attention_heads, key_value_heads, key_width or width, value_width or width)
 
 
 def source_of_keys(module: Any, config: Any) -> int | None:
