@@ -8,9 +8,9 @@
 #include <string.h>
 
 #include "call.h"
+#include "sigmoid.h"
 #include "vector.h"
 
-#define TOGETHER 4 /* vectors of activations */
 enum { PARALLEL_FROM = 65536 }; /* elements; for fewer, starting threads costs more than it saves */
 
 /* Run the statement for every vector of a row of `width` elements: it begins at `i` and has `count` elements. */
@@ -26,35 +26,6 @@ enum { PARALLEL_FROM = 65536 }; /* elements; for fewer, starting threads costs m
             __VA_ARGS__;                                                                                         \
         }                                                                                                        \
     } while (0)
-
-/* x / y for y from 1 to 2. */
-INLINE floats divided(floats x, floats y, enum type type) {
-#ifdef HAS_AVX512
-    if (type == BFLOAT16) { /* error below float32 rounding, in a third of the time of a division */
-        floats guess = (floats)_mm512_rcp14_ps((__m512)y);
-        return x * (guess * (2.0f - y * guess));
-    }
-#endif
-    return x / y;
-}
-
-/* x[v] / (1 + e^-z[v]) for `n` vectors, interleaved to hide the latency of each step. */
-INLINE void times_sigmoid(floats *x, const floats *z, const int n, enum type type) {
-    floats power[TOGETHER]; /* e^-|z|, at most 1 */
-    integers positive[TOGETHER];
-#define EACH UNROLL for (int v = 0; v < n; v++)
-    EACH power[v] = exp2_of((floats)((integers)z[v] | INT32_MIN) * LOG2_E, FLOAT32);
-    EACH positive[v] = z[v] > 0.0f;
-    EACH x[v] *= (floats)(((integers)splat(1.0f) & positive[v]) | ((integers)power[v] & ~positive[v]));
-    EACH x[v] = divided(x[v], 1.0f + power[v], type);
-#undef EACH
-}
-
-INLINE void silu(floats *x, const int n, enum type type) {
-    floats z[TOGETHER];
-    UNROLL for (int v = 0; v < n; v++) z[v] = x[v];
-    times_sigmoid(x, z, n, type);
-}
 
 /* 0.5 x (1 + tanh(u)) is x / (1 + e^-2u). */
 INLINE void gelu_tanh(floats *x, const int n, enum type type) {
@@ -118,10 +89,18 @@ INLINE int32_t order_of_f32(float value) {
 
 #else /* TYPE */
 
-/* x divided by the root of its mean square, times weight; `squares` is the sum of the squares of x. */
+/* x divided by the root of its mean square, times weight; `squares` is the sum of the squares of x. With an offset, the
+ * weight is added to it, and the product is rounded only once. */
 INLINE void NAMED(norm_row)(
-    TYPE *normed, const TYPE *x, const TYPE *weight, int64_t width, floats squares, float eps) {
+    TYPE *normed, const TYPE *x, const TYPE *weight, int64_t width, floats squares, float eps, float offset) {
     const float scale = 1.0f / sqrtf(sum_of_lanes(squares) / (float)width + eps);
+    if (offset != 0.0f) {
+        EACH_VECTOR(width, {
+            floats unit = take_some(x + i, count, KIND) * scale;
+            give_some(normed + i, (take_some(weight + i, count, KIND) + offset) * unit, count, KIND);
+        });
+        return;
+    }
     EACH_VECTOR(width, {
         floats unit = rounded(take_some(x + i, count, KIND) * scale, KIND);
         give_some(normed + i, take_some(weight + i, count, KIND) * unit, count, KIND);
@@ -129,7 +108,7 @@ INLINE void NAMED(norm_row)(
 }
 
 /* normed, x: [rows, width]; weight: [width]. */
-void NAMED(rms_norm)(TYPE *normed, const TYPE *x, const TYPE *weight, int64_t rows, int64_t width, float eps) {
+void NAMED(rms_norm)(TYPE *normed, const TYPE *x, const TYPE *weight, int64_t rows, int64_t width, float eps, float offset) {
 #pragma omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)
     for (int64_t row = 0; row < rows; row++) {
         const TYPE *own = x + row * width;
@@ -138,13 +117,14 @@ void NAMED(rms_norm)(TYPE *normed, const TYPE *x, const TYPE *weight, int64_t ro
             floats value = take_some(own + i, count, KIND);
             squares += value * value;
         });
-        NAMED(norm_row)(normed + row * width, own, weight, width, squares, eps);
+        NAMED(norm_row)(normed + row * width, own, weight, width, squares, eps, offset);
     }
 }
 
 /* residual += x, then its norm. normed, residual, x: [rows, width]; weight: [width]. */
 void NAMED(add_rms_norm)(
-    TYPE *normed, TYPE *residual, const TYPE *x, const TYPE *weight, int64_t rows, int64_t width, float eps) {
+    TYPE *normed, TYPE *residual, const TYPE *x, const TYPE *weight, int64_t rows, int64_t width, float eps,
+    float offset) {
 #pragma omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)
     for (int64_t row = 0; row < rows; row++) {
         TYPE *sum = residual + row * width;
@@ -155,7 +135,7 @@ void NAMED(add_rms_norm)(
             give_some(sum + i, value, count, KIND);
             squares += value * value;
         });
-        NAMED(norm_row)(normed + row * width, sum, weight, width, squares, eps);
+        NAMED(norm_row)(normed + row * width, sum, weight, width, squares, eps, offset);
     }
 }
 
@@ -250,8 +230,9 @@ void NAMED(best_of_rows)(double *pairs, const TYPE *x, int64_t rows, int64_t wid
 CALL(
     NAMED(rotary_angles), ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), NUMBER(4), NUMBER(5), FLOAT(6))
 CALL(NAMED(best_of_rows), ADDRESS(0), ADDRESS(1), NUMBER(2), NUMBER(3), NUMBER(4), NUMBER(5))
-CALL(NAMED(rms_norm), ADDRESS(0), ADDRESS(1), ADDRESS(2), NUMBER(3), NUMBER(4), FLOAT(5))
-CALL(NAMED(add_rms_norm), ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), NUMBER(4), NUMBER(5), FLOAT(6))
+CALL(NAMED(rms_norm), ADDRESS(0), ADDRESS(1), ADDRESS(2), NUMBER(3), NUMBER(4), FLOAT(5), FLOAT(6))
+CALL(
+    NAMED(add_rms_norm), ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), NUMBER(4), NUMBER(5), FLOAT(6), FLOAT(7))
 CALL(
     NAMED(rotate), ADDRESS(0), NUMBER(1), NUMBER(2), ADDRESS(3), NUMBER(4), NUMBER(5), NUMBER(6), ADDRESS(7),
     ADDRESS(8), NUMBER(9), NUMBER(10))

@@ -88,10 +88,13 @@ class FusedAttention(nn.Module):
         query, key = self._heads(query, self._norms[0]), self._heads(key, self._norms[1])
         cosine, sine = position_embeddings
         query, key = self._elementwise.apply_rotary(query, key, cosine[0], sine[0])
-        attended = attend_tokens(
-            self.layer_idx, self.head_plan, query, key, value.view(value.shape[0], -1, self.head_dim), self.options
-        )
+        attended = self._attend(query, key, value)
         return self._projected(attended, unsummed)[None], None
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """query: [t, Hq, d]; key: [t, Hkv, d]; value: [t, Hkv * d]; returns [t, Hq, d]."""
+        values = value.view(value.shape[0], -1, self.head_dim)
+        return attend_tokens(self.layer_idx, self.head_plan, query, key, values, self.options)
 
     def _projected(self, attended: torch.Tensor, unsummed: bool) -> torch.Tensor:
         """attended: [t, H, d]; returns [t, D]."""
@@ -106,6 +109,26 @@ class FusedAttention(nn.Module):
             x = norm(x)
         x = x.view(x.shape[0], -1, self.head_dim)
         return x if norm is None or across else norm(x)
+
+
+class GatedAttention(FusedAttention):
+    """`FusedAttention` whose query projection has a gate beside each head, for the head's output (as in qwen3_next)."""
+
+    def forward(
+        self,
+        hidden_states: Inputs,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        unsummed: bool = False,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """See `FusedAttention.forward`."""
+        both, key, value = (part.flatten(1) for part in project(self.inputs, flat(hidden_states)))
+        query, gate = both.view(both.shape[0], -1, 2, self.head_dim).unbind(2)
+        query, key = self._heads(query.flatten(1), self._norms[0]), self._heads(key, self._norms[1])
+        cosine, sine = position_embeddings
+        query, key = self._elementwise.apply_rotary(query, key, cosine[0], sine[0])
+        attended = self._attend(query, key, value) * gate.sigmoid()
+        return self._projected(attended, unsummed)[None], None
 
 
 class PlacedAttention(FusedAttention):

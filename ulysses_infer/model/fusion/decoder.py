@@ -15,13 +15,15 @@ from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.projections import children_with_weights, input_kind
 
-LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+LAYER_PARTS = {"input_layernorm", "post_attention_layernorm", "mlp"}
+MIXERS = ("self_attn", "linear_attn")
+"""Names of attention and of recurrent layers; each layer has one of them besides `LAYER_PARTS`."""
 BASE_PARTS = ("embed_tokens", "layers", "norm")
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Attention or feed-forward, and the norm after it."""
+    """Attention, a recurrent layer or feed-forward, and the norm after it."""
 
     module: nn.Module
     norm: FusedRMSNorm
@@ -50,9 +52,9 @@ class FusedDecoder:
         self.embedding, self.rotary, self.head = base.embed_tokens, rotary, head
         self._elementwise = elementwise
         self.first_norm: FusedRMSNorm = base.layers[0].input_layernorm
-        following = [*((layer.input_layernorm, layer.self_attn) for layer in base.layers[1:]), (base.norm, None)]
+        following = [*((layer.input_layernorm, _mixer(layer)) for layer in base.layers[1:]), (base.norm, None)]
         self.layers = [
-            (_Block(layer.self_attn, layer.post_attention_layernorm, layer.mlp), _Block(layer.mlp, norm, reader))
+            (_Block(_mixer(layer), layer.post_attention_layernorm, layer.mlp), _Block(layer.mlp, norm, reader))
             for layer, (norm, reader) in zip(base.layers, following, strict=True)
         ]
 
@@ -63,7 +65,8 @@ class FusedDecoder:
             return False
         norms = [base.norm]
         for layer in base.layers:
-            if set(children_with_weights(layer)) != set(LAYER_PARTS):
+            parts = set(children_with_weights(layer))
+            if not parts >= LAYER_PARTS or len(parts) > len(LAYER_PARTS) + 1 or not parts & set(MIXERS):
                 return False
             norms += [layer.input_layernorm, layer.post_attention_layernorm]
         return all(isinstance(norm, FusedRMSNorm) for norm in norms)
@@ -79,7 +82,7 @@ class FusedDecoder:
         rotary = self.rotary(residual, position_ids)
         normed = self.first_norm(residual)
         for attention, feed_forward in self.layers:
-            attended, _ = attention.module(
+            attended = attention.module(
                 hidden_states=normed,
                 position_embeddings=rotary,
                 attention_mask=None,
@@ -88,6 +91,8 @@ class FusedDecoder:
                 use_cache=False,
                 **attention.options,
             )
+            if isinstance(attended, tuple):
+                attended = attended[0]
             residual, normed = attention.add_and_norm(attended, residual, **attention.options)
             output = feed_forward.module(normed, **feed_forward.options)
             residual, normed = feed_forward.add_and_norm(output, residual, **feed_forward.options)
@@ -105,3 +110,9 @@ class FusedDecoder:
             return self._elementwise.embed(input_ids, self.embedding.weight)
         embedded: torch.Tensor = self.embedding(input_ids)
         return embedded
+
+
+def _mixer(layer: nn.Module) -> nn.Module:
+    """The part of a layer in which tokens influence each other."""
+    children = children_with_weights(layer)
+    return next(children[name] for name in MIXERS if name in children)

@@ -77,8 +77,8 @@ class NativeElementwise:
     def __init__(self, dtype: torch.dtype) -> None:
         library, suffix = open_library("elementwise"), SUFFIXES[dtype]
         self.dtype = dtype
-        self._rms_norm = NativeFunction(library, f"rms_norm_{suffix}", "pppiif", ELEMENTWISE)
-        self._add_rms_norm = NativeFunction(library, f"add_rms_norm_{suffix}", "ppppiif", ELEMENTWISE)
+        self._rms_norm = NativeFunction(library, f"rms_norm_{suffix}", "pppiiff", ELEMENTWISE)
+        self._add_rms_norm = NativeFunction(library, f"add_rms_norm_{suffix}", "ppppiiff", ELEMENTWISE)
         self._rotate = NativeFunction(library, f"rotate_{suffix}", "piipiiippii", ELEMENTWISE)
         self._rotary = NativeFunction(library, f"rotary_angles_{suffix}", "ppppiif", ELEMENTWISE)
         self._take_rows = NativeFunction(library, "take_rows", "pppii", ELEMENTWISE)
@@ -86,22 +86,27 @@ class NativeElementwise:
             name: NativeFunction(library, f"{name}_mul_{suffix}", "ppipiii", ELEMENTWISE) for name in ACTIVATIONS
         }
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """See `Elementwise`."""
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+        """See `Elementwise`. offset: added to the weight; the product is then in float32."""
         x, width = x.contiguous(), weight.shape[0]
         normed = torch.empty_like(x)
-        self._rms_norm(normed.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps)
+        self._rms_norm(normed.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps, offset)
         return normed
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, kind: int = NONE
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        kind: int = NONE,
+        offset: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Elementwise`."""
+        """See `Elementwise`, and `rms_norm` for the offset."""
         x, residual, width = x.contiguous(), residual.contiguous(), weight.shape[0]
-        normed = torch.empty_like(x)
-        self._add_rms_norm(
-            normed.data_ptr(), residual.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps
-        )
+        normed, rows = torch.empty_like(x), x.numel() // width
+        addresses = (each.data_ptr() for each in (normed, residual, x, weight))
+        self._add_rms_norm(*addresses, rows, width, eps, offset)
         return residual, normed
 
     def apply_rotary(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from torch import nn
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.kernels.launch import runs_kernels
 from ulysses_infer.model.context import use_step_context
-from ulysses_infer.model.fusion.attention import FusedAttention, PlacedAttention
+from ulysses_infer.model.fusion.attention import FusedAttention, GatedAttention, PlacedAttention
 from ulysses_infer.model.fusion.decoder import FusedDecoder
-from ulysses_infer.model.fusion.elementwise import ACTIVATIONS, Elementwise, make_elementwise
+from ulysses_infer.model.fusion.elementwise import ACTIVATIONS, Elementwise, NativeElementwise, make_elementwise
 from ulysses_infer.model.fusion.equivalence import MISMATCH_ERRORS, Call, is_close, is_equivalent_on, record_calls
 from ulysses_infer.model.fusion.experts import FusedRouter, fuse_gate
 from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
-from ulysses_infer.model.fusion.norm import FusedRMSNorm
+from ulysses_infer.model.fusion.norm import FusedRMSNorm, OffsetRMSNorm
+from ulysses_infer.model.fusion.recurrent import is_equivalent_form
 from ulysses_infer.model.fusion.rotary import FusedRotary
 from ulysses_infer.model.fusion.stacked import StackedLinears
 from ulysses_infer.model.injection.probe import ProbeAttention, ProbeCache, clear_states, trial_context
@@ -54,12 +56,14 @@ class Fusion:
         self.kept: Counter[str] = Counter()
         self._cache, self._attention = ProbeCache.of(model), ProbeAttention()
         layout, shard = model.injection.layout, model.injection.base.shard
-        self._context = trial_context(layout, shard, self._cache, self._attention, device, model.state_shapes)
         self._tokens = torch.tensor([token % model.shape.vocab_size for token in TOKENS], device=device)
         self._positions = torch.tensor([1, model.shape.max_model_len - 1], device=device)
+        context = trial_context(layout, shard, self._cache, self._attention, device, model.state_shapes)
+        self._context = replace(context, positions=self._positions)
         # Innermost first: attention blocks are tested with their norms already fused.
         for kind in (FusedRMSNorm, FusedFeedForward, FusedRouter, FusedAttention):
             self._replace_all(kind)
+        self._fuse_recurrent()
         if runs_kernels(device):
             for layer in self.injection.expert_layers:
                 fuse_gate(layer, self.elementwise, model.dtype, device)
@@ -83,6 +87,15 @@ class Fusion:
                     setattr(parent, name, proved)
                 self.fused[type(source).__name__] += 1
 
+    def _fuse_recurrent(self) -> None:
+        for layer in self.injection.recurrent_layers:
+            form = layer.rule.native(layer.module) if layer.rule.native and self._tokens.is_cpu else None
+            if form is not None and is_equivalent_form(layer, form, self.model.dtype):
+                layer.native = form
+                self.fused[type(layer.module).__name__] += 1
+            else:
+                self.kept[type(layer.module).__name__] += 1
+
     def _modules(self, kind: Any) -> list[nn.Module]:
         """The modules that `kind` might replace."""
         attention = set(self.injection.attention_layers)
@@ -98,14 +111,17 @@ class Fusion:
             return
         if kind is FusedRMSNorm and source.weight.dtype == self.model.dtype:
             yield FusedRMSNorm(source, self.elementwise)
+            if isinstance(self.elementwise, NativeElementwise):
+                yield OffsetRMSNorm(source, self.elementwise)
         elif kind is FusedRouter and runs_kernels(self._tokens.device):
             yield from (FusedRouter(source, normalise) for normalise in (True, False))
         elif kind is FusedFeedForward:
             yield from (FusedFeedForward(source, activation, self.elementwise) for activation in ACTIVATIONS)
-        elif kind is FusedAttention and (asked := options[source.layer_idx]).sinks is None:  # type: ignore[index]
+        elif kind is FusedAttention and not (asked := options[source.layer_idx]).is_per_head:  # type: ignore[index]
             if runs_kernels(self._tokens.device) and PlacedAttention.candidate(source):
                 yield PlacedAttention(source, asked, self.elementwise)
             yield FusedAttention(source, asked, self.elementwise)
+            yield GatedAttention(source, asked, self.elementwise)
 
     def _run(self, modules: list[nn.Module]) -> tuple[dict[nn.Module, Call], dict[int, AttentionOptions]]:
         """The inputs of `modules` in one forward of the model, and the attention options of each layer."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ulysses_infer.kernels.scaled_rows import NONE, QuantisedRows
-from ulysses_infer.model.fusion.elementwise import Elementwise
+from ulysses_infer.model.fusion.elementwise import Elementwise, NativeElementwise
 from ulysses_infer.model.layers.norm import PerHeadNorm, ShardedRMSNorm
 
 
@@ -41,6 +41,22 @@ class FusedRMSNorm(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | QuantisedRows]:
         """See `Elementwise.add_rms_norm`."""
         return self._elementwise.add_rms_norm(x, residual, self.weight, self.eps, kind)
+
+
+class OffsetRMSNorm(FusedRMSNorm):
+    """`(1 + weight) * x / rms(x)`, rounded once at the end (as in gemma), in C on a CPU."""
+
+    _elementwise: NativeElementwise
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """See `FusedRMSNorm.forward`."""
+        return self._elementwise.rms_norm(hidden_states, self.weight, self.eps, offset=1.0)
+
+    def add_and_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, kind: int = NONE
+    ) -> tuple[torch.Tensor, torch.Tensor | QuantisedRows]:
+        """See `FusedRMSNorm.add_and_norm`."""
+        return self._elementwise.add_rms_norm(x, residual, self.weight, self.eps, offset=1.0)
 
 
 def _epsilon(source: Any) -> Any:

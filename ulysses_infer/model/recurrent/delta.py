@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from ulysses_infer.model.recurrent.native_delta import DeltaParts, FedPart, NativeDeltaNet
 from ulysses_infer.model.recurrent.rules import Input, OwnWeight, Rule, convolution
 from ulysses_infer.parallel.grouped_sharding import GroupedSharding
 from ulysses_infer.parallel.sharding import Part, Sharding
@@ -18,7 +20,20 @@ def interleaved_delta_net(module: Any) -> Rule:
         Input("in_proj_qkvz", GroupedSharding((key, key, value, value), keys)),
         Input("in_proj_ba", GroupedSharding((head, head), keys)),
     )
-    return _delta_net(module, inputs, "out_proj")
+    return _delta_net(module, inputs, "out_proj", _interleaved_parts)
+
+
+def _interleaved_parts(module: Any) -> DeltaParts:
+    each, key, value = module.num_v_heads // module.num_k_heads, module.head_k_dim, module.head_v_dim
+    group = 2 * (key + each * value)
+    return DeltaParts(
+        q=FedPart(0, 0, group),
+        k=FedPart(0, key, group),
+        v=FedPart(0, 2 * key, group, value),
+        z=FedPart(0, 2 * key + each * value, group, value),
+        b=FedPart(1, 0, 2 * each, 1),
+        a=FedPart(1, each, 2 * each, 1),
+    )
 
 
 def delta_net(module: Any) -> Rule:
@@ -31,7 +46,20 @@ def delta_net(module: Any) -> Rule:
         Input("in_proj_b", head),
         Input("in_proj_a", head),
     )
-    return _delta_net(module, inputs, "out_proj")
+    return _delta_net(module, inputs, "out_proj", _consecutive_parts)
+
+
+def _consecutive_parts(module: Any) -> DeltaParts:
+    each, key, value = module.num_v_heads // module.num_k_heads, module.head_k_dim, module.head_v_dim
+    keys = module.num_k_heads * key
+    return DeltaParts(
+        q=FedPart(0, 0, key),
+        k=FedPart(0, keys, key),
+        v=FedPart(0, 2 * keys, each * value, value),
+        z=FedPart(1, 0, each * value, value),
+        b=FedPart(2, 0, each, 1),
+        a=FedPart(3, 0, each, 1),
+    )
 
 
 def separate_delta_net(module: Any) -> Rule:
@@ -47,7 +75,10 @@ def _heads(module: Any) -> tuple[Part, Part]:
     return Part(module.num_k_heads, module.head_k_dim, shared=True), Part(module.num_v_heads, module.head_v_dim)
 
 
-def _delta_net(module: Any, inputs: tuple[Input, ...], output: str) -> Rule:
+def _delta_net(
+    module: Any, inputs: tuple[Input, ...], output: str, parts: Callable[[Any], DeltaParts] | None = None
+) -> Rule:
+    """parts: where the inputs' parts lie, for the native form."""
     key, value = _heads(module)
     mixed, head = Sharding((key, key, value)), Sharding((Part(value.units),))
     return Rule(
@@ -63,6 +94,7 @@ def _delta_net(module: Any, inputs: tuple[Input, ...], output: str) -> Rule:
             "conv_dim": (key, key, value),
         },
         units={"key heads": (key.units, True), "value heads": (value.units, False)},
+        native=None if parts is None else lambda own: NativeDeltaNet.of(own, parts(own)),
     )
 
 

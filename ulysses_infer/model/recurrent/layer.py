@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ulysses_infer.cache.states import StateShape
+from ulysses_infer.cache.states import StateCache, StateShape
 from ulysses_infer.errors import ConfigError, UnsupportedModelError
 from ulysses_infer.model.context import StepContext, step_context
 from ulysses_infer.model.layers.linear import Cut, ShiftLinear
@@ -18,7 +18,7 @@ from ulysses_infer.model.quantization.layers import shift_linear
 from ulysses_infer.model.quantization.linear import QuantizedLinear
 from ulysses_infer.model.quantization.scheme import MARK
 from ulysses_infer.model.recurrent.exchange import InputExchange, heads_to_tokens, tokens_to_heads
-from ulysses_infer.model.recurrent.rules import Input, Owner, Rule
+from ulysses_infer.model.recurrent.rules import InnerForm, Input, Owner, Rule
 from ulysses_infer.model.recurrent.runs import Run, runs_of
 from ulysses_infer.model.recurrent.states import LayerStates, RecordedStates
 from ulysses_infer.model.recurrent.view import ModuleView
@@ -55,6 +55,8 @@ class RecurrentLayer:
         self._cache_name = _cache_name(module, rule)
         self.state_shapes = self._find_state_shapes()
         """The states that this rank keeps of each sequence, the same in every mode."""
+        self.native: InnerForm | None = None
+        """Runs the inner part instead of the forward of the layer's class."""
         module.forward = self.forward  # the instance attribute overrides the method
 
     def _cut(self, path: str, cut: Cut, sharding: Sharding, base: Place) -> ShiftLinear | QuantizedLinear:
@@ -95,7 +97,7 @@ class RecurrentLayer:
         module = copy.deepcopy(self.module).to("meta")
         states = RecordedStates(self.module.layer_idx)
         like = next(module.parameters())
-        sizes = [sum(span.size for span in self.owner.spans(each.sharding)) for each in self.rule.inputs]
+        sizes = self.own_widths
         dtype = self.module.get_submodule(self.rule.inputs[0].name).weight.dtype
         self._fed = [like.new_empty(1, RECORDED_TOKENS, size, dtype=dtype) for size in sizes]
         view = self._make_view(module)
@@ -103,6 +105,11 @@ class RecurrentLayer:
         with torch.no_grad():
             view(self._fed[0], **{self._cache_name: states})
         return states.shapes
+
+    @property
+    def own_widths(self) -> list[int]:
+        """Own features of each projection's output."""
+        return [sum(span.size for span in self.owner.spans(each.sharding)) for each in self.rule.inputs]
 
     # -- running -----------------------------------------------------------------------------------------------
 
@@ -148,7 +155,13 @@ class RecurrentLayer:
     def _run_one(self, context: StepContext, run: Run, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns [n * length, own features]."""
         assert context.states is not None
-        states = LayerStates(context.states, self.module.layer_idx, run.slots)
+        if self.native is not None:
+            return self.native(context.states, self.module.layer_idx, run, inputs)
+        return self.run_inner(context.states, run, inputs)
+
+    def run_inner(self, cache: StateCache, run: Run, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Run the forward of the layer's class. inputs: each [T, own features]; returns [n * length, own features]."""
+        states = LayerStates(cache, self.module.layer_idx, run.slots)
         self._fed = [run.take(each) for each in inputs]
         self._view.states = states
         output = self._view(self._fed[0], **{self._cache_name: states})

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import torch
+
+from ulysses_infer.cache.states import StateCache
+from ulysses_infer.model.recurrent.runs import Run
 from ulysses_infer.parallel.layout import Span
 from ulysses_infer.parallel.sharding import Part, Sharding
+
+
+class InnerForm(Protocol):
+    """Another form of the inner part of a layer."""
+
+    def __call__(self, states: StateCache, layer: int, run: Run, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """inputs: each [T, own features]; returns [n * length, own features] of the run, and updates its states."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,8 @@ class Rule:
     """
     forward: Callable[..., Any] | None = None
     """Instead of the forward of the layer's class."""
+    native: Callable[[Any], InnerForm | None] | None = None
+    """Makes the inner part's form in C from the layer, with this rank's heads and weights; None if it does not fit."""
     returns_pair: bool = False
     """Whether the model expects a second result, which it does not use."""
 
