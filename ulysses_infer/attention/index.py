@@ -21,6 +21,8 @@ from ulysses_infer.kernels.launch import runs_kernels
 from ulysses_infer.parallel.layout import Span
 
 SCORES_PER_CALL = 1 << 24  # bounds the scores of all index heads to 64 MiB of float32
+SCRATCH_BYTES = 1 << 29
+"""What an index takes during a step: scores, and the slots of 8192 tokens with 2048 selected keys, twice."""
 LAST = (1 << 31) - 1
 
 

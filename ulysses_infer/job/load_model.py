@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ulysses_infer.arithmetic import ceil_div
+from ulysses_infer.attention.index import SCRATCH_BYTES
 from ulysses_infer.cache.budget import MemoryBudget, activation_bytes, available_memory, check_weights_fit
 from ulysses_infer.cache.paged import FP8
 from ulysses_infer.config import Config
@@ -143,7 +144,8 @@ def _make_budget(config: Config, blueprint: ModelBuilder, dense_bytes: int, avai
 def step_bytes(config: Config, shape: ModelShape, dtype: torch.dtype, num_tokens: int, num_rows: int) -> int:
     """Upper bound of the temporary tensors of a step of `num_tokens` tokens, with logits of `num_rows` of them."""
     share = ceil_div(shape.vocab_size, config.parallel.world_size)
-    return activation_bytes(num_tokens, shape.residual_width, shape.intermediate_size, share, num_rows, dtype.itemsize)
+    sizes = num_tokens, shape.residual_width, shape.intermediate_size, share, num_rows, dtype.itemsize
+    return activation_bytes(*sizes) + (SCRATCH_BYTES if shape.has_index else 0)
 
 
 def _attach_adapters(config: Config, model: ShiftModel, device: torch.device) -> None:

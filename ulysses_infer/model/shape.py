@@ -87,6 +87,11 @@ class ModelShape:
         """Whether a layer caches latents."""
         return any(layer is not None and layer.values_in_keys for layer in self.layers)
 
+    @property
+    def has_index(self) -> bool:
+        """Whether a layer has an index (learned sparse attention)."""
+        return any(layer is not None and layer.index_width > 0 for layer in self.layers)
+
     def key_value_heads_of(self, shard: int, layout: Layout) -> int:
         """Number of KV heads that `shard` caches of the first layer with attention, in every mode."""
         return self.first_heads.cached_by(shard, layout)
