@@ -8,19 +8,15 @@ from typing import Any
 from ulysses_infer.model.adapters.base import SeparateAttention, replace_all
 from ulysses_infer.model.adapters.bert import adapt_bert, adapt_big_bird, adapt_roformer
 from ulysses_infer.model.adapters.bloom import adapt_bloom
-from ulysses_infer.model.adapters.chameleon import adapt_chameleon
-from ulysses_infer.model.adapters.ctrl import adapt_ctrl
 from ulysses_infer.model.adapters.dbrx import adapt_dbrx
 from ulysses_infer.model.adapters.decoders import adapt_decoder, adapt_mvp
 from ulysses_infer.model.adapters.early_gpt import adapt_gpt, adapt_gpt_neo, adapt_gpt_neox_japanese
 from ulysses_infer.model.adapters.falcon import adapt_falcon
-from ulysses_infer.model.adapters.gpt_bigcode import adapt_gpt_bigcode
 from ulysses_infer.model.adapters.gptj import adapt_codegen, adapt_gptj
 from ulysses_infer.model.adapters.jetmoe import adapt_jetmoe
-from ulysses_infer.model.adapters.kosmos import adapt_kosmos
-from ulysses_infer.model.adapters.mllama import adapt_mllama
-from ulysses_infer.model.adapters.moshi import adapt_moshi
 from ulysses_infer.model.adapters.mpt import adapt_mpt
+from ulysses_infer.model.adapters.multimodal import adapt_chameleon, adapt_kosmos, adapt_mllama
+from ulysses_infer.model.adapters.projections import adapt_ctrl, adapt_gpt_bigcode, adapt_moshi
 from ulysses_infer.model.injection.architectures import DECODERS, ENCODERS
 
 ADAPTERS: dict[str, Callable[[Any], None]] = {
