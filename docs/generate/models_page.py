@@ -58,6 +58,28 @@ their projections in an order of their own, or count positions from the batch. T
 - *Llama 3.2 Vision*: without an image, transformers skips the layers that attend to one. They are removed.
 - JetMoE's experts, DBRX's, and the feed-forward blocks of encoders are whole on every rank.
 
+## Heads that do not divide over the ranks
+
+Any number of query and KV heads runs on any number of ranks (`parallel.pad_heads: auto`, the default; `never` refuses
+what does not divide and names the numbers of ranks that fit). Ranks get consecutive query heads, as equal in number as
+possible. For the all-to-all and attention, each is padded to the same number of KV heads and of query heads per KV
+head (`parallel/head_layout.py`). Among all layouts this takes the fewest KV heads per rank, because they determine how
+many tokens the cache holds, and then the fewest query heads. Padding repeats a head that the rank has anyway, and its
+output is dropped, so results do not change. Weights contain no padding: a rank stores the rows of its own heads, as
+views of the checkpoint where it can, of any quantized format. A rank without a head of its own (3 heads on 4 ranks)
+computes a neighbour's and adds zero. In full tensor parallelism nothing is padded unless a rank's KV heads have
+different numbers of query heads. The start logs what padding costs:
+
+| model | query, KV heads | ranks | per rank | attention | KV cache | all-to-all |
+|---|---|---|---|---|---|---|
+| Qwen2.5-7B | 28, 4 | 8 | 4, 1 | +14% | +0% | +11% |
+| SmolLM2-135M | 9, 3 | 2 | 6, 2 | +33% | +33% | +33% |
+| Qwen2.5-0.5B | 14, 2 | 4 | 4, 1 | +14% | +0% | +11% |
+| Falcon-7B | 71, 1 | 8 | 9, 1 | +1% | +0% | +1% |
+
+`tests/equivalence/test_padded_heads.py` compares these four with transformers, and models with packed projections,
+norms over all heads, sinks, biases per head, latents and fewer heads than ranks.
+
 ## Recurrent and convolutional layers
 
 Layers with a recurrent state (Mamba, gated delta rules, lightning attention, short convolutions) run transformers' own

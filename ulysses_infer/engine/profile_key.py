@@ -65,14 +65,15 @@ def device_name(device: torch.device) -> str:
 
 def assumed(worker: Worker, modes: Sequence[Mode]) -> list[Measurement]:
     """Estimated step times, from the model's sizes and the nominal speed of this kind of device."""
-    shape = worker.model.shape
+    shape, layout = worker.model.shape, worker.groups.layout
+    heads = shape.first_heads.on(layout) if shape.num_attention_heads else None
     sizes = Sizes(
         shape.num_layers,
         shape.hidden_size,
-        shape.num_attention_heads,
-        shape.num_key_value_heads,
+        heads.query_slots * layout.world_size if heads else 0,
+        heads.key_value_slots * layout.world_size if heads else 0,
         shape.key_width,
-        worker.model.weight_bytes // worker.model.dtype.itemsize * worker.groups.layout.base.tp,
+        worker.model.weight_bytes // worker.model.dtype.itemsize * layout.base.tp,
         worker.model.dtype.itemsize,
     )
     machine: Machine = GPU if worker.device.type == "cuda" else CPU

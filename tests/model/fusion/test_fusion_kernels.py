@@ -47,9 +47,28 @@ def run_with_kernels(folder: Path, base: tuple[int, int], profile: Profile, prom
     ids=str,
 )
 def test_kernels_equal_transformers(family: str, base: tuple[int, int], rank_pool: Any, tmp_path: Path) -> None:
-    model = make_checkpoint(tiny_config(family), tmp_path)
-    expected = make_reference(model, tmp_path, make_prompts(lengths=LENGTHS), NEW_TOKENS)
-    outcomes = rank_pool(base[0] * base[1]).run(run_with_kernels, tmp_path, base, KERNELS, expected.prompts)
+    check_kernels(family, base, rank_pool, tmp_path)
+
+
+@pytest.mark.thorough
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("family", "base", "heads"),
+    [("llama", (2, 1), (9, 3)), ("qwen2", (2, 2), (6, 2)), ("qwen3", (4, 1), (6, 3)), ("llama", (4, 1), (3, 3))],
+    ids=str,
+)
+def test_kernels_equal_transformers_with_padded_heads(
+    family: str, base: tuple[int, int], heads: tuple[int, int], rank_pool: Any, tmp_path: Path
+) -> None:
+    sizes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 8 * heads[0]}
+    check_kernels(family, base, rank_pool, tmp_path, **sizes)
+
+
+def check_kernels(family: str, base: tuple[int, int], rank_pool: Any, folder: Path, **sizes: int) -> None:
+    """A tiny model of `family` on every rank of `base`, against transformers."""
+    model = make_checkpoint(tiny_config(family, **sizes), folder)
+    expected = make_reference(model, folder, make_prompts(lengths=LENGTHS), NEW_TOKENS)
+    outcomes = rank_pool(base[0] * base[1]).run(run_with_kernels, folder, base, KERNELS, expected.prompts)
     check(outcomes, expected, KERNELS, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
 
 

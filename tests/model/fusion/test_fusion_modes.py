@@ -44,6 +44,13 @@ def test_stacked_weights(base: tuple[int, int], family: str, rank_pool: Any, ref
     run(rank_pool, run_stacked, reference(family), base, profile)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("base", [(2, 1), (1, 2), (2, 2), (1, 4)], ids=str)
+def test_stacked_weights_with_heads_that_do_not_divide(base: tuple[int, int], rank_pool: Any, reference: Any) -> None:
+    sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}
+    run(rank_pool, run_stacked, reference("llama", **sizes), base, CROWD)
+
+
 @pytest.mark.parametrize("key_value_heads", [1, pytest.param(2, marks=pytest.mark.thorough), 8])
 def test_stacked_weights_with_few_or_many_key_value_heads(key_value_heads: int, rank_pool: Any, reference: Any) -> None:
     run(rank_pool, run_stacked, reference("llama", num_key_value_heads=key_value_heads), (4, 1), CROWD)
