@@ -17,6 +17,7 @@ from ulysses_infer.child_processes import end_children_with_this_process
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # dozens of programs import the package: the first one compiles it
 
 hypothesis.settings.register_profile("ulysses_infer", deadline=None, derandomize=True)  # the same examples in every run
 hypothesis.settings.load_profile("ulysses_infer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.launcher import DEMO, LAUNCH, ROOT, Running, deepspeed, run, ulysses_infer
+from tests.launcher import DEMO, LAUNCH, ROOT, WAIT_SECONDS, Running, deepspeed, environment, run, ulysses_infer
+from tests.server.job import ForkedRank
+from ulysses_infer.job.processes import free_port
 from ulysses_infer.launch import import_from_checkout
 
 pytestmark = pytest.mark.launcher
@@ -38,31 +41,43 @@ def test_demo_shifts_between_both_modes_and_accounts_for_it(tmp_path: Path) -> N
     assert resolved["generate"]["sampling"]["max_tokens"] == 24
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        pytest.param(
-            "polcy.name=static",
-            "error: unknown key 'polcy.name' in the command line; did you mean 'policy.name'?",
-            marks=pytest.mark.thorough,
-        ),
-        pytest.param(
-            "parallel.sp=4",
-            "error: parallel.sp * parallel.tp = 4 * 1 = 4, but the job has 2 ranks; start 4 ranks",
-            marks=pytest.mark.thorough,
-        ),
-        ("cache.num_blocks=1", "error: "),  # found when the engine is up
-    ],
-)
-def test_user_error_is_one_line_from_all_ranks_together(override: str, message: str) -> None:
-    result = run(deepspeed(2, *DEMO, override))
+ERRORS = [
+    ("polcy.name=static", "error: unknown key 'polcy.name' in the command line; did you mean 'policy.name'?"),
+    ("parallel.sp=4", "error: parallel.sp * parallel.tp = 4 * 1 = 4, but the job has 2 ranks; start 4 ranks"),
+    ("cache.num_blocks=1", "error: "),  # found when the engine is up
+]
 
-    printed = result.stdout + result.stderr
+
+def assert_one_line(printed: str, message: str) -> None:
     errors = [line for line in printed.splitlines() if line.startswith("error:")]
-    assert result.returncode == 2, printed
-    assert len(errors) == 1
+    assert len(errors) == 1, printed
     assert errors[0].startswith(message)
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(("override", "message"), ERRORS)
+def test_user_error_is_one_line_from_all_ranks_together(override: str, message: str) -> None:
+    meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    read, write = os.pipe()
+    ranks = [
+        ForkedRank([*DEMO, override], {**environment(), **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}, write)
+        for rank in range(2)
+    ]
+    os.close(write)
+    assert ranks[0].wait(WAIT_SECONDS) == 2
+    ranks[1].kill()  # as a launcher does once a rank has ended
+    ranks[1].wait(WAIT_SECONDS)
+    with open(read) as printed:
+        assert_one_line(printed.read(), message)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("override", "message"), ERRORS)
+def test_user_error_is_one_line_under_the_launcher(override: str, message: str) -> None:
+    result = run(deepspeed(2, *DEMO, override))
+
+    assert result.returncode == 2
+    assert_one_line(result.stdout + result.stderr, message)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])

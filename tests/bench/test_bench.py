@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.caches import empty_cache
 from ulysses_infer.bench import offline as bench
 from ulysses_infer.bench.random_model import SHAPES, random_model
 from ulysses_infer.cli.arguments import parse
@@ -25,7 +26,7 @@ TINY = {
 @pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setitem(SHAPES, "llama-60m", TINY)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", empty_cache(tmp_path))
     return random_model("llama-60m")
 
 

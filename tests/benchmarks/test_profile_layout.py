@@ -1,10 +1,12 @@
 """The measurement of one rank alone: every mode and load is run, and the figures say how they were obtained."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
+
+from tests.ranks import start_forked
 
 CONFIG = {
     "model_type": "llama",
@@ -20,15 +22,19 @@ CONFIG = {
 }
 
 
+def measure(arguments):
+    """What the forked process does."""
+    sys.argv = ["profile_layout", *arguments]
+    runpy.run_module("benchmarks.profile_layout", run_name="__main__")
+
+
 @pytest.mark.parametrize("weights", [pytest.param([], marks=pytest.mark.thorough), ["--fp8"]])
 def test_one_rank_of_eight_is_measured_in_every_mode(tmp_path, weights):
     (tmp_path / "tiny.json").write_text(json.dumps(CONFIG))
     output = tmp_path / "out.json"
-    subprocess.run(
+    measured = start_forked(
+        measure,
         [
-            sys.executable,
-            "-m",
-            "benchmarks.profile_layout",
             str(tmp_path / "tiny.json"),
             "--rank",
             "3",
@@ -51,10 +57,9 @@ def test_one_rank_of_eight_is_measured_in_every_mode(tmp_path, weights):
             str(output),
             *weights,
         ],
-        check=True,
-        timeout=240,
-        stdout=subprocess.DEVNULL,
     )
+    measured.join(240)
+    assert measured.exitcode == 0
     saved = json.loads(output.read_text())
     assert (saved["model"], saved["base"], saved["rank"], saved["layers"]) == ("tiny", [8, 1], 3, 2)
     assert "random weights" in saved["how"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.caches import empty_cache
 from tests.job.test_child_processes import MARK, assert_gone, marked
 
 pytestmark = pytest.mark.launcher
@@ -36,7 +37,12 @@ def test_that_never_ends():
 
 def start(command, mark, last, cache):
     """The command, once it has started a process with `last` in its command line."""
-    variables = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": empty_cache(cache),
+    }
     output = subprocess.DEVNULL
     process = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **variables, MARK: mark}, stdout=output, stderr=output

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.caches import empty_cache
 from tests.tiny import encode, settings
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.cli import calibrate as command
@@ -26,7 +27,7 @@ SHORT = {"policy.calibration_seconds": 0.5}
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", empty_cache(tmp_path))
 
 
 def adaptive(sp=1, **changes):

@@ -15,7 +15,7 @@ from tests.launcher import run
         ("train_demo_model", "path"),
         pytest.param("train_demo_model", "module", marks=pytest.mark.thorough),
         pytest.param("train_rollouts", "path", marks=pytest.mark.thorough),  # as in `test_train_rollouts.py`
-        ("train_rollouts", "module"),
+        pytest.param("train_rollouts", "module", marks=pytest.mark.thorough),
     ],
 )
 def test_script_starts(name: str, way: str) -> None:

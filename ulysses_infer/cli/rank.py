@@ -16,6 +16,7 @@ from ulysses_infer.console.library_logging import quiet_libraries, set_up_loggin
 from ulysses_infer.console.screen import restore_cursor
 from ulysses_infer.errors import ConfigError, EngineDeadError, UlyssesError, is_lost_connection
 from ulysses_infer.job.lifetime import Guard
+from ulysses_infer.worker.memory import relax_gc
 
 USER_ERROR, BUG = 2, 1
 PATIENCE_SECONDS = 10.0
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> NoReturn:
     All ranks exit by themselves. An error is one line, on rank 0.
     """
     rank = int(os.environ.get("RANK", "0"))
+    relax_gc()
     quiet_libraries(rank)
     guard = Guard(restore_cursor if rank == 0 else _nothing)
     status = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def profile_key(worker: Worker, modes: Sequence[Mode]) -> dict[str, Any]:
     return {
         "model": {
             "type": model.injection.config.model_type,
-            **asdict(model.shape),
+            **json.loads(json.dumps(asdict(model.shape))),  # as read back: lists, not tuples
             "weight_bytes": model.weight_bytes,
             "dtype": str(model.dtype).removeprefix("torch."),
             **({"hf_overrides": dict(model.hf_overrides)} if model.hf_overrides else {}),

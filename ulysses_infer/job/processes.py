@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ulysses_infer.child_processes import end_with_parent
 from ulysses_infer.config import Config
 from ulysses_infer.errors import ConfigError, EngineDeadError
+from ulysses_infer.worker.memory import relax_gc
 
 if TYPE_CHECKING:
     from ulysses_infer.model.loading.files import TensorSource
@@ -193,6 +194,7 @@ def _worker_main(parent: int, rank: int, world_size: int, port: int, ready: int)
     """Entry point of a worker process. Reads the configuration from standard input, then follows rank 0's plans."""
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    relax_gc()
     import torch
 
     from ulysses_infer.errors import UlyssesError, failure_reason, is_lost_connection

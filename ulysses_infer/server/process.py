@@ -25,6 +25,7 @@ from ulysses_infer.job.watchdog import Address, WatchdogClient
 from ulysses_infer.server.client import EngineClient, Observer
 from ulysses_infer.server.replicas import LeaderAcceptor
 from ulysses_infer.server.router import Router
+from ulysses_infer.worker.memory import freeze_gc, relax_gc
 
 SHUTDOWN_SECONDS = 1.5  # for clients to read that the engine is dead, and for /health to report it
 CLOSING_SECONDS = 5  # for connections to close once every request has been answered
@@ -142,6 +143,7 @@ def main() -> None:
     end_with_parent(os.getppid(), patience=SHUTDOWN_SECONDS + CLOSING_SECONDS)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    relax_gc()
     link, listener, endpoint = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:4])
     startup: StartupSettings = pickle.loads(sys.stdin.buffer.read())
     import uvloop
@@ -165,7 +167,6 @@ async def serve(
     from ulysses_infer.server.http.app import make_app
     from ulysses_infer.server.http.context import make_context
     from ulysses_infer.server.observe import Observatory
-    from ulysses_infer.worker.memory import freeze_gc
 
     observatory = Observatory(startup.config)
     engine = Router(observatory, startup.config.parallel.dp)

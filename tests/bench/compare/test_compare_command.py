@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.caches import empty_cache
 from tests.tiny import tiny_llama
 from ulysses_infer.cli.arguments import parse
 from ulysses_infer.errors import ConfigError
@@ -63,7 +64,7 @@ def test_a_tiny_comparison_from_start_to_report(tmp_path, names):
     command += ["smoke", "--repeats", "1", "--protocol", "shape,bursty", "--output", str(output), *SETTINGS]
     command += [] if len(names) == len(CONTENDERS) else ["--contenders", ",".join(names)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    environment["XDG_CACHE_HOME"] = empty_cache(tmp_path / "cache")
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((output / "results.json").read_text())
