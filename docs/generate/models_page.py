@@ -80,6 +80,39 @@ different numbers of query heads. The start logs what padding costs:
 `tests/equivalence/test_padded_heads.py` compares these four with transformers, and models with packed projections,
 norms over all heads, sinks, biases per head, latents and fewer heads than ranks.
 
+## Learned sparse attention
+
+In DeepSeek-V3.2, GLM-MoE-DSA, A.X-K2, Hunyuan-V4, Mistral-Large-4 and dots3-note, layers have an *index*: small heads
+score all earlier tokens for each token, which attends to the best `index_topk` of them. The index runs transformers'
+own code up to the scores, which are computed where its keys are cached (`model/layers/key_index.py`,
+`attention/index.py`, `kernels/index.py`). Layers that share a selection (GLM, Hunyuan, Mistral) share it here, too.
+
+- *Cache.* Index keys lie in the blocks of the latents, in the model's dtype even if the cache is FP8. All heads of an
+  index see one key per token, so every rank holds the keys of all tokens: the same in every mode.
+- *Modes.* A rank scores keys for the tokens of its slice, with all index heads, so the selection does not depend on how
+  attention heads are sharded. Ranks of a TP group compute the same from the same inputs. Under SP, two all-gathers per
+  index exchange the step's keys and the selected slots.
+- *Ties.* Of keys with equal scores the earlier are selected; transformers selects any of them.
+- *Attention.* To a back end, each token is a sequence of its own in blocks of one slot. On a GPU, Triton kernels score
+  and select, and are captured in CUDA graphs; flashinfer and flash_attn, which are planned on the host, are not used.
+  On a CPU, torch scores and selects, and decode steps are not recorded.
+- *Short sequences.* Attention is dense if no sequence of a step is longer than `index_topk`. Captured steps select
+  unless `model.max_model_len` is that short.
+
+DeepSeek-V3.2 in FP8 on 8 H200 (`python -m tools.cache_table configs/models/deepseek-v3.2.json`, without weights): each
+rank stores 93.2 GiB of weights. Of 83.9 KiB of cache per token, index keys take 15.3 KiB; the heads of a rank would
+take 610 KiB.
+
+| tokens of a request | its cache on a rank | of heads | requests that fit | of heads |
+|---|---|---|---|---|
+| 8,192 | 0.66 GiB | 4.77 GiB | 49 | 6 |
+| 32,768 | 2.62 GiB | 19.06 GiB | 12 | 1 |
+| 131,072 | 10.48 GiB | 76.25 GiB | 3 | 0 |
+
+`tests/equivalence/test_selected_keys.py` compares these models with transformers, with 8 of up to 54 keys selected, and
+DeepSeek-V3.2 with its real heads, experts and index heads on 8 ranks. DeepSeek-V4 is refused: it attends to entries
+that are compressed from windows of tokens.
+
 ## Recurrent and convolutional layers
 
 Layers with a recurrent state (Mamba, gated delta rules, lightning attention, short convolutions) run transformers' own

@@ -123,7 +123,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("linear_key_head_dim", "linear_head_dim"), 8),
     "linear_num_key_heads": 2,  # fewer than ranks
     "linear_value_head_dim": 12,
-    **dict.fromkeys(("index_n_heads", "index_topk", "index_head_dim"), 8),
+    **dict.fromkeys(("index_topk", "index_head_dim"), 8),
+    "index_n_heads": 16,  # with few heads, many keys have no score but 0, of which transformers selects any
     "query_pre_attn_scalar": 16,
     "layer_group_size": 2,
 }
@@ -200,6 +201,25 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "ssm_multipliers": [0.9, 1.1, 1.2, 0.8, 1.3],
     },
     "nemotron_h": {**SCAN, "mamba_num_heads": 8, "mamba_head_dim": 12, "ssm_state_size": 8, "n_groups": 2},
+    **{name: {"indexer_types": ["full", "shared"]} for name in ("glm_moe_dsa", "hy_v4")},
+    "mistral_large4_text": {
+        "layer_types": ["indexed_attention"] * 4,
+        "indexer_types": ["full", "shared", "full", "shared"],
+        "no_rope_layers": [1, 0, 1, 0],
+        "kv_source_layers": [0, 1, 0, 1],
+    },
+    "dots3_note_text": {
+        "shared_experts_intermediate_size": 24,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 12,
+        "swa_kv_lora_rank": 24,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 12,
+        "swa_v_head_dim": 8,
+    },
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense"], "per_layer_config": {}, "adapter_out_dim": 64},
+    "dots3_note_audio_encoder": {"adapter_out_dim": 64},
     "flint": {"mlp_only_layers": [0], "num_experts": 4},
     "deepseek_v3": {"n_group": 2, "topk_group": 1},
     "nemotron": {"head_dim": 8},
@@ -309,9 +329,9 @@ def parts_of(config: Any) -> dict[str, Any]:
 
 
 def _key_value_choices(config: Any) -> list[int]:
-    has_any = any(getattr(config, name, None) is not None for name in KEY_VALUE_HEADS)
-    latent = getattr(config, "kv_lora_rank", None)
-    return [4, HEADS] if has_any and not latent else [HEADS]
+    known = config.to_dict()  # a config whose layers differ refuses to say what they differ in
+    has_any = any(known.get(name) is not None for name in KEY_VALUE_HEADS)
+    return [4, HEADS] if has_any and not known.get("kv_lora_rank") else [HEADS]
 
 
 def _shrunk(config: Any, key_value_heads: int, encoders: dict[str, Any]) -> Any:

@@ -46,6 +46,8 @@ def attach_index(attention: nn.Module, child: str, layer: int) -> int:
     Its weights keep their names.
     """
     indexer: Any = attention.get_submodule(child)
+    if not hasattr(indexer, "head_dim"):
+        raise UnsupportedModelError(f"{type(indexer).__name__} is an index of a kind that is not supported")
     indexer.forward = LayerIndex(indexer, layer)  # the instance attribute overrides the method
     attention.register_forward_pre_hook(_give_no_mask, with_kwargs=True)
     return int(indexer.head_dim)
