@@ -174,6 +174,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8, "n_inner": None},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "alibi": False},
+    "diffllama": {"num_key_value_heads": 8},  # as many pairs as ranks
     "phi3": {"original_max_position_embeddings": 128},
     "stablelm": {"qk_layernorm": False},  # refused if true: one norm module per head
     "nanochat": {"head_dim": 8},
@@ -201,6 +202,25 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "ssm_multipliers": [0.9, 1.1, 1.2, 0.8, 1.3],
     },
     "nemotron_h": {**SCAN, "mamba_num_heads": 8, "mamba_head_dim": 12, "ssm_state_size": 8, "n_groups": 2},
+    "zamba": {
+        "layer_types": ["linear_attention", "hybrid", "hybrid"],
+        "n_mamba_heads": 4,
+        "mamba_d_state": 8,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 8,
+    },
+    "zamba2": {
+        **SCAN,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+        "mamba_d_state": 8,
+        "mamba_ngroups": 2,
+        "n_mamba_heads": 8,
+        "adapter_rank": 4,
+        "num_key_value_heads": 8,
+        "use_shared_attention_adapter": True,
+        "use_mem_rope": True,
+    },
     **{name: {"indexer_types": ["full", "shared"]} for name in ("glm_moe_dsa", "hy_v4")},
     "mistral_large4_text": {
         "layer_types": ["indexed_attention"] * 4,

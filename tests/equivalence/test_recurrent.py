@@ -35,9 +35,11 @@ KINDS = (
     "granitemoehybrid",
     "falcon_h1",  # attention and Mamba side by side
     "nemotron_h",  # limited time steps
+    "zamba",  # Mamba in heads
+    "zamba2",  # blocks of attention that layers share
 )
 EAGER = replace(CROWD, name="eager", settings={"runtime.enforce_eager": True})
-NO_PREFIXES = replace(TIGHT, name="tight, no prefixes", prefix_caching=False)
+NO_PREFIXES = replace(TIGHT, prefix_caching=False)
 DEFAULT = (("qwen3_next", (2, 2), CROWD), ("mamba2", (2, 1), TIGHT))
 
 
@@ -54,7 +56,8 @@ def cases() -> list[Any]:
 
 
 def _name(kind: str, base: tuple[int, int], profile: Profile) -> str:
-    return f"{kind}-sp{base[0]}xtp{base[1]}-{profile.name}"
+    prefixes = "" if profile is not NO_PREFIXES else ", no prefixes"
+    return f"{kind}-sp{base[0]}xtp{base[1]}-{profile.name}{prefixes}"
 
 
 @pytest.fixture(scope="module")

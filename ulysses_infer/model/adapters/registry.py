@@ -10,6 +10,7 @@ from ulysses_infer.model.adapters.bert import adapt_bert, adapt_big_bird, adapt_
 from ulysses_infer.model.adapters.bloom import adapt_bloom
 from ulysses_infer.model.adapters.dbrx import adapt_dbrx
 from ulysses_infer.model.adapters.decoders import adapt_decoder, adapt_mvp
+from ulysses_infer.model.adapters.diffllama import adapt_diffllama
 from ulysses_infer.model.adapters.early_gpt import adapt_gpt, adapt_gpt_neo, adapt_gpt_neox_japanese
 from ulysses_infer.model.adapters.falcon import adapt_falcon
 from ulysses_infer.model.adapters.gptj import adapt_codegen, adapt_gptj
@@ -17,6 +18,7 @@ from ulysses_infer.model.adapters.jetmoe import adapt_jetmoe
 from ulysses_infer.model.adapters.mpt import adapt_mpt
 from ulysses_infer.model.adapters.multimodal import adapt_chameleon, adapt_kosmos, adapt_mllama
 from ulysses_infer.model.adapters.projections import adapt_ctrl, adapt_gpt_bigcode, adapt_moshi
+from ulysses_infer.model.adapters.zamba import adapt_zamba
 from ulysses_infer.model.injection.architectures import DECODERS, ENCODERS
 
 ADAPTERS: dict[str, Callable[[Any], None]] = {
@@ -28,6 +30,7 @@ ADAPTERS: dict[str, Callable[[Any], None]] = {
     "codegen": adapt_codegen,
     "ctrl": adapt_ctrl,
     "dbrx": adapt_dbrx,
+    "diffllama": adapt_diffllama,
     "falcon": adapt_falcon,
     "git": adapt_bert,
     "gpt_bigcode": adapt_gpt_bigcode,
@@ -42,6 +45,7 @@ ADAPTERS: dict[str, Callable[[Any], None]] = {
     "mvp": adapt_mvp,
     "openai-gpt": adapt_gpt,
     "roformer": adapt_roformer,
+    **dict.fromkeys(("zamba", "zamba2"), adapt_zamba),
     "xglm": lambda model: replace_all(model, "XGLMAttention", SeparateAttention),
 }
 

@@ -24,11 +24,8 @@ REFUSED: dict[str, str] = {
             "inkling_text",
             "qwen4_exp",
             "qwen4_exp_text",
-            "recurrent_gemma",
             "rwkv",
             "xlstm",
-            "zamba",
-            "zamba2",
             "zaya",
         ),
         RECURRENT,
@@ -57,7 +54,6 @@ REFUSED: dict[str, str] = {
     "blt": "its layers run over byte patches, whose number depends on the text",
     "cpmant": "it puts learned tokens before every text, and its attention sees all of them and all of the prompt",
     "deepseek_v4": "it attends to entries compressed from windows of tokens, which the KV cache does not hold",
-    "diffllama": "its differential attention mixes pairs of heads across shards",
     "doge": "its attention masks keys by value-dependent scores",
     "diffusion_gemma": "it generates blocks of tokens by diffusion, not autoregressively",
     "hrm_text": "its prompts use bidirectional attention, and it runs each layer several times per step",
@@ -147,6 +143,7 @@ VERIFIED: frozenset[str] = frozenset(
         "deepseek_v32",
         "deepseek_vl",
         "deepseek_vl_hybrid",
+        "diffllama",
         "dots1",
         "dots3_note",
         "dots3_note_text",
@@ -340,6 +337,7 @@ VERIFIED: frozenset[str] = frozenset(
         "xlm-roberta-xl",
         "xmod",
         "youtu",
+        "zamba,zamba2",
     )
 )
 

@@ -103,6 +103,7 @@ class Loader:
                 self._convert(name, target.converter, target.keys)
             if progress is not None:
                 progress(done, len(targets))
+        self._share_tied()
         self._check_nothing_left()
 
     def _targets(self) -> dict[str, _Target]:
@@ -124,9 +125,33 @@ class Loader:
         return {**self._tied(targets), **targets}
 
     def _tied(self, targets: Mapping[str, _Target]) -> dict[str, _Target]:
-        """Tied parameters, which checkpoints store once: as those that they are tied to."""
+        """Tied parameters of which this rank keeps another part than of those that they are tied to."""
+        return {
+            name: targets[other]
+            for name, other in self._pairs().items()
+            if name in self.left and other in targets and not self._alike(name, other)
+        }
+
+    def _share_tied(self) -> None:
+        """Make tied parameters, which checkpoints store once, one tensor where this rank keeps the same part."""
+        for name, other in self._pairs().items():
+            if name in self.left and other not in self.left and self._alike(name, other):
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), leaf, self.model.get_parameter(other))
+                self.left.discard(name)
+
+    def _pairs(self) -> Mapping[str, str]:
+        """The parameter that each tied one is tied to."""
         pairs: Mapping[str, str] = getattr(self.model, "all_tied_weights_keys", {})
-        return {name: targets[other] for name, other in pairs.items() if name in self.left and other in targets}
+        return pairs
+
+    def _alike(self, name: str, other: str) -> bool:
+        shapes = [self.parameters[each].shape for each in (name, other) if each in self.parameters]
+        return len(shapes) == 2 and shapes[0] == shapes[1] and self._slices(name) == self._slices(other)
+
+    def _slices(self, name: str) -> Slice:
+        kept: Slice = self.injection.slices(name)
+        return kept
 
     def _is_expert_tensor(self, key: str, targets: dict[str, _Target]) -> bool:
         """Whether `key` belongs to quantized experts; if so, adds it to `targets`."""

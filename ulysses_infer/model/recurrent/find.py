@@ -14,7 +14,7 @@ from ulysses_infer.model.recurrent.delta import (
 )
 from ulysses_infer.model.recurrent.layer import RecurrentLayer
 from ulysses_infer.model.recurrent.lightning import lightning_attention
-from ulysses_infer.model.recurrent.mamba import mamba, mamba2
+from ulysses_infer.model.recurrent.mamba import mamba, mamba2, zamba
 from ulysses_infer.model.recurrent.rules import Owner, Rule, RuleMaker
 from ulysses_infer.parallel.layout import Layout, Place
 
@@ -37,11 +37,13 @@ RULES: dict[frozenset[str], RuleMaker] = {
         (short_convolution, ("conv", "in_proj", "out_proj")),
         (mamba2, ("conv1d", "in_proj", "norm", "out_proj")),
         (mamba2, ("conv1d", "in_proj", "out_proj")),
+        (zamba, ("conv1d", "in_proj", "out_proj", "x_proj_weight")),
         (mamba, _MAMBA),
         (mamba, (*_MAMBA, "dt_layernorm", "b_layernorm", "c_layernorm")),
     )
 }
-"""By the names of all parts with weights."""
+"""By the names of all parts with weights, and those of distinctive weights."""
+DISTINCTIVE = ("x_proj_weight",)
 
 
 def inject_recurrent(decoder: nn.Module, prefix: str, layout: Layout, base: Place) -> list[RecurrentLayer]:
@@ -56,7 +58,8 @@ def inject_recurrent(decoder: nn.Module, prefix: str, layout: Layout, base: Plac
 
 
 def _parts(module: nn.Module) -> frozenset[str]:
-    return frozenset(name for name, child in module.named_children() if any(True for _ in child.parameters()))
+    parts = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
+    return frozenset(parts | {name for name in DISTINCTIVE if hasattr(module, name)})
 
 
 def _made(maker: RuleMaker, module: nn.Module, name: str) -> Rule:

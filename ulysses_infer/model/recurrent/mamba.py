@@ -99,6 +99,24 @@ def mamba(module: Any) -> Rule:
     )
 
 
+def zamba(module: Any) -> Rule:
+    """Zamba: Mamba in heads, each with its own projection to dt, B and C; x and gate alternate channel by channel."""
+    heads, width = module.n_mamba_heads, module.mamba_head_dim
+    each, inner = Sharding((Part(heads),)), Part(heads, width)
+    return Rule(
+        inputs=(Input("in_proj", Sharding((Part(heads, 2 * width),))),),
+        output="out_proj",
+        output_part=inner,
+        weights=(
+            *convolution("conv1d", Sharding((inner,))),
+            *(OwnWeight(name, each) for name in ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")),
+        ),
+        counts={"n_mamba_heads": (Part(heads),), "intermediate_size": (inner,)},
+        units={"Mamba heads": (heads, False)},
+        functions={"mamba_selective_scan": scan_from_state},
+    )
+
+
 def scan_from_state(
     view: ModuleView,
     scan: Callable[..., Any],
@@ -120,6 +138,8 @@ def scan_from_state(
         hidden_states, dt, rates, entries, exits, delta_bias=delta_bias, **{**options, "return_last_state": True}
     )
     before = view.states.state(RECURRENT)
+    if before is not None and before.dim() > last.dim():  # one scan per head: `rates` is that of a head in all of them
+        before = before[:, rates.storage_offset() // rates.numel()]
     if before is not None:
         steps = F.softplus(dt + delta_bias.to(dt.dtype)[..., None]).float().cumsum(dim=-1)
         output = output + _carried(before, steps, rates, exits).to(output.dtype)
