@@ -113,6 +113,34 @@ take 610 KiB.
 DeepSeek-V3.2 with its real heads, experts and index heads on 8 ranks. DeepSeek-V4 is refused: it attends to entries
 that are compressed from windows of tokens.
 
+## Layers that differ
+
+Layers may have different numbers and widths of key/value heads, or read the keys and values of another layer. Each
+layer has its own head plan and its own shape in the cache (`ulysses_infer/cache/paged.py`); layers with the same
+attention span share a block table, whatever their shapes.
+
+- *Gemma 4* (31B, 26B-A4B): global layers have fewer and wider heads than those with windows, and one projection for
+  keys and values. *MiMo-V2-Flash*: layers with windows have twice as many key/value heads; values are narrower than
+  keys.
+- *Gemma 3n, Gemma 4 E2B and E4B*: the last layers attend to the keys and values of an earlier one. They cache nothing,
+  and under SP they exchange only queries. The embeddings of the per-layer inputs are whole on every rank
+  (`embed_tokens_per_layer`, 4.4 GiB in Gemma 3n E4B; the start says how much), and so are AltUp and LAuReL, which are
+  small.
+- *Activation sparsity* (Gemma 3n): the cutoff depends on mean and deviation of all neurons of a token. Under TP the
+  ranks merge theirs in one all-reduce of two numbers per token and rank.
+- *Gemma 3n* with encoders needs the package `timm`, as in transformers, although the encoders are removed.
+
+Gemma 4 31B on 8 H200 in sp8xtp1, in bfloat16, by the loader's own budget (`python -m tools.cache_table`): 57.2 GiB of
+weights per rank leave 68.8 GiB for the cache. Of each token, the 10 global layers keep 20 KiB per rank; all 60 layers
+take 120 KiB within the window of 1024, which full attention would take for every token:
+
+| tokens of a request | its cache per rank | with full attention | requests that fit | with full attention |
+|---|---|---|---|---|
+| 8,192 | 0.255 GiB | 0.938 GiB | 269 | 73 |
+| 32,768 | 0.724 GiB | 3.750 GiB | 95 | 18 |
+| 131,072 | 2.599 GiB | 15.000 GiB | 26 | 4 |
+| 262,144 | 5.099 GiB | 30.000 GiB | 13 | 2 |
+
 ## Recurrent and convolutional layers
 
 Layers with a recurrent state (Mamba, gated delta rules, lightning attention, short convolutions) run transformers' own

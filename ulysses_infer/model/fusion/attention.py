@@ -22,7 +22,7 @@ from ulysses_infer.model.fusion.projections import (
     has_own_weights,
     project,
 )
-from ulysses_infer.model.injection.rules import ATTENTION_OUTPUTS, KEY_NORMS, QUERY_NORMS
+from ulysses_infer.model.injection.rules import ATTENTION_OUTPUTS, KEY_NORMS, QUERY_NORMS, VALUE_NORMS
 from ulysses_infer.model.layers.attention import attend_placed, attend_tokens
 from ulysses_infer.model.layers.norm import ShardedRMSNorm
 
@@ -31,7 +31,7 @@ PROJECTION_NAMES = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 
 
 class FusedAttention(nn.Module):
-    """llama's attention block, with optional query and key norms.
+    """llama's attention block, with optional norms of queries, keys and values.
 
     `options` (scaling, window) are those recorded from `source`'s own forward.
     """
@@ -47,17 +47,18 @@ class FusedAttention(nn.Module):
             source, PROJECTION_NAMES
         )  # in a list, so that each is registered once
         self._output = _outputs(source)
-        self._norms = [_child(source, QUERY_NORMS), _child(source, KEY_NORMS)]
+        self._norms = [_child(source, names) for names in (QUERY_NORMS, KEY_NORMS, VALUE_NORMS)]
 
     @staticmethod
     def candidate(source: Any) -> bool:
-        """Whether `source` has the weights of such a block and no others."""
+        """Whether `source` has the weights of such a block and no others, and hands its keys to no other layer."""
         inputs, outputs = find_linears(source, PROJECTION_NAMES), _outputs(source)
-        known = {*inputs, *outputs, _child(source, QUERY_NORMS), _child(source, KEY_NORMS)}
+        known = {*inputs, *outputs, *(_child(source, names) for names in (QUERY_NORMS, KEY_NORMS, VALUE_NORMS))}
         return (
             bool(inputs)
             and len(outputs) == 1
             and isinstance(getattr(source, "head_dim", None), int)
+            and not getattr(source, "store_full_length_kv", False)
             and set(children_with_weights(source).values()) <= known
             and not has_own_weights(source)
         )
@@ -93,7 +94,7 @@ class FusedAttention(nn.Module):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """query: [t, Hq, d]; key: [t, Hkv, d]; value: [t, Hkv * d]; returns [t, Hq, d]."""
-        values = value.view(value.shape[0], -1, self.head_dim)
+        values = self._heads(value, self._norms[2])
         return attend_tokens(self.layer_idx, self.head_plan, query, key, values, self.options)
 
     def _projected(self, attended: torch.Tensor, unsummed: bool) -> torch.Tensor:
@@ -141,8 +142,10 @@ class PlacedAttention(FusedAttention):
     def candidate(source: Any) -> bool:
         """Whether it is such a block, with norms per head or none."""
         norms = (_child(source, QUERY_NORMS), _child(source, KEY_NORMS))
-        return FusedAttention.candidate(source) and all(
-            norm is None or isinstance(norm, FusedRMSNorm) for norm in norms
+        return (
+            FusedAttention.candidate(source)
+            and all(norm is None or isinstance(norm, FusedRMSNorm) for norm in norms)
+            and _child(source, VALUE_NORMS) is None
         )
 
     def forward(

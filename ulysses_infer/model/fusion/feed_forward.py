@@ -41,9 +41,10 @@ class FusedFeedForward(nn.Module):
 
     @staticmethod
     def candidate(source: nn.Module) -> bool:
-        """Whether `source` has the weights of such a block and no others."""
+        """Whether `source` has the weights of such a block and no others, and no sparse activations (gemma3n)."""
         found = find_linears(source, PROJECTION_NAMES)
-        return bool(found) and set(found) == set(children_with_weights(source).values()) and not has_own_weights(source)
+        is_whole = set(found) == set(children_with_weights(source).values()) and not has_own_weights(source)
+        return bool(found) and is_whole and not getattr(source, "activation_sparsity", 0.0)
 
     @property
     def input_kind(self) -> int:

@@ -93,6 +93,7 @@ ATTENTION_INPUTS = ("q_proj", "q_b_proj", "q_gate_proj", "qkv_proj", "query_key_
 # Norms inside attention. Those over a single head need no sharding.
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "attn_sub_norm")
 KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
+VALUE_NORMS = ("v_norm",)
 # Multi-head latent attention: weights before the up projections, replicated on every rank.
 LATENT_NAMES = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "k_rope_only_layernorm")
 # The index of learned sparse attention, replicated on every rank: see `model/layers/key_index.py`.

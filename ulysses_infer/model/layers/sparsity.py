@@ -7,7 +7,7 @@ from statistics import NormalDist
 import torch
 
 from ulysses_infer.model.context import step_context
-from ulysses_infer.parallel.layout import Place
+from ulysses_infer.parallel.layout import Mode, Place
 from ulysses_infer.parallel.sharding import Part
 
 
@@ -23,13 +23,12 @@ class ShardedTopK:
         """width: neurons of the whole layer."""
         self._multiplier = NormalDist().inv_cdf(sparsity)
         self._part = Part(width)
-        self._sizes = [width]
-        self._own = 0
+        self._mode, self._own = Mode(1, 1), 0
+        self._shares: dict[tuple[Mode, torch.device], torch.Tensor] = {}
 
     def bind(self, place: Place) -> None:
         """Switch to the neurons of `place`."""
-        count = place.mode.tp
-        self._sizes, self._own = [self._part.span(i, count).size for i in range(count)], place.weight_index
+        self._mode, self._own = place.mode, place.weight_index
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """inputs: [..., F/tp]; returns the same shape."""
@@ -40,13 +39,21 @@ class ShardedTopK:
     def _statistics(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation over all neurons, each [..., 1]."""
         variance, mean = torch.var_mean(inputs, dim=-1, correction=0)
-        if len(self._sizes) == 1:
+        if self._mode.tp == 1:
             return mean[..., None], variance.sqrt()[..., None]
-        of_shards = inputs.new_zeros(*mean.shape, 2, len(self._sizes))
+        of_shards = inputs.new_zeros(*mean.shape, 2, self._mode.tp)
         of_shards[..., 0, self._own], of_shards[..., 1, self._own] = mean, variance
         # A sum with zeros is a gather.
         means, variances = step_context().collectives.sum_over_tp(of_shards).unbind(-2)
-        shares = torch.tensor(self._sizes, dtype=inputs.dtype, device=inputs.device) / sum(self._sizes)
+        shares = self._shares_of(inputs.device)
         mean = (means * shares).sum(-1, keepdim=True)
         whole = ((variances + (means - mean).square()) * shares).sum(-1, keepdim=True)
         return mean, whole.sqrt()
+
+    def _shares_of(self, device: torch.device) -> torch.Tensor:
+        """The share of all neurons that each rank of the TP group has, [tp]; made once, not in captured steps."""
+        key, count = (self._mode, device), self._mode.tp
+        if key not in self._shares:
+            sizes = [self._part.span(index, count).size / self._part.units for index in range(count)]
+            self._shares[key] = torch.tensor(sizes, dtype=torch.float32, device=device)
+        return self._shares[key]
