@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.caches import empty_cache
 from tests.model.gguf_files import tiny_qwen2, write_gguf
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.errors import CheckpointError
@@ -19,7 +20,7 @@ pytest.importorskip("gguf")
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", empty_cache(tmp_path / "cache"))
 
 
 @pytest.fixture

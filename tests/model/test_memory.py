@@ -1,45 +1,45 @@
 """Peak host memory while loading, measured in a separate process."""
 
-import json
-import subprocess
-import sys
+import multiprocessing
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.ranks import start_forked
 from tests.tiny import tiny_config
-
-MIB = 1 << 20
-SLACK = 24 * MIB  # allocator, threads, module tree
-LOAD = """
-import json, sys, threading, time, torch
-from pathlib import Path
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Layout, Mode
 
-folder, tp, shard, dtype = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
+MIB = 1 << 20
+SLACK = 24 * MIB  # allocator, threads, module tree
+
 
 def anonymous():
+    """Bytes that this process holds for itself."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024
 
-def watch():
-    while not done:
-        seen.append(anonymous())
-        time.sleep(0.001)
 
-settings = ModelConfig(path=folder, dtype=dtype)
-plan = ModelBuilder.from_folder(Path(folder), settings, Layout(Mode(1, tp)), shard, torch.device("cpu"))
-seen, done = [anonymous()], False
-thread = threading.Thread(target=watch)
-thread.start()
-model = plan.load()
-done = True
-thread.join()
-sum(float(p.flatten()[0]) for p in model.module.parameters())
-print(json.dumps({"grown": max(seen) - seen[0], "weights": model.weight_bytes}))
-"""
+def measure(pipe, folder, tp, shard, dtype):
+    """In a process of its own: the weights' bytes, and how much its memory grows while they are loaded."""
+    settings = ModelConfig(path=folder, dtype=dtype)
+    plan = ModelBuilder.from_folder(Path(folder), settings, Layout(Mode(1, tp)), shard, torch.device("cpu"))
+    seen, done = [anonymous()], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            seen.append(anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = plan.load()
+    done.set()
+    thread.join()
+    sum(float(parameter.flatten()[0]) for parameter in model.module.parameters())
+    pipe.send({"grown": max(seen) - seen[0], "weights": model.weight_bytes})
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,14 @@ def checkpoint(tmp_path_factory):
 
 
 def load(folder, tp, shard, dtype):
-    command = [sys.executable, "-c", LOAD, str(folder), str(tp), str(shard), dtype]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    ours, theirs = multiprocessing.Pipe()
+    process = start_forked(measure, theirs, str(folder), tp, shard, dtype)
+    theirs.close()
+    try:
+        return ours.recv()
+    finally:
+        process.join()
+        ours.close()
 
 
 @pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.thorough), 2])

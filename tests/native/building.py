@@ -3,8 +3,6 @@
 import ctypes
 import functools
 import platform
-import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -21,8 +19,6 @@ def build_for(name: str, architecture: str) -> ctypes.CDLL:
     if architecture == "native":
         return library.open_library(name)
     flags = tuple(f"-march={architecture}" if flag.startswith("-march") else flag for flag in library.FLAGS)
-    target = Path(tempfile.mkdtemp()) / f"{name}.so"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "FLAGS", flags)
-        library._compile("cc", library.FOLDER / f"{name}.c", target)
-    return ctypes.CDLL(str(target))
+        return ctypes.CDLL(str(library._built(library.FOLDER / f"{name}.c")))
