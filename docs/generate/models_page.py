@@ -56,6 +56,7 @@ their projections in an order of their own, or count positions from the batch. T
   save them. Cross-attention is removed.
 - *Speech pipelines* (Qwen-Omni): the thinker is served, from the checkpoint of the whole pipeline.
 - *Llama 3.2 Vision*: without an image, transformers skips the layers that attend to one. They are removed.
+- *Differential attention* (DiffLlama) needs the two heads of a pair on one rank: ranks must divide half the KV heads.
 - JetMoE's experts, DBRX's, and the feed-forward blocks of encoders are whole on every rank.
 
 ## Heads that do not divide over the ranks

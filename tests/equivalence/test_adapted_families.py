@@ -28,6 +28,17 @@ NEO = {
     "window_size": 6,
     **TOKENS,
 }
+JETMOE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "kv_channels": 16,
+    "intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    **TOKENS,
+}
 CODEGEN = {**GPT_SIZES, "rotary_dim": 4, "n_ctx": 128}
 
 
@@ -60,6 +71,8 @@ def case(model_type: str, values: dict[str, Any], base: Base, profile: Profile =
         case("gpt_neo", NEO, (2, 2), TIGHT),
         case("gpt_bigcode", {**GPT_SIZES, "multi_query": False}, (2, 2)),
         case("openai-gpt", GPT_SIZES, (4, 1)),
+        case("diffllama", {**SIZES, "num_key_value_heads": 4, "intermediate_size": 96}, (2, 1), TIGHT),
+        case("jetmoe", JETMOE, (2, 4), name="more ranks than KV heads"),
     ],
 )
 def test_engine_equals_transformers(

@@ -337,7 +337,8 @@ VERIFIED: frozenset[str] = frozenset(
         "xlm-roberta-xl",
         "xmod",
         "youtu",
-        "zamba,zamba2",
+        "zamba",
+        "zamba2",
     )
 )
 
