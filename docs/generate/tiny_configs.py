@@ -202,7 +202,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "ssm_multipliers": [0.9, 1.1, 1.2, 0.8, 1.3],
     },
     "nemotron_h": {**SCAN, "mamba_num_heads": 8, "mamba_head_dim": 12, "ssm_state_size": 8, "n_groups": 2},
-    "recurrent_gemma": {"lru_width": 96, "block_types": ["recurrent", "attention"], "attention_window_size": 6},
+    "recurrent_gemma": {"lru_width": 64, "block_types": ["recurrent", "attention"], "attention_window_size": 6},
     "zamba": {
         "layer_types": ["linear_attention", "hybrid", "hybrid"],
         "n_mamba_heads": 4,

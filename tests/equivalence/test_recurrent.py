@@ -35,6 +35,7 @@ KINDS = (
     "granitemoehybrid",
     "falcon_h1",  # attention and Mamba side by side
     "nemotron_h",  # limited time steps
+    "recurrent_gemma",  # a gated linear recurrence per channel
     "zamba",  # Mamba in heads
     "zamba2",  # blocks of attention that layers share
 )

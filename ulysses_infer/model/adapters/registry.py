@@ -18,6 +18,7 @@ from ulysses_infer.model.adapters.jetmoe import adapt_jetmoe
 from ulysses_infer.model.adapters.mpt import adapt_mpt
 from ulysses_infer.model.adapters.multimodal import adapt_chameleon, adapt_kosmos, adapt_mllama
 from ulysses_infer.model.adapters.projections import adapt_ctrl, adapt_gpt_bigcode, adapt_moshi
+from ulysses_infer.model.adapters.recurrent_gemma import adapt_recurrent_gemma
 from ulysses_infer.model.adapters.zamba import adapt_zamba
 from ulysses_infer.model.injection.architectures import DECODERS, ENCODERS
 
@@ -44,6 +45,7 @@ ADAPTERS: dict[str, Callable[[Any], None]] = {
     "mpt": adapt_mpt,
     "mvp": adapt_mvp,
     "openai-gpt": adapt_gpt,
+    "recurrent_gemma": adapt_recurrent_gemma,
     "roformer": adapt_roformer,
     **dict.fromkeys(("zamba", "zamba2"), adapt_zamba),
     "xglm": lambda model: replace_all(model, "XGLMAttention", SeparateAttention),

@@ -314,6 +314,7 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_omni_moe_thinker",
         "qwen3_vl",
         "qwen3_vl_moe",
+        "recurrent_gemma",
         "rembert",
         "roberta",
         "roberta-prelayernorm",

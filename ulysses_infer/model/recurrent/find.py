@@ -12,6 +12,7 @@ from ulysses_infer.model.recurrent.delta import (
     kimi_delta_attention,
     separate_delta_net,
 )
+from ulysses_infer.model.recurrent.griffin import recurrent_block
 from ulysses_infer.model.recurrent.layer import RecurrentLayer
 from ulysses_infer.model.recurrent.lightning import lightning_attention
 from ulysses_infer.model.recurrent.mamba import mamba, mamba2, zamba
@@ -37,6 +38,7 @@ RULES: dict[frozenset[str], RuleMaker] = {
         (short_convolution, ("conv", "in_proj", "out_proj")),
         (mamba2, ("conv1d", "in_proj", "norm", "out_proj")),
         (mamba2, ("conv1d", "in_proj", "out_proj")),
+        (recurrent_block, ("linear_x", "linear_y", "linear_out", "conv_1d", "rg_lru")),
         (zamba, ("conv1d", "in_proj", "out_proj", "x_proj_weight")),
         (mamba, _MAMBA),
         (mamba, (*_MAMBA, "dt_layernorm", "b_layernorm", "c_layernorm")),
