@@ -59,6 +59,21 @@ def test_features_of_other_families(model_type: str, rank_pool: Any, reference: 
     run(rank_pool, reference(model_type), (2, 2), CROWD)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("family", "sizes", "base"),
+    [
+        ("llama", {"intermediate_size": 3}, (2, 2)),
+        ("llama", {"intermediate_size": 3}, (1, 4)),
+        ("phi3", {"intermediate_size": 5}, (1, 4)),
+        ("gpt2", {"n_inner": 7}, (2, 2)),
+    ],
+    ids=str,
+)
+def test_few_neurons(family: str, sizes: dict[str, int], base: tuple[int, int], rank_pool: Any, reference: Any) -> None:
+    run(rank_pool, reference(family, **sizes), base, CROWD)
+
+
 @pytest.mark.parametrize("base", [(3, 1), (1, 3)], ids=lambda base: f"sp{base[0]}xtp{base[1]}")
 def test_three_ranks(base: tuple[int, int], rank_pool: Any, reference: Any) -> None:
     sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 50}

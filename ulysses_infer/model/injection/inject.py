@@ -109,7 +109,7 @@ class Injection:
     def _inject_mlps(self) -> None:
         attention_modules = {*self.attention_layers, *(layer.module for layer in self.recurrent_layers)}
         for module in list(self.decoder.modules()):
-            if module not in attention_modules and _is_plain_mlp(module):
+            if module not in attention_modules and _is_plain_mlp(module, self.layout.world_size):
                 for child, linear in _linear_children(module).items():
                     if child in MLP_RULES:
                         cut, rule = MLP_RULES[child]
@@ -177,14 +177,19 @@ def _linear_children(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module.named_children() if is_linear(child)}
 
 
-def _is_plain_mlp(module: nn.Module) -> bool:
-    """Whether all weights are known linears: column-parallel ones, then one row-parallel one of matching width."""
+def _is_plain_mlp(module: nn.Module, world_size: int) -> bool:
+    """Whether all weights are known linears: column-parallel ones, then one row-parallel one of matching width.
+
+    Not if there are fewer neurons than ranks: then every rank computes the block in full.
+    """
     found = _linear_children(module)
     columns = [name for name in found if MLP_RULES.get(name, ("",))[0] == "column"]
     rows = [name for name in found if MLP_RULES.get(name, ("",))[0] == "row"]
     if not columns or len(rows) != 1:
         return False
     width = cut_features(found[rows[0]], "row")
+    if width < world_size:
+        return False
     packed = len(columns) == 1 and columns[0] in PACKED_MLP_INPUTS
     widths_agree = all(cut_features(found[name], "column") == (2 * width if packed else width) for name in columns)
     return widths_agree and not _has_stray_weights(module, set(columns + rows))
