@@ -58,6 +58,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma4_unified": ("gemma4_unified_text", {**LAYERS, **WIDE_GLOBALS, **SHARED}),
+    # Twice as many query heads in layers with windows.
+    "laguna": (
+        "laguna",
+        {
+            **LOCAL_AND_GLOBAL,
+            "head_dim": 16,
+            "num_attention_heads_per_layer": [16, 8],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 40,
+        },
+    ),
     "mimo_v2_flash": (
         "mimo_v2_flash",
         {

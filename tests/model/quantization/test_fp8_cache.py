@@ -13,10 +13,13 @@ from tests.equivalence import cases
 from tests.equivalence.cases import CROWD, INNER, WHOLE, check, run_case
 from tests.equivalence.families import tiny_config
 from tests.equivalence.tiny_models import NEW_TOKENS, make_checkpoint, make_prompts, make_reference
+from tests.equivalence.unequal import make_unequal
 from ulysses_infer.cache.paged import FP8, CacheScales, CacheShape, PagedCache
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError
+from ulysses_infer.model.loading.files import MemorySource
 from ulysses_infer.model.model import ModelBuilder
+from ulysses_infer.model.quantization.cache_scales import apply_cache_scales
 from ulysses_infer.parallel.layout import Layout, Mode
 
 CPU = torch.device("cpu")
@@ -112,3 +115,14 @@ def test_it_takes_one_byte_per_number_and_never_holds_nan():
     keys, values = cache.read(0, torch.tensor([7, 0, 11]))
     assert torch.equal(keys.float(), key.to(FP8).float())
     assert values[0, 0].float().tolist() == pytest.approx([448, -448, 448, 0.3125, -2.5, 0])
+
+
+def test_a_layer_that_reads_anothers_cache_has_its_scales(tmp_path):
+    make_unequal("gemma4-small", tmp_path)
+    layout, settings = Layout(Mode(1, 1)), ModelConfig(path="-")
+    injection = ModelBuilder.from_folder(tmp_path, settings, layout, 0, CPU).injection
+    scales = {f"model.layers.{n}.self_attn.{kind}_scale": torch.tensor(0.5 * n + 1) for n in (2, 3) for kind in "kv"}
+    apply_cache_scales(injection, MemorySource(scales))
+    plans = [layer.head_plan for layer in injection.attention_layers]
+    assert [plan.source for plan in plans] == [None, None, None, None, 2, 3]
+    assert [plan.cache_scales for plan in plans[2:]] == [CacheScales(2.0, 2.0), CacheScales(2.5, 2.5)] * 2
