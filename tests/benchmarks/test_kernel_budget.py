@@ -10,8 +10,8 @@ LIMITS = {
     "llama-3.3-70b-fp8-8xh200": 11,
     "qwen3-32b-fp8-8xh200": 11,
     "qwen3-8b-2x24gb": 11,
-    "qwen3-30b-a3b-8xh200": 17,
-    "llama-4-scout-17b-16e-8xh200": 43,
+    "qwen3-30b-a3b-8xh200": 12,
+    "llama-4-scout-17b-16e-8xh200": 12,
 }
 
 

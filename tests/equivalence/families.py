@@ -112,6 +112,8 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 6,
         "layer_types": ["chunked_attention", "full_attention"],
         "no_rope_layers": [1, 0],
+        "floor_scale": 4,
+        "attn_scale": 0.5,
         "interleave_moe_layer_step": 1,
         "intermediate_size_mlp": 40,
         "intermediate_size": 32,

@@ -86,7 +86,16 @@ def _gated(name: str, kind: int) -> Case:
     )
 
 
-def _heads(name: str, cache: str, norm: bool, slots: bool, width: int = 128, rotated: int | None = None) -> Case:
+def _heads(
+    name: str,
+    cache: str,
+    norm: str,
+    slots: bool,
+    width: int = 128,
+    rotated: int | None = None,
+    pairs: bool = False,
+    parts: int = 1,
+) -> Case:
     rotated = width if rotated is None else rotated
     sources = [f"{x}_{y}" for x in ("query", "key", "value") for y in ("row", "shard")]
     targets = [f"{x}_out_{y}" for x in ("query", "key", "value") for y in ("row", "shard")]
@@ -95,17 +104,18 @@ def _heads(name: str, cache: str, norm: bool, slots: bool, width: int = 128, rot
         name,
         "heads:heads_kernel",
         {
-            **pointers("bf16", "query", "key", "value", "query_weight", "key_weight", "cosine", "sine"),
-            **pointers("i64", "query_index", "index", "slots"),
+            **pointers("bf16", "query", "key", "value", "query_weight", "key_weight"),
+            **pointers("fp32" if pairs else "bf16", "cosine", "sine"),
+            **pointers("i64", "query_index", "index", "slots", "positions"),
             **pointers("bf16", "query_out"),
             **pointers(cache, "key_out", "value_out"),
-            **dict.fromkeys(("query_eps", "key_eps", "key_scale", "value_scale"), "fp32"),
-            **integers("cosine_row", *sources, *targets, *heads),
+            **dict.fromkeys(("query_eps", "key_eps", "key_scale", "value_scale", "temperature_strength"), "fp32"),
+            **integers("temperature_length", "cosine_row", "query_part", *sources, *targets, *heads),
         },
         {
             "WIDTH": width,
             "ROTATED": rotated,
-            "HALF": 1 << (rotated // 2 - 1).bit_length(),
+            "HALF": 1 << (max(rotated // 2, 1) - 1).bit_length(),
             "REST": 1 << (max(width - rotated, 1) - 1).bit_length(),
             "COLUMNS": 1 << (width - 1).bit_length(),
             "HEADS": 4,
@@ -114,9 +124,12 @@ def _heads(name: str, cache: str, norm: bool, slots: bool, width: int = 128, rot
             "QUERY_INDEXED": not slots,
             "INDEXED": not slots,
             "SLOTS": slots,
+            "PAIRS": pairs,
+            "TEMPERATURE": rotated == 0,
+            "PARTS": parts,
         },
         num_warps=2,
-        aligned=("cosine_row", *sources, *targets),
+        aligned=("cosine_row", "query_part", *sources, *targets),
         architectures=FP8_ARCHITECTURES if cache.startswith("fp8") else ARCHITECTURES,
     )
 
@@ -218,26 +231,64 @@ def _draw(name: str, aligned: tuple[str, ...]) -> Case:
     )
 
 
+def _route(name: str, experts: int, top_k: int, sigmoid: bool) -> Case:
+    """With the tokens scaled and packed if `sigmoid`."""
+    sizes = ("num_tokens", "inputs", "num_experts", "x_row", "router_row", "weights_row", "experts_row", "hidden_row")
+    return Case(
+        name,
+        "router:route_kernel",
+        {
+            **pointers("bf16", "x", "router", "logits_out", "hidden_out"),
+            **pointers("fp32" if sigmoid else "bf16", "weights_out"),
+            **pointers("i32", "experts_out"),
+            **integers(*sizes),
+        },
+        {
+            "SIGMOID": sigmoid,
+            "NORMALISE": not sigmoid,
+            "TOP_K": top_k,
+            "COPY": sigmoid,
+            "SCALE": sigmoid,
+            "EXPERTS": experts,
+            "TOKENS": 16,
+            "DEPTH": min(256, max(32, 8192 // experts)),
+        },
+        num_warps=4 if experts <= 128 else 8,
+        aligned=("inputs", "x_row", "router_row"),
+    )
+
+
 def _routing() -> list[Case]:
-    sizes = integers("num_choices", "first", "own")
-    pointed = {**pointers("i64", "experts", "counts", "tokens"), **pointers("i32", "offsets", "rows")}
-    summed = {**pointers("bf16", "outputs", "weights", "result"), "rows": "*i32"}
+    sizes = integers("num_choices", "experts_row", "first", "own")
+    pointed = {**pointers("i64", "counts", "tokens"), **pointers("i32", "experts", "offsets", "rows")}
+    chosen = {**pointers("bf16", "logits", "weights_out"), **pointers("i32", "experts_out")}
+    summed = {**pointers("bf16", "outputs", "weights", "added", "result"), "rows": "*i32"}
+    rows = integers("logits_row", "weights_row", "experts_row", "num_experts")
+    score = {"SIGMOID": False, "NORMALISE": True}
+
+    def sum_case(name: str, top_k: int, weighted: bool) -> Case:
+        return Case(
+            name,
+            "routing:sum_kernel",
+            {**summed, **integers("output_row", "weights_row", "width")},
+            {"TOP_K": top_k, "COLUMNS": 1024, "WEIGHTED": weighted, "INDEXED": weighted, "ADD": True, "WIDE": False},
+            aligned=("output_row", "width"),
+        )
+
     return [
         Case(
             "choose 8 of 128 experts",
-            "routing:choose_kernel",
-            {**pointers("bf16", "logits", "weights"), "experts": "*i64", **integers("logits_row", "num_experts")},
-            {"TOP_K": 8, "EXPERTS": 128, "NORMALISE": True},
+            "router:choose_kernel",
+            {**chosen, **rows},
+            {**score, "TOP_K": 8, "EXPERTS": 128},
             num_warps=1,
         ),
+        _route("route to 8 of 128 experts", 128, 8, False),
+        _route("route to 10 of 256 experts", 256, 10, False),
+        _route("route to 1 of 16 experts, scale, pack", 16, 1, True),
         Case("sort by expert", "routing:sort_kernel", {**pointed, **sizes}, {"TOP_K": 8, "CHOICES": 1024}),
-        Case(
-            "sum of 8 experts",
-            "routing:sum_kernel",
-            {**summed, **integers("output_row", "width")},
-            {"TOP_K": 8, "COLUMNS": 1024, "WIDE": False},
-            aligned=("output_row", "width"),
-        ),
+        sum_case("sum of 8 experts", 8, True),
+        sum_case("sum of the parts of 4 ranks", 4, False),
     ]
 
 
@@ -299,7 +350,15 @@ def _type_of(argument: Any) -> str:
     """The type of a kernel's argument as signatures name it."""
     if isinstance(argument, int | float):
         return "i32" if isinstance(argument, int) else "fp32"
-    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "int8": "i8", "int32": "i32"}
+    names = {
+        "bfloat16": "bf16",
+        "float16": "fp16",
+        "float32": "fp32",
+        "uint8": "u8",
+        "int8": "i8",
+        "int32": "i32",
+        "int64": "i64",
+    }
     return "*" + names[str(argument.dtype).removeprefix("torch.")]
 
 
@@ -315,10 +374,14 @@ CASES: list[Case] = [
     _gated("gated, group scales", 2),
     _quantise("rows", 32),
     _quantise("groups", 8, "scale_stride"),
-    _heads("rotary, cache write", "bf16", norm=False, slots=True),
-    _heads("head norm, rotary, cache write", "bf16", norm=True, slots=True),
-    _heads("head norm, rotary, FP8 cache write", "fp8e4nv", norm=True, slots=True),
-    _heads("head norm, rotary of a part, pack", "bf16", norm=True, slots=False, width=256, rotated=64),
+    _heads("rotary, cache write", "bf16", "", slots=True),
+    _heads("head norm, rotary, cache write", "bf16", "before", slots=True),
+    _heads("head norm, rotary, FP8 cache write", "fp8e4nv", "before", slots=True),
+    _heads("head norm, rotary of a part, pack", "bf16", "before", slots=False, width=256, rotated=64),
+    _heads("head norm, rotary, pack from halves", "bf16", "before", slots=False, parts=2),
+    _heads("rotary of neighbours, head norm, cache write", "bf16", "after", slots=True, pairs=True),
+    _heads("rotary of neighbours, head norm, pack", "bf16", "after", slots=False, pairs=True),
+    _heads("temperature, cache write", "bf16", "", slots=True, rotated=0),
     _store("bf16"),
     _store("fp8e4nv"),
     _sum("bf16", 8),

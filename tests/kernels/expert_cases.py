@@ -28,7 +28,18 @@ SCHEMES: dict[str, Any] = {
     "8 bits in words": CompressedWeight(128, 8),
     "dense": None,
 }
-ROWS = {"decode": 8, "decode of a slice": 8, "32 rows": 4096, "64 rows": 8192, "prefill": 65536}
+ROWS = {
+    "decode": 8,
+    "decode of a slice": 8,
+    "32 rows": 4096,
+    "64 rows": 8192,
+    "prefill": 65536,
+    "gated decode": 8,
+    "gated 32 rows": 4096,
+    "gated 64 rows": 8192,
+}
+BESIDE = {"gated beside dense": 8, "gated beside dense, 64 rows": 8192, "scattered": 8, "scattered, 64 rows": 8192}
+"""Only of dense experts."""
 HOPPER = (
     ("FP8 block", "decode"),
     ("FP8 block", "prefill"),
@@ -39,6 +50,11 @@ HOPPER = (
     ("GPTQ", "prefill"),
     ("int4 with zero points", "decode"),
     ("dense", "prefill"),
+    ("dense", "gated decode"),
+    ("dense", "gated 64 rows"),
+    ("FP8 block", "gated decode"),
+    ("mxfp4", "gated 32 rows"),
+    *(("dense", what) for what in BESIDE),
 )
 """What is compiled for sm_90 by default; everything is for the others. `main` compiles everything."""
 
@@ -59,6 +75,14 @@ def stored_experts(name: str, dtype: torch.dtype, columns: Span) -> Any:
     return SCHEMES[name].stored_experts(parts, rows, columns)
 
 
+def dense_product(dtype: torch.dtype, is_gated: bool) -> Any:
+    """What a shared expert computes beside the others, on device meta."""
+    from ulysses_infer.kernels.experts import DenseProduct
+
+    x, weights = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((64, WIDTH), (1, HIDDEN, WIDTH)))
+    return DenseProduct(x, weights, weights if is_gated else None)
+
+
 def record(name: str, what: str, dtype: torch.dtype, architecture: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(kernel, arguments, options) of one launch."""
     from ulysses_infer.kernels import experts, launch
@@ -69,12 +93,21 @@ def record(name: str, what: str, dtype: torch.dtype, architecture: int) -> tuple
         found.append((kernel, arguments, options))
 
     columns = Span(288, 384) if "slice" in what else Span(0, WIDTH)
-    tokens = torch.empty(ROWS[what], columns.size, dtype=dtype, device="meta")
+    num_rows = {**ROWS, **BESIDE}[what]
+    tokens = torch.empty(num_rows, columns.size, dtype=dtype, device="meta")
     offsets = torch.empty(EXPERTS, dtype=torch.int32, device="meta")
+    index = torch.empty(num_rows, dtype=torch.int64, device="meta")
     original, experts.launch = experts.launch, keep
     try:
         with launch.assume("meta", (architecture // 10, architecture % 10)):
-            experts.grouped_product(tokens, offsets, stored_experts(name, dtype, columns))
+            stored = stored_experts(name, dtype, columns)
+            beside = dense_product(dtype, "gated" in what) if what in BESIDE else None
+            if "gated" in what:
+                experts.gated_product(tokens, index, offsets, stored, stored, "silu", EXPERTS, beside)
+            elif beside is not None:
+                experts.down_product(tokens, index, offsets, stored, EXPERTS, beside)
+            else:
+                experts.grouped_product(tokens, offsets, stored)
     finally:
         experts.launch = original
     return found[0]
@@ -83,7 +116,9 @@ def record(name: str, what: str, dtype: torch.dtype, architecture: int) -> tuple
 def expert_cases(make: Callable[..., Any], type_of: Callable[[Any], str]) -> Iterator[Any]:
     """The cases of all formats, each as steps of several sizes launch it."""
     for name in SCHEMES:
-        for what in ROWS:
+        for what in (*ROWS, *(BESIDE if name == "dense" else ())):
+            if "gated" in what and "reordered" in name:
+                continue  # inputs of gate and up are ordered differently
             for architecture in (80, 90, 100):
                 if architecture != 90 or (name, what) in HOPPER:
                     yield expert_case(make, type_of, name, what, torch.bfloat16, architecture)

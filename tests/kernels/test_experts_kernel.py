@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tests.kernels.interpreter import use_exact_rounding
 from tests.model.quantization.checkpoints import (
@@ -22,7 +23,16 @@ from tests.model.quantization.mixtures import fbgemm, mxfp4
 pytest.importorskip("triton")
 
 from ulysses_infer.kernels import experts as kernels
-from ulysses_infer.kernels.experts import Tiles, grouped_product, row_tiles, tiles_of
+from ulysses_infer.kernels.experts import (
+    DenseProduct,
+    Tiles,
+    are_alike,
+    down_product,
+    gated_product,
+    grouped_product,
+    row_tiles,
+    tiles_of,
+)
 from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.kernels.launch import assume
 from ulysses_infer.model.quantization.component import Component, covering
@@ -69,7 +79,7 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, tiles: Tiles) -> None:
-    monkeypatch.setattr(kernels, "tiles_of", lambda *shape: tiles)
+    monkeypatch.setattr(kernels, "tiles_of", lambda *shape, **options: tiles)
 
 
 def make(name: str, num_experts: int = 4) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -198,5 +208,74 @@ def test_no_experts_and_no_tokens() -> None:
 
 def test_tiles_follow_the_tokens_per_expert() -> None:
     stored = StoredExperts(torch.empty(128, 768, 64, device="meta"), 768, 64)
-    rows = [tiles_of(tokens, stored, 2).rows for tokens in (1, 512, 2049, 4096, 8192, 65536)]
+    rows = [tiles_of(each, stored, 2).rows for each in (1, 4, 17, 32, 64, 512)]
     assert rows == [16, 16, 32, 32, 64, 128]
+
+
+# -- gated products of gathered tokens, and products beside them ------------------------------------------------------
+
+
+def sorted_rows(counts: tuple[int, ...], foreign: int, choices: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A permutation of the choices, and where the rows of each expert, and of no expert, end."""
+    offsets = torch.tensor((*counts, foreign)).cumsum(0).to(torch.int32)
+    return torch.randperm(int(offsets[-1])) // choices, offsets
+
+
+def activation_of(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    active = F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")
+    return active * up
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(
+    "name", ["FP8 block", "mxfp4", "AWQ", *(pytest.param(name, marks=pytest.mark.thorough) for name in SCHEMES)]
+)
+def test_gated_products_of_gathered_tokens(name: str, activation: str) -> None:
+    """Gate and up are slices of one matrix or two matrices."""
+    parts, dense = make(name)
+    others, other_dense = ({key: part.flip(0) for key, part in parts.items()}, dense.flip(0))
+    rows, columns = Span(8, 40), Span(32, 96)
+    counts, foreign = (2, 0, 5, 1), 2
+    gate, up = cut(name, parts, rows, columns), cut(name, others, rows, columns)
+    assert are_alike(gate, up) == (gate.groups is None)
+    if gate.groups is not None:
+        return
+    index, offsets = sorted_rows(counts, foreign, 2)
+    tokens = torch.randn(5, columns.size)
+    with assume("cpu", (9, 0)):
+        output, _ = gated_product(tokens, index, offsets[:-1], gate, up, activation, num_experts=6)
+    chosen = torch.arange(4).repeat_interleave(torch.tensor(counts))
+    read = tokens[index][: len(chosen)]
+    products = [torch.einsum("sk,snk->sn", read, each[chosen, 8:40, 32:96]) for each in (dense, other_dense)]
+    wanted = activation_of(activation, *products)
+    torch.testing.assert_close(output[: len(chosen)], wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counts", [(2, 0, 17, 1), (0, 0, 0, 0)])
+def test_a_product_of_all_tokens_beside_those_of_experts(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Both products of a mixture with a shared expert: each token has one expert, here or on another rank."""
+    foreign, width, hidden = 3, 24, 40
+    dense = (torch.randn(4, hidden, 2 * width) / 8).to(dtype)  # as llama4 stores it
+    gate, up = (StoredExperts(each.transpose(1, 2), width, hidden) for each in dense.chunk(2, dim=-1))
+    stacked = (torch.randn(2, 2 * 10, hidden) / 8).to(dtype)  # gate and up of two shards
+    down, shared_down = (torch.randn(4, width, hidden).to(dtype) / 8, torch.randn(1, hidden, 20).to(dtype) / 8)
+    index, offsets = sorted_rows(counts, foreign, 1)
+    tokens, own = torch.randn(len(index), hidden).to(dtype), torch.randn(5, hidden).to(dtype)
+    with assume("cpu", (9, 0)):
+        beside = DenseProduct(own, stacked[:, :10], stacked[:, 10:])
+        inner, shared = gated_product(tokens, index, offsets[:-1], gate, up, "silu", 8, beside)
+        stored = StoredExperts(down.transpose(1, 2), hidden, width)
+        assert shared is not None
+        output, shared = down_product(inner, index, offsets, stored, 8, DenseProduct(shared, shared_down))
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    wanted = torch.zeros(len(index), hidden)
+    for row, expert in enumerate(torch.arange(4).repeat_interleave(torch.tensor(counts)).tolist()):
+        products = (tokens[index[row]].float() @ each[expert].float() for each in dense.chunk(2, dim=-1))
+        active = activation_of("silu", *products)
+        wanted[index[row]] = active @ down[expert].float()
+    torch.testing.assert_close(output.float(), wanted, atol=tolerance, rtol=tolerance)
+    gates, ups = (stacked[:, part].flatten(0, 1).float() for part in (slice(0, 10), slice(10, 20)))
+    active = activation_of("silu", own.float() @ gates.t(), own.float() @ ups.t())
+    assert shared is not None
+    torch.testing.assert_close(shared.float(), active @ shared_down[0].t().float(), atol=tolerance, rtol=tolerance)

@@ -9,8 +9,9 @@ from tests.kernels.interpreter import use_exact_rounding
 from ulysses_infer.cache.paged import CacheShape, PagedCache
 from ulysses_infer.kernels import cache as cache_kernels
 from ulysses_infer.kernels.heads import place_heads
-from ulysses_infer.kernels.placement import HeadNorm, HeadTarget
+from ulysses_infer.kernels.placement import HeadNorm, HeadTarget, HeadTemperature
 from ulysses_infer.model.fusion.torch_elementwise import TorchElementwise
+from ulysses_infer.model.layers.temperature import Temperature
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TOKENS = 3
@@ -125,3 +126,52 @@ def test_keys_and_values_are_stored(cache_dtype, heads) -> None:
     cache_kernels.store(*(x[0].flatten(0, 1) for x in (caches[1].keys, caches[1].values)), slots, key, value)
     for expected, found in zip(caches[0].read(0, slots), caches[1].read(0, slots), strict=True):
         assert torch.equal(expected.view(torch.uint8), found.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_neighbours_are_rotated_and_then_normalised(dtype) -> None:
+    """llama4's layers with positions: complex numbers, and a norm without weights."""
+    query, key, value, *_ = make_inputs(dtype, 6, 2, 24, 24, normed=False)
+    angles = torch.rand(TOKENS, 12) * 6
+    turns, norm = torch.polar(torch.ones_like(angles), angles), HeadNorm(None, 1e-5)
+    expected = []
+    for x in (query, key):
+        pairs = torch.view_as_complex(x.reshape(TOKENS, -1, 12, 2).float())
+        turned = torch.view_as_real(pairs * turns[:, None]).flatten(2).to(dtype).float()
+        expected.append((turned * torch.rsqrt(turned.square().mean(-1, keepdim=True) + 1e-5)).to(dtype))
+    out, keys, values = (torch.empty(TOKENS, 1, heads, 24, dtype=dtype) for heads in (6, 2, 2))
+    table = torch.view_as_real(turns).flatten(1)
+    place_heads(query, key, value, (norm, norm), table, None, HeadTarget(out, keys, values))
+    close(out[:, 0], expected[0])
+    close(keys[:, 0], expected[1])
+    assert torch.equal(values[:, 0], value.reshape(TOKENS, 2, 24))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_of_layers_without_rotation_are_scaled_by_their_position(dtype) -> None:
+    query, key, value, *_ = make_inputs(dtype, 6, 2, 24, 24, normed=False)
+    positions, temperature = torch.tensor([7, 6, 130_000]), Temperature(8, 0.1)
+    out, keys, values = (torch.empty(TOKENS, 1, heads, 24, dtype=dtype) for heads in (6, 2, 2))
+    given = HeadTemperature(positions, temperature.length, temperature.strength)
+    place_heads(query, key, value, (None, None), None, None, HeadTarget(out, keys, values), temperature=given)
+    expected = temperature.scaled(query.reshape(TOKENS, 6, 24).transpose(0, 1), positions).transpose(0, 1)
+    close(out[:, 0], expected)
+    assert torch.equal(out[1, 0], query[1].reshape(6, 24)), "the first seven positions"
+    assert torch.equal(keys[:, 0], key.reshape(TOKENS, 2, 24))
+
+
+@pytest.mark.parametrize("order", [None, [1, 0, 3, 2, 7, 6, 5, 4]])
+def test_queries_are_read_from_two_places_per_shard(order) -> None:
+    """Of weights of two shards that share a KV head: query of the first, key, value, query of the second."""
+    query, key, value, norms, cosine, sine = make_inputs(torch.bfloat16, 8, 2, 16, 16)
+    expected_query, expected_key = reference(query, key, norms, cosine, sine, 16)
+    halves = query.reshape(TOKENS, 2, 2, 32)
+    others = [x.reshape(TOKENS, 2, 16) for x in (key, value)]
+    whole = torch.cat([halves[:, :, 0], *others, halves[:, :, 1]], dim=2)
+    out, keys, values = (torch.empty(TOKENS, 1, heads, 16, dtype=torch.bfloat16) for heads in (8, 2, 2))
+    index = None if order is None else torch.tensor(order)
+    views = whole.unfold(-1, 32, 64), whole[..., 32:48], whole[..., 48:64]
+    place_heads(*views, norms, cosine, sine, HeadTarget(out, keys, values), index)
+    close(out[:, 0], expected_query if index is None else expected_query[:, index])
+    close(keys[:, 0], expected_key)
+    assert torch.equal(values[:, 0], value.reshape(TOKENS, 2, 16))

@@ -53,7 +53,7 @@ class NoHostReads(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     use_exact_rounding()
-    monkeypatch.setattr(kernels, "tiles_of", lambda *shape: kernels.Tiles(16, 64, 64, 4, 1))
+    monkeypatch.setattr(kernels, "tiles_of", lambda *shape, **options: kernels.Tiles(16, 64, 64, 4, 1))
 
 
 def load_layer(folder: Path, base: Mode, shard: int, placement: str, dtype: str = "float32") -> ExpertLayer:
@@ -73,16 +73,20 @@ def tokens_of(layer: ExpertLayer, num_tokens: int, dtype: torch.dtype = torch.fl
 
 
 def check(layer: ExpertLayer, capability: tuple[int, int], routed: Routed, tolerance: float = 1e-5) -> None:
-    """The layer's output on a GPU of this capability is that on a CPU."""
+    """The layer's output on a GPU of this capability is that on a CPU, also if its activation is known to be SiLU."""
     with torch.inference_mode():
         expected = layer.compute(routed)
         before = layer.token_counts()
-        launched: Counter[str] = Counter()
-        with assume("cpu", capability), counted(launched), NoHostReads():
-            found = layer.compute(routed)
-    assert launched["experts_kernel"] >= 2
-    assert layer.token_counts() == [2 * count for count in before]
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+        for times, activation in enumerate((None, "silu"), start=2):
+            layer.weights.activation = activation
+            launched: Counter[str] = Counter()
+            with assume("cpu", capability), counted(launched), NoHostReads():
+                found = layer.compute(routed)
+            assert launched["experts_kernel"] >= 2
+            assert layer.token_counts() == [times * count for count in before]
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    if layer.weights.stored() is not None:
+        assert launched == {"sort_kernel": 1, "experts_kernel": 2, "sum_kernel": 1}
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +136,8 @@ def test_bfloat16_experts_are_multiplied_by_torch_where_it_needs_no_host(family:
     layer.bind(Layout(Mode(1, 1)).place(Mode(1, 1), 0))
     routed = tokens_of(layer, 4, torch.bfloat16)
     check(layer, ADA, routed, 2e-2)
+    layer.weights.activation = None
+    layer.bind(Layout(Mode(1, 1)).place(Mode(1, 1), 0))
     launched: Counter[str] = Counter()
     with torch.inference_mode(), assume("cpu", HOPPER), counted(launched), NoHostReads():
         found = layer.compute(routed)
@@ -184,11 +190,13 @@ def test_captured_steps_do_not_send_tokens_by_counts(
     layer.bind(place)
     monkeypatch.setattr(layer_module, "dispatch_pays", lambda *sizes: True)
     monkeypatch.setattr(layer_module, "dispatch", lambda *given: called.append("dispatch"))
-    monkeypatch.setattr(layer_module, "gather_and_scatter", lambda *given: called.append("gather"))
+    monkeypatch.setattr(layer_module, "gather_tokens", lambda *given: called.append("gather") or given[1])
+    monkeypatch.setattr(layer_module, "return_parts", lambda _, partial, *given: partial[:, None])
     context: Any = SimpleNamespace(
         collectives=SimpleNamespace(place=place), token_spans=[Span(0, 2), Span(2, 4)], is_captured=is_captured
     )
-    layer.forward(tokens_of(layer, 2), context)
+    with torch.inference_mode():
+        layer.forward(tokens_of(layer, 2), context)
     assert called == ["gather" if is_captured else "dispatch"]
 
 

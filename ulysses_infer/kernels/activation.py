@@ -12,6 +12,16 @@ from ulysses_infer.kernels.scaled_rows import GROUP, NONE, ROW, QuantisedRows
 
 
 @triton.jit
+def gated_value(x, SILU: tl.constexpr):
+    """SiLU of float32 values, or GELU by its tanh formula."""
+    if SILU:
+        return x / (1.0 + tl.exp(-x))
+    else:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)  # 0.5 * (1 + tanh(v)) is sigmoid(2 * v)
+        return x / (1.0 + tl.exp(-2.0 * inner))
+
+
+@triton.jit
 def gated_tile(gate, up, row, column, inside, gate_row, gate_shard, up_row, up_shard, size, SILU: tl.constexpr):
     """`activation(gate) * up` at `column` of one row, rounded as torch does, as float32.
 
@@ -20,11 +30,7 @@ def gated_tile(gate, up, row, column, inside, gate_row, gate_shard, up_row, up_s
     shard, place = column // size, column % size
     x = tl.load(gate + row * gate_row + shard * gate_shard + place, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(up + row * up_row + shard * up_shard + place, mask=inside, other=0.0).to(tl.float32)
-    if SILU:
-        active = x / (1.0 + tl.exp(-x))
-    else:
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)  # 0.5 * (1 + tanh(v)) is sigmoid(2 * v)
-        active = x / (1.0 + tl.exp(-2.0 * inner))
+    active = gated_value(x, SILU)
     dtype = gate.dtype.element_ty
     return (active.to(dtype).to(tl.float32) * y).to(dtype).to(tl.float32)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ulysses_infer.kernels.activation import gated_value
+from ulysses_infer.kernels.experts_products import add_product, as_scales, place_in_word
+
 
 @triton.jit
 def find_tile(offsets, num_experts, tile, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
@@ -20,50 +23,85 @@ def find_tile(offsets, num_experts, tile, ROWS: tl.constexpr, EXPERTS: tl.conste
 
 
 @triton.jit
-def place_in_word(index, BITS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The lowest bit of value `index` of a word."""
-    if INTERLEAVED:
-        return ((index & 1) * 4 + index // 2) * BITS
-    else:
-        return index * BITS
+def activated(gate, up, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
+    """`activation(gate) * up` of float32 values, rounded as torch does; as float32."""
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    active = gated_value(gate, ACTIVATION == "silu")
+    return active.to(dtype).to(tl.float32) * up
 
 
 @triton.jit
-def as_numbers(codes, dtype: tl.constexpr, VALUES: tl.constexpr):
-    """Stored values as `dtype`. e4m3 is read as bytes: GPUs before compute capability 8.9 convert it by its bits."""
-    if VALUES == "e4m3":
-        return codes.to(tl.float8e4nv, bitcast=True).to(dtype)
-    elif VALUES == "e4m3 bits":
-        # Exponents of e4m3 and float16 have biases 7 and 15: as float16, the bits are 2 ** -8 times the value.
-        bits = codes.to(tl.uint16)
-        bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        return (bits.to(tl.float16, bitcast=True) * 256.0).to(dtype)
-    elif VALUES == "e2m1":
-        doubled = (tl.full(codes.shape, 0xC8643210, tl.uint32) >> ((codes & 7) * 4).to(tl.uint32)) & 15
-        magnitude = doubled.to(tl.float32) * 0.5
-        return tl.where((codes & 8) != 0, -magnitude, magnitude).to(dtype)
-    else:
-        return codes.to(tl.float32).to(dtype)
+def add_dense_product(accumulator, tokens, weights, n, has_n, k, has_k, shard_size, shard_step, weight_row):
+    """`accumulator` plus `tokens` [ROWS, DEPTH] times columns `k` of rows `n` of dense weights [shards, n, K]."""
+    place = (n // shard_size) * shard_step + (n % shard_size) * weight_row
+    read = tl.load(weights + place[None, :] + k[:, None], mask=has_k[:, None] & has_n[None, :], other=0.0)
+    return tl.dot(tokens, read.to(tokens.dtype), accumulator, input_precision="ieee")
 
 
 @triton.jit
-def as_scales(stored):
-    """Scales in float32: bytes are exponents of two with bias 127."""
-    if stored.dtype == tl.uint8:
-        return (stored.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    else:
-        return stored.to(tl.float32)
-
-
-@triton.jit
-def experts_kernel(  # noqa: C901 (constants choose the branches)
+def dense_tile(
     x,
+    weights,
+    up_weights,
+    output,
+    tile,
+    rows,
+    columns,
+    inputs,
+    x_row,
+    output_row,
+    shard_size,
+    shard_step,
+    weight_row,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Tile `tile` of x [rows, inputs] times dense weights [columns, inputs], or of the gated product of two."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    row = (tile // column_tiles * ROWS).to(tl.int64) + tl.arange(0, ROWS)
+    n = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    has_row, has_n = row < rows, n < columns
+    accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
+    second = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for position in range(0, inputs, DEPTH):
+        k = position + tl.arange(0, DEPTH)
+        has_k = k < inputs
+        tokens = tl.load(x + row[:, None] * x_row + k[None, :], mask=has_row[:, None] & has_k[None, :], other=0.0)
+        accumulator = add_dense_product(
+            accumulator, tokens, weights, n, has_n, k, has_k, shard_size, shard_step, weight_row
+        )
+        if ACTIVATION != "":
+            second = add_dense_product(
+                second, tokens, up_weights, n, has_n, k, has_k, shard_size, shard_step, weight_row
+            )
+    if ACTIVATION != "":
+        accumulator = activated(accumulator, second, dtype, ACTIVATION)
+    place = row[:, None] * output_row + n[None, :]
+    tl.store(output + place, accumulator.to(dtype), mask=has_row[:, None] & has_n[None, :])
+
+
+@triton.jit
+def experts_kernel(
+    x,
+    index,
     codes,
+    up_codes,
     scales,
+    up_scales,
     zeros,
+    up_zeros,
     groups,
     offsets,
     output,
+    shared_x,
+    shared_weights,
+    shared_up,
+    shared_output,
+    num_tiles,
+    column_tiles,
     num_experts,
     outputs,
     inputs,
@@ -86,6 +124,14 @@ def experts_kernel(  # noqa: C901 (constants choose the branches)
     zero_first,
     group_expert,
     group_first,
+    shared_rows,
+    shared_columns,
+    shared_inputs,
+    shared_x_row,
+    shared_output_row,
+    shared_shard_size,
+    shared_shard_step,
+    shared_weight_row,
     VALUES: tl.constexpr,
     PACKED: tl.constexpr,
     BITS: tl.constexpr,
@@ -99,98 +145,149 @@ def experts_kernel(  # noqa: C901 (constants choose the branches)
     HAS_ZEROS: tl.constexpr,
     ZERO: tl.constexpr,
     ZERO_PER_WORD: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SHARED: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """One program per tile of `ROWS` tokens of one expert and `COLUMNS` outputs.
+    """One program per tile of `ROWS` tokens of one expert and `COLUMNS` outputs; with SHARED, more for a dense product.
 
     x: [S, inputs]; output: [S, outputs]. Positions count outputs and inputs from where the first word or group of the
     slice begins; the slice itself begins at position `first_output`, `first_input`.
     EVEN: all inputs of every iteration are in the slice.
     GROUPING: "one" (a scale per output), "runs" (consecutive inputs share a scale, and the first position begins a
     group), "each" (every input looks its group up, or computes it).
+    GATHER: row r reads `x[index[r]]`. SCATTER: it is written to `output[index[r]]`, and rows after the last expert's
+    are written as zeros; `offsets` has one more entry, their end.
+    ACTIVATION: of the product with `codes`, which is then multiplied by the one with `up_codes`; "": one product.
     """
-    dtype: tl.constexpr = x.dtype.element_ty
-    expert, first_row, end_row = find_tile(offsets, num_experts, tl.program_id(1), ROWS, EXPERTS)
-    if expert >= num_experts:
+    tile = tl.program_id(0)
+    if SHARED and tile >= num_tiles:
+        dense_tile(
+            shared_x,
+            shared_weights,
+            shared_up,
+            shared_output,
+            tile - num_tiles,
+            shared_rows,
+            shared_columns,
+            shared_inputs,
+            shared_x_row,
+            shared_output_row,
+            shared_shard_size,
+            shared_shard_step,
+            shared_weight_row,
+            ACTIVATION,
+            ROWS,
+            COLUMNS,
+            DEPTH,
+        )
         return
+    dtype: tl.constexpr = x.dtype.element_ty
+    num_groups = num_experts + 1 if SCATTER else num_experts
+    expert, first_row, end_row = find_tile(offsets, num_groups, tile // column_tiles, ROWS, EXPERTS)
+    if expert >= num_groups:
+        return
+    end_input = first_input + inputs
+    if SCATTER:
+        end_input = tl.where(expert < num_experts, end_input, 0)  # the rows of no expert are zero
+        expert = tl.minimum(expert, num_experts - 1)
     expert = expert.to(tl.int64)
     row = first_row.to(tl.int64) + tl.arange(0, ROWS)
     has_row = row < end_row
-    start = tl.program_id(0) * COLUMNS
+    source = tl.load(index + row, mask=has_row, other=0) if GATHER else row
+    start = tile % column_tiles * COLUMNS
     n = start + tl.arange(0, COLUMNS) - first_output
     has_n = (n >= 0) & (n < outputs)
-    codes += expert * code_expert
-    scales += expert * scale_expert
-    zeros += expert * zero_expert
-    scale_place = scales + (n + scale_first) // SCALE_OUTPUTS * scale_output
-    zero_place = zeros + (n + zero_first) // ZERO_PER_WORD * zero_output
+    scale_place = expert * scale_expert + (n + scale_first) // SCALE_OUTPUTS * scale_output
+    zero_place = expert * zero_expert + (n + zero_first) // ZERO_PER_WORD * zero_output
     zero_bit = place_in_word((n + zero_first) % ZERO_PER_WORD, BITS, INTERLEAVED)
+    own_groups = groups
+    if groups is not None:
+        own_groups = groups + expert * group_expert
     accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for position in range(first_input // DEPTH * DEPTH, first_input + inputs, DEPTH):
+    second = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for position in range(first_input // DEPTH * DEPTH, end_input, DEPTH):
         k = position + tl.arange(0, DEPTH) - first_input
         has_k = (k >= 0) & (k < inputs)
-        tokens = tl.load(x + row[:, None] * x_row + k[None, :], mask=has_row[:, None] & has_k[None, :], other=0.0)
-        if PACKED == "inputs":
-            word = position // PER_WORD + tl.arange(0, DEPTH // PER_WORD)
-            place = (word - first_word)[:, None] * code_input + n[None, :] * code_output
-            has_word = has_n[None, :]
-            if not EVEN:
-                has_word = has_word & ((word >= first_word) & (word < end_word))[:, None]
-            words = tl.load(codes + place, mask=has_word, other=0)
-            bit = place_in_word(tl.arange(0, PER_WORD), BITS, INTERLEAVED)
-            read = tl.reshape(words[:, None, :] >> bit[None, :, None], [DEPTH, COLUMNS]) & ((1 << BITS) - 1)
-        elif PACKED == "outputs":
-            word = start // PER_WORD + tl.arange(0, COLUMNS // PER_WORD)
-            has_word = word < end_word
-            place = k[:, None] * code_input + word[None, :] * code_output
-            words = tl.load(codes + place, mask=has_k[:, None] & has_word[None, :], other=0)
-            bit = place_in_word(tl.arange(0, PER_WORD), BITS, INTERLEAVED)
-            read = tl.reshape(words[:, :, None] >> bit[None, None, :], [DEPTH, COLUMNS]) & ((1 << BITS) - 1)
-        else:
-            place = k[:, None] * code_input + n[None, :] * code_output
-            read = tl.load(codes + place, mask=has_k[:, None] & has_n[None, :], other=0)
-        if GROUPING == "each":
-            group = (k + group_first) // GROUP_SIZE
-            if groups is not None:
-                group = tl.load(groups + expert * group_expert + k, mask=has_k, other=0)
-            has_group = has_k
-        elif GROUPING == "runs":
-            group = position // GROUP_SIZE + tl.arange(0, max(DEPTH // GROUP_SIZE, 1))
-            has_group = (group + 1) * GROUP_SIZE > first_input
-            has_group &= group * GROUP_SIZE < first_input + inputs
-        else:
-            group = tl.arange(0, 1)
-            has_group = group == 0
-        has_scale = has_group[:, None] & has_n[None, :]
-        if HAS_ZEROS:
-            zero = tl.load(zero_place[None, :] + group[:, None] * zero_input, mask=has_scale, other=0)
-            zero = ((zero >> zero_bit[None, :]) & ((1 << BITS) - 1)) + ZERO
-            read -= spread(zero, DEPTH)
-        elif ZERO != 0:
-            read -= ZERO
-        weights = as_numbers(read, dtype, VALUES)
-        if GROUPING == "one" or not HAS_SCALES:
-            accumulator = tl.dot(tokens, weights, accumulator, input_precision="ieee")
-        else:
-            scale = as_scales(tl.load(scale_place[None, :] + group[:, None] * scale_input, mask=has_scale, other=0))
-            if GROUPING == "runs" and GROUP_SIZE >= DEPTH:
-                accumulator += tl.dot(tokens, weights, input_precision="ieee") * scale
-            else:
-                weights = (weights.to(tl.float32) * spread(scale, DEPTH)).to(dtype)
-                accumulator = tl.dot(tokens, weights, accumulator, input_precision="ieee")
+        tokens = tl.load(x + source[:, None] * x_row + k[None, :], mask=has_row[:, None] & has_k[None, :], other=0.0)
+        accumulator = add_product(
+            accumulator,
+            tokens,
+            codes + expert * code_expert,
+            scales + scale_place,
+            zeros + zero_place,
+            zero_bit,
+            own_groups,
+            position,
+            start,
+            n,
+            has_n,
+            inputs,
+            first_input,
+            first_word,
+            end_word,
+            code_output,
+            code_input,
+            scale_input,
+            zero_input,
+            group_first,
+            VALUES,
+            PACKED,
+            BITS,
+            PER_WORD,
+            EVEN,
+            INTERLEAVED,
+            GROUPING,
+            GROUP_SIZE,
+            HAS_SCALES,
+            HAS_ZEROS,
+            ZERO,
+        )
+        if ACTIVATION != "":
+            second = add_product(
+                second,
+                tokens,
+                up_codes + expert * code_expert,
+                up_scales + scale_place,
+                up_zeros + zero_place,
+                zero_bit,
+                own_groups,
+                position,
+                start,
+                n,
+                has_n,
+                inputs,
+                first_input,
+                first_word,
+                end_word,
+                code_output,
+                code_input,
+                scale_input,
+                zero_input,
+                group_first,
+                VALUES,
+                PACKED,
+                BITS,
+                PER_WORD,
+                EVEN,
+                INTERLEAVED,
+                GROUPING,
+                GROUP_SIZE,
+                HAS_SCALES,
+                HAS_ZEROS,
+                ZERO,
+            )
     if GROUPING == "one" and HAS_SCALES:
-        accumulator *= as_scales(tl.load(scale_place, mask=has_n, other=0))[None, :]
-    place = row[:, None] * output_row + n[None, :]
+        accumulator *= as_scales(tl.load(scales + scale_place, mask=has_n, other=0))[None, :]
+        if ACTIVATION != "":
+            second *= as_scales(tl.load(up_scales + scale_place, mask=has_n, other=0))[None, :]
+    if ACTIVATION != "":
+        accumulator = activated(accumulator, second, dtype, ACTIVATION)
+    target = tl.load(index + row, mask=has_row, other=0) if SCATTER else row
+    place = target[:, None] * output_row + n[None, :]
     tl.store(output + place, accumulator.to(dtype), mask=has_row[:, None] & has_n[None, :])
-
-
-@triton.jit
-def spread(of_groups, DEPTH: tl.constexpr):
-    """of_groups: [G, COLUMNS]; returns one row per input, [DEPTH, COLUMNS]."""
-    G: tl.constexpr = of_groups.shape[0]
-    COLUMNS: tl.constexpr = of_groups.shape[1]
-    wide = tl.broadcast_to(of_groups[:, None, :], [G, DEPTH // G, COLUMNS])
-    return tl.reshape(wide, [DEPTH, COLUMNS])

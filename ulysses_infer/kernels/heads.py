@@ -7,17 +7,20 @@ import triton
 import triton.language as tl
 
 from ulysses_infer.kernels.launch import launch
-from ulysses_infer.kernels.placement import HeadNorm, HeadTarget
+from ulysses_infer.kernels.placement import HeadNorm, HeadTarget, HeadTemperature
 
 HEADS = 4
 """Heads per program."""
 
 
 @triton.jit
-def head_columns(ROTATED: tl.constexpr, HALF: tl.constexpr):
-    """Columns of the two halves that are rotated, [HALF] each, and which of them exist."""
+def head_columns(ROTATED: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr):
+    """Columns that are rotated with each other, [HALF] each, and which of them exist: two halves, or neighbours."""
     first = tl.arange(0, HALF)
-    return first, first + ROTATED // 2, first < ROTATED // 2
+    if PAIRS:
+        return 2 * first, 2 * first + 1, first < ROTATED // 2
+    else:
+        return first, first + ROTATED // 2, first < ROTATED // 2
 
 
 @triton.jit
@@ -27,7 +30,7 @@ def normed_heads(first, second, rest, weight, eps, WIDTH: tl.constexpr, ROTATED:
     REST: tl.constexpr = rest.shape[1]
     square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1) + tl.sum(rest * rest, axis=1)
     factor = tl.rsqrt(square / WIDTH + eps)[:, None]
-    low, high, exists = head_columns(ROTATED, HALF)
+    low, high, exists = head_columns(ROTATED, HALF, False)
     others = ROTATED + tl.arange(0, REST)
     low_weight = tl.load(weight + low, mask=exists, other=0.0).to(tl.float32)[None, :]
     high_weight = tl.load(weight + high, mask=exists, other=0.0).to(tl.float32)[None, :]
@@ -36,6 +39,21 @@ def normed_heads(first, second, rest, weight, eps, WIDTH: tl.constexpr, ROTATED:
     second = ((second * factor).to(dtype).to(tl.float32) * high_weight).to(dtype).to(tl.float32)
     rest = ((rest * factor).to(dtype).to(tl.float32) * other_weight).to(dtype).to(tl.float32)
     return first, second, rest
+
+
+@triton.jit
+def normed_pieces(first, second, rest, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    """RMS norm of each head without weights, given in three pieces of columns; rounded as torch does, as float32."""
+    square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1) + tl.sum(rest * rest, axis=1)
+    factor = tl.rsqrt(square / WIDTH + eps)[:, None]
+    first, second, rest = (first * factor).to(dtype), (second * factor).to(dtype), (rest * factor).to(dtype)
+    return first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
+
+
+@triton.jit
+def temperature_of(position, length, strength):
+    """The factor of a query at `position`."""
+    return 1.0 + strength * tl.log(1.0 + ((position + 1) // length).to(tl.float32))
 
 
 @triton.jit
@@ -61,6 +79,15 @@ def rotated(first, second, cosine, sine, low, high, is_pair, dtype: tl.constexpr
 
 
 @triton.jit
+def rotated_pairs(first, second, table, low, high, is_pair, dtype: tl.constexpr):
+    """Neighbours after rotary embedding in float32, rounded once. table: cosine and sine of each pair."""
+    cosine = tl.load(table + low, mask=is_pair, other=0.0)[None, :]
+    sine = tl.load(table + high, mask=is_pair, other=0.0)[None, :]
+    left, right = first * cosine - second * sine, second * cosine + first * sine
+    return left.to(dtype).to(tl.float32), right.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def move_rotated(
     source,
     target,
@@ -75,9 +102,13 @@ def move_rotated(
     HALF: tl.constexpr,
     REST: tl.constexpr,
     NORM: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    """Normalise and rotate the heads at `source` and write them to `target`: pointers, one per head."""
-    low, high, is_pair = head_columns(ROTATED, HALF)
+    """Normalise and rotate the heads at `source` and write them to `target`: pointers, one per head.
+
+    NORM: "" (none), "before" the rotation, "after" it, without weights. PAIRS: see `rotated_pairs`.
+    """
+    low, high, is_pair = head_columns(ROTATED, HALF, PAIRS)
     others = ROTATED + tl.arange(0, REST)
     inside = exists & is_pair[None, :]
     rest_inside = exists & (others < WIDTH)[None, :]
@@ -86,22 +117,28 @@ def move_rotated(
     first = tl.load(source[:, None] + low[None, :], mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source[:, None] + high[None, :], mask=inside, other=0.0).to(tl.float32)
     rest = tl.load(source[:, None] + others[None, :], mask=rest_inside, other=0.0).to(tl.float32)
-    if NORM:
+    if NORM == "before":
         first, second, rest = normed_heads(first, second, rest, weight, eps, WIDTH, ROTATED, dtype)
-    first, second = rotated(first, second, cosine, sine, low, high, is_pair, dtype)
+    if PAIRS:
+        first, second = rotated_pairs(first, second, cosine, low, high, is_pair, dtype)
+    else:
+        first, second = rotated(first, second, cosine, sine, low, high, is_pair, dtype)
+    if NORM == "after":
+        first, second, rest = normed_pieces(first, second, rest, eps, WIDTH, dtype)
     tl.store(target[:, None] + low[None, :], stored(first, scale, dtype, to), mask=inside)
     tl.store(target[:, None] + high[None, :], stored(second, scale, dtype, to), mask=inside)
     tl.store(target[:, None] + others[None, :], stored(rest, scale, dtype, to), mask=rest_inside)
 
 
 @triton.jit
-def move(source, target, exists, scale, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Copy the heads at `source` to `target`: pointers, one per head."""
+def move(source, target, exists, factor, scale, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Copy the heads at `source`, times `factor`, to `target`: pointers, one per head."""
     column = tl.arange(0, COLUMNS)
     inside = exists & (column < WIDTH)[None, :]
     dtype: tl.constexpr = source.dtype.element_ty
     to: tl.constexpr = target.dtype.element_ty
     values = tl.load(source[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    values = (values * factor).to(dtype).to(tl.float32)
     tl.store(target[:, None] + column[None, :], stored(values, scale, dtype, to), mask=inside)
 
 
@@ -135,6 +172,7 @@ def heads_kernel(
     query_index,
     index,
     slots,
+    positions,
     query_out,
     key_out,
     value_out,
@@ -142,9 +180,12 @@ def heads_kernel(
     key_eps,
     key_scale,
     value_scale,
+    temperature_strength,
+    temperature_length,
     cosine_row,
     query_row,
     query_shard,
+    query_part,
     key_row,
     key_shard,
     value_row,
@@ -172,13 +213,16 @@ def heads_kernel(
     QUERY_INDEXED: tl.constexpr,
     INDEXED: tl.constexpr,
     SLOTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """One program per token and `HEADS` heads: first all of the query, then of the key, then of the value.
 
     A tensor's head h is number `h % n` of shard `h // n`, n being `*_source` heads per shard where it is read and
     `*_target` where it is written. With INDEXED, KV head h is read from head `index[h]`, and with QUERY_INDEXED query
     head h from `query_index[h]`. With SLOTS, keys and values are written to row `slots[token]` instead of the token's
-    own.
+    own. The query is read from `PARTS` places per shard, `query_part` apart. ROTATED 0: nothing is rotated.
     """
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -187,45 +231,60 @@ def heads_kernel(
     if block < query_blocks:
         head = block * HEADS + tl.arange(0, HEADS)
         read = source_head(query_index, head, query_heads, QUERY_INDEXED)
-        move_rotated(
-            query + token * query_row + (read // query_source) * query_shard + (read % query_source) * WIDTH,
-            query_out
-            + token * query_out_row
-            + (head // query_target) * query_out_shard
-            + (head % query_target) * WIDTH,
-            (head < query_heads)[:, None],
-            query_weight,
-            query_eps,
-            cosine + token * cosine_row,
-            sine + token * cosine_row,
-            1.0,
-            WIDTH,
-            ROTATED,
-            HALF,
-            REST,
-            QUERY_NORM,
-        )
+        part = read // query_source
+        source = query + token * query_row + (part // PARTS) * query_shard + (part % PARTS) * query_part
+        source += (read % query_source) * WIDTH
+        target = query_out + token * query_out_row + (head // query_target) * query_out_shard
+        target += (head % query_target) * WIDTH
+        exists = (head < query_heads)[:, None]
+        if ROTATED == 0:
+            factor = 1.0
+            if TEMPERATURE:
+                factor = temperature_of(tl.load(positions + token), temperature_length, temperature_strength)
+            move(source, target, exists, factor, 1.0, WIDTH, COLUMNS)
+        else:
+            move_rotated(
+                source,
+                target,
+                exists,
+                query_weight,
+                query_eps,
+                cosine + token * cosine_row,
+                sine + token * cosine_row,
+                1.0,
+                WIDTH,
+                ROTATED,
+                HALF,
+                REST,
+                QUERY_NORM,
+                PAIRS,
+            )
     elif block < query_blocks + kv_blocks:
         head = (block - query_blocks) * HEADS + tl.arange(0, HEADS)
         read = source_head(index, head, kv_heads, INDEXED)
-        move_rotated(
-            key + token * key_row + (read // kv_source) * key_shard + (read % kv_source) * WIDTH,
-            key_out
-            + target_row(slots, token, SLOTS) * key_out_row
-            + (head // kv_target) * key_out_shard
-            + (head % kv_target) * WIDTH,
-            (head < kv_heads)[:, None],
-            key_weight,
-            key_eps,
-            cosine + token * cosine_row,
-            sine + token * cosine_row,
-            key_scale,
-            WIDTH,
-            ROTATED,
-            HALF,
-            REST,
-            KEY_NORM,
-        )
+        source = key + token * key_row + (read // kv_source) * key_shard + (read % kv_source) * WIDTH
+        target = key_out + target_row(slots, token, SLOTS) * key_out_row + (head // kv_target) * key_out_shard
+        target += (head % kv_target) * WIDTH
+        exists = (head < kv_heads)[:, None]
+        if ROTATED == 0:
+            move(source, target, exists, 1.0, key_scale, WIDTH, COLUMNS)
+        else:
+            move_rotated(
+                source,
+                target,
+                exists,
+                key_weight,
+                key_eps,
+                cosine + token * cosine_row,
+                sine + token * cosine_row,
+                key_scale,
+                WIDTH,
+                ROTATED,
+                HALF,
+                REST,
+                KEY_NORM,
+                PAIRS,
+            )
     else:
         head = (block - query_blocks - kv_blocks) * HEADS + tl.arange(0, HEADS)
         read = source_head(index, head, kv_heads, INDEXED)
@@ -236,6 +295,7 @@ def heads_kernel(
             + (head // kv_target) * value_out_shard
             + (head % kv_target) * WIDTH,
             (head < kv_heads)[:, None],
+            1.0,
             value_scale,
             WIDTH,
             COLUMNS,
@@ -247,38 +307,42 @@ def place_heads(
     key: torch.Tensor,
     value: torch.Tensor,
     norms: tuple[HeadNorm | None, HeadNorm | None],
-    cosine: torch.Tensor,
-    sine: torch.Tensor,
+    cosine: torch.Tensor | None,
+    sine: torch.Tensor | None,
     target: HeadTarget,
     query_index: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
+    temperature: HeadTemperature | None = None,
 ) -> None:
     """Normalise and rotate the heads of [t, shards, heads per shard * d] and write them to `target`.
 
-    norms: of query and key. cosine, sine: [t, r], r <= d and even. query_index, index: the query head and
-    the KV head to read for each one written.
+    query: or [t, shards, parts, heads per part * d]. norms: of query and key. cosine, sine: [t, r], r <= d and even;
+    without sine: cosine and sine of each pair of neighbours, float32; without both, nothing is rotated or normalised.
+    query_index, index: the query head and the KV head to read for each one written. temperature: without rotation.
     """
+    query = query if query.dim() == 4 else query[:, :, None]
+    table = query if cosine is None else cosine
     width = target.query.shape[3]
-    rotated_width = cosine.shape[1]
+    rotated_width = 0 if cosine is None else cosine.shape[1]
     rest = width - rotated_width
     query_heads = target.query.shape[1] * target.query.shape[2]
     kv_heads = target.key.shape[1] * target.key.shape[2]
     blocks = triton.cdiv(query_heads, HEADS) + 2 * triton.cdiv(kv_heads, HEADS)
     query_norm, key_norm = norms
-    half = triton.next_power_of_2(rotated_width // 2)
     launch(
         heads_kernel,
         (query.shape[0], blocks),
         query,
         key,
         value,
-        query if query_norm is None else query_norm.weight,
-        key if key_norm is None else key_norm.weight,
-        cosine,
-        sine,
-        cosine if query_index is None else query_index,
-        cosine if index is None else index,
-        cosine if target.slots is None else target.slots,
+        query if query_norm is None or query_norm.weight is None else query_norm.weight,
+        key if key_norm is None or key_norm.weight is None else key_norm.weight,
+        table,
+        table if sine is None else sine,
+        table if query_index is None else query_index,
+        table if index is None else index,
+        table if target.slots is None else target.slots,
+        table if temperature is None else temperature.positions,
         target.query,
         target.key,
         target.value,
@@ -286,9 +350,12 @@ def place_heads(
         0.0 if key_norm is None else key_norm.eps,
         target.key_scale,
         target.value_scale,
-        cosine.stride(0),
+        0.0 if temperature is None else temperature.strength,
+        1 if temperature is None else temperature.length,
+        table.stride(0),
         query.stride(0),
         query.stride(1),
+        query.stride(2),
         key.stride(0),
         key.stride(1),
         value.stride(0),
@@ -301,20 +368,29 @@ def place_heads(
         target.value.stride(1),
         query_heads,
         kv_heads,
-        query.shape[2] // width,
+        query.shape[3] // width,
         key.shape[2] // width,
         target.query.shape[2],
         target.key.shape[2],
         WIDTH=width,
         ROTATED=rotated_width,
-        HALF=half,
+        HALF=triton.next_power_of_2(max(rotated_width // 2, 1)),
         REST=triton.next_power_of_2(max(rest, 1)),
         COLUMNS=triton.next_power_of_2(width),
         HEADS=HEADS,
-        QUERY_NORM=query_norm is not None,
-        KEY_NORM=key_norm is not None,
+        QUERY_NORM=_norm_place(query_norm),
+        KEY_NORM=_norm_place(key_norm),
         QUERY_INDEXED=query_index is not None,
         INDEXED=index is not None,
         SLOTS=target.slots is not None,
+        PAIRS=cosine is not None and sine is None,
+        TEMPERATURE=temperature is not None,
+        PARTS=query.shape[2],
         num_warps=2,
     )
+
+
+def _norm_place(norm: HeadNorm | None) -> str:
+    if norm is None:
+        return ""
+    return "after" if norm.weight is None else "before"

@@ -10,10 +10,20 @@ import torch
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """An RMS norm over each head."""
+    """An RMS norm over each head, before the rotation; without weight: after it."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     eps: float
+
+
+@dataclass(frozen=True)
+class HeadTemperature:
+    """Queries are scaled by `1 + strength * log(1 + (position + 1) // length)`."""
+
+    positions: torch.Tensor
+    """[t] int64"""
+    length: int
+    strength: float
 
 
 @dataclass(frozen=True)

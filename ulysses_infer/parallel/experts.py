@@ -1,7 +1,7 @@
 """Dispatches tokens to the owners of their experts and combines the results.
 
 In mode (sp, tp) the ranks of an SP group hold different tokens, and together some of the experts (or a part of each).
-Both functions give a rank, for its own tokens, the sum over the experts of its SP group. The all-reduce over the TP
+Both ways give a rank, for its own tokens, the sum over the experts of its SP group. The all-reduce over the TP
 group, with which all layers end, adds the experts of the other SP groups.
 """
 
@@ -22,16 +22,15 @@ Compute = Callable[[torch.Tensor], torch.Tensor]
 DISPATCH_BYTES = 1 << 20  # traffic per rank that dispatch must save to pay for one more all-to-all; measured over gloo
 
 
-def gather_and_scatter(
-    collectives: Collectives, packed: torch.Tensor, tokens: Sequence[Span], compute: Compute
-) -> torch.Tensor:
-    """All-gather tokens, compute on all of them on every rank, and sum the results on the rank of each token.
+def gather_tokens(collectives: Collectives, packed: torch.Tensor, tokens: Sequence[Span]) -> torch.Tensor:
+    """All-gather tokens, so that every rank of the SP group computes on all of them. packed: [t, C]; returns [T, C]."""
+    return collectives.gather_rows(packed, [span.size for span in tokens])
 
-    packed: [t, C]; returns [t, H].
-    """
-    partial = compute(collectives.gather_rows(packed, [span.size for span in tokens]))
+
+def return_parts(collectives: Collectives, partial: torch.Tensor, tokens: Sequence[Span]) -> torch.Tensor:
+    """Send partial [T, H], sums over a rank's experts, to the rank of each token; returns the terms, [t, sp, H]."""
     received = collectives.heads_to_tokens(partial, tokens)
-    return received.view(len(packed), len(tokens), partial.shape[1]).sum(dim=1)
+    return received.view(-1, len(tokens), partial.shape[1])
 
 
 def dispatch(collectives: Collectives, packed: torch.Tensor, owners: torch.Tensor, compute: Compute) -> torch.Tensor:
@@ -59,7 +58,7 @@ def dispatch(collectives: Collectives, packed: torch.Tensor, owners: torch.Tenso
 
 
 def dispatch_pays(collectives: Collectives, num_tokens: int, num_experts: int, choices: int, row_bytes: int) -> bool:
-    """Whether `dispatch` is expected to be faster than `gather_and_scatter`. The same on all ranks.
+    """Whether `dispatch` is expected to be faster than `gather_tokens` and `return_parts`. The same on all ranks.
 
     In shared memory gathering is only a copy, and there is no all-to-all whose sizes only two ranks know.
     """

@@ -37,11 +37,12 @@ FEW_HEADS = [Part(16, 3), Part(2, 3, shared=True), Part(2, 3, shared=True)]
 NEURONS = [Part(48), Part(48)]
 
 
-def linears(parts: list[Part], layout: Layout, shard: int, bias: bool = True) -> list[Any]:
+def linears(parts: list[Part], layout: Layout, shard: int, bias: bool = True, inputs: int = 6) -> list[Any]:
     """A linear of each part, as rank `shard` stores it."""
     torch.manual_seed(0)
     return [
-        stored(nn.Linear(6, part.features, bias=bias), "column", Sharding((part,)), layout, shard) for part in parts
+        stored(nn.Linear(inputs, part.features, bias=bias), "column", Sharding((part,)), layout, shard)
+        for part in parts
     ]
 
 
@@ -63,11 +64,41 @@ def test_the_stacked_product_equals_each_linear_in_every_mode(layout: Layout, pa
                 torch.testing.assert_close(found, linear(inputs))
 
 
-def test_few_key_value_heads_are_stacked_only_with_a_single_mode() -> None:
-    for layout in LAYOUTS:
-        shards_share_a_head = layout.world_size > 2 and layout.base.sp > 1
-        together = linears(FEW_HEADS, layout, layout.world_size - 1)
-        assert StackedLinears.fits(together, layout.place(layout.base, layout.world_size - 1)) != shards_share_a_head
+@pytest.mark.parametrize("kind", ["bias", "plain", "channel"])
+@pytest.mark.parametrize(("base", "heads"), [((4, 1), 2), ((8, 1), 4), ((4, 2), 4), ((2, 4), 4), ((2, 2), 2)], ids=str)
+def test_two_shards_that_share_a_key_value_head_are_stacked(base: tuple[int, int], heads: int, kind: str) -> None:
+    layout, inputs = Layout(Mode(*base)), torch.randn(5, 8)
+    parts = [Part(16, 4), Part(heads, 4, shared=True), Part(heads, 4, shared=True)]
+    for shard in range(layout.world_size):
+        place = layout.place(layout.base, shard)
+        apart, together = (
+            quantised_linears("channel", layout, shard, heads)
+            if kind == "channel"
+            else linears(parts, layout, shard, kind == "bias", 8)
+            for _ in range(2)
+        )
+        before = [linear.weight.detach().clone() for linear in together]
+        assert StackedLinears.fits(together, place)
+        stacked = StackedLinears(together, place)
+        for mode in (*layout.modes, *layout.modes[::-1]):
+            own = layout.place(mode, shard)
+            stacked.bind(own)
+            query = stacked.shard_parts(inputs)[0]
+            assert query.dim() == (3 if mode.sp == 1 else 4)
+            for found, linear in zip(stacked.parts(inputs), apart, strict=True):
+                linear.bind(own)
+                torch.testing.assert_close(found, linear(inputs))
+        memory = {linear.weight.untyped_storage().data_ptr() for linear in together}
+        assert len(memory) == 1
+        for linear, weight in zip(together, before, strict=True):
+            assert torch.equal(linear.weight.reshape(weight.shape).float(), weight.float())
+
+
+def test_four_shards_that_share_a_key_value_head_are_not_stacked() -> None:
+    layout = Layout(Mode(8, 1))
+    assert not StackedLinears.fits(linears(FEW_HEADS, layout, 0), layout.place(layout.base, 0))
+    layout = Layout(Mode(1, 4))
+    assert StackedLinears.fits(linears(FEW_HEADS, layout, 0), layout.place(layout.base, 0))
 
 
 def test_uneven_neurons_are_not_stacked() -> None:
@@ -111,7 +142,9 @@ def blocks(model: ShiftModel) -> list[Any]:
     return [block for block in model.module.modules() if isinstance(block, FusedAttention | FusedFeedForward)]
 
 
-@pytest.mark.parametrize(("base", "shard"), [(Mode(1, 1), 0), (Mode(4, 1), 2), (Mode(2, 2), 3)], ids=str)
+@pytest.mark.parametrize(
+    ("base", "shard"), [(Mode(1, 1), 0), (Mode(4, 1), 2), (Mode(2, 2), 3), (Mode(8, 1), 5)], ids=str
+)
 def test_a_model_is_stacked_and_modes_take_no_memory(base: Mode, shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, blueprint, model = load(base, shard, monkeypatch)
     assert all(isinstance(block.inputs[0], StackedLinears) for block in blocks(model))
@@ -123,16 +156,18 @@ def test_a_model_is_stacked_and_modes_take_no_memory(base: Mode, shard: int, mon
         assert live_tensor_bytes() == before
 
 
-def test_weight_updates_write_the_stacked_tensor_and_sleep_frees_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, blueprint, model = load(Mode(4, 1), 2, monkeypatch)
-    other, _, expected = load(Mode(4, 1), 2, monkeypatch, seed=1)
+@pytest.mark.parametrize("sp", [4, 8])
+def test_weight_updates_write_the_stacked_tensor_and_sleep_frees_it(sp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if two shards share each KV head."""
+    _, blueprint, model = load(Mode(sp, 1), 2, monkeypatch)
+    other, _, expected = load(Mode(sp, 1), 2, monkeypatch, seed=1)
     weights = Weights(blueprint, model, are_borrowed=True)
     inputs = torch.randn(2, model.shape.hidden_size)
     for step in (lambda: None, weights.drop):
         step()
         weights.write(MemorySource(other.state_dict()))
-        for mode in Layout(Mode(4, 1)).modes:
-            place = Layout(Mode(4, 1)).place(mode, 2)
+        for mode in Layout(Mode(sp, 1)).modes:
+            place = Layout(Mode(sp, 1)).place(mode, 2)
             for ours in (model, expected):
                 ours.injection.bind(place)
             for mine, wanted in zip(blocks(model), blocks(expected), strict=True):
@@ -143,11 +178,11 @@ def test_weight_updates_write_the_stacked_tensor_and_sleep_frees_it(monkeypatch:
     assert held - live_tensor_bytes() > 0.9 * blueprint.weight_bytes
 
 
-def quantised_linears(grain: Grain, layout: Layout, shard: int) -> list[QuantizedLinear]:
+def quantised_linears(grain: Grain, layout: Layout, shard: int, heads: int = 8) -> list[QuantizedLinear]:
     """q, k and v in FP8 with random values, scales and biases, as rank `shard` stores them."""
     generator = torch.Generator().manual_seed(0)
     made = []
-    for part in (Part(16, 4), Part(8, 4, shared=True), Part(8, 4, shared=True)):
+    for part in (Part(16, 4), Part(heads, 4, shared=True), Part(heads, 4, shared=True)):
         scheme = ScaledWeight("weight_scale", grain, (4, 4) if grain == "block" else (1, 1))
         source, base = nn.Linear(8, part.features), layout.place(layout.base, shard)
         linear = QuantizedLinear(source, scheme, "column", Sharding((part,)), base)

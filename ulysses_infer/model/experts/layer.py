@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,35 +11,18 @@ from torch import nn
 from ulysses_infer.kernels.launch import runs_products
 from ulysses_infer.model.context import StepContext, step_context
 from ulysses_infer.model.experts.placement import EXPERT, REPLICATE
+from ulysses_infer.model.experts.products import MOST_ROWS, SharedTokens
 from ulysses_infer.model.experts.quantized import QuantizedExpertWeights
+from ulysses_infer.model.experts.routed import Routed
 from ulysses_infer.model.experts.weights import ExpertWeights
 from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK
-from ulysses_infer.parallel.experts import dispatch, dispatch_pays, gather_and_scatter
+from ulysses_infer.parallel.experts import dispatch, dispatch_pays, gather_tokens, return_parts
 from ulysses_infer.parallel.layout import Layout, Place
 
+if TYPE_CHECKING:
+    from ulysses_infer.kernels.routing import SortedRows
+
 EXPERTS_NAME = "ulysses_infer"
-
-
-class Routed(NamedTuple):
-    """Tokens with the experts that the router chose for them."""
-
-    hidden: torch.Tensor
-    """[t, H]"""
-    experts: torch.Tensor
-    """[t, K] int64"""
-    weights: torch.Tensor
-    """[t, K]"""
-
-    def pack(self) -> torch.Tensor:
-        """[t, C] in the tokens' dtype: everything that travels with a token, in one message."""
-        choices = torch.cat((self.weights.float(), self.experts.to(torch.int32).view(torch.float32)), dim=1)
-        return torch.cat((self.hidden, choices.view(self.hidden.dtype)), dim=1)
-
-    def unpack(self, packed: torch.Tensor) -> Routed:
-        """Inverse of `pack`, for other tokens of the same kind."""
-        hidden, choices = packed.split((self.hidden.shape[1], packed.shape[1] - self.hidden.shape[1]), dim=1)
-        weights, experts = choices.contiguous().view(torch.float32).chunk(2, dim=1)
-        return Routed(hidden, experts.view(torch.int32).long(), weights.to(self.weights.dtype))
 
 
 class ExpertLayer:
@@ -61,33 +44,87 @@ class ExpertLayer:
         self.weights.bind(place)
         self.first_member = place.weight_index * place.mode.sp
 
-    def forward(self, routed: Routed, context: StepContext) -> torch.Tensor:
-        """The sum over the experts that the SP group of this rank holds, for its own tokens: [t, H]."""
-        if self.placement == REPLICATE or context.collectives.place.mode.sp == 1:
-            return self.compute(routed)
-        tokens = context.token_spans
+    def exchanges(self, context: StepContext) -> bool:
+        """Whether tokens travel to the ranks of their experts."""
+        return self.placement != REPLICATE and context.collectives.place.mode.sp > 1
 
-        def compute(packed: torch.Tensor) -> torch.Tensor:
-            return self.compute(routed.unpack(packed))
+    def forward(self, routed: Routed, context: StepContext, shared: SharedTokens | None = None) -> torch.Tensor:
+        """The sum over the experts that the SP group of this rank holds, for its own tokens: [t, H].
 
-        packed = routed.pack()
+        shared: added, too.
+        """
+        if not self.exchanges(context):
+            return self.compute(routed, shared)
+        tokens, packed = context.token_spans, routed.pack()
         row_bytes = packed.shape[1] * packed.element_size()
         sizes = tokens[-1].stop, self.num_experts, routed.experts.shape[1], row_bytes
         if self.placement == EXPERT and not context.is_captured and dispatch_pays(context.collectives, *sizes):
-            return dispatch(context.collectives, packed, self._members(routed.experts), compute)
-        return gather_and_scatter(context.collectives, packed, tokens, compute)
+            members = self._members(routed.experts)
+            output = dispatch(context.collectives, packed, members, lambda rows: self.compute(routed.unpack(rows)))
+            return output if shared is None else output + shared.compute()
+        arrived = routed.unpack(gather_tokens(context.collectives, packed, tokens))
+        partial, added = self._apart(arrived, shared)
+        return _sum_of_parts(return_parts(context.collectives, partial, tokens), added)
 
     def _members(self, experts: torch.Tensor) -> torch.Tensor:
         """Like `experts`, with the SP group member that owns each; outside of 0 .. sp - 1 for other groups' experts."""
         owners = ((experts + 1) * self._world_size - 1) // self.num_experts  # the inverse of `even_span`
         return owners - self.first_member
 
-    def compute(self, routed: Routed) -> torch.Tensor:
-        """Own experts on the tokens that chose them: [n, H], zero for tokens that chose none."""
-        if runs_products(routed.hidden.device):
-            return self._compute_by_kernels(routed)
+    def compute(self, routed: Routed, shared: SharedTokens | None = None) -> torch.Tensor:
+        """Own experts on the tokens that chose them: [n, H], zero for tokens that chose none; plus `shared`."""
+        if runs_products(routed.hidden.device) and routed.weights is not None:
+            found = self._sorted(routed)
+            output, added = self._rows(routed, found, shared)
+            return self._sum_of_experts(output, routed, found, added)
+        output, added = self._apart(routed, shared)
+        return output if added is None else _sum_of_parts(output[:, None], added)
+
+    def _apart(self, routed: Routed, shared: SharedTokens | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`compute` of the experts, [n, H], and of `shared`, which may be of other tokens."""
+        if not runs_products(routed.hidden.device):
+            return self._compute_by_torch(routed), None if shared is None else shared.compute()
+        found = self._sorted(routed)
+        output, added = self._rows(routed, found, shared)
+        scattered = routed.weights is None and self._is_small(routed)
+        return output if scattered else self._sum_of_experts(output, routed, found, None), added
+
+    def _sorted(self, routed: Routed) -> SortedRows:
+        from ulysses_infer.kernels.routing import sort_by_expert
+
+        return sort_by_expert(routed.experts, self.weights.own.start, self._counts(routed.experts.device))
+
+    def _is_small(self, routed: Routed) -> bool:
+        """Whether both products are one launch each."""
+        rows_of_each = routed.experts.numel() / max(1, self.num_experts)
+        return rows_of_each <= MOST_ROWS and self.weights.own.size > 0 and self.weights.stored() is not None
+
+    def _rows(
+        self, routed: Routed, found: SortedRows, shared: SharedTokens | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The results of own experts, and of `shared`. Nothing is read on the host.
+
+        The results are by row; in a small step of inputs that are scaled, by token.
+        """
+        mixture = self.weights.stored() if self._is_small(routed) else None
+        if mixture is not None:
+            return mixture.products(routed.hidden, found, self.num_experts, routed.weights is None, shared)
+        added = None if shared is None else shared.compute()
+        if self.weights.own.size == 0:
+            return routed.hidden.new_zeros(len(found.tokens), routed.hidden.shape[1]), added
+        return self.weights.forward(routed.hidden.index_select(0, found.tokens), found.ends), added
+
+    def _sum_of_experts(
+        self, output: torch.Tensor, routed: Routed, found: SortedRows, added: torch.Tensor | None
+    ) -> torch.Tensor:
+        """output: by row; returns the sum of each token's, [n, H]."""
+        from ulysses_infer.kernels.routing import sum_of_experts
+
+        return sum_of_experts(output, routed.weights, found.rows, added, routed.weights_dtype)
+
+    def _compute_by_torch(self, routed: Routed) -> torch.Tensor:
         own, choices = self.weights.own.size, routed.experts.shape[1]
-        experts, order = self._own_index(routed.experts).sort()
+        experts, order = self._own_index(routed.experts.long()).sort()
         counts = experts.new_zeros(own + 1).scatter_add_(0, experts, torch.ones_like(experts))[:own]
         self._counts(counts.device).add_(counts)
         host_knows = experts.device.type == "cpu"  # else it would have to wait
@@ -97,23 +134,12 @@ class ExpertLayer:
         experts, order = experts[:num_rows], order[:num_rows]
         offsets = counts.cumsum(0).to(torch.int32)
         output = self.weights.forward(routed.hidden[order // choices], offsets)
-        output = output * routed.weights.reshape(-1)[order, None]
+        output = output * routed.torch_weights.reshape(-1)[order, None]
         if not host_knows:  # a grouped product does not write the rows after the last own one
             output = output.masked_fill((experts == own)[:, None], 0)
         rows = output.new_zeros(routed.experts.numel(), output.shape[1])
         rows[order] = output
         return rows.view(-1, choices, output.shape[1]).sum(dim=1).to(routed.hidden.dtype)
-
-    def _compute_by_kernels(self, routed: Routed) -> torch.Tensor:
-        """`compute` on a GPU, in few launches and without reading counts on the host."""
-        from ulysses_infer.kernels.routing import sort_by_expert, sum_of_experts
-
-        own = self.weights.own
-        found = sort_by_expert(routed.experts.contiguous(), own.start, self._counts(routed.experts.device))
-        if own.size == 0:
-            return torch.zeros_like(routed.hidden)
-        output = self.weights.forward(routed.hidden.index_select(0, found.tokens), found.offsets)
-        return sum_of_experts(output, routed.weights.contiguous(), found.rows)
 
     def _own_index(self, experts: torch.Tensor) -> torch.Tensor:
         """[t * K]: each choice relative to the first own expert; other experts get the number after the last."""
@@ -163,11 +189,28 @@ def shift_experts(
     hidden_states: [t, H]; top_k_index, top_k_weights: [t, K]; returns [t, H], summed over the TP group.
     """
     context = step_context()
+    return context.collectives.sum_over_tp(partial_experts(module, hidden_states, top_k_index, top_k_weights))
+
+
+def partial_experts(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor | None
+) -> torch.Tensor:
+    """`shift_experts` without the sum over the TP group. top_k_weights: None: 1, with K = 1."""
+    context = step_context()
     own = slice(context.num_local_tokens)  # an empty slice runs a dummy token, which no expert has to process
-    output = module.expert_layer.forward(Routed(hidden_states[own], top_k_index[own], top_k_weights[own]), context)
-    if len(output) < len(hidden_states):
-        output = torch.zeros_like(hidden_states)
-    return context.collectives.sum_over_tp(output)
+    weights = None if top_k_weights is None else top_k_weights[own]
+    output: torch.Tensor = module.expert_layer.forward(Routed(hidden_states[own], top_k_index[own], weights), context)
+    return output if len(output) == len(hidden_states) else torch.zeros_like(hidden_states)
+
+
+def _sum_of_parts(parts: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+    """parts: [t, n, H]; added: [t, H]; returns their sum, [t, H]."""
+    if runs_products(parts.device):
+        from ulysses_infer.kernels.routing import sum_of_parts
+
+        return sum_of_parts(parts, added)
+    output = parts.sum(dim=1)
+    return output if added is None else output + added
 
 
 def register() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ulysses_infer.errors import CheckpointError
+from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.kernels.launch import runs_products
 from ulysses_infer.model.layers.linear import Cut
 from ulysses_infer.model.loading.files import TensorSource
@@ -55,6 +56,7 @@ class ExpertMatrix(nn.Module):
             empty = torch.empty(shape, dtype=component.dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self._pieces: list[tuple[Span, Span, dict[str, torch.Tensor]]] = []
+        self._part_spans: list[Span] = []
 
     # -- loading -----------------------------------------------------------------------------------------------
 
@@ -98,12 +100,22 @@ class ExpertMatrix(nn.Module):
 
     def bind(self, place: Place) -> None:
         """Read the weights as `place` needs them from now on. Views only; nothing is copied."""
-        spans = merge(self.sharding.spans(place.weight_index, place.mode.tp))
+        self._part_spans = self.sharding.spans(place.weight_index, place.mode.tp)
+        self._pieces = [self._piece(span) for span in merge(self._part_spans)]
+
+    def _piece(self, span: Span) -> tuple[Span, Span, dict[str, torch.Tensor]]:
+        """Outputs, inputs and components of the features `span`."""
         outputs, inputs = (Span(0, size) for size in self.sizes)
-        self._pieces = [
-            (span, inputs, self._views(span)) if self.cut == "column" else (outputs, span, self._views(span))
-            for span in spans
-        ]
+        return (span, inputs, self._views(span)) if self.cut == "column" else (outputs, span, self._views(span))
+
+    def stored_parts(self) -> list[StoredExperts | None]:
+        """Each part of the matrix, gate and up if it is both, as our kernel reads it; None: torch has a product."""
+        return [self._stored_part(*self._piece(span)) for span in self._part_spans]
+
+    def _stored_part(self, rows: Span, columns: Span, views: dict[str, torch.Tensor]) -> StoredExperts | None:
+        if isinstance(self.scheme, ScaledWeight) and is_grouped(self.scheme, views):
+            return None
+        return self.scheme.stored_experts(views, rows, columns)
 
     def _views(self, span: Span) -> dict[str, torch.Tensor]:
         """For all own experts, what covers the features `span`."""

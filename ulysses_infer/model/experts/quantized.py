@@ -8,6 +8,7 @@ import torch
 
 from ulysses_infer.model.experts.kinds import dense_weights, expert_shape, matrix_sizes
 from ulysses_infer.model.experts.matrix import ExpertMatrix
+from ulysses_infer.model.experts.products import StoredMixture, mixture_of
 from ulysses_infer.model.experts.weights import ExpertWeights, expert_of_rows
 from ulysses_infer.model.layers.linear import Cut
 from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK, ExpertScheme
@@ -44,6 +45,16 @@ class QuantizedExpertWeights(ExpertWeights):
         for matrix in (*self._ups, self.module.down_proj):
             matrix.bind(place)
         self._biases = self._up_bias(place), self._down_bias(place)
+        self._stored = None
+
+    def stored(self) -> StoredMixture | None:
+        """See `ExpertWeights.stored`."""
+        if self._stored is None and self.activation is not None and not self.module.has_bias:
+            ups = [stored for matrix in self._ups for stored in matrix.stored_parts()]
+            downs = self.module.down_proj.stored_parts()
+            if len(ups) == 2 and len(downs) == 1:
+                self._stored = mixture_of(self.activation, *ups, *downs)
+        return self._stored
 
     def _up_bias(self, place: Place) -> torch.Tensor | None:
         if not self.module.has_bias:

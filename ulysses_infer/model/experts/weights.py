@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.kernels.launch import runs_products
 from ulysses_infer.model.experts.placement import EXPERT, REPLICATE, WIDTH, check_width
+from ulysses_infer.model.experts.products import StoredMixture, mixture_of
 from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.model.quantization.grouped import TokenGroups, is_dense_grouped, stored_product
 from ulysses_infer.parallel.layout import Layout, Mode, Place, Span, even_span
@@ -39,6 +40,9 @@ class ExpertWeights:
         self.own = even_span(self.num_experts, shard, layout.world_size) if placement == EXPERT else every
         self.gate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         """Gate and up, [S, I] each, to [S, I]: faster than `apply_gate` and equal to it (fusion/experts.py)."""
+        self.activation: str | None = None
+        """The activation of `gate`."""
+        self._stored: StoredMixture | None = None
         self._up: list[Weight] = []
         self._down: Weight | None = None
 
@@ -62,6 +66,21 @@ class ExpertWeights:
         self._up = [(self._view(self.up_name, 1, span), self._bias(f"{self.up_name}_bias", span)) for span in spans]
         (span,) = self.down_sharding.local_spans(self.base, place)
         self._down = self._view("down_proj", 2, span), self._down_bias(place)
+        self._stored = None
+
+    def stored(self) -> StoredMixture | None:
+        """What one launch of each product reads; None if they take more launches."""
+        if self._stored is None and self.activation is not None and not self.module.has_bias:
+            gate, up, down = self._matrices()
+            self._stored = mixture_of(self.activation, gate, up, down)
+        return self._stored
+
+    def _matrices(self) -> tuple[StoredExperts, StoredExperts, StoredExperts]:
+        """Gate, up and down."""
+        assert self._down is not None
+        ups = [weight for weight, _ in self._up]
+        gate, up = ups if len(ups) == 2 else ups[0].chunk(2, dim=1)
+        return dense_experts(gate), dense_experts(up), dense_experts(self._down[0])
 
     def _stored_place(self, place: Place) -> Place:
         """Which slice of the experts is read in the mode of `place`."""
@@ -123,11 +142,16 @@ def expert_of_rows(offsets: torch.Tensor, num_rows: int) -> torch.Tensor:
     return torch.searchsorted(offsets, rows, right=True).clamp(max=len(offsets) - 1)
 
 
+def dense_experts(matrices: torch.Tensor) -> StoredExperts:
+    """matrices: [E, out, in], a view with any strides."""
+    return StoredExperts(matrices, *matrices.shape[1:])
+
+
 def _grouped_linear(tokens: torch.Tensor, weight: Weight, offsets: torch.Tensor) -> torch.Tensor:
     matrices, bias = weight
     fits = is_dense_grouped(tokens, matrices)
     if runs_products(tokens.device) and not fits:
-        output = stored_product(tokens, TokenGroups(offsets), StoredExperts(matrices, *matrices.shape[1:]))
+        output = stored_product(tokens, TokenGroups(offsets), dense_experts(matrices))
     elif fits or tokens.device.type != "cpu":
         output = F.grouped_mm(tokens, matrices.transpose(1, 2), offs=offsets)
     else:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ulysses_infer.attention.backend import AttentionOptions
-from ulysses_infer.kernels.placement import HeadNorm, HeadTarget
+from ulysses_infer.kernels.placement import HeadNorm, HeadTarget, HeadTemperature
+from ulysses_infer.model.context import step_positions
 from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.projections import (
@@ -157,16 +158,28 @@ class PlacedAttention(FusedAttention):
     ) -> tuple[torch.Tensor, None]:
         """See `FusedAttention.forward`."""
         heads = project(self.inputs, flat(hidden_states))
-        cosine, sine = (each[0] for each in position_embeddings)
-        place = partial(self._place, heads, cosine, sine)
+        place = partial(self._place, heads, *self._rotation(position_embeddings))
         attended = attend_placed(self.layer_idx, self.head_plan, place, heads[0], self.head_dim, self.options)
         return self._projected(attended, unsummed)[None], None
+
+    def _rotation(self, position_embeddings: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Cosine and sine as `place_heads` reads them."""
+        cosine, sine = position_embeddings
+        return cosine[0], sine[0]
+
+    def _head_norms(self) -> tuple[HeadNorm | None, HeadNorm | None]:
+        """Of query and key."""
+        return _head_norm(self._norms[0]), _head_norm(self._norms[1])
+
+    def _temperature(self) -> HeadTemperature | None:
+        """Of the step's queries."""
+        return None
 
     def _place(
         self,
         heads: list[torch.Tensor],
-        cosine: torch.Tensor,
-        sine: torch.Tensor,
+        cosine: torch.Tensor | None,
+        sine: torch.Tensor | None,
         target: HeadTarget,
         query_index: torch.Tensor | None,
         index: torch.Tensor | None,
@@ -175,8 +188,35 @@ class PlacedAttention(FusedAttention):
         from ulysses_infer.kernels.heads import place_heads
 
         query, key, value = (each[: target.query.shape[0]] for each in heads)
-        norms = _head_norm(self._norms[0]), _head_norm(self._norms[1])
-        place_heads(query, key, value, norms, cosine, sine, target, query_index, index)
+        norms, temperature = self._head_norms(), self._temperature()
+        place_heads(query, key, value, norms, cosine, sine, target, query_index, index, temperature)
+
+
+class PairedAttention(PlacedAttention):
+    """llama4's: layers rotate neighbours and then normalise, or only scale queries by their position."""
+
+    def __init__(self, source: Any, options: AttentionOptions, elementwise: Elementwise) -> None:
+        super().__init__(source, options, elementwise)
+        norm = getattr(source, "qk_norm", None)
+        self._rotates, self._norm = bool(source.use_rope), None if norm is None else HeadNorm(None, float(norm.eps))
+
+    @staticmethod
+    def candidate(source: Any) -> bool:
+        """Whether it is such a block, with a norm without weights or none."""
+        return PlacedAttention.candidate(source) and hasattr(source, "use_rope")
+
+    def _rotation(self, position_embeddings: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """position_embeddings: complex numbers, [1, t, r / 2]."""
+        return torch.view_as_real(position_embeddings)[0].flatten(1) if self._rotates else None, None
+
+    def _head_norms(self) -> tuple[HeadNorm | None, HeadNorm | None]:
+        return self._norm, self._norm
+
+    def _temperature(self) -> HeadTemperature | None:
+        temperature = self.head_plan.temperature
+        if temperature is None:
+            return None
+        return HeadTemperature(step_positions(), temperature.length, temperature.strength)
 
 
 def _head_norm(norm: Any) -> HeadNorm | None:

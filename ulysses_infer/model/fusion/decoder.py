@@ -15,9 +15,11 @@ from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.projections import children_with_weights, input_kind
 
-LAYER_PARTS = {"input_layernorm", "post_attention_layernorm", "mlp"}
+LAYER_PARTS = {"input_layernorm", "post_attention_layernorm"}
 MIXERS = ("self_attn", "linear_attn")
-"""Names of attention and of recurrent layers; each layer has one of them besides `LAYER_PARTS`."""
+"""Names of attention and of recurrent layers; each layer has one of them."""
+FEED_FORWARDS = ("mlp", "feed_forward", "block_sparse_moe")
+"""Names of the last part of a layer; each layer has one of them, and `LAYER_PARTS`."""
 BASE_PARTS = ("embed_tokens", "layers", "norm")
 
 
@@ -52,10 +54,12 @@ class FusedDecoder:
         self.embedding, self.rotary, self.head = base.embed_tokens, rotary, head
         self._elementwise = elementwise
         self.first_norm: FusedRMSNorm = base.layers[0].input_layernorm
-        following = [*((layer.input_layernorm, _mixer(layer)) for layer in base.layers[1:]), (base.norm, None)]
+        parts = [(_part(layer, MIXERS), _part(layer, FEED_FORWARDS)) for layer in base.layers]
+        readers = zip(base.layers[1:], parts[1:], strict=True)
+        following = [*((layer.input_layernorm, mixer) for layer, (mixer, _) in readers), (base.norm, None)]
         self.layers = [
-            (_Block(_mixer(layer), layer.post_attention_layernorm, layer.mlp), _Block(layer.mlp, norm, reader))
-            for layer, (norm, reader) in zip(base.layers, following, strict=True)
+            (_Block(mixer, layer.post_attention_layernorm, last), _Block(last, norm, reader))
+            for layer, (mixer, last), (norm, reader) in zip(base.layers, parts, following, strict=True)
         ]
 
     @staticmethod
@@ -65,8 +69,8 @@ class FusedDecoder:
             return False
         norms = [base.norm]
         for layer in base.layers:
-            parts = set(children_with_weights(layer))
-            if not parts >= LAYER_PARTS or len(parts) > len(LAYER_PARTS) + 1 or not parts & set(MIXERS):
+            found = set(children_with_weights(layer))
+            if not any(found == {*LAYER_PARTS, mixer, last} for mixer in MIXERS for last in FEED_FORWARDS):
                 return False
             norms += [layer.input_layernorm, layer.post_attention_layernorm]
         return all(isinstance(norm, FusedRMSNorm) for norm in norms)
@@ -95,6 +99,8 @@ class FusedDecoder:
                 attended = attended[0]
             residual, normed = attention.add_and_norm(attended, residual, **attention.options)
             output = feed_forward.module(normed, **feed_forward.options)
+            if isinstance(output, tuple):  # a mixture with its router's logits
+                output = output[0].view(residual.shape)
             residual, normed = feed_forward.add_and_norm(output, residual, **feed_forward.options)
         return normed[0]
 
@@ -112,7 +118,7 @@ class FusedDecoder:
         return embedded
 
 
-def _mixer(layer: nn.Module) -> nn.Module:
-    """The part of a layer in which tokens influence each other."""
+def _part(layer: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """The part of a layer that has one of `names`."""
     children = children_with_weights(layer)
-    return next(children[name] for name in MIXERS if name in children)
+    return next(children[name] for name in names if name in children)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ulysses_infer.model.experts.products import SharedWeights
 from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.projections import (
     Inputs,
@@ -64,3 +65,13 @@ class FusedFeedForward(nn.Module):
         active = self._elementwise.gated_shards(self.activation, gate, up, input_kind(down))
         output: torch.Tensor = down.partial(active) if unsummed else down(active)
         return output.view(*hidden_states.shape[:-1], output.shape[-1])
+
+    def weights(self) -> SharedWeights | None:
+        """See `SharedExpert.weights`."""
+        (down,) = self._output
+        parts = [part for projection in self.inputs for part in projection.dense_parts()]
+        row = down.dense_row()
+        if len(parts) != 2 or row is None:
+            return None
+        gate, up = parts
+        return SharedWeights(self.activation, gate, up, row)

@@ -17,12 +17,13 @@ from torch import nn
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.kernels.launch import runs_kernels
 from ulysses_infer.model.context import use_step_context
-from ulysses_infer.model.fusion.attention import FusedAttention, GatedAttention, PlacedAttention
+from ulysses_infer.model.fusion.attention import FusedAttention, GatedAttention, PairedAttention, PlacedAttention
 from ulysses_infer.model.fusion.decoder import FusedDecoder
 from ulysses_infer.model.fusion.elementwise import ACTIVATIONS, Elementwise, NativeElementwise, make_elementwise
 from ulysses_infer.model.fusion.equivalence import MISMATCH_ERRORS, Call, is_close, is_equivalent_on, record_calls
-from ulysses_infer.model.fusion.experts import FusedRouter, fuse_gate
+from ulysses_infer.model.fusion.experts import SCORES, FusedRouter, dense_choices, fuse_gate
 from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
+from ulysses_infer.model.fusion.mixture import FusedMixture
 from ulysses_infer.model.fusion.norm import FusedRMSNorm, OffsetRMSNorm
 from ulysses_infer.model.fusion.recurrent import is_equivalent_form
 from ulysses_infer.model.fusion.rotary import FusedRotary
@@ -67,6 +68,7 @@ class Fusion:
         if runs_kernels(device):
             for layer in self.injection.expert_layers:
                 fuse_gate(layer, self.elementwise, model.dtype, device)
+            self._replace_all(FusedMixture)
         self.num_stacked = 0
         if should_stack_weights(device):
             self._stack_all()
@@ -114,11 +116,15 @@ class Fusion:
             if isinstance(self.elementwise, NativeElementwise):
                 yield OffsetRMSNorm(source, self.elementwise)
         elif kind is FusedRouter and runs_kernels(self._tokens.device):
-            yield from (FusedRouter(source, normalise) for normalise in (True, False))
+            yield from (FusedRouter(source, score) for score in SCORES)
+        elif kind is FusedMixture:
+            yield from (FusedMixture(source, returns_logits) for returns_logits in (False, True))
         elif kind is FusedFeedForward:
             yield from (FusedFeedForward(source, activation, self.elementwise) for activation in ACTIVATIONS)
         elif kind is FusedAttention and not (asked := options[source.layer_idx]).is_per_head:  # type: ignore[index]
             if runs_kernels(self._tokens.device) and PlacedAttention.candidate(source):
+                if PairedAttention.candidate(source):
+                    yield PairedAttention(source, asked, self.elementwise)
                 yield PlacedAttention(source, asked, self.elementwise)
             yield FusedAttention(source, asked, self.elementwise)
             yield GatedAttention(source, asked, self.elementwise)
@@ -140,6 +146,8 @@ class Fusion:
     @torch.inference_mode()
     def _is_equivalent(self, source: nn.Module, form: nn.Module, call: Call) -> bool:
         with use_step_context(self._context):
+            if isinstance(form, FusedRouter):
+                return is_equivalent_on(call, dense_choices(source), dense_choices(form))
             return is_equivalent_on(call, source, form)
 
     def _parents_of_modules(self) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
@@ -168,6 +176,8 @@ class Fusion:
     def _fuse_decoder(self) -> FusedDecoder | None:
         base = self.injection.decoder
         base = base.get_decoder() if hasattr(base, "get_decoder") else base
+        if not hasattr(base, "layers"):  # transformers does not find llama4's
+            base = getattr(base, "model", base)
         if not FusedDecoder.candidate(base):
             return None
         expected = self._logits()

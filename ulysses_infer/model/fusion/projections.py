@@ -30,6 +30,11 @@ class Projection(Protocol):
         """
         ...
 
+    def dense_parts(self) -> Sequence[torch.Tensor]:
+        """The weights of each linear in the mode, [shards, out features of a shard, in]; empty if they have biases or
+        are not dense."""
+        ...
+
 
 def project(projections: Iterable[Projection], inputs: Inputs) -> list[torch.Tensor]:
     """The outputs of all `projections` of `inputs`, in order: each [..., shards, out features of a shard]."""

@@ -126,6 +126,17 @@ class ShiftLinear(nn.Module):
         """`parts` as [..., 1, features], as `StackedLinears.shard_parts` returns them."""
         return [part.unsqueeze(-2) for part in self.parts(inputs)]
 
+    def dense_parts(self) -> Sequence[torch.Tensor]:
+        """The weights of the sharding's parts in the mode, [1, features, in] each; empty if they have biases."""
+        if self.bias is not None or self.transposed or len(self._pieces) != len(self._part_sizes):
+            return []
+        return [weight[None] for weight, _ in self._pieces]
+
+    def dense_row(self) -> torch.Tensor | None:
+        """The weight of a row-parallel layer in the mode, [out, in]; None if its inputs are not dense."""
+        ((weight, _),) = self._pieces
+        return None if self.transposed else weight
+
     @property
     def has_partial(self) -> bool:
         """Whether the sum of `partial` over the TP group is the result of `forward`: no bias, no adapter."""

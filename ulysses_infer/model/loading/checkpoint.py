@@ -231,8 +231,9 @@ class Loader:
             return
         current = self.parameters.get(name, self.buffers.get(name))
         assert current is not None
-        if current.dim() == tensor.dim() + 1 and math.prod(current.shape[:2]) == len(tensor):  # a stacked parameter
-            tensor = tensor.unflatten(0, current.shape[:2])
+        rows = current.shape[: current.dim() - tensor.dim() + 1]
+        if len(rows) in (2, 3) and math.prod(rows) == len(tensor):  # a stacked parameter
+            tensor = tensor.unflatten(0, rows)
         if tensor.shape != current.shape:
             raise CheckpointError(_wrong_shape(name, tuple(tensor.shape), tuple(current.shape)))
         self.store(name, current, tensor)

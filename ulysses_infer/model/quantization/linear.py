@@ -130,6 +130,14 @@ class QuantizedLinear(nn.Module):
         outputs = [product(inputs, piece) for product, piece in self._products]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
+    def dense_parts(self) -> Sequence[torch.Tensor]:
+        """See `ShiftLinear.dense_parts`."""
+        return []
+
+    def dense_row(self) -> torch.Tensor | None:
+        """See `ShiftLinear.dense_row`."""
+        return None
+
     @property
     def has_partial(self) -> bool:
         """See `ShiftLinear.has_partial`."""
