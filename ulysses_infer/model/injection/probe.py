@@ -155,7 +155,7 @@ def _check_layers(model: Any, cache: ProbeCache) -> str | None:
     expected = [layer for layer, heads in enumerate(model.shape.layers) if heads is not None]
     if sorted(cache.readers) == expected:
         return None
-    return f"layers {expected} have attention, but it ran on layers {cache.readers} in one step"
+    return f"layers {expected} have attention, but attention ran on layers {cache.readers} in one step"
 
 
 def _check_heads(model: Any, layout: Layout, shard: int, cache: ProbeCache) -> str | None:
