@@ -68,7 +68,7 @@ def plan(
 def _planner(options: argparse.Namespace) -> Planner:
     config = _config(max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens)
     config.model.path, config.model.max_model_len = options.model, options.max_model_len
-    config.cache.dtype = options.cache_dtype
+    config.cache.dtype, config.cache.block_size = options.cache_dtype, options.block_size
     config.parallel.expert_placement = options.expert_placement
     profile = None if options.profile is None else Profile.load(options.profile)
     tokens_per_hash = scale_of(options).block_tokens if options.trace is not None else float(HASH_BLOCK_TOKENS)

@@ -119,9 +119,9 @@ def _activations(sizes: ModelSizes, config: Config, base: Mode) -> float:
 
 
 def _with_reason(layout: PlannedLayout, sizes: ModelSizes, config: Config) -> PlannedLayout:
-    reason = sizes.check_mode(layout.base)
+    reason: str | None = None
     longest = min(config.model.max_model_len or sizes.max_model_len, sizes.max_model_len)
-    if reason is None and layout.cache_bytes <= 0:
+    if layout.cache_bytes <= 0:
         missing = -layout.cache_bytes / GIB
         reason = f"weights take {layout.weights / GIB:.1f} GiB of {layout.available / GIB:.1f}: {missing:.1f} too much"
     if reason is None and layout.cache_tokens(1) < longest:

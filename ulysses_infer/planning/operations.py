@@ -92,7 +92,7 @@ class StepOperations:
     def _attention_seconds(self, mode: Mode, shape: StepShape) -> float:
         sizes, node = self.sizes, self.node
         seconds = 0.0
-        heads, width = sizes.num_attention_heads / mode.world_size, (sizes.key_width + sizes.value_width) / 2
+        heads, width = sizes.attention_heads(mode.world_size), (sizes.key_width + sizes.value_width) / 2
         if sizes.latent_width:
             width = float(sizes.latent_width)
         if shape.num_prefills:

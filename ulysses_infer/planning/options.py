@@ -38,6 +38,13 @@ def parse_plan(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-num-batched-tokens", type=positive, default=8192, metavar="N", help="default: %(default)s"
     )
+    parser.add_argument(
+        "--block-size",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="tokens per cache block; larger ones simulate faster",
+    )
     parser.add_argument("--expert-placement", choices=("auto", "replicate", "expert", "width"), default="auto")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="step times that ulysses-infer calibrate measured")
     _add_traffic(parser)

@@ -7,7 +7,9 @@ import io
 from pathlib import Path
 
 import jinja2
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from ulysses_infer.bench.compare.plots.style import DIM, mode_colour, styled
 from ulysses_infer.errors import ConfigError, first_line
@@ -55,10 +57,11 @@ def _plane(plan: Plan) -> Figure:
         sizes = [30 + 150 * evaluation.figures.tokens_per_second / most for evaluation in own]
         x, y = ([getattr(e.figures, name).p50 for e in own] for name in ("ttft", "tpot"))
         axes.scatter(x, y, sizes, color=colour, alpha=0.75, label=policy, linewidths=0)
-    for evaluation in plan.pareto:
-        point = evaluation.figures.ttft.p50, evaluation.figures.tpot.p50
+    named = {(e.figures.ttft.p50, e.figures.tpot.p50): e for e in reversed(plan.pareto)}  # one name per point
+    for point, evaluation in named.items():
         axes.annotate(str(evaluation.candidate), point, (6, 5), textcoords="offset points", fontsize=8, color=DIM)
-    axes.set(xscale="log", yscale="log", xlabel="median time to first token, ms", ylabel="median time per token, ms")
+    axes.set(xlabel="median time to first token, ms", ylabel="median time per token, ms")
+    _logarithmic(axes)
     axes.legend()
     return figure
 
@@ -100,9 +103,18 @@ def _crossover(planner: Planner, plan: Plan) -> Figure:
                 seconds = [1e3 * times.seconds(mode, StepShape.of([], [(0, count)])) for count in COUNTS]
                 axes.plot(COUNTS, seconds, label=str(mode))
                 drawn.add(mode)
-    axes.set(xscale="log", yscale="log", xlabel="prompt tokens of the step", ylabel="ms per step")
+    axes.set(xlabel="prompt tokens of the step", ylabel="ms per step")
+    _logarithmic(axes)
     axes.legend()
     return figure
+
+
+def _logarithmic(axes: Axes) -> None:
+    """Both axes, with plain numbers."""
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else ""))
 
 
 def _data(figure: Figure) -> str:

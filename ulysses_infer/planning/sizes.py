@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ulysses_infer.errors import ConfigError
-from ulysses_infer.parallel.layout import Mode, heads_fit
+from ulysses_infer.parallel.head_layout import head_layout
 
 WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int4": 0.5625}
 """Bytes per weight of a quantised layer, scales of int4's groups included."""
@@ -58,15 +58,13 @@ class ModelSizes:
         """Bytes per weight of the layers' matrix products."""
         return WEIGHT_BYTES[self.dtype]
 
-    def check_mode(self, mode: Mode) -> str | None:
-        """Why `mode`'s ranks cannot share the heads; None if they can."""
-        if heads_fit(mode.world_size, self.num_attention_heads, self.num_key_value_heads):
-            return None
-        return f"{self.num_attention_heads} query and {self.num_key_value_heads} key/value heads do not divide by it"
+    def attention_heads(self, parts: int) -> int:
+        """Query heads of one of `parts` parts, padding included."""
+        return head_layout(parts, self.num_attention_heads, self.num_key_value_heads).query_slots
 
     def key_value_heads(self, parts: int) -> int:
         """KV heads of one of `parts` parts; at least one."""
-        return max(1, self.num_key_value_heads // parts)
+        return head_layout(parts, self.num_attention_heads, self.num_key_value_heads).key_value_slots
 
     @property
     def attention_weights(self) -> int:
