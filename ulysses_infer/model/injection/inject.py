@@ -85,6 +85,10 @@ class Injection:
         experts = getattr(owner, "expert_layer", None)
         return experts.slices(leaf) if experts is not None else None
 
+    def is_inside_recurrent_layer(self, name: str) -> bool:
+        """Whether the parameter `name` belongs to the inner part of a recurrent layer."""
+        return name in self._own_slices
+
     def _name_of(self, wanted: nn.Module) -> str:
         return next(name for name, module in self.model.named_modules() if module is wanted)
 

@@ -92,6 +92,11 @@ def _find(injection: Any, adapter: str, name: str) -> nn.Module:
         module: nn.Module = injection.model.get_submodule(name)
     except AttributeError:
         raise CheckpointError(f"adapter {adapter!r} changes {name}, which this model does not have") from None
+    if injection.is_inside_recurrent_layer(f"{name}.weight"):
+        raise CheckpointError(
+            f"adapter {adapter!r} changes {name}, which is inside a recurrent layer; only its projections in and out "
+            "support adapters"
+        )
     if not (hasattr(module, "sharding") or type(module) is nn.Linear):
         raise CheckpointError(
             f"adapter {adapter!r} changes {name} ({type(module).__name__}); only projections of attention and "

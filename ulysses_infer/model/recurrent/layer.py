@@ -39,6 +39,7 @@ class RecurrentLayer:
     def __init__(self, name: str, module: Any, rule: Rule, owner: Owner, base: Place) -> None:
         _check_units(module, rule, owner)
         self.name, self.module, self.rule, self.owner = name, module, rule, owner
+        self._dtype = module.get_submodule(rule.inputs[0].name).weight.dtype  # of what a quantised one computes, too
         self.linears = [
             *(self._cut(each.name, "column", each.sharding, base) for each in rule.inputs if each.name),
             *([self._cut(rule.output, "row", Sharding((rule.output_part,)), base)] if rule.output else []),
@@ -98,8 +99,7 @@ class RecurrentLayer:
         states = RecordedStates(self.module.layer_idx)
         like = next(module.parameters())
         sizes = self.own_widths
-        dtype = self.module.get_submodule(self.rule.inputs[0].name).weight.dtype
-        self._fed = [like.new_empty(1, RECORDED_TOKENS, size, dtype=dtype) for size in sizes]
+        self._fed = [like.new_empty(1, RECORDED_TOKENS, size, dtype=self._dtype) for size in sizes]
         view = self._make_view(module)
         view.states = states
         with torch.no_grad():
