@@ -7,6 +7,8 @@ from typing import TypeVar
 import numpy as np
 
 Integers = TypeVar("Integers", int, np.ndarray)
+FRACTION = 2**40
+"""Weights in [0, 1] are summed as multiples of 1 / FRACTION, exactly in any order; int64 holds the sum of 2**22."""
 
 
 def ceil_div(numerator: Integers, denominator: int) -> Integers:

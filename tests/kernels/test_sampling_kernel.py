@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ulysses_infer.arithmetic import FRACTION
 from ulysses_infer.kernels.launch import assume, counted
-from ulysses_infer.kernels.sampling_masses import FRACTION
 from ulysses_infer.model.sampling import transfer
 from ulysses_infer.model.sampling.draw import draw
 from ulysses_infer.model.sampling.head import concat_shards, pad_shard

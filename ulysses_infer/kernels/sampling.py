@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ulysses_infer.arithmetic import FRACTION
 from ulysses_infer.kernels.launch import launch
-from ulysses_infer.kernels.sampling_masses import FRACTION
 
 COLUMNS = 1024
 ROWS = 16  # a tile of ROWS * COLUMNS weights, 64 KiB, is in flight while one block reads a row

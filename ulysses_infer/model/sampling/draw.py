@@ -17,14 +17,19 @@ from collections.abc import Sequence
 
 import torch
 
+from ulysses_infer.arithmetic import FRACTION
 from ulysses_infer.kernels import launch
-from ulysses_infer.kernels.sampling_masses import masses
 from ulysses_infer.model.sampling.transfer import column, to_device_async
 from ulysses_infer.sampling_params import SamplingParams
 
 TOP_P_CANDIDATES = 1024  # most nuclei are smaller, and this top-k is far cheaper than a full sort
 CANDIDATE_GROWTH = 16  # factor of the next attempt if the nucleus is larger
 EVERYTHING = torch.iinfo(torch.int64).max
+
+
+def masses(weights: torch.Tensor) -> torch.Tensor:
+    """`weights` float32 in [0, 1] as multiples of 1 / FRACTION, rounded down: int64."""
+    return (weights * FRACTION).to(torch.int64)
 
 
 def draw(
