@@ -105,6 +105,10 @@ def measure_ours(engine: ulysses_infer.InferenceEngine, prompt: Callable[[], lis
     return Latency(times[0] * 1e3, (times[-1] - times[0]) / (output_len - 1) * 1e3)
 
 
+def _shown(latency: Latency) -> str:
+    return f"TTFT {latency.first_token:.0f} ms, TPOT {latency.per_token:.1f} ms"
+
+
 def show(name: str, theirs: list[float], ours: list[float]) -> dict[str, float]:
     """Print one row; returns it."""
     row = {
@@ -136,10 +140,11 @@ def main() -> None:
         theirs: list[Latency] = []
         ours: list[Latency] = []
         with ulysses_infer.init_inference(folder, settings) as engine:
-            for _ in range(options.repeats + 1):  # the first is a warm-up
+            for number in range(options.repeats + 1):  # the first is a warm-up
                 mine.send(options.output_len)
                 theirs.append(mine.recv())
                 ours.append(measure_ours(engine, prompt, options.output_len))
+                print(f"{number}: transformers {_shown(theirs[-1])}; ours {_shown(ours[-1])}", flush=True)
         mine.send(0)
         process.join()
     header = ("transformers min", "ours min", "ratio", "transformers median", "ours median", "ratio")
