@@ -7,7 +7,8 @@ from typing import Any
 
 from ulysses_infer.errors import UnsupportedModelError
 
-RECURRENT = "it has recurrent or convolutional layers, whose state is not in the KV cache"
+POOLED_INDEX = "its attention selects keys by a learned index over pooled keys, which the KV cache does not hold"
+RELATIVE_LOGITS = "its attention adds learned logits of relative positions, which the attention backends do not support"
 DECODER_HALF = "it is the decoder half of an encoder-decoder model"
 CROSS_ATTENTION = "its layers cross-attend to encoded images, which the KV cache does not hold"
 NEEDS_AN_IMAGE = "it requires an image input"
@@ -15,21 +16,8 @@ DRAFT_MODEL = "it is a draft model, whose layers read the keys and values of ano
 
 # Refused even with allow_unverified: these models fail, or run but give wrong results.
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "glm5_next",
-            "inkling2",
-            "inkling2_text",
-            "inkling_mm_model",
-            "inkling_text",
-            "qwen4_exp",
-            "qwen4_exp_text",
-            "rwkv",
-            "xlstm",
-            "zaya",
-        ),
-        RECURRENT,
-    ),
+    **dict.fromkeys(("glm5_next", "qwen4_exp", "qwen4_exp_text"), POOLED_INDEX),
+    **dict.fromkeys(("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"), RELATIVE_LOGITS),
     **dict.fromkeys(
         (
             "florence2",
@@ -56,6 +44,9 @@ REFUSED: dict[str, str] = {
     "deepseek_v4": "it attends to entries compressed from windows of tokens, which the KV cache does not hold",
     "doge": "its attention masks keys by value-dependent scores",
     "diffusion_gemma": "it generates blocks of tokens by diffusion, not autoregressively",
+    "rwkv": "its layers mix each token with the one before it ahead of their projections",
+    "xlstm": "its recurrent layers keep their states in a cache of their own",
+    "zaya": "its attention convolves queries and keys, and delays values by a token, before it attends",
     "hrm_text": "its prompts use bidirectional attention, and it runs each layer several times per step",
     "paligemma": "its prompts use bidirectional attention, which rules out chunked prefill and prefix caching",
     **dict.fromkeys(("kyutai_speech_to_text", "voxtral_realtime"), "it takes an audio input with every token"),

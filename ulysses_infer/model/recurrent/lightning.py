@@ -53,7 +53,8 @@ def lightning_forward(view: Any, hidden_states: torch.Tensor, past_key_values: A
         state = mixed.new_zeros((*mixed.shape[:2], view.head_dim, view.head_dim), dtype=torch.float32)
     outputs = []
     for block in mixed.split(view.block_size, dim=2):
-        output, state = _block(view, *block.split(view.head_dim, dim=-1), state)
+        query, key, value = block.split(view.head_dim, dim=-1)
+        output, state = _block(view, query, key, value, state)
         outputs.append(output)
     past_key_values.set(RECURRENT, state)
     joined = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2).to(hidden_states.dtype)
