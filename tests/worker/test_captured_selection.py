@@ -20,7 +20,7 @@ from ulysses_infer.job.start_rank import start_rank
 from ulysses_infer.kernels.launch import assume
 from ulysses_infer.worker.capture_checker import CaptureChecker
 
-STEPS = 14
+STEPS = 12
 META = torch.device("meta")
 
 
@@ -77,7 +77,7 @@ def compare(folder: str, sp: int, seed: int) -> tuple[int, float, int]:
 def test_kernels_in_captured_steps_select_what_torch_selects(sp: int, rank_pool: Any, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     make_checkpoint(config_of("glm_moe_dsa"), tmp_path)
-    results = rank_pool(sp).run(compare, str(tmp_path), sp, 3)
+    results = rank_pool(sp).run(compare, str(tmp_path), sp, 3, timeout=500)
     count, difference, replays = results[0]  # which gets the logits
     assert count > 10
     assert difference < 1e-4
