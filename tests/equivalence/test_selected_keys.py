@@ -111,7 +111,7 @@ def config_of(name: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     family, changes = MODELS[name]
-    whole = CONFIG_MAPPING[family]()
+    whole: Any = CONFIG_MAPPING[family]()
     if not parts_of(whole):
         return type(whole)(**{**INDEX, **changes})
     encoders = {part: shallow(config) for part, config in parts_of(whole).items() if part != "text_config"}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.kernels.expert_cases import expert_cases
+from tests.kernels.index_cases import index_cases
 
 ARCHITECTURES = (80, 90, 100)
 FP8_ARCHITECTURES = (90, 100)
@@ -426,6 +427,7 @@ CASES: list[Case] = [
         "decode 128 x 576, latents, e4m3 bits", 128, 1, 576, "float8_e4m3fn", latents=True, architectures=(80,)
     ),
     *expert_cases(Case, _type_of),
+    *index_cases(Case, _type_of),
 ]
 
 
