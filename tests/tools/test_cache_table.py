@@ -39,3 +39,18 @@ def test_latents_and_index_keys_take_less_than_heads(tmp_path: Path) -> None:
     table = measure(path, 8, 1, find_gpu("h200"))
     assert table.per_token == table.per_long_token == 2 * 2 * (512 + 64 + 128)
     assert table.full_per_token == 2 * 2 * 128 // 8 * (128 + 64 + 128)
+
+
+def test_states_take_the_place_of_most_keys_and_values(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    values = json.loads((MODELS / "qwen3-next-80b-a3b.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**values, "num_hidden_layers": 4, "num_experts": 16}))
+    table = measure(path, 8, 1, find_gpu("h200"))
+    assert table.per_token == table.per_long_token == 2 * 2 * 256, "one KV head in one layer of four"
+    assert table.full_per_token == 4 * table.per_token
+    delta = 32 // 8 * 128 * 128 * 4  # the value heads of a rank, in float32
+    convolution = (2 * 16 * 128 + 32 * 128) // 8 * 4 * 2
+    assert table.states == 3 * (delta + convolution)
+    for row in table.rows:
+        assert row.request == table.states + row.length * table.per_token

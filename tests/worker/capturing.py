@@ -84,6 +84,7 @@ def capture(
         capturer or checking,
         META,
         max_rows,
+        worker.states,
     )
     runner.capture_all()
     count = sum(map(len, runner.buckets.values()))

@@ -107,7 +107,16 @@ def _memory(run: DryRun) -> Iterator[Sequence[str]]:
         f"{tokens:,} tokens of {str(cache.shape.dtype).removeprefix('torch.')} in blocks of {cache.shape.block_size}; "
         f"{tokens / shape.max_model_len:.1f} requests of {shape.max_model_len:,} tokens",
     )
-    rest = run.gpu.memory - TAKEN_BYTES - budget.weights - budget.activations - cache.num_bytes
+    states = run.rank.worker.states
+    if states is not None:
+        yield (
+            "states",
+            _gib(states.num_bytes),
+            f"of recurrent layers: {states.num_bytes_per_slot:,} bytes per request, for {states.num_sequences} "
+            f"requests and {states.num_snapshots} snapshots",
+        )
+    taken = cache.num_bytes + (0 if states is None else states.num_bytes)
+    rest = run.gpu.memory - TAKEN_BYTES - budget.weights - budget.activations - taken
     yield "rest", _gib(rest), f"CUDA graphs take about {_gib(run.graph_bytes)} of it"
 
 

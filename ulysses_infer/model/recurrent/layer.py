@@ -166,6 +166,7 @@ class RecurrentLayer:
         self._view.states = states
         output = self._view(self._fed[0], **{self._cache_name: states})
         states.store()
+        self._fed, self._view.states = [], None  # frees memory, which captured steps share
         result: torch.Tensor = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
         return result
 

@@ -1,0 +1,38 @@
+"""Decode steps of hybrids can be captured: no host reads, slots in fixed memory, a slot for padding."""
+
+import pytest
+from transformers import Qwen3NextConfig
+
+from tests.worker.capturing import capture, make_rank, run_step
+from ulysses_infer.kernels.launch import assume
+from ulysses_infer.parallel.layout import Mode
+
+
+def test_decodes_of_a_hybrid_are_captured_and_its_prompts_run_layer_by_layer(tmp_path):
+    pytest.importorskip("triton")
+    Qwen3NextConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        num_experts=0,
+        mlp_only_layers=[0, 1],
+        max_position_embeddings=256,
+        dtype="bfloat16",
+    ).save_pretrained(tmp_path)
+    with assume("meta", (9, 0)):
+        rank = make_rank(tmp_path, 2)
+        states = rank.worker.states
+        assert states.scratch_slot == states.num_sequences < states.first_snapshot
+        assert not capture(rank).kept, "memory that a step keeps"
+        assert rank.worker.mixed_graphs is None
+        run_step(rank, Mode(2, 1), (9, 1), eager=True)
+        run_step(rank, Mode(1, 2), (1, 1), eager=False)
