@@ -61,7 +61,7 @@ def write_model(folder: Path) -> int:
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen3NextForCausalLM(Qwen3NextConfig(**SHAPE)).to(torch.bfloat16)
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**SHAPE)).bfloat16()
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
