@@ -38,6 +38,11 @@ def test_at_least_two_hundred_architectures_are_served() -> None:
     assert len(VERIFIED) >= 200
 
 
+def test_the_readme_says_how_many() -> None:
+    readme = PAGE.parents[1] / "README.md"
+    assert f"**{len(VERIFIED)} of the {len(rows())} model types**" in readme.read_text()
+
+
 def test_refused_models_fail_by_name_before_any_weight_is_read() -> None:
     from transformers import CONFIG_MAPPING
 
