@@ -147,3 +147,10 @@ def test_a_cache_without_layers_has_the_blocks_that_the_scheduler_can_use() -> N
     made.check_fits_one_request([21])
     cache = PagedCache(shape, [21], torch.device("cpu"), groups=made.groups)
     assert (cache.num_blocks, cache.num_bytes) == (21, 0)
+
+
+@pytest.mark.parametrize("use_all", [False, True])
+def test_blocks_of_no_bytes_are_not_too_many_and_hold_the_longest_text(use_all):
+    shape, groups = CacheShape((None, None), 4, torch.float32), CacheGroups.of([None, None], 1 << 20)
+    for longest, expected in ((64, 256 * 16), (1 << 14, 1 << 18), (1 << 21, 1 << 19)):
+        assert CacheSizing(shape, groups, longest, 256, 2048).blocks_within(1000, use_all) == [expected]

@@ -11,6 +11,8 @@ from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.errors import ConfigError
 
+MAX_EMPTY_BLOCKS = 1 << 18
+
 
 @dataclass(frozen=True)
 class CacheSizing:
@@ -58,6 +60,8 @@ class CacheSizing:
         """
         per_block = self._block_bytes[0]  # 0 if no layer has attention
         most = num_bytes // per_block if use_all and per_block else self._max_usable_blocks(0, self.max_num_seqs)
+        if not per_block:  # blocks only identify prefixes, at a few dozen bytes each
+            return [max(min(most, MAX_EMPTY_BLOCKS), self.blocks_of_request(self.max_model_len)[0])]
         first = self._largest(range(most + 1), self.blocks_per_group, num_bytes)
         longest = self.blocks_of_request(self.max_model_len)
         if first >= longest[0] or self.num_bytes(longest) > num_bytes:
