@@ -134,7 +134,7 @@ def trial_context(
     slots = torch.arange(2, device=device)
     metadata = AttentionMetadata(slots, [1, 1], [1, 1], slots[:, None])
     collectives = Collectives(layout.place(layout.shift, shard), None, None)
-    states = StateCache(state_shapes, 2, torch.device(device)) if state_shapes else None
+    states = StateCache(state_shapes, TOKENS, torch.device(device)) if state_shapes else None
     sequences = StateSequences(slots, [1, 1])
     return StepContext(collectives, [Span(0, 2)], [2], metadata, cache, attention, states=states, sequences=sequences)
 
