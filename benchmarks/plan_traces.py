@@ -49,10 +49,9 @@ def main() -> None:
     if options.changes:
         _print_changes()
         return
-    print(
-        "| model | trace | recommended | TTFT p50 / p99 ms | TPOT p50 / p99 ms | tokens/s | against static TP | SP faster above |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["model", "trace", "recommended", "TTFT p50 / p99 ms", "TPOT p50 / p99 ms", "tokens/s"]
+    columns += ["against static TP", "SP faster above"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for path in options.traces:
         rows = paper_window(path).cut(read_trace(path))
         for model in MODELS:

@@ -116,7 +116,8 @@ def test_every_mode_and_every_rank_caches_the_same_latents(
     folder = str(latent_reference("deepseek_v3").folder)
     results = rank_pool(sp * tp).run(compare_modes, folder, sp, tp, make_prompts(101, (1, 7, 21, 38)))
     difference, cached_by_first, shape = results[0]
-    assert (shape.num_key_value_heads, shape.key_width, shape.value_width) == (1, 24, 16)
+    sizes = {(each.num_key_value_heads, each.key_width, each.value_width) for each in shape.own_layers}
+    assert sizes == {(1, 24, 16)}
     assert float(cached_by_first.abs().mean()) > 0.1
     for difference, found, _ in results:
         assert difference <= TOLERANCE

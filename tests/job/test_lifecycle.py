@@ -175,9 +175,9 @@ def test_a_bad_checkpoint_is_one_error_and_leaves_no_process(folder, tmp_path, c
 
 
 def test_a_model_in_memory_that_cannot_be_served_leaves_no_folder():
-    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
+    from transformers import DogeConfig, DogeForCausalLM
 
-    small = DiffLlamaConfig(
+    small = DogeConfig(
         vocab_size=99,
         hidden_size=16,
         intermediate_size=16,
@@ -185,8 +185,8 @@ def test_a_model_in_memory_that_cannot_be_served_leaves_no_folder():
         num_attention_heads=2,
         num_key_value_heads=2,
     )
-    with pytest.raises(UnsupportedModelError, match="'diffllama' is not supported"):
-        start(DiffLlamaForCausalLM(small))
+    with pytest.raises(UnsupportedModelError, match="'doge' is not supported"):
+        start(DogeForCausalLM(small))
 
 
 @contextlib.contextmanager

@@ -89,8 +89,12 @@ def load(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("model_type", "changes", "reason"),
     [
-        ("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 8, "rotary_dim": 8}, "have attention, but it ran on layers"),
-        ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 8}, "have attention, but it ran on layers"),
+        (
+            "gptj",
+            {"n_embd": 64, "n_layer": 2, "n_head": 8, "rotary_dim": 8},
+            "have attention, but attention ran on layers",
+        ),
+        ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 8}, "have attention, but attention ran on layers"),
         ("rwkv", {"hidden_size": 64, "num_hidden_layers": 2}, "no attention layer"),
         ("bart", {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 8}, "not causal"),
         ("diffllama", {"hidden_size": 64, "num_hidden_layers": 2}, "weight inside attention"),

@@ -84,6 +84,13 @@ def bucket_sizes(max_num_seqs: int, sp: int) -> list[int]:
     return sorted({round_up(min(size, limit), sp) for size in sizes})
 
 
+def capture_cause(error: RuntimeError, step: Callable[[], None], groups: ProcessGroups, device: torch.device) -> str:
+    """Why `step` could not be captured: the operator, where the ranks can run the step again to find it."""
+    alone = groups.layout.world_size == 1 and not isinstance(error, torch.cuda.OutOfMemoryError)
+    found = find_cause(step, device) if alone and not isinstance(error, CaptureError) else None
+    return found or first_line(error)
+
+
 class CudaGraphRunner:
     """Runs decode steps of one rank from CUDA graphs. Implements `StepRunner`. All ranks capture the same steps."""
 
@@ -197,17 +204,11 @@ class CudaGraphRunner:
         try:
             self._graphs[mode, size] = self._capturer.capture(run_step)
         except RuntimeError as error:
-            cause = self._cause(error, run_step)
+            cause = capture_cause(error, run_step, self.groups, self._rows.device)
             raise ConfigError(
                 f"a decode step of {size} rows in mode {mode} cannot be captured ({cause}); "
                 "set runtime.enforce_eager=true"
             ) from error
-
-    def _cause(self, error: RuntimeError, step: Callable[[], None]) -> str:
-        """Why a step could not be captured: the operator, where the ranks can run the step again to find it."""
-        alone = self.groups.layout.world_size == 1 and not isinstance(error, torch.cuda.OutOfMemoryError)
-        found = find_cause(step, self._rows.device) if alone and not isinstance(error, CaptureError) else None
-        return found or first_line(error)
 
     def _keep(self, logits: torch.Tensor) -> None:
         """Copy logits out of the graphs' shared memory, which the next graph overwrites."""

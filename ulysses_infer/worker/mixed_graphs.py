@@ -17,11 +17,11 @@ import torch
 from ulysses_infer.arithmetic import ceil_div, round_up
 from ulysses_infer.attention.backend import AttentionMetadata, HostSequences, KernelSequences, running_sums
 from ulysses_infer.cache.paged import PagedCache
-from ulysses_infer.errors import ConfigError, first_line
+from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.model import ShiftModel
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.block_tables import GroupArrays
-from ulysses_infer.worker.cuda_graphs import Captured, Capturer
+from ulysses_infer.worker.cuda_graphs import Captured, Capturer, capture_cause
 from ulysses_infer.worker.step import Finish, Step
 from ulysses_infer.worker.step_context import StepContextBuilder, rows_within
 from ulysses_infer.worker.step_plan import StepPlan
@@ -180,7 +180,8 @@ class MixedGraphRunner:
         try:
             self._graphs[mode, size] = self._capturer.capture(run_step)
         except RuntimeError as error:
+            cause = capture_cause(error, run_step, self._contexts.groups, self._tokens.device)
             raise ConfigError(
-                f"a step of {size} tokens in mode {mode} cannot be captured ({first_line(error)}); "
+                f"a step of {size} tokens in mode {mode} cannot be captured ({cause}); "
                 "set runtime.max_captured_tokens=0"
             ) from error

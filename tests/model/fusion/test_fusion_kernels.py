@@ -40,7 +40,7 @@ def run_with_kernels(folder: Path, base: tuple[int, int], profile: Profile, prom
     ("family", "base"),
     [
         pytest.param("qwen3", (2, 1), marks=pytest.mark.thorough),
-        ("qwen3_moe", (2, 1)),
+        pytest.param("qwen3_moe", (2, 1), marks=pytest.mark.thorough),  # by default: test_fused_mixtures
         pytest.param("llama", (2, 2), marks=pytest.mark.thorough),
         pytest.param("qwen2", (4, 1), marks=pytest.mark.thorough),
     ],
