@@ -45,8 +45,8 @@ def tiles_of(num_rows: int, stored: StoredExperts, itemsize: int, is_gated: bool
         return Tiles(64 if stored.packed or stored.group_size or rows == 64 else 128, 128, 64, 8, 3)
     if rows == 32:
         return Tiles(32, 64, 64 if stored.packed else 128, 4, 3)
-    if stored.packed == "outputs":  # whole sectors of memory
-        return Tiles(16, 64, 64, 4, 3)
+    if stored.packed == "outputs":  # whole sectors of memory; with 4 warps sm_100 spills
+        return Tiles(16, 64, 64, 8, 3)
     # A mask over words prevents wide loads; none is needed if the depth divides the inputs.
     divides_half = stored.inputs % 128 == 64
     return Tiles(16, 32, 64 if stored.packed and divides_half else 128, 4, 3)
@@ -54,8 +54,10 @@ def tiles_of(num_rows: int, stored: StoredExperts, itemsize: int, is_gated: bool
 
 def _gated_tiles(rows: int, stored: StoredExperts) -> Tiles:
     """Two sums, and two matrices that are dequantised, need twice the registers."""
+    if stored.packed == "outputs":
+        return Tiles(32 if rows > 16 else 16, 64, 64, 8, 2)
     if stored.packed:
-        return Tiles(32 if rows > 16 else 16, 64 if stored.packed == "outputs" else 32, 64, 4, 2)
+        return Tiles(32 if rows > 16 else 16, 32, 64, 4, 2)
     if stored.codes.element_size() == 1:
         return Tiles(16, 32, 64, 4, 3) if rows <= 16 else Tiles(32, 32, 64, 8 if stored.group_size else 4, 3)
     if rows >= 64:
