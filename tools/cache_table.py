@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools.memory_table import MODELS, read_config
-from ulysses_infer.cache.budget import usable_memory
+from ulysses_infer.cache.budget import assumed_memory
 from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.cache.sizing import CacheSizing
@@ -23,7 +23,6 @@ from ulysses_infer.cache.states import slot_bytes
 from ulysses_infer.cli.dry_run.config_only import read_config_only
 from ulysses_infer.cli.dry_run.gpus import Gpu, find_gpu
 from ulysses_infer.cli.dry_run.meta_rank import MetaRank
-from ulysses_infer.cli.dry_run.report import TAKEN_BYTES
 from ulysses_infer.config import choose_for_device, load_config
 from ulysses_infer.kernels.launch import assume
 from ulysses_infer.model.injection.heads import expanded_heads
@@ -97,7 +96,7 @@ def _start(folder: str, sp: int, tp: int, gpu: Gpu) -> MetaRank:
         None, {"model.path": folder, "parallel.sp": sp, "parallel.tp": tp, "runtime.enforce_eager": True}
     )
     choose_for_device(config, "cuda")
-    memory = usable_memory(gpu.memory, gpu.memory - TAKEN_BYTES, config.cache.memory_utilization)
+    memory = assumed_memory(gpu.memory, config.cache.memory_utilization)
     with assume("meta", gpu.capability):
         return MetaRank(config, read_config_only(config.model), memory)
 

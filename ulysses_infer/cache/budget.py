@@ -12,6 +12,8 @@ from ulysses_infer.errors import ConfigError
 
 CPU_CACHE_LIMIT = 4 << 30  # leaves host memory to other programs; a recipe can set more
 GIB = 1 << 30
+TAKEN_BYTES = 3 << 29
+"""Assumed memory that is taken before the engine measures: driver, CUDA context, NCCL's buffers."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class MemoryBudget:
 def usable_memory(total: int, free: int, utilization: float) -> int:
     """Bytes that a rank may use of a GPU with `total` bytes of memory, of which `free` are free."""
     return int(total * utilization) - (total - free)
+
+
+def assumed_memory(total: int, utilization: float) -> int:
+    """`usable_memory` of a GPU that is not at hand: only `TAKEN_BYTES` are in use."""
+    return usable_memory(total, total - TAKEN_BYTES, utilization)
 
 
 def available_memory(device: torch.device, utilization: float, ranks_on_host: int) -> int:

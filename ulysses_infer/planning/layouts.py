@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ulysses_infer.cache.budget import activation_bytes, usable_memory
+from ulysses_infer.cache.budget import GIB, activation_bytes, assumed_memory
 from ulysses_infer.config import Config
+from ulysses_infer.model.experts.kinds import ExpertSizes
+from ulysses_infer.model.experts.placement import REPLICATE, choose_placement
 from ulysses_infer.parallel.layout import Layout, Mode, divisors
 from ulysses_infer.planning.node import Node
 from ulysses_infer.planning.operations import cache_bytes_per_token
 from ulysses_infer.planning.sizes import ModelSizes
-
-GIB = 1 << 30
-TAKEN_BYTES = 3 << 29
-"""Memory taken before the engine measures: driver, CUDA context, NCCL's buffers. As `cli.dry_run` assumes."""
-EXPERT_SHARE = 0.5  # `parallel.expert_placement: auto` replicates experts while weights take at most this much
 
 
 @dataclass(frozen=True)
@@ -68,18 +65,15 @@ def all_layouts(sizes: ModelSizes, node: Node, config: Config, num_nodes: int = 
 
 
 def _planned(sizes: ModelSizes, node: Node, config: Config, dp: int, base: Mode) -> PlannedLayout:
-    available = usable_memory(int(node.memory_bytes), int(node.memory_bytes) - TAKEN_BYTES, _utilization(config))
-    placement = config.parallel.expert_placement
-    if placement == "auto":
-        replicated = weights_of(sizes, base, "replicate")
-        placement = "replicate" if replicated <= EXPERT_SHARE * available else _divided(sizes, base)
+    available = assumed_memory(int(node.memory_bytes), config.cache.memory_utilization)
+    placement = _placement(sizes, config, base, available)
     item = 1.0 if config.cache.dtype.startswith("fp8") else 2.0
     per_layer = cache_bytes_per_token(sizes, base.world_size, item)
     states = 4 * sizes.state_elements / base.world_size * sizes.num_recurrent_layers
     layout = PlannedLayout(
         dp=dp,
         base=base,
-        placement=placement if sizes.num_experts else "replicate",
+        placement=placement,
         weights=weights_of(sizes, base, placement),
         activations=_activations(sizes, config, base),
         available=available,
@@ -89,12 +83,14 @@ def _planned(sizes: ModelSizes, node: Node, config: Config, dp: int, base: Mode)
     return _with_reason(layout, sizes, config)
 
 
-def _divided(sizes: ModelSizes, base: Mode) -> str:
-    return "expert" if sizes.num_experts % base.world_size == 0 else "width"
-
-
-def _utilization(config: Config) -> float:
-    return config.cache.memory_utilization
+def _placement(sizes: ModelSizes, config: Config, base: Mode, available: int) -> str:
+    """As the loader chooses it."""
+    if not sizes.num_experts:
+        return REPLICATE
+    experts = sizes.expert_weights * sizes.weight_bytes
+    others = sizes.layer_weights * sizes.weight_bytes + 2 * sizes.embedding_weights
+    stored = ExpertSizes(int(experts), int(others), sizes.num_experts)
+    return choose_placement(config.parallel.expert_placement, Layout(base), stored, available)
 
 
 def weights_of(sizes: ModelSizes, base: Mode, placement: str) -> float:
@@ -104,7 +100,7 @@ def weights_of(sizes: ModelSizes, base: Mode, placement: str) -> float:
         extra = sizes.key_value_heads(base.tp) - sizes.num_key_value_heads / base.tp
         width = sizes.key_width + sizes.value_width
         layers += extra * width * sizes.hidden_size * sizes.num_attention_layers
-    experts = sizes.expert_weights / (base.tp if placement == "replicate" else base.world_size)
+    experts = sizes.expert_weights / (base.tp if placement == REPLICATE else base.world_size)
     embedding = sizes.vocab_size * sizes.hidden_size * 2
     head = 0 if sizes.has_tied_head else embedding / base.world_size
     routers = sizes.num_experts * sizes.hidden_size * sizes.num_expert_layers * 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ulysses_infer.bench.serve.traces import TraceRow
+from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow
 from ulysses_infer.config import Config, PolicyConfig
 from ulysses_infer.engine.calibration_points import Limits
 from ulysses_infer.engine.policies import AdaptivePolicy, Policy, StaticPolicy, ThresholdPolicy
@@ -91,7 +91,7 @@ class Planner:
         num_nodes: int = 1,
         changes: Changes | None = None,
         profile: Profile | None = None,
-        tokens_per_hash: float = 512.0,
+        tokens_per_hash: float = HASH_BLOCK_TOKENS,
     ) -> None:
         """profile: measured step times instead of predicted ones; its modes decide which layouts are simulated."""
         self.sizes, self.node, self.config, self.num_nodes = sizes, node, config, num_nodes
@@ -196,9 +196,9 @@ class Planner:
         return Limits(tokens, scheduler.max_num_seqs, self.max_model_len, layout.cache_tokens(scheduler.max_num_seqs))
 
     def _why_nothing_fits(self) -> str:
-        if all(layout.reason is None for layout in self.layouts):
-            modes = ", ".join(str(m.mode) for m in self.profile.measurements[:1]) if self.profile else ""
-            return f"the profile has no layout's modes ({modes} ...); measure them with ulysses-infer calibrate"
+        if self.profile is not None and any(layout.reason is None for layout in self.layouts):
+            measured = ", ".join(dict.fromkeys(str(each.mode) for each in self.profile.measurements))
+            return f"the profile has modes {measured}, which no layout of {self.node.name} consists of; calibrate there"
         fullest = max(self.layouts, key=lambda layout: layout.base.world_size * layout.base.tp)
         node = f"{self.num_nodes * self.node.num_devices} x {self.node.device}"
         lower = " or give --dtype fp8" if self.sizes.dtype == "bf16" else ""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ulysses_infer.bench.serve.traces import TraceRow
+from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.config import SchedulerConfig
 from ulysses_infer.engine.batch import Batch
@@ -21,15 +20,6 @@ from ulysses_infer.sampling_params import SamplingParams
 TOKEN = 0  # what every sampled token is
 
 
-@dataclass
-class ModeCounts:
-    """Steps, tokens and seconds of each mode."""
-
-    steps: Counter[Mode] = field(default_factory=Counter)
-    tokens: Counter[Mode] = field(default_factory=Counter)
-    seconds: dict[Mode, float] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class ReplicaSettings:
     """What one replica is made of."""
@@ -39,7 +29,7 @@ class ReplicaSettings:
     block_size: int
     max_model_len: int
     enable_prefix_caching: bool = True
-    tokens_per_hash: float = 512.0
+    tokens_per_hash: float = HASH_BLOCK_TOKENS
     """Prompt tokens per hash id of the trace."""
 
 
@@ -51,7 +41,6 @@ class SimulatedReplica:
         self.now = 0.0
         pools = BlockPools([settings.num_blocks], settings.block_size, settings.enable_prefix_caching)
         self.scheduler = Scheduler(settings.scheduler, pools, settings.max_model_len, clock=lambda: self.now)
-        self.counts = ModeCounts()
         self.timeline: list[tuple[float, float, Mode, int]] = []
         """(start, seconds, mode, batched tokens) of every step."""
         self._step: tuple[Batch, Decision, float] | None = None
@@ -90,7 +79,7 @@ class SimulatedReplica:
         decision = self.policy.decide(batch)
         seconds = self.times.seconds(decision.mode, batch.shape)
         self._step = batch, decision, seconds
-        self._count(decision.mode, batch.num_tokens, seconds)
+        self.timeline.append((now, seconds, decision.mode, batch.num_tokens))
         return now + seconds
 
     def finish(self, now: float) -> list[Request]:
@@ -105,9 +94,3 @@ class SimulatedReplica:
         for request in finished:
             del self._unfinished[request.index]
         return finished
-
-    def _count(self, mode: Mode, tokens: int, seconds: float) -> None:
-        self.counts.steps[mode] += 1
-        self.counts.tokens[mode] += tokens
-        self.counts.seconds[mode] = self.counts.seconds.get(mode, 0.0) + seconds
-        self.timeline.append((self.now, seconds, mode, tokens))

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from ulysses_infer.bench.compare.plots.style import DIM, mode_colour, styled
+from ulysses_infer.cache.budget import GIB
 from ulysses_infer.errors import ConfigError, first_line
-from ulysses_infer.planning.layouts import GIB
 from ulysses_infer.planning.planner import Evaluation, Plan, Planner
 from ulysses_infer.planning.workload import describe
 from ulysses_infer.step_time.step_shape import StepShape

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ulysses_infer.bench.serve.result import percentile
-from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planning.replica import SimulatedReplica
 from ulysses_infer.planning.simulation import RequestResult, SimulationResult
 
@@ -76,8 +75,5 @@ def _meets(result: RequestResult, targets: Mapping[str, float]) -> bool:
 
 
 def _shares(replicas: Sequence[SimulatedReplica]) -> dict[str, float]:
-    steps: Counter[Mode] = Counter()
-    for replica in replicas:
-        steps.update(replica.counts.steps)
-    total = max(1, sum(steps.values()))
-    return {str(mode): count / total for mode, count in steps.items()}
+    steps = Counter(mode for replica in replicas for _, _, mode, _ in replica.timeline)
+    return {str(mode): count / steps.total() for mode, count in steps.items()}

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ulysses_infer.bench.serve.traces import TraceRow
 from ulysses_infer.engine.request import Request
 from ulysses_infer.errors import RequestError
 from ulysses_infer.planning.replica import SimulatedReplica
-
-Progress = Callable[[int], None]
-"""Called with the number of requests that have ended."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,6 @@ def simulate(
     rows: Sequence[TraceRow],
     replicas: Sequence[SimulatedReplica],
     request_seconds: float = 0.0,
-    progress: Progress | None = None,
     max_concurrency: int | None = None,
 ) -> SimulationResult:
     """Run all rows, in order of arrival, to their end; each goes to the replica with the least outstanding work.
@@ -70,8 +66,6 @@ def simulate(
             finished = replicas[index].finish(now)
             results += [_result(request, now) for request in finished]
             latest = now if finished and max_concurrency is not None else latest
-            if progress is not None:
-                progress(len(results))
         else:
             now = arrival
             index = min(range(len(replicas)), key=lambda i: replicas[i].load)

@@ -75,8 +75,12 @@ class ModelSizes:
     @property
     def num_weights(self) -> float:
         """All weights of the model."""
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.has_tied_head else 2)
-        return self.layer_weights + self.expert_weights + embeddings
+        return self.layer_weights + self.expert_weights + self.embedding_weights
+
+    @property
+    def embedding_weights(self) -> int:
+        """Weights of the embedding and, unless it is tied, of the head."""
+        return self.vocab_size * self.hidden_size * (1 if self.has_tied_head else 2)
 
     @property
     def layer_weights(self) -> float:

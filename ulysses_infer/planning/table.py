@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ulysses_infer.cache.budget import GIB
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.planning.layouts import GIB
 from ulysses_infer.planning.operations import Operation
 from ulysses_infer.planning.planner import Evaluation, Plan
 from ulysses_infer.planning.workload import describe

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ulysses_infer.attention.selection import BackendChoice, choose, installed_backends
-from ulysses_infer.cache.budget import usable_memory
+from ulysses_infer.cache.budget import assumed_memory
 from ulysses_infer.cli.dry_run.config_only import ConfigOnly, read_config_only
 from ulysses_infer.cli.dry_run.gpus import Gpu
 from ulysses_infer.cli.dry_run.meta_rank import META, MetaRank
@@ -22,9 +22,6 @@ from ulysses_infer.parallel.layout import Mode, check_mode
 from ulysses_infer.worker.cuda_graphs import CudaGraphRunner
 from ulysses_infer.worker.launch_counter import StepLaunches
 from ulysses_infer.worker.mixed_graphs import MixedGraphRunner
-
-TAKEN_BYTES = 3 << 29
-"""Assumed memory that is taken before the engine measures: driver, CUDA context, NCCL's buffers."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def dry_run(config: Config, gpu: Gpu) -> DryRun:
     for mode in config.parallel.available_modes:
         check_mode(config.parallel.layout, mode)
     checkpoint = read_config_only(config.model)
-    memory = usable_memory(gpu.memory, gpu.memory - TAKEN_BYTES, config.cache.memory_utilization)
+    memory = assumed_memory(gpu.memory, config.cache.memory_utilization)
     with assume("meta", gpu.capability), _start_log() as log:
         rank = MetaRank(config, checkpoint, memory)
         needs = attention_needs(rank.model, rank.worker.cache.shape, META)

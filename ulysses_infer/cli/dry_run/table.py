@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.span import AttentionSpan
-from ulysses_infer.cli.dry_run.report import TAKEN_BYTES, DryRun
+from ulysses_infer.cache.budget import TAKEN_BYTES
+from ulysses_infer.cli.dry_run.report import DryRun
 from ulysses_infer.parallel.head_layout import HeadLayout
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.parallel.symmetric_memory import SMALL_BYTES
