@@ -40,7 +40,7 @@ commands:
   bench compare         dp, tp, sp and shift on this machine: a report with plots
   serve                 answer HTTP requests in OpenAI's format, until a signal ends it
   calibrate             measure the step times of every mode, for policy adaptive
-  plan                  predict layouts, latencies and throughput on hardware that need not be at hand
+  plan                  predict layouts, latencies and throughput on hardware that you may not have
 
 MODEL is a hub id or a folder, unless the recipe names one. Any key of a recipe can be set, as in parallel.sp=2.
 `ulysses-infer COMMAND --help` has the options of a command; --version prints the version.

@@ -14,7 +14,7 @@ from ulysses_infer.planning.sizes import WEIGHT_BYTES
 
 TARGETS = ("ttft", "tpot", "latency")
 DESCRIPTION = """\
-Predict how a model would run on hardware that need not be at hand: every layout that fits, under each policy, on the
+Predict how a model would run on hardware that you may not have: every layout that fits, under each policy, on the
 given traffic. The engine's own scheduler, block pools and policies run in virtual time; only step times are modelled.
 MODEL is a folder, a config.json or a hub id, of which only config.json is read."""
 
