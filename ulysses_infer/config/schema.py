@@ -331,6 +331,11 @@ class ServerConfig:
     tool_call_parser: str = option(
         "auto", help="Format of the model's tool calls; auto: detected from its chat template; none: not parsed."
     )
+    reasoning_parser: str = option(
+        "auto",
+        help="Format of the model's reasoning (deepseek_r1, qwen3, glm45, mistral, openai_gptoss), which responses "
+        "have apart from the content; auto: detected from the chat template; none: it stays in the content.",
+    )
     max_num_queued_requests: int | None = option(
         1024, at_least=0, help="Maximum number of waiting requests; more are rejected with 503. null: no limit."
     )

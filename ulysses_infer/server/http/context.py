@@ -18,6 +18,7 @@ from ulysses_infer.errors import EngineDeadError, OverloadedError
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.texts import Texts, load_texts
 from ulysses_infer.server.messages import Ready
+from ulysses_infer.server.reasoning import ReasoningFormat, choose_reasoning
 from ulysses_infer.server.router import Served
 from ulysses_infer.server.tool_calls import ToolFormat, choose_format
 from ulysses_infer.version import __version__
@@ -36,6 +37,8 @@ class AppContext:
     observatory: Observatory
     tool_format: ToolFormat | None = None
     """The model's tool-call format; None: outputs are not parsed for calls."""
+    reasoning_format: ReasoningFormat | None = None
+    """The model's reasoning format; None: outputs are not parsed for reasoning."""
     created: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, list[str]] = field(default_factory=dict)
     """Ids of responses in progress, with the ids of their engine requests."""
@@ -105,9 +108,9 @@ class AppContext:
 def make_context(config: Config, client: Served, observatory: Observatory) -> AppContext:
     """Load the tokenizer and create the context. Raises `CheckpointError`, `ConfigError`."""
     texts = load_texts(config)
-    return AppContext(
-        config, client, texts, observatory, choose_format(config.server.tool_call_parser, texts.chat_template)
-    )
+    tool_format = choose_format(config.server.tool_call_parser, texts.chat_template)
+    reasoning_format = choose_reasoning(config.server.reasoning_parser, texts.chat_template)
+    return AppContext(config, client, texts, observatory, tool_format, reasoning_format)
 
 
 def context_of(request: Request) -> AppContext:

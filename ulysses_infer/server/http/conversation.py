@@ -50,15 +50,20 @@ class Conversation:
     """Approximate amount of text."""
 
 
-def conversation_of(body: Any, variables: Mapping[str, Any] | None = None) -> Conversation:
-    """The conversation of a request with the fields of `ChatFields`. Raises `RequestError`."""
+def conversation_of(
+    body: Any, variables: Mapping[str, Any] | None = None, reasoning_key: str | None = None
+) -> Conversation:
+    """The conversation of a request with the fields of `ChatFields`. Raises `RequestError`.
+
+    reasoning_key: where the chat template reads the reasoning of earlier messages.
+    """
     if body.continue_final_message and body.add_generation_prompt:
         raise RequestError("continue_final_message and add_generation_prompt exclude each other; use one")
     given = {**(body.chat_template_kwargs or {}), **(variables or {})}
     clash = sorted(RESERVED.intersection(given))
     if clash:
         raise RequestError(f"chat_template_kwargs has {clash[0]!r}, which the server sets; leave it out")
-    messages = [message_of(message) for message in body.messages]
+    messages = [message_of(message, reasoning_key) for message in body.messages]
     opens_answer = not body.continue_final_message and body.add_generation_prompt is not False
     return Conversation(
         messages,
@@ -71,9 +76,11 @@ def conversation_of(body: Any, variables: Mapping[str, Any] | None = None) -> Co
     )
 
 
-def message_of(message: Message) -> dict[str, Any]:
+def message_of(message: Message, reasoning_key: str | None = None) -> dict[str, Any]:
     """A message of a request as a mapping, for the chat template."""
     mapping = message.model_dump(exclude_none=True, exclude={"content", "tool_calls"})
+    if reasoning_key is not None and message.reasoning_content is not None:
+        mapping.setdefault(reasoning_key, message.reasoning_content)
     mapping["content"] = message.content
     if message.tool_calls:
         mapping["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]

@@ -17,11 +17,17 @@ from ulysses_infer.text.detokenizer import Detokenizer
 class Delta:
     """What is new in an output since the last call."""
 
-    text: str
+    pieces: list[tuple[str, int]]
+    """The new text in pieces, each with the number of the output's tokens so far."""
     tokens: list[NewToken]
     finish_reason: str | None
     """None while it continues."""
     stop_reason: int | str | None
+
+    @property
+    def text(self) -> str:
+        """The new text."""
+        return "".join([text for text, _ in self.pieces])
 
     @property
     def token_ids(self) -> list[int]:
@@ -52,7 +58,7 @@ class Output:
     num_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    pieces: list[str] = field(default_factory=list)
+    pieces: list[tuple[str, int]] = field(default_factory=list)
     tokens: list[NewToken] = field(default_factory=list)
 
     def take(self, token: NewToken) -> None:
@@ -78,7 +84,7 @@ class Output:
 
     def flush(self) -> Delta:
         """What is new since the last call."""
-        delta = Delta("".join(self.pieces), self.tokens, self.finish_reason, self.stop_reason)
+        delta = Delta(self.pieces, self.tokens, self.finish_reason, self.stop_reason)
         self.pieces, self.tokens = [], []
         return delta
 
@@ -99,7 +105,7 @@ class Output:
 
     def _add_text(self, text: str) -> None:
         if text:
-            self.pieces.append(text)
+            self.pieces.append((text, self.num_tokens))
 
 
 class Outputs:

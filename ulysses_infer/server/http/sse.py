@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ulysses_infer.server.http.disconnect import until_disconnect
-from ulysses_infer.server.http.errors import api_error, error_response, timeout_error
+from ulysses_infer.server.http.errors import ApiError, api_error, error_response, timeout_error
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
@@ -21,6 +21,12 @@ HEADERS = [
     (b"x-accel-buffering", b"no"),  # otherwise nginx would buffer events
 ]
 _encode = msgspec.json.Encoder().encode
+
+
+def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One event with `data` as JSON, and its type if it has one."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return b"".join((head, b"data: ", _encode(data), b"\n\n"))
 
 
 class ChunkWriter:
@@ -44,14 +50,15 @@ class ChunkWriter:
 class EventStream(Response):
     """Sends events as a generator produces them, and always closes it.
 
-    Nothing is sent before the first event, so an earlier error has its own status. A later error is an event `{"error":
-    …}` followed by `[DONE]`, as in other servers, so that no client waits for more. If the client disconnects, the
-    generator is closed at once.
+    Nothing is sent before the first event, so an earlier error has its own status. `failure` writes the events of a
+    later one. If the client disconnects, the generator is closed at once.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes], timeout: float | None) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes], timeout: float | None, failure: Callable[[ApiError], bytes]
+    ) -> None:
         super().__init__()
-        self._events, self._timeout = events, timeout
+        self._events, self._timeout, self._failure = events, timeout, failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
@@ -66,11 +73,11 @@ class EventStream(Response):
                         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
                         is_started = True
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            last = DONE
+            last = b""
         except Exception as error:  # sent to the client, and logged if unexpected
             known = timeout_error(self._timeout or 0) if isinstance(error, TimeoutError) else error
             if not is_started:
                 await error_response(known)(scope, receive, send)
                 return
-            last = b"data: " + _encode(api_error(known).body) + b"\n\n" + DONE
+            last = self._failure(api_error(known))
         await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -1,8 +1,7 @@
-"""Tools of a chat request: the constraint on the output, and the parser that reads it."""
+"""Tools of a chat request: the constraint on the output, and the format of the calls in it."""
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,6 @@ from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.protocol.chat import ChatRequest
 from ulysses_infer.server.tool_calls import (
-    ArgumentsDelta,
-    CallStarted,
-    ContentDelta,
-    SpecialTags,
     ToolCallParser,
     ToolFormat,
     calls_grammar,
@@ -24,10 +19,9 @@ from ulysses_infer.server.tool_calls import (
     check_tools,
     constrained_format,
     formatted_parser,
-    special_tags,
     tool_choice_constraint,
 )
-from ulysses_infer.text.detokenizer import TokenDecoder
+from ulysses_infer.server.tool_calls.pieces import Piece, text_piece
 
 
 @dataclass(frozen=True)
@@ -43,38 +37,37 @@ class ToolUse:
     """Whether the request names the function to call."""
     is_parallel: bool = True
     """Whether more than one call is allowed."""
-    special: SpecialTags | None = None
-    """Special tokens in the format's markup, which the text for the parser must have and content must not."""
     is_formatted: bool = False
     """Whether an output without calls matches a response format."""
+    is_allowed: bool = False
+    """Whether outputs may call tools."""
 
-    def reader(self) -> CallReader | None:
-        """A reader for one output."""
+    def parser(self) -> ToolCallParser | None:
+        """A parser for one output."""
         if self.format is None:
             return None
-        formatted = self.is_formatted
-        parser = formatted_parser(self.format, self.tools) if formatted else self.format.parser(self.tools)
-        return CallReader(parser, self.is_parallel, self.special)
+        return formatted_parser(self.format, self.tools) if self.is_formatted else self.format.parser(self.tools)
 
-    def with_response_format(self, body: ChatRequest, wanted: Mapping[str, Any] | None) -> ToolUse:
-        """The use of tools if outputs must match `wanted`, unless they call tools.
+    def with_response_format(
+        self, body: ChatRequest, wanted: StructuredOutputs | None, tags: Mapping[str, list[int]]
+    ) -> ToolUse:
+        """The use of tools if outputs must match `wanted`, unless they call tools. tags: those that are special tokens.
 
         A demanded call leaves no room for the response format. Raises `ApiError` if both cannot be combined.
         """
-        if wanted is None or self.format is None or self.constraint is not None:
+        if wanted is None or self.constraint is not None:
             return self
-        tags = {} if self.special is None else self.special.tags
+        if self.format is None:
+            return replace(self, constraint=wanted)
         calls = calls_grammar(self.format, self.tools, tags, self.is_parallel)
-        texts = _alternatives(wanted)
+        texts = alternatives_of(wanted)
         if calls is None or texts is None:
             message = (
-                "this format and tool calls cannot be combined; use a JSON schema, json_object or choice, "
+                "this format and tool calls cannot be combined; use a JSON schema, json_object, regex or choice, "
                 'or set tool_choice to "none"'
             )
             raise ApiError(400, message, param="response_format" if body.response_format else "structured_outputs")
-        options = {name: wanted[name] for name in ("disable_any_whitespace", "whitespace_pattern") if name in wanted}
-        constraint = StructuredOutputs(alternatives=[*texts, *calls], **options)
-        return replace(self, constraint=constraint, is_formatted=True)
+        return replace(self, constraint=with_alternatives(wanted, [*texts, *calls]), is_formatted=True)
 
 
 def tool_use(context: AppContext, body: ChatRequest) -> ToolUse:
@@ -87,79 +80,36 @@ def tool_use(context: AppContext, body: ChatRequest) -> ToolUse:
         return ToolUse(tools, None, None)
     is_parallel = body.parallel_tool_calls is not False
     if choice == "auto":
-        return ToolUse(tools, context.tool_format, None, is_parallel=is_parallel, special=_special_tags(context, body))
+        return ToolUse(tools, context.tool_format, None, is_parallel=is_parallel, is_allowed=True)
     constraint = tool_choice_constraint(tools, choice, is_parallel)
-    return ToolUse(tools, constrained_format(choice), constraint, isinstance(choice, Mapping), is_parallel)
+    return ToolUse(
+        tools, constrained_format(choice), constraint, isinstance(choice, Mapping), is_parallel, is_allowed=True
+    )
 
 
-def _special_tags(context: AppContext, body: ChatRequest) -> SpecialTags | None:
-    """The special tokens to treat; None if the request wants to see special tokens."""
-    decoder = context.texts.decoder
-    if decoder is None or context.tool_format is None or body.skip_special_tokens is False:
-        return None
-    markup: Any = context.tool_format  # hashable, which the protocol does not say
-    return _special_tags_of(markup, decoder)
-
-
-@functools.lru_cache(8)
-def _special_tags_of(markup: ToolFormat, decoder: TokenDecoder) -> SpecialTags | None:
-    return special_tags(markup, decoder.special_texts)
-
-
-def _alternatives(wanted: Mapping[str, Any]) -> list[list[dict[str, Any]]] | None:
-    """`wanted` as alternatives of a grammar; None if it is of another kind."""
-    if wanted.get("json_object"):
+def alternatives_of(wanted: StructuredOutputs) -> list[list[Piece]] | None:
+    """A constraint as alternatives of a grammar; None for a grammar, which has no such form."""
+    if wanted.json_object:
         return [[{"json": {"type": "object"}}]]
-    if wanted.get("choice"):
-        return [[{"text": text}] for text in wanted["choice"]]
-    schema = wanted.get("json")
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError):
-            return None
-    return None if schema is None else [[{"json": schema}]]
+    if wanted.choice:
+        return [[text_piece(text)] for text in wanted.choice]
+    if wanted.regex:
+        return [[{"regex": wanted.regex}]]
+    if isinstance(wanted.alternatives, str):
+        alternatives: list[list[Piece]] = json.loads(wanted.alternatives)
+        return alternatives
+    if not isinstance(wanted.json, str):
+        return None
+    try:
+        return [[{"json": json.loads(wanted.json)}]]
+    except (ValueError, RecursionError):
+        return None
 
 
-class CallReader:
-    """Parses the text of one output into content and tool calls, in OpenAI's shapes."""
-
-    def __init__(self, parser: ToolCallParser, is_parallel: bool, special: SpecialTags | None = None) -> None:
-        self._parser, self._is_parallel = parser, is_parallel
-        self._before_parser = None if special is None else special.before_parser()
-        self._in_content = None if special is None else special.in_content()
-        self.has_calls = False
-        """Whether the output calls a tool."""
-
-    def read(self, text: str, is_last: bool, is_cut: bool = False) -> dict[str, Any]:
-        """Parse the next piece of text: `content` and `tool_calls` of a chunk's delta, if any.
-
-        is_cut: the output ended at the limit of its length.
-        """
-        if self._before_parser is not None:
-            text = self._before_parser.feed(text, is_last)
-        events = self._parser.push(text) if text else []
-        if is_last:
-            events = [*events, *self._parser.finish(is_cut)]
-        content = ""
-        calls: dict[int, dict[str, Any]] = {}
-        for event in events:
-            if isinstance(event, ContentDelta):
-                content += event.text
-            elif self._is_parallel or event.index == 0:
-                self._add_call(calls, event)
-        if self._in_content is not None:
-            content = self._in_content.feed(content, is_last)
-        delta: dict[str, Any] = {"content": content} if content else {}
-        if calls:
-            delta["tool_calls"] = list(calls.values())
-        return delta
-
-    def _add_call(self, calls: dict[int, dict[str, Any]], event: CallStarted | ArgumentsDelta) -> None:
-        if isinstance(event, CallStarted):
-            self.has_calls = True
-            function = {"name": event.name, "arguments": ""}
-            calls[event.index] = {"index": event.index, "id": event.id, "type": "function", "function": function}
-        else:
-            call = calls.setdefault(event.index, {"index": event.index, "function": {"arguments": ""}})
-            call["function"]["arguments"] += event.text
+def with_alternatives(wanted: StructuredOutputs, alternatives: list[list[Piece]]) -> StructuredOutputs:
+    """A constraint to one of `alternatives`, with the white space of `wanted`. Raises `RequestError`."""
+    return StructuredOutputs(
+        alternatives=alternatives,
+        disable_any_whitespace=wanted.disable_any_whitespace,
+        whitespace_pattern=wanted.whitespace_pattern,
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.server.tool_calls.events import ToolFormat
@@ -11,6 +13,7 @@ from ulysses_infer.server.tool_calls.json_calls import DEEPSEEK, HERMES, LLAMA3_
 from ulysses_infer.server.tool_calls.pythonic import PythonicFormat
 from ulysses_infer.server.tool_calls.qwen3_coder import Qwen3CoderFormat
 
+F = TypeVar("F")
 _ALL: tuple[ToolFormat, ...] = (HERMES, LLAMA3_JSON, MISTRAL, PythonicFormat(), Qwen3CoderFormat(), DEEPSEEK)
 FORMATS: dict[str, ToolFormat] = {known.name: known for known in _ALL}
 
@@ -33,18 +36,24 @@ def choose_format(name: str, chat_template: str | None) -> ToolFormat | None:
 
     None: outputs are plain content. Raises ConfigError for an unknown name, with the nearest one.
     """
+    return choose("server.tool_call_parser", name, FORMATS, _SIGNS, chat_template)
+
+
+def choose(
+    setting: str, name: str, formats: Mapping[str, F], signs: Sequence[tuple[str, str]], chat_template: str | None
+) -> F | None:
+    """The format that `setting` names, or the one whose sign, a regex, the chat template has first.
+
+    Raises ConfigError for an unknown name, with the nearest one.
+    """
     if name == "none":
         return None
     if name == "auto":
-        return _recognise(chat_template or "")
-    if name not in FORMATS:
-        known = ["auto", "none", *FORMATS]
+        found = next((known for known, sign in signs if re.search(sign, chat_template or "")), None)
+        return None if found is None else formats[found]
+    if name not in formats:
+        known = ["auto", "none", *formats]
         nearest = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"use one of {', '.join(known)}"
-        raise ConfigError(f"server.tool_call_parser {name!r} is unknown; {hint}")
-    return FORMATS[name]
-
-
-def _recognise(chat_template: str) -> ToolFormat | None:
-    found = next((name for name, sign in _SIGNS if re.search(sign, chat_template)), None)
-    return None if found is None else FORMATS[found]
+        raise ConfigError(f"{setting} {name!r} is unknown; {hint}")
+    return formats[name]

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ulysses_infer.server.tool_calls.constraint import call_schema, parameters_schema
 from ulysses_infer.server.tool_calls.definitions import function_of, parameters_of
 from ulysses_infer.server.tool_calls.events import ToolFormat, Tools
 from ulysses_infer.server.tool_calls.json_calls import DEEPSEEK_TAGS
+from ulysses_infer.server.tool_calls.pieces import LINES, SPACE, Piece, Tag, some, tag_writer, text_piece, until
 from ulysses_infer.server.tool_calls.values import is_text, property_schema
 
-Piece = dict[str, Any]
-Tag = Callable[[str], list[Piece]]
-"""The pieces of a tag: text, or a special token."""
 MAX_CALLS = 64
-_LINE: Piece = {"regex": r"[ \n]{0,2}"}
-_SPACE: Piece = {"regex": " {0,1}"}
 
 
 def calls_grammar(
@@ -29,33 +25,21 @@ def calls_grammar(
     `special`: the special tokens among the tags, with their ids.
     """
     write = _FORMATS.get(markup.name)
-
-    def tag(text: str) -> list[Piece]:
-        return [{"tokens": special[text]}] if text in special else [{"text": text}]
-
-    return None if write is None else write(tools, tag, parallel)
-
-
-def _text(text: str) -> Piece:
-    return {"text": text}
-
-
-def _some(alternatives: Sequence[list[Piece]], low: int = 1, high: int | None = 1) -> Piece:
-    return {"repeat": list(alternatives), "min": low, "max": high}
+    return None if write is None else write(tools, tag_writer(special), parallel)
 
 
 def _listed(call: list[Piece], separator: list[Piece], parallel: bool) -> list[Piece]:
     """One call, or several with a separator."""
-    return [{**_some([call], 1, MAX_CALLS), "separator": separator}] if parallel else call
+    return [{**some([call], 1, MAX_CALLS), "separator": separator}] if parallel else call
 
 
 def _hermes(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
     calls = {"json": call_schema(tools, "arguments")}
-    return [_listed([*tag("<tool_call>"), _LINE, calls, _LINE, *tag("</tool_call>")], [_LINE], parallel)]
+    return [_listed([*tag("<tool_call>"), LINES, calls, LINES, *tag("</tool_call>")], [LINES], parallel)]
 
 
 def _llama3_json(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
-    calls = _listed([{"json": call_schema(tools, "parameters")}], [_text(";"), _LINE], parallel)
+    calls = _listed([{"json": call_schema(tools, "parameters")}], [text_piece(";"), LINES], parallel)
     return [calls, [*tag("<|python_tag|>"), *calls]]
 
 
@@ -66,10 +50,10 @@ def _mistral(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
     definitions = {**schema.pop("$defs"), "_call": schema}
     calls = {**items, "$defs": definitions, **({} if parallel else {"maxItems": 1})}
     named = [
-        [*opener, _text(function_of(tool)["name"]), _some([tag("[ARGS]")], 0), {"json": parameters_schema(tool)}]
+        [*opener, text_piece(function_of(tool)["name"]), some([tag("[ARGS]")], 0), {"json": parameters_schema(tool)}]
         for tool in tools
     ]
-    return [[*opener, _SPACE, {"json": calls}], [_some(named, 1, MAX_CALLS if parallel else 1)]]
+    return [[*opener, SPACE, {"json": calls}], [some(named, 1, MAX_CALLS if parallel else 1)]]
 
 
 def _deepseek(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
@@ -77,27 +61,27 @@ def _deepseek(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
 
     def calls(write: Callable[[Mapping[str, Any]], list[Piece]]) -> list[Piece]:
         each = [[*begin, *write(tool), *end] for tool in tools]
-        return [*first, *_listed([_some(each)], [_LINE], parallel), *last]
+        return [*first, *_listed([some(each)], [LINES], parallel), *last]
 
     def plain(tool: Mapping[str, Any]) -> list[Piece]:
-        return [_text(function_of(tool)["name"]), *separator, {"json": parameters_schema(tool)}]
+        return [text_piece(function_of(tool)["name"]), *separator, {"json": parameters_schema(tool)}]
 
     def fenced(tool: Mapping[str, Any]) -> list[Piece]:
         name = function_of(tool)["name"]
         schema = {"json": parameters_schema(tool)}
-        return [_text("function"), *separator, _text(f"{name}\n```json\n"), schema, _text("\n```")]
+        return [text_piece("function"), *separator, text_piece(f"{name}\n```json\n"), schema, text_piece("\n```")]
 
     return [calls(plain), calls(fenced)]
 
 
 def _pythonic(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
-    separator = [_text(","), _SPACE]
+    separator = [text_piece(","), SPACE]
     each = [
-        [_text(f"{function_of(tool)['name']}("), _some(_keywords(tool, separator)), _text(")")]
+        [text_piece(f"{function_of(tool)['name']}("), some(_keywords(tool, separator)), text_piece(")")]
         for tool in tools
         if re.fullmatch(r"[A-Za-z_][\w.-]*", function_of(tool)["name"])
     ]
-    calls = [_text("["), *_listed([_some(each)], separator, parallel), _text("]")]
+    calls = [text_piece("["), *_listed([some(each)], separator, parallel), text_piece("]")]
     return [calls, [*tag("<|python_start|>"), *calls, *tag("<|python_end|>")]] if each else []
 
 
@@ -106,10 +90,10 @@ def _keywords(tool: Mapping[str, Any], separator: list[Piece]) -> list[list[Piec
     parameters = parameters_of(tool)
     required = parameters.get("required") or ()
     keys = [key for key in parameters.get("properties") or {} if key.isidentifier()]
-    items = [([_text(f"{key}="), _property(tool, key)], key in required) for key in keys]
+    items = [([text_piece(f"{key}="), _property(tool, key)], key in required) for key in keys]
     tails: list[list[Piece]] = [[]]  # what may follow another argument, from the last item on
     for item, is_required in reversed(items):
-        tails.insert(0, [_some([[*separator, *item]], int(is_required)), *tails[0]])
+        tails.insert(0, [some([[*separator, *item]], int(is_required)), *tails[0]])
     found: list[list[Piece]] = []
     for position, (item, is_required) in enumerate(items):
         found.append([*item, *tails[position + 1]])
@@ -133,13 +117,13 @@ def _qwen3_coder(tools: Tools, tag: Tag, parallel: bool) -> list[list[Piece]]:
     each = []
     for tool in tools:
         parameters = parameters_of(tool)
-        body: list[Piece] = [*tag("<function="), _text(f"{function_of(tool)['name']}>\n")]
+        body: list[Piece] = [*tag("<function="), text_piece(f"{function_of(tool)['name']}>\n")]
         for key in parameters.get("properties") or {}:
-            value = [*tag("<parameter="), _text(f"{key}>\n"), *_tagged_value(tool, key, tag), _text("\n")]
-            body.append(_some([value], int(key in (parameters.get("required") or ()))))
+            value = [*tag("<parameter="), text_piece(f"{key}>\n"), *_tagged_value(tool, key, tag), text_piece("\n")]
+            body.append(some([value], int(key in (parameters.get("required") or ()))))
         each.append([*body, *tag("</function>")])
-    call = [*tag("<tool_call>"), _text("\n"), _some(each), _text("\n"), *tag("</tool_call>")]
-    return [_listed(call, [_LINE], parallel)]
+    call = [*tag("<tool_call>"), text_piece("\n"), some(each), text_piece("\n"), *tag("</tool_call>")]
+    return [_listed(call, [LINES], parallel)]
 
 
 def _tagged_value(tool: Mapping[str, Any], key: str, tag: Tag) -> list[Piece]:
@@ -147,11 +131,11 @@ def _tagged_value(tool: Mapping[str, Any], key: str, tag: Tag) -> list[Piece]:
     schema = property_schema(parameters, key, parameters)
     if is_text(schema, parameters):
         closing = tag("</parameter>")
-        return [{"until": "\n</parameter>"}] if "text" in closing[0] else [{"regex": "(?s:.*)"}, *closing]
+        return [{"until": "\n</parameter>"}] if "text" in closing[0] else until(tag, "</parameter>")
     options = schema.get("enum") if isinstance(schema, Mapping) else None
     if isinstance(options, list) and options and all(isinstance(option, str) and option for option in options):
-        return [_some([[_text(option)] for option in options]), _text("\n"), *tag("</parameter>")]
-    return [_property(tool, key), _text("\n"), *tag("</parameter>")]
+        return [some([[text_piece(option)] for option in options]), text_piece("\n"), *tag("</parameter>")]
+    return [_property(tool, key), text_piece("\n"), *tag("</parameter>")]
 
 
 _FORMATS: dict[str, Callable[[Tools, Tag, bool], list[list[Piece]]]] = {

@@ -1,7 +1,7 @@
-"""Special tokens in text that is read for tool calls.
+"""Special tokens in text that is read for tool calls or reasoning.
 
-The tags of calls may be special tokens, which text does not show. Their text is then decoded with special tokens. The
-parser reads it without the other ones, and what it returns as content is shown without any.
+Tags may be special tokens, which text does not show. Their text is then decoded with special tokens. The parsers read
+it without the other ones, and what they return is shown without any.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from dataclasses import dataclass
 
 import regex
 
-from ulysses_infer.server.tool_calls.events import ToolFormat
-
 
 @dataclass(frozen=True)
 class SpecialTags:
-    """Special tokens of a tokenizer, for one format."""
+    """Special tokens of a tokenizer, for the formats of one output."""
 
     tags: Mapping[str, list[int]]
-    """The text of those that are part of the format's markup, with their ids."""
+    """The text of those that are part of the markup, with their ids."""
     others: Collection[str]
     """The text of all others."""
 
@@ -29,7 +27,7 @@ class SpecialTags:
         return TextRemover(self._others)
 
     def in_content(self) -> TextRemover:
-        """Removes tags that are not part of a call, for one output."""
+        """Removes tags that the parsers left, for one output."""
         return TextRemover(self._tags)
 
     @functools.cached_property
@@ -41,9 +39,9 @@ class SpecialTags:
         return RemovedTexts(self.tags)
 
 
-def special_tags(markup: ToolFormat, special_texts: Mapping[str, list[int]]) -> SpecialTags | None:
-    """The special tokens of a tokenizer, if the format's markup has any; `special_texts`: their texts and ids."""
-    tags = {text: ids for text, ids in special_texts.items() if text and _is_in(text, markup.tags)}
+def special_tags(markup: Collection[str], special_texts: Mapping[str, list[int]]) -> SpecialTags | None:
+    """The special tokens of a tokenizer, if the tags in `markup` have any; `special_texts`: their texts and ids."""
+    tags = {text: ids for text, ids in special_texts.items() if text and _is_in(text, markup)}
     return SpecialTags(tags, [text for text in special_texts if text and text not in tags]) if tags else None
 
 

@@ -85,6 +85,7 @@ class Message(BaseModel):
     role: Annotated[str, Field(pattern=f"^({'|'.join(ROLES)})$")]
     content: Content = None
     name: str | None = None
+    reasoning_content: str | None = Field(None, description="The reasoning before an assistant's answer.")
     tool_calls: list[MadeCall] | None = None
     tool_call_id: str | None = None
 
@@ -121,7 +122,10 @@ class ChatRequest(EngineFields, ChatFields):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tool_choice: str | dict[str, Any] | None = Field(None, description="none, auto, required, or a function's name.")
     parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = Field(None, description="A variable of the chat template.")
+    reasoning_effort: str | None = Field(
+        None, description="A variable of the chat template; none switches thinking off, if the template can."
+    )
+    include_reasoning: bool | None = Field(None, description="Whether responses have the reasoning; the default.")
 
     verbosity: str | None = Field(None, description="Taken, without effect, as the next ones.")
     modalities: list[Literal["text"]] | None = None
@@ -170,6 +174,7 @@ class AnswerMessage(ResponseBody):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: str | None = Field(None, description="What the model thought before it answered.")
     tool_calls: list[ToolCall] | None = None
 
 

@@ -183,6 +183,12 @@ class PromptTokensDetails(ResponseBody):
     cached_tokens: int
 
 
+class CompletionTokensDetails(ResponseBody):
+    """What the generated tokens are."""
+
+    reasoning_tokens: int
+
+
 class Usage(ResponseBody):
     """Token counts of a request."""
 
@@ -190,6 +196,7 @@ class Usage(ResponseBody):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class PromptLogprob(ResponseBody):

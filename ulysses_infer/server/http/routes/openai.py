@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ulysses_infer.server.http.body import read_body
-from ulysses_infer.server.http.chat import prepare_chat
-from ulysses_infer.server.http.completions import prepare_completion
 from ulysses_infer.server.http.context import AppContext, context_of
+from ulysses_infer.server.http.openai.chat import prepare_chat
+from ulysses_infer.server.http.openai.completions import prepare_completion
 from ulysses_infer.server.http.openapi import EVENTS, answers, parameter, takes
 from ulysses_infer.server.http.protocol.chat import ChatAnswer, ChatRequest
 from ulysses_infer.server.http.protocol.completions import CompletionAnswer, CompletionRequest

@@ -7,10 +7,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ulysses_infer.server.http.body import read_body
-from ulysses_infer.server.http.chat import conversation_with_template
-from ulysses_infer.server.http.completions import check_token_ids
 from ulysses_infer.server.http.context import AppContext, context_of
 from ulysses_infer.server.http.errors import ApiError
+from ulysses_infer.server.http.openai.chat import conversation_with_template
+from ulysses_infer.server.http.openai.completions import check_token_ids
 from ulysses_infer.server.http.openapi import answers, takes
 from ulysses_infer.server.http.protocol.tokens import (
     DetokenizeAnswer,

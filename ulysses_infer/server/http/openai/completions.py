@@ -8,7 +8,8 @@ from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.generation import Prompt
-from ulysses_infer.server.http.logprobs import LegacyLogprobs, TokenNames, prompt_logprobs
+from ulysses_infer.server.http.openai.choices import ChoiceKind, prepared_choices
+from ulysses_infer.server.http.openai.logprobs import LegacyLogprobs, TokenNames, prompt_logprobs
 from ulysses_infer.server.http.outputs import Delta, Output
 from ulysses_infer.server.http.protocol.completions import CompletionRequest
 from ulysses_infer.server.http.respond import PreparedRequest, check_streaming, generation_of
@@ -17,6 +18,8 @@ from ulysses_infer.server.http.sampling import sampling_params, structured_outpu
 
 class CompletionChoiceBuilder:
     """Builds one output: whole, or the next chunk of it."""
+
+    num_reasoning_tokens = None
 
     def __init__(self, context: AppContext, body: CompletionRequest, output: Output, params: SamplingParams) -> None:
         self._texts, self._body, self._output = context.texts, body, output
@@ -95,15 +98,11 @@ async def prepare_completion(context: AppContext, body: CompletionRequest) -> Pr
     params = sampling_params(body, context.sampling_defaults, **changes)
     context.engine_info()
     prompts = [await _read(context, prompt, body.add_special_tokens is not False) for prompt in body.prompt]
-    generation = generation_of(context, "cmpl", body, prompts, params)
-    return PreparedRequest(
-        body,
-        generation,
-        kind="text_completion",
-        chunk_kind="text_completion",
-        new_choice=lambda output: CompletionChoiceBuilder(context, body, output, params),
-        keeps_tokens=body.max_tokens != 0,
+    generation = generation_of(context, "cmpl-", body, prompts, params)
+    kind = ChoiceKind(
+        "text_completion", "text_completion", lambda output: CompletionChoiceBuilder(context, body, output, params)
     )
+    return prepared_choices(context, body, generation, kind, keeps_tokens=body.max_tokens != 0)
 
 
 def check_token_ids(context: AppContext, token_ids: list[int]) -> list[int]:

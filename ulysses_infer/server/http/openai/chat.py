@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ulysses_infer.sampling_params import SamplingParams
@@ -11,34 +11,45 @@ from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.conversation import Conversation, conversation_of
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.generation import Prompt
-from ulysses_infer.server.http.logprobs import TokenNames, chat_logprob, prompt_logprobs
+from ulysses_infer.server.http.openai.choices import ChoiceKind, prepared_choices
+from ulysses_infer.server.http.openai.logprobs import TokenNames, chat_logprob, prompt_logprobs
+from ulysses_infer.server.http.output_format import OutputFormat, output_format
+from ulysses_infer.server.http.output_reader import OutputEvent
 from ulysses_infer.server.http.outputs import Delta, Output, Outputs
 from ulysses_infer.server.http.protocol.chat import ChatFields, ChatRequest
 from ulysses_infer.server.http.protocol.tokens import TokenizeRequest
 from ulysses_infer.server.http.respond import PreparedRequest, check_streaming, generation_of
 from ulysses_infer.server.http.sampling import sampling_params, structured_outputs
-from ulysses_infer.server.http.tool_use import ToolUse, tool_use
+from ulysses_infer.server.reasoning import ReasoningDelta
+from ulysses_infer.server.tool_calls import ArgumentsDelta, CallStarted, ContentDelta
+
+CALL_KEYS = ("id", "type", "function")
 
 
 class ChatChoiceBuilder:
     """Builds one output: a whole message, or the next chunks of it."""
 
-    def __init__(self, context: AppContext, body: ChatRequest, output: Output, use: ToolUse) -> None:
-        self._body, self._output, self._use = body, output, use
+    def __init__(self, context: AppContext, body: ChatRequest, output: Output, form: OutputFormat) -> None:
+        self._body, self._output, self._use = body, output, form.use
         self._names = TokenNames(context.texts, bool(body.return_tokens_as_token_ids))
-        self._reader = use.reader()
+        self._reader = form.reader(output.source.prompt.text or "")
         self._is_first = True
+
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """How many tokens of the output were reasoning; None if it is not parsed for it."""
+        return self._reader.num_reasoning_tokens
 
     def whole(self) -> dict[str, Any]:
         """The choice of a whole response."""
         delta = self._output.flush()
-        message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
-        if self._reader is not None:
-            fields = self._reader.read(delta.text, is_last=True, is_cut=delta.finish_reason == "length")
-            message["content"] = fields.get("content", None if self._reader.has_calls else "")
-            if "tool_calls" in fields:
-                calls = fields["tool_calls"]
-                message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
+        fields = self._new_fields(delta)
+        content = fields.get("content", None if self._reader.has_calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if "reasoning_content" in fields:
+            message["reasoning_content"] = fields["reasoning_content"]
+        if "tool_calls" in fields:
+            message["tool_calls"] = [{key: call[key] for key in CALL_KEYS} for call in fields["tool_calls"]]
         return self._choice("message", message, delta)
 
     def chunks(self) -> list[dict[str, Any]]:
@@ -55,10 +66,10 @@ class ChatChoiceBuilder:
         return chunks
 
     def _new_fields(self, delta: Delta) -> dict[str, Any]:
-        if self._reader is not None:
-            reason = delta.finish_reason
-            return self._reader.read(delta.text, is_last=reason is not None, is_cut=reason == "length")
-        return {"content": delta.text} if delta.text else {}
+        fields = chat_fields(self._reader.read(delta))
+        if self._body.include_reasoning is False:
+            fields.pop("reasoning_content", None)
+        return fields
 
     def _opening(self) -> dict[str, Any]:
         choice: dict[str, Any] = {
@@ -86,7 +97,7 @@ class ChatChoiceBuilder:
 
     def _finish_reason(self, delta: Delta) -> str | None:
         """As in OpenAI's API: "tool_calls" if the model chose to call, "stop" if the request named the function."""
-        has_calls = self._reader is not None and self._reader.has_calls and not self._use.is_named
+        has_calls = self._reader.has_calls and not self._use.is_named
         return "tool_calls" if delta.finish_reason == "stop" and has_calls else delta.finish_reason
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
@@ -97,23 +108,67 @@ class ChatChoiceBuilder:
         return {"content": scored, "refusal": None}
 
 
+def chat_fields(events: Sequence[OutputEvent]) -> dict[str, Any]:
+    """Events as fields of a chunk's delta: `reasoning_content`, `content` and `tool_calls`, where not empty."""
+    fields: dict[str, Any] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    for event in events:
+        match event:
+            case ReasoningDelta(text):
+                fields["reasoning_content"] = fields.get("reasoning_content", "") + text
+            case ContentDelta(text):
+                fields["content"] = fields.get("content", "") + text
+            case CallStarted(index, identifier, name):
+                function = {"name": name, "arguments": ""}
+                calls[index] = {"index": index, "id": identifier, "type": "function", "function": function}
+            case ArgumentsDelta(index, text):
+                call = calls.setdefault(index, {"index": index, "function": {"arguments": ""}})
+                call["function"]["arguments"] += text
+    return {**fields, "tool_calls": list(calls.values())} if calls else fields
+
+
 async def prepare_chat(context: AppContext, body: ChatRequest) -> PreparedRequest:
     """Check a request, render its prompt. Raises `ApiError`, `RequestError`, `OverloadedError`, `EngineDeadError`."""
+    chat = await read_chat(context, body)
+    generation = generation_of(context, "chatcmpl-", body, [chat.prompt], chat.params)
+    kind = ChoiceKind(
+        "chat.completion",
+        "chat.completion.chunk",
+        lambda output: ChatChoiceBuilder(context, body, output, chat.form),
+        lambda outputs: _prompt_fields(context, body, outputs),
+    )
+    return prepared_choices(context, body, generation, kind)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A checked conversation: what the engine gets, and how its outputs are read."""
+
+    prompt: Prompt
+    params: SamplingParams
+    form: OutputFormat
+
+
+async def read_chat(context: AppContext, body: ChatRequest) -> Chat:
+    """Check a conversation and render it. Raises what `prepare_chat` raises."""
     context.choose_model(body.model)
     check_streaming(body)
-    use, params = _parameters(context, body)
+    form, params = _parameters(context, body)
     context.engine_info()
-    variables = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-    text = await context.texts.render(conversation_with_template(context, body, variables))
-    token_ids = await context.texts.encode(text, bool(body.add_special_tokens))
-    return PreparedRequest(
-        body,
-        generation_of(context, "chatcmpl", body, [Prompt(token_ids, text)], params),
-        kind="chat.completion",
-        chunk_kind="chat.completion.chunk",
-        new_choice=lambda output: ChatChoiceBuilder(context, body, output, use),
-        prompt_fields=lambda outputs: _prompt_fields(context, body, outputs),
-    )
+    text = await context.texts.render(conversation_with_template(context, body, _variables(body)))
+    constraint = form.constraint(text)
+    if constraint is not params.structured_outputs:
+        params = replace(params, structured_outputs=constraint)
+    return Chat(Prompt(await context.texts.encode(text, bool(body.add_special_tokens)), text), params, form)
+
+
+def _variables(body: ChatRequest) -> dict[str, Any]:
+    """Variables of the chat template for `reasoning_effort`; "none" is what templates call thinking switched off."""
+    effort = body.reasoning_effort
+    if effort is None:
+        return {}
+    off = {name: False for name in ("enable_thinking", "thinking") if name not in (body.chat_template_kwargs or {})}
+    return {"reasoning_effort": effort, **(off if effort == "none" else {})}
 
 
 def conversation_with_template(
@@ -123,7 +178,8 @@ def conversation_with_template(
 
     Raises `ApiError`, `RequestError`.
     """
-    conversation = conversation_of(body, variables)
+    reasoning = context.reasoning_format
+    conversation = conversation_of(body, variables, None if reasoning is None else reasoning.history_key)
     if body.chat_template is None:
         return conversation
     if not context.config.server.trust_request_chat_template:
@@ -144,20 +200,18 @@ def _prompt_fields(context: AppContext, body: ChatRequest, outputs: Outputs) -> 
     return fields
 
 
-def _parameters(context: AppContext, body: ChatRequest) -> tuple[ToolUse, SamplingParams]:
+def _parameters(context: AppContext, body: ChatRequest) -> tuple[OutputFormat, SamplingParams]:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true; set it", param="top_logprobs")
-    use = tool_use(context, body)
-    wanted = structured_outputs(body)
-    use = use.with_response_format(body, wanted)
+    form = output_format(context, body, structured_outputs(body))
     changes: dict[str, Any] = {
         "max_tokens": _max_tokens(body),
-        "structured_outputs": use.constraint or wanted,
+        "structured_outputs": form.use.constraint,
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
     }
-    if use.special is not None:
+    if form.special is not None:
         changes["skip_special_tokens"] = False
-    return use, sampling_params(body, context.sampling_defaults, **changes)
+    return form, sampling_params(body, context.sampling_defaults, **changes)
 
 
 def _max_tokens(body: ChatRequest) -> int | None:

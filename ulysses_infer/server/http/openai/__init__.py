@@ -1,0 +1,1 @@
+"""OpenAI's completions and chat completions: request bodies to prompts, outputs to choices."""
