@@ -48,13 +48,6 @@ def needs_selection(metadata: AttentionMetadata, top_k: int) -> bool:
     return (max(metadata.context_lens, default=0) if kernel is None else kernel.max_context_len) > top_k
 
 
-def by_slots(cache: torch.Tensor) -> torch.Tensor:
-    """cache: [blocks, size, H, d]; the same with blocks of one slot, [slots, 1, H, d]."""
-    blocks, size, *heads = cache.shape
-    _, slot, *strides = cache.stride()  # kept for dimensions of size 1, which `flatten` would not do
-    return cache.as_strided((blocks * size, 1, *heads), (slot, slot, *strides))
-
-
 def top_slots(queries: IndexQueries, keys: torch.Tensor, metadata: AttentionMetadata, rows: Span) -> torch.Tensor:
     """The slots of the best keys of each token in `rows` of the batch, in order of position.
 

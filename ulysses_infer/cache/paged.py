@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ulysses_infer.arithmetic import ceil_div
+from ulysses_infer.cache.entries import EntryShape
 from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.kernels.launch import has_fp8, runs_kernels
 from ulysses_infer.native.function import ELEMENTWISE, native_function
@@ -55,6 +56,9 @@ class CacheShape:
     sources: tuple[tuple[int, int], ...] = ()
     """Pairs of a layer without a cache of its own and the layer whose keys and values it reads."""
     index: IndexShape | None = None
+    entries: tuple[EntryShape, ...] = ()
+    entry_dtype: torch.dtype | None = None
+    """Of entries that are not joined to keys; None: `dtype`."""
 
     @classmethod
     def uniform(
@@ -88,9 +92,27 @@ class CacheShape:
         return any(layer.values_in_keys for layer in self.own_layers)
 
     @property
+    def selects_keys(self) -> bool:
+        """Whether attention of some layer reads single slots, chosen for each token."""
+        return self.index is not None or any(entry.is_joined for entry in self.entries)
+
+    @property
     def bytes_per_block(self) -> int:
         """Bytes of one block in all layers."""
-        return sum(map(self.bytes_of_layer, range(self.num_layers)))
+        return sum(map(self.bytes_of_layer, range(self.num_layers))) + sum(map(self.bytes_of_entry, self.entries))
+
+    def dtype_of_entry(self, entry: EntryShape) -> torch.dtype:
+        """The dtype of `entry`, one of `entries`."""
+        return self.dtype if entry.is_joined or self.entry_dtype is None else self.entry_dtype
+
+    def bytes_of_entry(self, entry: EntryShape) -> int:
+        """Bytes of the rows of `entry`, one of `entries`, in one block."""
+        return entry.per_block(self.block_size) * entry.width * self.dtype_of_entry(entry).itemsize
+
+    def bytes_of_group(self, groups: CacheGroups, group: int) -> int:
+        """Bytes of one block of a cache group: in the layers of the group, and of the entries in it."""
+        own = (entry for entry, number in zip(self.entries, groups.of_entries, strict=True) if number == group)
+        return sum(map(self.bytes_of_layer, groups.layers_of(group))) + sum(map(self.bytes_of_entry, own))
 
     def bytes_of_layer(self, layer: int) -> int:
         """Bytes of one block's keys and values in `layer`, and of its index keys."""
@@ -116,6 +138,7 @@ class PagedCache:
     """keys[layer], values[layer]: [num_blocks, block_size, Hkv, width], with the Hkv heads of this rank's shard.
 
     index_keys[layer]: [num_blocks, block_size, 1, width] of the layers with an index, the same on every rank.
+    entries[layer, name]: [num_blocks, entries per block, 1, width], the same on every rank.
     All layers of a cache group have the same number of blocks. A layer that reads another layer's cache has the same
     tensors; one without a cache has empty ones.
     """
@@ -133,9 +156,12 @@ class PagedCache:
         scratch_blocks: additional blocks, unknown to the allocators, for padding rows.
         """
         self.shape, self.device = shape, device
-        self.groups = groups or CacheGroups.single(shape.num_layers)
+        self.groups = groups or CacheGroups.single(shape.num_layers, num_entries=len(shape.entries))
         self.blocks_of_groups = (num_blocks,) if isinstance(num_blocks, int) else tuple(num_blocks)
         self._scratch_blocks = scratch_blocks
+        pairs = zip(shape.entries, self.groups.of_entries, strict=True)
+        self._entry_shapes = {(entry.layer, entry.name): (entry, group) for entry, group in pairs}
+        self._joined_layers = {entry.layer for entry in shape.entries if entry.is_joined}
         on_cpu = device.type == "cpu"
         self._store = native_function("attention", "store_rows", "pppiii", ELEMENTWISE) if on_cpu else None
         self._has_kernel = has_fp8(device) if shape.dtype == FP8 else runs_kernels(device)
@@ -143,10 +169,13 @@ class PagedCache:
 
     def take(self) -> None:
         """Allocate the memory; its content is undefined."""
+        self.entries: dict[tuple[int, str], torch.Tensor] = {}
+        self._joined: dict[int, torch.Tensor] = {}
         pairs = [self._take_layer(layer) for layer in range(self.shape.num_layers)]
         for layer, source in self.shape.sources:
             pairs[layer] = pairs[source]
         self.keys, self.values = [keys for keys, _ in pairs], [values for _, values in pairs]
+        self._take_entries()
         index = self.shape.index
         self.index_keys: dict[int, torch.Tensor] = {}
         if index is not None:
@@ -154,18 +183,42 @@ class PagedCache:
 
     def release(self) -> None:
         """Free the memory, until `take`."""
-        self.keys, self.values, self.index_keys = [], [], {}
+        self.keys, self.values, self.index_keys, self.entries, self._joined = [], [], {}, {}, {}
 
     def _take_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer; empty if it has no cache of its own."""
+        """Keys and values of one layer; empty if it has no cache of its own, or one that `_take_entries` allocates."""
         shape, dtype = self.shape.layers[layer], self.shape.dtype
-        if shape is None:
+        if shape is None or layer in self._joined_layers:
             nothing = torch.empty(0, dtype=dtype, device=self.device)
             return nothing, nothing
         keys = self._allocate(layer, shape.num_key_value_heads, shape.key_width, dtype)
         if shape.values_in_keys:
             return keys, keys[..., : shape.value_width]
         return keys, self._allocate(layer, shape.num_key_value_heads, shape.value_width, dtype)
+
+    def _take_entries(self) -> None:
+        """Allocate the entries, those that attention reads with keys behind the keys of their layer."""
+        for key, (entry, group) in self._entry_shapes.items():
+            blocks, size = self.blocks_of_groups[group] + self._scratch_blocks, entry.per_block(self.shape.block_size)
+            if entry.is_joined:
+                rows = self._join(entry.layer, blocks * size)
+            else:
+                like = self.shape.dtype_of_entry(entry)
+                rows = torch.empty((blocks * size, 1, entry.width), dtype=like, device=self.device)
+            self.entries[key] = rows.unflatten(0, (blocks, size))
+
+    def _join(self, layer: int, count: int) -> torch.Tensor:
+        """Allocate the keys of `layer` with `count` further rows behind them; returns those, [count, 1, width]."""
+        shape = self.shape.layers[layer]
+        assert shape is not None
+        assert shape.values_in_keys
+        blocks = self._num_blocks_of(layer) + self._scratch_blocks
+        slots = blocks * self.shape.block_size
+        size = slots + count, shape.num_key_value_heads, shape.key_width
+        joined = self._joined[layer] = torch.empty(size, dtype=self.shape.dtype, device=self.device)
+        self.keys[layer] = joined[:slots].unflatten(0, (blocks, -1))
+        self.values[layer] = self.keys[layer][..., : shape.value_width]
+        return joined[slots:]
 
     def _allocate(self, layer: int, heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         shape = self._num_blocks_of(layer) + self._scratch_blocks, self.shape.block_size, heads, width
@@ -192,8 +245,16 @@ class PagedCache:
 
     def write_index(self, layer: int, slots: torch.Tensor, key: torch.Tensor) -> None:
         """Store the step's index keys of `layer`. slots: [T]; key: [T, width]."""
-        cached, new = self.index_keys[layer], key[:, None]
-        if runs_kernels(self.device):
+        self._write_one_head(self.index_keys[layer], slots, key)
+
+    def write_entries(self, layer: int, name: str, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Store entries. slots: [n]; rows: [n, width]."""
+        self._write_one_head(self.entries[layer, name], slots, rows)
+
+    def _write_one_head(self, cached: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """cached: [blocks, size, 1, width]; slots: [n]; rows: [n, width]."""
+        new = rows[:, None]
+        if has_fp8(self.device) if cached.dtype == FP8 else runs_kernels(self.device):
             from ulysses_infer.kernels.cache import store
 
             store(cached.flatten(0, 1), None, slots, new, new)
@@ -221,6 +282,25 @@ class PagedCache:
         """The keys and values that `layer` attends to, its own or another layer's."""
         return self.keys[layer], self.values[layer]
 
+    def slots_of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`of_layer` in blocks of one slot, [slots, 1, Hkv, d | dv]; then the entries that are joined to the keys."""
+        joined = self._joined.get(layer)
+        if joined is None:
+            return by_slots(self.keys[layer]), by_slots(self.values[layer])
+        return joined[:, None], joined[:, None, :, : self.values[layer].shape[-1]]
+
+    def first_joined_slot(self, layer: int) -> int:
+        """The slot of the first joined entry of `layer` in `slots_of_layer`."""
+        return self.keys[layer].shape[0] * self.shape.block_size
+
+    def entry_shape(self, layer: int, name: str) -> EntryShape:
+        """The shape of a kind of entries."""
+        return self._entry_shapes[layer, name][0]
+
+    def group_of_entries(self, layer: int, name: str) -> int:
+        """The cache group whose blocks hold a kind of entries."""
+        return self._entry_shapes[layer, name][1]
+
     def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The cache by slots, for kernels that write it: keys [slots, Hkv, d] and values [slots, Hkv, dv]."""
         return self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
@@ -242,8 +322,16 @@ class PagedCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole cache."""
-        layers = range(self.shape.num_layers)
-        return sum(self._num_blocks_of(layer) * self.shape.bytes_of_layer(layer) for layer in layers)
+        return sum(
+            count * self.shape.bytes_of_group(self.groups, group) for group, count in enumerate(self.blocks_of_groups)
+        )
+
+
+def by_slots(cache: torch.Tensor) -> torch.Tensor:
+    """cache: [blocks, size, H, d]; the same with blocks of one slot, [slots, 1, H, d]."""
+    blocks, size, *heads = cache.shape
+    _, slot, *strides = cache.stride()  # kept for dimensions of size 1, which `flatten` would not do
+    return cache.as_strided((blocks * size, 1, *heads), (slot, slot, *strides))
 
 
 def _is_dense(rows: torch.Tensor) -> bool:

@@ -30,9 +30,8 @@ class CacheSizing:
 
     @cached_property
     def _block_bytes(self) -> list[int]:
-        """Bytes of one block of each cache group, in all of the group's layers."""
-        groups = range(len(self.groups.attention_spans))
-        return [sum(map(self.shape.bytes_of_layer, self.groups.layers_of(group))) for group in groups]
+        """Bytes of one block of each cache group, in all of the group's layers and entries."""
+        return [self.shape.bytes_of_group(self.groups, group) for group in range(len(self.groups.attention_spans))]
 
     @property
     def longest_request_bytes(self) -> int:

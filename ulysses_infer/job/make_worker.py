@@ -48,7 +48,7 @@ def make_worker(
     capturer: of decode steps, if they are captured; None: CUDA's. backend: attention; None: as the recipe says.
     """
     shape, scheduler, max_model_len = cache_shape(config, model, groups), config.scheduler, model.shape.max_model_len
-    layers = CacheGroups.of(model.attention_options, max_model_len)
+    layers = CacheGroups.of(model.attention_options, max_model_len, [entry.span for entry in shape.entries])
     sizing = CacheSizing(shape, layers, max_model_len, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
     own = channel.together(lambda: cache_bytes(config.cache, sizing, budget, device.type == "cpu"))
     num_bytes = channel.smallest(own)  # shards are equal, free memory may not be
@@ -158,7 +158,7 @@ def attention_needs(model: ShiftModel, shape: CacheShape, device: torch.device) 
         shape.block_size,
         shape.values_in_keys,
         widths[:-1],
-        shape.index is not None,
+        shape.selects_keys,
     )
 
 

@@ -30,6 +30,7 @@ class StepContext:
     matmul: NativeMatmul | None = None  # None: use torch
     adapters: Sequence[tuple[int, torch.Tensor]] = ()  # (adapter number, rows of this rank's slice that use it)
     attention_of_layers: Sequence[AttentionMetadata] | None = None  # only with several cache groups
+    attention_of_groups: Sequence[AttentionMetadata] = ()  # those of every cache group
     is_captured: bool = False  # replayed with other data: no sizes that depend on data
     positions: torch.Tensor | None = None  # [t] int64, of this rank's tokens; `ShiftModel` sets it
     logits_rows: torch.Tensor | None = None  # [n] int64, those of this rank's tokens that need logits; the same
@@ -39,6 +40,11 @@ class StepContext:
     def attention_of(self, layer: int) -> AttentionMetadata:
         """The attention metadata of the cache group of `layer`."""
         return self.attention if self.attention_of_layers is None else self.attention_of_layers[layer]
+
+    def attention_of_entries(self, layer: int, name: str) -> AttentionMetadata:
+        """The attention metadata of the cache group that holds a kind of entries."""
+        groups = self.attention_of_groups
+        return groups[self.cache.group_of_entries(layer, name)] if len(groups) > 1 else self.attention
 
     @property
     def num_local_tokens(self) -> int:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -308,11 +308,12 @@ def model_shape(injection: Injection, max_model_len: int | None) -> ModelShape:
     return ModelShape(
         layers=tuple(layers),
         hidden_size=config.hidden_size,
-        residual_width=config.hidden_size * getattr(config, "altup_num_inputs", 1),
+        residual_width=config.hidden_size * (getattr(config, "altup_num_inputs", 1) * getattr(config, "hc_mult", 1)),
         intermediate_size=_intermediate_size(config),
         vocab_size=injection.head_vocab_size,
         # Only one rank warns.
         max_model_len=choose_max_model_len(config, max_model_len, warn=injection.base.shard == 0),
+        entries=tuple(entry for module in injection.attention_layers for entry in cast(Any, module).head_plan.entries),
     )
 
 

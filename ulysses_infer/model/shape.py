@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ulysses_infer.cache.entries import EntryShape
 from ulysses_infer.cache.paged import CacheShape, IndexShape, LayerShape
 from ulysses_infer.parallel.head_layout import HeadLayout, head_layout
 from ulysses_infer.parallel.layout import Layout
@@ -51,6 +52,8 @@ class ModelShape:
     """Elements per token of the widest temporary tensor of a layer."""
     vocab_size: int
     max_model_len: int
+    entries: tuple[EntryShape, ...] = ()
+    """What layers cache beside keys and values."""
 
     @property
     def num_layers(self) -> int:
@@ -89,8 +92,9 @@ class ModelShape:
 
     @property
     def has_index(self) -> bool:
-        """Whether a layer has an index (learned sparse attention)."""
-        return any(layer is not None and layer.index_width > 0 for layer in self.layers)
+        """Whether a layer selects the slots that a token attends to."""
+        has_index = any(layer is not None and layer.index_width > 0 for layer in self.layers)
+        return has_index or any(entry.is_joined for entry in self.entries)
 
     def key_value_heads_of(self, shard: int, layout: Layout) -> int:
         """Number of KV heads that `shard` caches of the first layer with attention, in every mode."""
@@ -104,12 +108,18 @@ class ModelShape:
     def cache_shape(
         self, shard: int, layout: Layout, block_size: int, dtype: torch.dtype, index_dtype: torch.dtype | None = None
     ) -> CacheShape:
-        """The shape of the cache of `shard`, the same in every mode. index_dtype: of index keys; None: `dtype`."""
+        """The shape of the cache of `shard`, the same in every mode.
+
+        index_dtype: of index keys, and of entries that are not joined to keys; None: `dtype`. Raises `ConfigError` if
+        entries do not fit the blocks.
+        """
         layers = [None if each is None else _own_cache(each, shard, layout) for each in self.layers]
         sources = [(layer, each.source) for layer, each in enumerate(self.layers) if each and each.source is not None]
         indexed = {layer: each.index_width for layer, each in enumerate(self.layers) if each and each.index_width}
         index = IndexShape(frozenset(indexed), max(indexed.values()), index_dtype or dtype) if indexed else None
-        return CacheShape(tuple(layers), block_size, dtype, tuple(sources), index)
+        for entry in self.entries:
+            entry.check_block_size(block_size)
+        return CacheShape(tuple(layers), block_size, dtype, tuple(sources), index, self.entries, index_dtype)
 
 
 def _own_cache(heads: LayerHeads, shard: int, layout: Layout) -> LayerShape | None:

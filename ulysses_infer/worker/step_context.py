@@ -63,6 +63,7 @@ class StepContextBuilder:
             matmul=self.matmul,
             adapters=adapters,
             attention_of_layers=self.cache.groups.each_layer(attention),
+            attention_of_groups=attention,
             is_captured=is_captured,
             states=self.states,
             sequences=None if slots is None else StateSequences(slots, query_lens),

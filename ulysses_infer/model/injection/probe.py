@@ -58,6 +58,9 @@ class ProbeCache:
     def write_index(self, layer: int, slots: torch.Tensor, key: torch.Tensor) -> None:
         """key: [T, width]. The probe's sequences are too short for a selection."""
 
+    def write_entries(self, layer: int, name: str, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """rows: [n, width]. The probe's sequences are too short for an entry of several tokens."""
+
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `PagedCache.of_layer`."""
         self.readers.append(layer)

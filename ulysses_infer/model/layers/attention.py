@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
-from ulysses_infer.attention.index import Selection, by_slots
+from ulysses_infer.attention.index import Selection
 from ulysses_infer.cache.paged import CacheScales
 from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.kernels.placement import HeadTarget, PlaceHeads
@@ -185,7 +185,8 @@ def _attend_cached(
     cached = context.cache.of_layer(layer)
     metadata, scales = context.attention_of(layer), plan.cache_scales
     if selected is not None:
-        cached, metadata = (by_slots(cached[0]), by_slots(cached[1])), selected
+        cached, metadata = context.cache.slots_of_layer(layer), selected
+        options = replace(options, sliding_window=None, chunk_size=None)  # what is selected is seen
     if scales is not None:
         # The backend reads the quantized cache: fold the key scale into the scores, the value scale into the output.
         options = replace(options, scaling=options.scaling * scales.key)

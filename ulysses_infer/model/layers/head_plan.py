@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from ulysses_infer.cache.entries import EntryShape
 from ulysses_infer.cache.paged import CacheScales
 from ulysses_infer.model.layers.latent import LatentAttention
 from ulysses_infer.model.layers.temperature import Temperature
@@ -29,6 +30,8 @@ class HeadPlan:
         self.latent: LatentAttention | None = None
         self.index_width = 0
         """Width of the layer's index keys, if it has an index (learned sparse attention)."""
+        self.entries: tuple[EntryShape, ...] = ()
+        """What the layer caches beside its keys and values."""
         self.source: int | None = None
         """The layer whose keys and values this one reads, if it caches none of its own."""
         self.temperature: Temperature | None = None
