@@ -15,10 +15,10 @@ from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.errors import ApiError, error_response
 from ulysses_infer.server.http.guards import OPEN_PATHS, BodyLimit, Failsafe, Keys
 from ulysses_infer.server.http.openapi import document
-from ulysses_infer.server.http.routes import admin, health, openai, tokens
+from ulysses_infer.server.http.routes import admin, health, messages, openai, tokens
 from ulysses_infer.version import __version__
 
-DESCRIPTION = "OpenAI's API, served by one engine that shifts between sequence and tensor parallelism."
+DESCRIPTION = "OpenAI's and Anthropic's APIs, served by one engine that shifts between sequence and tensor parallelism."
 
 
 def make_app(context: AppContext) -> FastAPI:
@@ -28,7 +28,7 @@ def make_app(context: AppContext) -> FastAPI:
         title="ulysses_infer", version=__version__, description=DESCRIPTION, redirect_slashes=False, redoc_url=None
     )
     app.state.context = context
-    for router in (openai.router, tokens.router, health.router, admin.router):
+    for router in (openai.router, messages.router, tokens.router, health.router, admin.router):
         app.include_router(router)
     if settings.dashboard:
         app.include_router(health.page_router)
@@ -59,4 +59,4 @@ def _add_guards(app: FastAPI, context: AppContext) -> None:
 
 
 async def _answer(request: Request, error: Exception) -> Response:
-    return error_response(error)
+    return error_response(error, request.url.path)

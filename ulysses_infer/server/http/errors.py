@@ -17,6 +17,15 @@ logger = logging.getLogger(__name__)
 INVALID = "invalid_request_error"
 RETRY_SECONDS = 1
 JSON = "application/json"
+ANTHROPIC_PREFIX = "/v1/messages"
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class ApiError(Exception):
@@ -39,6 +48,12 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's shape."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """The error in Anthropic's shape."""
+        kind = ANTHROPIC_KINDS.get(self.status, INVALID if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
 
 
 class ClientGoneError(Exception):
@@ -70,10 +85,11 @@ def timeout_error(seconds: float) -> ApiError:
     return ApiError(504, message, "timeout_error", code="request_timeout")
 
 
-def error_response(error: Exception) -> Response:
-    """The response to a request that raised `error`."""
+def error_response(error: Exception, path: str) -> Response:
+    """The response to a request of `path` that raised `error`, in the shape of the path's API."""
     answer = api_error(error)
-    return Response(msgspec.json.encode(answer.body), answer.status, answer.headers, JSON)
+    body = answer.anthropic_body if path.startswith(ANTHROPIC_PREFIX) else answer.body
+    return Response(msgspec.json.encode(body), answer.status, answer.headers, JSON)
 
 
 def _routing_error(error: HTTPException) -> ApiError:

@@ -29,7 +29,7 @@ class Keys:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
-            await error_response(refusal)(scope, receive, send)
+            await error_response(refusal, scope["path"])(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         path: str = scope["path"]
@@ -55,12 +55,19 @@ def _unauthorized(what: str, setting: str) -> ApiError:
 
 
 def _has_key(scope: Scope, keys: list[bytes]) -> bool:
-    """Compares in constant time."""
-    given = [value for name, value in scope["headers"] if name == b"authorization"]
-    if len(given) != 1 or given[0][:7].lower() != b"bearer ":
+    """Compares in constant time. The key is in `Authorization: Bearer`, or in `x-api-key` as in Anthropic's API."""
+    given = [(name, value) for name, value in scope["headers"] if name in (b"authorization", b"x-api-key")]
+    tokens = [_token(name, value) for name, value in given]
+    if len(tokens) != 1 or tokens[0] is None:
         return False
-    token = given[0][7:].strip()
+    token = tokens[0]
     return any([hmac.compare_digest(token, key) for key in keys])  # noqa: C419  # all, for the same time
+
+
+def _token(name: bytes, value: bytes) -> bytes | None:
+    if name == b"x-api-key":
+        return bytes(value.strip())
+    return bytes(value[7:].strip()) if value[:7].lower() == b"bearer " else None
 
 
 class BodyLimit:
@@ -74,7 +81,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif _declared_length(scope) > self._max_bytes:
-            await error_response(self._too_large())(scope, receive, send)
+            await error_response(self._too_large(), scope["path"])(scope, receive, send)
         else:
             await self._app(scope, self._counted(receive), send)
 
@@ -124,4 +131,4 @@ class Failsafe:
         except Exception as error:  # respond to the client in any case; the log gets the traceback
             if is_started or scope["type"] != "http":
                 raise
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)

@@ -10,28 +10,34 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from ulysses_infer.server.http.errors import ANTHROPIC_PREFIX
 from ulysses_infer.server.http.protocol.chat import ChatRequest
 from ulysses_infer.server.http.protocol.common import Body, ErrorAnswer
 from ulysses_infer.server.http.protocol.completions import CompletionRequest
+from ulysses_infer.server.http.protocol.messages import AnthropicErrorAnswer, CountTokensRequest, MessagesRequest
 from ulysses_infer.server.http.protocol.service import AbortRequest, PolicyChange
 from ulysses_infer.server.http.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 BODIES: list[type[Body]] = [
     CompletionRequest,
     ChatRequest,
+    MessagesRequest,
+    CountTokensRequest,
     TokenizeRequest,
     DetokenizeRequest,
     PolicyChange,
     AbortRequest,
 ]
+GENERATING = (400, 404, 413, 415, 500, 503, 504)
+"""The statuses of errors of routes that generate."""
 Responses = dict[int | str, dict[str, Any]]
 REFERENCE = "#/components/schemas/{model}"
 EVENTS = {
     "text/event-stream": {
         "schema": {
             # Without a type: OpenAPI 3.1 has none for a stream, which some tools read as text, others event by event.
-            "description": "With stream: true: server-sent events, whose data are chunks as OpenAI writes them, or an "
-            "error as {'error': …}; the last one is [DONE].",
+            "description": "With stream: true: server-sent events as the API's author writes them: chunks, or typed "
+            "events, or an error.",
         }
     }
 }
@@ -54,11 +60,13 @@ def takes(body: type[BaseModel]) -> dict[str, Any]:
     return {"openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}}
 
 
-def answers(model: Any, *statuses: int, also: dict[str, Any] | None = None) -> Responses:
+def answers(
+    model: Any, *statuses: int, also: dict[str, Any] | None = None, error: type[BaseModel] = ErrorAnswer
+) -> Responses:
     """Responses of a route: `model` as JSON (or in other formats), and errors with these statuses."""
     described: Responses = {200: {"model": model, "description": "Done.", "content": dict(also or {})}}
     for status in statuses:
-        described[status] = {"model": ErrorAnswer, "description": MEANINGS[status]}
+        described[status] = {"model": error, "description": MEANINGS[status]}
     return described
 
 
@@ -96,7 +104,8 @@ def _describe(app: FastAPI, is_open: Callable[[str], bool]) -> dict[str, Any]:
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in schema["paths"].items():
         for operation in operations.values():
-            _finish(operation, is_open(path))
+            is_anthropic = path.startswith(ANTHROPIC_PREFIX)
+            _finish(operation, is_open(path), (AnthropicErrorAnswer if is_anthropic else ErrorAnswer).__name__)
     return schema
 
 
@@ -107,9 +116,9 @@ def _allow_unknown(schemas: dict[str, Any]) -> None:
             del schema["additionalProperties"]
 
 
-def _finish(operation: dict[str, Any], is_open: bool) -> None:
+def _finish(operation: dict[str, Any], is_open: bool, error_name: str) -> None:
     responses = operation["responses"]
     if not is_open:
         operation["security"] = [{"key": []}]
-        error = {"application/json": {"schema": {"$ref": REFERENCE.format(model="ErrorAnswer")}}}
+        error = {"application/json": {"schema": {"$ref": REFERENCE.format(model=error_name)}}}
         responses.setdefault("401", {"description": MEANINGS[401], "content": error})

@@ -77,7 +77,7 @@ class EventStream(Response):
         except Exception as error:  # sent to the client, and logged if unexpected
             known = timeout_error(self._timeout or 0) if isinstance(error, TimeoutError) else error
             if not is_started:
-                await error_response(known)(scope, receive, send)
+                await error_response(known, scope["path"])(scope, receive, send)
                 return
             last = self._failure(api_error(known))
         await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -12,14 +12,13 @@ from ulysses_infer.server.http.body import read_body
 from ulysses_infer.server.http.context import AppContext, context_of
 from ulysses_infer.server.http.openai.chat import prepare_chat
 from ulysses_infer.server.http.openai.completions import prepare_completion
-from ulysses_infer.server.http.openapi import EVENTS, answers, parameter, takes
+from ulysses_infer.server.http.openapi import EVENTS, GENERATING, answers, parameter, takes
 from ulysses_infer.server.http.protocol.chat import ChatAnswer, ChatRequest
 from ulysses_infer.server.http.protocol.completions import CompletionAnswer, CompletionRequest
 from ulysses_infer.server.http.protocol.service import ModelCard, ModelList
 from ulysses_infer.server.http.respond import json_response, respond
 
 router = APIRouter(tags=["OpenAI"])
-GENERATING = (400, 404, 413, 415, 500, 503, 504)
 
 
 @router.post(

@@ -1,0 +1,1 @@
+"""Anthropic's API: its requests as chat requests, outputs as blocks."""
