@@ -345,6 +345,12 @@ class ServerConfig:
     stream_interval: int = option(
         1, at_least=1, help="Tokens per stream event after the first; more tokens cost less but arrive less smoothly."
     )
+    response_store_bytes: int = option(
+        64 * 1024 * 1024,
+        at_least=0,
+        help="Memory for stored responses (/v1/responses), in bytes; the least recently used are forgotten. 0: none "
+        "are stored.",
+    )
     max_body_bytes: int = option(32 * 1024 * 1024, at_least=1, help="Maximum size of a request body, in bytes.")
     cors_origins: list[str] = option(
         factory=list, help='Web origins whose pages may call the server, as in [https://a.example]; ["*"]: all.'

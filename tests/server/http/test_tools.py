@@ -202,3 +202,30 @@ def test_a_demanded_call_is_forced_and_read_in_its_own_format(
     assert answer["choices"][0]["finish_reason"] == reason
     assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"
     assert calling.engine.submits[0].params == {"max_tokens": None, "structured_outputs": {"regex": "2False"}}
+
+
+def allowed(*names: str, mode: str = "auto") -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_the_prompt_and_the_constraint_have_only_the_allowed_tools(calling: Served) -> None:
+    calling.post("/v1/chat/completions", {"messages": USER, "tools": TOOLS[:1]})
+    calling.post("/v1/chat/completions", {"messages": USER, "tools": TOOLS, "tool_choice": allowed("f")})
+    first, second = calling.engine.submits
+    assert first.token_ids == second.token_ids
+    calling.post(
+        "/v1/chat/completions", {"messages": USER, "tools": TOOLS, "tool_choice": allowed("f", mode="required")}
+    )
+    constraint = calling.engine.submits[2].params["structured_outputs"]["json"]
+    assert '"const":"f"' in constraint
+    assert '"const":"g"' not in constraint
+
+
+def test_an_allowed_tool_that_is_unknown_is_refused(calling: Served) -> None:
+    answer = calling.post("/v1/chat/completions", {"messages": USER, "tools": TOOLS, "tool_choice": allowed("h")})
+    assert answer.status_code == 400
+    assert "names the function 'h', which is not in tools" in answer.json()["error"]["message"]
+    broken = {"type": "allowed_tools", "allowed_tools": {"mode": "always"}}
+    answer = calling.post("/v1/chat/completions", {"messages": USER, "tools": TOOLS, "tool_choice": broken})
+    assert "needs allowed_tools with the mode auto or required" in answer.json()["error"]["message"]

@@ -15,7 +15,8 @@ from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.errors import ApiError, error_response
 from ulysses_infer.server.http.guards import OPEN_PATHS, BodyLimit, Failsafe, Keys
 from ulysses_infer.server.http.openapi import document
-from ulysses_infer.server.http.routes import admin, health, messages, openai, tokens
+from ulysses_infer.server.http.responses.store import ResponseStore
+from ulysses_infer.server.http.routes import admin, health, messages, openai, responses, tokens
 from ulysses_infer.version import __version__
 
 DESCRIPTION = "OpenAI's and Anthropic's APIs, served by one engine that shifts between sequence and tensor parallelism."
@@ -28,7 +29,8 @@ def make_app(context: AppContext) -> FastAPI:
         title="ulysses_infer", version=__version__, description=DESCRIPTION, redirect_slashes=False, redoc_url=None
     )
     app.state.context = context
-    for router in (openai.router, messages.router, tokens.router, health.router, admin.router):
+    app.state.responses = ResponseStore(settings.response_store_bytes)
+    for router in (openai.router, responses.router, messages.router, tokens.router, health.router, admin.router):
         app.include_router(router)
     if settings.dashboard:
         app.include_router(health.page_router)

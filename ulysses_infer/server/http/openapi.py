@@ -15,12 +15,14 @@ from ulysses_infer.server.http.protocol.chat import ChatRequest
 from ulysses_infer.server.http.protocol.common import Body, ErrorAnswer
 from ulysses_infer.server.http.protocol.completions import CompletionRequest
 from ulysses_infer.server.http.protocol.messages import AnthropicErrorAnswer, CountTokensRequest, MessagesRequest
+from ulysses_infer.server.http.protocol.responses import ResponsesRequest
 from ulysses_infer.server.http.protocol.service import AbortRequest, PolicyChange
 from ulysses_infer.server.http.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 BODIES: list[type[Body]] = [
     CompletionRequest,
     ChatRequest,
+    ResponsesRequest,
     MessagesRequest,
     CountTokensRequest,
     TokenizeRequest,

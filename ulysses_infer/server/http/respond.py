@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -39,25 +39,28 @@ class ResponseWriter(Protocol):
         """The last events of a stream that fails."""
 
 
+W = TypeVar("W", bound=ResponseWriter)
+
+
 @dataclass(frozen=True)
-class PreparedRequest:
+class PreparedRequest(Generic[W]):
     """A checked request, ready to run."""
 
     generation: Generation
     streams: bool
-    new_writer: Callable[[Outputs], ResponseWriter]
+    new_writer: Callable[[Outputs], W]
     keeps_tokens: bool = True
     """False: only the prompt's tokens are returned."""
 
 
-class Run:
+class Run(Generic[W]):
     """One request on the engine, and the writer of its response."""
 
-    def __init__(self, context: AppContext, prepared: PreparedRequest) -> None:
+    def __init__(self, context: AppContext, prepared: PreparedRequest[W]) -> None:
         self._context, self._generation = context, prepared.generation
         eos_token_ids = context.engine_info().eos_token_ids
         self.outputs = Outputs(context.texts, prepared.generation, eos_token_ids, prepared.keeps_tokens)
-        self.writer = prepared.new_writer(self.outputs)
+        self.writer: W = prepared.new_writer(self.outputs)
 
     async def whole(self) -> dict[str, Any]:
         """The response, after the request has ended."""
@@ -84,7 +87,7 @@ class Run:
                     yield self.outputs.take(position, batch)
 
 
-async def respond(request: Request, context: AppContext, prepared: PreparedRequest) -> Response:
+async def respond(request: Request, context: AppContext, prepared: PreparedRequest[W]) -> Response:
     """Run a request while its client is connected. Raises errors that occur before the response has begun."""
     timeout = context.config.server.request_timeout
     run = Run(context, prepared)

@@ -29,6 +29,11 @@ def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
     return b"".join((head, b"data: ", _encode(data), b"\n\n"))
 
 
+def split_events(data: bytes) -> list[bytes]:
+    """Events that were joined, one by one. JSON has no empty lines, so they end at the first."""
+    return [each + b"\n\n" for each in data.split(b"\n\n")[:-1]]
+
+
 class ChunkWriter:
     """Writes the chunks of one stream. Everything but the choice is the same in all, so it is encoded once."""
 

@@ -19,6 +19,7 @@ from ulysses_infer.server.tool_calls import (
     check_tools,
     constrained_format,
     formatted_parser,
+    named_function,
     tool_choice_constraint,
 )
 from ulysses_infer.server.tool_calls.pieces import Piece, text_piece
@@ -68,6 +69,28 @@ class ToolUse:
             )
             raise ApiError(400, message, param="response_format" if body.response_format else "structured_outputs")
         return replace(self, constraint=with_alternatives(wanted, [*texts, *calls]), is_formatted=True)
+
+
+def with_allowed_tools(body: ChatRequest) -> ChatRequest:
+    """The request with only the tools that its `tool_choice` of type allowed_tools has; any other request as it is.
+
+    Raises `ApiError`, `RequestError`.
+    """
+    choice = body.tool_choice
+    if not isinstance(choice, Mapping) or choice.get("type") != "allowed_tools":
+        return body
+    allowed = choice.get("allowed_tools")
+    mode = allowed.get("mode", "auto") if isinstance(allowed, Mapping) else None
+    tools = allowed.get("tools") if isinstance(allowed, Mapping) else None
+    if mode not in ("auto", "required") or not isinstance(tools, list):
+        message = "tool_choice of type allowed_tools needs allowed_tools with the mode auto or required, and tools"
+        raise ApiError(400, message, param="tool_choice")
+    check_tools(body.tools or [])
+    for tool in tools:
+        check_tool_choice(tool, body.tools or [])
+    names = {named_function(tool) for tool in tools}
+    kept = [tool for tool in body.tools or [] if tool["function"]["name"] in names]
+    return body.model_copy(update={"tools": kept, "tool_choice": mode})
 
 
 def tool_use(context: AppContext, body: ChatRequest) -> ToolUse:

@@ -7,7 +7,7 @@ forces a call.
 
 from ulysses_infer.server.tool_calls.choosing import FORMATS, choose_format
 from ulysses_infer.server.tool_calls.constraint import constrained_format, tool_choice_constraint
-from ulysses_infer.server.tool_calls.definitions import ToolChoice, check_tool_choice, check_tools
+from ulysses_infer.server.tool_calls.definitions import ToolChoice, check_tool_choice, check_tools, named_function
 from ulysses_infer.server.tool_calls.events import (
     ArgumentsDelta,
     CallStarted,
@@ -38,6 +38,7 @@ __all__ = [
     "choose_format",
     "constrained_format",
     "formatted_parser",
+    "named_function",
     "special_tags",
     "tool_choice_constraint",
 ]

@@ -22,7 +22,7 @@ from ulysses_infer.server.tool_calls import ArgumentsDelta, CallStarted, Content
 Event = dict[str, Any]
 
 
-async def prepare_message(context: AppContext, body: MessagesRequest) -> PreparedRequest:
+async def prepare_message(context: AppContext, body: MessagesRequest) -> PreparedRequest[MessageWriter]:
     """Check a request and render its prompt.
 
     Raises `ApiError`, `RequestError`, `OverloadedError`, `EngineDeadError`.

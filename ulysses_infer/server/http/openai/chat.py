@@ -11,7 +11,7 @@ from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.conversation import Conversation, conversation_of
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.generation import Prompt
-from ulysses_infer.server.http.openai.choices import ChoiceKind, prepared_choices
+from ulysses_infer.server.http.openai.choices import ChoiceKind, ChoiceWriter, prepared_choices
 from ulysses_infer.server.http.openai.logprobs import TokenNames, chat_logprob, prompt_logprobs
 from ulysses_infer.server.http.output_format import OutputFormat, output_format
 from ulysses_infer.server.http.output_reader import OutputEvent
@@ -20,6 +20,7 @@ from ulysses_infer.server.http.protocol.chat import ChatFields, ChatRequest
 from ulysses_infer.server.http.protocol.tokens import TokenizeRequest
 from ulysses_infer.server.http.respond import PreparedRequest, check_streaming, generation_of
 from ulysses_infer.server.http.sampling import sampling_params, structured_outputs
+from ulysses_infer.server.http.tool_use import with_allowed_tools
 from ulysses_infer.server.reasoning import ReasoningDelta
 from ulysses_infer.server.tool_calls import ArgumentsDelta, CallStarted, ContentDelta
 
@@ -127,9 +128,10 @@ def chat_fields(events: Sequence[OutputEvent]) -> dict[str, Any]:
     return {**fields, "tool_calls": list(calls.values())} if calls else fields
 
 
-async def prepare_chat(context: AppContext, body: ChatRequest) -> PreparedRequest:
+async def prepare_chat(context: AppContext, body: ChatRequest) -> PreparedRequest[ChoiceWriter]:
     """Check a request, render its prompt. Raises `ApiError`, `RequestError`, `OverloadedError`, `EngineDeadError`."""
     chat = await read_chat(context, body)
+    body = chat.body
     generation = generation_of(context, "chatcmpl-", body, [chat.prompt], chat.params)
     kind = ChoiceKind(
         "chat.completion",
@@ -144,6 +146,7 @@ async def prepare_chat(context: AppContext, body: ChatRequest) -> PreparedReques
 class Chat:
     """A checked conversation: what the engine gets, and how its outputs are read."""
 
+    body: ChatRequest
     prompt: Prompt
     params: SamplingParams
     form: OutputFormat
@@ -153,13 +156,14 @@ async def read_chat(context: AppContext, body: ChatRequest) -> Chat:
     """Check a conversation and render it. Raises what `prepare_chat` raises."""
     context.choose_model(body.model)
     check_streaming(body)
+    body = with_allowed_tools(body)
     form, params = _parameters(context, body)
     context.engine_info()
     text = await context.texts.render(conversation_with_template(context, body, _variables(body)))
     constraint = form.constraint(text)
     if constraint is not params.structured_outputs:
         params = replace(params, structured_outputs=constraint)
-    return Chat(Prompt(await context.texts.encode(text, bool(body.add_special_tokens)), text), params, form)
+    return Chat(body, Prompt(await context.texts.encode(text, bool(body.add_special_tokens)), text), params, form)
 
 
 def _variables(body: ChatRequest) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class ChoiceWriter:
 
 def prepared_choices(
     context: AppContext, body: EngineFields, generation: Generation, kind: ChoiceKind, keeps_tokens: bool = True
-) -> PreparedRequest:
+) -> PreparedRequest[ChoiceWriter]:
     """A request whose response has choices."""
     return PreparedRequest(
         generation,

@@ -8,7 +8,7 @@ from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.generation import Prompt
-from ulysses_infer.server.http.openai.choices import ChoiceKind, prepared_choices
+from ulysses_infer.server.http.openai.choices import ChoiceKind, ChoiceWriter, prepared_choices
 from ulysses_infer.server.http.openai.logprobs import LegacyLogprobs, TokenNames, prompt_logprobs
 from ulysses_infer.server.http.outputs import Delta, Output
 from ulysses_infer.server.http.protocol.completions import CompletionRequest
@@ -83,7 +83,7 @@ class CompletionChoiceBuilder:
         return prompt_logprobs(self._texts, start.prompt_logprobs)
 
 
-async def prepare_completion(context: AppContext, body: CompletionRequest) -> PreparedRequest:
+async def prepare_completion(context: AppContext, body: CompletionRequest) -> PreparedRequest[ChoiceWriter]:
     """Check a request and encode its prompts. Raises `ApiError`, `RequestError`, `OverloadedError` or
     `EngineDeadError`."""
     context.choose_model(body.model)

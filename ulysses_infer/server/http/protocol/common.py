@@ -140,6 +140,7 @@ class SamplingFields(Body):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    speculation: bool | None = Field(None, description="false: no tokens of this request are drafted.")
 
 
 class EngineFields(SamplingFields):
