@@ -26,5 +26,5 @@ def test_it_prints_a_row_for_each_way(folder):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
-    assert [row[0] for row in rows] == ["transformers,", "transformers,", "recorded"]
+    assert [row[0] for row in rows] == ["transformers,", "transformers,", "engine,"]
     assert all(float(row[-1]) > 0 for row in rows)
