@@ -48,7 +48,7 @@ def step(lengths: tuple[int, ...], contexts: tuple[int, ...], for_kernels: bool 
 
 
 def make(
-    count: int, blocks: int, heads: int, width: int, top_k: int, dtype: torch.dtype
+    count: int, blocks: int, heads: int, width: int, top_k: int, dtype: torch.dtype, pool: int = 1
 ) -> tuple[IndexQueries, torch.Tensor]:
     """Small integers: their products are exact, so that scores are, and many are equal."""
     generator = torch.Generator().manual_seed(count)
@@ -56,21 +56,22 @@ def make(
         torch.randint(-2, 3, shape, generator=generator)
         for shape in ((count, heads, width), (blocks, BLOCK, 1, width), (count, heads))
     )
-    return IndexQueries(query.to(dtype), weights.float(), top_k), keys.to(dtype)
+    return IndexQueries(query.to(dtype), weights.float(), top_k, pool), keys.to(dtype)
 
 
 def expected(queries: IndexQueries, keys: torch.Tensor, metadata: AttentionMetadata, rows: Span) -> list[list[int]]:
-    """The slots of the best keys of each token, by sorting (-score, position)."""
-    found, row = [], 0
+    """The slots of the best keys of each token, by sorting (-score, position); then those of no complete pool."""
+    found, row, pool = [], 0, queries.pool
     for sequence, (length, context) in enumerate(zip(metadata.query_lens, metadata.context_lens, strict=True)):
         for end in range(context - length + 1, context + 1):
             if rows.start <= row < rows.stop:
                 slots = [int(metadata.block_tables[sequence, at // BLOCK]) * BLOCK + at % BLOCK for at in range(end)]
-                cached = keys.flatten(0, 2)[slots].double()
+                cached = keys.flatten(0, 2)[slots[pool - 1 :: pool]].double()
                 own = row - rows.start
                 products = (cached @ queries.query[own].double().t()).relu() @ queries.weights[own].double()
-                best = sorted(range(end), key=lambda at: (-float(products[at]), at))[: queries.top_k]
-                found.append([slots[at] for at in sorted(best)])
+                best = sorted(range(end // pool), key=lambda at: (-float(products[at]), at))[: queries.top_k]
+                pools = [range(at * pool, (at + 1) * pool) for at in sorted(best)] + [range(end // pool * pool, end)]
+                found.append([slots[at] for tokens in pools for at in tokens])
             row += 1
     return found
 
@@ -116,6 +117,30 @@ def test_the_best_keys_are_selected_the_first_of_equal_ones(
         assert found.dtype == torch.int32
         assert found.shape == (rows.size, top_k + 1)
         assert [row[: row[-1]] for row in found.tolist()] == expected(own, keys, metadata, rows)
+
+
+@pytest.mark.parametrize(
+    ("batch", "pool", "on_kernel"),
+    [
+        ("chunks and decodes", 3, True),
+        ("decodes", 4, False),
+        ("chunks and decodes", 16, False),
+        pytest.param("empty sequence", 4, True, marks=pytest.mark.thorough),
+        pytest.param("decodes", 16, True, marks=pytest.mark.thorough),
+    ],
+)
+def test_the_tokens_of_the_best_pools_are_selected_and_those_of_no_complete_pool(
+    batch: str, pool: int, on_kernel: bool
+) -> None:
+    metadata = step(*BATCHES[batch], for_kernels=on_kernel)
+    count, blocks = sum(metadata.query_lens), int(metadata.block_tables.max()) + 1
+    queries, keys = make(count, blocks, 4, 8, 2, torch.float32, pool)
+    with assume("cpu", (9, 0)):
+        found = top_slots(queries, keys, metadata, Span(0, count))
+    assert found.shape == (count, 3 * pool)
+    wanted = expected(queries, keys, metadata, Span(0, count))
+    assert [row[: row[-1]] for row in found.tolist()] == wanted
+    assert selected(found, metadata, pool).context_lens == [len(row) for row in wanted]
 
 
 @pytest.mark.thorough

@@ -60,13 +60,14 @@ def index_scores_kernel(
     COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    POOL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per token and part of the keys. scores: [rows, longest], written up to the token's own position."""
+    """One program per token and part of the keys. scores: [rows, longest], written up to the last key it sees."""
     local = tl.program_id(0).to(tl.int64)
     row = first_row + tl.program_id(0)
     sequence = sequence_of_row(row, cu_query_lens, num_sequences)
-    end = tl.load(context_lens + sequence) - (tl.load(cu_query_lens + sequence + 1) - row) + 1
+    end = (tl.load(context_lens + sequence) - (tl.load(cu_query_lens + sequence + 1) - row) + 1) // POOL
     head = tl.arange(0, HEADS)
     column = tl.arange(0, COLUMNS)
     inside = (head < NUM_HEADS)[:, None] & (column < WIDTH)[None, :]
@@ -75,8 +76,9 @@ def index_scores_kernel(
     table = block_tables + sequence.to(tl.int64) * table_row
     for at in range(tl.program_id(1) * KEYS, end, tl.num_programs(1) * KEYS):
         key = at + tl.arange(0, KEYS)
-        number = tl.load(table + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
-        places = keys + number * key_block + (key % BLOCK_SIZE) * key_slot
+        position = key * POOL + POOL - 1
+        number = tl.load(table + position // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
+        places = keys + number * key_block + (position % BLOCK_SIZE) * key_slot
         seen = (key < end)[:, None] & (column < WIDTH)[None, :]
         k = tl.load(places[:, None] + column[None, :], mask=seen, other=0.0).to(q.dtype)
         product = tl.maximum(tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
@@ -106,16 +108,18 @@ def top_slots_kernel(
     found_row,
     TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    POOL: tl.constexpr,
 ):
-    """One program per token. found: [rows, top_k + 1], slots in order of position, their number in the last column."""
+    """One program per token. found: [rows, (top_k + 1) * POOL], slots in order of position, their number last."""
     local = tl.program_id(0).to(tl.int64)
     row = first_row + tl.program_id(0)
     sequence = sequence_of_row(row, cu_query_lens, num_sequences)
-    count = tl.load(context_lens + sequence) - (tl.load(cu_query_lens + sequence + 1) - row) + 1
+    seen = tl.load(context_lens + sequence) - (tl.load(cu_query_lens + sequence + 1) - row) + 1
+    count = seen // POOL
     own = scores + local * score_row
     table = block_tables + sequence.to(tl.int64) * table_row
     out = found + local * found_row
-    tl.store(out + top_k, tl.minimum(count, top_k))
+    tl.store(out + top_k * POOL + POOL - 1, tl.minimum(count, top_k) * POOL + seen % POOL)
     number = tl.arange(0, TILE)
     last = tl.zeros([], tl.uint32)  # the score of the last selected key, as `ordered_bits`
     missing = top_k  # keys with this score that are selected
@@ -145,10 +149,17 @@ def top_slots_kernel(
         rank = ties + tl.cumsum(tied.to(tl.int32), 0)
         selected = (inside & (bits > last)) | (tied & (rank <= missing))
         place = written + tl.cumsum(selected.to(tl.int32), 0) - 1
-        block = tl.load(table + position // BLOCK_SIZE, mask=selected, other=0)
-        tl.store(out + place, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=selected)
+        for member in tl.static_range(POOL):
+            at_token = position * POOL + member
+            block = tl.load(table + at_token // BLOCK_SIZE, mask=selected, other=0)
+            tl.store(out + place * POOL + member, block * BLOCK_SIZE + at_token % BLOCK_SIZE, mask=selected)
         written += tl.sum(selected.to(tl.int32))
         ties += tl.sum(tied.to(tl.int32))
+    for member in tl.static_range(POOL - 1):  # of the pool that is not complete
+        at_token = count * POOL + member
+        if at_token < seen:
+            block = tl.load(table + at_token // BLOCK_SIZE)
+            tl.store(out + written * POOL + member, block * BLOCK_SIZE + at_token % BLOCK_SIZE)
 
 
 def top_slots(
@@ -161,22 +172,25 @@ def top_slots(
     longest: int,
     top_k: int,
     first_row: int,
+    pool: int = 1,
 ) -> torch.Tensor:
     """The slots of the best keys of some tokens of a step, of which `first_row` is the first, in order of position.
 
-    query: [t, H, d]; weights: [t, H] float32; keys: [blocks, block size, 1, d]; longest: bound of the contexts. Returns
-    [t, top_k + 1] int32, of which row i has n slots and n in the last column. A launch can be captured.
+    query: [t, H, d]; weights: [t, H] float32; keys: [blocks, block size, 1, at least d]; longest: bound of the
+    contexts; pool: tokens per key. Returns [t, (top_k + 1) * pool] int32, of which row i has n slots and n in the last
+    column. A launch can be captured.
     """
     count = len(query)
-    found = torch.empty(count, top_k + 1, dtype=torch.int32, device=query.device)
+    found = torch.empty(count, (top_k + 1) * pool, dtype=torch.int32, device=query.device)
     if not count:
         return found
-    rows = min(count, max(1, SCORE_BYTES // (4 * longest)))
-    scores = torch.empty(rows, longest, dtype=torch.float32, device=query.device)
+    most = max(1, longest // pool)
+    rows = min(count, max(1, SCORE_BYTES // (4 * most)))
+    scores = torch.empty(rows, most, dtype=torch.float32, device=query.device)
     for start in range(0, count, rows):
         part = slice(start, min(start + rows, count))
         sequences = block_tables, cu_query_lens, context_lens
-        _score(query[part], weights[part], keys, sequences, scores, first_row + start)
+        _score(query[part], weights[part], keys, sequences, scores, first_row + start, pool)
         launch(
             top_slots_kernel,
             (part.stop - start,),
@@ -191,6 +205,7 @@ def top_slots(
             found.stride(0),
             TILE=TILE,
             BLOCK_SIZE=keys.shape[1],
+            POOL=pool,
             num_warps=8,
         )
     return found
@@ -203,6 +218,7 @@ def _score(
     sequences: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scores: torch.Tensor,
     first_row: int,
+    pool: int,
 ) -> None:
     """Launch the scoring of the keys. sequences: block tables, sums of query lengths, context lengths."""
     count, heads, width = query.shape
@@ -228,5 +244,6 @@ def _score(
         COLUMNS=max(MIN_DOT, triton.next_power_of_2(width)),
         KEYS=KEYS if query.element_size() < 4 else MIN_DOT,
         BLOCK_SIZE=keys.shape[1],
+        POOL=pool,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
     )

@@ -17,6 +17,7 @@ from ulysses_infer.model.adapters.gptj import adapt_codegen, adapt_gptj
 from ulysses_infer.model.adapters.jetmoe import adapt_jetmoe
 from ulysses_infer.model.adapters.mpt import adapt_mpt
 from ulysses_infer.model.adapters.multimodal import adapt_chameleon, adapt_kosmos, adapt_mllama
+from ulysses_infer.model.adapters.pooled_index import adapt_glm5_next, adapt_qwen4_exp
 from ulysses_infer.model.adapters.projections import adapt_ctrl, adapt_gpt_bigcode, adapt_moshi
 from ulysses_infer.model.adapters.recurrent_gemma import adapt_recurrent_gemma
 from ulysses_infer.model.adapters.zamba import adapt_zamba
@@ -34,6 +35,7 @@ ADAPTERS: dict[str, Callable[[Any], None]] = {
     "diffllama": adapt_diffllama,
     "falcon": adapt_falcon,
     "git": adapt_bert,
+    "glm5_next_text": adapt_glm5_next,
     "gpt_bigcode": adapt_gpt_bigcode,
     "gpt_neo": adapt_gpt_neo,
     "gpt_neox_japanese": adapt_gpt_neox_japanese,
@@ -45,6 +47,7 @@ ADAPTERS: dict[str, Callable[[Any], None]] = {
     "mpt": adapt_mpt,
     "mvp": adapt_mvp,
     "openai-gpt": adapt_gpt,
+    "qwen4_exp_text": adapt_qwen4_exp,
     "recurrent_gemma": adapt_recurrent_gemma,
     "roformer": adapt_roformer,
     **dict.fromkeys(("zamba", "zamba2"), adapt_zamba),

@@ -29,6 +29,7 @@ from ulysses_infer.model.fusion.recurrent import is_equivalent_form
 from ulysses_infer.model.fusion.rotary import FusedRotary
 from ulysses_infer.model.fusion.stacked import StackedLinears
 from ulysses_infer.model.injection.probe import ProbeAttention, ProbeCache, clear_states, trial_context
+from ulysses_infer.model.recurrent.layer import RecurrentLayer
 
 logger = logging.getLogger(__name__)
 TOKENS = (3, 5)
@@ -90,7 +91,8 @@ class Fusion:
                 self.fused[type(source).__name__] += 1
 
     def _fuse_recurrent(self) -> None:
-        for layer in self.injection.recurrent_layers:
+        layers = [layer for layer in self.injection.recurrent_layers if isinstance(layer, RecurrentLayer)]
+        for layer in layers:
             form = layer.rule.native(layer.module) if layer.rule.native and self._tokens.is_cpu else None
             if form is not None and is_equivalent_form(layer, form, self.model.dtype):
                 layer.native = form

@@ -33,6 +33,7 @@ class ProbeCache:
         self._sources = dict(shape.sources)
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
+        self.index_keys: dict[int, torch.Tensor] = {}
         self.readers: list[int] = []
 
     @classmethod
@@ -57,6 +58,7 @@ class ProbeCache:
 
     def write_index(self, layer: int, slots: torch.Tensor, key: torch.Tensor) -> None:
         """key: [T, width]. The probe's sequences are too short for a selection."""
+        self.index_keys[layer] = key[:, None, None]
 
     def write_entries(self, layer: int, name: str, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """rows: [n, width]. The probe's sequences are too short for an entry of several tokens."""

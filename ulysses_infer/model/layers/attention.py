@@ -22,6 +22,7 @@ KNOWN_EXTRAS = frozenset(
     (
         "sliding_window",
         "position_ids",
+        "input_ids",
         "use_cache",
         "output_attentions",
         "output_hidden_states",
@@ -37,7 +38,7 @@ def shift_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | Selection | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -49,8 +50,11 @@ def shift_attention(
     """Attention of one layer in any mode (arXiv 2509.16495 §3.1), with the signature of `AttentionInterface`.
 
     query: [1, Hq/tp, t, d]; key, value: [1, max(1, Hkv/tp), t, d | dv], or a latent (`LatentAttention.join`); returns
-    ([1, t, Hq/tp, dv], None). s_aux, alibi: [Hq], a sink and a slope of each head of the whole layer.
+    ([1, t, Hq/tp, dv], None). s_aux, alibi: [Hq], a sink and a slope of each head of the whole layer. attention_mask:
+    only what an index has selected.
     """
+    if isinstance(attention_mask, Selection):
+        attention_mask, indices = None, attention_mask
     if attention_mask is not None and not isinstance(attention_mask, NoMask):
         raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask, which is not supported")
     plan = module.head_plan

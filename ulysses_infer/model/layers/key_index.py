@@ -39,6 +39,10 @@ class NoMask:
     def __invert__(self) -> NoMask:
         return self
 
+    def __and__(self, other: Any) -> Any:
+        """Of a mask and what an index selects."""
+        return other
+
 
 def attach_index(attention: nn.Module, child: str, layer: int) -> int:
     """Let the index of an attention module, its `child`, select cached keys. Returns the width of its keys.
@@ -46,10 +50,12 @@ def attach_index(attention: nn.Module, child: str, layer: int) -> int:
     Its weights keep their names.
     """
     indexer: Any = attention.get_submodule(child)
+    attention.register_forward_pre_hook(_give_no_mask, with_kwargs=True)
+    if hasattr(indexer, "pool_keys"):  # made by an adapter, see `pooled_keys.py`
+        return int(indexer.cached_width)
     if not hasattr(indexer, "head_dim"):
         raise UnsupportedModelError(f"{type(indexer).__name__} is an index of a kind that is not supported")
     indexer.forward = LayerIndex(indexer, layer)  # the instance attribute overrides the method
-    attention.register_forward_pre_hook(_give_no_mask, with_kwargs=True)
     return int(indexer.head_dim)
 
 
@@ -73,17 +79,22 @@ class LayerIndex:
 
 def select(context: StepContext, layer: int, queries: IndexQueries, key: torch.Tensor) -> Selection:
     """Store the step's keys and select. queries: of this rank's tokens; key: [t, d]."""
-    metadata, count = context.attention_of(layer), context.num_local_tokens
-    context.cache.write_index(layer, metadata.slots, _of_all_tokens(context, key[:count]))
-    if not needs_selection(metadata, queries.top_k):
+    slots, count = context.attention_of(layer).slots, context.num_local_tokens
+    context.cache.write_index(layer, slots, of_all_tokens(context, key[:count]))
+    return best_keys(context, layer, IndexQueries(queries.query[:count], queries.weights[:count], queries.top_k))
+
+
+def best_keys(context: StepContext, layer: int, queries: IndexQueries) -> Selection:
+    """What every token of the step attends to, once its keys are cached. queries: of this rank's tokens."""
+    metadata = context.attention_of(layer)
+    if not needs_selection(metadata, queries.top_k, queries.pool):
         return Selection()
-    own = IndexQueries(queries.query[:count], queries.weights[:count], queries.top_k)
     rows = context.token_spans[context.collectives.place.token_index]
-    found = top_slots(own, context.cache.index_keys[layer], metadata, rows)
-    return Selection(selected(_of_all_tokens(context, found), metadata))
+    found = top_slots(queries, context.cache.index_keys[layer], metadata, rows)
+    return Selection(selected(of_all_tokens(context, found), metadata, queries.pool))
 
 
-def _of_all_tokens(context: StepContext, rows: torch.Tensor) -> torch.Tensor:
+def of_all_tokens(context: StepContext, rows: torch.Tensor) -> torch.Tensor:
     """rows: [t, n], of this rank's tokens; returns [T, n]."""
     return context.collectives.gather_rows(rows, [span.size for span in context.token_spans])
 

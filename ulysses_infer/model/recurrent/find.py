@@ -16,6 +16,7 @@ from ulysses_infer.model.recurrent.griffin import recurrent_block
 from ulysses_infer.model.recurrent.layer import RecurrentLayer
 from ulysses_infer.model.recurrent.lightning import lightning_attention
 from ulysses_infer.model.recurrent.mamba import mamba, mamba2, zamba
+from ulysses_infer.model.recurrent.ngram import NGramLayer
 from ulysses_infer.model.recurrent.rules import Owner, Rule, RuleMaker
 from ulysses_infer.parallel.layout import Layout, Place
 
@@ -46,15 +47,18 @@ RULES: dict[frozenset[str], RuleMaker] = {
 }
 """By the names of all parts with weights, and those of distinctive weights."""
 DISTINCTIVE = ("x_proj_weight",)
+NGRAMS = frozenset(("ple_embedding", "key_proj", "value_proj", "norm_key", "norm_query", "norm_conv", "conv1d"))
 
 
-def inject_recurrent(decoder: nn.Module, prefix: str, layout: Layout, base: Place) -> list[RecurrentLayer]:
+def inject_recurrent(decoder: nn.Module, prefix: str, layout: Layout, base: Place) -> list[RecurrentLayer | NGramLayer]:
     """Shard all recurrent layers of `decoder`, whose name in the model is `prefix`."""
-    owner, found = Owner(base.shard, layout.world_size), list[RecurrentLayer]()
+    owner, found = Owner(base.shard, layout.world_size), list[RecurrentLayer | NGramLayer]()
     for name, module in list(decoder.named_modules()):
-        maker = RULES.get(_parts(module)) if hasattr(module, "layer_idx") else None
-        if maker is not None:
-            full_name = f"{prefix}.{name}" if prefix else name
+        parts, full_name = _parts(module) if hasattr(module, "layer_idx") else None, f"{prefix}.{name}".lstrip(".")
+        maker = None if parts is None else RULES.get(parts)
+        if parts == NGRAMS:
+            found.append(NGramLayer(full_name, module, owner, base))
+        elif maker is not None:
             found.append(RecurrentLayer(full_name, module, _made(maker, module, full_name), owner, base))
     return found
 

@@ -11,18 +11,18 @@ import torch
 from torch import nn
 
 from ulysses_infer.cache.states import StateCache, StateShape
-from ulysses_infer.errors import ConfigError, UnsupportedModelError
+from ulysses_infer.errors import UnsupportedModelError
 from ulysses_infer.model.context import StepContext, step_context
 from ulysses_infer.model.layers.linear import Cut, ShiftLinear
 from ulysses_infer.model.quantization.layers import shift_linear
 from ulysses_infer.model.quantization.linear import QuantizedLinear
 from ulysses_infer.model.quantization.scheme import MARK
 from ulysses_infer.model.recurrent.exchange import InputExchange, heads_to_tokens, tokens_to_heads
-from ulysses_infer.model.recurrent.rules import InnerForm, Input, Owner, Rule
+from ulysses_infer.model.recurrent.rules import InnerForm, Input, Owner, Rule, check_units
 from ulysses_infer.model.recurrent.runs import Run, runs_of
 from ulysses_infer.model.recurrent.states import LayerStates, RecordedStates
 from ulysses_infer.model.recurrent.view import ModuleView
-from ulysses_infer.parallel.layout import Place, Span, divisors
+from ulysses_infer.parallel.layout import Place, Span
 from ulysses_infer.parallel.sharding import Sharding, merge
 
 CACHE_NAMES = ("cache_params", "past_key_values")
@@ -37,7 +37,7 @@ class RecurrentLayer:
     """
 
     def __init__(self, name: str, module: Any, rule: Rule, owner: Owner, base: Place) -> None:
-        _check_units(module, rule, owner)
+        check_units(module, rule.units, owner.world_size)
         self.name, self.module, self.rule, self.owner = name, module, rule, owner
         self._dtype = module.get_submodule(rule.inputs[0].name).weight.dtype  # of what a quantised one computes, too
         self.linears = [
@@ -191,20 +191,3 @@ def _cache_name(module: Any, rule: Rule) -> str:
     if name is None:
         raise UnsupportedModelError(f"{type(module).__name__} has no cache among its arguments")
     return name
-
-
-def _check_units(module: Any, rule: Rule, owner: Owner) -> None:
-    """Raise `ConfigError`, listing valid world sizes, unless all heads, groups and channels divide over the ranks."""
-    if _units_fit(rule, owner.world_size):
-        return
-    most = max(units for units, _ in rule.units.values())
-    fitting = [size for size in divisors(most) if _units_fit(rule, size)]
-    what = " and ".join(f"{units} {name}" for name, (units, _) in rule.units.items())
-    raise ConfigError(
-        f"{what} of {type(module).__name__} do not divide over sp * tp = {owner.world_size} ranks; "
-        f"use sp * tp = {', '.join(map(str, fitting))}"
-    )
-
-
-def _units_fit(rule: Rule, world_size: int) -> bool:
-    return all(units % world_size == 0 or (shared and world_size % units == 0) for units, shared in rule.units.values())

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from ulysses_infer.cache.states import StateCache
+from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.recurrent.runs import Run
-from ulysses_infer.parallel.layout import Span
+from ulysses_infer.parallel.layout import Span, divisors
 from ulysses_infer.parallel.sharding import Part, Sharding
 
 
@@ -96,3 +97,20 @@ def convolution(name: str, sharding: Sharding) -> tuple[OwnWeight, OwnWeight]:
 
 
 RuleMaker = Callable[[Any], Rule]
+
+
+def check_units(module: Any, units: Mapping[str, tuple[int, bool]], world_size: int) -> None:
+    """Raise `ConfigError`, listing valid world sizes, unless all `units` (see `Rule`) divide over the ranks."""
+    if _units_fit(units, world_size):
+        return
+    most = max(count for count, _ in units.values())
+    fitting = [size for size in divisors(most) if _units_fit(units, size)]
+    what = " and ".join(f"{count} {name}" for name, (count, _) in units.items())
+    raise ConfigError(
+        f"{what} of {type(module).__name__} do not divide over sp * tp = {world_size} ranks; "
+        f"use sp * tp = {', '.join(map(str, fitting))}"
+    )
+
+
+def _units_fit(units: Mapping[str, tuple[int, bool]], world_size: int) -> bool:
+    return all(count % world_size == 0 or (shared and world_size % count == 0) for count, shared in units.values())
