@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -25,7 +26,7 @@ DESCRIPTION = "OpenAI's and Anthropic's APIs, served by one engine that shifts b
 def make_app(context: AppContext) -> FastAPI:
     """The HTTP application."""
     settings = context.config.server
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs without a CDN
         title="ulysses_infer", version=__version__, description=DESCRIPTION, redirect_slashes=False, redoc_url=None
     )
     app.state.context = context

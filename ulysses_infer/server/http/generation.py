@@ -23,6 +23,14 @@ class Prompt:
     text: str | None = None
 
 
+def truncated(token_ids: list[int], limit: int | None, max_model_len: int, max_tokens: int | None) -> list[int]:
+    """The last `limit` tokens; -1: as many as leave room for `max_tokens` (at least one) in `max_model_len`."""
+    if limit is None or limit == 0:
+        return token_ids
+    room = limit if limit > 0 else max(max_model_len - (max_tokens or 1), 1)
+    return token_ids[-room:]
+
+
 @dataclass(frozen=True)
 class Generation:
     """The work of one HTTP request."""

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulysses_infer.config import ServerConfig
 from ulysses_infer.server.http.errors import ApiError, ClientGoneError, error_response
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics", "/version", "/dashboard"})
 ADMIN_PREFIX = "/admin"
 
 

@@ -14,6 +14,7 @@ from ulysses_infer.server.http.errors import ANTHROPIC_PREFIX
 from ulysses_infer.server.http.protocol.chat import ChatRequest
 from ulysses_infer.server.http.protocol.common import Body, ErrorAnswer
 from ulysses_infer.server.http.protocol.completions import CompletionRequest
+from ulysses_infer.server.http.protocol.generate import GenerateRequest
 from ulysses_infer.server.http.protocol.messages import AnthropicErrorAnswer, CountTokensRequest, MessagesRequest
 from ulysses_infer.server.http.protocol.responses import ResponsesRequest
 from ulysses_infer.server.http.protocol.service import AbortRequest, PolicyChange
@@ -25,6 +26,7 @@ BODIES: list[type[Body]] = [
     ResponsesRequest,
     MessagesRequest,
     CountTokensRequest,
+    GenerateRequest,
     TokenizeRequest,
     DetokenizeRequest,
     PolicyChange,

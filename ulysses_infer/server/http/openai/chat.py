@@ -10,7 +10,7 @@ from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.conversation import Conversation, conversation_of
 from ulysses_infer.server.http.errors import ApiError
-from ulysses_infer.server.http.generation import Prompt
+from ulysses_infer.server.http.generation import Prompt, truncated
 from ulysses_infer.server.http.openai.choices import ChoiceKind, ChoiceWriter, prepared_choices
 from ulysses_infer.server.http.openai.logprobs import TokenNames, chat_logprob, prompt_logprobs
 from ulysses_infer.server.http.output_format import OutputFormat, output_format
@@ -158,12 +158,14 @@ async def read_chat(context: AppContext, body: ChatRequest) -> Chat:
     check_streaming(body)
     body = with_allowed_tools(body)
     form, params = _parameters(context, body)
-    context.engine_info()
+    max_model_len = context.engine_info().max_model_len
     text = await context.texts.render(conversation_with_template(context, body, _variables(body)))
     constraint = form.constraint(text)
     if constraint is not params.structured_outputs:
         params = replace(params, structured_outputs=constraint)
-    return Chat(body, Prompt(await context.texts.encode(text, bool(body.add_special_tokens)), text), params, form)
+    token_ids = await context.texts.encode(text, bool(body.add_special_tokens))
+    kept = truncated(token_ids, body.truncate_prompt_tokens, max_model_len, params.max_tokens)
+    return Chat(body, Prompt(kept, text), params, form)
 
 
 def _variables(body: ChatRequest) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.errors import ApiError
-from ulysses_infer.server.http.generation import Prompt
+from ulysses_infer.server.http.generation import Prompt, truncated
 from ulysses_infer.server.http.openai.choices import ChoiceKind, ChoiceWriter, prepared_choices
 from ulysses_infer.server.http.openai.logprobs import LegacyLogprobs, TokenNames, prompt_logprobs
 from ulysses_infer.server.http.outputs import Delta, Output
@@ -97,7 +97,7 @@ async def prepare_completion(context: AppContext, body: CompletionRequest) -> Pr
         changes["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     params = sampling_params(body, context.sampling_defaults, **changes)
     context.engine_info()
-    prompts = [await _read(context, prompt, body.add_special_tokens is not False) for prompt in body.prompt]
+    prompts = [await _read(context, prompt, body, params.max_tokens) for prompt in body.prompt]
     generation = generation_of(context, "cmpl-", body, prompts, params)
     kind = ChoiceKind(
         "text_completion", "text_completion", lambda output: CompletionChoiceBuilder(context, body, output, params)
@@ -121,7 +121,13 @@ def _check(body: CompletionRequest) -> None:
         raise ApiError(400, "max_tokens is 0; ask for at least 1, or echo the prompt", param="max_tokens")
 
 
-async def _read(context: AppContext, prompt: str | list[int], add_special_tokens: bool) -> Prompt:
+async def _read(
+    context: AppContext, prompt: str | list[int], body: CompletionRequest, max_tokens: int | None
+) -> Prompt:
     if isinstance(prompt, str):
-        return Prompt(await context.texts.encode(prompt, add_special_tokens), prompt)
-    return Prompt(check_token_ids(context, prompt))
+        token_ids = await context.texts.encode(prompt, body.add_special_tokens is not False)
+    else:
+        token_ids = check_token_ids(context, prompt)
+    limit, max_model_len = body.truncate_prompt_tokens, context.engine_info().max_model_len
+    kept = truncated(token_ids, limit, max_model_len, max_tokens)
+    return Prompt(kept, prompt if isinstance(prompt, str) and len(kept) == len(token_ids) else None)

@@ -155,6 +155,9 @@ class EngineFields(SamplingFields):
     request_id: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,128}$")] | None = Field(
         None, description="Becomes part of the answer's id; must not be in use."
     )
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = Field(
+        None, description="Keep only the last tokens of a prompt; -1: as many as leave room for max_tokens."
+    )
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = Field(
         None, description='Tokens in log-probabilities are written as "token_id:17".'

@@ -36,6 +36,12 @@ class Health(ResponseBody):
     reason: str | None = Field(description="Why the engine is dead.")
 
 
+class Load(ResponseBody):
+    """The server's load."""
+
+    server_load: int = Field(description="Requests in progress.")
+
+
 class Version(ResponseBody):
     """Version information."""
 

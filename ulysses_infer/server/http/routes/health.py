@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 
 import msgspec
+import yaml
 from fastapi import APIRouter
+from msgspec import structs
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
+from ulysses_infer.config.reference import resolved_yaml
 from ulysses_infer.server.client import DRAINING, READY
 from ulysses_infer.server.http.context import AppContext, context_of
 from ulysses_infer.server.http.errors import JSON, ApiError
 from ulysses_infer.server.http.openapi import answers, described, parameter
-from ulysses_infer.server.http.protocol.service import AnyAnswer, Health, Version
+from ulysses_infer.server.http.protocol.service import AnyAnswer, Health, Load, Version
 from ulysses_infer.server.http.respond import json_response
 from ulysses_infer.version import __version__
 
@@ -38,6 +41,30 @@ async def ready(request: Request) -> Response:
 async def version() -> Response:
     """The version of the server."""
     return json_response({"version": __version__})
+
+
+@router.get("/ping", responses=answers(Health) | described(503, "The engine is starting or dead.", Health))
+@router.post("/ping", responses=answers(Health) | described(503, "The engine is starting or dead.", Health))
+async def ping(request: Request) -> Response:
+    """The same as /health, under the name that SageMaker asks for."""
+    return _status(context_of(request), READY, DRAINING)
+
+
+@router.get("/load", responses=answers(Load))
+async def load(request: Request) -> Response:
+    """The number of requests in progress, for load balancers."""
+    return json_response({"server_load": context_of(request).client.num_requests})
+
+
+@router.get("/server_info", responses=answers(AnyAnswer))
+async def server_info(request: Request) -> Response:
+    """The resolved recipe, without secrets, and what was loaded."""
+    context = context_of(request)
+    info = context.client.info
+    loaded = None if info is None else {name: value for name, value in structs.asdict(info).items() if name != "state"}
+    return json_response(
+        {"version": __version__, "config": yaml.safe_load(resolved_yaml(context.config)), "model": loaded}
+    )
 
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=described(200, "Prometheus' exposition format."))

@@ -1,4 +1,4 @@
-"""The endpoints /tokenize and /detokenize."""
+"""Endpoints for token ids: /tokenize, /detokenize and /inference/v1/generate."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from ulysses_infer.server.http.context import AppContext, context_of
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.openai.chat import conversation_with_template
 from ulysses_infer.server.http.openai.completions import check_token_ids
-from ulysses_infer.server.http.openapi import answers, takes
+from ulysses_infer.server.http.openapi import EVENTS, GENERATING, answers, takes
+from ulysses_infer.server.http.protocol.generate import GenerateAnswer, GenerateRequest
 from ulysses_infer.server.http.protocol.tokens import (
     DetokenizeAnswer,
     DetokenizeRequest,
     TokenizeAnswer,
     TokenizeRequest,
 )
-from ulysses_infer.server.http.respond import json_response
+from ulysses_infer.server.http.respond import json_response, respond
+from ulysses_infer.server.http.token_generation import prepare_tokens
 from ulysses_infer.server.tool_calls import check_tools
 
 router = APIRouter(tags=["tokens"])
@@ -42,6 +44,15 @@ async def detokenize(request: Request) -> Response:
     context, body = context_of(request), await read_body(request, DetokenizeRequest)
     context.check_model(body.model)
     return json_response({"prompt": context.texts.decode(check_token_ids(context, body.tokens))})
+
+
+@router.post(
+    "/inference/v1/generate", responses=answers(GenerateAnswer, *GENERATING, also=EVENTS), **takes(GenerateRequest)
+)
+async def generate(request: Request) -> Response:
+    """Continue token ids."""
+    context, body = context_of(request), await read_body(request, GenerateRequest)
+    return await respond(request, context, prepare_tokens(context, body))
 
 
 async def _token_ids(context: AppContext, body: TokenizeRequest) -> list[int]:
