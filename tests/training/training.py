@@ -27,8 +27,10 @@ class Training:
         dtype: str = "fp32",
         lora: dict[str, Any] | None = None,
         frozen: bool = False,
+        config: Any = None,
         **changes: Any,
     ) -> None:
+        """config: of the model to train instead of the tiny Llama."""
         import deepspeed
         import deepspeed.comm as comm
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -36,12 +38,15 @@ class Training:
 
         self.rank, self.sp = comm.get_rank() % sequence_parallel, sequence_parallel
         torch.manual_seed(0)
-        config = tiny_config(attn_implementation="sdpa", **changes)
+        if config is None:
+            config = tiny_config(attn_implementation="sdpa", **changes)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         perturb(model)
-        mpu = UlyssesSPAttentionHF.register_with_transformers(
-            model, "sdpa", sequence_parallel_size=sequence_parallel, micro_batch_size=ROWS, seq_length_is_variable=True
-        )
+        mpu = None
+        if sequence_parallel > 1:
+            mpu = UlyssesSPAttentionHF.register_with_transformers(
+                model, "sdpa", sequence_parallel, micro_batch_size=ROWS, seq_length_is_variable=True
+            )
         if lora is not None:
             model = with_adapters(model, lora)
         if frozen:

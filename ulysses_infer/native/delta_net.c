@@ -1,36 +1,54 @@
-/* Gated delta net: short convolution, delta rule, gated norm, for own heads of all tokens of some sequences.
+/* Gated delta nets and Kimi delta attention: short convolution, delta rule, gated norm, for own heads of all tokens of
+ * some sequences.
  *
- * The delta rule (Yang et al., "Gated Delta Networks", ICLR 2025) goes token by token over a block of the state's
- * columns that stays in the first-level cache. For the usual widths this needs fewer operations than the chunked form.
- * Results are rounded where transformers rounds. The file includes itself once per type. */
-#ifndef TYPE
+ * The delta rule (Yang et al., "Gated Delta Networks", ICLR 2025; with a decay per channel: Kimi Team, "Kimi Linear",
+ * 2025) goes token by token over a block of the state's columns that stays in the first-level cache. For the usual
+ * widths this needs fewer operations than the chunked form. Results are rounded where transformers rounds. */
+#include "delta_net.h"
+
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
 #include "call.h"
-#include "delta_net.h"
 #include "sigmoid.h"
+#include "softplus.h"
 #include "vector.h"
 
 enum { COLUMNS = 4 }; /* vectors of a block */
 
-/* Own channels, in the order q, k, v. */
-static int64_t channels_of(const struct delta_net *net) {
-    return 2 * net->key_heads * net->key_width + net->value_heads * net->value_width;
+static int64_t keys_of(const struct delta_net *net) { return net->key_heads * net->key_width; }
+
+static int64_t values_of(const struct delta_net *net) { return net->value_heads * net->value_width; }
+
+static int64_t decays_of(const struct delta_net *net) {
+    return net->is_per_channel ? keys_of(net) : net->value_heads;
 }
 
-/* Per sequence: the convolution's inputs [kernel + length, channels] and results [length, channels], decay and write
- * strength [2, value_heads, length], the output before its norm [length, value_heads, value_width]. Once: the
- * convolution's weight [kernel, channels]. */
+/* What is kept of one sequence during the call. */
+struct work {
+    float *past;     /* [taps, channels], of the type of the inputs */
+    float *mixed;    /* results of the convolution: [length, channels] */
+    float *decay;    /* [length, value_heads], or [length, key_heads, key_width] */
+    float *strength; /* of each write: [length, value_heads] */
+    float *output;   /* before its norm: [length, value_heads, value_width] */
+};
+
 static int64_t sequence_floats(const struct delta_net *net) {
-    const int64_t channels = channels_of(net);
-    return (net->kernel + 2 * net->length) * channels + 2 * net->value_heads * net->length +
-           net->length * net->value_heads * net->value_width;
+    return past_floats(&net->conv) +
+           net->length * (net->conv.channels + decays_of(net) + net->value_heads + values_of(net));
 }
 
 int64_t floats_of_delta_net(const struct delta_net *net) {
-    return net->sequences * sequence_floats(net) + net->kernel * channels_of(net);
+    return weight_floats(&net->conv) + net->sequences * sequence_floats(net);
+}
+
+static struct work work_of(const struct delta_net *net, int64_t sequence) {
+    struct work work;
+    work.past = net->scratch + weight_floats(&net->conv) + sequence * sequence_floats(net);
+    work.mixed = work.past + past_floats(&net->conv);
+    work.decay = work.mixed + net->length * net->conv.channels;
+    work.strength = work.decay + net->length * decays_of(net);
+    work.output = work.strength + net->length * net->value_heads;
+    return work;
 }
 
 /* x / |x| * scale, in place. */
@@ -44,199 +62,203 @@ INLINE void normalise(float *x, int64_t width, float scale) {
     for (int64_t i = 0; i < width; i += LANES) give(x + i, take(x + i, FLOAT32) * factor, FLOAT32);
 }
 
-/* The delta rule for `n` vectors of columns of one head. q, k: rows `channels` apart; v: the same, at the block's first
- * column; state: [key_width, value_width], at that column; out: rows `out_row` apart. */
-INLINE void delta_rule(
-    float *state, const float *q, const float *k, const float *v, const float *decay, const float *strength, float *out,
-    int64_t length, int64_t channels, int64_t key_width, int64_t value_width, int64_t out_row, const int n) {
+/* Tokens of one head, and the distances between them. */
+struct head {
+    const float *q, *k, *v, *decay, *strength;
+    float *out;
+    int64_t length, channels, decays, strengths, outputs, key_width, value_width;
+};
+
+/* The delta rule for `n` vectors of the state's columns, from `column` on. state: [key_width, value_width]. */
+INLINE void delta_rule(const struct head *head, float *state, int64_t column, const int n, const int per_channel) {
+    const float *key = head->k, *decay = head->decay;
     floats found[COLUMNS]; /* what the decayed state holds for the next key */
 #define EACH UNROLL for (int c = 0; c < n; c++)
+#define DECAY(i) decay[per_channel ? (i) : 0]
     EACH found[c] = splat(0.0f);
-    for (int64_t i = 0; i < key_width; i++)
-        EACH found[c] += take(state + i * value_width + c * LANES, FLOAT32) * k[i];
-    for (int64_t t = 0; t < length; t++) {
-        const float *query = q + t * channels, *key = k + t * channels, *following = t + 1 < length ? key + channels : key;
+    for (int64_t i = 0; i < head->key_width; i++) {
+        const float factor = key[i] * DECAY(i);
+        EACH found[c] += take(state + i * head->value_width + column + c * LANES, FLOAT32) * factor;
+    }
+    for (int64_t t = 0; t < head->length; t++) {
+        const int64_t ahead = t + 1 < head->length;
+        const float *query = head->q + t * head->channels, *next_key = key + ahead * head->channels;
+        const float *value = head->v + t * head->channels + column, *next_decay = decay + ahead * head->decays;
         floats delta[COLUMNS], sum[COLUMNS], next[COLUMNS];
-        EACH delta[c] = (take(v + t * channels + c * LANES, FLOAT32) - found[c] * decay[t]) * strength[t];
+        EACH delta[c] = (take(value + c * LANES, FLOAT32) - found[c]) * head->strength[t * head->strengths];
         EACH sum[c] = next[c] = splat(0.0f);
-        for (int64_t i = 0; i < key_width; i++) {
-            float *row = state + i * value_width;
+        for (int64_t i = 0; i < head->key_width; i++) {
+            float *row = state + i * head->value_width + column;
+            const float factor = per_channel ? next_key[i] * next_decay[i] : next_key[i];
             floats now[COLUMNS];
-            EACH now[c] = take(row + c * LANES, FLOAT32) * decay[t] + delta[c] * key[i];
+            EACH now[c] = take(row + c * LANES, FLOAT32) * DECAY(i) + delta[c] * key[i];
             EACH give(row + c * LANES, now[c], FLOAT32);
             EACH sum[c] += now[c] * query[i];
-            EACH next[c] += now[c] * following[i];
+            EACH next[c] += now[c] * factor;
         }
-        EACH give(out + t * out_row + c * LANES, sum[c], FLOAT32);
-        EACH found[c] = next[c];
+        EACH give(head->out + t * head->outputs + column + c * LANES, sum[c], FLOAT32);
+        EACH found[c] = per_channel ? next[c] : next[c] * next_decay[0];
+        key = next_key, decay = next_decay;
     }
+#undef DECAY
 #undef EACH
 }
 
-static float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
-
-#define TYPE bfloat16
-#define KIND BFLOAT16
-#define NAMED(name) name##_bf16
-#define READ(value) float_of(value)
-#define ROUND(value) bfloat16_of(value)
-#include "delta_net.c"
-#undef TYPE
-#undef KIND
-#undef NAMED
-#undef READ
-#undef ROUND
-#define TYPE float
-#define KIND FLOAT32
-#define NAMED(name) name##_f32
-#define READ(value) (value)
-#define ROUND(value) (value)
-#include "delta_net.c"
-
-#else /* TYPE */
-
-/* `width` elements of each of `heads` heads of one token, to float32. `each`: heads per group. */
-INLINE float *NAMED(gather)(float *to, const struct fed *from, int64_t token, int64_t heads, int64_t each, int64_t width) {
-    for (int64_t head = 0; head < heads; head++, to += width) {
-        const TYPE *own =
-            (const TYPE *)from->data + token * from->row + head / each * from->group + head % each * from->head;
-        for (int64_t i = 0; i < width; i += LANES) give(to + i, take(own + i, KIND), FLOAT32);
-    }
-    return to;
-}
-
-/* The last inputs of the convolution and the new ones, as rows of all channels: window[kernel + length][channels]. */
-INLINE void NAMED(fill_window)(const struct delta_net *net, float *window, int64_t sequence) {
-    const int64_t channels = channels_of(net), kernel = net->kernel, each = net->value_heads / net->key_heads;
-    TYPE *past = (TYPE *)net->conv_states + net->slots[sequence] * net->conv_stride;
-    for (int64_t channel = 0; channel < channels; channel++)
-        for (int64_t i = 0; i < kernel; i++) window[i * channels + channel] = READ(past[channel * kernel + i]);
-    for (int64_t t = 0; t < net->length; t++) {
-        const int64_t token = sequence * net->length + t;
-        float *row = window + (kernel + t) * channels;
-        row = NAMED(gather)(row, &net->q, token, net->key_heads, 1, net->key_width);
-        row = NAMED(gather)(row, &net->k, token, net->key_heads, 1, net->key_width);
-        NAMED(gather)(row, &net->v, token, net->value_heads, each, net->value_width);
-    }
-    const float *last = window + net->length * channels;
-    for (int64_t channel = 0; channel < channels; channel++)
-        for (int64_t i = 0; i < kernel; i++) past[channel * kernel + i] = ROUND(last[i * channels + channel]);
-}
-
-/* The convolution and its activation: mixed[length][channels]. weight: [kernel][channels]. */
-INLINE void NAMED(convolve)(const struct delta_net *net, float *mixed, const float *window, const float *weight) {
-    const int64_t channels = channels_of(net), kernel = net->kernel;
-    const TYPE *bias = net->conv_bias;
-    for (int64_t t = 0; t < net->length; t++)
-        for (int64_t channel = 0; channel < channels; channel += LANES) {
-            floats sum = bias ? take(bias + channel, KIND) : splat(0.0f);
-            for (int64_t i = 0; i < kernel; i++)
-                sum += take(window + (t + 1 + i) * channels + channel, FLOAT32) *
-                       take(weight + i * channels + channel, FLOAT32);
-            sum = rounded(sum, KIND);
-            silu(&sum, 1, KIND);
-            give(mixed + t * channels + channel, rounded(sum, KIND), FLOAT32);
-        }
-}
-
-/* Decay of the state and strength of each write, of every head and token: [value_heads][length] each. */
-INLINE void NAMED(gate)(const struct delta_net *net, float *decay, float *strength, int64_t sequence) {
-    const int64_t each = net->value_heads / net->key_heads;
-    for (int64_t head = 0; head < net->value_heads; head++) {
-        const float rate = expf(READ(((const TYPE *)net->decay)[head])), bias = READ(((const TYPE *)net->decay_bias)[head]);
-        const int64_t a = head / each * net->a.group + head % each * net->a.head;
-        const int64_t b = head / each * net->b.group + head % each * net->b.head;
-        for (int64_t t = 0; t < net->length; t++) {
-            const int64_t token = sequence * net->length + t, at = head * net->length + t;
-            decay[at] = expf(-rate * softplus(READ(((const TYPE *)net->a.data)[token * net->a.row + a]) + bias));
-            strength[at] =
-                READ(ROUND(1.0f / (1.0f + expf(-READ(((const TYPE *)net->b.data)[token * net->b.row + b])))));
-        }
-    }
-}
-
-/* The norm of each head's output, gated by z. output: [length, value_heads, value_width]. */
-INLINE void NAMED(gated_norm)(const struct delta_net *net, const float *output, int64_t sequence) {
-    const int64_t width = net->value_width, each = net->value_heads / net->key_heads;
-    const TYPE *weight = net->norm;
-    for (int64_t t = 0; t < net->length; t++)
-        for (int64_t head = 0; head < net->value_heads; head++, output += width) {
-            const int64_t token = sequence * net->length + t;
-            const TYPE *gate = (const TYPE *)net->z.data + token * net->z.row + head / each * net->z.group +
-                               head % each * net->z.head;
-            TYPE *out = (TYPE *)net->out + (token * net->value_heads + head) * width;
-            floats squares = {0};
-            for (int64_t i = 0; i < width; i += LANES) {
-                floats value = rounded(take(output + i, FLOAT32), KIND);
-                squares += value * value;
-            }
-            const float scale = 1.0f / sqrtf(sum_of_lanes(squares) / (float)width + net->epsilon);
-            for (int64_t i = 0; i < width; i += LANES) {
-                floats unit = rounded(rounded(take(output + i, FLOAT32), KIND) * scale, KIND);
-                floats value = rounded(take(weight + i, KIND) * unit, KIND), z = take(gate + i, KIND);
-                silu(&z, 1, FLOAT32);
-                give(out + i, value * z, KIND);
-            }
-        }
-}
-
 /* One head's delta rule, block by block. */
-INLINE void NAMED(run_head)(
-    const struct delta_net *net, const float *mixed, const float *decay, const float *strength, float *output,
-    int64_t sequence, int64_t head) {
-    const int64_t channels = channels_of(net), width = net->value_width, heads = net->value_heads;
-    const int64_t key_head = head / (heads / net->key_heads) * net->key_width, keys = net->key_heads * net->key_width;
-    const float *q = mixed + key_head, *k = mixed + keys + key_head, *v = mixed + 2 * keys + head * width;
-    float *state = net->states + net->slots[sequence] * net->stride + head * net->key_width * width;
-    const float *own_decay = decay + head * net->length, *own_strength = strength + head * net->length;
+INLINE void run_head(const struct delta_net *net, int64_t sequence, int64_t number, const int per_channel) {
+    const struct work work = work_of(net, sequence);
+    const int64_t width = net->value_width, keys = keys_of(net);
+    const int64_t key_head = number / (net->value_heads / net->key_heads) * net->key_width;
+    float *state = net->states + net->slots[sequence] * net->stride + number * net->key_width * width;
+    const struct head head = {
+        .q = work.mixed + key_head,
+        .k = work.mixed + keys + key_head,
+        .v = work.mixed + 2 * keys + number * width,
+        .decay = work.decay + (per_channel ? key_head : number),
+        .strength = work.strength + number,
+        .out = work.output + number * width,
+        .length = net->length,
+        .channels = net->conv.channels,
+        .decays = decays_of(net),
+        .strengths = net->value_heads,
+        .outputs = values_of(net),
+        .key_width = net->key_width,
+        .value_width = width,
+    };
     int64_t column = 0;
     for (; column + COLUMNS * LANES <= width; column += COLUMNS * LANES)
-        delta_rule(
-            state + column, q, k, v + column, own_decay, own_strength, output + head * width + column, net->length,
-            channels, net->key_width, width, heads * width, COLUMNS);
-    for (; column < width; column += LANES)
-        delta_rule(
-            state + column, q, k, v + column, own_decay, own_strength, output + head * width + column, net->length,
-            channels, net->key_width, width, heads * width, 1);
+        delta_rule(&head, state, column, COLUMNS, per_channel);
+    for (; column < width; column += LANES) delta_rule(&head, state, column, 1, per_channel);
+}
+
+/* Decays of one token by channel: e^(-rate * softplus(a + bias)), or e^(bound * sigmoid(rate * (a + bias))). */
+INLINE void decays_by_channel(const struct delta_net *net, float *decay, int64_t token, enum type type) {
+    for (int64_t head = 0; head < net->key_heads; head++) {
+        float rate = expf(weight_number(net->decay, head, net->has_float32_decay, type));
+        if (net->rounds_decays && !net->has_float32_decay) rate = rounded_number(rate, type);
+        const void *given = head_of(&net->a, token, head, 1, type);
+        for (int64_t i = 0; i < net->key_width; i += LANES) {
+            const int64_t at = head * net->key_width + i;
+            floats x = take(element(given, i, type), type);
+            x += take_weights(net->decay_bias, at, net->has_float32_bias, type);
+            floats log = splat(net->lower_bound);
+            if (net->lower_bound != 0.0f) {
+                x *= rate;
+                times_sigmoid(&log, &x, 1, FLOAT32);
+            } else {
+                log = softplus_of(x) * -rate;
+            }
+            if (net->rounds_decays) log = rounded(log, type);
+            give(decay + at, exp2_of(log * LOG2_E, FLOAT32), FLOAT32);
+        }
+    }
+}
+
+/* The gates of one token. */
+INLINE void gate(const struct delta_net *net, const struct work *work, int64_t token, int64_t t, enum type type) {
+    const int64_t each = net->value_heads / net->key_heads;
+    float *decay = work->decay + t * decays_of(net), *strength = work->strength + t * net->value_heads;
+    for (int64_t head = 0; head < net->value_heads; head++) {
+        const float b = number(head_of(&net->b, token, head, each, type), 0, type);
+        strength[head] = net->strength * rounded_number(1.0f / (1.0f + expf(-b)), type);
+    }
+    if (net->is_per_channel) {
+        decays_by_channel(net, decay, token, type);
+        return;
+    }
+    for (int64_t head = 0; head < net->value_heads; head++) {
+        const float a = number(head_of(&net->a, token, head, each, type), 0, type);
+        const float rate = expf(weight_number(net->decay, head, net->has_float32_decay, type));
+        const float bias = weight_number(net->decay_bias, head, net->has_float32_bias, type);
+        decay[head] = expf(-rate * softplus(a + bias));
+    }
+}
+
+/* The convolution and the gates of one token. */
+INLINE void prepare(
+    const struct delta_net *net, const float *weight, int64_t sequence, int64_t t, enum type type) {
+    const struct work work = work_of(net, sequence);
+    const int64_t keys = keys_of(net), each = net->value_heads / net->key_heads, start = sequence * net->length;
+    float *mixed = work.mixed + t * net->conv.channels;
+    const struct channels q = {0, net->key_heads, 1, net->key_width}, k = {keys, net->key_heads, 1, net->key_width};
+    const struct channels v = {2 * keys, net->value_heads, each, net->value_width};
+    convolve(&net->conv, weight, work.past, &net->q, q, start, t, mixed, 1, type);
+    convolve(&net->conv, weight, work.past, &net->k, k, start, t, mixed, 1, type);
+    convolve(&net->conv, weight, work.past, &net->v, v, start, t, mixed, 1, type);
+    const float scale = 1.0f / sqrtf((float)net->key_width);
+    for (int64_t head = 0; head < 2 * net->key_heads; head++)
+        normalise(mixed + head * net->key_width, net->key_width, head < net->key_heads ? scale : 1.0f);
+    gate(net, &work, start + t, t, type);
+}
+
+/* The last inputs of the convolution before and after the tokens. */
+INLINE void exchange_past(const struct delta_net *net, int64_t sequence, enum type type) {
+    const struct work work = work_of(net, sequence);
+    const int64_t keys = keys_of(net), each = net->value_heads / net->key_heads, start = sequence * net->length;
+    const int64_t slot = net->slots[sequence];
+    const struct channels q = {0, net->key_heads, 1, net->key_width}, k = {keys, net->key_heads, 1, net->key_width};
+    const struct channels v = {2 * keys, net->value_heads, each, net->value_width};
+    recall(&net->conv, slot, work.past, type);
+    remember(&net->conv, slot, work.past, &net->q, q, start, net->length, type);
+    remember(&net->conv, slot, work.past, &net->k, k, start, net->length, type);
+    remember(&net->conv, slot, work.past, &net->v, v, start, net->length, type);
+}
+
+/* The norm of each head's output of one token, gated by z. */
+INLINE void gated_norm(const struct delta_net *net, const float *output, int64_t token, enum type type) {
+    const int64_t width = net->value_width, each = net->value_heads / net->key_heads;
+    for (int64_t head = 0; head < net->value_heads; head++, output += width) {
+        const void *gate = head_of(&net->z, token, head, each, type);
+        char *out = (char *)net->out + (token * net->value_heads + head) * width * (int64_t)size_of(type);
+        floats squares = {0};
+        for (int64_t i = 0; i < width; i += LANES) {
+            floats value = rounded(take(output + i, FLOAT32), type);
+            squares += value * value;
+        }
+        const float scale = 1.0f / sqrtf(sum_of_lanes(squares) / (float)width + net->epsilon);
+        for (int64_t i = 0; i < width; i += LANES) {
+            floats value = rounded(take(output + i, FLOAT32), type) * scale, z = take(element(gate, i, type), type);
+            if (net->is_per_channel) {
+                value *= take(element(net->norm, i, type), type);
+                times_sigmoid(&value, &z, 1, FLOAT32);
+            } else {
+                value = rounded(take(element(net->norm, i, type), type) * rounded(value, type), type);
+                silu(&z, 1, FLOAT32);
+                value *= z;
+            }
+            give(out + i * size_of(type), value, type);
+        }
+    }
 }
 
 /* All widths are multiples of LANES. */
-void NAMED(delta_net)(const struct delta_net *net) {
-    const int64_t channels = channels_of(net), size = sequence_floats(net), length = net->length;
-    float *weight = net->scratch + net->sequences * size;
-    for (int64_t channel = 0; channel < channels; channel++)
-        for (int64_t i = 0; i < net->kernel; i++)
-            weight[i * channels + channel] = READ(((const TYPE *)net->conv_weight)[channel * net->kernel + i]);
-    const float scale = 1.0f / sqrtf((float)net->key_width);
+INLINE void run(const struct delta_net *net, enum type type) {
+    const int64_t length = net->length, tokens = net->sequences * length;
+    weight_by_taps(&net->conv, net->scratch, type);
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (int64_t sequence = 0; sequence < net->sequences; sequence++) {
-            float *window = net->scratch + sequence * size, *mixed = window + (net->kernel + length) * channels;
-            float *decay = mixed + length * channels, *strength = decay + net->value_heads * length;
-            NAMED(fill_window)(net, window, sequence);
-            NAMED(convolve)(net, mixed, window, weight);
-            NAMED(gate)(net, decay, strength, sequence);
-            for (int64_t t = 0; t < length; t++)
-                for (int64_t head = 0; head < 2 * net->key_heads; head++)
-                    normalise(
-                        mixed + t * channels + head * net->key_width, net->key_width, head < net->key_heads ? scale : 1.0f);
-        }
+        for (int64_t sequence = 0; sequence < net->sequences; sequence++) exchange_past(net, sequence, type);
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < tokens; token++)
+            prepare(net, net->scratch, token / length, token % length, type);
 #pragma omp for schedule(static) collapse(2)
         for (int64_t sequence = 0; sequence < net->sequences; sequence++)
             for (int64_t head = 0; head < net->value_heads; head++) {
-                float *window = net->scratch + sequence * size, *mixed = window + (net->kernel + length) * channels;
-                float *decay = mixed + length * channels, *strength = decay + net->value_heads * length;
-                NAMED(run_head)(net, mixed, decay, strength, strength + net->value_heads * length, sequence, head);
+                if (net->is_per_channel)
+                    run_head(net, sequence, head, 1);
+                else
+                    run_head(net, sequence, head, 0);
             }
 #pragma omp for schedule(static)
-        for (int64_t sequence = 0; sequence < net->sequences; sequence++) {
-            float *window = net->scratch + sequence * size, *mixed = window + (net->kernel + length) * channels;
-            NAMED(gated_norm)(net, mixed + length * channels + 2 * net->value_heads * length, sequence);
+        for (int64_t token = 0; token < tokens; token++) {
+            const struct work work = work_of(net, token / length);
+            gated_norm(net, work.output + token % length * values_of(net), token, type);
         }
     }
 }
 
-CALL(NAMED(delta_net), ADDRESS(0))
-
-#endif /* TYPE */
+void delta_net_bf16(const struct delta_net *net) { run(net, BFLOAT16); }
+void delta_net_f32(const struct delta_net *net) { run(net, FLOAT32); }
+CALL(delta_net_bf16, ADDRESS(0))
+CALL(delta_net_f32, ADDRESS(0))

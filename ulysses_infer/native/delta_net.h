@@ -1,25 +1,25 @@
-/* Arguments of the gated delta net (delta_net.c). */
+/* Arguments of layers with a delta rule (delta_net.c). */
 #pragma once
 #include <stdint.h>
 
-/* A projection's output. Tokens are `row` elements apart, the value heads of one key head `head`, key heads `group`. */
-struct fed {
-    const void *data;
-    int64_t row, group, head;
-};
+#include "short_convolution.h"
 
+/* Groups of projections are key heads; their heads are the value heads of one key head. */
 struct delta_net {
     struct fed q, k, v, z, b, a;
+    struct convolution conv; /* over all of q, k, v */
     int64_t sequences, length; /* of each sequence: tokens */
-    int64_t key_heads, value_heads, key_width, value_width, kernel;
-    const void *conv_weight, *conv_bias; /* [channels, kernel], [channels] or NULL; channels: all of q, k, v */
-    const void *decay, *decay_bias;      /* A_log, dt_bias: [value_heads] */
-    const void *norm;                    /* [value_width] */
-    void *conv_states;                   /* [slots][channels, kernel], slots `conv_stride` elements apart */
-    float *states;                       /* [slots][value_heads, key_width, value_width], `stride` apart */
-    int64_t conv_stride, stride;
+    int64_t key_heads, value_heads, key_width, value_width;
+    const void *decay; /* A_log: [value_heads] */
+    const void *decay_bias; /* dt_bias: [value_heads], or per channel of the keys */
+    const void *norm;       /* [value_width] */
+    float *states;          /* [slots][value_heads, key_width, value_width], `stride` apart */
+    int64_t stride;
     const int64_t *slots; /* [sequences] */
     float *scratch;       /* floats_of_delta_net */
     void *out;            /* [sequences * length, value_heads * value_width] */
-    float epsilon;
+    /* Kimi delta attention: a decay per channel of the keys, at least e^lower_bound if that is not 0. */
+    int64_t is_per_channel, rounds_decays;
+    int64_t has_float32_decay, has_float32_bias; /* whatever the type of the inputs */
+    float epsilon, lower_bound, strength; /* strength: of a write whose gate is open */
 };

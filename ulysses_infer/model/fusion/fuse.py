@@ -93,7 +93,7 @@ class Fusion:
     def _fuse_recurrent(self) -> None:
         layers = [layer for layer in self.injection.recurrent_layers if isinstance(layer, RecurrentLayer)]
         for layer in layers:
-            form = layer.rule.native(layer.module) if layer.rule.native and self._tokens.is_cpu else None
+            form = layer.make_native() if self._tokens.is_cpu else None
             if form is not None and is_equivalent_form(layer, form, self.model.dtype):
                 layer.native = form
                 self.fused[type(layer.module).__name__] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ulysses_infer.model.recurrent.native_convolution import NativeShortConvolution
 from ulysses_infer.model.recurrent.rules import Input, Rule, convolution
 from ulysses_infer.parallel.sharding import Part, Sharding
 
@@ -17,4 +18,5 @@ def short_convolution(module: Any) -> Rule:
         output_part=channels,
         weights=convolution("conv", Sharding((channels,))),
         units={"channels": (channels.units, False)},
+        native=lambda own, dtype, _: NativeShortConvolution.of(own, dtype),
     )

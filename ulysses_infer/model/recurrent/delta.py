@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-from ulysses_infer.model.recurrent.native_delta import DeltaParts, FedPart, NativeDeltaNet
+from ulysses_infer.model.recurrent.native_delta import DeltaLayer, DeltaParts, NativeDeltaNet
+from ulysses_infer.model.recurrent.native_form import FedPart
 from ulysses_infer.model.recurrent.rules import Input, OwnWeight, Rule, convolution
 from ulysses_infer.parallel.grouped_sharding import GroupedSharding
 from ulysses_infer.parallel.sharding import Part, Sharding
@@ -67,7 +69,20 @@ def separate_delta_net(module: Any) -> Rule:
     key, value = _heads(module)
     head = Part(value.units)
     parts = {"q_proj": key, "k_proj": key, "v_proj": value, "a_proj": head, "b_proj": head, "g_proj": value}
-    return _delta_net(module, tuple(Input(name, Sharding((part,))) for name, part in parts.items()), "o_proj")
+    inputs = tuple(Input(name, Sharding((part,))) for name, part in parts.items())
+    return _delta_net(module, inputs, "o_proj", _separate_parts)
+
+
+def _separate_parts(module: Any) -> DeltaParts:
+    each, key, value = module.num_v_heads // module.num_k_heads, module.head_k_dim, module.head_v_dim
+    return DeltaParts(
+        q=FedPart(0, 0, key),
+        k=FedPart(1, 0, key),
+        v=FedPart(2, 0, each * value, value),
+        z=FedPart(5, 0, each * value, value),
+        b=FedPart(4, 0, each, 1),
+        a=FedPart(3, 0, each, 1),
+    )
 
 
 def _heads(module: Any) -> tuple[Part, Part]:
@@ -75,9 +90,7 @@ def _heads(module: Any) -> tuple[Part, Part]:
     return Part(module.num_k_heads, module.head_k_dim, shared=True), Part(module.num_v_heads, module.head_v_dim)
 
 
-def _delta_net(
-    module: Any, inputs: tuple[Input, ...], output: str, parts: Callable[[Any], DeltaParts] | None = None
-) -> Rule:
+def _delta_net(module: Any, inputs: tuple[Input, ...], output: str, parts: Callable[[Any], DeltaParts]) -> Rule:
     """parts: where the inputs' parts lie, for the native form."""
     key, value = _heads(module)
     mixed, head = Sharding((key, key, value)), Sharding((Part(value.units),))
@@ -94,7 +107,25 @@ def _delta_net(
             "conv_dim": (key, key, value),
         },
         units={"key heads": (key.units, True), "value heads": (value.units, False)},
-        native=None if parts is None else lambda own: NativeDeltaNet.of(own, parts(own)),
+        native=lambda own, dtype, _: NativeDeltaNet.of(own, functools.partial(_described, parts), dtype),
+    )
+
+
+def _described(parts: Callable[[Any], DeltaParts], module: Any) -> DeltaLayer:
+    """module: with the rank's heads."""
+    norm = module.norm if hasattr(module, "norm") else module.o_norm
+    return DeltaLayer(
+        parts(module),
+        module.num_k_heads,
+        module.num_v_heads,
+        module.head_k_dim,
+        module.head_v_dim,
+        module.conv1d,
+        module.A_log,
+        module.dt_bias,
+        norm.weight,
+        norm.variance_epsilon,
+        strength=2.0 if getattr(module, "allow_neg_eigval", False) else 1.0,
     )
 
 
@@ -126,4 +157,29 @@ def kimi_delta_attention(module: Any) -> Rule:
             "conv_dim": (heads, heads, heads),
         },
         units={"heads": (module.num_heads, False)},
+        native=lambda own, dtype, _: NativeDeltaNet.of(own, _described_kimi, dtype),
+    )
+
+
+def _described_kimi(module: Any) -> DeltaLayer:
+    """module: with the rank's heads."""
+    heads, width, gate = module.num_heads, module.head_dim, module.forget_gate
+    q, k, v, a = (FedPart(number, 0, width) for number in range(4))
+    bound = getattr(gate, "safe_gate_lower_bound", None)
+    if getattr(gate, "safe_gate", False):
+        bound = gate.lower_bound
+    return DeltaLayer(
+        DeltaParts(q, k, v, z=FedPart(5, 0, width), b=FedPart(4, 0, 1), a=a),
+        heads,
+        heads,
+        width,
+        width,
+        module.conv1d,
+        gate.A_log,
+        gate.dt_bias,
+        module.o_norm.weight,
+        module.o_norm.variance_epsilon,
+        is_per_channel=True,
+        rounds_decays=hasattr(gate, "f_proj"),
+        lower_bound=bound or 0.0,
     )

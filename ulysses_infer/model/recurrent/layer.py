@@ -111,6 +111,10 @@ class RecurrentLayer:
         """Own features of each projection's output."""
         return [sum(span.size for span in self.owner.spans(each.sharding)) for each in self.rule.inputs]
 
+    def make_native(self) -> InnerForm | None:
+        """The form of the inner part in C; None if there is none for this layer on this machine."""
+        return None if self.rule.native is None else self.rule.native(self.module, self._dtype, self.owner)
+
     # -- running -----------------------------------------------------------------------------------------------
 
     def bind(self, place: Place) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ulysses_infer.cache.states import RECURRENT
+from ulysses_infer.model.recurrent.native_mamba2 import NativeMamba2, has_norm
 from ulysses_infer.model.recurrent.rules import Input, Owner, OwnWeight, Rule, convolution
 from ulysses_infer.model.recurrent.spread import SpreadNorm, SummedLinear, check_spread
 from ulysses_infer.model.recurrent.view import ModuleView
@@ -25,8 +26,7 @@ def mamba2(module: Any) -> Rule:
     head, mixed = Sharding((Part(heads),)), Sharding((inner, shared, shared))
     projected = Sharding((inner, inner, shared, shared, Part(heads)))
     group_count = (Part(groups, shared=True),)
-    has_norm = any(True for _ in module.norm.parameters())
-    if has_norm:
+    if has_norm(module):
         check_spread(module.norm)
     return Rule(
         inputs=(Input("in_proj", projected, scale="ssm_in_multiplier"),),
@@ -46,8 +46,9 @@ def mamba2(module: Any) -> Rule:
             **({"norm.n_groups": group_count} if hasattr(module.norm, "n_groups") else {}),
         },
         units={"heads": (heads, False), "groups": (groups, True)},
-        replaced=functools.partial(_spread_norm, groups) if has_norm else None,
+        replaced=functools.partial(_spread_norm, groups) if has_norm(module) else None,
         functions={"mamba2_selective_state_update": update_within_limits} if _limits_steps(module) else {},
+        native=lambda own, dtype, owner: NativeMamba2.of(own, dtype, owner, groups),
     )
 
 

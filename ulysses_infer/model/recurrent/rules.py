@@ -85,8 +85,9 @@ class Rule:
     """
     forward: Callable[..., Any] | None = None
     """Instead of the forward of the layer's class."""
-    native: Callable[[Any], InnerForm | None] | None = None
-    """Makes the inner part's form in C from the layer, with this rank's heads and weights; None if it does not fit."""
+    native: Callable[[Any, torch.dtype, Owner], InnerForm | None] | None = None
+    """Makes the inner part's form in C from the layer, with this rank's heads and weights, the dtype of its inputs and
+    its `Owner`; None if it does not fit."""
     returns_pair: bool = False
     """Whether the model expects a second result, which it does not use."""
 

@@ -1,0 +1,161 @@
+"""The native form of a recurrent layer computes what transformers' forward computes, with its states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from docs.generate.tiny_configs import tiny_configs
+from tests.equivalence.tiny_models import model_class, perturb
+from ulysses_infer.cache.states import StateCache, StateSequences
+from ulysses_infer.config import ModelConfig
+from ulysses_infer.model.model import ModelBuilder
+from ulysses_infer.model.recurrent.layer import RecurrentLayer
+from ulysses_infer.model.recurrent.runs import runs_of
+from ulysses_infer.native.arena import Arena
+from ulysses_infer.native.cpu_graph import CpuGraph
+from ulysses_infer.native.library import is_available
+from ulysses_infer.parallel.layout import Layout, Mode
+
+LIBRARIES = ("delta_net", "short_convolution", "state_space")
+pytestmark = pytest.mark.skipif(not all(map(is_available, LIBRARIES)), reason="needs a C compiler")
+CPU = torch.device("cpu")
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 80,
+}
+SSM = {"state_size": 48, "head_dim": 32, "num_heads": 4}
+MAMBA = {"mamba_d_state": 144, "mamba_d_head": 32, "mamba_n_heads": 8, "mamba_expand": 4}
+KIMI = {"linear_num_heads": 6, "linear_head_dim": 80}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3_next": DELTA,
+    "qwen3_5_text": DELTA,
+    "olmo_hybrid": {**DELTA, "linear_num_key_heads": 6},
+    "kimi_linear": KIMI,
+    "bailing_hybrid": {**KIMI, "layer_group_size": 2},
+    "mamba2": SSM,
+    "nemotron_h": {"ssm_state_size": 144, "mamba_head_dim": 32, "time_step_min": 0.05},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 256, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
+    "zamba2": {"mamba_headdim": 16, "mamba_d_state": 32},
+    "bamba": MAMBA,
+    "granitemoehybrid": MAMBA,
+    "lfm2": {"hidden_size": 96, "conv_bias": True},
+    "lfm3": {"hidden_size": 96},
+}
+"""Widths that are multiples of 16, with and without a rest of the kernels' larger steps."""
+SCALED = ("falcon_h1",)  # torch multiplies their inputs
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
+
+
+def native_layer(kind: str, dtype: torch.dtype, world_size: int = 1, shard: int = 0) -> RecurrentLayer:
+    """A recurrent layer of a random model, loaded with its native form."""
+    torch.manual_seed(3)
+    config = next(tiny_configs(kind))
+    for name, value in SHAPES[kind].items():
+        setattr(config, name, value)
+    model = model_class(config).from_config(config, dtype=torch.float32)
+    perturb(model)
+    layout = Layout(Mode(world_size, 1))
+    loaded = ModelBuilder.from_pretrained(model.to(dtype), ModelConfig("unused"), layout, shard, CPU).load()
+    layer = loaded.injection.recurrent_layers[0]
+    assert layer.native is not None
+    return layer
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@torch.inference_mode()
+def run_both(layer: RecurrentLayer, lengths: Sequence[int], dtype: torch.dtype, spread: float = 1.0) -> list[Pair]:
+    """Results and states of the layer's own forward and of its native form, run by run."""
+    assert layer.native is not None
+    random = torch.Generator().manual_seed(len(lengths))
+    caches = [StateCache(layer.state_shapes, 5, CPU) for _ in range(2)]
+    for shape in layer.state_shapes:
+        states = [cache.state(shape.layer, shape.kind, shape.index) for cache in caches]
+        states[0].copy_(torch.randn(states[0].shape, generator=random))
+        states[1].copy_(states[0])
+    slots = torch.tensor([4, 0, 3, 1, 2])[: len(lengths)]
+    inputs = [(torch.randn(sum(lengths), width, generator=random) * spread).to(dtype) for width in layer.own_widths]
+    number = layer.module.layer_idx
+    results = [
+        (layer.run_inner(caches[0], run, inputs), layer.native(caches[1], number, run, inputs))
+        for run in runs_of(StateSequences(slots, lengths))
+    ]
+    keys = [(shape.layer, shape.kind, shape.index) for shape in layer.state_shapes]
+    return [*results, *((caches[0].state(*key), caches[1].state(*key)) for key in keys)]
+
+
+def check(pairs: list[Pair], tolerance: float) -> None:
+    for expected, found in pairs:
+        assert expected.isfinite().all()
+        assert found.dtype == expected.dtype
+        assert (found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_it_equals_transformers(kind: str, dtype: torch.dtype) -> None:
+    layer = native_layer(kind, dtype)
+    for lengths in ([1], [1, 1, 1], [2], [70, 3], [1, 5, 1, 5, 130]):
+        check(run_both(layer, lengths, dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shard", range(6))
+def test_ranks_that_share_a_key_head_have_it_too(shard: int) -> None:
+    layer = native_layer("qwen3_next", torch.float32, 6, shard)
+    assert (layer.module.num_k_heads, layer.module.num_v_heads) == (1, 1)
+    check(run_both(layer, [1, 1, 9], torch.float32), 4e-6)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_gates_at_their_limits_give_no_nan(kind: str) -> None:
+    check(run_both(native_layer(kind, torch.float32), [1, 40], torch.float32, spread=200.0), 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "kimi_linear", "lfm2"])
+@torch.inference_mode()
+def test_slots_of_other_sequences_are_left_alone(kind: str) -> None:
+    layer = native_layer(kind, torch.float32)
+    assert layer.native is not None
+    cache = StateCache(layer.state_shapes, 3, CPU)
+    cache.clear(torch.arange(3))
+    run = runs_of(StateSequences(torch.tensor([1]), [4]))[0]
+    layer.native(cache, layer.module.layer_idx, run, [torch.randn(4, width) for width in layer.own_widths])
+    for shape in layer.state_shapes:
+        state = cache.state(shape.layer, shape.kind, shape.index)
+        assert not state[0].any()
+        assert state[1].any()
+        assert not state[2].any()
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@torch.inference_mode()
+def test_decodes_are_replayed_without_torch(kind: str) -> None:
+    layer = native_layer(kind, torch.bfloat16)
+    assert layer.native is not None
+    caches = [StateCache(layer.state_shapes, 3, CPU) for _ in range(2)]
+    for cache in caches:
+        cache.clear(torch.arange(3))
+    run, number = runs_of(StateSequences(torch.tensor([2, 0]), [1, 1]))[0], layer.module.layer_idx
+    inputs = [torch.zeros(2, width, dtype=torch.bfloat16) for width in layer.own_widths]
+    graph = CpuGraph(Arena())
+    with graph.recording():
+        result = layer.native(caches[0], number, run, inputs)
+    assert graph.problem is None
+    assert graph.num_torch_calls <= graph.num_native_calls
+    assert graph.num_torch_calls == (kind in SCALED)
+    caches[0].clear(torch.arange(3))
+    for _ in range(2):
+        for each in inputs:
+            each.normal_()
+        graph.replay()
+        assert torch.equal(result, layer.native(caches[1], number, run, inputs))
+    for shape in layer.state_shapes:
+        key = shape.layer, shape.kind, shape.index
+        assert torch.equal(caches[0].state(*key), caches[1].state(*key))
