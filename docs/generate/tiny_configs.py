@@ -243,6 +243,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots3_note_audio_encoder": {"adapter_out_dim": 64},
     "flint": {"mlp_only_layers": [0], "num_experts": 4},
     "deepseek_v3": {"n_group": 2, "topk_group": 1},
+    "deepseek_v4": {
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "compress_rates": {"heavily_compressed_attention": 8, "compressed_sparse_attention": 2},
+        "num_key_value_heads": 1,
+        "partial_rotary_factor": 0.5,
+        "o_groups": 4,
+        "hc_sinkhorn_iters": 3,
+        "swiglu_limit": 1.0,
+    },
     "nemotron": {"head_dim": 8},
     "bitnet": {"num_key_value_heads": 4},
     "glm5_next_text": {

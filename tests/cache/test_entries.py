@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ulysses_infer.attention.backend import AttentionOptions
+from ulysses_infer.attention.entries import entry_tables
 from ulysses_infer.attention.span import AttentionSpan
-from ulysses_infer.cache.entries import EntryShape, entry_tables
+from ulysses_infer.cache.entries import EntryShape
 from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import CacheShape, LayerShape, PagedCache
 from ulysses_infer.cache.sizing import CacheSizing

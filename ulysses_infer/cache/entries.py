@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.errors import ConfigError
 
@@ -41,12 +39,3 @@ class EntryShape:
                 f"cache.block_size is {block_size}, but layer {self.layer} caches one entry per {self.tokens} tokens; "
                 f"use a multiple or a divisor of {self.tokens}"
             )
-
-
-def entry_tables(block_tables: torch.Tensor, tokens: int, block_size: int) -> torch.Tensor:
-    """The block tables of entries of `tokens` tokens: those of tokens, or every n-th column if entries are longer.
-
-    block_tables: [N, blocks], from the first token on. Each block holds `max(1, block_size // tokens)` entries.
-    """
-    longer = tokens // block_size
-    return block_tables if longer <= 1 else block_tables[:, longer - 1 :: longer]

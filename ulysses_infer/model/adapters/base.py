@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ulysses_infer.cache.entries import EntryShape
 from ulysses_infer.model.injection.rules import AttentionRule
 from ulysses_infer.model.layers.attention import shift_attention
 from ulysses_infer.model.layers.head_plan import HeadPlan
@@ -36,6 +37,10 @@ class AdaptedAttention(Adapted):
     """Sharding rules of its linear layers that differ from those of other modules with the same names."""
     replicated_parameters: tuple[str, ...] = ()
     """Its own parameters that every rank needs whole."""
+    cache_entries: tuple[EntryShape, ...] = ()
+    """What it caches beside keys and values."""
+    values_are_keys: bool = False
+    """Whether it attends to one tensor as keys and values, which is cached once."""
     projections_elsewhere: tuple[tuple[nn.Module, str, AttentionRule], ...] = ()
     """Linear layers that are not its children: the modules that have them, their names there, and their rules."""
 

@@ -17,9 +17,10 @@ from ulysses_infer.model.adapters.gptj import adapt_codegen, adapt_gptj
 from ulysses_infer.model.adapters.jetmoe import adapt_jetmoe
 from ulysses_infer.model.adapters.mpt import adapt_mpt
 from ulysses_infer.model.adapters.multimodal import adapt_chameleon, adapt_kosmos, adapt_mllama
-from ulysses_infer.model.adapters.pooled_index import adapt_glm5_next, adapt_qwen4_exp
 from ulysses_infer.model.adapters.projections import adapt_ctrl, adapt_gpt_bigcode, adapt_moshi
 from ulysses_infer.model.adapters.recurrent_gemma import adapt_recurrent_gemma
+from ulysses_infer.model.adapters.sparse.deepseek_v4 import adapt_deepseek_v4
+from ulysses_infer.model.adapters.sparse.pooled_index import adapt_glm5_next, adapt_qwen4_exp
 from ulysses_infer.model.adapters.zamba import adapt_zamba
 from ulysses_infer.model.injection.architectures import DECODERS, ENCODERS
 
@@ -32,6 +33,7 @@ ADAPTERS: dict[str, Callable[[Any], None]] = {
     "codegen": adapt_codegen,
     "ctrl": adapt_ctrl,
     "dbrx": adapt_dbrx,
+    "deepseek_v4": adapt_deepseek_v4,
     "diffllama": adapt_diffllama,
     "falcon": adapt_falcon,
     "git": adapt_bert,

@@ -26,6 +26,13 @@ def rotate_pairs(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) 
     return _with_rest(heads, turned, cosine, sine)
 
 
+def rotate_last_pairs(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """`rotate_pairs` of the last r columns, in float32."""
+    rotated = heads[..., -2 * cosine.shape[-1] :]
+    turned = rotate_pairs(rotated.float(), cosine, sine).to(heads.dtype)
+    return torch.cat((heads[..., : heads.shape[-1] - turned.shape[-1]], turned), dim=-1)
+
+
 def _with_rest(heads: torch.Tensor, turned: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     width = turned.shape[-1]
     rotated = heads[..., :width] * cosine + turned * sine

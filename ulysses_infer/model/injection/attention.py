@@ -37,7 +37,14 @@ from ulysses_infer.model.layers.temperature import take_temperature
 from ulysses_infer.model.quantization.layers import shift_linear
 from ulysses_infer.parallel.layout import Layout, Place
 
-ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"})
+COMPRESSED_KINDS = frozenset({"compressed_sparse_attention", "heavily_compressed_attention"})
+"""Attention to a sliding window, and to entries compressed from several tokens each (deepseek_v4)."""
+ATTENTION_KINDS = COMPRESSED_KINDS | {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "indexed_attention",
+}
 HYBRID_KINDS = frozenset({"linear_attention", "conv", "mamba", "hybrid", "moe", "mlp"})
 """Further kinds of layers in models with recurrent layers."""
 
@@ -104,12 +111,15 @@ class AttentionInjector:
         plan = HeadPlan(heads.layout)
         plan.temperature = take_temperature(module)
         plan.source = source_of_keys(module, self.config)
+        if isinstance(module, AdaptedAttention):
+            plan.entries, plan.values_are_keys = module.cache_entries, module.values_are_keys
         untyped = cast(Any, module)
         untyped.head_plan = plan
         untyped.attention_chunk_size = _chunk_size(self.config, untyped.layer_idx)
-        rules = {**ATTENTION_RULES, **_own_rules(module)}
+        own = _own_rules(module)
+        rules = {**ATTENTION_RULES, **own}
         for child, linear in list(module.named_children()):
-            if child in rules and is_linear(linear):
+            if (child in own and isinstance(linear, nn.Linear)) or (child in rules and is_linear(linear)):
                 cut, rule = rules[child]
                 sharding = rule(cut_features(linear, cut), heads)
                 self._replace(module, child, shift_linear(linear, cut, sharding, self.base))

@@ -36,8 +36,8 @@ def layer_heads(module: Any, config: Any) -> LayerHeads:
     heads, plan = expanded_heads(module, config), module.head_plan
     if plan.latent is not None:
         latent: LatentWidths = plan.latent.widths
-        heads = LayerHeads(heads.num_attention_heads, 1, latent.cached, latent.latent, values_in_keys=True)
-    return heads._replace(source=plan.source, index_width=plan.index_width)
+        heads = LayerHeads(heads.num_attention_heads, 1, latent.cached, latent.latent)
+    return heads._replace(values_in_keys=plan.values_are_keys, source=plan.source, index_width=plan.index_width)
 
 
 def expanded_heads(module: Any, config: Any) -> LayerHeads:

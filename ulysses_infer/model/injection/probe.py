@@ -17,11 +17,13 @@ from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.cache.states import StateCache, StateSequences, StateShape
 from ulysses_infer.errors import UnsupportedModelError, first_line
 from ulysses_infer.model.context import StepContext
+from ulysses_infer.model.injection.attention import COMPRESSED_KINDS
 from ulysses_infer.parallel.collectives import Collectives
 from ulysses_infer.parallel.layout import Layout, Span
 
 TRIALS = ((3, 5, 7), (11, 13, 17), (19, 23, 29))  # token ids; rounding may flip an expert in one trial, not in all
 TOKENS = 2  # per trial
+WINDOW_KINDS = COMPRESSED_KINDS | {"sliding_attention"}
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}  # of the largest logit
 
 
@@ -179,7 +181,7 @@ def _check_windows(model: Any) -> str | None:
     for layer, options in enumerate(model.attention_options):
         if options is None:
             continue
-        if kinds and (kinds[layer] == "sliding_attention") != (options.sliding_window is not None):
+        if kinds and (kinds[layer] in WINDOW_KINDS) != (options.sliding_window is not None):
             return f"layer {layer} is of type {kinds[layer]}, but uses a window of {options.sliding_window}"
         source = model.shape.layers[layer].source
         if source is not None and model.attention_options[source].span != options.span:

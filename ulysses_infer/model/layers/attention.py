@@ -205,7 +205,7 @@ def _tokens_to_heads(
     context: StepContext, plan: HeadPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One fused all-to-all for q, k and v: from [t, heads/tp, d], this rank's tokens, to [T, heads/W, d], its heads."""
-    if plan.latent is not None:  # its values are part of its key
+    if plan.values_are_keys:
         query, key = context.collectives.tokens_to_heads(plan.arranged(query, key), context.token_spans)
         return query, key, key[..., : value.shape[-1]]
     query, key, value = context.collectives.tokens_to_heads(plan.arranged(query, key, value), context.token_spans)

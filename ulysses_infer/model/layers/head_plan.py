@@ -32,6 +32,8 @@ class HeadPlan:
         """Width of the layer's index keys, if it has an index (learned sparse attention)."""
         self.entries: tuple[EntryShape, ...] = ()
         """What the layer caches beside its keys and values."""
+        self.values_are_keys = False
+        """Whether values are not exchanged and cached, because they are the keys or a part of them."""
         self.source: int | None = None
         """The layer whose keys and values this one reads, if it caches none of its own."""
         self.temperature: Temperature | None = None
@@ -73,7 +75,7 @@ class HeadPlan:
 
     def use_latent(self, latent: LatentAttention) -> None:
         """Let all query heads attend to one KV head, the latent. Call it before the first `bind`."""
-        self.latent, self.heads = latent, self.heads.with_shared_key()
+        self.latent, self.heads, self.values_are_keys = latent, self.heads.with_shared_key(), True
 
     def query_index(self, device: torch.device) -> torch.Tensor | None:
         """The local query head at each place of attention; None if each occurs once, in order."""

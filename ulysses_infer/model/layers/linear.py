@@ -35,7 +35,7 @@ def cut_features(linear: nn.Module, cut: Cut) -> int:
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
     """(output features, input features)."""
-    outputs, inputs = linear.weight.shape if type(linear) is nn.Linear else linear.weight.shape[::-1]  # type: ignore
+    outputs, inputs = linear.weight.shape if isinstance(linear, nn.Linear) else linear.weight.shape[::-1]  # type: ignore
     return outputs, inputs
 
 
@@ -50,7 +50,7 @@ class ShiftLinear(nn.Module):
     def __init__(self, source: Any, cut: Cut, sharding: Sharding, base: Place) -> None:
         super().__init__()
         self.cut, self.sharding, self.base = cut, sharding, base
-        self.transposed = type(source) is not nn.Linear  # the weight is [in, out], as in the checkpoint
+        self.transposed = not isinstance(source, nn.Linear)  # the weight is [in, out], as in the checkpoint
         outputs, inputs = _shape(source)
         stored = sum(span.size for span in sharding.base_spans(base))
         shape = (stored, inputs) if cut == "column" else (outputs, stored)

@@ -1,0 +1,96 @@
+"""Keys compressed from several tokens (DeepSeek-V4): transformers' tokens and log-probabilities in every mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, bases, check, run_case
+from tests.equivalence.families import SHAPE
+from tests.equivalence.tiny_models import NEW_TOKENS, Reference, make_checkpoint, make_prompts, make_reference
+
+pytestmark = pytest.mark.distributed
+
+LENGTHS = (1, 2, 7, 13, 21, 38, 45)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1}
+V4 = {
+    **SHAPE,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 3,
+    "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"],
+    "mlp_layer_types": ["hash_moe", "moe", "moe"],
+    "head_dim": 16,
+    "partial_rotary_factor": 0.5,
+    "q_lora_rank": 24,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "hc_mult": 2,
+    "hc_sinkhorn_iters": 3,
+    "swiglu_limit": 1.0,
+    "sliding_window": 6,
+    "o_groups": 4,
+    "o_lora_rank": 12,
+    "index_n_heads": 16,
+    "index_head_dim": 16,
+    "index_topk": 4,
+    "rope_parameters": YARN,
+}
+RATES = {"compressed_sparse_attention": 2, "heavily_compressed_attention": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "short and long": {"compress_rates": RATES},  # several entries per block, and one in every second block
+    "equal": {"compress_rates": dict.fromkeys(RATES, 4), "o_groups": 2},  # groups that ranks share
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny checkpoint of one of `MODELS` with transformers' answers."""
+    made: dict[str, Reference] = {}
+
+    def get(name: str) -> Reference:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("v4")
+            made[name] = make_reference(make_compressed(name, folder), folder, make_prompts(lengths=LENGTHS))
+        return made[name]
+
+    return get
+
+
+def make_compressed(name: str, folder: Path, **changes: Any) -> Any:
+    """As `make_checkpoint`, with random experts for each token id."""
+    from transformers import DeepseekV4Config
+
+    model = make_checkpoint(DeepseekV4Config(**{**V4, **MODELS[name], **changes}), folder)
+    generator = torch.Generator().manual_seed(0)
+    for key, buffer in model.named_buffers():
+        if key.endswith("tid2eid"):
+            experts = torch.rand(buffer.shape[0], V4["n_routed_experts"], generator=generator).argsort(dim=1)
+            buffer.copy_(experts[:, : buffer.shape[1]])
+    model.save_pretrained(folder)
+    return model
+
+
+def cases() -> list[Any]:
+    """Both models on every base with alternating profiles; one case by default."""
+    chosen = []
+    for turn, name in enumerate(MODELS):
+        for number, base in enumerate(base for world_size in (1, 2, 4) for base in bases(world_size)):
+            profile = (CROWD, TIGHT, INNER if base == (2, 2) else CROWD, WHOLE, TIGHT)[(turn + number) % 5]
+            marks = [] if (name, base) == ("short and long", (2, 1)) else [pytest.mark.thorough]
+            chosen.append(
+                pytest.param(name, base, profile, id=f"{name}-sp{base[0]}xtp{base[1]}-{profile.name}", marks=marks)
+            )
+    return chosen
+
+
+@pytest.mark.parametrize(("name", "base", "profile"), cases())
+def test_compressed_keys_give_what_transformers_gives(
+    name: str, base: tuple[int, int], profile: Profile, rank_pool: Any, reference: Any
+) -> None:
+    expected = reference(name)
+    outcomes = rank_pool(base[0] * base[1]).run(run_case, expected.folder, base, profile, expected.prompts, NEW_TOKENS)
+    check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))

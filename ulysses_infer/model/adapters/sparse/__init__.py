@@ -1,0 +1,1 @@
+"""Adapters of families whose attention selects keys, or compresses them from several tokens."""
