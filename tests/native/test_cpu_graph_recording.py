@@ -118,6 +118,15 @@ def test_a_step_that_cannot_be_replayed_names_the_reason_and_runs_normally(step)
     assert torch.equal(result, step(x))
 
 
+def test_rows_selected_by_number_are_replayed():
+    x, rows = torch.randn(8, 3), torch.tensor([5, 1])
+    graph, result = recorded(lambda: x[rows] * 2)
+    assert graph.problem is None
+    x.copy_(torch.randn(8, 3))
+    rows.copy_(torch.tensor([0, 7]))
+    assert torch.equal(replayed(graph, result), x[[0, 7]] * 2)
+
+
 def test_nothing_is_recorded_after_an_exception():
     graph = CpuGraph(Arena())
     with pytest.raises(ZeroDivisionError), graph.recording():

@@ -3,66 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 
-from docs.generate.tiny_configs import tiny_configs
-from tests.equivalence.tiny_models import model_class, perturb
+from tests.native.recurrent_layers import SHAPES, make_layer
 from ulysses_infer.cache.states import StateCache, StateSequences
-from ulysses_infer.config import ModelConfig
-from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.model.recurrent.layer import RecurrentLayer
 from ulysses_infer.model.recurrent.runs import runs_of
 from ulysses_infer.native.arena import Arena
 from ulysses_infer.native.cpu_graph import CpuGraph
 from ulysses_infer.native.library import is_available
-from ulysses_infer.parallel.layout import Layout, Mode
 
 LIBRARIES = ("delta_net", "short_convolution", "state_space")
 pytestmark = pytest.mark.skipif(not all(map(is_available, LIBRARIES)), reason="needs a C compiler")
 CPU = torch.device("cpu")
-DELTA = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 80,
-}
-SSM = {"state_size": 48, "head_dim": 32, "num_heads": 4}
-MAMBA = {"mamba_d_state": 144, "mamba_d_head": 32, "mamba_n_heads": 8, "mamba_expand": 4}
-KIMI = {"linear_num_heads": 6, "linear_head_dim": 80}
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3_next": DELTA,
-    "qwen3_5_text": DELTA,
-    "olmo_hybrid": {**DELTA, "linear_num_key_heads": 6},
-    "kimi_linear": KIMI,
-    "bailing_hybrid": {**KIMI, "layer_group_size": 2},
-    "mamba2": SSM,
-    "nemotron_h": {"ssm_state_size": 144, "mamba_head_dim": 32, "time_step_min": 0.05},
-    "falcon_h1": {**MAMBA, "mamba_d_ssm": 256, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
-    "zamba2": {"mamba_headdim": 16, "mamba_d_state": 32},
-    "bamba": MAMBA,
-    "granitemoehybrid": MAMBA,
-    "lfm2": {"hidden_size": 96, "conv_bias": True},
-    "lfm3": {"hidden_size": 96},
-}
-"""Widths that are multiples of 16, with and without a rest of the kernels' larger steps."""
 SCALED = ("falcon_h1",)  # torch multiplies their inputs
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
 
 
 def native_layer(kind: str, dtype: torch.dtype, world_size: int = 1, shard: int = 0) -> RecurrentLayer:
     """A recurrent layer of a random model, loaded with its native form."""
-    torch.manual_seed(3)
-    config = next(tiny_configs(kind))
-    for name, value in SHAPES[kind].items():
-        setattr(config, name, value)
-    model = model_class(config).from_config(config, dtype=torch.float32)
-    perturb(model)
-    layout = Layout(Mode(world_size, 1))
-    loaded = ModelBuilder.from_pretrained(model.to(dtype), ModelConfig("unused"), layout, shard, CPU).load()
-    layer = loaded.injection.recurrent_layers[0]
+    layer = make_layer(kind, dtype, SHAPES[kind], world_size, shard)
     assert layer.native is not None
     return layer
 

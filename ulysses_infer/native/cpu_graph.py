@@ -121,7 +121,7 @@ class CpuGraph(TorchDispatchMode):
             return result
         if function not in CONSTANTS and _all_views(result, args):
             return result
-        if not _is_repeatable(function) or not isinstance(result, torch.Tensor):
+        if not _is_repeatable(function, args) or not isinstance(result, torch.Tensor):
             self.problem = self.problem or f"{function} cannot be repeated"
             return result
         kept = self._arena.empty(tuple(result.shape), result.dtype)
@@ -134,13 +134,20 @@ class CpuGraph(TorchDispatchMode):
         self.num_torch_calls += 1
 
 
-def _is_repeatable(function: Any) -> bool:
+def _is_repeatable(function: Any, args: Any) -> bool:
     """Whether the result has a fixed shape and depends on the values of the arguments only."""
     return (
         function.namespace == "aten"
         and function not in CONSTANTS
-        and torch.Tag.dynamic_output_shape not in function.tags
+        and (torch.Tag.dynamic_output_shape not in function.tags or _selects_by_numbers(function, args))
         and torch.Tag.nondeterministic_seeded not in function.tags
+    )
+
+
+def _selects_by_numbers(function: Any, args: Any) -> bool:
+    """Whether tensors of positions select from a tensor: unlike masks, they select a fixed number of elements."""
+    return function is torch.ops.aten.index.Tensor and all(
+        each is None or each.dtype in (torch.int64, torch.int32) for each in args[1]
     )
 
 

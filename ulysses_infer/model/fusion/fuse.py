@@ -25,7 +25,7 @@ from ulysses_infer.model.fusion.experts import SCORES, FusedRouter, dense_choice
 from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
 from ulysses_infer.model.fusion.mixture import FusedMixture
 from ulysses_infer.model.fusion.norm import FusedRMSNorm, OffsetRMSNorm
-from ulysses_infer.model.fusion.recurrent import is_equivalent_form
+from ulysses_infer.model.fusion.recurrent import is_equivalent_form, warn_of_missing_packages
 from ulysses_infer.model.fusion.rotary import FusedRotary
 from ulysses_infer.model.fusion.stacked import StackedLinears
 from ulysses_infer.model.injection.probe import ProbeAttention, ProbeCache, clear_states, trial_context
@@ -99,6 +99,7 @@ class Fusion:
                 self.fused[type(layer.module).__name__] += 1
             else:
                 self.kept[type(layer.module).__name__] += 1
+        warn_of_missing_packages(layers, self._tokens.device)
 
     def _modules(self, kind: Any) -> list[nn.Module]:
         """The modules that `kind` might replace."""

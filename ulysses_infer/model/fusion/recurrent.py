@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
 from ulysses_infer.cache.states import StateCache, StateSequences
 from ulysses_infer.model.fusion.equivalence import MISMATCH_ERRORS, is_close
+from ulysses_infer.model.recurrent.gpu_functions import missing_packages, runs_gpu_functions
 from ulysses_infer.model.recurrent.layer import InnerForm, RecurrentLayer
 from ulysses_infer.model.recurrent.runs import Run, runs_of
 
 LENGTHS = (1, 5)  # a decode and a chunk of a prompt, which transformers computes differently
+logger = logging.getLogger(__name__)
 SLOTS = (2, 0)
 SCALES = (1.0, 4.0)
 
@@ -30,6 +33,19 @@ def is_equivalent_form(layer: RecurrentLayer, form: InnerForm, dtype: torch.dtyp
             if not _is_equal(layer, form, run, inputs, random):
                 return False
     return True
+
+
+def warn_of_missing_packages(layers: Sequence[RecurrentLayer], device: torch.device) -> None:
+    """Say which packages would make recurrent layers faster on a GPU; one rank of a replica does, for all."""
+    first = [layer for layer in layers if layer.owner.shard == 0 and layer.rule.forward is None]
+    missing = {name for layer in first for name in missing_packages(type(layer.module).forward)}
+    if missing and runs_gpu_functions(device):
+        kinds = ", ".join(sorted({type(layer.module).__name__ for layer in first}))
+        logger.warning(
+            "%s run transformers' form in torch, which is correct but slow; for faster kernels install %s",
+            kinds,
+            ", ".join(sorted(missing)),
+        )
 
 
 def _is_equal(

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
+
+from ulysses_infer.model.recurrent.gpu_functions import chosen, runs_gpu_functions
 
 
 class ModuleView:
@@ -33,7 +36,10 @@ class ModuleView:
         vars(self).update(own)
         self.states: Any = None
         """Those of the current run."""
-        self._forward = forward or self._with_functions(type(module).forward, functions or {})
+        own_forward = type(module).forward
+        self._forwards = {
+            on_gpu: forward or self._with_functions(own_forward, functions or {}, on_gpu) for on_gpu in (False, True)
+        }
 
     def __getattr__(self, name: str) -> Any:
         method = inspect.getattr_static(type(self._module), name, None)
@@ -41,18 +47,20 @@ class ModuleView:
             return method.__get__(self)
         return getattr(self._module, name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the module's class computes."""
-        return self._forward(self, *args, **kwargs)
+        return self._forwards[runs_gpu_functions(inputs.device)](self, inputs, *args, **kwargs)
 
     def _with_functions(
-        self, forward: Callable[..., Any], others: Mapping[str, Callable[..., Any]]
+        self, forward: Callable[..., Any], others: Mapping[str, Callable[..., Any]], on_gpu: bool
     ) -> Callable[..., Any]:
         """`forward` as if its source file had `others` under their names; the file's module is not changed."""
-        if not others:
-            return forward
         plain = inspect.unwrap(forward)
         assert isinstance(plain, FunctionType)
-        names = dict(plain.__globals__)
+        used = {name: plain.__globals__[name] for name in plain.__code__.co_names if name in plain.__globals__}
+        for_device = chosen(used, on_gpu)
+        if not others and not for_device:
+            return forward
+        names = {**plain.__globals__, **for_device}
         names |= {name: functools.partial(other, self, names[name]) for name, other in others.items()}
         return FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
