@@ -18,11 +18,27 @@ def naive(query, keys, values, options):
     if options.alibi is not None:
         places = torch.arange(context, dtype=torch.float64)
         scores = scores - options.alibi.double()[:, None, None] * (places[context - length :, None] - places)
+    if options.relative is not None:
+        extent = options.relative.shape[-1]
+        for row, column in ((row, column) for row in range(length) for column in positions):
+            distance = context - length + row - column
+            if 0 <= distance < extent:
+                scores[:, row, column] += options.relative[row, :, distance].double()
     scores = scores.masked_fill(~torch.tensor(seen), float("-inf"))
     if options.sinks is not None:
-        scores = torch.cat([scores, options.sinks.double()[:, None, None].expand(heads, length, 1)], dim=-1)
+        sinks = options.sinks.double().expand(length, heads).t()[:, :, None]
+        scores = torch.cat([scores, sinks], dim=-1)
     weights = scores.softmax(-1)[..., :context]
     return torch.einsum("hnm,mhv->nhv", weights, values)
+
+
+def expected(sequences, options):
+    """The outputs of `naive` for all sequences of a step, [T, Hq, dv]."""
+    outputs, start = [], 0
+    for query, keys, values in sequences:
+        outputs.append(naive(query, keys, values, options.of_rows(slice(start, start + len(query)))))
+        start += len(query)
+    return torch.cat(outputs)
 
 
 def sees(position, other, options):
@@ -84,10 +100,12 @@ def check(
     output = backend.attend(query, keys, values, metadata, options)
     assert output.shape == (sum(lengths), heads[0], value_width)
     assert output.dtype == dtype
-    wanted = torch.cat([naive(*sequence, options) for sequence in sequences])
+    wanted = expected(sequences, options)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(output.double(), wanted, atol=tolerance, rtol=tolerance)
 
+
+MOST_TOKENS = 256  # of a step
 
 OPTIONS = {
     "plain": {},
@@ -100,6 +118,8 @@ OPTIONS = {
     "window and soft cap": {"sliding_window": 7, "softcap": 1.5},
     "alibi": {"alibi": True},
     "window and alibi": {"sliding_window": 7, "alibi": True},
+    "relative": {"relative": 5},
+    "relative and sinks per token": {"sliding_window": 9, "relative": 9, "sinks": True},
     "all": {"sliding_window": 9, "chunk_size": 12, "softcap": 2.0, "sinks": True, "alibi": True},
 }
 
@@ -110,6 +130,11 @@ def make_options(name, query_heads, scaling=0.3):
         chosen["sinks"] = torch.linspace(-2.0, 2.0, query_heads)
     if chosen.pop("alibi", False):
         chosen["alibi"] = torch.linspace(0.5, 0.01, query_heads)
+    if extent := chosen.pop("relative", None):
+        generator = torch.Generator().manual_seed(extent)
+        chosen["relative"] = torch.randn(MOST_TOKENS, query_heads, extent, generator=generator)
+        if "sinks" in chosen:
+            chosen["sinks"] = torch.randn(MOST_TOKENS, query_heads, generator=generator)
     return AttentionOptions(scaling=scaling, **chosen)
 
 

@@ -320,6 +320,9 @@ def _attention(
     for per_head in ("sinks", "alibi"):
         if options.pop(per_head, False):
             options[per_head] = empty(heads * group, dtype="float32")
+    if extent := options.pop("extent", 0):  # with sinks of each token
+        options["relative"] = empty(2 * lengths, heads * group, extent, dtype=model)
+        options["sinks"] = empty(2 * lengths, heads * group, dtype=model)
     softmax = attention.Softmax(0.1, **options)
     cases: list[Case] = []
 
@@ -408,6 +411,8 @@ CASES: list[Case] = [
     *_attention("prefill 8 x 64, all", 8, 512, 64, window=128, chunk=8192, softcap=30.0, sinks=True, alibi=True),
     *_attention("decode 1 x 128, ALiBi", 1, 1, 128, splits=4, alibi=True),
     *_attention("prefill 8 x 128, ALiBi", 8, 512, 128, alibi=True),
+    *_attention("decode 8 x 128, relative", 8, 1, 128, splits=4, extent=1024),
+    *_attention("prefill 8 x 128, relative", 8, 512, 128, extent=1024),
     *_attention("prefill 2 x 256, window, cap", 2, 512, 256, window=4096, softcap=50.0),
     *_attention("prefill 1 x 192", 1, 512, 192),
     *_attention("prefill 8 x 512", 8, 512, 512),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.attention.reference import BATCHES, OPTIONS, make_options, naive, random_step, spoil_unseen
+from tests.attention.reference import BATCHES, OPTIONS, expected, make_options, random_step, spoil_unseen
 from tests.kernels.interpreter import use_exact_rounding
 from ulysses_infer.attention.backend import running_sums
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
@@ -40,7 +40,7 @@ def sequences_of(metadata):
 
 def softmax_of(options, **changes):
     fields = options.scaling, options.sliding_window, options.chunk_size, options.softcap, options.sinks, options.alibi
-    return Softmax(*fields, **changes)
+    return Softmax(*fields, **{"relative": options.relative, **changes})
 
 
 def check(
@@ -62,7 +62,7 @@ def check(
     output = attention(query, keys, values, sequences_of(metadata), softmax_of(options), splits)
     assert output.shape == (sum(lengths), heads[0], value_width)
     assert output.dtype == dtype
-    wanted = torch.cat([naive(*sequence, options) for sequence in sequences])
+    wanted = expected(sequences, options)
     tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(output.double(), wanted, atol=tolerance, rtol=tolerance)
 
@@ -131,7 +131,7 @@ def test_latents_are_keys_and_their_first_columns_values(dtype, batch, splits):
     query, keys, _, metadata, sequences = random_step(lengths, contexts, (20, 1), 40, 32, 4, 0, dtype)
     options = make_options("plain", 20)
     output = attention(query, keys, keys[..., :32], sequences_of(metadata), softmax_of(options), splits)
-    wanted = torch.cat([naive(own, key, key[..., :32], options) for own, key, _ in sequences])
+    wanted = expected([(own, key, key[..., :32]) for own, key, _ in sequences], options)
     torch.testing.assert_close(output.double(), wanted, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
 
 
@@ -140,7 +140,7 @@ def test_sequences_without_tokens_do_nothing(splits):
     """Neither where they pad a step nor between others."""
     query, keys, values, metadata, sequences = random_step((1, 1), (9, 17), (4, 2), 16, 16, 4, 0, torch.float32)
     options = make_options("window", 4)
-    wanted = torch.cat([naive(*sequence, options) for sequence in sequences])
+    wanted = expected(sequences, options)
     lengths, contexts = np.array([0, 1, 0, 1, 0, 0], np.int32), np.array([0, 9, 5, 17, 0, 0], np.int32)
     tables = torch.zeros(6, 9, dtype=torch.int32)
     tables[[1, 3], : metadata.block_tables.shape[1]] = metadata.block_tables.int()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,6 +74,9 @@ class AttentionOptions:
     """Attention parameters of a layer: softmax scale, span, logit soft cap, and per local head: sinks, ALiBi slopes.
 
     ALiBi: scores, after the soft cap, fall by the slope for every token between query and key.
+    sinks: [Hq], or of each query token [T, Hq].
+    relative: [T, Hq, E], what is added to a query's scores, after the soft cap, for the key 0 .. E - 1 tokens back;
+    nothing is added for keys further back.
     """
 
     scaling: float
@@ -82,6 +85,15 @@ class AttentionOptions:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     alibi: torch.Tensor | None = None
+    relative: torch.Tensor | None = None
+
+    def of_rows(self, rows: slice) -> AttentionOptions:
+        """Those of some of the step's query tokens."""
+        sinks, relative = self.sinks, self.relative
+        if relative is None and (sinks is None or sinks.dim() == 1):
+            return self
+        sinks = sinks if sinks is None or sinks.dim() == 1 else sinks[rows]
+        return replace(self, sinks=sinks, relative=None if relative is None else relative[rows])
 
     @property
     def span(self) -> AttentionSpan:
@@ -91,7 +103,7 @@ class AttentionOptions:
     @property
     def is_per_head(self) -> bool:
         """Whether some parameter differs between heads."""
-        return self.sinks is not None or self.alibi is not None
+        return self.sinks is not None or self.alibi is not None or self.relative is not None
 
     @property
     def window_left(self) -> int:

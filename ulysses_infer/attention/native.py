@@ -102,9 +102,10 @@ class _LayerArguments(ctypes.Structure):
     """`struct layer` of attention.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "output", "sinks", "alibi")),
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "output", "sinks", "alibi", "relative")),
         *((name, ctypes.c_int64) for name in ("row_stride", "head_stride", "heads", "groups")),
         *((name, ctypes.c_int64) for name in ("key_width", "value_width", "value_stride", "window", "chunk")),
+        *((name, ctypes.c_int64) for name in ("sink_row", "extent")),
         *((name, ctypes.c_float) for name in ("scaling", "soft_cap")),
     )
 
@@ -116,7 +117,7 @@ class _LayerArguments(ctypes.Structure):
         if query.stride(2) != 1:
             query = query.contiguous()
         heads, key_width = keys.shape[2:]
-        sinks, slopes = _floats(options.sinks), _floats(options.alibi)
+        sinks, slopes, relative = _floats(options.sinks), _floats(options.alibi), _floats(options.relative)
         made = _LayerArguments(
             query.data_ptr(),
             keys.data_ptr(),
@@ -124,6 +125,7 @@ class _LayerArguments(ctypes.Structure):
             output.data_ptr(),
             None if sinks is None else sinks.data_ptr(),
             None if slopes is None else slopes.data_ptr(),
+            None if relative is None else relative.data_ptr(),
             query.stride(0),
             query.stride(1),
             heads,
@@ -133,10 +135,12 @@ class _LayerArguments(ctypes.Structure):
             values.stride(2),
             options.sliding_window or 0,
             options.chunk_size or 0,
+            0 if sinks is None or sinks.dim() == 1 else sinks.shape[1],
+            0 if relative is None else relative.shape[2],
             options.scaling,
             options.softcap or 0.0,
         )
-        made.kept = query, sinks, slopes  # keeps the memory alive
+        made.kept = query, sinks, slopes, relative  # keeps the memory alive
         return made
 
 

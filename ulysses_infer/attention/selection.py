@@ -47,6 +47,8 @@ class AttentionNeeds:
     """Whether the cache holds latents (MLA), whose first elements are the values."""
     alibi: bool = False
     """Whether scores fall with distance, by a slope per head (ALiBi)."""
+    relative: bool = False
+    """Whether each query adds logits of its own by distance."""
     selects: bool = False
     """Whether an index on the device selects the keys of each token, which a plan on the host cannot know."""
     other_widths: frozenset[tuple[int, int]] = frozenset()
@@ -83,6 +85,7 @@ class AttentionNeeds:
             chunks=any(layer.chunk_size is not None and layer.chunk_size < max_model_len for layer in layers),
             latents=latents,
             alibi=any(layer.alibi is not None for layer in layers),
+            relative=any(layer.relative is not None for layer in layers),
             other_widths=frozenset(other_widths),
             selects=selects,
         )
@@ -94,6 +97,8 @@ def _reject_libraries(needs: AttentionNeeds) -> str | None:
         return "it needs an Ampere or newer GPU"
     if needs.chunks:
         return "it has no chunked attention"
+    if needs.relative:
+        return "it adds no logits of relative positions"
     if needs.selects:
         return "it is planned on the host, but keys are selected on the device"
     if needs.dtype not in HALF or needs.cache_dtype != needs.dtype:

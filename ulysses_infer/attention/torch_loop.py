@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 
-SCORES_PER_CALL = 1 << 24  # bounds explicit scores (soft cap, ALiBi, sinks) to 64 MiB of float32
+SCORES_PER_CALL = 1 << 24  # bounds explicit scores (soft cap, ALiBi, sinks, relative) to 64 MiB of float32
 MASK_PER_CALL = 1 << 26  # bounds a mask, which torch makes float32, to 256 MiB; tiles of few rows would be slow
 
 
@@ -59,7 +59,7 @@ class TorchLoopAttention:
             value = self._gather("values", values, blocks)[: context - first]
             key, value = key.to(query.dtype), value.to(query.dtype)  # a cache of another dtype
             rows = slice(ends[index] - length, ends[index])
-            output[rows] = _attend_one(query[rows], key, value, first, options)
+            output[rows] = _attend_one(query[rows], key, value, first, options.of_rows(rows))
 
     def _gather(self, name: str, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """[m, Hkv, d], the tokens of `blocks` in order. Valid until the next call with this `name`."""
@@ -76,7 +76,7 @@ def _attend_one(
     """Attend for one sequence. query: [n, Hq, d], the last n positions; key, value: [m, Hkv, d] from `first` on."""
     length, count = query.shape[0], key.shape[0]
     context = first + count
-    plain = options.softcap is None and options.sinks is None and options.alibi is None
+    plain = options.softcap is None and not options.is_per_head
     sees_all = options.span.first_visible(context - 1) <= first
     if plain and length == 1 and sees_all:
         return _decode(query, key, value, options.scaling)
@@ -91,7 +91,8 @@ def _attend_one(
     for start, rows in _tiles(query, max(1, size)):
         end = count - length + start + rows.shape[0]  # keys up to the tile's last query
         visible = options.visible(positions[end - rows.shape[0] : end], positions[:end])
-        parts.append(attend(rows, key[:end], value[:end], visible, options))
+        own = options.of_rows(slice(start, start + rows.shape[0]))
+        parts.append(attend(rows, key[:end], value[:end], visible, own))
     return torch.cat(parts)
 
 
@@ -149,7 +150,7 @@ def _fused(
 def _explicit(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """Unfused attention, for soft caps, ALiBi and sinks. The queries are the last of the keys' positions."""
+    """Unfused attention, for soft caps and parameters per head. The queries are the last of the keys' positions."""
     length, query_heads, width = query.shape
     heads, groups = key.shape[1], query_heads // key.shape[1]
     folded = query.view(length, heads, groups, width).permute(1, 2, 0, 3)  # [Hkv, G, n, d]
@@ -159,16 +160,31 @@ def _explicit(
     if options.alibi is not None:
         places = torch.arange(key.shape[0], device=key.device)
         scores = scores + options.alibi.view(heads, groups, 1, 1) * (places - places[-length:, None])
+    if options.relative is not None:
+        scores = scores + _relative_logits(options.relative, key.shape[0]).view(scores.shape)
     scores = scores.masked_fill(~visible, float("-inf"))
     weights = _softmax_with_sinks(scores, options.sinks).to(value.dtype)
     output = torch.matmul(weights, value.permute(1, 0, 2)[:, None])  # [Hkv, G, n, dv]
     return output.permute(2, 0, 1, 3).reshape(length, query_heads, -1)
 
 
+def _relative_logits(relative: torch.Tensor, count: int) -> torch.Tensor:
+    """relative: [n, Hq, E], of the queries at the last of `count` positions; returns [Hq, n, count] float32."""
+    length, heads, extent = relative.shape
+    places = torch.arange(count, device=relative.device)
+    distances = places[count - length :, None] - places
+    reached = (distances >= 0) & (distances < extent)
+    index = distances.clamp(0, extent - 1).expand(heads, -1, -1)
+    return relative.transpose(0, 1).float().gather(2, index).masked_fill(~reached, 0.0)
+
+
 def _softmax_with_sinks(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over the last dimension with one extra logit per head, the sink, whose weight is dropped."""
+    """Softmax over the last dimension with one extra logit, the sink, whose weight is dropped.
+
+    sinks: [Hq] or [n, Hq].
+    """
     if sinks is None:
         return scores.softmax(dim=-1)
     heads, groups, length, _ = scores.shape
-    sink = sinks.float().view(heads, groups, 1, 1).expand(heads, groups, length, 1)
+    sink = sinks.float().expand(length, -1).t().reshape(heads, groups, length, 1)
     return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]

@@ -33,6 +33,12 @@ class TritonAttention(KernelAttention):
             kernel.max_context_len,
         )
         softmax = Softmax(
-            options.scaling, options.sliding_window, options.chunk_size, options.softcap, options.sinks, options.alibi
+            options.scaling,
+            options.sliding_window,
+            options.chunk_size,
+            options.softcap,
+            options.sinks,
+            options.alibi,
+            relative=options.relative,
         )
         return attention(query, keys, values, sequences, softmax)

@@ -42,6 +42,7 @@ class Sequences:
 class Softmax:
     """How scores become weights. sinks, alibi: [Hq], a logit and a slope of each head, float32.
 
+    sinks may be those of each query token, [T, Hq]. relative: see `AttentionOptions`; dense in the last dimension.
     value_scale: a factor of the output, for values that are stored divided by it.
     """
 
@@ -52,6 +53,7 @@ class Softmax:
     sinks: torch.Tensor | None = None
     alibi: torch.Tensor | None = None
     value_scale: float = 1.0
+    relative: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def _attend(
     constants = {**_width_constants(query, keys, values), **_softmax_constants(softmax), **_work_constants(work)}
     if work.fp8:
         keys, values = keys.view(torch.uint8), values.view(torch.uint8)
-    cap = softmax.softcap
+    cap, sinks, relative = softmax.softcap, softmax.sinks, softmax.relative
     launch(
         attention_kernel,
         work.grid,
@@ -208,8 +210,9 @@ def _attend(
         sequences.block_tables,
         sequences.cu_query_lens,
         sequences.context_lens,
-        query if softmax.sinks is None else softmax.sinks,
+        query if sinks is None else sinks,
         query if softmax.alibi is None else softmax.alibi,
+        query if relative is None else relative,
         output,
         sums,
         softmax.scaling * LOG2_E if cap is None else 2.0 * softmax.scaling * LOG2_E / cap,
@@ -217,6 +220,8 @@ def _attend(
         softmax.value_scale,
         len(sequences.context_lens),
         *query.stride()[:2],
+        0 if sinks is None or sinks.dim() == 1 else sinks.stride(0),
+        *((0, 0) if relative is None else relative.stride()[:2]),
         *keys.stride()[:3],
         *values.stride()[:3],
         sequences.block_tables.stride(0),
@@ -253,6 +258,7 @@ def _softmax_constants(softmax: Softmax) -> dict[str, Any]:
         "SOFTCAP": softmax.softcap is not None,
         "SINKS": softmax.sinks is not None,
         "ALIBI": softmax.alibi is not None,
+        "EXTENT": 0 if softmax.relative is None else softmax.relative.shape[2],
     }
 
 

@@ -51,6 +51,7 @@ def attention_kernel(  # noqa: C901 (constants choose most branches)
     context_lens,
     sinks,
     slopes,
+    relative,
     output,
     sums,
     scale,
@@ -59,6 +60,9 @@ def attention_kernel(  # noqa: C901 (constants choose most branches)
     num_sequences,
     query_row,
     query_head,
+    sink_row,
+    relative_row,
+    relative_head,
     key_block,
     key_slot,
     key_head,
@@ -87,6 +91,7 @@ def attention_kernel(  # noqa: C901 (constants choose most branches)
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     ALIBI: tl.constexpr,
+    EXTENT: tl.constexpr,
     FP8: tl.constexpr,
     DECODE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -145,10 +150,13 @@ def attention_kernel(  # noqa: C901 (constants choose most branches)
     total = tl.zeros([ROWS], tl.float32)
     if SINKS:  # noqa: SIM102 (decided at compilation)
         if split == 0:
-            largest = tl.load(sinks + head, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
+            own = sinks + (start + token).to(tl.int64) * sink_row + head
+            largest = tl.load(own, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
             total = tl.full([ROWS], 1.0, tl.float32)
     if ALIBI:
         slope = tl.load(slopes + head, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
+    if EXTENT > 0:
+        by_distance = relative + (start + token).to(tl.int64) * relative_row + head * relative_head
     result = tl.zeros([ROWS, VALUES], tl.float32)
     value_column = tl.arange(0, VALUES)
     table = block_tables + sequence.to(tl.int64) * table_row
@@ -169,6 +177,11 @@ def attention_kernel(  # noqa: C901 (constants choose most branches)
             score = softcap * (1.0 - 2.0 / (tl.exp2(score) + 1.0))
         if ALIBI:
             score += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
+        if EXTENT > 0:
+            distance = position[:, None] - key[None, :]
+            reached = exists[:, None] & (distance >= 0) & (distance < EXTENT)
+            added = tl.load(by_distance[:, None] + distance, mask=reached, other=0.0)
+            score += added.to(tl.float32) * 1.4426950408889634
         seen = inside[None, :] & (key[None, :] <= position[:, None])
         if WINDOW > 0:
             seen = seen & (position[:, None] - key[None, :] < WINDOW)

@@ -11,14 +11,24 @@ struct batch { /* sequences; their tokens are rows of the query */
 struct layer {
     const char *query, *keys, *values; /* [T, Hq, d], [slots, Hkv, d], [slots, Hkv, dv] */
     char *output;                      /* [T, Hq, dv] */
-    const float *sinks;                /* [Hq], or null */
+    const float *sinks;                /* [Hq] or [T, Hq], or null */
     const float *alibi;                /* [Hq], slopes, or null */
+    const float *relative;             /* [T, Hq, extent], added to scores by distance, or null */
     int64_t row_stride, head_stride;   /* of the query, in elements */
     int64_t heads, groups, key_width, value_width;
     int64_t value_stride;      /* from one value to the next, in elements */
     int64_t window, chunk;     /* 0: none */
+    int64_t sink_row, extent;  /* from one token's sinks to the next, 0: the same for all; of `relative` */
     float scaling, soft_cap;   /* soft_cap 0: none */
 };
+
+/* The sink of a row of the batch and a query head. */
+static float sink_of(const struct layer *l, int64_t row, int64_t head) { return l->sinks[row * l->sink_row + head]; }
+
+/* What a row of the batch and a query head add to scores, by distance. */
+static const float *relative_of(const struct layer *l, int64_t row, int64_t head) {
+    return l->relative + (row * l->heads * l->groups + head) * l->extent;
+}
 
 static int64_t first_visible(const struct layer *l, int64_t position) {
     int64_t first = 0;

@@ -84,9 +84,9 @@ INLINE void score_chunk(const struct layer *l, const char *const *query, int64_t
 }
 
 /* Replace scores by weights for a row that sees keys `low` .. `high` of the chunk. The row's own key is number `own`;
- * ALiBi lowers the scores of earlier ones by `slope` per token. */
+ * ALiBi lowers the scores of earlier ones by `slope` per token, and `relative`, if there, is added by distance. */
 INLINE void weigh(const struct layer *l, struct state *state, float *scores, int64_t low, int64_t high, int64_t own,
-                  float slope, enum type type) {
+                  float slope, const float *relative, enum type type) {
     state->rescale = 1;
     if (low >= high) {
         memset(scores, 0, CHUNK * sizeof *scores);
@@ -99,6 +99,9 @@ INLINE void weigh(const struct layer *l, struct state *state, float *scores, int
             for (int i = 0; i < LANES; i++) s[i] += slope * (float)(j + i - own);
         memcpy(scores + j, &s, sizeof s);
     }
+    if (relative)
+        for (int64_t j = own - l->extent + 1 > low ? own - l->extent + 1 : low; j < high; j++)
+            scores[j] += relative[own - j];
     for (int64_t j = 0; j < low; j++) scores[j] = -INFINITY;
     for (int64_t j = high; j < CHUNK; j++) scores[j] = -INFINITY;
     floats best = splat(-INFINITY), added = {0};
@@ -267,7 +270,8 @@ INLINE void attend_rows(const struct batch *b, const struct layer *l, int64_t s,
     struct scratch scratch, *own = &scratch;
     place_rows(own, l, heads * rows, memory);
     for (int64_t i = 0; i < heads * rows; i++) {
-        float sink = l->sinks ? l->sinks[first * l->groups + i / rows * l->groups + i % l->groups] : 0;
+        const int64_t head = first * l->groups + i / rows * l->groups + i % l->groups;
+        float sink = l->sinks ? sink_of(l, row + i % rows / l->groups, head) : 0;
         own->states[i] = l->sinks ? (struct state){sink, 1, 1} : (struct state){-INFINITY, 0, 1};
     }
     memset(own->sums, 0, heads * rows * sum_width * sizeof *own->sums);
@@ -292,9 +296,10 @@ INLINE void attend_rows(const struct batch *b, const struct layer *l, int64_t s,
             for (int64_t i = 0; i < rows; i++) {
                 int64_t position = context - length + i / l->groups;
                 int64_t low = first_visible(l, position) - start, high = position + 1 - start;
-                float slope = l->alibi ? l->alibi[(first + h) * l->groups + i % l->groups] : 0;
+                const int64_t head = (first + h) * l->groups + i % l->groups;
+                const float *relative = l->relative ? relative_of(l, row + i / l->groups, head) : NULL;
                 weigh(l, mine.states + i, mine.scores + i * CHUNK, low < 0 ? 0 : low, high < count ? high : count,
-                      position - start, slope, type);
+                      position - start, l->alibi ? l->alibi[head] : 0, relative, type);
             }
             for (int64_t r = 0; r < rows; r += BLOCK) {
                 const char *const *fetched = r ? NULL : ahead;

@@ -33,6 +33,7 @@ struct tiles {
     float *most, *total;                /* [row]: running maximum score, running sum of weights */
     int32_t *low, *high;                /* [row]: the range of positions that it sees */
     float *slopes;                      /* [row]: ALiBi per token, to base 2 */
+    const float **relative;             /* [row]: logits by distance, to base e */
 };
 
 /* Elements per unit. */
@@ -48,10 +49,11 @@ INLINE size_t place_tiles(struct tiles *t, const struct layer *l, int64_t rows, 
     t->columns = round_up(l->value_width, PANEL), t->most_columns = round_up(l->value_width, numbers * LANES);
     const int64_t lanes = t->vectors * LANES;
     float **places[] = {&t->queries, &t->keys, &t->values, &t->scores, &t->best, &t->sums, &t->most,
-                        &t->total, (float **)&t->low, (float **)&t->high, &t->slopes};
+                        &t->total, (float **)&t->low, (float **)&t->high, &t->slopes, (float **)&t->relative};
     const int64_t sizes[] = {t->key_units * lanes, KEYS * t->key_stride, KEYS / numbers * t->most_columns,
                              KEYS * TILE_VECTORS * LANES, TILE_VECTORS * LANES, t->most_columns * lanes, lanes, lanes,
-                             lanes, lanes, l->alibi ? lanes : 0};
+                             lanes, lanes, l->alibi ? lanes : 0,
+                             l->relative ? lanes * (int64_t)sizeof *t->relative / (int64_t)sizeof(float) : 0};
     size_t used = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         *places[i] = (float *)(memory + used);
@@ -221,6 +223,22 @@ INLINE void slope_tile(const struct tiles *t, int64_t row, const int vectors, in
     }
 }
 
+/* Add each row's logits by distance to the scores of positions from `start` on; the maximum of each row. */
+INLINE void relate_tile(const struct tiles *t, const struct layer *l, int64_t row, const int vectors, int64_t start,
+                        int64_t begin, int64_t end) {
+    for (int64_t lane = 0; lane < vectors * LANES; lane++) {
+        const int64_t own = t->high[row + lane] - 1 - start; /* the row's own key */
+        const float *relative = t->relative[row + lane];
+        float *scores = t->scores + lane, best = -FLT_MAX;
+        const int64_t first = own - l->extent + 1 > begin ? own - l->extent + 1 : begin;
+        const int64_t last = own + 1 < end ? own + 1 : end;
+        for (int64_t j = first; j < last; j++) scores[j * vectors * LANES] += relative[own - j] * LOG2_E;
+        for (int64_t j = begin; j < end; j++)
+            if (scores[j * vectors * LANES] > best) best = scores[j * vectors * LANES];
+        t->best[lane] = best;
+    }
+}
+
 /* Mask the scores of positions from `start` on that a row does not see; the maximum of the others. */
 INLINE void hide(const struct tiles *t, const int32_t *low, const int32_t *high, const int vectors, int64_t start,
                  int64_t begin, int64_t end) {
@@ -303,6 +321,7 @@ INLINE void attend_tile(const struct layer *l, const struct tiles *t, int64_t fi
     score_tile(t, l, t->queries + row * t->key_units, vectors, begin, end, factor, ahead, type);
     if (l->soft_cap != 0) cap_tile(t, l, vectors, begin, end);
     if (l->alibi) slope_tile(t, row, vectors, start, begin, end);
+    if (l->relative) relate_tile(t, l, row, vectors, start, begin, end);
     if (low[lanes - 1] > start + begin || high[0] < start + end)
         hide(t, low, high, vectors, start, begin, end);
     weigh_tile(t, row, vectors, begin, end, rescale, type);
@@ -311,15 +330,17 @@ INLINE void attend_tile(const struct layer *l, const struct tiles *t, int64_t fi
 
 /* -- a task ---------------------------------------------------------------------------------------------------- */
 
-/* Initialise the state before the first chunk; the first token is at `position`. */
-static void begin_tiles(const struct tiles *t, const struct layer *l, int64_t position) {
+/* Initialise the state before the first chunk; the first token is at `position`, its queries in `first` of the batch. */
+static void begin_tiles(const struct tiles *t, const struct layer *l, int64_t position, int64_t first) {
     memset(t->sums, 0, t->vectors * LANES * t->most_columns * sizeof *t->sums);
     for (int64_t i = 0; i < t->vectors * LANES; i++) {
         const int64_t row = i < t->rows ? i : t->rows - 1, own = position + row / l->groups;
+        const int64_t head = t->head * l->groups + row % l->groups, token = first + row / l->groups;
         t->low[i] = (int32_t)first_visible(l, own), t->high[i] = (int32_t)own + 1;
-        t->most[i] = l->sinks ? l->sinks[t->head * l->groups + row % l->groups] * LOG2_E : -FLT_MAX;
+        t->most[i] = l->sinks ? sink_of(l, token, head) * LOG2_E : -FLT_MAX;
         t->total[i] = l->sinks ? 1 : 0;
-        if (l->alibi) t->slopes[i] = l->alibi[t->head * l->groups + row % l->groups] * LOG2_E;
+        if (l->alibi) t->slopes[i] = l->alibi[head] * LOG2_E;
+        if (l->relative) t->relative[i] = relative_of(l, token, head);
     }
 }
 
@@ -380,7 +401,7 @@ INLINE void attend_tiles(const struct batch *b, const struct layer *l, int64_t s
     high = high < context ? high : context;
     find(b, s, low, high, slots);
     fetch(&(struct ahead){slots, 0, high - low, KEYS}, &t, l, type);
-    begin_tiles(&t, l, position);
+    begin_tiles(&t, l, position, b->rows[s] + from);
     transpose_queries(&t, l, b->rows[s] + from, type);
     while (low < high) {
         const int64_t start = low / KEYS * KEYS, after = high + KEYS < context ? high + KEYS : context;
