@@ -110,6 +110,11 @@ class Engine:
         self._in_flight = self._launch(step) if step.may_be_followed else None
         return self._complete(step)
 
+    def settle(self) -> list[Completion]:
+        """Complete the step in flight, if there is one, without launching another; returns the requests concerned."""
+        step, self._in_flight = self._in_flight, None
+        return [] if step is None else self._complete(step)
+
     def _launch(self, previous: InFlightStep | None = None) -> InFlightStep | None:
         """Schedule a step, send its plan to the other ranks and start it here; None if there is nothing to run.
 

@@ -30,6 +30,14 @@ def weights_changed(engine: Engine) -> None:
     engine.scheduler.allocator.reset_prefix_cache()
 
 
+def recompute_running(engine: Engine) -> None:
+    """Give up the cache of all running requests, which are computed again, and cached prefixes. No step is in flight."""
+    for request in engine.scheduler.running:
+        engine.scheduler.requeue(request)
+        engine.requests.add_forgotten([request.index])
+    engine.scheduler.allocator.reset_prefix_cache()
+
+
 def fall_asleep(engine: Engine, level: int) -> None:
     """Refuse requests until `wake_up`, and forget cached prefixes. Raises `RequestError` while requests run."""
     engine.requests.check_idle("sleep")

@@ -326,11 +326,15 @@ class Scheduler:
 
     def _preempt(self, request: Request, step: BatchBuilder) -> None:
         """Move a running request back to the queue, without its blocks, and remove its part of `step`."""
+        self.requeue(request)
+        step.drop(request)
+
+    def requeue(self, request: Request) -> None:
+        """Move a running request back to the queue, without its blocks: it is computed again."""
         self.num_preemptions += 1
         self._stop_running(request)
         request.restart()
         self._waiting.push(request)
-        step.drop(request)
 
     def _reads_prefix_cache(self, request: Request) -> bool:
         # Log-probabilities of the prompt need the model's output at every position of it.

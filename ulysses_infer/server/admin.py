@@ -10,13 +10,32 @@ from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.operations import describe
 from ulysses_infer.engine.policies import POLICIES, policy_settings
 from ulysses_infer.errors import ConfigError, RequestError
+from ulysses_infer.server.control import Control
+
+CONTROLS = (
+    "pause",
+    "resume",
+    "init_weight_transfer_engine",
+    "start_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "update_weight_version",
+    "weight_info",
+    "sleep",
+    "wake_up",
+    "is_sleeping",
+)
 
 
 class Commands:
     """Runs the commands of `AdminCall` messages. `drain` starts the shutdown, `report_aborted` informs clients."""
 
     def __init__(
-        self, engine: Engine, drain: Callable[[], None], report_aborted: Callable[[list[Completion]], None]
+        self,
+        engine: Engine,
+        drain: Callable[[], None],
+        report_aborted: Callable[[list[Completion]], None],
+        control: Control,
     ) -> None:
         self._engine, self._drain, self._report_aborted = engine, drain, report_aborted
         self._known: Mapping[str, Callable[..., Any]] = {
@@ -27,6 +46,7 @@ class Commands:
             "drain": self.drain,
             "reset_prefix_cache": self.reset_prefix_cache,
             "stats": self.stats,
+            **{name: getattr(control, name) for name in CONTROLS},
         }
 
     def run(self, name: str, arguments: Mapping[str, Any]) -> Any:

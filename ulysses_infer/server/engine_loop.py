@@ -9,11 +9,12 @@ from ulysses_infer.config import ServerConfig
 from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.expert_load import expert_load
-from ulysses_infer.errors import RequestError, failure_reason, is_lost_connection, kind_and_line
+from ulysses_infer.errors import EngineDeadError, RequestError, failure_reason, is_lost_connection, kind_and_line
 from ulysses_infer.job.watchdog import Watchdog
 from ulysses_infer.outputs import FAILED, Logprob
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.admin import Commands
+from ulysses_infer.server.control import Control
 from ulysses_infer.server.link import Link
 from ulysses_infer.server.messages import (
     Abort,
@@ -53,7 +54,8 @@ class EngineLoop:
         self._state_changed = False
         self._expert_tokens: list[int] = []  # per rank, as last collected
         self._expert_report_due = time.monotonic() + settings.log_interval
-        self._commands = Commands(engine, self.drain, self._report_aborted)
+        self._control = Control(engine, self._report, self._submit)
+        self._commands = Commands(engine, self.drain, self._report, self._control)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -63,8 +65,9 @@ class EngineLoop:
         while not self._is_over():
             for message in self._link.receive(self._drain_timeout()):
                 self._take(message)
-            if self._engine.has_unfinished:
+            if self._has_work:
                 self._step()
+                self._state_changed |= self._control.after_step()
             elif self._state_changed:
                 self._report_state()
         self._link.flush(IDLE_SECONDS)
@@ -84,8 +87,12 @@ class EngineLoop:
         """Whether an orderly shutdown is in progress."""
         return self._wants_drain
 
+    @property
+    def _has_work(self) -> bool:
+        return self._engine.has_unfinished and not self._control.is_paused
+
     def _drain_timeout(self) -> float:
-        return 0.0 if self._engine.has_unfinished else IDLE_SECONDS
+        return 0.0 if self._has_work else IDLE_SECONDS
 
     def _is_over(self) -> bool:
         if self._link.is_closed and not self._is_answered:
@@ -132,13 +139,13 @@ class EngineLoop:
             self._expert_tokens = expert_load(self._engine.rank).get("expert_tokens_per_rank", [])
             self._expert_report_due = time.monotonic() + self._settings.log_interval
 
-    def _end(self, error: Exception) -> None:
+    def _end(self, error: Exception, what: str = "a step") -> None:
         cause = error.__cause__ or error
         if is_lost_connection(cause):
             time.sleep(NAMING_SECONDS)
         else:
-            logger.error("a step failed", exc_info=error)
-        self._watchdog.fail(f"a step failed: {failure_reason(cause)}")
+            logger.error("%s failed", what, exc_info=error)
+        self._watchdog.fail(f"{what} failed: {failure_reason(cause)}")
 
     def _check_idle(self) -> None:
         """An idle engine has all its blocks free. Anything else is a leak: log it as a bug."""
@@ -164,13 +171,21 @@ class EngineLoop:
             self._refuse(message, "the server is shutting down; try another one", "overloaded")
             return
         limit = self._settings.max_num_queued_requests
-        if limit is not None and self._engine.requests.is_full(limit):
+        if self._control.holds and (limit is None or len(self._control.held) < limit):
+            self._control.held.append(message)
+            return
+        if limit is not None and (self._control.holds or self._engine.requests.is_full(limit)):
             self._refuse(message, f"{limit} requests are waiting already; try again later", "overloaded")
             return
         try:
             params = SamplingParams.from_mapping(message.params)
             self._engine.add(
-                message.token_ids, params, message.request_id, message.priority, message.cache_salt, message.adapter
+                message.token_ids,
+                params,
+                message.request_id,
+                message.priority,
+                self._control.salted(message.cache_salt),
+                message.adapter,
             )
         except RequestError as error:
             self._refuse(message, str(error), "invalid")
@@ -184,6 +199,7 @@ class EngineLoop:
         self._link.send(Refused(message.request_id, reason, kind))
 
     def _abort(self, request_id: str) -> None:
+        self._control.forget(request_id)
         completion = self._engine.abort(request_id)
         if completion is not None:
             self._forget(completion)
@@ -193,8 +209,8 @@ class EngineLoop:
         for sequence in completion.sequences:
             self._reported.pop(sequence.request.index, None)
 
-    def _report_aborted(self, completions: list[Completion]) -> None:
-        """Reports requests that an administrator aborted to their clients."""
+    def _report(self, completions: list[Completion]) -> None:
+        """Report what is new of requests without a step, as when an administrator has aborted them."""
         tokens = [token for completion in completions for token in self._new_tokens(completion)]
         self._link.send(Stepped(self.state(), None, tokens))
 
@@ -203,6 +219,8 @@ class EngineLoop:
             value = self._commands.run(call.name, call.arguments)
         except RequestError as error:
             return Reply(call.number, error=str(error))
+        except EngineDeadError as error:  # the ranks are out of step
+            self._end(error, f"the command {call.name}")
         except Exception as error:  # a bug in one command must not end running requests
             logger.exception("command %s failed", call.name)
             return Reply(call.number, error=f"{call.name} failed: {failure_reason(error)}")
@@ -226,6 +244,7 @@ class EngineLoop:
             policy=self._engine.policies.policy.describe(),
             expert_tokens=self._expert_tokens,
             snapshots=self._snapshot_counts(),
+            is_paused=self._control.is_paused,
         )
 
     def _snapshot_counts(self) -> SnapshotCounts | None:
@@ -261,8 +280,15 @@ class EngineLoop:
         known = self._reported.get(request.index, 0)
         if known < 0:  # already reported as finished
             return []
+        version = self._control.weight_version
         new_tokens = [
-            NewToken(completion.request_id, index, token, logprobs=_logprobs_at(sequence, position))
+            NewToken(
+                completion.request_id,
+                index,
+                token,
+                logprobs=_logprobs_at(sequence, position),
+                weight_version=version,
+            )
             for position, token in enumerate(request.output_token_ids[known:], start=known)
         ]
         if new_tokens and not any(self._reported.get(each.request.index) for each in completion.sequences):

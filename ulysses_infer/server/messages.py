@@ -58,6 +58,8 @@ class NewToken(msgspec.Struct, array_like=True):
     """(token id, log-probability, rank), the chosen token first; None unless requested."""
     start: RequestStart | None = None
     """With the first token of a request."""
+    weight_version: str | None = None
+    """The version of the weights it was computed with; None if the trainer has named none."""
 
 
 class RequestStart(msgspec.Struct, array_like=True):
@@ -97,6 +99,8 @@ class EngineState(msgspec.Struct, array_like=True):
     """Tokens computed by the experts of each rank, updated every few seconds; empty without experts."""
     snapshots: SnapshotCounts | None = None
     """Of recurrent states; None if the model has none."""
+    is_paused: bool = False
+    """No steps run until an administrator resumes them."""
 
 
 class StepReport(msgspec.Struct, array_like=True):

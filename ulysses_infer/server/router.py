@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -13,7 +13,21 @@ from ulysses_infer.errors import EngineDeadError, RequestError
 from ulysses_infer.server.client import DEAD, DRAINING, READY, STARTING, EngineClient, Observer, RequestRecord
 from ulysses_infer.server.messages import EngineState, NewToken, Ready, SnapshotCounts, StepReport, Submit
 
-EVERYWHERE = ("set_policy", "abort_all", "drain", "reset_prefix_cache")
+EVERYWHERE = (
+    "set_policy",
+    "abort_all",
+    "drain",
+    "reset_prefix_cache",
+    "pause",
+    "resume",
+    "start_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "update_weight_version",
+    "sleep",
+    "wake_up",
+)
+"""Commands for all replicas at the same time: some wait for each other."""
 
 
 class Router:
@@ -87,11 +101,21 @@ class Router:
             return await self._abort(**arguments)
         if name == "stats" and len(self.clients) > 1:
             return {"replicas": [await client.call(name, **arguments) for client in self.clients]}
+        if name == "init_weight_transfer_engine":
+            return (await asyncio.gather(*self._joining(**arguments)))[0]
         if name in EVERYWHERE:
-            answers = [await client.call(name, **arguments) for client in self.clients]
+            answers = await asyncio.gather(*(client.call(name, **arguments) for client in self.clients))
             aborted = [request_id for answer in answers for request_id in answer.get("aborted", ())]
             return {**answers[0], **({"aborted": aborted} if name == "abort_all" else {})}
         return await self.clients[0].call(name, **arguments)
+
+    def _joining(self, rank_offset: int = 1, **arguments: Any) -> list[Coroutine[Any, Any, Any]]:
+        """Calls that join a trainer's process group: the ranks of each replica after those of the one before."""
+        sizes = [len(client.info.weight_bytes_per_rank) if client.info else 0 for client in self.clients]
+        return [
+            client.call("init_weight_transfer_engine", rank_offset=rank_offset + sum(sizes[:index]), **arguments)
+            for index, client in enumerate(self.clients)
+        ]
 
     async def _abort(self, request_id: str) -> Any:
         refusal = RequestError(f"no request {request_id!r} is running or waiting; it may have ended")

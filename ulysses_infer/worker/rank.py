@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from ulysses_infer.model.loading.staging import WeightTransfer
 from ulysses_infer.model.loading.weights import Weights
 from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.worker.channel import Channel
@@ -24,6 +25,7 @@ class Rank:
     folder: Path | None
     """The folder of the checkpoint's config, where the tokenizer is too; None for a model given in memory."""
     pinned: PinnedCores | None = None
+    transfer: WeightTransfer = field(default_factory=WeightTransfer)
 
     def close(self) -> None:
         """Leave the groups, the cores that this rank kept to, and the memory. Not collective."""

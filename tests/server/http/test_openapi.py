@@ -60,7 +60,29 @@ OPERATIONS = [
     "POST /admin/drain",
     "POST /admin/reset_prefix_cache",
     "GET /admin/stats",
+    "POST /pause",
+    "POST /resume",
+    "GET /is_paused",
+    "POST /abort_requests",
+    "POST /init_weight_transfer_engine",
+    "POST /start_weight_update",
+    "POST /update_weights",
+    "POST /finish_weight_update",
+    "POST /update_weight_version",
+    "GET /weight_info",
+    "GET /get_world_size",
+    "POST /sleep",
+    "POST /wake_up",
+    "GET /is_sleeping",
+    "POST /reset_prefix_cache",
 ]
+REPLIES = {
+    "abort_all": {"aborted": []},
+    "abort": {"aborted": []},
+    "pause": {"is_paused": True},
+    "weight_info": {"weight_version": None},
+    "is_sleeping": {"is_sleeping": False},
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +95,7 @@ def document(shared_server: Served) -> schemathesis.BaseSchema:
 def test_answers_are_as_described(
     server: Served, document: schemathesis.BaseSchema, label: str, mode: GenerationMode
 ) -> None:
-    server.engine.replies["abort_all"] = {"aborted": []}
+    server.engine.replies.update(REPLIES)
     method, path = label.split()
     operation = document[path][method]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ulysses_infer.errors import CheckpointError
 from ulysses_infer.model.loading.checkpoint import Loader
 from ulysses_infer.model.loading.files import TensorSource
 from ulysses_infer.model.loading.sources import ShapesOnly
+from ulysses_infer.model.loading.staging import Kept, ReadRecorder, Shapes
 from ulysses_infer.model.model import ModelBuilder, ShiftModel
 
 
@@ -38,6 +41,15 @@ class Weights:
     def check(self, source: TensorSource) -> None:
         """Raise `CheckpointError` unless `source` has a tensor of the right shape for every parameter."""
         self._blueprint.loader(ShapesOnly(source), _ShapeCheckLoader).load()
+
+    def reads_of(self, shapes: Shapes) -> Mapping[str, list[Kept]] | None:
+        """What this rank reads of each tensor of a checkpoint; None if `shapes` are not those of a whole one."""
+        recorder = ReadRecorder(shapes)
+        try:
+            self._blueprint.loader(recorder, _ShapeCheckLoader).load()
+        except CheckpointError:
+            return None
+        return recorder.reads
 
     @torch.no_grad()
     def write(self, source: TensorSource) -> None:

@@ -14,10 +14,10 @@ from starlette.responses import Response
 from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.errors import ApiError, error_response
-from ulysses_infer.server.http.guards import OPEN_PATHS, BodyLimit, Failsafe, Keys
+from ulysses_infer.server.http.guards import OPEN_PATHS, BodyLimit, Failsafe, Keys, is_administrative
 from ulysses_infer.server.http.openapi import document
 from ulysses_infer.server.http.responses.store import ResponseStore
-from ulysses_infer.server.http.routes import admin, health, messages, openai, responses, tokens
+from ulysses_infer.server.http.routes import admin, health, messages, openai, responses, rollout, tokens
 from ulysses_infer.version import __version__
 
 DESCRIPTION = "OpenAI's and Anthropic's APIs, served by one engine that shifts between sequence and tensor parallelism."
@@ -31,7 +31,15 @@ def make_app(context: AppContext) -> FastAPI:
     )
     app.state.context = context
     app.state.responses = ResponseStore(settings.response_store_bytes)
-    for router in (openai.router, responses.router, messages.router, tokens.router, health.router, admin.router):
+    for router in (
+        openai.router,
+        responses.router,
+        messages.router,
+        tokens.router,
+        health.router,
+        admin.router,
+        rollout.router,
+    ):
         app.include_router(router)
     if settings.dashboard:
         app.include_router(health.page_router)
@@ -39,7 +47,7 @@ def make_app(context: AppContext) -> FastAPI:
         app.add_exception_handler(kind, _answer)
     _add_guards(app, context)
     is_all_open = settings.api_key is None
-    app.openapi = document(app, lambda path: path in OPEN_PATHS or (is_all_open and not path.startswith("/admin")))  # type: ignore[method-assign]
+    app.openapi = document(app, lambda path: path in OPEN_PATHS or (is_all_open and not is_administrative(path)))  # type: ignore[method-assign]
     return app
 
 

@@ -12,6 +12,31 @@ from ulysses_infer.server.http.errors import ApiError, ClientGoneError, error_re
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics", "/version", "/dashboard"})
 ADMIN_PREFIX = "/admin"
+ADMIN_PATHS = frozenset(
+    {
+        "/abort_requests",
+        "/finish_weight_update",
+        "/get_world_size",
+        "/init_weight_transfer_engine",
+        "/is_paused",
+        "/is_sleeping",
+        "/pause",
+        "/reset_prefix_cache",
+        "/resume",
+        "/sleep",
+        "/start_weight_update",
+        "/update_weight_version",
+        "/update_weights",
+        "/wake_up",
+        "/weight_info",
+    }
+)
+"""Routes for reinforcement learning, under vLLM's names."""
+
+
+def is_administrative(path: str) -> bool:
+    """Whether a path needs the administrator's key."""
+    return path in ADMIN_PATHS or path == ADMIN_PREFIX or path.startswith(ADMIN_PREFIX + "/")
 
 
 class Keys:
@@ -33,7 +58,7 @@ class Keys:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         path: str = scope["path"]
-        if path == ADMIN_PREFIX or path.startswith(ADMIN_PREFIX + "/"):
+        if is_administrative(path):
             return self._admin_refusal(scope)
         if not self._asks_all or path in OPEN_PATHS or _has_key(scope, self._keys):
             return None

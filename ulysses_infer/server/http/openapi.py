@@ -17,6 +17,13 @@ from ulysses_infer.server.http.protocol.completions import CompletionRequest
 from ulysses_infer.server.http.protocol.generate import GenerateRequest
 from ulysses_infer.server.http.protocol.messages import AnthropicErrorAnswer, CountTokensRequest, MessagesRequest
 from ulysses_infer.server.http.protocol.responses import ResponsesRequest
+from ulysses_infer.server.http.protocol.rollout import (
+    AbortIds,
+    InitTransfer,
+    NewVersion,
+    UpdateWeights,
+    WeightVersion,
+)
 from ulysses_infer.server.http.protocol.service import AbortRequest, PolicyChange
 from ulysses_infer.server.http.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
@@ -31,6 +38,11 @@ BODIES: list[type[Body]] = [
     DetokenizeRequest,
     PolicyChange,
     AbortRequest,
+    AbortIds,
+    InitTransfer,
+    UpdateWeights,
+    WeightVersion,
+    NewVersion,
 ]
 GENERATING = (400, 404, 413, 415, 500, 503, 504)
 """The statuses of errors of routes that generate."""

@@ -56,6 +56,8 @@ class Output:
     keeps_tokens: bool = True
     """False: only the prompt's tokens are returned."""
     num_tokens: int = 0
+    weight_versions: list[str] = field(default_factory=list)
+    """The versions of the weights that computed it, in order; empty if the trainer has named none."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     pieces: list[tuple[str, int]] = field(default_factory=list)
@@ -92,6 +94,9 @@ class Output:
         if token.token_id >= 0:
             self.num_tokens += 1
             self.tokens.append(token)
+            version = token.weight_version
+            if version is not None and version not in self.weight_versions:
+                self.weight_versions.append(version)
             if not (token.finish_reason == "stop" and self._is_ending(token)):
                 self._add_text(self.detokenizer.append([token.token_id]))
         if token.finish_reason is not None:

@@ -63,6 +63,7 @@ class TokenWriter:
             "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
+            "weight_versions": output.weight_versions,
         }
 
 

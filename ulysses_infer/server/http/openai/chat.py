@@ -92,6 +92,8 @@ class ChatChoiceBuilder:
         }
         if name == "message" or delta.finish_reason is not None:
             choice["stop_reason"] = delta.stop_reason
+        if self._output.weight_versions and delta.finish_reason is not None:
+            choice["weight_versions"] = self._output.weight_versions
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return choice

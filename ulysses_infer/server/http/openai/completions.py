@@ -56,6 +56,8 @@ class CompletionChoiceBuilder:
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
             choice["prompt_token_ids"] = self._output.source.prompt.token_ids if self._is_first else None
+        if self._output.weight_versions and delta.finish_reason is not None:
+            choice["weight_versions"] = self._output.weight_versions
         if self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = self._prompt_logprobs()
         self._is_first = False

@@ -32,6 +32,7 @@ class GeneratedTokens(ResponseBody):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: int | str | None
+    weight_versions: list[str] = Field(description="Of the weights that computed it; empty if none was named.")
 
 
 class GenerateAnswer(ResponseBody):
