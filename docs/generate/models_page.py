@@ -83,10 +83,11 @@ norms over all heads, sinks, biases per head, latents and fewer heads than ranks
 
 ## Learned sparse attention
 
-In DeepSeek-V3.2, GLM-MoE-DSA, A.X-K2, Hunyuan-V4, Mistral-Large-4 and dots3-note, layers have an *index*: small heads
-score all earlier tokens for each token, which attends to the best `index_topk` of them. The index runs transformers'
-own code up to the scores, which are computed where its keys are cached (`model/layers/key_index.py`,
-`attention/index.py`, `kernels/index.py`). Layers that share a selection (GLM, Hunyuan, Mistral) share it here, too.
+In DeepSeek-V3.2, GLM-MoE-DSA, A.X-K2, Hunyuan-V4, Mistral-Large-4, dots3-note, GLM-5-Next and Qwen4-Exp, layers have
+an *index*: small heads score all earlier tokens for each token, which attends to the best `index_topk` of them. The
+index runs transformers' own code up to the scores, which are computed where its keys are cached
+(`model/layers/key_index.py`, `attention/index.py`, `kernels/index.py`). Layers that share
+a selection (GLM, Hunyuan, Mistral) share it here, too.
 
 - *Cache.* Index keys lie in the blocks of the latents, in the model's dtype even if the cache is FP8. All heads of an
   index see one key per token, so every rank holds the keys of all tokens: the same in every mode.
@@ -97,6 +98,11 @@ own code up to the scores, which are computed where its keys are cached (`model/
 - *Attention.* To a back end, each token is a sequence of its own in blocks of one slot. On a GPU, Triton kernels score
   and select, and are captured in CUDA graphs; flashinfer and flash_attn, which are planned on the host, are not used.
   On a CPU, torch scores and selects, and decode steps are not recorded.
+- *Pools* (`index_kpool` of GLM-5-Next, `indexer_compress_ratio` of Qwen4-Exp): one index key for several consecutive
+  tokens. A token attends to all tokens of the best pools, and to those after the last complete one. Blocks hold what
+  the index projects of each token; the key of a complete pool takes the place of its last token's projection, so that
+  scores read one key per pool, and prefixes may end within a pool (`model/layers/pooled_keys.py`). Refused:
+  `index_kpool_always_select_tail: false`, which leaves the first tokens of a text without anything to attend to.
 - *Short sequences.* Attention is dense if no sequence of a step is longer than `index_topk`. Captured steps select
   unless `model.max_model_len` is that short.
 
@@ -150,6 +156,11 @@ follows it, as in attention. The state of a sequence belongs to the head shard, 
 is held in slots beside the blocks of the KV cache (`ulysses_infer/model/recurrent`, `cache.state_snapshots` in
 [recipe-reference.md](recipe-reference.md)). The dry run at startup refuses models whose tokens influence each other in
 another way.
+
+Qwen4-Exp adds *embeddings of n-grams* to some layers' residual streams (PLE), by hashes of the last tokens and with a
+short convolution. A rank owns n-gram heads, which are ranges of rows of the table, and channels of the convolution
+(`model/recurrent/ngram.py`). It looks up all tokens in its rows, in every mode, reads no other rows from the
+checkpoint, and keeps the last token ids in its states.
 
 ## Mixtures of experts
 

@@ -3,6 +3,7 @@
 import pytest
 from transformers import Qwen3NextConfig
 
+from tests.equivalence.test_pooled_keys import config_of
 from tests.worker.capturing import capture, make_rank, run_step
 from ulysses_infer.kernels.launch import assume
 from ulysses_infer.parallel.layout import Mode
@@ -34,5 +35,19 @@ def test_decodes_of_a_hybrid_are_captured_and_its_prompts_run_layer_by_layer(tmp
         assert states.scratch_slot == states.num_sequences < states.first_snapshot
         assert not capture(rank).kept, "memory that a step keeps"
         assert rank.worker.mixed_graphs is None
+        run_step(rank, Mode(2, 1), (9, 1), eager=True)
+        run_step(rank, Mode(1, 2), (1, 1), eager=False)
+
+
+@pytest.mark.parametrize("name", ["glm5_next-shared", pytest.param("qwen4_exp_text", marks=pytest.mark.thorough)])
+def test_decodes_that_select_pools_and_look_up_ngrams_are_captured(name, tmp_path):
+    pytest.importorskip("triton")
+    config = config_of(name)
+    config.dtype = "bfloat16"
+    config.save_pretrained(tmp_path)
+    with assume("meta", (9, 0)):
+        rank = make_rank(tmp_path, 2, **{"model.max_model_len": 128})
+        assert rank.worker.cache.index_keys
+        assert not capture(rank).kept, "memory that a step keeps"
         run_step(rank, Mode(2, 1), (9, 1), eager=True)
         run_step(rank, Mode(1, 2), (1, 1), eager=False)

@@ -42,6 +42,8 @@ from ulysses_infer.parallel.layout import Layout, Mode, Span
 
 logger = logging.getLogger(__name__)
 LARGE_TENSOR_ELEMENTS = 1 << 26  # elements
+STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
+"""Names for the number of residual streams: of AltUp (gemma3n), and of hyper-connections."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -308,7 +310,7 @@ def model_shape(injection: Injection, max_model_len: int | None) -> ModelShape:
     return ModelShape(
         layers=tuple(layers),
         hidden_size=config.hidden_size,
-        residual_width=config.hidden_size * (getattr(config, "altup_num_inputs", 1) * getattr(config, "hc_mult", 1)),
+        residual_width=config.hidden_size * math.prod(getattr(config, name, 1) for name in STREAMS),
         intermediate_size=_intermediate_size(config),
         vocab_size=injection.head_vocab_size,
         # Only one rank warns.

@@ -7,7 +7,6 @@ from typing import Any
 
 from ulysses_infer.errors import UnsupportedModelError
 
-POOLED_INDEX = "its attention selects keys by a learned index over pooled keys, which the KV cache does not hold"
 RELATIVE_LOGITS = "its attention adds learned logits of relative positions, which the attention backends do not support"
 DECODER_HALF = "it is the decoder half of an encoder-decoder model"
 CROSS_ATTENTION = "its layers cross-attend to encoded images, which the KV cache does not hold"
@@ -16,7 +15,6 @@ DRAFT_MODEL = "it is a draft model, whose layers read the keys and values of ano
 
 # Refused even with allow_unverified: these models fail, or run but give wrong results.
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(("glm5_next", "qwen4_exp", "qwen4_exp_text"), POOLED_INDEX),
     **dict.fromkeys(("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"), RELATIVE_LOGITS),
     **dict.fromkeys(
         (
@@ -173,6 +171,7 @@ VERIFIED: frozenset[str] = frozenset(
         "glm4_moe_lite",
         "glm4v",
         "glm4v_moe",
+        "glm5_next",
         "glm_moe_dsa",
         "glm_ocr",
         "glmasr",
@@ -305,6 +304,8 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_omni_moe_thinker",
         "qwen3_vl",
         "qwen3_vl_moe",
+        "qwen4_exp",
+        "qwen4_exp_text",
         "recurrent_gemma",
         "rembert",
         "roberta",

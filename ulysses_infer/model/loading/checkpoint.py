@@ -177,6 +177,9 @@ class Loader:
     def _convert(self, name: str, converter: WeightConverter, keys: list[tuple[str, str | None]]) -> None:
         """Run a weight conversion: on slices if it only stacks and concatenates, otherwise on full tensors."""
         kept = self.injection.slices(name)
+        if kept is not None and _joins_rows(converter, kept):
+            self._place(name, self._own_rows(name, keys, kept[1]))
+            return
         sliced = _sliced_sources(converter, kept) if kept is not None else None
         if sliced is not None and kept is not None and kept[0] == 0:
             keys = self._own_experts(name, keys, kept[1])
@@ -201,6 +204,19 @@ class Loader:
             wanted = self.injection.slices(target)
             already = sliced is not None and target == name
             self._place(target, tensor if already or wanted is None else _cut(tensor, wanted))
+
+    def _own_rows(self, name: str, keys: list[_Key], own: list[Span]) -> torch.Tensor:
+        """The rows `own` of a parameter that the checkpoint has cut into tensors of rows; reads no others."""
+        parts, start = [], 0
+        for key, _ in keys:
+            stop = start + self.source.shape(key)[0]
+            spans = [Span(max(span.start, start) - start, min(span.stop, stop) - start) for span in own]
+            found = [span for span in spans if span.start < span.stop]
+            parts += [check_plain(key, self.source.read(key, (0, found)))] if found else []
+            start = stop
+        if start != self.full_shapes[name][0]:
+            raise CheckpointError(_wrong_shape(name, (start, *self.full_shapes[name][1:]), self.full_shapes[name]))
+        return torch.cat(parts)
 
     def _own_experts(self, name: str, keys: list[_Key], own: list[Span]) -> list[_Key]:
         """The keys of the experts on this rank; tensors of other experts are not read."""
@@ -282,6 +298,13 @@ class _DeferredRead:
 
     def __call__(self) -> torch.Tensor:
         return check_plain(self.key, self.source.read(self.key, self.kept))
+
+
+def _joins_rows(converter: WeightConverter, kept: tuple[int, list[Span]]) -> bool:
+    """Whether the conversion only joins numbered tensors of rows, of which this rank keeps some."""
+    operations, is_numbered = converter.operations, len(converter.source_patterns) == 1
+    joins = len(operations) == 1 and isinstance(operations[0], Concatenate) and operations[0].dim == 0
+    return is_numbered and joins and kept[0] == 0
 
 
 def _sliced_sources(converter: WeightConverter, kept: tuple[int, list[Span]]) -> dict[str, Slice] | None:
