@@ -279,6 +279,23 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "split_ngram_parts": 4,
         "eos_token_id": 50,
     },
+    "inkling_text": {
+        "swa_num_attention_heads": 8,
+        "swa_num_key_value_heads": 8,
+        "rel_extent": 10,
+        "log_scaling_n_floor": 12,
+        "mlp_layer_types": ["dense", "sparse"],
+        "n_shared_experts": 2,
+    },
+    "inkling2_text": {
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid", "hybrid_sliding"],
+        "swa_num_attention_heads": 8,
+        "swa_num_key_value_heads": 8,
+        "rel_extent": 10,
+        "log_scaling_n_floor": 12,
+        "n_layers_per_attn_res_block": 2,
+        "unpadded_vocab_size": VOCABULARY,
+    },
     "llama4_text": {"interleave_moe_layer_step": 1, "no_rope_layers": [1, 0]},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -313,6 +330,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention"],
         "mlp_layer_types": ["dense", "sparse"],
         "num_key_value_heads": 4,  # twice as many in layers with windows
+    },
+    "inkling2_vision": {"text_hidden_size": 64},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # transformers' cache rounds the width of queries up to 64
+    "zaya": {
+        "layer_types": ["hybrid", "hybrid_sliding"],
+        "sliding_window": 6,
+        "num_experts_per_tok": 1,
+        "router_hidden_size": 16,
     },
     "step3p5": {"sliding_window": 6},
     "ovis2": {"vocab_size": VOCABULARY, "hidden_size": 64},

@@ -10,6 +10,7 @@ from typing import Any
 TOLERANCE = 1e-4
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 128  # of the tiny models
+ALL_RECURRENT = ("rwkv", "xlstm")  # their configs do not say what their layers are
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ def with_snapshots(profile: Profile, folder: Path) -> Profile:
     from ulysses_infer.model.injection.attention import HYBRID_KINDS
     from ulysses_infer.model.model import read_config
 
-    kinds = set(getattr(read_config(folder).get_text_config(decoder=True), "layer_types", None) or ())
-    if not kinds & HYBRID_KINDS or not profile.prefix_caching:
+    config = read_config(folder).get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    has_states = bool(kinds & HYBRID_KINDS) or config.model_type in ALL_RECURRENT
+    if not has_states or not profile.prefix_caching:
         return profile
     return replace(profile, settings={**profile.settings, "cache.state_snapshot_interval": BLOCK_SIZE})
 

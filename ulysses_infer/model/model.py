@@ -37,6 +37,7 @@ from ulysses_infer.model.loading.weight_tying import resolve_weight_tying
 from ulysses_infer.model.quantization.cache_scales import apply_cache_scales
 from ulysses_infer.model.quantization.formats import read_quantization
 from ulysses_infer.model.quantization.layers import mark_quantised
+from ulysses_infer.model.recurrent.history import kept_states
 from ulysses_infer.model.shape import LayerHeads, ModelShape
 from ulysses_infer.parallel.layout import Layout, Mode, Span
 
@@ -74,8 +75,9 @@ class ShiftModel:
 
     @property
     def state_shapes(self) -> tuple[StateShape, ...]:
-        """The states of its recurrent layers on this rank; empty if it has none."""
-        return tuple(shape for layer in self.injection.recurrent_layers for shape in layer.state_shapes)
+        """The states of its layers on this rank; empty if it has none."""
+        recurrent = [shape for layer in self.injection.recurrent_layers for shape in layer.state_shapes]
+        return (*recurrent, *kept_states(self.injection.decoder))
 
     def rebind(self) -> None:
         """Recreate the views of the weights. Call it after weights have changed address."""

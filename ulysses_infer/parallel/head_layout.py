@@ -50,6 +50,8 @@ class Arrangement(NamedTuple):
     """Query heads before and after the own ones, whose output is zero here because another slice has it."""
     per_shard: tuple[int, ...]
     """The query head, of the whole layer, at each place of this shard."""
+    cached: tuple[int, ...]
+    """The KV head, of the whole layer, in each slot of this shard."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class HeadLayout:
             returned=_unless_in_order([place_of[head] for head in range(*own)], len(places)),
             borrowed=(own.start - computed.start, computed.stop - own.stop),
             per_shard=tuple(known[token_index * each : (token_index + 1) * each]),
+            cached=tuple(slot.key_value_head for slot in shards[token_index].slots),
         )
 
     def with_shared_key(self) -> HeadLayout:

@@ -35,6 +35,7 @@ from ulysses_infer.model.layers.linear import cut_features, is_linear
 from ulysses_infer.model.layers.norm import PerHeadNorm, ShardedRMSNorm, is_rms_norm
 from ulysses_infer.model.layers.temperature import take_temperature
 from ulysses_infer.model.quantization.layers import shift_linear
+from ulysses_infer.model.recurrent.history import KeepsStates
 from ulysses_infer.parallel.layout import Layout, Place
 
 COMPRESSED_KINDS = frozenset({"compressed_sparse_attention", "heavily_compressed_attention"})
@@ -45,8 +46,8 @@ ATTENTION_KINDS = COMPRESSED_KINDS | {
     "chunked_attention",
     "indexed_attention",
 }
-HYBRID_KINDS = frozenset({"linear_attention", "conv", "mamba", "hybrid", "moe", "mlp"})
-"""Further kinds of layers in models with recurrent layers."""
+HYBRID_KINDS = frozenset({"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding", "moe", "mlp"})
+"""Further kinds of layers in models with states."""
 
 
 class ModeAware(Protocol):
@@ -83,7 +84,8 @@ class AttentionInjector:
         self.layout, self.base = layout, base
         self.mode_aware_layers: list[ModeAware] = []
         self.layers: list[nn.Module] = []
-        self._check_layer_types(ATTENTION_KINDS | (HYBRID_KINDS if recurrent else frozenset()))
+        has_states = bool(recurrent) or any(isinstance(module, KeepsStates) for module in model.modules())
+        self._check_layer_types(ATTENTION_KINDS | (HYBRID_KINDS if has_states else frozenset()))
         for name, module in list(model.named_modules()):
             if module in recurrent:
                 continue

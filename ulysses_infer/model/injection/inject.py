@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -16,7 +17,7 @@ from ulysses_infer.model import experts
 from ulysses_infer.model.adapters.registry import adapt
 from ulysses_infer.model.experts import EXPERTS_NAME, ExpertLayer, ScaledInputExperts, is_experts, scales_inputs
 from ulysses_infer.model.injection.attention import AttentionInjector, KeepsViews, ModeAware
-from ulysses_infer.model.injection.rules import MLP_RULES, PACKED_MLP_INPUTS
+from ulysses_infer.model.injection.rules import MLP_RULES, PACKED_MLP_INPUTS, MlpRule
 from ulysses_infer.model.layers import attention
 from ulysses_infer.model.layers.attention import ATTENTION_NAME
 from ulysses_infer.model.layers.linear import ShiftLinear, cut_features, is_linear
@@ -113,10 +114,14 @@ class Injection:
     def _inject_mlps(self) -> None:
         attention_modules = {*self.attention_layers, *(layer.module for layer in self.recurrent_layers)}
         for module in list(self.decoder.modules()):
-            if module not in attention_modules and _is_plain_mlp(module, self.layout.world_size):
+            if module in attention_modules:
+                continue
+            adapted: Mapping[str, MlpRule] = getattr(module, "feed_forward_rules", {})
+            if adapted or _is_plain_mlp(module, self.layout.world_size):
+                rules = adapted or MLP_RULES
                 for child, linear in _linear_children(module).items():
-                    if child in MLP_RULES:
-                        cut, rule = MLP_RULES[child]
+                    if child in rules:
+                        cut, rule = rules[child]
                         sharding = rule(cut_features(linear, cut))
                         self._replace(module, child, shift_linear(linear, cut, sharding, self.base))
                 self._inject_sparsity(module)
@@ -138,8 +143,8 @@ class Injection:
             raise UnsupportedModelError(f"{type(self.model).__name__} has no linear vocabulary head")
         embedding = self.model.get_input_embeddings()
         tied = any(getattr(config, "tie_word_embeddings", False) for config in (self.config, self.model.config))
-        sharded = ShardedHead(head, self.base, embedding if tied else None)
-        self.head_vocab_size = head.out_features
+        self.head_vocab_size = getattr(self.config, "unpadded_vocab_size", None) or head.out_features
+        sharded = ShardedHead(head, self.base, embedding if tied else None, self.head_vocab_size)
         owner, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(owner), leaf, sharded)
         return name, sharded

@@ -23,7 +23,7 @@ from ulysses_infer.parallel.layout import Layout, Span
 
 TRIALS = ((3, 5, 7), (11, 13, 17), (19, 23, 29))  # token ids; rounding may flip an expert in one trial, not in all
 TOKENS = 2  # per trial
-WINDOW_KINDS = COMPRESSED_KINDS | {"sliding_attention"}
+WINDOW_KINDS = COMPRESSED_KINDS | {"sliding_attention", "hybrid_sliding"}
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}  # of the largest logit
 
 

@@ -98,16 +98,18 @@ VALUE_NORMS = ("v_norm",)
 LATENT_NAMES = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "k_rope_only_layernorm")
 # The index of learned sparse attention, replicated on every rank: see `model/layers/key_index.py`.
 INDEX = "indexer"
-# Modules inside attention whose parameters have one entry per query head (mistral_large4).
-PER_HEAD = ("softmax_scaling",)
+# Modules inside attention whose parameters have one entry per query head (mistral_large4, inkling2).
+PER_HEAD = ("softmax_scaling", "q_l2_clip", "rel_l2_clip")
 
 MLP_RULES: dict[str, MlpRule] = {
     **dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3", "dense_h_to_4h"), ("column", _neurons)),
-    **dict.fromkeys(("fc_in", "linear_1"), ("column", _neurons)),
-    **dict.fromkeys(("gate_up_proj", "Wi"), ("column", _packed_neurons)),
-    **dict.fromkeys(("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "fc_out", "Wo"), ("row", _neurons)),
+    **dict.fromkeys(("fc_in", "linear_1", "proj_up", "proj_up_gate"), ("column", _neurons)),
+    **dict.fromkeys(("gate_up_proj", "Wi", "proj_up_gate_z"), ("column", _packed_neurons)),
+    **dict.fromkeys(
+        ("down_proj", "fc2", "c_proj", "w2", "dense_4h_to_h", "fc_out", "Wo", "proj_down"), ("row", _neurons)
+    ),
 }
-PACKED_MLP_INPUTS = ("gate_up_proj", "Wi")
+PACKED_MLP_INPUTS = ("gate_up_proj", "Wi", "proj_up_gate_z")
 
 # Names under which attention modules keep head counts, or the width of all heads, that their forward reshapes with.
 QUERY_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,11 @@ from ulysses_infer.model.layers.head_plan import HeadPlan
 from ulysses_infer.model.layers.key_index import NoMask
 
 ATTENTION_NAME = "ulysses_infer"
+Prepare = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, AttentionOptions],
+    tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionOptions],
+]
+"""Makes query, key, value and options of attention from what the exchange brought: all tokens, own heads, [T, h, d]."""
 # Further arguments that models pass. Any other one might change the result and is refused.
 KNOWN_EXTRAS = frozenset(
     (
@@ -45,6 +51,7 @@ def shift_attention(
     s_aux: torch.Tensor | None = None,
     alibi: torch.Tensor | None = None,
     indices: Selection | None = None,
+    prepare: Prepare | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer in any mode (arXiv 2509.16495 §3.1), with the signature of `AttentionInterface`.
@@ -52,6 +59,7 @@ def shift_attention(
     query: [1, Hq/tp, t, d]; key, value: [1, max(1, Hkv/tp), t, d | dv], or a latent (`LatentAttention.join`); returns
     ([1, t, Hq/tp, dv], None). s_aux, alibi: [Hq], a sink and a slope of each head of the whole layer. attention_mask:
     only what an index has selected.
+    prepare: called after the exchange, before which heads may be wider.
     """
     if isinstance(attention_mask, Selection):
         attention_mask, indices = None, attention_mask
@@ -65,7 +73,7 @@ def shift_attention(
         query = plan.temperature.scaled(query, step_positions())
     tokens = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
     selected = None if indices is None else indices.metadata
-    return attend_tokens(module.layer_idx, plan, *tokens, options, selected)[None], None
+    return attend_tokens(module.layer_idx, plan, *tokens, options, selected, prepare)[None], None
 
 
 def attend_tokens(
@@ -76,20 +84,25 @@ def attend_tokens(
     value: torch.Tensor,
     options: AttentionOptions,
     selected: AttentionMetadata | None = None,
+    prepare: Prepare | None = None,
 ) -> torch.Tensor:
     """Attention of `layer` in the mode of the step, in token-major layout.
 
     query: [t, Hq/tp, d]; key, value: [t, max(1, Hkv/tp), d | dv]; returns [t, Hq/tp, dv]. selected: the keys that an
-    index has selected, see `Selection`.
+    index has selected, see `Selection`. prepare: see `shift_attention`.
     """
     context = step_context()
     if plan.source is not None:
         return _attend_shared(context, layer, plan, query, options, selected)
     if context.collectives.place.mode.sp == 1:
         query, key, value = plan.arranged(query, key, value)
+        if prepare is not None:
+            query, key, value, options = prepare(query, key, value, options)
         return plan.restored(_attend(context, layer, plan, query, key, value, options, selected))
     count = context.num_local_tokens
     query, key, value = _tokens_to_heads(context, plan, query[:count], key[:count], value[:count])
+    if prepare is not None:
+        query, key, value, options = prepare(query, key, value, options)
     return plan.restored(_heads_to_tokens(context, _attend(context, layer, plan, query, key, value, options, selected)))
 
 

@@ -25,6 +25,8 @@ class HeadPlan:
         self.heads = heads
         self.local_attention_heads = heads.num_attention_heads
         """Query heads that the projections of this mode compute."""
+        self.first_heads = (0, 0)
+        """The first query head and the first KV head among them."""
         self.local_key_value_heads = heads.num_key_value_heads
         self.cache_scales: CacheScales | None = None
         self.latent: LatentAttention | None = None
@@ -69,6 +71,7 @@ class HeadPlan:
         self.local_attention_heads = self.heads.query_span(index, count).size
         self.local_key_value_heads = self.heads.key_value_span(index, count).size
         self._mode = place.mode
+        self.first_heads = self.heads.query_span(index, count).start, self.heads.key_value_span(index, count).start
         if place.mode not in self._arrangements:
             self._arrangements[place.mode] = self.heads.arrangement(place)
         self._arranged = self._arrangements[place.mode]
@@ -105,6 +108,10 @@ class HeadPlan:
         if heads == tuple(range(heads[0], heads[0] + len(heads))):
             return per_head[heads[0] : heads[0] + len(heads)]
         return _select(per_head, 0, self._index("per_shard", heads, per_head.device))
+
+    def of_key_value_shard(self, per_head: torch.Tensor) -> torch.Tensor:
+        """The entries of `per_head` [Hkv, ...] for the KV heads that this rank caches."""
+        return _select(per_head, 0, self._index("cached", self._arranged.cached, per_head.device))
 
     def _index(self, name: str, order: tuple[int, ...] | None, device: torch.device) -> torch.Tensor | None:
         if order is None:

@@ -16,8 +16,10 @@ from ulysses_infer.model.recurrent.griffin import recurrent_block
 from ulysses_infer.model.recurrent.layer import RecurrentLayer
 from ulysses_infer.model.recurrent.lightning import lightning_attention
 from ulysses_infer.model.recurrent.mamba import mamba, mamba2, zamba
+from ulysses_infer.model.recurrent.mlstm import matrix_memory
 from ulysses_infer.model.recurrent.ngram import NGramLayer
 from ulysses_infer.model.recurrent.rules import Owner, Rule, RuleMaker
+from ulysses_infer.model.recurrent.rwkv import time_mixing
 from ulysses_infer.parallel.layout import Layout, Place
 
 _KIMI = ("q_proj", "k_proj", "v_proj", "conv1d", "forget_gate", "b_proj", "o_norm", "o_proj")
@@ -41,6 +43,9 @@ RULES: dict[frozenset[str], RuleMaker] = {
         (mamba2, ("conv1d", "in_proj", "out_proj")),
         (recurrent_block, ("linear_x", "linear_y", "linear_out", "conv_1d", "rg_lru")),
         (zamba, ("conv1d", "in_proj", "out_proj", "x_proj_weight")),
+        (time_mixing, ("key", "value", "receptance", "output")),
+        (matrix_memory, ("q", "k", "v", "ogate_preact", "igate_preact", "fgate_preact", "multihead_norm", "out_proj")),
+        (matrix_memory, ("qkv_opreact", "ifgate_preact", "multihead_norm", "out_proj")),
         (mamba, _MAMBA),
         (mamba, (*_MAMBA, "dt_layernorm", "b_layernorm", "c_layernorm")),
     )

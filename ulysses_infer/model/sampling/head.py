@@ -22,9 +22,12 @@ class ShardedHead(nn.Module):
     A tied head is a view of the replicated input embedding and takes no memory.
     """
 
-    def __init__(self, source: nn.Linear, place: Place, tied_to: nn.Embedding | None) -> None:
+    def __init__(
+        self, source: nn.Linear, place: Place, tied_to: nn.Embedding | None, vocab_size: int | None = None
+    ) -> None:
+        """vocab_size: the rows of `source` that are tokens, the first ones; None: all."""
         super().__init__()
-        self.vocabulary = even_span(source.out_features, place.shard, place.world_size)
+        self.vocabulary = even_span(vocab_size or source.out_features, place.shard, place.world_size)
         self._tied_to = [tied_to]  # in a list, so that it is not registered as a child and loaded twice
         if tied_to is None:
             shape = (self.vocabulary.size, source.in_features)
