@@ -151,6 +151,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None  # token id -> [-100, 100], added to its logit
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    speculation: bool = True  # False: no tokens of this request are drafted
 
     def __post_init__(self) -> None:
         """Normalise and check every field. Raises RequestError."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.cache.snapshots import SnapshotPool
 from ulysses_infer.config import SchedulerConfig
 from ulysses_infer.engine.request import Request, RequestStatus
-from ulysses_infer.engine.scheduler import Batch, ScheduledRequest, Scheduler
+from ulysses_infer.engine.scheduler import NO_DRAFTS, Batch, ScheduledRequest, Scheduler
 from ulysses_infer.sampling_params import SamplingParams
 
 VOCABULARY = 5
@@ -94,6 +95,8 @@ class Simulation:
         self.admitted: list[int] = []  # indices in order of admission
         self.outputs: dict[int, list[int]] = {}  # sampled tokens of each request, known to the host or not yet
         self.sampled: dict[int, dict[int, int]] = {}  # tokens sampled by each in-flight batch, by its id
+        self.accepted: dict[int, dict[int, int]] = {}  # drafted tokens accepted, the same
+        self.num_accepted = self.num_rejected = 0
 
     def add(self, prompt: list[int], priority: int = 0, salt: str = "", **params: Any) -> Request:
         index = len(self.requests)
@@ -116,13 +119,13 @@ class Simulation:
         self.finish_step(batch)
         return batch
 
-    def schedule(self, ahead: bool = False) -> Batch:
+    def schedule(self, ahead: bool = False, drafts: Mapping[int, Sequence[int]] = NO_DRAFTS) -> Batch:
         """Schedule a step and run it: every token writes its slot, then the requests that sample read all theirs.
 
-        `ahead`: `finish_step` of the step before has not been called.
+        `ahead`: `finish_step` of the step before has not been called. `drafts`: proposed tokens by request index.
         """
         unfinished = [r for r in self.requests if not r.is_finished]
-        batch = self.scheduler.schedule(ahead=ahead)
+        batch = self.scheduler.schedule(ahead=ahead, drafts=drafts)
         self._check_limits(batch, unfinished, ahead)
         self._check_preempted(batch, unfinished)
         self._mirror(batch)
@@ -134,12 +137,14 @@ class Simulation:
             self._write(item)
         for item in batch.scheduled:
             self._save(item)
-        self.sampled[id(batch)] = {i.request.index: self._sample(i) for i in batch.scheduled if i.samples}
+        accepted = {i.request.index: self._accept(i) for i in batch.scheduled if i.samples}
+        self.accepted[id(batch)] = accepted
+        self.sampled[id(batch)] = {index: self.outputs[index][-1] for index in accepted}
         return batch
 
     def finish_step(self, batch: Batch) -> list[Request]:
         """Give the scheduler the tokens that a step has sampled."""
-        finished = self.scheduler.update(batch, self.sampled.pop(id(batch)))
+        finished = self.scheduler.update(batch, self.sampled.pop(id(batch)), self.accepted.pop(id(batch)))
         for request in finished:
             assert request.output_token_ids == lone_output(request, self.max_model_len)
         return finished
@@ -165,7 +170,8 @@ class Simulation:
         self._check_snapshots(running)
         step, size = self.config.max_num_batched_tokens, self.allocator.block_size
         for request, (group, attention_span) in itertools.product(running, enumerate(self.allocator.attention_spans)):
-            num_tokens = request.num_tokens + request.num_placeholders
+            # rejected drafts may have left blocks for more tokens than are known
+            num_tokens = max(request.num_tokens + request.num_placeholders, request.num_blocks * size)
             assert len(request.block_tables[group]) <= attention_span.most_blocks(num_tokens, step, size)
 
     def _check_snapshots(self, running: list[Request]) -> None:
@@ -227,8 +233,9 @@ class Simulation:
             assert item.start == self.computed[index], "positions must follow without gap or repetition"
             num_tokens = len(self._tokens(item.request))
             assert num_tokens < item.request.length_limit, "a token that is certainly not needed"
-            assert 0 < item.num_new_tokens <= num_tokens - item.start
-            assert item.samples == (item.start + item.num_new_tokens == num_tokens)
+            assert 0 < item.num_known_tokens <= num_tokens - item.start
+            assert item.samples == (item.start + item.num_known_tokens == num_tokens)
+            assert not item.drafts or (item.is_decode and num_tokens + len(item.drafts) < item.request.length_limit)
             self._check_slots(item.request, item.start, item.start)
 
     def _take_blocks(self, item: ScheduledRequest) -> None:
@@ -264,15 +271,25 @@ class Simulation:
             for group, pool in enumerate(self.allocator.pools):
                 slot = self._slot(group, request, position)
                 assert pool.reference_count(slot[1]) == 1, "wrote into a shared block"
-                self.slots[slot] = tuple(self._tokens(request)[: position + 1])
+                self.slots[slot] = tuple([*self._tokens(request), *item.drafts][: position + 1])
         self.computed[request.index] = stop
 
-    def _sample(self, item: ScheduledRequest) -> int:
+    def _accept(self, item: ScheduledRequest) -> int:
+        """Sample a token after the known ones and after each draft that is right; returns how many are."""
         request, num_tokens = item.request, len(self._tokens(item.request))
         self._check_slots(request, item.start, num_tokens)
-        token = next_token(self.slots[self._slot(0, request, num_tokens - 1)])
-        self.outputs.setdefault(request.index, []).append(token)
-        return token
+        output, accepted = self.outputs.setdefault(request.index, []), 0
+        while True:
+            output.append(next_token(self.slots[self._slot(0, request, num_tokens - 1 + accepted)]))
+            if accepted == len(item.drafts) or item.drafts[accepted] != output[-1]:
+                break
+            accepted += 1
+        self.computed[request.index] -= len(item.drafts) - accepted
+        if item.drafts:
+            self.states[request.index] = tuple(self._tokens(request)[: self.computed[request.index]])
+        self.num_accepted += accepted
+        self.num_rejected += len(item.drafts) - accepted
+        return accepted
 
     def _slot(self, group: int, request: Request, position: int) -> tuple[int, int, int]:
         block, offset = divmod(position, self.allocator.block_size)

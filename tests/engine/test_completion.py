@@ -68,7 +68,7 @@ def make_sequence(index, decoder=None, output="", **params):
     sequence = Sequence(request, row, Detokenizer(decoder, chosen, request.prompt_token_ids))
     for token in encode(output):
         request.append_token(token, now=11.0 + request.num_output_tokens)
-        sequence.take_token()
+        sequence.take_tokens()
     return sequence
 
 
@@ -119,7 +119,7 @@ def test_outputs_are_snapshots(decoder):
 def test_a_stop_string_is_reported_and_cut(decoder):
     sequence = make_sequence(0, decoder, "xy", stop=["yz"])
     sequence.request.append_token(encode("z")[0], now=12.0)
-    assert sequence.take_token() == "yz"
+    assert sequence.take_tokens() == "yz"
     assert sequence.output(0).text == "x"
 
 
@@ -128,6 +128,6 @@ def test_a_stop_token_is_in_the_text_only_if_asked_for(decoder, included, text):
     sequence = make_sequence(0, decoder, "x", stop_token_ids=encode("y"), include_stop_str_in_output=included)
     sequence.request.append_token(encode("y")[0], now=12.0)
     finish(sequence, "stop", now=12.0)
-    sequence.take_token()
+    sequence.take_tokens()
     assert sequence.output(0).text == text
     assert sequence.output(0).token_ids == encode("xy")

@@ -155,7 +155,7 @@ def make_worker(rank, backend, capturer=None):
     made.eager.inputs = PackedInputs(CPU)
     if capturer is not None:
         made.graphs = CudaGraphRunner(
-            worker.model, cache, rank.groups, backend, made.eager.inputs, capturer, CPU, max_num_seqs=LARGEST
+            worker.model, cache, rank.groups, backend, made.eager.inputs, capturer, CPU, max_rows=LARGEST
         )
     return made
 

@@ -15,6 +15,7 @@ from ulysses_infer.config.schema import (
     SchedulerConfig,
     ServerConfig,
 )
+from ulysses_infer.config.speculation import SpeculationConfig
 from ulysses_infer.config.validation import refuse_unavailable
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "RuntimeConfig",
     "SchedulerConfig",
     "ServerConfig",
+    "SpeculationConfig",
     "choose_for_device",
     "load_config",
     "refuse_unavailable",

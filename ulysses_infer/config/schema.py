@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ulysses_infer.arithmetic import round_up
 from ulysses_infer.config.option import MISSING, option
+from ulysses_infer.config.speculation import SpeculationConfig
 from ulysses_infer.parallel.layout import Layout, Mode
 
 if TYPE_CHECKING:
@@ -402,6 +403,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

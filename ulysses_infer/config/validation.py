@@ -11,6 +11,7 @@ from typing import Any
 from ulysses_infer.config.keys import Key, all_keys
 from ulysses_infer.config.schema import Config
 from ulysses_infer.config.settings import Setting
+from ulysses_infer.config.speculation import AUTO
 from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.parallel.layout import Mode, check_mode
 from ulysses_infer.sampling_params import SamplingParams
@@ -42,6 +43,20 @@ def validate(config: Config, explicit: Mapping[str, Setting]) -> None:
     _check_generate(config, explicit)
     _check_adapters(config)
     _check_snapshots(config, explicit)
+    _check_speculation(config, explicit)
+
+
+def _check_speculation(config: Config, explicit: Mapping[str, Setting]) -> None:
+    speculation, most = config.speculation, config.scheduler.max_num_batched_tokens
+    count = _given(config, "speculation.num_tokens", explicit)
+    if count.value != AUTO and (type(count.value) is not int or count.value < 1):
+        raise count.complain("give auto, or a number of at least 1; to switch speculation off, use method: none")
+    if count.value != AUTO and most is not None and count.value >= most:
+        raise count.complain(f"must be less than scheduler.max_num_batched_tokens = {most}, the limit of a step")
+    if speculation.min_match > speculation.max_match:
+        raise _given(config, "speculation.min_match", explicit).complain(
+            f"must be at most speculation.max_match = {speculation.max_match}"
+        )
 
 
 def _check_snapshots(config: Config, explicit: Mapping[str, Setting]) -> None:
@@ -98,6 +113,9 @@ def _ignored(config: Config) -> list[tuple[str, str]]:
             ignored.append((f"policy.{name}", f"policy.name is {policy.name}, not {owner}"))
     if policy.name == "adaptive" and policy.target_tpot_ms is None:
         ignored.append(("policy.target_ttft_ms", "it has no effect without policy.target_tpot_ms"))
+    if not config.speculation.is_enabled:
+        names = (key.name for key in all_keys().values() if key.name.startswith("speculation."))
+        ignored += [(name, "speculation.method is none") for name in names if name != "speculation.method"]
     if cache.num_blocks is not None:
         ignored.append(("cache.memory_bytes", "cache.num_blocks sets the size of the cache"))
     most = config.scheduler.max_num_batched_tokens

@@ -11,7 +11,15 @@ import numpy as np
 from ulysses_infer.engine.request import Request
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.step_shape import StepShape
-from ulysses_infer.worker.step_plan import ALL_LOGITS, LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, placeholder
+from ulysses_infer.worker.step_plan import (
+    ALL_LOGITS,
+    DRAFT_LOGITS,
+    LAST_LOGITS,
+    NO_LOGITS,
+    PlanItem,
+    StepPlan,
+    placeholder,
+)
 
 
 class ScheduledRequest(NamedTuple):
@@ -32,11 +40,18 @@ class ScheduledRequest(NamedTuple):
     """The snapshot of recurrent states that it starts from."""
     snapshot: int | None = None
     """Where its states are saved after the step."""
+    drafts: tuple[int, ...] = ()
+    """Drafted tokens that the step verifies: its last ones, not known tokens."""
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens of the step that are not drafted."""
+        return self.num_new_tokens - len(self.drafts)
 
     @property
     def is_decode(self) -> bool:
-        """Whether the step computes only the token sampled last."""
-        return self.samples and self.num_new_tokens == 1 and self.start >= len(self.request.prompt_token_ids)
+        """Whether the step computes only the token sampled last, and drafted ones after it."""
+        return self.samples and self.num_known_tokens == 1 and self.start >= len(self.request.prompt_token_ids)
 
 
 @dataclass(frozen=True)
@@ -59,17 +74,28 @@ class Batch:
         return sum(item.is_decode for item in self.scheduled)
 
     @property
+    def num_drafted(self) -> int:
+        """Drafted tokens that the step verifies."""
+        return sum(len(item.drafts) for item in self.scheduled)
+
+    @property
+    def num_decode_rows(self) -> int:
+        """Tokens of decodes, drafted ones included."""
+        return self.num_decodes + self.num_drafted
+
+    @property
     def num_prefill_tokens(self) -> int:
         """Tokens of prefill chunks, including recomputed ones."""
-        return self.num_tokens - self.num_decodes
+        return self.num_tokens - self.num_decode_rows
 
     @property
     def shape(self) -> StepShape:
-        """The features of the step that its time depends on."""
-        contexts, chunks = [], []
+        """The features of the step that its time depends on. A drafted token counts as one more decode."""
+        contexts: list[int] = []
+        chunks = []
         for item in self.scheduled:
             if item.is_decode:
-                contexts.append(item.start + 1)
+                contexts += range(item.start + 1, item.start + 1 + item.num_new_tokens)
             else:
                 chunks.append((item.start, item.num_new_tokens))
         return StepShape.of(contexts, chunks)
@@ -94,6 +120,8 @@ class BatchBuilder:
     decodes: dict[int, ScheduledRequest] = field(default_factory=dict)
     prefills: dict[int, ScheduledRequest] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
+    drafts: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """The tokens proposed after the known ones of each decoding request, by its index."""
 
     def put(
         self,
@@ -103,10 +131,11 @@ class BatchBuilder:
         samples: bool,
         restored: int | None = None,
         snapshot: int | None = None,
+        drafts: tuple[int, ...] = (),
     ) -> None:
-        """Schedule the next `num_new_tokens` tokens of `request`."""
+        """Schedule the next `num_new_tokens` tokens of `request`, the `drafts` among them."""
         start = request.num_computed_tokens
-        item = ScheduledRequest(request, start, num_new_tokens, new_block_ids, samples, restored, snapshot)
+        item = ScheduledRequest(request, start, num_new_tokens, new_block_ids, samples, restored, snapshot, drafts)
         (self.decodes if item.is_decode else self.prefills)[request.index] = item
         self.budget -= num_new_tokens
         self.prefill_budget -= 0 if item.is_decode else num_new_tokens
@@ -136,15 +165,15 @@ def make_plan(
     """The plan of `batch` in `mode`. previous_rows: for each request with a placeholder token, the logits row of the
     previous step that determines it."""
     items, tokens = [], []
-    for request, start, count, new_block_ids, samples, *_ in batch.scheduled:
-        known = request.token_ids_from(start, start + count)
+    for item in batch.scheduled:
+        request, start, count = item.request, item.start, item.num_new_tokens
+        known = request.token_ids_from(start, start + item.num_known_tokens)
         tokens += known
-        if len(known) < count:
+        if len(known) < item.num_known_tokens:
             assert previous_rows is not None, "a token is placeholder, and from no step"
             tokens.append(placeholder(previous_rows[request.index]))
-        wants_prompt = request.params.prompt_logprobs is not None and start < request.num_prompt_tokens
-        logits = ALL_LOGITS if wants_prompt else LAST_LOGITS if samples else NO_LOGITS
-        items.append(PlanItem(request.index, start, count, new_block_ids, logits, request.adapter))
+        tokens += item.drafts
+        items.append(PlanItem(request.index, start, count, item.new_block_ids, _logits(item), request.adapter))
     return StepPlan(
         sequence,
         mode,
@@ -156,3 +185,12 @@ def make_plan(
         tuple((item.request.index, item.restored) for item in batch.scheduled if item.restored is not None),
         tuple((item.request.index, item.snapshot) for item in batch.scheduled if item.snapshot is not None),
     )
+
+
+def _logits(item: ScheduledRequest) -> int:
+    """Which rows of a request's tokens need logits."""
+    if item.drafts:
+        return DRAFT_LOGITS
+    if item.request.params.prompt_logprobs is not None and item.start < item.request.num_prompt_tokens:
+        return ALL_LOGITS
+    return LAST_LOGITS if item.samples else NO_LOGITS

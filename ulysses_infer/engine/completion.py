@@ -26,21 +26,40 @@ class Sequence:
     detokenizer: Detokenizer
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    num_taken: int = 0
+    """Output tokens that the detokenizer has got."""
 
     @property
     def is_finished(self) -> bool:
         """Whether this output has ended, for whatever reason."""
         return self.request.is_finished
 
-    def take_token(self) -> str | None:
-        """Detokenize the newest token; returns the stop string that it completed, if any."""
+    def take_tokens(self) -> str | None:
+        """Detokenize the new tokens, up to a stop string; returns that if there is one, and drops what follows."""
         request = self.request
         ended_by_token = request.finish_reason == "stop"
-        if not ended_by_token or request.params.include_stop_str_in_output:
-            self.detokenizer.append([request.output_token_ids[-1]])
+        while self.num_taken < request.num_output_tokens:
+            token = request.output_token_ids[self.num_taken]
+            self.num_taken += 1
+            is_last = self.num_taken == request.num_output_tokens
+            if not (ended_by_token and is_last) or request.params.include_stop_str_in_output:
+                self.detokenizer.append([token])
+            if self.detokenizer.stop_reason is not None and not is_last:
+                del request.output_token_ids[self.num_taken :]
+                self._drop_logprobs()
+                return self.detokenizer.stop_reason
+        self._drop_logprobs()
         if request.is_finished:
             self.detokenizer.finish()
         return self.detokenizer.stop_reason
+
+    def _drop_logprobs(self) -> None:
+        """Drop those of accepted drafted tokens after the end of the output."""
+        tokens = self.request.output_token_ids
+        if len(self.logprobs) > len(tokens):
+            del self.logprobs[len(tokens) :]
+            scored = (entry[token].logprob for entry, token in zip(self.logprobs, tokens, strict=True))
+            self.cumulative_logprob = sum(scored, 0.0)
 
     def finish_text(self) -> None:
         """Give out the text held back of an aborted output; nothing if that raises, as tokenizer libraries may."""

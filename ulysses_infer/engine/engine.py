@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.cache.snapshots import SnapshotPool
 from ulysses_infer.config import Config
 from ulysses_infer.engine.batch import Batch, ScheduledRequest, make_plan
-from ulysses_infer.engine.completion import Completion, Sequence
+from ulysses_infer.engine.completion import Completion
+from ulysses_infer.engine.completion import Sequence as OutputSequence
 from ulysses_infer.engine.in_flight import MAX_ASYNC_TOKENS, InFlightStep
 from ulysses_infer.engine.policies import Decision
 from ulysses_infer.engine.policy_control import PolicyControl
@@ -20,6 +21,7 @@ from ulysses_infer.engine.requests import RequestTable
 from ulysses_infer.engine.results import StepResults
 from ulysses_infer.engine.scheduler import Scheduler
 from ulysses_infer.engine.sleep import SleepState
+from ulysses_infer.engine.speculation.start import start_speculation
 from ulysses_infer.engine.stats import StepRecord, StepStats
 from ulysses_infer.errors import kind_and_line
 from ulysses_infer.outputs import CONSTRAINTS, FAILED
@@ -54,6 +56,7 @@ class Engine:
         self.requests = RequestTable(config, self.scheduler, prompts, shape.vocab_size, text)
         self.sleep = SleepState()
         self.policies = PolicyControl(config, rank, self.scheduler, self.requests, self.sleep)
+        self.speculation = start_speculation(config, rank, self.requests, self.policies)
         self.stats = StepStats()
         self.choose_mode: Callable[[Batch], Mode] | None = None
         """Overrides the policy; for tests and tools that choose the modes themselves."""
@@ -122,7 +125,10 @@ class Engine:
         """
         scheduler = self.scheduler
         limit = self.policies.policy.prefill_limit(scheduler.running, scheduler.next_waiting)
-        batch = scheduler.schedule(limit, ahead=previous is not None)
+        drafts: Mapping[int, Sequence[int]] = {}
+        if self.speculation is not None and previous is None:
+            drafts = self.speculation.draft(scheduler.running, scheduler.next_waiting)
+        batch = scheduler.schedule(limit, previous is not None, drafts)
         self.requests.add_forgotten([request.index for request in batch.preempted])
         if batch.is_empty:
             return None
@@ -130,14 +136,16 @@ class Engine:
         plan = self._plan(batch, decision.mode, previous)
         started = time.perf_counter()
         self.channel.send(STEP, plan.encode())
-        results = StepResults(batch, plan.items, self.requests.sequences, self.requests.decoder)
+        may_replace = self.config.speculation.acceptance == "rejection"
+        results = StepResults(batch, plan.items, self.requests.sequences, self.requests.decoder, may_replace)
         tokens = self.worker.run(plan, results.choose)
         return InFlightStep(batch, plan, decision, results, tokens, started)
 
     def _decide(self, batch: Batch) -> Decision:
         if self.choose_mode is not None:
             return Decision(self.choose_mode(batch), FORCED)
-        return self.policies.policy.decide(batch)
+        decision = self.policies.policy.decide(batch)
+        return decision if self.speculation is None else decision._replace(drafts=self.speculation.reason)
 
     def _plan(self, batch: Batch, mode: Mode, previous: InFlightStep | None) -> StepPlan:
         full_logits = self.requests.need_full_logits(batch)
@@ -145,6 +153,7 @@ class Engine:
             bool(self.config.scheduler.async_scheduling)
             and batch.num_tokens <= MAX_ASYNC_TOKENS
             and not self.requests.need_outputs
+            and (self.speculation is None or not self.speculation.is_due(batch))
         )
         previous_rows = None if previous is None else previous.results.rows_of_requests
         dropped = self.requests.take_forgotten()
@@ -156,7 +165,9 @@ class Engine:
         self._record(step)
         running = [item for item in step.batch.scheduled if not item.request.is_finished]
         self._end_impossible(step.results)
-        self.scheduler.update(step.batch, step.results.tokens)
+        self.scheduler.update(step.batch, step.results.tokens, step.results.accepted)
+        if self.speculation is not None:
+            self.speculation.observe(step.batch, step.results.accepted)
         completions = self._collect(running, step.results)
         self._drop_unneeded_step()
         return completions
@@ -165,10 +176,12 @@ class Engine:
         plan, batch, decision = step.plan, step.batch, step.decision
         now = time.perf_counter()
         seconds, self._last_completed = now - max(step.started, self._last_completed), now
-        record = StepRecord(plan.sequence, plan.mode, plan.num_tokens, batch.num_decodes, seconds, decision)
+        record = StepRecord(plan.sequence, plan.mode, plan.num_tokens, batch.num_decode_rows, seconds, decision)
         self.stats.record(record)
         # A GPU step is only known to be done when something has come back from it.
         is_timed = self.worker.device.type == "cpu" or any(item.samples for item in batch.scheduled)
+        if is_timed and self.speculation is not None:
+            self.speculation.times.observe(batch, decision.mode, seconds)
         if decision.reason != FORCED and is_timed:
             self.policies.policy.observe(batch, decision, seconds)
         if logger.isEnabledFor(logging.DEBUG):
@@ -183,7 +196,7 @@ class Engine:
             except Exception as error:  # grammar and tokenizer libraries raise anything
                 self._fail(completion, sequence, error)
 
-    def _end_without_token(self, completion: Completion, sequence: Sequence) -> None:
+    def _end_without_token(self, completion: Completion, sequence: OutputSequence) -> None:
         row = sequence.row
         if row.error is not None:
             raise row.error
@@ -195,7 +208,7 @@ class Engine:
         logger.warning("request %s: its constraints allow no token; ended with an error", completion.request_id)
         self.scheduler.finish(sequence.request, "error", reason)
 
-    def _fail(self, completion: Completion, sequence: Sequence, error: Exception) -> None:
+    def _fail(self, completion: Completion, sequence: OutputSequence, error: Exception) -> None:
         """End one sequence because its own constraints or text raised; the other requests go on."""
         logger.error("request %s failed", completion.request_id, exc_info=error)
         self.scheduler.finish(sequence.request, "error", FAILED + kind_and_line(error))
@@ -217,10 +230,10 @@ class Engine:
                 self.requests.forget_completion(completion)
         return list(touched.values())
 
-    def _detokenize(self, completion: Completion, sequence: Sequence) -> None:
-        """Give the newest token to the detokenizer; end the sequence if that completes a stop string."""
+    def _detokenize(self, completion: Completion, sequence: OutputSequence) -> None:
+        """Give the new tokens to the detokenizer; end the sequence if that completes a stop string."""
         try:
-            stop = sequence.take_token()
+            stop = sequence.take_tokens()
         except Exception as error:  # tokenizer libraries raise anything
             self._fail(completion, sequence, error)
             return

@@ -22,6 +22,8 @@ def warm_up(engine: Engine) -> None:
     engine.choose_mode = None
     engine.scheduler.allocator.reset_prefix_cache()
     engine.stats = StepStats()
+    if engine.speculation is not None:
+        engine.speculation.reset_stats()
 
 
 def weights_changed(engine: Engine) -> None:
@@ -66,6 +68,7 @@ def describe(engine: Engine) -> dict[str, Any]:
         "prefix_cache_queries": allocator.prefix_stats.queries,
         "prefix_cache_hits": allocator.prefix_stats.hits,
         "num_preemptions": scheduler.num_preemptions,
+        **({} if engine.speculation is None else engine.speculation.stats.as_dict()),
         **_describe_states(engine),
     }
 

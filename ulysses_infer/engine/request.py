@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ulysses_infer.cache.pools import GroupBlockIds
@@ -140,6 +141,16 @@ class Request:
         if self.first_token_time is None:
             self.first_token_time = now
 
+    def append_drafts(self, token_ids: Sequence[int], now: float) -> tuple[str, int | None] | None:
+        """Append accepted drafted tokens, up to one that ends the request; returns its `ending`, or None."""
+        for token_id in token_ids:
+            self.output_token_ids.append(token_id)
+            self.last_token_time = now
+            ending = self.ending()
+            if ending is not None:
+                return ending
+        return None
+
     def ending(self) -> tuple[str, int | None] | None:
         """`(finish_reason, stop_reason)` if the newest output token ends the request, else None.
 
@@ -152,6 +163,11 @@ class Request:
             if token_id in self._stop_token_ids:
                 return "stop", token_id
         return ("length", None) if self.num_tokens >= self.length_limit else None
+
+    @property
+    def ending_token_ids(self) -> frozenset[int]:
+        """The tokens that end the request, from `min_tokens` on."""
+        return self._stop_token_ids if self.params.ignore_eos else self.eos_token_ids | self._stop_token_ids
 
     def restart(self) -> None:
         """Preempt: drop everything computed, to be computed again later. The output tokens stay."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ulysses_infer.cache.prefix import prefix_salt
@@ -31,6 +32,8 @@ class RequestTable:
         self.decoder = prompts.decoder if text else None
         self.sequences: dict[int, tuple[Completion, Sequence]] = {}
         """The request and the sequence of each scheduler request, by its index."""
+        self.on_end: Callable[[Request], None] | None = None
+        """Called with every request that has ended, for whatever reason."""
         self._completions: dict[str, Completion] = {}
         self._full_logits: set[int] = set()
         self._output_readers: set[int] = set()
@@ -131,6 +134,8 @@ class RequestTable:
             self._forgotten.append(request.index)
             self._full_logits.discard(request.index)
             self._output_readers.discard(request.index)
+            if self.on_end is not None:
+                self.on_end(request)
 
     def forget_completion(self, completion: Completion) -> None:
         """Drop a request whose sequences have all finished."""

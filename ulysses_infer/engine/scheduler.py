@@ -31,6 +31,9 @@ from ulysses_infer.errors import RequestError
 
 __all__ = ["Batch", "ScheduledRequest", "Scheduler"]
 
+NO_DRAFTS: Mapping[int, Sequence[int]] = {}
+NO_ACCEPTED: Mapping[int, int] = {}
+
 
 class _WaitingQueue:
     """Waiting requests sorted by precedence, the first at the end of the list, where removing it is O(1)."""
@@ -147,7 +150,12 @@ class Scheduler:
         """The request that is admitted next."""
         return self._waiting.first if self._waiting else None
 
-    def schedule(self, max_prefill_tokens: int | None = None, ahead: bool = False) -> Batch:
+    def schedule(
+        self,
+        max_prefill_tokens: int | None = None,
+        ahead: bool = False,
+        drafts: Mapping[int, Sequence[int]] = NO_DRAFTS,
+    ) -> Batch:
         """Choose the next step: up to `max_num_batched_tokens` tokens of up to `max_num_seqs` requests.
 
         max_prefill_tokens: limits the tokens of prompts and recomputed texts (at least 1). It has no effect without
@@ -155,9 +163,12 @@ class Scheduler:
 
         ahead: the tokens of the previous step are not known yet. Requests that may end with them decode once more, and
         the result is dropped if they did. Nothing is preempted: if blocks run short, the batch only says so.
+
+        drafts: tokens proposed after the last known one, by `request.index`. They are verified beside it as far as the
+        budget and free blocks allow; no decode waits and nothing is preempted for them. Not with `ahead`.
         """
         most = self.config.max_num_batched_tokens
-        step = BatchBuilder(most, most if max_prefill_tokens is None else max_prefill_tokens, ahead)
+        step = BatchBuilder(most, most if max_prefill_tokens is None else max_prefill_tokens, ahead, drafts=drafts)
         for request in list(self._running.values()):
             if step.budget == 0 or step.lacks_room:
                 break
@@ -174,10 +185,14 @@ class Scheduler:
             item.request.num_placeholders += item.samples
         return batch
 
-    def update(self, batch: Batch, sampled: Mapping[int, int]) -> list[Request]:
-        """Apply the result of `batch`. `sampled` maps `request.index` to the sampled token id.
+    def update(
+        self, batch: Batch, sampled: Mapping[int, int], accepted: Mapping[int, int] = NO_ACCEPTED
+    ) -> list[Request]:
+        """Apply the result of `batch`. `sampled` maps `request.index` to the sampled token id, `accepted` to how many
+        of its drafted tokens come before that one (0 if it is not listed).
 
-        Returns the requests that end with this step. Requests aborted during the step are skipped.
+        A request goes back to its accepted tokens; later steps overwrite the slots of the others. Returns the requests
+        that end with this step. Requests aborted during the step are skipped.
         """
         now = self._clock()
         finished = []
@@ -185,14 +200,18 @@ class Scheduler:
             request = item.request
             if request.is_finished:
                 continue
-            self._publish_full_blocks(request, item.start + item.num_new_tokens)
-            self._snapshots.publish(request, item.start + item.num_new_tokens)
-            if item.samples:
+            ending = request.append_drafts(item.drafts[: accepted.get(request.index, 0)], now)
+            end = item.start + item.num_new_tokens
+            if item.drafts:  # the rejected ones are not computed
+                end = request.num_computed_tokens = request.num_tokens
+            self._publish_full_blocks(request, end)
+            self._snapshots.publish(request, end)
+            if item.samples and ending is None:
                 request.append_token(sampled[request.index], now)
                 ending = request.ending()
-                if ending is not None:
-                    self.finish(request, *ending)
-                    finished.append(request)
+            if ending is not None:
+                self.finish(request, *ending)
+                finished.append(request)
         return finished
 
     def _continue(self, request: Request, step: BatchBuilder) -> None:
@@ -208,18 +227,42 @@ class Scheduler:
             request, request.num_computed_tokens, min(num_tokens_left, budget), num_tokens_left
         )
         num_tokens = request.num_computed_tokens + num_new_tokens
-        num_blocks = self.allocator.blocks_for(num_tokens) - request.num_blocks
+        drafts = self._possible_drafts(request, step) if step.drafts else ()
+        num_blocks = self._missing_blocks(request, num_tokens)
         new_block_ids = []
-        if num_blocks:
+        if num_blocks or self._missing_blocks(request, num_tokens + len(drafts)):
             self.allocator.free_out_of_window_blocks(
                 request.block_tables, request.num_blocks, request.num_computed_tokens, request.num_prompt_tokens
             )
             if num_blocks > self.allocator.num_free and not self._preempt_for(request, num_blocks, step):
                 return
+            drafts = self._fitting_drafts(request, num_tokens, drafts)
+            num_blocks = self._missing_blocks(request, num_tokens + len(drafts))
             new_block_ids = self.allocator.extend(request.block_tables, num_blocks)
             request.num_blocks += num_blocks
         snapshot = self._snapshots.reserve(request, num_tokens)
-        step.put(request, num_new_tokens, new_block_ids, num_new_tokens == num_tokens_left, snapshot=snapshot)
+        samples = num_new_tokens == num_tokens_left
+        step.put(request, num_new_tokens + len(drafts), new_block_ids, samples, snapshot=snapshot, drafts=drafts)
+
+    def _missing_blocks(self, request: Request, num_tokens: int) -> int:
+        """Blocks that `request` needs for `num_tokens` tokens and does not have. Rejected drafts may have left some."""
+        return max(0, self.allocator.blocks_for(num_tokens) - request.num_blocks)
+
+    def _possible_drafts(self, request: Request, step: BatchBuilder) -> tuple[int, ...]:
+        """The proposed tokens of a decode that the step has a budget for, and that the request may output with one more
+        token after them."""
+        if request.num_tokens_left > 1 or request.num_computed_tokens < request.num_prompt_tokens:
+            return ()
+        most = min(step.budget - len(self._running), request.max_tokens_left - 1)
+        return tuple(step.drafts.get(request.index, ())[: max(0, most)])
+
+    def _fitting_drafts(self, request: Request, num_tokens: int, drafts: tuple[int, ...]) -> tuple[int, ...]:
+        """The leading `drafts` after `num_tokens` tokens for which there are blocks. One block per running request
+        stays free, as for admission: drafts must not cause preemptions."""
+        own = self._missing_blocks(request, num_tokens)
+        spare = max(0, self.allocator.num_free - own - len(self._running))
+        room = (request.num_blocks + own + spare) * self.allocator.block_size - num_tokens
+        return drafts[:room]
 
     def _preempt_for(self, request: Request, num_blocks: int, step: BatchBuilder) -> bool:
         """Preempt requests from the end of the order until `num_blocks` are free. False if that would preempt `request`

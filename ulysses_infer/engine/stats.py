@@ -20,6 +20,7 @@ class StepRecord(NamedTuple):
     mode: Mode
     num_tokens: int
     num_decodes: int
+    """Tokens of decodes, drafted ones included."""
     seconds: float
     decision: Decision | None = None
 

@@ -77,7 +77,7 @@ def make_worker(
     elif device.type == "cpu" and wants_cpu_graphs(config.runtime.enforce_eager, attention, matmul, shape, model.dtype):
         assert isinstance(attention, NativeAttention)
         assert matmul is not None
-        worker.graphs = CpuGraphRunner(model, cache, groups, attention, matmul, scheduler.max_num_seqs, states)
+        worker.graphs = CpuGraphRunner(model, cache, groups, attention, matmul, _max_decode_rows(config), states)
     return worker
 
 
@@ -162,6 +162,13 @@ def attention_needs(model: ShiftModel, shape: CacheShape, device: torch.device) 
     )
 
 
+def _max_decode_rows(config: Config) -> int:
+    """The most rows of a step of decodes and drafted tokens."""
+    scheduler = config.scheduler
+    rows = scheduler.max_num_seqs * (1 + config.speculation.max_drafted)
+    return min(rows, scheduler.max_num_batched_tokens)
+
+
 def _make_cache(
     config: CacheConfig, sizing: CacheSizing, num_bytes: int, device: torch.device, scratch_blocks: int
 ) -> PagedCache:
@@ -185,7 +192,7 @@ def _capture_cuda_graphs(worker: Worker, config: Config, capturer: Capturer, mix
         worker.eager.inputs,
         capturer,
         worker.device,
-        min(max_num_seqs, max_tokens),
+        _max_decode_rows(config),
         worker.states,
     )
     runner.capture_all()

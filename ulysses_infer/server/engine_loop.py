@@ -29,6 +29,7 @@ from ulysses_infer.server.messages import (
     Reply,
     RequestStart,
     SnapshotCounts,
+    SpeculationCounts,
     Stepped,
     StepReport,
     Submit,
@@ -245,6 +246,15 @@ class EngineLoop:
             expert_tokens=self._expert_tokens,
             snapshots=self._snapshot_counts(),
             is_paused=self._control.is_paused,
+            speculation=self._speculation_counts(),
+        )
+
+    def _speculation_counts(self) -> SpeculationCounts | None:
+        if self._engine.speculation is None:
+            return None
+        stats = self._engine.speculation.stats
+        return SpeculationCounts(
+            stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens, list(stats.accepted_per_position)
         )
 
     def _snapshot_counts(self) -> SnapshotCounts | None:

@@ -82,6 +82,17 @@ class SnapshotCounts(msgspec.Struct, array_like=True):
     """On every rank."""
 
 
+class SpeculationCounts(msgspec.Struct, array_like=True):
+    """Drafted tokens since the engine's start."""
+
+    num_drafts: int
+    """Requests with drafted tokens, summed over steps."""
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_accepted_per_position: list[int]
+    """How often the first, second ... token of a draft was accepted."""
+
+
 class EngineState(msgspec.Struct, array_like=True):
     """The engine's load, after a step or when it changes without one. Counters run from the engine's start."""
 
@@ -101,6 +112,8 @@ class EngineState(msgspec.Struct, array_like=True):
     """Of recurrent states; None if the model has none."""
     is_paused: bool = False
     """No steps run until an administrator resumes them."""
+    speculation: SpeculationCounts | None = None
+    """None without speculative decoding."""
 
 
 class StepReport(msgspec.Struct, array_like=True):

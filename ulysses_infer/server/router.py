@@ -11,7 +11,15 @@ import msgspec
 
 from ulysses_infer.errors import EngineDeadError, RequestError
 from ulysses_infer.server.client import DEAD, DRAINING, READY, STARTING, EngineClient, Observer, RequestRecord
-from ulysses_infer.server.messages import EngineState, NewToken, Ready, SnapshotCounts, StepReport, Submit
+from ulysses_infer.server.messages import (
+    EngineState,
+    NewToken,
+    Ready,
+    SnapshotCounts,
+    SpeculationCounts,
+    StepReport,
+    Submit,
+)
 
 EVERYWHERE = (
     "set_policy",
@@ -225,6 +233,7 @@ def _combined(states: list[EngineState]) -> EngineState:
         policy=states[0].policy,
         expert_tokens=[tokens for state in states for tokens in state.expert_tokens],
         snapshots=_combined_snapshots([state.snapshots for state in states if state.snapshots is not None]),
+        speculation=_combined_drafts([state.speculation for state in states if state.speculation is not None]),
     )
 
 
@@ -233,6 +242,17 @@ def _combined_snapshots(counts: list[SnapshotCounts]) -> SnapshotCounts | None:
         return None
     held, slots = sum(each.num_held for each in counts), sum(each.num_slots for each in counts)
     return SnapshotCounts(held, slots, sum(each.num_hits for each in counts), counts[0].num_bytes_each)
+
+
+def _combined_drafts(counts: list[SpeculationCounts]) -> SpeculationCounts | None:
+    if not counts:
+        return None
+    return SpeculationCounts(
+        sum(each.num_drafts for each in counts),
+        sum(each.num_draft_tokens for each in counts),
+        sum(each.num_accepted_tokens for each in counts),
+        [sum(position) for position in zip(*(each.num_accepted_per_position for each in counts), strict=True)],
+    )
 
 
 Served = EngineClient | Router

@@ -18,7 +18,8 @@ from ulysses_infer.text.bad_words import BadWords, Spellings
 from ulysses_infer.text.chat_template import ChatTemplate, find_template
 from ulysses_infer.text.detokenizer import TextStream, TokenDecoder
 from ulysses_infer.text.encoding import check_not_empty, encode
-from ulysses_infer.text.structured import GrammarCompiler, GrammarState
+from ulysses_infer.text.grammar_state import GrammarState
+from ulysses_infer.text.structured import GrammarCompiler
 
 logger = logging.getLogger(__name__)
 MAX_CACHED = 32  # requests whose bad words are kept prepared

@@ -24,15 +24,13 @@ import re
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, TypeVar
 
 from ulysses_infer.errors import RequestError
 from ulysses_infer.sampling_params import StructuredOutputs
 from ulysses_infer.text.detokenizer import TokenDecoder
 from ulysses_infer.text.first_space import Speller, drops_first_space
+from ulysses_infer.text.grammar_state import FirstToken, GrammarState, unpack
 from ulysses_infer.text.structured_pieces import alternatives_lark, token_ids
 from ulysses_infer.text.structured_schema import prepare_schema
 from ulysses_infer.text.token_bytes import token_bytes
@@ -61,7 +59,6 @@ REFUSED_IN_LARK = ("%json", "%regex", "%llguidance", "%lark")
 WHITESPACE_PATTERN = re.compile(r"(?:[ \t\n\r\[\](){}|?*+,0-9]|\\[nrts]|\\x(?:20|0[9AaDd]))*")
 
 Result = TypeVar("Result")
-Penalties = npt.NDArray[np.float32]
 
 
 def check(wanted: StructuredOutputs) -> None:
@@ -70,56 +67,6 @@ def check(wanted: StructuredOutputs) -> None:
     message = _with_deep_stack(lambda: library.LLMatcher.validate_grammar(grammar, None, limits=_limits(library)))
     if message and not message.startswith("WARNING"):
         raise _refusal(wanted, message)
-
-
-class GrammarState:
-    """The state of one output in its grammar. It follows the output's token ids, so recomputation changes nothing."""
-
-    def __init__(
-        self, matcher: Any, vocab_size: int, end_token_ids: Collection[int], first: FirstToken | None = None
-    ) -> None:
-        """end_token_ids: tokens that end the output, allowed wherever the grammar may end. first: given if the first
-        token counts without its space."""
-        self._matcher, self._vocab_size, self._first = matcher, vocab_size, first
-        self._end_token_ids = [token for token in end_token_ids if token < vocab_size]
-        self._num_consumed = 0
-
-    @property
-    def may_end(self) -> bool:
-        """Whether the output so far matches the whole grammar."""
-        return not self._matcher.is_error() and self._matcher.is_accepting()
-
-    def penalties(self, output_token_ids: Sequence[int]) -> Penalties:
-        """The penalties for the token after `output_token_ids`, to be added to the logits: [V] float32, 0 or -inf.
-
-        All are -inf if the grammar is complete and no token can end the output, or if it became too complex to follow.
-        """
-        for token in output_token_ids[self._num_consumed :]:
-            self._consume(token)
-            self._num_consumed += 1
-        matcher = self._first.matcher if self._first is not None and not self._num_consumed else self._matcher
-        if matcher.is_stopped():
-            penalties = np.full(self._vocab_size, -np.inf, dtype=np.float32)
-        else:
-            penalties = _unpack(matcher.compute_bitmask(), self._vocab_size)
-            if matcher.is_error():
-                penalties.fill(-np.inf)
-        penalties[self._end_token_ids] = 0.0 if self.may_end else -np.inf
-        return penalties
-
-    def _consume(self, token: int) -> None:
-        spelled = (token,) if self._first is None or self._num_consumed else self._first.spell(token)
-        for each in spelled:
-            self._matcher.consume_token(each)
-
-
-class FirstToken(NamedTuple):
-    """How the first token of an output is read if it counts without its space."""
-
-    matcher: Any
-    """A matcher in its initial state, for which tokens begin without a space."""
-    spell: Callable[[int], Sequence[int]]
-    """Tokens with the text that the token has in this place."""
 
 
 class GrammarCompiler:
@@ -146,7 +93,7 @@ class GrammarCompiler:
         matcher, first = self._matcher(wanted), None
         if begins_a_text and self.drops_first_space:
             first = FirstToken(self._matcher(wanted, is_first=True), self._spell_without_space)
-        return GrammarState(matcher, self._vocab_size, end_token_ids, first)
+        return GrammarState(matcher, self._vocab_size, end_token_ids, self._spell, first)
 
     def _matcher(self, wanted: StructuredOutputs, is_first: bool = False) -> Any:
         library, grammar = _library(), _as_lark(wanted)
@@ -157,6 +104,10 @@ class GrammarCompiler:
             raise _refusal(wanted, found)
         assert isinstance(found, library.LLMatcher)
         return found.deep_copy()
+
+    def _spell(self, text: bytes) -> Sequence[int]:
+        """Tokens with this text, the longest first; none if there are none."""
+        return self._speller.spell(text) or ()
 
     def _spell_without_space(self, token: int) -> Sequence[int]:
         return self._speller.spell(self.token_bytes[token].removeprefix(b" ")) or (token,)
@@ -225,17 +176,9 @@ class _Vocabulary:
         return []
 
 
-_PENALTIES = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf)
-_PENALTIES_OF_BYTE = _PENALTIES.astype(np.float32)  # [256, 8]: a look-up is several times faster than masking by bits
-
-
-def _unpack(bitmask: bytes, vocab_size: int) -> Penalties:
-    return _PENALTIES_OF_BYTE.take(np.frombuffer(bitmask, dtype=np.uint8), axis=0).reshape(-1)[:vocab_size]
-
-
 def _dead_end(matcher: Any, vocab_size: int) -> str:
     """Why no first token is possible; "" if one is possible or none is needed."""
-    penalties = _unpack(matcher.compute_bitmask(), vocab_size)
+    penalties = unpack(matcher.compute_bitmask(), vocab_size)
     if matcher.is_error() and "NoExtension" not in matcher.get_error():
         return str(matcher.get_error())
     return "" if (penalties == 0).any() or matcher.is_accepting() else "no text matches it"

@@ -24,7 +24,7 @@ class StepArrays(NamedTuple):
     """The tokens of a step, flattened in batch order."""
 
     positions: np.ndarray  # [T] int64, position of each token in its sequence
-    query_lens: list[int]
+    query_lens: list[int]  # of each sequence; a step that runs by row has a sequence per token
     groups: list[GroupArrays]
     rows: np.ndarray  # [num_sequences] int64, row of each sequence in the block tables: its state slot
 
@@ -67,6 +67,9 @@ class BlockTables:
             first = np.cumsum(lens) - lens
             positions = np.arange(plan.num_tokens, dtype=np.int64) + np.repeat(starts - first, lens)
             rows_of_tokens, ends = np.repeat(rows, lens), starts + lens
+            if plan.runs_by_row:
+                query_lens = [1] * plan.num_tokens
+                rows, starts, ends = rows_of_tokens, positions, positions + 1
         numbers = positions // self.block_size
         offsets = positions - numbers * self.block_size
         groups = []

@@ -51,13 +51,14 @@ class CpuGraphRunner:
         groups: ProcessGroups,
         backend: NativeAttention,
         matmul: NativeMatmul,
-        max_num_seqs: int,
+        max_rows: int,
         states: StateCache | None = None,
     ) -> None:
+        """max_rows: of a decode step, with drafted tokens."""
         self.model, self.groups, self.backend = model, groups, backend
         self._contexts = StepContextBuilder(cache, groups, backend, matmul, states)
         self._block_size = cache.shape.block_size
-        self._max_rows = min(max_num_seqs, MAX_ROWS)
+        self._max_rows = min(max_rows, MAX_ROWS)
         max_blocks = cache.shape.blocks_for(model.shape.max_model_len)
         self._inputs = CpuInputs(self._max_rows, max_blocks, len(cache.groups.attention_spans))
         self._arena = Arena()
@@ -73,12 +74,12 @@ class CpuGraphRunner:
         return {} if self._replayed is None else {kind: self._replayed.seconds_of(kind) for kind in KINDS}
 
     def accepts(self, plan: StepPlan) -> bool:
-        """Whether the step has one token per sequence, few enough rows, and a shape that has occurred before.
+        """Whether the step has only decodes, few enough rows, and a shape that has occurred before.
 
         Steps with adapters run eagerly: the host decides which rows go through which adapter.
         """
         self._replayed = None
-        if plan.num_tokens != len(plan.items) or plan.num_tokens > self._max_rows or plan.mode in self._refused:
+        if not plan.runs_by_row or plan.num_tokens > self._max_rows or plan.mode in self._refused:
             return False
         if any(item.adapter or item.logits == NO_LOGITS for item in plan.items):
             return False

@@ -71,13 +71,13 @@ class CudaCapturer:
         return graph
 
 
-def bucket_sizes(max_num_seqs: int, sp: int) -> list[int]:
+def bucket_sizes(max_rows: int, sp: int) -> list[int]:
     """Rows of the captured steps of a mode with `sp` token slices, ascending. All slices have the same size.
 
     1, 2, 4, 8, 16, then each power of two and the number half-way to the next: above 16 rows, at most half of
     the rows of a step are added as padding.
     """
-    limit = min(max_num_seqs, MAX_ROWS)
+    limit = min(max_rows, MAX_ROWS)
     sizes = [1, 2, 4, 8, 16]
     while sizes[-1] < limit:
         sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
@@ -103,15 +103,15 @@ class CudaGraphRunner:
         transfer: StepInputs,
         capturer: Capturer,
         device: torch.device,
-        max_num_seqs: int,
+        max_rows: int,
         states: StateCache | None = None,
     ) -> None:
-        """`cache` must have a scratch block, `states` a scratch slot."""
+        """`cache` must have a scratch block, `states` a scratch slot. max_rows: of a step, with drafted tokens."""
         self.model, self.cache, self.groups, self.backend = model, cache, groups, backend
         self._contexts = StepContextBuilder(cache, groups, backend, states=states)
         self._scratch_slot = 0 if states is None else states.scratch_slot
         self._transfer, self._capturer = transfer, capturer
-        self.buckets = {mode: bucket_sizes(max_num_seqs, mode.sp) for mode in groups.by_mode}
+        self.buckets = {mode: bucket_sizes(max_rows, mode.sp) for mode in groups.by_mode}
         largest = max(sizes[-1] for sizes in self.buckets.values())
         self._block_tables = [
             torch.full((largest, self._max_blocks(group)), cache.scratch_block(group), dtype=torch.int32, device=device)
@@ -141,11 +141,11 @@ class CudaGraphRunner:
         self._weights_version = self.model.weights_version
 
     def accepts(self, plan: StepPlan) -> bool:
-        """Whether the step has one token per sequence and fits into a bucket.
+        """Whether the step has only decodes and fits into a bucket.
 
         Steps with adapters run eagerly: the host decides which rows go through which adapter.
         """
-        if plan.num_tokens != len(plan.items) or any(item.adapter for item in plan.items):
+        if not plan.runs_by_row or any(item.adapter for item in plan.items):
             return False
         return plan.num_tokens <= self.buckets[plan.mode][-1]
 

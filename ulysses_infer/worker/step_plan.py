@@ -11,7 +11,7 @@ import numpy as np
 
 from ulysses_infer.parallel.layout import Mode
 
-NO_LOGITS, LAST_LOGITS, ALL_LOGITS = 0, 1, 2
+NO_LOGITS, LAST_LOGITS, ALL_LOGITS, DRAFT_LOGITS = 0, 1, 2, 3
 
 
 class PlanItem(NamedTuple):
@@ -24,7 +24,8 @@ class PlanItem(NamedTuple):
     new_block_ids: list[int]
     """Blocks appended to its tables, one cache group after another; `start` and `num_tokens` imply the counts."""
     logits: int
-    """Which rows need logits: none, the last one, or all (prompt log-probabilities)."""
+    """Which rows need logits: none, the last one, all (prompt log-probabilities), or all because they are a decode and
+    the drafted tokens after it."""
     adapter: int = 0
     """Number of the LoRA adapter applied to its tokens; 0: none."""
 
@@ -57,6 +58,14 @@ class StepPlan(NamedTuple):
     def has_placeholders(self) -> bool:
         """Whether some of its tokens are placeholders."""
         return bool((self.token_ids < 0).any())
+
+    @property
+    def runs_by_row(self) -> bool:
+        """Whether the step has only decodes, with or without drafted tokens. Each of its tokens is then laid out as a
+        sequence of one token, so that verified steps are decode steps of more rows."""
+        if self.num_tokens == len(self.items):
+            return True
+        return all(item.logits == DRAFT_LOGITS or item.num_tokens == 1 for item in self.items)
 
     @property
     def digest(self) -> int:
@@ -101,9 +110,10 @@ def logits_positions(items: Iterable[PlanItem]) -> np.ndarray:
         return np.arange(len(items))  # decodes take this short cut
     counts, kinds = np.array([(item.num_tokens, item.logits) for item in items], dtype=np.int64).reshape(-1, 2).T
     ends = np.cumsum(counts)
-    if not (kinds == ALL_LOGITS).any():
+    needs_all = (kinds == ALL_LOGITS) | (kinds == DRAFT_LOGITS)
+    if not needs_all.any():
         return ends[kinds == LAST_LOGITS] - 1
-    wanted = np.repeat(kinds == ALL_LOGITS, counts)
+    wanted = np.repeat(needs_all, counts)
     wanted[ends[kinds == LAST_LOGITS] - 1] = True
     return np.flatnonzero(wanted)
 

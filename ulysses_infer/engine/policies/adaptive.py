@@ -77,6 +77,10 @@ class AdaptivePolicy(Policy):
         mode, reason = self._pick(shape, times)
         return Decision(mode, f"{reason} ({shape})", tuple(times.items()))
 
+    def candidates(self, num_tokens: int) -> Sequence[Mode]:
+        """Every mode."""
+        return self.modes
+
     def _pick(self, shape: StepShape, times: Mapping[Mode, float]) -> tuple[Mode, str]:
         if len(self.modes) == 1:
             return self.modes[0], ONLY

@@ -19,10 +19,14 @@ class Decision(NamedTuple):
     """A few words that follow the name of the mode: "more than 256 tokens"."""
     predicted: tuple[tuple[Mode, float], ...] = ()
     """Predicted seconds of the step in each mode, if the policy predicts."""
+    drafts: str = ""
+    """Why the step has its number of drafted tokens; "" if none were proposed."""
 
     def explain(self, seconds: float | None = None) -> str:
         """One line; `seconds` is the measured time."""
         parts = [f"{self.mode}: {self.reason}"]
+        if self.drafts:
+            parts.append(f"drafted {self.drafts}")
         if self.predicted:
             parts.append("predicted " + ", ".join(f"{mode} {time * 1e3:.2f} ms" for mode, time in self.predicted))
         if seconds is not None:
@@ -41,6 +45,10 @@ class Policy(ABC):
     @abstractmethod
     def decide(self, batch: Batch) -> Decision:
         """The mode of `batch`, one of the loaded ones, with the reason."""
+
+    @abstractmethod
+    def candidates(self, num_tokens: int) -> Sequence[Mode]:
+        """The modes of which a step of `num_tokens` tokens gets one."""
 
     def choose(self, batch: Batch) -> Mode:
         """The mode of `batch`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ulysses_infer.engine.batch import Batch
@@ -24,6 +25,10 @@ class StaticPolicy(Policy):
     def decide(self, batch: Batch) -> Decision:
         """`mode`, for every batch."""
         return self._decision
+
+    def candidates(self, num_tokens: int) -> Sequence[Mode]:
+        """`mode`."""
+        return (self.mode,)
 
     def describe(self) -> dict[str, Any]:
         """Name and mode."""

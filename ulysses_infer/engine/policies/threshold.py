@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ulysses_infer.engine.batch import Batch
@@ -27,8 +28,12 @@ class ThresholdPolicy(Policy):
         self._small = Decision(shift, f"at most {threshold_tokens} tokens")
 
     def decide(self, batch: Batch) -> Decision:
-        """By the number of batched tokens, prefill and decode together."""
+        """By the number of batched tokens: prefill, decode and drafted ones together."""
         return self._large if batch.num_tokens > self.threshold_tokens else self._small
+
+    def candidates(self, num_tokens: int) -> Sequence[Mode]:
+        """The mode for this number of tokens, drafted ones included."""
+        return (self.base if num_tokens > self.threshold_tokens else self.shift,)
 
     def describe(self) -> dict[str, Any]:
         """Name, threshold and the two modes."""

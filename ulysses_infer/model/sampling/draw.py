@@ -50,6 +50,32 @@ def draw(
     return torch.searchsorted(cumulative, target.long()[:, None], right=True)[:, 0]
 
 
+def draw_unless_accepted(
+    scores: torch.Tensor,
+    peak: torch.Tensor,
+    params: Sequence[SamplingParams],
+    numbers: Sequence[float],
+    drafts: Sequence[int],
+    accepting: Sequence[float],
+) -> torch.Tensor:
+    """Rejection sampling of one drafted token per row of `scores: [m, V]`: [m] int64.
+
+    The draft is returned with its probability p(draft), which `accepting`, a random number in [0, 1) per row, decides;
+    else a token is drawn from the rest of the distribution by `numbers`. So tokens have the distribution p, whatever is
+    drafted. Source: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192,
+    for a proposer that gives its draft the probability 1. peak, params: as in `draw`.
+    """
+    weights = (scores - peak[:, None]).div_(column([p.temperature for p in params], scores)).exp_()
+    truncate(weights, params)
+    each, places = masses(weights), to_device_async(drafts, weights, torch.int64)[:, None]
+    own = each.gather(1, places)[:, 0]
+    chance = to_device_async(accepting, weights, torch.float64) * each.sum(-1)
+    cumulative = each.scatter_(1, places, 0).cumsum_(-1)
+    target = to_device_async(numbers, weights, torch.float64) * cumulative[:, -1]
+    other = torch.searchsorted(cumulative, target.long()[:, None], right=True)[:, 0]
+    return torch.where(chance.long() < own, places[:, 0], other)
+
+
 def _draw_by_kernel(weights: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> torch.Tensor:
     from ulysses_infer.kernels import sampling
 

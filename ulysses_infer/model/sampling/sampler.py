@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ulysses_infer.model.sampling.draw import draw
-from ulysses_infer.model.sampling.seeds import uniform
+from ulysses_infer.model.sampling.draw import draw, draw_unless_accepted
+from ulysses_infer.model.sampling.seeds import acceptance_number, uniform
 from ulysses_infer.model.sampling.transfer import to_device_async
 from ulysses_infer.sampling_params import SamplingParams
 
@@ -51,6 +51,24 @@ def reads_outputs(params: SamplingParams) -> bool:
 
 def _has_penalties(params: SamplingParams) -> bool:
     return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+class TokenCounts(NamedTuple):
+    """Token counts for penalties, as in `TokenHistory`."""
+
+    token_ids: torch.Tensor  # [u] int64
+    counts: torch.Tensor  # [u] float32
+
+    def with_tokens(self, more: Sequence[int]) -> TokenCounts:
+        """These counts with one more occurrence in the output of each of `more`."""
+        tokens = to_device_async(more, self.token_ids, torch.int64)
+        distinct, counts = tokens.unique(return_counts=True)
+        matches = self.token_ids[:, None] == distinct  # [u, d]
+        added = self.counts + matches.to(self.counts.dtype) @ counts.to(self.counts.dtype)
+        is_new = ~matches.any(0)
+        return TokenCounts(
+            torch.cat([self.token_ids, distinct[is_new]]), torch.cat([added, counts[is_new].to(added.dtype)])
+        )
 
 
 class TokenHistory:
@@ -90,6 +108,15 @@ class Grammar(Protocol):
     def penalties(self, output_token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """The bias to add to the logits after `output_token_ids`: [V], 0 or -inf."""
 
+    def fork(self) -> Grammar:
+        """A copy of the state, to follow drafted tokens."""
+
+    def count_allowed(self, output_token_ids: Sequence[int], more: Sequence[int]) -> int:
+        """How many of the tokens `more` may follow `output_token_ids`, one after another."""
+
+    def forced_tokens(self, output_token_ids: Sequence[int]) -> tuple[int, ...]:
+        """Tokens of the text that must follow `output_token_ids`; other tokens may spell it too."""
+
 
 class ForbiddenWords(Protocol):
     """The bad words of a request (`text/bad_words.py`)."""
@@ -118,6 +145,9 @@ class SamplingRow:
     """Output tokens that are sampled but not in the list yet."""
     error: Exception | None = None
     """What went wrong in this row's constraints. The row gets no token; other rows are not affected."""
+    draft: int | None = None
+    """The drafted token at this position, if rejection sampling may accept it; None: the position's own token is drawn.
+    """
     is_plain: bool = field(init=False)  # greedy on the raw logits
     _history: TokenHistory | None = field(init=False, default=None, repr=False)
 
@@ -140,7 +170,7 @@ class SamplingRow:
         allowed = self.params.allowed_token_ids is not None
         return allowed or self.grammar is not None or self.forbidden_token_ids().size > 0
 
-    def history(self, device: torch.device) -> TokenHistory:
+    def history(self, device: torch.device) -> TokenHistory | TokenCounts:
         """The token counts of this row, updated with `output_token_ids`."""
         if self._history is None:
             self._history = TokenHistory(self.prompt_token_ids, device)
@@ -213,13 +243,27 @@ def _most_likely(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _choose_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy or random token per row, and the row's largest score."""
     tokens, peak = _most_likely(scores)
-    drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    random = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    drawn = [index for index in random if rows[index].draft is None]
     if drawn:
         places = to_device_async(drawn, scores)
-        numbers = [uniform(rows[index].seed, rows[index].position) for index in drawn]
         params = [rows[index].params for index in drawn]
-        tokens[places] = draw(_take_rows(scores, drawn), peak[places], params, numbers)
+        tokens[places] = draw(_take_rows(scores, drawn), peak[places], params, _numbers(rows, drawn))
+    drafted = [index for index in random if rows[index].draft is not None]
+    if drafted:
+        places = to_device_async(drafted, scores)
+        params = [rows[index].params for index in drafted]
+        drafts = [rows[index].draft or 0 for index in drafted]
+        accepting = [acceptance_number(rows[index].seed, rows[index].position) for index in drafted]
+        tokens[places] = draw_unless_accepted(
+            scores[places], peak[places], params, _numbers(rows, drafted), drafts, accepting
+        )
     return tokens, peak
+
+
+def _numbers(rows: Sequence[SamplingRow], indices: list[int]) -> list[float]:
+    """The random number of each row's position."""
+    return [uniform(rows[index].seed, rows[index].position) for index in indices]
 
 
 # --- logits processors: they change `scores: [m, V]` in place ---

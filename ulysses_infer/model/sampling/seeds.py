@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_ACCEPTANCE = 2**40  # no request has as many outputs
 
 
 def _splitmix64_finalizer(value: int) -> int:
@@ -22,3 +23,8 @@ def derive_seed(seed: int, index: int) -> int:
 def uniform(seed: int, index: int) -> float:
     """Number `index` of SplitMix64's stream for `seed`, in [0, 1): 52 bits, so that `uniform * x < x`."""
     return (_splitmix64_finalizer(_splitmix64_finalizer(seed) + (index + 1) * _GOLDEN) >> 12) * 2.0**-52
+
+
+def acceptance_number(seed: int, index: int) -> float:
+    """The random number, in [0, 1), that accepts or rejects a drafted token at `index`; independent of `uniform`."""
+    return uniform(derive_seed(seed, _ACCEPTANCE), index)

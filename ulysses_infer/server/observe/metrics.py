@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.server.client import RequestRecord
-from ulysses_infer.server.messages import EngineState, SnapshotCounts, StepReport
+from ulysses_infer.server.messages import EngineState, SnapshotCounts, SpeculationCounts, StepReport
 from ulysses_infer.server.observe.policies import describe_settings
 
 PREFIX = "ulysses:"
@@ -221,6 +221,31 @@ class _SnapshotMetrics:
         self._hits.set(counts.num_hits)
 
 
+class _SpeculationMetrics:
+    """Speculative decoding, under vLLM's names."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._totals = [
+            _Total(metrics.counter("spec_decode_num_drafts", "Requests with drafted tokens, summed over steps.")),
+            _Total(metrics.counter("spec_decode_num_draft_tokens", "Drafted tokens that steps verified.")),
+            _Total(metrics.counter("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.")),
+        ]
+        self._accepted = metrics.counter(
+            "spec_decode_num_accepted_tokens_per_pos", "Accepted drafted tokens by position in the draft.", "position"
+        )
+        self._positions: list[_Total] = []
+
+    def take(self, counts: SpeculationCounts) -> None:
+        values = (counts.num_drafts, counts.num_draft_tokens, counts.num_accepted_tokens)
+        for total, count in zip(self._totals, values, strict=True):
+            total.set(count)
+        for position in range(len(self._positions), len(counts.num_accepted_per_position)):
+            self._positions.append(_Total(self._metrics.child(self._accepted, str(position))))
+        for total, count in zip(self._positions, counts.num_accepted_per_position, strict=False):
+            total.set(count)
+
+
 class _EngineMetrics:
     """The load of the engine and its cache."""
 
@@ -237,6 +262,7 @@ class _EngineMetrics:
             _Total(metrics.counter("num_preemptions", "Requests sent back to wait because blocks ran out.")),
         ]
         self._snapshots = _SnapshotMetrics(metrics)
+        self._speculation = _SpeculationMetrics(metrics)
         self._expert_tokens = metrics.counter("expert_tokens", "Tokens computed by the experts of a rank.", "rank")
         self._of_ranks: list[_Total] = []
         self._metrics = metrics
@@ -251,6 +277,8 @@ class _EngineMetrics:
             total.set(count)
         if state.snapshots is not None:
             self._snapshots.take(state.snapshots)
+        if state.speculation is not None:
+            self._speculation.take(state.speculation)
         for rank in range(len(self._of_ranks), len(state.expert_tokens)):
             self._of_ranks.append(_Total(self._metrics.child(self._expert_tokens, str(rank))))
         for total, count in zip(self._of_ranks, state.expert_tokens, strict=False):

@@ -1,0 +1,254 @@
+"""Proposers, the choice of the number of drafted tokens, and rows after drafted tokens."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ulysses_infer.engine.request import Request
+from ulysses_infer.engine.speculation.acceptance import Acceptance
+from ulysses_infer.engine.speculation.draft_planner import DraftPlanner, Prediction
+from ulysses_infer.engine.speculation.ngram import NgramProposer
+from ulysses_infer.engine.speculation.proposer import NOTHING, Query
+from ulysses_infer.engine.speculation.suffix import SharedOutputs, SuffixProposer
+from ulysses_infer.engine.speculation.token_index import SEPARATOR, TokenIndex
+from ulysses_infer.model.sampling.drafted import rows_after
+from ulysses_infer.model.sampling.draw import draw_unless_accepted
+from ulysses_infer.model.sampling.sampler import Sampler, SamplingRow
+from ulysses_infer.model.sampling.seeds import acceptance_number, uniform
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.sampling_params import SamplingParams
+
+tokens = st.lists(st.integers(0, 3), max_size=40)
+
+
+def request(prompt, output=(), index=0, salt=""):
+    made = Request(f"r{index}", index, list(prompt), SamplingParams(max_tokens=99), 0.0, cache_salt=salt)
+    made.output_token_ids += output
+    return made
+
+
+def ask(proposer, of, most=8, first=()):
+    (draft,) = proposer.propose([Query(of, tuple(first), most)])
+    return draft
+
+
+# --- proposers ---
+
+
+def longest_match(text, tail, least):
+    """(places, length) by the definition: where the longest end of `tail` that occurs is followed by a token."""
+    for length in range(len(tail), least - 1, -1):
+        end = tail[-length:]
+        places = [p for p in range(length, len(text)) if text[p - length : p] == end and SEPARATOR not in end]
+        if places:
+            return places, length
+    return None
+
+
+@given(text=tokens, tail=st.lists(st.integers(0, 3), max_size=6), cuts=st.lists(st.integers(0, 40), max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_the_index_finds_every_place_of_the_longest_match(text, tail, cuts):
+    index, start = TokenIndex(), 0
+    for cut in [*sorted(cuts), len(text)]:
+        index.extend(text[start:cut])
+        start = max(start, cut)
+    match = index.find(np.array(tail, dtype=np.int64), 2)
+    expected = longest_match(text, tail, 2)
+    assert (match and (match.places.tolist(), match.length)) == expected
+
+
+def test_ngram_continues_the_latest_occurrence_of_the_longest_match():
+    text = [1, 2, 3, 9, 5, 2, 3, 8, 7, 1, 2, 3]
+    assert ask(NgramProposer(2, 3), request(text), most=3).tokens == (9, 5, 2)
+    assert ask(NgramProposer(2, 2), request(text), most=3).tokens == (8, 7, 1)
+    assert ask(NgramProposer(2, 3), request([1, 2, 3, 4])) == NOTHING
+
+
+def test_a_text_that_repeats_itself_is_continued_beyond_its_end():
+    assert ask(NgramProposer(2, 4), request([7, 1, 2, 3, 1, 2], [3]), most=7).tokens == (1, 2, 3, 1, 2, 3, 1)
+
+
+def test_ngram_follows_a_growing_output_and_forced_tokens():
+    proposer, growing = NgramProposer(2, 4), request([1, 2, 3, 4, 5])
+    assert ask(proposer, growing) == NOTHING
+    growing.output_token_ids += [2, 3]
+    assert ask(proposer, growing, most=2).tokens == (4, 5)
+    assert ask(proposer, growing, most=1, first=[4]).tokens == (5,)
+    proposer.forget(growing)
+    assert ask(proposer, request([9, 9], index=0)) == NOTHING
+
+
+def test_suffix_proposes_the_most_frequent_continuation_with_its_share():
+    text = [1, 2, 5, 6, 1, 2, 5, 7, 1, 2, 4, 0, 1, 2]
+    draft = ask(SuffixProposer(2, 8, None), request(text), most=2)
+    assert draft.tokens == (5, 7), "5 follows twice of three times; of its equally frequent continuations, the latest"
+    assert draft.confidences == pytest.approx((2 / 3, 1 / 2))
+
+
+def test_suffix_shares_outputs_only_with_requests_of_the_same_salt():
+    proposer = SuffixProposer(2, 8, max_shared_tokens=100)
+    ended = request([9], [1, 2, 3, 4], index=1, salt="a")
+    proposer.forget(ended)
+    assert ask(proposer, request([8, 1, 2], index=2, salt="a")).tokens == (3, 4)
+    assert ask(proposer, request([8, 1, 2], index=3, salt="b")) == NOTHING
+    alone = SuffixProposer(2, 8, max_shared_tokens=None)
+    alone.forget(ended)
+    assert ask(alone, request([8, 1, 2], index=4, salt="a")) == NOTHING
+
+
+def test_a_proposal_never_crosses_from_one_output_to_the_next():
+    proposer = SuffixProposer(2, 8, max_shared_tokens=100)
+    for index, output in enumerate([[1, 2, 3], [4, 5, 6]]):
+        proposer.forget(request([0], output, index=index))
+    assert ask(proposer, request([1, 2], index=9)).tokens == (3,)
+
+
+def test_shared_outputs_are_bounded_and_keep_the_latest():
+    shared = SharedOutputs(max_tokens=50)
+    for number in range(100):
+        shared.add([number, number + 1, number + 2])
+        assert len(shared.index) <= 50 + 4
+    assert shared.index.find(np.array([99, 100]), 2) is not None
+    assert shared.index.find(np.array([5, 6]), 2) is None
+
+
+# --- how much is drafted ---
+
+
+def test_acceptance_follows_what_was_accepted_and_recovers_when_unused():
+    good, bad = Acceptance(), Acceptance()
+    for _ in range(30):
+        good.observe([1.0] * 4, 4)
+        bad.observe([1.0] * 4, 0)
+    assert good.rate > 0.97
+    assert bad.rate < 0.06
+    assert good.gains([1.0, 0.5]) == pytest.approx([good.rate, good.rate * good.rate * 0.5])
+    before = bad.rate
+    bad.skip(400)
+    assert before < bad.rate < 0.7
+
+
+def planner(seconds_of_rows):
+    return DraftPlanner(lambda shape: Prediction(Mode(1, 1), seconds_of_rows(shape.num_tokens), True))
+
+
+def test_cheap_rows_are_drafted_and_dear_ones_are_not():
+    gains, contexts = {7: [0.9, 0.8, 0.7]}, {7: 100}
+    assert planner(lambda rows: 1.0).plan(gains, contexts, [], 99).counts == {7: 3}
+    assert planner(lambda rows: float(rows)).plan(gains, contexts, [], 99).counts == {}
+    assert planner(lambda rows: 1.0).plan(gains, contexts, [], 2).counts == {7: 2}
+
+
+def test_under_load_the_number_of_drafted_tokens_goes_to_zero():
+    def seconds(rows):  # flat while weights are read, then proportional to the rows
+        return max(1.0, rows / 16)
+
+    drafted = []
+    for running in (1, 4, 8, 16, 64):
+        gains = {index: [0.6, 0.4, 0.2] for index in range(running)}
+        plan = planner(seconds).plan(gains, dict.fromkeys(gains, 50), [], 999)
+        drafted.append(sum(plan.counts.values()) / running)
+    assert drafted[0] == 3
+    assert drafted[-1] == drafted[-2] == 0
+    assert drafted == sorted(drafted, reverse=True)
+
+
+def test_likely_tokens_come_before_unlikely_ones_of_other_requests():
+    plan = planner(lambda rows: max(1.0, rows / 5)).plan({1: [0.1, 0.05], 2: [0.9, 0.8, 0.7]}, {1: 10, 2: 10}, [], 99)
+    assert plan.counts == {2: 3}
+    assert "3 of 5 proposed tokens" in plan.reason
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_the_plan_is_the_best_of_all_numbers_of_tokens(seed):
+    source = random.Random(seed)
+    gains = {
+        index: np.cumprod([source.random() for _ in range(source.randint(0, 4))]).tolist()
+        for index in range(source.randint(1, 3))
+    }
+    cost = source.random() * 0.5
+
+    def seconds(rows):
+        return 1 + cost * rows
+
+    counts = planner(seconds).plan(gains, dict.fromkeys(gains, 9), [], 999).counts
+    ordered = sorted((gain for each in gains.values() for gain in each), reverse=True)
+    speeds = [(len(gains) + sum(ordered[:n])) / seconds(len(gains) + n) for n in range(len(ordered) + 1)]
+    chosen = sum(counts.values())
+    got = len(gains) + sum(sum(gains[index][:count]) for index, count in counts.items())
+    assert got / seconds(len(gains) + chosen) >= max(speeds) * (1 - 1e-9) or len(ordered) > 8
+
+
+# --- rows after drafted tokens ---
+
+options = st.fixed_dictionaries(
+    {"temperature": st.sampled_from([0.0, 0.7, 1.5])},
+    optional={
+        "presence_penalty": st.just(1.5),
+        "frequency_penalty": st.just(-0.7),
+        "repetition_penalty": st.just(1.4),
+        "min_tokens": st.integers(0, 6),
+        "logit_bias": st.just({3: 2.0}),
+        "top_p": st.just(0.8),
+        "top_k": st.just(5),
+    },
+)
+
+
+@given(chosen=options, drafts=st.lists(st.integers(0, 11), max_size=5), output=st.lists(st.integers(0, 11), max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_rows_after_drafts_choose_what_a_row_with_these_outputs_chooses(chosen, drafts, output):
+    params = SamplingParams(max_tokens=50, **chosen)
+    prompt, eos = [1, 1, 5], frozenset({2})
+    logits = torch.randn(len(drafts) + 1, 12, generator=torch.Generator().manual_seed(len(output)))
+    together = Sampler().sample(logits, list(rows_after(SamplingRow(params, 9, prompt, output, eos), drafts)))
+    alone = [
+        Sampler().sample(logits[n : n + 1], [SamplingRow(params, 9, prompt, output + drafts[:n], eos)])[0]
+        for n in range(len(drafts) + 1)
+    ]
+    assert together == alone
+
+
+# --- rejection sampling ---
+
+
+def chi_square(counts, probabilities):
+    expected = probabilities * counts.sum()
+    kept = expected > 0
+    return float(((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum())
+
+
+@pytest.mark.parametrize("draft", [0, 2, 5])
+def test_rejection_sampling_has_the_distribution_of_the_model(draft):
+    number, vocab_size = 100_000, 6
+    params = SamplingParams(temperature=0.8, top_k=5)
+    scores = torch.tensor([1.0, 0.3, -0.5, 0.9, -1.5, 0.1])
+    probabilities = (scores / 0.8).softmax(0)
+    probabilities[scores.argmin()] = 0  # top_k
+    probabilities = (probabilities / probabilities.sum()).double().numpy()
+    chosen = draw_unless_accepted(
+        scores.repeat(number, 1),
+        scores.max().repeat(number),
+        [params] * number,
+        [uniform(seed, 3) for seed in range(number)],
+        [draft] * number,
+        [acceptance_number(seed, 3) for seed in range(number)],
+    )
+    counts = np.bincount(chosen.numpy(), minlength=vocab_size)
+    assert counts[probabilities == 0].sum() == 0
+    assert chi_square(counts, probabilities) < 23.5, "4 degrees of freedom, p = 1e-4"
+
+
+def test_a_draft_that_the_parameters_exclude_is_never_accepted():
+    params = SamplingParams(temperature=1.0, top_k=1)
+    scores = torch.tensor([[0.0, 3.0, 1.0]])
+    for seed in range(50):
+        chosen = draw_unless_accepted(
+            scores, torch.tensor([3.0]), [params], [uniform(seed, 0)], [2], [acceptance_number(seed, 0)]
+        )
+        assert chosen.tolist() == [1]

@@ -1,0 +1,109 @@
+"""How many proposed tokens a step verifies: as many as give the most tokens per second, in the mode that suits them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.step_time.step_shape import StepShape
+
+WORTH_TRYING = 1.5  # a kind of step that was never measured is tried unless its predicted time exceeds by this factor
+
+
+class Prediction(NamedTuple):
+    """The predicted time of a step in the mode that it would run in."""
+
+    mode: Mode
+    seconds: float
+    is_measured: bool
+    """Whether such a step has run before."""
+
+
+class PlannedDrafts(NamedTuple):
+    """How many tokens of each proposal a step verifies, and why."""
+
+    counts: dict[int, int]
+    """By request index; requests that are not listed have none."""
+    reason: str
+
+
+class _Candidate(NamedTuple):
+    """One proposed token: the output tokens it is worth, its request, and the context that its row attends to."""
+
+    gain: float
+    request: int
+    context: int
+
+
+class DraftPlanner:
+    """Chooses the number of drafted tokens and the mode together, from predicted step times and observed acceptance.
+
+    Each drafted token is one more row of a decode step. Tokens are added in the order of their chance to be accepted;
+    the number with the most expected tokens per second is taken, 0 included. So a step that is long because of other
+    requests' tokens has drafts for which a short one has no time, and drafts end by themselves where rows cost more
+    than they bring.
+    """
+
+    def __init__(self, predict: Callable[[StepShape], Prediction]) -> None:
+        self._predict = predict
+
+    def plan(
+        self,
+        gains: Mapping[int, Sequence[float]],
+        contexts: Mapping[int, int],
+        chunks: list[tuple[int, int]],
+        most: int,
+    ) -> PlannedDrafts:
+        """gains: for each proposed token of a request, by its index, the output tokens that it is worth, descending.
+        contexts: known tokens of every request that decodes; chunks: (start, tokens) of the prefill chunks that are
+        expected in the step; most: limit of drafted tokens in the step."""
+        candidates = [
+            _Candidate(gain, index, contexts[index] + place)
+            for index, values in gains.items()
+            for place, gain in enumerate(values, start=1)
+        ]
+        candidates.sort(key=lambda each: (-each.gain, each.context))
+        count, reason = self._best(candidates[:most], list(contexts.values()), chunks)
+        counts: dict[int, int] = {}
+        for chosen in candidates[:count]:
+            counts[chosen.request] = counts.get(chosen.request, 0) + 1
+        return PlannedDrafts(counts, reason)
+
+    def _best(
+        self, candidates: list[_Candidate], contexts: list[int], chunks: list[tuple[int, int]]
+    ) -> tuple[int, str]:
+        """The number of candidates, in order, with the most tokens per second."""
+        plain = self._predict(StepShape.of(contexts, chunks))
+        base = len(contexts) / plain.seconds
+        best, best_speed, expected = 0, base, float(len(contexts))
+        tested = set(_counts_upto(len(candidates)))
+        for count, candidate in enumerate(candidates, start=1):
+            expected += candidate.gain
+            if count in tested:
+                rows = contexts + [each.context for each in candidates[:count]]
+                speed = expected / self._seconds(StepShape.of(rows, chunks), plain)
+                if speed > best_speed:
+                    best, best_speed = count, speed
+        if not best:
+            return 0, f"0 of {len(candidates)} proposed tokens are worth their time"
+        gain = best_speed / base - 1
+        return best, f"{best} of {len(candidates)} proposed tokens, {gain:+.0%} expected tokens per second"
+
+    def _seconds(self, shape: StepShape, plain: Prediction) -> float:
+        """The predicted time, but no more than that of the step without drafts if it has to be tried first."""
+        found = self._predict(shape)
+        if found.is_measured or found.seconds > WORTH_TRYING * plain.seconds:
+            return found.seconds
+        return min(found.seconds, plain.seconds)
+
+
+def _counts_upto(most: int) -> list[int]:
+    """Numbers of drafted tokens that are compared: all up to 8, then in steps of a quarter of a power of two."""
+    counts, step = [], 1
+    count = 1
+    while count < most:
+        counts.append(count)
+        step = max(1, 1 << max(0, count.bit_length() - 3))
+        count += step
+    return [*counts, most] if most else []

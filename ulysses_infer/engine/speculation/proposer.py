@@ -1,0 +1,48 @@
+"""The interface of proposers: what may follow a request's text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from ulysses_infer.engine.request import Request
+
+
+class Query(NamedTuple):
+    """One request that a step may draft tokens for."""
+
+    request: Request
+    first: tuple[int, ...]
+    """Tokens that are drafted already, because a grammar forces them."""
+    most: int
+    """The most tokens to propose after them."""
+
+
+class Draft(NamedTuple):
+    """Proposed tokens of one request."""
+
+    tokens: tuple[int, ...]
+    confidences: tuple[float, ...]
+    """For each token, the proposer's estimate, 0 to 1, that it is right if those before it are."""
+
+    def upto(self, count: int) -> Draft:
+        """The first `count` tokens."""
+        return Draft(self.tokens[:count], self.confidences[:count])
+
+
+NOTHING = Draft((), ())
+
+
+class Proposer(Protocol):
+    """Proposes tokens on rank 0, for all requests of a step at once.
+
+    A wrong proposal costs time and never changes an output, so a proposer may use anything that it knows.
+    """
+
+    def propose(self, queries: Sequence[Query]) -> list[Draft]:
+        """The proposal for each query, `NOTHING` where there is none."""
+        ...
+
+    def forget(self, request: Request) -> None:
+        """`request` has ended."""
+        ...

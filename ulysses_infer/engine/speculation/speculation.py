@@ -1,0 +1,202 @@
+"""Speculation of the engine: drafts before a step, what became of them after it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ulysses_infer.config import SpeculationConfig
+from ulysses_infer.config.speculation import AUTO
+from ulysses_infer.engine.batch import Batch
+from ulysses_infer.engine.completion import Completion
+from ulysses_infer.engine.completion import Sequence as OutputSequence
+from ulysses_infer.engine.request import Request
+from ulysses_infer.engine.speculation.acceptance import Acceptance
+from ulysses_infer.engine.speculation.draft_planner import DraftPlanner
+from ulysses_infer.engine.speculation.ngram import NgramProposer
+from ulysses_infer.engine.speculation.proposer import NOTHING, Draft, Proposer, Query
+from ulysses_infer.engine.speculation.statistics import SpeculationStats
+from ulysses_infer.engine.speculation.step_times import StepTimes
+from ulysses_infer.engine.speculation.suffix import SuffixProposer
+
+logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE = 8  # steps until a request for which nothing was drafted is tried again
+
+
+@dataclass
+class _Drafted:
+    """What is known of one request."""
+
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    offered: Draft = NOTHING
+    """The proposal of the step that is being scheduled or runs."""
+    next_try: int = 0
+    """The step from which on tokens are proposed again."""
+    pause: int = 1
+    last_step: int = 0
+
+
+class Speculation:
+    """Drafts tokens on rank 0. Outputs never depend on it, so it may read the clock and what it has measured."""
+
+    def __init__(
+        self,
+        config: SpeculationConfig,
+        sequences: Mapping[int, tuple[Completion, OutputSequence]],
+        times: StepTimes,
+        max_batched_tokens: int,
+    ) -> None:
+        """sequences: those of all unfinished requests, by request index."""
+        self.config, self._sequences, self.times = config, sequences, times
+        self.stats = SpeculationStats(config.max_drafted)
+        self.reason = ""
+        """Why the last step had its number of drafted tokens."""
+        self._proposer = _make_proposer(config)
+        self._planner = DraftPlanner(times.predict)
+        self._max_batched_tokens = min(max_batched_tokens, config.max_batched_tokens or max_batched_tokens)
+        self._requests: dict[int, _Drafted] = {}
+        self._step = 0
+
+    def draft(self, running: Sequence[Request], waiting: Request | None) -> dict[int, tuple[int, ...]]:
+        """The tokens to verify in the next step, by request index. running: the admitted requests; waiting: the one
+        that is admitted next."""
+        self.reason = ""
+        decoding = [request for request in running if request.num_tokens_left == 1 and request.num_output_tokens]
+        queries = [query for query in map(self._query, decoding) if query is not None]
+        if not queries:
+            return {}
+        drafts = self._propose(queries)
+        counts = self._choose_counts(drafts, decoding, _expected_chunks(running, waiting, self._max_batched_tokens))
+        for query in queries:
+            self._plan_next_try(query.request.index, counts)
+        return {index: drafts[index].tokens[:count] for index, count in counts.items() if count}
+
+    def is_due(self, batch: Batch) -> bool:
+        """Whether tokens are to be proposed after `batch` for one of its requests, once its tokens are known."""
+        return any(
+            item.samples and item.request.params.speculation and self._of(item.request).next_try <= self._step + 1
+            for item in batch.scheduled
+        )
+
+    def observe(self, batch: Batch, accepted: Mapping[int, int]) -> None:
+        """Learn from a step that has run. accepted: drafted tokens accepted, by request index."""
+        self._step += 1
+        for item in batch.scheduled:
+            count = accepted.get(item.request.index)
+            if not item.drafts or count is None:
+                continue
+            self.stats.count(len(item.drafts), count)
+            known = self._requests.get(item.request.index)
+            if known is not None:
+                known.acceptance.observe(known.offered.confidences[: len(item.drafts)], count)
+
+    def reset_stats(self) -> None:
+        """Set the counters to zero."""
+        self.stats = SpeculationStats(self.config.max_drafted)
+
+    def forget(self, request: Request) -> None:
+        """`request` has ended."""
+        self._requests.pop(request.index, None)
+        self._proposer.forget(request)
+
+    def _of(self, request: Request) -> _Drafted:
+        return self._requests.setdefault(request.index, _Drafted())
+
+    def _query(self, request: Request) -> Query | None:
+        """What to ask the proposer about a decoding request; None if it is not its turn."""
+        most = min(self.config.max_drafted, request.max_tokens_left - 1)
+        if not request.params.speculation or most < 1:
+            return None
+        known = self._of(request)
+        if known.next_try > self._step:
+            return None
+        known.acceptance.skip(self._step - known.last_step)
+        known.last_step = self._step + 1
+        first = self._forced_tokens(request)[:most]
+        return Query(request, first, most - len(first))
+
+    def _forced_tokens(self, request: Request) -> tuple[int, ...]:
+        """The tokens that the request's grammar forces next."""
+        grammar = self._sequences[request.index][1].row.grammar
+        try:
+            return () if grammar is None else grammar.forced_tokens(request.output_token_ids)
+        except Exception:  # of the grammar library; the request's own row finds it again and ends the request
+            logger.debug("nothing is drafted for request %s", request.request_id, exc_info=True)
+            return ()
+
+    def _propose(self, queries: list[Query]) -> dict[int, Draft]:
+        """The proposals, with forced tokens in front and without what cannot be accepted."""
+        proposals = self._proposer.propose(queries)
+        drafts = {}
+        for query, proposed in zip(queries, proposals, strict=True):
+            draft = Draft(query.first + proposed.tokens, (1.0,) * len(query.first) + proposed.confidences)
+            drafts[query.request.index] = self._of(query.request).offered = self._possible(query.request, draft)
+        return drafts
+
+    def _possible(self, request: Request, draft: Draft) -> Draft:
+        """`draft` up to the first token that ends the output or that the grammar forbids."""
+        endings = request.ending_token_ids
+        count = next((place for place, token in enumerate(draft.tokens) if token in endings), len(draft.tokens))
+        grammar = self._sequences[request.index][1].row.grammar
+        try:
+            if grammar is not None and count:
+                count = grammar.count_allowed(request.output_token_ids, draft.tokens[:count])
+        except Exception:  # as above
+            logger.debug("nothing is drafted for request %s", request.request_id, exc_info=True)
+            count = 0
+        return draft.upto(count)
+
+    def _choose_counts(
+        self, drafts: Mapping[int, Draft], decoding: Sequence[Request], chunks: list[tuple[int, int]]
+    ) -> dict[int, int]:
+        """How many tokens of each draft the next step verifies, by request index."""
+        room = self._max_batched_tokens - len(decoding) - sum(count for _, count in chunks)
+        if not any(draft.tokens for draft in drafts.values()):
+            return {}
+        if self.config.num_tokens != AUTO:
+            return _share(room, {index: len(draft.tokens) for index, draft in drafts.items()})
+        gains = {index: self._gains(index, draft) for index, draft in drafts.items()}
+        contexts = {request.index: request.num_tokens for request in decoding}
+        plan = self._planner.plan(gains, contexts, chunks, max(0, room))
+        self.reason = plan.reason
+        return plan.counts
+
+    def _gains(self, index: int, draft: Draft) -> list[float]:
+        return self._requests[index].acceptance.gains(draft.confidences)
+
+    def _plan_next_try(self, index: int, counts: Mapping[int, int]) -> None:
+        """Ask again in the next step if something was drafted, else after a pause that becomes longer."""
+        known = self._requests[index]
+        known.pause = 1 if counts.get(index) else min(2 * known.pause, LONGEST_PAUSE)
+        known.next_try = self._step + known.pause
+
+
+def _make_proposer(config: SpeculationConfig) -> Proposer:
+    if config.method == "ngram":
+        return NgramProposer(config.min_match, config.max_match)
+    return SuffixProposer(
+        config.min_match, config.max_match, config.max_shared_tokens if config.share_outputs else None
+    )
+
+
+def _expected_chunks(running: Sequence[Request], waiting: Request | None, budget: int) -> list[tuple[int, int]]:
+    """(start, tokens) of the prefill chunks that the next step will have, as far as can be said before it is
+    scheduled."""
+    chunks = []
+    for request in [*running, *([] if waiting is None else [waiting])]:
+        count = min(request.num_tokens_left, budget)
+        if count > 1:
+            chunks.append((request.num_computed_tokens, count))
+            budget -= count
+    return chunks
+
+
+def _share(room: int, wanted: Mapping[int, int]) -> dict[int, int]:
+    """Divide `room` tokens over requests in order, at most what each wants."""
+    counts = {}
+    for index, count in wanted.items():
+        counts[index] = max(0, min(count, room))
+        room -= counts[index]
+    return counts

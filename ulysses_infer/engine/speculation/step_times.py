@@ -1,0 +1,35 @@
+"""Predicted times of steps in the mode that the current policy would choose for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from ulysses_infer.engine.batch import Batch
+from ulysses_infer.engine.policies import AdaptivePolicy, Policy
+from ulysses_infer.engine.speculation.draft_planner import Prediction
+from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.step_time.model import Measurement, StepTimeModel
+from ulysses_infer.step_time.step_shape import StepShape
+
+
+class StepTimes:
+    """The adaptive policy's step times or, under other policies, a model of their own that learns from every step."""
+
+    def __init__(self, modes: Sequence[Mode], assumed: Iterable[Measurement], policy: Callable[[], Policy]) -> None:
+        """assumed: estimates until steps are measured. policy: the current one, which may be replaced."""
+        self._policy = policy
+        self._own = StepTimeModel(modes)
+        self._own.learn(assumed, assumed=True)
+
+    def predict(self, shape: StepShape) -> Prediction:
+        """The time of a step in the fastest mode that the policy may choose for it."""
+        policy = self._policy()
+        model = policy.model if isinstance(policy, AdaptivePolicy) else self._own
+        times = dict(zip(model.modes, model.predict(shape), strict=True))
+        mode = min(policy.candidates(shape.num_tokens), key=times.__getitem__)
+        return Prediction(mode, times[mode], model.is_measured(mode, shape))
+
+    def observe(self, batch: Batch, mode: Mode, seconds: float) -> None:
+        """Learn from a step."""
+        if not isinstance(self._policy(), AdaptivePolicy):
+            self._own.observe(mode, batch.shape, seconds)
