@@ -7,15 +7,23 @@ from typing import Any
 
 
 def index_cases(case: Callable[..., Any], type_of: Callable[[Any], str]) -> list[Any]:
-    """DeepSeek-V3.2's sizes, and an odd one. case: `compile.Case`."""
+    """The sizes of DeepSeek-V3.2 and of GLM-5-Next, with pools, and odd ones. case: `compile.Case`."""
     return [
         *_cases(case, type_of, "index 64 x 128", 64, 128, 2048, "bfloat16"),
+        *_cases(case, type_of, "index 32 x 128, pools of 16", 32, 128, 128, "bfloat16", 16),
         *_cases(case, type_of, "index 5 x 80, float32", 5, 80, 100, "float32"),
     ]
 
 
 def _cases(
-    case: Callable[..., Any], type_of: Callable[[Any], str], name: str, heads: int, width: int, top_k: int, dtype: str
+    case: Callable[..., Any],
+    type_of: Callable[[Any], str],
+    name: str,
+    heads: int,
+    width: int,
+    top_k: int,
+    dtype: str,
+    pool: int = 1,
 ) -> list[Any]:
     """The launches for 16 tokens of 4 sequences, recorded on device meta."""
     import torch
@@ -43,6 +51,6 @@ def _cases(
     original, index.launch = index.launch, record
     query, weights = empty(16, heads, width, kind=dtype), empty(16, heads, kind="float32")
     sequences = empty(5), empty(4), empty(4, 512)
-    index.top_slots(query, weights, empty(64, 16, 1, width, kind=dtype), *sequences, 8192, top_k, 0)
+    index.top_slots(query, weights, empty(64, 16, 1, width, kind=dtype), *sequences, 8192, top_k, 0, pool)
     index.launch = original
     return cases
