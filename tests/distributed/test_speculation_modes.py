@@ -218,3 +218,12 @@ def test_wrong_settings_are_refused_in_one_line(folder, changes, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         init_inference(folder, **chosen)
     assert "\n" not in str(refusal.value)
+
+
+def test_the_mode_and_the_draft_are_explained_together(folder):
+    chosen = settings(1, **{"speculation.method": "ngram", "policy.name": "adaptive", "policy.calibration_seconds": 0})
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, frequency_penalty=-2)
+    with init_inference(folder, **chosen) as engine:
+        engine.generate(["abcabcabcabc"], params)
+        explained = [step.explain() for step in engine.recent_steps]
+    assert any("proposed tokens" in line and "predicted" in line for line in explained)

@@ -11,7 +11,7 @@ from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.block_tables import BlockTables
-from ulysses_infer.worker.step_plan import LAST_LOGITS, PlanItem, StepPlan
+from ulysses_infer.worker.step_plan import DRAFT_LOGITS, LAST_LOGITS, PlanItem, StepPlan
 
 BLOCK_SIZE, MAX_SEQUENCES, MAX_BLOCKS = 4, 5, 8
 
@@ -104,6 +104,19 @@ def test_a_prefix_from_the_cache_is_a_start_beyond_the_first_token():
     assert arrays.positions.tolist() == [8, 9]
     assert arrays.groups[0].slots.tolist() == [28, 29]
     assert arrays.groups[0].block_tables.tolist() == [[5, 6, 7]]
+
+
+def test_decodes_with_drafts_are_sequences_of_one_token():
+    tables = BlockTables(BLOCK_SIZE, 2, MAX_BLOCKS)
+    tables.apply(plan_of([PlanItem(3, 0, 6, [5, 6], LAST_LOGITS), PlanItem(4, 0, 2, [7], LAST_LOGITS)]))
+    arrays = tables.apply(plan_of([PlanItem(3, 6, 3, [9], DRAFT_LOGITS), PlanItem(4, 2, 1, [], LAST_LOGITS)]))
+    assert arrays.query_lens == [1, 1, 1, 1]
+    assert arrays.positions.tolist() == [6, 7, 8, 2]
+    assert arrays.groups[0].context_lens == [7, 8, 9, 3]
+    assert arrays.groups[0].slots.tolist() == [26, 27, 36, 30]
+    assert [row[0] for row in arrays.groups[0].block_tables.tolist()] == [5, 5, 5, 7]
+    rejected = tables.apply(plan_of([PlanItem(3, 7, 1, [], LAST_LOGITS)]))
+    assert rejected.groups[0].slots.tolist() == [27], "the slot of a rejected token is written again"
 
 
 def test_a_preempted_sequence_starts_again():

@@ -34,7 +34,7 @@ from ulysses_infer.worker.cuda_graphs import (
 from ulysses_infer.worker.next_tokens import NextTokenBuffer
 from ulysses_infer.worker.static_inputs import CudaGroupInputs, CudaInputs
 from ulysses_infer.worker.step import Step
-from ulysses_infer.worker.step_plan import LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, placeholder
+from ulysses_infer.worker.step_plan import DRAFT_LOGITS, LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, placeholder
 from ulysses_infer.worker.transfer import PackedInputs
 from ulysses_infer.worker.worker import Worker
 
@@ -111,26 +111,37 @@ class Driver:
         for handle in chosen:
             own, start = self.tokens[handle], self.done[handle]
             self.pools.free_out_of_window_blocks(self.tables[handle], self.blocks[handle], start, len(own))
-            new = self.pools.extend(self.tables[handle], -(-len(own) // 4) - self.blocks[handle])
-            self.blocks[handle] = -(-len(own) // 4)
+            drafts = self._drafts(own, start)
+            blocks = max(self.blocks[handle], -(-(len(own) + len(drafts)) // 4))
+            new = self.pools.extend(self.tables[handle], blocks - self.blocks[handle])
+            self.blocks[handle] = blocks
             logits = NO_LOGITS if len(chosen) > 1 and self.random.random() < 0.2 else LAST_LOGITS
-            items.append(PlanItem(handle, start, len(own) - start, new, logits))
+            logits = DRAFT_LOGITS if drafts else logits
+            items.append(PlanItem(handle, start, len(own) + len(drafts) - start, new, logits))
             ids += own[start:]
             known += own[start:]
             if handle in self.rows_before and self.random.random() < 0.7:
                 ids[-1] = placeholder(self.rows_before[handle])
                 self.num_placeholders += 1
+            ids += drafts
+            known += drafts
             self.done[handle] = len(own)
             own.append((7 * sum(own) + step) % 90)  # any token will do: what is compared are logits
-            if logits == LAST_LOGITS:
+            if logits != NO_LOGITS:
                 rows[handle] = len(tokens)
-                tokens.append(own[-1])
+                tokens += [own[-1], *drafts]  # all drafts are rejected
         self.sequence += 1
         mode, keeps_tokens = self.random.choice(self.modes), self.random.random() < 0.7
         self.chosen, self.rows_before = tokens, rows if keeps_tokens else {}
         self.known = np.array(known, dtype=np.int32)
         ids = np.array(ids, dtype=np.int32)
         return StepPlan(self.sequence, mode, items, ids, dropped, full_logits=True, keeps_tokens=keeps_tokens)
+
+    def _drafts(self, own, start):
+        """Tokens that a decode verifies, sometimes."""
+        is_decode = start + 1 == len(own)
+        count = self.random.randint(1, 3) if is_decode and self.random.random() < 0.2 else 0
+        return [self.random.randrange(90) for _ in range(count)]
 
     def keep(self, found):
         """What chooses the tokens of rows, and keeps the rows in `found`."""

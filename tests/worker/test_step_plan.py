@@ -10,6 +10,7 @@ from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.worker.step_plan import (
     ALL_LOGITS,
+    DRAFT_LOGITS,
     LAST_LOGITS,
     NO_LOGITS,
     PlanItem,
@@ -25,7 +26,7 @@ items = st.builds(
     st.integers(0, 2**20),
     st.integers(1, 9),
     st.lists(big, max_size=5),
-    st.sampled_from([NO_LOGITS, LAST_LOGITS, ALL_LOGITS]),
+    st.sampled_from([NO_LOGITS, LAST_LOGITS, ALL_LOGITS, DRAFT_LOGITS]),
     st.integers(0, 3),
 )
 
@@ -79,7 +80,7 @@ def test_positions_of_logits_are_the_last_or_all_tokens_of_their_sequence(listed
     wanted, offset = [], 0
     for item in listed:
         mine = list(range(offset, offset + item.num_tokens))
-        wanted += {NO_LOGITS: [], LAST_LOGITS: mine[-1:], ALL_LOGITS: mine}[item.logits]
+        wanted += {NO_LOGITS: [], LAST_LOGITS: mine[-1:], ALL_LOGITS: mine, DRAFT_LOGITS: mine}[item.logits]
         offset += item.num_tokens
     found = logits_positions(listed)
     assert found.tolist() == wanted
@@ -109,6 +110,20 @@ def test_a_plan_is_its_batch():
     assert [item.logits for item in plan.items] == [LAST_LOGITS, NO_LOGITS, LAST_LOGITS]
     assert [(item.handle, item.start, item.num_tokens) for item in plan.items] == [(7, 4, 1), (8, 0, 4), (9, 4, 2)]
     assert (plan.sequence, plan.mode, plan.dropped, plan.full_logits) == (3, Mode(2, 1), [5], False)
+
+
+def test_drafted_tokens_follow_the_known_one_and_want_every_row():
+    decode, chunk = request(7, [1, 2, 3], output=[4, 5]), request(8, range(10, 20))
+    verified = ScheduledRequest(decode, 4, 3, [2], True, drafts=(8, 9))
+    alone = make_plan(3, Mode(1, 1), Batch([verified], []), [], False)
+    assert alone.token_ids.tolist() == [5, 8, 9]
+    assert alone.items == [PlanItem(7, 4, 3, [2], DRAFT_LOGITS)]
+    assert alone.runs_by_row
+    batch = Batch([verified, ScheduledRequest(chunk, 0, 4, [], False)], [])
+    assert not make_plan(4, Mode(1, 1), batch, [], False).runs_by_row
+    assert (batch.num_decodes, batch.num_drafted, batch.num_decode_rows, batch.num_prefill_tokens) == (1, 2, 3, 4)
+    assert batch.shape.num_decodes == 3
+    assert batch.shape.decode_context == 5 + 6 + 7
 
 
 def test_prompt_log_probabilities_want_every_row_of_the_prompt_and_the_last_of_decodes():

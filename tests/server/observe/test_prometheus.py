@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.server.observe.traffic import SP, TP, make_ready, make_state, make_step
 from ulysses_infer.config import Config
 from ulysses_infer.server.client import RequestRecord
+from ulysses_infer.server.messages import SpeculationCounts
 from ulysses_infer.server.observe import Observatory
 
 FIRST_TOKEN = ".001 .005 .01 .02 .04 .06 .08 .1 .25 .5 .75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
@@ -168,3 +169,12 @@ def test_tokens_of_experts_are_counted_for_each_rank(observatory: Observatory) -
     for counts in ([5, 7], [9, 7]):
         observatory.on_step(make_state(expert_tokens=counts), None)
     assert [value(observatory, "expert_tokens_total", rank=rank) for rank in "01"] == [9, 7]
+
+
+def test_drafted_and_accepted_tokens_have_the_usual_names(observatory: Observatory) -> None:
+    for counts in (SpeculationCounts(1, 3, 1, [1, 0, 0]), SpeculationCounts(3, 9, 5, [3, 2, 0])):
+        observatory.on_step(make_state(speculation=counts), None)
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    assert [value(observatory, f"spec_decode_{name}_total") for name in names] == [3, 9, 5]
+    name = "spec_decode_num_accepted_tokens_per_pos_total"
+    assert [value(observatory, name, position=position) for position in "012"] == [3, 2, 0]
