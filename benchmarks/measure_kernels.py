@@ -110,7 +110,6 @@ def measure_matmul(dtype: torch.dtype, seconds: float) -> Table:
     """Products of few rows with the weights of a model with 0.5 B parameters."""
     table = table_of(f"matrix products, {dtype}", ("N", "K", "rows"), ("torch", "native"))
     native = NativeMatmul()
-    native.most_rows = dict.fromkeys(native.most_rows, max(ROWS))
     for outputs, width in WEIGHTS:
         size = outputs * width * dtype.itemsize
         weights = itertools.cycle([torch.randn(outputs, width).to(dtype) for _ in range(VISITED_BYTES // size | 1)])

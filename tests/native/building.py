@@ -2,23 +2,20 @@
 
 import ctypes
 import functools
-import platform
 
 import pytest
 
 from ulysses_infer.native import library
+from ulysses_infer.native.levels import levels_here
 
-X86 = ("native", "x86-64-v3", "x86-64") if platform.machine() == "x86_64" else ("native",)
+X86 = ("native", *(level.name for level in levels_here() if level.name in ("x86-64-v3", "x86-64-v2")))
+"""What is compiled for this processor, and for older ones."""
 
 
 @functools.cache
-def build_for(name: str, architecture: str) -> ctypes.CDLL:
-    """`name`.c built with -march=`architecture`; skips the test where nothing can be built."""
+def build_for(name: str, level: str) -> ctypes.CDLL:
+    """`name`.c built for `level`; skips the test where nothing can be built."""
     if not library.is_available(name):
         pytest.skip("no native code can be built here")
-    if architecture == "native":
-        return library.open_library(name)
-    flags = tuple(f"-march={architecture}" if flag.startswith("-march") else flag for flag in library.FLAGS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "FLAGS", flags)
-        return ctypes.CDLL(str(library._built(library.FOLDER / f"{name}.c")))
+    flags = next((known.flags for known in levels_here() if known.name == level), ("-march=native",))
+    return ctypes.CDLL(str(library.built(library.FOLDER / f"{name}.c", flags)))

@@ -21,7 +21,7 @@ from ulysses_infer.errors import ConfigError
 from ulysses_infer.kernels.launch import capability
 from ulysses_infer.model.experts import host_reads
 from ulysses_infer.model.model import DTYPES, ShiftModel
-from ulysses_infer.native.matmul import make_matmul
+from ulysses_infer.native.matmul import NativeMatmul, make_matmul
 from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.worker.block_tables import BlockTables
 from ulysses_infer.worker.channel import Channel
@@ -69,6 +69,7 @@ def make_worker(
         config.cache.block_size, scheduler.max_num_seqs, shape.blocks_for(max_model_len), layers.attention_spans
     )
     matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
+    _share_choices(matmul, channel)
     worker = Worker(model, cache, tables, groups, attention, matmul, device, config.runtime.debug, states)
     if captures:
         # Ranks fuse on their own. Layers with states run each length of prompt by itself, so no graph fits them all.
@@ -79,6 +80,13 @@ def make_worker(
         assert matmul is not None
         worker.graphs = CpuGraphRunner(model, cache, groups, attention, matmul, _max_decode_rows(config), states)
     return worker
+
+
+def _share_choices(matmul: NativeMatmul | None, channel: Channel) -> None:
+    """All ranks multiply with the kernels that are fastest on rank 0, so that equal inputs have equal products."""
+    choices = channel.gather(None if matmul is None else matmul.choices)[0]
+    if matmul is not None and choices is not None:
+        matmul.adopt(choices)
 
 
 def cache_shape(config: Config, model: ShiftModel, groups: ProcessGroups) -> CacheShape:

@@ -1,4 +1,4 @@
-"""Compiles and loads the C files of this folder, each as a shared library that is cached on disk."""
+"""Loads the C files of this folder, each as a shared library: one that the wheel ships, or compiled and cached here."""
 
 from __future__ import annotations
 
@@ -8,55 +8,60 @@ import functools
 import hashlib
 import logging
 import os
-import platform
-import shutil
-import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ulysses_infer.cache_folders import cache_folder
+from ulysses_infer.native.compiler import FLAGS, NativeUnavailableError, compile_library, find_compiler
+from ulysses_infer.native.levels import Level, describe_processor, levels_here
+
+__all__ = ["NativeUnavailableError", "is_available", "is_switched_off", "library_path", "open_library"]
 
 logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
-FLAGS = (
-    "-std=gnu11",
-    "-O3",
-    "-march=native",
-    "-fPIC",
-    "-fopenmp",
-    "-Wall",
-    "-Werror",
-    # Needed to vectorise sums; infinities and NaN keep their meaning.
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-signed-zeros",
-    "-fassociative-math",
-)
-BUILD_SECONDS = 120
+SHIPPED = FOLDER / "built"
+"""Libraries of a wheel: one folder per level."""
 SWITCH = "ULYSSES_INFER_NATIVE"
 """Environment variable; 0 disables native code, so that torch computes everything."""
-
-
-class NativeUnavailableError(Exception):
-    """Native code cannot be built or loaded here, with the reason in one line. Callers fall back to torch."""
+LEVEL = "ULYSSES_INFER_NATIVE_LEVEL"
+"""Environment variable; the name of the level to use, or `native` to compile for exactly this processor."""
+NATIVE = "native"
 
 
 @functools.cache
 def open_library(name: str) -> ctypes.CDLL:
-    """Load the library of `name`.c, compiled if it is not cached. Calls into it release the GIL.
+    """Load the library of `name`.c, compiled if it is neither shipped nor cached. Calls into it release the GIL.
 
     It shares torch's OpenMP threads (`torch.set_num_threads`).
     Raises `NativeUnavailableError` if it cannot be built or opened here.
     """
-    if os.environ.get(SWITCH) == "0":
-        raise NativeUnavailableError(f"{SWITCH}=0")
-    path = _built(FOLDER / f"{name}.c")
+    path = library_path(name)
     _share_openmp()
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeUnavailableError(f"{path} cannot be opened: {error}") from error
+
+
+def library_path(name: str) -> Path:
+    """The shared library of `name`.c for this processor, compiled if need be. Raises `NativeUnavailableError`."""
+    if is_switched_off():
+        raise NativeUnavailableError(f"{SWITCH}=0")
+    wanted = os.environ.get(LEVEL)
+    for level in _levels(wanted):
+        shipped = SHIPPED / level.name / f"{name}.so"
+        if shipped.is_file():
+            return shipped
+        if wanted:
+            return built(FOLDER / f"{name}.c", level.flags)
+    return built(FOLDER / f"{name}.c", ("-march=native",))
+
+
+def is_switched_off() -> bool:
+    """Whether the user disabled native code."""
+    return os.environ.get(SWITCH) == "0"
 
 
 def is_available(name: str) -> bool:
@@ -69,13 +74,26 @@ def is_available(name: str) -> bool:
     return True
 
 
-def _built(source: Path) -> Path:
-    """The shared library of `source`, from the cache or compiled now, by one process while others wait."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
-    if compiler is None:
-        raise NativeUnavailableError("no C compiler (cc, gcc, clang or $CC) was found")
+def _levels(wanted: str | None) -> list[Level]:
+    """The levels to look for, best first: those of the processor, or only the wanted one, or none for `native`."""
+    here = levels_here()
+    if wanted is None:
+        return here
+    found = [level for level in here if level.name == wanted]
+    if not found and wanted != NATIVE:
+        names = ", ".join([NATIVE, *(level.name for level in here)])
+        raise NativeUnavailableError(f"{LEVEL}={wanted} is not a level of this processor (they are {names})")
+    return found
+
+
+def built(source: Path, flags: Sequence[str]) -> Path:
+    """The shared library of `source`, from the cache or compiled now, by one process while others wait.
+
+    flags: those of the level. Raises `NativeUnavailableError`.
+    """
+    compiler = find_compiler()
     text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
-    identity = b"\0".join([text, *(part.encode() for part in (compiler, *FLAGS, _processor()))])
+    identity = b"\0".join([text, *(part.encode() for part in (compiler, *FLAGS, *flags, describe_processor()))])
     target = cache_folder("native") / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if target.is_file():
         return target
@@ -84,39 +102,10 @@ def _built(source: Path) -> Path:
         with open(target.with_suffix(".lock"), "w") as lock:  # released when its process ends, so it cannot go stale
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_file():
-                _compile(compiler, source, target)
+                compile_library(compiler, source, target, flags)
     except OSError as error:
         raise NativeUnavailableError(f"{target.parent} cannot be written: {error.strerror}") from error
     return target
-
-
-def _compile(compiler: str, source: Path, target: Path) -> None:
-    unfinished = target.with_suffix(f".{os.getpid()}.o")
-    library = target.with_suffix(f".{os.getpid()}")
-    try:
-        # Linked without OpenMP: torch has loaded its runtime already.
-        for command in (
-            [compiler, *FLAGS, "-c", str(source), "-o", str(unfinished)],
-            [compiler, "-shared", str(unfinished), "-lm", "-o", str(library)],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
-            if done.returncode:
-                reason = next(iter(done.stderr.strip().splitlines()), f"exit {done.returncode}")
-                raise NativeUnavailableError(f"{compiler} cannot compile {source.name}: {reason}")
-        library.replace(target)
-    except subprocess.TimeoutExpired:
-        raise NativeUnavailableError(f"{compiler} took more than {BUILD_SECONDS} s to compile {source.name}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-        library.unlink(missing_ok=True)
-
-
-def _processor() -> str:
-    """What -march=native depends on: different machines may share the cache folder."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return platform.machine() + "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
 @functools.cache

@@ -2,67 +2,122 @@
 
 from __future__ import annotations
 
-import ctypes
+import itertools
+import logging
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import functional as F
 
 from ulysses_infer.errors import ConfigError
+from ulysses_infer.native.choice import TORCH, Choice, measured_choice
 from ulysses_infer.native.function import MATMUL, NativeFunction
-from ulysses_infer.native.library import NativeUnavailableError, is_available, open_library
+from ulysses_infer.native.library import NativeUnavailableError, is_switched_off, open_library
+
+logger = logging.getLogger(__name__)
+NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+KERNELS = ("few", "pairs", "panels")
+"""few: each weight is read once, for few rows. pairs: bfloat16 dot products, on CPUs that have them. panels: float32
+multiply-adds of weights that are converted once for many rows."""
+MEASURED_SHAPE = (1024, 1024)
+MEASURED_BYTES = 96_000_000  # of weights that are visited one after another, so that they come from memory
+WITHOUT_KERNELS = (
+    "no native kernels (%s): torch computes instead, which takes 1.5 to 4 times as long for a few rows, and 4 times as "
+    "long for prompts in bfloat16 on CPUs without AVX-512; install gcc, or a wheel, which ships compiled kernels"
+)
 
 
 class NativeMatmul:
-    """Products of up to `most_rows` rows by `native/matmul.c`; torch computes larger ones.
+    """Products by the kernel of `native/matmul.c`, or by torch, that is fastest for the number of rows.
 
-    Few rows are multiplied at memory bandwidth. On CPUs with bfloat16 dot products and without matrix units this is
-    faster than torch for any number of rows. Up to `most_rows`, a row's result does not depend on the other rows; but
-    with bfloat16 dot products, 13 to 16 rows and 28 or more are summed in another order than other numbers of rows.
-    Raises `NativeUnavailableError` if the library cannot be built.
+    A kernel's result for a row does not depend on the other rows; kernels differ in the order of float32 sums. Raises
+    `NativeUnavailableError` if the library cannot be built.
     """
 
     name = "native"
 
-    def __init__(self) -> None:
+    def __init__(self, choices: Mapping[torch.dtype, Choice] | None = None) -> None:
+        """choices: kernels by number of rows. None: as measured on this processor."""
         library = open_library("matmul")
-        self._functions = {
-            torch.bfloat16: NativeFunction(library, "matmul_bfloat16", "ppppiiiii", MATMUL),
-            torch.float32: NativeFunction(library, "matmul_float32", "ppppiiiii", MATMUL),
+        self.kernels = {
+            dtype: {
+                kernel: NativeFunction(library, f"{kernel}_{name}", "ppppiiiii", MATMUL, _raise_memory_error)
+                for kernel in KERNELS
+                if hasattr(library, f"{kernel}_{name}")
+            }
+            for dtype, name in NAMES.items()
         }
-        self.most_rows = {
-            dtype: ctypes.c_int64.in_dll(library, name).value
-            for dtype, name in ((torch.bfloat16, "most_rows_bfloat16"), (torch.float32, "most_rows_float32"))
-        }
+        """The kernels of each type that this processor has."""
+        self.choices = dict(choices) if choices is not None else {dtype: self._measured(dtype) for dtype in NAMES}
 
     def __call__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See `linear`."""
-        (outputs, width), (row_stride, element_stride) = weight.shape, weight.stride()
-        rows, dtype = inputs.numel() // width, weight.dtype
-        if rows > self.most_rows.get(dtype, 0) or element_stride != 1 or inputs.dtype != dtype:
+        dtype, element_stride, rows = weight.dtype, weight.stride(1), inputs.numel() // weight.shape[1]
+        choice = self.choices.get(dtype)
+        fits = choice is not None and element_stride == 1 and inputs.dtype == dtype and rows > 0
+        kernel = choice(rows) if choice is not None and fits else TORCH
+        if kernel == TORCH:
             return F.linear(inputs, weight, bias)
-        inputs = inputs.contiguous()
-        result = inputs.new_empty(*inputs.shape[:-1], outputs)
-        self._functions[dtype](
-            inputs.data_ptr(),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            result.data_ptr(),
-            rows,
-            outputs,
-            width,
-            width,
-            row_stride,
-        )
-        return result
+        return _multiply(self.kernels[dtype][kernel], inputs.contiguous(), weight, bias)
+
+    def adopt(self, choices: Mapping[torch.dtype, Choice]) -> None:
+        """Use another rank's choices, as far as this rank's processor has their kernels."""
+        for dtype, choice in choices.items():
+            if set(choice.kernels.values()) <= {TORCH, *self.kernels[dtype]}:
+                self.choices[dtype] = choice
+
+    def _measured(self, dtype: torch.dtype) -> Choice:
+        weights: list[torch.Tensor] = []
+
+        def prepare(kernel: str, rows: int) -> Callable[[], object]:
+            if not weights:  # only where nothing has been measured yet
+                count = max(2, MEASURED_BYTES // (math.prod(MEASURED_SHAPE) * dtype.itemsize))
+                weights.extend(torch.full(MEASURED_SHAPE, 0.5, dtype=dtype) for _ in range(count))
+            visited, inputs = itertools.cycle(weights), torch.ones(rows, MEASURED_SHAPE[1], dtype=dtype)
+            if kernel == TORCH:
+                return lambda: F.linear(inputs, next(visited))
+            function = self.kernels[dtype][kernel]
+            return lambda: _multiply(function, inputs, next(visited), None)
+
+        return measured_choice("matmul", f"matmul-{NAMES[dtype]}", (*self.kernels[dtype], TORCH), prepare)
+
+
+def _multiply(
+    function: NativeFunction, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """inputs: contiguous; weight: rows of adjacent elements."""
+    outputs, width = weight.shape
+    result = inputs.new_empty(*inputs.shape[:-1], outputs)
+    function(
+        inputs.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        result.data_ptr(),
+        inputs.numel() // width,
+        outputs,
+        width,
+        width,
+        weight.stride(0),
+    )
+    return result
 
 
 def make_matmul(name: str, device: torch.device) -> NativeMatmul | None:
     """The backend of `runtime.matmul_backend`; None means torch. Raises `ConfigError` if it is not available here."""
-    if name == "torch" or (name == "auto" and (device.type != "cpu" or not is_available("matmul"))):
+    if name == TORCH or (name == "auto" and device.type != "cpu"):
         return None
     if device.type != "cpu":
         raise ConfigError(f"runtime.matmul_backend is native, which runs on a CPU, not on {device.type}; use auto")
     try:
         return NativeMatmul()
     except NativeUnavailableError as error:
-        raise ConfigError(f"runtime.matmul_backend is native, but {error}; use auto or torch") from error
+        if name != "auto":
+            raise ConfigError(f"runtime.matmul_backend is native, but {error}; use auto or torch") from error
+        if not is_switched_off():
+            logger.warning(WITHOUT_KERNELS, error)
+        return None
+
+
+def _raise_memory_error(_: int) -> None:
+    raise MemoryError("out of memory for the inputs of a matrix product")

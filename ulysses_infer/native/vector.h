@@ -4,14 +4,25 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define HAS_AVX512 1
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
 #else
 #define LANES 4
+#endif
+
+#if defined(HAS_AVX512) || defined(__aarch64__)
+#define REGISTERS 32 /* of vectors */
+#else
+#define REGISTERS 16
 #endif
 
 /* The CPU multiplies bfloat16 pairs and sums in float32 in one instruction. */
@@ -27,19 +38,19 @@
 #define LINE 64 /* bytes of a cache line */
 #define LOG2_E 1.44269504f
 
-typedef uint16_t bfloat16;
+typedef uint16_t bfloat16, float16;
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef int32_t integers __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 
 /* Always compile-time constants, because every function that takes one is inlined. */
-enum type { FLOAT32, BFLOAT16 };
+enum type { FLOAT32, BFLOAT16, FLOAT16 };
 
 INLINE size_t size_of(enum type type) { return type == FLOAT32 ? 4 : 2; }
 
 /* Elements per operand. */
-INLINE int step_of(enum type type) { return type == FLOAT32 ? LANES : BFLOAT16_STEP; }
+INLINE int step_of(enum type type) { return type == BFLOAT16 ? BFLOAT16_STEP : LANES; }
 
 INLINE float float_of(bfloat16 value) {
     uint32_t bits = (uint32_t)value << 16;
@@ -56,17 +67,87 @@ INLINE bfloat16 bfloat16_of(float value) {
     return (bfloat16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+/* float16 to float32; exact. */
+INLINE floats floats_of_halves(halves narrow) {
+#if defined(HAS_AVX512)
+    return (floats)_mm512_cvtph_ps((__m256i)narrow);
+#elif defined(__F16C__) && LANES == 8
+    return (floats)_mm256_cvtph_ps((__m128i)narrow);
+#elif defined(__aarch64__)
+    return (floats)vcvt_f32_f16((float16x4_t)narrow);
+#else
+    const words wide = __builtin_convertvector(narrow, words), size = wide & 0x7fff;
+    const words special = (words)(size >= 0x7c00) & 0x7f800000; /* infinities and NaN */
+    const words bits = (words)((floats)(size << 13) * 0x1p112f);
+    return (floats)(bits | special | (wide & 0x8000) << 16);
+#endif
+}
+
+/* float32 to float16: to nearest, ties to even; NaN stays NaN. */
+INLINE halves halves_of_floats(floats x) {
+#if defined(HAS_AVX512)
+    return (halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__) && LANES == 8
+    return (halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+    return (halves)vcvt_f16_f32((float32x4_t)x);
+#else
+    const words bits = (words)x, size = bits & 0x7fffffff;
+    const floats half = (floats)((words){0} + 0x3f000000);
+    const words small = (words)((floats)size + half) - (words)half; /* the addition rounds to multiples of 2^-24 */
+    const words normal = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
+    const words is_small = (words)(size < 0x38800000), is_large = (words)(size >= 0x47800000);
+    const words special = 0x7c00 | ((words)(size > 0x7f800000) & 0x200);
+    const words result = (small & is_small) | (special & is_large) | (normal & ~is_small & ~is_large);
+    return __builtin_convertvector(result | (bits >> 16 & 0x8000), halves);
+#endif
+}
+
+INLINE float float_of_half(float16 value) { return floats_of_halves((halves){value})[0]; }
+
+INLINE float16 half_of(float value) { return halves_of_floats((floats){value})[0]; }
+
+/* bfloat16 to float32; exact. Spelled out, because compilers convert vectors of halves in many instructions. */
+INLINE floats floats_of_bfloat16(const void *from) {
+#if defined(HAS_AVX512)
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#elif defined(__AVX2__)
+    return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16);
+#elif defined(__x86_64__) && LANES == 4
+    return (floats)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)from));
+#elif defined(__aarch64__)
+    return (floats)vshll_n_u16(vld1_u16(from), 16);
+#else
+    halves narrow;
+    memcpy(&narrow, from, sizeof narrow);
+    return (floats)(__builtin_convertvector(narrow, words) << 16);
+#endif
+}
+
+/* The upper halves of all lanes. */
+INLINE halves upper_halves(words wide) {
+#if defined(HAS_AVX512)
+    return (halves)_mm512_cvtepi32_epi16((__m512i)(wide >> 16));
+#elif defined(__AVX2__)
+    const __m256i shifted = (__m256i)(wide >> 16), packed = _mm256_packus_epi32(shifted, shifted);
+    return (halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#elif defined(__aarch64__)
+    return (halves)vshrn_n_u32((uint32x4_t)wide, 16);
+#else
+    return __builtin_convertvector(wide >> 16, halves);
+#endif
+}
+
 /* One operand, as bits: floats, or as many bfloat16 as `multiply_add` takes. */
 INLINE floats load(const void *from, enum type type) {
     floats result;
-#ifndef HAS_BFLOAT16_DOT
-    if (type == BFLOAT16) {
+    if (type == FLOAT16) {
         halves narrow;
         memcpy(&narrow, from, sizeof narrow);
-        words bits = __builtin_convertvector(narrow, words) << 16;
-        memcpy(&result, &bits, sizeof result);
-        return result;
+        return floats_of_halves(narrow);
     }
+#ifndef HAS_BFLOAT16_DOT
+    if (type == BFLOAT16) return floats_of_bfloat16(from);
 #endif
     memcpy(&result, from, sizeof result);
     return result;
@@ -78,7 +159,7 @@ INLINE floats load_part(const void *from, int count, enum type type) {
     if (type == FLOAT32) return (floats)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
 #endif
 #ifdef HAS_BFLOAT16_DOT
-    return (floats)_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), from);
+    if (type == BFLOAT16) return (floats)_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), from);
 #endif
     char whole[LANES * 4] = {0};
     memcpy(whole, from, count * size_of(type));
@@ -151,6 +232,31 @@ INLINE void transpose_square(floats square[LANES]) {
         square[c + 4] = (floats)_mm512_shuffle_f32x4(odd, more, 0x88);
         square[c + 12] = (floats)_mm512_shuffle_f32x4(odd, more, 0xdd);
     }
+#elif LANES == 8
+    __m256 pairs[LANES], fours[LANES];
+    UNROLL for (int i = 0; i < LANES; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps((__m256)square[i], (__m256)square[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps((__m256)square[i], (__m256)square[i + 1]);
+    }
+    UNROLL for (int i = 0; i < LANES; i++) { /* 4h + c: column c of each half, of rows 4h .. 4h + 3 */
+        __m256 low = pairs[(i & ~3) + (i >> 1 & 1)], high = pairs[(i & ~3) + (i >> 1 & 1) + 2];
+        fours[i] = i & 1 ? _mm256_shuffle_ps(low, high, 0xee) : _mm256_shuffle_ps(low, high, 0x44);
+    }
+    UNROLL for (int c = 0; c < 4; c++) {
+        square[c] = (floats)_mm256_permute2f128_ps(fours[c], fours[c + 4], 0x20);
+        square[c + 4] = (floats)_mm256_permute2f128_ps(fours[c], fours[c + 4], 0x31);
+    }
+#elif defined(__x86_64__)
+    __m128 a = (__m128)square[0], b = (__m128)square[1], c = (__m128)square[2], d = (__m128)square[3];
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    square[0] = (floats)a, square[1] = (floats)b, square[2] = (floats)c, square[3] = (floats)d;
+#elif defined(__aarch64__)
+    const float32x4x2_t ab = vtrnq_f32((float32x4_t)square[0], (float32x4_t)square[1]);
+    const float32x4x2_t cd = vtrnq_f32((float32x4_t)square[2], (float32x4_t)square[3]);
+    UNROLL for (int i = 0; i < 2; i++) {
+        square[i] = (floats)vcombine_f32(vget_low_f32(ab.val[i]), vget_low_f32(cd.val[i]));
+        square[i + 2] = (floats)vcombine_f32(vget_high_f32(ab.val[i]), vget_high_f32(cd.val[i]));
+    }
 #else
     float rows[LANES][LANES], columns[LANES][LANES];
     memcpy(rows, square, sizeof rows);
@@ -177,8 +283,17 @@ INLINE void sum_four(float sums[4], floats a, floats b, floats c, floats d) {
     __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif LANES == 8
+    const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+    const __m256 all = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#elif defined(__aarch64__)
+    vst1q_f32(sums, vpaddq_f32(vpaddq_f32((float32x4_t)a, (float32x4_t)b), vpaddq_f32((float32x4_t)c, (float32x4_t)d)));
 #else
-    sums[0] = sum_of_lanes(a), sums[1] = sum_of_lanes(b), sums[2] = sum_of_lanes(c), sums[3] = sum_of_lanes(d);
+    floats square[4] = {a, b, c, d};
+    transpose_square(square);
+    const floats all = square[0] + square[1] + (square[2] + square[3]);
+    memcpy(sums, &all, sizeof all);
 #endif
 }
 
@@ -258,19 +373,14 @@ INLINE floats take(const void *from, enum type type) {
         memcpy(&result, from, sizeof result);
         return result;
     }
-#ifdef HAS_AVX512
-    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
-#endif
-    halves narrow;
-    memcpy(&narrow, from, sizeof narrow);
-    words bits = __builtin_convertvector(narrow, words) << 16;
-    memcpy(&result, &bits, sizeof result);
-    return result;
+    if (type == FLOAT16) return load(from, FLOAT16);
+    return floats_of_bfloat16(from);
 }
 
 /* `x` rounded to `type`. On CPUs that flush denormals, numbers below 2^-126 become zero. */
 INLINE floats rounded(floats x, enum type type) {
     if (type == FLOAT32) return x;
+    if (type == FLOAT16) return floats_of_halves(halves_of_floats(x));
 #ifdef HAS_BFLOAT16_DOT
     return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
 #else
@@ -286,10 +396,15 @@ INLINE void give(void *to, floats x, enum type type) {
         memcpy(to, &x, sizeof x);
         return;
     }
+    if (type == FLOAT16) {
+        const halves narrow = halves_of_floats(x);
+        memcpy(to, &narrow, sizeof narrow);
+        return;
+    }
 #ifdef HAS_BFLOAT16_DOT
     _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #else
-    halves narrow = __builtin_convertvector((words)rounded(x, type) >> 16, halves);
+    const halves narrow = upper_halves((words)rounded(x, type));
     memcpy(to, &narrow, sizeof narrow);
 #endif
 }

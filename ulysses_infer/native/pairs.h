@@ -6,14 +6,12 @@
 #pragma once
 #include <stdlib.h>
 
-#include "vector.h"
+#include "product.h"
 
 #define GROUP 32         /* weight rows whose sums are stored together: one cache line of outputs per input */
 #define PANEL_TOGETHER 8 /* weight rows at a time; twice as many with a single vector of inputs */
 #define MOST_VECTORS 3   /* of inputs at a time: then the sums fill the registers */
 #define NEAR_BYTES (640 << 10) /* of inputs that fit in the L2 cache beside the weight */
-/* Row counts for which this is faster (measured); otherwise empty lanes cost more than sums across lanes. */
-#define ROWS_TOGETHER(rows) ((rows) >= 28 || ((rows) > 12 && (rows) <= LANES))
 
 /* Transposed inputs of `rows` rows, in blocks of 1 to MOST_VECTORS vectors: [block][width / 2][vectors * LANES]. */
 struct pairs {
@@ -112,4 +110,57 @@ static void put_rest(const float *sums, const float *bias, int64_t rows, bfloat1
     for (int64_t t = 0; t < rows; t++)
         for (int64_t i = 0; i < count; i++)
             to[t * stride + i] = bfloat16_of(sums[i * MOST_VECTORS * LANES + t] + bias[i]);
+}
+
+/* Rows n .. n + GROUP of the weight, or fewer at the end, with a block of the inputs. */
+static void group_of(const struct product *p, const struct pairs *x, int64_t block, int64_t n) {
+    const int64_t bytes = p->weight_stride * sizeof(bfloat16), left = p->num_outputs - n, first = start_of(x, block);
+    const int64_t count = left < GROUP ? left : GROUP, vectors = start_of(x, block + 1) - first;
+    const int64_t last = x->rows - first * LANES, rows = last < vectors * LANES ? last : vectors * LANES;
+    const uint32_t *values = x->values + first * LANES * (p->width / 2);
+    const char *weight = p->weight + n * bytes;
+    float bias[GROUP] = {0}, sums[GROUP * MOST_VECTORS * LANES];
+    for (int64_t i = 0; i < count; i++) bias[i] = bias_of(p, n + i, BFLOAT16);
+#define TAKE(panel)                                                                                             \
+    for (; i + panel <= count; i += panel)                                                                      \
+        add_block(values, vectors, weight + i * bytes, bytes, panel, p->width, weight + (i + panel) * bytes,    \
+                  block ? 0 : (int)(left - i - panel < panel ? left - i - panel : panel), sums + i * MOST_VECTORS * LANES)
+    int64_t i = 0;
+    if (vectors == 1) TAKE(2 * PANEL_TOGETHER);
+    TAKE(PANEL_TOGETHER);
+    TAKE(1);
+#undef TAKE
+    bfloat16 *to = (bfloat16 *)p->outputs + first * LANES * p->outputs_stride + n;
+    if (count == GROUP)
+        put_group(sums, bias, rows, to, p->outputs_stride);
+    else
+        put_rest(sums, bias, rows, to, p->outputs_stride, count);
+}
+
+/* Input rows that are transposed at a time: as many whole blocks as fit in the L2 cache. */
+static int64_t rows_at_a_time(int64_t width) {
+    const int64_t block = MOST_VECTORS * LANES, fit = NEAR_BYTES / (width * (int64_t)sizeof(bfloat16)) / block * block;
+    return fit > block ? fit : block;
+}
+
+/* Returns 0 if there is no memory for the transposed inputs. */
+static int multiply_pairs(const struct product *p) {
+    const int64_t most = rows_at_a_time(p->width), held = p->num_rows < most ? p->num_rows : most;
+    uint32_t *values = aligned_alloc(LINE, (held + LANES - 1) / LANES * LANES * p->width * sizeof(bfloat16));
+    if (!values) return 0;
+#pragma omp parallel if (is_large(p))
+    for (int64_t row = 0; row < p->num_rows; row += most) {
+        const struct pairs x = pairs_of(values, p->num_rows - row < most ? p->num_rows - row : most);
+        struct product part = *p;
+        part.inputs += row * p->inputs_stride * sizeof(bfloat16);
+        part.outputs += row * p->outputs_stride * sizeof(bfloat16);
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < x.blocks; block++)
+            transpose_inputs(&x, block, (const bfloat16 *)part.inputs, p->width, p->inputs_stride);
+#pragma omp for schedule(static)
+        for (int64_t group = 0; group < (p->num_outputs + GROUP - 1) / GROUP; group++)
+            for (int64_t block = 0; block < x.blocks; block++) group_of(&part, &x, block, group * GROUP);
+    }
+    free(values);
+    return 1;
 }

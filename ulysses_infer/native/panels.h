@@ -1,0 +1,200 @@
+/* Products of many rows at the rate of float32 multiply-adds, from weights of any format.
+ *
+ * Each vector lane holds one input row, so no sum crosses lanes. The inputs are converted to float32 and transposed
+ * once. A task is a group of weight rows. It converts DEPTH elements of each of them to float32, which then stay in the
+ * L2 cache, and multiplies them with all blocks of inputs, one of which stays in the L1 cache. Sums run over k in order,
+ * for any number of rows.
+ */
+#pragma once
+#include <stdlib.h>
+
+#include "product.h"
+
+#define DEPTH 256      /* elements of a weight row that are converted at a time */
+#define TASK_ROWS 48   /* weight rows of a task: whole tiles and whole vectors of outputs */
+#define MOST_LANES 512 /* input rows at a time; bounds the memory of a task's sums */
+#define MOST_WIDE 3    /* vectors of inputs of a block */
+
+/* Weight rows of a tile whose sums, with `vectors` of inputs, fill the registers. */
+INLINE int tile_rows(const int vectors) {
+    return vectors == 1 ? REGISTERS / 2 - (REGISTERS == 16 ? -4 : 0) : vectors == 2 ? 3 * REGISTERS / 8 : REGISTERS / 4;
+}
+
+/* Write elements k .. k + count of weight row n as float32. */
+typedef void (*widener)(const struct product *p, int64_t n, int64_t k, int64_t count, float *to);
+
+/* Transposed inputs of `rows` rows in blocks of 1 to MOST_WIDE vectors: [block][width][vectors * LANES]. */
+struct columns {
+    float *values;
+    int64_t rows, vectors, blocks;
+};
+
+/* The first vector of a block; blocks are of nearly equal size. */
+INLINE int64_t first_of(const struct columns *x, int64_t block) { return x->vectors * block / x->blocks; }
+
+/* Convert and transpose a block of inputs; lanes without a row are zero. */
+INLINE void transpose_block(const struct product *p, const struct columns *x, int64_t block, enum type type) {
+    const int64_t first = first_of(x, block), vectors = first_of(x, block + 1) - first, wide = vectors * LANES;
+    const size_t size = size_of(type);
+    for (int64_t v = 0; v < vectors; v++) {
+        const int64_t row = (first + v) * LANES, rows = x->rows - row < LANES ? x->rows - row : LANES;
+        const char *from = p->inputs + row * p->inputs_stride * size;
+        float *to = x->values + first * LANES * p->width + v * LANES;
+        for (int64_t k = 0; k < p->width; k += LANES, to += LANES * wide, from += LANES * size) {
+            const int count = p->width - k < LANES ? (int)(p->width - k) : LANES;
+            floats square[LANES];
+            UNROLL for (int i = 0; i < LANES; i++)
+                square[i] = i < rows ? take_some(from + i * p->inputs_stride * size, count, type) : (floats){0};
+            transpose_square(square);
+            if (count == LANES)
+                UNROLL for (int i = 0; i < LANES; i++) memcpy(to + i * wide, &square[i], sizeof *square);
+            else
+                for (int i = 0; i < count; i++) memcpy(to + i * wide, &square[i], sizeof *square);
+        }
+    }
+}
+
+/* Lines of weight rows to prefetch meanwhile, `bytes` apart. */
+struct ahead_of {
+    const char *rows;
+    int64_t bytes, count;
+};
+
+/* sums[rows][vectors * LANES] += `depth` elements of weight rows, DEPTH apart, times the inputs. */
+INLINE void add_tile_of(const float *x, const int vectors, const float *weight, const int rows, int64_t depth,
+                        float *sums, struct ahead_of ahead, const size_t size) {
+    floats held[REGISTERS][MOST_WIDE];
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            memcpy(&held[i][v], sums + (i * vectors + v) * LANES, sizeof(floats));
+    const int64_t line = LINE / size;
+    for (int64_t start = 0; start < depth; start += line) {
+        const int64_t stop = start + line < depth ? start + line : depth;
+        for (int64_t i = 0; i < ahead.count; i++) __builtin_prefetch(ahead.rows + i * ahead.bytes + start * size, 0, 2);
+        for (int64_t k = start; k < stop; k++, x += vectors * LANES) {
+            floats row[MOST_WIDE];
+            UNROLL for (int v = 0; v < vectors; v++) memcpy(&row[v], x + v * LANES, sizeof(floats));
+            UNROLL for (int i = 0; i < rows; i++) {
+                const floats all = to_all_lanes(weight + i * DEPTH + k);
+                UNROLL for (int v = 0; v < vectors; v++) held[i][v] += row[v] * all;
+            }
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            memcpy(sums + (i * vectors + v) * LANES, &held[i][v], sizeof(floats));
+}
+
+/* All tiles of a task with one block of inputs. */
+INLINE void add_block_of(const float *x, const int vectors, const float *weight, int64_t count, int64_t depth,
+                         float *sums, struct ahead_of ahead, const size_t size) {
+    const int rows = tile_rows(vectors);
+    const int64_t all = ahead.count;
+    for (int64_t i = 0; i < count; i += rows) {
+        const int64_t left = all - i;
+        ahead.count = left < 0 ? 0 : left < rows ? left : rows;
+        add_tile_of(x, vectors, weight + i * DEPTH, rows, depth, sums + i * vectors * LANES, ahead, size);
+        ahead.rows += rows * ahead.bytes;
+    }
+}
+
+/* Add the bias to the sums of `count` weight rows with a block of inputs, round, and store. */
+INLINE void put_block(const struct product *p, const float *sums, int64_t vectors, int64_t row, int64_t rows, int64_t n,
+                      int64_t count, enum type type) {
+    const int64_t wide = vectors * LANES, stride = p->outputs_stride;
+    for (int64_t v = 0; v < vectors && v * LANES < rows; v++)
+        for (int64_t i = 0; i < count; i += LANES) {
+            const int64_t left = rows - v * LANES, part = count - i < LANES ? count - i : LANES;
+            floats square[LANES], bias = {0};
+            UNROLL for (int j = 0; j < LANES; j++) memcpy(&square[j], sums + (i + j) * wide + v * LANES, sizeof(floats));
+            transpose_square(square);
+            if (p->bias) bias = take_some(p->bias + (n + i) * size_of(type), (int)part, type);
+            char *to = p->outputs + ((row + v * LANES) * stride + n + i) * size_of(type);
+            UNROLL for (int t = 0; t < LANES; t++)
+                if (t < left) {
+                    if (part == LANES)
+                        give(to + t * stride * size_of(type), square[t] + bias, type);
+                    else
+                        give_some(to + t * stride * size_of(type), square[t] + bias, (int)part, type);
+                }
+        }
+}
+
+/* Weight rows n .. n + TASK_ROWS, or fewer at the end, with all inputs. `memory`: weight[TASK_ROWS][DEPTH], then
+ * sums[block][TASK_ROWS][vectors * LANES]. `bytes` is from one stored weight row to the next, `size` that of an element,
+ * rounded up to whole bytes; `type` is that of inputs, bias and outputs. */
+INLINE void run_group(const struct product *p, const struct columns *x, int64_t n, float *memory, const widener widen,
+                      int64_t bytes, const size_t size, enum type type) {
+    const int64_t left = p->num_outputs - n, count = left < TASK_ROWS ? left : TASK_ROWS;
+    const int64_t after = left - count < TASK_ROWS ? left - count : TASK_ROWS;
+    float *weight = memory, *sums = memory + TASK_ROWS * DEPTH;
+    memset(sums, 0, TASK_ROWS * x->vectors * LANES * sizeof *sums);
+    if (count < TASK_ROWS) memset(weight, 0, TASK_ROWS * DEPTH * sizeof *weight);
+    for (int64_t k = 0; k < p->width; k += DEPTH) {
+        const int64_t depth = p->width - k < DEPTH ? p->width - k : DEPTH;
+        for (int64_t i = 0; i < count; i++) widen(p, n + i, k, depth, weight + i * DEPTH);
+        struct ahead_of ahead = {p->weight + n * bytes + (k + DEPTH) * size, bytes, count};
+        if (k + DEPTH >= p->width) ahead = (struct ahead_of){p->weight + (n + count) * bytes, bytes, after};
+        for (int64_t block = 0; block < x->blocks; block++, ahead.count = 0) {
+            const int64_t first = first_of(x, block), vectors = first_of(x, block + 1) - first;
+            const float *values = x->values + first * LANES * p->width + k * vectors * LANES;
+            float *to = sums + first * LANES * TASK_ROWS;
+            switch (vectors) {
+                case 1: add_block_of(values, 1, weight, count, depth, to, ahead, size); break;
+                case 2: add_block_of(values, 2, weight, count, depth, to, ahead, size); break;
+                default: add_block_of(values, MOST_WIDE, weight, count, depth, to, ahead, size);
+            }
+        }
+    }
+    for (int64_t block = 0; block < x->blocks; block++) {
+        const int64_t first = first_of(x, block), vectors = first_of(x, block + 1) - first;
+        put_block(p, sums + first * LANES * TASK_ROWS, vectors, first * LANES, x->rows - first * LANES, n, count, type);
+    }
+}
+
+/* `transpose_block` and `run_group` for constant types: the compiler does not pass constants into parallel regions. */
+struct panel_kernel {
+    void (*transpose)(const struct product *p, const struct columns *x, int64_t block);
+    void (*run)(const struct product *p, const struct columns *x, int64_t n, float *memory);
+    size_t size; /* of an element of inputs and outputs */
+};
+
+/* Returns 0 if out of memory. */
+static int multiply_panels(const struct product *p, const struct panel_kernel *kernel) {
+    const int64_t parts = (p->num_rows + MOST_LANES - 1) / MOST_LANES, most = (p->num_rows + parts - 1) / parts;
+    const int64_t lanes = (most + LANES - 1) / LANES * LANES;
+    float *values = aligned_alloc(LINE, (lanes * p->width * sizeof *values + LINE - 1) / LINE * LINE);
+    if (!values) return 0;
+    int failed = 0;
+#pragma omp parallel if (is_large(p))
+    {
+        float *memory = aligned_alloc(LINE, TASK_ROWS * (DEPTH + lanes) * sizeof *memory);
+        if (!memory) failed = 1;
+        for (int64_t row = 0; row < p->num_rows; row += most) {
+            const int64_t rows = p->num_rows - row < most ? p->num_rows - row : most, vectors = (rows + LANES - 1) / LANES;
+            const struct columns x = {values, rows, vectors, (vectors + MOST_WIDE - 1) / MOST_WIDE};
+            struct product part = *p;
+            part.inputs += row * p->inputs_stride * kernel->size;
+            part.outputs += row * p->outputs_stride * kernel->size;
+#pragma omp for schedule(static)
+            for (int64_t block = 0; block < x.blocks; block++) kernel->transpose(&part, &x, block);
+#pragma omp for schedule(static)
+            for (int64_t n = 0; n < p->num_outputs; n += TASK_ROWS)
+                if (memory) kernel->run(&part, &x, n, memory);
+        }
+        free(memory);
+    }
+    free(values);
+    return !failed;
+}
+
+/* A row that is stored in `type`. */
+INLINE void widen_as(const struct product *p, int64_t n, int64_t k, int64_t count, float *to, enum type type) {
+    const char *from = p->weight + (n * p->weight_stride + k) * size_of(type);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const floats wide = take(from + i * size_of(type), type);
+        memcpy(to + i, &wide, sizeof wide);
+    }
+    for (; i < count; i++) to[i] = one_of(from, i, type);
+}
