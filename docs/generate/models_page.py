@@ -56,8 +56,14 @@ their projections in an order of their own, or count positions from the batch. T
   save them. Cross-attention is removed.
 - *Speech pipelines* (Qwen-Omni): the thinker is served, from the checkpoint of the whole pipeline.
 - *Llama 3.2 Vision*: without an image, transformers skips the layers that attend to one. They are removed.
+- *Logits of relative positions* (Inkling): each query adds to its scores a value per head and distance, up to
+  `rel_extent` tokens back. It is the product of the query's relative state, which the all-to-all carries with the
+  query, and a matrix of the layer. The torch, C and Triton back ends add it, as well as sinks that differ per token
+  (Inkling 2); flashinfer and flash_attn are not chosen. Rows of the head that are no tokens (`unpadded_vocab_size`) are
+  not loaded. Inkling with encoders needs the package `scipy`, as in transformers, although the encoders are removed.
 - *Differential attention* (DiffLlama) needs the two heads of a pair on one rank: ranks must divide half the KV heads.
-- JetMoE's experts, DBRX's, and the feed-forward blocks of encoders are whole on every rank.
+- JetMoE's experts, DBRX's, the shared experts and dense layers of Inkling, the gates of RWKV's feed-forward blocks,
+  Zaya's projections to values, and the feed-forward blocks of encoders are whole on every rank.
 
 ## Heads that do not divide over the ranks
 
@@ -156,6 +162,18 @@ follows it, as in attention. The state of a sequence belongs to the head shard, 
 is held in slots beside the blocks of the KV cache (`ulysses_infer/model/recurrent`, `cache.state_snapshots` in
 [recipe-reference.md](recipe-reference.md)). The dry run at startup refuses models whose tokens influence each other in
 another way.
+
+Inkling, Inkling 2, Zaya and RWKV read the tokens before a token in other places (`model/recurrent/history.py`):
+
+- *In attention.* Keys and values are convolved, and Zaya's queries, too. That follows the all-to-all, where a rank has
+  all tokens of its heads. It keeps the last ones of each sequence as a state. Zaya's heads must divide over the ranks,
+  except for KV heads that several ranks have.
+- *In the residual stream.* Inkling convolves the outputs of attention and feed-forward; RWKV mixes each token with the
+  one before it. A rank has the tokens of its slice, with all channels. In SP, ranks exchange the ends of slices and
+  sequences, as many tokens as the convolution looks back; in TP, they exchange nothing. Every rank keeps the state of
+  all channels, in the model's dtype.
+
+`tests/equivalence/test_convolved_streams.py` compares them with transformers.
 
 Qwen4-Exp adds *embeddings of n-grams* to some layers' residual streams (PLE), by hashes of the last tokens and with a
 short convolution. A rank owns n-gram heads, which are ranges of rows of the table, and channels of the convolution

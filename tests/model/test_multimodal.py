@@ -89,8 +89,8 @@ def test_an_invalid_config_value_is_named_in_a_one_line_error(tmp_path: Path) ->
 
 def test_a_wrapper_is_supported_only_if_its_language_model_is() -> None:
     check_supported(CONFIG_MAPPING["llava"](text_config={"model_type": "qwen2"}), allow_unverified=False)
-    with pytest.raises(UnsupportedModelError, match="model type 'rwkv' is not supported: its layers mix each token"):
-        check_supported(CONFIG_MAPPING["llava"](text_config={"model_type": "rwkv"}), allow_unverified=True)
+    with pytest.raises(UnsupportedModelError, match="model type 'doge' is not supported: its attention masks"):
+        check_supported(CONFIG_MAPPING["llava"](text_config={"model_type": "doge"}), allow_unverified=True)
 
 
 def test_bidirectional_prompts_are_refused() -> None:

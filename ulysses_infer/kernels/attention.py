@@ -66,10 +66,11 @@ class Tiles:
     num_stages: int
 
 
-def tiles_of(rows: int, width: int, itemsize: int, fp8: str = "") -> Tiles:
+def tiles_of(rows: int, width: int, itemsize: int, fp8: str = "", relative: bool = False) -> Tiles:
     """Tiles for the wider of keys and values that fit the shared memory of every GPU (99 KiB) without spilling.
 
-    rows: query rows of the longest sequence and KV head. fp8: see `fp8_of`.
+    rows: query rows of the longest sequence and KV head. fp8: see `fp8_of`. relative: whether logits by
+    distance are added, whose addresses take registers.
     """
     wanted = _power_of_two(rows)
     if itemsize == 4:  # products in float32 have no tensor cores
@@ -78,6 +79,8 @@ def tiles_of(rows: int, width: int, itemsize: int, fp8: str = "") -> Tiles:
         return Tiles(MIN_DOT, 32, 4, 1) if wanted <= MIN_DOT and not fp8 else Tiles(32, 32, 8, 2)
     if width > 128:
         return Tiles(min(wanted, 64), 32, 4 if wanted <= MIN_DOT else 8, 2 if width > 192 else 3)
+    if relative and wanted >= 64:
+        return Tiles(64, 32, 8, 2)
     few_keys = fp8.endswith("bits") or columns_of(width)[1] > 0
     if wanted >= 128:
         return Tiles(128, 32 if few_keys else 64, 8, 2)
@@ -147,7 +150,8 @@ def work_of(
     kv_heads, value_width, device = keys.shape[2], values.shape[3], query.device
     group, decode = query_heads // kv_heads, sequences.max_query_len == 1
     fp8 = fp8_of(keys.dtype, device)
-    tiles = tiles_of(group * sequences.max_query_len, max(width, value_width), query.element_size(), fp8)
+    rows, relative = group * sequences.max_query_len, softmax.relative is not None
+    tiles = tiles_of(rows, max(width, value_width), query.element_size(), fp8, relative)
     heads = min(group, tiles.rows)
     tokens = 1 if decode else tiles.rows // heads
     count = len(sequences.context_lens)

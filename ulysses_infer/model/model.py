@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.cache.states import StateShape
 from ulysses_infer.config import ModelConfig
@@ -313,12 +314,18 @@ def model_shape(injection: Injection, max_model_len: int | None) -> ModelShape:
         layers=tuple(layers),
         hidden_size=config.hidden_size,
         residual_width=config.hidden_size * math.prod(getattr(config, name, 1) for name in STREAMS),
-        intermediate_size=_intermediate_size(config),
+        intermediate_size=max(_intermediate_size(config), _relative_logits(config, injection.layout.world_size)),
         vocab_size=injection.head_vocab_size,
         # Only one rank warns.
         max_model_len=choose_max_model_len(config, max_model_len, warn=injection.base.shard == 0),
         entries=tuple(entry for module in injection.attention_layers for entry in cast(Any, module).head_plan.entries),
     )
+
+
+def _relative_logits(config: Any, world_size: int) -> int:
+    """Logits of relative positions per token that a layer of a rank adds to scores (inkling)."""
+    extent = getattr(config, "rel_extent", 0)
+    return int(extent * ceil_div(config.num_attention_heads, world_size)) if extent else 0
 
 
 def _intermediate_size(config: Any) -> int:

@@ -14,18 +14,18 @@ from ulysses_infer.model.adapters.diffllama import adapt_diffllama
 from ulysses_infer.model.adapters.early_gpt import adapt_gpt, adapt_gpt_neo, adapt_gpt_neox_japanese
 from ulysses_infer.model.adapters.falcon import adapt_falcon
 from ulysses_infer.model.adapters.gptj import adapt_codegen, adapt_gptj
-from ulysses_infer.model.adapters.inkling import adapt_inkling, adapt_inkling2
 from ulysses_infer.model.adapters.jetmoe import adapt_jetmoe
 from ulysses_infer.model.adapters.mpt import adapt_mpt
 from ulysses_infer.model.adapters.multimodal import adapt_chameleon, adapt_kosmos, adapt_mllama
 from ulysses_infer.model.adapters.projections import adapt_ctrl, adapt_gpt_bigcode, adapt_moshi
-from ulysses_infer.model.adapters.recurrent_gemma import adapt_recurrent_gemma
-from ulysses_infer.model.adapters.rwkv import adapt_rwkv
 from ulysses_infer.model.adapters.sparse.deepseek_v4 import adapt_deepseek_v4
 from ulysses_infer.model.adapters.sparse.pooled_index import adapt_glm5_next, adapt_qwen4_exp
-from ulysses_infer.model.adapters.xlstm import adapt_xlstm
-from ulysses_infer.model.adapters.zamba import adapt_zamba
-from ulysses_infer.model.adapters.zaya import adapt_zaya
+from ulysses_infer.model.adapters.stateful.inkling import adapt_inkling, adapt_inkling2
+from ulysses_infer.model.adapters.stateful.recurrent_gemma import adapt_recurrent_gemma
+from ulysses_infer.model.adapters.stateful.rwkv import adapt_rwkv
+from ulysses_infer.model.adapters.stateful.xlstm import adapt_xlstm
+from ulysses_infer.model.adapters.stateful.zamba import adapt_zamba
+from ulysses_infer.model.adapters.stateful.zaya import adapt_zaya
 from ulysses_infer.model.injection.architectures import DECODERS, ENCODERS
 
 ADAPTERS: dict[str, Callable[[Any], None]] = {

@@ -7,7 +7,6 @@ from typing import Any
 
 from ulysses_infer.errors import UnsupportedModelError
 
-RELATIVE_LOGITS = "its attention adds learned logits of relative positions, which the attention backends do not support"
 DECODER_HALF = "it is the decoder half of an encoder-decoder model"
 CROSS_ATTENTION = "its layers cross-attend to encoded images, which the KV cache does not hold"
 NEEDS_AN_IMAGE = "it requires an image input"
@@ -15,7 +14,6 @@ DRAFT_MODEL = "it is a draft model, whose layers read the keys and values of ano
 
 # Refused even with allow_unverified: these models fail, or run but give wrong results.
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"), RELATIVE_LOGITS),
     **dict.fromkeys(
         (
             "florence2",
@@ -41,9 +39,6 @@ REFUSED: dict[str, str] = {
     "cpmant": "it puts learned tokens before every text, and its attention sees all of them and all of the prompt",
     "doge": "its attention masks keys by value-dependent scores",
     "diffusion_gemma": "it generates blocks of tokens by diffusion, not autoregressively",
-    "rwkv": "its layers mix each token with the one before it ahead of their projections",
-    "xlstm": "its recurrent layers keep their states in a cache of their own",
-    "zaya": "its attention convolves queries and keys, and delays values by a token, before it attends",
     "hrm_text": "its prompts use bidirectional attention, and it runs each layer several times per step",
     "paligemma": "its prompts use bidirectional attention, which rules out chunked prefill and prefix caching",
     **dict.fromkeys(("kyutai_speech_to_text", "voxtral_realtime"), "it takes an audio input with every token"),
@@ -205,6 +200,10 @@ VERIFIED: frozenset[str] = frozenset(
         "hyperclovax_vision_v2",
         "idefics2",
         "idefics3",
+        "inkling2",
+        "inkling2_text",
+        "inkling_mm_model",
+        "inkling_text",
         "internlm3",
         "internvl",
         "iquestcoder",
@@ -312,6 +311,7 @@ VERIFIED: frozenset[str] = frozenset(
         "roberta-prelayernorm",
         "roc_bert",
         "roformer",
+        "rwkv",
         "seed_oss",
         "smollm3",
         "smolvlm",
@@ -328,10 +328,12 @@ VERIFIED: frozenset[str] = frozenset(
         "xglm",
         "xlm-roberta",
         "xlm-roberta-xl",
+        "xlstm",
         "xmod",
         "youtu",
         "zamba",
         "zamba2",
+        "zaya",
     )
 )
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 from torch import nn
 
 from ulysses_infer.errors import UnsupportedModelError
-from ulysses_infer.model.recurrent.convolution import short_convolution
 from ulysses_infer.model.recurrent.delta import (
     delta_net,
     interleaved_delta_net,
     kimi_delta_attention,
     separate_delta_net,
 )
-from ulysses_infer.model.recurrent.griffin import recurrent_block
+from ulysses_infer.model.recurrent.kinds.convolution import short_convolution
+from ulysses_infer.model.recurrent.kinds.griffin import recurrent_block
+from ulysses_infer.model.recurrent.kinds.mlstm import matrix_memory
+from ulysses_infer.model.recurrent.kinds.rwkv import time_mixing
 from ulysses_infer.model.recurrent.layer import RecurrentLayer
 from ulysses_infer.model.recurrent.lightning import lightning_attention
 from ulysses_infer.model.recurrent.mamba import mamba, mamba2, zamba
-from ulysses_infer.model.recurrent.mlstm import matrix_memory
 from ulysses_infer.model.recurrent.ngram import NGramLayer
 from ulysses_infer.model.recurrent.rules import Owner, Rule, RuleMaker
-from ulysses_infer.model.recurrent.rwkv import time_mixing
 from ulysses_infer.parallel.layout import Layout, Place
 
 _KIMI = ("q_proj", "k_proj", "v_proj", "conv1d", "forget_gate", "b_proj", "o_norm", "o_proj")

@@ -1,0 +1,1 @@
+"""Rules of recurrent layers that no other kind shares code with."""
