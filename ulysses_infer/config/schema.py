@@ -22,6 +22,7 @@ else:
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CACHE_DTYPES = (*DTYPES, "fp8")
+QUANTIZE = ("int8", "int4")
 SNAPSHOT_INTERVAL = 512  # tokens, unless the recipe sets it
 
 
@@ -48,6 +49,18 @@ class ModelConfig:
     tokenizer: str | None = option(help="Folder or hub id of the tokenizer; null: the checkpoint's own.")
     revision: str | None = option(help="Branch, tag or commit of a hub id; null: the default branch.")
     dtype: str = option("auto", choices=DTYPES, help="Data type of the weights; auto: the checkpoint's.")
+    quantize: str | None = option(
+        choices=QUANTIZE,
+        help="Quantise linear layers and experts while loading a checkpoint that is not quantised. int8: "
+        "one scale per output; int4: a scale and a zero point per group of inputs; null: keep them as they are "
+        "(docs/quantization.md).",
+    )
+    quantize_group_size: int = option(
+        64,
+        at_least=32,
+        at_most=128,
+        help="Inputs per scale of `model.quantize: int4`: 32, 64 or 128. Smaller groups are more accurate and larger.",
+    )
     max_model_len: int | None = option(
         at_least=1,
         help="Maximum length of prompt plus output, in tokens; null: what the checkpoint supports, RoPE scaling "

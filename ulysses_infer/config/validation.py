@@ -18,6 +18,8 @@ from ulysses_infer.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
+GROUP_SIZES = (32, 64, 128)
+"""Of `model.quantize_group_size`: whole words of eight values, and whole segments of quantised activations."""
 PROMPT_KEYS = ("prompt", "messages", "sampling")
 POLICY_KEYS = {
     "mode": "static",
@@ -44,6 +46,14 @@ def validate(config: Config, explicit: Mapping[str, Setting]) -> None:
     _check_adapters(config)
     _check_snapshots(config, explicit)
     _check_speculation(config, explicit)
+    _check_quantize(config, explicit)
+
+
+def _check_quantize(config: Config, explicit: Mapping[str, Setting]) -> None:
+    setting = _given(config, "model.quantize_group_size", explicit)
+    if setting.value not in GROUP_SIZES:
+        nearest = min(GROUP_SIZES, key=lambda size: abs(size - setting.value))
+        raise setting.complain(f"choose from {', '.join(map(str, GROUP_SIZES))}; the nearest is {nearest}")
 
 
 def _check_speculation(config: Config, explicit: Mapping[str, Setting]) -> None:

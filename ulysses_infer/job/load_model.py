@@ -112,7 +112,8 @@ def _dense_bytes(
     """Memory that the weights other than the experts' take of this rank's share."""
     dense = blueprint.weight_bytes - blueprint.expert_bytes
     assert origin is not None
-    if device.type != "cpu" or config.parallel.tp > 1 or origin.is_copied or _own_dtype(origin) != blueprint.dtype:
+    is_copied = origin.is_copied or config.model.quantize is not None
+    if device.type != "cpu" or config.parallel.tp > 1 or is_copied or _own_dtype(origin) != blueprint.dtype:
         return dense
     # Whole tensors are not copied: they are views of the given model, or file pages that the ranks of a host share.
     return 0 if isinstance(origin, GivenModel) else dense // ranks_on_host

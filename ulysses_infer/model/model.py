@@ -17,7 +17,15 @@ from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.cache.states import StateShape
 from ulysses_infer.config import ModelConfig
-from ulysses_infer.errors import CheckpointError, UnsupportedModelError, first_line, kind_and_line
+from ulysses_infer.errors import (
+    CheckpointError,
+    ConfigError,
+    UnsupportedModelError,
+    first_line,
+    kind_and_line,
+    kind_and_line,
+    kind_and_line,
+)
 from ulysses_infer.model.context import StepContext, use_step_context
 from ulysses_infer.model.experts import choose_placement, expert_sizes
 from ulysses_infer.model.fusion.decoder import FusedDecoder
@@ -36,8 +44,9 @@ from ulysses_infer.model.loading.multimodal import auto_class, drop_multimodal_e
 from ulysses_infer.model.loading.sources import unpartitioned
 from ulysses_infer.model.loading.weight_tying import resolve_weight_tying
 from ulysses_infer.model.quantization.cache_scales import apply_cache_scales
-from ulysses_infer.model.quantization.formats import read_quantization
-from ulysses_infer.model.quantization.layers import mark_quantised
+from ulysses_infer.model.quantization.formats import Quantization, read_quantization
+from ulysses_infer.model.quantization.layers import mark_online, mark_quantised
+from ulysses_infer.model.quantization.online import online_scheme
 from ulysses_infer.model.recurrent.history import kept_states
 from ulysses_infer.model.shape import LayerHeads, ModelShape
 from ulysses_infer.parallel.layout import Layout, Mode, Span
@@ -182,6 +191,9 @@ class ModelBuilder:
         quantization = read_quantization(config, lambda: open_source().keys())
         if quantization is not None:
             mark_quantised(empty, quantization)
+        if settings.quantize is not None:
+            _check_dense(settings.quantize, quantization)
+            mark_online(empty, online_scheme(settings.quantize, settings.quantize_group_size))
         placement = choose_placement(expert_placement, layout, expert_sizes(empty), memory)
         self.injection = Injection(empty, layout, shard, placement)
         enable_latent_cache(self.injection, latent)
@@ -264,6 +276,14 @@ class ModelBuilder:
         return model
 
 
+def _check_dense(wanted: str, quantization: Quantization | None) -> None:
+    if quantization is not None:
+        raise ConfigError(
+            f"model.quantize = {wanted!r}: the checkpoint is quantised already, by {quantization.method}; leave the "
+            "key out, or give a checkpoint in bfloat16"
+        )
+
+
 class _EmptyWeights(TorchFunctionMode):
     """Creates large tensors on the meta device, and draws no numbers for tensors that are there.
 
@@ -294,6 +314,10 @@ def build_empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool =
         raise UnsupportedModelError(
             f"model type {config.model_type!r} has no causal language model: {reason}"
         ) from error
+    except Exception as error:  # sizes or names that no layer can have
+        raise CheckpointError(f"config.json describes no model that can be built: {kind_and_line(error)}") from error
+    except Exception as error:  # sizes or names that no layer can have
+        raise CheckpointError(f"config.json describes no model that can be built: {kind_and_line(error)}") from error
     except Exception as error:  # sizes or names that no layer can have
         raise CheckpointError(f"config.json describes no model that can be built: {kind_and_line(error)}") from error
     return model.eval()

@@ -19,6 +19,7 @@ from ulysses_infer.model.quantization.products import (
     TILES,
     BlockScaledProduct,
     DequantisedProduct,
+    NativeProduct,
     Piece,
     RowScaledProduct,
     choose_product,
@@ -149,11 +150,11 @@ def test_tensor_cores_need_multiples_of_sixteen(rows, columns, aligned):
     assert is_aligned(weight[slice(*rows), slice(*columns)]) == aligned
 
 
-def test_a_cpu_dequantises():
+def test_a_cpu_multiplies_what_is_stored():
     scheme = ScaledWeight("weight_scale", "channel")
     tensors, _ = fp8_channel(torch.randn(OUTPUTS, INPUTS))
     piece = piece_of(scheme, tensors, Span(0, 256), Span(0, 512))
-    assert isinstance(choose_product(scheme, piece), DequantisedProduct)
+    assert isinstance(choose_product(scheme, piece), NativeProduct)
 
 
 def test_no_more_than_a_tile_is_dequantised_at_a_time(monkeypatch):

@@ -40,7 +40,7 @@ class ExpertKeys:
         self._suffixes: dict[str, str] = {}  # of tensors that hold all experts: the component's name
         for name, module in model.named_modules():
             found = {f"{name}.{child}": matrix for child, matrix in matrices_of(module).items()}
-            if found:
+            if found and not getattr(module, EXPERTS_MARK).is_online:
                 self.matrices |= found
                 self._note(name, list(found), getattr(module, EXPERTS_MARK))
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ulysses_infer.model.layers.linear import features_of
 from ulysses_infer.model.quantization.component import Component
 from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK, ExpertScheme
 from ulysses_infer.model.quantization.scheme import MARK
@@ -75,7 +76,7 @@ def _num_bytes(model: nn.Module) -> int:
 def _change(module: Any) -> int:
     """Bytes that quantized storage of a layer takes more (or, if negative, less) than its dense weights."""
     if hasattr(module, MARK):
-        components = getattr(module, MARK).components(module.out_features, module.in_features)
+        components = getattr(module, MARK).components(*features_of(module))
         return _total(components) - _size(module.weight)
     if hasattr(module, EXPERTS_MARK):
         scheme: ExpertScheme = getattr(module, EXPERTS_MARK)

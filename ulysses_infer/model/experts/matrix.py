@@ -20,6 +20,7 @@ from ulysses_infer.model.quantization.grouped import (
     is_grouped,
     stored_product,
 )
+from ulysses_infer.model.quantization.online import OnlineExperts, OnlineScheme, OnlineWeight
 from ulysses_infer.model.quantization.products import Piece, choose_product
 from ulysses_infer.model.quantization.reading import check_foreign, read_part
 from ulysses_infer.model.quantization.scaled import ScaledWeight
@@ -55,6 +56,8 @@ class ExpertMatrix(nn.Module):
             shape = (own.size, *component.stored_shape(cut, self._spans))
             empty = torch.empty(shape, dtype=component.dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self.is_transposed = False
+        """Whether the dense weight that it is made of while loading, if any, is [in, out]."""
         self._pieces: list[tuple[Span, Span, dict[str, torch.Tensor]]] = []
         self._part_spans: list[Span] = []
 
@@ -95,6 +98,15 @@ class ExpertMatrix(nn.Module):
         """See `QuantizedLinear.check_foreign`."""
         if name not in self.scheme.ignored:
             check_foreign(key, source, ", ".join(self._components))
+
+    @property
+    def online(self) -> OnlineExperts | None:
+        """How its tensors are made from dense weights; None if the checkpoint has them."""
+        if not isinstance(self.scheme, OnlineScheme):
+            return None
+        components, outputs = self._components, self.sizes[0]
+        weight = OnlineWeight(self.scheme, components, self.cut, self._spans, outputs, self.is_transposed)
+        return OnlineExperts(weight, self.own, self.own.size < self.num_experts)
 
     # -- running -----------------------------------------------------------------------------------------------
 

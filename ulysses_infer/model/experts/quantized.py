@@ -33,9 +33,9 @@ class QuantizedExpertWeights(ExpertWeights):
             sharding = self.up_sharding if name == "gate_up_proj" else Sharding((Part(shape.width),))
             cut: Cut = "row" if name == "down_proj" else "column"
             sizes = matrix_sizes(name, shape)
-            module.add_module(
-                name, ExpertMatrix(of_matrix, sizes, cut, sharding, shape.num_experts, self.own, self.base, device)
-            )
+            matrix = ExpertMatrix(of_matrix, sizes, cut, sharding, shape.num_experts, self.own, self.base, device)
+            matrix.is_transposed = module.is_transposed
+            module.add_module(name, matrix)
         self._ups: list[ExpertMatrix] = [getattr(module, name) for name in scheme.schemes if name != "down_proj"]
         self._biases: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
 

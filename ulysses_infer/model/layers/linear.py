@@ -20,21 +20,22 @@ Weights = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a plain linear layer or gpt2's `Conv1D`, which stores the weight transposed.
+    """Whether `module` is a plain linear layer, gpt2's `Conv1D`, which stores the weight transposed, or deepseek_v4's
+    projection of groups of heads.
 
-    Subclasses are not: they may do more than multiply (llama4's router).
+    Other subclasses are not: they may do more than multiply (llama4's router).
     """
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    return type(module) is nn.Linear or type(module).__name__ in ("Conv1D", "DeepseekV4GroupedLinear")
 
 
 def cut_features(linear: nn.Module, cut: Cut) -> int:
     """The number of features along the cut: outputs for column-parallel, inputs for row-parallel."""
-    outputs, inputs = _shape(linear)
+    outputs, inputs = features_of(linear)
     return outputs if cut == "column" else inputs
 
 
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    """(output features, input features)."""
+def features_of(linear: nn.Module) -> tuple[int, int]:
+    """(output features, input features) of a linear layer or a `Conv1D`."""
     outputs, inputs = linear.weight.shape if isinstance(linear, nn.Linear) else linear.weight.shape[::-1]  # type: ignore
     return outputs, inputs
 
@@ -51,7 +52,7 @@ class ShiftLinear(nn.Module):
         super().__init__()
         self.cut, self.sharding, self.base = cut, sharding, base
         self.transposed = not isinstance(source, nn.Linear)  # the weight is [in, out], as in the checkpoint
-        outputs, inputs = _shape(source)
+        outputs, inputs = features_of(source)
         stored = sum(span.size for span in sharding.base_spans(base))
         shape = (stored, inputs) if cut == "column" else (outputs, stored)
         self.weight = nn.Parameter(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,11 @@ from transformers.core_model_loading import (
 
 from ulysses_infer.errors import CheckpointError, first_line
 from ulysses_infer.model.experts.keys import ExpertKeys
+from ulysses_infer.model.experts.matrix import ExpertMatrix
 from ulysses_infer.model.injection.inject import Injection
-from ulysses_infer.model.loading.files import TensorSource
+from ulysses_infer.model.loading.files import TensorSource, take
 from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.quantization.online import OnlineExperts, OnlineWeight
 from ulysses_infer.model.quantization.reading import check_plain
 from ulysses_infer.parallel.layout import Span
 
@@ -54,6 +56,12 @@ class KeyNames:
         transforms = get_model_conversion_mapping(model)
         self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    def replace(self, names: Iterable[str], others: Iterable[str]) -> None:
+        """Know `others`, dense weights that are quantised while loading, in place of `names`, what is made of them."""
+        for name in names:
+            self.known.pop(name, None)
+        self.known |= {name: torch.empty(0, device="meta") for name in others}
 
     def rename(self, key: str, known: dict[str, Any] | None = None) -> tuple[str, str | None]:
         """The parameter that the checkpoint's `key` belongs to, and the source pattern of its conversion, if any.
@@ -86,8 +94,12 @@ class Loader:
         self.buffers = dict(self.model.named_buffers())
         self.float32 = _float32_pattern(self.model, dtype)
         self.quantized = {n: m for n, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
+        self.online = _online_weights(self.model)
+        made = {f"{owner}.{leaf}" for owner, online in self.online.values() for leaf in online.components}
         self.left = set(self.parameters) | (set(self.buffers) & set(self.model.state_dict()))
+        self.left = self.left - made | set(self.online)
         self.names = KeyNames(self.model)
+        self.names.replace(made, self.online)
         positions = {p: i for c in self.names.converters for i, p in enumerate(c.source_patterns)}
         self.expert_keys = ExpertKeys(self.model, positions)
 
@@ -150,6 +162,9 @@ class Loader:
         return len(shapes) == 2 and shapes[0] == shapes[1] and self._slices(name) == self._slices(other)
 
     def _slices(self, name: str) -> Slice:
+        """What to read of the tensor `name`: (dimension, spans), or None for all of it."""
+        if name in self.online:
+            return self.online[name][1].dense_slices()
         kept: Slice = self.injection.slices(name)
         return kept
 
@@ -167,16 +182,16 @@ class Loader:
 
     def _read_whole_or_slice(self, name: str, key: str) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
-        if owner in self.quantized:
+        if owner in self.quantized and name not in self.online:
             return self.quantized[owner].read(leaf, self.source, key)
         found, wanted = self.source.shape(key), self.full_shapes.get(name)
         if wanted is not None and found != wanted:
             raise CheckpointError(_wrong_shape(key, found, wanted))
-        return check_plain(key, self.source.read(key, self.injection.slices(name)))
+        return check_plain(key, self.source.read(key, self._slices(name)))
 
     def _convert(self, name: str, converter: WeightConverter, keys: list[tuple[str, str | None]]) -> None:
         """Run a weight conversion: on slices if it only stacks and concatenates, otherwise on full tensors."""
-        kept = self.injection.slices(name)
+        kept = self._slices(name)
         if kept is not None and _joins_rows(converter, kept):
             self._place(name, self._own_rows(name, keys, kept[1]))
             return
@@ -184,7 +199,7 @@ class Loader:
         if sliced is not None and kept is not None and kept[0] == 0:
             keys = self._own_experts(name, keys, kept[1])
             if not keys:  # more ranks than experts: this one has none
-                self._place(name, torch.empty_like(self.parameters[name], device="cpu"))
+                self._place(name, torch.empty_like(self._expected(name), device="cpu"))
                 return
         elif sliced is not None:
             self._check_sliced(name, keys, kept)
@@ -201,7 +216,7 @@ class Loader:
             ) from error
         for target, value in converted.items():
             tensor = value[0] if isinstance(value, list) else value
-            wanted = self.injection.slices(target)
+            wanted = self._slices(target)
             already = sliced is not None and target == name
             self._place(target, tensor if already or wanted is None else _cut(tensor, wanted))
 
@@ -245,6 +260,25 @@ class Loader:
         """Make `tensor` the parameter or buffer `name`."""
         if name not in self.left:
             return
+        self.left.discard(name)
+        if name not in self.online:
+            self._place_stored(name, tensor)
+            return
+        owner, online = self.online[name]
+        expected = self._expected(name)
+        if tensor.shape != expected.shape:
+            raise CheckpointError(_wrong_shape(name, tuple(tensor.shape), tuple(expected.shape)))
+        for leaf, part in online.quantise(check_plain(name, tensor).to(self.device)).items():
+            self._place_stored(f"{owner}.{leaf}", part)
+
+    def _expected(self, name: str) -> torch.Tensor:
+        """A tensor of the shape in which `name` is read: for weights that are quantised while loading, a dense one."""
+        if name not in self.online:
+            return self.parameters[name]
+        whole = torch.empty(self.full_shapes[name], dtype=self.dtype, device="meta")
+        return take(whole, self.online[name][1].dense_slices())
+
+    def _place_stored(self, name: str, tensor: torch.Tensor) -> None:
         current = self.parameters.get(name, self.buffers.get(name))
         assert current is not None
         rows = current.shape[: current.dim() - tensor.dim() + 1]
@@ -253,7 +287,6 @@ class Loader:
         if tensor.shape != current.shape:
             raise CheckpointError(_wrong_shape(name, tuple(tensor.shape), tuple(current.shape)))
         self.store(name, current, tensor)
-        self.left.discard(name)
 
     def store(self, name: str, current: torch.Tensor, tensor: torch.Tensor) -> None:
         """Replace the parameter or buffer `current` by `tensor`, which has the same shape."""
@@ -271,12 +304,23 @@ class Loader:
         return torch.float32 if keep else current.dtype
 
     def _check_nothing_left(self) -> None:
-        missing = sorted(name for name in self.left if name in self.parameters)
+        missing = sorted(name for name in self.left if name in self.parameters or name in self.online)
         if missing:
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} of {len(self.parameters)} tensors the model needs, "
                 f"first {missing[0]}; it is incomplete or of another architecture"
             )
+
+
+def _online_weights(model: Any) -> dict[str, tuple[str, OnlineWeight | OnlineExperts]]:
+    """Dense weights that are quantised while loading, by name: the module that stores what is made of each, and how."""
+    found: dict[str, tuple[str, OnlineWeight | OnlineExperts]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and module.online is not None:
+            found[f"{name}.weight"] = name, module.online
+        elif isinstance(module, ExpertMatrix) and module.online is not None:
+            found[name] = name, module.online
+    return found
 
 
 class _UnslicedShapes:

@@ -20,3 +20,5 @@ class ExpertScheme:
 
     schemes: Mapping[str, Scheme]
     suffixes: Mapping[str, str] | None = None
+    is_online: bool = False
+    """Whether the matrices are made of dense weights while loading; no checkpoint has them."""

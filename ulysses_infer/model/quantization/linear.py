@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from ulysses_infer.kernels.scaled_rows import NONE, QuantisedRows
 from ulysses_infer.model.context import step_context
-from ulysses_infer.model.layers.linear import Cut
+from ulysses_infer.model.layers.linear import Cut, features_of
 from ulysses_infer.model.loading.files import TensorSource
 from ulysses_infer.model.quantization.component import Axis, Component
+from ulysses_infer.model.quantization.online import OnlineScheme, OnlineWeight
 from ulysses_infer.model.quantization.products import Piece, Product, choose_product
 from ulysses_infer.model.quantization.reading import check_foreign, read_part
 from ulysses_infer.model.quantization.scheme import Scheme
@@ -26,10 +28,11 @@ class QuantizedLinear(nn.Module):
     block or a packed word, that block's scale or that word is kept whole, by both neighbours.
     """
 
-    def __init__(self, source: nn.Linear, scheme: Scheme, cut: Cut, sharding: Sharding, base: Place) -> None:
+    def __init__(self, source: Any, scheme: Scheme, cut: Cut, sharding: Sharding, base: Place) -> None:
         super().__init__()
         self.scheme, self.cut, self.sharding, self.base = scheme, cut, sharding, base
-        self.out_features, self.in_features = source.out_features, source.in_features
+        self.out_features, self.in_features = features_of(source)
+        self._is_transposed = type(source) is not nn.Linear  # only of dense weights
         self._spans = sharding.base_spans(base)
         self._components = dict(scheme.components(self.out_features, self.in_features))
         for name, component in self._components.items():
@@ -70,6 +73,14 @@ class QuantizedLinear(nn.Module):
         """
         if name not in self.scheme.ignored:
             check_foreign(key, source, ", ".join(self._components))
+
+    @property
+    def online(self) -> OnlineWeight | None:
+        """How its tensors are made from a dense weight; None if the checkpoint has them."""
+        if not isinstance(self.scheme, OnlineScheme):
+            return None
+        components, outputs = self._components, self.out_features
+        return OnlineWeight(self.scheme, components, self.cut, self._spans, outputs, self._is_transposed)
 
     # -- running -----------------------------------------------------------------------------------------------
 

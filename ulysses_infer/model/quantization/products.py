@@ -13,6 +13,7 @@ from ulysses_infer.kernels.launch import FP8_CAPABILITY, capability, has_fp8, ru
 from ulysses_infer.kernels.scaled_rows import ALIGNED_ROWS, GROUP, GROUPED, NONE, ROW, QuantisedRows
 from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.model.quantization.component import Component
+from ulysses_infer.model.quantization.native_products import SEGMENT, NativeWeights, native_weights
 from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.model.quantization.scheme import Scheme
 from ulysses_infer.parallel.layout import Span
@@ -35,6 +36,8 @@ class Piece:
     components: Mapping[str, Component]
     parts: Mapping[str, torch.Tensor]
     bias: torch.Tensor | None
+    segment: int = SEGMENT
+    """Inputs that share a scale where inputs are quantised on a CPU: slices of every mode end at multiples."""
 
     def tiles(self, size: int) -> Iterator[tuple[Span, dict[str, torch.Tensor]]]:
         """Tiles of at most `size` rows, split where `size` divides the outputs of the whole layer."""
@@ -100,6 +103,26 @@ class StoredProduct:
         if piece.bias is not None:
             output.add_(piece.bias)
         return output.view(*inputs.shape[:-1], piece.rows.size)
+
+
+class NativeProduct:
+    """Any scheme on a CPU, from what is stored (`native/quantised.c`); dequantised where that does not serve.
+
+    In bfloat16, inputs of integer weights are quantised to 8 bits: one scale per token and segment of inputs.
+    """
+
+    input_kind = NONE
+
+    def __init__(self, scheme: Scheme, weights: NativeWeights) -> None:
+        self._weights, self._dequantised = weights, DequantisedProduct(scheme)
+
+    def __call__(self, inputs: torch.Tensor | QuantisedRows, piece: Piece) -> torch.Tensor:
+        """See `Product`."""
+        assert isinstance(inputs, torch.Tensor)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if not self._weights.serves(rows):
+            return self._dequantised(inputs, piece)
+        return self._weights.product(rows, piece.bias).view(*inputs.shape[:-1], piece.rows.size)
 
 
 class RowScaledProduct:
@@ -205,7 +228,16 @@ def choose_product(scheme: Scheme, piece: Piece) -> Product:
             return BlockScaledProduct(scheme)
     if runs_products(next(iter(piece.parts.values())).device):
         return StoredProduct(scheme, piece)
-    return DequantisedProduct(scheme)
+    return _native_product(scheme, piece) or DequantisedProduct(scheme)
+
+
+def _native_product(scheme: Scheme, piece: Piece) -> NativeProduct | None:
+    """The product of a CPU; None on other devices, or if there is no native code."""
+    if next(iter(piece.parts.values())).device.type != "cpu" or not piece.rows.size:
+        return None
+    parts = {name: part[None] for name, part in piece.parts.items()}
+    weights = native_weights(scheme.stored_experts(parts, piece.rows, piece.columns), piece.segment)
+    return None if weights is None else NativeProduct(scheme, weights)
 
 
 def _on_tensor_cores(weight: torch.Tensor) -> bool:

@@ -1,0 +1,113 @@
+"""Weights quantised while loading: the same engine as over a checkpoint that stores them so, in every mode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import ulysses_infer
+from tests.equivalence.cases import CROWD, Profile, check, run_case
+from tests.equivalence.families import tiny_config
+from tests.equivalence.tiny_models import NEW_TOKENS, make_checkpoint, make_prompts, make_reference
+from tests.model.quantization.checkpoints import FORMATS, make_quantised
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.model.experts import is_experts
+from ulysses_infer.model.quantization.layers import mark_online
+from ulysses_infer.model.quantization.online import online_scheme
+from ulysses_infer.model.quantization.scheme import MARK
+from ulysses_infer.parallel.layout import Span
+
+NAMES = ("int8", "int4")
+
+
+def again_dense(scheme: Any, weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] after quantisation."""
+    outputs, inputs = weight.shape
+    return scheme.dequantise(scheme.quantise(weight), Span(0, outputs), Span(0, inputs))
+
+
+def rounded_model(folder: Any, family: str, name: str, **changes: Any) -> Any:
+    """A dense checkpoint in `folder`, and transformers' model of its weights after each whole matrix was quantised."""
+    model, scheme = make_checkpoint(tiny_config(family, **changes), folder), online_scheme(name, 32)
+    mark_online(model, scheme)
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, MARK):
+                is_linear = type(module) is torch.nn.Linear
+                weight = module.weight if is_linear else module.weight.t()
+                weight.copy_(again_dense(scheme, weight))
+            elif is_experts(module):
+                for parameter in (module.down_proj, module.gate_up_proj):
+                    for matrix in parameter:
+                        matrix = matrix.t() if module.is_transposed else matrix
+                        matrix.copy_(again_dense(scheme, matrix))
+    return model
+
+
+def online(profile: Profile, name: str, **settings: Any) -> Profile:
+    return replace(profile, settings={"model.quantize": name, "model.quantize_group_size": 32, **settings})
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("family", "name", "base"),
+    [
+        ("llama", "int8", (4, 1)),
+        ("llama", "int4", (2, 2)),
+        ("mixtral", "int4", (2, 1)),
+        *(
+            pytest.param(family, name, base, marks=pytest.mark.thorough)
+            for family in ("llama", "phi3", "gpt2", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_next")
+            for name in NAMES
+            for base in ((1, 1), (4, 1), (2, 2))
+        ),
+    ],
+)
+def test_equals_transformers_with_rounded_weights(
+    family: str, name: str, base: tuple[int, int], rank_pool: Any, tmp_path: Any
+) -> None:
+    expected = make_reference(rounded_model(tmp_path, family, name), tmp_path, make_prompts())
+    profile = online(CROWD, name)
+    outcomes = rank_pool(base[0] * base[1]).run(run_case, tmp_path, base, profile, expected.prompts, NEW_TOKENS)
+    check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 96), (13, 70), (8, 32)])
+def test_each_weight_is_within_half_a_step(name: str, outputs: int, inputs: int) -> None:
+    weight = torch.randn(outputs, inputs)
+    scheme = online_scheme(name, 32)
+    error = (again_dense(scheme, weight) - weight).abs()
+    if name == "int8":
+        assert (error <= weight.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+    else:  # less of a group's range may be covered, if that makes its squared error smaller
+        span = weight.abs().max() * 2
+        assert error.max() <= span / 10
+        assert error.square().mean() < (span / 15) ** 2 / 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_of_zero_stay_zero(name: str) -> None:
+    assert not again_dense(online_scheme(name, 32), torch.zeros(8, 64)).any()
+
+
+def test_a_quantised_checkpoint_is_not_quantised_again(tmp_path: Any) -> None:
+    make_quantised(tiny_config("llama"), tmp_path, FORMATS["gptq"])
+    with pytest.raises(ConfigError, match=r"model.quantize = 'int8': the checkpoint is quantised already, by gptq"):
+        ulysses_infer.init_inference(str(tmp_path), {"model": {"quantize": "int8"}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantize": "int5"}, "choose from int8, int4"),
+        ({"quantize": "int4", "quantize_group_size": 48}, "choose from 32, 64, 128; the nearest is"),
+    ],
+)
+def test_unknown_values_are_refused_in_one_line(settings: Any, message: str, tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        ulysses_infer.init_inference(str(tmp_path), {"model": settings})
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,174 @@
+"""Products with quantized weights on a CPU (`native/quantised.c`), which reads them as they are stored."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from ulysses_infer.kernels.experts_weights import StoredExperts
+from ulysses_infer.model.context import step_context_or_none
+from ulysses_infer.native.function import MATMUL, NativeFunction
+from ulysses_infer.native.library import is_available, open_library
+
+SEGMENT = 128
+"""Inputs that share a scale when inputs are quantised, at most."""
+MOST_FLOAT_ROWS = 64
+"""With more rows of inputs that are not quantised, expanding the weight first is faster."""
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # `enum type`
+PACKED = {"": 0, "inputs": 1, "outputs": 2}
+_INT8, _E4M3, _PACKED, _E2M1 = range(4)  # `enum values`
+_FIELDS = (
+    "outputs",
+    "inputs",
+    "first_output",
+    "first_input",
+    "code_output",
+    "code_input",
+    "scale_output",
+    "scale_input",
+    "zero_output",
+    "zero_input",
+    "codes_expert",
+    "scales_expert",
+    "zeros_expert",
+    "groups_expert",
+    "values",
+    "packed",
+    "bits",
+    "interleaved",
+    "scale_outputs",
+    "group_size",
+    "exponents",
+    "zero",
+    "segment",
+)
+
+
+class _Stored(ctypes.Structure):
+    """`struct stored` of stored_weights.h."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "groups")) + tuple(
+        (name, ctypes.c_int64) for name in _FIELDS
+    )
+
+
+class NativeWeights:
+    """A matrix of one or more experts, as views of what a checkpoint stores, for products on a CPU."""
+
+    def __init__(self, stored: StoredExperts, segment: int = SEGMENT) -> None:
+        """segment: inputs that share a scale when inputs are quantised; slices end at multiples."""
+        self._stored, self.outputs = stored, stored.outputs  # keeps the tensors alive
+        self._struct = _struct_of(stored, segment)
+        fits = stored.values != "integer" or stored.bits <= 4 or (stored.zeros is None and stored.zero == 128)
+        is_float = stored.codes.dtype == torch.float8_e4m3fn
+        self._has_integers = fits and not is_float and stored.groups is None and stored.first_input % 8 == 0
+        self._product, self._experts = _functions()
+
+    def serves(self, rows: torch.Tensor) -> bool:
+        """Whether `rows` [n, inputs] can be multiplied here, in a step whose products are native."""
+        step = step_context_or_none()
+        if step is None or step.matmul is None or rows.dtype not in TYPES or rows.stride(-1) != 1:
+            return False
+        return self._uses_integers(rows) or len(rows) <= MOST_FLOAT_ROWS
+
+    def _uses_integers(self, rows: torch.Tensor) -> bool:
+        """Whether inputs are quantised: where the model is in float32, results are exact instead."""
+        return self._has_integers and rows.dtype != torch.float32
+
+    def product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """rows: [n, inputs]; returns [n, outputs] of the only expert, plus `bias`."""
+        output = rows.new_empty(len(rows), self.outputs)
+        self._product(
+            ctypes.byref(self._struct),
+            rows.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            output.data_ptr(),
+            len(rows),
+            rows.stride(0),
+            TYPES[rows.dtype],
+            int(self._uses_integers(rows)),
+        )
+        return output
+
+    def experts_product(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """rows: [n, inputs], those of expert e before row `ends[e]` (int32); returns [n, outputs].
+
+        Rows after the last are undefined.
+        """
+        output = rows.new_empty(len(rows), self.outputs)
+        self._experts(
+            ctypes.byref(self._struct),
+            rows.data_ptr(),
+            output.data_ptr(),
+            ends.data_ptr(),
+            len(ends),
+            rows.stride(0),
+            TYPES[rows.dtype],
+            int(self._uses_integers(rows)),
+        )
+        return output
+
+
+def native_weights(stored: StoredExperts, segment: int = SEGMENT) -> NativeWeights | None:
+    """`stored` for products on a CPU; None if this format, or this machine, has none."""
+    formats = (torch.int8, torch.float8_e4m3fn) if stored.values == "float" else (torch.int32,)
+    is_readable = stored.codes.device.type == "cpu" and stored.codes.dtype in formats
+    return NativeWeights(stored, segment) if is_readable and is_available("quantised") else None
+
+
+@functools.cache
+def _functions() -> tuple[NativeFunction, NativeFunction]:
+    library = open_library("quantised")
+    one = NativeFunction(library, "quantised_product", "ppppiiii", MATMUL, _check)
+    return one, NativeFunction(library, "quantised_experts", "ppppiiii", MATMUL, _check)
+
+
+def _check(status: int) -> None:
+    """Raise the error of a product that failed."""
+    raise MemoryError("no memory for the intermediate results of a quantised matrix product")
+
+
+def _struct_of(stored: StoredExperts, segment: int) -> _Stored:
+    codes, scales, zeros, groups = stored.codes, stored.scales, stored.zeros, stored.groups
+    is_float = stored.values == "float"
+    kind = (_INT8 if codes.dtype == torch.int8 else _E4M3) if is_float else _PACKED
+    code_steps, scale_steps, zero_steps = _steps(codes), _steps(scales), _steps(zeros)
+    return _Stored(
+        codes=codes.data_ptr(),
+        scales=None if scales is None else scales.data_ptr(),
+        zeros=None if zeros is None else zeros.data_ptr(),
+        groups=None if groups is None else groups.data_ptr(),
+        outputs=stored.outputs,
+        inputs=stored.inputs,
+        first_output=stored.first_output,
+        first_input=stored.first_input,
+        code_output=code_steps[1] * codes.element_size(),
+        code_input=code_steps[2] * codes.element_size(),
+        scale_output=scale_steps[1],
+        scale_input=scale_steps[2],
+        zero_output=zero_steps[1],
+        zero_input=zero_steps[2],
+        codes_expert=code_steps[0] * codes.element_size(),
+        scales_expert=0 if scales is None else scale_steps[0] * scales.element_size(),
+        zeros_expert=0 if zeros is None else zero_steps[0] * zeros.element_size(),
+        groups_expert=0 if groups is None else groups.stride(0) * groups.element_size(),
+        values=_E2M1 if stored.values == "e2m1" else kind,
+        packed=PACKED[stored.packed],
+        bits=stored.bits or 8,
+        interleaved=int(stored.interleaved),
+        scale_outputs=stored.scale_outputs,
+        group_size=0 if stored.groups is not None else stored.group_size,
+        exponents=int(scales is not None and scales.dtype == torch.uint8),
+        zero=stored.zero,
+        segment=segment,
+    )
+
+
+def _steps(values: torch.Tensor | None) -> tuple[int, int, int]:
+    """Elements from one index to the next; 0 along a dimension of size 1, whose index covers all features."""
+    if values is None:
+        return 0, 0, 0
+    expert, output, value = (0 if size == 1 else step for size, step in zip(values.shape, values.stride(), strict=True))
+    return expert, output, value
