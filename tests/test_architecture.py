@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "ulysses_infer"
 LAYERS = [
     {"launch", "cli"},
-    {"llm"},
+    {"llm", "rl"},
     {"planning"},
     {"server", "bench"},
     {"console"},

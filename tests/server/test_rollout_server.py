@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.server.job import ADMIN, Job
 from ulysses_infer.job.processes import free_port
-from ulysses_infer.job.weight_sender import WeightSender
+from ulysses_infer.rl.weight_sender import WeightSender
 
 pytestmark = [pytest.mark.distributed, pytest.mark.thorough]
 NUM_STREAMS, NUM_UPDATES, NUM_TOKENS, NUM_CHECKED = 200, 20, 60, 12

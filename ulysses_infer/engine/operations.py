@@ -33,7 +33,7 @@ def weights_changed(engine: Engine) -> None:
 
 
 def recompute_running(engine: Engine) -> None:
-    """Give up the cache of all running requests, which are computed again, and cached prefixes. No step is in flight."""
+    """Give up the cache of running requests, which are computed again, and cached prefixes. No step is in flight."""
     for request in engine.scheduler.running:
         engine.scheduler.requeue(request)
         engine.requests.add_forgotten([request.index])

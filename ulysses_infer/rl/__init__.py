@@ -1,0 +1,1 @@
+"""Reinforcement learning: the engine as the rollout engine of training libraries."""
