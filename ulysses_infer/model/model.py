@@ -23,8 +23,6 @@ from ulysses_infer.errors import (
     UnsupportedModelError,
     first_line,
     kind_and_line,
-    kind_and_line,
-    kind_and_line,
 )
 from ulysses_infer.model.context import StepContext, use_step_context
 from ulysses_infer.model.experts import choose_placement, expert_sizes
@@ -314,10 +312,6 @@ def build_empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool =
         raise UnsupportedModelError(
             f"model type {config.model_type!r} has no causal language model: {reason}"
         ) from error
-    except Exception as error:  # sizes or names that no layer can have
-        raise CheckpointError(f"config.json describes no model that can be built: {kind_and_line(error)}") from error
-    except Exception as error:  # sizes or names that no layer can have
-        raise CheckpointError(f"config.json describes no model that can be built: {kind_and_line(error)}") from error
     except Exception as error:  # sizes or names that no layer can have
         raise CheckpointError(f"config.json describes no model that can be built: {kind_and_line(error)}") from error
     return model.eval()
