@@ -60,11 +60,15 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-def make_compressed(name: str, folder: Path, **changes: Any) -> Any:
-    """As `make_checkpoint`, with random experts for each token id."""
+def compressed_config(name: str) -> Any:
     from transformers import DeepseekV4Config
 
-    model = make_checkpoint(DeepseekV4Config(**{**V4, **MODELS[name], **changes}), folder)
+    return DeepseekV4Config(**{**V4, **MODELS[name]})
+
+
+def make_compressed(name: str, folder: Path) -> Any:
+    """As `make_checkpoint`, with random experts for each token id."""
+    model = make_checkpoint(compressed_config(name), folder)
     generator = torch.Generator().manual_seed(0)
     for key, buffer in model.named_buffers():
         if key.endswith("tid2eid"):

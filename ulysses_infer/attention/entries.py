@@ -6,6 +6,7 @@ the entries whose last token is not after it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,8 +18,10 @@ from ulysses_infer.attention.index import IndexQueries, of_sequence, one_by_one
 from ulysses_infer.kernels.launch import runs_kernels
 from ulysses_infer.parallel.layout import Span
 
-TABLE_ELEMENTS = 1 << 24
-"""Bounds the block tables that are repeated for each token."""
+TABLE_ELEMENTS = 1 << 22
+"""Bounds what is computed of the tokens' own tables at a time."""
+Find = Callable[[slice], torch.Tensor]
+"""The entries that some tokens of a step attend to: [n, m + 1], slots in order, of which the first k count, and k."""
 
 
 class StepTokens(NamedTuple):
@@ -33,20 +36,36 @@ class StepTokens(NamedTuple):
 
 
 def step_tokens(metadata: AttentionMetadata) -> StepTokens:
-    """The tokens of the step."""
-    kernel, device = metadata.kernel, metadata.slots.device
-    if kernel is not None and kernel.captured:
-        count = kernel.num_sequences
-        return StepTokens(torch.arange(count, device=device), kernel.context_lens.long() - 1, None)
+    """The tokens of the step. Nothing is copied to the device."""
+    if is_captured(metadata):
+        return StepTokens(*_on_device(metadata), None)
     made: StepTokens | None = metadata.prepared.get(StepTokens)
     if made is None:
         lengths, contexts = np.array(metadata.query_lens), np.array(metadata.context_lens)
-        first = np.cumsum(lengths) - lengths
-        positions = np.arange(lengths.sum()) + np.repeat(contexts - lengths - first, lengths)
-        sequences = np.repeat(np.arange(len(lengths)), lengths)
-        sent = torch.from_numpy(np.stack((sequences, positions))).to(device)
-        made = metadata.prepared[StepTokens] = StepTokens(sent[0], sent[1], positions)
+        ends = np.cumsum(lengths)
+        positions = np.arange(lengths.sum()) + np.repeat(contexts - ends, lengths)
+        if metadata.kernel is None:
+            sequences = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+            made = StepTokens(sequences, torch.from_numpy(positions), positions)
+        else:
+            made = StepTokens(*_on_device(metadata), positions)
+        metadata.prepared[StepTokens] = made
     return made
+
+
+def is_captured(metadata: AttentionMetadata) -> bool:
+    """Whether the step is captured: then what is computed here belongs to one graph and is not kept."""
+    return metadata.kernel is not None and metadata.kernel.captured
+
+
+def _on_device(metadata: AttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:
+    """`StepTokens` without the host's part."""
+    kernel = metadata.kernel
+    assert kernel is not None
+    row = torch.arange(len(metadata.slots), dtype=torch.int32, device=metadata.slots.device)
+    ends = kernel.cu_query_lens[1:].contiguous()
+    sequences = torch.searchsorted(ends, row, right=True)
+    return sequences, (row + kernel.context_lens[sequences] - ends[sequences]).long()
 
 
 def most_visible(metadata: AttentionMetadata, tokens: int) -> int:
@@ -85,10 +104,11 @@ def completed_entries(
     if all_of.on_host is None:
         return _completed(entries, inputs, None, tokens, reach, block_size, scratch_block)
     if key not in entries.prepared:
-        ends = np.flatnonzero((all_of.on_host + 1) % tokens == 0)
-        rows = torch.from_numpy(ends).to(entries.slots.device)
+        count = np.count_nonzero((all_of.on_host + 1) % tokens == 0)
+        others = (all_of.positions + 1) % tokens != 0
+        rows = others.int().argsort(stable=True)[:count]  # unlike `nonzero`, this does not wait for the device
         entries.prepared[key] = (
-            _completed(entries, inputs, rows, tokens, reach, block_size, scratch_block) if len(ends) else None
+            _completed(entries, inputs, rows, tokens, reach, block_size, scratch_block) if count else None
         )
     made: CompletedEntries | None = entries.prepared[key]
     return made
@@ -135,23 +155,20 @@ def entry_tables(block_tables: torch.Tensor, tokens: int, block_size: int) -> to
     return block_tables if longer <= 1 else block_tables[:, longer - 1 :: longer]
 
 
-def visible_entries(metadata: AttentionMetadata, tokens: int, block_size: int) -> torch.Tensor:
-    """All entries that each token sees: [T, m + 1], slots in order, of which the first n count, and n.
-
-    metadata: of the cache group that holds them.
-    """
+def visible_entries(metadata: AttentionMetadata, tokens: int, block_size: int) -> Find:
+    """All entries that each token sees. metadata: of the cache group that holds them."""
     sequences, positions, _ = step_tokens(metadata)
     number = torch.arange(most_visible(metadata, tokens), device=positions.device)
     per_block = max(1, block_size // tokens)
     tables = entry_tables(_tables(metadata), tokens, block_size)
     slots = tables[:, number // per_block].long() * per_block + number % per_block
-    return torch.cat((slots[sequences], ((positions + 1) // tokens)[:, None]), dim=1)
+    return lambda rows: torch.cat((slots[sequences[rows]], ((positions[rows] + 1) // tokens)[:, None]), dim=1)
 
 
 def best_entries(
     queries: IndexQueries, keys: torch.Tensor, metadata: AttentionMetadata, tokens: int, block_size: int, rows: Span
 ) -> torch.Tensor:
-    """The best entries for the tokens in `rows` of the batch, as `visible_entries` returns them, [t, top_k + 1] int32.
+    """The best entries for the tokens in `rows` of the batch, [t, top_k + 1] int32, see `Find`.
 
     keys: [blocks, entries per block, 1, d], the index keys. metadata: of the cache group that holds them.
     """
@@ -196,7 +213,8 @@ def _best_on_device(
 
 
 def with_window(
-    found: torch.Tensor,
+    find: Find,
+    most: int,
     metadata: AttentionMetadata,
     entries: AttentionMetadata,
     window: int,
@@ -204,19 +222,30 @@ def with_window(
     block_size: int,
     first_slot: int,
 ) -> AttentionMetadata:
-    """The metadata of attention to the last `window` tokens and the entries `found` (see `visible_entries`).
+    """The metadata of attention to the last `window` tokens and the entries that `find` finds, at most `most`.
 
     metadata, entries: of the cache groups of the layer's keys and entries. first_slot: of the entries in
     `PagedCache.slots_of_layer`.
     """
-    sequences, positions, _ = step_tokens(metadata)
-    seen = (positions + 1).clamp(max=window)[:, None]
+    count, size = len(metadata.slots), max(1, TABLE_ELEMENTS // (window + most))
+    joined = torch.empty(count, window + most + 1, dtype=torch.int32, device=metadata.slots.device)
+    for start in range(0, count, size):
+        rows = slice(start, start + size)
+        joined[rows] = _joined(find(rows), metadata, rows, window, block_size, first_slot)
+    return one_by_one(joined, metadata, _lengths(entries, window, tokens, most))
+
+
+def _joined(
+    found: torch.Tensor, metadata: AttentionMetadata, rows: slice, window: int, block_size: int, first_slot: int
+) -> torch.Tensor:
+    """Slots of the window, then those `found`, of some tokens; then their number: [n, window + m + 1]."""
+    sequences, positions = (each[rows, None] for each in step_tokens(metadata)[:2])
+    seen = (positions + 1).clamp(max=window)
     column = torch.arange(window + found.shape[1] - 1, device=positions.device)
-    at = torch.minimum((positions[:, None] + 1 - seen) + column, positions[:, None])
-    slots = _tables(metadata)[sequences[:, None], at // block_size].long() * block_size + at % block_size
+    at = torch.minimum(positions + 1 - seen + column, positions)
+    slots = _tables(metadata)[sequences, at // block_size].long() * block_size + at % block_size
     behind = found[:, :-1].long().gather(1, (column - seen).clamp(0, found.shape[1] - 2)) + first_slot
-    joined = torch.cat((torch.where(column < seen, slots, behind), seen + found[:, -1:]), dim=1)
-    return one_by_one(joined.int(), metadata, _lengths(entries, window, tokens, found.shape[1] - 1))
+    return torch.cat((torch.where(column < seen, slots, behind), seen + found[:, -1:]), dim=1)
 
 
 def _lengths(entries: AttentionMetadata, window: int, tokens: int, most: int) -> list[int]:

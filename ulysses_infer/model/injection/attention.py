@@ -118,10 +118,9 @@ class AttentionInjector:
         untyped = cast(Any, module)
         untyped.head_plan = plan
         untyped.attention_chunk_size = _chunk_size(self.config, untyped.layer_idx)
-        own = _own_rules(module)
-        rules = {**ATTENTION_RULES, **own}
+        rules = {**ATTENTION_RULES, **_own_rules(module)}
         for child, linear in list(module.named_children()):
-            if (child in own and isinstance(linear, nn.Linear)) or (child in rules and is_linear(linear)):
+            if child in rules and is_linear(linear):
                 cut, rule = rules[child]
                 sharding = rule(cut_features(linear, cut), heads)
                 self._replace(module, child, shift_linear(linear, cut, sharding, self.base))

@@ -22,8 +22,10 @@ import torch
 
 from ulysses_infer.attention.backend import AttentionMetadata
 from ulysses_infer.attention.entries import (
+    Find,
     best_entries,
     completed_entries,
+    is_captured,
     most_visible,
     visible_entries,
     with_window,
@@ -77,8 +79,8 @@ def select(
 ) -> Selection:
     """Store the inputs of the step's tokens and the entries that they complete; then what each token attends to.
 
-    inputs: [t, input width], of this rank's tokens. queries: makes those of the index, [t, H, d], for this rank's
-    tokens. Call it before the layer's attention writes its keys or after, but not instead.
+    inputs: [t, input width], of this rank's tokens. queries: makes those of the index, for this rank's tokens; only
+    called if a token sees more entries than are selected. The layer's keys are written by its attention.
     """
     context = step_context()
     cached = context.attention_of_entries(layer, INPUTS)
@@ -93,20 +95,21 @@ def select(
     if kind.index_width and most > kind.top_k:
         assert queries is not None
         found = _best(context, layer, kind, queries())
-        return Selection(_joined(context, layer, kind, found))
+        return Selection(_joined(context, layer, kind, lambda rows: found[rows], kind.top_k))
+    find = visible_entries(entries, kind.tokens, size)
+    if is_captured(entries):
+        return Selection(_joined(context, layer, kind, find, most))
     key = "all entries", kind.window, kind.tokens, context.cache.first_joined_slot(layer)
-    captured = entries.kernel is not None and entries.kernel.captured
-    made: AttentionMetadata | None = None if captured else window.prepared.get(key)
-    if made is None:
-        made = window.prepared[key] = _joined(context, layer, kind, visible_entries(entries, kind.tokens, size))
-    return Selection(made)
+    if key not in window.prepared:  # the same for all layers that compress alike
+        window.prepared[key] = _joined(context, layer, kind, find, most)
+    return Selection(window.prepared[key])
 
 
-def _joined(context: StepContext, layer: int, kind: Compression, found: torch.Tensor) -> AttentionMetadata:
-    """Attention to the window of each token, and to the entries `found`."""
+def _joined(context: StepContext, layer: int, kind: Compression, find: Find, most: int) -> AttentionMetadata:
+    """Attention to the window of each token, and to the entries that `find` finds, at most `most`."""
     entries, first_slot = context.attention_of_entries(layer, ENTRIES), context.cache.first_joined_slot(layer)
     size = context.cache.shape.block_size
-    return with_window(found, context.attention_of(layer), entries, kind.window, kind.tokens, size, first_slot)
+    return with_window(find, most, context.attention_of(layer), entries, kind.window, kind.tokens, size, first_slot)
 
 
 def _complete(context: StepContext, layer: int, kind: Compression) -> None:
