@@ -27,7 +27,7 @@ def compute(pools, num_blocks, text=0):
     for block, content in enumerate(contents):
         pools.free_out_of_window_blocks(tables, block, block * pools.block_size, num_blocks * pools.block_size)
         pools.extend(tables, 1)
-        pools.publish(tables, block + 1, block, content)
+        pools.publish(tables, block + 1, block, [content])
     return tables
 
 
@@ -101,7 +101,7 @@ def test_the_end_of_a_prompt_stays_cached_while_its_answer_grows():
     for block, content in enumerate(contents):
         pools.free_out_of_window_blocks(tables, block, block * 4, num_prompt_tokens=43)
         pools.extend(tables, 1)
-        pools.publish(tables, block + 1, block, content)
+        pools.publish(tables, block + 1, block, [content])
     assert pools.match_prefix(contents[:10])[0] == 10
     assert pools.match_prefix(contents[:9])[0] == 0, "its blocks were evicted before it was requested"
 
@@ -130,8 +130,7 @@ def test_a_hit_is_the_longest_complete_prefix(data, attention_spans, block_size,
     for pool in pools.pools:
         kept = data.draw(st.sets(st.integers(0, count - 1)))
         blocks = pool.allocate(count)
-        for block in kept:
-            pool.publish(blocks[block], contents[block])
+        pool.publish([blocks[block] for block in kept], [contents[block] for block in kept])
         pool.free(blocks)
         cached.append({block: blocks[block] for block in kept})
     expected = max(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ulysses_infer.arithmetic import ceil_div
@@ -70,7 +70,10 @@ class BlockAllocator:
     def allocate(self, count: int) -> list[int]:
         """Allocate `count` blocks, at most `num_free`, each with one reference."""
         assert count <= self.num_free, f"{count} blocks requested, {self.num_free} free"
-        blocks = [self._pop_free_block() for _ in range(count)]
+        kept = len(self._empty) - min(count, len(self._empty))
+        blocks = self._empty[kept:][::-1]
+        del self._empty[kept:]
+        blocks += [self._evict() for _ in range(count - len(blocks))]
         for block in blocks:
             self._reference_counts[block] = 1
         return blocks
@@ -101,20 +104,22 @@ class BlockAllocator:
             self._reference_counts[block] += 1
             self._was_reused.add(block)
 
-    def publish(self, block: int, content: bytes) -> None:
-        """Add `block`, which must be held, full and computed, to the prefix cache under the block hash `content`.
-        Does nothing if that hash is cached already."""
-        assert self._reference_counts[block] > 0, f"block {block} is free"
-        if self.enable_prefix_caching and content not in self._block_of_hash:
-            self._block_of_hash[content] = block
-            self._hash_of_block[block] = content
+    def publish(self, blocks: Sequence[int], contents: Sequence[bytes]) -> None:
+        """Add `blocks`, which must be held, full and computed, to the prefix cache under their block hashes `contents`.
+        Blocks whose hash is cached already are left out."""
+        if not self.enable_prefix_caching:
+            return
+        counts, block_of_hash, hash_of_block = self._reference_counts, self._block_of_hash, self._hash_of_block
+        for block, content in zip(blocks, contents, strict=True):
+            assert counts[block] > 0, f"block {block} is free"
+            if content not in block_of_hash:
+                block_of_hash[content] = block
+                hash_of_block[block] = content
 
     def free(self, block_table: Sequence[int]) -> None:
         """Drop one reference to each block of a sequence. Its last blocks are evicted first, because a cached block is
         useless without those before it."""
-        for block in reversed(block_table):
-            if self._drop_reference(block):
-                self._push_free_block(block, self._evict_last)
+        self._release(reversed(block_table), self._evict_last)
 
     def free_out_of_window(self, block: int, keep_longer: bool) -> None:
         """Drop the reference to a block that left the attention window of its sequence.
@@ -122,10 +127,8 @@ class BlockAllocator:
         Unless `keep_longer` is set or the block was shared before, it is evicted before other cached blocks. So a long
         text reuses its own blocks instead of evicting useful prefixes.
         """
-        if self._drop_reference(block):
-            self._push_free_block(
-                block, self._evict_last if keep_longer or block in self._was_reused else self._evict_first
-            )
+        keeps = keep_longer or block in self._was_reused
+        self._release((block,), self._evict_last if keeps else self._evict_first)
 
     def reset_prefix_cache(self) -> bool:
         """Empty the prefix cache, for example after a weight update. Returns False, and does nothing, while any block
@@ -146,22 +149,22 @@ class BlockAllocator:
         if held or self.num_free != self.num_blocks:
             raise AssertionError(f"idle engine, but {self.num_used} blocks are not free; held: {held[:20]}")
 
-    def _pop_free_block(self) -> int:
-        if self._empty:
-            return self._empty.pop()
+    def _evict(self) -> int:
+        """A cached block that is free, without its content."""
         block, _ = (self._evict_first or self._evict_last).popitem(last=False)
         del self._block_of_hash[self._hash_of_block.pop(block)]
         self._was_reused.discard(block)
         return block
 
-    def _drop_reference(self, block: int) -> bool:
-        """Drop a reference. Returns whether it was the last."""
-        assert self._reference_counts[block] > 0, f"block {block} freed twice"
-        self._reference_counts[block] -= 1
-        return self._reference_counts[block] == 0
-
-    def _push_free_block(self, block: int, kept: OrderedDict[int, None]) -> None:
-        if block in self._hash_of_block:
-            kept[block] = None
-        else:
-            self._empty.append(block)
+    def _release(self, blocks: Iterable[int], kept: OrderedDict[int, None]) -> None:
+        """Drop a reference to each block; those with content that nobody holds any more join `kept`."""
+        counts, cached, empty = self._reference_counts, self._hash_of_block, self._empty
+        for block in blocks:
+            assert counts[block] > 0, f"block {block} freed twice"
+            counts[block] -= 1
+            if counts[block]:
+                continue
+            if block in cached:
+                kept[block] = None
+            else:
+                empty.append(block)

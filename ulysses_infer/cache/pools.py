@@ -158,12 +158,14 @@ class BlockPools:
         for pool, table in zip(self.pools, tables, strict=True):
             pool.share(table)
 
-    def publish(self, tables: GroupBlockIds, num_blocks: int, index: int, content: bytes) -> None:
-        """Add block `index` of a sequence to the prefix cache of each cache group that holds it; the tables end at
-        block `num_blocks`."""
+    def publish(self, tables: GroupBlockIds, num_blocks: int, start: int, contents: Sequence[bytes]) -> None:
+        """Add the blocks of a sequence from `start` on, of these block hashes, to the prefix cache of each cache group
+        that holds them; the tables end at block `num_blocks`."""
         for pool, table in zip(self.pools, tables, strict=True):
-            if num_blocks - index <= len(table):
-                pool.publish(table[index - num_blocks], content)
+            offset = num_blocks - len(table)
+            first, end = max(start, offset), start + len(contents)
+            if first < end:
+                pool.publish(table[first - offset : end - offset], contents[first - start :])
 
     def reset_prefix_cache(self) -> bool:
         """See `BlockAllocator.reset_prefix_cache`; resets all cache groups or none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +52,8 @@ class ScheduledRequest(NamedTuple):
     @property
     def is_decode(self) -> bool:
         """Whether the step computes only the token sampled last, and drafted ones after it."""
-        return self.samples and self.num_known_tokens == 1 and self.start >= len(self.request.prompt_token_ids)
+        is_last = self.samples and self.num_new_tokens == 1 + len(self.drafts)
+        return is_last and self.start >= len(self.request.prompt_token_ids)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Batch:
     lacks_room: bool = False
     """Whether a request would have been preempted if that had been allowed."""
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Batched tokens T of the step."""
         return sum(item.num_new_tokens for item in self.scheduled)
@@ -88,7 +90,7 @@ class Batch:
         """Tokens of prefill chunks, including recomputed ones."""
         return self.num_tokens - self.num_decode_rows
 
-    @property
+    @cached_property
     def shape(self) -> StepShape:
         """The features of the step that its time depends on. A drafted token counts as one more decode."""
         contexts: list[int] = []
@@ -136,9 +138,12 @@ class BatchBuilder:
         """Schedule the next `num_new_tokens` tokens of `request`, the `drafts` among them."""
         start = request.num_computed_tokens
         item = ScheduledRequest(request, start, num_new_tokens, new_block_ids, samples, restored, snapshot, drafts)
-        (self.decodes if item.is_decode else self.prefills)[request.index] = item
         self.budget -= num_new_tokens
-        self.prefill_budget -= 0 if item.is_decode else num_new_tokens
+        if item.is_decode:
+            self.decodes[request.index] = item
+        else:
+            self.prefills[request.index] = item
+            self.prefill_budget -= num_new_tokens
 
     def drop(self, request: Request) -> None:
         """Remove a preempted request, if the batch contains it; its tokens return to the budget."""

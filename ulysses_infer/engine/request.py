@@ -100,7 +100,8 @@ class Request:
     @property
     def num_tokens_left(self) -> int:
         """Tokens that no step has been scheduled for, including placeholder tokens."""
-        return self.num_tokens + self.num_placeholders - self.num_computed_tokens
+        known = len(self.prompt_token_ids) + len(self.output_token_ids)  # `num_tokens`, for every request of every step
+        return known + self.num_placeholders - self.num_computed_tokens
 
     @property
     def is_last_token_pending(self) -> bool:
@@ -156,13 +157,14 @@ class Request:
 
         `min_tokens` holds back end-of-sequence and stop tokens, never the length limit.
         """
-        token_id = self.output_token_ids[-1]
-        if len(self.output_token_ids) >= self.params.min_tokens:
+        output = self.output_token_ids
+        token_id = output[-1]
+        if len(output) >= self.params.min_tokens:
             if token_id in self.eos_token_ids and not self.params.ignore_eos:
                 return "stop", None
             if token_id in self._stop_token_ids:
                 return "stop", token_id
-        return ("length", None) if self.num_tokens >= self.length_limit else None
+        return ("length", None) if len(self.prompt_token_ids) + len(output) >= self.length_limit else None
 
     @property
     def ending_token_ids(self) -> frozenset[int]:

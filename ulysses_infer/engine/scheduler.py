@@ -200,12 +200,13 @@ class Scheduler:
             request = item.request
             if request.is_finished:
                 continue
-            ending = request.append_drafts(item.drafts[: accepted.get(request.index, 0)], now)
-            end = item.start + item.num_new_tokens
-            if item.drafts:  # the rejected ones are not computed
-                end = request.num_computed_tokens = request.num_tokens
+            ending, end = None, item.start + item.num_new_tokens
+            if item.drafts:
+                ending = request.append_drafts(item.drafts[: accepted.get(request.index, 0)], now)
+                end = request.num_computed_tokens = request.num_tokens  # the rejected ones are not computed
             self._publish_full_blocks(request, end)
-            self._snapshots.publish(request, end)
+            if request.reserved_snapshots:
+                self._snapshots.publish(request, end)
             if item.samples and ending is None:
                 request.append_token(sampled[request.index], now)
                 ending = request.ending()
@@ -228,9 +229,9 @@ class Scheduler:
         )
         num_tokens = request.num_computed_tokens + num_new_tokens
         drafts = self._possible_drafts(request, step) if step.drafts else ()
-        num_blocks = self._missing_blocks(request, num_tokens)
         new_block_ids = []
-        if num_blocks or self._missing_blocks(request, num_tokens + len(drafts)):
+        if num_tokens + len(drafts) > request.num_blocks * self.allocator.block_size:
+            num_blocks = self._missing_blocks(request, num_tokens)
             self.allocator.free_out_of_window_blocks(
                 request.block_tables, request.num_blocks, request.num_computed_tokens, request.num_prompt_tokens
             )
@@ -302,7 +303,7 @@ class Scheduler:
 
     def _chunk(self, request: Request, start: int, count: int, left: int) -> int:
         """How many of `count` tokens from `start` a step takes, so that the states after them can be saved."""
-        if count == 0 or not self.config.enable_chunked_prefill:
+        if count == 0 or left == 1 or not self.config.enable_chunked_prefill:
             return count
         return self._snapshots.chunk(request, start, count, left)
 
@@ -399,8 +400,8 @@ class Scheduler:
         if num_full == request.num_published_blocks or not self.allocator.enable_prefix_caching:
             return
         hashes = request.hashes_of_blocks(num_full, self.allocator.block_size)
-        for position in range(request.num_published_blocks, num_full):
-            self.allocator.publish(request.block_tables, request.num_blocks, position, hashes[position])
+        start = request.num_published_blocks
+        self.allocator.publish(request.block_tables, request.num_blocks, start, hashes[start:num_full])
         request.num_published_blocks = num_full
 
     def _length_limit(self, request: Request) -> int:

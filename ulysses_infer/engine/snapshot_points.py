@@ -46,8 +46,10 @@ class SnapshotPoints:
 
     def reserve(self, request: Request, end: int) -> int | None:
         """The slot for a snapshot of `request` after its first `end` tokens; None if none is taken."""
+        if self._pool is None:
+            return None
         number, rest = divmod(end, self._block_size)
-        if self._pool is None or rest or (end % self._interval and end != request.shared_prefix):
+        if rest or (end % self._interval and end != request.shared_prefix):
             return None
         if end <= request.num_tokens:  # else the last token is not known yet
             content = request.hashes_of_blocks(number, self._block_size)[number - 1]
@@ -60,9 +62,9 @@ class SnapshotPoints:
         return slot
 
     def publish(self, request: Request, end: int) -> None:
-        """Publish the snapshot after `end` tokens, which are known, if there is one."""
+        """Publish the snapshot after `end` tokens, which are known, if it is the next of those reserved."""
         reserved = request.reserved_snapshots
-        if self._pool is not None and reserved and reserved[0][0] == end:
+        if self._pool is not None and reserved[0][0] == end:
             number = end // self._block_size
             content = request.hashes_of_blocks(number, self._block_size)[number - 1]
             self._pool.publish(reserved.pop(0)[1], content)
