@@ -3,6 +3,7 @@
 import pytest
 from transformers import Qwen3NextConfig
 
+from docs.generate.tiny_configs import tiny_configs
 from tests.equivalence.test_pooled_keys import config_of
 from tests.worker.capturing import capture, make_rank, run_step
 from ulysses_infer.kernels.launch import assume
@@ -48,6 +49,23 @@ def test_decodes_that_select_pools_and_look_up_ngrams_are_captured(name, tmp_pat
     with assume("meta", (9, 0)):
         rank = make_rank(tmp_path, 2, **{"model.max_model_len": 128})
         assert rank.worker.cache.index_keys
+        assert not capture(rank).kept, "memory that a step keeps"
+        run_step(rank, Mode(2, 1), (9, 1), eager=True)
+        run_step(rank, Mode(1, 2), (1, 1), eager=False)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["inkling2_text", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("inkling_text", "zaya", "rwkv"))],
+)
+def test_decodes_that_read_the_tokens_before_are_captured(kind, tmp_path):
+    """Their logits of relative positions and sinks per token go to the Triton kernel."""
+    pytest.importorskip("triton")
+    config = next(tiny_configs(kind))
+    config.dtype = "bfloat16"
+    config.save_pretrained(tmp_path)
+    with assume("meta", (9, 0)):
+        rank = make_rank(tmp_path, 2, **{"model.max_model_len": 128})
         assert not capture(rank).kept, "memory that a step keeps"
         run_step(rank, Mode(2, 1), (9, 1), eager=True)
         run_step(rank, Mode(1, 2), (1, 1), eager=False)
