@@ -23,6 +23,8 @@ from ulysses_infer import SamplingParams, init_inference
 TOLERANCE = 1e-5  # of the largest value of a state: float32, summed in another order, through up to 43 updates
 EPSILON = dict.fromkeys(("rms_norm_eps", "norm_eps", "layer_norm_epsilon"), 1e-9)  # 1 + epsilon is 1
 NORMS = ("input_layernorm", "operator_norm", "norm")
+READ_SUMS = {"inkling_text": (2, 3)}
+"""States in the first layer that hold sums over the TP group: of the residual stream's convolutions."""
 LENGTHS, NEW_TOKENS = (1, 7, 21, 38), 6
 
 
@@ -60,6 +62,8 @@ def make_exact(kind: str, folder: Path) -> None:
         norm = next(getattr(layer, name) for name in NORMS if hasattr(layer, name))
         adds_one = type(norm).__name__ == "Qwen3NextRMSNorm"
         norm.weight.fill_(0.0 if adds_one else 1.0)
+        if (inner := getattr(model.get_input_embeddings(), "embed_norm", None)) is not None:
+            inner.weight.fill_(1.0)
         for linear in (each for each in layer.modules() if isinstance(each, torch.nn.Linear)):
             linear.weight.copy_((torch.randint(3, linear.weight.shape, generator=generator) - 1) / 8)
     model.save_pretrained(folder)
@@ -104,7 +108,15 @@ def _compared(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, bool, i
         ("mamba2", 4, 1),
         *(
             pytest.param(*case, marks=pytest.mark.thorough)
-            for case in (("qwen3_next", 4, 1), ("qwen3_next", 2, 2), ("mamba2", 2, 2), ("lfm2", 4, 1), ("mamba", 4, 1))
+            for case in (
+                ("qwen3_next", 4, 1),
+                ("qwen3_next", 2, 2),
+                ("mamba2", 2, 2),
+                ("lfm2", 4, 1),
+                ("mamba", 4, 1),
+                ("inkling_text", 4, 1),
+                ("inkling_text", 2, 2),
+            )
         ),
     ],
 )
@@ -114,6 +126,7 @@ def test_every_mode_leaves_the_same_states(tmp_path: Path, rank_pool: Any, kind:
     for of_rank in results:
         assert len(of_rank) == len([mode for mode in (1, 2, 4) if mode <= sp])
         for run in of_rank:
-            for (layer, _, _), (difference, equal, count) in run.items():
+            for (layer, _, index), (difference, equal, count) in run.items():
                 assert count > 0
-                assert equal if layer == 0 else difference <= TOLERANCE
+                exact = layer == 0 and index not in READ_SUMS.get(kind, ())
+                assert equal if exact else difference <= TOLERANCE
