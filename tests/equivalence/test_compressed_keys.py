@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import torch
 from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, bases, check, run_case
 from tests.equivalence.families import SHAPE
 from tests.equivalence.tiny_models import NEW_TOKENS, Reference, make_checkpoint, make_prompts, make_reference
+from ulysses_infer.errors import ConfigError
+from ulysses_infer.model.injection.inject import Injection
+from ulysses_infer.model.model import build_empty_model
+from ulysses_infer.parallel.layout import Layout, Mode
 
 pytestmark = pytest.mark.distributed
 
@@ -60,19 +65,19 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-def compressed_config(name: str) -> Any:
+def compressed_config(name: str, **changes: Any) -> Any:
     from transformers import DeepseekV4Config
 
-    return DeepseekV4Config(**{**V4, **MODELS[name]})
+    return DeepseekV4Config(**{**V4, **MODELS[name], **changes})
 
 
-def make_compressed(name: str, folder: Path) -> Any:
+def make_compressed(name: str, folder: Path, **changes: Any) -> Any:
     """As `make_checkpoint`, with random experts for each token id."""
-    model = make_checkpoint(compressed_config(name), folder)
+    model = make_checkpoint(compressed_config(name, **changes), folder)
     generator = torch.Generator().manual_seed(0)
     for key, buffer in model.named_buffers():
         if key.endswith("tid2eid"):
-            experts = torch.rand(buffer.shape[0], V4["n_routed_experts"], generator=generator).argsort(dim=1)
+            experts = torch.rand(buffer.shape[0], model.config.n_routed_experts, generator=generator).argsort(dim=1)
             buffer.copy_(experts[:, : buffer.shape[1]])
     model.save_pretrained(folder)
     return model
@@ -98,3 +103,34 @@ def test_compressed_keys_give_what_transformers_gives(
     expected = reference(name)
     outcomes = rank_pool(base[0] * base[1]).run(run_case, expected.folder, base, profile, expected.prompts, NEW_TOKENS)
     check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
+
+
+COUNTS = ("num_attention_heads", "o_groups", "index_n_heads", "n_routed_experts", "num_experts_per_tok", "hc_mult")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("base", [(8, 1), (2, 4)])
+def test_deepseek_v4_flash_with_its_heads_groups_and_experts_on_eight_ranks(
+    base: tuple[int, int], rank_pool: Any, tmp_path: Path
+) -> None:
+    """The counts are those of transformers' defaults; widths and layers are small enough for a test."""
+    from transformers import DeepseekV4Config
+
+    real = DeepseekV4Config()
+    assert (real.num_attention_heads, real.o_groups, real.n_routed_experts) == (64, 8, 256)
+    model = make_compressed("short and long", tmp_path, **{name: getattr(real, name) for name in COUNTS}, head_dim=8)
+    expected = make_reference(model, tmp_path, make_prompts(lengths=(1, 9, 31)), 4)
+    profile = replace(CROWD, settings={"parallel.expert_placement": "expert"})
+    outcomes = rank_pool(8).run(run_case, tmp_path, base, profile, expected.prompts, 4)
+    check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
+
+
+@pytest.mark.parametrize(("base", "fitting"), [((3, 1), "1, 2, 4, 8"), ((16, 1), "1, 2, 4, 8")])
+def test_groups_of_heads_that_cannot_be_cut_name_the_layouts_that_can(base: tuple[int, int], fitting: str) -> None:
+    model = build_empty_model(compressed_config("short and long"), torch.float32)
+    with pytest.raises(ConfigError) as failure:
+        Injection(model, Layout(Mode(*base)), shard=0)
+    assert str(failure.value) == (
+        "8 heads in 4 groups, which the output projection takes together, do not divide over sp * tp = "
+        f"{base[0] * base[1]} ranks; use sp * tp = {fitting}"
+    )
