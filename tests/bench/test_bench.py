@@ -80,3 +80,20 @@ def test_all_modes_are_measured_in_one_run(
     assert max(mode["total_token_throughput_of_best"] for mode in record["modes"].values()) == 1.0
     printed = capfd.readouterr().out
     assert "single  1 rank, 2 threads" in printed
+
+
+@pytest.mark.distributed
+@pytest.mark.thorough
+def test_rollouts_report_the_makespan(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "measured.json"
+    sizes = ["--input-len", "8", "--output-len", "4", "--num-prompts", "3", "--samples", "2", "--repeats", "2"]
+    keys = ["parallel.sp=2", "policy.threshold_tokens=8", "runtime.threads_per_rank=1", "runtime.device=cpu"]
+    options = [*sizes, "--modes", "tp,sp,shift", "--json", str(file), *keys]
+    command = parse(["bench", "rollouts", "--random-model", "llama-60m", *options])
+
+    bench.run(command.options, command.config(), rank=0)
+
+    record = json.loads(file.read_text())
+    assert list(record["modes"]) == ["tp", "sp", "shift"]
+    assert (record["samples"], record["tail"]) == (2, 1.0)
+    assert min(mode["makespan_of_best"] for mode in record["modes"].values()) == 1.0

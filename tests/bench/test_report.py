@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import statistics
+from collections.abc import Sequence
 
 import pytest
 from rich.console import Console
@@ -46,8 +48,8 @@ def test_repeats_are_interleaved_with_the_same_prompts_in_every_mode() -> None:
     calls: list[tuple[str, int, str]] = []
 
     def run_of(mode: str) -> RunPrompts:
-        def run(prompts: list[list[int]], output_len: int) -> Sample:
-            calls.append((mode, output_len, str(prompts)))
+        def run(prompts: list[list[int]], output_lens: Sequence[int]) -> Sample:
+            calls.append((mode, output_lens[0], str(prompts)))
             return sample(1.0)
 
         return run
@@ -68,6 +70,24 @@ def test_no_mode_can_profit_from_the_cache_another_filled() -> None:
 
     assert not config.cache.enable_prefix_caching
     assert config.cache.num_blocks == 3 * 2  # 25 tokens take two blocks of 16
+
+
+def test_samples_share_prompts_that_no_other_mode_has_cached() -> None:
+    workload = Workload(input_len=4, output_len=7, num_prompts=2, samples=3, tail=1.0)
+    prompts = workload.prompts(0, 100, "tp")
+    assert [prompts[0]] * 3 + [prompts[3]] * 3 == prompts
+    assert not any(prompt in workload.prompts(0, 100, "sp") for prompt in prompts)
+    assert for_benchmark(Config(), workload).cache.enable_prefix_caching
+
+
+def test_output_lengths_have_a_tail_and_are_those_of_every_mode() -> None:
+    workload = Workload(input_len=4, output_len=20, num_prompts=50, samples=4, tail=1.0)
+    lengths = workload.output_lens(0)
+    assert lengths == workload.output_lens(0) != workload.output_lens(1)
+    assert len(lengths) == 200
+    assert 1 <= min(lengths) < 20 < max(lengths) <= 160
+    assert 15 <= statistics.median(lengths) <= 26
+    assert set(Workload(4, 20, 5).output_lens(0)) == {20}
 
 
 def test_cache_that_was_asked_for_is_kept() -> None:

@@ -1,11 +1,11 @@
-"""The `bench latency` and `bench throughput` commands: every mode on one checkpoint in one run."""
+"""The `bench latency`, `throughput` and `rollouts` commands: every mode on one checkpoint in one run."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from ulysses_infer.console.screen import make_console, mode_name
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.inference import InferenceEngine
 
-RunPrompts = Callable[[list[list[int]], int], Sample | None]
-"""Runs (prompts, output length) in one mode; returns None on a rank that does not take part."""
+RunPrompts = Callable[[list[list[int]], Sequence[int]], Sample | None]
+"""Runs (prompts, output lengths) in one mode; returns None on a rank that does not take part."""
 
 MAX_FOREIGN_CORES = 0.1  # busy cores of other programs above which a warning is printed
 
@@ -39,7 +39,9 @@ def run(options: argparse.Namespace, config: Config, rank: int) -> None:
     check_json(options.json)
     if options.random_model is not None:
         config.model.path = str(random_model(options.random_model))
-    workload = Workload(options.input_len, options.output_len, options.num_prompts, config.model.seed or 0)
+    seed = config.model.seed or 0
+    sizes = (options.input_len, options.output_len, options.num_prompts)
+    workload = Workload(*sizes, seed, options.samples, options.tail)
     config = for_benchmark(config, workload)
     print_config(console, f"bench {options.kind}", config)
     with loaded(config, console) as engine, ExitStack() as stack:
@@ -70,11 +72,12 @@ def check_json(path: str | None) -> None:
 
 
 def for_benchmark(config: Config, workload: Workload) -> Config:
-    """`config` with a cache just large enough for the workload and without prefix caching, so that modes are
-    independent."""
-    cache, model = dataclasses.replace(config.cache, enable_prefix_caching=False), dataclasses.replace(config.model)
+    """`config` with a cache just large enough for the workload. Without prefix caching, so that modes are independent,
+    unless the requests of a run share prompts."""
+    cache = dataclasses.replace(config.cache, enable_prefix_caching=workload.samples > 1)
+    model = dataclasses.replace(config.model)
     if cache.num_blocks is None and cache.memory_bytes is None:
-        model.max_model_len = model.max_model_len or workload.input_len + workload.output_len
+        model.max_model_len = model.max_model_len or workload.input_len + workload.longest_output
         longest = ceil_div(model.max_model_len, cache.block_size)
         cache.num_blocks = max(workload.num_blocks(cache.block_size), longest)
     return dataclasses.replace(config, cache=cache, model=model)
@@ -89,10 +92,10 @@ def interleaved(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("warming up", total=len(runs) * (repeats + 1))
         for repeat in range(-1, repeats):
-            prompts = workload.prompts(repeat, vocab_size)
+            lengths = workload.output_lens(repeat) if repeat >= 0 else [WARM_UP_TOKENS] * workload.num_requests
             for mode, run_mode in runs.items():
                 bar.update(task, description=f"{'warming up' if repeat < 0 else 'measuring'} {mode}")
-                sample = run_mode(prompts, WARM_UP_TOKENS if repeat < 0 else workload.output_len)
+                sample = run_mode(workload.prompts(repeat, vocab_size, mode), lengths)
                 if repeat >= 0 and sample is not None:
                     samples[mode].append(sample)
                 bar.advance(task)
@@ -103,17 +106,17 @@ def _run_of(mode: str, engine: InferenceEngine, config: Config, rank: int, stack
     """The function that measures one mode on this rank."""
     if mode == "single":
         if config.parallel.world_size == 1:
-            return lambda prompts, output_len: measure(engine, prompts, output_len)
+            return lambda prompts, output_lens: measure(engine, prompts, output_lens)
         if rank > 0:
-            return lambda prompts, output_len: None
+            return lambda prompts, output_lens: None
         return stack.enter_context(SingleRank(config, _all_threads(config))).run
     policy: dict[str, Any] = {"name": "static", "mode": mode}
     if mode == "shift":
         policy = {"name": "threshold", "threshold_tokens": config.policy.threshold_tokens}
 
-    def run_mode(prompts: list[list[int]], output_len: int) -> Sample:
+    def run_mode(prompts: list[list[int]], output_lens: Sequence[int]) -> Sample:
         engine.set_policy(**policy)
-        return measure(engine, prompts, output_len)
+        return measure(engine, prompts, output_lens)
 
     return run_mode
 
@@ -139,14 +142,20 @@ def _threads(count: int) -> str:
 
 
 def _print(console: Console, options: Any, config: Config, table: Any, foreign: float) -> None:
-    requests = f"{options.num_prompts} concurrent requests" if options.num_prompts > 1 else "a single request"
     console.print(
-        f"{options.kind}: {requests}, {options.input_len} tokens in, {options.output_len} out, medians of "
-        f"{options.repeats}, {config.parallel.world_size} x {_threads(torch.get_num_threads())}, no prefix caching\n"
+        f"{options.kind}: {_requests(options)}, {options.input_len} tokens in, {options.output_len} out"
+        f"{' (median)' if options.tail else ''}, medians of {options.repeats}, {config.parallel.world_size} x "
+        f"{_threads(torch.get_num_threads())}, {'' if options.samples > 1 else 'no '}prefix caching\n"
     )
     console.print(table)
     if foreign > MAX_FOREIGN_CORES:
         console.print(f"\n  other programs kept {foreign:.1f} cores busy: small differences are not reliable")
+
+
+def _requests(options: Any) -> str:
+    if options.samples > 1:
+        return f"{options.num_prompts} prompts x {options.samples} samples at once"
+    return f"{options.num_prompts} concurrent requests" if options.num_prompts > 1 else "a single request"
 
 
 def _write(path: Path, options: Any, config: Config, modes: dict[str, Any], foreign: float) -> None:
@@ -156,6 +165,8 @@ def _write(path: Path, options: Any, config: Config, modes: dict[str, Any], fore
         "input_len": options.input_len,
         "output_len": options.output_len,
         "num_prompts": options.num_prompts,
+        "samples": options.samples,
+        "tail": options.tail,
         "repeats": options.repeats,
         "sp": config.parallel.sp,
         "tp": config.parallel.tp,

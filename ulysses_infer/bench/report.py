@@ -34,7 +34,12 @@ TOTAL_THROUGHPUT = Quantity(
 OUTPUT_THROUGHPUT = Quantity(
     "output tok/s", "output_throughput", lambda sample: sample.output_tokens / sample.seconds, True, 0
 )
-QUANTITIES = {"latency": (TTFT, TPOT), "throughput": (TOTAL_THROUGHPUT, OUTPUT_THROUGHPUT)}
+MAKESPAN = Quantity("makespan s", "makespan", lambda sample: sample.seconds, digits=2)
+QUANTITIES = {
+    "latency": (TTFT, TPOT),
+    "throughput": (TOTAL_THROUGHPUT, OUTPUT_THROUGHPUT),
+    "rollouts": (MAKESPAN, OUTPUT_THROUGHPUT),
+}
 """The quantities of each benchmark. Throughput counts prompt and output tokens."""
 
 

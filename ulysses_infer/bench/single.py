@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -46,9 +47,9 @@ class SingleRank:
         self._connection = Connection(ours.detach())
         self._call(_alone(config, num_threads))
 
-    def run(self, prompts: list[list[int]], output_len: int) -> Sample:
+    def run(self, prompts: list[list[int]], output_lens: Sequence[int]) -> Sample:
         """Measure one workload. Raises the engine's errors, or `EngineDeadError` if its process has ended."""
-        sample: Sample = self._call((prompts, output_len))
+        sample: Sample = self._call((prompts, output_lens))
         return sample
 
     def __enter__(self) -> SingleRank:
@@ -87,8 +88,8 @@ def _serve(connection: Connection) -> None:
         with InferenceEngine(connection.recv()) as engine:
             connection.send(None)
             while True:
-                prompts, output_len = connection.recv()
-                connection.send(measure(engine, prompts, output_len))
+                prompts, output_lens = connection.recv()
+                connection.send(measure(engine, prompts, output_lens))
     except UlyssesError as error:
         connection.send(error)
     except EOFError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ulysses_infer.arithmetic import ceil_div
@@ -11,25 +12,49 @@ from ulysses_infer.outputs import RequestOutput
 from ulysses_infer.sampling_params import SamplingParams
 
 WARM_UP_TOKENS = 2
+MAX_TAIL = 8  # outputs are at most this many times as long as the median
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that arrive together, with random prompts and outputs of a fixed length."""
+    """Requests that arrive together, with random prompts."""
 
     input_len: int
     output_len: int
+    """Tokens of an output; their median if lengths differ."""
     num_prompts: int
     seed: int = 0
+    samples: int = 1
+    """Outputs per prompt, each a request of its own."""
+    tail: float = 0.0
+    """Standard deviation of the logarithm of output lengths; 0: all are equal."""
 
-    def prompts(self, repeat: int, vocab_size: int) -> list[list[int]]:
-        """Token ids of every prompt: the same for each mode, different in each repeat."""
-        draw = random.Random(f"{self.seed}/{repeat}")
-        return [[draw.randrange(vocab_size) for _ in range(self.input_len)] for _ in range(self.num_prompts)]
+    def prompts(self, repeat: int, vocab_size: int, mode: str = "") -> list[list[int]]:
+        """Token ids of every request's prompt, different in each repeat. The same for each mode, unless samples share
+        cached prompts: then no mode must find those of another."""
+        draw = random.Random(f"{self.seed}/{repeat}" + (f"/{mode}" if self.samples > 1 else ""))
+        prompts = [[draw.randrange(vocab_size) for _ in range(self.input_len)] for _ in range(self.num_prompts)]
+        return [prompt for prompt in prompts for _ in range(self.samples)]
+
+    def output_lens(self, repeat: int) -> list[int]:
+        """Tokens of every request's output: the same for each mode, different in each repeat."""
+        draw = random.Random(f"{self.seed}/{repeat}/lengths")
+        factors = [draw.lognormvariate(0.0, self.tail) for _ in range(self.num_requests)]
+        return [min(max(1, round(self.output_len * factor)), self.longest_output) for factor in factors]
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that arrive together."""
+        return self.num_prompts * self.samples
+
+    @property
+    def longest_output(self) -> int:
+        """Tokens that no output exceeds."""
+        return self.output_len * MAX_TAIL if self.tail else self.output_len
 
     def num_blocks(self, block_size: int) -> int:
-        """Cache blocks that the whole workload needs."""
-        return self.num_prompts * ceil_div(self.input_len + self.output_len, block_size)
+        """Cache blocks that the whole workload needs at most."""
+        return self.num_requests * ceil_div(self.input_len + self.longest_output, block_size)
 
 
 @dataclass(frozen=True)
@@ -47,9 +72,9 @@ class Sample:
     """Tokens of prompts and completions."""
 
 
-def measure(engine: InferenceEngine, prompts: list[list[int]], output_len: int) -> Sample:
+def measure(engine: InferenceEngine, prompts: list[list[int]], output_lens: Sequence[int]) -> Sample:
     """Run a workload once, greedily and ignoring end-of-sequence. Collective; all ranks get the same sample."""
-    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+    params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in output_lens]
     return sample_of(engine.generate(prompts, params))
 
 

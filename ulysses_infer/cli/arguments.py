@@ -18,7 +18,7 @@ from ulysses_infer.errors import ConfigError
 from ulysses_infer.extras import require_extra
 from ulysses_infer.planning.options import parse_plan
 
-BENCHMARKS = ("latency", "throughput")
+BENCHMARKS = ("latency", "throughput", "rollouts")
 CLIENTS = ("bench serve", "bench replay", "bench compare", "plan")
 """Commands that run in a single process without ranks."""
 MODES = ("tp", "sp", "shift", "single")
@@ -35,6 +35,7 @@ commands:
   generate              complete prompts: --prompt TEXT, or those of the recipe; --dry-run: print what would start
   bench latency         time to first token and per token of a lone request, in every mode
   bench throughput      tokens per second of many requests together, in every mode
+  bench rollouts        samples of prompts with a long tail of lengths: time until the last ends, in every mode
   bench serve           load on a server that speaks OpenAI's format, this one or another
   bench replay          a trace of production traffic on such a server
   bench compare         dp, tp, sp and shift on this machine: a report with plots
@@ -208,13 +209,23 @@ def _parse_bench(arguments: list[str]) -> Command:
         return _parse_compare(rest)
     if kind not in (*BENCHMARKS, "-h", "--help"):
         raise ConfigError(f"bench {kind or '(nothing)'}: choose from {', '.join(BENCHMARKS)}, serve, replay, compare")
-    parser = _Parser("bench latency|throughput", "Compare modes on one checkpoint, in one run; medians over repeats.")
+    parser = _Parser(
+        "bench latency|throughput|rollouts", "Compare modes on one checkpoint, in one run; medians over repeats."
+    )
     number: dict[str, Any] = {"type": _positive, "metavar": "N"}
-    latency = kind == "latency"
+    latency, rollouts = kind == "latency", kind == "rollouts"
     parser.add_argument("--modes", type=_modes, default=list(MODES), help=f"default: {','.join(MODES)}")
     parser.add_argument("--input-len", **number, default=512 if latency else 256, help="tokens of a prompt")
     parser.add_argument("--output-len", **number, default=64, help="tokens of a completion")
-    parser.add_argument("--num-prompts", **number, default=1 if latency else 32, help="requests together")
+    parser.add_argument("--num-prompts", **number, default=1 if latency else 32, help="prompts together")
+    parser.add_argument("--samples", **number, default=8 if rollouts else 1, help="completions per prompt")
+    parser.add_argument(
+        "--tail",
+        type=_tail,
+        default=1.0 if rollouts else 0.0,
+        metavar="X",
+        help="spread of completion lengths: standard deviation of their logarithm; 0: all are equal",
+    )
     parser.add_argument("--repeats", **number, default=3, help="measurements of each mode")
     parser.add_argument("--json", metavar="FILE", help="write every measurement")
     parser.add_argument(
@@ -286,6 +297,16 @@ def _with_prompts(generate: Any, prompts: list[Any]) -> Any:
     """Prompts from the command line replace the recipe's prompts and schedule."""
     sampling = {"max_tokens": DEFAULT_MAX_TOKENS, **generate.sampling}
     return dataclasses.replace(generate, prompts=prompts, schedule=None, sampling=sampling)
+
+
+def _tail(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 3")
+    return number
 
 
 def _positive(text: str) -> int:
