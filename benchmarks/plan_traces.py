@@ -2,7 +2,8 @@
 tables.
 
 Run from the repository root: `python -m benchmarks.plan_traces TRACE [TRACE ...]`, with Azure's code trace (.csv) or
-Mooncake's conversations (.jsonl), of which the paper's windows are used. `--changes` prints instead what three changes
+Mooncake's conversations (.jsonl), of which the paper's windows are used. All candidates are simulated with the first
+requests, the best of them with the whole window. `--changes` prints instead what three changes
 of the engine would gain by the model.
 """
 
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools.memory_table import read_config
 from ulysses_infer.bench.replay.scaling import paper_window
-from ulysses_infer.bench.serve.traces import read_trace
+from ulysses_infer.bench.serve.traces import TraceRow, read_trace
 from ulysses_infer.config import CacheConfig, Config, ModelConfig, SchedulerConfig
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planning.changes import Changes
@@ -32,6 +34,8 @@ MODELS = {
     "qwen3-30b-a3b": "bf16",
 }
 BLOCK_SIZE = 128  # ids of traces stand for 512 tokens; small blocks would only take longer to simulate
+SHORTLIST = 3  # candidates that are simulated with the whole trace: the best of
+SHORTLIST_REQUESTS = 400  # its first requests
 CHANGES = {
     "as it is": Changes(),
     "without fused all-reduce and norm": Changes(fused_all_reduce=False),
@@ -44,6 +48,7 @@ def main() -> None:
     """Print the tables, a row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", nargs="*", type=Path)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--changes", action="store_true")
     options = parser.parse_args()
     if options.changes:
@@ -54,21 +59,29 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for path in options.traces:
         rows = paper_window(path).cut(read_trace(path))
-        for model in MODELS:
-            own = planner(model)
-            plan = own.plan(rows, {})
-            best = plan.best.figures
-            static = next(
-                e for e in plan.evaluations if e.candidate.policy == "static" and e.candidate.mode == Mode(1, 8)
-            )
-            gain = static.figures.latency.mean / best.latency.mean
-            cells = [model, path.name.split("_")[0], str(plan.best.candidate)]
-            cells += [f"{s.p50:,.0f} / {s.p99:,.0f}" for s in (best.ttft,)] + [
-                f"{best.tpot.p50:.1f} / {best.tpot.p99:.1f}"
-            ]
-            cells += [f"{best.tokens_per_second:,.0f}", f"{gain:.2f}x lower mean latency"]
-            cells.append(f"{plan.crossovers.get('sp8xtp1')} tokens")
-            print(f"| {' | '.join(cells)} |", flush=True)
+        for model in options.models:
+            print(f"| {' | '.join(_cells(model, path, rows))} |", flush=True)
+
+
+def _cells(model: str, path: Path, rows: Sequence[TraceRow]) -> list[str]:
+    own = planner(model)
+    layout = next(layout for layout in own.usable if layout.base == Mode(8, 1))
+    static = own.evaluate(Candidate(layout, "static", Mode(1, 8)), rows, {}).figures
+    first = own.plan(rows[:SHORTLIST_REQUESTS], {})
+    found = [own.evaluate(each.candidate, rows, {}) for each in first.evaluations[:SHORTLIST]]
+    best = min(found, key=lambda evaluation: evaluation.figures.latency.mean)
+    ttft, tpot = best.figures.ttft, best.figures.tpot
+    gain = static.latency.mean / best.figures.latency.mean
+    return [
+        model,
+        path.name.split("_")[0],
+        str(best.candidate),
+        f"{ttft.p50:,.0f} / {ttft.p99:,.0f}",
+        f"{tpot.p50:.1f} / {tpot.p99:.1f}",
+        f"{best.figures.tokens_per_second:,.0f}",
+        f"{gain:.2f}x lower mean latency",
+        f"{own.crossover(layout)} tokens",
+    ]
 
 
 def planner(model: str, changes: Changes | None = None) -> Planner:

@@ -64,7 +64,7 @@ def test_a_report_is_one_html_page_with_its_pictures(model, tmp_path):
     report = tmp_path / "plan.html"
     planned(model, "--hardware", "8xh200", "--input-len", "300", "--report", report)
     text = report.read_text()
-    assert text.count("data:image/png;base64,") == 3
+    assert text.count("data:image/png;base64,") == 6  # three, light and dark
     assert "http" not in text
 
 
@@ -84,6 +84,7 @@ def test_python_plans_with_a_config_object():
         (["--hardware", "8xh20"], "nearest is 8xh200"),
         (["--hardware", "8xh200", "--slo", "ttft"], "'ttft' is not METRIC:MS"),
         (["--hardware", "8xh200", "--bursty"], "--bursty needs --rate"),
+        (["--hardware", "8xh200", "--expert-imbalance", "0.5"], "'0.5' is not a number of at least 1"),
         (["--hardware", "8xh200", "--trace", "x.csv", "--rate", "3"], "--trace has its own arrival times"),
         (["--hardware", "8xh200", "--trace", "missing.csv"], "trace 'missing.csv' cannot be read"),
         (["--hardware", "8xh200", "--explain", "sp3xtp1"], "those that fit are sp8xtp1"),
@@ -99,5 +100,8 @@ def test_a_mistake_is_one_line(model, words, message):
 
 def test_a_model_that_fits_nowhere_says_what_would_help(tmp_path):
     llama_config(hidden_size=8192, num_hidden_layers=80, intermediate_size=28672).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"no layout of llama fits on 2 x RTX 4090; .* too much\. Take more devices"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no layout of llama fits on 2 x RTX 4090; .* too much\. It fits with nodes of 8 such devices",
+    ):
         planned(tmp_path, "--hardware", "2x24gb")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from transformers import Qwen3MoeConfig
+from transformers import BambaConfig, FalconH1Config, PreTrainedConfig, Qwen3MoeConfig, Qwen3NextConfig
 
 from tests.planning.plans import config, llama_config
 from tools.memory_table import draw
+from ulysses_infer.cache.states import slot_bytes
+from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.layout import Layout, Mode
 from ulysses_infer.planning.layouts import all_layouts, weights_of
 from ulysses_infer.planning.node import load_node
@@ -16,6 +18,21 @@ MIXTURE = Qwen3MoeConfig(
     hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=3, num_attention_heads=8,
     num_key_value_heads=2, head_dim=64, num_experts=16, num_experts_per_tok=2, vocab_size=4096, dtype="bfloat16",
 )  # fmt: skip
+
+COMMON = {
+    "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 4096, "dtype": "bfloat16",
+}  # fmt: skip
+MAMBA = {"mamba_n_heads": 16, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1}
+HYBRIDS = {
+    "gated delta rule": Qwen3NextConfig(
+        **COMMON, head_dim=64, moe_intermediate_size=128, shared_expert_intermediate_size=128, num_experts=16,
+        num_experts_per_tok=2, linear_num_key_heads=8, linear_num_value_heads=16, linear_key_head_dim=64,
+        linear_value_head_dim=64,
+    ),
+    "Mamba 2": BambaConfig(**COMMON, **MAMBA, attn_layer_indices=[2]),
+    "Mamba 2 beside attention": FalconH1Config(**COMMON, **MAMBA, mamba_d_ssm=1024, head_dim=64),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("base", [Mode(8, 1), Mode(2, 4), Mode(1, 8)], ids=str)
@@ -44,3 +61,28 @@ def test_a_model_that_is_too_large_says_how_much_is_missing():
     assert "too much" in str(layouts["sp1xtp2"].reason)
     more = {str(layout): layout for layout in all_layouts(sizes, load_node("8xh200"), config(), num_nodes=2)}
     assert more["dp2 sp1xtp8"].reason is None
+
+
+@pytest.mark.parametrize("source", HYBRIDS.values(), ids=list(HYBRIDS))
+def test_weights_and_states_of_a_hybrid_are_those_that_the_loader_stores(source):
+    stored, sizes = draw(source, Layout(Mode(2, 1)), 0, "replicate"), sizes_of(source)
+    assert weights_of(sizes, Mode(2, 1), "replicate") == pytest.approx(stored.weight_bytes, rel=0.02)
+    shapes = [shape for layer in stored.injection.recurrent_layers for shape in layer.state_shapes]
+    own = sizes.recurrent.state_bytes() * sizes.num_recurrent_layers / 2
+    assert own == pytest.approx(slot_bytes(shapes), rel=0.01)
+
+
+def test_recurrent_layers_of_an_unknown_form_are_refused():
+    source = PreTrainedConfig(**COMMON, layer_types=["linear_attention"] * 4)
+    source.model_type = "strange"
+    with pytest.raises(ConfigError, match="does not know what the recurrent layers of model type 'strange' keep"):
+        sizes_of(source)
+
+
+def test_states_take_at_most_half_of_the_cache():
+    source = HYBRIDS["gated delta rule"]
+    layout = all_layouts(sizes_of(source), load_node("2x24gb"), config())[0]
+    num_sequences = layout.num_sequences(10**6)
+    assert 1 < num_sequences < 10**6
+    assert num_sequences * layout.request_bytes <= layout.cache_bytes / 2
+    assert layout.cache_tokens(10**6) * layout.token_bytes >= layout.cache_bytes / 2 - layout.token_bytes

@@ -12,7 +12,10 @@ from tests.planning.plans import llama_sizes, operations
 from ulysses_infer.engine.calibration_points import Limits
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.planning.changes import Changes
 from ulysses_infer.planning.node import Node, known_nodes, load_node
+from ulysses_infer.planning.operations import StepOperations
+from ulysses_infer.planning.recurrent import RecurrentSizes
 from ulysses_infer.planning.roofline import Link, Rate
 from ulysses_infer.planning.step_times import AnalyticStepTimes, MeasuredStepTimes, profile_of
 from ulysses_infer.step_time.step_shape import StepShape
@@ -92,7 +95,8 @@ def test_operations_add_up_to_the_step():
 
 def test_a_profile_of_the_predictions_predicts_the_same():
     own = times(load_node("8xh200"))
-    measured = MeasuredStepTimes(profile_of(own, Limits(8192, 256, 131072, 1 << 20)))
+    free = replace(load_node("8xh200").host, step_seconds=0.0, sequence_seconds=0.0)
+    measured = MeasuredStepTimes(profile_of(own, Limits(8192, 256, 131072, 1 << 20)), free)
     for mode in MODES:
         shape = StepShape.of([], [(0, 512)])
         assert measured.seconds(mode, shape) == pytest.approx(own.seconds(mode, shape), rel=0.1)
@@ -116,3 +120,37 @@ def test_a_broken_node_file_is_one_line(tmp_path):
     path.write_text("device: X\n")
     with pytest.raises(ConfigError, match="is not valid: KeyError 'num_devices'"):
         load_node(str(path))
+
+
+def test_uneven_routing_slows_only_experts_that_ranks_own():
+    mixture = llama_sizes()
+    mixture = replace(
+        mixture, num_experts=32, experts_per_token=4, expert_width=512, num_expert_layers=4, num_dense_layers=0
+    )
+    node, shape, mode = load_node("8xh200"), StepShape.of([], [(0, 4096)]), Mode(8, 1)
+    for placement, is_slower in (("replicate", False), ("width", False), ("expert", True)):
+        even, uneven = (
+            AnalyticStepTimes(StepOperations(sizes, node, placement, Changes()), MODES).seconds(mode, shape)
+            for sizes in (mixture, replace(mixture, expert_imbalance=2.0))
+        )
+        assert (uneven > even) == is_slower
+
+
+def test_selected_keys_bound_attention_and_its_index_reads_every_token():
+    node, shapes = load_node("8xh200"), [StepShape.of([context] * 64, []) for context in (2048, 4000)]
+    sparse = replace(llama_sizes(), selected=1024, index_heads=4, index_width=64)
+    short, long = ({each.name: each.seconds for each in operations(node, sparse).of(MODES[0], s)} for s in shapes)
+    assert long["attention"] == short["attention"]
+    assert long["index of sparse attention"] > short["index of sparse attention"]
+
+
+def test_a_recurrent_layer_takes_as_long_after_any_context():
+    hybrid = replace(
+        llama_sizes(), num_attention_layers=1, num_recurrent_layers=3, recurrent=RecurrentSizes(4096, 1024, 65536, 8192)
+    )
+    shapes = [StepShape.of([context] * 64, []) for context in (16, 4000)]
+    short, long = (
+        {each.name: each for each in operations(load_node("8xh200"), hybrid).of(MODES[0], s)} for s in shapes
+    )
+    assert short["recurrence of decodes"] == long["recurrence of decodes"]
+    assert long["recurrence of decodes"].times == 3

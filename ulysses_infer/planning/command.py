@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from ulysses_infer.planning.recipe import recipe_of, write_recipe
 from ulysses_infer.planning.sizes import ModelSizes, sizes_of
 from ulysses_infer.planning.step_times import AnalyticStepTimes
 from ulysses_infer.planning.table import EXPLAINED, print_explanation, print_plan
-from ulysses_infer.planning.workload import Traffic
+from ulysses_infer.planning.workload import Traffic, simulated_block_size
 from ulysses_infer.step_time.profile import Profile
+from ulysses_infer.worker.memory import freeze_gc
 
 DEFAULT_REQUESTS = 512
 BURSTINESS = 0.25
@@ -35,7 +37,9 @@ def run(options: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    planner, rows = _planner(options), _rows(options)
+    freeze_gc()  # the objects of imports stay
+    rows = _rows(options)
+    planner = _planner(options, options.block_size or simulated_block_size(rows))
     if options.explain is not None:
         _explain(console, planner, options.explain)
         return 0
@@ -60,19 +64,21 @@ def plan(
     model: a folder or config.json, or a transformers config. hardware: a name as 8xh200, or a YAML file. targets:
     limits in ms of ttft, tpot or latency. scheduler: max_num_seqs, max_num_batched_tokens. Raises `ConfigError`.
     """
-    planner = Planner(_sizes(model, dtype), load_node(hardware), _config(**scheduler), num_nodes, changes)
-    rows = requests.rows() if isinstance(requests, Traffic) else requests
+    rows, config = requests.rows() if isinstance(requests, Traffic) else requests, _config(**scheduler)
+    config.cache.block_size = simulated_block_size(rows)
+    planner = Planner(_sizes(model, dtype), load_node(hardware), config, num_nodes, changes)
     return planner.plan(rows, targets or {})
 
 
-def _planner(options: argparse.Namespace) -> Planner:
+def _planner(options: argparse.Namespace, block_size: int) -> Planner:
     config = _config(max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens)
     config.model.path, config.model.max_model_len = options.model, options.max_model_len
-    config.cache.dtype, config.cache.block_size = options.cache_dtype, options.block_size
+    config.cache.dtype, config.cache.block_size = options.cache_dtype, block_size
     config.parallel.expert_placement = options.expert_placement
     profile = None if options.profile is None else Profile.load(options.profile)
     tokens_per_hash = scale_of(options).block_tokens if options.trace is not None else float(HASH_BLOCK_TOKENS)
-    sizes, node = _sizes(options.model, options.dtype), load_node(options.hardware)
+    sizes = replace(_sizes(options.model, options.dtype), expert_imbalance=options.expert_imbalance)
+    node = load_node(options.hardware)
     return Planner(sizes, node, config, options.nodes, profile=profile, tokens_per_hash=tokens_per_hash)
 
 
@@ -142,5 +148,5 @@ def _write(console: Console, planner: Planner, plan: Plan, options: argparse.Nam
     if options.report is not None:
         from ulysses_infer.planning.report import write_report
 
-        write_report(options.report, planner, plan)
+        write_report(options.report, planner, plan, options.price)
         console.print(f"report: {options.report}")

@@ -10,7 +10,7 @@ from ulysses_infer.model.experts.kinds import ExpertSizes
 from ulysses_infer.model.experts.placement import REPLICATE, choose_placement
 from ulysses_infer.parallel.layout import Layout, Mode, divisors
 from ulysses_infer.planning.node import Node
-from ulysses_infer.planning.operations import cache_bytes_per_token
+from ulysses_infer.planning.operations import cache_bytes_per_token, index_bytes_per_token
 from ulysses_infer.planning.sizes import ModelSizes
 
 
@@ -47,9 +47,16 @@ class PlannedLayout:
         """What is left for the cache."""
         return self.available - self.weights - self.activations
 
+    def num_sequences(self, max_num_seqs: int) -> int:
+        """How many sequences run at once: their states take at most half of the cache (`StateSizing`)."""
+        if not self.request_bytes:
+            return max_num_seqs
+        return max(1, min(max_num_seqs, int(self.cache_bytes / 2 / self.request_bytes)))
+
     def cache_tokens(self, max_num_seqs: int) -> int:
-        """Tokens that the cache of one replica holds."""
-        return int((self.cache_bytes - max_num_seqs * self.request_bytes) / max(self.token_bytes, 1.0))
+        """Tokens that the cache of one replica holds beside the states of so many sequences."""
+        states = self.num_sequences(max_num_seqs) * self.request_bytes
+        return int((self.cache_bytes - states) / max(self.token_bytes, 1.0))
 
     def __str__(self) -> str:
         return f"dp{self.dp} {self.base}" if self.dp > 1 else str(self.base)
@@ -68,8 +75,8 @@ def _planned(sizes: ModelSizes, node: Node, config: Config, dp: int, base: Mode)
     available = assumed_memory(int(node.memory_bytes), config.cache.memory_utilization)
     placement = _placement(sizes, config, base, available)
     item = 1.0 if config.cache.dtype.startswith("fp8") else 2.0
-    per_layer = cache_bytes_per_token(sizes, base.world_size, item)
-    states = 4 * sizes.state_elements / base.world_size * sizes.num_recurrent_layers
+    per_layer = cache_bytes_per_token(sizes, base.world_size, item) + index_bytes_per_token(sizes)
+    states = sizes.recurrent.state_bytes() / base.world_size * sizes.num_recurrent_layers
     layout = PlannedLayout(
         dp=dp,
         base=base,
@@ -119,7 +126,8 @@ def _with_reason(layout: PlannedLayout, sizes: ModelSizes, config: Config) -> Pl
     longest = min(config.model.max_model_len or sizes.max_model_len, sizes.max_model_len)
     if layout.cache_bytes <= 0:
         missing = -layout.cache_bytes / GIB
-        reason = f"weights take {layout.weights / GIB:.1f} GiB of {layout.available / GIB:.1f}: {missing:.1f} too much"
+        taken = (layout.weights + layout.activations) / GIB
+        reason = f"weights and activations take {taken:.1f} of {layout.available / GIB:.1f} GiB: {missing:.2f} too much"
     if reason is None and layout.cache_tokens(1) < longest:
         reason = f"the cache would hold {layout.cache_tokens(1):,} tokens, less than one request of {longest:,}"
     return replace(layout, reason=reason)

@@ -85,9 +85,23 @@ class StepOperations:
             ("attention", self.sizes.num_attention_layers - windows, 0),
             ("windowed attention", windows, self.sizes.window),
         ):
-            seconds = self._attention_seconds(mode, _within(shape, window))
+            seconds = self._attention_seconds(mode, _within(_within(shape, window), self.sizes.selected))
             found.append(Operation(name, seconds, count, "attention"))
-        return found
+        return [*found, self._index(shape)]
+
+    def _index(self, shape: StepShape) -> Operation:
+        """The scores by which tokens choose what they attend to: every rank computes those of all heads."""
+        sizes, node, seconds = self.sizes, self.node, 0.0
+        if sizes.selected and shape.num_prefills:
+            pairs = (shape.fresh_pairs + shape.past_pairs) / 2  # products with keys only, no sums of values
+            seconds += roofline.prefill_attention_seconds(
+                node.prefill_attention, sizes.index_heads, sizes.index_width, pairs
+            )
+        if sizes.selected and shape.num_decodes:
+            seconds += roofline.decode_attention_seconds(
+                node.decode_attention, index_bytes_per_token(sizes) * shape.decode_context
+            )
+        return Operation("index of sparse attention", float(seconds), sizes.num_attention_layers, "attention")
 
     def _attention_seconds(self, mode: Mode, shape: StepShape) -> float:
         sizes, node = self.sizes, self.node
@@ -109,17 +123,18 @@ class StepOperations:
         sizes, count = self.sizes, self.sizes.num_recurrent_layers
         if not count:
             return []
-        width = sizes.attention_weights / sizes.hidden_size / 2 / mode.tp
-        states = sizes.state_elements / mode.world_size
+        inputs, outputs = sizes.recurrent.inputs / mode.tp, sizes.recurrent.outputs / mode.tp
+        states = sizes.recurrent.state / mode.world_size
         found = [
-            self._product("recurrent input projections", local, 1.5 * width, sizes.hidden_size, count),
-            self._exchange("all-to-all to heads", mode, local * 1.5 * width, count),
-            self._exchange("all-to-all to tokens", mode, local * width / 2, count),
-            self._product("recurrent output projection", local, sizes.hidden_size, width / 2, count),
+            self._product("recurrent input projections", local, inputs, sizes.hidden_size, count),
+            self._exchange("all-to-all to recurrent heads", mode, local * inputs, count),
+            self._exchange("all-to-all from recurrent heads", mode, local * outputs, count),
+            self._product("recurrent output projection", local, sizes.hidden_size, outputs, count),
             self._sum("all-reduce after the recurrence", mode, local, count),
         ]
         if shape.num_decodes:
-            seconds = self.node.decode_recurrent.seconds(0.0, 8 * states * shape.num_decodes)
+            moved = 2 * sizes.recurrent.state_bytes() / mode.world_size  # read and written
+            seconds = self.node.decode_recurrent.seconds(0.0, moved * shape.num_decodes)
             found.append(Operation("recurrence of decodes", seconds, count, "attention"))
         if shape.num_prefills:
             seconds = self.node.prefill_recurrent.seconds(6 * states * shape.num_prefill_tokens, 0.0)
@@ -170,7 +185,8 @@ class StepOperations:
         rows = tokens * sizes.experts_per_token
         used = roofline.experts_used(num_experts, sizes.experts_per_token, tokens) / world
         mean = rows / world
-        most = min(rows, mean + (math.sqrt(2 * math.log(world) * mean) if world > 1 else 0.0))
+        busiest = sizes.expert_imbalance * mean + math.sqrt(2 * math.log(world) * mean)
+        most = min(rows, busiest) if world > 1 else mean
         rate = self.node.experts[sizes.dtype]
         seconds = roofline.experts_seconds(rate, most, max(used, 1.0), sizes.hidden_size, width, sizes.weight_bytes)
         return Operation("experts", float(seconds), count, "experts")
@@ -228,10 +244,15 @@ class StepOperations:
 
 
 def cache_bytes_per_token(sizes: ModelSizes, world_size: int, item: float = ITEM) -> float:
-    """Bytes that one token caches per layer with a cache, on one rank."""
+    """Bytes of keys and values that one token caches per layer with a cache, on one rank."""
     if sizes.latent_width:
         return sizes.latent_width * item
     return sizes.key_value_heads(world_size) * (sizes.key_width + sizes.value_width) * item
+
+
+def index_bytes_per_token(sizes: ModelSizes) -> float:
+    """Bytes of keys of the index that one token caches per layer, on every rank."""
+    return sizes.index_width * ITEM if sizes.selected else 0.0
 
 
 def _within(shape: StepShape, window: int) -> StepShape:

@@ -41,11 +41,17 @@ def parse_plan(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--block-size",
         type=positive,
-        default=16,
         metavar="N",
-        help="tokens per cache block; larger ones simulate faster",
+        help="tokens per cache block of the simulation; default: by the length of the requests, 16 to 128",
     )
     parser.add_argument("--expert-placement", choices=("auto", "replicate", "expert", "width"), default="auto")
+    parser.add_argument(
+        "--expert-imbalance",
+        type=_at_least_one,
+        default=1.0,
+        metavar="F",
+        help="tokens of the rank with the busiest experts over the mean of all ranks; default: even routing",
+    )
     parser.add_argument("--profile", type=Path, metavar="FILE", help="step times that ulysses-infer calibrate measured")
     _add_traffic(parser)
     _add_results(parser)
@@ -75,6 +81,16 @@ def _add_results(parser: OptionParser) -> None:
     group.add_argument("--explain", metavar="LAYOUT", help="operations of two steps of a layout, as sp8xtp1")
     group.add_argument("--recipe", type=Path, metavar="FILE", help="write the recipe of the best layout")
     group.add_argument("--report", type=Path, metavar="FILE", help="write an HTML report")
+
+
+def _at_least_one(text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 1 <= factor < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return factor
 
 
 def _target(text: str) -> tuple[str, float]:

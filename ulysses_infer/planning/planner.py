@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow
 from ulysses_infer.config import Config, PolicyConfig
@@ -25,6 +25,7 @@ from ulysses_infer.step_time.profile import Profile
 from ulysses_infer.step_time.step_shape import StepShape
 
 MOST_TOKENS = 1 << 14
+DTYPES = ("bf16", "fp8_block", "fp8", "int4")  # by bytes per weight
 Report = Callable[[str, float], None]
 """Called with what is simulated and the share, 0 to 1, that is done."""
 
@@ -78,6 +79,11 @@ class Plan:
     def pareto(self) -> list[Evaluation]:
         """Those that no other beats in both median time to first token and median time per token."""
         return [one for one in self.evaluations if not any(_dominates(other, one) for other in self.evaluations)]
+
+    def cost(self, evaluation: Evaluation, price: float) -> float:
+        """Of a million tokens. price: of one device for an hour."""
+        hourly = price * self.num_nodes * self.node.num_devices
+        return hourly / 3600 / max(evaluation.figures.tokens_per_second, 1e-9) * 1e6
 
 
 class Planner:
@@ -143,7 +149,7 @@ class Planner:
     def times(self, layout: PlannedLayout) -> StepTimes:
         """Step times of a layout."""
         if self.profile is not None:
-            return MeasuredStepTimes(self.profile, self.node.host.request_seconds)
+            return MeasuredStepTimes(self.profile, self.node.host)
         operations = StepOperations(self.sizes, self.node, layout.placement, self.changes, self.num_nodes)
         return AnalyticStepTimes(operations, layout.modes)
 
@@ -166,10 +172,10 @@ class Planner:
     def settings(self, layout: PlannedLayout) -> ReplicaSettings:
         """What each replica of a layout is made of."""
         scheduler, cache = self.config.scheduler, self.config.cache
-        most = layout.cache_tokens(scheduler.max_num_seqs)
-        usable = min(most, scheduler.max_num_seqs * self.max_model_len)
+        num_sequences = layout.num_sequences(scheduler.max_num_seqs)
+        usable = min(layout.cache_tokens(num_sequences), num_sequences * self.max_model_len)
         return ReplicaSettings(
-            scheduler=scheduler,
+            scheduler=replace(scheduler, max_num_seqs=num_sequences),
             num_blocks=max(1, usable // cache.block_size),
             block_size=cache.block_size,
             max_model_len=self.max_model_len,
@@ -201,11 +207,28 @@ class Planner:
             return f"the profile has modes {measured}, which no layout of {self.node.name} consists of; calibrate there"
         fullest = max(self.layouts, key=lambda layout: layout.base.world_size * layout.base.tp)
         node = f"{self.num_nodes * self.node.num_devices} x {self.node.device}"
-        lower = " or give --dtype fp8" if self.sizes.dtype == "bf16" else ""
+        remedies = self._remedies()
         return (
             f"no layout of {self.sizes.model_type} fits on {node}; the smallest per device is {fullest}: "
-            f"{fullest.reason}. Take more devices, lower --max-model-len{lower}"
+            f"{fullest.reason}. {f'It fits with {remedies}' if remedies else 'Take larger devices'}"
         )
+
+    def _remedies(self) -> str:
+        """What would make the model fit: a smaller dtype, or more devices in a node."""
+        found = []
+        for dtype in DTYPES[DTYPES.index(self.sizes.dtype) + 1 :]:
+            if self._fits(replace(self.sizes, dtype=dtype), self.node):
+                found.append(f"--dtype {dtype}")
+                break
+        for factor in (2, 4, 8, 16):
+            count = factor * self.node.num_devices
+            if self._fits(self.sizes, replace(self.node, num_devices=count)):
+                found.append(f"nodes of {count} such devices")
+                break
+        return " or ".join(found)
+
+    def _fits(self, sizes: ModelSizes, node: Node) -> bool:
+        return any(layout.reason is None for layout in all_layouts(sizes, node, self.config))
 
 
 def _cost(figures: Figures, has_targets: bool) -> tuple[float, ...]:

@@ -44,7 +44,7 @@ class SimulatedReplica:
         self.timeline: list[tuple[float, float, Mode, int]] = []
         """(start, seconds, mode, batched tokens) of every step."""
         self._step: tuple[Batch, Decision, float] | None = None
-        self._unfinished: dict[int, Request] = {}
+        self._outstanding = 0
 
     @property
     def is_busy(self) -> bool:
@@ -52,10 +52,9 @@ class SimulatedReplica:
         return self._step is not None
 
     @property
-    def load(self) -> int:
-        """Outstanding work, as the server's router counts it."""
-        requests = self._unfinished.values()
-        return outstanding_tokens((1, 0 if r.first_token_time is not None else r.num_prompt_tokens) for r in requests)
+    def load(self) -> tuple[int, float]:
+        """What the server's router compares: outstanding work, then the used share of the cache."""
+        return self._outstanding, self.scheduler.allocator.usage
 
     def submit(self, row: TraceRow, index: int, now: float, arrived: float) -> Request:
         """Queue a request that was sent at `arrived`. Raises `RequestError` if it can never run."""
@@ -66,7 +65,7 @@ class SimulatedReplica:
         if settings.enable_prefix_caching:
             request.block_hashes = prompt_hashes(row, index, settings.block_size, settings.tokens_per_hash)
         self.scheduler.add(request)
-        self._unfinished[index] = request
+        self._outstanding += outstanding_tokens([(1, request.num_prompt_tokens)])
         return request
 
     def start(self, now: float) -> float | None:
@@ -89,8 +88,12 @@ class SimulatedReplica:
         batch, decision, seconds = self._step
         self._step = None
         self.policy.observe(batch, decision, seconds)
-        sampled = {item.request.index: TOKEN for item in batch.scheduled if item.samples}
+        sampled, prompts = {}, []
+        for request, _, _, _, samples, *_ in batch.scheduled:
+            if samples:
+                sampled[request.index] = TOKEN
+                if request.first_token_time is None:
+                    prompts.append((0, request.num_prompt_tokens))
         finished = self.scheduler.update(batch, sampled)
-        for request in finished:
-            del self._unfinished[request.index]
+        self._outstanding -= outstanding_tokens([*prompts, *((1, 0) for _ in finished)])
         return finished

@@ -68,7 +68,7 @@ def simulate(
             latest = now if finished and max_concurrency is not None else latest
         else:
             now = arrival
-            index = min(range(len(replicas)), key=lambda i: replicas[i].load)
+            index = min(range(len(replicas)), key=lambda i: replicas[i].load) if len(replicas) > 1 else 0
             try:
                 replicas[index].submit(rows[number], number, now, now - request_seconds)
             except RequestError:
@@ -80,7 +80,8 @@ def simulate(
                 heapq.heappush(ends, (end, index))
     for replica in replicas:
         replica.scheduler.allocator.assert_idle()
-    seconds = max((result.arrived + result.latency for result in results), default=0.0)
+    ended = max((result.arrived + result.latency for result in results), default=0.0)
+    seconds = ended - (rows[0].at if results else 0.0)
     preemptions = sum(replica.scheduler.num_preemptions for replica in replicas)
     return SimulationResult(results, refused, seconds, preemptions)
 

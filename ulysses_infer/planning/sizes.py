@@ -7,10 +7,16 @@ from typing import Any
 
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.head_layout import head_layout
+from ulysses_infer.planning.recurrent import (
+    KINDS_WITHOUT_ATTENTION,
+    NO_STATES,
+    RECURRENT_KINDS,
+    RecurrentSizes,
+    recurrent_sizes,
+)
 
 WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int4": 0.5625}
 """Bytes per weight of a quantised layer, scales of int4's groups included."""
-RECURRENT_KINDS = frozenset({"linear_attention", "mamba", "recurrent", "conv"})
 
 
 @dataclass(frozen=True)
@@ -37,21 +43,22 @@ class ModelSizes:
     expert_width: int = 0
     shared_width: int = 0
     num_expert_layers: int = 0
+    num_attention_layers: int = 0
+    """Layers with keys and values in the cache."""
+    num_dense_layers: int = 0
+    """Layers with a plain feed-forward block."""
     num_recurrent_layers: int = 0
-    state_elements: int = 0
-    """Recurrent state of one sequence in one layer, over all heads."""
+    recurrent: RecurrentSizes = NO_STATES
+    """One of them."""
     num_window_layers: int = 0
     window: int = 0
-
-    @property
-    def num_attention_layers(self) -> int:
-        """Layers with keys and values in the cache."""
-        return self.num_layers - self.num_recurrent_layers
-
-    @property
-    def num_dense_layers(self) -> int:
-        """Layers with a plain feed-forward block."""
-        return self.num_layers - self.num_expert_layers
+    selected: int = 0
+    """Cached tokens that each token attends to, chosen by an index (learned sparse attention); 0: all."""
+    index_heads: int = 0
+    index_width: int = 0
+    """Of one head of the index, and what one token caches for it per layer."""
+    expert_imbalance: float = 1.0
+    """Tokens of the rank with the busiest experts over the mean of all ranks, from uneven routing."""
 
     @property
     def weight_bytes(self) -> float:
@@ -87,7 +94,9 @@ class ModelSizes:
         """Weights of all layers that tensor parallelism divides, except experts."""
         dense = 3 * self.hidden_size * self.intermediate_size * self.num_dense_layers
         shared = 3 * self.hidden_size * self.shared_width * self.num_expert_layers
-        return self.attention_weights * self.num_layers + dense + shared
+        attention = self.attention_weights * self.num_attention_layers
+        recurrent = self.recurrent.weights(self.hidden_size) * self.num_recurrent_layers
+        return attention + recurrent + dense + shared
 
     @property
     def expert_weights(self) -> float:
@@ -101,20 +110,21 @@ def sizes_of(config: Any, dtype: str | None = None) -> ModelSizes:
     Raises `ConfigError` if the config lacks a size.
     """
     text = config.get_text_config(decoder=True)
-    hidden, heads = _need(text, "hidden_size"), _need(text, "num_attention_heads")
+    hidden, num_layers = _need(text, "hidden_size"), _need(text, "num_hidden_layers")
+    kinds = _layer_kinds(text, num_layers)
+    attends = any(kind not in KINDS_WITHOUT_ATTENTION for kind in kinds)
+    heads = _need(text, "num_attention_heads") if attends else 1
     head_width = getattr(text, "head_dim", None) or hidden // heads
     latent = getattr(text, "kv_lora_rank", None) or 0
     rope_width = getattr(text, "qk_rope_head_dim", None) or 0
     key_width = (getattr(text, "qk_nope_head_dim", 0) + rope_width) if latent else head_width
-    kinds = list(getattr(text, "layer_types", None) or ())
-    num_layers = _need(text, "num_hidden_layers")
     window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or 0
     return ModelSizes(
         model_type=config.model_type,
         num_layers=num_layers,
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        num_key_value_heads=(getattr(text, "num_key_value_heads", None) or heads) if attends else 1,
         key_width=key_width,
         value_width=getattr(text, "v_head_dim", None) or head_width,
         latent_width=latent + rope_width if latent else 0,
@@ -123,11 +133,15 @@ def sizes_of(config: Any, dtype: str | None = None) -> ModelSizes:
         has_tied_head=bool(getattr(text, "tie_word_embeddings", False)),
         max_model_len=getattr(text, "max_position_embeddings", None) or 1 << 17,
         dtype=dtype or _stored_dtype(config, text),
-        **_experts(text, num_layers),
+        **_feed_forward(text, kinds),
+        num_attention_layers=sum(kind not in KINDS_WITHOUT_ATTENTION for kind in kinds),
         num_recurrent_layers=sum(kind in RECURRENT_KINDS for kind in kinds),
-        state_elements=_state_elements(text),
+        recurrent=_recurrent(text, frozenset(kinds)),
         num_window_layers=sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds),
         window=window,
+        selected=getattr(text, "index_topk", None) or 0,
+        index_heads=getattr(text, "index_n_heads", None) or 0,
+        index_width=getattr(text, "index_head_dim", None) or 0,
     )
 
 
@@ -142,6 +156,32 @@ def _dense_width(text: Any) -> int:
     """llama4 keeps the width of its dense layers under a name of its own."""
     width = getattr(text, "intermediate_size_mlp", None) or getattr(text, "intermediate_size", None)
     return int(width[0] if isinstance(width, list) else width or 4 * text.hidden_size)
+
+
+def _layer_kinds(text: Any, num_layers: int) -> list[str]:
+    """The kind of every layer; attention, if the config does not say."""
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    return list(kinds or ["full_attention"] * num_layers)
+
+
+def _recurrent(text: Any, kinds: frozenset[str]) -> RecurrentSizes:
+    if not kinds & RECURRENT_KINDS:
+        return NO_STATES
+    found = recurrent_sizes(text, kinds)
+    if found is None:
+        raise ConfigError(f"planning does not know what the recurrent layers of model type {text.model_type!r} keep")
+    return found
+
+
+def _feed_forward(text: Any, kinds: list[str]) -> dict[str, int]:
+    """Dense blocks and experts. Most layers have one after their attention or recurrence; in some models each layer is
+    only one of these."""
+    is_apart = "mlp" in kinds or "moe" in kinds
+    num_blocks = kinds.count("mlp") + kinds.count("moe") if is_apart else len(kinds)
+    experts = _experts(text, num_blocks)
+    if is_apart and experts:
+        experts["num_expert_layers"] = kinds.count("moe")
+    return {**experts, "num_dense_layers": num_blocks - experts.get("num_expert_layers", 0)}
 
 
 def _experts(text: Any, num_layers: int) -> dict[str, int]:
@@ -162,14 +202,6 @@ def _experts(text: Any, num_layers: int) -> dict[str, int]:
         "shared_width": shared,
         "num_expert_layers": (num_layers - first) // step,
     }
-
-
-def _state_elements(text: Any) -> int:
-    """Of the gated delta rule, or of Mamba 2."""
-    if getattr(text, "linear_num_value_heads", None):
-        return int(text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim)
-    heads, state = getattr(text, "mamba_n_heads", None), getattr(text, "mamba_d_state", None)
-    return int(heads * text.mamba_d_head * state) if heads and state else 0
 
 
 def _stored_dtype(config: Any, text: Any) -> str:

@@ -32,17 +32,19 @@ class StepTimes(Protocol):
 
 
 class MeasuredStepTimes:
-    """Interpolates a stored profile, with the model that the adaptive policy uses."""
+    """Interpolates a stored profile, with the model that the adaptive policy uses, and adds what the host does between
+    steps."""
 
-    def __init__(self, profile: Profile, request_seconds: float = 0.0) -> None:
+    def __init__(self, profile: Profile, host: Host) -> None:
         self.modes = tuple(dict.fromkeys(measurement.mode for measurement in profile.measurements))
-        self.request_seconds = request_seconds
+        self.request_seconds, self._host = host.request_seconds, host
         self._model = StepTimeModel(self.modes)
         self._model.learn(profile.measurements)
 
     def seconds(self, mode: Mode, shape: StepShape) -> float:
         """See `StepTimes`. Raises KeyError for a mode that the profile lacks."""
-        return dict(zip(self.modes, self._model.predict(shape), strict=True))[mode]
+        device = dict(zip(self.modes, self._model.predict(shape), strict=True))[mode]
+        return with_host(self._host, shape, device)
 
 
 class AnalyticStepTimes:
@@ -58,16 +60,13 @@ class AnalyticStepTimes:
         return max(seconds, self._launch_seconds(shape))
 
     def seconds(self, mode: Mode, shape: StepShape) -> float:
-        """See `StepTimes`. For short steps, the longer of device and host counts."""
-        host = self._host
-        own = host.step_seconds + host.sequence_seconds * shape.num_sequences
-        device = self.device_seconds(mode, shape)
-        return max(device, own) if shape.num_tokens <= host.hidden_tokens else device + own
+        """See `StepTimes`."""
+        return with_host(self._host, shape, self.device_seconds(mode, shape))
 
     def explain(self, mode: Mode, shape: StepShape) -> list[Operation]:
         """The operations, the most expensive first, and what the host adds."""
         found = sorted(self.operations.of(mode, shape), key=lambda operation: -operation.total)
-        rest = self.seconds(mode, shape) - sum(operation.total for operation in found)
+        rest = max(0.0, self.seconds(mode, shape) - sum(operation.total for operation in found))
         return [*found, Operation("host", rest, 1, "host")]
 
     @property
@@ -78,6 +77,12 @@ class AnalyticStepTimes:
         captured = shape.num_tokens <= self._host.max_captured_tokens
         kernels = KERNELS_PER_LAYER if captured else EAGER_KERNELS_PER_LAYER
         return 0.0 if captured else kernels * self.operations.sizes.num_layers * self._host.launch_seconds
+
+
+def with_host(host: Host, shape: StepShape, device: float) -> float:
+    """Seconds of a step that takes `device` seconds there: for short steps, the longer of device and host counts."""
+    own = host.step_seconds + host.sequence_seconds * shape.num_sequences
+    return max(device, own) if shape.num_tokens <= host.hidden_tokens else device + own
 
 
 def profile_of(times: StepTimes, limits: Limits) -> Profile:

@@ -63,8 +63,7 @@ def _row(plan: Plan, evaluation: Evaluation, is_best: bool, price: float | None,
     cells += [f"{figures.goodput:.1%}"] * bool(plan.targets)
     cells.append(", ".join(f"{mode} {share:.0%}" for mode, share in sorted(figures.mode_shares.items())))
     if price is not None:
-        devices = plan.num_nodes * plan.node.num_devices
-        cells.append(f"{price * devices / 3600 / max(figures.tokens_per_second, 1e-9) * 1e6:.3f}")
+        cells.append(f"{plan.cost(evaluation, price):.3f}")
     return cells
 
 

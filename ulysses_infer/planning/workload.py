@@ -30,6 +30,12 @@ class Traffic:
         return [TraceRow(at, self.input_len, self.output_len) for at in times]
 
 
+def simulated_block_size(rows: Sequence[TraceRow]) -> int:
+    """Tokens per block of a simulation: about 1/64 of a request, 16 to 128. Larger blocks simulate faster."""
+    mean = sum(row.input_len + row.output_len for row in rows) / max(1, len(rows))
+    return int(min(128, max(16, 1 << int(mean / 64).bit_length() >> 1)))
+
+
 def prompt_hashes(row: TraceRow, index: int, block_size: int, tokens_per_hash: float) -> list[bytes]:
     """Block hashes of a prompt's full blocks. Rows share those whose hash ids they share; others are unique.
 
