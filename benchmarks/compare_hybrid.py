@@ -1,8 +1,9 @@
-"""A hybrid of gated delta nets and attention, 0.4 B random weights: latency against transformers' generate, in one run.
+"""A hybrid of recurrent layers and attention, 0.3 to 0.4 B random weights: latency against transformers' generate.
 
-    python -m benchmarks.compare_hybrid [--ranks 2] [--input-len 512] [--output-len 32] [--repeats 5]
+    python -m benchmarks.compare_hybrid [--kind delta_net] [--ranks 2] [--input-len 512] [--output-len 32] [--repeats 5]
 
-The model has the layers of Qwen3-Next, with dense feed-forward blocks. Both sides get the same checkpoint in bfloat16
+Kinds: gated delta nets (the layers of Qwen3-Next, with dense feed-forward blocks), Mamba 2 (Bamba) or short
+convolutions (LFM 2). Both sides get the same checkpoint in bfloat16
 and as many threads as there are ranks, and take turns with lone requests, so that other load on the machine meets both.
 The table shows the fastest and the median repetition of each, and the ratios.
 """
@@ -27,26 +28,46 @@ import ulysses_infer
 from benchmarks.arguments import common_options
 from ulysses_infer.console.library_logging import quiet_libraries
 
-SHAPE: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": 32768,
     "hidden_size": 1024,
     "intermediate_size": 3584,
     "num_hidden_layers": 16,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 16,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "mlp_only_layers": list(range(16)),
-    "num_experts": 0,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
 }
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "delta_net": (
+        "qwen3_next",
+        {
+            "head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 16,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "mlp_only_layers": list(range(16)),
+            "num_experts": 0,
+        },
+    ),
+    "mamba2": (
+        "bamba",
+        {
+            "attn_layer_indices": [3, 7, 11, 15],
+            "mamba_n_heads": 32,
+            "mamba_d_head": 64,
+            "mamba_d_state": 128,
+            "mamba_n_groups": 1,
+            "mamba_expand": 2,
+        },
+    ),
+    "convolution": ("lfm2", {"layer_types": ["conv", "conv", "conv", "full_attention"] * 4}),
+}
+"""The model type and its sizes, by the kind of the recurrent layers. A quarter of the layers are attention."""
 
 
 class Latency(NamedTuple):
@@ -56,12 +77,14 @@ class Latency(NamedTuple):
     per_token: float
 
 
-def write_model(folder: Path) -> int:
+def write_model(kind: str, folder: Path) -> int:
     """Write the random checkpoint; returns its number of parameters."""
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen3NextForCausalLM(Qwen3NextConfig(**SHAPE)).bfloat16()
+    model_type, sizes = KINDS[kind]
+    config = AutoConfig.for_model(model_type, **COMMON, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -75,7 +98,7 @@ def latency_of(generate: Callable[[int], float], output_len: int) -> Latency:
 def prompts(length: int) -> Callable[[], list[int]]:
     """A source of prompts that share nothing."""
     random = torch.Generator().manual_seed(1)
-    return lambda: torch.randint(SHAPE["vocab_size"], (length,), generator=random).tolist()
+    return lambda: torch.randint(COMMON["vocab_size"], (length,), generator=random).tolist()
 
 
 def serve_transformers(connection: Connection, folder: str, threads: int, input_len: int) -> None:
@@ -126,10 +149,15 @@ def show(name: str, theirs: list[float], ours: list[float]) -> dict[str, float]:
 def main() -> None:
     """Run both sides in turns."""
     defaults = common_options(ranks=2, input_len=512, output_len=32, repeats=5, output=None)
-    options = argparse.ArgumentParser(description=__doc__, parents=[defaults]).parse_args()
+    parser = argparse.ArgumentParser(
+        description=__doc__, parents=[defaults], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kind", choices=KINDS, default="delta_net", help="of recurrent layers (default: %(default)s)")
+    options = parser.parse_args()
     quiet_libraries(rank=0)
     with tempfile.TemporaryDirectory() as folder:
-        print(f"{write_model(Path(folder)) / 1e9:.2f} B parameters; other load: {os.getloadavg()[0]:.1f} processes")
+        billions = write_model(options.kind, Path(folder)) / 1e9
+        print(f"{options.kind}: {billions:.2f} B parameters; other load: {os.getloadavg()[0]:.1f} processes")
         context = multiprocessing.get_context("spawn")
         mine, other = context.Pipe()
         arguments = (other, folder, options.ranks, options.input_len)

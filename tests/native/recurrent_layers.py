@@ -33,6 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "zamba2": {"mamba_headdim": 16, "mamba_d_state": 32},
     "bamba": MAMBA,
     "granitemoehybrid": MAMBA,
+    "minimax": {"head_dim": 80, "layer_types": ["linear_attention", "full_attention"]},
     "lfm2": {"hidden_size": 96, "conv_bias": True},
     "lfm3": {"hidden_size": 96},
 }
@@ -49,8 +50,10 @@ def make_layer(
         setattr(config, name, value)
     model = model_class(config).from_config(config, dtype=torch.float32)
     perturb(model)
+    for parameter in model.parameters():  # buffers stay in float32, as in loading
+        parameter.data = parameter.data.to(dtype)
     builder = ModelBuilder.from_pretrained(
-        model.to(dtype), ModelConfig("unused"), Layout(Mode(world_size, 1)), shard, torch.device("cpu")
+        model, ModelConfig("unused"), Layout(Mode(world_size, 1)), shard, torch.device("cpu")
     )
     layers = builder.load().injection.recurrent_layers
     return next(layer for layer in layers if isinstance(layer, RecurrentLayer))

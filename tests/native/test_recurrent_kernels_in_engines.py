@@ -36,6 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layer_types": LAYERS,
         "mlp_layer_types": ["dense"] * 4,
     },
+    "minimax": {},
     "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]},
 }
 
@@ -72,6 +73,7 @@ CASES = [
         ("nemotron_h", (1, 2)),
         ("kimi_linear", (2, 2)),
         ("lfm2", (4, 1)),
+        ("minimax", (2, 1)),
     )
 ]
 

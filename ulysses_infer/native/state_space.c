@@ -247,7 +247,8 @@ struct state_space_norm {
     int64_t row, tokens, inner, sums, first_sum, own_sums;
     int64_t group;       /* features of all ranks in each sum */
     int64_t is_single;   /* whether the output is that of single tokens, which transformers rounds */
-    int64_t gates_last;  /* whether to multiply by silu(z) after the norm */
+    int64_t gates_last;  /* whether to multiply by silu(z), or by the sigmoid, after the norm */
+    int64_t is_sigmoid;
     int64_t rounds_unit; /* whether single tokens are rounded before they are multiplied by the weight */
     float epsilon;
 };
@@ -268,9 +269,14 @@ INLINE void norm_token(const struct state_space_norm *norm, int64_t token, enum 
                 value *= take(element(norm->weight, i, type), type);
             }
             if (norm->gates_last) {
-                floats gate = take(element(z, i, type), type);
-                silu(&gate, 1, FLOAT32);
-                value *= norm->weight ? gate : rounded(gate, type);
+                floats gate = take(element(z, i, type), type), open = splat(1.0f);
+                if (norm->is_sigmoid) {
+                    times_sigmoid(&open, &gate, 1, FLOAT32);
+                    value = rounded(value, type) * rounded(open, type);
+                } else {
+                    silu(&gate, 1, FLOAT32);
+                    value *= norm->weight ? gate : rounded(gate, type);
+                }
             }
             give(out + i * size_of(type), value, type);
         }

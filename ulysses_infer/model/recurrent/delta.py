@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from ulysses_infer.model.recurrent.native_delta import DeltaLayer, DeltaParts, NativeDeltaNet
-from ulysses_infer.model.recurrent.native_form import FedPart
+from ulysses_infer.model.recurrent.native.delta import DeltaLayer, DeltaParts, NativeDeltaNet
+from ulysses_infer.model.recurrent.native.form import FedPart
 from ulysses_infer.model.recurrent.rules import Input, OwnWeight, Rule, convolution
 from ulysses_infer.parallel.grouped_sharding import GroupedSharding
 from ulysses_infer.parallel.sharding import Part, Sharding

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ulysses_infer.cache.states import RECURRENT
+from ulysses_infer.model.recurrent.native.lightning import NativeLightning
 from ulysses_infer.model.recurrent.rules import Input, Owner, OwnWeight, Rule
 from ulysses_infer.model.recurrent.spread import SpreadNorm, check_spread
 from ulysses_infer.parallel.sharding import Part, Sharding
@@ -18,6 +19,7 @@ def lightning_attention(module: Any) -> Rule:
     heads, width = module.num_attention_heads, module.head_dim
     each, features = Sharding((Part(heads),)), Part(heads, width)
     check_spread(module.norm)
+    epsilon = module.norm.variance_epsilon
     return Rule(
         inputs=(
             Input("qkv_proj", Sharding((Part(heads, 3 * width),))),
@@ -27,13 +29,13 @@ def lightning_attention(module: Any) -> Rule:
         output_part=features,
         weights=(
             OwnWeight("norm.weight", Sharding((features,))),
-            *(OwnWeight(name, each) for name in ("slope_rate", "query_decay", "key_decay")),
-            OwnWeight("diagonal_decay", each, 1),
+            OwnWeight("slope_rate", each),
         ),
         counts={"num_attention_heads": (Part(heads),)},
         units={"heads": (heads, False)},
         replaced=_spread_norm,
         forward=lightning_forward,
+        native=lambda own, dtype, owner: NativeLightning.of(own, dtype, owner, epsilon),
         returns_pair=True,
     )
 
@@ -51,10 +53,10 @@ def lightning_forward(view: Any, hidden_states: torch.Tensor, past_key_values: A
     state = past_key_values.state(RECURRENT)
     if state is None:
         state = mixed.new_zeros((*mixed.shape[:2], view.head_dim, view.head_dim), dtype=torch.float32)
-    outputs = []
+    outputs, slopes = [], view.slope_rate.float()
     for block in mixed.split(view.block_size, dim=2):
-        query, key, value = block.split(view.head_dim, dim=-1)
-        output, state = _block(view, query, key, value, state)
+        query, key, value = (each.to(state.dtype) for each in block.split(view.head_dim, dim=-1))
+        output, state = _block(slopes, query, key, value, state)
         outputs.append(output)
     past_key_values.set(RECURRENT, state)
     joined = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2).to(hidden_states.dtype)
@@ -63,13 +65,17 @@ def lightning_forward(view: Any, hidden_states: torch.Tensor, past_key_values: A
 
 
 def _block(
-    view: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: torch.Tensor
+    slopes: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """query, key, value: [n, H, L, d], at most a block; state: [n, H, d, d]; returns the output and the new state."""
+    """slopes: [H, 1, 1]; query, key, value: [n, H, L, d], at most a block; state: [n, H, d, d]; all float32.
+
+    Returns the output and the new state. Decays are exact, where transformers rounds them to the model's dtype.
+    """
     length = query.shape[2]
-    weights = (query @ key.transpose(-1, -2)) * view.diagonal_decay[:, :, :length, :length]
-    inside = weights.to(state.dtype) @ value.to(state.dtype)
-    before = (query * view.query_decay[:, :length]).to(state.dtype) @ state
-    decayed = (key * view.key_decay[:, -length:]).to(state.dtype)
-    after = state * torch.exp(-view.slope_rate * length) + decayed.transpose(-1, -2) @ value.to(state.dtype)
-    return before + inside, after
+    steps = torch.arange(1, length + 1, device=query.device)[:, None]
+    since = steps - steps.transpose(0, 1)
+    weights = (query @ key.transpose(-1, -2)) * torch.exp(-slopes * since.clamp(min=0)) * (since >= 0)
+    before = (query * torch.exp(-slopes * steps)) @ state
+    decayed = key * torch.exp(-slopes * (length - steps))
+    after = state * torch.exp(-slopes * length) + decayed.transpose(-1, -2) @ value
+    return before + weights @ value, after

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ulysses_infer.cache.states import RECURRENT
-from ulysses_infer.model.recurrent.native_mamba2 import NativeMamba2, has_norm
+from ulysses_infer.model.recurrent.native.mamba2 import NativeMamba2, has_norm
 from ulysses_infer.model.recurrent.rules import Input, Owner, OwnWeight, Rule, convolution
 from ulysses_infer.model.recurrent.spread import SpreadNorm, SummedLinear, check_spread
 from ulysses_infer.model.recurrent.view import ModuleView

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ulysses_infer.model.recurrent.native_convolution import NativeShortConvolution
+from ulysses_infer.model.recurrent.native.convolution import NativeShortConvolution
 from ulysses_infer.model.recurrent.rules import Input, Rule, convolution
 from ulysses_infer.parallel.sharding import Part, Sharding
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ulysses_infer.cache.states import CONVOLUTION, StateCache
-from ulysses_infer.model.recurrent.native_form import MOST_TAPS, Convolution, StructFunction, address, can_run
+from ulysses_infer.model.recurrent.native.form import MOST_TAPS, Convolution, StructFunction, address, can_run
 from ulysses_infer.model.recurrent.runs import Run
 
 LIBRARY = "short_convolution"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ulysses_infer.cache.states import CONVOLUTION, RECURRENT, StateCache
-from ulysses_infer.model.recurrent.native_form import (
+from ulysses_infer.model.recurrent.native.form import (
     MOST_TAPS,
     Convolution,
     Fed,

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ulysses_infer.cache.states import CONVOLUTION, RECURRENT, StateCache
-from ulysses_infer.model.recurrent.native_form import MOST_TAPS, SUFFIXES, Convolution, StructFunction, can_run
+from ulysses_infer.model.recurrent.native.form import MOST_TAPS, Convolution, StructFunction, can_run
+from ulysses_infer.model.recurrent.native.norm import GatedNorm, NativeGatedNorm, NormGroups
 from ulysses_infer.model.recurrent.rules import Owner
 from ulysses_infer.model.recurrent.runs import Run
-from ulysses_infer.model.recurrent.spread import sum_over_ranks
-from ulysses_infer.native.function import ELEMENTWISE, NativeFunction
-from ulysses_infer.native.library import open_library
 
 LIBRARY = "state_space"
 MOST_WIDTH = 256  # of a head, in state_space.c
@@ -34,30 +32,6 @@ class _StateSpace(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("sums", "first_sum", "own_sums", "gates_output")),
         *((name, ctypes.c_float) for name in ("shortest", "longest")),
     )
-
-
-class _Norm(ctypes.Structure):
-    """`struct state_space_norm` of state_space.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("output", "squares", "inputs", "weight", "out")),
-        *((name, ctypes.c_int64) for name in ("row", "tokens", "inner", "sums", "first_sum", "own_sums")),
-        *((name, ctypes.c_int64) for name in ("group", "is_single", "gates_last", "rounds_unit")),
-        ("epsilon", ctypes.c_float),
-    )
-
-
-class NormGroups(NamedTuple):
-    """The groups of features that the norm of a layer normalises together, over all ranks."""
-
-    sums: int
-    """How many sums of squares there are."""
-    first: int
-    """The first that this rank's features belong to."""
-    own: int
-    """How many it takes part in."""
-    sharers: int
-    """Ranks that share a group."""
 
 
 def norm_groups(module: Any, groups: int, owner: Owner) -> NormGroups:
@@ -82,7 +56,7 @@ class NativeMamba2:
         """module: with this rank's heads."""
         self._module, self._groups = module, groups
         self._scan = StructFunction(LIBRARY, dtype)
-        self._normalise = NativeFunction(open_library(LIBRARY), f"state_space_norm_{SUFFIXES[dtype]}", "p", ELEMENTWISE)
+        self._normalise = NativeGatedNorm(dtype)
         norm = getattr(module, "norm", None)
         self._gates_last = bool(getattr(norm, "norm_before_gate", not has_norm(module)))
         self._rounds_unit = groups.sharers > 1 or not hasattr(norm, "norm_before_gate")
@@ -103,16 +77,22 @@ class NativeMamba2:
         scale = getattr(module, "mup_vector", None)
         if scale is not None:
             own = own * scale[0]
-        tokens, inner = own.shape[0], module.intermediate_size
-        output = own.new_empty(tokens, inner, dtype=torch.float32)
+        tokens = own.shape[0]
+        output = own.new_empty(tokens, module.intermediate_size, dtype=torch.float32)
         squares = own.new_empty(tokens, max(1, self._groups.sums), dtype=torch.float32)
         self._scan(self._scan_arguments(states, layer, run, own, output, squares))
-        if self._groups.sharers > 1:
-            squares = sum_over_ranks(squares)
-        out = own.new_empty(tokens, inner)
-        arguments = self._norm_arguments(run, own, output, squares, out)
-        self._normalise(ctypes.byref(arguments))
-        return out
+        return self._normalise(self._output_norm(), output, squares, own, is_single=run.length == 1)
+
+    def _output_norm(self) -> GatedNorm:
+        norm = self._module.norm
+        weighted = self._groups.sums > 0
+        return GatedNorm(
+            norm.weight if weighted else None,
+            norm.variance_epsilon if weighted else 0.0,
+            self._groups,
+            gates_last=self._gates_last,
+            rounds_unit=self._rounds_unit,
+        )
 
     def _scan_arguments(
         self, states: StateCache, layer: int, run: Run, own: torch.Tensor, output: torch.Tensor, squares: torch.Tensor
@@ -143,28 +123,4 @@ class NativeMamba2:
             gates_output=not self._gates_last,
             shortest=shortest,
             longest=longest,
-        )
-
-    def _norm_arguments(
-        self, run: Run, own: torch.Tensor, output: torch.Tensor, squares: torch.Tensor, out: torch.Tensor
-    ) -> _Norm:
-        module, groups = self._module, self._groups
-        weighted = groups.sums > 0
-        return _Norm(
-            output.data_ptr(),
-            squares.data_ptr(),
-            own.data_ptr(),
-            module.norm.weight.data_ptr() if weighted else None,
-            out.data_ptr(),
-            own.stride(0),
-            own.shape[0],
-            module.intermediate_size,
-            groups.sums,
-            groups.first,
-            groups.own,
-            module.intermediate_size * groups.sharers // max(1, groups.own),
-            run.length == 1,
-            self._gates_last,
-            self._rounds_unit,
-            module.norm.variance_epsilon if weighted else 0.0,
         )

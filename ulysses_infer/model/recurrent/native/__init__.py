@@ -1,0 +1,1 @@
+"""Forms in C of what lies between the projections of recurrent layers, for CPUs."""
