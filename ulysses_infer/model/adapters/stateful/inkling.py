@@ -13,7 +13,7 @@ from ulysses_infer.attention.backend import AttentionOptions
 from ulysses_infer.cache.states import StateShape
 from ulysses_infer.model.adapters.base import Adapted, AdaptedAttention
 from ulysses_infer.model.context import step_context, step_positions
-from ulysses_infer.model.injection.rules import AttentionRule, key_value_heads, query_heads
+from ulysses_infer.model.injection.rules import MLP_RULES, AttentionRule, key_value_heads, query_heads
 from ulysses_infer.model.recurrent.history import History, KeepsStates
 
 KEYS, VALUES = 0, 1  # numbers of the states of attention
@@ -189,6 +189,8 @@ def adapt_inkling(model: Any) -> None:
         layer.self_attn = InklingAttention(layer.self_attn)
         layer.attn_sconv = ResidualConvolution(layer.attn_sconv, dtype, 1.0)
         layer.mlp_sconv = ResidualConvolution(layer.mlp_sconv, dtype, 1.0)
+        if hasattr(layer.mlp, "down_proj"):  # a dense layer; its output is scaled after the sum over the TP group
+            layer.mlp.feed_forward_rules = {name: MLP_RULES[name] for name in ("gate_proj", "up_proj", "down_proj")}
 
 
 def adapt_inkling2(model: Any) -> None:
