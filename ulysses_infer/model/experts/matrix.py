@@ -20,6 +20,7 @@ from ulysses_infer.model.quantization.grouped import (
     is_grouped,
     stored_product,
 )
+from ulysses_infer.model.quantization.native_products import native_weights, segment_of
 from ulysses_infer.model.quantization.online import OnlineExperts, OnlineScheme, OnlineWeight
 from ulysses_infer.model.quantization.products import Piece, choose_product
 from ulysses_infer.model.quantization.reading import check_foreign, read_part
@@ -56,6 +57,7 @@ class ExpertMatrix(nn.Module):
             shape = (own.size, *component.stored_shape(cut, self._spans))
             empty = torch.empty(shape, dtype=component.dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self._segment = segment_of(cut, sharding, base.world_size)
         self.is_transposed = False
         """Whether the dense weight that it is made of while loading, if any, is [in, out]."""
         self._pieces: list[tuple[Span, Span, dict[str, torch.Tensor]]] = []
@@ -153,6 +155,10 @@ class ExpertMatrix(nn.Module):
             return grouped_product(tokens, groups, self.scheme, views)
         if runs_products(tokens.device):
             return stored_product(tokens, groups, self.scheme.stored_experts(views, rows, columns))
+        if tokens.device.type == "cpu" and rows.size and self.own.size:
+            native = native_weights(self.scheme.stored_experts(views, rows, columns), self._segment)
+            if native is not None and native.serves(tokens):
+                return native.experts_product(tokens, groups.offsets)
         return self._one_by_one(tokens, groups, rows, columns, views)
 
     def _one_by_one(
@@ -162,7 +168,8 @@ class ExpertMatrix(nn.Module):
         output = tokens.new_empty(len(tokens), rows.size)
         for expert, (start, end) in enumerate(pairwise((0, *groups.ends))):
             if end > start:
-                piece = Piece(rows, columns, self._components, {n: v[expert] for n, v in views.items()}, None)
+                parts = {name: view[expert] for name, view in views.items()}
+                piece = Piece(rows, columns, self._components, parts, None, self._segment)
                 output[start:end] = choose_product(self.scheme, piece)(tokens[start:end], piece)
         return output
 

@@ -13,6 +13,7 @@ from ulysses_infer.model.context import step_context
 from ulysses_infer.model.layers.linear import Cut, features_of
 from ulysses_infer.model.loading.files import TensorSource
 from ulysses_infer.model.quantization.component import Axis, Component
+from ulysses_infer.model.quantization.native_products import segment_of
 from ulysses_infer.model.quantization.online import OnlineScheme, OnlineWeight
 from ulysses_infer.model.quantization.products import Piece, Product, choose_product
 from ulysses_infer.model.quantization.reading import check_foreign, read_part
@@ -118,7 +119,8 @@ class QuantizedLinear(nn.Module):
             for name, component in self._components.items()
         }
         if self.cut == "row":
-            return Piece(Span(0, self.out_features), span, self._components, parts, None)
+            segment = segment_of(self.cut, self.sharding, self.base.world_size)
+            return Piece(Span(0, self.out_features), span, self._components, parts, None, segment)
         return Piece(span, Span(0, self.in_features), self._components, parts, self._bias(span))
 
     def _bias(self, span: Span) -> torch.Tensor | None:

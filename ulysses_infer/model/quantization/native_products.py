@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 
 import torch
 
 from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.model.context import step_context_or_none
+from ulysses_infer.model.layers.linear import Cut
 from ulysses_infer.native.function import MATMUL, NativeFunction
 from ulysses_infer.native.library import is_available, open_library
+from ulysses_infer.parallel.sharding import Sharding
 
 SEGMENT = 128
 """Inputs that share a scale when inputs are quantised, at most."""
@@ -52,6 +55,15 @@ class _Stored(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "groups")) + tuple(
         (name, ctypes.c_int64) for name in _FIELDS
     )
+
+
+def segment_of(cut: Cut, sharding: Sharding, world_size: int) -> int:
+    """Inputs that share a scale when inputs are quantised: the same segments in every mode, if slices end at 32s."""
+    if cut == "column":
+        return SEGMENT
+    edges = [edge for index in range(world_size) for span in sharding.spans(index, world_size) for edge in span]
+    common = math.gcd(*edges)
+    return next((size for size in (SEGMENT, SEGMENT // 2) if common % size == 0), SEGMENT // 4)
 
 
 class NativeWeights:
