@@ -12,7 +12,7 @@ import torch
 from docs.generate.tiny_configs import parts_of, shallow
 from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, bases, check, run_case, with_snapshots
 from tests.equivalence.families import LATENT, ROUTED, SHAPE
-from tests.equivalence.tiny_models import NEW_TOKENS, Reference, make_checkpoint, make_prompts, make_reference
+from tests.equivalence.tiny_models import Reference, make_checkpoint, make_prompts, make_reference
 from ulysses_infer.errors import ConfigError, UnsupportedModelError
 from ulysses_infer.model.injection.inject import Injection
 from ulysses_infer.model.model import build_empty_model
@@ -20,7 +20,8 @@ from ulysses_infer.parallel.layout import Layout, Mode
 
 pytestmark = pytest.mark.distributed
 
-LENGTHS = (1, 2, 7, 13, 21, 38)
+LENGTHS = (2, 13, 21, 38)
+NEW_TOKENS = 9
 END = 50
 HYBRID = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "indexed_attention"] * 2}
 GLM = {
@@ -112,7 +113,7 @@ def config_of(name: str, **changes: Any) -> Any:
 def prompts_with_ends(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     """Random prompts, some with a token that ends a text within."""
     prompts = make_prompts(lengths=lengths)
-    for prompt in prompts[2:]:
+    for prompt in prompts[1:]:
         prompt[len(prompt) // 2] = prompt[-2] = END
     return prompts
 
@@ -125,7 +126,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def get(name: str) -> Reference:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            made[name] = make_reference(make_checkpoint(config_of(name), folder), folder, prompts_with_ends())
+            made[name] = make_reference(
+                make_checkpoint(config_of(name), folder), folder, prompts_with_ends(), NEW_TOKENS
+            )
         return made[name]
 
     return get
