@@ -75,6 +75,64 @@ def test_equals_transformers_with_rounded_weights(
     check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
 
 
+def start(folder: Any, **overrides: Any) -> Any:
+    given = {"runtime": {"threads_per_rank": 1, "device": "cpu"}, "model.max_model_len": 128, **overrides}
+    return ulysses_infer.init_inference(str(folder), **given)
+
+
+def tokens_of(engine: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    params = ulysses_infer.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    return [list(output.outputs[0].token_ids) for output in engine.generate(prompts, params, **options)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_new_weights_are_quantised_again(name: str, tmp_path: Any) -> None:
+    prompts, (first, second) = make_prompts(), (tmp_path / "first", tmp_path / "second")
+    before = make_reference(rounded_model(first, "llama", name), first, prompts)
+    changed = make_checkpoint(tiny_config("llama"), second)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.copy_(parameter.flip(0))
+    changed.save_pretrained(second)
+    with torch.no_grad():
+        for module in changed.model.layers.modules():
+            if type(module) is torch.nn.Linear:
+                module.weight.copy_(again_dense(online_scheme(name, 32), module.weight))
+    after = make_reference(changed, second, prompts)
+    assert before.tokens != after.tokens
+    with start(first, **online(CROWD, name).settings) as engine:
+        assert tokens_of(engine, prompts) == before.tokens
+        engine.update_weights(str(second))
+        assert tokens_of(engine, prompts) == after.tokens
+
+
+def test_an_adapter_is_added_to_quantised_weights(tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+    model = rounded_model(tmp_path / "model", "llama", "int8")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", init_lora_weights=False, r=4, target_modules=["q_proj", "down_proj"]
+    )
+    wrapped = peft.get_peft_model(model, config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    prompts = make_prompts()
+    expected = make_reference(wrapped.merge_and_unload().eval(), tmp_path, prompts)
+    settings = online(CROWD, "int8").settings | {"lora.adapters": {"a": str(tmp_path / "adapter")}}
+    with start(tmp_path / "model", **settings) as engine:
+        assert tokens_of(engine, prompts, adapter="a") == expected.tokens
+
+
+def test_decode_steps_in_bfloat16_are_recorded_and_equal_eager_ones(tmp_path: Any) -> None:
+    make_checkpoint(tiny_config("llama"), tmp_path)
+    found = []
+    for eager in (True, False):
+        overrides = online(CROWD, "int8").settings | {"model.dtype": "bfloat16", "runtime.enforce_eager": eager}
+        with start(tmp_path, **overrides) as engine:
+            found.append(tokens_of(engine, make_prompts()))
+            graphs = engine._engine.worker.graphs
+            assert eager or graphs._recorded
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("outputs", "inputs"), [(40, 96), (13, 70), (8, 32)])
 def test_each_weight_is_within_half_a_step(name: str, outputs: int, inputs: int) -> None:

@@ -268,7 +268,9 @@ class Loader:
         expected = self._expected(name)
         if tensor.shape != expected.shape:
             raise CheckpointError(_wrong_shape(name, tuple(tensor.shape), tuple(expected.shape)))
-        for leaf, part in online.quantise(check_plain(name, tensor).to(self.device)).items():
+        dense = check_plain(name, tensor)
+        dense = dense if dense.is_meta else dense.to(self.device)  # without values if only shapes are checked
+        for leaf, part in online.quantise(dense).items():
             self._place_stored(f"{owner}.{leaf}", part)
 
     def _expected(self, name: str) -> torch.Tensor:
