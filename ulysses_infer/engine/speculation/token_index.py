@@ -67,14 +67,13 @@ class TokenIndex:
         known = self._places.get((int(tail[-2]), int(tail[-1])), ())
         places = np.array(known[-MOST_PLACES:], dtype=np.int64)
         places = places[places < self._size]
-        length = 2
-        while length < len(tail):
-            longer = places[places > length]
-            longer = longer[self._tokens[longer - length - 1] == tail[-length - 1]]
-            if not len(longer):
-                break
-            places, length = longer, length + 1
-        return Match(places, length) if len(places) and length >= least else None
+        if not len(places):
+            return None
+        before = places[:, None] - np.arange(1, len(tail) + 1)  # [m, n], where the tokens of the reversed tail would be
+        agrees = (self._tokens[np.maximum(before, 0)] == tail[::-1]) & (before >= 0)
+        lengths = np.where(agrees.all(1), len(tail), agrees.argmin(1))
+        longest = int(lengths.max())
+        return Match(places[lengths == longest], longest) if longest >= least else None
 
     def follow(self, places: np.ndarray, most: int) -> Continuation:
         """At most `most` tokens after `places`, each the one at which most of the places left go on, the latest of
