@@ -22,17 +22,33 @@ pytestmark = pytest.mark.distributed
 KIND = "qwen3_next"
 PROMPTS = make_prompts(lengths=(2, 13, 21))
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
-PROJECTIONS = ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"]
+PROJECTIONS = {
+    KIND: ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"],
+    "bamba": ["in_proj", "out_proj", "q_proj"],
+    "kimi_linear": ["f_b_proj", "b_proj", "g_b_proj", "k_proj", "o_proj"],
+    "lfm2": ["in_proj", "out_proj", "q_proj"],
+    "minimax": ["qkv_proj", "output_gate", "out_proj"],
+}
 
 
 def config(kind: str = KIND) -> Any:
     return next(tiny_configs(kind))
 
 
-@pytest.mark.parametrize("name", ["fp8-block", pytest.param("gptq", marks=pytest.mark.thorough)])
-def test_quantised_projections(name: str, rank_pool: Any, tmp_path: Path) -> None:
-    dense = config()
-    dense.mlp_only_layers = list(range(dense.num_hidden_layers))
+QUANTISED = [
+    ("fp8-block", KIND),
+    *(
+        pytest.param(name, kind, marks=pytest.mark.thorough)
+        for name, kind in (("gptq", KIND), ("fp8-block", "bamba"), ("gptq", "bamba"), ("fp8-block", "lfm2"))
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), QUANTISED)
+def test_quantised_projections(name: str, kind: str, rank_pool: Any, tmp_path: Path) -> None:
+    dense = config(kind)
+    if kind == KIND:
+        dense.mlp_only_layers = list(range(dense.num_hidden_layers))
     model = make_quantised(dense, tmp_path, FORMATS[name])
     expected = make_reference(model, tmp_path, make_prompts())
     profile = with_snapshots(CROWD, tmp_path)
@@ -40,11 +56,11 @@ def test_quantised_projections(name: str, rank_pool: Any, tmp_path: Path) -> Non
     check(outcomes, expected, profile, num_modes=2)
 
 
-def make_adapted(root: Path) -> tuple[list[list[int]], list[list[int]]]:
+def make_adapted(kind: str, root: Path) -> tuple[list[list[int]], list[list[int]]]:
     """Save a model and an adapter of its recurrent layers; returns transformers' tokens without and with it."""
-    model = make_checkpoint(config(), root / "model")
+    model = make_checkpoint(config(kind), root / "model")
     plain = make_reference(model, root, PROMPTS, GREEDY.max_tokens).tokens
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS}
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS[kind]}
     wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
     low_rank = [each for name, each in wrapped.named_modules() if name.endswith(("lora_A.default", "lora_B.default"))]
     perturb(torch.nn.ModuleList(low_rank), 1)
@@ -55,7 +71,8 @@ def make_adapted(root: Path) -> tuple[list[list[int]], list[list[int]]]:
 def complete(root: Path, sp: int, tp: int) -> list[list[list[int]]]:
     """On a rank: the prompts without and with the adapter, in one batch, with a random mode in each step."""
     chosen = random.Random(0)
-    changes = {"lora.adapters": {"adapter": str(root / "adapter")}, "scheduler.max_num_batched_tokens": 7}
+    changes: dict[str, Any] = {"scheduler.max_num_batched_tokens": 7, "model.max_model_len": 128}
+    changes["lora.adapters"] = {"adapter": str(root / "adapter")}
     with init_inference(str(root / "model"), **settings(sp, tp, **changes)) as engine:
         if engine.is_first:
             engine._engine.choose_mode = lambda _: chosen.choice(engine.config.parallel.available_modes)
@@ -65,8 +82,11 @@ def complete(root: Path, sp: int, tp: int) -> list[list[list[int]]]:
     return [tokens[0::2], tokens[1::2]]
 
 
-def test_adapters_of_recurrent_layers(tmp_path: Path, rank_pool: Any) -> None:
-    plain, adapted = make_adapted(tmp_path)
+@pytest.mark.parametrize(
+    "kind", [each if each == KIND else pytest.param(each, marks=pytest.mark.thorough) for each in PROJECTIONS]
+)
+def test_adapters_of_recurrent_layers(kind: str, tmp_path: Path, rank_pool: Any) -> None:
+    plain, adapted = make_adapted(kind, tmp_path)
     assert plain != adapted
     assert rank_pool(2).run(complete, tmp_path, 2, 1) == [[plain, adapted]] * 2
 
@@ -96,7 +116,14 @@ def change_weights(first: str, second: str, base: tuple[int, int]) -> list[list[
 
 
 @pytest.mark.parametrize(
-    "kind", [KIND, *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("mamba", "zamba2", "minimax"))]
+    "kind",
+    [
+        KIND,
+        *(
+            pytest.param(kind, marks=pytest.mark.thorough)
+            for kind in ("mamba", "zamba2", "minimax", "kimi_linear", "lfm2")
+        ),
+    ],
 )
 def test_new_weights(kind: str, tmp_path: Path, rank_pool: Any) -> None:
     folders = [tmp_path / str(seed) for seed in (0, 1)]
