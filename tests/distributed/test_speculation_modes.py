@@ -135,7 +135,7 @@ def test_drafts_are_accepted_and_outputs_are_equal(engines, ranks, method, token
 
 
 @pytest.mark.parametrize(("ranks", "method", "tokens"), [(1, "ngram", 3), (2, "suffix", "auto")])
-@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.settings(max_examples=5, deadline=None)
 @hypothesis.given(batch=batches)
 def test_any_options_give_the_outputs_without(engines, ranks, method, tokens, batch):
     check(engines(ranks, method, tokens), batch)
