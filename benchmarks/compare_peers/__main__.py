@@ -2,10 +2,15 @@
 
     python -m benchmarks.compare_peers               # everything; installs and compiles the peers on first use
     python -m benchmarks.compare_peers --models llama-60m --peers ours-tp,vllm,vllm-tp --repeats 3
+    python -m benchmarks.compare_peers --quick       # small sizes: ends within 15 minutes once the peers are installed
     python -m benchmarks.compare_peers --check       # first: do all give the same tokens in float32?
 
 Random weights, random token prompts, greedy, end of text ignored. Every engine is one process (or one per thread),
-started once and stopped while another is measured; rounds over all of them are repeated.
+started once and stopped while another is measured; rounds over all of them are repeated. An interrupted run (Ctrl-C,
+SIGTERM) ends all processes, and reports and writes the rounds that were measured.
+
+The machine's limit is computed from the best rate of all types of numbers and rounds, and is never worse than what an
+engine reached.
 
 A peer that cannot be installed or run here is named with the reason, and the others go on. vLLM needs
 libtcmalloc_minimal preloaded: it is taken from the system, or from `vllm/lib` in the folder of environments.
@@ -18,6 +23,9 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +34,15 @@ from rich.console import Console
 from benchmarks.compare_peers.catalogue import CONTENDERS, LIMITS, Setting
 from benchmarks.compare_peers.floors import Floors, Sizes, floors
 from benchmarks.compare_peers.measuring import Measured, RunningPrograms, Work, first_tokens, run_rounds
-from benchmarks.compare_peers.report import as_values, machine, markdown, notes, same_tokens, table
+from benchmarks.compare_peers.report import as_values, machine, markdown, notes, reached, same_tokens, table
 from ulysses_infer.bench.random_model import SHAPES, random_model
 from ulysses_infer.cache_folders import cache_folder
 from ulysses_infer.child_processes import end_children_with_this_process
 from ulysses_infer.engine.profile_key import device_name
 
 WIDTH = 190  # of a table written to a file
+QUICK = {"models": "llama-60m", "repeats": 3, "single": "1x128/24", "concurrent": "8x64/16", "seconds": 840.0}
+QUICK_HELP = "llama-60m, 1x128/24, 8x64/16, 3 rounds, no round begins after 14 minutes; other options overrule these"
 CHECK = Work(num_prompts=1, input_len=64, output_len=8)
 
 
@@ -57,9 +67,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("peers"), help="folder for results and logs (./peers)")
     parser.add_argument("--timeout", type=float, default=900, help="most seconds of one start or measurement (900)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no round begins after these (no limit)")
     parser.add_argument("--check", action="store_true", help="first compare the first tokens in float32")
+    parser.add_argument("--quick", action="store_true", help=f"small sizes, few rounds: {QUICK_HELP}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of our own configuration")
+    parser.set_defaults(**(QUICK if "--quick" in arguments else {}))
     options = parser.parse_args(arguments)
+    options.started, options.stopped = time.monotonic(), False
     for field, known in (("models", SHAPES), ("peers", CONTENDERS)):
         chosen = [name for name in getattr(options, field).split(",") if name]
         for name in chosen:
@@ -91,7 +105,7 @@ def main() -> None:
     """Measure model after model; print and write after each."""
     end_children_with_this_process()
     options = parse(sys.argv[1:])
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the stopped processes are ended too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the processes and keep what was measured
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < options.threads:
@@ -117,7 +131,11 @@ def main() -> None:
         sections.append(markdown(title, measured, limits))
         (options.output / "peers.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         (options.output / "peers.md").write_text("\n".join(sections), encoding="utf-8")
+        if options.stopped:
+            break
     console.print(f"written to {options.output}/peers.json and peers.md")
+    if options.stopped:
+        sys.exit(128 + signal.SIGINT)
 
 
 def compare(name: str, options: argparse.Namespace, console: Console) -> tuple[Measured, Floors | None]:
@@ -147,7 +165,8 @@ def compare(name: str, options: argparse.Namespace, console: Console) -> tuple[M
         console.print(same_tokens(found))
     measured = Measured()
     running = RunningPrograms(setting, logs, options.timeout, measured, say)
-    with running.started([LIMITS, *(contender.program for contender in contenders.values())]):
+    programs = [LIMITS, *(contender.program for contender in contenders.values())]
+    with keep_when_stopped(options), running.started(programs):
         run_rounds(
             running,
             contenders,
@@ -157,10 +176,21 @@ def compare(name: str, options: argparse.Namespace, console: Console) -> tuple[M
             config["vocab_size"],
             options.repeats,
             say,
+            options.started + options.seconds,
         )
     if not measured.limits:
         return measured, None
-    return measured, floors(Sizes.of(config), options.single, options.concurrent, *machine(measured))
+    limits = floors(Sizes.of(config), options.single, options.concurrent, *machine(measured))
+    return measured, reached(measured, limits)
+
+
+@contextmanager
+def keep_when_stopped(options: argparse.Namespace) -> Iterator[None]:
+    """Goes on after an interruption inside, which is noted in `options.stopped`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        options.stopped = True
 
 
 def _cpu() -> Any:

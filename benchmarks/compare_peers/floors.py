@@ -57,6 +57,10 @@ class Floors:
     tpot: float
     throughput: float
 
+    def including(self, ttft: float, tpot: float, throughput: float) -> Floors:
+        """The same, but never worse than what an engine reached: then the machine allows at least that."""
+        return Floors(min(self.ttft, ttft), min(self.tpot, tpot), max(self.throughput, throughput))
+
 
 def floors(sizes: Sizes, single: Work, concurrent: Work, bandwidth: float, matmul: float, itemsize: int = 2) -> Floors:
     """bandwidth: bytes per second; matmul: operations per second. A step takes the longer of the two times."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -103,10 +104,17 @@ def run_rounds(
     vocab_size: int,
     repeats: int,
     say: Say,
+    until: float = float("inf"),
 ) -> None:
-    """Warm up every contender with the measured work, then measure A B C, B C A, ..., limits at each round's start."""
+    """Warm up every contender with the measured work, then measure A B C, B C A, ..., limits at each round's start.
+
+    No round but the first begins after `until`, by `time.monotonic`.
+    """
     names = list(contenders)
     for turn in range(-1, repeats):
+        if turn > 0 and time.monotonic() > until:
+            say(f"time is up after {turn} of {repeats} rounds")
+            return
         if turn >= 0 and LIMITS in running.workers:
             worker = running.workers[LIMITS]
             with worker.resumed():

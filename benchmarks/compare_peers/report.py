@@ -124,7 +124,7 @@ def notes(measured: Measured) -> list[str]:
     lines = []
     if measured.limits:
         bandwidth, matmul = machine(measured)
-        lines.append(f"limits: memory read at {bandwidth / 1e9:.1f} GB/s, bf16 products at {matmul / 1e12:.2f} TFLOP/s")
+        lines.append(f"limits: memory read at {bandwidth / 1e9:.1f} GB/s, products at {matmul / 1e12:.2f} TFLOP/s")
     for metric in METRICS:
         best = best_of_ours(measured, metric)
         if best is not None and best[1].ratio is not None:
@@ -154,11 +154,18 @@ def missing(measured: Measured) -> dict[str, str]:
 
 
 def machine(measured: Measured) -> tuple[float, float]:
-    """Bandwidth and matmul rate: the medians over the rounds."""
+    """Bandwidth and matmul rate: the best of the rounds."""
     return (
-        statistics.median(limit["bandwidth"] for limit in measured.limits),
-        statistics.median(limit["matmul"] for limit in measured.limits),
+        max(limit["bandwidth"] for limit in measured.limits),
+        max(limit["matmul"] for limit in measured.limits),
     )
+
+
+def reached(measured: Measured, limits: Floors) -> Floors:
+    """The limits, none below what any engine reached in any round."""
+    for repeat in (repeat for own in measured.repeats.values() for repeat in own):
+        limits = limits.including(repeat.ttft, repeat.tpot, repeat.throughput)
+    return limits
 
 
 def markdown(title: str, measured: Measured, limits: Floors | None) -> str:

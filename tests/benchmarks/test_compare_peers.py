@@ -16,13 +16,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from benchmarks.compare_peers.__main__ import parse, parse_work
+from benchmarks.compare_peers.__main__ import keep_when_stopped, parse, parse_work
 from benchmarks.compare_peers.catalogue import CONTENDERS, LIMITS, Program, Setting
 from benchmarks.compare_peers.environments import COMPLETE, RECIPES, UnavailableError, last_error, prepare
 from benchmarks.compare_peers.floors import Floors, Sizes, floors
 from benchmarks.compare_peers.measuring import Measured, Repeat, RunningPrograms, Work, first_tokens, run_rounds
 from benchmarks.compare_peers.processes import Worker
-from benchmarks.compare_peers.report import METRICS, as_values, best_of_ours, cells, markdown, notes, same_tokens, table
+from benchmarks.compare_peers.report import (
+    METRICS,
+    as_values,
+    best_of_ours,
+    cells,
+    markdown,
+    notes,
+    reached,
+    same_tokens,
+    table,
+)
 from benchmarks.compare_peers.workers.gguf_file import gguf_name, interleaved
 
 FAKE = """
@@ -255,7 +265,7 @@ def test_the_report_names_missing_peers_and_the_reasons(measured: Measured) -> N
     text = "\n".join(notes(measured))
 
     assert "llama.cpp: not measured: no compiler" in text
-    assert "memory read at 2.0 GB/s" in text
+    assert "memory read at 3.0 GB/s" in text
     assert "0.40 x the best peer (TP over the ranks)" in text
     assert "other programs kept 0.02 cores busy (median), 0.02 at most\n" in text
 
@@ -329,3 +339,28 @@ def test_interleaved_rows_make_rotary_pairs_neighbours() -> None:
         pairs = rows[head].reshape(-1, 2)
         assert (pairs[:, 1] - pairs[:, 0] == dim // 2).all()
         assert sorted(rows[head]) == list(range(head * dim, (head + 1) * dim))
+
+
+def test_no_limit_is_below_what_an_engine_reached(measured: Measured) -> None:
+    low = floors(Sizes.of(SHAPE), SINGLE, CONCURRENT, 1.0, 1.0)
+    limits = reached(measured, low)
+    repeats = [repeat for own in measured.repeats.values() for repeat in own]
+    assert limits.ttft == min(repeat.ttft for repeat in repeats)
+    assert limits.tpot == min(repeat.tpot for repeat in repeats)
+    assert limits.throughput == max(repeat.throughput for repeat in repeats)
+    high = floors(Sizes.of(SHAPE), SINGLE, CONCURRENT, 1e30, 1e30)
+    assert reached(measured, high) == high
+
+
+def test_quick_sizes_are_defaults_that_other_options_overrule() -> None:
+    quick = parse(["--quick", "--repeats", "1"])
+    assert (quick.models, quick.repeats, quick.seconds) == (["llama-60m"], 1, 840.0)
+    assert quick.concurrent == Work(8, 64, 16)
+    assert parse([]).seconds == float("inf")
+
+
+def test_an_interrupted_run_keeps_what_it_has() -> None:
+    options = parse([])
+    with keep_when_stopped(options):
+        raise KeyboardInterrupt
+    assert options.stopped

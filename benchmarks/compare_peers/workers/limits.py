@@ -1,6 +1,7 @@
-"""The limits of the processors: memory bandwidth and bfloat16 matrix products. Measured between the engines.
+"""The limits of the processors: memory bandwidth and matrix products. Measured between the engines.
 
-Each by torch and by this project's kernels, whichever is faster.
+Each by torch and by this project's kernels, in bfloat16, float32 and 8-bit integers, whichever is fastest: an engine
+may compute in any of them.
 """
 
 from __future__ import annotations
@@ -40,8 +41,13 @@ def start(options: dict[str, Any]) -> tuple[Measure, str]:
     row, wide = torch.ones(1, ROW).bfloat16(), memory.view(torch.bfloat16).view(-1, ROW)
 
     def products(m: int, k: int, n: int) -> list[tuple[float, Callable[[], Any]]]:
-        x, weight = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
-        return [(2.0 * m * k * n, lambda way=way: way(x, weight)) for way in ways]  # type: ignore[misc]
+        found: list[Callable[[], Any]] = []
+        for dtype in (torch.bfloat16, torch.float32):
+            x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+            found += [lambda way=way, x=x, weight=weight: way(x, weight) for way in ways]  # type: ignore[misc]
+        bytes_in, bytes_of_weight = torch.ones(m, k, dtype=torch.int8), torch.ones(k, n, dtype=torch.int8)
+        found.append(lambda: torch._int_mm(bytes_in, bytes_of_weight))
+        return [(2.0 * m * k * n, run) for run in found]
 
     every = [product for sizes in PRODUCTS for product in products(*sizes)]
     reads: list[Callable[[], Any]] = [memory.sum, *(lambda way=way: way(row, wide) for way in ways)]
