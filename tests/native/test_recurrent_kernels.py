@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.native.building import X86, build_for
 from tests.native.recurrent_layers import SHAPES, make_layer
 from ulysses_infer.cache.states import StateCache, StateSequences
 from ulysses_infer.model.recurrent.layer import RecurrentLayer
+from ulysses_infer.model.recurrent.native import form, norm
 from ulysses_infer.model.recurrent.runs import runs_of
 from ulysses_infer.native.arena import Arena
 from ulysses_infer.native.cpu_graph import CpuGraph
@@ -81,6 +83,19 @@ def check(pairs: list[Pair], tolerance: float) -> None:
 def test_it_equals_transformers(kind: str, dtype: torch.dtype) -> None:
     layer = native_layer(kind, dtype)
     for lengths in ([1], [1, 1, 1], [2], [70, 3], [1, 5, 1, 5, 130]):
+        check(run_both(layer, lengths, dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("architecture", X86[1:])
+@pytest.mark.parametrize(("kind", "dtype"), EQUAL, ids=str)
+def test_it_equals_transformers_on_older_processors(
+    kind: str, dtype: torch.dtype, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (form, norm):
+        monkeypatch.setattr(module, "open_library", lambda name: build_for(name, architecture))
+    layer = native_layer(kind, dtype)
+    for lengths in ([1, 1], [37], [1, 5, 18]):
         check(run_both(layer, lengths, dtype), TOLERANCE[dtype])
 
 
