@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, bases, check, run_case
 from tests.equivalence.families import SHAPE
 from tests.equivalence.tiny_models import NEW_TOKENS, Reference, make_checkpoint, make_prompts, make_reference
+from tests.model.quantization.checkpoints import FORMATS, change_config
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.injection.inject import Injection
 from ulysses_infer.model.model import build_empty_model
@@ -81,6 +83,46 @@ def make_compressed(name: str, folder: Path, **changes: Any) -> Any:
             buffer.copy_(experts[:, : buffer.shape[1]])
     model.save_pretrained(folder)
     return model
+
+
+STORED_NAMES = {
+    "self_attn.": "attn.",
+    "compressor.": "",
+    "q_a_proj": "wq_a",
+    "q_b_proj": "wq_b",
+    "kv_proj": "wkv",
+    "o_a_proj": "wo_a",
+    "o_b_proj": "wo_b",
+}
+
+
+def quantise_attention(model: Any, folder: Path) -> None:
+    """Store attention in FP8, as DeepSeek does: all but the compressors and the index keys and weights."""
+    chosen, tensors = FORMATS["fp8-block"], load_file(folder / "model.safetensors")
+    for name, module in model.named_modules():
+        is_dense = "compressor" in name and not name.endswith("indexer.q_b_proj")
+        if "self_attn" not in name or is_dense or not isinstance(module, torch.nn.Linear):
+            continue
+        key = name
+        for ours, theirs in STORED_NAMES.items():
+            key = key.replace(ours, theirs)
+        stored, dense = chosen.quantise(module.weight.detach())
+        del tensors[f"{key}.weight"]
+        tensors |= {f"{key}.{leaf}": tensor.contiguous() for leaf, tensor in stored.items()}
+        with torch.no_grad():
+            module.weight.copy_(dense)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    spared = ["lm_head", *(f"model.layers.{layer}.mlp" for layer in range(model.config.num_hidden_layers))]
+    change_config(folder, quantization_config={**chosen.config, "modules_to_not_convert": spared})
+
+
+@pytest.mark.thorough
+def test_attention_stored_in_fp8_with_its_grouped_projection(rank_pool: Any, tmp_path: Path) -> None:
+    model = make_compressed("equal", tmp_path)
+    quantise_attention(model, tmp_path)
+    expected = make_reference(model, tmp_path, make_prompts(lengths=LENGTHS))
+    outcomes = rank_pool(4).run(run_case, tmp_path, (2, 2), CROWD, expected.prompts, NEW_TOKENS)
+    check(outcomes, expected, CROWD, num_modes=2)
 
 
 def cases() -> list[Any]:

@@ -35,12 +35,13 @@ def mark_quantised(model: Any, quantization: Quantization) -> None:
             _mark_experts(name, module, quantization)
         elif scales_inputs(module):
             _mark_experts(f"{name}.experts", module.experts, quantization)
-        if not is_linear(module) or (module is head and not quantization.head):
+        is_kept = any(part in name for part in model._keep_in_fp32_modules or ())  # dense in quantised checkpoints, too
+        if is_kept or not is_linear(module) or (module is head and not quantization.head):
             continue
         scheme = quantization.scheme_of(name)
         if scheme is None:
             continue
-        if module is head or type(module) is not nn.Linear:
+        if module is head or not isinstance(module, nn.Linear):
             kind = "vocabulary head" if module is head else type(module).__name__
             raise UnsupportedModelError(f"{name} ({kind}) is quantized by {method}, which this engine cannot slice")
         setattr(module, MARK, scheme)
