@@ -17,7 +17,7 @@
 #define STORE_A_THREAD 65536 /* least bytes per thread */
 
 /* The most query tokens for which this is faster than torch (measured); lower on CPUs with matrix units. */
-#if LANES >= 8 && !defined(__AMX_BF16__)
+#if (LANES >= 8 || defined(__aarch64__)) && !defined(__AMX_BF16__)
 const int64_t longest_query = INT64_MAX;
 #else
 const int64_t longest_query = 16;
