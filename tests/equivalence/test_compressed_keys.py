@@ -14,8 +14,10 @@ from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, bases, 
 from tests.equivalence.families import SHAPE
 from tests.equivalence.tiny_models import NEW_TOKENS, Reference, make_checkpoint, make_prompts, make_reference
 from tests.model.quantization.checkpoints import FORMATS, change_config
-from ulysses_infer.errors import ConfigError
+from ulysses_infer.errors import CheckpointError, ConfigError
 from ulysses_infer.model.injection.inject import Injection
+from ulysses_infer.model.lora.adapter import Adapter, LoraWeights
+from ulysses_infer.model.lora.attach import attach_adapters
 from ulysses_infer.model.model import build_empty_model
 from ulysses_infer.parallel.layout import Layout, Mode
 
@@ -165,6 +167,14 @@ def test_deepseek_v4_flash_with_its_heads_groups_and_experts_on_eight_ranks(
     profile = replace(CROWD, settings={"parallel.expert_placement": "expert"})
     outcomes = rank_pool(8).run(run_case, tmp_path, base, profile, expected.prompts, 4)
     check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
+
+
+def test_adapters_of_the_grouped_projection_are_refused() -> None:
+    injection = Injection(build_empty_model(compressed_config("short and long"), torch.float32), Layout(Mode(1, 1)), 0)
+    name = "model.layers.0.self_attn.o_a_proj"
+    nothing = LoraWeights(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
+    with pytest.raises(CheckpointError, match="o_a_proj, whose inputs are grouped"):
+        attach_adapters(injection, [Adapter("mine", {name: nothing})], torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("base", "fitting"), [((3, 1), "1, 2, 4, 8"), ((16, 1), "1, 2, 4, 8")])

@@ -41,6 +41,8 @@ class AdaptedAttention(Adapted):
     """What it caches beside keys and values."""
     values_are_keys: bool = False
     """Whether it attends to one tensor as keys and values, which is cached once."""
+    read_weights: tuple[str, ...] = ()
+    """Linear layers whose weights it reads itself instead of calling them, so that LoRA adapters would be ignored."""
     projections_elsewhere: tuple[tuple[nn.Module, str, AttentionRule], ...] = ()
     """Linear layers that are not its children: the modules that have them, their names there, and their rules."""
 

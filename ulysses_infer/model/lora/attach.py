@@ -97,6 +97,9 @@ def _find(injection: Any, adapter: str, name: str) -> nn.Module:
             f"adapter {adapter!r} changes {name}, which is inside a recurrent layer; only its projections in and out "
             "support adapters"
         )
+    owner, _, leaf = name.rpartition(".")
+    if leaf in getattr(injection.model.get_submodule(owner), "read_weights", ()):
+        raise CheckpointError(f"adapter {adapter!r} changes {name}, whose inputs are grouped; it supports no adapters")
     if not (hasattr(module, "sharding") or type(module) is nn.Linear):
         raise CheckpointError(
             f"adapter {adapter!r} changes {name} ({type(module).__name__}); only projections of attention and "

@@ -108,6 +108,7 @@ class DeepseekV4Attention(AdaptedAttention):
     """One key per token, which is also its value; its rotation is undone in the output."""
 
     values_are_keys = True
+    read_weights = ("o_a_proj",)
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__(source)
