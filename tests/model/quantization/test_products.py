@@ -184,11 +184,11 @@ def test_one_index_per_feature_is_the_default():
     [
         ("channel", Span(0, 256), Span(128, 256), False, RowScaledProduct),
         ("tensor", Span(16, 32), Span(0, 512), True, RowScaledProduct),
-        ("channel", Span(0, 8), Span(0, 512), True, DequantisedProduct),
+        ("channel", Span(0, 8), Span(0, 512), True, NativeProduct),
         ("block", Span(128, 256), Span(0, 512), True, BlockScaledProduct),
-        ("block", Span(128, 256), Span(0, 512), False, DequantisedProduct),
-        ("block", Span(64, 192), Span(0, 512), True, DequantisedProduct),
-        ("block", Span(0, 256), Span(64, 192), True, DequantisedProduct),
+        ("block", Span(128, 256), Span(0, 512), False, NativeProduct),
+        ("block", Span(64, 192), Span(0, 512), True, NativeProduct),
+        ("block", Span(0, 256), Span(64, 192), True, NativeProduct),
     ],
 )
 def test_tensor_cores_take_the_views_that_they_can_read(grain, rows, columns, hopper, kind, monkeypatch):
