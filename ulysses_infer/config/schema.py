@@ -56,7 +56,7 @@ class ModelConfig:
         "(docs/quantization.md).",
     )
     quantize_group_size: int = option(
-        64,
+        32,
         at_least=32,
         at_most=128,
         help="Inputs per scale of `model.quantize: int4`: 32, 64 or 128. Smaller groups are more accurate and larger.",
