@@ -50,7 +50,7 @@ def compile_kernels(folder: Path) -> None:
         for level in levels.levels_of_machine():
             if wanted == [""] or level.name in wanted:
                 (folder / level.name).mkdir(parents=True, exist_ok=True)
-                for source in sorted(NATIVE.glob("*.c")):
+                for source in sorted(NATIVE.rglob("*.c")):
                     threads.submit(build, source, level)
 
 

@@ -18,4 +18,4 @@ def build_for(name: str, level: str) -> ctypes.CDLL:
     if not library.is_available(name):
         pytest.skip("no native code can be built here")
     flags = next((known.flags for known in levels_here() if known.name == level), ("-march=native",))
-    return ctypes.CDLL(str(library.built(library.FOLDER / f"{name}.c", flags)))
+    return ctypes.CDLL(str(library.built(library.source_of(name), flags)))

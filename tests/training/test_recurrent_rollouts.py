@@ -43,19 +43,21 @@ def worst_error(engine: Any, trained: Any) -> float:
 
 def follow(kind: str, stage: int, base: tuple[int, int], folder: Path) -> list[float]:
     """On a rank: errors before training, after it but without new weights, with them, and from the checkpoint."""
-    with training(stage, 1, config=next(tiny_configs(kind))) as trained:
-        with init_inference(trained.engine, **settings(*base, **{"model.max_model_len": 128})) as engine:
-            if engine.is_first:
-                engine._engine.choose_mode = ModeShuffle(engine.config.parallel.available_modes)
-            errors = [worst_error(engine, trained)]
-            trained.step()
-            errors.append(worst_error(engine, trained))
-            engine.update_weights(trained.engine)
-            errors.append(worst_error(engine, trained))
-            trained.step()
-            trained.engine.save_checkpoint(str(folder), tag="saved")
-            engine.update_weights(str(folder))
-            errors.append(worst_error(engine, trained))
+    with (
+        training(stage, 1, config=next(tiny_configs(kind))) as trained,
+        init_inference(trained.engine, **settings(*base, **{"model.max_model_len": 128})) as engine,
+    ):
+        if engine.is_first:
+            engine._engine.choose_mode = ModeShuffle(engine.config.parallel.available_modes)
+        errors = [worst_error(engine, trained)]
+        trained.step()
+        errors.append(worst_error(engine, trained))
+        engine.update_weights(trained.engine)
+        errors.append(worst_error(engine, trained))
+        trained.step()
+        trained.engine.save_checkpoint(str(folder), tag="saved")
+        engine.update_weights(str(folder))
+        errors.append(worst_error(engine, trained))
     return errors
 
 

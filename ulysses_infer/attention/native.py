@@ -1,4 +1,4 @@
-"""CPU attention backend in C (`native/attention.c`): reads the block tables directly, gathers nothing."""
+"""CPU attention backend in C (`native/attention/attention.c`): reads the block tables directly, gathers nothing."""
 
 from __future__ import annotations
 

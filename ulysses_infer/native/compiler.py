@@ -11,6 +11,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+FOLDER = Path(__file__).parent
+"""Where headers of several subjects are; others lie beside the files that include them."""
 FLAGS = (
     "-std=gnu11",
     "-O3",
@@ -48,7 +50,7 @@ def compile_library(compiler: str, source: Path, target: Path, flags: Sequence[s
     library = target.with_suffix(f".{os.getpid()}")
     try:
         for command in (
-            [compiler, *FLAGS, *flags, "-c", str(source), "-o", str(unfinished)],
+            [compiler, *FLAGS, *flags, f"-I{FOLDER}", "-c", str(source), "-o", str(unfinished)],
             [compiler, "-shared", str(unfinished), "-lm", "-o", str(library)],
         ):
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)

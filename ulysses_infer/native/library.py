@@ -1,4 +1,4 @@
-"""Loads the C files of this folder, each as a shared library: one that the wheel ships, or compiled and cached here."""
+"""Loads the C files of this folder and those inside it as shared libraries: shipped by the wheel, or compiled here."""
 
 from __future__ import annotations
 
@@ -55,8 +55,16 @@ def library_path(name: str) -> Path:
         if shipped.is_file():
             return shipped
         if wanted:
-            return built(FOLDER / f"{name}.c", level.flags)
-    return built(FOLDER / f"{name}.c", ("-march=native",))
+            return built(source_of(name), level.flags)
+    return built(source_of(name), ("-march=native",))
+
+
+def source_of(name: str) -> Path:
+    """The file `name`.c. Raises `NativeUnavailableError` if there is none."""
+    found = next(FOLDER.rglob(f"{name}.c"), None)
+    if found is None:
+        raise NativeUnavailableError(f"there is no {name}.c")
+    return found
 
 
 def is_switched_off() -> bool:
@@ -92,7 +100,7 @@ def built(source: Path, flags: Sequence[str]) -> Path:
     flags: those of the level. Raises `NativeUnavailableError`.
     """
     compiler = find_compiler()
-    text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    text = b"".join(path.read_bytes() for path in (source, *sorted(FOLDER.rglob("*.h"))))
     identity = b"\0".join([text, *(part.encode() for part in (compiler, *FLAGS, *flags, describe_processor()))])
     target = cache_folder("native") / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if target.is_file():

@@ -1,4 +1,4 @@
-"""Matrix products of linear layers by `native/matmul.c`."""
+"""Matrix products of linear layers by `native/products/matmul.c`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WITHOUT_KERNELS = (
 
 
 class NativeMatmul:
-    """Products by the kernel of `native/matmul.c`, or by torch, that is fastest for the number of rows.
+    """Products by the kernel of `native/products/matmul.c`, or by torch, that is fastest for the number of rows.
 
     A kernel's result for a row does not depend on the other rows; kernels differ in the order of float32 sums. Raises
     `NativeUnavailableError` if the library cannot be built.

@@ -1,5 +1,5 @@
 /* Arguments: type (bfloat16, float16, float32), kernel, T, N, K. Standard input: inputs, weight, bias; output: outputs. */
-#include "matmul.c"
+#include "products/matmul.c"
 #include <stdio.h>
 
 int main(int count, char **arguments) {

@@ -1,6 +1,6 @@
 /* Arguments: type (bfloat16, float32), tokens, heads, groups, width. Standard input: queries, then keys and values in
  * cache order; output: the attention of one sequence's tokens over themselves. */
-#include "attention.c"
+#include "attention/attention.c"
 #include <stdio.h>
 
 int main(int count, char **arguments) {

@@ -1,4 +1,4 @@
-"""Products with quantized weights on a CPU (`native/quantised.c`), which reads them as they are stored."""
+"""Products with quantized weights on a CPU (`native/products/quantised.c`), which reads them as they are stored."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class StoredProduct:
 
 
 class NativeProduct:
-    """Any scheme on a CPU, from what is stored (`native/quantised.c`); dequantised where that does not serve.
+    """Any scheme on a CPU, from what is stored (`native/products/quantised.c`); dequantised where that does not serve.
 
     In bfloat16, inputs of integer weights are quantised to 8 bits: one scale per token and segment of inputs.
     """

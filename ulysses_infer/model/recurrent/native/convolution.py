@@ -1,4 +1,4 @@
-"""Short convolutions on a CPU (`native/short_convolution.c`)."""
+"""Short convolutions on a CPU (`native/recurrent/short_convolution.c`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inner part of layers with a delta rule on a CPU, in one call (`native/delta_net.c`)."""
+"""The inner part of layers with a delta rule on a CPU, in one call (`native/recurrent/delta_net.c`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inner part of lightning attention on a CPU (`native/lightning.c`), with its norm."""
+"""The inner part of lightning attention on a CPU (`native/recurrent/lightning.c`), with its norm."""
 
 from __future__ import annotations
 

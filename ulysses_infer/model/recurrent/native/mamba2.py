@@ -1,4 +1,4 @@
-"""The inner part of Mamba 2 on a CPU (`native/state_space.c`): two calls, with a spread norm's sum in between."""
+"""The inner part of Mamba 2 on a CPU (`native/recurrent/state_space.c`): two calls, with a spread norm's sum between."""
 
 from __future__ import annotations
 

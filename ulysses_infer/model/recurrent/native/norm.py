@@ -1,4 +1,4 @@
-"""Norms over groups of features and their gates on a CPU (`native/state_space.c`), also of groups that ranks share."""
+"""Gated norms over groups of features on a CPU (`native/recurrent/state_space.c`), also of groups that ranks share."""
 
 from __future__ import annotations
 
