@@ -38,6 +38,7 @@ from ulysses_infer.bench.compare.servers import Servers, serve_command, server_o
 from ulysses_infer.bench.random_model import SHAPES, random_model
 from ulysses_infer.bench.serve.serve_bench import event_loop_factory
 from ulysses_infer.bench.serve.traces import TraceRow
+from ulysses_infer.child_processes import end_children_with_this_process
 from ulysses_infer.config import Config, load_config
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planning.layouts import PlannedLayout
@@ -76,6 +77,7 @@ class Study:
 
 def main() -> None:
     """Measure, or read earlier runs; print a table per model."""
+    end_children_with_this_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=sorted(SHAPES))

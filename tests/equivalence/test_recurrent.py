@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,37 @@ def test_engine_equals_transformers(
     profile = with_snapshots(profile, expected.folder)
     outcomes = rank_pool(base[0] * base[1]).run(run_case, expected.folder, base, profile, expected.prompts, NEW_TOKENS)
     check(outcomes, expected, profile, num_modes=len([s for s in range(1, base[0] + 1) if base[0] % s == 0]))
+
+
+REAL = {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+}
+"""Of Qwen3-Next-80B-A3B."""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("base", [(8, 1), (2, 4)])
+def test_long_prompts_of_qwen3_next_with_its_real_heads_and_experts_on_eight_ranks(
+    base: tuple[int, int], rank_pool: Any, tmp_path: Path
+) -> None:
+    """Widths and layers are small enough for a test; 2,000 tokens take 63 chunks or more."""
+    from transformers import Qwen3NextConfig
+
+    default = Qwen3NextConfig()
+    assert {key: getattr(default, key) for key in REAL} == REAL
+    small = next(tiny_configs("qwen3_next")).to_dict() | REAL | {"max_position_embeddings": 4096}
+    model = make_checkpoint(Qwen3NextConfig.from_dict(small), tmp_path)
+    expected = make_reference(model, tmp_path, make_prompts(lengths=(2000, 9)), 4)
+    changes = {"model.max_model_len": 2048, "parallel.expert_placement": "expert"}
+    long = replace(CROWD, num_blocks=600, max_num_batched_tokens=32, settings=changes)
+    profile = with_snapshots(long, tmp_path)
+    outcomes = rank_pool(8).run(run_case, tmp_path, base, profile, expected.prompts, 4)
+    check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
 
 
 def test_heads_that_cannot_be_cut_name_the_layouts_that_can() -> None:

@@ -13,8 +13,8 @@ from ulysses_infer.config.schema import (
     PolicyConfig,
     RuntimeConfig,
     SchedulerConfig,
-    ServerConfig,
 )
+from ulysses_infer.config.server import ServerConfig
 from ulysses_infer.config.speculation import SpeculationConfig
 from ulysses_infer.config.validation import refuse_unavailable
 

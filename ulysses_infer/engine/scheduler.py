@@ -17,13 +17,13 @@ request for prefill and decode alike: vLLM's V1 scheduler.
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from ulysses_infer.cache.pools import BlockPools, GroupBlockIds
 from ulysses_infer.config import SchedulerConfig
+from ulysses_infer.engine.admission import WaitingQueue, check_request, length_limit
 from ulysses_infer.engine.batch import Batch, BatchBuilder, ScheduledRequest
 from ulysses_infer.engine.request import Request, RequestStatus
 from ulysses_infer.engine.snapshot_points import SnapshotPoints
@@ -33,29 +33,6 @@ __all__ = ["Batch", "ScheduledRequest", "Scheduler"]
 
 NO_DRAFTS: Mapping[int, Sequence[int]] = {}
 NO_ACCEPTED: Mapping[int, int] = {}
-
-
-class _WaitingQueue:
-    """Waiting requests sorted by precedence, the first at the end of the list, where removing it is O(1)."""
-
-    def __init__(self) -> None:
-        self._requests: list[Request] = []
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    @property
-    def first(self) -> Request:
-        return self._requests[-1]
-
-    def push(self, request: Request) -> None:
-        bisect.insort(self._requests, request, key=lambda r: (-r.precedence[0], -r.precedence[1]))
-
-    def pop(self) -> Request:
-        return self._requests.pop()
-
-    def remove(self, request: Request) -> None:
-        self._requests.remove(request)
 
 
 class Scheduler:
@@ -82,7 +59,7 @@ class Scheduler:
         self._clock = clock  # only for timestamps; no decision depends on it
         self._arrivals = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._waiting = _WaitingQueue()
+        self._waiting = WaitingQueue()
         self._running: dict[int, Request] = {}  # by index, in order of admission
         self._snapshots = SnapshotPoints(allocator, snapshot_interval)
 
@@ -103,8 +80,10 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue `request`. Raises RequestError if it could never finish or its id is taken."""
-        self._check(request)
-        request.length_limit = self._length_limit(request)
+        if request.request_id in self._requests:
+            raise RequestError(f"request id {request.request_id!r} is in use; use another")
+        check_request(request, self.config, self.allocator, self.max_model_len)
+        request.length_limit = length_limit(request, self.max_model_len)
         priority = request.priority if self.config.policy == "priority" else 0
         request.precedence = (priority, next(self._arrivals))
         self._requests[request.request_id] = request
@@ -403,42 +382,6 @@ class Scheduler:
         start = request.num_published_blocks
         self.allocator.publish(request.block_tables, request.num_blocks, start, hashes[start:num_full])
         request.num_published_blocks = num_full
-
-    def _length_limit(self, request: Request) -> int:
-        max_tokens = request.params.max_tokens
-        if max_tokens is None:
-            return self.max_model_len
-        return min(request.num_prompt_tokens + max_tokens, self.max_model_len)
-
-    def _check(self, request: Request) -> None:
-        num_tokens = request.num_prompt_tokens
-        if request.request_id in self._requests:
-            raise RequestError(f"request id {request.request_id!r} is in use; use another")
-        if num_tokens == 0:
-            raise RequestError("the prompt has no tokens; give at least one")
-        if num_tokens >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {num_tokens} tokens, but prompt and output together have at most "
-                f"{self.max_model_len}; shorten it to {self.max_model_len - 1} or raise model.max_model_len"
-            )
-        if not self.config.enable_chunked_prefill and num_tokens > self.config.max_num_batched_tokens:
-            raise RequestError(
-                f"the prompt has {num_tokens} tokens, but a step takes {self.config.max_num_batched_tokens}; "
-                f"raise scheduler.max_num_batched_tokens or set scheduler.enable_chunked_prefill"
-            )
-        self._check_cache(request)
-
-    def _check_cache(self, request: Request) -> None:
-        # The last token is sampled but never computed, so it needs no slot.
-        num_tokens = self._length_limit(request) - 1
-        num_blocks = self.allocator.most_blocks(num_tokens, self.config.max_num_batched_tokens)
-        if num_blocks > self.allocator.num_blocks:
-            room = self.allocator.num_blocks * self.allocator.block_size
-            raise RequestError(
-                f"the request may need {num_tokens} tokens of cache ({num_blocks} blocks), but the cache has "
-                f"{room} ({self.allocator.num_blocks} blocks); lower max_tokens, shorten the prompt or "
-                f"enlarge the cache (cache.memory_bytes)"
-            )
 
 
 def _precedence(request: Request) -> tuple[int, int]:

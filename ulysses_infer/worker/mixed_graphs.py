@@ -134,7 +134,7 @@ class MixedGraphRunner:
 
     def accepts(self, plan: StepPlan) -> bool:
         """Whether the step fits into a graph. Steps with adapters run eagerly: the host decides which rows use them."""
-        fits = plan.num_tokens <= self.sizes[plan.mode][-1] and len(plan.items) <= self._max_num_seqs
+        fits = plan.num_tokens <= self.sizes[plan.mode][-1] and plan.num_sequences <= self._max_num_seqs
         return fits and not any(item.adapter for item in plan.items)
 
     def run(self, step: Step, finish: Finish) -> torch.Tensor | None:

@@ -68,6 +68,11 @@ class StepPlan(NamedTuple):
         return all(item.logits == DRAFT_LOGITS or item.num_tokens == 1 for item in self.items)
 
     @property
+    def num_sequences(self) -> int:
+        """Sequences that attention sees: one per item, or per token in a step that runs by row."""
+        return self.num_tokens if self.runs_by_row else len(self.items)
+
+    @property
     def digest(self) -> int:
         """A checksum of what all ranks must agree on; compared on every rank in debug mode."""
         return zlib.crc32(self.encode())

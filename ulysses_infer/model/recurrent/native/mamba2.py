@@ -1,4 +1,4 @@
-"""The inner part of Mamba 2 on a CPU (`native/recurrent/state_space.c`): two calls, with a spread norm's sum between."""
+"""Mamba 2's inner part on a CPU (`native/recurrent/state_space.c`): two calls, with a norm's sum over ranks between."""
 
 from __future__ import annotations
 
