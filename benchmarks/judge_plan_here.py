@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("trace", type=Path)
     parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=sorted(SHAPES))
     parser.add_argument("--seconds", type=float, default=45.0, help="of each of the four runs; default: %(default)s")
-    parser.add_argument("--calibration-seconds", type=float, default=30.0)
+    parser.add_argument("--calibration-seconds", type=float, default=100.0, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("judge_plan_here"), help="folder; default: %(default)s")
     parser.add_argument("--redraw", action="store_true", help="simulate the runs in --output again")
     options = parser.parse_args()
