@@ -85,7 +85,7 @@ def check(found, prompts, answers):
         prompt, name = index // len(ADAPTERS), ADAPTERS[index % len(ADAPTERS)]
         assert tokens == answers[name].tokens[prompt]
         expected = answers[name].logprobs[prompt][len(prompts[prompt]) - 1 :]
-        assert logprobs == pytest.approx(expected, abs=1e-4)
+        assert logprobs == pytest.approx(expected, abs=2e-4)  # random adapters amplify the rounding of some tokens
 
 
 @pytest.mark.distributed
