@@ -18,12 +18,11 @@ Kept = tuple[int, list[Span]] | None
 """A dimension and the spans of it that a rank reads; None: the whole tensor."""
 
 
-class ReadRecorder:
-    """A `TensorSource` without values that remembers what a loader reads."""
+class NamedShapes:
+    """The names and shapes of a `TensorSource`."""
 
     def __init__(self, shapes: Shapes) -> None:
-        self._shapes = shapes
-        self.reads: dict[str, list[Kept]] = defaultdict(list)
+        self._shapes = dict(shapes)
 
     def keys(self) -> Iterable[str]:
         """Names of all tensors."""
@@ -32,6 +31,14 @@ class ReadRecorder:
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         return self._shapes[key]
+
+
+class ReadRecorder(NamedShapes):
+    """A `TensorSource` without values that remembers what a loader reads."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__(shapes)
+        self.reads: dict[str, list[Kept]] = defaultdict(list)
 
     def read(self, key: str, kept: Kept) -> torch.Tensor:
         """A tensor on the meta device."""
@@ -39,20 +46,12 @@ class ReadRecorder:
         return take(torch.empty(self._shapes[key], device="meta"), kept)
 
 
-class StagedWeights:
+class StagedWeights(NamedShapes):
     """A `TensorSource` of the tensors that have arrived."""
 
     def __init__(self) -> None:
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        super().__init__({})
         self._parts: dict[str, dict[str, torch.Tensor]] = {}
-
-    def keys(self) -> Iterable[str]:
-        """Names of all tensors."""
-        return self._shapes.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
-        return self._shapes[key]
 
     def read(self, key: str, kept: Kept) -> torch.Tensor:
         """The tensor, or the spans of one dimension, joined."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ulysses_infer.server.reasoning.events import ReasoningDelta, ReasoningEvent
+from ulysses_infer.server.reasoning.states import StateParser
 from ulysses_infer.server.tool_calls.events import ArgumentsDelta, CallStarted, ContentDelta
 from ulysses_infer.server.tool_calls.pieces import Piece, Tag, some, text_piece, until
 from ulysses_infer.server.tool_calls.streaming import call_id, num_shared
@@ -43,34 +44,18 @@ class Harmony:
         return [some([analysis], 0), *tag(CHANNEL), text_piece("final"), *tag(MESSAGE)]
 
 
-class HarmonyParser:
-    """Reads one output, message by message."""
+class HarmonyParser(StateParser):
+    """Reads one output, message by message. An unfinished header at its end is dropped."""
 
     def __init__(self) -> None:
-        self._text = ""
-        self._is_final = False
+        super().__init__(self._header)
         self._num_calls = 0
-        self._events: list[ReasoningEvent] = []
         self._emit: Callable[[str], ReasoningEvent] = ReasoningDelta
-        self._state: Callable[[], bool] = self._header
 
     @property
     def is_reasoning(self) -> bool:
         """Whether the text so far ends within analysis."""
         return self._state == self._body and self._emit is ReasoningDelta
-
-    def push(self, text: str) -> list[ReasoningEvent]:
-        """Take the next piece of text; returns the new events."""
-        self._text += text
-        while self._state():
-            pass
-        events, self._events = self._events, []
-        return events
-
-    def finish(self) -> list[ReasoningEvent]:
-        """The output is complete: returns the text held back. An unfinished header is dropped."""
-        self._is_final = True
-        return self.push("")
 
     # -- states: True if there is more to do -------------------------------------------------------------------------
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from ulysses_infer.server.reasoning.events import ReasoningDelta, ReasoningEvent
+from ulysses_infer.server.reasoning.events import ReasoningDelta
+from ulysses_infer.server.reasoning.states import StateParser
 from ulysses_infer.server.tool_calls.events import ContentDelta
 from ulysses_infer.server.tool_calls.pieces import SPACE_OR_LINES, Piece, Tag, some, until
 from ulysses_infer.server.tool_calls.streaming import num_shared
@@ -49,34 +49,18 @@ class TaggedReasoning:
         return self.starts_open, True
 
 
-class TaggedParser:
+class TaggedParser(StateParser):
     """Reads one output. White space next to the tags belongs to them."""
 
     def __init__(self, markup: TaggedReasoning, is_open: bool, may_open: bool) -> None:
+        super().__init__(self._start if may_open else self._after_tag)
         self._markup, self._is_open = markup, is_open
-        self._text = ""
         self._space = ""  # at the end of the reasoning so far: part of it only if more follows
-        self._is_final = False
-        self._events: list[ReasoningEvent] = []
-        self._state: Callable[[], bool] = self._start if may_open else self._after_tag
 
     @property
     def is_reasoning(self) -> bool:
         """Whether the text so far ends within reasoning."""
         return self._is_open
-
-    def push(self, text: str) -> list[ReasoningEvent]:
-        """Take the next piece of text; returns the new events."""
-        self._text += text
-        while self._state():
-            pass
-        events, self._events = self._events, []
-        return events
-
-    def finish(self) -> list[ReasoningEvent]:
-        """The output is complete: returns the text held back."""
-        self._is_final = True
-        return self.push("")
 
     # -- states: True if there is more to do -------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ class WorldSize(ResponseBody):
     world_size: int
 
 
-class Version(ResponseBody):
+class WeightInfo(ResponseBody):
     """The version of the weights."""
 
     weight_version: str | None

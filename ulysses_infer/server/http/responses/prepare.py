@@ -43,8 +43,7 @@ async def create_response(
     previous = body.previous_response_id
     conversation = Conversation([] if previous is None else store.get(previous).conversation, input_items(body))
     chat = await _fitting_chat(context, body, conversation)
-    chat_body = chat.body
-    generation = generation_of(context, "resp_", chat_body, [chat.prompt], chat.params)
+    generation = generation_of(context, "resp_", chat.body, [chat.prompt], chat.params)
 
     def keep(response: dict[str, Any]) -> None:
         if is_stored and not body.background:

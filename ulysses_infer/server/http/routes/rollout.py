@@ -23,7 +23,7 @@ from ulysses_infer.server.http.protocol.rollout import (
     Paused,
     Sleeping,
     UpdateWeights,
-    Version,
+    WeightInfo,
     WeightVersion,
     WorldSize,
 )
@@ -129,7 +129,7 @@ async def update_weight_version(request: Request) -> Response:
     return json_response({"status": "updated"})
 
 
-@router.get("/weight_info", responses=answers(Version, *COMMAND))
+@router.get("/weight_info", responses=answers(WeightInfo, *COMMAND))
 async def weight_info(request: Request) -> Response:
     """The version of the weights; null if none was named."""
     return json_response(await _call(context_of(request), "weight_info"))
