@@ -17,6 +17,7 @@ from ulysses_infer.job.processes import free_port
 from ulysses_infer.job.prompt_reader import make_prompt_reader
 from ulysses_infer.job.start_rank import finish_start, start_rank
 from ulysses_infer.job.weight_transfer import TRAINER, connect
+from ulysses_infer.server.control import Control
 from ulysses_infer.text.prompts import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -191,6 +192,15 @@ def test_weights_come_from_a_folder_too(engine, folders):
     assert tokens_of(news) == greedy(folders[1], PROMPT, SHORT["max_tokens"])
 
 
+def test_salts_of_different_weights_never_meet():
+    control = Control.__new__(Control)
+    salts = ["", "x", "0", "1 x", "0 x", " x", "1", "2 1 x"]
+    seen = set()
+    for control._num_updates in range(3):
+        seen |= {control.salted(salt) for salt in salts}
+    assert len(seen) == 3 * len(salts)
+
+
 def test_a_wrong_update_is_refused_and_the_old_weights_stay(engine, folders):
     async def case():
         async with served(engine) as (client, _, _, _):
@@ -198,6 +208,11 @@ def test_a_wrong_update_is_refused_and_the_old_weights_stay(engine, folders):
             for command, arguments, message in [
                 ("finish_weight_update", {}, "no weight update is in progress"),
                 ("update_weights", {"names": ["x"]}, "update_info has no list 'dtype_names'"),
+                (
+                    "update_weights",
+                    {"names": ["x", "y", "x"], "dtype_names": ["float32"] * 3, "shapes": [[1]] * 3},
+                    "has 'x' more than once",
+                ),
                 ("update_weights", {"path": str(folders[0] / "missing")}, "missing"),
                 (
                     "init_weight_transfer_engine",

@@ -28,7 +28,9 @@ def connect(address: str, port: int, rank: int, world_size: int, device: torch.d
         store = dist.TCPStore(address, port, world_size, rank == TRAINER, timeout, wait_for_workers=False)
         named = dist.PrefixStore(PREFIX, store)
         if device.type == "cuda":
-            return dist.ProcessGroupNCCL(named, rank, world_size, dist.ProcessGroupNCCL.Options())
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            return dist.ProcessGroupNCCL(named, rank, world_size, options)
         return dist.ProcessGroupGloo(named, rank, world_size, timeout)
     except (RuntimeError, ValueError) as error:
         where = f"{address}:{port} as rank {rank} of {world_size}"

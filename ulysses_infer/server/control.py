@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -86,7 +87,7 @@ class Control:
 
     def salted(self, cache_salt: str) -> str:
         """The salt of a request's cached prefixes: that of the request, and the number of weight updates so far."""
-        return f"{self._num_updates} {cache_salt}" if self._num_updates else cache_salt
+        return f"{self._num_updates} {cache_salt}" if self._num_updates or cache_salt else ""
 
     # -- weights -----------------------------------------------------------------------------------------------
 
@@ -128,6 +129,7 @@ class Control:
         if len({len(update[name]) for name in ("names", "dtype_names", "shapes")}) > 1:
             raise RequestError("names, dtype_names and shapes of update_info differ in length")
         tensors = (update["names"], update["dtype_names"], update["shapes"])
+        _check_distinct(update["names"])
         self._on_all_ranks(weight_transfer.receive_tensors, *tensors)
         return {}
 
@@ -188,3 +190,10 @@ class Control:
             raise
         except UlyssesError as error:  # a checkpoint or a configuration that does not fit: nothing has changed
             raise RequestError(str(error)) from error
+
+
+def _check_distinct(names: list[str]) -> None:
+    """Raises `RequestError` for a name that occurs twice: the ranks and the trainer would not agree on the order."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise RequestError(f"update_info.names has {repeated[0][:200]!r} more than once; name each tensor once")
