@@ -28,7 +28,7 @@ def policy(cost=machine, switch_seconds=0.0, **settings):
 
 def prompt(tokens, start=0):
     request = Request("r", 0, [1] * (start + tokens), SamplingParams(), arrival_time=0.0)
-    return Batch([ScheduledRequest(request, start, tokens, [], True)], [])
+    return Batch([], [ScheduledRequest(request, start, tokens, [], True)])
 
 
 def decodes(count, context=200):

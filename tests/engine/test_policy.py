@@ -14,7 +14,7 @@ BASE, MIXED, SHIFT = Mode(4, 2), Mode(2, 4), Mode(1, 8)
 
 def batch_of(*token_counts):
     request = Request("r", 0, [1, 2, 3], SamplingParams(), arrival_time=0.0)
-    return Batch([ScheduledRequest(request, 0, count, [], True) for count in token_counts], [])
+    return Batch([], [ScheduledRequest(request, 0, count, [], True) for count in token_counts])
 
 
 def policy(modes=(BASE, MIXED, SHIFT), **config):

@@ -98,12 +98,8 @@ def test_a_plan_is_its_batch():
     chunk = request(8, range(10, 20))
     last = request(9, range(20, 26))
     batch = Batch(
-        [
-            ScheduledRequest(decode, 4, 1, [], True),
-            ScheduledRequest(chunk, 0, 4, [3, 1], False),
-            ScheduledRequest(last, 4, 2, [6], True),
-        ],
-        preempted=[],
+        [ScheduledRequest(decode, 4, 1, [], True)],
+        [ScheduledRequest(chunk, 0, 4, [3, 1], False), ScheduledRequest(last, 4, 2, [6], True)],
     )
     plan = make_plan(3, Mode(2, 1), batch, [5], False)
     assert plan.token_ids.tolist() == [5, 10, 11, 12, 13, 24, 25]
@@ -119,7 +115,7 @@ def test_drafted_tokens_follow_the_known_one_and_want_every_row():
     assert alone.token_ids.tolist() == [5, 8, 9]
     assert alone.items == [PlanItem(7, 4, 3, [2], DRAFT_LOGITS)]
     assert alone.runs_by_row
-    batch = Batch([verified, ScheduledRequest(chunk, 0, 4, [], False)], [])
+    batch = Batch([verified], [ScheduledRequest(chunk, 0, 4, [], False)])
     assert not make_plan(4, Mode(1, 1), batch, [], False).runs_by_row
     assert (batch.num_decodes, batch.num_drafted, batch.num_decode_rows, batch.num_prefill_tokens) == (1, 2, 3, 4)
     assert batch.shape.num_decodes == 3
@@ -128,8 +124,8 @@ def test_drafted_tokens_follow_the_known_one_and_want_every_row():
 
 def test_prompt_log_probabilities_want_every_row_of_the_prompt_and_the_last_of_decodes():
     scored = request(1, range(8), prompt_logprobs=0)
-    chunk = make_plan(0, Mode(1, 1), Batch([ScheduledRequest(scored, 0, 5, [0], False)], []), [], True)
-    rest = make_plan(1, Mode(1, 1), Batch([ScheduledRequest(scored, 5, 3, [], True)], []), [], True)
+    chunk = make_plan(0, Mode(1, 1), Batch([], [ScheduledRequest(scored, 0, 5, [0], False)]), [], True)
+    rest = make_plan(1, Mode(1, 1), Batch([], [ScheduledRequest(scored, 5, 3, [], True)]), [], True)
     scored.output_token_ids += [9]
     decode = make_plan(2, Mode(1, 1), Batch([ScheduledRequest(scored, 8, 1, [], True)], []), [], True)
     assert [plan.items[0].logits for plan in (chunk, rest, decode)] == [ALL_LOGITS, ALL_LOGITS, LAST_LOGITS]

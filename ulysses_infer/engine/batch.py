@@ -53,32 +53,40 @@ class ScheduledRequest(NamedTuple):
     def is_decode(self) -> bool:
         """Whether the step computes only the token sampled last, and drafted ones after it."""
         is_last = self.samples and self.num_new_tokens == 1 + len(self.drafts)
-        return is_last and self.start >= len(self.request.prompt_token_ids)
+        return is_last and self.start >= self.request.num_prompt_tokens
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: decodes in running order, then prefill chunks; and the requests preempted for it."""
+    """One step, and the requests preempted for it."""
 
-    scheduled: list[ScheduledRequest]
-    preempted: list[Request]
+    decodes: list[ScheduledRequest]
+    """Requests that compute the token sampled last, and drafted ones after it, in running order."""
+    chunks: list[ScheduledRequest]
+    """The other ones: chunks of prompts and of recomputed texts."""
+    preempted: list[Request] = field(default_factory=list)
     lacks_room: bool = False
     """Whether a request would have been preempted if that had been allowed."""
 
     @cached_property
+    def scheduled(self) -> list[ScheduledRequest]:
+        """Decodes, then chunks: the order of the step's tokens."""
+        return self.decodes + self.chunks
+
+    @cached_property
     def num_tokens(self) -> int:
         """Batched tokens T of the step."""
-        return sum(item.num_new_tokens for item in self.scheduled)
+        return sum([item.num_new_tokens for item in self.scheduled])
 
     @property
     def num_decodes(self) -> int:
         """Requests that decode one token."""
-        return sum(item.is_decode for item in self.scheduled)
+        return len(self.decodes)
 
     @property
     def num_drafted(self) -> int:
         """Drafted tokens that the step verifies."""
-        return sum(len(item.drafts) for item in self.scheduled)
+        return sum([len(item.drafts) for item in self.decodes])
 
     @property
     def num_decode_rows(self) -> int:
@@ -93,14 +101,11 @@ class Batch:
     @cached_property
     def shape(self) -> StepShape:
         """The features of the step that its time depends on. A drafted token counts as one more decode."""
-        contexts: list[int] = []
-        chunks = []
-        for item in self.scheduled:
-            if item.is_decode:
-                contexts += range(item.start + 1, item.start + 1 + item.num_new_tokens)
-            else:
-                chunks.append((item.start, item.num_new_tokens))
-        return StepShape.of(contexts, chunks)
+        contexts = [item.start + 1 for item in self.decodes]
+        for item in self.decodes:
+            if item.drafts:
+                contexts += range(item.start + 2, item.start + 1 + item.num_new_tokens)
+        return StepShape.of(contexts, [(item.start, item.num_new_tokens) for item in self.chunks])
 
     @property
     def is_empty(self) -> bool:
@@ -155,7 +160,7 @@ class BatchBuilder:
 
     def build(self) -> Batch:
         """The finished batch."""
-        return Batch([*self.decodes.values(), *self.prefills.values()], self.preempted, self.lacks_room)
+        return Batch([*self.decodes.values()], [*self.prefills.values()], self.preempted, self.lacks_room)
 
 
 def make_plan(

@@ -79,13 +79,12 @@ class Request:
     last_token_time: float | None = None
     finish_time: float | None = None
 
+    num_prompt_tokens: int = field(init=False)
+    """Number of prompt tokens; kept, because every step reads it for every request."""
+
     def __post_init__(self) -> None:
         self._stop_token_ids = frozenset(self.params.stop_token_ids or ())
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Number of prompt tokens."""
-        return len(self.prompt_token_ids)
+        self.num_prompt_tokens = len(self.prompt_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
@@ -95,12 +94,12 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Number of known tokens: prompt and output."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        return self.num_prompt_tokens + len(self.output_token_ids)
 
     @property
     def num_tokens_left(self) -> int:
         """Tokens that no step has been scheduled for, including placeholder tokens."""
-        known = len(self.prompt_token_ids) + len(self.output_token_ids)  # `num_tokens`, for every request of every step
+        known = self.num_prompt_tokens + len(self.output_token_ids)  # `num_tokens`, for every request of every step
         return known + self.num_placeholders - self.num_computed_tokens
 
     @property
@@ -120,11 +119,11 @@ class Request:
 
     def token_ids_from(self, start: int, stop: int) -> list[int]:
         """Known token ids at positions `[start, stop)`."""
-        num_prompt_tokens = len(self.prompt_token_ids)
-        if stop <= num_prompt_tokens:
+        prompt = self.num_prompt_tokens
+        if stop <= prompt:
             return self.prompt_token_ids[start:stop]
-        output = self.output_token_ids[max(0, start - num_prompt_tokens) : stop - num_prompt_tokens]
-        return self.prompt_token_ids[start:] + output if start < num_prompt_tokens else output
+        output = self.output_token_ids[max(0, start - prompt) : stop - prompt]
+        return self.prompt_token_ids[start:] + output if start < prompt else output
 
     def hashes_of_blocks(self, num_blocks: int, block_size: int) -> list[bytes]:
         """Hashes of at least the first `num_blocks` blocks of known tokens; only new ones are computed."""
@@ -159,12 +158,13 @@ class Request:
         """
         output = self.output_token_ids
         token_id = output[-1]
-        if len(output) >= self.params.min_tokens:
+        ends = token_id in self.eos_token_ids or token_id in self._stop_token_ids
+        if ends and len(output) >= self.params.min_tokens:
             if token_id in self.eos_token_ids and not self.params.ignore_eos:
                 return "stop", None
             if token_id in self._stop_token_ids:
                 return "stop", token_id
-        return ("length", None) if len(self.prompt_token_ids) + len(output) >= self.length_limit else None
+        return ("length", None) if self.num_prompt_tokens + len(output) >= self.length_limit else None
 
     @property
     def ending_token_ids(self) -> frozenset[int]:

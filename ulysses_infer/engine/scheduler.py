@@ -159,9 +159,9 @@ class Scheduler:
             if request in step.preempted or not self._admit(request, step):
                 break
         batch = step.build()
-        for item in batch.scheduled:
-            item.request.num_computed_tokens += item.num_new_tokens
-            item.request.num_placeholders += item.samples
+        for request, _, num_new_tokens, _, samples, *_ in batch.scheduled:
+            request.num_computed_tokens += num_new_tokens
+            request.num_placeholders += samples
         return batch
 
     def update(
@@ -173,20 +173,20 @@ class Scheduler:
         A request goes back to its accepted tokens; later steps overwrite the slots of the others. Returns the requests
         that end with this step. Requests aborted during the step are skipped.
         """
-        now = self._clock()
+        now, block_size = self._clock(), self.allocator.block_size
         finished = []
-        for item in batch.scheduled:
-            request = item.request
-            if request.is_finished:
+        for request, start, num_new_tokens, _, samples, _, _, drafts in batch.scheduled:
+            if request.status is RequestStatus.FINISHED:
                 continue
-            ending, end = None, item.start + item.num_new_tokens
-            if item.drafts:
-                ending = request.append_drafts(item.drafts[: accepted.get(request.index, 0)], now)
+            ending, end = None, start + num_new_tokens
+            if drafts:
+                ending = request.append_drafts(drafts[: accepted.get(request.index, 0)], now)
                 end = request.num_computed_tokens = request.num_tokens  # the rejected ones are not computed
-            self._publish_full_blocks(request, end)
+            if end // block_size != request.num_published_blocks:
+                self._publish_full_blocks(request, end)
             if request.reserved_snapshots:
                 self._snapshots.publish(request, end)
-            if item.samples and ending is None:
+            if samples and ending is None:
                 request.append_token(sampled[request.index], now)
                 ending = request.ending()
             if ending is not None:
@@ -197,15 +197,14 @@ class Scheduler:
     def _continue(self, request: Request, step: BatchBuilder) -> None:
         """Schedule the next tokens of a running request, preempting others, or itself, if blocks run out."""
         assert request.num_placeholders <= step.ahead, "every schedule() needs its update()"
-        if request.is_last_token_pending:
+        if request.num_placeholders and request.is_last_token_pending:
             return
-        num_tokens_left = request.num_tokens_left
-        budget = step.budget if num_tokens_left == 1 else min(step.budget, step.prefill_budget)
-        if budget <= 0:
-            return
-        num_new_tokens = self._chunk(
-            request, request.num_computed_tokens, min(num_tokens_left, budget), num_tokens_left
-        )
+        num_new_tokens = num_tokens_left = request.num_tokens_left
+        if num_tokens_left > 1:
+            count = min(num_tokens_left, step.budget, step.prefill_budget)
+            if count <= 0:
+                return
+            num_new_tokens = self._chunk(request, request.num_computed_tokens, count, num_tokens_left)
         num_tokens = request.num_computed_tokens + num_new_tokens
         drafts = self._possible_drafts(request, step) if step.drafts else ()
         new_block_ids = []
@@ -376,7 +375,7 @@ class Scheduler:
     def _publish_full_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Publish the blocks that a step has filled in the prefix cache. Only now are their tokens known."""
         num_full = num_computed_tokens // self.allocator.block_size
-        if num_full == request.num_published_blocks or not self.allocator.enable_prefix_caching:
+        if not self.allocator.enable_prefix_caching:
             return
         hashes = request.hashes_of_blocks(num_full, self.allocator.block_size)
         start = request.num_published_blocks

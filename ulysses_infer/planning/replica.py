@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow
@@ -44,6 +45,7 @@ class SimulatedReplica:
         self.timeline: list[tuple[float, float, Mode, int]] = []
         """(start, seconds, mode, batched tokens) of every step."""
         self._step: tuple[Batch, Decision, float] | None = None
+        self._sampled: dict[int, int] = defaultdict(lambda: TOKEN)
         self._outstanding = 0
 
     @property
@@ -88,12 +90,8 @@ class SimulatedReplica:
         batch, decision, seconds = self._step
         self._step = None
         self.policy.observe(batch, decision, seconds)
-        sampled, prompts = {}, []
-        for request, _, _, _, samples, *_ in batch.scheduled:
-            if samples:
-                sampled[request.index] = TOKEN
-                if request.first_token_time is None:
-                    prompts.append((0, request.num_prompt_tokens))
-        finished = self.scheduler.update(batch, sampled)
-        self._outstanding -= outstanding_tokens([*prompts, *((1, 0) for _ in finished)])
+        prompts = [item.request for item in batch.chunks if item.samples and item.request.first_token_time is None]
+        finished = self.scheduler.update(batch, self._sampled)
+        self._outstanding -= outstanding_tokens([(0, request.num_prompt_tokens) for request in prompts])
+        self._outstanding -= outstanding_tokens([(1, 0)] * len(finished))
         return finished

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -108,7 +109,7 @@ class StepTimeModel:
         if not self.drift.knows(kind):
             rows, known, _ = self._memories[index].of(shape.bucket)
             if len(known):
-                self.drift.set_usual(kind, float(np.median(np.log(known / _positive(rows @ self._anchor[index])))))
+                self.drift.set_usual(kind, _level(rows, known, self._anchor[index]))
         change = self.drift.add(kind, math.log(seconds / expected), self._steps)
         if change is not None:
             self._rescale(*change)
@@ -151,7 +152,13 @@ class StepTimeModel:
         rows, seconds, latest = self._memories[index].of(bucket)
         if not len(seconds):
             return 0.0, 0, latest
-        return float(np.median(np.log(seconds / _positive(rows @ self._coefficients[index])))), len(seconds), latest
+        return _level(rows, seconds, self._coefficients[index]), len(seconds), latest
+
+
+def _level(rows: np.ndarray, seconds: np.ndarray, coefficients: np.ndarray) -> float:
+    """Median log of measured over modelled time."""
+    levels: list[float] = np.log(seconds / _positive(rows @ coefficients)).tolist()
+    return median(levels)  # of a few values: numpy's median would take most of a prediction
 
 
 def _positive(seconds: np.ndarray) -> np.ndarray:

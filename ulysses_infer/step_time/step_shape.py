@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -48,13 +49,13 @@ class StepShape(NamedTuple):
     def of(cls, decode_contexts: list[int], chunks: list[tuple[int, int]]) -> StepShape:
         """Of the decodes' contexts, their own token included, and of each chunk's (start, tokens)."""
         return cls(
-            num_prefill_tokens=sum(count for _, count in chunks),
+            num_prefill_tokens=sum([count for _, count in chunks]),
             num_decodes=len(decode_contexts),
             num_prefills=len(chunks),
             decode_context=sum(decode_contexts),
-            prefill_context=sum(start + count for start, count in chunks),
-            fresh_pairs=sum(count * (count + 1) // 2 for _, count in chunks),
-            past_pairs=sum(start * count for start, count in chunks),
+            prefill_context=sum([start + count for start, count in chunks]),
+            fresh_pairs=sum([count * (count + 1) // 2 for _, count in chunks]),
+            past_pairs=sum([start * count for start, count in chunks]),
         )
 
     @property
@@ -77,17 +78,22 @@ class StepShape(NamedTuple):
         return self.num_tokens.bit_length(), context.bit_length() // 2, int(self.num_prefills > 0)
 
     def features(self) -> np.ndarray:
-        """[F] float64, in the order of `FEATURES`; a step's time is modelled as a sum of coefficients times these."""
-        tokens = self.num_tokens
-        segments = [
-            float(min(max(tokens - low, 0), high - low))
-            for low, high in zip(BREAKPOINTS, (*BREAKPOINTS[1:], max(tokens, BREAKPOINTS[-1])), strict=True)
-        ]
-        return np.array(
-            [1.0, *segments, self.num_prefill_tokens, self.num_decodes, self.num_prefills, *self[3:]],
-            dtype=np.float64,
-        )
+        """[F] float64, in the order of `FEATURES`; a step's time is modelled as a sum of coefficients times these.
+
+        Read-only.
+        """
+        return _features(self)
 
     def __str__(self) -> str:
         context = self.decode_context + self.prefill_context
         return f"{self.num_decodes} decodes, {self.num_prefill_tokens} prefill tokens, {context} in context"
+
+
+@lru_cache(maxsize=16)  # a step's features are needed to predict, to compare and to remember it
+def _features(shape: StepShape) -> np.ndarray:
+    tokens = shape.num_tokens
+    ends = (*BREAKPOINTS[1:], max(tokens, BREAKPOINTS[-1]))
+    segments = [min(max(tokens - low, 0), high - low) for low, high in zip(BREAKPOINTS, ends, strict=True)]
+    features = np.array([1, *segments, *shape], dtype=np.float64)
+    features.flags.writeable = False
+    return features
