@@ -19,6 +19,7 @@ from ulysses_infer.engine.generate_inputs import GenerateInput, arrivals_for, as
 from ulysses_infer.engine.policies import policy_settings
 from ulysses_infer.engine.stats import StepRecord
 from ulysses_infer.errors import ConfigError, fatal
+from ulysses_infer.job.adapters import announce_adapter, drop_adapters, load_adapter
 from ulysses_infer.job.multi_rank_engine import MultiRankEngine
 from ulysses_infer.job.processes import (
     WorkerProcesses,
@@ -306,6 +307,27 @@ class InferenceEngine(MultiRankEngine):
                 source = hand_over_weights(source, cleanup)
             self._on_all_ranks(update_weights, source)
         self._on_rank_0(operations.weights_changed)
+
+    def load_adapter(self, name: str, path: str, replace: bool = False) -> None:
+        """Serve a LoRA adapter, a folder or hub id, from the next request on; others may be running.
+
+        replace: it may replace the one of this name. Needs `lora.runtime_bytes`. Raises `RequestError` or
+        `CheckpointError` if it cannot be served.
+        """
+        new = self._on_rank_0(lambda engine: announce_adapter(engine, name, path, replace))
+        self._on_all_ranks(load_adapter, new.name, new.folder, new.number)
+        self._on_rank_0(lambda engine: engine.requests.adapters.add(new.name, new.num_bytes))
+        self._drop_unused_adapters()
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuse new requests with a LoRA adapter; those that run go on. Raises `RequestError` for an unknown name."""
+        self._on_rank_0(lambda engine: engine.requests.adapters.remove(name))
+        self._drop_unused_adapters()
+
+    def _drop_unused_adapters(self) -> None:
+        unused = self._on_rank_0(lambda engine: engine.requests.take_unused_adapters())
+        if unused:
+            self._on_all_ranks(drop_adapters, unused)
 
     def sleep(self, level: int = 1) -> None:
         """Free the memory of the cache and, with level 2, of the weights, until `wake_up`.

@@ -19,10 +19,11 @@ def root_hash(salt: str = "") -> bytes:
     return hashlib.blake2b(salt.encode(), digest_size=DIGEST_SIZE).digest()
 
 
-def prefix_salt(salt: str, adapter: str | None) -> str:
-    """The salt of a request's blocks: its own salt and its adapter, because adapters change keys and values."""
+def prefix_salt(salt: str, adapter: int) -> str:
+    """The salt of a request's blocks: its own salt and the number of its adapter, because adapters change keys and
+    values."""
     given = f"salt {salt}" if salt else ""
-    return given if adapter is None else f"adapter {adapter!r} {given}"
+    return f"adapter {adapter} {given}" if adapter else given
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:

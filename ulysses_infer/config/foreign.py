@@ -32,7 +32,7 @@ def _none(reason: str, *harmless: Any) -> Foreign:
     return Foreign(f"there is no such setting here; {reason}", harmless, any(value is False for value in harmless))
 
 
-_ADAPTERS = "all of lora.adapters are loaded at start"
+_ADAPTERS = "all of lora.adapters are loaded at start, and lora.runtime_bytes is the room for others"
 _SPECULATION = "speculative decoding is not available, leave it out"
 _GRAPHS = "steps are captured as graphs where possible (runtime.enforce_eager)"
 

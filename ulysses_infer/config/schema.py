@@ -323,6 +323,16 @@ class LoraConfig:
         help="LoRA adapters in PEFT's format (folders or hub ids), by the name that requests use. With any adapter, "
         "runtime.fuse has no effect.",
     )
+    runtime_bytes: int = option(
+        0,
+        at_least=0,
+        help="Bytes on each rank for adapters that are loaded while serving (/v1/load_lora_adapter); 0: none can be.",
+    )
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any adapter is or may be loaded."""
+        return bool(self.adapters or self.runtime_bytes)
 
 
 @dataclass

@@ -83,7 +83,7 @@ def _check_snapshots(config: Config, explicit: Mapping[str, Setting]) -> None:
 
 def _check_adapters(config: Config) -> None:
     names, wanted = config.lora.adapters, config.generate.adapter
-    if names and config.cache.latent:
+    if config.lora.is_used and config.cache.latent:
         raise ConfigError(
             "cache.latent = true: adapters may change kv_b_proj, which the latent cache bypasses; use null"
         )

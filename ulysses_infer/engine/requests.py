@@ -14,6 +14,7 @@ from ulysses_infer.engine.completion import Completion, Sequence
 from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.scheduler import Scheduler
 from ulysses_infer.errors import RequestError
+from ulysses_infer.model.lora.table import ServedAdapters
 from ulysses_infer.model.sampling.sampler import SamplingRow, needs_full_logits, reads_outputs
 from ulysses_infer.model.sampling.seeds import derive_seed
 from ulysses_infer.sampling_params import SamplingParams
@@ -30,6 +31,7 @@ class RequestTable:
         """text: whether outputs carry text; without it, text is only produced to find stop strings."""
         self._config, self._scheduler, self._prompts, self._vocab_size = config, scheduler, prompts, vocab_size
         self.decoder = prompts.decoder if text else None
+        self.adapters = ServedAdapters(config.lora.adapters, config.lora.runtime_bytes)
         self.sequences: dict[int, tuple[Completion, Sequence]] = {}
         """The request and the sequence of each scheduler request, by its index."""
         self.on_end: Callable[[Request], None] | None = None
@@ -51,10 +53,10 @@ class RequestTable:
         name = request_id if request_id is not None else f"request-{next(self._names)}"
         if name in self._completions:
             raise RequestError(f"request id {name!r} is in use; use another")
-        adapter_number = self._adapter_number(adapter)
+        adapter_number = self.adapters.number(adapter)
         completion = Completion(name, text, token_ids, params)
         completion.prompt_logprobs = None if params.prompt_logprobs is None else [None]
-        seed, salt = self._prompts.seed(params), prefix_salt(salt, adapter)
+        seed, salt = self._prompts.seed(params), prefix_salt(salt, adapter_number)
         for index in range(params.n):
             request = Request(
                 request_id=name if params.n == 1 else f"{name}#{index}",
@@ -104,13 +106,9 @@ class RequestTable:
         if reads_outputs(params):
             self._output_readers.add(index)
 
-    def _adapter_number(self, name: str | None) -> int:
-        if name is None:
-            return 0
-        names = list(self._config.lora.adapters)
-        if name not in names:
-            raise RequestError(f"adapter {name!r} is not loaded; loaded are: {', '.join(names) or 'none'}")
-        return names.index(name) + 1
+    def take_unused_adapters(self) -> list[int]:
+        """Numbers of removed adapters that no request uses any more; the caller drops their weights."""
+        return self.adapters.take_unused({sequence.request.adapter for _, sequence in self.sequences.values()})
 
     def abort(self, request_id: str) -> Completion | None:
         """End a request in any state; returns it with its outputs so far, or None if it is unknown or finished."""

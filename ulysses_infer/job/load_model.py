@@ -19,7 +19,7 @@ from ulysses_infer.model.loading.files import resolve_folder
 from ulysses_infer.model.loading.sources import Checkpoint, GivenModel, find_checkpoint
 from ulysses_infer.model.loading.weights import Weights
 from ulysses_infer.model.lora.adapter import adapter_bytes, read_adapter
-from ulysses_infer.model.lora.attach import attach_adapters
+from ulysses_infer.model.lora.attach import attach_adapter, check_adapter
 from ulysses_infer.model.model import ModelBuilder, ShiftModel, choose_dtype, read_config
 from ulysses_infer.model.shape import ModelShape
 from ulysses_infer.parallel.groups import ProcessGroups
@@ -63,7 +63,7 @@ def load_model(
     blueprint = channel.together(lambda: make_blueprint(config, given, checkpoint, groups, device, memory))
     dense = channel.together(lambda: _dense_bytes(config, given or checkpoint, blueprint, device, ranks_on_host))
     budget = channel.together(lambda: _make_budget(config, blueprint, dense, own))
-    fuse = config.runtime.fuse and not config.lora.adapters  # adapters apply to the separate projections
+    fuse = config.runtime.fuse and not config.lora.is_used  # adapters apply to the separate projections
     model = channel.together(lambda: blueprint.load(progress if groups.is_first else None, fuse))
     channel.together(lambda: _attach_adapters(config, model, device))
     if cache_shape(config, model, groups).dtype == FP8:
@@ -93,7 +93,7 @@ def make_blueprint(
     """What this rank will store of `given` or `checkpoint`. memory: bytes on the rank with the least of it."""
     layout, shard = config.parallel.layout, groups.shard
     # Adapters may change kv_b_proj, which is not applied as a layer when latents are cached.
-    latent = False if config.lora.adapters else config.cache.latent
+    latent = False if config.lora.is_used else config.cache.latent
     options = {"expert_placement": config.parallel.expert_placement, "memory": memory, "latent": latent}
     if given is not None:
         return ModelBuilder.from_pretrained(given.module, config.model, layout, shard, device, given.open, **options)
@@ -133,6 +133,7 @@ def _make_budget(config: Config, blueprint: ModelBuilder, dense_bytes: int, avai
     rows = min(max(scheduler.max_num_seqs, ROWS_PER_GATHER), scheduler.max_num_batched_tokens)
     activations = step_bytes(config, shape, blueprint.dtype, scheduler.max_num_batched_tokens, rows)
     adapters = sum(adapter_bytes(resolve_folder(path, None)) for path in config.lora.adapters.values())
+    adapters += config.lora.runtime_bytes
     budget = MemoryBudget(
         available=available,
         weights=blueprint.expert_bytes + dense_bytes + adapters,
@@ -150,7 +151,8 @@ def step_bytes(config: Config, shape: ModelShape, dtype: torch.dtype, num_tokens
 
 
 def _attach_adapters(config: Config, model: ShiftModel, device: torch.device) -> None:
-    if config.lora.adapters:
-        adapters = [read_adapter(name, resolve_folder(path, None)) for name, path in config.lora.adapters.items()]
-        attach_adapters(model.injection, adapters, model.dtype, device)
-        model.rebind()
+    for number, (name, path) in enumerate(config.lora.adapters.items(), start=1):
+        adapter = read_adapter(name, resolve_folder(path, None))
+        check_adapter(model.injection, adapter)
+        attach_adapter(model.injection, adapter, number, model.dtype, device)
+    model.bind_again()

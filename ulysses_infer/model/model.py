@@ -94,6 +94,10 @@ class ShiftModel:
         self._mode = self.injection.base.mode
         self.weights_version += 1
 
+    def bind_again(self) -> None:
+        """Let the next step bind all layers, of which some are new."""
+        self._mode = None
+
     @torch.inference_mode()
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, logits_rows: torch.Tensor, context: StepContext

@@ -10,6 +10,7 @@ from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.operations import describe
 from ulysses_infer.engine.policies import POLICIES, policy_settings
 from ulysses_infer.errors import ConfigError, RequestError
+from ulysses_infer.server.adapters import AdapterCommands
 from ulysses_infer.server.control import Control
 
 CONTROLS = (
@@ -38,6 +39,7 @@ class Commands:
         control: Control,
     ) -> None:
         self._engine, self._drain, self._report_aborted = engine, drain, report_aborted
+        adapters = AdapterCommands(engine)
         self._known: Mapping[str, Callable[..., Any]] = {
             "get_policy": self.get_policy,
             "set_policy": self.set_policy,
@@ -47,6 +49,8 @@ class Commands:
             "reset_prefix_cache": self.reset_prefix_cache,
             "stats": self.stats,
             **{name: getattr(control, name) for name in CONTROLS},
+            "load_lora_adapter": adapters.load_lora_adapter,
+            "unload_lora_adapter": adapters.unload_lora_adapter,
         }
 
     def run(self, name: str, arguments: Mapping[str, Any]) -> Any:

@@ -7,7 +7,6 @@ that no request reads prefixes that older weights have computed.
 from __future__ import annotations
 
 import os
-import pickle
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +14,11 @@ from typing import Any
 from ulysses_infer.engine import operations
 from ulysses_infer.engine.completion import Completion
 from ulysses_infer.engine.engine import Engine
-from ulysses_infer.errors import EngineDeadError, RequestError, UlyssesError
+from ulysses_infer.errors import RequestError
 from ulysses_infer.job import weight_transfer
 from ulysses_infer.job.weights import sleep, update_weights, wake_up
+from ulysses_infer.server.calls import call_all_ranks
 from ulysses_infer.server.messages import Submit
-from ulysses_infer.worker.channel import CALL
 
 ABORT, WAIT, KEEP = "abort", "wait", "keep"
 PAUSE_MODES = (ABORT, WAIT, KEEP)
@@ -106,13 +105,13 @@ class Control:
                 f"rank_offset is {rank_offset} and world_size {world_size}; this replica needs at least 1 and {needed}"
             )
         arguments = (master_address, master_port, rank_offset, world_size, timeout)
-        self._on_all_ranks(weight_transfer.join_trainer, *arguments)
+        call_all_ranks(self._engine, weight_transfer.join_trainer, *arguments)
         return {"world_size": world_size}
 
     def start_weight_update(self) -> dict[str, Any]:
         """Begin an update. Raises `RequestError` unless the engine is paused or idle."""
         self._check_still()
-        self._on_all_ranks(weight_transfer.start_update)
+        call_all_ranks(self._engine, weight_transfer.start_update)
         return {}
 
     def update_weights(self, **update: Any) -> dict[str, Any]:
@@ -120,7 +119,7 @@ class Control:
         `path`, a folder with the new weights on a disk that all ranks read, which ends the update."""
         if "path" in update:
             self._check_still()
-            self._on_all_ranks(update_weights, os.fspath(update["path"]))
+            call_all_ranks(self._engine, update_weights, os.fspath(update["path"]))
             self._weights_changed()
             return {}
         missing = [name for name in ("names", "dtype_names", "shapes") if not isinstance(update.get(name), list)]
@@ -130,13 +129,13 @@ class Control:
             raise RequestError("names, dtype_names and shapes of update_info differ in length")
         tensors = (update["names"], update["dtype_names"], update["shapes"])
         _check_distinct(update["names"])
-        self._on_all_ranks(weight_transfer.receive_tensors, *tensors)
+        call_all_ranks(self._engine, weight_transfer.receive_tensors, *tensors)
         return {}
 
     def finish_weight_update(self, weight_version: str | None = None) -> dict[str, Any]:
         """Serve the weights that have arrived."""
         self._check_still()
-        self._on_all_ranks(weight_transfer.finish_update)
+        call_all_ranks(self._engine, weight_transfer.finish_update)
         self._weights_changed()
         if weight_version is not None:
             self.weight_version = weight_version
@@ -160,13 +159,13 @@ class Control:
     def sleep(self, level: int = 1) -> dict[str, Any]:
         """Free the memory of the cache and, with level 2, of the weights. Raises `RequestError` while requests run."""
         operations.fall_asleep(self._engine, level)
-        self._on_all_ranks(sleep, level)
+        call_all_ranks(self._engine, sleep, level)
         return {"level": self._engine.sleep.level}
 
     def wake_up(self) -> dict[str, Any]:
         """Allocate what `sleep` has freed; weights come with the next update."""
         if self._engine.sleep.level:
-            self._on_all_ranks(wake_up)
+            call_all_ranks(self._engine, wake_up)
             operations.wake_up(self._engine)
         return {"level": 0}
 
@@ -179,17 +178,6 @@ class Control:
     def _check_still(self) -> None:
         if self._engine.has_unfinished and not self.is_paused:
             raise RequestError("requests are running; pause the engine first (/pause), or wait until it is idle")
-
-    def _on_all_ranks(self, action: Callable[..., None], *arguments: Any) -> None:
-        """Run `action(rank, …)` on every rank. A refused command is a `RequestError`."""
-        rank = self._engine.rank
-        rank.channel.send(CALL, pickle.dumps((action, arguments)))
-        try:
-            action(rank, *arguments)
-        except (RequestError, EngineDeadError):
-            raise
-        except UlyssesError as error:  # a checkpoint or a configuration that does not fit: nothing has changed
-            raise RequestError(str(error)) from error
 
 
 def _check_distinct(names: list[str]) -> None:

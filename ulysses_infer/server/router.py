@@ -34,6 +34,8 @@ EVERYWHERE = (
     "update_weight_version",
     "sleep",
     "wake_up",
+    "load_lora_adapter",
+    "unload_lora_adapter",
 )
 """Commands for all replicas at the same time: some wait for each other."""
 

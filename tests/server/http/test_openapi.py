@@ -37,6 +37,8 @@ OPERATIONS = [
     "DELETE /v1/responses/{response_id}",
     "POST /v1/responses/{response_id}/cancel",
     "GET /v1/responses/{response_id}/input_items",
+    "POST /v1/load_lora_adapter",
+    "POST /v1/unload_lora_adapter",
     "POST /v1/messages",
     "POST /v1/messages/count_tokens",
     "GET /v1/models",

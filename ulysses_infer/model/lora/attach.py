@@ -45,6 +45,10 @@ class LayerAdapters:
         spans = self._linear_sharding.sharding.base_spans(self._linear_sharding.base)
         self._stored[index] = _select_slices(layer, self._linear_sharding.cut, spans)
 
+    def remove(self, indices: Sequence[int]) -> None:
+        """Free the weights of adapters."""
+        self._stored = {index: layer for index, layer in self._stored.items() if index not in indices}
+
     def bind(self, place: Place) -> None:
         """Switch to the slices of `place`."""
         self._views = self._stored
@@ -69,22 +73,35 @@ class LayerAdapters:
         return output
 
 
-def attach_adapters(injection: Any, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device) -> None:
-    """Attach `adapters` to their linear layers; adapter `i` has index `i + 1` in step plans.
+def check_adapter(injection: Any, adapter: Adapter) -> None:
+    """Raises `CheckpointError` if a layer does not exist, does not support adapters, or has another shape."""
+    for name, layer in adapter.layers.items():
+        _check(adapter.name, name, layer, _find(injection, adapter.name, name))
 
-    Raises `CheckpointError` if a layer does not exist, does not support adapters, or has another shape.
-    """
-    hooked: dict[str, LayerAdapters] = {}
-    for index, adapter in enumerate(adapters, start=1):
-        for name, layer in adapter.layers.items():
-            module = _find(injection, adapter.name, name)
-            if name not in hooked:
-                hooked[name] = LayerAdapters(_linear_sharding(module))
-                module.register_forward_hook(hooked[name])
-                injection.mode_aware_layers.append(hooked[name])
-            _check(adapter.name, name, layer, module)
-            on_device = LoraWeights(layer.down.to(device, dtype), layer.up.to(device, dtype), layer.scaling)
-            hooked[name].add(index, on_device)
+
+def attach_adapter(injection: Any, adapter: Adapter, index: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Attach an adapter that fits to its linear layers, with its number in step plans. The layers are to be bound."""
+    for name, layer in adapter.layers.items():
+        on_device = LoraWeights(layer.down.to(device, dtype), layer.up.to(device, dtype), layer.scaling)
+        _adapters_of(injection, injection.model.get_submodule(name)).add(index, on_device)
+
+
+def detach_adapters(injection: Any, indices: Sequence[int]) -> None:
+    """Free the weights of adapters. The layers are to be bound."""
+    for layer in injection.mode_aware_layers:
+        if isinstance(layer, LayerAdapters):
+            layer.remove(indices)
+
+
+def _adapters_of(injection: Any, module: Any) -> LayerAdapters:
+    """The adapters of a linear layer."""
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, LayerAdapters):
+            return hook
+    made = LayerAdapters(_linear_sharding(module))
+    module.register_forward_hook(made)
+    injection.mode_aware_layers.append(made)
+    return made
 
 
 def _find(injection: Any, adapter: str, name: str) -> nn.Module:

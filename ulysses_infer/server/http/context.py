@@ -43,6 +43,10 @@ class AppContext:
     running: dict[str, list[str]] = field(default_factory=dict)
     """Ids of responses in progress, with the ids of their engine requests."""
 
+    def __post_init__(self) -> None:
+        self.adapters = dict(self.config.lora.adapters)
+        """Paths of LoRA adapters, by name."""
+
     @functools.cached_property
     def model_name(self) -> str:
         """The model's name in the API."""
@@ -51,7 +55,7 @@ class AppContext:
     @property
     def model_names(self) -> list[str]:
         """The model's name, then those of its adapters."""
-        return [self.model_name, *self.config.lora.adapters]
+        return [self.model_name, *self.adapters]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -71,7 +75,7 @@ class AppContext:
         names none and there is no default."""
         self.check_model(name)
         default = self.config.server.default_model
-        if name is None and default is None and self.config.lora.adapters:
+        if name is None and default is None and self.adapters:
             choices = ", ".join(map(repr, self.model_names))
             message = f"model is missing; this server has {choices} (server.default_model sets a default)"
             raise ApiError(400, message, param="model", code="missing_field")

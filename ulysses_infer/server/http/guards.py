@@ -27,11 +27,13 @@ ADMIN_PATHS = frozenset(
         "/start_weight_update",
         "/update_weight_version",
         "/update_weights",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
         "/wake_up",
         "/weight_info",
     }
 )
-"""Routes for reinforcement learning, under vLLM's names."""
+"""Routes for reinforcement learning and for LoRA adapters, under vLLM's names."""
 
 
 def is_administrative(path: str) -> bool:

@@ -111,7 +111,7 @@ def generation_of(
     """The engine requests of an HTTP request, under a new id. Its model may be the name of an adapter."""
     name = f"{prefix}{body.request_id or uuid.uuid4().hex}"
     model = context.choose_model(body.model)
-    adapter = model if model in context.config.lora.adapters else None
+    adapter = model if model in context.adapters else None
     return Generation(name, prompts, params, body.priority or 0, body.cache_salt or "", adapter)
 
 

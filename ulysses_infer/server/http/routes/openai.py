@@ -57,7 +57,7 @@ async def model(request: Request) -> Response:
 
 
 def _card(context: AppContext, name: str) -> dict[str, Any]:
-    info, adapter = context.client.info, context.config.lora.adapters.get(name)
+    info, adapter = context.client.info, context.adapters.get(name)
     return {
         "id": name,
         "object": "model",
