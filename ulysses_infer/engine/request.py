@@ -84,6 +84,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self._stop_token_ids = frozenset(self.params.stop_token_ids or ())
+        self._endings = self.eos_token_ids | self._stop_token_ids
         self.num_prompt_tokens = len(self.prompt_token_ids)
 
     @property
@@ -133,13 +134,16 @@ class Request:
             extend_block_hashes(hashes, token_ids, block_size, self.cache_salt)
         return hashes
 
-    def append_token(self, token_id: int, now: float) -> None:
-        """Append a sampled token that was in flight, at time `now` (seconds)."""
-        self.output_token_ids.append(token_id)
+    def append_token(self, token_id: int, now: float) -> tuple[str, int | None] | None:
+        """Append a sampled token that was in flight, at time `now` (seconds); returns its `ending`, or None."""
+        output = self.output_token_ids
+        output.append(token_id)
         self.num_placeholders -= 1
         self.last_token_time = now
         if self.first_token_time is None:
             self.first_token_time = now
+        may_end = token_id in self._endings or self.num_prompt_tokens + len(output) >= self.length_limit
+        return self.ending() if may_end else None
 
     def append_drafts(self, token_ids: Sequence[int], now: float) -> tuple[str, int | None] | None:
         """Append accepted drafted tokens, up to one that ends the request; returns its `ending`, or None."""
@@ -158,8 +162,7 @@ class Request:
         """
         output = self.output_token_ids
         token_id = output[-1]
-        ends = token_id in self.eos_token_ids or token_id in self._stop_token_ids
-        if ends and len(output) >= self.params.min_tokens:
+        if len(output) >= self.params.min_tokens:
             if token_id in self.eos_token_ids and not self.params.ignore_eos:
                 return "stop", None
             if token_id in self._stop_token_ids:
@@ -169,7 +172,7 @@ class Request:
     @property
     def ending_token_ids(self) -> frozenset[int]:
         """The tokens that end the request, from `min_tokens` on."""
-        return self._stop_token_ids if self.params.ignore_eos else self.eos_token_ids | self._stop_token_ids
+        return self._stop_token_ids if self.params.ignore_eos else self._endings
 
     def restart(self) -> None:
         """Preempt: drop everything computed, to be computed again later. The output tokens stay."""

@@ -187,8 +187,7 @@ class Scheduler:
             if request.reserved_snapshots:
                 self._snapshots.publish(request, end)
             if samples and ending is None:
-                request.append_token(sampled[request.index], now)
-                ending = request.ending()
+                ending = request.append_token(sampled[request.index], now)
             if ending is not None:
                 self.finish(request, *ending)
                 finished.append(request)

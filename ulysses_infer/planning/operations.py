@@ -42,14 +42,30 @@ class StepOperations:
         self.sizes, self.node, self.placement, self.changes = sizes, node, placement, changes
         self._num_nodes = num_nodes
         self._input_bytes = 2.0 if sizes.dtype in ("bf16", "int4") else 1.0
+        self._seconds: dict[tuple[Mode, int, int], float] = {}
 
     def of(self, mode: Mode, shape: StepShape) -> list[Operation]:
         """The operations of a step on the rank with the most tokens."""
-        local = ceil_div(shape.num_tokens, mode.sp)
-        found = self._attention_layers(mode, shape, local) + self._recurrent_layers(mode, shape, local)
-        found += self._dense_layers(mode, local) + self._expert_layers(mode, shape.num_tokens, local)
-        found += self._elementwise(mode, local) + self._head(mode, shape)
+        found = self._of_tokens(mode, shape.num_tokens, shape.num_sequences) + self._of_contexts(mode, shape)
         return [operation for operation in found if operation.times and operation.seconds > 0]
+
+    def seconds(self, mode: Mode, shape: StepShape) -> float:
+        """The sum over all operations of a step."""
+        key = mode, shape.num_tokens, shape.num_sequences  # many steps differ only in their contexts
+        if key not in self._seconds:
+            self._seconds[key] = sum(operation.total for operation in self._of_tokens(*key))
+        return self._seconds[key] + sum(operation.total for operation in self._of_contexts(mode, shape))
+
+    def _of_tokens(self, mode: Mode, tokens: int, sequences: int) -> list[Operation]:
+        """The operations that depend only on the number of tokens and sequences."""
+        local = ceil_div(tokens, mode.sp)
+        found = self._attention_layers(mode, local) + self._recurrent_layers(mode, local)
+        found += self._dense_layers(mode, local) + self._expert_layers(mode, tokens, local)
+        return found + self._elementwise(mode, local) + self._head(mode, sequences)
+
+    def _of_contexts(self, mode: Mode, shape: StepShape) -> list[Operation]:
+        """The operations that depend on what the tokens attend to."""
+        return self._attention(mode, shape) + self._recurrence(mode, shape)
 
     # -- products ----------------------------------------------------------------------------------------------
 
@@ -58,7 +74,7 @@ class StepOperations:
         seconds = roofline.product_seconds(rate, rows, outputs, inputs, sizes.weight_bytes, self._input_bytes)
         return Operation(name, seconds, count, "product")
 
-    def _attention_layers(self, mode: Mode, shape: StepShape, local: int) -> list[Operation]:
+    def _attention_layers(self, mode: Mode, local: int) -> list[Operation]:
         sizes, count = self.sizes, self.sizes.num_attention_layers
         if not count:
             return []
@@ -71,7 +87,6 @@ class StepOperations:
         return [
             self._product("query, key and value projections", local, width, sizes.hidden_size, count),
             self._exchange("all-to-all to heads", mode, local * sent, count),
-            *self._attention(mode, shape),
             self._exchange("all-to-all to tokens", mode, local * heads * sizes.value_width, count),
             self._product("output projection", local, sizes.hidden_size, heads * sizes.value_width, count),
             self._sum("all-reduce after attention", mode, local, count),
@@ -85,19 +100,20 @@ class StepOperations:
             ("attention", self.sizes.num_attention_layers - windows, 0),
             ("windowed attention", windows, self.sizes.window),
         ):
-            seconds = self._attention_seconds(mode, _within(_within(shape, window), self.sizes.selected))
-            found.append(Operation(name, seconds, count, "attention"))
-        return [*found, self._index(shape)]
+            if count:
+                seconds = self._attention_seconds(mode, _within(_within(shape, window), self.sizes.selected))
+                found.append(Operation(name, seconds, count, "attention"))
+        return [*found, self._index(shape)] if self.sizes.selected else found
 
     def _index(self, shape: StepShape) -> Operation:
         """The scores by which tokens choose what they attend to: every rank computes those of all heads."""
         sizes, node, seconds = self.sizes, self.node, 0.0
-        if sizes.selected and shape.num_prefills:
+        if shape.num_prefills:
             pairs = (shape.fresh_pairs + shape.past_pairs) / 2  # products with keys only, no sums of values
             seconds += roofline.prefill_attention_seconds(
                 node.prefill_attention, sizes.index_heads, sizes.index_width, pairs
             )
-        if sizes.selected and shape.num_decodes:
+        if shape.num_decodes:
             seconds += roofline.decode_attention_seconds(
                 node.decode_attention, index_bytes_per_token(sizes) * shape.decode_context
             )
@@ -119,24 +135,28 @@ class StepOperations:
             seconds += roofline.decode_attention_seconds(node.decode_attention, cached)
         return float(seconds)
 
-    def _recurrent_layers(self, mode: Mode, shape: StepShape, local: int) -> list[Operation]:
+    def _recurrent_layers(self, mode: Mode, local: int) -> list[Operation]:
         sizes, count = self.sizes, self.sizes.num_recurrent_layers
         if not count:
             return []
         inputs, outputs = sizes.recurrent.inputs / mode.tp, sizes.recurrent.outputs / mode.tp
-        states = sizes.recurrent.state / mode.world_size
-        found = [
+        return [
             self._product("recurrent input projections", local, inputs, sizes.hidden_size, count),
             self._exchange("all-to-all to recurrent heads", mode, local * inputs, count),
             self._exchange("all-to-all from recurrent heads", mode, local * outputs, count),
             self._product("recurrent output projection", local, sizes.hidden_size, outputs, count),
             self._sum("all-reduce after the recurrence", mode, local, count),
         ]
-        if shape.num_decodes:
+
+    def _recurrence(self, mode: Mode, shape: StepShape) -> list[Operation]:
+        sizes, count = self.sizes, self.sizes.num_recurrent_layers
+        found = []
+        if count and shape.num_decodes:
             moved = 2 * sizes.recurrent.state_bytes() / mode.world_size  # read and written
             seconds = self.node.decode_recurrent.seconds(0.0, moved * shape.num_decodes)
             found.append(Operation("recurrence of decodes", seconds, count, "attention"))
-        if shape.num_prefills:
+        if count and shape.num_prefills:
+            states = sizes.recurrent.state / mode.world_size
             seconds = self.node.prefill_recurrent.seconds(6 * states * shape.num_prefill_tokens, 0.0)
             found.append(Operation("recurrence of prompts", seconds, count, "attention"))
         return found
@@ -201,8 +221,8 @@ class StepOperations:
         seconds = kernels * rate.floor_seconds + moved / rate.bytes_per_second
         return [Operation("norms, rotary embedding and activations", seconds, sizes.num_layers, "elementwise")]
 
-    def _head(self, mode: Mode, shape: StepShape) -> list[Operation]:
-        sizes, rows = self.sizes, shape.num_sequences
+    def _head(self, mode: Mode, rows: int) -> list[Operation]:
+        sizes = self.sizes
         rate = self.node.products["bf16"]
         seconds = roofline.product_seconds(rate, rows, sizes.vocab_size / mode.world_size, sizes.hidden_size, 2.0, 2.0)
         gather = rows * sizes.hidden_size * mode.sp

@@ -56,8 +56,7 @@ class AnalyticStepTimes:
 
     def device_seconds(self, mode: Mode, shape: StepShape) -> float:
         """Of all operations, or of launching them one by one if that takes longer."""
-        seconds = sum(operation.total for operation in self.operations.of(mode, shape))
-        return max(seconds, self._launch_seconds(shape))
+        return max(self.operations.seconds(mode, shape), self._launch_seconds(shape))
 
     def seconds(self, mode: Mode, shape: StepShape) -> float:
         """See `StepTimes`."""

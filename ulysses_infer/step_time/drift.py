@@ -70,9 +70,11 @@ class DriftDetector:
         return self._judge()
 
     def _judge(self) -> tuple[float, int] | None:
-        middle = median(step.offset for step in self._window)
-        agreeing = sum(step.offset * middle > 0 and abs(step.offset) > LEAST_CHANGE / 2 for step in self._window)
-        if agreeing < AGREEING or abs(middle) < LEAST_CHANGE:
+        offsets = [step.offset for step in self._window]
+        middle = median(offsets)
+        if abs(middle) < LEAST_CHANGE:
+            return None
+        if sum(offset * middle > 0 and abs(offset) > LEAST_CHANGE / 2 for offset in offsets) < AGREEING:
             return None
         change, since = math.exp(median(step.shift for step in self._window)), self._window[0].time
         self._window.clear()

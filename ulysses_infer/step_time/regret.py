@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
-
-import numpy as np
 
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.model import StepTimeModel
@@ -22,8 +20,8 @@ class RegretTracker:
 
     def __init__(self, model: StepTimeModel) -> None:
         self._model = model
-        self._steps: dict[Bucket, np.ndarray] = {}
-        self._sums: dict[Bucket, np.ndarray] = {}
+        self._steps: dict[Bucket, list[int]] = {}  # by mode
+        self._sums: dict[Bucket, Sequence[int]] = {}  # of shapes
         self._errors: deque[float] = deque(maxlen=RECENT_ERRORS)
         self._num_steps = self._num_others = self._num_faster = 0
         self._seconds = 0.0
@@ -32,10 +30,10 @@ class RegretTracker:
         """A step ran in `mode` for `seconds`."""
         bucket = shape.bucket
         if bucket not in self._steps:
-            self._steps[bucket] = np.zeros(len(self._model.modes), dtype=np.int64)
-            self._sums[bucket] = np.zeros(len(shape), dtype=np.int64)
+            self._steps[bucket] = [0] * len(self._model.modes)
+            self._sums[bucket] = [0] * len(shape)
         self._steps[bucket][self._model.modes.index(mode)] += 1
-        self._sums[bucket] += shape
+        self._sums[bucket] = [total + own for total, own in zip(self._sums[bucket], shape, strict=True)]
         self._num_steps += 1
         self._seconds += seconds
         self._errors.append(abs(predicted[mode] / seconds - 1))
@@ -50,9 +48,9 @@ class RegretTracker:
 
     def _regret_of(self, bucket: Bucket) -> float:
         steps = self._steps[bucket]
-        mean = StepShape(*(round(total / int(steps.sum())) for total in self._sums[bucket].tolist()))
-        times = np.array(self._model.predict(mean))
-        return float(steps @ (times - times.min()))
+        mean = StepShape(*(round(total / sum(steps)) for total in self._sums[bucket]))
+        times = self._model.predict(mean)
+        return sum(count * (seconds - min(times)) for count, seconds in zip(steps, times, strict=True))
 
     def stats(self) -> dict[str, Any]:
         """Plain values: steps, median prediction error, regret and what trying other modes showed."""
