@@ -28,6 +28,7 @@ from ulysses_infer.bench.serve.datasets import (
     trace_items,
 )
 from ulysses_infer.bench.serve.load import LoadRequest, LoadRun, closed_loop, open_loop
+from ulysses_infer.bench.serve.repetition import REPETITIVE
 from ulysses_infer.bench.serve.result import remarks, result_of, table
 from ulysses_infer.bench.serve.serve_options import DEFAULT_NUM_PROMPTS, ENDPOINTS, rate_of
 from ulysses_infer.bench.serve.traces import read_trace
@@ -113,6 +114,8 @@ async def make_items(client: Client, model: str, options: argparse.Namespace) ->
     if options.dataset == "sharegpt":
         count = options.num_prompts or DEFAULT_NUM_PROMPTS
         return await sharegpt_items(path, count, options.output_len, client, model, options.seed)
+    if options.dataset in REPETITIVE:
+        return REPETITIVE[options.dataset](options.input_len, options.output_len, options.seed)
     return _made_items(await vocabulary_of(client, model, options), options)
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ulysses_infer.bench.serve.arrivals import Ramp, Rate
+from ulysses_infer.bench.serve.repetition import REPETITIVE
 from ulysses_infer.errors import ConfigError
 
-DATASETS = ("random", "sharegpt", "custom", "prefix_repetition", "timed_trace")
+DATASETS = ("random", "sharegpt", "custom", "prefix_repetition", "timed_trace", *REPETITIVE)
 FILE_DATASETS = ("sharegpt", "custom", "timed_trace")
 ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 GOODPUT_MEASURES = ("ttft", "tpot", "e2el")
@@ -105,7 +106,13 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("dataset")
-    group.add_argument("--dataset", "--dataset-name", choices=DATASETS, default="random", help="default: %(default)s")
+    group.add_argument(
+        "--dataset",
+        "--dataset-name",
+        choices=DATASETS,
+        default="random",
+        help="default: %(default)s; the answers of code_edit, summary and json_records repeat parts of their prompts",
+    )
     group.add_argument(
         "--dataset-path",
         type=Path,
