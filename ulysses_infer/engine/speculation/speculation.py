@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ulysses_infer.config import SpeculationConfig
 from ulysses_infer.config.speculation import AUTO
 from ulysses_infer.engine.batch import Batch
-from ulysses_infer.engine.completion import Completion
-from ulysses_infer.engine.completion import Sequence as OutputSequence
 from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.speculation.acceptance import Acceptance
 from ulysses_infer.engine.speculation.draft_planner import DraftPlanner
+from ulysses_infer.engine.speculation.head_proposer import HeadProposer
 from ulysses_infer.engine.speculation.ngram import NgramProposer
 from ulysses_infer.engine.speculation.proposer import NOTHING, Draft, Proposer, Query
 from ulysses_infer.engine.speculation.statistics import SpeculationStats
 from ulysses_infer.engine.speculation.step_times import StepTimes
 from ulysses_infer.engine.speculation.suffix import SuffixProposer
+from ulysses_infer.model.sampling.sampler import Grammar
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +44,17 @@ class Speculation:
     def __init__(
         self,
         config: SpeculationConfig,
-        sequences: Mapping[int, tuple[Completion, OutputSequence]],
+        grammar_of: Callable[[Request], Grammar | None],
         times: StepTimes,
         max_batched_tokens: int,
+        proposer: Proposer | None = None,
     ) -> None:
-        """sequences: those of all unfinished requests, by request index."""
-        self.config, self._sequences, self.times = config, sequences, times
+        """grammar_of: the grammar of an unfinished request. proposer: instead of the configured one."""
+        self.config, self._grammar_of, self.times = config, grammar_of, times
         self.stats = SpeculationStats(config.max_drafted)
         self.reason = ""
         """Why the last step had its number of drafted tokens."""
-        self._proposer = _make_proposer(config)
+        self._proposer = proposer or _make_proposer(config)
         self._planner = DraftPlanner(times.predict)
         self._max_batched_tokens = min(max_batched_tokens, config.max_batched_tokens or max_batched_tokens)
         self._requests: dict[int, _Drafted] = {}
@@ -75,6 +76,8 @@ class Speculation:
 
     def is_due(self, batch: Batch) -> bool:
         """Whether tokens are to be proposed after `batch` for one of its requests, once its tokens are known."""
+        if isinstance(self._proposer, HeadProposer):
+            return True  # the head follows every step before the next one overwrites the hidden states
         return any(
             item.samples and item.request.params.speculation and self._of(item.request).next_try <= self._step + 1
             for item in batch.scheduled
@@ -83,6 +86,8 @@ class Speculation:
     def observe(self, batch: Batch, accepted: Mapping[int, int]) -> None:
         """Learn from a step that has run. accepted: drafted tokens accepted, by request index."""
         self._step += 1
+        if isinstance(self._proposer, HeadProposer):
+            self._proposer.observe(batch, accepted)
         for item in batch.scheduled:
             count = accepted.get(item.request.index)
             if not item.drafts or count is None:
@@ -119,7 +124,7 @@ class Speculation:
 
     def _forced_tokens(self, request: Request) -> tuple[int, ...]:
         """The tokens that the request's grammar forces next."""
-        grammar = self._sequences[request.index][1].row.grammar
+        grammar = self._grammar_of(request)
         try:
             return () if grammar is None else grammar.forced_tokens(request.output_token_ids)
         except Exception:  # of the grammar library; the request's own row finds it again and ends the request
@@ -139,7 +144,7 @@ class Speculation:
         """`draft` up to the first token that ends the output or that the grammar forbids."""
         endings = request.ending_token_ids
         count = next((place for place, token in enumerate(draft.tokens) if token in endings), len(draft.tokens))
-        grammar = self._sequences[request.index][1].row.grammar
+        grammar = self._grammar_of(request)
         try:
             if grammar is not None and count:
                 count = grammar.count_allowed(request.output_token_ids, draft.tokens[:count])
