@@ -122,6 +122,7 @@ ALIASES: dict[str, Alias] = {
     "async_scheduling": Alias("scheduler.async_scheduling"),
     "scheduling_policy": Alias("scheduler.policy"),
     "enable_expert_parallel": Alias("parallel.expert_placement", expert_placement),
+    "logprobs_mode": Alias("runtime.logprobs_mode"),
     "lora_modules": Alias("lora.adapters", adapters),
     "num_gpu_blocks_override": Alias("cache.num_blocks"),
     "kv_cache_memory_bytes": Alias("cache.memory_bytes"),

@@ -300,6 +300,12 @@ class RuntimeConfig:
         help="The largest step with prompt tokens that is captured as a CUDA graph, in tokens; 0 captures decode steps "
         "only. Needs Triton's attention (runtime.attention_backend).",
     )
+    logprobs_mode: str = option(
+        "raw_logprobs",
+        choices=("raw_logprobs", "processed_logprobs"),
+        help="Log-probabilities of output tokens. raw_logprobs: the model's; processed_logprobs: those that the token "
+        "was drawn with, after logits processors, temperature, min_p, top_k and top_p.",
+    )
     threads_per_rank: int | None = option(
         at_least=1, help="CPU threads per rank; null: its share of the cores, at most OMP_NUM_THREADS."
     )

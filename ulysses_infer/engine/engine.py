@@ -137,7 +137,10 @@ class Engine:
         started = time.perf_counter()
         self.channel.send(STEP, plan.encode())
         may_replace = self.config.speculation.acceptance == "rejection"
-        results = StepResults(batch, plan.items, self.requests.sequences, self.requests.decoder, may_replace)
+        processed = self.config.runtime.logprobs_mode == "processed_logprobs"
+        table = self.requests
+        sources = {} if self.speculation is None else self.speculation.sources
+        results = StepResults(batch, plan.items, table.sequences, table.decoder, may_replace, processed, sources)
         tokens = self.worker.run(plan, results.choose)
         return InFlightStep(batch, plan, decision, results, tokens, started)
 

@@ -10,6 +10,7 @@ import torch
 from ulysses_infer.engine.batch import Batch, ScheduledRequest
 from ulysses_infer.engine.completion import Completion, Sequence, TokenScores
 from ulysses_infer.model.sampling.drafted import rows_after
+from ulysses_infer.model.sampling.drawable import drawable
 from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler, SamplingRow
 from ulysses_infer.model.sampling.transfer import to_device_async
 from ulysses_infer.outputs import Logprob
@@ -31,10 +32,12 @@ class StepResults:
         owners: dict[int, tuple[Completion, Sequence]],
         decoder: TokenDecoder | None,
         may_replace_drafts: bool = False,
+        scores_processed: bool = False,
     ) -> None:
-        """may_replace_drafts: apply rejection sampling to drafted tokens (`draw_unless_accepted`)."""
+        """may_replace_drafts: apply rejection sampling to drafted tokens (`draw_unless_accepted`). scores_processed:
+        log-probabilities are those of the distribution that is sampled, instead of the model's."""
         self._owners, self._decoder, self._sampler = owners, decoder, Sampler()
-        self._may_replace = may_replace_drafts
+        self._may_replace, self._scores_processed = may_replace_drafts, scores_processed
         self._rows: list[tuple[ScheduledRequest, int, bool]] = []  # (request, position, whether it samples)
         for scheduled, item in zip(batch.scheduled, items, strict=True):
             end = item.start + item.num_tokens
@@ -114,14 +117,19 @@ class StepResults:
         sequences = [self._owners[scheduled.request.index][1] for scheduled, _, _ in rows]
         for sequence in sequences:
             sequence.row.num_placeholders = sequence.request.num_placeholders - 1  # without the token chosen here
-        tokens = self._sampler.choose(logits, [self._next_row(scheduled) for scheduled, _, _ in rows])
+        sampling = [self._next_row(scheduled) for scheduled, _, _ in rows]
         scored = [place for place, s in enumerate(sequences) if s.request.params.logprobs is not None]
+        processed = logits.clone() if scored and self._scores_processed else None
+        tokens = self._sampler.choose(logits, sampling, processed)
         if scored:
             counts = [sequences[place].request.params.logprobs or 0 for place in scored]
             chosen = tokens
+            logits = logits if processed is None else processed
             if len(scored) < len(sequences):
                 places = to_device_async(scored, logits)
                 logits, chosen = logits[places], tokens[places]
+            if processed is not None:
+                logits = drawable(logits, [sampling[place].params for place in scored])
             scores = TokenScores(logits, chosen, counts)
             owners = [(sequences[place], _num_drafts_before(*rows[place][:2])) for place in scored]
             self._scores.append((owners, scores))

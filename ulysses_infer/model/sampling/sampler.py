@@ -203,11 +203,14 @@ class Sampler:
         tokens: list[int] = self.choose(logits, rows).tolist()
         return tokens
 
-    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    def choose(
+        self, logits: torch.Tensor, rows: Sequence[SamplingRow], processed: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """One token id per row, as [n] int64 on the device of `logits`. Does not synchronize with a GPU (unless a row
         `reads_outputs`).
 
-        A row without any possible token gets `NO_TOKEN`.
+        A row without any possible token gets `NO_TOKEN`. processed: a copy of `logits`, in which rows with processors
+        are replaced by what these make of them.
         """
         tokens = torch.full((len(rows),), NO_TOKEN, dtype=torch.int64, device=logits.device)
         plain = [index for index, row in enumerate(rows) if row.is_plain]
@@ -217,6 +220,8 @@ class Sampler:
         for chunk in _chunks(special, max(MAX_ELEMENTS // logits.shape[1], 1)):
             scores, chunk_rows = logits[to_device_async(chunk, logits)], [rows[index] for index in chunk]
             _apply_processors(scores, chunk_rows)
+            if processed is not None:
+                processed[to_device_async(chunk, processed)] = scores
             self._store(tokens, chunk, *_choose_tokens(scores, chunk_rows))
         return tokens
 
