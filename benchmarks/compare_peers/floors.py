@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.compare_peers.measuring import Work
+from benchmarks.compare_peers.work import Work
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Sizes:
         """Multiplications and additions for one more token after `context` others."""
         return 2 * self.weights + self.layers * 4 * self.query_width * context
 
-    def decode_bytes(self, sequences: int, context: float, itemsize: int) -> float:
-        """Weights, and keys and values of all sequences."""
-        return itemsize * (self.weights + sequences * context * self.layers * self.key_value_width)
+    def decode_bytes(self, sequences: int, context: float, bits: int) -> float:
+        """Weights of `bits` each, and keys and values of all sequences in 16 bits."""
+        return bits / 8 * self.weights + 2 * sequences * context * self.layers * self.key_value_width
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,20 @@ class Floors:
         return Floors(min(self.ttft, ttft), min(self.tpot, tpot), max(self.throughput, throughput))
 
 
-def floors(sizes: Sizes, single: Work, concurrent: Work, bandwidth: float, matmul: float, itemsize: int = 2) -> Floors:
-    """bandwidth: bytes per second; matmul: operations per second. A step takes the longer of the two times."""
+def floors(sizes: Sizes, single: Work, concurrent: Work, bandwidth: float, matmul: float, bits: int = 16) -> Floors:
+    """bandwidth: bytes per second; matmul: operations per second; bits: of a weight, without scales.
+
+    A step takes the longer of the two times.
+    """
 
     def prefill(work: Work) -> float:
         operations = work.num_prompts * sizes.prefill_operations(work.input_len)
-        return max(operations / matmul, itemsize * sizes.weights / bandwidth)
+        return max(operations / matmul, bits / 8 * sizes.weights / bandwidth)
 
     def decode(work: Work) -> float:
         context = work.input_len + work.output_len / 2
         return max(
-            sizes.decode_bytes(work.num_prompts, context, itemsize) / bandwidth,
+            sizes.decode_bytes(work.num_prompts, context, bits) / bandwidth,
             work.num_prompts * sizes.decode_operations(context) / matmul,
         )
 

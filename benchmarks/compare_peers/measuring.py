@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,34 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare_peers.catalogue import LIMITS, PROGRAMS, Contender, Setting
+from benchmarks.compare_peers.catalogue import Contender
 from benchmarks.compare_peers.environments import UnavailableError
 from benchmarks.compare_peers.processes import Worker
+from benchmarks.compare_peers.programs import LIMITS, PROGRAMS, Setting
 from benchmarks.compare_peers.protocol import Task
+from benchmarks.compare_peers.work import Work
 from ulysses_infer.bench.load import LoadMeter
 
 WARM_UP = (32, 4)  # tokens in and out of the request before each measurement, which warms up caches and clocks
+FOREVER = float("inf")
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Work:
-    """One kind of measurement: concurrent requests of one shape."""
-
-    num_prompts: int
-    input_len: int
-    output_len: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Of all prompts and completions."""
-        return self.num_prompts * (self.input_len + self.output_len)
-
-    def task(self, vocab_size: int, seed: object) -> Task:
-        """Random prompts, equal for an equal seed."""
-        draw = random.Random(f"{seed}")
-        prompts = [[draw.randrange(vocab_size) for _ in range(self.input_len)] for _ in range(self.num_prompts)]
-        return {"prompts": prompts, "output_len": self.output_len}
 
 
 @dataclass
@@ -70,71 +52,99 @@ class RunningPrograms:
     """The running programs of a comparison, each started once."""
 
     def __init__(self, setting: Setting, logs: Path, seconds: float, measured: Measured, say: Say) -> None:
-        self._setting, self._logs, self._seconds = setting, logs, seconds
-        self._measured, self._say = measured, say
+        """seconds: the most that one start or measurement may take."""
+        self.setting, self._logs, self._seconds = setting, logs, seconds
+        self.measured, self._say = measured, say
         self.workers: dict[str, Worker] = {}
 
     @contextmanager
-    def started(self, programs: Iterable[str]) -> Iterator[None]:
-        """Start programs one after the other, each once; all have ended afterwards."""
+    def started(self, programs: Iterable[str], until: float = FOREVER) -> Iterator[None]:
+        """Start programs one after the other, each once; all have ended afterwards.
+
+        None is started after `until`, by `time.monotonic`.
+        """
         with ExitStack() as cleanup:
             for name in dict.fromkeys(programs):
-                self._start(name, cleanup)
+                if time.monotonic() > until:
+                    self._is_missing(name, "not started: the time for starting was up")
+                else:
+                    self._start(name, cleanup)
             yield
+
+    def measure_limits(self) -> None:
+        """Measure the machine's rates once more, if the program that does so is running."""
+        worker = self.workers.get(LIMITS)
+        if worker is not None:
+            with worker.resumed():
+                self.measured.limits.append(worker.measure({}))
 
     def _start(self, name: str, cleanup: ExitStack) -> None:
         self._say(f"starting {name}")
         try:
-            worker = Worker(name, PROGRAMS[name](self._setting), self._logs / f"{name}.log", self._seconds)
+            worker = Worker(name, PROGRAMS[name](self.setting), self._logs / f"{name}.log", self._seconds)
         except UnavailableError as error:
-            self._measured.unavailable[name] = str(error)
-            self._say(f"{name}: not available: {error}")
+            self._is_missing(name, str(error))
             return
         self.workers[name] = worker
-        self._measured.versions[name] = worker.version
+        self.measured.versions[name] = worker.version
         cleanup.callback(worker.end)
 
+    def _is_missing(self, name: str, reason: str) -> None:
+        self.measured.unavailable[name] = reason
+        self._say(f"{name}: not available: {reason}")
 
-def run_rounds(
-    running: RunningPrograms,
-    contenders: Mapping[str, Contender],
-    measured: Measured,
-    single: Work,
-    concurrent: Work,
-    vocab_size: int,
-    repeats: int,
-    say: Say,
-    until: float = float("inf"),
-) -> None:
-    """Warm up every contender with the measured work, then measure A B C, B C A, ..., limits at each round's start.
 
-    No round but the first begins after `until`, by `time.monotonic`.
-    """
-    names = list(contenders)
-    for turn in range(-1, repeats):
-        if turn > 0 and time.monotonic() > until:
-            say(f"time is up after {turn} of {repeats} rounds")
-            return
-        if turn >= 0 and LIMITS in running.workers:
-            worker = running.workers[LIMITS]
-            with worker.resumed():
-                measured.limits.append(worker.measure({}))
-        shift = max(turn, 0) % len(names)
-        for name in names[shift:] + names[:shift]:
-            contender = contenders[name]
-            found = running.workers.get(contender.program)
-            if found is None or name in measured.unavailable:
-                measured.unavailable.setdefault(name, measured.unavailable.get(contender.program, ""))
-                continue
-            say(f"{'warming up' if turn < 0 else f'round {turn + 1} of {repeats}:'} {name}")
-            try:
-                repeat = _measure(found, contender, single, concurrent, vocab_size, turn)
-            except UnavailableError as error:
-                measured.unavailable[name] = str(error)
-                say(f"{name}: failed: {error}")
-                continue
+@dataclass(frozen=True)
+class Rounds:
+    """Rounds over all contenders: what is measured, how often, and until when."""
+
+    contenders: Mapping[str, Contender]
+    single: Work
+    concurrent: Work
+    vocab_size: int
+    repeats: int
+    until: float = FOREVER
+    """By `time.monotonic`: no measurement begins afterwards, except to warm up."""
+
+    def run(self, running: RunningPrograms, say: Say, after_round: Callable[[], None] = lambda: None) -> None:
+        """Warm up every contender with the measured work, then measure A B C, B C A, ..., limits first in each round.
+
+        Each measurement is kept at once, so that an interrupted run has what was measured.
+        """
+        names = list(self.contenders)
+        for turn in range(-1, self.repeats):
             if turn >= 0:
-                measured.repeats.setdefault(name, []).append(repeat)
+                running.measure_limits()
+            shift = max(turn, 0) % len(names)
+            for name in names[shift:] + names[:shift]:
+                if turn >= 0 and time.monotonic() > self.until:
+                    say(f"time is up in round {turn + 1} of {self.repeats}")
+                    self._name_missing(running.measured)
+                    return
+                self._visit(running, name, turn, say)
+            if turn >= 0:
+                after_round()
+
+    def _visit(self, running: RunningPrograms, name: str, turn: int, say: Say) -> None:
+        measured, contender = running.measured, self.contenders[name]
+        found = running.workers.get(contender.program)
+        if found is None or name in measured.unavailable:
+            measured.unavailable.setdefault(name, measured.unavailable.get(contender.program, ""))
+            return
+        say(f"{'warming up' if turn < 0 else f'round {turn + 1} of {self.repeats}:'} {name}")
+        try:
+            repeat = _measure(found, contender, self.single, self.concurrent, self.vocab_size, turn)
+        except UnavailableError as error:
+            measured.unavailable[name] = str(error)
+            say(f"{name}: failed: {error}")
+            return
+        if turn >= 0:
+            measured.repeats.setdefault(name, []).append(repeat)
+
+    def _name_missing(self, measured: Measured) -> None:
+        for name in self.contenders:
+            if name not in measured.repeats:
+                measured.unavailable.setdefault(name, "the time was up before its first measurement")
 
 
 def _measure(

@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.compare_peers.catalogue import Program
 from benchmarks.compare_peers.environments import UnavailableError, last_error
+from benchmarks.compare_peers.programs import Program
 from benchmarks.compare_peers.protocol import Answer, Task, receive, send
 
 ROOT = Path(__file__).resolve().parents[2]

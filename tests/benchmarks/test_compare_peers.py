@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from benchmarks.compare_peers.__main__ import keep_when_stopped, parse, parse_work
-from benchmarks.compare_peers.catalogue import CONTENDERS, LIMITS, Program, Setting
+from benchmarks.compare_peers.__main__ import keep_when_stopped
+from benchmarks.compare_peers.arguments import parse
+from benchmarks.compare_peers.catalogue import CONTENDERS, YARDSTICKS
 from benchmarks.compare_peers.environments import COMPLETE, RECIPES, UnavailableError, last_error, prepare
 from benchmarks.compare_peers.floors import Floors, Sizes, floors
-from benchmarks.compare_peers.measuring import Measured, Repeat, RunningPrograms, Work, first_tokens, run_rounds
+from benchmarks.compare_peers.measuring import FOREVER, Measured, Repeat, Rounds, RunningPrograms, first_tokens
 from benchmarks.compare_peers.processes import Worker
+from benchmarks.compare_peers.programs import LEVELS, LIMITS, PROGRAMS, Program, Setting
 from benchmarks.compare_peers.report import (
     METRICS,
     as_values,
@@ -33,6 +36,7 @@ from benchmarks.compare_peers.report import (
     same_tokens,
     table,
 )
+from benchmarks.compare_peers.work import CHOICES, Work, choose_work, parse_work
 from benchmarks.compare_peers.workers.gguf_file import gguf_name, interleaved
 
 FAKE = """
@@ -126,17 +130,18 @@ def test_rounds_go_on_without_the_peers_that_fail(tmp_path: Path, monkeypatch: p
     }
     monkeypatch.setattr("benchmarks.compare_peers.measuring.PROGRAMS", programs)
     contenders = {name: CONTENDERS[name] for name in ("ours-tp", "ours-sp", "vllm", "transformers", "llama.cpp")}
-    measured, said, before = Measured(), [], children()
+    measured, said, rounds, before = Measured(), [], [], children()
     running = RunningPrograms(SETTING, tmp_path, 60, measured, said.append)
 
     with running.started(programs):
-        run_rounds(running, contenders, measured, SINGLE, CONCURRENT, 10, 2, said.append)
+        Rounds(contenders, SINGLE, CONCURRENT, 10, 2).run(running, said.append, lambda: rounds.append(1))
 
     assert {name: len(own) for name, own in measured.repeats.items()} == {"ours-tp": 2, "ours-sp": 2}
     found = measured.repeats["ours-tp"][0]
     assert (found.ttft, found.tpot) == (0.25, 0.5)
     assert found.throughput == pytest.approx(4 * (6 + 5) / 2.25)
     assert measured.limits == [{"bandwidth": 10e9, "matmul": 1e12}] * 2
+    assert len(rounds) == 2
     assert measured.unavailable["vllm"] == "pip install: no such package"
     assert "ended" in measured.unavailable["transformers"]
     assert "gave [2] tokens for 1 prompts, not 3" in measured.unavailable["llama.cpp"]
@@ -163,7 +168,7 @@ def test_tokens_that_differ_are_reported(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_environment_that_is_complete_is_not_made_again(tmp_path: Path) -> None:
     recipe = RECIPES["vllm"]
-    (tmp_path / COMPLETE).write_text(json.dumps({"installs": recipe.installs, "removes": recipe.removes}))
+    (tmp_path / COMPLETE).write_text(json.dumps(asdict(recipe)))
 
     assert prepare("vllm", tmp_path) == tmp_path / "bin" / "python"
     assert list(tmp_path.iterdir()) == [tmp_path / COMPLETE]
@@ -197,7 +202,8 @@ def test_sizes_are_those_of_the_matrices() -> None:
     attention = 8 * 8 + 2 * (8 * 4) + 8 * 8  # q, k and v, o
     assert sizes.layer_weights == attention + 3 * 8 * 16
     assert sizes.weights == 3 * sizes.layer_weights + 8 * 32
-    assert sizes.decode_bytes(2, 10, 2) == 2 * (sizes.weights + 2 * 10 * 3 * 8)
+    assert sizes.decode_bytes(2, 10, 16) == 2 * (sizes.weights + 2 * 10 * 3 * 8)
+    assert sizes.decode_bytes(2, 10, 4) == sizes.weights / 2 + 2 * 2 * 10 * 3 * 8
 
 
 def test_prefill_counts_every_pair_of_tokens_once() -> None:
@@ -238,7 +244,7 @@ def measured() -> Measured:
 
 
 def test_ratios_are_of_medians_to_the_best_peer_of_each_metric(measured: Measured) -> None:
-    ttft, tpot, throughput = (cells(measured, metric, Floors(0.05, 0.01, 2000)) for metric in METRICS)
+    ttft, tpot, throughput = (cells(measured, metric, {16: Floors(0.05, 0.01, 2000)}) for metric in METRICS)
 
     assert (ttft["ours-tp"].median, ttft["ours-tp"].low, ttft["ours-tp"].high) == pytest.approx((200, 100, 300))
     assert ttft["ours-tp"].ratio == pytest.approx(2)  # transformers is the best of the peers here
@@ -257,7 +263,7 @@ def test_the_best_of_ours_is_chosen_for_each_metric(measured: Measured) -> None:
 def test_without_any_peer_there_is_no_ratio() -> None:
     alone = Measured(repeats={"ours-tp": [repeat(0.1, 0.01, 900)]})
 
-    assert cells(alone, METRICS[0], None)["ours-tp"].ratio is None
+    assert cells(alone, METRICS[0], {})["ours-tp"].ratio is None
     assert all("best peer (" not in line for line in notes(alone))
 
 
@@ -266,12 +272,12 @@ def test_the_report_names_missing_peers_and_the_reasons(measured: Measured) -> N
 
     assert "llama.cpp: not measured: no compiler" in text
     assert "memory read at 3.0 GB/s" in text
-    assert "0.40 x the best peer (TP over the ranks)" in text
+    assert "16 bits, best of ours by TPOT ms: 0.40 x the best peer (TP over the ranks)" in text
     assert "other programs kept 0.02 cores busy (median), 0.02 at most\n" in text
 
 
 def test_table_markdown_and_json_say_the_same(measured: Measured) -> None:
-    limits = Floors(0.05, 0.01, 2000)
+    limits = {16: Floors(0.05, 0.01, 2000)}
     console = Console(width=250, record=True, file=io.StringIO())
     console.print(table(measured, limits))
     printed, page = console.export_text(), markdown("a title", measured, limits)
@@ -280,9 +286,9 @@ def test_table_markdown_and_json_say_the_same(measured: Measured) -> None:
     for text in (printed, page):
         assert "900..1100" in text
         assert "1.30x" in text
-        assert "the machine's limit" in text
+        assert "the machine's limit, 16 bits" in text
     rows = [line for line in page.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in rows} == {11}
+    assert {line.count("|") for line in rows} == {14}
     assert values["contenders"]["ours-sp"]["tokens_per_second"]["ratio"] == pytest.approx(1.3)
     assert values["contenders"]["ours-tp"]["repeats"][1]["ttft"] == 0.3
     assert values["unavailable"] == {"llama.cpp": "no compiler"}
@@ -304,11 +310,12 @@ def test_work_is_read_as_it_is_written(count: int, given_tokens: int, wanted: in
         ["--single", "512"],
         ["--concurrent", "32x256/1"],
         ["policy"],
+        ["--level", "x86-64-v9"],
     ],
 )
 def test_an_invalid_argument_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(arguments)
+        parse("", arguments)
 
     assert "error: " in capsys.readouterr().err
 
@@ -326,6 +333,7 @@ def test_tensors_get_llama_cpp_names() -> None:
     assert gguf_name("model.layers.11.mlp.down_proj.weight") == "blk.11.ffn_down.weight"
     assert gguf_name("model.layers.0.post_attention_layernorm.weight") == "blk.0.ffn_norm.weight"
     assert gguf_name("lm_head.weight") == "output.weight"
+    assert gguf_name("model.layers.3.self_attn.k_proj.bias") == "blk.3.attn_k.bias"
 
 
 def test_interleaved_rows_make_rotary_pairs_neighbours() -> None:
@@ -342,25 +350,99 @@ def test_interleaved_rows_make_rotary_pairs_neighbours() -> None:
 
 
 def test_no_limit_is_below_what_an_engine_reached(measured: Measured) -> None:
-    low = floors(Sizes.of(SHAPE), SINGLE, CONCURRENT, 1.0, 1.0)
-    limits = reached(measured, low)
+    low = {16: floors(Sizes.of(SHAPE), SINGLE, CONCURRENT, 1.0, 1.0)}
+    limits = reached(measured, low)[16]
     repeats = [repeat for own in measured.repeats.values() for repeat in own]
     assert limits.ttft == min(repeat.ttft for repeat in repeats)
     assert limits.tpot == min(repeat.tpot for repeat in repeats)
     assert limits.throughput == max(repeat.throughput for repeat in repeats)
-    high = floors(Sizes.of(SHAPE), SINGLE, CONCURRENT, 1e30, 1e30)
+    high = {16: floors(Sizes.of(SHAPE), SINGLE, CONCURRENT, 1e30, 1e30)}
     assert reached(measured, high) == high
 
 
+def test_fewer_bits_do_not_lower_the_limit_of_more(measured: Measured) -> None:
+    measured.repeats["ours-int8"] = [repeat(0.01, 0.001, 9000)]
+    low = {bits: floors(Sizes.of(SHAPE), SINGLE, CONCURRENT, 1.0, 1e9, bits) for bits in YARDSTICKS}
+
+    limits = reached(measured, low)
+
+    assert limits[16].ttft == 0.08
+    assert limits[8] == limits[4] == Floors(0.01, 0.001, 9000)
+    assert low[8].tpot < low[16].tpot
+
+
+def test_contenders_are_compared_with_those_of_equal_bits(measured: Measured) -> None:
+    measured.repeats |= {
+        "llama.cpp": [repeat(0.2, 0.01, 500), repeat(0.1, 0.01, 500), repeat(0.8, 0.01, 500)],
+        "ours-int8": [repeat(0.3, 0.01, 500), repeat(0.2, 0.01, 500)],
+        "llama.cpp-q8_0": [repeat(0.1, 0.02, 400), repeat(0.2, 0.02, 500)],
+        "ours-int4": [repeat(0.1, 0.01, 600)],
+    }
+    ttft = cells(measured, METRICS[0], {})
+
+    assert ttft["ours-tp"].to_yardstick == pytest.approx(0.5)  # of 0.5, 3 and 0.25, round by round
+    assert ttft["ours-tp"].ratio == pytest.approx(2)  # still transformers
+    assert ttft["ours-int8"].to_yardstick == pytest.approx(2)  # the median of 3 and 1
+    assert ttft["ours-int4"].to_yardstick is None
+    assert "8 bits, best of ours by TPOT ms: 0.50 x llama.cpp, Q8_0, 0.50 x the best peer" in "\n".join(notes(measured))
+
+
 def test_quick_sizes_are_defaults_that_other_options_overrule() -> None:
-    quick = parse(["--quick", "--repeats", "1"])
-    assert (quick.models, quick.repeats, quick.seconds) == (["llama-60m"], 1, 840.0)
-    assert quick.concurrent == Work(8, 64, 16)
-    assert parse([]).seconds == float("inf")
+    quick = parse("", ["--quick", "--repeats", "1"])
+    assert (quick.models, quick.repeats, quick.seconds) == (["llama-60m"], 1, 330.0)
+    assert quick.concurrent is None
+    assert parse("", []).seconds == 840.0
+    assert parse("", ["--seconds", "0"]).seconds == FOREVER
+    assert parse("", ["--peers", "all"]).peers == list(CONTENDERS)
+
+
+@given(speed=st.floats(1e-3, 1e3), seconds=st.floats(1, 1e4), visits=st.integers(1, 100))
+def test_the_largest_work_that_fits_the_time_is_chosen(speed: float, seconds: float, visits: int) -> None:
+    taken = {pair: pair[1].num_tokens / 100 / speed for pair in CHOICES}
+
+    chosen = choose_work(visits, seconds, taken.__getitem__)
+
+    assert all(4 * visits * taken[pair] > seconds for pair in CHOICES[: CHOICES.index(chosen)])
+    assert 4 * visits * taken[chosen] <= seconds or chosen == CHOICES[-1]
+
+
+def test_a_round_ends_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = {name: lambda setting: fake() for name in ("ours", "transformers")}
+    monkeypatch.setattr("benchmarks.compare_peers.measuring.PROGRAMS", programs)
+    contenders = {name: CONTENDERS[name] for name in ("ours-tp", "transformers")}
+    measured = Measured()
+    running = RunningPrograms(SETTING, tmp_path, 60, measured, lambda text: None)
+
+    with running.started(programs):
+        Rounds(contenders, SINGLE, CONCURRENT, 10, 2, until=time.monotonic()).run(running, lambda text: None)
+    with running.started(["vllm"], until=time.monotonic() - 1):
+        pass
+
+    assert measured.repeats == {}
+    assert measured.unavailable["ours-tp"] == "the time was up before its first measurement"
+    assert measured.unavailable["vllm"] == "not started: the time for starting was up"
+
+
+def test_a_level_holds_every_engine_to_the_same_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(
+        "benchmarks.compare_peers.programs.prepare", lambda name, folder: made.append(name) or Path(sys.executable)
+    )
+    setting = Setting(tmp_path, "bfloat16", 2, 64, 4, tmp_path, level="x86-64-v3")
+
+    for name in ("ours", "ours-int8", "ours-single", "transformers", LIMITS):
+        assert PROGRAMS[name](setting).variables.items() >= LEVELS["x86-64-v3"].items()
+    weights = [PROGRAMS[name](setting).options["weights"] for name in ("llama.cpp", "llama.cpp-q8_0", "ik_llama.cpp")]
+
+    assert weights == ["", "q8_0", ""]
+    assert made == ["llama.cpp-x86-64-v3", "llama.cpp-x86-64-v3", "ik_llama.cpp"]
+    assert "-DGGML_AVX512=OFF" in RECIPES["llama.cpp-x86-64-v3"].variables["CMAKE_ARGS"]
+    with pytest.raises(UnavailableError, match="cannot be held to x86-64-v3"):
+        PROGRAMS["vllm"](setting)
 
 
 def test_an_interrupted_run_keeps_what_it_has() -> None:
-    options = parse([])
+    options = parse("", [])
     with keep_when_stopped(options):
         raise KeyboardInterrupt
     assert options.stopped

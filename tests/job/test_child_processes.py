@@ -149,6 +149,7 @@ STARTED_BY = {
     "benchmarks/serve_processes.py": "benchmarks/serve_report.py",
     "benchmarks/compare_peers/processes.py": "benchmarks/compare_peers/__main__.py",
     "benchmarks/compare_peers/environments.py": "benchmarks/compare_peers/__main__.py",
+    "benchmarks/compare_peers/workers/llama_cpp_batched.py": "benchmarks/compare_peers/__main__.py",
 }
 """Modules that start processes for a program, and the program."""
 

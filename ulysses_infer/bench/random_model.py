@@ -29,15 +29,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
         "num_key_value_heads": 4,
     },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
 }
-"""The shapes used in this project's measurements."""
+"""The shapes used in this project's measurements, as differences from transformers' config; Llamas by default."""
 
 MAX_POSITIONS = 8192
 COMPLETE = "model.safetensors"
 
 
 def random_model(name: str, folder: Path | None = None) -> Path:
-    """The folder of a bfloat16 Llama with a shape from `SHAPES`, by default in the cache; created if necessary.
+    """The folder of a bfloat16 model with a shape from `SHAPES`, by default in the cache; created if necessary.
 
     Safe to call from several processes: one creates it, the others wait. Raises `ConfigError` for an unknown name.
     """
@@ -64,21 +74,19 @@ def _make(target: Path, shape: dict[str, Any]) -> None:
     if not torch.cuda.is_available():
         # transformers imports DeepSpeed, which logs that it probes for accelerators
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **shape, max_position_embeddings=MAX_POSITIONS, tie_word_embeddings=False, eos_token_id=None, bos_token_id=None
+    config = AutoConfig.for_model(
+        **{"model_type": "llama", "tie_word_embeddings": False, **shape},
+        max_position_embeddings=MAX_POSITIONS,
+        eos_token_id=None,
+        bos_token_id=None,
     )
     unfinished = target.with_name(target.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        LlamaForCausalLM(config).save_pretrained(unfinished)
-    finally:
-        torch.set_default_dtype(default)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(unfinished)
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)

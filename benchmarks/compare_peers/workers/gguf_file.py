@@ -1,4 +1,4 @@
-"""A Llama checkpoint as a GGUF file, the tensors as they are: what llama.cpp reads. Needs numpy and gguf."""
+"""A Llama or Qwen2 checkpoint as a GGUF file, tensors as they are: what llama.cpp reads. Needs numpy and gguf."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", 
 
 
 def gguf_name(name: str) -> str:
-    """The GGUF name of a Llama tensor of transformers."""
-    stem = name.removesuffix(".weight")
+    """The GGUF name of a Llama or Qwen2 tensor of transformers."""
+    stem, _, kind = name.rpartition(".")
     if stem in OUTER_NAMES:
-        return f"{OUTER_NAMES[stem]}.weight"
+        return f"{OUTER_NAMES[stem]}.{kind}"
     layer, _, inner = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{BLOCK_NAMES[inner]}.weight"
+    return f"blk.{layer}.{BLOCK_NAMES[inner]}.{kind}"
 
 
 def interleaved(weight: Any, num_heads: int) -> Any:
@@ -59,7 +59,7 @@ def write(folder: Path, target: Path, dtype: str) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     heads, key_value_heads = config["num_attention_heads"], config["num_key_value_heads"]
     unfinished = target.with_suffix(".unfinished")
-    writer = gguf.GGUFWriter(unfinished, "llama")
+    writer = gguf.GGUFWriter(unfinished, config["model_type"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -72,7 +72,7 @@ def write(folder: Path, target: Path, dtype: str) -> None:
     writer.add_rope_dimension_count(config["hidden_size"] // heads)
     writer.add_tokenizer_model("none")
     for name, bits in tensors(folder):
-        if "q_proj" in name or "k_proj" in name:
+        if config["model_type"] == "llama" and ("q_proj" in name or "k_proj" in name):  # Qwen2's pairs are halves
             bits = interleaved(bits, heads if "q_proj" in name else key_value_heads)
         if dtype == "bfloat16" and bits.ndim > 1:
             contiguous = np.ascontiguousarray(bits)
