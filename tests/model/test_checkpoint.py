@@ -53,7 +53,7 @@ def counted(folder, base, shard):
     """A loaded rank and the source that it was read from."""
     source = CountingSource(SafetensorsSource(folder))
     plan = blueprint(folder, base, shard)
-    plan._open_source = lambda: source
+    plan.open_source = lambda: source
     return plan.load(), source
 
 

@@ -28,6 +28,7 @@ from ulysses_infer.model.context import StepContext, use_step_context
 from ulysses_infer.model.experts import choose_placement, expert_sizes
 from ulysses_infer.model.fusion.decoder import FusedDecoder
 from ulysses_infer.model.fusion.fuse import Fusion
+from ulysses_infer.model.hidden_states import HiddenStates
 from ulysses_infer.model.injection.architectures import check_supported
 from ulysses_infer.model.injection.heads import layer_heads
 from ulysses_infer.model.injection.inject import Injection
@@ -97,6 +98,13 @@ class ShiftModel:
     def bind_again(self) -> None:
         """Let the next step bind all layers, of which some are new."""
         self._mode = None
+
+    def keep_hidden(self, states: HiddenStates) -> None:
+        """Keep hidden states of every step from now on."""
+        if self.decoder is not None:
+            self.decoder.kept = states
+        else:
+            states.watch(self.module.get_decoder())
 
     @torch.inference_mode()
     def forward(
@@ -200,7 +208,7 @@ class ModelBuilder:
         self.injection = Injection(empty, layout, shard, placement)
         enable_latent_cache(self.injection, latent)
         self.shape = model_shape(self.injection, settings.max_model_len)
-        self._open_source, self._overrides = open_source, settings.hf_overrides
+        self.open_source, self._overrides = open_source, settings.hf_overrides
         for cost in self.shape.costs_of_padding(layout) if shard == 0 else ():
             logger.warning("%s", cost)
 
@@ -256,7 +264,7 @@ class ModelBuilder:
 
     def load_cache_scales(self) -> None:
         """Load the checkpoint's scales for an FP8 KV cache. Raises `CheckpointError` if they are invalid."""
-        apply_cache_scales(self.injection, self._open_source())
+        apply_cache_scales(self.injection, self.open_source())
 
     def loader(self, source: TensorSource, kind: type[Loader] = Loader) -> Loader:
         """The loader that fills this rank's parameters from `source`."""
@@ -265,7 +273,7 @@ class ModelBuilder:
     def load(self, progress: Progress | None = None, fuse: bool = True) -> ShiftModel:
         """Load the weights; `fuse`: replace modules by equivalent fused ones. Raises `CheckpointError`."""
         with blamed(self._overrides):
-            self.loader(self._open_source()).load(progress)
+            self.loader(self.open_source()).load(progress)
         self.injection.model.to(self.device)
         freeze_rotary(self.injection.model, self.shape.max_model_len)
         model = ShiftModel(self.injection, self.shape, self.dtype)

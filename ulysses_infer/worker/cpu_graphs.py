@@ -88,6 +88,10 @@ class CpuGraphRunner:
         self._seen.add(key)
         return was_seen
 
+    def num_rows(self, plan: StepPlan) -> int:
+        """See `StepRunner.num_rows`."""
+        return plan.num_tokens
+
     @torch.inference_mode()
     def run(self, step: Step, finish: Finish) -> torch.Tensor | None:
         """See `StepRunner.run`. `finish` is recorded too: it must be the same for plans of equal `full_logits`."""

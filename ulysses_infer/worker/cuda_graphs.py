@@ -149,12 +149,16 @@ class CudaGraphRunner:
             return False
         return plan.num_tokens <= self.buckets[plan.mode][-1]
 
+    def num_rows(self, plan: StepPlan) -> int:
+        """See `StepRunner.num_rows`."""
+        return next(size for size in self.buckets[plan.mode] if size >= plan.num_tokens)
+
     def run(self, step: Step, finish: Finish) -> torch.Tensor | None:
         """See `StepRunner.run`."""
         if self.model.weights_version != self._weights_version:
             self.invalidate()
         mode, num_tokens = step.plan.mode, step.plan.num_tokens
-        size = next(size for size in self.buckets[mode] if size >= num_tokens)
+        size = self.num_rows(step.plan)
         if (mode, size) not in self._graphs:
             self._capture(mode, size)
         inputs = self._inputs[size]

@@ -26,6 +26,10 @@ class EagerRunner:
         """See `StepRunner.accepts`."""
         return True
 
+    def num_rows(self, plan: StepPlan) -> int:
+        """See `StepRunner.num_rows`."""
+        return plan.num_tokens
+
     def run(self, step: Step, finish: Finish) -> torch.Tensor | None:
         """See `StepRunner.run`."""
         plan, arrays = step.plan, step.arrays

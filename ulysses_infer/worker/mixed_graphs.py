@@ -137,12 +137,16 @@ class MixedGraphRunner:
         fits = plan.num_tokens <= self.sizes[plan.mode][-1] and plan.num_sequences <= self._max_num_seqs
         return fits and not any(item.adapter for item in plan.items)
 
+    def num_rows(self, plan: StepPlan) -> int:
+        """See `StepRunner.num_rows`."""
+        return next(size for size in self.sizes[plan.mode] if size >= plan.num_tokens)
+
     def run(self, step: Step, finish: Finish) -> torch.Tensor | None:
         """See `StepRunner.run`."""
         if self.model.weights_version != self._weights_version:
             self.invalidate()
         mode, num_tokens = step.plan.mode, step.plan.num_tokens
-        size = next(size for size in self.sizes[mode] if size >= num_tokens)
+        size = self.num_rows(step.plan)
         if (mode, size) not in self._graphs:
             self._capture(mode, size)
         local = self._contexts.local_span(mode, size)

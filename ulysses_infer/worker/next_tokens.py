@@ -27,6 +27,12 @@ class NextTokenBuffer:
             tokens = self._world.gather_rows(tokens[:, None], counts)[:, 0]
         self._tokens = tokens.clamp(min=0)
 
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The tokens, [count] int64."""
+        assert self._tokens is not None, "no step has shared its tokens"
+        return self._tokens
+
     def fill_placeholders(self, token_ids: torch.Tensor) -> None:
         """Replace placeholder tokens (`step_plan.placeholder`) in place. token_ids: [t] int64."""
         assert self._tokens is not None, "a plan has placeholder tokens, but the step before kept none"

@@ -37,10 +37,22 @@ class StepRunner(Protocol):
         """Whether this runner can run the step."""
         ...
 
+    def num_rows(self, plan: StepPlan) -> int:
+        """Tokens of the step as this runner runs it, with padding."""
+        ...
+
     def run(self, step: Step, finish: Finish) -> torch.Tensor | None:
         """Run the forward pass and return `finish(logits)`, valid until the next run. Collective."""
         ...
 
     def invalidate(self) -> None:
         """Drop everything that refers to the memory of the weights or the cache, because it has moved."""
+        ...
+
+
+class StepObserver(Protocol):
+    """What is told of each step that a rank has run."""
+
+    def observe(self, step: Step, num_rows: int) -> None:
+        """num_rows: its tokens, with padding, as its runner has run it."""
         ...

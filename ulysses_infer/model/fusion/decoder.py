@@ -14,6 +14,7 @@ from ulysses_infer.model.context import step_context
 from ulysses_infer.model.fusion.elementwise import Elementwise
 from ulysses_infer.model.fusion.norm import FusedRMSNorm
 from ulysses_infer.model.fusion.projections import children_with_weights, input_kind
+from ulysses_infer.model.hidden_states import HiddenStates
 
 LAYER_PARTS = {"input_layernorm", "post_attention_layernorm"}
 MIXERS = ("self_attn", "linear_attn")
@@ -53,6 +54,8 @@ class FusedDecoder:
         """`rotary`: the rotary embedding of `base`, or its fused form."""
         self.embedding, self.rotary, self.head = base.embed_tokens, rotary, head
         self._elementwise = elementwise
+        self.kept: HiddenStates | None = None
+        """Where hidden states are kept for a head that drafts; None: nothing is kept."""
         self.first_norm: FusedRMSNorm = base.layers[0].input_layernorm
         parts = [(_part(layer, MIXERS), _part(layer, FEED_FORWARDS)) for layer in base.layers]
         readers = zip(base.layers[1:], parts[1:], strict=True)
@@ -85,7 +88,9 @@ class FusedDecoder:
         position_ids = positions[None]
         rotary = self.rotary(residual, position_ids)
         normed = self.first_norm(residual)
-        for attention, feed_forward in self.layers:
+        for layer, (attention, feed_forward) in enumerate(self.layers):
+            if self.kept is not None:
+                self.kept.keep_input(layer, residual)
             attended = attention.module(
                 hidden_states=normed,
                 position_embeddings=rotary,
@@ -102,6 +107,8 @@ class FusedDecoder:
             if isinstance(output, tuple):  # a mixture with its router's logits
                 output = output[0].view(residual.shape)
             residual, normed = feed_forward.add_and_norm(output, residual, **feed_forward.options)
+        if self.kept is not None:
+            self.kept.keep_output(normed[0])
         return normed[0]
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,8 @@ class KeyNames:
     def __init__(self, model: Any) -> None:
         self.known: dict[str, torch.Tensor] = dict(model.state_dict())
         self.prefix = model.base_model_prefix
-        transforms = get_model_conversion_mapping(model)
+        # heads for drafting are no transformers models
+        transforms = get_model_conversion_mapping(getattr(model, "converted_like", None) or model)
         self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
 

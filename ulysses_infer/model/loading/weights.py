@@ -38,6 +38,10 @@ class Weights:
         self._blueprint, self._model = blueprint, model
         self._are_own = not are_borrowed
 
+    def open_source(self) -> TensorSource:
+        """The tensors that the weights were loaded from."""
+        return self._blueprint.open_source()
+
     def check(self, source: TensorSource) -> None:
         """Raise `CheckpointError` unless `source` has a tensor of the right shape for every parameter."""
         self._blueprint.loader(ShapesOnly(source), _ShapeCheckLoader).load()
