@@ -34,7 +34,7 @@ class RecordedStepTimes:
             kind: np.array([np.mean(own[number], axis=0) for number in sorted(own)]).T for kind, own in bins.items()
         }
 
-    def seconds(self, mode: Mode, shape: StepShape) -> float:
+    def seconds(self, mode: Mode, shape: StepShape, is_ahead: bool = True) -> float:
         """See `StepTimes`."""
         kind = mode, shape.num_prefills > 0
         tokens, seconds = self._means[kind if kind in self._means else (mode, not kind[1])]

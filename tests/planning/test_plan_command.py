@@ -59,6 +59,21 @@ def test_explain_lists_operations_of_each_mode(model, capsys):
     assert "all-to-all to heads" in printed
 
 
+def test_speculation_is_in_the_table_the_operations_and_the_recipe(model, tmp_path, capsys):
+    recipe, words = (
+        tmp_path / "best.yaml",
+        ["--hardware", "8xh200", "--speculation", "ngram:acceptance=0.5,num_tokens=2"],
+    )
+    planned(model, *words, "--input-len", "500", "--rate", "50", "--recipe", recipe)
+    printed = capsys.readouterr().out
+    assert "speculation: ngram, 2 tokens, each right with a chance of 50% (assumed)" in printed
+    assert "accepted" in printed
+    speculation = load_config(recipe, []).speculation
+    assert (speculation.method, speculation.num_tokens) == ("ngram", 2)
+    planned(model, *words, "--explain", "sp4xtp2")
+    assert "one decode of 4096 tokens with 2 drafted ones, which gives 1.75 tokens" in capsys.readouterr().out
+
+
 def test_a_report_is_one_html_page_with_its_pictures(model, tmp_path):
     pytest.importorskip("matplotlib")
     report = tmp_path / "plan.html"
@@ -83,6 +98,7 @@ def test_python_plans_with_a_config_object():
     [
         (["--hardware", "8xh20"], "nearest is 8xh200"),
         (["--hardware", "8xh200", "--slo", "ttft"], "'ttft' is not METRIC:MS"),
+        (["--hardware", "8xh200", "--speculation", "eagle"], "--speculation eagle: method 'eagle' is not one of"),
         (["--hardware", "8xh200", "--bursty"], "--bursty needs --rate"),
         (["--hardware", "8xh200", "--expert-imbalance", "0.5"], "'0.5' is not a number of at least 1"),
         (["--hardware", "8xh200", "--trace", "x.csv", "--rate", "3"], "--trace has its own arrival times"),

@@ -25,7 +25,7 @@ class LinearTimes:
     modes = (LONE,)
     request_seconds = 0.002
 
-    def seconds(self, mode: Mode, shape: StepShape) -> float:
+    def seconds(self, mode: Mode, shape: StepShape, is_ahead: bool = True) -> float:
         return 1e-3 + 1e-5 * shape.num_tokens
 
 

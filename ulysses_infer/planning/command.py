@@ -21,8 +21,9 @@ from ulysses_infer.planning.node import load_node
 from ulysses_infer.planning.planner import Plan, Planner
 from ulysses_infer.planning.recipe import recipe_of, write_recipe
 from ulysses_infer.planning.sizes import ModelSizes, sizes_of
+from ulysses_infer.planning.speculation import parse_speculation
 from ulysses_infer.planning.step_times import AnalyticStepTimes
-from ulysses_infer.planning.table import EXPLAINED, print_explanation, print_plan
+from ulysses_infer.planning.table import print_explanation, print_plan
 from ulysses_infer.planning.workload import Traffic, simulated_block_size
 from ulysses_infer.step_time.profile import Profile
 from ulysses_infer.worker.memory import freeze_gc
@@ -57,16 +58,19 @@ def plan(
     dtype: str | None = None,
     num_nodes: int = 1,
     changes: Changes | None = None,
+    speculation: str | None = None,
     **scheduler: int,
 ) -> Plan:
     """Predict every layout of `model` on `hardware` for these requests; the best is first in `Plan.evaluations`.
 
     model: a folder or config.json, or a transformers config. hardware: a name as 8xh200, or a YAML file. targets:
-    limits in ms of ttft, tpot or latency. scheduler: max_num_seqs, max_num_batched_tokens. Raises `ConfigError`.
+    limits in ms of ttft, tpot or latency. speculation: as `ngram:acceptance=0.6,num_tokens=4`. scheduler: max_num_seqs,
+    max_num_batched_tokens. Raises `ConfigError`.
     """
     rows, config = requests.rows() if isinstance(requests, Traffic) else requests, _config(**scheduler)
     config.cache.block_size = simulated_block_size(rows)
-    planner = Planner(_sizes(model, dtype), load_node(hardware), config, num_nodes, changes)
+    drafts = None if speculation is None else parse_speculation(speculation)
+    planner = Planner(_sizes(model, dtype), load_node(hardware), config, num_nodes, changes, speculation=drafts)
     return planner.plan(rows, targets or {})
 
 
@@ -79,7 +83,10 @@ def _planner(options: argparse.Namespace, block_size: int) -> Planner:
     tokens_per_hash = scale_of(options).block_tokens if options.trace is not None else float(HASH_BLOCK_TOKENS)
     sizes = replace(_sizes(options.model, options.dtype), expert_imbalance=options.expert_imbalance)
     node = load_node(options.hardware)
-    return Planner(sizes, node, config, options.nodes, profile=profile, tokens_per_hash=tokens_per_hash)
+    speculation = None if options.speculation is None else parse_speculation(options.speculation)
+    return Planner(
+        sizes, node, config, options.nodes, profile=profile, tokens_per_hash=tokens_per_hash, speculation=speculation
+    )
 
 
 def _config(max_num_seqs: int = 1024, max_num_batched_tokens: int = 8192) -> Config:
@@ -136,8 +143,7 @@ def _explain(console: Console, planner: Planner, name: str) -> None:
     times = planner.times(layout)
     if not isinstance(times, AnalyticStepTimes):
         raise ConfigError("--explain needs predicted step times; leave out --profile")
-    steps = {(mode, title): times.explain(mode, shape) for mode in layout.modes for title, shape in EXPLAINED}
-    print_explanation(console, str(layout), layout.modes, steps)
+    print_explanation(console, str(layout), layout.modes, times, planner.speculation)
 
 
 def _write(console: Console, planner: Planner, plan: Plan, options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from ulysses_infer.bench.replay.replay_options import add_part, check_window
 from ulysses_infer.bench.serve.serve_options import OptionParser, positive, positive_number
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.planning.sizes import WEIGHT_BYTES
+from ulysses_infer.planning.speculation import DEFAULT_ACCEPTANCE, FORM
 
 TARGETS = ("ttft", "tpot", "latency")
 DESCRIPTION = """\
@@ -51,6 +52,13 @@ def parse_plan(arguments: Sequence[str]) -> argparse.Namespace:
         default=1.0,
         metavar="F",
         help="tokens of the rank with the busiest experts over the mean of all ranks; default: even routing",
+    )
+    parser.add_argument(
+        "--speculation",
+        metavar="SPEC",
+        help=f"speculative decoding, {FORM}: the chance that a drafted token is right (default: "
+        f"{DEFAULT_ACCEPTANCE}), drafted tokens of a request per step (default: auto), and the share of its steps for "
+        "which something is proposed (default: 1)",
     )
     parser.add_argument("--profile", type=Path, metavar="FILE", help="step times that ulysses-infer calibrate measured")
     _add_traffic(parser)

@@ -19,12 +19,14 @@ from ulysses_infer.planning.replica import ReplicaSettings, SimulatedReplica
 from ulysses_infer.planning.results import Figures, figures_of
 from ulysses_infer.planning.simulation import simulate
 from ulysses_infer.planning.sizes import ModelSizes
+from ulysses_infer.planning.speculation import AssumedSpeculation, SimulatedSpeculation
 from ulysses_infer.planning.step_times import AnalyticStepTimes, MeasuredStepTimes, StepTimes, profile_of
 from ulysses_infer.planning.workload import check_lengths
 from ulysses_infer.step_time.profile import Profile
 from ulysses_infer.step_time.step_shape import StepShape
 
 MOST_TOKENS = 1 << 14
+MOST_BATCHED = 8192  # tokens of a step, if the recipe does not say
 DTYPES = ("bf16", "fp8_block", "fp8", "int4")  # by bytes per weight
 Report = Callable[[str, float], None]
 """Called with what is simulated and the share, 0 to 1, that is done."""
@@ -69,6 +71,7 @@ class Plan:
     targets: Mapping[str, float]
     crossovers: Mapping[str, int | None]
     """By layout: the number of prompt tokens from which its base mode is faster than full tensor parallelism."""
+    speculation: AssumedSpeculation | None = None
 
     @property
     def best(self) -> Evaluation:
@@ -98,10 +101,19 @@ class Planner:
         changes: Changes | None = None,
         profile: Profile | None = None,
         tokens_per_hash: float = HASH_BLOCK_TOKENS,
+        speculation: AssumedSpeculation | None = None,
     ) -> None:
-        """profile: measured step times instead of predicted ones; its modes decide which layouts are simulated."""
+        """profile: measured step times instead of predicted ones; its modes decide which layouts are simulated.
+
+        Raises `ConfigError` for speculation with a model that the engine does not speculate with.
+        """
+        if speculation is not None and sizes.num_recurrent_layers:
+            raise ConfigError(
+                f"--speculation: model type {sizes.model_type!r} has recurrent layers, whose states cannot go back to "
+                "the accepted tokens; leave it out"
+            )
         self.sizes, self.node, self.config, self.num_nodes = sizes, node, config, num_nodes
-        self.changes, self.profile = changes or Changes(), profile
+        self.changes, self.profile, self.speculation = changes or Changes(), profile, speculation
         self.tokens_per_hash = tokens_per_hash
         self.max_model_len = min(config.model.max_model_len or sizes.max_model_len, sizes.max_model_len)
         self.layouts = all_layouts(sizes, node, config, num_nodes)
@@ -119,7 +131,17 @@ class Planner:
             evaluations.append(self.evaluate(candidate, fitting, targets))
         evaluations.sort(key=lambda evaluation: _cost(evaluation.figures, bool(targets)))
         crossovers = {str(layout): self.crossover(layout) for layout in self.usable}
-        return Plan(self.sizes, self.node, self.num_nodes, fitting, self.layouts, evaluations, targets, crossovers)
+        return Plan(
+            self.sizes,
+            self.node,
+            self.num_nodes,
+            fitting,
+            self.layouts,
+            evaluations,
+            targets,
+            crossovers,
+            self.speculation,
+        )
 
     @property
     def usable(self) -> list[PlannedLayout]:
@@ -141,8 +163,11 @@ class Planner:
         """Simulate one candidate."""
         times = self.times(candidate.layout)
         settings = self.settings(candidate.layout)
-        policies = [self.policy(candidate, times) for _ in range(candidate.layout.dp)]
-        replicas = [SimulatedReplica(settings, times, policy) for policy in policies]
+        replicas = []
+        for _ in range(candidate.layout.dp):
+            policy = self.policy(candidate, times)
+            speculation = self._speculation_of(candidate.layout, policy, times)
+            replicas.append(SimulatedReplica(settings, times, policy, speculation))
         result = simulate(rows, replicas, times.request_seconds)
         return Evaluation(candidate, figures_of(result, replicas, targets), replicas[0])
 
@@ -196,9 +221,16 @@ class Planner:
         policy.learn(profile_of(times, self._limits(layout)), "predicted step times")
         return policy
 
+    def _speculation_of(self, layout: PlannedLayout, policy: Policy, times: StepTimes) -> SimulatedSpeculation | None:
+        if self.speculation is None:
+            return None
+        predicted = profile_of(times, self._limits(layout)).measurements
+        most = self.config.scheduler.max_num_batched_tokens or MOST_BATCHED
+        return SimulatedSpeculation(self.speculation, policy, times.modes, predicted, most)
+
     def _limits(self, layout: PlannedLayout) -> Limits:
         scheduler = self.config.scheduler
-        tokens = scheduler.max_num_batched_tokens or 8192
+        tokens = scheduler.max_num_batched_tokens or MOST_BATCHED
         return Limits(tokens, scheduler.max_num_seqs, self.max_model_len, layout.cache_tokens(scheduler.max_num_seqs))
 
     def _why_nothing_fits(self) -> str:

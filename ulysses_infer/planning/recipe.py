@@ -25,6 +25,9 @@ def recipe_of(plan: Plan, config: Config, model: str) -> dict[str, Any]:
             "max_num_batched_tokens": scheduler.max_num_batched_tokens,
         },
     }
+    if plan.speculation is not None:
+        speculation = plan.speculation.config
+        recipe["speculation"] = {"method": speculation.method, "num_tokens": speculation.num_tokens}
     if plan.sizes.num_experts:
         recipe["parallel"]["expert_placement"] = layout.placement
     if config.model.max_model_len is not None:

@@ -12,8 +12,9 @@ from ulysses_infer.engine.batch import Batch
 from ulysses_infer.engine.load import outstanding_tokens
 from ulysses_infer.engine.policies import Decision, Policy
 from ulysses_infer.engine.request import Request
-from ulysses_infer.engine.scheduler import Scheduler
+from ulysses_infer.engine.scheduler import NO_DRAFTS, Scheduler
 from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.planning.speculation import SimulatedSpeculation
 from ulysses_infer.planning.step_times import StepTimes
 from ulysses_infer.planning.workload import prompt_hashes
 from ulysses_infer.sampling_params import SamplingParams
@@ -37,8 +38,14 @@ class ReplicaSettings:
 class SimulatedReplica:
     """Steps one after another, each as long as `times` says. `now` is virtual, in seconds."""
 
-    def __init__(self, settings: ReplicaSettings, times: StepTimes, policy: Policy) -> None:
-        self.settings, self.times, self.policy = settings, times, policy
+    def __init__(
+        self,
+        settings: ReplicaSettings,
+        times: StepTimes,
+        policy: Policy,
+        speculation: SimulatedSpeculation | None = None,
+    ) -> None:
+        self.settings, self.times, self.policy, self.speculation = settings, times, policy, speculation
         self.now = 0.0
         pools = BlockPools([settings.num_blocks], settings.block_size, settings.enable_prefix_caching)
         self.scheduler = Scheduler(settings.scheduler, pools, settings.max_model_len, clock=lambda: self.now)
@@ -73,12 +80,15 @@ class SimulatedReplica:
     def start(self, now: float) -> float | None:
         """Start a step; returns when it ends, or None if there is nothing to run."""
         self.now = now
-        limit = self.policy.prefill_limit(self.scheduler.running, self.scheduler.next_waiting)
-        batch = self.scheduler.schedule(limit)
+        running, waiting = self.scheduler.running, self.scheduler.next_waiting
+        limit = self.policy.prefill_limit(running, waiting)
+        drafts = NO_DRAFTS if self.speculation is None else self.speculation.draft(running, waiting)
+        batch = self.scheduler.schedule(limit, drafts=drafts)
         if batch.is_empty:
             return None
         decision = self.policy.decide(batch)
-        seconds = self.times.seconds(decision.mode, batch.shape)
+        is_ahead = self.speculation is None or not self.speculation.is_due(batch)
+        seconds = self.times.seconds(decision.mode, batch.shape, is_ahead)
         self._step = batch, decision, seconds
         self.timeline.append((now, seconds, decision.mode, batch.num_tokens))
         return now + seconds
@@ -91,7 +101,12 @@ class SimulatedReplica:
         self._step = None
         self.policy.observe(batch, decision, seconds)
         prompts = [item.request for item in batch.chunks if item.samples and item.request.first_token_time is None]
-        finished = self.scheduler.update(batch, self._sampled)
+        if self.speculation is None:
+            finished = self.scheduler.update(batch, self._sampled)
+        else:
+            accepted = self.speculation.accept(batch, decision.mode, seconds)
+            finished = self.scheduler.update(batch, self._sampled, accepted)
+            self.speculation.observe(batch, accepted, finished)
         self._outstanding -= outstanding_tokens([(0, request.num_prompt_tokens) for request in prompts])
         self._outstanding -= outstanding_tokens([(1, 0)] * len(finished))
         return finished

@@ -40,6 +40,14 @@ class Figures:
     cached_share: float
     """Prompt tokens found in the prefix cache."""
     seconds: float
+    num_drafted: int
+    num_accepted: int
+    """Drafted tokens that were right; those beyond the end of an output count, too."""
+
+    @property
+    def accepted_share(self) -> float:
+        """Of all drafted tokens; 0 without any."""
+        return self.num_accepted / max(1, self.num_drafted)
 
 
 def figures_of(result: SimulationResult, replicas: Sequence[SimulatedReplica], targets: Mapping[str, float]) -> Figures:
@@ -48,6 +56,7 @@ def figures_of(result: SimulationResult, replicas: Sequence[SimulatedReplica], t
     seconds = max(result.seconds, 1e-9)
     inputs, outputs = sum(r.input_len for r in done), sum(r.output_len for r in done)
     good = sum(_meets(r, targets) for r in done)
+    drafted = [each.speculation.stats for each in replicas if each.speculation is not None]
     return Figures(
         ttft=_spread([r.ttft for r in done]),
         tpot=_spread([r.tpot for r in done]),
@@ -61,6 +70,8 @@ def figures_of(result: SimulationResult, replicas: Sequence[SimulatedReplica], t
         num_preemptions=result.num_preemptions,
         cached_share=sum(r.cached_tokens for r in done) / max(1, inputs),
         seconds=result.seconds,
+        num_drafted=sum(each.num_draft_tokens for each in drafted),
+        num_accepted=sum(each.num_accepted_tokens for each in drafted),
     )
 
 

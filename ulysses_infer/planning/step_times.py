@@ -26,8 +26,9 @@ class StepTimes(Protocol):
     request_seconds: float
     """From a request's arrival until it can be scheduled."""
 
-    def seconds(self, mode: Mode, shape: StepShape) -> float:
-        """Seconds from the start of a step until its tokens are known."""
+    def seconds(self, mode: Mode, shape: StepShape, is_ahead: bool = True) -> float:
+        """Seconds from the start of a step until its tokens are known. is_ahead: whether the next step can be scheduled
+        before."""
         ...
 
 
@@ -41,10 +42,10 @@ class MeasuredStepTimes:
         self._model = StepTimeModel(self.modes)
         self._model.learn(profile.measurements)
 
-    def seconds(self, mode: Mode, shape: StepShape) -> float:
+    def seconds(self, mode: Mode, shape: StepShape, is_ahead: bool = True) -> float:
         """See `StepTimes`. Raises KeyError for a mode that the profile lacks."""
         device = dict(zip(self.modes, self._model.predict(shape), strict=True))[mode]
-        return with_host(self._host, shape, device)
+        return with_host(self._host, shape, device, is_ahead)
 
 
 class AnalyticStepTimes:
@@ -58,14 +59,14 @@ class AnalyticStepTimes:
         """Of all operations, or of launching them one by one if that takes longer."""
         return max(self.operations.seconds(mode, shape), self._launch_seconds(shape))
 
-    def seconds(self, mode: Mode, shape: StepShape) -> float:
+    def seconds(self, mode: Mode, shape: StepShape, is_ahead: bool = True) -> float:
         """See `StepTimes`."""
-        return with_host(self._host, shape, self.device_seconds(mode, shape))
+        return with_host(self._host, shape, self.device_seconds(mode, shape), is_ahead)
 
-    def explain(self, mode: Mode, shape: StepShape) -> list[Operation]:
+    def explain(self, mode: Mode, shape: StepShape, is_ahead: bool = True) -> list[Operation]:
         """The operations, the most expensive first, and what the host adds."""
         found = sorted(self.operations.of(mode, shape), key=lambda operation: -operation.total)
-        rest = max(0.0, self.seconds(mode, shape) - sum(operation.total for operation in found))
+        rest = max(0.0, self.seconds(mode, shape, is_ahead) - sum(operation.total for operation in found))
         return [*found, Operation("host", rest, 1, "host")]
 
     @property
@@ -78,10 +79,11 @@ class AnalyticStepTimes:
         return 0.0 if captured else kernels * self.operations.sizes.num_layers * self._host.launch_seconds
 
 
-def with_host(host: Host, shape: StepShape, device: float) -> float:
-    """Seconds of a step that takes `device` seconds there: for short steps, the longer of device and host counts."""
+def with_host(host: Host, shape: StepShape, device: float, is_ahead: bool = True) -> float:
+    """Seconds of a step that takes `device` seconds there: for short steps, the longer of device and host counts if the
+    next one is scheduled ahead."""
     own = host.step_seconds + host.sequence_seconds * shape.num_sequences
-    return max(device, own) if shape.num_tokens <= host.hidden_tokens else device + own
+    return max(device, own) if is_ahead and shape.num_tokens <= host.hidden_tokens else device + own
 
 
 def profile_of(times: StepTimes, limits: Limits) -> Profile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from rich import box
 from rich.console import Console
@@ -12,13 +13,12 @@ from ulysses_infer.cache.budget import GIB
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planning.operations import Operation
 from ulysses_infer.planning.planner import Evaluation, Plan
+from ulysses_infer.planning.speculation import AssumedSpeculation, lone_draft
+from ulysses_infer.planning.step_times import AnalyticStepTimes
 from ulysses_infer.planning.workload import describe
 from ulysses_infer.step_time.step_shape import StepShape
 
-EXPLAINED = (
-    ("one decode of 4096 tokens", StepShape.of([4096], [])),
-    ("prompt of 4096 tokens", StepShape.of([], [(0, 4096)])),
-)
+CONTEXT = 4096  # tokens of the explained decode, and of the explained prompt
 
 
 def print_plan(console: Console, plan: Plan, price: float | None, max_num_seqs: int) -> None:
@@ -27,6 +27,8 @@ def print_plan(console: Console, plan: Plan, price: float | None, max_num_seqs: 
     console.print(f"{sizes.model_type}, {sizes.num_weights / 1e9:.1f} B weights, {sizes.dtype}")
     console.print(f"{plan.num_nodes} x {node.name}: {'; '.join(node.notes)}")
     console.print(describe(plan.rows))
+    if plan.speculation is not None:
+        console.print(f"speculation: {plan.speculation}")
     console.print(_table(plan, price, max_num_seqs))
     console.print("* on the Pareto front of median time to first token and time per token")
     for layout in plan.layouts:
@@ -43,6 +45,7 @@ def _table(plan: Plan, price: float | None, max_num_seqs: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.add_column("layout and policy", no_wrap=True)
     names = ["GiB/rank", "cache tokens", "TTFT p50", "p99", "TPOT p50", "p99", "E2E p50", "p99", "tok/s"]
+    names += ["accepted"] * (plan.speculation is not None)
     names += ["goodput"] * bool(plan.targets) + ["modes"] + ["$/M tokens"] * (price is not None)
     for name in names:
         table.add_column(name, justify="left" if name == "modes" else "right", no_wrap=True)
@@ -60,6 +63,8 @@ def _row(plan: Plan, evaluation: Evaluation, is_best: bool, price: float | None,
         digits = 1 if name == "tpot" else 0
         cells += [f"{getattr(getattr(figures, name), key):,.{digits}f}" for key in ("p50", "p99")]
     cells.append(f"{figures.tokens_per_second:,.0f}")
+    if plan.speculation is not None:
+        cells.append(f"{figures.accepted_share:.0%} of {figures.num_drafted:,}")
     cells += [f"{figures.goodput:.1%}"] * bool(plan.targets)
     cells.append(", ".join(f"{mode} {share:.0%}" for mode, share in sorted(figures.mode_shares.items())))
     if price is not None:
@@ -80,19 +85,36 @@ def _verdict(plan: Plan) -> str:
 
 
 def print_explanation(
-    console: Console, name: str, modes: Sequence[Mode], steps: dict[tuple[Mode, str], list[Operation]]
+    console: Console, name: str, modes: Sequence[Mode], times: AnalyticStepTimes, speculation: AssumedSpeculation | None
 ) -> None:
-    """The operations of two steps of a layout, in each of its modes."""
+    """The operations of a decode, without and with drafted tokens, and of a prompt, in each mode of a layout."""
     for mode in modes:
-        for title, _ in EXPLAINED:
-            operations = steps[mode, title]
-            table = Table(title=f"{name}, mode {mode}: {title}", box=box.SIMPLE_HEAD, title_justify="left")
-            for column in ("operation", "each, µs", "times", "ms", "share"):
-                table.add_column(column, justify="left" if column == "operation" else "right")
-            total = sum(operation.total for operation in operations)
-            for one in operations:
-                share = one.total / max(total, 1e-12)
-                each, all_of_them = f"{one.seconds * 1e6:.1f}", f"{one.total * 1e3:.2f}"
-                table.add_row(one.name, each, str(one.times), all_of_them, f"{share:.0%}")
-            table.add_row("total", "", "", f"{total * 1e3:.2f}", "")
-            console.print(table)
+        decode = StepShape.of([CONTEXT], [])
+        console.print(_operations(name, mode, f"one decode of {CONTEXT} tokens", times.explain(mode, decode)))
+        if speculation is not None:
+            _explain_drafts(console, name, mode, times, speculation)
+        prompt = times.explain(mode, StepShape.of([], [(0, CONTEXT)]))
+        console.print(_operations(name, mode, f"prompt of {CONTEXT} tokens", prompt))
+
+
+def _explain_drafts(
+    console: Console, name: str, mode: Mode, times: AnalyticStepTimes, speculation: AssumedSpeculation
+) -> None:
+    drafts = lone_draft(speculation, partial(times.seconds, mode, is_ahead=False), mode, CONTEXT)
+    operations = times.explain(mode, StepShape.of([CONTEXT + place for place in range(drafts + 1)], []), is_ahead=False)
+    expected = sum(speculation.acceptance**place for place in range(drafts + 1))
+    title = f"one decode of {CONTEXT} tokens with {drafts} drafted ones, which gives {expected:.2f} tokens"
+    console.print(_operations(name, mode, title, operations))
+
+
+def _operations(name: str, mode: Mode, title: str, operations: Sequence[Operation]) -> Table:
+    table = Table(title=f"{name}, mode {mode}: {title}", box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("operation", "each, µs", "times", "ms", "share"):
+        table.add_column(column, justify="left" if column == "operation" else "right")
+    total = sum(operation.total for operation in operations)
+    for one in operations:
+        share = one.total / max(total, 1e-12)
+        each, all_of_them = f"{one.seconds * 1e6:.1f}", f"{one.total * 1e3:.2f}"
+        table.add_row(one.name, each, str(one.times), all_of_them, f"{share:.0%}")
+    table.add_row("total", "", "", f"{total * 1e3:.2f}", "")
+    return table
