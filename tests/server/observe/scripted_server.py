@@ -25,7 +25,9 @@ ADMIN_KEY = "open-sesame"
 class ScriptedServer:
     """The routes that the page uses. `past`: seconds of traffic before it starts; `live`: whether more follows."""
 
-    def __init__(self, past: float = 60.0, live: bool = True, api_key: str | None = None, model: str = "") -> None:
+    def __init__(
+        self, past: float = 60.0, live: bool = True, api_key: str | None = None, model: str = "", drafts: int = 0
+    ) -> None:
         config = Config()
         config.server.served_model_name = model or "make-believe"
         self.live, self.api_key, self.drained = live, api_key, False
@@ -33,7 +35,7 @@ class ScriptedServer:
         now = time.monotonic()
         self.clock = ReplayClock(now - past)
         self.observatory = Observatory(config, self.clock)
-        self.traffic = Traffic(self.observatory, self.clock)
+        self.traffic = Traffic(self.observatory, self.clock, drafts=drafts)
         self.observatory.on_ready(make_ready())
         if past:
             self.traffic.run(now, lambda moment: setattr(self.clock, "now", moment))

@@ -87,6 +87,19 @@ def test_a_busy_minute_is_shown_in_both_colours_with_its_numbers(browser: Browse
     assert "all to all" in browser.text("#times")
 
 
+def test_drafts_are_shown_where_tokens_are_drafted(browser: Browser, serve: Callable) -> None:
+    serve(past=30.0)
+    text_is(browser, "#status-text", "ready")
+    assert not browser.run("return byId('drafts').checkVisibility() || byId('chart-drafts').checkVisibility()")
+    serve(past=30.0, drafts=4)
+    until(lambda: browser.run("return byId('drafts').checkVisibility()"), "the panel")
+    text_has(browser, "#drafts-note", "50 % of")
+    assert browser.text("#positions").split() == ["token", "1", "100", "%", "token", "2", "100", "%"]
+    until(lambda: browser.run(COUNT_COLOR, "#chart-drafts canvas", "--three") > 20, "the line of drafted tokens")
+    shown = "drafted per step 4.0 output per step 3.0"
+    until(lambda: browser.text("#chart-drafts .legend").split() == shown.split(), shown)
+
+
 def test_rows_that_the_page_has_are_not_sent_again_and_time_goes_on(browser: Browser, serve: Callable) -> None:
     serve(past=60.0)
     text_is(browser, "#status-text", "ready")

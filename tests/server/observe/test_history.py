@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.server.observe.traffic import SP, TP, ReplayClock, Traffic, make_ready, make_state, make_step
 from ulysses_infer.config import Config
 from ulysses_infer.server.client import RequestRecord
+from ulysses_infer.server.messages import SpeculationCounts
 from ulysses_infer.server.observe import Observatory
 from ulysses_infer.server.observe.history import BAND_SECONDS, RECENT_STEPS, SPAN_SECONDS, History
 from ulysses_infer.server.observe.snapshot import MOST_SEGMENTS, snapshot
@@ -73,6 +74,28 @@ def test_updates_added_to_earlier_data_give_the_whole_history(steps: list, first
     for name in ("band", "points"):
         assert [have[name][row[0]] for row in whole[name]["rows"]] == whole[name]["rows"]
     assert [have["steps"][step[0]] for step in whole["steps"]] == whole["steps"]
+
+
+def test_drafts_are_counted_per_decode_and_position() -> None:
+    clock = ReplayClock(START)
+    history = History(clock)
+    counts = [
+        SpeculationCounts(0, 0, 0, [0, 0]),
+        SpeculationCounts(2, 6, 3, [2, 1]),
+        SpeculationCounts(3, 8, 4, [3, 1]),
+    ]
+    for sequence, count in enumerate(counts):
+        history.on_state(make_state(speculation=count))
+        if sequence:
+            history.on_step(make_step(sequence, clock(), num_tokens=20, num_decodes=2 + count.num_draft_tokens // 2))
+        clock.now += 1.0
+    seen = snapshot(history, 60)
+    assert seen["state"]["speculates"]
+    assert seen["window"]["drafts"] == {"count": 3, "tokens": 8, "accepted": 4, "per_position": [1.0, 0.3333]}
+    columns = seen["points"]["columns"]
+    rows = [dict(zip(columns, row, strict=True)) for row in seen["points"]["rows"]]
+    assert [(row["drafted"], row["step_output"]) for row in rows[1:]] == [(None, None), (0.5, 1.25)]
+    assert not snapshot(History(clock), 60)["window"]["drafts"]["per_position"]
 
 
 def collect(have: dict[str, dict], seen: dict) -> float:

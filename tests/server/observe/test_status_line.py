@@ -6,6 +6,7 @@ import asyncio
 
 from tests.server.observe.traffic import SP, TP, ReplayClock, make_ready, make_state, make_step
 from ulysses_infer.config import Config
+from ulysses_infer.server.messages import SpeculationCounts
 from ulysses_infer.server.observe import Observatory
 from ulysses_infer.server.observe.history import History
 from ulysses_infer.server.observe.status_line import StatusLine
@@ -25,6 +26,16 @@ def test_it_says_load_speed_modes_and_policy() -> None:
         "Running: 3, waiting: 1 | KV cache: 25.1% | prompt: 40.0 tok/s, generation: 5.0 tok/s | prefix hits: 25.0% | "
         "steps: 4 (SP 4 25%, TP 4 75%), switches: 1 | policy: threshold threshold_tokens=256 base=[4, 1] shift=[1, 4]"
     )
+
+
+def test_it_says_what_was_drafted() -> None:
+    history = History(ReplayClock(100.0))
+    line = StatusLine(history)
+    history.on_state(make_state(speculation=SpeculationCounts(10, 40, 30, [10, 10, 10, 0])))
+    history.on_step(make_step(0, 100.0))
+    assert "drafted: 40 tokens, 75% accepted" in (line.next() or "")
+    history.on_step(make_step(1, 100.0))
+    assert "drafted" not in (line.next() or "")
 
 
 def test_it_is_silent_until_the_engine_is_up_and_while_nothing_happens() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ulysses_infer.server.client import Observer, RequestRecord
-from ulysses_infer.server.messages import EngineState, Ready, StepReport
+from ulysses_infer.server.messages import EngineState, Ready, SpeculationCounts, StepReport
 
 SP, TP = (4, 1), (1, 4)
 BUDGET = 2048
@@ -69,9 +69,11 @@ class Traffic:
     random: random.Random = field(default_factory=lambda: random.Random(7))
     policy: dict[str, Any] = field(default_factory=lambda: make_state().policy)
     load: float = 1.0
+    drafts: int = 0
+    """Tokens drafted for each decode; the first half of them is right."""
 
     def __post_init__(self) -> None:
-        self.sequence = self.arrived = self.queries = self.hits = 0
+        self.sequence = self.arrived = self.queries = self.hits = self.verified = 0
         self.waiting: list[Running] = []
         self.running: list[Running] = []
         self.now = self.clock()
@@ -120,6 +122,9 @@ class Traffic:
                 num_tokens += chunk
                 if not request.prompt_left:
                     begun.append(request)
+        num_decodes = len(decoding) * (1 + self.drafts)
+        num_tokens += len(decoding) * self.drafts
+        self.verified += len(decoding)
         mode = self._mode(num_tokens)
         per_token = 3e-5 if mode == SP else 7e-5
         seconds = (0.034 if mode == SP else 0.018) + per_token * num_tokens
@@ -129,7 +134,7 @@ class Traffic:
         collectives = {"all_reduce": seconds * 0.22} if mode == TP else {"all_to_all": seconds * 0.09}
         self.observer.on_step(
             self._state(),
-            StepReport(self.sequence, started, seconds, mode, num_tokens, len(decoding), collectives | {"plan": 2e-4}),
+            StepReport(self.sequence, started, seconds, mode, num_tokens, num_decodes, collectives | {"plan": 2e-4}),
         )
         self.sequence += 1
         for request in decoding + begun:
@@ -166,4 +171,10 @@ class Traffic:
             prefix_cache_queries=self.queries,
             prefix_cache_hits=self.hits,
             policy=self.policy,
+            speculation=self._speculation() if self.drafts else None,
         )
+
+    def _speculation(self) -> SpeculationCounts:
+        right = self.drafts // 2
+        positions = [self.verified] * right + [0] * (self.drafts - right)
+        return SpeculationCounts(self.verified, self.verified * self.drafts, self.verified * right, positions)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ulysses_infer.server.client import RequestRecord
-from ulysses_infer.server.messages import EngineState, StepReport
+from ulysses_infer.server.messages import EngineState, SpeculationCounts, StepReport
 from ulysses_infer.server.observe.windows import Samples, TimeGrid
 
 SPAN_SECONDS = 900.0
@@ -56,6 +56,40 @@ class ModeTotals:
         self.seconds += seconds
 
 
+class DraftTotals:
+    """Totals of drafted tokens."""
+
+    __slots__ = ("accepted_per_position", "num_accepted", "num_drafted", "num_drafts")
+
+    def __init__(self) -> None:
+        self.num_drafts = self.num_drafted = self.num_accepted = 0
+        self.accepted_per_position: Counter[int] = Counter()
+        """How often the first, second ... token of a draft was accepted, by its place from 0 on."""
+
+    def add(self, other: DraftTotals) -> None:
+        """Add those of another interval."""
+        self.num_drafts += other.num_drafts
+        self.num_drafted += other.num_drafted
+        self.num_accepted += other.num_accepted
+        self.accepted_per_position.update(other.accepted_per_position)
+
+    @classmethod
+    def between(cls, before: SpeculationCounts | None, after: SpeculationCounts | None) -> DraftTotals:
+        """What was added to the engine's counters."""
+        totals = cls()
+        if after is None:
+            return totals
+        before = before or SpeculationCounts(0, 0, 0, [])
+        totals.num_drafts = max(0, after.num_drafts - before.num_drafts)
+        totals.num_drafted = max(0, after.num_draft_tokens - before.num_draft_tokens)
+        totals.num_accepted = max(0, after.num_accepted_tokens - before.num_accepted_tokens)
+        known = [*before.num_accepted_per_position, *[0] * len(after.num_accepted_per_position)]
+        for place, (now, then) in enumerate(zip(after.num_accepted_per_position, known, strict=False)):
+            if now > then:
+                totals.accepted_per_position[place] = now - then
+        return totals
+
+
 class SecondRow:
     """Everything else that happened in one second, and the engine's last state in it."""
 
@@ -64,6 +98,7 @@ class SecondRow:
         self.num_prompt_tokens = self.num_generated_tokens = self.num_switches = 0
         self.num_cache_queries = self.num_cache_hits = self.num_preemptions = 0
         self.modes: dict[int, ModeTotals] = {}
+        self.drafts = DraftTotals()
         self.state: EngineState | None = None
         self.first_token, self.inter_token, self.whole = Samples(), Samples(), Samples()
         self.finished: Counter[str] = Counter()
@@ -96,7 +131,9 @@ class History:
         queries, hits, preemptions = (
             (last.prefix_cache_queries, last.prefix_cache_hits, last.num_preemptions) if last else (0, 0, 0)
         )
+        drafts = DraftTotals.between(last and last.speculation, state.speculation)
         for each in (row, self.totals):
+            each.drafts.add(drafts)
             each.num_cache_queries += max(0, state.prefix_cache_queries - queries)
             each.num_cache_hits += max(0, state.prefix_cache_hits - hits)
             each.num_preemptions += max(0, state.num_preemptions - preemptions)

@@ -65,6 +65,7 @@ def _state(history: History) -> dict[str, Any] | None:
         "kv_cache_usage": state.kv_cache_usage,
         "snapshots": state.snapshots and {"held": state.snapshots.num_held, "slots": state.snapshots.num_slots},
         "policy": state.policy,
+        "speculates": state.speculation is not None,
     }
 
 
@@ -103,6 +104,7 @@ def _add(total: SecondRow, row: SecondRow) -> None:
     total.num_cache_hits += row.num_cache_hits
     total.num_preemptions += row.num_preemptions
     total.finished.update(row.finished)
+    total.drafts.add(row.drafts)
     for name, seconds in row.collectives.items():
         total.collectives[name] = total.collectives.get(name, 0.0) + seconds
     for mode, counts in row.modes.items():
@@ -120,6 +122,19 @@ def _totals(row: SecondRow, num_modes: int) -> dict[str, Any]:
         "finished": dict(row.finished),
         "collective_seconds": {name: round(seconds, DIGITS) for name, seconds in row.collectives.items()},
         "modes": [[mode.num_steps, mode.num_tokens, round(mode.seconds, DIGITS)] for mode in modes],
+        "drafts": _drafts(row),
+    }
+
+
+def _drafts(row: SecondRow) -> dict[str, Any]:
+    """Drafts, their tokens, and the share of drafts of which the first, second ... token was accepted."""
+    drafts = row.drafts
+    places = range(max(drafts.accepted_per_position, default=-1) + 1)
+    return {
+        "count": drafts.num_drafts,
+        "tokens": drafts.num_drafted,
+        "accepted": drafts.num_accepted,
+        "per_position": [_ratio(drafts.accepted_per_position[place], drafts.num_drafts) for place in places],
     }
 
 
@@ -145,7 +160,7 @@ def _points(history: History, start: float, window: float, since: float) -> dict
     factor = math.ceil(window / MOST_POINTS)
     rows = [_point(index, group, factor) for index, group in history.seconds.groups(start, factor, since)]
     columns = ["index", "prompt", "generated", "running", "waiting", "kv_cache_usage"]
-    columns += ["cache_queries", "cache_hits"]
+    columns += ["cache_queries", "cache_hits", "drafted", "step_output"]
     columns += [f"{name}_{share}" for name in ("first_token", "inter_token") for share in ("p50", "p90", "p99")]
     return {"width": factor, "columns": columns, "rows": rows[::-1]}
 
@@ -160,9 +175,18 @@ def _point(index: int, rows: list[SecondRow], width: int) -> list[Any]:
         *((None,) * 3 if state is None else (state.num_running, state.num_waiting, round(state.kv_cache_usage, 4))),
         sum(row.num_cache_queries for row in rows),
         sum(row.num_cache_hits for row in rows),
+        *_per_decode(rows),
         *_rounded(Samples().merge(row.first_token for row in rows).percentiles(SHARES)),
         *_rounded(Samples().merge(row.inter_token for row in rows).percentiles(SHARES)),
     ]
+
+
+def _per_decode(rows: list[SecondRow]) -> tuple[float | None, float | None]:
+    """(drafted, output) tokens of a decoding request per step, on average."""
+    drafted, accepted = (sum(getattr(row.drafts, name) for row in rows) for name in ("num_drafted", "num_accepted"))
+    tokens = sum(mode.num_tokens for row in rows for mode in row.modes.values())
+    decodes = tokens - sum(row.num_prompt_tokens for row in rows) - drafted
+    return (_ratio(drafted, decodes), _ratio(decodes + accepted, decodes)) if decodes > 0 else (None, None)
 
 
 def _steps(history: History, start: float, since: float) -> Iterator[list[Any]]:

@@ -22,6 +22,8 @@ class _Counts:
     queries: int
     hits: int
     switches: int
+    drafted: int
+    accepted: int
     steps: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @classmethod
@@ -36,6 +38,8 @@ class _Counts:
             totals.num_cache_queries,
             totals.num_cache_hits,
             totals.num_switches,
+            totals.drafts.num_drafted,
+            totals.drafts.num_accepted,
             steps,
         )
 
@@ -78,6 +82,9 @@ def _speed(before: _Counts, after: _Counts) -> list[str]:
     parts = [f"prompt: {prompt:.1f} tok/s, generation: {generated:.1f} tok/s"]
     if after.queries > before.queries:
         parts.append(f"prefix hits: {(after.hits - before.hits) / (after.queries - before.queries):.1%}")
+    drafted = after.drafted - before.drafted
+    if drafted:
+        parts.append(f"drafted: {drafted} tokens, {(after.accepted - before.accepted) / drafted:.0%} accepted")
     return parts
 
 

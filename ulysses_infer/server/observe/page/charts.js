@@ -198,6 +198,13 @@ function makeCharts(view) {
         { name: "prefix hits", column: "prefix_hit_rate", color: () => colors.two },
       ],
     }),
+    chart("drafts", {
+      scale: "linear", format: formats.rate, axis: short,
+      lines: [
+        { name: "drafted per step", column: "drafted", color: () => colors.three, fill: true },
+        { name: "output per step", column: "step_output", color: () => colors.two },
+      ],
+    }),
     chart("first-token", { scale: "log", format: formats.brief, axis: formats.duration, lines: percentileLines("first_token") }),
     chart("inter-token", { scale: "log", format: formats.brief, axis: formats.duration, lines: percentileLines("inter_token") }),
   ];

@@ -72,6 +72,7 @@ function show(data) {
   tiles.show(data);
   showOutcomes(data);
   showTimes(data);
+  showDrafts(data);
   if (data.state) {
     showPolicy(data);
     admin.follow(data.state.policy);

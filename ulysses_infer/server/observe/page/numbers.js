@@ -103,6 +103,17 @@ function showTimes({ modes, window: shown }) {
   showBars(byId("times"), [...ofModes, ...collectives], whole, "no steps in this time range");
 }
 
+// The share of drafts whose first, second ... token was accepted; hidden without speculative decoding.
+function showDrafts({ state, window: { drafts } }) {
+  for (const name of ["chart-drafts", "drafts"]) byId(name).hidden = !(state && state.speculates);
+  const whole = drafts.tokens ? drafts.accepted / drafts.tokens : null;
+  byId("drafts-note").textContent = `${formats.share(whole)} of ${formats.count(drafts.tokens)} tokens`;
+  const rows = drafts.per_position.map((share, place) => ({
+    name: `token ${place + 1}`, size: share, color: colors.two, count: [element("b", { textContent: formats.share(share) })],
+  }));
+  showBars(byId("positions"), rows, 1, "nothing drafted in this time range");
+}
+
 function modeText(mode) {
   return Array.isArray(mode) ? modeNames([mode])[0] : String(mode);
 }
