@@ -131,7 +131,7 @@ class History:
         queries, hits, preemptions = (
             (last.prefix_cache_queries, last.prefix_cache_hits, last.num_preemptions) if last else (0, 0, 0)
         )
-        drafts = DraftTotals.between(last and last.speculation, state.speculation)
+        drafts = DraftTotals.between(last.speculation if last else None, state.speculation)
         for each in (row, self.totals):
             each.drafts.add(drafts)
             each.num_cache_queries += max(0, state.prefix_cache_queries - queries)
