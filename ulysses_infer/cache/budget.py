@@ -23,16 +23,19 @@ class MemoryBudget:
     available: int
     weights: int
     activations: int
+    draft: int = 0
+    """Of the model that drafts tokens, if there is one: weights, activations and cache."""
 
     @property
     def left(self) -> int:
         """Bytes left for the cache."""
-        return self.available - self.weights - self.activations
+        return self.available - self.weights - self.activations - self.draft
 
     def __str__(self) -> str:
         return (
             f"{self.available / GIB:.2f} GiB available per rank, weights {self.weights / GIB:.2f} GiB, "
             f"activations {self.activations / GIB:.2f} GiB"
+            + (f", draft model {self.draft / GIB:.2f} GiB" if self.draft else "")
         )
 
 

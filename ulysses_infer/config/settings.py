@@ -23,6 +23,7 @@ PATH_KEYS = (
     "model.hf_config",
     "model.tokenizer",
     "model.generation_config",
+    "speculation.model",
     "policy.profile",
     "server.chat_template",
     "server.ssl_certfile",

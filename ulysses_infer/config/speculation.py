@@ -7,9 +7,13 @@ from typing import Any
 
 from ulysses_infer.config.option import option
 
-METHODS = ("none", "ngram", "suffix")
+METHODS = ("none", "ngram", "suffix", "draft_model", "mtp", "eagle3")
+DRAFT_MODEL, EAGLE3 = "draft_model", "eagle3"
+HEADS = ("mtp", EAGLE3)
+"""Methods whose drafts come from the hidden states of the served model."""
 AUTO = "auto"
 MOST_AUTOMATIC = 16  # drafted tokens of a request per step, if their number is chosen automatically
+MOST_OF_HEADS = 4  # the same for heads, whose drafts get worse with each token
 
 
 @dataclass
@@ -21,7 +25,19 @@ class SpeculationConfig:
         choices=METHODS,
         help="What proposes tokens for a step to verify. ngram: what followed the latest earlier occurrence of a "
         "request's last tokens in its own text; suffix: what followed most often, in its own text and in recent "
-        "outputs; none: every step gives a request one token.",
+        "outputs; draft_model: what a smaller model of the same vocabulary would output; mtp: what the "
+        "checkpoint's own multi-token-prediction module predicts from the model's hidden states; eagle3: what an EAGLE-3 "
+        "head predicts from them; none: every step gives a request one token.",
+    )
+    model: str | None = option(
+        help="Method draft_model: the checkpoint that drafts, as in `model.path`. Its vocabulary must be that of the "
+        "served model. Method eagle3: the checkpoint of the head, which must have been trained for the served model."
+    )
+    draft_ranks: str = option(
+        "all",
+        choices=("all", "first"),
+        help="Method draft_model: which ranks hold the draft model. all: it is split over them as the served model is; "
+        "first: rank 0 holds it whole and drafts alone, without exchanges.",
     )
     num_tokens: Any = option(
         AUTO,
@@ -66,4 +82,6 @@ class SpeculationConfig:
         """The most drafted tokens of a request per step."""
         if not self.is_enabled:
             return 0
-        return MOST_AUTOMATIC if self.num_tokens == AUTO else int(self.num_tokens)
+        if self.num_tokens != AUTO:
+            return int(self.num_tokens)
+        return MOST_OF_HEADS if self.method in HEADS else MOST_AUTOMATIC

@@ -11,7 +11,7 @@ from typing import Any
 from ulysses_infer.config.keys import Key, all_keys
 from ulysses_infer.config.schema import Config
 from ulysses_infer.config.settings import Setting
-from ulysses_infer.config.speculation import AUTO
+from ulysses_infer.config.speculation import AUTO, DRAFT_MODEL, EAGLE3
 from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.parallel.layout import Mode, check_mode
 from ulysses_infer.sampling_params import SamplingParams
@@ -63,6 +63,16 @@ def _check_speculation(config: Config, explicit: Mapping[str, Setting]) -> None:
         raise count.complain("give auto, or a number of at least 1; to switch speculation off, use method: none")
     if count.value != AUTO and most is not None and count.value >= most:
         raise count.complain(f"must be less than scheduler.max_num_batched_tokens = {most}, the limit of a step")
+    if speculation.method == DRAFT_MODEL and speculation.model is None:
+        raise ConfigError(
+            "speculation.method = 'draft_model' needs a model: give speculation.model, a smaller checkpoint with the "
+            "same vocabulary"
+        )
+    if speculation.method == EAGLE3 and speculation.model is None:
+        raise ConfigError(
+            "speculation.method = 'eagle3' needs a head: give speculation.model, an EAGLE-3 checkpoint that was trained "
+            "for the served model"
+        )
     if speculation.min_match > speculation.max_match:
         raise _given(config, "speculation.min_match", explicit).complain(
             f"must be at most speculation.max_match = {speculation.max_match}"
@@ -126,6 +136,10 @@ def _ignored(config: Config) -> list[tuple[str, str]]:
     if not config.speculation.is_enabled:
         names = (key.name for key in all_keys().values() if key.name.startswith("speculation."))
         ignored += [(name, "speculation.method is none") for name in names if name != "speculation.method"]
+    elif config.speculation.method != DRAFT_MODEL:
+        reason = f"speculation.method is {config.speculation.method}"
+        unused = ("draft_ranks",) if config.speculation.method == EAGLE3 else ("model", "draft_ranks")
+        ignored += [(f"speculation.{name}", reason) for name in unused]
     if cache.num_blocks is not None:
         ignored.append(("cache.memory_bytes", "cache.num_blocks sets the size of the cache"))
     most = config.scheduler.max_num_batched_tokens

@@ -45,6 +45,8 @@ def fall_asleep(engine: Engine, level: int) -> None:
     engine.requests.check_idle("sleep")
     engine.sleep.deepen(level)
     engine.scheduler.allocator.reset_prefix_cache()
+    if engine.speculation is not None:
+        engine.speculation.reset_caches()
 
 
 def wake_up(engine: Engine) -> None:

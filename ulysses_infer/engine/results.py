@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rows
 
 import torch
@@ -16,6 +16,8 @@ from ulysses_infer.model.sampling.transfer import to_device_async
 from ulysses_infer.outputs import Logprob
 from ulysses_infer.text.detokenizer import TokenDecoder
 from ulysses_infer.worker.step_plan import ALL_LOGITS, DRAFT_LOGITS, LAST_LOGITS, PlanItem
+
+NO_SOURCES: Mapping[int, Rows[torch.Tensor | None]] = {}
 
 
 class StepResults:
@@ -33,11 +35,14 @@ class StepResults:
         decoder: TokenDecoder | None,
         may_replace_drafts: bool = False,
         scores_processed: bool = False,
+        draft_sources: Mapping[int, Rows[torch.Tensor | None]] = NO_SOURCES,
     ) -> None:
         """may_replace_drafts: apply rejection sampling to drafted tokens (`draw_unless_accepted`). scores_processed:
-        log-probabilities are those of the distribution that is sampled, instead of the model's."""
+        log-probabilities are those of the distribution that is sampled, instead of the model's. draft_sources: what
+        drafted tokens were drawn from (`SamplingRow.draft_source`), by request index."""
         self._owners, self._decoder, self._sampler = owners, decoder, Sampler()
         self._may_replace, self._scores_processed = may_replace_drafts, scores_processed
+        self._sources = draft_sources
         self._rows: list[tuple[ScheduledRequest, int, bool]] = []  # (request, position, whether it samples)
         for scheduled, item in zip(batch.scheduled, items, strict=True):
             end = item.start + item.num_tokens
@@ -110,7 +115,7 @@ class StepResults:
         if not scheduled.drafts:
             return row
         if index not in self._drafted:
-            self._drafted[index] = rows_after(row, scheduled.drafts, self._may_replace)
+            self._drafted[index] = rows_after(row, scheduled.drafts, self._may_replace, self._sources.get(index, ()))
         return next(self._drafted[index])
 
     def _sample(self, logits: torch.Tensor, rows: Rows[tuple[ScheduledRequest, int, bool]]) -> torch.Tensor:

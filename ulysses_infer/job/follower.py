@@ -6,7 +6,7 @@ import pickle
 from typing import Any
 
 from ulysses_infer.errors import EngineDeadError, UlyssesError, fatal
-from ulysses_infer.worker.channel import CALL, ERROR, SHUTDOWN, STEP, VALUE
+from ulysses_infer.worker.channel import CALL, DRAFT, ERROR, SHUTDOWN, STEP, VALUE
 from ulysses_infer.worker.rank import Rank
 from ulysses_infer.worker.step_plan import StepPlan
 
@@ -38,6 +38,9 @@ def _run_until_other_message(rank: Rank) -> tuple[int, bytes]:
         kind, payload = rank.channel.receive()
         if kind == STEP:
             rank.worker.run(StepPlan.decode(payload))
+        elif kind == DRAFT:
+            assert rank.worker.drafter is not None
+            rank.worker.drafter.run(payload)
         elif kind == CALL:
             _call(rank, payload)
         elif kind in (VALUE, ERROR, SHUTDOWN):

@@ -47,9 +47,8 @@ def make_worker(
 
     capturer: of decode steps, if they are captured; None: CUDA's. backend: attention; None: as the recipe says.
     """
-    shape, scheduler, max_model_len = cache_shape(config, model, groups), config.scheduler, model.shape.max_model_len
-    layers = CacheGroups.of(model.attention_options, max_model_len, [entry.span for entry in shape.entries])
-    sizing = CacheSizing(shape, layers, max_model_len, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+    sizing = cache_sizing(config, model, groups)
+    shape, layers, max_model_len = sizing.shape, sizing.groups, sizing.max_model_len
     own = channel.together(lambda: cache_bytes(config.cache, sizing, budget, device.type == "cpu"))
     num_bytes = channel.smallest(own)  # shards are equal, free memory may not be
     attention = backend or channel.together(
@@ -66,7 +65,7 @@ def make_worker(
         num_bytes -= 0 if config.cache.num_blocks is not None else states.num_bytes
     cache = channel.together(lambda: _make_cache(config.cache, sizing, num_bytes, device, scratch_blocks=int(captures)))
     tables = BlockTables(
-        config.cache.block_size, scheduler.max_num_seqs, shape.blocks_for(max_model_len), layers.attention_spans
+        config.cache.block_size, config.scheduler.max_num_seqs, shape.blocks_for(max_model_len), layers.attention_spans
     )
     matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
     _share_choices(matmul, channel)
@@ -87,6 +86,13 @@ def _share_choices(matmul: NativeMatmul | None, channel: Channel) -> None:
     choices = channel.gather(None if matmul is None else matmul.choices)[0]
     if matmul is not None and choices is not None:
         matmul.adopt(choices)
+
+
+def cache_sizing(config: Config, model: ShiftModel, groups: ProcessGroups) -> CacheSizing:
+    """What this rank's cache needs for blocks and requests."""
+    shape, scheduler, max_model_len = cache_shape(config, model, groups), config.scheduler, model.shape.max_model_len
+    layers = CacheGroups.of(model.attention_options, max_model_len, [entry.span for entry in shape.entries])
+    return CacheSizing(shape, layers, max_model_len, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
 
 
 def cache_shape(config: Config, model: ShiftModel, groups: ProcessGroups) -> CacheShape:

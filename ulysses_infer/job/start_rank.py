@@ -12,6 +12,7 @@ import torch
 from ulysses_infer.config import Config, choose_for_device, refuse_unavailable
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.host import cpu_quota, host_identity, ranks_on_this_host, shared_cores
+from ulysses_infer.job.draft_model import LoadedDraft, load_draft, without_draft
 from ulysses_infer.job.load_model import LoadedModel, load_model
 from ulysses_infer.job.make_worker import make_worker
 from ulysses_infer.model.loading.checkpoint import Progress
@@ -50,7 +51,8 @@ def start_rank(
     pinned = _share_cores(config, device, channel, groups, ranks_on_host)
     try:
         loaded = load_model(config, model, progress, channel, groups, device, ranks_on_host)
-        return _make_rank(config, loaded, channel, groups, device, pinned)
+        draft = load_draft(config, loaded, channel, groups, device, ranks_on_host)
+        return _make_rank(config, loaded, draft, channel, groups, device, pinned)
     except BaseException:
         if pinned is not None:
             pinned.release()
@@ -128,10 +130,13 @@ def _share_cores(
 def _make_rank(
     config: Config,
     loaded: LoadedModel,
+    draft: LoadedDraft | None,
     channel: Channel,
     groups: ProcessGroups,
     device: torch.device,
     pinned: PinnedCores | None,
 ) -> Rank:
-    worker = make_worker(config, loaded.model, loaded.budget, channel, groups, device)
+    budget = without_draft(loaded.budget, draft)
+    worker = make_worker(config, loaded.model, budget, channel, groups, device)
+    worker.drafter = channel.together(lambda: None if draft is None else draft.make(device))
     return Rank(worker, channel, groups, loaded.weights, loaded.folder, pinned)

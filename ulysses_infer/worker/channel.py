@@ -11,7 +11,7 @@ import torch
 from ulysses_infer.errors import as_user_error
 from ulysses_infer.parallel.groups import ProcessGroups
 
-STEP, VALUE, ERROR, SHUTDOWN, CALL = range(5)
+STEP, VALUE, ERROR, SHUTDOWN, CALL, DRAFT = range(6)
 T = TypeVar("T")
 
 

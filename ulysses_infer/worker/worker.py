@@ -16,10 +16,11 @@ from ulysses_infer.model.sampling.head import concat_shards, global_argmax, loca
 from ulysses_infer.native.matmul import NativeMatmul
 from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.worker.block_tables import BlockTables
+from ulysses_infer.worker.drafting.drafter import Drafter
 from ulysses_infer.worker.eager import EagerRunner
 from ulysses_infer.worker.next_tokens import NextTokenBuffer
 from ulysses_infer.worker.state_slots import StateSlots
-from ulysses_infer.worker.step import Step, StepRunner
+from ulysses_infer.worker.step import Step, StepObserver, StepRunner
 from ulysses_infer.worker.step_context import StepContextBuilder
 from ulysses_infer.worker.step_plan import StepPlan, logits_positions
 from ulysses_infer.worker.transfer import DeviceToHostCopy
@@ -55,6 +56,11 @@ class Worker:
         self.mixed_graphs: StepRunner | None = None
         """Runs the other steps it accepts faster than `eager`; None: they are run eagerly."""
         self.next_tokens = NextTokenBuffer(groups.world)
+        self.drafter: Drafter | None = None
+        """This rank's part of a model that drafts tokens for this one; None without."""
+
+        self.observer: StepObserver | None = None
+        """Told of every step; None: nothing."""
 
     @property
     def backend(self) -> AttentionBackend:
@@ -79,7 +85,10 @@ class Worker:
         finish = _keep_logits if plan.full_logits or num_rows == 0 else self._greedy_tokens
         if self._state_slots is not None:
             self._state_slots.prepare(plan, step.arrays)
-        result = self._runner_for(plan).run(step, finish)
+        runner = self._runner_for(plan)
+        result = runner.run(step, finish)
+        if self.observer is not None:
+            self.observer.observe(step, runner.num_rows(plan))
         if self._state_slots is not None:
             self._state_slots.save(plan, step.arrays)
         if num_rows == 0:
@@ -103,12 +112,16 @@ class Worker:
         self.cache.take()
         if self.states is not None:
             self.states.take()
+        if self.drafter is not None:
+            self.drafter.take_caches()
 
     def release_caches(self) -> None:
         """Free the memory of keys, values and states, until `take_caches`."""
         self.cache.release()
         if self.states is not None:
             self.states.release()
+        if self.drafter is not None:
+            self.drafter.release_caches()
 
     def _greedy_tokens(self, logits: torch.Tensor) -> torch.Tensor | None:
         """The best token of every row: each rank finds the best of its vocabulary shard, rank 0 compares."""

@@ -70,6 +70,30 @@ class DraftPlanner:
             counts[chosen.request] = counts.get(chosen.request, 0) + 1
         return PlannedDrafts(counts, reason)
 
+    def best_length(
+        self,
+        rates: Mapping[int, float],
+        contexts: Mapping[int, int],
+        chunks: list[tuple[int, int]],
+        most: int,
+        draft_seconds: Callable[[int], float],
+    ) -> int:
+        """How many tokens to draft for each request, 0 to `most`, before any is known.
+
+        rates: the chance of each request's tokens to be right, by its index; draft_seconds: the time to draft n tokens.
+        contexts, chunks: as of `plan`.
+        """
+        rows, expected = list(contexts.values()), float(len(contexts))
+        plain = self._predict(StepShape.of(rows, chunks))
+        best, best_speed = 0, expected / plain.seconds
+        for count in range(1, most + 1):
+            rows += [contexts[index] + count for index in rates]
+            expected += sum(rate**count for rate in rates.values())
+            seconds = self._seconds(StepShape.of(rows, chunks), plain) + draft_seconds(count)
+            if expected / seconds > best_speed:
+                best, best_speed = count, expected / seconds
+        return best
+
     def _best(
         self, candidates: list[_Candidate], contexts: list[int], chunks: list[tuple[int, int]]
     ) -> tuple[int, str]:

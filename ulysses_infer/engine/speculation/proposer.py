@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
 
 from ulysses_infer.engine.request import Request
 
@@ -24,10 +26,18 @@ class Draft(NamedTuple):
     tokens: tuple[int, ...]
     confidences: tuple[float, ...]
     """For each token, the proposer's estimate, 0 to 1, that it is right if those before it are."""
+    sources: tuple[torch.Tensor | None, ...] = ()
+    """For rejection sampling, the distribution that each token was drawn from, [V] int64 masses; None, or too few
+    entries: the token was certain."""
 
     def upto(self, count: int) -> Draft:
         """The first `count` tokens."""
-        return Draft(self.tokens[:count], self.confidences[:count])
+        return Draft(self.tokens[:count], self.confidences[:count], self.sources[:count])
+
+    def after(self, first: Sequence[int]) -> Draft:
+        """The draft behind tokens that are certain."""
+        certain = len(first)
+        return Draft((*first, *self.tokens), (1.0,) * certain + self.confidences, (None,) * certain + self.sources)
 
 
 NOTHING = Draft((), ())
@@ -45,4 +55,17 @@ class Proposer(Protocol):
 
     def forget(self, request: Request) -> None:
         """`request` has ended."""
+        ...
+
+
+@runtime_checkable
+class CostlyProposer(Proposer, Protocol):
+    """A proposer that takes time which depends on the number of tokens, such as that of a model."""
+
+    def draft_seconds(self, requests: Sequence[Request], count: int) -> float:
+        """The expected time to propose `count` tokens for each of `requests`."""
+        ...
+
+    def reset(self) -> None:
+        """The caches have lost their memory: forget what they hold."""
         ...

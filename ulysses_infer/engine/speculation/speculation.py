@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from ulysses_infer.config import SpeculationConfig
 from ulysses_infer.config.speculation import AUTO
 from ulysses_infer.engine.batch import Batch
@@ -14,7 +16,7 @@ from ulysses_infer.engine.speculation.acceptance import Acceptance
 from ulysses_infer.engine.speculation.draft_planner import DraftPlanner
 from ulysses_infer.engine.speculation.head_proposer import HeadProposer
 from ulysses_infer.engine.speculation.ngram import NgramProposer
-from ulysses_infer.engine.speculation.proposer import NOTHING, Draft, Proposer, Query
+from ulysses_infer.engine.speculation.proposer import NOTHING, CostlyProposer, Draft, Proposer, Query
 from ulysses_infer.engine.speculation.statistics import SpeculationStats
 from ulysses_infer.engine.speculation.step_times import StepTimes
 from ulysses_infer.engine.speculation.suffix import SuffixProposer
@@ -30,6 +32,8 @@ class _Drafted:
     """What is known of one request."""
 
     acceptance: Acceptance = field(default_factory=Acceptance)
+    usual: Acceptance = field(default_factory=Acceptance)
+    """The same without regard to confidences, which are not known before drafting."""
     offered: Draft = NOTHING
     """The proposal of the step that is being scheduled or runs."""
     next_try: int = 0
@@ -54,6 +58,8 @@ class Speculation:
         self.stats = SpeculationStats(config.max_drafted)
         self.reason = ""
         """Why the last step had its number of drafted tokens."""
+        self.sources: Mapping[int, Sequence[torch.Tensor | None]] = {}
+        """What the drafted tokens of the last step were drawn from (`Draft.sources`), by request index."""
         self._proposer = proposer or _make_proposer(config)
         self._planner = DraftPlanner(times.predict)
         self._max_batched_tokens = min(max_batched_tokens, config.max_batched_tokens or max_batched_tokens)
@@ -63,15 +69,17 @@ class Speculation:
     def draft(self, running: Sequence[Request], waiting: Request | None) -> dict[int, tuple[int, ...]]:
         """The tokens to verify in the next step, by request index. running: the admitted requests; waiting: the one
         that is admitted next."""
-        self.reason = ""
+        self.reason, self.sources = "", {}
         decoding = [request for request in running if request.num_tokens_left == 1 and request.num_output_tokens]
         queries = [query for query in map(self._query, decoding) if query is not None]
         if not queries:
             return {}
-        drafts = self._propose(queries)
-        counts = self._choose_counts(drafts, decoding, _expected_chunks(running, waiting, self._max_batched_tokens))
+        chunks = _expected_chunks(running, waiting, self._max_batched_tokens)
+        drafts = self._propose(self._worth_their_time(queries, decoding, chunks))
+        counts = self._choose_counts(drafts, decoding, chunks)
         for query in queries:
             self._plan_next_try(query.request.index, counts)
+        self.sources = {index: drafts[index].sources[:count] for index, count in counts.items() if count}
         return {index: drafts[index].tokens[:count] for index, count in counts.items() if count}
 
     def is_due(self, batch: Batch) -> bool:
@@ -96,10 +104,16 @@ class Speculation:
             known = self._requests.get(item.request.index)
             if known is not None:
                 known.acceptance.observe(known.offered.confidences[: len(item.drafts)], count)
+                known.usual.observe([1.0] * len(item.drafts), count)
 
     def reset_stats(self) -> None:
         """Set the counters to zero."""
         self.stats = SpeculationStats(self.config.max_drafted)
+
+    def reset_caches(self) -> None:
+        """The memory of the caches is gone: a proposer with one starts anew."""
+        if isinstance(self._proposer, CostlyProposer):
+            self._proposer.reset()
 
     def forget(self, request: Request) -> None:
         """`request` has ended."""
@@ -118,9 +132,25 @@ class Speculation:
         if known.next_try > self._step:
             return None
         known.acceptance.skip(self._step - known.last_step)
+        known.usual.skip(self._step - known.last_step)
         known.last_step = self._step + 1
         first = self._forced_tokens(request)[:most]
         return Query(request, first, most - len(first))
+
+    def _worth_their_time(
+        self, queries: list[Query], decoding: Sequence[Request], chunks: list[tuple[int, int]]
+    ) -> list[Query]:
+        """`queries` for as many tokens as give the most tokens per second, with the time of drafting them."""
+        proposer = self._proposer
+        if self.config.num_tokens != AUTO or not isinstance(proposer, CostlyProposer):
+            return queries
+        rates = {query.request.index: self._of(query.request).usual.rate for query in queries}
+        requests, contexts = [query.request for query in queries], {r.index: r.num_tokens for r in decoding}
+        most = max(query.most for query in queries)
+        count = self._planner.best_length(rates, contexts, chunks, most, lambda n: proposer.draft_seconds(requests, n))
+        if not count:
+            self.reason = "drafting is not worth its time"
+        return [query._replace(most=min(count, query.most)) for query in queries]
 
     def _forced_tokens(self, request: Request) -> tuple[int, ...]:
         """The tokens that the request's grammar forces next."""
@@ -136,7 +166,7 @@ class Speculation:
         proposals = self._proposer.propose(queries)
         drafts = {}
         for query, proposed in zip(queries, proposals, strict=True):
-            draft = Draft(query.first + proposed.tokens, (1.0,) * len(query.first) + proposed.confidences)
+            draft = proposed.after(query.first)
             drafts[query.request.index] = self._of(query.request).offered = self._possible(query.request, draft)
         return drafts
 

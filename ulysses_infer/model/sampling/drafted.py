@@ -30,13 +30,22 @@ class DraftedRow(SamplingRow):
         return TokenCounts(history.token_ids, history.counts).with_tokens(self.drafts)
 
 
-def rows_after(row: SamplingRow, drafts: Sequence[int], may_replace: bool = False) -> Iterator[SamplingRow]:
+def rows_after(
+    row: SamplingRow,
+    drafts: Sequence[int],
+    may_replace: bool = False,
+    sources: Sequence[torch.Tensor | None] = (),
+) -> Iterator[SamplingRow]:
     """The sampling rows of the positions before each token of `drafts` and after the last one: 1 + len(drafts) rows,
     to be used in this order.
 
-    may_replace: apply rejection sampling to the drafted tokens, instead of drawing every position's own token.
+    may_replace: apply rejection sampling to the drafted tokens, instead of drawing every position's own token. sources:
+    the distributions that they were drawn from; see `SamplingRow.draft_source`.
     """
-    row.draft = drafts[0] if may_replace and drafts else None
+    replaced: list[int | None] = [*(drafts if may_replace else [None] * len(drafts)), None]
+    known = [*sources[: len(drafts)]]
+    sources = known + [None] * (len(drafts) + 1 - len(known))
+    row.draft, row.draft_source = replaced[0], sources[0]
     yield row
     grammar = row.grammar.fork() if row.grammar is not None and drafts else None
     reads = reads_outputs(row.params)
@@ -51,7 +60,8 @@ def rows_after(row: SamplingRow, drafts: Sequence[int], may_replace: bool = Fals
             row.bad_words,
             grammar,
             0 if reads else count,
-            draft=drafts[count] if may_replace and count < len(drafts) else None,
+            draft=replaced[count],
+            draft_source=sources[count],
             base=row,
             drafts=before,
         )

@@ -44,10 +44,22 @@ def draw(
     if launch.runs_kernels(weights.device):
         return _draw_by_kernel(weights, params, numbers)
     truncate(weights, params)
-    cumulative = masses(weights).cumsum_(-1)
-    target = to_device_async(numbers, weights, torch.float64) * cumulative[:, -1]
+    return draw_from(masses(weights), numbers)
+
+
+def draw_from(each: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:
+    """One token per row of the masses `each: [m, V]` int64, with its share as probability: [m] int64."""
+    cumulative = each.cumsum(-1)
+    target = to_device_async(numbers, each, torch.float64) * cumulative[:, -1]
     # The first token whose cumulative weight exceeds the target; never one of weight 0.
     return torch.searchsorted(cumulative, target.long()[:, None], right=True)[:, 0]
+
+
+def masses_of(scores: torch.Tensor, peak: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """The distribution that `draw` draws from, as masses: [m, V] int64."""
+    weights = (scores - peak[:, None]).div_(column([p.temperature for p in params], scores)).exp_()
+    truncate(weights, params)
+    return masses(weights)
 
 
 def draw_unless_accepted(
@@ -65,15 +77,35 @@ def draw_unless_accepted(
     drafted. Source: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192,
     for a proposer that gives its draft the probability 1. peak, params: as in `draw`.
     """
-    weights = (scores - peak[:, None]).div_(column([p.temperature for p in params], scores)).exp_()
-    truncate(weights, params)
-    each, places = masses(weights), to_device_async(drafts, weights, torch.int64)[:, None]
+    each = masses_of(scores, peak, params)
+    places = to_device_async(drafts, each, torch.int64)[:, None]
     own = each.gather(1, places)[:, 0]
-    chance = to_device_async(accepting, weights, torch.float64) * each.sum(-1)
-    cumulative = each.scatter_(1, places, 0).cumsum_(-1)
-    target = to_device_async(numbers, weights, torch.float64) * cumulative[:, -1]
-    other = torch.searchsorted(cumulative, target.long()[:, None], right=True)[:, 0]
+    chance = to_device_async(accepting, each, torch.float64) * each.sum(-1)
+    other = draw_from(each.scatter_(1, places, 0), numbers)
     return torch.where(chance.long() < own, places[:, 0], other)
+
+
+def draw_unless_source_accepted(
+    scores: torch.Tensor,
+    peak: torch.Tensor,
+    params: Sequence[SamplingParams],
+    numbers: Sequence[float],
+    drafts: Sequence[int],
+    accepting: Sequence[float],
+    sources: torch.Tensor,
+) -> torch.Tensor:
+    """`draw_unless_accepted` for drafts that were drawn from distributions q, which `sources: [m, V]` int64 are masses
+    of: a draft x is accepted with min(1, p(x) / q(x)), else a token is drawn with what p exceeds q by."""
+    each = masses_of(scores, peak, params)
+    each, sources = each.double(), sources.double()
+    model, source = each / each.sum(-1, keepdim=True), sources / sources.sum(-1, keepdim=True)
+    places = to_device_async(drafts, each, torch.int64)[:, None]
+    bar = to_device_async(accepting, each, torch.float64) * source.gather(1, places)[:, 0]
+    excess = (model - source).clamp_(min=0)
+    most = excess.amax(-1, keepdim=True)
+    # Without any excess p is q, and every draft is accepted.
+    other = draw_from(masses(torch.where(most > 0, excess / most, model)), numbers)
+    return torch.where(bar < model.gather(1, places)[:, 0], places[:, 0], other)
 
 
 def _draw_by_kernel(weights: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> torch.Tensor:

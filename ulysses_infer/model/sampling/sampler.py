@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ulysses_infer.model.sampling.draw import draw, draw_unless_accepted
+from ulysses_infer.model.sampling.draw import draw, draw_unless_accepted, draw_unless_source_accepted
 from ulysses_infer.model.sampling.seeds import acceptance_number, uniform
 from ulysses_infer.model.sampling.transfer import to_device_async
 from ulysses_infer.sampling_params import SamplingParams
@@ -148,6 +148,8 @@ class SamplingRow:
     draft: int | None = None
     """The drafted token at this position, if rejection sampling may accept it; None: the position's own token is drawn.
     """
+    draft_source: torch.Tensor | None = None
+    """The distribution that `draft` was drawn from, [V] int64 masses; None: the draft was certain."""
     is_plain: bool = field(init=False)  # greedy on the raw logits
     _history: TokenHistory | None = field(init=False, default=None, repr=False)
 
@@ -255,18 +257,26 @@ def _choose_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[t
         params = [rows[index].params for index in drawn]
         tokens[places] = draw(_take_rows(scores, drawn), peak[places], params, _numbers(rows, drawn))
     drafted = [index for index in random if rows[index].draft is not None]
-    if drafted:
-        places = to_device_async(drafted, scores)
-        params = [rows[index].params for index in drafted]
-        drafts = [rows[index].draft or 0 for index in drafted]
-        accepting = [acceptance_number(rows[index].seed, rows[index].position) for index in drafted]
-        tokens[places] = draw_unless_accepted(
-            scores[places], peak[places], params, _numbers(rows, drafted), drafts, accepting
-        )
+    for has_source in (False, True):
+        group = [index for index in drafted if (rows[index].draft_source is not None) == has_source]
+        if group:
+            places = to_device_async(group, scores)
+            tokens[places] = _choose_after_drafts(scores[places], peak[places], [rows[index] for index in group])
     return tokens, peak
 
 
-def _numbers(rows: Sequence[SamplingRow], indices: list[int]) -> list[float]:
+def _choose_after_drafts(scores: torch.Tensor, peak: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Rejection sampling of each row's draft. All rows have a source, or none."""
+    params, drafts = [row.params for row in rows], [row.draft or 0 for row in rows]
+    accepting = [acceptance_number(row.seed, row.position) for row in rows]
+    numbers = _numbers(rows, range(len(rows)))
+    sources = [row.draft_source for row in rows if row.draft_source is not None]
+    if not sources:
+        return draw_unless_accepted(scores, peak, params, numbers, drafts, accepting)
+    return draw_unless_source_accepted(scores, peak, params, numbers, drafts, accepting, torch.stack(sources))
+
+
+def _numbers(rows: Sequence[SamplingRow], indices: Sequence[int]) -> list[float]:
     """The random number of each row's position."""
     return [uniform(rows[index].seed, rows[index].position) for index in indices]
 

@@ -28,3 +28,8 @@ def uniform(seed: int, index: int) -> float:
 def acceptance_number(seed: int, index: int) -> float:
     """The random number, in [0, 1), that accepts or rejects a drafted token at `index`; independent of `uniform`."""
     return uniform(derive_seed(seed, _ACCEPTANCE), index)
+
+
+def draft_number(seed: int, index: int) -> float:
+    """The random number, in [0, 1), that draws a drafted token for `index`; independent of the others."""
+    return uniform(derive_seed(seed, _ACCEPTANCE + 1), index)
