@@ -36,6 +36,7 @@ class StepContext:
     logits_rows: torch.Tensor | None = None  # [n] int64, those of this rank's tokens that need logits; the same
     states: StateCache | None = None  # only with recurrent layers
     sequences: StateSequences | None = None  # the same
+    narrowed: StepContext | None = None  # of the tokens that need logits, if later layers run on fewer than all
 
     def attention_of(self, layer: int) -> AttentionMetadata:
         """The attention metadata of the cache group of `layer`."""
@@ -45,6 +46,11 @@ class StepContext:
         """The attention metadata of the cache group that holds a kind of entries."""
         groups = self.attention_of_groups
         return groups[self.cache.group_of_entries(layer, name)] if len(groups) > 1 else self.attention
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the batch."""
+        return self.token_spans[-1].stop
 
     @property
     def num_local_tokens(self) -> int:

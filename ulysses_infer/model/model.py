@@ -25,6 +25,7 @@ from ulysses_infer.errors import (
     kind_and_line,
 )
 from ulysses_infer.model.context import StepContext, use_step_context
+from ulysses_infer.model.definitions.registration import register_definitions
 from ulysses_infer.model.experts import choose_placement, expert_sizes
 from ulysses_infer.model.fusion.decoder import FusedDecoder
 from ulysses_infer.model.fusion.fuse import Fusion
@@ -81,6 +82,12 @@ class ShiftModel:
     def weight_bytes(self) -> int:
         """Bytes of the parameters stored on this rank, tied ones counted once."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
+
+    @property
+    def skips_tokens(self) -> bool:
+        """Whether its later layers run on the tokens that need logits only."""
+        skips: bool = getattr(self.module, "skips_tokens", False)
+        return skips
 
     @property
     def state_shapes(self) -> tuple[StateShape, ...]:
@@ -153,6 +160,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    register_definitions()
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; give a folder that save_pretrained wrote")
     try:

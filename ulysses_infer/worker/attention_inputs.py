@@ -26,6 +26,11 @@ class AttentionInputs:
             fields += [group.slots, group.block_tables] if host is None else [group.slots, *_kernel_arrays(host)]
         return fields
 
+    @property
+    def num_sent(self) -> int:
+        """The number of arrays of `to_send`."""
+        return sum(2 if host is None else 5 for host in self._hosts)
+
     def metadata(self, sent: Sequence[torch.Tensor]) -> list[AttentionMetadata]:
         """The metadata of each cache group. sent: the tensors of `to_send`, in its order."""
         width = len(sent) // len(self._hosts)
@@ -44,7 +49,7 @@ class AttentionInputs:
     ) -> AttentionMetadata:
         query_lens, kernel = self._arrays.query_lens, None
         if host is not None:
-            longest = max(query_lens), max(group.context_lens)
+            longest = max(query_lens, default=0), max(group.context_lens, default=0)
             kernel = KernelSequences(lens[0], lens[1], lens[2], block_tables, *longest, host)
         return AttentionMetadata(slots, query_lens, group.context_lens, block_tables, kernel)
 

@@ -19,6 +19,11 @@ class GroupArrays(NamedTuple):
     context_lens: list[int]  # tokens of each sequence in the blocks of its table, including the step's
     block_tables: np.ndarray  # [num_sequences, blocks of the longest] int64
 
+    def narrowed(self, tokens: np.ndarray, sequences: np.ndarray) -> GroupArrays:
+        """See `StepArrays.narrowed`."""
+        lens = [self.context_lens[index] for index in sequences]
+        return GroupArrays(self.slots[tokens], lens, self.block_tables[sequences])
+
 
 class StepArrays(NamedTuple):
     """The tokens of a step, flattened in batch order."""
@@ -27,6 +32,13 @@ class StepArrays(NamedTuple):
     query_lens: list[int]  # of each sequence; a step that runs by row has a sequence per token
     groups: list[GroupArrays]
     rows: np.ndarray  # [num_sequences] int64, row of each sequence in the block tables: its state slot
+
+    def narrowed(self, tokens: np.ndarray) -> StepArrays:
+        """The step with `tokens` alone, ascending indices: the last ones of some sequences. Others are left out."""
+        owners = np.repeat(np.arange(len(self.query_lens)), self.query_lens)[tokens]
+        sequences, lens = np.unique(owners, return_counts=True)
+        groups = [group.narrowed(tokens, sequences) for group in self.groups]
+        return StepArrays(self.positions[tokens], lens.tolist(), groups, self.rows[sequences])
 
 
 class BlockTables:

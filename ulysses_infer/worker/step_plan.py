@@ -29,6 +29,17 @@ class PlanItem(NamedTuple):
     adapter: int = 0
     """Number of the LoRA adapter applied to its tokens; 0: none."""
 
+    @property
+    def num_logits(self) -> int:
+        """Tokens whose logits are needed, the last ones."""
+        return {NO_LOGITS: 0, LAST_LOGITS: 1}.get(self.logits, self.num_tokens)
+
+    def narrowed(self) -> PlanItem:
+        """The part with those tokens alone; its blocks are in the tables already."""
+        return self._replace(
+            start=self.start + self.num_tokens - self.num_logits, num_tokens=self.num_logits, new_block_ids=[]
+        )
+
 
 class StepPlan(NamedTuple):
     """Everything a rank needs for one step besides the block tables, which it mirrors."""
@@ -71,6 +82,11 @@ class StepPlan(NamedTuple):
     def num_sequences(self) -> int:
         """Sequences that attention sees: one per item, or per token in a step that runs by row."""
         return self.num_tokens if self.runs_by_row else len(self.items)
+
+    def narrowed(self) -> StepPlan:
+        """The step with the tokens whose logits are needed alone, which are the last ones of their sequences."""
+        items = [item.narrowed() for item in self.items if item.logits != NO_LOGITS]
+        return self._replace(items=items, token_ids=self.token_ids[logits_positions(self.items)])
 
     @property
     def digest(self) -> int:

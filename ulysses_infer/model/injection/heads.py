@@ -50,6 +50,8 @@ def expanded_heads(module: Any, config: Any) -> LayerHeads:
 
 def source_of_keys(module: Any, config: Any) -> int | None:
     """The layer whose keys and values an attention layer reads, if it makes none (gemma3n, gemma4); None: its own."""
+    if isinstance(source := getattr(module, "kv_source_layer", None), int):  # llama_swiftkv
+        return source if source != module.layer_idx else None
     if not getattr(module, "is_kv_shared_layer", False):
         return None
     layer = module.layer_idx

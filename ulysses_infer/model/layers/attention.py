@@ -121,6 +121,24 @@ def attend_placed(
     return plan.restored(_heads_to_tokens(context, _attend(context, layer, plan, query, key, value, options)))
 
 
+def cache_ahead(layer: int, plan: HeadPlan, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Cache the keys and values of `layer` for all tokens of the step, ahead of its `attend_cached_ahead`.
+
+    key, value: [t, Hkv/tp, d], of this rank's tokens.
+    """
+    context = step_context()
+    key, value = plan.arranged_key_values(key, value)
+    if context.collectives.place.mode.sp > 1:
+        own = key[: context.num_local_tokens], value[: context.num_local_tokens]
+        key, value = context.collectives.tokens_to_heads(own, context.token_spans)
+    _write(context, layer, plan, key, value)
+
+
+def attend_cached_ahead(layer: int, plan: HeadPlan, query: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+    """Attention to keys and values that are in the cache already. query: [t, Hq/tp, d]; returns [t, Hq/tp, dv]."""
+    return _attend_shared(step_context(), layer, plan, query, options, None)
+
+
 def _attend_shared(
     context: StepContext,
     layer: int,
@@ -183,11 +201,16 @@ def _attend(
     selected: AttentionMetadata | None = None,
 ) -> torch.Tensor:
     """Write the cache, then attend: all tokens, local heads. query: [T, Hq/W, d]; returns [T, Hq/W, dv]."""
-    slots, scales = context.attention_of(layer).slots, plan.cache_scales
+    _write(context, layer, plan, key, value)
+    return _attend_cached(context, layer, plan, query, options, selected)
+
+
+def _write(context: StepContext, layer: int, plan: HeadPlan, key: torch.Tensor, value: torch.Tensor) -> None:
+    """key, value: [T, Hkv, d | dv], local heads of all tokens."""
+    scales = plan.cache_scales
     if scales is not None:
         key, value = key / scales.key, value / scales.value
-    context.cache.write(layer, slots, key, value)
-    return _attend_cached(context, layer, plan, query, options, selected)
+    context.cache.write(layer, context.attention_of(layer).slots, key, value)
 
 
 def _attend_cached(

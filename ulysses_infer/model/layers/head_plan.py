@@ -90,8 +90,11 @@ class HeadPlan:
 
     def arranged(self, query: torch.Tensor, *key_values: torch.Tensor) -> list[torch.Tensor]:
         """Local heads, each [t, heads, d], in the order that attention or its all-to-all takes."""
-        query = _select(query, 1, self.query_index(query.device))
-        return [query, *(_select(each, 1, self.key_value_index(each.device)) for each in key_values)]
+        return [_select(query, 1, self.query_index(query.device)), *self.arranged_key_values(*key_values)]
+
+    def arranged_key_values(self, *key_values: torch.Tensor) -> list[torch.Tensor]:
+        """`arranged` without queries."""
+        return [_select(each, 1, self.key_value_index(each.device)) for each in key_values]
 
     def restored(self, output: torch.Tensor) -> torch.Tensor:
         """The output of attention for the local query heads: [t, places, dv] to [t, Hq/tp, dv].

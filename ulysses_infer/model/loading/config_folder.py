@@ -8,6 +8,7 @@ from typing import Any
 
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError, first_line, kind_and_line
+from ulysses_infer.model.definitions.registration import register_definitions
 from ulysses_infer.model.loading.legacy_configs import repair
 
 
@@ -38,6 +39,7 @@ def read_config_file(path: Path) -> Any:
     """transformers' config of a JSON file of any name. Raises `CheckpointError` if it is none."""
     from transformers import CONFIG_MAPPING
 
+    register_definitions()
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         repair(values)
