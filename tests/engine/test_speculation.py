@@ -8,11 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ulysses_infer.config import PolicyConfig
+from ulysses_infer.engine.policies import AdaptivePolicy, ThresholdPolicy
 from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.speculation.acceptance import Acceptance
 from ulysses_infer.engine.speculation.draft_planner import DraftPlanner, Prediction
 from ulysses_infer.engine.speculation.ngram import NgramProposer
 from ulysses_infer.engine.speculation.proposer import NOTHING, Query
+from ulysses_infer.engine.speculation.step_times import StepTimes
 from ulysses_infer.engine.speculation.suffix import SharedOutputs, SuffixProposer
 from ulysses_infer.engine.speculation.token_index import SEPARATOR, TokenIndex
 from ulysses_infer.model.sampling.drafted import rows_after
@@ -21,6 +24,7 @@ from ulysses_infer.model.sampling.sampler import Sampler, SamplingRow
 from ulysses_infer.model.sampling.seeds import acceptance_number, uniform
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.step_time.step_shape import StepShape
 
 tokens = st.lists(st.integers(0, 3), max_size=40)
 
@@ -155,6 +159,40 @@ def test_under_load_the_number_of_drafted_tokens_goes_to_zero():
     assert drafted[0] == 3
     assert drafted[-1] == drafted[-2] == 0
     assert drafted == sorted(drafted, reverse=True)
+
+
+def test_with_a_target_the_mean_time_per_token_counts():
+    gains = {1: [0.95, 0.9, 0.85, 0.8], 2: [0.6, 0.3]}
+    contexts = {1: 10, 2: 10}
+
+    def seconds(shape):
+        return Prediction(Mode(1, 1), max(1.0, shape.num_tokens / 5), True)
+
+    fast = DraftPlanner(seconds).plan(gains, contexts, [], 99)
+    fair = DraftPlanner(seconds, lambda: True).plan(gains, contexts, [], 99)
+    assert fast.counts == {1: 3}, "three more rows are free, and these bring most tokens"
+    assert fair.counts == {1: 2, 2: 1}, "the first token of the slow request brings its time per token down most"
+    assert "for each request" in fair.reason
+
+    def mean_tpot(counts):
+        return sum(1 / (1 + sum(gains[index][: counts.get(index, 0)])) for index in gains) / len(gains)
+
+    others = [{1: first, 2: 3 - first} for first in range(1, 4)]
+    assert mean_tpot(fair.counts) == min(map(mean_tpot, others))
+
+
+def test_step_times_ask_the_policy_for_its_target():
+    policies = [AdaptivePolicy([Mode(1, 1)], PolicyConfig(target_tpot_ms=target)) for target in (None, 30.0)]
+    threshold = ThresholdPolicy(Mode(2, 1), Mode(1, 2), 8)
+    aims = [StepTimes([Mode(1, 1)], [], lambda policy=each: policy).aims_at_tpot for each in (*policies, threshold)]
+    assert aims == [False, True, False]
+
+
+def test_the_threshold_counts_drafted_tokens():
+    modes = [Mode(2, 1), Mode(1, 2)]
+    times = StepTimes(modes, [], lambda: ThresholdPolicy(*modes, threshold_tokens=8))
+    assert times.predict(StepShape.of([50] * 8, [])).mode == Mode(1, 2)
+    assert times.predict(StepShape.of([50] * 9, [])).mode == Mode(2, 1)
 
 
 def test_likely_tokens_come_before_unlikely_ones_of_other_requests():

@@ -1,4 +1,5 @@
-"""How many proposed tokens a step verifies: as many as give the most tokens per second, in the mode that suits them."""
+"""How many proposed tokens a step verifies: as many as give the most tokens per second, or the best time per token, in
+the mode that suits them."""
 
 from __future__ import annotations
 
@@ -34,6 +35,8 @@ class _Candidate(NamedTuple):
     gain: float
     request: int
     context: int
+    worth: float
+    """What it adds to the aim; candidates are taken in this order."""
 
 
 class DraftPlanner:
@@ -45,8 +48,11 @@ class DraftPlanner:
     than they bring.
     """
 
-    def __init__(self, predict: Callable[[StepShape], Prediction]) -> None:
-        self._predict = predict
+    def __init__(
+        self, predict: Callable[[StepShape], Prediction], aims_at_tpot: Callable[[], bool] = lambda: False
+    ) -> None:
+        """aims_at_tpot: whether the mean time per token of the requests counts, instead of their tokens per second."""
+        self._predict, self._aims_at_tpot = predict, aims_at_tpot
 
     def plan(
         self,
@@ -58,13 +64,14 @@ class DraftPlanner:
         """gains: for each proposed token of a request, by its index, the output tokens that it is worth, descending.
         contexts: known tokens of every request that decodes; chunks: (start, tokens) of the prefill chunks that are
         expected in the step; most: limit of drafted tokens in the step."""
+        aims_at_tpot = self._aims_at_tpot()
         candidates = [
-            _Candidate(gain, index, contexts[index] + place)
+            candidate
             for index, values in gains.items()
-            for place, gain in enumerate(values, start=1)
+            for candidate in _candidates(index, contexts[index], values, aims_at_tpot)
         ]
-        candidates.sort(key=lambda each: (-each.gain, each.context))
-        count, reason = self._best(candidates[:most], list(contexts.values()), chunks)
+        candidates.sort(key=lambda each: (-each.worth, each.context))
+        count, reason = self._best(candidates[:most], list(contexts.values()), chunks, aims_at_tpot)
         counts: dict[int, int] = {}
         for chosen in candidates[:count]:
             counts[chosen.request] = counts.get(chosen.request, 0) + 1
@@ -95,16 +102,17 @@ class DraftPlanner:
         return best
 
     def _best(
-        self, candidates: list[_Candidate], contexts: list[int], chunks: list[tuple[int, int]]
+        self, candidates: list[_Candidate], contexts: list[int], chunks: list[tuple[int, int]], aims_at_tpot: bool
     ) -> tuple[int, str]:
-        """The number of candidates, in order, with the most tokens per second."""
+        """The number of candidates, in order, with the most tokens per second, or the least mean time per token."""
         plain = self._predict(StepShape.of(contexts, chunks))
         base = len(contexts) / plain.seconds
-        best, best_speed, expected = 0, base, float(len(contexts))
+        best, best_speed, number, worth = 0, base, float(len(contexts)), 0.0
         tested = set(_counts_upto(len(candidates)))
         for count, candidate in enumerate(candidates, start=1):
-            expected += candidate.gain
+            worth += candidate.worth
             if count in tested:
+                expected = number / (1 - worth / number) if aims_at_tpot else number + worth
                 rows = contexts + [each.context for each in candidates[:count]]
                 speed = expected / self._seconds(StepShape.of(rows, chunks), plain)
                 if speed > best_speed:
@@ -112,7 +120,8 @@ class DraftPlanner:
         if not best:
             return 0, f"0 of {len(candidates)} proposed tokens are worth their time"
         gain = best_speed / base - 1
-        return best, f"{best} of {len(candidates)} proposed tokens, {gain:+.0%} expected tokens per second"
+        aim = "tokens per second for each request" if aims_at_tpot else "tokens per second"
+        return best, f"{best} of {len(candidates)} proposed tokens, {gain:+.0%} expected {aim}"
 
     def _seconds(self, shape: StepShape, plain: Prediction) -> float:
         """The predicted time, but no more than that of the step without drafts if it has to be tried first."""
@@ -120,6 +129,17 @@ class DraftPlanner:
         if found.is_measured or found.seconds > WORTH_TRYING * plain.seconds:
             return found.seconds
         return min(found.seconds, plain.seconds)
+
+
+def _candidates(index: int, context: int, gains: Sequence[float], aims_at_tpot: bool) -> list[_Candidate]:
+    """The proposed tokens of a request. For its time per token, the first ones count most: by 1 / (output tokens of the
+    step) with it and without it."""
+    candidates, expected = [], 1.0
+    for place, gain in enumerate(gains, start=1):
+        worth = 1 / expected - 1 / (expected + gain) if aims_at_tpot else gain
+        candidates.append(_Candidate(gain, index, context + place, worth))
+        expected += gain
+    return candidates
 
 
 def _counts_upto(most: int) -> list[int]:

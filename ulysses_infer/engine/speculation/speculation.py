@@ -61,7 +61,7 @@ class Speculation:
         self.sources: Mapping[int, Sequence[torch.Tensor | None]] = {}
         """What the drafted tokens of the last step were drawn from (`Draft.sources`), by request index."""
         self._proposer = proposer or _make_proposer(config)
-        self._planner = DraftPlanner(times.predict)
+        self._planner = DraftPlanner(times.predict, lambda: times.aims_at_tpot)
         self._max_batched_tokens = min(max_batched_tokens, config.max_batched_tokens or max_batched_tokens)
         self._requests: dict[int, _Drafted] = {}
         self._step = 0

@@ -29,6 +29,12 @@ class StepTimes:
         mode = min(policy.candidates(shape.num_tokens), key=times.__getitem__)
         return Prediction(mode, times[mode], model.is_measured(mode, shape))
 
+    @property
+    def aims_at_tpot(self) -> bool:
+        """Whether the policy has a target for the time per output token."""
+        policy = self._policy()
+        return isinstance(policy, AdaptivePolicy) and policy.config.target_tpot_ms is not None
+
     def observe(self, batch: Batch, mode: Mode, seconds: float) -> None:
         """Learn from a step."""
         if not isinstance(self._policy(), AdaptivePolicy):
