@@ -26,8 +26,8 @@ class SpeculationConfig:
         help="What proposes tokens for a step to verify. ngram: what followed the latest earlier occurrence of a "
         "request's last tokens in its own text; suffix: what followed most often, in its own text and in recent "
         "outputs; draft_model: what a smaller model of the same vocabulary would output; mtp: what the "
-        "checkpoint's own multi-token-prediction module predicts from the model's hidden states; eagle3: what an EAGLE-3 "
-        "head predicts from them; none: every step gives a request one token.",
+        "checkpoint's own multi-token-prediction module predicts from the model's hidden states; eagle3: what an "
+        "EAGLE-3 head predicts from them; none: every step gives a request one token.",
     )
     model: str | None = option(
         help="Method draft_model: the checkpoint that drafts, as in `model.path`. Its vocabulary must be that of the "

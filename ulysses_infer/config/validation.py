@@ -70,8 +70,8 @@ def _check_speculation(config: Config, explicit: Mapping[str, Setting]) -> None:
         )
     if speculation.method == EAGLE3 and speculation.model is None:
         raise ConfigError(
-            "speculation.method = 'eagle3' needs a head: give speculation.model, an EAGLE-3 checkpoint that was trained "
-            "for the served model"
+            "speculation.method = 'eagle3' needs a head: give speculation.model, an EAGLE-3 checkpoint that was "
+            "trained for the served model"
         )
     if speculation.min_match > speculation.max_match:
         raise _given(config, "speculation.min_match", explicit).complain(

@@ -12,6 +12,7 @@ import torch
 from ulysses_infer.config import Config, choose_for_device, refuse_unavailable
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.host import cpu_quota, host_identity, ranks_on_this_host, shared_cores
+from ulysses_infer.job.draft_head import LoadedHead, load_head
 from ulysses_infer.job.draft_model import LoadedDraft, load_draft, without_draft
 from ulysses_infer.job.load_model import LoadedModel, load_model
 from ulysses_infer.job.make_worker import make_worker
@@ -52,7 +53,8 @@ def start_rank(
     try:
         loaded = load_model(config, model, progress, channel, groups, device, ranks_on_host)
         draft = load_draft(config, loaded, channel, groups, device, ranks_on_host)
-        return _make_rank(config, loaded, draft, channel, groups, device, pinned)
+        head = load_head(config, loaded, channel, groups, device)
+        return _make_rank(config, loaded, draft, head, channel, groups, device, pinned)
     except BaseException:
         if pinned is not None:
             pinned.release()
@@ -131,12 +133,16 @@ def _make_rank(
     config: Config,
     loaded: LoadedModel,
     draft: LoadedDraft | None,
+    head: LoadedHead | None,
     channel: Channel,
     groups: ProcessGroups,
     device: torch.device,
     pinned: PinnedCores | None,
 ) -> Rank:
     budget = without_draft(loaded.budget, draft)
+    budget = budget if head is None else head.within(budget, loaded)
     worker = make_worker(config, loaded.model, budget, channel, groups, device)
     worker.drafter = channel.together(lambda: None if draft is None else draft.make(device))
+    if head is not None:
+        worker.drafter = channel.together(lambda: head.make(worker, device))
     return Rank(worker, channel, groups, loaded.weights, loaded.folder, pinned)

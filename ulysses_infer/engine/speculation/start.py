@@ -12,12 +12,15 @@ from ulysses_infer.engine.requests import RequestTable
 from ulysses_infer.engine.speculation.draft_model import DraftModelProposer
 from ulysses_infer.engine.speculation.draft_times import DraftTimes
 from ulysses_infer.engine.speculation.drafted_texts import DraftedTexts
+from ulysses_infer.engine.speculation.head_proposer import HeadProposer
 from ulysses_infer.engine.speculation.speculation import Speculation
 from ulysses_infer.engine.speculation.step_times import StepTimes
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.worker.channel import DRAFT
 from ulysses_infer.worker.drafting.draft_model import DraftModel
+from ulysses_infer.worker.drafting.head_drafter import HeadDrafter
 from ulysses_infer.worker.rank import Rank
+from ulysses_infer.worker.transfer import DeviceToHostCopy
 
 
 def start_speculation(
@@ -45,10 +48,24 @@ def start_speculation(
         lambda request: requests.sequences[request.index][1].row.grammar,
         times,
         config.scheduler.max_num_batched_tokens,
-        _make_draft_model_proposer(config, rank, requests) if config.speculation.method == DRAFT_MODEL else None,
+        _make_draft_model_proposer(config, rank, requests)
+        if config.speculation.method == DRAFT_MODEL
+        else _head_proposer(config, rank),
     )
     requests.on_end = speculation.forget
     return speculation
+
+
+def _head_proposer(config: Config, rank: Rank) -> HeadProposer | None:
+    """The proposer of a method with heads; None for the others."""
+    if not isinstance(drafter := rank.worker.drafter, HeadDrafter):
+        return None
+
+    def send(payload: bytes) -> list[DeviceToHostCopy]:
+        rank.channel.send(DRAFT, payload)
+        return drafter.draft(payload)
+
+    return HeadProposer(send, config.speculation.max_drafted)
 
 
 def _make_draft_model_proposer(config: Config, rank: Rank, requests: RequestTable) -> DraftModelProposer:
