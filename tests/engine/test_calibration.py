@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from tests.tiny import encode, settings
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.cli import calibrate as command
 from ulysses_infer.cli.arguments import parse
-from ulysses_infer.engine.calibration import typical_seconds
+from ulysses_infer.engine.calibration import Rounds, typical_seconds
 from ulysses_infer.engine.calibration_points import FINE_TOKENS, TOKENS, Limits, Point, design
 from ulysses_infer.errors import ConfigError, RequestError
+from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.profile import Profile, cached_path
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -78,6 +80,26 @@ def test_a_slow_visit_slows_all_modes_and_does_not_change_how_they_compare():
     assert typical_seconds([[3.0], [1.0]]) == pytest.approx([3.0, 1.0])
     assert typical_seconds([[1.0, 2.0, 9.0]]) == pytest.approx([2.0])
     assert typical_seconds([[1.0, 2.0, 9.0], [4.0]]) == [2.0, 4.0]
+
+
+class InstantSteps:
+    """In place of a calibration: every step takes a microsecond."""
+
+    def time_point(self, point, mode):
+        return [1e-6]
+
+
+def test_what_the_time_did_not_suffice_for_is_known():
+    modes, points = [Mode(2, 1), Mode(1, 2)], design(Limits(64, 8, 128, 512))
+    measured, stopped = (Rounds(InstantSteps(), modes, {}) for _ in range(2))
+    measured.measure(points, time.perf_counter() + 60, 1)
+    stopped.measure(points, time.perf_counter(), 1)
+    assert measured.unmeasured(points) == []
+    assert stopped.unmeasured(points) == points
+    assert command.incomplete(3, 40, 2048) == (
+        "  the time was up before 3 of 40 kinds of steps were measured, the longest of 2048 tokens, whose times are "
+        "extrapolated: give --seconds a larger value"
+    )
 
 
 # -- one rank --------------------------------------------------------------------------------------------------------

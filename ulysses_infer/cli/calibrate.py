@@ -122,3 +122,13 @@ def _say_where(console: Console, profile: Profile, path: Path, is_cached: bool) 
         style="dim",
         markup=False,
     )
+    if notes["unmeasured"]:
+        console.print(incomplete(notes["unmeasured"], notes["designed"], notes["longest_unmeasured"]), markup=False)
+
+
+def incomplete(unmeasured: int, designed: int, longest: int) -> str:
+    """What to say if the time was up before every kind of step was measured; longest: tokens of the longest of them."""
+    return (
+        f"  the time was up before {unmeasured} of {designed} kinds of steps were measured, the longest of "
+        f"{longest} tokens, whose times are extrapolated: give --seconds a larger value"
+    )

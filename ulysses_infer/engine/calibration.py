@@ -67,11 +67,15 @@ class Calibration:
             runs = Rounds(self, self._modes, times)
             points = design(limits, FINE_TOKENS if thorough else TOKENS)
             runs.measure(points, started + seconds, THOROUGH_ROUNDS if thorough else MAX_ROUNDS)
+        unmeasured = runs.unmeasured(points)
         notes = {
             "seconds": round(time.perf_counter() - started, 1),
             "points": len(runs.times),
             "steps": runs.steps,
             "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "designed": len(points),
+            "unmeasured": len(unmeasured),
+            "longest_unmeasured": max((point.shape.num_tokens for point in unmeasured), default=0),
         }
         return Profile(profile_key(self._worker, self._modes), runs.measurements(), runs.switch_seconds(), notes)
 
@@ -206,6 +210,10 @@ class Rounds:
                 if expected <= left * POINT_SHARE:
                     slowest = self._visit(point, turn)
                     per_token = slowest / point.shape.num_tokens
+
+    def unmeasured(self, points: Sequence[Point]) -> list[Point]:
+        """Those that were not measured in every mode before the time was up."""
+        return [point for point in points if any((point, mode) not in self.times for mode in self._modes)]
 
     def _visit(self, point: Point, turn: int) -> float:
         """One measurement of a point in every mode; returns the longest."""
