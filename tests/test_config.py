@@ -454,7 +454,7 @@ class TestAliases:
     @pytest.mark.parametrize(
         ("name", "value", "words"),
         [
-            ("speculative_config", {"method": "ngram"}, "speculative decoding is not available, leave it out"),
+            ("speculative_config", {"method": "ngram"}, "use speculation.method, speculation.model"),
             ("reasoning_parser", "qwen3", "there is no such setting here; reasoning is part of the content"),
             ("quantization", "fp8", "the quantization of the checkpoint is detected"),
             ("load_format", "dummy", "the format of the weights is detected"),

@@ -56,7 +56,7 @@ def test_arguments_of_vllms_server_are_understood() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["serve", "m", "--speculative-config", '{"method": "ngram"}'], "speculative decoding is not available"),
+        (["serve", "m", "--speculative-config", '{"method": "ngram"}'], "use speculation.method"),
         (["generate", "m"], "nothing to generate"),
         (["generate", "m", "n", "--prompt", "x"], "one MODEL is enough"),
         (["generate", "m", "--tensr-parallel-size", "2"], "did you mean '--tensor-parallel-size'?"),

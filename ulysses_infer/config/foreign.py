@@ -33,7 +33,7 @@ def _none(reason: str, *harmless: Any) -> Foreign:
 
 
 _ADAPTERS = "all of lora.adapters are loaded at start, and lora.runtime_bytes is the room for others"
-_SPECULATION = "speculative decoding is not available, leave it out"
+_SPECULATION = "use speculation.method, speculation.model and speculation.num_tokens"
 _GRAPHS = "steps are captured as graphs where possible (runtime.enforce_eager)"
 
 FOREIGN: dict[str, Foreign] = {
