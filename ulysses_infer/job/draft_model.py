@@ -97,7 +97,7 @@ def _load(
         )
         channel.together(lambda: _check(config, own, target, loaded))
         own.cache.num_blocks = channel.smallest(
-            _num_blocks(
+            num_draft_blocks(
                 config.cache,
                 cache_sizing(config, target.model, target_groups),
                 cache_sizing(own, loaded.model, groups),
@@ -142,18 +142,17 @@ def _check(config: Config, own: Config, target: LoadedModel, loaded: LoadedModel
     model.shape = dataclasses.replace(model.shape, max_model_len=longest)
 
 
-def _num_blocks(config: CacheConfig, target: CacheSizing, draft: CacheSizing, left: int, on_cpu: bool) -> int:
+def num_draft_blocks(config: CacheConfig, target: CacheSizing, draft: CacheSizing, left: int, on_cpu: bool) -> int:
     """Blocks of the draft model's cache: as many tokens as the cache of the served model has, as far as `left` bytes
     hold both."""
     if config.num_blocks is not None:
         return config.num_blocks
-    sizes = [sizing.num_bytes([1] * len(sizing.groups.attention_spans)) for sizing in (target, draft)]
-    share = sizes[1] / max(1, sum(sizes))
-    if config.memory_bytes is not None:
-        left = min(left, int(config.memory_bytes / (1 - share)))
-    elif on_cpu:
-        left = min(left, int(CPU_CACHE_LIMIT / (1 - share)))
-    return draft.blocks_within(int(left * share))[0]
+    served, own = (sizing.num_bytes([1] * len(sizing.groups.attention_spans)) for sizing in (target, draft))
+    count = left // max(1, served + own)
+    most = config.memory_bytes if config.memory_bytes is not None else CPU_CACHE_LIMIT if on_cpu else None
+    if most is not None:
+        count = min(count, most // max(1, served))
+    return draft.blocks_within(count * own)[0]
 
 
 def without_draft(budget: MemoryBudget, draft: LoadedDraft | None) -> MemoryBudget:

@@ -30,12 +30,13 @@ class DraftedText:
     def settle(self) -> None:
         """Keep what was drafted as far as it has become known. The last known token is always computed again: the
         logits after it are needed."""
-        request, room = self.request, self.request.num_tokens - 1 - self.num_cached
-        known = request.token_ids_from(self.num_cached, self.num_cached + min(room, len(self.ahead)))
-        same = (
+        last, request = self.request.num_tokens - 1, self.request
+        count = max(0, min(last - self.num_cached, len(self.ahead)))
+        known = request.token_ids_from(self.num_cached, self.num_cached + count)
+        differing = (
             place for place, (token, drafted) in enumerate(zip(known, self.ahead, strict=False)) if token != drafted
         )
-        self.num_cached += next(same, len(known))
+        self.num_cached = min(last, self.num_cached + next(differing, count))
         self.ahead = []
 
 
@@ -93,7 +94,7 @@ class DraftedTexts:
             self._pools.publish(text.tables, text.num_blocks, start, hashes[start:full])
             text.num_published = full
         self._pools.free_out_of_window_blocks(
-            text.tables, text.num_blocks, text.num_cached, text.request.num_prompt_tokens
+            text.tables, text.num_blocks, max(0, num_cached - 1), text.request.num_prompt_tokens
         )
 
     def forget(self, request: Request) -> None:
