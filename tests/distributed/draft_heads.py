@@ -34,14 +34,28 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {**ROUTED, "head_dim": 8, "use_qk_norm": True},
     "qwen2": {},
+    "qwen3_next": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+    },
 }
 NEXTN = ("model.layers.2.", "enorm", "hnorm", "eh_proj", "shared_head.norm")
 NAMES = {
     "deepseek_v3": NEXTN,
     "glm4_moe": NEXTN,
     "qwen2": ("model.mtp_layers.0.", "token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
+    "qwen3_next": ("mtp.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
 }
-"""Prefix, norms of token and hidden state, projection, output norm: the names of DeepSeek-V3, GLM-4.5 and MiMo."""
+"""Prefix, norms of token and hidden state, projection, output norm: the names of DeepSeek-V3, GLM-4.5, MiMo and
+Qwen3-Next."""
 
 
 FREQUENT = [6, 9, 12, 21]
@@ -59,7 +73,7 @@ class Head(NamedTuple):
     def drafts(self, text: list[int], count: int) -> list[int]:
         """The greedy drafts after `text`, whose last token the served model has not seen."""
         model, ids = self.served, torch.tensor([text])
-        states = self._states_of_served(ids[:, :-1])
+        states = self.states_of_served(ids[:, :-1])
         tokens, drafted = ids[:, 1:], list[int]()
         for _ in range(count):
             output = self._layer(model.model.embed_tokens(tokens), states)
@@ -69,7 +83,7 @@ class Head(NamedTuple):
             states = torch.cat([states, handed_on], dim=1)
         return drafted
 
-    def _states_of_served(self, ids: torch.Tensor) -> torch.Tensor:
+    def states_of_served(self, ids: torch.Tensor) -> torch.Tensor:
         """The hidden state of each token, as the head reads it."""
         model = self.served.model
         if self.kind != "eagle3":
@@ -96,7 +110,7 @@ class Head(NamedTuple):
         """The logits, and the state that the next token is drafted from."""
         normed = self.parts["output_norm"](state)
         head = self.parts["lm_head"] if self.kind == "eagle3" else self.served.lm_head
-        return head(normed), normed if self.kind == "qwen2" else state
+        return head(normed), normed if self.kind in ("qwen2", "qwen3_next") else state
 
     def _token(self, drafted: int) -> int:
         return drafted + int(self.parts["lm_head"].offsets[drafted]) if self.kind == "eagle3" else drafted
@@ -104,7 +118,8 @@ class Head(NamedTuple):
 
 def one_layer(config: Any) -> Any:
     """`config` with one layer, which is a mixture where the family has any."""
-    own = type(config)(**{**config.to_dict(), "num_hidden_layers": 1, "layer_types": None, "first_k_dense_replace": 0})
+    changes = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "first_k_dense_replace": 0}
+    own = type(config)(**{**config.to_dict(), **changes})
     own._attn_implementation = "eager"
     return own
 
@@ -145,10 +160,11 @@ def mtp_checkpoint(kind: str, folder: Path, seed: int = 0) -> Head:
 def _mtp_tensors(kind: str, parts: nn.ModuleDict) -> Any:
     """(name in checkpoints, tensor) of a module; experts one by one, as they are published."""
     prefix, *names = NAMES[kind]
+    inner = "layers.0." if kind == "qwen3_next" else ""
     for own, name in zip(("token_norm", "hidden_norm", "projection", "output_norm"), names, strict=True):
         yield f"{prefix}{name}.weight", parts[own].weight
     for name, tensor in parts["layer"].state_dict().items():
-        owner, _, leaf = name.rpartition(".")
+        owner, _, leaf = f"{inner}{name}".rpartition(".")
         if leaf == "gate_up_proj":
             for number, (gate, up) in enumerate(expert.chunk(2) for expert in tensor):
                 yield f"{prefix}{owner}.{number}.gate_proj.weight", gate
@@ -157,8 +173,8 @@ def _mtp_tensors(kind: str, parts: nn.ModuleDict) -> Any:
             for number, down in enumerate(tensor):
                 yield f"{prefix}{owner}.{number}.down_proj.weight", down
         else:
-            yield f"{prefix}{name}", tensor
-    if kind != "qwen2":  # stored again, and not read
+            yield f"{prefix}{inner}{name}", tensor
+    if NAMES[kind] is NEXTN:  # stored again, and not read
         yield f"{prefix}shared_head.head.weight", torch.zeros(1)
         yield f"{prefix}embed_tokens.weight", torch.zeros(1)
 

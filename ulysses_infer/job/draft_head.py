@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,7 @@ from ulysses_infer.cache.groups import CacheGroups
 from ulysses_infer.cache.paged import PagedCache
 from ulysses_infer.config import Config
 from ulysses_infer.config.speculation import EAGLE3, HEADS
-from ulysses_infer.errors import ConfigError
+from ulysses_infer.errors import CheckpointError, ConfigError
 from ulysses_infer.job.load_model import LoadedModel
 from ulysses_infer.job.make_worker import cache_shape, make_attention
 from ulysses_infer.model.draft_heads.builders import eagle3_builder, mtp_builder
@@ -75,6 +76,16 @@ def load_head(
     return LoadedHead(config, head, hidden, groups)
 
 
+def _folder_of(config: Config) -> Path:
+    """The folder of `speculation.model`. Raises `CheckpointError`."""
+    path = config.speculation.model
+    assert path is not None
+    try:
+        return resolve_folder(path, None)
+    except CheckpointError as error:
+        raise CheckpointError(f"speculation.model = {path!r} cannot be loaded: {error}") from error
+
+
 def _builder_of(config: Config, served: LoadedModel) -> Callable[[], HeadBuilder]:
     model, method = served.model, config.speculation.method
     first = CacheGroups.of(model.attention_options, model.shape.max_model_len).attention_spans[0]
@@ -86,8 +97,7 @@ def _builder_of(config: Config, served: LoadedModel) -> Callable[[], HeadBuilder
                 "limited attention spans, so that blocks of the head's cache would be freed; use ngram or suffix"
             )
         if method == EAGLE3:
-            assert config.speculation.model is not None
-            return eagle3_builder(model, resolve_folder(config.speculation.model, None))
+            return eagle3_builder(model, _folder_of(config))
         return mtp_builder(model, config.model, served.weights.open_source(), config.cache.latent)
 
     return build

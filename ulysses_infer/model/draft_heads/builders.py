@@ -37,10 +37,10 @@ def mtp_builder(served: ShiftModel, settings: ModelConfig, source: TensorSource,
     names = FAMILIES.get(config.model_type)
     keys = _keys_of(source, names, config.num_hidden_layers) if names is not None else {}
     if names is None or not keys:
-        known = ", ".join(sorted(FAMILIES))
+        name, known = settings.path or "the given model", ", ".join(sorted(FAMILIES))
         raise ConfigError(
-            f"speculation.method = 'mtp': {settings.path} (model type {config.model_type!r}) has no "
-            f"multi-token-prediction module; use another method, or a checkpoint that has one (of model type {known})"
+            f"speculation.method = 'mtp': {name} (model type {config.model_type!r}) has no multi-token-prediction "
+            f"module; use another method, or a checkpoint that has one (of model type {known})"
         )
     base = served.injection
     module = MtpModule(config_of_module(config), base.model, names, base.head)

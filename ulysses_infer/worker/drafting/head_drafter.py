@@ -115,8 +115,7 @@ class HeadDrafter:
         rows = ends[message.drafting]
         hidden = self._aligned_hidden(plan, num_rows)
         single = StepArrays(arrays.positions, arrays.query_lens, arrays.groups[:1], arrays.rows)
-        tokens = torch.from_numpy(following).to(self.device)
-        states, drafted = self._run(plan.mode, single, tokens, hidden, rows, is_fused=False)
+        states, drafted = self._run(plan.mode, single, following, hidden, rows)
         sequences = rows if plan.runs_by_row else np.array(message.drafting, dtype=np.int64)
         self._ends = _Ends(arrays.positions[rows], sequences, states, drafted, plan.mode, single.groups[0])
 
@@ -126,15 +125,15 @@ class HeadDrafter:
         if ends is None:
             return []
         picked = np.array(message.picked, dtype=np.int64)
-        on_device = torch.from_numpy(picked).to(self.device)
-        states, tokens = ends.states.index_select(0, on_device), ends.tokens.index_select(0, on_device)
         places = self._num_blocks, self._scratch, self.cache.shape.block_size
         tables = ChainTables.of(ends.tables, ends.sequences[picked], ends.positions[picked], *places)
-        if message.num_tokens > 1:
-            self._copy_blocks(tables.copied)
+        on_device, copied = self._inputs.send([picked, tables.copied.T])
+        states, tokens = ends.states.index_select(0, on_device), ends.tokens.index_select(0, on_device)
+        if message.num_tokens > 1 and len(tables.copied):
+            self._copy_blocks(*copied)
         drafted, rows = [tokens], np.arange(len(picked))
         for place in range(message.num_tokens - 1):
-            states, tokens = self._run(ends.mode, tables.arrays(place), tokens, states, rows, is_fused=True)
+            states, tokens = self._run(ends.mode, tables.arrays(place), tokens, states, rows)
             drafted.append(tokens)
         # Rank-divergent: only rank 0 needs them.
         return [DeviceToHostCopy(each) for each in drafted] if self.groups.is_first else []
@@ -154,25 +153,34 @@ class HeadDrafter:
         self,
         mode: Mode,
         arrays: StepArrays,
-        tokens: torch.Tensor,
+        tokens: np.ndarray | torch.Tensor,
         hidden: torch.Tensor,
         rows: np.ndarray,
-        is_fused: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step of the head. tokens: [T], of all ranks. hidden: [T, D] of all ranks if `is_fused`, else [t, F] of
-        this rank's. rows: [n], whose next tokens to draft. Returns their states [n, D] and tokens [n], on every rank.
+        """One step of the head.
+
+        tokens: [T], of all ranks; rows: [n], whose next tokens to draft. hidden: for tokens on the host, [t, F], what
+        this rank has kept of the served model; for drafted ones on the device, [T, D] of all ranks, the head's own
+        states. Returns the states [n, D] and the next tokens [n] of `rows`, on every rank.
         """
         count = len(arrays.positions)
         local = self._contexts.local_span(mode, count)
-        own = slice(local.start, local.start + local.size)
+        own = slice(local.start, local.stop)
         attention = AttentionInputs(arrays, self._for_kernels)
-        positions, own_rows, *sent = self._inputs.send(
-            [at_least_one(arrays.positions[own]), rows_within(rows, local) - local.start, *attention.to_send()]
+        given = at_least_one(tokens[own] if isinstance(tokens, np.ndarray) else np.zeros(0, dtype=np.int64))
+        token_ids, positions, own_rows, *sent = self._inputs.send(
+            [
+                given,
+                at_least_one(arrays.positions[own]),
+                rows_within(rows, local) - local.start,
+                *attention.to_send(),
+            ]
         )
         context = self._contexts.build(mode, count, attention.metadata(sent), rows)
-        token_ids = tokens[own] if local.size else tokens.new_zeros(1)
-        own_fused = hidden[own] if local.size else hidden[:1]
-        hidden = own_fused if is_fused else self.head.fuse(hidden, context)
+        if isinstance(tokens, np.ndarray):
+            hidden = self.head.fuse(hidden, context)
+        else:
+            token_ids, hidden = (each[own] if local.size else each[:1] for each in (tokens, hidden))
         states, logits = self.head.draft(token_ids, positions, hidden, own_rows, context)
         return states, self._best(logits, len(rows))
 
@@ -184,12 +192,9 @@ class HeadDrafter:
         self._tokens.share(None if pairs is None else global_argmax(pairs), count, self.device)
         return self.head.module.tokens_of(self._tokens.tokens)
 
-    def _copy_blocks(self, pairs: np.ndarray) -> None:
-        """Copy blocks of all layers. pairs: [m, 2], from and to."""
-        if not len(pairs):
-            return
-        source, target = torch.from_numpy(np.ascontiguousarray(pairs.T)).to(self.device)
+    def _copy_blocks(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy blocks of all layers. source, target: [m]."""
         for keys, values in zip(self.cache.keys, self.cache.values, strict=True):
             for tensor in (keys,) if self.cache.shape.values_in_keys else (keys, values):
-                stored = tensor.view(torch.uint8)
+                stored = tensor.view(torch.uint8)  # torch does not index all types
                 stored[target] = stored[source]
