@@ -18,6 +18,8 @@ from ulysses_infer.cli.rank import run as run_rank
 from ulysses_infer.config import ModelConfig, load_config
 from ulysses_infer.errors import CheckpointError, ConfigError
 from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.worker.cuda_graphs import CudaGraphRunner
+from ulysses_infer.worker.drafting.draft_model import DraftModel
 from ulysses_infer.worker.launch_counter import StepLaunches
 
 GIB = 1 << 30
@@ -217,3 +219,28 @@ def test_a_hub_id_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 
 def _refuse(*_: object, **__: object) -> None:
     raise OSError("no network\nhere")
+
+
+@pytest.mark.parametrize("ranks", ["all", pytest.param("first", marks=pytest.mark.thorough)])
+def test_the_memory_of_a_draft_model_is_counted(ranks: str, tmp_path: Path) -> None:
+    draft = write_config("qwen3-8b-2x24gb", tmp_path / "draft", 1)
+    found = dry(
+        "qwen3-14b-2x24gb",
+        tmp_path / "served",
+        "rtx4090",
+        LESS,
+        "speculation.method=draft_model",
+        f"speculation.model={draft}",
+        f"speculation.draft_ranks={ranks}",
+        layers=2,
+    )
+    worker = found.rank.worker
+    assert isinstance(worker.drafter, DraftModel)
+    drafting = worker.drafter.worker
+    assert found.rank.budget.draft > drafting.cache.num_bytes + drafting.model.weight_bytes
+    assert drafting.groups.layout.world_size == (2 if ranks == "all" else 1)
+    assert drafting.cache.num_blocks == pytest.approx(worker.cache.num_blocks, rel=0.05)
+    assert isinstance(drafting.graphs, CudaGraphRunner)
+    text = render(found)
+    assert f"Qwen3ForCausalLM: 1 layers, on {'all ranks' if ranks == 'all' else 'the first rank'}" in text
+    assert "a cache of as many tokens" in text

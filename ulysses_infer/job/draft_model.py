@@ -31,7 +31,7 @@ class LoadedDraft:
     """The weights of the draft model on this rank."""
 
     config: Config
-    """Its own recipe: the served model's, with other model and cache."""
+    """See `draft_recipe`."""
     loaded: LoadedModel
     groups: ProcessGroups
     channel: Channel
@@ -90,7 +90,7 @@ def _load(
     checkpoint: Checkpoint | None,
 ) -> LoadedDraft:
     """channel, groups: of the ranks that hold the draft model; target_groups: of those that hold the served one."""
-    own = _own_config(config)
+    own = draft_recipe(config)
     try:
         loaded = load_model(
             own, None, None, channel, groups, device, ranks_on_host, checkpoint, available=max(1, target.budget.left)
@@ -112,8 +112,8 @@ def _load(
     return LoadedDraft(own, loaded, groups, channel, budget.weights + budget.activations + cache_bytes)
 
 
-def _own_config(config: Config) -> Config:
-    """The recipe of the draft model."""
+def draft_recipe(config: Config) -> Config:
+    """The recipe of the draft model: the served model's, with other model and cache."""
     own = copy.deepcopy(config)
     assert config.speculation.model is not None
     own.model = ModelConfig(

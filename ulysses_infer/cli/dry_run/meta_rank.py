@@ -11,6 +11,7 @@ from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 from ulysses_infer.attention.triton import TritonAttention
 from ulysses_infer.cli.dry_run.config_only import ConfigOnly
 from ulysses_infer.config import Config
+from ulysses_infer.job.draft_model import load_draft, without_draft
 from ulysses_infer.job.load_model import load_model, make_blueprint
 from ulysses_infer.job.make_worker import make_worker
 from ulysses_infer.model.context import step_context
@@ -77,22 +78,28 @@ class CountingCapturer:
 class MetaRank:
     """The rank that stores most, with its model, budget and worker."""
 
-    def __init__(self, config: Config, checkpoint: ConfigOnly, memory: int) -> None:
-        """memory: bytes that the rank may use. Raises `UlyssesError`s of one line, as a start does."""
+    def __init__(self, config: Config, checkpoint: ConfigOnly, memory: int, draft: ConfigOnly | None = None) -> None:
+        """memory: bytes that the rank may use; draft: the checkpoint of the draft model, if there is one. Raises
+        `UlyssesError`s of one line, as a start does."""
         layout, self.counter = config.parallel.layout, LaunchCounter()
         self.attention = MarkedAttention(self.counter)
         self.capturer = CountingCapturer(self.counter, self.attention)
         # Shares differ by at most one row, and the last rank has the larger one.
-        ranks = [self._groups(config, rank) for rank in dict.fromkeys((0, layout.world_size - 1))]
+        largest = (0,) if config.speculation.draft_ranks == "first" else dict.fromkeys((0, layout.world_size - 1))
+        ranks = [self._groups(config, rank) for rank in largest]
         self.groups = max(ranks, key=lambda groups: _weight_bytes(config, checkpoint, groups, memory))
         channel = Channel(self.groups)
         self.loaded = load_model(
             config, None, None, channel, self.groups, META, layout.world_size, checkpoint=checkpoint, available=memory
         )
-        self.model, self.budget = self.loaded.model, self.loaded.budget
+        self.draft = load_draft(config, self.loaded, channel, self.groups, META, layout.world_size, draft)
+        self.model, self.budget = self.loaded.model, without_draft(self.loaded.budget, self.draft)
         self.worker = make_worker(
             config, self.model, self.budget, channel, self.groups, META, self.capturer, self.attention
         )
+        if self.draft is not None:
+            attention = MarkedAttention(self.counter)
+            self.worker.drafter = self.draft.make(META, CountingCapturer(self.counter, attention), attention)
 
     def _groups(self, config: Config, rank: int) -> ProcessGroups:
         layout = config.parallel.layout

@@ -14,7 +14,9 @@ from ulysses_infer.cli.dry_run.config_only import ConfigOnly, read_config_only
 from ulysses_infer.cli.dry_run.gpus import Gpu
 from ulysses_infer.cli.dry_run.meta_rank import META, MetaRank
 from ulysses_infer.config import Config, choose_for_device, refuse_unavailable
+from ulysses_infer.config.speculation import DRAFT_MODEL
 from ulysses_infer.errors import ConfigError, first_line
+from ulysses_infer.job.draft_model import draft_recipe
 from ulysses_infer.job.load_model import step_bytes
 from ulysses_infer.job.make_worker import attention_needs
 from ulysses_infer.kernels.launch import assume, has_triton
@@ -77,9 +79,10 @@ def dry_run(config: Config, gpu: Gpu) -> DryRun:
     for mode in config.parallel.available_modes:
         check_mode(config.parallel.layout, mode)
     checkpoint = read_config_only(config.model)
+    draft = read_config_only(draft_recipe(config).model) if config.speculation.method == DRAFT_MODEL else None
     memory = assumed_memory(gpu.memory, config.cache.memory_utilization)
     with assume("meta", gpu.capability), _start_log() as log:
-        rank = MetaRank(config, checkpoint, memory)
+        rank = MetaRank(config, checkpoint, memory, draft)
         needs = attention_needs(rank.model, rank.worker.cache.shape, META)
         choice = choose(config.runtime.attention_backend, needs, installed_backends() | {"triton"})
         return DryRun(config, gpu, checkpoint, rank, choice, log, _prefills(rank, config), _decodes(rank, config))

@@ -11,6 +11,7 @@ from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.budget import TAKEN_BYTES
 from ulysses_infer.cli.dry_run.report import DryRun
+from ulysses_infer.job.draft_model import LoadedDraft
 from ulysses_infer.parallel.head_layout import HeadLayout
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.parallel.symmetric_memory import SMALL_BYTES
@@ -81,8 +82,16 @@ def _model(run: DryRun) -> Iterator[Sequence[str]]:
         yield "shared", f"{len(readers)} layers read the keys and values of another and cache none"
     if layers := model.injection.expert_layers:
         yield "experts", f"{layers[0].num_experts} in {len(layers)} layers, placed by {layers[0].placement}"
+    if run.rank.draft is not None:
+        yield "draft model", _draft(run.rank.draft)
     read, kept = len(list(run.checkpoint.open().keys())), len(list(model.module.parameters()))
     yield "load plan", f"{read} tensors of a checkpoint -> {kept} parameters of a rank, none missing"
+
+
+def _draft(draft: LoadedDraft) -> str:
+    model = draft.loaded.model
+    ranks = "all ranks" if draft.groups.layout.world_size > 1 else "the first rank"
+    return f"{type(model.module).__name__}: {model.shape.num_layers} layers, on {ranks}"
 
 
 def _heads(heads: HeadLayout) -> str:
@@ -101,6 +110,8 @@ def _memory(run: DryRun) -> Iterator[Sequence[str]]:
     yield "to use", _gib(budget.available), f"cache.memory_utilization {share:g}"
     yield "weights", _gib(budget.weights), ""
     yield "activations", _gib(budget.activations), f"of a step of {run.config.scheduler.max_num_batched_tokens} tokens"
+    if budget.draft:
+        yield "draft model", _gib(budget.draft), "weights, activations and a cache of as many tokens"
     tokens = cache.num_blocks * cache.shape.block_size
     yield (
         "KV cache",
@@ -117,7 +128,7 @@ def _memory(run: DryRun) -> Iterator[Sequence[str]]:
             f"requests and {states.num_snapshots} snapshots",
         )
     taken = cache.num_bytes + (0 if states is None else states.num_bytes)
-    rest = run.gpu.memory - TAKEN_BYTES - budget.weights - budget.activations - taken
+    rest = run.gpu.memory - TAKEN_BYTES - budget.weights - budget.activations - budget.draft - taken
     yield "rest", _gib(rest), f"CUDA graphs take about {_gib(run.graph_bytes)} of it"
 
 
