@@ -1,11 +1,12 @@
 """Compares `ulysses-infer plan` with runs of the engine on this machine.
 
-Run from the repository root on a quiet machine: `python -m benchmarks.judge_plan_here TRACE [--seconds 45]`. For each
-model it calibrates two ranks as the adaptive policy does, serves the model, replays a slice of the trace at half of the
-machine's capacity under each policy (static TP and SP, threshold, adaptive: `bench compare`'s servers and client), and
-simulates the same requests with the measured profile. A second prediction takes the mean times of the steps that the
-runs took: what is wrong with it is the scheduling, what is wrong only with the first is the profile. `--redraw` reads
-earlier runs. Goals: means and throughput within 10 %, 99th percentiles within 20 %.
+Run from the repository root on a quiet machine: `python -m benchmarks.judge_plan_here TRACE`, 12 minutes. For each
+model it calibrates two ranks as the adaptive policy does, serves the model, runs probes (a lone request and a saturated
+server, in TP and in SP), replays a slice of the trace at half of the machine's capacity under each policy (static TP
+and SP, threshold, adaptive: `bench compare`'s servers and client), and simulates the same requests with the measured
+profile and what serving adds in the probes (`serving_costs`). A second prediction takes the mean times of the steps
+that the runs took: what is wrong with it is the scheduling, what is wrong only with the first are the step times.
+`--redraw` reads earlier runs. Goals: means and throughput within 10 %, 99th percentiles within 20 %.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from transformers import AutoConfig
 
 from benchmarks.recorded_steps import RecordedStepTimes, host_gaps
+from benchmarks.serving_costs import Probe, fit_host
 from ulysses_infer.bench.compare.contenders import CONTENDERS, GROUP, policy_of
 from ulysses_infer.bench.compare.findings import ContenderRun, Findings, load_findings
 from ulysses_infer.bench.compare.measuring import Site, measure
 from ulysses_infer.bench.compare.protocols import (
-    SATURATED,
     SCALES,
     Capacity,
     ComparisonCase,
@@ -42,20 +44,23 @@ from ulysses_infer.child_processes import end_children_with_this_process
 from ulysses_infer.config import Config, load_config
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planning.layouts import PlannedLayout
-from ulysses_infer.planning.node import load_node
+from ulysses_infer.planning.node import Host, load_node
 from ulysses_infer.planning.planner import Candidate, Planner
 from ulysses_infer.planning.results import Figures
 from ulysses_infer.planning.sizes import sizes_of
-from ulysses_infer.planning.step_times import StepTimes
+from ulysses_infer.planning.step_times import MeasuredStepTimes, StepTimes
 from ulysses_infer.step_time.profile import Profile
 
+PROBES = "probes"  # the folder of their results
 RUNS = ("tp", "sp", "shift", "adaptive")
 NODE = "cpu-2cores"
+MODES = {"tp": Mode(1, 2), "sp": Mode(2, 1)}
 MAX_MODEL_LEN = 8192
 OVERRIDES = [
-    "parallel.sp=2", f"model.max_model_len={MAX_MODEL_LEN}", "scheduler.max_num_seqs=64",
-    "scheduler.max_num_batched_tokens=2048", "policy.name=adaptive",
+    "parallel.sp=2", f"model.max_model_len={MAX_MODEL_LEN}", "scheduler.max_num_seqs=64", "policy.name=adaptive",
 ]  # fmt: skip
+MODELS = {"llama-60m": (2048, 80.0), "llama-0.5b": (1024, 150.0)}
+"""Most tokens of a step, and seconds of calibration that suffice to measure steps of so many."""
 METRICS = {
     "TTFT mean": ("ttft_mean_ms", 0.10), "TTFT p99": ("ttft_p99_ms", 0.20),
     "TPOT mean": ("tpot_mean_ms", 0.10), "TPOT p99": ("tpot_p99_ms", 0.20),
@@ -72,6 +77,7 @@ class Study:
     config: Config
     case: ComparisonCase
     profile: Profile
+    probes: list[Probe]
     runs: list[ContenderRun]
 
 
@@ -80,9 +86,9 @@ def main() -> None:
     end_children_with_this_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
-    parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=sorted(SHAPES))
-    parser.add_argument("--seconds", type=float, default=45.0, help="of each of the four runs; default: %(default)s")
-    parser.add_argument("--calibration-seconds", type=float, default=100.0, help="default: %(default)s")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--seconds", type=float, default=40.0, help="of each of the four runs; default: %(default)s")
+    parser.add_argument("--calibration-seconds", type=float, help="default: by model, 80 and 150")
     parser.add_argument("--output", type=Path, default=Path("judge_plan_here"), help="folder; default: %(default)s")
     parser.add_argument("--redraw", action="store_true", help="simulate the runs in --output again")
     options = parser.parse_args()
@@ -100,9 +106,10 @@ def main() -> None:
 
 async def run(model: str, folder: Path, options: argparse.Namespace) -> None:
     """Calibrate, serve, replay the slice under each policy; write everything to `folder`."""
-    overrides = [f"model.path={random_model(model)}", *OVERRIDES]
+    overrides = _overrides(model)
     path = folder / "profile.json"
-    arguments = ["--seconds", str(options.calibration_seconds), "--output", str(path), *overrides]
+    seconds = options.calibration_seconds or MODELS[model][1]
+    arguments = ["--seconds", str(seconds), "--output", str(path), *overrides]
     command = serve_command(None, 2, arguments)
     command[command.index("serve")] = "calibrate"
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -112,21 +119,32 @@ async def run(model: str, folder: Path, options: argparse.Namespace) -> None:
     findings = Findings({"model": model})
     with Servers({GROUP: served}, folder, in_turn=False) as servers:
         site = await Site.of(servers.get(GROUP).client, SHAPES[model]["vocab_size"])
-        case = await _slice(site, options.trace, options.seconds)
+        sizes = replace(SCALES["laptop"], seconds=options.seconds).fitting(MAX_MODEL_LEN)
+        inputs = ProtocolInputs(sizes, Capacity(0.0, 0.0), MAX_MODEL_LEN, [options.trace])
+        cases, probes = shape(inputs), Findings({"model": model})
+        for name in MODES:
+            await site.set_policy(policy_of(CONTENDERS[name], config.policy.threshold_tokens))
+            probes.runs += [await measure(site, case, name, 0) for case in reversed(cases)]  # saturation warms up
+        case = _slice(inputs, probes.runs)
         for name in RUNS:
             await site.set_policy(policy_of(CONTENDERS[name], config.policy.threshold_tokens))
             findings.runs.append(await measure(site, case, name, 0))
     findings.save(folder)
-    (folder / "case.json").write_text(json.dumps(asdict(case)), encoding="utf-8")
+    (folder / PROBES).mkdir(exist_ok=True)
+    probes.save(folder / PROBES)
+    written = {"case": asdict(case), "probes": [asdict(each) for each in cases]}
+    (folder / "cases.json").write_text(json.dumps(written), encoding="utf-8")
 
 
-async def _slice(site: Site, path: Path, seconds: float) -> ComparisonCase:
-    """The trace, scaled to half of what the machine does when saturated; saturating it also warms it up."""
-    sizes = replace(SCALES["laptop"], seconds=seconds).fitting(MAX_MODEL_LEN)
-    inputs = ProtocolInputs(sizes, Capacity(0.0, 0.0), MAX_MODEL_LEN, [path])
-    (saturated,) = (case for case in shape(inputs) if case.kind == SATURATED)
-    done = await measure(site, saturated, "warm-up", 0)
-    capacity = Capacity(done.metrics["requests_per_second"], done.metrics["tokens_per_second"])
+def _overrides(model: str) -> list[str]:
+    most, _ = MODELS[model]
+    return [f"model.path={random_model(model)}", *OVERRIDES, f"scheduler.max_num_batched_tokens={most}"]
+
+
+def _slice(inputs: ProtocolInputs, probes: Sequence[ContenderRun]) -> ComparisonCase:
+    """The trace, scaled to half of what the machine did at most."""
+    best = max(probes, key=lambda run: run.metrics["tokens_per_second"]).metrics
+    capacity = Capacity(best["requests_per_second"], best["tokens_per_second"])
     (case,) = trace(replace(inputs, capacity=capacity))
     first = case.rows[0].at
     return replace(case, rows=tuple(replace(row, at=row.at - first) for row in case.rows))
@@ -134,35 +152,53 @@ async def _slice(site: Site, path: Path, seconds: float) -> ComparisonCase:
 
 def study_of(model: str, folder: Path) -> Study:
     """What `run` wrote. Raises `ConfigError` or OSError if it is missing."""
-    case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
-    rows = tuple(TraceRow(**{**row, "hash_ids": tuple(row["hash_ids"])}) for row in case.pop("rows"))
-    config = load_config(None, [f"model.path={random_model(model)}", *OVERRIDES])
-    profile = Profile.load(folder / "profile.json")
-    return Study(config, ComparisonCase(**case, rows=rows), profile, load_findings(folder).runs)
+    written = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    cases = {case.name: case for case in map(_read_case, written["probes"])}
+    probes = [Probe(cases[run.case], MODES[run.contender], run) for run in load_findings(folder / PROBES).runs]
+    profile, runs = Profile.load(folder / "profile.json"), load_findings(folder).runs
+    return Study(load_config(None, _overrides(model)), _read_case(written["case"]), profile, probes, runs)
+
+
+def _read_case(values: dict[str, Any]) -> ComparisonCase:
+    rows = tuple(TraceRow(**{**row, "hash_ids": tuple(row["hash_ids"])}) for row in values.pop("rows"))
+    return ComparisonCase(**values, rows=rows)
 
 
 # -- predicting ------------------------------------------------------------------------------------------------
 
 
 class _TimedPlanner(Planner):
-    """Takes its step times from elsewhere, if any are given."""
+    """Takes its step times from elsewhere."""
 
-    def __init__(self, study: Study, step_times: StepTimes | None) -> None:
+    def __init__(self, study: Study, step_times: StepTimes) -> None:
         sizes = sizes_of(AutoConfig.from_pretrained(study.config.model.path))
         super().__init__(
             sizes, load_node(NODE), study.config, profile=study.profile, tokens_per_hash=study.case.block_tokens
         )
         self._step_times = step_times
 
+    @property
+    def layout(self) -> PlannedLayout:
+        """Two ranks that shift."""
+        return next(layout for layout in self.usable if layout.base == Mode(2, 1))
+
     def times(self, layout: PlannedLayout) -> StepTimes:
         """See `Planner.times`."""
-        return self._step_times or super().times(layout)
+        return self._step_times
 
 
-def predicted(study: Study, name: str, times: StepTimes | None = None) -> Figures:
+def served_times(study: Study) -> MeasuredStepTimes:
+    """The profile, and what serving adds in the probes."""
+    host = load_node(NODE).host
+    planner = _TimedPlanner(study, MeasuredStepTimes(study.profile, host))
+    settings = planner.settings(planner.layout)
+    return MeasuredStepTimes(study.profile, fit_host(study.probes, study.profile, settings, host))
+
+
+def predicted(study: Study, name: str, times: StepTimes) -> Figures:
     """The figures of one run by the simulation."""
     own = _TimedPlanner(study, times)
-    layout = next(layout for layout in own.usable if layout.base == Mode(2, 1))
+    layout = own.layout
     candidates = {
         "tp": Candidate(layout, "static", Mode(1, 2)),
         "sp": Candidate(layout, "static", Mode(2, 1)),
@@ -184,14 +220,25 @@ def report(model: str, study: Study) -> None:
     """Print the table of one model."""
     recorded = RecordedStepTimes(study.runs, load_node(NODE).host.request_seconds)
     gap = mean(host_gaps(study.runs))
-    print(f"\n{model}: {study.case.title}; {1e3 * gap:.2f} ms of host between steps")
+    served, notes = served_times(study), study.profile.notes
+    print(f"\n{model} on {study.profile.key['device']}: {study.case.title}")
+    print(f"{1e3 * gap:.2f} ms of host between steps; serving adds, by the probes: {_describe(served.host)}")
+    if notes["unmeasured"]:
+        print(f"not calibrated: {notes['unmeasured']} kinds of steps, up to {notes['longest_unmeasured']} tokens")
     print(f"other programs kept {max(run.foreign_cores for run in study.runs):.2f} cores busy (0.1 is quiet)")
     columns = ["run", "figure", "measured", "plan", "error", "with the runs' own step times", "error", "goal"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for run in study.runs:
-        ours, own = (metrics_of(predicted(study, run.contender, times)) for times in (None, recorded))
+        ours, own = (metrics_of(predicted(study, run.contender, times)) for times in (served, recorded))
         for title, (key, goal) in METRICS.items():
             print(_row(run, title, key, goal, [ours[key], own[key]]))
+
+
+def _describe(host: Host) -> str:
+    return (
+        f"{host.core_share:.1%} of the cores, {1e3 * host.step_seconds:.2f} ms per step, "
+        f"{1e3 * host.sequence_seconds:.2f} ms per sequence, {1e3 * host.request_seconds:.1f} ms per request"
+    )
 
 
 def _row(run: ContenderRun, title: str, key: str, goal: float, predictions: Sequence[float]) -> str:

@@ -34,6 +34,8 @@ class Host:
     """Per kernel of a step that is not captured in a CUDA graph."""
     max_captured_tokens: int
     """The largest step that is captured."""
+    core_share: float = 0.0
+    """Of the devices' time, what the service takes, beyond the other figures, where it runs on the ranks' own cores."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def _host(values: Mapping[str, Any]) -> Host:
         request_seconds=float(values["request_seconds"]),
         launch_seconds=float(values["launch_seconds"]),
         max_captured_tokens=int(values["max_captured_tokens"]),
+        core_share=float(values.get("core_share", 0.0)),
     )
 
 

@@ -38,14 +38,14 @@ class MeasuredStepTimes:
 
     def __init__(self, profile: Profile, host: Host) -> None:
         self.modes = tuple(dict.fromkeys(measurement.mode for measurement in profile.measurements))
-        self.request_seconds, self._host = host.request_seconds, host
+        self.request_seconds, self.host = host.request_seconds, host
         self._model = StepTimeModel(self.modes)
         self._model.learn(profile.measurements)
 
     def seconds(self, mode: Mode, shape: StepShape, is_ahead: bool = True) -> float:
         """See `StepTimes`. Raises KeyError for a mode that the profile lacks."""
         device = dict(zip(self.modes, self._model.predict(shape), strict=True))[mode]
-        return with_host(self._host, shape, device, is_ahead)
+        return with_host(self.host, shape, device, is_ahead)
 
 
 class AnalyticStepTimes:
@@ -82,7 +82,7 @@ class AnalyticStepTimes:
 def with_host(host: Host, shape: StepShape, device: float, is_ahead: bool = True) -> float:
     """Seconds of a step that takes `device` seconds there: for short steps, the longer of device and host counts if the
     next one is scheduled ahead."""
-    own = host.step_seconds + host.sequence_seconds * shape.num_sequences
+    own, device = host.step_seconds + host.sequence_seconds * shape.num_sequences, device * (1 + host.core_share)
     return max(device, own) if is_ahead and shape.num_tokens <= host.hidden_tokens else device + own
 
 
