@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.equivalence.tiny_models import make_checkpoint, perturb
+from tests.model.quantization.checkpoints import Format, change_config
 from tests.tiny import SHAPE, write_tokenizer
 
 ROUTED = {
@@ -134,8 +135,11 @@ def frequent_model(config: Any, folder: Path, seed: int = 0) -> Any:
     return served
 
 
-def mtp_checkpoint(kind: str, folder: Path, seed: int = 0) -> Head:
-    """A checkpoint of model type `kind` with a multi-token-prediction module, all of it random, with a tokenizer."""
+def mtp_checkpoint(kind: str, folder: Path, seed: int = 0, chosen: Format | None = None) -> Head:
+    """A checkpoint of model type `kind` with a multi-token-prediction module, all of it random, with a tokenizer.
+
+    chosen: how the linear layers of the module's decoder layer are stored.
+    """
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[kind](**{**SHAPE, **CHANGES[kind], "num_nextn_predict_layers": 1})
@@ -153,8 +157,24 @@ def mtp_checkpoint(kind: str, folder: Path, seed: int = 0) -> Head:
         }
     )
     perturb(parts, seed + 1)
-    _add_tensors(folder, dict(_mtp_tensors(kind, parts)))
+    tensors = dict(_mtp_tensors(kind, parts))
+    if chosen is not None:
+        _quantise(tensors, NAMES[kind][0], parts["layer"], chosen)
+        change_config(
+            folder, quantization_config=chosen.config | {"modules_to_not_convert": ["model.layers", "lm_head"]}
+        )
+    _add_tensors(folder, tensors)
     return Head(served, parts.eval(), kind)
+
+
+def _quantise(tensors: dict[str, torch.Tensor], prefix: str, layer: nn.Module, chosen: Format) -> None:
+    """Store the linear layers of `layer` in a public format, and let them compute with what that represents."""
+    for name, module in layer.named_modules():
+        if type(module) is nn.Linear:
+            stored, dense = chosen.quantise(module.weight.detach())
+            del tensors[f"{prefix}{name}.weight"]
+            tensors |= {f"{prefix}{name}.{leaf}": tensor for leaf, tensor in stored.items()}
+            module.weight.data = dense
 
 
 def _mtp_tensors(kind: str, parts: nn.ModuleDict) -> Any:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.draft_heads import eagle3_checkpoint, frequent_model, mtp_checkpoint
+from tests.model.quantization.checkpoints import FORMATS
 from tests.tiny import SHAPE, settings, tiny_config, tiny_llama
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.errors import ConfigError, UlyssesError
 
 pytestmark = pytest.mark.distributed
 TEXTS = ["hello abc", "the quick brown fox and the lazy dog, all of them here", "zz", "the quick brown fox and"]
-FAMILIES = ["qwen2", "deepseek_v3", "glm4_moe"]
+FAMILIES = ["qwen2", "deepseek_v3", "glm4_moe", "qwen3_next"]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,24 @@ def test_num_tokens_auto_drafts_with_the_time_of_drafting_in_mind(heads):
     without, with_drafts, _, found = run(folder, chosen, (1, 1), "auto", mixed_options())
     assert with_drafts == without
     check_drafts(found, head)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["fp8-block", "awq"])
+def test_a_quantised_module_drafts_as_its_dense_weights(tmp_path, name):
+    head = mtp_checkpoint("qwen2", tmp_path, chosen=FORMATS[name])
+    without, with_drafts, _, found = run(str(tmp_path), {"speculation.method": "mtp"}, (1, 1), 2)
+    assert with_drafts == without
+    check_drafts(found, head)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["qwen2", "deepseek_v3"])
+def test_modules_are_quantised_with_the_model(heads, kind):
+    folder, chosen, _ = heads(kind)
+    without, with_drafts, accepted, _ = run(folder, {**chosen, "model.quantize": "int8"}, (1, 1), 2)
+    assert with_drafts == without
+    assert accepted > 0
 
 
 def refusal(folder, **chosen):
