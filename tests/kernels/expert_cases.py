@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ulysses_infer.model.quantization.float_zeros import FloatZeroWeight
 from ulysses_infer.model.quantization.mxfp4 import Mxfp4Weight
 from ulysses_infer.model.quantization.packed import AwqWeight, CompressedWeight, GptqWeight
 from ulysses_infer.model.quantization.scaled import ScaledWeight, TransposedScaledWeight
@@ -25,6 +26,7 @@ SCHEMES: dict[str, Any] = {
     "GPTQ reordered": GptqWeight(128, 4, True),
     "int4": CompressedWeight(128),
     "int4 with zero points": CompressedWeight(32, 4, False),
+    "int4 with float zero points": FloatZeroWeight(32),
     "8 bits in words": CompressedWeight(128, 8),
     "dense": None,
 }
@@ -49,6 +51,7 @@ HOPPER = (
     ("AWQ", "decode"),
     ("GPTQ", "prefill"),
     ("int4 with zero points", "decode"),
+    ("int4 with float zero points", "decode"),
     ("dense", "prefill"),
     ("dense", "gated decode"),
     ("dense", "gated 64 rows"),

@@ -12,6 +12,7 @@ from tests.kernels.interpreter import use_exact_rounding
 from tests.model.quantization.checkpoints import (
     awq,
     compressed,
+    float_zeros,
     fp8_block,
     fp8_channel,
     fp8_tensor,
@@ -36,6 +37,7 @@ from ulysses_infer.kernels.experts import (
 from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.kernels.launch import assume
 from ulysses_infer.model.quantization.component import Component, covering
+from ulysses_infer.model.quantization.float_zeros import FloatZeroWeight
 from ulysses_infer.model.quantization.mxfp4 import Mxfp4Weight
 from ulysses_infer.model.quantization.packed import AwqWeight, CompressedWeight, GptqWeight
 from ulysses_infer.model.quantization.scaled import ScaledWeight, TransposedScaledWeight
@@ -60,6 +62,7 @@ SCHEMES: dict[str, tuple[Any, Any]] = {
     "GPTQ v2, 8 bits": (gptq(32, 8, version=2), GptqWeight(32, 8, zero_offset=0)),
     "int4": (compressed(32, symmetric=True), CompressedWeight(32)),
     "int4 with zero points": (compressed(16, symmetric=False), CompressedWeight(16, 4, False)),
+    "int4 with float zero points": (float_zeros(16), FloatZeroWeight(16)),
     "int4 reordered": (compressed(32, symmetric=True, reordered=True), CompressedWeight(32, 4, True, True)),
 }
 WHOLE_BY_DEFAULT = ("FP8 block", "FP8 transposed", "int8", "mxfp4", "AWQ", "GPTQ", "int4")

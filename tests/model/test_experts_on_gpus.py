@@ -27,7 +27,8 @@ from ulysses_infer.model.experts import layer as layer_module
 from ulysses_infer.model.experts.layer import ExpertLayer, Routed
 from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK, ExpertScheme
-from ulysses_infer.model.quantization.packed import AwqWeight, CompressedWeight, GptqWeight
+from ulysses_infer.model.quantization.float_zeros import FloatZeroWeight
+from ulysses_infer.model.quantization.packed import AwqWeight, GptqWeight
 from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.parallel.layout import Layout, Mode, Span, even_span
 from ulysses_infer.parallel.sharding import Part, Sharding
@@ -220,7 +221,7 @@ SCHEMES: dict[str, Any] = {
     "FP8 channel": ScaledWeight("weight_scale", "channel"),
     "AWQ": AwqWeight(128),
     "GPTQ": GptqWeight(128),
-    "int4": CompressedWeight(32, 4, False),
+    "int4": FloatZeroWeight(32),
 }
 
 

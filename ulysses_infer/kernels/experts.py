@@ -149,7 +149,7 @@ def _description(stored: StoredExperts) -> tuple[object, ...]:
     places = (
         stored.first_output % stored.per_word if stored.packed == "outputs" else 0,
         stored.first_output % stored.scale_outputs,
-        stored.first_output % (32 // stored.bits) if stored.zeros is not None else 0,
+        stored.first_output % stored.zeros_per_word,
     )
     constants = (stored.values, stored.packed, stored.bits, stored.interleaved, stored.scale_outputs, stored.zero)
     return *tensors, places, constants, stored.outputs, stored.inputs, stored.first_input, stored.group_size
@@ -178,7 +178,6 @@ def _launch(
     grouping = _grouping(stored, tiles.depth)
     first_output = stored.first_output % stored.per_word if stored.packed == "outputs" else 0
     first_input = stored.first_input % _origin(stored, grouping)
-    zero_per_word = 32 // stored.bits if stored.zeros is not None else 1
     (codes, values), (up_codes, _) = _codes(stored), _codes(second)
     num_groups = len(codes) + scatter
     column_tiles = triton.cdiv(first_output + stored.outputs, tiles.columns)
@@ -217,7 +216,7 @@ def _launch(
         *_strides(stored.scales),
         stored.first_output % stored.scale_outputs,
         *_strides(stored.zeros),
-        stored.first_output % zero_per_word,
+        stored.first_output % stored.zeros_per_word,
         0 if stored.groups is None else stored.groups.stride(0),
         stored.first_input % max(stored.group_size, 1),
         *arguments[4:],
@@ -235,7 +234,7 @@ def _launch(
         HAS_SCALES=stored.scales is not None,
         HAS_ZEROS=stored.zeros is not None,
         ZERO=stored.zero,
-        ZERO_PER_WORD=zero_per_word,
+        ZERO_PER_WORD=stored.zeros_per_word,
         GATHER=index is not None and not scatter,
         SCATTER=scatter,
         ACTIVATION=activation,

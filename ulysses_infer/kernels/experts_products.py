@@ -128,8 +128,11 @@ def add_product(  # noqa: C901 (constants choose the branches)
     has_scale = has_group[:, None] & has_n[None, :]
     if HAS_ZEROS:
         zero = tl.load(zero_place[None, :] + group[:, None] * zero_input, mask=has_scale, other=0)
-        zero = ((zero >> zero_bit[None, :]) & ((1 << BITS) - 1)) + ZERO
-        read -= spread(zero, DEPTH)
+        if zero.dtype == tl.int32:
+            zero = ((zero >> zero_bit[None, :]) & ((1 << BITS) - 1)) + ZERO
+            read -= spread(zero, DEPTH)
+        else:
+            read = read.to(tl.float32) - spread(zero.to(tl.float32), DEPTH)
     elif ZERO != 0:
         read -= ZERO
     weights = as_numbers(read, dtype, VALUES)

@@ -35,13 +35,15 @@ class StoredExperts:
     interleaved: bool = False
     """Words of eight values along the outputs, AWQ's: the even ones in the lower half, the odd ones in the upper."""
     scales: torch.Tensor | None = None
-    """float32, or uint8 for exponents of two with bias 127. A dimension of size 1 covers all features of the slice."""
+    """float32, bfloat16, or uint8 for exponents of two with bias 127. A dimension of size 1 covers all features of the
+    slice."""
     scale_outputs: int = 1
     """Outputs per scale."""
     group_size: int = 0
     """Inputs per scale and zero point; 0: all of the slice."""
     zeros: torch.Tensor | None = None
-    """Zero points, packed along the outputs like the codes of AWQ; None: `zero` for all."""
+    """Zero points: integers, packed along the outputs like the codes of AWQ, or bfloat16, laid out like the scales.
+    None: `zero` for all."""
     zero: int = 0
     """The zero point, or what is added to stored ones."""
     groups: torch.Tensor | None = None
@@ -56,6 +58,11 @@ class StoredExperts:
     def per_word(self) -> int:
         """Values per word of the codes."""
         return self.codes.element_size() * 8 // self.bits if self.packed else 1
+
+    @property
+    def zeros_per_word(self) -> int:
+        """Zero points per word, or 1."""
+        return 1 if self.zeros is None or self.zeros.is_floating_point() else 32 // self.bits
 
     @property
     def has_uneven_groups(self) -> bool:

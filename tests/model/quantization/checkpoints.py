@@ -155,6 +155,23 @@ def compressed(group_size: int, symmetric: bool, reordered: bool = False) -> Qua
     return quantise
 
 
+def float_zeros(group_size: int) -> Quantise:
+    """The format of `model.quantize: int4`: scales and zero points in bfloat16, codes by rounding to nearest."""
+
+    def quantise(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        groups = grouping(weight.shape[1], group_size)
+        each = [weight[:, groups == group] for group in range(int(groups[-1]) + 1)]
+        low, high = (torch.stack([of(part, 1).values for part in each], 1) for of in (torch.min, torch.max))
+        scales = ((high - low) / 15).bfloat16()
+        zeros = (-low / scales.float()).bfloat16()
+        scale, zero = (part.float()[:, groups] for part in (scales, zeros))
+        values = (weight / scale + zero).round().clamp(0, 15)
+        tensors = {"weight_packed": pack(values.int(), 4), "weight_scale": scales, "weight_zero_point": zeros}
+        return tensors, (values - zero) * scale
+
+    return quantise
+
+
 def compressed_config(layout: str, **weights: Any) -> dict[str, Any]:
     """A `quantization_config` as llm-compressor writes it."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": {"dynamic": True, "strategy": "token"}}

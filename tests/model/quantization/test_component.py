@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.model.fake_step import FakeCollectives, step
-from tests.model.quantization.checkpoints import FORMATS, Format, awq, compressed, fp8_block, gptq
+from tests.model.quantization.checkpoints import FORMATS, Format, awq, compressed, float_zeros, fp8_block, gptq
 from ulysses_infer.model.loading.files import MemorySource
 from ulysses_infer.model.quantization.component import covering, spread
+from ulysses_infer.model.quantization.float_zeros import FloatZeroWeight
 from ulysses_infer.model.quantization.formats import read_quantization
 from ulysses_infer.model.quantization.linear import QuantizedLinear
 from ulysses_infer.model.quantization.packed import AwqWeight, CompressedWeight, GptqWeight
@@ -33,6 +34,8 @@ GRAINS = [
     (gptq(12), GptqWeight(12)),
     (gptq(20, reordered=True), GptqWeight(20, 4, True)),
     (compressed(12, symmetric=False), CompressedWeight(12, 4, False)),
+    (float_zeros(12), FloatZeroWeight(12)),
+    (float_zeros(32), FloatZeroWeight(32)),
     (fp8_block((7, 9)), ScaledWeight("weight_scale_inv", "block", (7, 9))),
 ]
 

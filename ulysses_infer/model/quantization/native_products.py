@@ -20,6 +20,7 @@ SEGMENT = 128
 MOST_FLOAT_ROWS = 64
 """With more rows of inputs that are not quantised, expanding the weight first is faster."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # `enum type`
+SCALES = {torch.float32: 0, torch.uint8: 1, torch.bfloat16: 2}  # `enum scales`
 PACKED = {"": 0, "inputs": 1, "outputs": 2}
 _INT8, _E4M3, _PACKED, _E2M1 = range(4)  # `enum values`
 _FIELDS = (
@@ -43,7 +44,8 @@ _FIELDS = (
     "interleaved",
     "scale_outputs",
     "group_size",
-    "exponents",
+    "scale_type",
+    "float_zeros",
     "zero",
     "segment",
 )
@@ -172,7 +174,8 @@ def _struct_of(stored: StoredExperts, segment: int) -> _Stored:
         interleaved=int(stored.interleaved),
         scale_outputs=stored.scale_outputs,
         group_size=0 if stored.groups is not None else stored.group_size,
-        exponents=int(scales is not None and scales.dtype == torch.uint8),
+        scale_type=SCALES[torch.float32 if scales is None else scales.dtype],
+        float_zeros=int(zeros is not None and zeros.is_floating_point()),
         zero=stored.zero,
         segment=segment,
     )

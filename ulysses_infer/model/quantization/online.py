@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
 
-from ulysses_infer.arithmetic import ceil_div, round_up
+from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.model.layers.linear import Cut
 from ulysses_infer.model.loading.files import take
 from ulysses_infer.model.quantization.component import Component, covering
-from ulysses_infer.model.quantization.packed import WORD_BITS, CompressedWeight
+from ulysses_infer.model.quantization.float_zeros import FloatZeroWeight
+from ulysses_infer.model.quantization.group_fit import STORED, fit_groups
+from ulysses_infer.model.quantization.packed import WORD_BITS
 from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.parallel.layout import Span
 
 Slice = tuple[int, list[Span]] | None
 INT8_MAX, INT4_MAX = 127, 15
 WORD_VALUES = WORD_BITS // 4
-RANGES = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""Fractions of a group's range that 4 bits may cover; of these, the one with the least squared error is taken."""
-ROWS_AT_A_TIME = 1 << 22  # weights quantised at a time, so that float32 copies stay small
+ROUNDED_AT_A_TIME = 1 << 22  # weights, so that float32 copies stay small
+FITTED_AT_A_TIME = 1 << 17  # weights, so that what is computed several times stays in the CPU's cache
 
 
 @runtime_checkable
@@ -50,43 +50,41 @@ class OnlineInt8(ScaledWeight):
         """See `OnlineScheme`. The scale is of the whole row, so it is the same however the inputs are divided."""
         scales = weight.float().abs().amax(dim=1, keepdim=True) / INT8_MAX
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        for rows in _chunks(weight):
+        for rows in _chunks(weight, ROUNDED_AT_A_TIME):
             codes[rows] = (weight[rows].float() / _divisor(scales[rows])).round_().to(torch.int8)
         return {"weight": codes, self.scale_name: scales}
 
 
 @dataclass(frozen=True)
-class OnlineInt4(CompressedWeight):
-    """A scale and a zero point per group of inputs, by rounding to nearest."""
+class OnlineInt4(FloatZeroWeight):
+    """A scale and a zero point per group of inputs, by `fit_groups`."""
 
-    output_step = WORD_VALUES
+    output_step = 1
 
     def quantise(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """See `OnlineScheme`."""
         outputs, inputs = weight.shape
         groups, words = ceil_div(inputs, self.group_size), ceil_div(inputs, WORD_VALUES)
-        codes = weight.new_empty(outputs, words, dtype=torch.int32)
-        scales = weight.new_empty(outputs, groups, dtype=torch.float32)
-        zeros = weight.new_empty(outputs, groups, dtype=torch.uint8)
-        for rows in _chunks(weight):
-            values = nn.functional.pad(weight[rows].float(), (0, groups * self.group_size - inputs))
-            chosen, scales[rows], zeros[rows] = _nearest(values.unflatten(1, (groups, self.group_size)))
-            codes[rows] = _packed(chosen.flatten(1)[:, : words * WORD_VALUES])
-        missing = round_up(outputs, WORD_VALUES) - outputs
-        zero_words = _packed(nn.functional.pad(zeros, (0, 0, 0, missing)).t().contiguous()).t().contiguous()
-        return {"weight_packed": codes, "weight_scale": scales, "weight_zero_point": zero_words}
+        packed = weight.new_empty(outputs, words, dtype=torch.int32)
+        scales, zeros = (weight.new_empty(outputs, groups, dtype=STORED) for _ in range(2))
+        for rows in _chunks(weight, FITTED_AT_A_TIME):
+            whole = _filled(weight[rows].float(), groups * self.group_size)
+            codes, *found = fit_groups(whole.view(-1, self.group_size).t().contiguous(), INT4_MAX)
+            scales[rows], zeros[rows] = (part.view(-1, groups) for part in found)
+            packed[rows] = _packed(codes.t().reshape(whole.shape)[:, : words * WORD_VALUES])
+        return {"weight_packed": packed, "weight_scale": scales, "weight_zero_point": zeros}
 
 
 def online_scheme(name: str, group_size: int) -> OnlineInt8 | OnlineInt4:
     """The scheme of `model.quantize` and `model.quantize_group_size`."""
     if name == "int8":
         return OnlineInt8("weight_scale", "channel", dtype=torch.int8)
-    return OnlineInt4(group_size, symmetric=False)
+    return OnlineInt4(group_size)
 
 
-def _chunks(weight: torch.Tensor) -> list[slice]:
-    """Consecutive rows of `weight`, so many that a copy in float32 is small."""
-    rows = max(1, ROWS_AT_A_TIME // max(1, weight.shape[1]))
+def _chunks(weight: torch.Tensor, size: int) -> list[slice]:
+    """Consecutive rows of `weight`, with about `size` values."""
+    rows = max(1, size // max(1, weight.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
@@ -95,40 +93,10 @@ def _divisor(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(scales == 0, 1.0, scales)
 
 
-def _nearest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """values: [out, groups, size]; returns codes (uint8) of the same shape, scales and zero points [out, groups].
-
-    Covering a little less than a group's range clips its extremes and rounds all others more finely.
-    """
-    low, high = (getattr(values, of)(dim=2).clamp(**to) for of, to in (("amin", {"max": 0}), ("amax", {"min": 0})))
-    best = _within(values, low, high)
-    least = _error(values, *best)
-    for part in RANGES[1:]:
-        found = _within(values, low * part, high * part)
-        error = _error(values, *found)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = tuple(
-            torch.where(better[..., None] if new.dim() == 3 else better, new, old)
-            for new, old in zip(found, best, strict=True)
-        )
-    codes, scales, zeros = best
-    return codes, scales, zeros
-
-
-def _within(values: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Codes (uint8), scales and zero points (uint8) that cover `low` to `high`."""
-    scales = (high - low) / INT4_MAX
-    divisor = _divisor(scales)
-    zeros = (-low / divisor).round_()
-    codes = (values / divisor[..., None]).round_().add_(zeros[..., None]).clamp_(0, INT4_MAX)
-    return codes.to(torch.uint8), scales, zeros.to(torch.uint8)
-
-
-def _error(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    """Squared error per group."""
-    found = (codes.float() - zeros[..., None].float()).mul_(scales[..., None])
-    return found.sub_(values).square_().sum(dim=2)
+def _filled(values: torch.Tensor, width: int) -> torch.Tensor:
+    """values: [n, in]; returns [n, width], each row's last value repeated, which widens no group's range."""
+    missing = width - values.shape[1]
+    return torch.cat([values, values[:, -1:].expand(-1, missing)], dim=1) if missing else values
 
 
 def _packed(values: torch.Tensor) -> torch.Tensor:

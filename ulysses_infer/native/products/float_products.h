@@ -21,6 +21,14 @@ INLINE void add_segment(const float *weights, int64_t count, const float *x, int
         UNROLL for (int b = 0; b < rows; b++) sums[a * sums_stride + b] = held[a][b];
 }
 
+INLINE void put(const struct product *p, int64_t t, int64_t n, float value) {
+    const int64_t place = t * p->outputs_stride + n;
+    if (p->type == FLOAT32)
+        ((float *)p->outputs)[place] = value + (p->bias ? ((const float *)p->bias)[n] : 0);
+    else
+        ((bfloat16 *)p->outputs)[place] = bfloat16_of(value + (p->bias ? float_of(((const bfloat16 *)p->bias)[n]) : 0));
+}
+
 /* Outputs n .. n + count with all rows. x: [rows][stride]; sums: [PANEL_OF_FLOATS][rows]. */
 static void float_panel(const struct product *p, int64_t n, int64_t count, const float *x, int64_t stride,
                         int8_t *bytes, floats *sums) {

@@ -1,127 +1,125 @@
-/* Dot products of 8-bit integers with sums of 32 bits: `QUAD` products a lane, in what instructions this CPU has.
+/* Dot products of 8-bit integers with sums of 32 bits, in what instructions this CPU has.
  *
- * Quantised inputs are stored as the instructions take them (`code`), weights as 8-bit integers; without an instruction
- * for bytes, both are widened to 16 bits, which is exact and as fast as multiplying bytes in two steps.
+ * A lane belongs to one output. What is read of a weight is words of one output: four bytes, or eight values of four
+ * bits. `unpack` turns a vector of them into one or two operands of `dot`, and `pack_inputs` arranges quantised inputs
+ * alike. Without an instruction for bytes, these are widened to 16 bits.
  */
 #pragma once
 #include "vector.h"
 
+/* BYTES: signed, plus WEIGHT_OFFSET. NIBBLES: unsigned. */
+enum kind { BYTES, NIBBLES };
+
 #if defined(HAS_AVX512) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#define QUAD 4
-#define OFFSET 128 /* the instruction takes the inputs unsigned */
-typedef uint8_t code;
+#define DOTS_OF_BYTES 1
+#define WEIGHT_OFFSET 128 /* the instruction takes one operand unsigned */
 #elif defined(__AVXVNNI__) && LANES == 8
-#include <immintrin.h>
-#define QUAD 4
-#define OFFSET 128
-typedef uint8_t code;
+#define DOTS_OF_BYTES 1
+#define WEIGHT_OFFSET 128
 #elif defined(__ARM_FEATURE_DOTPROD)
-#include <arm_neon.h>
-#define QUAD 4
-#define OFFSET 0
-typedef int8_t code;
+#define DOTS_OF_BYTES 1
+#define WEIGHT_OFFSET 0
 #else
-#define QUAD 2
-#define OFFSET 0
-typedef int16_t code;
-#if defined(__SSE2__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#define DOTS_OF_BYTES 0
+#define WEIGHT_OFFSET 0
 #endif
 
-#define VALUES (LANES * QUAD) /* of a vector */
-typedef code codes __attribute__((vector_size(LANES * 4)));
-typedef int8_t narrow_codes __attribute__((vector_size(VALUES)));
+/* Bytes below 16 are multiplied with sums of 16 bits, which hold NARROW_WORDS words' products. */
+#if !DOTS_OF_BYTES && ((defined(HAS_AVX512) && defined(__AVX512BW__)) || (defined(__AVX2__) && LANES == 8) || \
+                       (defined(__SSSE3__) && LANES == 4))
+#define NARROW_SUMS 1
+#else
+#define NARROW_SUMS 0
+#endif
+#define NARROW_WORDS 8
+#define HAS_NIBBLES (DOTS_OF_BYTES || NARROW_SUMS)
 
-/* sum + the products of QUAD inputs `x` and weights `w` in each lane. */
-INLINE integers dot(integers sum, integers x, integers w) {
-#if QUAD == 4 && defined(HAS_AVX512)
-    return (integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
-#elif QUAD == 4 && defined(__AVXVNNI__)
-    return (integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w);
-#elif QUAD == 4
-    return (integers)vdotq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)w);
-#elif defined(HAS_AVX512) && defined(__AVX512BW__)
+typedef int16_t shorts __attribute__((vector_size(LANES * 4)));
+typedef int8_t narrow_codes __attribute__((vector_size(LANES)));
+
+/* Operands of each word that is read, and inputs that such a word covers. */
+INLINE int operands_of(enum kind kind) { return kind == NIBBLES || !DOTS_OF_BYTES ? 2 : 1; }
+INLINE int inputs_of(enum kind kind) { return kind == NIBBLES ? 8 : 4; }
+
+/* A vector of words to one or two operands: of bytes that are widened the even and the odd ones, of nibbles the lower
+ * and the upper ones of each byte. */
+INLINE void unpack(words read, enum kind kind, words to[2]) {
+    if (kind == NIBBLES) {
+        to[0] = read & 0x0f0f0f0f, to[1] = read >> 4 & 0x0f0f0f0f;
+    } else if (DOTS_OF_BYTES) {
+        to[0] = WEIGHT_OFFSET ? read ^ 0x80808080 : read;
+    } else {
+        to[0] = (words)((shorts)((shorts)read << 8) >> 8), to[1] = (words)((shorts)read >> 8);
+    }
+}
+
+/* Sums of 16 bits plus the products of weights below 16. */
+INLINE shorts narrow_dot(shorts sum, words x, words w) {
+#if NARROW_SUMS && defined(HAS_AVX512)
+    return sum + (shorts)_mm512_maddubs_epi16((__m512i)w, (__m512i)x);
+#elif NARROW_SUMS && LANES == 8
+    return sum + (shorts)_mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+#elif NARROW_SUMS
+    return sum + (shorts)_mm_maddubs_epi16((__m128i)w, (__m128i)x);
+#else
+    (void)x, (void)w;
+    return sum;
+#endif
+}
+
+/* sum + the products of two numbers of 16 bits in each lane. */
+INLINE integers pair_dot(integers sum, words x, words w) {
+#if defined(HAS_AVX512) && defined(__AVX512BW__)
     return sum + (integers)_mm512_madd_epi16((__m512i)x, (__m512i)w);
 #elif defined(__AVX2__) && LANES == 8
     return sum + (integers)_mm256_madd_epi16((__m256i)x, (__m256i)w);
 #elif defined(__SSE2__) && LANES == 4
     return sum + (integers)_mm_madd_epi16((__m128i)x, (__m128i)w);
 #elif defined(__aarch64__)
-    const int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)x), vget_low_s16((int16x8_t)w));
-    return (integers)vaddq_s32((int32x4_t)sum, vpaddq_s32(low, vmull_high_s16((int16x8_t)x, (int16x8_t)w)));
+    const int16x8_t a = (int16x8_t)x, b = (int16x8_t)w;
+    const int32x4_t low = vmull_s16(vget_low_s16(a), vget_low_s16(b));
+    return (integers)vaddq_s32((int32x4_t)sum, vpaddq_s32(low, vmull_high_s16(a, b)));
 #else
-    int16_t a[VALUES], b[VALUES];
+    int16_t a[2 * LANES], b[2 * LANES];
     memcpy(a, &x, sizeof a), memcpy(b, &w, sizeof b);
     for (int i = 0; i < LANES; i++) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
     return sum;
 #endif
 }
 
-/* VALUES weights of one row as `dot` takes them. */
-INLINE integers as_operand(narrow_codes narrow) {
-#if QUAD == 4
-    return (integers)narrow;
+/* sum + the products of the inputs `x` and the weights `w` of one operand in each lane. */
+INLINE integers dot(integers sum, words x, words w) {
+#if DOTS_OF_BYTES && defined(HAS_AVX512)
+    return (integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+#elif DOTS_OF_BYTES && defined(__AVXVNNI__)
+    return (integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+#elif DOTS_OF_BYTES
+    return (integers)vdotq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)w);
 #else
-    return (integers)__builtin_convertvector(narrow, codes);
+    return pair_dot(sum, x, w);
 #endif
 }
 
-INLINE integers load_weights(const int8_t *from) {
-    narrow_codes narrow;
-    memcpy(&narrow, from, sizeof narrow);
-    return as_operand(narrow);
-}
-
-/* The same of `count` weights, fewer than VALUES: the rest is zero, and its memory is not read. */
-INLINE integers load_some_weights(const int8_t *from, int64_t count) {
-#if QUAD == 4 && defined(HAS_AVX512)
-    return (integers)_mm512_maskz_loadu_epi8(((__mmask64)1 << count) - 1, from);
-#else
-    int8_t whole[VALUES] = {0};
-    memcpy(whole, from, count);
-    return load_weights(whole);
-#endif
-}
-
-/* VALUES weights of four bits, two a byte, the lower half first, less `zero`. */
-INLINE integers load_nibbles(const uint8_t *from, int zero) {
-    typedef uint8_t bytes __attribute__((vector_size(VALUES / 2)));
-    typedef uint16_t pairs __attribute__((vector_size(VALUES)));
-    bytes narrow;
-    memcpy(&narrow, from, sizeof narrow);
-    pairs both = __builtin_convertvector(narrow, pairs);
-    both = (both | both << 4) & 0x0f0f;
-    return as_operand((narrow_codes)both - (int8_t)zero);
-}
-
-/* The same of `count` weights. */
-INLINE integers load_some_nibbles(const uint8_t *from, int64_t count, int zero) {
-#if VALUES == 64
-    if (count == 32) {
-        const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)from));
-        const __m256i both = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), _mm256_set1_epi8(15));
-        return (integers)_mm512_zextsi256_si512(_mm256_sub_epi8(both, _mm256_set1_epi8((char)zero)));
+/* `count` bytes, at most a vector; the rest is zero, and its memory is not read. */
+INLINE words load_bytes(const char *from, int64_t count) {
+    words result;
+    if (count >= (int64_t)sizeof result) {
+        memcpy(&result, from, sizeof result);
+        return result;
     }
-#endif
-    int8_t whole[VALUES] = {0};
-    for (int64_t k = 0; k < count; k++) whole[k] = (int8_t)((from[k / 2] >> k % 2 * 4 & 15) - zero);
-    return load_weights(whole);
-}
-
-INLINE integers load_codes(const code *from) {
-    integers result;
-    memcpy(&result, from, sizeof result);
+#if defined(HAS_AVX512) && defined(__AVX512BW__)
+    return (words)_mm512_maskz_loadu_epi8(((__mmask64)1 << count) - 1, from);
+#else
+    char whole[sizeof result] = {0};
+    memcpy(whole, from, count);
+    memcpy(&result, whole, sizeof result);
     return result;
+#endif
 }
 
-/* The same number of the unsigned kind in every place, for the sum of weights that `OFFSET` has added. */
-INLINE integers offsets(void) { return (integers)((words){0} + OFFSET * 0x01010101u); }
-
-/* Quantise `count` inputs to integers up to 127, each less than half a step from the input; returns the step. */
-static float quantise(const char *from, int64_t count, enum type type, code *to) {
+/* Quantise `count` inputs to integers up to 127, each less than half a step from the input; returns the step.
+ * sum: of the integers. */
+static float quantise(const char *from, int64_t count, enum type type, int8_t *to, int32_t *sum) {
     const size_t size = size_of(type);
     floats most = {0};
     int64_t k = 0;
@@ -130,12 +128,44 @@ static float quantise(const char *from, int64_t count, enum type type, code *to)
     float largest = 0;
     for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
     const float step = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
+    integers sums = {0};
     for (k = 0; k < count; k += LANES) {
         const int some = count - k < LANES ? (int)(count - k) : LANES;
         const floats x = take_some(from + k * size, some, type) * inverse;
         /* Adding 1.5 * 2^23 rounds to the nearest integer, which is then in the lowest bits. */
-        const integers rounded = (integers)(x + 12582912.0f) - 0x4b400000 + OFFSET;
-        for (int i = 0; i < some; i++) to[k + i] = (code)rounded[i];
+        const integers rounded = (integers)(x + 12582912.0f) - 0x4b400000;
+        const narrow_codes narrow = __builtin_convertvector(rounded, narrow_codes);
+        sums += rounded;
+        memcpy(to + k, &narrow, some);
     }
+    *sum = 0;
+    for (int i = 0; i < LANES; i++) *sum += sums[i];
     return step;
+}
+
+/* Bytes 0 2 4 6 of eight in the lower half, the others in the upper. */
+INLINE uint64_t even_and_odd(uint64_t x) {
+    uint64_t even = x & 0x00ff00ff00ff00ff, odd = x >> 8 & 0x00ff00ff00ff00ff;
+    even = (even | even >> 8) & 0x0000ffff0000ffff, odd = (odd | odd >> 8) & 0x0000ffff0000ffff;
+    return ((even | even >> 16) & 0xffffffff) | (odd | odd >> 16) << 32;
+}
+
+/* Quantised inputs, zeros from `count` on up to a whole word, as operands `stride` words apart. */
+INLINE void pack_inputs(const int8_t *codes, int64_t count, enum kind kind, uint32_t *to, int64_t stride) {
+    for (int64_t k = 0; k < count; k += inputs_of(kind)) {
+        uint32_t pair[2];
+        if (kind == NIBBLES) {
+            uint64_t eight;
+            memcpy(&eight, codes + k, sizeof eight);
+            eight = even_and_odd(eight);
+            memcpy(pair, &eight, sizeof pair);
+        } else if (DOTS_OF_BYTES) {
+            memcpy(pair, codes + k, sizeof *pair);
+        } else {
+            const int8_t *four = codes + k;
+            pair[0] = (uint16_t)four[0] | (uint32_t)(uint16_t)four[2] << 16;
+            pair[1] = (uint16_t)four[1] | (uint32_t)(uint16_t)four[3] << 16;
+        }
+        for (int i = 0; i < operands_of(kind); i++, to += stride) *to = pair[i];
+    }
 }

@@ -1,26 +1,17 @@
 /* Products of inputs, quantised row by row and segment by segment, with weights as 8-bit integers.
  *
- * outputs[t, n] = sum over segments s of (scale of inputs t, s) * (scale of weight n, s) * (integer dot product of both).
- * A row's result does not depend on the other rows, except that many rows are summed in another order than few.
+ * outputs[t, n] = sum over segments s of scale(t, s) * (scale(n, s) * dot(t, n, s) + minimum(n, s) * sum(t, s)), where
+ * dot is of integers, and sum that of the inputs' integers. A row's result does not depend on the other rows.
  */
 #pragma once
-#include "integer_dots.h"
-#include "stored_weights.h"
+#include "integer_panels.h"
 
-#define FEW_ROWS 10 /* up to this many, sums across lanes cost less than lanes without a row */
-#define OUTPUTS (2 * LANES) /* weight rows that are expanded together */
-#if LANES == 16 || defined(__aarch64__)
-#define ROWS_IN_REGISTERS 4
-#define VECTORS 3 /* of input rows */
-#define PANEL_OF_FEW 4
-#define PANEL_OF_MANY 4
+#if REGISTERS == 32
+#define TILE_ROWS 6
 #else
-#define ROWS_IN_REGISTERS 2
-#define VECTORS 2
-#define PANEL_OF_FEW 2
-#define PANEL_OF_MANY 2
+#define TILE_ROWS 4
 #endif
-#define NEAR (512 << 10) /* bytes of quantised inputs that stay in the L2 cache beside the weight */
+#define BATCH_ROWS (80 * TILE_ROWS) /* whose sums are kept beside a panel */
 
 struct product {
     const struct stored *weight;
@@ -32,240 +23,129 @@ struct product {
     int64_t num_segments;
 };
 
-/* How few rows of inputs read a panel of the weight. */
-enum form { BYTES_OF_CHANNELS, BYTES_OF_SEGMENTS, NIBBLES_OF_SEGMENTS };
+INLINE int64_t padded(int64_t count) { return (count + LINE - 1) / LINE * LINE + LINE; }
 
-/* Some outputs of the weight, expanded. */
-struct panel {
-    enum form form;
-    const char *rows[OUTPUTS];
-    float *scales; /* [OUTPUTS][segments] */
-    int8_t *zeros; /* [OUTPUTS][segments], of nibbles */
-    int8_t *bytes; /* [OUTPUTS][stride] */
-    int16_t *wide; /* the same in 16 bits, if `dot` takes those, for many rows */
-    int32_t *sums; /* [OUTPUTS][segments]: what OFFSET adds to the dot products of many rows */
-    int64_t stride, ahead; /* ahead: from one row to the next of what is read from memory, to prefetch it */
+/* Quantised inputs, in blocks of nearly equal numbers of rows, at most TILE_ROWS. */
+struct packed_inputs {
+    uint32_t *operands;   /* of each block: [operands][rows] */
+    float *scales, *sums; /* of each block: [segments][rows]; sums are those of the inputs themselves */
+    int64_t rows, blocks, num_operands;
 };
 
-INLINE int64_t padded(int64_t count) { return (count + VALUES - 1) / VALUES * VALUES + VALUES; }
+INLINE int64_t first_row(const struct packed_inputs *x, int64_t block) { return x->rows * block / x->blocks; }
 
-INLINE void put(const struct product *p, int64_t t, int64_t n, float value) {
-    const int64_t place = t * p->outputs_stride + n;
-    if (p->type == FLOAT32)
-        ((float *)p->outputs)[place] = value + (p->bias ? ((const float *)p->bias)[n] : 0);
-    else
-        ((bfloat16 *)p->outputs)[place] = bfloat16_of(value + (p->bias ? float_of(((const bfloat16 *)p->bias)[n]) : 0));
-}
-
-/* Outputs n .. n + count of the weight; `many`: as many rows of inputs read them. */
-static void expand(const struct product *p, int64_t n, int64_t count, int many, struct panel *to) {
-    const struct stored *w = p->weight;
-    const int is_direct = w->values == INT8 && w->code_input == 1 && (!many || (QUAD == 4 && w->inputs % 4 == 0));
-    const int is_nibbles = !many && w->values == PACKED && reading_of(w) == NIBBLES;
-    const int in_place = is_direct || is_nibbles;
-    to->form = is_nibbles ? NIBBLES_OF_SEGMENTS : is_direct && !w->group_size ? BYTES_OF_CHANNELS : BYTES_OF_SEGMENTS;
-    to->ahead = in_place ? w->code_output : 0;
-    for (int64_t i = 0; i < count; i++)
-        to->rows[i] = in_place ? w->codes + (n + i) * w->code_output : (const char *)to->bytes + i * to->stride;
-    expand_rows(w, n, count, p->segments, p->num_segments, !in_place, to->bytes, to->stride, to->scales, to->zeros);
-    if (!many) return;
-    if (!in_place)
-        for (int64_t i = 0; i < count; i++) memset(to->bytes + i * to->stride + w->inputs, 0, QUAD);
-#if QUAD == 2
-    for (int64_t i = 0; i < count; i++) {
-        const int8_t *row = (const int8_t *)to->rows[i];
-        for (int64_t k = 0; k < w->inputs + w->inputs % 2; k++) to->wide[i * to->stride + k] = row[k];
-    }
-#elif OFFSET
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t s = 0; s < p->num_segments; s++) {
-            const int8_t *row = (const int8_t *)to->rows[i];
-            integers sum = {0};
-            int64_t k = p->segments[s].start;
-            const int64_t stop = p->segments[s].stop;
-            for (; k + VALUES <= stop; k += VALUES) sum = dot(sum, offsets(), load_weights(row + k));
-            if (k < stop) sum = dot(sum, offsets(), load_some_weights(row + k, stop - k));
-            int32_t all = 0;
-            for (int lane = 0; lane < LANES; lane++) all += sum[lane];
-            to->sums[i * p->num_segments + s] = all;
+/* Quantise and pack the rows of one block, the first of which is row `t` of the product. `codes`: room for a row. */
+static void pack_block(const struct product *p, const struct cut *cut, const struct packed_inputs *x, int64_t block,
+                       int64_t t, int8_t *codes) {
+    const int64_t first = first_row(x, block), rows = first_row(x, block + 1) - first, size = size_of(p->type);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t s = 0; s < cut->count; s++) {
+            const int64_t start = cut->segments[s].start, count = cut->segments[s].stop - start;
+            const char *from = p->inputs + ((t + first + r) * p->inputs_stride + start) * size;
+            const int64_t place = first * cut->count + s * rows + r;
+            int32_t sum;
+            x->scales[place] = quantise(from, count, p->type, codes, &sum);
+            x->sums[place] = x->scales[place] * (float)sum;
+            memset(codes + count, 0, 8);
+            pack_inputs(codes, count, cut->kind, x->operands + first * x->num_operands + cut->first[s] * rows + r, rows);
         }
-#endif
 }
 
-/* -- few rows: a vector holds consecutive inputs of one row ---------------------------------------------------- */
-
-struct quantised {
-    code *codes;   /* [rows][stride] */
-    float *scales; /* [rows][segments] */
-    int64_t stride;
-};
-
-/* VALUES weights from input k on, or up to `stop`. */
-INLINE integers weights_of(const struct panel *w, int64_t i, int64_t k, int64_t stop, int zero, const enum form form) {
-    if (form == NIBBLES_OF_SEGMENTS) {
-        const uint8_t *from = (const uint8_t *)w->rows[i] + k / 2;
-        return k + VALUES <= stop ? load_nibbles(from, zero) : load_some_nibbles(from, stop - k, zero);
-    }
-    const int8_t *from = (const int8_t *)w->rows[i] + k;
-    return k + VALUES <= stop ? load_weights(from) : load_some_weights(from, stop - k);
-}
-
-INLINE void few(const struct product *p, const struct panel *w, int64_t i, const int panel, const struct quantised *x,
-                int64_t t, const int rows, int64_t n, const enum form form) {
-    floats sums[PANEL_OF_FEW][ROWS_IN_REGISTERS];
-    UNROLL for (int a = 0; a < panel; a++)
-        UNROLL for (int b = 0; b < rows; b++) sums[a][b] = (floats){0};
-    for (int64_t s = 0; s < p->num_segments; s++) {
-        const int64_t start = p->segments[s].start, stop = p->segments[s].stop;
-        UNROLL for (int a = 0; a < panel; a++) {
-            const int64_t place = (i + a) * p->num_segments + s;
-            const int zero = form == NIBBLES_OF_SEGMENTS ? w->zeros[place] : 0;
-            integers whole[ROWS_IN_REGISTERS], offset = {0};
-            UNROLL for (int b = 0; b < rows; b++) whole[b] = (integers){0};
-            for (int64_t k = start; k < stop; k += VALUES) {
-                const integers weights = weights_of(w, i + a, k, stop, zero, form);
-                if (form != BYTES_OF_SEGMENTS)
-                    __builtin_prefetch(w->rows[i + a] + panel * w->ahead + (form == NIBBLES_OF_SEGMENTS ? k / 2 : k), 0, 2);
-                if (OFFSET) offset = dot(offset, offsets(), weights);
-                UNROLL for (int b = 0; b < rows; b++)
-                    whole[b] = dot(whole[b], load_codes(x->codes + (t + b) * x->stride + k), weights);
+/* Add to integers[rows][VECTORS] the products of `count` operands. */
+INLINE void add_operands(const uint32_t *w, const uint32_t *x, int64_t count, const int rows, const enum kind kind,
+                         integers whole[TILE_ROWS][VECTORS]) {
+    if (kind == BYTES || !NARROW_SUMS) {
+        for (int64_t k = 0; k < count; k++, w += OUTPUTS, x += rows) {
+            words weights[VECTORS];
+            memcpy(weights, w, sizeof weights);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const words input = (words){0} + x[r];
+                UNROLL for (int v = 0; v < VECTORS; v++) whole[r][v] = dot(whole[r][v], input, weights[v]);
             }
-            UNROLL for (int b = 0; b < rows; b++) {
-                floats sum = __builtin_convertvector(whole[b] - offset, floats);
-                if (form != BYTES_OF_CHANNELS) sum = sum * w->scales[place];
-                sums[a][b] += sum * x->scales[(t + b) * p->num_segments + s];
+        }
+        return;
+    }
+    for (int64_t k = 0; k < count;) {
+        shorts narrow[TILE_ROWS][VECTORS];
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < VECTORS; v++) narrow[r][v] = (shorts){0};
+        const int64_t stop = k + NARROW_WORDS < count ? k + NARROW_WORDS : count;
+        for (; k < stop; k++, w += OUTPUTS, x += rows) {
+            words weights[VECTORS];
+            memcpy(weights, w, sizeof weights);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const words input = (words){0} + x[r];
+                UNROLL for (int v = 0; v < VECTORS; v++) narrow[r][v] = narrow_dot(narrow[r][v], input, weights[v]);
+            }
+        }
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                whole[r][v] = pair_dot(whole[r][v], (words)narrow[r][v], (words){0} + 0x00010001);
+    }
+}
+
+/* Segments s .. end of a panel times a block of `rows` rows, added to sums[rows][OUTPUTS]. */
+INLINE void tile(const struct panel *w, const struct cut *cut, int64_t s, int64_t end, const uint32_t *operands,
+                 const float *x_scales, const float *x_sums, const int rows, const enum kind kind, float *sums) {
+    floats held[TILE_ROWS][VECTORS];
+    UNROLL for (int r = 0; r < rows; r++) memcpy(held[r], sums + r * OUTPUTS, sizeof held[r]);
+    for (int64_t at = s; at < end; at++) {
+        const int64_t begin = cut->first[at], place = (at - s) * OUTPUTS;
+        integers whole[TILE_ROWS][VECTORS];
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < VECTORS; v++) whole[r][v] = (integers){0};
+        add_operands(w->operands + (begin - cut->first[s]) * OUTPUTS, operands + begin * rows,
+                     cut->first[at + 1] - begin, rows, kind, whole);
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            const floats scale = take(w->scales + place + v * LANES, FLOAT32);
+            const floats minimum = take(w->minima + place + v * LANES, FLOAT32);
+            UNROLL for (int r = 0; r < rows; r++) {
+                held[r][v] += __builtin_convertvector(whole[r][v], floats) * x_scales[at * rows + r] * scale;
+                held[r][v] += minimum * x_sums[at * rows + r];
             }
         }
     }
-    UNROLL for (int a = 0; a < panel; a++) {
-        const float scale = form == BYTES_OF_CHANNELS ? w->scales[(i + a) * p->num_segments] : 1;
-        UNROLL for (int b = 0; b < rows; b++) put(p, t + b, n + i + a, sum_of_lanes(sums[a][b]) * scale);
-    }
+    UNROLL for (int r = 0; r < rows; r++) memcpy(sums + r * OUTPUTS, held[r], sizeof held[r]);
 }
 
-INLINE void few_rows(const struct product *p, const struct panel *w, int64_t i, const int panel,
-                     const struct quantised *x, int64_t n, const enum form form) {
-    for (int64_t t = 0; t < p->num_rows;) {
-        switch (p->num_rows - t < ROWS_IN_REGISTERS ? p->num_rows - t : ROWS_IN_REGISTERS) {
-            case 1: few(p, w, i, panel, x, t, 1, n, form), t += 1; break;
-#if ROWS_IN_REGISTERS == 4
-            case 3: few(p, w, i, panel, x, t, 3, n, form), t += 3; break;
-            case 4: few(p, w, i, panel, x, t, 4, n, form), t += 4; break;
+INLINE void tile_of(const struct panel *w, const struct cut *cut, int64_t s, int64_t end, const uint32_t *operands,
+                    const float *scales, const float *x_sums, int64_t rows, const enum kind kind, float *sums) {
+    switch (rows) {
+        case 1: tile(w, cut, s, end, operands, scales, x_sums, 1, kind, sums); break;
+        case 2: tile(w, cut, s, end, operands, scales, x_sums, 2, kind, sums); break;
+        case 3: tile(w, cut, s, end, operands, scales, x_sums, 3, kind, sums); break;
+        case 4: tile(w, cut, s, end, operands, scales, x_sums, 4, kind, sums); break;
+#if TILE_ROWS == 6
+        case 5: tile(w, cut, s, end, operands, scales, x_sums, 5, kind, sums); break;
+        case 6: tile(w, cut, s, end, operands, scales, x_sums, 6, kind, sums); break;
 #endif
-            default: few(p, w, i, panel, x, t, 2, n, form), t += 2;
-        }
     }
 }
 
-INLINE void few_of_panel(const struct product *p, const struct panel *w, int64_t i, const int panel,
-                         const struct quantised *x, int64_t n) {
-    switch (w->form) {
-        case BYTES_OF_CHANNELS: few_rows(p, w, i, panel, x, n, BYTES_OF_CHANNELS); break;
-        case BYTES_OF_SEGMENTS: few_rows(p, w, i, panel, x, n, BYTES_OF_SEGMENTS); break;
-        default: few_rows(p, w, i, panel, x, n, NIBBLES_OF_SEGMENTS);
+/* A panel times all rows of `x`, added to sums[rows][OUTPUTS]. */
+static void add_panel(const struct panel *w, const struct cut *cut, int64_t s, int64_t end,
+                      const struct packed_inputs *x, float *sums) {
+    for (int64_t block = 0; block < x->blocks; block++) {
+        const int64_t first = first_row(x, block), rows = first_row(x, block + 1) - first;
+        const uint32_t *operands = x->operands + first * x->num_operands;
+        const float *scales = x->scales + first * cut->count, *x_sums = x->sums + first * cut->count;
+        if (NARROW_SUMS && cut->kind == NIBBLES)
+            tile_of(w, cut, s, end, operands, scales, x_sums, rows, NIBBLES, sums + first * OUTPUTS);
+        else
+            tile_of(w, cut, s, end, operands, scales, x_sums, rows, BYTES, sums + first * OUTPUTS);
     }
 }
 
-/* -- many rows: each lane holds one row ------------------------------------------------------------------------ */
-
-/* Blocks of 1 to VECTORS vectors of rows: words of QUAD codes, [block][inputs / QUAD][vectors * LANES]. */
-struct lanes {
-    uint32_t *words;
-    float *scales; /* [segments][vectors * LANES] of all rows */
-    int64_t rows, vectors, blocks, width; /* width: in words */
-};
-
-INLINE int64_t first_vector(const struct lanes *x, int64_t block) { return x->vectors * block / x->blocks; }
-
-/* Quantise and transpose one vector of rows; `space` is for LANES rows of codes. */
-static void fill_lanes(const struct product *p, const struct lanes *x, int64_t block, int64_t v, code *space) {
-    const int64_t first = first_vector(x, block), wide = (first_vector(x, block + 1) - first) * LANES;
-    const int64_t row = (first + v) * LANES, stride = padded(p->weight->inputs), size = size_of(p->type);
-    for (int64_t i = 0; i < LANES; i++) {
-        code *to = space + i * stride;
-        const int64_t t = row + i;
-        for (int64_t s = 0; s < p->num_segments; s++) {
-            const int64_t start = p->segments[s].start, count = p->segments[s].stop - start;
-            const char *from = p->inputs + (t * p->inputs_stride + start) * size;
-            x->scales[s * x->vectors * LANES + row + i] = t < x->rows ? quantise(from, count, p->type, to + start) : 0;
-        }
-        for (int64_t k = t < x->rows ? p->weight->inputs : 0; k < stride; k++) to[k] = OFFSET;
-    }
-    uint32_t *to = x->words + first * LANES * x->width + v * LANES;
-    for (int64_t k = 0; k < x->width; k += LANES) {
-        floats square[LANES];
-        for (int i = 0; i < LANES; i++) memcpy(&square[i], space + i * stride + k * QUAD, sizeof square[i]);
-        transpose_square(square);
-        for (int i = 0; i < LANES && k + i < x->width; i++) memcpy(to + (k + i) * wide, &square[i], sizeof square[i]);
-    }
-}
-
-/* Sums of `panel` outputs with `count` vectors of rows: sums[panel][VECTORS * LANES]. */
-INLINE void many(const struct product *p, const struct panel *w, int64_t i, const int panel, const uint32_t *words,
-                 const float *scales, int64_t scales_stride, const int count, float *sums) {
-    floats held[PANEL_OF_MANY][VECTORS];
-    UNROLL for (int a = 0; a < panel; a++)
-        UNROLL for (int v = 0; v < count; v++) held[a][v] = (floats){0};
-    for (int64_t s = 0; s < p->num_segments; s++) {
-        integers whole[PANEL_OF_MANY][VECTORS];
-        UNROLL for (int a = 0; a < panel; a++) {
-            const integers begin = (integers){0} - (OFFSET ? w->sums[(i + a) * p->num_segments + s] : 0);
-            UNROLL for (int v = 0; v < count; v++) whole[a][v] = begin;
-        }
-        const int64_t stop = (p->segments[s].stop + QUAD - 1) / QUAD;
-        for (int64_t k = p->segments[s].start / QUAD; k < stop; k++) {
-            integers x[VECTORS];
-            UNROLL for (int v = 0; v < count; v++) memcpy(&x[v], words + (k * count + v) * LANES, sizeof x[v]);
-            UNROLL for (int a = 0; a < panel; a++) {
-#if QUAD == 4
-                const floats word = to_all_lanes(w->rows[i + a] + k * QUAD);
-#else
-                const floats word = to_all_lanes(w->wide + (i + a) * w->stride + k * QUAD);
-#endif
-                UNROLL for (int v = 0; v < count; v++) whole[a][v] = dot(whole[a][v], x[v], (integers)word);
-            }
-        }
-        UNROLL for (int v = 0; v < count; v++) {
-            const floats scale = take(scales + s * scales_stride + v * LANES, FLOAT32);
-            UNROLL for (int a = 0; a < panel; a++)
-                held[a][v] += __builtin_convertvector(whole[a][v], floats) *
-                              (scale * w->scales[(i + a) * p->num_segments + s]);
-        }
-    }
-    UNROLL for (int a = 0; a < panel; a++)
-        UNROLL for (int v = 0; v < count; v++) memcpy(sums + (a * VECTORS + v) * LANES, &held[a][v], sizeof held[a][v]);
-}
-
-INLINE void many_of_panel(const struct product *p, const struct panel *w, int64_t i, const int panel,
-                          const struct lanes *x, int64_t block, float *sums) {
-    const int64_t first = first_vector(x, block), count = first_vector(x, block + 1) - first;
-    const uint32_t *words = x->words + first * LANES * x->width;
-    const float *scales = x->scales + first * LANES;
-    switch (count) {
-        case 1: many(p, w, i, panel, words, scales, x->vectors * LANES, 1, sums); break;
-#if VECTORS == 3
-        case 3: many(p, w, i, panel, words, scales, x->vectors * LANES, 3, sums); break;
-#endif
-        default: many(p, w, i, panel, words, scales, x->vectors * LANES, 2, sums);
-    }
-}
-
-/* Store sums[OUTPUTS][VECTORS * LANES] of one block: outputs n .. n + count. */
-static void put_block(const struct product *p, const struct lanes *x, int64_t block, int64_t n, int64_t count,
-                      const float *sums) {
-    const int64_t first = first_vector(x, block), vectors = first_vector(x, block + 1) - first;
+/* Store sums[rows][OUTPUTS] as outputs n .. n + count of the rows from `t` on. */
+static void put_sums(const struct product *p, int64_t t, int64_t rows, int64_t n, int64_t count, const float *sums) {
     const size_t size = size_of(p->type);
-    for (int64_t v = 0; v < vectors; v++) {
-        const int64_t row = (first + v) * LANES, rows = x->rows - row < LANES ? x->rows - row : LANES;
-        for (int64_t part = 0; part < count; part += LANES) {
-            const int some = count - part < LANES ? (int)(count - part) : LANES;
-            floats square[LANES], bias = {0};
-            if (p->bias) bias = take_some(p->bias + (n + part) * size, some, p->type);
-            UNROLL for (int i = 0; i < LANES; i++)
-                square[i] = take(sums + ((part + i) * VECTORS + v) * LANES, FLOAT32);
-            transpose_square(square);
-            for (int t = 0; t < rows; t++)
-                give_some(p->outputs + ((row + t) * p->outputs_stride + n + part) * size, square[t] + bias, some, p->type);
+    for (int64_t part = 0; part < count; part += LANES) {
+        const int some = count - part < LANES ? (int)(count - part) : LANES;
+        floats bias = {0};
+        if (p->bias) bias = take_some(p->bias + (n + part) * size, some, p->type);
+        for (int64_t r = 0; r < rows; r++) {
+            const floats sum = take(sums + r * OUTPUTS + part, FLOAT32) + bias;
+            give_some(p->outputs + ((t + r) * p->outputs_stride + n + part) * size, sum, some, p->type);
         }
     }
 }

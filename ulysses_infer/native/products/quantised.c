@@ -1,4 +1,4 @@
-/* Matrix products with quantised weights: read as they are stored, expanded a few outputs at a time in the cache.
+/* Matrix products with quantised weights: read as they are stored, expanded a panel at a time in the cache.
  *
  * Integer products quantise the inputs to 8 bits, with one scale per row and segment of inputs. Float products take the
  * inputs as they are. Few rows run at the memory speed of the stored bytes; with many, expanding costs little.
@@ -10,105 +10,65 @@
 
 INLINE void *space(int64_t bytes) { return aligned_alloc(LINE, (bytes + 2 * LINE - 1) / LINE * LINE); }
 
-/* One thread's memory for an expanded panel. Returns 0 if there is none. */
-static int make_panel(const struct product *p, struct panel *w) {
-    const int64_t segments = OUTPUTS * p->num_segments;
-    w->stride = padded(p->weight->inputs);
-    w->bytes = space(OUTPUTS * w->stride), w->scales = space(segments * 4), w->sums = space(segments * 4);
-    w->zeros = space(segments);
-    w->wide = QUAD == 2 ? space(OUTPUTS * w->stride * 2) : 0;
-    return w->bytes && w->scales && w->sums && w->zeros && (QUAD != 2 || w->wide);
+/* One thread's memory for a panel. Returns 0 if there is none. */
+static int make_panel(struct panel *w) {
+    const int64_t scales = PANEL_SEGMENTS * OUTPUTS * sizeof(float);
+    w->operands = space(PANEL_WORDS * OUTPUTS * 4), w->bytes = space(OUTPUTS * ROW_BYTES);
+    w->scales = space(scales), w->minima = space(scales);
+    if (w->minima) memset(w->scales, 0, scales), memset(w->minima, 0, scales);
+    return w->operands && w->bytes && w->scales && w->minima;
 }
 
-static void free_panel(struct panel *w) { free(w->bytes), free(w->scales), free(w->sums), free(w->zeros), free(w->wide); }
+static void free_panel(struct panel *w) { free(w->operands), free(w->bytes), free(w->scales), free(w->minima); }
 
 INLINE int is_worth(const struct product *p) {
     return p->num_rows * p->weight->outputs * p->weight->inputs >= 2 * (int64_t)WORK_A_THREAD;
 }
 
-static int multiply_few(const struct product *p) {
-    const int64_t segments = p->num_segments, stride = padded(p->weight->inputs), size = size_of(p->type);
-    const int64_t outputs = p->weight->outputs;
-    struct quantised x = {space(p->num_rows * stride * sizeof(code)), space(p->num_rows * segments * 4), stride};
-    int failed = !x.codes || !x.scales;
-    for (int64_t t = 0; t < p->num_rows && !failed; t++)
-        for (int64_t s = 0; s < segments; s++) {
-            const int64_t start = p->segments[s].start, count = p->segments[s].stop - start;
-            const char *from = p->inputs + (t * p->inputs_stride + start) * size;
-            x.scales[t * segments + s] = quantise(from, count, p->type, x.codes + t * stride + start);
-        }
-#pragma omp parallel if (is_worth(p) && !failed) reduction(| : failed)
-    {
-        struct panel w;
-        const int ready = make_panel(p, &w);
-        failed |= !ready;
-#pragma omp for schedule(static)
-        for (int64_t group = 0; group < (outputs + OUTPUTS - 1) / OUTPUTS; group++) {
-            const int64_t n = group * OUTPUTS, count = outputs - n < OUTPUTS ? outputs - n : OUTPUTS;
-            if (failed) continue;
-            expand(p, n, count, 0, &w);
-            int64_t i = 0;
-            for (; i + PANEL_OF_FEW <= count; i += PANEL_OF_FEW) few_of_panel(p, &w, i, PANEL_OF_FEW, &x, n);
-            for (; i < count; i++) few_of_panel(p, &w, i, 1, &x, n);
-        }
-        free_panel(&w);
-    }
-    free(x.codes), free(x.scales);
-    return failed;
-}
-
-/* Rows whose quantised inputs fit in the L2 cache: whole blocks. */
-static int64_t rows_at_a_time(const struct product *p) {
-    const int64_t block = VECTORS * LANES, fit = NEAR / (p->weight->inputs * (int64_t)sizeof(code) + 1) / block * block;
-    return fit > block ? fit : block;
-}
-
-/* The rows that `x` has room for. */
-static int multiply_lanes(const struct product *p, const struct lanes *x) {
+/* Rows from `t` on, as many as `x` has. */
+static int multiply_batch(const struct product *p, const struct cut *cut, const struct packed_inputs *x, int64_t t) {
     const int64_t outputs = p->weight->outputs;
     int failed = 0;
 #pragma omp parallel if (is_worth(p)) reduction(| : failed)
     {
         struct panel w;
-        code *rows = space(LANES * padded(p->weight->inputs) * sizeof(code));
-        float *sums = space(OUTPUTS * VECTORS * LANES * 4);
-        failed |= !make_panel(p, &w) || !rows || !sums;
+        int8_t *codes = space(padded(p->weight->segment));
+        float *sums = space(x->rows * OUTPUTS * sizeof *sums);
+        failed |= !make_panel(&w) || !codes || !sums;
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < x->blocks; block++)
-            for (int64_t v = 0; v < first_vector(x, block + 1) - first_vector(x, block) && !failed; v++)
-                fill_lanes(p, x, block, v, rows);
+            if (!failed) pack_block(p, cut, x, block, t, codes);
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < (outputs + OUTPUTS - 1) / OUTPUTS; group++) {
             const int64_t n = group * OUTPUTS, count = outputs - n < OUTPUTS ? outputs - n : OUTPUTS;
             if (failed) continue;
-            expand(p, n, count, 1, &w);
-            for (int64_t block = 0; block < x->blocks; block++) {
-                int64_t i = 0;
-                for (; i + PANEL_OF_MANY <= count; i += PANEL_OF_MANY)
-                    many_of_panel(p, &w, i, PANEL_OF_MANY, x, block, sums + i * VECTORS * LANES);
-                for (; i < count; i++) many_of_panel(p, &w, i, 1, x, block, sums + i * VECTORS * LANES);
-                put_block(p, x, block, n, count, sums);
+            memset(sums, 0, x->rows * OUTPUTS * sizeof *sums);
+            for (int64_t s = 0, end; s < cut->count; s = end) {
+                end = panel_end(cut, s);
+                fill_operands(p->weight, cut, n, count, s, end, &w);
+                fill_scales(p->weight, cut, n, count, s, end, &w);
+                add_panel(&w, cut, s, end, x, sums);
             }
+            put_sums(p, t, x->rows, n, count, sums);
         }
-        free_panel(&w), free(rows), free(sums);
+        free_panel(&w), free(codes), free(sums);
     }
     return failed;
 }
 
-static int multiply_many(const struct product *p) {
-    const int64_t most = rows_at_a_time(p), held = p->num_rows < most ? p->num_rows : most;
-    const int64_t lanes = (held + LANES - 1) / LANES * LANES, width = (p->weight->inputs + QUAD - 1) / QUAD;
-    struct lanes x = {space(lanes * width * 4), space(lanes * p->num_segments * 4), 0, 0, 0, width};
-    int failed = !x.words || !x.scales;
-    for (int64_t row = 0; row < p->num_rows && !failed; row += most) {
-        struct product part = *p;
-        part.inputs += row * p->inputs_stride * size_of(p->type);
-        part.outputs += row * p->outputs_stride * size_of(p->type);
-        part.num_rows = x.rows = p->num_rows - row < most ? p->num_rows - row : most;
-        x.vectors = (x.rows + LANES - 1) / LANES, x.blocks = (x.vectors + VECTORS - 1) / VECTORS;
-        failed = multiply_lanes(&part, &x);
+static int multiply_integers(const struct product *p) {
+    int64_t *first = space((p->num_segments + 1) * sizeof *first);
+    if (!first) return 1;
+    const struct cut cut = cut_of(p->weight, p->segments, p->num_segments, first);
+    const int64_t most = p->num_rows < BATCH_ROWS ? p->num_rows : BATCH_ROWS, of_segments = most * cut.count;
+    struct packed_inputs x = {space(most * first[cut.count] * 4), space(of_segments * 4), space(of_segments * 4), 0, 0,
+                              first[cut.count]};
+    int failed = !x.operands || !x.scales || !x.sums;
+    for (int64_t t = 0; t < p->num_rows && !failed; t += x.rows) {
+        x.rows = p->num_rows - t < most ? p->num_rows - t : most, x.blocks = (x.rows + TILE_ROWS - 1) / TILE_ROWS;
+        failed = multiply_batch(p, &cut, &x, t);
     }
-    free(x.words), free(x.scales);
+    free(first), free(x.operands), free(x.scales), free(x.sums);
     return failed;
 }
 
@@ -151,10 +111,8 @@ int quantised_product(const struct stored *weight, const char *inputs, const cha
     if (num_rows && weight->outputs) {
         if (!as_integers)
             failed = multiply_floats(&p);
-        else if (num_rows <= FEW_ROWS)
-            failed = multiply_few(&p);
         else
-            failed = multiply_many(&p);
+            failed = multiply_integers(&p);
     }
     free(segments);
     return failed;

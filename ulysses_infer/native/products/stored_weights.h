@@ -5,6 +5,7 @@
 #include "vector.h"
 
 enum values { INT8, E4M3, PACKED, E2M1 };
+enum scales { FLOATS, EXPONENTS, BFLOATS }; /* exponents: of two, in bytes */
 enum packed { WHOLE, ALONG_INPUTS, ALONG_OUTPUTS };
 
 /* A slice of the matrix [outputs, inputs] of one expert; the others follow at the `*_expert` strides. An index of codes,
@@ -18,8 +19,9 @@ struct stored {
     int64_t codes_expert, scales_expert, zeros_expert, groups_expert; /* bytes */
     int64_t values, packed, bits, interleaved;
     int64_t scale_outputs, group_size; /* features per scale; group_size 0: all inputs */
-    int64_t exponents;                 /* scales are exponents of two in bytes, not float32 */
-    int64_t zero;                      /* the zero point, or what is added to stored ones */
+    int64_t scale_type;
+    int64_t float_zeros;               /* zero points are bfloat16, laid out like the scales, not packed integers */
+    int64_t zero;                      /* the zero point, or what is added to stored integers */
     int64_t segment;                   /* inputs that share a scale when the inputs are quantised */
 };
 
@@ -62,15 +64,25 @@ static struct stored of_expert(const struct stored *w, int64_t e) {
     return one;
 }
 
+/* Number of the scale of output n and a group; of its zero point, if that is not an integer. */
+static inline int64_t scale_place(const struct stored *w, int64_t n, int64_t group) {
+    return (w->first_output % w->scale_outputs + n) / w->scale_outputs * w->scale_output + group * w->scale_input;
+}
+
 static inline float scale_of(const struct stored *w, int64_t n, int64_t group) {
-    const int64_t row = (w->first_output % w->scale_outputs + n) / w->scale_outputs;
-    const int64_t place = row * w->scale_output + group * w->scale_input;
+    const int64_t place = scale_place(w, n, group);
     if (!w->scales) return 1;
-    if (!w->exponents) return ((const float *)w->scales)[place];
+    if (w->scale_type == FLOATS) return ((const float *)w->scales)[place];
+    if (w->scale_type == BFLOATS) return float_of(((const bfloat16 *)w->scales)[place]);
     const uint32_t exponent = ((const uint8_t *)w->scales)[place], bits = exponent ? exponent << 23 : 1u << 22;
     float power;
     memcpy(&power, &bits, sizeof power);
     return power;
+}
+
+/* The zero point that is not an integer, else 0. */
+static inline float float_zero_of(const struct stored *w, int64_t n, int64_t group) {
+    return w->float_zeros ? float_of(((const bfloat16 *)w->zeros)[n * w->zero_output + group * w->zero_input]) : 0;
 }
 
 /* The value number `i` of those that words from `from` on, `stride` bytes apart, hold. */
@@ -83,7 +95,7 @@ static inline int value_of(const struct stored *w, const char *from, int64_t i, 
 }
 
 static inline int zero_of(const struct stored *w, int64_t n, int64_t group) {
-    if (!w->zeros) return (int)w->zero;
+    if (!w->zeros || w->float_zeros) return (int)w->zero;
     const int64_t first = w->first_output % (32 / w->bits);
     return value_of(w, w->zeros + group * w->zero_input * 4, first + n, w->zero_output * 4) + (int)w->zero;
 }
@@ -164,7 +176,7 @@ static void expand_columns(const struct stored *w, int64_t n, const struct segme
     const int64_t place = (w->first_output % 8 + n) / 8;
     const char *codes = w->codes + place * w->code_output;
     uint64_t zeros = 0x0101010101010101 * (uint64_t)w->zero;
-    if (w->zeros) {
+    if (w->zeros && !w->float_zeros) {
         uint32_t word;
         memcpy(&word, w->zeros + (place * w->zero_output + s->group * w->zero_input) * 4, sizeof word);
         zeros += outputs_of(word, (int)w->interleaved);
@@ -194,106 +206,57 @@ static void to_halves(int8_t *row, int64_t count) {
     }
 }
 
-/* What one output's segments are expanded with. */
-struct row {
-    const char *codes;
-    const float *scales;   /* null: they are not float32 */
-    const uint32_t *zeros; /* null: `zero` for all */
-    int64_t n;
-    int place; /* of its zero points in their words, in bits */
-};
-
-INLINE struct row row_of(const struct stored *w, int64_t n) {
-    const int64_t per_word = 32 / w->bits, feature = w->first_output % per_word + n;
-    const int place = w->interleaved ? AWQ_PLACES[feature % 8] : (int)(feature % per_word);
-    struct row row = {w->codes + n * w->code_output, 0, 0, n, place * (int)w->bits};
-    const int64_t scale = (w->first_output % w->scale_outputs + n) / w->scale_outputs;
-    if (w->scales && !w->exponents) row.scales = (const float *)w->scales + scale * w->scale_output;
-    if (w->zeros) row.zeros = (const uint32_t *)w->zeros + feature / per_word * w->zero_output;
-    return row;
-}
-
-INLINE int row_zero(const struct stored *w, const struct row *row, int64_t group) {
-    if (!row->zeros) return (int)w->zero;
-    return (int)(row->zeros[group * w->zero_input] >> row->place & ((1u << w->bits) - 1)) + (int)w->zero;
-}
-
 /* What the 8-bit integers of a segment are to be multiplied with. */
-INLINE float row_scale(const struct stored *w, const struct row *row, int64_t group) {
-    const float scale = row->scales ? row->scales[group * w->scale_input] : scale_of(w, row->n, group);
-    return w->values == E2M1 ? scale * 0.5f : scale;
+static inline float integer_scale_of(const struct stored *w, int64_t n, int64_t group) {
+    return scale_of(w, n, group) * (w->values == E2M1 ? 0.5f : 1);
 }
 
 /* How a format's words are read: known outside of the loops. */
-enum reading { BYTES, NIBBLES, STRIDED_NIBBLES, COLUMNS, ONE_BY_ONE };
+enum reading { BYTE_BY_BYTE, NIBBLE_WORDS, STRIDED_WORDS, COLUMNS, ONE_BY_ONE };
 
 static enum reading reading_of(const struct stored *w) {
-    if (w->values == INT8) return BYTES;
+    if (w->values == INT8) return BYTE_BY_BYTE;
     if (w->bits != 4) return ONE_BY_ONE;
-    if (w->packed == ALONG_INPUTS && w->first_input % 8 == 0) return w->code_input == 4 ? NIBBLES : STRIDED_NIBBLES;
+    if (w->packed == ALONG_INPUTS && w->first_input % 8 == 0) return w->code_input == 4 ? NIBBLE_WORDS : STRIDED_WORDS;
     return w->packed == ALONG_OUTPUTS && w->values == PACKED ? COLUMNS : ONE_BY_ONE;
 }
 
-/* One segment of one output as 8-bit integers, its zero point subtracted, in to[k]. */
-INLINE void expand_row(const struct stored *w, const struct row *row, const struct segment *s, enum reading reading,
-                       int8_t *to) {
+/* One segment of one output as 8-bit integers, its integer zero point subtracted, in to[k]. */
+INLINE void expand_row(const struct stored *w, int64_t n, const struct segment *s, enum reading reading, int8_t *to) {
     const int64_t start = s->start, count = s->stop - start;
-    const int zero = w->values == PACKED ? row_zero(w, row, s->group) : 0;
-    if (reading == BYTES) {
-        memcpy(to + start, row->codes + start, count);
-    } else if (reading == NIBBLES && start % 2 == 0) {
-        expand_nibbles((const uint8_t *)row->codes + start / 2, count, zero, to + start);
-    } else if (reading == STRIDED_NIBBLES && start % 8 == 0 && count % 8 == 0) {
+    const char *codes = w->codes + n * w->code_output;
+    const int zero = w->values == PACKED ? zero_of(w, n, s->group) : 0;
+    if (reading == BYTE_BY_BYTE && w->code_input == 1) {
+        memcpy(to + start, codes + start, count);
+    } else if (reading == BYTE_BY_BYTE) {
+        for (int64_t k = start; k < s->stop; k++) to[k] = *(const int8_t *)(codes + k * w->code_input);
+    } else if (reading == NIBBLE_WORDS && start % 2 == 0) {
+        expand_nibbles((const uint8_t *)codes + start / 2, count, zero, to + start);
+    } else if (reading == STRIDED_WORDS && start % 8 == 0 && count % 8 == 0) {
         for (int64_t k = start; k < s->stop; k += 8) {
             uint32_t word;
-            memcpy(&word, row->codes + k / 8 * w->code_input, sizeof word);
+            memcpy(&word, codes + k / 8 * w->code_input, sizeof word);
             const uint64_t bytes = less(spread_nibbles(word), zero);
             memcpy(to + k, &bytes, sizeof bytes);
         }
     } else {
-        for (int64_t k = start; k < s->stop; k++) to[k] = (int8_t)(code_of(w, row->n, k) - zero);
+        for (int64_t k = start; k < s->stop; k++) to[k] = (int8_t)(code_of(w, n, k) - zero);
     }
     if (w->values == E2M1) to_halves(to + start, count);
 }
 
-/* The scales of all groups of a row and, if `zeros` is not null, its zero points. */
-INLINE void copy_groups(const struct stored *w, const struct row *row, int64_t groups, float *scales, int8_t *zeros) {
-    const uint32_t mask = (1u << w->bits) - 1;
-    if (w->scale_input == 1)
-        memcpy(scales, row->scales, groups * sizeof *scales);
-    else
-        for (int64_t g = 0; g < groups; g++) scales[g] = row->scales[g * w->scale_input];
-    if (!zeros) return;
-    if (!row->zeros)
-        memset(zeros, (int)w->zero, groups);
-    else if (w->zero_input == 1)
-        for (int64_t g = 0; g < groups; g++) zeros[g] = (int8_t)((row->zeros[g] >> row->place & mask) + w->zero);
-    else
-        for (int64_t g = 0; g < groups; g++) zeros[g] = (int8_t)row_zero(w, row, g);
-}
-
-/* The outputs [n, n + count) as 8-bit integers, to[i * stride + k], and what these are to be multiplied with,
- * scales[i * num_segments + s]. Without `codes`, scales alone and, of nibbles, zeros[i * num_segments + s]. */
+/* The outputs [n, n + count) as 8-bit integers, integer zero points subtracted: to[i * stride + k]. */
 static void expand_rows(const struct stored *w, int64_t n, int64_t count, const struct segment *segments,
-                        int64_t num_segments, int codes, int8_t *to, int64_t stride, float *scales, int8_t *zeros) {
+                        int64_t num_segments, int8_t *to, int64_t stride) {
     const enum reading reading = reading_of(w);
     for (int64_t i = 0; i < count; i++) {
-        const struct row row = row_of(w, n + i);
         const int64_t begin = i - (w->first_output + n + i) % 8; /* of the word along the outputs */
         const int in_columns = reading == COLUMNS && begin >= 0 && begin + 8 <= count;
-        if (!codes && row.scales && w->values != E2M1 && w->group_size && w->segment % w->group_size == 0) {
-            int8_t *to_zeros = reading == NIBBLES ? zeros + i * num_segments : 0; /* each segment is one group */
-            copy_groups(w, &row, num_segments, scales + i * num_segments, to_zeros);
-            continue;
-        }
         for (int64_t s = 0; s < num_segments; s++) {
             const struct segment *segment = &segments[s];
             const int whole = (segment->stop - segment->start) % 8 == 0;
-            scales[i * num_segments + s] = row_scale(w, &row, segment->group);
-            if (!codes && reading == NIBBLES) zeros[i * num_segments + s] = (int8_t)row_zero(w, &row, segment->group);
-            if (!codes) continue;
             if (!in_columns || !whole)
-                expand_row(w, &row, segment, reading, to + i * stride);
+                expand_row(w, n + i, segment, reading, to + i * stride);
             else if (begin == i)
                 expand_columns(w, n + i, segment, to + i * stride, stride);
         }
@@ -334,14 +297,15 @@ static void widen_segment(const struct stored *w, int64_t n, int64_t count, cons
         for (int64_t i = 0; i < count; i++)
             for (int64_t k = s->start; k < s->stop; k++) {
                 const int64_t group = w->groups ? w->groups[k] : s->group;
-                const int value = code_of(w, n + i, k) - zero_of(w, n + i, group);
-                to[i * stride + k - s->start] = (float)value * scale_of(w, n + i, group);
+                const float value = (float)(code_of(w, n + i, k) - zero_of(w, n + i, group));
+                to[i * stride + k - s->start] = (value - float_zero_of(w, n + i, group)) * scale_of(w, n + i, group);
             }
         return;
     }
     const int64_t room = w->inputs + LINE;
-    float scales[8];
-    expand_rows(w, n, count, s, 1, 1, bytes, room, scales, 0);
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t k = 0; k < length; k++) to[i * stride + k] = (float)bytes[i * room + s->start + k] * scales[i];
+    expand_rows(w, n, count, s, 1, bytes, room);
+    for (int64_t i = 0; i < count; i++) {
+        const float scale = integer_scale_of(w, n + i, s->group), zero = float_zero_of(w, n + i, s->group);
+        for (int64_t k = 0; k < length; k++) to[i * stride + k] = ((float)bytes[i * room + s->start + k] - zero) * scale;
+    }
 }
