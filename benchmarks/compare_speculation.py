@@ -1,0 +1,294 @@
+"""What speculation gains and costs, as ratios to none in the same run: `python -m benchmarks.compare_speculation`.
+
+One engine of two ranks per model. Before each run, rank 0 gets the speculation under test, or none; weights, cache and
+graphs stay. Settings alternate, so that disturbances affect all of them, and every ratio is that of one repeat.
+
+SmolLM2-135M edits code of Python's own library and writes JSON under a schema. The random weights of llama-0.5b can
+repeat nothing, so it becomes a `counting_model`, whose output repeats its prompt as the edited code repeats the code.
+Interrupted or out of time, it prints what is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.table import Table
+
+from benchmarks.counting_model import counting_model, edit_prompt, random_prompt
+from benchmarks.json_output import JsonStudy
+from ulysses_infer import SamplingParams, init_inference
+from ulysses_infer.bench.load import LoadMeter
+from ulysses_infer.bench.serve.repetition import REPETITIVE, code_edits
+from ulysses_infer.bench.workload import Sample, sample_of
+from ulysses_infer.cache_folders import cache_folder
+from ulysses_infer.config import SpeculationConfig
+from ulysses_infer.console.screen import make_console
+from ulysses_infer.engine.profile_key import device_name
+from ulysses_infer.engine.speculation.start import start_speculation
+from ulysses_infer.inference import InferenceEngine
+
+FIXED = (1, 2, 4, 8, 16)
+NONE = "none"
+SETTINGS = {
+    NONE: SpeculationConfig(),
+    "ngram": SpeculationConfig(method="ngram"),
+    "suffix": SpeculationConfig(method="suffix"),
+    **{f"ngram, {count} tokens": SpeculationConfig(method="ngram", num_tokens=count) for count in FIXED},
+}
+CHOSEN = (NONE, "ngram", "suffix")
+MOST_REQUESTS = 16
+
+
+class Load(NamedTuple):
+    """Requests that arrive together."""
+
+    name: str
+    prompts: Callable[[int], list[Any]]
+    """Of the number of the repeat."""
+    params: SamplingParams
+    settings: Sequence[str]
+    repeats: int
+
+
+class Run(NamedTuple):
+    """One run of a load."""
+
+    sample: Sample
+    num_drafted: int
+    num_accepted: int
+
+
+@dataclass
+class Study:
+    """The runs of one model."""
+
+    model: str
+    runs: dict[tuple[str, str], list[Run]] = field(default_factory=dict)
+    """By load and setting; the n-th runs of all settings belong to the same repeat."""
+
+    def ratio(self, load: str, setting: str, of: Callable[[Sample], float], reference: str = NONE) -> float | None:
+        """The median, over the repeats, of what `of` gives relative to `reference`."""
+        pairs = zip(self.runs.get((load, setting), ()), self.runs.get((load, reference), ()), strict=False)
+        ratios = [of(own.sample) / of(other.sample) for own, other in pairs]
+        return median(ratios) if ratios else None
+
+
+def tokens_per_second(sample: Sample) -> float:
+    """Output tokens."""
+    return sample.output_tokens / sample.seconds
+
+
+def tpot(sample: Sample) -> float:
+    """Seconds per output token after the first."""
+    return sample.tpot
+
+
+# --- loads ----------------------------------------------------------------------------------------------------------
+
+
+def loads_of(is_counting: bool, vocab_size: int, tokens: int, repeats: int) -> list[Load]:
+    """The loads of a model. tokens: of each output."""
+    plain = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    hot = replace(plain, temperature=0.0 if is_counting else 1.5, seed=1)
+
+    def edits(count: int) -> Callable[[int], list[Any]]:
+        def make(repeat: int) -> list[Any]:
+            if is_counting:
+                found = itertools.islice(code_edits(200, repeat), count)
+                return [edit_prompt(edit, vocab_size, tokens, repeat) for edit in found]
+            items = itertools.islice(REPETITIVE["code_edit"](200, tokens, repeat), count)
+            return [item.content for item in items]
+
+        return make
+
+    def unknown(count: int) -> Callable[[int], list[Any]]:
+        return lambda repeat: [random_prompt(vocab_size, 64, tokens, 100 * repeat + each) for each in range(count)]
+
+    every = tuple(SETTINGS)
+    return [
+        Load("a code edit", edits(1), plain, every, repeats),
+        Load("random text", unknown(1), hot, CHOSEN, 2 * repeats),
+        Load(f"{MOST_REQUESTS} random texts", unknown(MOST_REQUESTS), hot, CHOSEN, repeats),
+        Load("4 code edits", edits(4), plain, every, max(2, repeats - 1)),
+        Load(f"{MOST_REQUESTS} code edits", edits(MOST_REQUESTS), plain, every, max(2, repeats - 1)),
+    ]
+
+
+def order(load: Load) -> Iterator[tuple[int, str]]:
+    """(repeat, setting): the first round is not counted; each starts with another setting."""
+    for repeat in range(-1, load.repeats):
+        first = repeat % len(load.settings)
+        for setting in (*load.settings[first:], *load.settings[:first]):
+            yield repeat, setting
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def speculate(engine: InferenceEngine, chosen: SpeculationConfig) -> None:
+    """Give rank 0 this speculation, as a start with it would."""
+    own = engine._engine
+    assert own is not None
+    own.speculation = start_speculation(replace(own.config, speculation=chosen), own.rank, own.requests, own.policies)
+
+
+def measure(engine: InferenceEngine, load: Load, setting: str, repeat: int) -> Run:
+    """Run a load once."""
+    speculate(engine, SETTINGS[setting])
+    own = engine._engine
+    assert own is not None
+    own.scheduler.allocator.reset_prefix_cache()
+    params = load.params if repeat >= 0 else replace(load.params, max_tokens=min(16, load.params.max_tokens or 16))
+    sample = sample_of(engine.generate(load.prompts(repeat), params))
+    stats = own.speculation.stats if own.speculation is not None else None
+    return Run(sample, stats.num_draft_tokens if stats else 0, stats.num_accepted_tokens if stats else 0)
+
+
+def study(engine: InferenceEngine, loads: Sequence[Load], found: Study, is_over: Callable[[], bool]) -> None:
+    """Run all loads, as long as there is time."""
+    for load in loads:
+        for repeat, setting in order(load):
+            if is_over():
+                return
+            run = measure(engine, load, setting, repeat)
+            if repeat >= 0:
+                found.runs.setdefault((load.name, setting), []).append(run)
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+def table_of(found: Study) -> Table:
+    """One row per load and setting, with medians and ratios."""
+    table = Table(title=found.model, box=box.SIMPLE_HEAD, show_edge=False, title_justify="left")
+    for column in ("load", "speculation", "TPOT ms", "ratio", "tokens/s", "ratio", "accepted of drafted"):
+        table.add_column(column, justify="left" if column in ("load", "speculation") else "right", no_wrap=True)
+    for (load, setting), runs in found.runs.items():
+        drafted, accepted = sum(run.num_drafted for run in runs), sum(run.num_accepted for run in runs)
+        table.add_row(
+            load,
+            setting,
+            f"{1e3 * median(tpot(run.sample) for run in runs):.1f}",
+            _shown(found.ratio(load, setting, tpot)),
+            f"{median(tokens_per_second(run.sample) for run in runs):.1f}",
+            _shown(found.ratio(load, setting, tokens_per_second)),
+            f"{accepted} of {drafted}" if drafted else "-",
+        )
+    return table
+
+
+def _shown(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.3f}x"
+
+
+def verdicts(found: Study) -> Iterator[str]:
+    """What was aimed at, and what came out."""
+    saturated = f"{MOST_REQUESTS} random texts"
+    for setting in CHOSEN[1:]:
+        yield _verdict(f"a code edit, {setting}: TPOT", found.ratio("a code edit", setting, tpot), 0.5, True)
+        yield _verdict(f"random text, {setting}: TPOT", found.ratio("random text", setting, tpot), 1.03, True)
+        speed = found.ratio(saturated, setting, tokens_per_second)
+        yield _verdict(f"{saturated}, {setting}: tokens/s", speed, 0.98, False)
+    for load in ("a code edit", "4 code edits", f"{MOST_REQUESTS} code edits"):
+        ratios = [found.ratio(load, f"ngram, {count} tokens", tokens_per_second, "ngram") for count in FIXED]
+        known = [ratio for ratio in ratios if ratio is not None]
+        yield _verdict(f"{load}, auto against the best fixed number: tokens/s", _inverse(known), 0.97, False)
+
+
+def _inverse(ratios: Sequence[float]) -> float | None:
+    return 1 / max(ratios) if ratios else None
+
+
+def _verdict(what: str, ratio: float | None, aim: float, is_most: bool) -> str:
+    if ratio is None:
+        return f"not measured  {what}"
+    is_met = ratio <= aim if is_most else ratio >= aim
+    return (
+        f"{'met' if is_met else 'MISSED':12}  {what} {ratio:.3f}x, aim: {'at most' if is_most else 'at least'} {aim}x"
+    )
+
+
+# --- command --------------------------------------------------------------------------------------------------------
+
+
+def start(path: Path, ranks: int) -> InferenceEngine:
+    """An engine with graphs of as many rows as the most drafted tokens need."""
+    return init_inference(
+        str(path),
+        parallel={"sp": ranks},
+        speculation={"method": "ngram"},
+        policy={"name": "adaptive", "profile": None, "calibration_seconds": 15},
+        scheduler={"max_num_seqs": MOST_REQUESTS, "max_num_batched_tokens": 1024},
+        model={"max_model_len": 2048},
+        cache={"num_blocks": 1024},
+    )
+
+
+def smollm2() -> Path:
+    """The checkpoint, from a package that ships it."""
+    from benchmarks.compare_peers.models import SMOLLM2, find_model
+
+    return find_model(SMOLLM2, cache_folder("peers"))
+
+
+MODELS = {
+    "smollm2-135m": smollm2,
+    **{f"{shape}-counting": partial(counting_model, shape) for shape in ("llama-0.5b", "llama-60m")},
+}
+DEFAULT_MODELS = ["smollm2-135m", "llama-0.5b-counting"]
+
+
+def main() -> None:
+    """Measure one model after the other, print each when it is done."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=DEFAULT_MODELS)
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks (default 2)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="no run starts after this time (default 9.5)")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions of each measurement (default 3)")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens of each output (default 96)")
+    parser.add_argument("--documents", type=int, default=200, help="JSON documents to write (default 200)")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    console, load, started = make_console(0), LoadMeter(), time.monotonic()
+    console.print(f"{options.ranks} ranks, {device_name(torch.device('cpu'))}\n")
+    with suppress(KeyboardInterrupt):
+        for number, name in enumerate(options.models, start=1):
+            end = started + 60 * options.minutes * number / len(options.models)
+            _compare(name, options, console, partial(_has_passed, end))
+    console.print(f"{time.monotonic() - started:.0f} s; other programs kept {load.foreign_cores():.2f} cores busy")
+
+
+def _has_passed(moment: float) -> bool:
+    return time.monotonic() > moment
+
+
+def _compare(name: str, options: argparse.Namespace, console: Any, is_over: Callable[[], bool]) -> None:
+    is_counting = name != "smollm2-135m"
+    found, documents = Study(name), JsonStudy(options.documents)
+    try:
+        with start(MODELS[name](), options.ranks) as engine:
+            if not is_counting:
+                documents.run(engine, lambda chosen: speculate(engine, SETTINGS["ngram" if chosen else NONE]), is_over)
+            loads = loads_of(is_counting, engine.vocab_size, options.tokens, options.repeats)
+            study(engine, loads, found, is_over)
+    finally:
+        console.print(table_of(found))
+        lines = [*verdicts(found), *([] if is_counting else documents.lines())]
+        console.print("\n".join(["", *lines, ""]))
+
+
+if __name__ == "__main__":
+    main()
