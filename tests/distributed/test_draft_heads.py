@@ -5,9 +5,11 @@ import random
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.distributed.draft_heads import eagle3_checkpoint, frequent_model, mtp_checkpoint
+from tests.distributed.test_speculation_modes import REPEATING, batches, check, complete
 from tests.model.quantization.checkpoints import FORMATS
 from tests.tiny import SHAPE, settings, tiny_config, tiny_llama
 from ulysses_infer import SamplingParams, init_inference
@@ -121,6 +123,42 @@ def test_num_tokens_auto_drafts_with_the_time_of_drafting_in_mind(heads):
     folder, chosen, head = heads("qwen2")
     without, with_drafts, _, found = run(folder, chosen, (1, 1), "auto", mixed_options())
     assert with_drafts == without
+    check_drafts(found, head)
+
+
+@pytest.fixture(scope="module")
+def started(heads):
+    folder, chosen, _ = heads("qwen2")
+    changes = {"speculation.num_tokens": 3, "cache.num_blocks": 45, "scheduler.max_num_batched_tokens": 24}
+    with init_inference(folder, **settings(1, **chosen, **changes)) as engine:
+        yield engine
+
+
+@pytest.mark.thorough
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(batch=batches)
+def test_any_options_give_the_outputs_without(started, batch):
+    check(started._engine, batch)
+
+
+@pytest.mark.thorough
+def test_aborts_return_all_blocks(started):
+    source = random.Random(1)
+    for _ in range(20):
+        complete(started._engine, REPEATING, True, abort=source)
+
+
+@pytest.mark.thorough
+def test_a_cache_that_was_freed_is_filled_again(started, heads):
+    engine = started._engine
+    head, found = heads("qwen2")[2], recorded(engine)
+    batch = [(text, {"max_tokens": 12, "temperature": 0, "ignore_eos": True}) for text in TEXTS]
+    before = complete(engine, batch, True)
+    started.sleep()
+    started.wake_up()
+    found.clear()
+    after = complete(engine, batch, True)
+    assert [each.outputs[0].token_ids for each in after] == [each.outputs[0].token_ids for each in before]
     check_drafts(found, head)
 
 
