@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import LlamaConfig
 
 from ulysses_infer.bench.serve.traces import TraceRow
@@ -10,6 +12,7 @@ from ulysses_infer.planning.changes import Changes
 from ulysses_infer.planning.node import Node, load_node
 from ulysses_infer.planning.operations import StepOperations
 from ulysses_infer.planning.planner import Planner
+from ulysses_infer.planning.roofline import Link, Rate
 from ulysses_infer.planning.sizes import ModelSizes, sizes_of
 
 
@@ -45,3 +48,25 @@ def operations(node: Node, sizes: ModelSizes | None = None) -> StepOperations:
 
 def burst(count: int = 20, input_len: int = 300, output_len: int = 8) -> list[TraceRow]:
     return [TraceRow(0.001 * number, input_len, output_len) for number in range(count)]
+
+
+def faster(node: Node, part: str, factor: float) -> Node:
+    """`node` with one kind of bandwidth or speed multiplied."""
+    value = getattr(node, part)
+    if isinstance(value, Rate):
+        return replace(
+            node, **{part: value._replace(flops=value.flops * factor, bytes_per_second=value.bytes_per_second * factor)}
+        )
+    changed = {
+        key: Link(each.latency_seconds, each.bytes_per_second * factor)
+        if isinstance(each, Link)
+        else each._replace(flops=each.flops * factor, bytes_per_second=each.bytes_per_second * factor)
+        for key, each in value.items()
+    }
+    return replace(node, **{part: changed})
+
+
+def free_links(node: Node) -> Node:
+    """`node` with collectives that take no time."""
+    free = {ranks: Link(0.0, float("inf")) for ranks in (2, 4, 8)}
+    return replace(node, **dict.fromkeys(("all_reduce", "all_reduce_small", "all_to_all", "all_gather"), free))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.planning.plans import llama_sizes, operations
+from tests.planning.plans import faster, free_links, llama_sizes, operations
 from ulysses_infer.engine.calibration_points import Limits
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.layout import Mode
@@ -16,7 +16,6 @@ from ulysses_infer.planning.changes import Changes
 from ulysses_infer.planning.node import Node, known_nodes, load_node
 from ulysses_infer.planning.operations import StepOperations
 from ulysses_infer.planning.recurrent import RecurrentSizes
-from ulysses_infer.planning.roofline import Link, Rate
 from ulysses_infer.planning.step_times import AnalyticStepTimes, MeasuredStepTimes, profile_of
 from ulysses_infer.step_time.step_shape import StepShape
 
@@ -30,22 +29,6 @@ shapes = st.builds(
 
 def times(node: Node) -> AnalyticStepTimes:
     return AnalyticStepTimes(operations(node), MODES)
-
-
-def faster(node: Node, part: str, factor: float) -> Node:
-    """`node` with one kind of bandwidth or speed multiplied."""
-    value = getattr(node, part)
-    if isinstance(value, Rate):
-        return replace(
-            node, **{part: value._replace(flops=value.flops * factor, bytes_per_second=value.bytes_per_second * factor)}
-        )
-    changed = {
-        key: Link(each.latency_seconds, each.bytes_per_second * factor)
-        if isinstance(each, Link)
-        else each._replace(flops=each.flops * factor, bytes_per_second=each.bytes_per_second * factor)
-        for key, each in value.items()
-    }
-    return replace(node, **{part: changed})
 
 
 @settings(max_examples=40, deadline=None)
@@ -72,12 +55,8 @@ def test_more_tokens_are_never_faster(tokens, more, mode):
 @given(st.integers(1, 8000))
 def test_with_free_links_sequence_parallelism_loses_at_most_the_reading_of_its_weights(tokens):
     node = load_node("8xh200")
-    free = {
-        part: {ranks: Link(0.0, float("inf")) for ranks in (2, 4, 8)}
-        for part in ("all_reduce", "all_reduce_small", "all_to_all", "all_gather")
-    }
     sizes = llama_sizes()
-    own = AnalyticStepTimes(operations(replace(node, **free), sizes), MODES)
+    own = AnalyticStepTimes(operations(free_links(node), sizes), MODES)
     shape = StepShape.of([], [(0, tokens)])
     reading = 2 * sizes.layer_weights / node.products["bf16"].bytes_per_second
     norms = sizes.num_layers * node.elementwise.floor_seconds  # which the sum over the ranks includes
