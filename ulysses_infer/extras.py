@@ -10,6 +10,7 @@ MODULES = {
     "serve": ("fastapi", "uvicorn", "uvloop", "httptools", "msgspec", "prometheus_client", "regex"),
     "bench": ("httptools", "matplotlib"),
     "gguf": ("gguf",),
+    "trl": ("trl", "httpx"),
 }
 """The modules of each extra that its commands require."""
 
