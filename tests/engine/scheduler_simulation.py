@@ -134,6 +134,10 @@ class Simulation:
         for item in batch.scheduled:
             self._restore(item)
         for item in batch.scheduled:
+            assert (item.checkpoint is not None) == (self.pool is not None and len(item.drafts) > 0)
+            if item.checkpoint is not None:
+                self.snapshots[item.checkpoint] = self.states[item.request.index]
+        for item in batch.scheduled:
             self._write(item)
         for item in batch.scheduled:
             self._save(item)
@@ -177,7 +181,9 @@ class Simulation:
     def _check_snapshots(self, running: list[Request]) -> None:
         """Slots that requests have reserved, published ones and empty ones are all slots, without overlap."""
         reserved = [slot for request in running for _, slot in request.reserved_snapshots]
-        assert not any(r.reserved_snapshots for r in self.requests if r.status is not RequestStatus.RUNNING)
+        reserved += [request.checkpoint for request in running if request.checkpoint is not None]
+        idle = [request for request in self.requests if request.status is not RequestStatus.RUNNING]
+        assert not any(request.reserved_snapshots or request.checkpoint is not None for request in idle)
         if self.pool is not None:
             assert len(set(reserved)) == len(reserved) == self.pool.num_reserved
             assert set(reserved) <= set(range(100, 100 + self.pool.num_slots))
@@ -190,12 +196,13 @@ class Simulation:
             assert (item.restored is None) == (item.start == 0 or self.pool is None)
             self.num_restored += item.restored is not None
             self.states[index] = tokens[: item.start] if item.restored is None else self.snapshots[item.restored]
-        else:
-            assert item.restored is None
+        elif item.restored is not None:  # it goes back to before drafted tokens
+            self.states[index] = self.snapshots[item.restored]
         assert self.states[index] == tokens[: item.start]
 
     def _save(self, item: ScheduledRequest) -> None:
-        self.states[item.request.index] = tuple(self._tokens(item.request)[: item.start + item.num_new_tokens])
+        text = [*self._tokens(item.request), *item.drafts]
+        self.states[item.request.index] = tuple(text[: item.start + item.num_new_tokens])
         if item.snapshot is not None:
             assert (item.start + item.num_new_tokens) % self.allocator.block_size == 0
             self.snapshots[item.snapshot] = self.states[item.request.index]
@@ -284,8 +291,11 @@ class Simulation:
             if accepted == len(item.drafts) or item.drafts[accepted] != output[-1]:
                 break
             accepted += 1
-        self.computed[request.index] -= len(item.drafts) - accepted
-        if item.drafts:
+        if item.checkpoint is None:
+            self.computed[request.index] -= len(item.drafts) - accepted
+        elif accepted < len(item.drafts):
+            self.computed[request.index] = item.start
+        if item.drafts and self.pool is None:
             self.states[request.index] = tuple(self._tokens(request)[: self.computed[request.index]])
         self.num_accepted += accepted
         self.num_rejected += len(item.drafts) - accepted

@@ -30,6 +30,7 @@ def run(seed, abort=0.0):
         max_model_len=26,
         attention_spans=source.choice(GROUPS),
         caching=source.random() < 0.7,
+        snapshots=source.choice([None, None, 0, 1, 3, 20]),
         max_num_seqs=source.randint(1, 5),
         max_num_batched_tokens=source.randint(2, 24),
         policy=source.choice(["fcfs", "priority"]),
@@ -70,9 +71,9 @@ def test_a_thousand_aborts_return_all_blocks():
     assert ended >= 1000
 
 
-def decoding(draft_of, **params):
+def decoding(draft_of, snapshots=None, **params):
     """A request that has its first output token, one step with the drafts that `draft_of(text)` gives."""
-    simulation = small_simulation(num_blocks=16, block_size=4)
+    simulation = small_simulation(num_blocks=16, block_size=4, snapshots=snapshots, snapshot_blocks=8)
     request = simulation.add([1, 2, 3], ignore_eos=True, **{"max_tokens": 12, **params})
     simulation.step()
     text = [*request.prompt_token_ids, *request.output_token_ids]
@@ -107,6 +108,31 @@ def test_a_wrong_draft_goes_back_to_the_accepted_tokens():
     assert request.num_computed_tokens == request.num_tokens - 1
     assert request.num_published_blocks == request.num_computed_tokens // 4, "only accepted tokens fill a block"
     simulation.run()
+
+
+def test_with_states_a_wrong_draft_goes_back_to_before_the_step():
+    simulation, request, batch = decoding(lambda text: [*right(text, 2), 4, 4], snapshots=4)
+    start = batch.scheduled[0].start
+    assert request.num_output_tokens == 1 + 3
+    assert request.num_computed_tokens == start
+    following = simulation.step().scheduled[0]
+    assert (following.start, following.num_new_tokens) == (start, 4)
+    assert following.restored == batch.scheduled[0].checkpoint
+    assert not following.drafts
+    simulation.run()
+    assert request.output_token_ids == lone_output(request, simulation.max_model_len)
+
+
+def test_with_states_a_right_draft_needs_no_way_back():
+    simulation, request, _ = decoding(lambda text: right(text, 5), snapshots=4)
+    assert request.checkpoint is None
+    assert request.num_computed_tokens == request.num_tokens - 1
+    simulation.run()
+
+
+def test_without_a_slot_for_their_states_requests_draft_nothing():
+    _, _, batch = decoding(lambda text: right(text, 5), snapshots=0)
+    assert not batch.num_drafted
 
 
 def test_no_more_is_drafted_than_the_request_may_output():

@@ -43,6 +43,8 @@ class ScheduledRequest(NamedTuple):
     """Where its states are saved after the step."""
     drafts: tuple[int, ...] = ()
     """Drafted tokens that the step verifies: its last ones, not known tokens."""
+    checkpoint: int | None = None
+    """Where its recurrent states are saved before the step, because of the drafted tokens."""
 
     @property
     def num_known_tokens(self) -> int:
@@ -139,10 +141,13 @@ class BatchBuilder:
         restored: int | None = None,
         snapshot: int | None = None,
         drafts: tuple[int, ...] = (),
+        checkpoint: int | None = None,
     ) -> None:
         """Schedule the next `num_new_tokens` tokens of `request`, the `drafts` among them."""
         start = request.num_computed_tokens
-        item = ScheduledRequest(request, start, num_new_tokens, new_block_ids, samples, restored, snapshot, drafts)
+        item = ScheduledRequest(
+            request, start, num_new_tokens, new_block_ids, samples, restored, snapshot, drafts, checkpoint
+        )
         self.budget -= num_new_tokens
         if item.is_decode:
             self.decodes[request.index] = item
@@ -194,13 +199,15 @@ def make_plan(
         keeps_tokens,
         tuple((item.request.index, item.restored) for item in batch.scheduled if item.restored is not None),
         tuple((item.request.index, item.snapshot) for item in batch.scheduled if item.snapshot is not None),
+        tuple((item.request.index, item.checkpoint) for item in batch.scheduled if item.checkpoint is not None),
     )
 
 
 def _logits(item: ScheduledRequest) -> int:
     """Which rows of a request's tokens need logits."""
     if item.drafts:
-        return DRAFT_LOGITS
+        # Recurrent layers take a sequence's tokens one after another, so that these are not laid out by row.
+        return DRAFT_LOGITS if item.checkpoint is None else ALL_LOGITS
     if item.request.params.prompt_logprobs is not None and item.start < item.request.num_prompt_tokens:
         return ALL_LOGITS
     return LAST_LOGITS if item.samples else NO_LOGITS

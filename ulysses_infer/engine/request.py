@@ -65,6 +65,9 @@ class Request:
     """Leading tokens whose blocks are cached, but not the recurrent states after them."""
     reserved_snapshots: list[tuple[int, int]] = field(default_factory=list)
     """(number of tokens, slot) of each snapshot of its states that scheduled steps take."""
+    checkpoint: int | None = None
+    """The slot of its states after `num_computed_tokens` tokens, while drafted tokens behind them are verified, and
+    after some were rejected until the request has gone back to it."""
     num_published_blocks: int = 0
     """Leading blocks already published in the prefix cache."""
     precedence: tuple[int, int] = (0, 0)

@@ -170,18 +170,19 @@ class Scheduler:
         """Apply the result of `batch`. `sampled` maps `request.index` to the sampled token id, `accepted` to how many
         of its drafted tokens come before that one (0 if it is not listed).
 
-        A request goes back to its accepted tokens; later steps overwrite the slots of the others. Returns the requests
-        that end with this step. Requests aborted during the step are skipped.
+        A request goes back to its accepted tokens; later steps overwrite the slots of the others. With recurrent
+        states it goes back to before the step unless all were accepted, and computes the accepted ones again. Returns
+        the requests that end with this step. Requests aborted during the step are skipped.
         """
         now, block_size = self._clock(), self.allocator.block_size
         finished = []
-        for request, start, num_new_tokens, _, samples, _, _, drafts in batch.scheduled:
+        for request, start, num_new_tokens, _, samples, _, _, drafts, _ in batch.scheduled:
             if request.status is RequestStatus.FINISHED:
                 continue
             ending, end = None, start + num_new_tokens
             if drafts:
                 ending = request.append_drafts(drafts[: accepted.get(request.index, 0)], now)
-                end = request.num_computed_tokens = request.num_tokens  # the rejected ones are not computed
+                end = request.num_computed_tokens = self._end_of_accepted(request, start, end)
             if end // block_size != request.num_published_blocks:
                 self._publish_full_blocks(request, end)
             if request.reserved_snapshots:
@@ -218,9 +219,18 @@ class Scheduler:
             num_blocks = self._missing_blocks(request, num_tokens + len(drafts))
             new_block_ids = self.allocator.extend(request.block_tables, num_blocks)
             request.num_blocks += num_blocks
-        snapshot = self._snapshots.reserve(request, num_tokens)
-        samples = num_new_tokens == num_tokens_left
-        step.put(request, num_new_tokens + len(drafts), new_block_ids, samples, snapshot=snapshot, drafts=drafts)
+        restored = None if drafts else self._snapshots.drop_checkpoint(request)
+        snapshot = None if drafts else self._snapshots.reserve(request, num_tokens)
+        num_new_tokens, samples = num_new_tokens + len(drafts), num_new_tokens == num_tokens_left
+        step.put(request, num_new_tokens, new_block_ids, samples, restored, snapshot, drafts, request.checkpoint)
+
+    def _end_of_accepted(self, request: Request, start: int, end: int) -> int:
+        """Computed tokens of `request` after a step from `start` to `end` with drafted tokens, of which it has appended
+        the accepted ones."""
+        if request.checkpoint is not None and request.num_tokens < end:
+            return start
+        self._snapshots.drop_checkpoint(request)
+        return request.num_tokens
 
     def _missing_blocks(self, request: Request, num_tokens: int) -> int:
         """Blocks that `request` needs for `num_tokens` tokens and does not have. Rejected drafts may have left some."""
@@ -228,11 +238,12 @@ class Scheduler:
 
     def _possible_drafts(self, request: Request, step: BatchBuilder) -> tuple[int, ...]:
         """The proposed tokens of a decode that the step has a budget for, and that the request may output with one more
-        token after them."""
+        token after them. None if it has recurrent states and there is no slot to come back to them."""
         if request.num_tokens_left > 1 or request.num_computed_tokens < request.num_prompt_tokens:
             return ()
         most = min(step.budget - len(self._running), request.max_tokens_left - 1)
-        return tuple(step.drafts.get(request.index, ())[: max(0, most)])
+        drafts = tuple(step.drafts.get(request.index, ())[: max(0, most)])
+        return drafts if drafts and self._snapshots.checkpoint(request) else ()
 
     def _fitting_drafts(self, request: Request, num_tokens: int, drafts: tuple[int, ...]) -> tuple[int, ...]:
         """The leading `drafts` after `num_tokens` tokens for which there are blocks. One block per running request
@@ -240,6 +251,8 @@ class Scheduler:
         own = self._missing_blocks(request, num_tokens)
         spare = max(0, self.allocator.num_free - own - len(self._running))
         room = (request.num_blocks + own + spare) * self.allocator.block_size - num_tokens
+        if drafts and not room:
+            self._snapshots.drop_checkpoint(request)
         return drafts[:room]
 
     def _preempt_for(self, request: Request, num_blocks: int, step: BatchBuilder) -> bool:

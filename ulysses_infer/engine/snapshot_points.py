@@ -16,6 +16,7 @@ class SnapshotPoints:
 
     def __init__(self, allocator: BlockPools, interval: int) -> None:
         """interval: in tokens, a multiple of the block size."""
+        self._slots = allocator.snapshots
         self._pool = allocator.snapshots if allocator.enable_prefix_caching else None
         self._interval, self._block_size = interval, allocator.block_size
         self._allocator = allocator
@@ -61,6 +62,22 @@ class SnapshotPoints:
             request.reserved_snapshots.append((end, slot))
         return slot
 
+    def checkpoint(self, request: Request) -> bool:
+        """Whether `request` can go back to its present states after drafted tokens are rejected, of which a slot is
+        reserved: always without states."""
+        if self._slots is None:
+            return True
+        request.checkpoint = self._slots.reserve()
+        return request.checkpoint is not None
+
+    def drop_checkpoint(self, request: Request) -> int | None:
+        """Give back the slot of the checkpoint, if there is one, which is restored before another step writes it."""
+        slot, request.checkpoint = request.checkpoint, None
+        if slot is not None:
+            assert self._slots is not None
+            self._slots.release(slot)
+        return slot
+
     def publish(self, request: Request, end: int) -> None:
         """Publish the snapshot after `end` tokens, which are known, if it is the next of those reserved."""
         reserved = request.reserved_snapshots
@@ -71,6 +88,7 @@ class SnapshotPoints:
 
     def release(self, request: Request) -> None:
         """Give back what `request` has reserved."""
+        self.drop_checkpoint(request)
         if self._pool is not None:
             for _, slot in request.reserved_snapshots:
                 self._pool.release(slot)

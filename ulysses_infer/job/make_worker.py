@@ -119,7 +119,9 @@ def make_states(
     if not shapes:
         _refuse_snapshots(config, model.injection.config.model_type)
         return None
-    wanted = settings.state_snapshots if settings.enable_prefix_caching else 0
+    # Drafted tokens need snapshots, too: of the states before them.
+    takes_snapshots = settings.enable_prefix_caching or config.speculation.is_enabled
+    wanted = settings.state_snapshots if takes_snapshots else 0
     slots = StateSizing(slot_bytes(shapes), config.scheduler.max_num_seqs, wanted, scratch_slots)
     if settings.num_blocks is not None:
         num_sequences, num_snapshots = slots.slots_within(left, 0)

@@ -20,13 +20,17 @@ class StateSlots:
         self._inputs = make_inputs(states.device)  # of its own: those of a step may not wait for these
 
     def prepare(self, plan: StepPlan, arrays: StepArrays) -> None:
-        """Before a step: clear the slots of sequences that start, restore those that start after a cached prefix."""
+        """Before a step: clear the slots of sequences that start, restore those that start after a cached prefix or go
+        back to before drafted tokens, save those that have drafted tokens now."""
         fresh = [int(row) for item, row in zip(plan.items, arrays.rows, strict=True) if item.start == 0]
         if fresh:
             self._states.clear(*self._inputs.send([np.array(fresh, dtype=np.int64)]))
         if plan.restores:
             snapshots, slots = self._pairs(plan, arrays, plan.restores)
             self._states.copy(*self._inputs.send([snapshots, slots]))
+        if plan.checkpoints:
+            snapshots, slots = self._pairs(plan, arrays, plan.checkpoints)
+            self._states.copy(*self._inputs.send([slots, snapshots]))
 
     def save(self, plan: StepPlan, arrays: StepArrays) -> None:
         """After a step: copy states to their snapshots."""

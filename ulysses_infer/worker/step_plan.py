@@ -59,6 +59,9 @@ class StepPlan(NamedTuple):
     """(handle, snapshot slot) of each sequence whose recurrent states are restored before the step."""
     snapshots: Sequence[tuple[int, int]] = ()
     """(handle, snapshot slot) of each sequence whose states are saved after the step. Restores come first."""
+    checkpoints: Sequence[tuple[int, int]] = ()
+    """(handle, snapshot slot) of each sequence whose states are saved before the step, but after restores, because it
+    has drafted tokens that may be rejected."""
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +108,7 @@ class StepPlan(NamedTuple):
             self.keeps_tokens,
             self.restores,
             self.snapshots,
+            self.checkpoints,
         )
         encoded: bytes = msgpack.packb(fields)
         return encoded

@@ -26,15 +26,16 @@ from ulysses_infer.worker.transfer import DeviceToHostCopy
 def start_speculation(
     config: Config, rank: Rank, requests: RequestTable, policies: PolicyControl
 ) -> Speculation | None:
-    """Speculation as in `config`; None without it. Raises `ConfigError` for a model whose states cannot go back."""
+    """Speculation as in `config`; None without it. Raises `ConfigError` for a model that cannot go back to its accepted
+    tokens."""
     if not config.speculation.is_enabled:
         return None
     worker, modes = rank.worker, config.parallel.available_modes
-    if worker.states is not None:
+    if worker.states is not None and not worker.states.num_snapshots:
         raise ConfigError(
             f"speculation.method = {config.speculation.method!r}: model type "
-            f"{worker.model.injection.config.model_type!r} has recurrent layers, whose states cannot go back to the "
-            "accepted tokens; use none"
+            f"{worker.model.injection.config.model_type!r} has recurrent layers, and there is no slot for their states "
+            "before drafted tokens; raise cache.state_snapshots or cache.memory_bytes, or use none"
         )
     if worker.cache.shape.entries:
         raise ConfigError(
@@ -51,6 +52,7 @@ def start_speculation(
         _make_draft_model_proposer(config, rank, requests)
         if config.speculation.method == DRAFT_MODEL
         else _head_proposer(config, rank),
+        runs_ahead=bool(config.scheduler.async_scheduling),
     )
     requests.on_end = speculation.forget
     return speculation
