@@ -164,6 +164,10 @@ def mtp_checkpoint(kind: str, folder: Path, seed: int = 0, chosen: Format | None
             folder, quantization_config=chosen.config | {"modules_to_not_convert": ["model.layers", "lm_head"]}
         )
     _add_tensors(folder, tensors)
+    if kind == "qwen2":
+        change_config(
+            folder, model_type="mimo", architectures=["MiMoForCausalLM"], auto_map={"AutoConfig": "code.Config"}
+        )
     return Head(served, parts.eval(), kind)
 
 

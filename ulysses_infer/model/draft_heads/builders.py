@@ -37,10 +37,10 @@ def mtp_builder(served: ShiftModel, settings: ModelConfig, source: TensorSource,
     names = FAMILIES.get(config.model_type)
     keys = _keys_of(source, names, config.num_hidden_layers) if names is not None else {}
     if names is None or not keys:
-        name, known = settings.path or "the given model", ", ".join(sorted(FAMILIES))
+        name = settings.path or "the given model"
         raise ConfigError(
             f"speculation.method = 'mtp': {name} (model type {config.model_type!r}) has no multi-token-prediction "
-            f"module; use another method, or a checkpoint that has one (of model type {known})"
+            "module; use another method, or a checkpoint that has one (DeepSeek-V3, GLM-4.5, Qwen3-Next, MiMo)"
         )
     base = served.injection
     module = MtpModule(config_of_module(config), base.model, names, base.head)

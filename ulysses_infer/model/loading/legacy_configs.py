@@ -1,4 +1,4 @@
-"""Repairs published config.json files with values that transformers no longer reads."""
+"""Repairs published config.json files with values that transformers no longer reads, or never has."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from ulysses_infer.model.loading.files import read_json_object
 RELEASED: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("llama4_text", "attn_temperature_tuning"): bool,  # Llama 4 Scout and Maverick have 4 for true
 }
+
+SAME_ARCHITECTURE = {"mimo": "qwen2"}
+"""Model types that transformers lacks, and those of which they are other names."""
 
 
 def legacy_config(folder: Path) -> Any | None:
@@ -33,6 +36,10 @@ def repair(values: dict[str, Any]) -> bool:
 
 def _repair_part(values: dict[str, Any]) -> int:
     """How many of `values`, of a model or a part of one, changed."""
+    if values.get("model_type") in SAME_ARCHITECTURE:
+        values["model_type"] = SAME_ARCHITECTURE[values["model_type"]]
+        values.pop("auto_map", None)  # of the code that came with the checkpoint
+        return 1
     found = [(name, meant) for (kind, name), meant in RELEASED.items() if kind == values.get("model_type")]
     changed = {name: meant(values[name]) for name, meant in found if type(values.get(name)) is int}
     values |= changed
