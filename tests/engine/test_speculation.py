@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ulysses_infer.config import PolicyConfig
-from ulysses_infer.engine.policies import AdaptivePolicy, ThresholdPolicy
+from ulysses_infer.config import PolicyConfig, SpeculationConfig
+from ulysses_infer.engine.batch import Batch, ScheduledRequest
+from ulysses_infer.engine.policies import AdaptivePolicy, StaticPolicy, ThresholdPolicy
 from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.speculation.acceptance import Acceptance
 from ulysses_infer.engine.speculation.draft_planner import DraftPlanner, Prediction
 from ulysses_infer.engine.speculation.ngram import NgramProposer
 from ulysses_infer.engine.speculation.proposer import NOTHING, Query
+from ulysses_infer.engine.speculation.speculation import Speculation
 from ulysses_infer.engine.speculation.step_times import StepTimes
 from ulysses_infer.engine.speculation.suffix import SharedOutputs, SuffixProposer
 from ulysses_infer.engine.speculation.token_index import SEPARATOR, TokenIndex
@@ -220,6 +222,86 @@ def test_the_plan_is_the_best_of_all_numbers_of_tokens(seed):
     chosen = sum(counts.values())
     got = len(gains) + sum(sum(gains[index][:count]) for index, count in counts.items())
     assert got / seconds(len(gains) + chosen) >= max(speeds) * (1 - 1e-9) or len(ordered) > 8
+
+
+# --- when tokens are proposed ---
+
+
+class FlatTimes(StepTimes):
+    """Every step takes a second."""
+
+    def __init__(self):
+        super().__init__([Mode(1, 1)], [], lambda: StaticPolicy(Mode(1, 1)))
+
+    def predict(self, shape):
+        return Prediction(Mode(1, 1), 1.0, True)
+
+
+def make_speculation(**changes):
+    return Speculation(SpeculationConfig(method="ngram"), lambda request: None, FlatTimes(), 64, **changes)
+
+
+def decoding(tokens, index=0):
+    """A request that has computed all but its last token."""
+    made = request(tokens[:-1], tokens[-1:], index)
+    made.length_limit = made.num_tokens + 90
+    made.num_computed_tokens = made.num_tokens - 1
+    return made
+
+
+def run_step(speculation, running, right=99):
+    """(drafted tokens by request) of a step that accepts at most `right` of each."""
+    drafts = speculation.draft(running, None)
+    scheduled = [
+        ScheduledRequest(each, each.num_computed_tokens, 1 + len(tokens), [], True, drafts=tokens)
+        for each in running
+        if (tokens := drafts.get(each.index, ()))
+    ]
+    accepted = {item.request.index: min(right, len(item.drafts)) for item in scheduled}
+    speculation.observe(Batch(scheduled, []), accepted)
+    return drafts
+
+
+@pytest.mark.parametrize(("runs_ahead", "tried"), [(False, [True] * 12), (True, [True, False, True] + [False] * 3)])
+def test_a_request_pauses_only_where_steps_are_launched_ahead(runs_ahead, tried):
+    speculation, made = make_speculation(runs_ahead=runs_ahead), decoding([1, 2, 3, 4])
+    asked = []
+    speculation._proposer.propose = lambda queries: asked.append(speculation._step) or [NOTHING for _ in queries]
+    for _ in tried:
+        run_step(speculation, [made])
+    assert [step in asked for step in range(len(tried))] == tried
+
+
+def test_a_request_that_gets_few_tokens_is_offered_few():
+    speculation, made = make_speculation(), decoding([1, 2, 3] * 5)
+    sizes = [len(run_step(speculation, [made], right=0).get(0, ())) for _ in range(6)]
+    assert sizes[0] == 16
+    assert sizes == sorted(sizes, reverse=True)
+    asked = []
+    speculation._proposer.propose = lambda queries: asked.extend(queries) or [NOTHING for _ in queries]
+    run_step(speculation, [made])
+    assert asked[0].most <= 2 * sizes[-1] + 2
+
+
+def test_new_requests_start_from_what_was_accepted_of_others():
+    good, bad = make_speculation(), make_speculation()
+    for speculation, right in ((good, 99), (bad, 0)):
+        for _ in range(9):
+            run_step(speculation, [decoding([1, 2, 3] * 5)], right)
+    rates = [each._of(decoding([1, 2, 3], index=7)).acceptance.rate for each in (good, bad)]
+    assert rates[0] > 0.95
+    assert rates[1] == 0.5, "it is tried all the same"
+
+
+def test_without_drafts_what_was_rejected_is_forgotten():
+    speculation, made = make_speculation(), decoding([1, 2, 3] * 5)
+    for _ in range(9):
+        run_step(speculation, [made], right=0)
+    before = speculation._of(made).acceptance.rate
+    speculation._proposer.propose = lambda queries: [NOTHING for _ in queries]
+    for _ in range(300):
+        run_step(speculation, [made])
+    assert speculation._of(made).acceptance.rate > before + 0.2
 
 
 # --- rows after drafted tokens ---

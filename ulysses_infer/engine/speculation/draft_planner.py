@@ -105,16 +105,19 @@ class DraftPlanner:
         self, candidates: list[_Candidate], contexts: list[int], chunks: list[tuple[int, int]], aims_at_tpot: bool
     ) -> tuple[int, str]:
         """The number of candidates, in order, with the most tokens per second, or the least mean time per token."""
-        plain = self._predict(StepShape.of(contexts, chunks))
+        shape = StepShape.of(contexts, chunks)
+        plain = self._predict(shape)
         base = len(contexts) / plain.seconds
         best, best_speed, number, worth = 0, base, float(len(contexts)), 0.0
         tested = set(_counts_upto(len(candidates)))
         for count, candidate in enumerate(candidates, start=1):
             worth += candidate.worth
+            shape = shape._replace(
+                num_decodes=shape.num_decodes + 1, decode_context=shape.decode_context + candidate.context
+            )
             if count in tested:
                 expected = number / (1 - worth / number) if aims_at_tpot else number + worth
-                rows = contexts + [each.context for each in candidates[:count]]
-                speed = expected / self._seconds(StepShape.of(rows, chunks), plain)
+                speed = expected / self._seconds(shape, plain)
                 if speed > best_speed:
                     best, best_speed = count, speed
         if not best:

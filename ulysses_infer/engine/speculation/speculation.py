@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -24,22 +24,25 @@ from ulysses_infer.model.sampling.sampler import Grammar
 
 logger = logging.getLogger(__name__)
 
-LONGEST_PAUSE = 8  # steps until a request for which nothing was drafted is tried again
+LONGEST_PAUSE = 8  # steps until a request for which nothing was drafted is tried again, if steps are launched ahead
 
 
 @dataclass
 class _Drafted:
     """What is known of one request."""
 
-    acceptance: Acceptance = field(default_factory=Acceptance)
-    usual: Acceptance = field(default_factory=Acceptance)
+    acceptance: Acceptance
+    usual: Acceptance
     """The same without regard to confidences, which are not known before drafting."""
+    reach: int
+    """The most tokens to propose: it will not get many more than it got last."""
     offered: Draft = NOTHING
     """The proposal of the step that is being scheduled or runs."""
     next_try: int = 0
     """The step from which on tokens are proposed again."""
     pause: int = 1
     last_step: int = 0
+    """The step up to which the acceptance has been told of steps without drafts."""
 
 
 class Speculation:
@@ -52,8 +55,11 @@ class Speculation:
         times: StepTimes,
         max_batched_tokens: int,
         proposer: Proposer | None = None,
+        runs_ahead: bool = False,
     ) -> None:
-        """grammar_of: the grammar of an unfinished request. proposer: instead of the configured one."""
+        """grammar_of: the grammar of an unfinished request. proposer: instead of the configured one. runs_ahead:
+        whether a step may be launched before the previous one's tokens are known, unless tokens are proposed after
+        it; a request for which nothing was drafted then pauses."""
         self.config, self._grammar_of, self.times = config, grammar_of, times
         self.stats = SpeculationStats(config.max_drafted)
         self.reason = ""
@@ -63,7 +69,9 @@ class Speculation:
         self._proposer = proposer or _make_proposer(config)
         self._planner = DraftPlanner(times.predict, lambda: times.aims_at_tpot)
         self._max_batched_tokens = min(max_batched_tokens, config.max_batched_tokens or max_batched_tokens)
+        self._longest_pause = LONGEST_PAUSE if runs_ahead else 1
         self._requests: dict[int, _Drafted] = {}
+        self._all = Acceptance()
         self._step = 0
 
     def draft(self, running: Sequence[Request], waiting: Request | None) -> dict[int, tuple[int, ...]]:
@@ -103,7 +111,9 @@ class Speculation:
             self.stats.count(len(item.drafts), count)
             known = self._requests.get(item.request.index)
             if known is not None:
-                known.acceptance.observe(known.offered.confidences[: len(item.drafts)], count)
+                confidences = known.offered.confidences[: len(item.drafts)]
+                known.acceptance.observe(confidences, count)
+                self._all.observe(confidences, count)
                 known.usual.observe([1.0] * len(item.drafts), count)
 
     def reset_stats(self) -> None:
@@ -121,7 +131,13 @@ class Speculation:
         self._proposer.forget(request)
 
     def _of(self, request: Request) -> _Drafted:
-        return self._requests.setdefault(request.index, _Drafted())
+        known = self._requests.get(request.index)
+        if known is None:
+            rate = self._all.rate
+            known = self._requests[request.index] = _Drafted(
+                Acceptance(rate), Acceptance(rate), self.config.max_drafted, last_step=self._step
+            )
+        return known
 
     def _query(self, request: Request) -> Query | None:
         """What to ask the proposer about a decoding request; None if it is not its turn."""
@@ -133,9 +149,9 @@ class Speculation:
             return None
         known.acceptance.skip(self._step - known.last_step)
         known.usual.skip(self._step - known.last_step)
-        known.last_step = self._step + 1
+        known.last_step = self._step
         first = self._forced_tokens(request)[:most]
-        return Query(request, first, most - len(first))
+        return Query(request, first, min(most - len(first), known.reach))
 
     def _worth_their_time(
         self, queries: list[Query], decoding: Sequence[Request], chunks: list[tuple[int, int]]
@@ -204,7 +220,12 @@ class Speculation:
     def _plan_next_try(self, index: int, counts: Mapping[int, int]) -> None:
         """Ask again in the next step if something was drafted, else after a pause that becomes longer."""
         known = self._requests[index]
-        known.pause = 1 if counts.get(index) else min(2 * known.pause, LONGEST_PAUSE)
+        if counts.get(index):
+            known.pause, known.last_step = 1, self._step + 1
+            if self.config.num_tokens == AUTO:
+                known.reach = 2 * counts[index] + 2
+        else:
+            known.pause = min(2 * known.pause, self._longest_pause)
         known.next_try = self._step + known.pause
 
 

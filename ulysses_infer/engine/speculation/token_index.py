@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,6 +66,8 @@ class TokenIndex:
         if len(tail) < least:
             return None
         known = self._places.get((int(tail[-2]), int(tail[-1])), ())
+        if not known or known[0] >= self._size:
+            return None  # the usual case in a text without repetitions
         places = np.array(known[-MOST_PLACES:], dtype=np.int64)
         places = places[places < self._size]
         if not len(places):
@@ -82,24 +85,19 @@ class TokenIndex:
         shares: list[float] = []
         while len(places) > 1 and len(tokens) < most:
             found = self._tokens[places]
-            values, counts = np.unique(found, return_counts=True)
-            token = self._most_frequent(found, values, counts)
+            token, count = _most_frequent(found.tolist())
             if token == SEPARATOR:
                 return Continuation(tokens, shares)
             tokens.append(token)
-            shares.append(int(counts.max()) / len(places))
-            places = places[found == token] + 1
-            places = places[places < self._size]
+            shares.append(count / len(places))
+            places = (places if count == len(places) else places[found == token]) + 1
+            if places[-1] == self._size:
+                places = places[:-1]
         if len(places) == 1:
             rest = self._read(int(places[0]), most - len(tokens), tokens)
             tokens += rest
             shares += [1.0] * len(rest)
         return Continuation(tokens, shares)
-
-    def _most_frequent(self, found: np.ndarray, values: np.ndarray, counts: np.ndarray) -> int:
-        """The most frequent of `values`; of equally frequent ones, the one that occurs last in `found`."""
-        best = values[counts == counts.max()]
-        return int(best[0]) if len(best) == 1 else int(found[np.isin(found, best)][-1])
 
     def _read(self, place: int, count: int, drafted: Sequence[int]) -> list[int]:
         """Up to `count` tokens from `place`. The text is taken to go on with `drafted` and then with what is read here,
@@ -113,3 +111,13 @@ class TokenIndex:
             tokens.append(token)
             ahead.append(token)
         return list(tokens)
+
+
+def _most_frequent(found: list[int]) -> tuple[int, int]:
+    """(token, count): the most frequent one; of equally frequent ones, the one that occurs last."""
+    last = found[-1]
+    if found.count(last) == len(found):
+        return last, len(found)
+    counts = Counter(found)
+    most = max(counts.values())
+    return next(token for token in reversed(found) if counts[token] == most), most
