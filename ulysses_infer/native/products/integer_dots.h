@@ -24,14 +24,15 @@ enum kind { BYTES, NIBBLES };
 #define WEIGHT_OFFSET 0
 #endif
 
-/* Bytes below 16 are multiplied with sums of 16 bits, which hold NARROW_WORDS words' products. */
+/* Bytes below 16 are multiplied with sums of 16 bits, which hold the products of
+ * NARROW_WORDS words of nibbles. */
 #if !DOTS_OF_BYTES && ((defined(HAS_AVX512) && defined(__AVX512BW__)) || (defined(__AVX2__) && LANES == 8) || \
                        (defined(__SSSE3__) && LANES == 4))
 #define NARROW_SUMS 1
 #else
 #define NARROW_SUMS 0
 #endif
-#define NARROW_WORDS 8
+#define NARROW_WORDS 4
 #define HAS_NIBBLES (DOTS_OF_BYTES || NARROW_SUMS)
 
 typedef int16_t shorts __attribute__((vector_size(LANES * 4)));

@@ -10,7 +10,7 @@
 #define VECTORS 2 /* of outputs */
 #define OUTPUTS (VECTORS * LANES)
 #define PANEL_INPUTS 512 /* at most: the panel stays in the L1 cache */
-#define PANEL_SEGMENTS 64
+#define PANEL_SEGMENTS 64 /* whole vectors */
 #define PANEL_WORDS (PANEL_INPUTS / 2 + 2 * PANEL_SEGMENTS)
 #define ROW_BYTES (PANEL_INPUTS + 2 * LINE) /* of a row of `bytes` */
 
@@ -25,7 +25,7 @@ struct cut {
 };
 
 struct panel {
-    uint32_t *operands;      /* [operands][OUTPUTS] */
+    uint32_t *words;         /* [words][OUTPUTS]: nibbles as they are stored, and operands of bytes */
     float *scales, *minima;  /* [segments][OUTPUTS]; minima: what a code of zero means */
     int8_t *bytes;           /* [OUTPUTS][ROW_BYTES], if the weight is expanded first */
 };
@@ -45,6 +45,14 @@ static struct cut cut_of(const struct stored *w, const struct segment *segments,
     return (struct cut){segments, first, count, kind, in_place, w->group_size && w->segment % w->group_size == 0};
 }
 
+/* Words of a panel per word of the weight. */
+INLINE int stored_of(enum kind kind) { return kind == NIBBLES ? 1 : operands_of(kind); }
+
+/* The word of the panel that begins with segment `s` at which segment `at` begins. */
+INLINE int64_t first_word(const struct cut *cut, int64_t s, int64_t at) {
+    return (cut->first[at] - cut->first[s]) / (cut->kind == NIBBLES ? 2 : 1);
+}
+
 /* How many segments from `s` on make a panel. */
 INLINE int64_t panel_end(const struct cut *cut, int64_t s) {
     int64_t end = s + 1;
@@ -53,61 +61,87 @@ INLINE int64_t panel_end(const struct cut *cut, int64_t s) {
     return end;
 }
 
-/* One segment of LANES outputs: `rows` are where its words begin, `count` its bytes; `ahead`: to what is read next. */
-INLINE void put_operands(const char *const rows[LANES], int64_t count, int64_t ahead, enum kind kind, uint32_t *to) {
-    const int operands = operands_of(kind);
-    for (int64_t k = 0; k < count; k += LANES * 4) {
-        floats square[LANES];
-        UNROLL for (int i = 0; i < LANES; i++) {
-            square[i] = (floats)load_bytes(rows[i] + k, count - k);
-            __builtin_prefetch(rows[i] + k + ahead, 0, 2);
-        }
-        transpose_square(square);
-        const int64_t left = (count - k + 3) / 4;
-        UNROLL for (int i = 0; i < LANES; i++) {
-            words found[2];
-            if (i >= left) break;
-            unpack((words)square[i], kind, found);
-            for (int o = 0; o < operands; o++, to += OUTPUTS) memcpy(to, &found[o], sizeof found[o]);
-        }
+/* Store a transposed square of words, the first `count`. Nibbles are unpacked where they are multiplied. */
+INLINE void put_square(floats square[LANES], const int count, enum kind kind, uint32_t *to) {
+    transpose_square(square);
+    UNROLL for (int i = 0; i < LANES; i++) {
+        words found[2] = {(words)square[i]};
+        if (kind == BYTES) unpack((words)square[i], kind, found);
+        if (i < count) memcpy(to + i * stored_of(kind) * OUTPUTS, &found[0], sizeof found[0]);
+        if (stored_of(kind) == 2 && i < count) memcpy(to + (2 * i + 1) * OUTPUTS, &found[1], sizeof found[1]);
     }
 }
 
-/* The operands of segments s .. end of outputs n .. n + count. */
-static void fill_operands(const struct stored *w, const struct cut *cut, int64_t n, int64_t count, int64_t s,
+static __attribute__((noinline)) void put_rest(const char *const rows[LANES], int64_t count, enum kind kind,
+                                               uint32_t *to) {
+    floats square[LANES];
+    for (int i = 0; i < LANES; i++) square[i] = (floats)load_bytes(rows[i], count);
+    put_square(square, (int)(count + 3) / 4, kind, to);
+}
+
+/* Words of LANES outputs: `rows` are where they begin, `count` their bytes; `ahead`: to what is read next, or 0. */
+INLINE void put_words(const char *rows[LANES], int64_t count, int64_t ahead, enum kind kind, uint32_t *to) {
+    for (; count >= LANES * 4; count -= LANES * 4, to += LANES * stored_of(kind) * OUTPUTS) {
+        floats square[LANES];
+        UNROLL for (int i = 0; i < LANES; i++) {
+            square[i] = take(rows[i], FLOAT32);
+            __builtin_prefetch(rows[i] + ahead, 0, 2);
+            rows[i] += LANES * 4;
+        }
+        put_square(square, LANES, kind, to);
+    }
+    if (count) put_rest(rows, count, kind, to);
+}
+
+/* The inputs of segments from `s` on that end with whole words: these can be read as one. next: the segment after. */
+INLINE int64_t run_length(const struct cut *cut, int64_t s, int64_t end, int64_t *next) {
+    const int64_t start = cut->segments[s].start;
+    *next = s + 1;
+    while (*next < end && (cut->segments[*next].start - start) % inputs_of(cut->kind) == 0) ++*next;
+    return cut->segments[*next - 1].stop - start;
+}
+
+/* The words of segments s .. end of outputs n .. n + count. */
+static void fill_words(const struct stored *w, const struct cut *cut, int64_t n, int64_t count, int64_t s,
                           int64_t end, const struct panel *to) {
     const int64_t start = cut->segments[s].start, per_byte = cut->kind == NIBBLES ? 2 : 1;
     if (!cut->in_place) expand_rows(w, n, count, cut->segments + s, end - s, to->bytes - start, ROW_BYTES);
     const char *base = cut->in_place ? w->codes + n * w->code_output : (const char *)to->bytes - start;
     const int64_t step = cut->in_place ? w->code_output : ROW_BYTES, ahead = cut->in_place ? OUTPUTS * step : 0;
     for (int v = 0; v < VECTORS; v++)
-        for (int64_t at = s; at < end; at++) {
-            const struct segment *segment = &cut->segments[at];
+        for (int64_t at = s, next; at < end; at = next) {
             const char *rows[LANES];
             for (int64_t i = 0; i < LANES; i++) {
                 const int64_t row = v * LANES + i; /* outputs beyond the last are read as the last */
-                rows[i] = base + (row < count ? row : count - 1) * step + segment->start / per_byte;
+                rows[i] = base + (row < count ? row : count - 1) * step + cut->segments[at].start / per_byte;
             }
-            uint32_t *operands = to->operands + (cut->first[at] - cut->first[s]) * OUTPUTS + v * LANES;
-            const int64_t length = segment->stop - segment->start;
+            uint32_t *words = to->words + first_word(cut, s, at) * OUTPUTS + v * LANES;
+            const int64_t length = run_length(cut, at, end, &next);
             if (HAS_NIBBLES && cut->kind == NIBBLES)
-                put_operands(rows, (length + 7) / 8 * 4, ahead, NIBBLES, operands);
+                put_words(rows, (length + 7) / 8 * 4, ahead, NIBBLES, words);
             else
-                put_operands(rows, length, ahead, BYTES, operands);
+                put_words(rows, length, ahead, BYTES, words);
         }
 }
 
-/* LANES scales and as many zero points in bfloat16, one word for two; of `count` groups at most. */
-INLINE floats load_groups(const bfloat16 *scales, const bfloat16 *zeros, int64_t count) {
-    bfloat16 both[2 * LANES] = {0};
-    if (count >= LANES) {
-        memcpy(both, scales, LANES * sizeof *both), memcpy(both + LANES, zeros, LANES * sizeof *both);
-    } else {
-        memcpy(both, scales, count * sizeof *both), memcpy(both + LANES, zeros, count * sizeof *both);
-    }
+/* LANES scales and as many zero points in bfloat16, one word for two. */
+INLINE floats load_groups(const bfloat16 *scales, const bfloat16 *zeros) {
+#ifdef HAS_AVX512
+    const __m256i both[2] = {_mm256_loadu_si256((const __m256i *)scales), _mm256_loadu_si256((const __m256i *)zeros)};
+    return (floats)_mm512_inserti64x4(_mm512_castsi256_si512(both[0]), both[1], 1);
+#elif LANES == 8
+    return (floats)_mm256_loadu2_m128((const float *)zeros, (const float *)scales);
+#else
     floats result;
-    memcpy(&result, both, sizeof result);
+    memcpy(&result, scales, LANES * sizeof *scales), memcpy((char *)&result + sizeof result / 2, zeros, sizeof result / 2);
     return result;
+#endif
+}
+
+static __attribute__((noinline)) floats load_some_groups(const bfloat16 *scales, const bfloat16 *zeros, int64_t count) {
+    bfloat16 both[2 * LANES] = {0};
+    memcpy(both, scales, count * sizeof *both), memcpy(both + LANES, zeros, count * sizeof *both);
+    return load_groups(both, both + LANES);
 }
 
 /* Scales and zero points in bfloat16, one of each per segment, in squares. */
@@ -115,19 +149,26 @@ static void turn_groups(const struct stored *w, int64_t n, int64_t count, int64_
                         const struct panel *to) {
     for (int v = 0; v < VECTORS; v++)
         for (int64_t at = s; at < end; at += LANES) {
+            /* What follows a row's groups, if read too, are those of later rows. */
+            const int64_t behind = w->outputs - n - count, step = w->scale_output < w->zero_output ? w->scale_output : w->zero_output;
+            const int is_inside = end - at >= LANES || behind * step >= LANES;
             floats square[LANES];
-            for (int64_t i = 0; i < LANES; i++) {
+            UNROLL for (int64_t i = 0; i < LANES; i++) {
                 const int64_t row = n + (v * LANES + i < count ? v * LANES + i : count - 1);
-                square[i] = load_groups((const bfloat16 *)w->scales + row * w->scale_output + at,
-                                        (const bfloat16 *)w->zeros + row * w->zero_output + at, end - at);
+                const bfloat16 *scales = (const bfloat16 *)w->scales + row * w->scale_output + at;
+                const bfloat16 *zeros = (const bfloat16 *)w->zeros + row * w->zero_output + at;
+                square[i] = is_inside ? load_groups(scales, zeros) : load_some_groups(scales, zeros, end - at);
+                __builtin_prefetch(scales + OUTPUTS * w->scale_output, 0, 2);
+                __builtin_prefetch(zeros + OUTPUTS * w->zero_output, 0, 2);
             }
             transpose_square(square);
-            for (int i = 0; i < LANES && at + i < end; i++) {
+            float *scales = to->scales + (at - s) * OUTPUTS + v * LANES;
+            float *minima = to->minima + (at - s) * OUTPUTS + v * LANES;
+            UNROLL for (int i = 0; i < LANES; i++) {
                 const words two = (words)square[i / 2], other = (words)square[LANES / 2 + i / 2];
                 const floats scale = (floats)(i % 2 ? two & 0xffff0000 : two << 16);
                 const floats minimum = -scale * (floats)(i % 2 ? other & 0xffff0000 : other << 16);
-                const int64_t place = (at + i - s) * OUTPUTS + v * LANES;
-                memcpy(to->scales + place, &scale, sizeof scale), memcpy(to->minima + place, &minimum, sizeof minimum);
+                memcpy(scales + i * OUTPUTS, &scale, sizeof scale), memcpy(minima + i * OUTPUTS, &minimum, sizeof minimum);
             }
         }
 }

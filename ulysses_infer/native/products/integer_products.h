@@ -51,32 +51,48 @@ static void pack_block(const struct product *p, const struct cut *cut, const str
         }
 }
 
-/* Add to integers[rows][VECTORS] the products of `count` operands. */
-INLINE void add_operands(const uint32_t *w, const uint32_t *x, int64_t count, const int rows, const enum kind kind,
-                         integers whole[TILE_ROWS][VECTORS]) {
-    if (kind == BYTES || !NARROW_SUMS) {
-        for (int64_t k = 0; k < count; k++, w += OUTPUTS, x += rows) {
-            words weights[VECTORS];
-            memcpy(weights, w, sizeof weights);
-            UNROLL for (int r = 0; r < rows; r++) {
-                const words input = (words){0} + x[r];
-                UNROLL for (int v = 0; v < VECTORS; v++) whole[r][v] = dot(whole[r][v], input, weights[v]);
-            }
-        }
-        return;
+/* The operands of VECTORS vectors of words from `w` on. */
+INLINE void load_operands(const uint32_t *w, enum kind kind, words to[2][VECTORS]) {
+    UNROLL for (int v = 0; v < VECTORS; v++) {
+        words read, found[2];
+        memcpy(&read, w + v * LANES, sizeof read);
+        to[0][v] = read;
+        if (kind == NIBBLES) unpack(read, kind, found), to[0][v] = found[0], to[1][v] = found[1];
     }
+}
+
+/* Add to whole[rows][VECTORS] the products of `count` words of a panel. */
+INLINE void add_words(const uint32_t *w, const uint32_t *x, int64_t count, const int rows, const enum kind kind,
+                      integers whole[TILE_ROWS][VECTORS]) {
+    const int operands = kind == NIBBLES ? 2 : 1;
+    for (int64_t k = 0; k < count; k++, w += OUTPUTS, x += operands * rows) {
+        words weights[2][VECTORS];
+        load_operands(w, kind, weights);
+        UNROLL for (int o = 0; o < operands; o++)
+            UNROLL for (int r = 0; r < rows; r++) {
+                const words input = (words){0} + x[o * rows + r];
+                UNROLL for (int v = 0; v < VECTORS; v++) whole[r][v] = dot(whole[r][v], input, weights[o][v]);
+            }
+    }
+}
+
+/* The same of nibbles, by sums of 16 bits. */
+INLINE void add_narrow_words(const uint32_t *w, const uint32_t *x, int64_t count, const int rows,
+                             integers whole[TILE_ROWS][VECTORS]) {
     for (int64_t k = 0; k < count;) {
         shorts narrow[TILE_ROWS][VECTORS];
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < VECTORS; v++) narrow[r][v] = (shorts){0};
         const int64_t stop = k + NARROW_WORDS < count ? k + NARROW_WORDS : count;
-        for (; k < stop; k++, w += OUTPUTS, x += rows) {
-            words weights[VECTORS];
-            memcpy(weights, w, sizeof weights);
-            UNROLL for (int r = 0; r < rows; r++) {
-                const words input = (words){0} + x[r];
-                UNROLL for (int v = 0; v < VECTORS; v++) narrow[r][v] = narrow_dot(narrow[r][v], input, weights[v]);
-            }
+        for (; k < stop; k++, w += OUTPUTS, x += 2 * rows) {
+            words weights[2][VECTORS];
+            load_operands(w, NIBBLES, weights);
+            UNROLL for (int o = 0; o < 2; o++)
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const words input = (words){0} + x[o * rows + r];
+                    UNROLL for (int v = 0; v < VECTORS; v++)
+                        narrow[r][v] = narrow_dot(narrow[r][v], input, weights[o][v]);
+                }
         }
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < VECTORS; v++)
@@ -90,12 +106,16 @@ INLINE void tile(const struct panel *w, const struct cut *cut, int64_t s, int64_
     floats held[TILE_ROWS][VECTORS];
     UNROLL for (int r = 0; r < rows; r++) memcpy(held[r], sums + r * OUTPUTS, sizeof held[r]);
     for (int64_t at = s; at < end; at++) {
-        const int64_t begin = cut->first[at], place = (at - s) * OUTPUTS;
+        const int64_t word = first_word(cut, s, at), count = first_word(cut, s, at + 1) - word;
+        const uint32_t *weights = w->words + word * OUTPUTS, *x = operands + cut->first[at] * rows;
+        const int64_t place = (at - s) * OUTPUTS;
         integers whole[TILE_ROWS][VECTORS];
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < VECTORS; v++) whole[r][v] = (integers){0};
-        add_operands(w->operands + (begin - cut->first[s]) * OUTPUTS, operands + begin * rows,
-                     cut->first[at + 1] - begin, rows, kind, whole);
+        if (NARROW_SUMS && kind == NIBBLES)
+            add_narrow_words(weights, x, count, rows, whole);
+        else
+            add_words(weights, x, count, rows, kind, whole);
         UNROLL for (int v = 0; v < VECTORS; v++) {
             const floats scale = take(w->scales + place + v * LANES, FLOAT32);
             const floats minimum = take(w->minima + place + v * LANES, FLOAT32);
@@ -129,7 +149,7 @@ static void add_panel(const struct panel *w, const struct cut *cut, int64_t s, i
         const int64_t first = first_row(x, block), rows = first_row(x, block + 1) - first;
         const uint32_t *operands = x->operands + first * x->num_operands;
         const float *scales = x->scales + first * cut->count, *x_sums = x->sums + first * cut->count;
-        if (NARROW_SUMS && cut->kind == NIBBLES)
+        if (HAS_NIBBLES && cut->kind == NIBBLES)
             tile_of(w, cut, s, end, operands, scales, x_sums, rows, NIBBLES, sums + first * OUTPUTS);
         else
             tile_of(w, cut, s, end, operands, scales, x_sums, rows, BYTES, sums + first * OUTPUTS);

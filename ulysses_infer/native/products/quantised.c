@@ -13,13 +13,13 @@ INLINE void *space(int64_t bytes) { return aligned_alloc(LINE, (bytes + 2 * LINE
 /* One thread's memory for a panel. Returns 0 if there is none. */
 static int make_panel(struct panel *w) {
     const int64_t scales = PANEL_SEGMENTS * OUTPUTS * sizeof(float);
-    w->operands = space(PANEL_WORDS * OUTPUTS * 4), w->bytes = space(OUTPUTS * ROW_BYTES);
+    w->words = space(PANEL_WORDS * OUTPUTS * 4), w->bytes = space(OUTPUTS * ROW_BYTES);
     w->scales = space(scales), w->minima = space(scales);
     if (w->minima) memset(w->scales, 0, scales), memset(w->minima, 0, scales);
-    return w->operands && w->bytes && w->scales && w->minima;
+    return w->words && w->bytes && w->scales && w->minima;
 }
 
-static void free_panel(struct panel *w) { free(w->operands), free(w->bytes), free(w->scales), free(w->minima); }
+static void free_panel(struct panel *w) { free(w->words), free(w->bytes), free(w->scales), free(w->minima); }
 
 INLINE int is_worth(const struct product *p) {
     return p->num_rows * p->weight->outputs * p->weight->inputs >= 2 * (int64_t)WORK_A_THREAD;
@@ -45,7 +45,7 @@ static int multiply_batch(const struct product *p, const struct cut *cut, const 
             memset(sums, 0, x->rows * OUTPUTS * sizeof *sums);
             for (int64_t s = 0, end; s < cut->count; s = end) {
                 end = panel_end(cut, s);
-                fill_operands(p->weight, cut, n, count, s, end, &w);
+                fill_words(p->weight, cut, n, count, s, end, &w);
                 fill_scales(p->weight, cut, n, count, s, end, &w);
                 add_panel(&w, cut, s, end, x, sums);
             }
