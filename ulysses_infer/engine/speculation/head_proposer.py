@@ -29,7 +29,7 @@ class HeadProposer:
         self._places: dict[int, int] = {}
         """Of each request at whose end the head can go on, by its index: its place in `Follow.drafting`."""
         self._seconds = 0.0
-        """Observed time of drafting one token for each request of a step, behind the first one."""
+        """Observed time of drafting one token for each request of a step."""
 
     def observe(self, batch: Batch, accepted: Mapping[int, int]) -> None:
         """Let the heads follow a step, whose tokens are known. accepted: drafted tokens accepted, by request index."""
@@ -52,8 +52,8 @@ class HeadProposer:
         return [_draft(drafted.get(query.request.index, ()), query.most) for query in queries]
 
     def draft_seconds(self, requests: Sequence[Request], count: int) -> float:
-        """See `CostlyProposer.draft_seconds`. The first token comes with following the step before."""
-        return self._seconds * max(0, count - 1)
+        """See `CostlyProposer.draft_seconds`. That the head follows every step costs the same if nothing is drafted."""
+        return self._seconds * count
 
     def reset(self) -> None:
         """See `CostlyProposer.reset`."""
@@ -61,9 +61,7 @@ class HeadProposer:
 
     def _observe_time(self, seconds: float, count: int) -> None:
         """Learn from drafting `count` tokens in `seconds`."""
-        if count > 1:
-            own = seconds / (count - 1)
-            self._seconds += (own - self._seconds) * (WEIGHT_OF_LAST if self._seconds else 1.0)
+        self._seconds += (seconds / count - self._seconds) * (WEIGHT_OF_LAST if self._seconds else 1.0)
 
     def forget(self, request: Request) -> None:
         """See `Proposer.forget`."""

@@ -52,18 +52,23 @@ class DraftHead(ShiftModel):
         hidden: torch.Tensor,
         rows: torch.Tensor,
         context: StepContext,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         """Run over this rank's tokens.
 
         token_ids, positions: [t], the token after that of `hidden` [t, D], and the position of the latter; rows: [n] of
-        them whose next tokens are wanted. Returns, of all ranks' rows, the states to draft the next tokens from,
-        [N, D], and the logits, [N, V/W].
+        them whose next tokens may be wanted. Returns the states of all ranks' rows for `finish`, [N, D].
         """
         self._bind(context)
         with use_step_context(replace(context, positions=positions)):
             states = self.module.states(token_ids[None], positions[None], hidden[None])[0]
-            gathered = context.collectives.gather_rows(states.index_select(0, rows), context.logits_counts)
-            return self.module.finish(gathered)
+            return context.collectives.gather_rows(states.index_select(0, rows), context.logits_counts)
+
+    @torch.inference_mode()
+    def finish(self, states: torch.Tensor, context: StepContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """states: [n, D], of `draft`. Returns the hidden states to draft the next tokens from, [n, D], and the logits,
+        [n, V/W]."""
+        with use_step_context(context):
+            return self.module.finish(states)
 
     @torch.inference_mode()
     def fuse(self, hidden: torch.Tensor, context: StepContext) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from ulysses_infer.attention.backend import AttentionBackend, KernelAttention
 from ulysses_infer.cache.paged import PagedCache
+from ulysses_infer.model.context import StepContext
 from ulysses_infer.model.draft_heads.head import DraftHead
 from ulysses_infer.model.hidden_states import HiddenStates
 from ulysses_infer.model.sampling.head import global_argmax, local_argmax
@@ -40,8 +41,8 @@ class _Ends(NamedTuple):
 
     positions: np.ndarray  # [n] int64, of the last tokens whose hidden states are known
     sequences: np.ndarray  # [n] int64, rows of the step's block tables
-    states: torch.Tensor  # [n, D], on every rank
-    tokens: torch.Tensor  # [n] int64, drafted
+    states: torch.Tensor  # [n, D], of the head, on every rank
+    context: StepContext  # in which they were computed
     mode: Mode  # of the step
     tables: GroupArrays  # of the step
 
@@ -52,7 +53,7 @@ class HeadDrafter:
     The cache has the blocks of the served model's cache, addressed by the same tables, so that a text's keys and values
     of the head are there wherever those of its other layers are. What belongs to position p is computed from the hidden
     state of the token at p and the token at p + 1. After each step the head runs over all of its tokens, in its mode
-    and with its slices, and so drafts one token; each further one is a step of one token per sequence.
+    and with its slices; the first token is drafted from that, each further one in a step of one token per sequence.
     """
 
     def __init__(
@@ -115,9 +116,9 @@ class HeadDrafter:
         rows = ends[message.drafting]
         hidden = self._aligned_hidden(plan, num_rows)
         single = StepArrays(arrays.positions, arrays.query_lens, arrays.groups[:1], arrays.rows)
-        states, drafted = self._run(plan.mode, single, following, hidden, rows)
+        states, context = self._run(plan.mode, single, following, hidden, rows)
         sequences = rows if plan.runs_by_row else np.array(message.drafting, dtype=np.int64)
-        self._ends = _Ends(arrays.positions[rows], sequences, states, drafted, plan.mode, single.groups[0])
+        self._ends = _Ends(arrays.positions[rows], sequences, states, context, plan.mode, single.groups[0])
 
     def _chain(self, message: Chain) -> list[DeviceToHostCopy]:
         """Draft tokens for some of the sequences at which `_follow` has stopped."""
@@ -128,12 +129,12 @@ class HeadDrafter:
         places = self._num_blocks, self._scratch, self.cache.shape.block_size
         tables = ChainTables.of(ends.tables, ends.sequences[picked], ends.positions[picked], *places)
         on_device, copied = self._inputs.send([picked, tables.copied.T])
-        states, tokens = ends.states.index_select(0, on_device), ends.tokens.index_select(0, on_device)
+        hidden, tokens = self._next(ends.states.index_select(0, on_device), ends.context)
         if message.num_tokens > 1 and len(tables.copied):
             self._copy_blocks(*copied)
         drafted, rows = [tokens], np.arange(len(picked))
         for place in range(message.num_tokens - 1):
-            states, tokens = self._run(ends.mode, tables.arrays(place), tokens, states, rows)
+            hidden, tokens = self._next(*self._run(ends.mode, tables.arrays(place), tokens, hidden, rows))
             drafted.append(tokens)
         # Rank-divergent: only rank 0 needs them.
         return [DeviceToHostCopy(each) for each in drafted] if self.groups.is_first else []
@@ -156,12 +157,12 @@ class HeadDrafter:
         tokens: np.ndarray | torch.Tensor,
         hidden: torch.Tensor,
         rows: np.ndarray,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, StepContext]:
         """One step of the head.
 
-        tokens: [T], of all ranks; rows: [n], whose next tokens to draft. hidden: for tokens on the host, [t, F], what
+        tokens: [T], of all ranks; rows: [n], after which to go on. hidden: for tokens on the host, [t, F], what
         this rank has kept of the served model; for drafted ones on the device, [T, D] of all ranks, the head's own
-        states. Returns the states [n, D] and the next tokens [n] of `rows`, on every rank.
+        output. Returns the states of `rows` [n, D], on every rank, and the context.
         """
         count = len(arrays.positions)
         local = self._contexts.local_span(mode, count)
@@ -181,13 +182,15 @@ class HeadDrafter:
             hidden = self.head.fuse(hidden, context)
         else:
             token_ids, hidden = (each[own] if local.size else each[:1] for each in (tokens, hidden))
-        states, logits = self.head.draft(token_ids, positions, hidden, own_rows, context)
-        return states, self._best(logits, len(rows))
+        return self.head.draft(token_ids, positions, hidden, own_rows, context), context
+
+    def _next(self, states: torch.Tensor, context: StepContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden states to go on from, [n, D], and the next tokens, [n], on every rank. states: [n, D]."""
+        hidden, logits = self.head.finish(states, context)
+        return hidden, self._best(logits, len(states))
 
     def _best(self, logits: torch.Tensor, count: int) -> torch.Tensor:
         """The most probable token of each row, [n], on every rank. logits: [n, V/W]."""
-        if count == 0:
-            return torch.empty(0, dtype=torch.int64, device=self.device)
         pairs = self.groups.gather_to_first(local_argmax(logits, self.head.vocabulary))
         self._tokens.share(None if pairs is None else global_argmax(pairs), count, self.device)
         return self.head.module.tokens_of(self._tokens.tokens)
