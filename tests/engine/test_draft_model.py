@@ -112,23 +112,26 @@ def test_texts_make_room_for_those_in_use_and_return_all_blocks(seed, caching):
 # --- how much is drafted ---
 
 
-def planner(seconds_of_rows):
-    return DraftPlanner(lambda shape: Prediction(ONE, seconds_of_rows(shape.num_tokens), True))
+def planner(seconds_of_rows, aims_at_tpot):
+    return DraftPlanner(lambda shape: Prediction(ONE, seconds_of_rows(shape.num_tokens), True), lambda: aims_at_tpot)
 
 
-@given(seed=st.integers(0, 10**6))
+@given(seed=st.integers(0, 10**6), aims_at_tpot=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_the_length_of_drafts_counts_the_time_to_draft_them(seed):
+def test_the_length_of_drafts_counts_the_time_to_draft_them(seed, aims_at_tpot):
     source = random.Random(seed)
     rates = {index: source.random() for index in range(source.randint(1, 4))}
     cost, each, waiting = source.random() * 0.3, source.random() * 0.5, source.randint(0, 2)
     contexts = dict.fromkeys(range(len(rates) + waiting), 50)
 
     def speed(count):
-        expected = len(contexts) + sum(rate**n for rate in rates.values() for n in range(1, count + 1))
-        return expected / (1 + cost * (len(contexts) + count * len(rates)) + each * count)
+        outputs = [1 + sum(rate**n for n in range(1, count + 1)) for rate in rates.values()] + [1] * waiting
+        seconds = 1 + cost * (len(contexts) + count * len(rates)) + each * count
+        return 1 / (seconds * np.mean(1 / np.array(outputs))) if aims_at_tpot else sum(outputs) / seconds
 
-    length = planner(lambda rows: 1 + cost * rows).best_length(rates, contexts, [], 12, lambda count: each * count)
+    length = planner(lambda rows: 1 + cost * rows, aims_at_tpot).best_length(
+        rates, contexts, [], 12, lambda count: each * count
+    )
     assert speed(length) == pytest.approx(max(map(speed, range(13))))
 
 

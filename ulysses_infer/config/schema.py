@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ulysses_infer.arithmetic import round_up
 from ulysses_infer.config.option import MISSING, option
 from ulysses_infer.config.server import ServerConfig
-from ulysses_infer.config.speculation import SpeculationConfig
+from ulysses_infer.config.speculation import QUANTIZE, SpeculationConfig
 from ulysses_infer.parallel.layout import Layout, Mode
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ else:
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CACHE_DTYPES = (*DTYPES, "fp8")
-QUANTIZE = ("int8", "int4")
 SNAPSHOT_INTERVAL = 512  # tokens, unless the recipe sets it
 
 

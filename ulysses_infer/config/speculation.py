@@ -12,6 +12,7 @@ DRAFT_MODEL, EAGLE3 = "draft_model", "eagle3"
 HEADS = ("mtp", EAGLE3)
 """Methods whose drafts come from the hidden states of the served model."""
 AUTO = "auto"
+QUANTIZE = ("int8", "int4")
 MOST_AUTOMATIC = 16  # drafted tokens of a request per step, if their number is chosen automatically
 MOST_OF_HEADS = 4  # the same for heads, whose drafts get worse with each token
 
@@ -38,6 +39,11 @@ class SpeculationConfig:
         choices=("all", "first"),
         help="Method draft_model: which ranks hold the draft model. all: it is split over them as the served model is; "
         "first: rank 0 holds it whole and drafts alone, without exchanges.",
+    )
+    quantize: str | None = option(
+        choices=QUANTIZE,
+        help="Method draft_model: quantise the draft model while loading it, as `model.quantize` does. So a model can "
+        "draft for itself: most of what its quantised weights predict is right.",
     )
     num_tokens: Any = option(
         AUTO,

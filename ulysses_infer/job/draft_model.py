@@ -118,6 +118,7 @@ def draft_recipe(config: Config) -> Config:
     assert config.speculation.model is not None
     own.model = ModelConfig(
         path=config.speculation.model,
+        quantize=config.speculation.quantize,
         trust_remote_code=config.model.trust_remote_code,
         allow_unverified=config.model.allow_unverified,
     )

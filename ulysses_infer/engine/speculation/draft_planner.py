@@ -90,15 +90,23 @@ class DraftPlanner:
         rates: the chance of each request's tokens to be right, by its index; draft_seconds: the time to draft n tokens.
         contexts, chunks: as of `plan`.
         """
-        rows, expected = list(contexts.values()), float(len(contexts))
-        plain = self._predict(StepShape.of(rows, chunks))
-        best, best_speed = 0, expected / plain.seconds
+        aims_at_tpot, number = self._aims_at_tpot(), len(contexts)
+        shape = StepShape.of(list(contexts.values()), chunks)
+        plain = self._predict(shape)
+        outputs = dict.fromkeys(contexts, 1.0)  # expected tokens of each request
+        best, best_speed = 0, number / plain.seconds
         for count in range(1, most + 1):
-            rows += [contexts[index] + count for index in rates]
-            expected += sum(rate**count for rate in rates.values())
-            seconds = self._seconds(StepShape.of(rows, chunks), plain) + draft_seconds(count)
-            if expected / seconds > best_speed:
-                best, best_speed = count, expected / seconds
+            for index, rate in rates.items():
+                outputs[index] += rate**count
+            shape = shape._replace(
+                num_decodes=shape.num_decodes + len(rates),
+                decode_context=shape.decode_context + sum(contexts[index] + count for index in rates),
+            )
+            values = outputs.values()
+            expected = number**2 / sum(1 / each for each in values) if aims_at_tpot else sum(values)
+            speed = expected / (self._seconds(shape, plain) + draft_seconds(count))
+            if speed > best_speed:
+                best, best_speed = count, speed
         return best
 
     def _best(

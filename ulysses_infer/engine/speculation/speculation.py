@@ -71,7 +71,7 @@ class Speculation:
         self._max_batched_tokens = min(max_batched_tokens, config.max_batched_tokens or max_batched_tokens)
         self._longest_pause = LONGEST_PAUSE if runs_ahead else 1
         self._requests: dict[int, _Drafted] = {}
-        self._all = Acceptance()
+        self._all, self._usual = Acceptance(), Acceptance()
         self._step = 0
 
     def draft(self, running: Sequence[Request], waiting: Request | None) -> dict[int, tuple[int, ...]]:
@@ -115,6 +115,7 @@ class Speculation:
                 known.acceptance.observe(confidences, count)
                 self._all.observe(confidences, count)
                 known.usual.observe([1.0] * len(item.drafts), count)
+                self._usual.observe([1.0] * len(item.drafts), count)
 
     def reset_stats(self) -> None:
         """Set the counters to zero."""
@@ -133,9 +134,8 @@ class Speculation:
     def _of(self, request: Request) -> _Drafted:
         known = self._requests.get(request.index)
         if known is None:
-            rate = self._all.rate
             known = self._requests[request.index] = _Drafted(
-                Acceptance(rate), Acceptance(rate), self.config.max_drafted, last_step=self._step
+                Acceptance(self._all.rate), Acceptance(self._usual.rate), self.config.max_drafted, last_step=self._step
             )
         return known
 
@@ -160,7 +160,7 @@ class Speculation:
         proposer = self._proposer
         if self.config.num_tokens != AUTO or not isinstance(proposer, CostlyProposer):
             return queries
-        rates = {query.request.index: self._of(query.request).usual.rate for query in queries}
+        rates = {query.request.index: min(1.0, self._of(query.request).usual.rate) for query in queries}
         requests, contexts = [query.request for query in queries], {r.index: r.num_tokens for r in decoding}
         most = max(query.most for query in queries)
         count = self._planner.best_length(rates, contexts, chunks, most, lambda n: proposer.draft_seconds(requests, n))
