@@ -244,7 +244,7 @@ def smollm2() -> Path:
     return find_model(SMOLLM2, cache_folder("peers"))
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], Path]] = {
     "smollm2-135m": smollm2,
     **{f"{shape}-counting": partial(counting_model, shape) for shape in ("llama-0.5b", "llama-60m")},
 }
