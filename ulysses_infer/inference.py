@@ -32,7 +32,7 @@ from ulysses_infer.job.start_rank import finish_start, start_rank
 from ulysses_infer.job.weights import sleep, update_weights, wake_up
 from ulysses_infer.model.loading.checkpoint import Progress
 from ulysses_infer.model.loading.sources import GivenModel, given_model
-from ulysses_infer.outputs import RequestOutput
+from ulysses_infer.outputs import RequestOutput, normalized
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.step_time.profile import Profile
 from ulysses_infer.text.prompts import load_tokenizer
@@ -172,6 +172,16 @@ class InferenceEngine(MultiRankEngine):
             if self._subscriptions.pop(name, None) is not None and self._engine is not None:
                 self._engine.abort(name)
                 self._broadcast(None)
+
+    def embed(self, prompts: Any, pooling: str = "last", normalize: bool = True) -> list[list[float]]:
+        """One vector per prompt, from the model's hidden states after its last norm.
+
+        prompts: as of `generate`. pooling: last (the last token's state), mean, or cls (the first token's).
+        normalize: divide by the length. Raises `RequestError` if any prompt is invalid.
+        """
+        params = SamplingParams(max_tokens=1, temperature=0, pooling=pooling, detokenize=False)
+        vectors = [output.pooled or [] for output in self.generate(prompts, params)]
+        return [normalized(vector) for vector in vectors] if normalize else vectors
 
     def _add_stream(
         self, engine: Engine, prompt: Any, given: Any, adapter: str | None, inbox: list[RequestOutput]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 CONSTRAINTS = "constraints"
@@ -99,6 +100,7 @@ class RequestOutput:
     prompt_logprobs: PromptLogprobs | None = None
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     metrics: RequestMetrics | None = None
+    pooled: list[float] | None = None  # the prompt's vector, if `pooling` was given: one value per hidden dimension
 
     def with_copies(self, num_copies: int) -> RequestOutput:
         """This one with `num_copies` outputs equal to its only one, which was computed once for all."""
@@ -106,6 +108,12 @@ class RequestOutput:
             return self
         [only] = self.outputs
         return replace(self, outputs=[only.copy(index) for index in range(num_copies)])
+
+
+def normalized(vector: list[float]) -> list[float]:
+    """The vector divided by its length; zero stays zero."""
+    length = math.hypot(*vector) or 1.0
+    return [value / length for value in vector]
 
 
 def _elapsed(start: float | None, stop: float | None) -> float | None:

@@ -115,6 +115,8 @@ class StructuredOutputs:
         }
 
 
+POOLINGS = ("last", "mean", "cls")
+"""How the hidden states of a prompt become one vector: that of the last token, their mean, or that of the first."""
 STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "json_object", "alternatives")
 
 
@@ -151,6 +153,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None  # token id -> [-100, 100], added to its logit
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    pooling: str | None = None  # last, mean or cls: the prompt's vector, in `RequestOutput.pooled`
     speculation: bool = True  # False: no tokens of this request are drafted
 
     def __post_init__(self) -> None:
@@ -290,6 +293,10 @@ class SamplingParams:
             )
         if self.stop and not self.detokenize:
             raise RequestError(f"stop={_show(self.stop)} needs the text; set detokenize=True or use stop_token_ids")
+        if self.pooling is not None and self.pooling not in POOLINGS:
+            raise RequestError(f"pooling is {_show(self.pooling)}; use {', '.join(POOLINGS)}")
+        if self.pooling is not None and self.n > 1:
+            raise RequestError(f"n is {self.n} with pooling={self.pooling!r}; a prompt has one vector: use n=1")
         if self.best_of is not None and self.best_of != self.n:
             raise RequestError(
                 f"best_of is {_show(self.best_of)}, but outputs are not ranked; use n and choose yourself"

@@ -200,6 +200,7 @@ def make_plan(
         tuple((item.request.index, item.restored) for item in batch.scheduled if item.restored is not None),
         tuple((item.request.index, item.snapshot) for item in batch.scheduled if item.snapshot is not None),
         tuple((item.request.index, item.checkpoint) for item in batch.scheduled if item.checkpoint is not None),
+        any(item.request.params.pooling is not None for item in batch.scheduled),
     )
 
 
@@ -208,6 +209,8 @@ def _logits(item: ScheduledRequest) -> int:
     if item.drafts:
         # Recurrent layers take a sequence's tokens one after another, so that these are not laid out by row.
         return DRAFT_LOGITS if item.checkpoint is None else ALL_LOGITS
-    if item.request.params.prompt_logprobs is not None and item.start < item.request.num_prompt_tokens:
+    params = item.request.params
+    reads_all = params.prompt_logprobs is not None or params.pooling in ("mean", "cls")
+    if reads_all and item.start < item.request.num_prompt_tokens:
         return ALL_LOGITS
     return LAST_LOGITS if item.samples else NO_LOGITS

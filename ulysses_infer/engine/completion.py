@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ulysses_infer.engine.request import Request
+from ulysses_infer.model.sampling.pooler import Pooler
 from ulysses_infer.model.sampling.sampler import SamplingRow
 from ulysses_infer.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput
 from ulysses_infer.sampling_params import SamplingParams
@@ -93,6 +94,8 @@ class Completion:
     params: SamplingParams
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs | None = None
+    pooler: Pooler | None = None
+    """Makes the prompt's vector, if it was asked for."""
 
     @property
     def is_finished(self) -> bool:
@@ -113,6 +116,7 @@ class Completion:
             prompt_logprobs=self.prompt_logprobs,
             num_cached_tokens=first.num_cached_tokens,
             metrics=_metrics([sequence.request for sequence in self.sequences]),
+            pooled=None if self.pooler is None else self.pooler.vector(),
         )
 
 

@@ -141,7 +141,7 @@ class Engine:
         table = self.requests
         sources = {} if self.speculation is None else self.speculation.sources
         results = StepResults(batch, plan.items, table.sequences, table.decoder, may_replace, processed, sources)
-        tokens = self.worker.run(plan, results.choose)
+        tokens = self.worker.run(plan, results.choose, results.pool)
         return InFlightStep(batch, plan, decision, results, tokens, started)
 
     def _decide(self, batch: Batch) -> Decision:

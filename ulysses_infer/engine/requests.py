@@ -15,6 +15,7 @@ from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.scheduler import Scheduler
 from ulysses_infer.errors import RequestError
 from ulysses_infer.model.lora.table import ServedAdapters
+from ulysses_infer.model.sampling.pooler import Pooler
 from ulysses_infer.model.sampling.sampler import SamplingRow, needs_full_logits, reads_outputs
 from ulysses_infer.model.sampling.seeds import derive_seed
 from ulysses_infer.sampling_params import SamplingParams
@@ -56,6 +57,7 @@ class RequestTable:
         adapter_number = self.adapters.number(adapter)
         completion = Completion(name, text, token_ids, params)
         completion.prompt_logprobs = None if params.prompt_logprobs is None else [None]
+        completion.pooler = None if params.pooling is None else Pooler(params.pooling, len(token_ids))
         seed, salt = self._prompts.seed(params), prefix_salt(salt, adapter_number)
         for index in range(params.n):
             request = Request(

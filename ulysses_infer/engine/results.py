@@ -78,6 +78,13 @@ class StepResults:
         self._score_prompt(logits, rows)
         return tokens
 
+    def pool(self, hidden: torch.Tensor) -> None:
+        """Take what the vocabulary head read for every row: hidden [n, D], n rows in batch order."""
+        for row, (scheduled, position, _) in enumerate(self._rows):
+            completion = self._owners[scheduled.request.index][0]
+            if completion.pooler is not None:
+                completion.pooler.add(position, hidden[row])
+
     def complete(self, tokens: list[int]) -> None:
         """Take the token of every row. Tokens of requests that have ended in the meantime are dropped."""
         chosen: dict[int, list[int]] = {}

@@ -371,8 +371,10 @@ class Scheduler:
         self._waiting.push(request)
 
     def _reads_prefix_cache(self, request: Request) -> bool:
-        # Log-probabilities of the prompt need the model's output at every position of it.
-        return self.allocator.enable_prefix_caching and request.params.prompt_logprobs is None
+        # Log-probabilities of the prompt, and vectors of all its tokens, need the model's output at every position.
+        params = request.params
+        is_allowed = params.prompt_logprobs is None and params.pooling in (None, "last")
+        return self.allocator.enable_prefix_caching and is_allowed
 
     def _cached_prefix(self, request: Request) -> tuple[int, GroupBlockIds]:
         """The number of cached blocks that `request` can start after, and its block tables then. The last known token

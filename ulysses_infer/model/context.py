@@ -36,6 +36,7 @@ class StepContext:
     logits_rows: torch.Tensor | None = None  # [n] int64, those of this rank's tokens that need logits; the same
     states: StateCache | None = None  # only with recurrent layers
     sequences: StateSequences | None = None  # the same
+    head_inputs: list[torch.Tensor] | None = None  # where the head leaves what it reads; None: nowhere
     narrowed: StepContext | None = None  # of the tokens that need logits, if later layers run on fewer than all
 
     def attention_of(self, layer: int) -> AttentionMetadata:

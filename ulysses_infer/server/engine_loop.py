@@ -314,7 +314,9 @@ class EngineLoop:
 def _start_of(completion: Completion, sequence: Sequence) -> RequestStart:
     request, scored = sequence.request, completion.prompt_logprobs
     listed = None if scored is None else [None if entry is None else _listed(entry) for entry in scored]
-    return RequestStart(request.num_cached_tokens, request.first_scheduled_time or request.arrival_time, listed)
+    scheduled = request.first_scheduled_time or request.arrival_time
+    pooled = None if completion.pooler is None else completion.pooler.vector()
+    return RequestStart(request.num_cached_tokens, scheduled, listed, pooled)
 
 
 def _logprobs_at(sequence: Sequence, position: int) -> list[tuple[int, float, int]] | None:

@@ -69,6 +69,8 @@ class RequestStart(msgspec.Struct, array_like=True):
     scheduled_time: float
     prompt_logprobs: list[list[tuple[int, float, int]] | None] | None = None
     """One list per prompt token, the first one None; the prompt's own token comes first in each."""
+    pooled: list[float] | None = None
+    """The prompt's vector, if `pooling` was given."""
 
 
 class SnapshotCounts(msgspec.Struct, array_like=True):

@@ -145,7 +145,7 @@ class CudaGraphRunner:
 
         Steps with adapters run eagerly: the host decides which rows go through which adapter.
         """
-        if not plan.runs_by_row or any(item.adapter for item in plan.items):
+        if plan.pools or not plan.runs_by_row or any(item.adapter for item in plan.items):
             return False
         return plan.num_tokens <= self.buckets[plan.mode][-1]
 

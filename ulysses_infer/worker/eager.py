@@ -48,6 +48,7 @@ class EagerRunner:
             _, own_positions, _, narrowed = part.received(sent)
             context = replace(context, narrowed=replace(narrowed, positions=own_positions))
         step.fill_placeholders(token_ids)
+        context = replace(context, head_inputs=step.head_inputs)
         return finish(self.model.forward(token_ids, positions, logits_rows, context))
 
     def invalidate(self) -> None:

@@ -135,7 +135,7 @@ class MixedGraphRunner:
     def accepts(self, plan: StepPlan) -> bool:
         """Whether the step fits into a graph. Steps with adapters run eagerly: the host decides which rows use them."""
         fits = plan.num_tokens <= self.sizes[plan.mode][-1] and plan.num_sequences <= self._max_num_seqs
-        return fits and not any(item.adapter for item in plan.items)
+        return fits and not plan.pools and not any(item.adapter for item in plan.items)
 
     def num_rows(self, plan: StepPlan) -> int:
         """See `StepRunner.num_rows`."""

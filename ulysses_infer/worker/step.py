@@ -23,6 +23,8 @@ class Step(NamedTuple):
     arrays: StepArrays
     logits_rows: np.ndarray  # [n] int64, positions in the batch whose logits are needed, ascending
     next_tokens: NextTokenBuffer
+    head_inputs: list[torch.Tensor] | None = None
+    """Where the vocabulary head leaves what it reads, [n, D], if the plan `pools`."""
 
     def fill_placeholders(self, token_ids: torch.Tensor) -> None:
         """Replace placeholder tokens by the tokens that the previous step chose, in place. token_ids: [t] int64."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -62,6 +62,8 @@ class StepPlan(NamedTuple):
     checkpoints: Sequence[tuple[int, int]] = ()
     """(handle, snapshot slot) of each sequence whose states are saved before the step, but after restores, because it
     has drafted tokens that may be rejected."""
+    pools: bool = False
+    """Whether rank 0 needs what the vocabulary head reads, for the vectors of prompts."""
 
     @property
     def num_tokens(self) -> int:
@@ -109,6 +111,7 @@ class StepPlan(NamedTuple):
             self.restores,
             self.snapshots,
             self.checkpoints,
+            self.pools,
         )
         encoded: bytes = msgpack.packb(fields)
         return encoded
@@ -116,11 +119,11 @@ class StepPlan(NamedTuple):
     @classmethod
     def decode(cls, data: bytes) -> StepPlan:
         """The inverse of `encode`."""
-        sequence, mode, items, tokens, dropped, full_logits, keeps_tokens, *states = msgpack.unpackb(data)
+        sequence, mode, items, tokens, dropped, full_logits, keeps_tokens, *states, pools = msgpack.unpackb(data)
         token_ids = np.frombuffer(tokens, dtype=np.int32)
         items = [PlanItem(*item) for item in items]
-        pairs = [tuple((handle, slot) for handle, slot in each) for each in states]
-        return cls(sequence, Mode(*mode), items, token_ids, dropped, full_logits, keeps_tokens, *pairs)
+        pairs: list[Any] = [tuple((handle, slot) for handle, slot in each) for each in states]
+        return cls(sequence, Mode(*mode), items, token_ids, dropped, full_logits, keeps_tokens, *pairs, pools)
 
 
 def placeholder(row: int) -> int:

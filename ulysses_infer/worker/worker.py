@@ -28,6 +28,8 @@ from ulysses_infer.worker.transfer import DeviceToHostCopy
 ROWS_PER_GATHER = 256  # bounds the whole logits rows that rank 0 holds at a time
 TokenChooser = Callable[[int, torch.Tensor], torch.Tensor]
 """Called on rank 0 with (index of the first row, logits [n, V] float32); returns the tokens [n] int64."""
+HiddenReader = Callable[[torch.Tensor], None]
+"""Called on rank 0 with what the vocabulary head read for every row that needs logits, [n, D]."""
 
 
 class Worker:
@@ -72,7 +74,9 @@ class Worker:
         """The matrix products of linear layers; None is torch."""
         return self.contexts.matmul
 
-    def run(self, plan: StepPlan, choose: TokenChooser | None = None) -> DeviceToHostCopy | None:
+    def run(
+        self, plan: StepPlan, choose: TokenChooser | None = None, pool: HiddenReader | None = None
+    ) -> DeviceToHostCopy | None:
         """Run one step on this rank; a GPU is not waited for. Collective.
 
         Rank 0 gets a token for every row that needs logits: the greedy one or, for a plan with `full_logits`, the one
@@ -80,7 +84,8 @@ class Worker:
         """
         if self.debug:
             self._verify(plan)
-        step = Step(plan, self.tables.apply(plan), logits_positions(plan.items), self.next_tokens)
+        head_inputs: list[torch.Tensor] | None = [] if plan.pools else None
+        step = Step(plan, self.tables.apply(plan), logits_positions(plan.items), self.next_tokens, head_inputs)
         num_rows = len(step.logits_rows)
         finish = _keep_logits if plan.full_logits or num_rows == 0 else self._greedy_tokens
         if self._state_slots is not None:
@@ -93,6 +98,8 @@ class Worker:
             self._state_slots.save(plan, step.arrays)
         if num_rows == 0:
             return None
+        if head_inputs and pool is not None:  # rank-divergent: only rank 0 has requests
+            pool(head_inputs[-1])
         tokens = self._choose_tokens(result, choose) if plan.full_logits else result
         if plan.keeps_tokens:
             self.next_tokens.share(tokens, num_rows, self.device)

@@ -62,6 +62,8 @@ class ShardedHead(nn.Module):
         if wanted is not None and wanted.shape[0] != rows.shape[0]:
             rows = rows.index_select(0, wanted)
         gathered = context.collectives.gather_rows(rows, context.logits_counts)
+        if context.head_inputs is not None:
+            context.head_inputs.append(gathered)
         return linear(gathered, self.rows(), self.bias)[None]
 
 
