@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ulysses_infer.arithmetic import FRACTION
 from ulysses_infer.kernels.launch import assume, counted
 from ulysses_infer.model.sampling import transfer
-from ulysses_infer.model.sampling.draw import draw
+from ulysses_infer.model.sampling.draw import draw, draw_from, masses_of
 from ulysses_infer.model.sampling.head import concat_shards, pad_shard
 from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler, SamplingRow
 from ulysses_infer.parallel.groups import build_groups
@@ -68,6 +68,10 @@ def by_kernel(
 
 
 def by_torch(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> list[int]:
+    return draw_from(masses_of(logits, logits.amax(-1), params), numbers).tolist()
+
+
+def in_c(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> list[int]:
     return draw(logits, logits.amax(-1), params, numbers).tolist()
 
 
@@ -96,6 +100,7 @@ def by_definition(logits: torch.Tensor, params: SamplingParams, number: float) -
 def check(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> None:
     expected = [by_definition(*each) for each in zip(logits, params, numbers, strict=True)]
     assert by_torch(logits, params, numbers) == expected
+    assert in_c(logits, params, numbers) == expected
     assert by_kernel(logits, params, numbers) == expected
 
 
@@ -117,7 +122,7 @@ def test_draws_equal_their_definition(kind: str, limits: Sequence[dict[str, Any]
 def test_draws_from_equal_weights(limits: dict[str, Any], number: float, token: int) -> None:
     logits, params = random_logits("equal", 1), [SamplingParams(**limits)]
     check(logits, params, [number])
-    assert by_torch(logits, params, [number]) == [token]
+    assert by_torch(logits, params, [number]) == in_c(logits, params, [number]) == [token]
 
 
 @pytest.mark.thorough

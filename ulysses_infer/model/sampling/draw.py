@@ -2,8 +2,8 @@
 
 A token takes one uniform random number, which is looked up in the cumulative distribution over the vocabulary in id
 order. So noise of 1e-5 in the logits changes a token only with a probability of that order. Weights are summed as
-integers, so a row's token depends neither on the batch nor on the implementation: Triton's kernel on a GPU, or torch.
-Both take the weights that torch computed.
+integers, so a row's token depends neither on the batch nor on the implementation: Triton's kernel on a GPU, C on a CPU,
+or torch. All take the weights that torch computed.
 
 The whole rows are on rank 0, where penalties and log-probabilities need them, too. Gathering 256 rows of 152k bf16
 logits from 8 H200 takes about 0.22 ms, 64 rows 0.07 ms (public NCCL tables). Searching limits on shards would take up
@@ -20,6 +20,7 @@ import torch
 from ulysses_infer.arithmetic import FRACTION
 from ulysses_infer.kernels import launch
 from ulysses_infer.model.sampling.transfer import column, to_device_async
+from ulysses_infer.native import sampling as native
 from ulysses_infer.sampling_params import SamplingParams
 
 TOP_P_CANDIDATES = 1024  # most nuclei are smaller, and this top-k is far cheaper than a full sort
@@ -43,6 +44,8 @@ def draw(
     weights = (scores - peak[:, None]).div_(temperature).exp_()  # [m, V], the largest is 1
     if launch.runs_kernels(weights.device):
         return _draw_by_kernel(weights, params, numbers)
+    if native.draws_natively(weights):
+        return native.draw(weights, _options(weights, params, numbers))
     truncate(weights, params)
     return draw_from(masses(weights), numbers)
 
@@ -111,8 +114,13 @@ def draw_unless_source_accepted(
 def _draw_by_kernel(weights: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> torch.Tensor:
     from ulysses_infer.kernels import sampling
 
+    return sampling.draw(weights, _options(weights, params, numbers))
+
+
+def _options(weights: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> torch.Tensor:
+    """What the kernels take for each row: [m, 4] float64."""
     options = [(number, _size(p, weights), p.top_p, p.min_p) for p, number in zip(params, numbers, strict=True)]
-    return sampling.draw(weights, to_device_async(options, weights, torch.float64))
+    return to_device_async(options, weights, torch.float64)
 
 
 def _size(params: SamplingParams, weights: torch.Tensor) -> int:

@@ -151,10 +151,13 @@ class SamplingRow:
     draft_source: torch.Tensor | None = None
     """The distribution that `draft` was drawn from, [V] int64 masses; None: the draft was certain."""
     is_plain: bool = field(init=False)  # greedy on the raw logits
+    has_processors: bool = field(init=False)
     _history: TokenHistory | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.is_plain = not needs_full_logits(self.params)
+        constraints = self.grammar, self.bad_words
+        self.has_processors = _has_processors(self.params) or any(each is not None for each in constraints)
 
     @property
     def position(self) -> int:
@@ -214,6 +217,8 @@ class Sampler:
         A row without any possible token gets `NO_TOKEN`. processed: a copy of `logits`, in which rows with processors
         are replaced by what these make of them.
         """
+        if processed is None and len(rows) * logits.shape[1] <= MAX_ELEMENTS and all(map(_is_simple, rows)):
+            return _unless_impossible(*_choose_tokens(logits, rows))
         tokens = torch.full((len(rows),), NO_TOKEN, dtype=torch.int64, device=logits.device)
         plain = [index for index, row in enumerate(rows) if row.is_plain]
         if plain:
@@ -229,7 +234,17 @@ class Sampler:
 
     def _store(self, tokens: torch.Tensor, indices: list[int], chosen: torch.Tensor, peak: torch.Tensor) -> None:
         """Write `chosen: [m]` at `indices`; NO_TOKEN where `peak: [m]`, the largest score, is not finite."""
-        tokens[to_device_async(indices, tokens)] = torch.where(peak.isfinite(), chosen, NO_TOKEN)
+        tokens[to_device_async(indices, tokens)] = _unless_impossible(chosen, peak)
+
+
+def _is_simple(row: SamplingRow) -> bool:
+    """Whether the row's scores are its logits as they are."""
+    return not row.has_processors and row.error is None
+
+
+def _unless_impossible(chosen: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
+    """`chosen: [m]`, but NO_TOKEN where the largest score, `peak: [m]`, is not finite."""
+    return torch.where(peak.isfinite(), chosen, NO_TOKEN)
 
 
 def _take_rows(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
@@ -252,6 +267,8 @@ def _choose_tokens(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[t
     tokens, peak = _most_likely(scores)
     random = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     drawn = [index for index in random if rows[index].draft is None]
+    if len(drawn) == len(rows):
+        return draw(scores, peak, [row.params for row in rows], _numbers(rows, drawn)), peak
     if drawn:
         places = to_device_async(drawn, scores)
         params = [rows[index].params for index in drawn]
