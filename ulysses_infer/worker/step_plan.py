@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgpack
 import numpy as np
@@ -122,8 +122,9 @@ class StepPlan(NamedTuple):
         sequence, mode, items, tokens, dropped, full_logits, keeps_tokens, *states, pools = msgpack.unpackb(data)
         token_ids = np.frombuffer(tokens, dtype=np.int32)
         items = [PlanItem(*item) for item in items]
-        pairs: list[Any] = [tuple((handle, slot) for handle, slot in each) for each in states]
-        return cls(sequence, Mode(*mode), items, token_ids, dropped, full_logits, keeps_tokens, *pairs, pools)
+        restores, snapshots, checkpoints = (tuple((handle, slot) for handle, slot in each) for each in states)
+        flags = full_logits, keeps_tokens
+        return cls(sequence, Mode(*mode), items, token_ids, dropped, *flags, restores, snapshots, checkpoints, pools)
 
 
 def placeholder(row: int) -> int:
