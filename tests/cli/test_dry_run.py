@@ -244,3 +244,9 @@ def test_the_memory_of_a_draft_model_is_counted(ranks: str, tmp_path: Path) -> N
     text = render(found)
     assert f"Qwen3ForCausalLM: 1 layers, on {'all ranks' if ranks == 'all' else 'the first rank'}" in text
     assert "a cache of as many tokens" in text
+
+
+@pytest.mark.thorough
+def test_a_head_is_said_not_to_be_counted(tmp_path: Path) -> None:
+    found = dry("qwen3-8b-2x24gb", tmp_path, "rtx4090", LESS, "speculation.method=mtp", layers=1)
+    assert "draft head" in render(found)

@@ -69,6 +69,7 @@ class Head(NamedTuple):
     served: Any
     parts: nn.ModuleDict
     kind: str
+    normalises_residual: bool = False
 
     @torch.inference_mode()
     def drafts(self, text: list[int], count: int) -> list[int]:
@@ -77,7 +78,8 @@ class Head(NamedTuple):
         states = self.states_of_served(ids[:, :-1])
         tokens, drafted = ids[:, 1:], list[int]()
         for _ in range(count):
-            output = self._layer(model.model.embed_tokens(tokens), states)
+            embedding = dict(self.parts.items()).get("embed_tokens", model.model.embed_tokens)
+            output = self._layer(embedding(tokens), states)
             logits, handed_on = self._finish(output[:, -1:])
             drafted.append(self._token(int(logits.argmax())))
             tokens = torch.cat([tokens, torch.tensor([[drafted[-1]]])], dim=1)
@@ -99,8 +101,10 @@ class Head(NamedTuple):
         positions = torch.arange(count)[None]
         arguments = {"attention_mask": mask, "position_embeddings": parts["rotary"](token, positions)}
         if self.kind == "eagle3":
-            joined = torch.cat([parts["input_layernorm"](token), parts["hidden_norm"](hidden)], dim=-1)
-            after = hidden + parts["self_attn"](hidden_states=joined, **arguments)[0]
+            normed = parts["hidden_norm"](hidden)
+            joined = torch.cat([parts["input_layernorm"](token), normed], dim=-1)
+            residual = normed if self.normalises_residual else hidden
+            after = residual + parts["self_attn"](hidden_states=joined, **arguments)[0]
             return after + parts["mlp"](parts["post_attention_layernorm"](after))
         joined = [parts["token_norm"](token), parts["hidden_norm"](hidden)]
         joined = joined[::-1] if self.kind == "qwen2" else joined
@@ -245,16 +249,36 @@ def eagle3_checkpoint(served: Any, folder: Path, seed: int = 0, **changes: Any) 
     perturb(parts, seed + 1)
     head.weight.data[[place for place, token in enumerate(vocabulary) if int(token) not in FREQUENT]] *= 0.05
     head.offsets = vocabulary - torch.arange(len(vocabulary))
-    renamed = {"output_norm": "norm", "fc": "fc", "lm_head": "lm_head"}
-    tensors = {
-        ".".join([renamed.get(name.split(".")[0], f"midlayer.{name.split('.')[0]}"), *name.split(".")[1:]]): tensor
-        for name, tensor in parts.state_dict().items()
-    }
     folder.mkdir(parents=True, exist_ok=True)
     kept = torch.zeros(target.vocab_size, dtype=torch.bool)
     kept[vocabulary] = True
-    tensors |= {"d2t": head.offsets, "t2d": kept}
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    maps = {"d2t": head.offsets, "t2d": kept}
+    save_file(_named(parts, "midlayer") | maps, folder / "model.safetensors")
     values = own.to_dict() | {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": len(vocabulary)}
     (folder / "config.json").write_text(json.dumps(values | changes))
     return Head(served, parts.eval(), "eagle3")
+
+
+def other_format(head: Head, folder: Path, source: Path) -> Head:
+    """The head in `source` as the library speculators writes it, with an embedding of its own and the residual behind
+    the norm; in torch's format."""
+    values = json.loads((source / "config.json").read_text())
+    layer = {name: value for name, value in values.items() if name not in ("architectures", "draft_vocab_size")}
+    own = {"architectures": ["Eagle3Speculator"], "transformer_layer_config": layer, "norm_before_residual": True}
+    (folder / "config.json").write_text(json.dumps(own | {"draft_vocab_size": values["draft_vocab_size"]}))
+    embedding = nn.Embedding(head.served.config.vocab_size, head.served.config.hidden_size)
+    perturb(embedding, 5)
+    parts = nn.ModuleDict({**head.parts, "embed_tokens": embedding})
+    tensors = _named(parts, "layers.0") | {"d2t": head.parts["lm_head"].offsets}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return head._replace(parts=parts.eval(), normalises_residual=True)
+
+
+def _named(parts: nn.ModuleDict, layer: str) -> dict[str, torch.Tensor]:
+    """The tensors of an EAGLE-3 head; layer: the name of its layer."""
+    outside = {"output_norm": "norm", "fc": "fc", "lm_head": "lm_head", "embed_tokens": "embed_tokens"}
+    found = {}
+    for name, tensor in parts.state_dict().items():
+        first, _, rest = name.partition(".")
+        found[f"{outside.get(first, f'{layer}.{first}')}.{rest}"] = tensor.detach().contiguous()
+    return found

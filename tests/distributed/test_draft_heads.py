@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.distributed.draft_heads import eagle3_checkpoint, frequent_model, mtp_checkpoint
+from tests.distributed.draft_heads import eagle3_checkpoint, frequent_model, mtp_checkpoint, other_format
 from tests.distributed.test_speculation_modes import REPEATING, batches, check, complete
 from tests.model.quantization.checkpoints import FORMATS
 from tests.tiny import SHAPE, settings, tiny_config, tiny_llama
@@ -124,6 +124,15 @@ def test_num_tokens_auto_drafts_with_the_time_of_drafting_in_mind(heads):
     without, with_drafts, _, found = run(folder, chosen, (1, 1), "auto", mixed_options())
     assert with_drafts == without
     check_drafts(found, head)
+
+
+@pytest.mark.thorough
+def test_heads_of_another_publisher_are_read(heads, tmp_path):
+    folder, chosen, head = heads("eagle3")
+    other = other_format(head, tmp_path, Path(chosen["speculation.model"]))
+    without, with_drafts, _, found = run(folder, {**chosen, "speculation.model": str(tmp_path)}, (1, 1), 3)
+    assert with_drafts == without
+    check_drafts(found, other)
 
 
 @pytest.fixture(scope="module")

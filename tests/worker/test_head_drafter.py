@@ -8,8 +8,10 @@ import torch
 
 from tests.distributed.draft_heads import mtp_checkpoint
 from tests.tiny import encode, settings
+from ulysses_infer.cache.budget import MemoryBudget
 from ulysses_infer.config import load_config
 from ulysses_infer.job.draft_head import load_head
+from ulysses_infer.job.make_worker import cache_shape
 from ulysses_infer.job.start_rank import start_rank
 from ulysses_infer.parallel.layout import Mode, even_span
 from ulysses_infer.worker.block_tables import BlockTables
@@ -52,6 +54,28 @@ def test_the_module_of_qwen3_next_drafts_as_described(tmp_path, rank_pool, lengt
         states = head.states_of_served(torch.tensor([text[:-1]]))[0]
     (drafts,) = rank_pool(1).run(drafts_of, str(tmp_path), text, states, 6)
     assert drafts == head.drafts(text, 6)
+
+
+def memory_taken(folder, available):
+    """Bytes of `available` that the blocks of the model and its head take together, and those of the head besides."""
+    rank = start_rank(load_config({"model.path": folder, **settings(1)}))
+    try:
+        config = load_config({"model.path": folder, **settings(1), "speculation.method": "mtp"})
+        served = SimpleNamespace(model=rank.worker.model, weights=rank.weights)
+        head = load_head(config, served, rank.channel, rank.groups, rank.worker.device)
+        left = head.within(MemoryBudget(available, 0, 0), served).left
+        each = [cache_shape(config, model, rank.groups).bytes_per_block for model in (served.model, head.head)]
+        blocks = left // each[0]
+        return blocks * sum(each), head.head.weight_bytes + head.hidden.num_bytes, sum(each)
+    finally:
+        rank.groups.close()
+
+
+def test_the_blocks_of_model_and_head_fill_the_memory_together(tmp_path, rank_pool):
+    mtp_checkpoint("qwen2", tmp_path)
+    available = 4 << 20
+    ((cache, besides, block),) = rank_pool(1).run(memory_taken, str(tmp_path), available)
+    assert available - 2 * block < cache + besides <= available
 
 
 def aligned(folder, num_tokens, num_rows):

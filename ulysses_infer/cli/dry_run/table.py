@@ -11,6 +11,7 @@ from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.budget import TAKEN_BYTES
 from ulysses_infer.cli.dry_run.report import DryRun
+from ulysses_infer.config.speculation import HEADS
 from ulysses_infer.job.draft_model import LoadedDraft
 from ulysses_infer.parallel.head_layout import HeadLayout
 from ulysses_infer.parallel.layout import Mode
@@ -84,6 +85,8 @@ def _model(run: DryRun) -> Iterator[Sequence[str]]:
         yield "experts", f"{layers[0].num_experts} in {len(layers)} layers, placed by {layers[0].placement}"
     if run.rank.draft is not None:
         yield "draft model", _draft(run.rank.draft)
+    if run.config.speculation.method in HEADS:
+        yield "draft head", "not counted: its weights and its part of each block are not in config.json"
     read, kept = len(list(run.checkpoint.open().keys())), len(list(model.module.parameters()))
     yield "load plan", f"{read} tensors of a checkpoint -> {kept} parameters of a rank, none missing"
 
