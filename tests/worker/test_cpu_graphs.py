@@ -10,6 +10,7 @@ import torch
 
 from tests.equivalence.cases import ModeShuffle, all_logprobs
 from tests.equivalence.conftest import reference as reference
+from tests.equivalence.families import with_experts
 from tests.selection import diagonal
 from tests.tiny import settings
 from ulysses_infer import SamplingParams, init_inference
@@ -85,9 +86,32 @@ def test_sequences_are_preempted(rank_pool, reference):
     assert compare(rank_pool, reference("llama"), (2, 1), **{"cache.num_blocks": 24}) > 5
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt2", "deepseek_v3"])
-def test_models_with_mostly_torch_operations_run_without_graphs(family, rank_pool, reference):
-    assert compare(rank_pool, reference(family), (1, 1)) == 0
+@pytest.mark.parametrize("family", ["gpt2", "deepseek_v3", "gpt_oss"])
+def test_models_with_many_torch_operations(family, rank_pool, reference):
+    assert compare(rank_pool, reference(family), (1, 1), **{"model.max_model_len": 128}) > 10
+
+
+ROUTERS = [  # one family for each way to choose experts
+    ("mixtral", "expert", (2, 1)),  # probabilities, divided by their sum
+    ("qwen2_moe", "width", (2, 2)),  # probabilities; a shared expert with a gate of its own
+    ("deepseek_v2", "replicate", (2, 1)),  # groups by their best expert
+    ("deepseek_v3", "expert", (2, 2)),  # sigmoids with a bias, groups by their two best experts
+    ("gpt_oss", "width", (1, 2)),  # a softmax of the best logits; matrices stored by input
+    ("llama4_text", "expert", (2, 2)),  # one expert, whose inputs are scaled
+    ("ernie4_5_moe", "expert", (4, 1)),  # probabilities with a bias
+    ("granitemoe", "replicate", (2, 2)),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("family", "placement", "base"),
+    [pytest.param(*case, marks=[] if case[0] == "deepseek_v3" else pytest.mark.thorough) for case in ROUTERS],
+)
+def test_experts_in_every_placement(family, placement, base, rank_pool, reference):
+    expected = reference(family, **with_experts(family, 4))
+    changes = {"parallel.expert_placement": placement, "model.max_model_len": 128}
+    assert compare(rank_pool, expected, base, **changes) > 10
 
 
 def test_without_native_collectives_steps_run_without_graphs(rank_pool, reference):

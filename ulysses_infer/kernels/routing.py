@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from ulysses_infer.kernels.launch import launch
+from ulysses_infer.native.sorted_rows import SortedRows
 
 CHOICES = 1024
 """Choices that a sorting program reads at a time."""
@@ -101,37 +100,21 @@ def sum_kernel(
     tl.store(result + token * width + column, total.to(result.dtype.element_ty), mask=exists)
 
 
-@dataclass(frozen=True)
-class SortedRows:
-    """A row per choice, those of one expert after another's; the last are of experts that other ranks own."""
-
-    offsets: torch.Tensor
-    """[own experts + 1] int32: where the rows of each end, and their number."""
-    tokens: torch.Tensor
-    """[t * K] int64: the token of each row."""
-    rows: torch.Tensor
-    """[t * K] int32: the row of each choice; -1 if another rank owns its expert."""
-
-    @property
-    def ends(self) -> torch.Tensor:
-        """[own experts] int32: where the rows of each end."""
-        return self.offsets[:-1]
-
-
 def sort_by_expert(experts: torch.Tensor, first: int, counts: torch.Tensor) -> SortedRows:
     """experts: [t, K] integers, of any row stride. first: the first own expert.
 
     counts: [own experts] int64, the choices are added.
     """
     own, num_choices, top_k = len(counts), experts.numel(), experts.shape[1]
-    found = SortedRows(
-        experts.new_empty(own + 1, dtype=torch.int32),
-        experts.new_empty(num_choices, dtype=torch.int64),
-        experts.new_empty(num_choices, dtype=torch.int32),
-    )
+    found = SortedRows.empty(experts, own)
     arguments = (experts, found.offsets, counts, found.tokens, found.rows, num_choices, experts.stride(0), first, own)
     launch(sort_kernel, (own + 1,), *arguments, TOP_K=top_k, CHOICES=CHOICES)
     return found
+
+
+def take_rows(hidden: torch.Tensor, found: SortedRows) -> torch.Tensor:
+    """hidden: [t, H]; returns the rows by expert, [t * K, H]."""
+    return hidden.index_select(0, found.tokens)
 
 
 def sum_of_experts(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ulysses_infer.native.arena import Arena
@@ -25,6 +26,8 @@ ALLOCATIONS = frozenset(getattr(torch.ops.aten, name).default for name in ("empt
 }
 CONSTANTS = frozenset({torch.ops.aten.lift_fresh.default})
 """Operators that create constants from Python values, which may differ in the next step."""
+HOST_READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__})
+"""Reads of memory that are no operators, and whose results may differ in the next step."""
 
 
 class _Call(ctypes.Structure):
@@ -66,6 +69,19 @@ class _NativeCalls:
             check(self._status.value)
 
 
+class _HostReads(TorchFunctionMode):
+    """Notes in a graph that the host has read a tensor: the step cannot be replayed then."""
+
+    def __init__(self, graph: CpuGraph) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in HOST_READS:
+            self._graph.problem = self._graph.problem or f"the host reads a tensor by {function.__name__}"
+        return function(*args, **(kwargs or {}))
+
+
 class CpuGraph(TorchDispatchMode):
     """One recorded step. The tensors that it reads and writes must keep their addresses."""
 
@@ -86,7 +102,7 @@ class CpuGraph(TorchDispatchMode):
         self._arena.restart()
         recording.recorder = self
         try:
-            with self:
+            with self, _HostReads(self):
                 yield
         finally:
             recording.recorder = None
@@ -121,13 +137,16 @@ class CpuGraph(TorchDispatchMode):
             return result
         if function not in CONSTANTS and _all_views(result, args):
             return result
-        if not _is_repeatable(function, args) or not isinstance(result, torch.Tensor):
+        results = _as_tuple(result)
+        if not any(isinstance(each, torch.Tensor) for each in (*_tensors(args), *results)):
+            return result  # of Python values alone, as `promote_types`
+        if not _is_repeatable(function, args) or not all(isinstance(each, torch.Tensor) for each in results):
             self.problem = self.problem or f"{function} cannot be repeated"
             return result
-        kept = self._arena.empty(tuple(result.shape), result.dtype)
-        kept.copy_(result)
-        self._add_torch_call(lambda: kept.copy_(function(*args, **kwargs)))
-        return kept
+        kept = tuple(self._arena.empty(tuple(each.shape), each.dtype) for each in results)
+        _copy_all(kept, results)
+        self._add_torch_call(lambda: _copy_all(kept, _as_tuple(function(*args, **kwargs))))
+        return kept[0] if isinstance(result, torch.Tensor) else type(result)(kept)
 
     def _add_torch_call(self, call: Callable[[], Any]) -> None:
         self._parts.append(call)
@@ -149,6 +168,16 @@ def _selects_by_numbers(function: Any, args: Any) -> bool:
     return function is torch.ops.aten.index.Tensor and all(
         each is None or each.dtype in (torch.int64, torch.int32) for each in args[1]
     )
+
+
+def _as_tuple(result: Any) -> tuple[Any, ...]:
+    """The results of an operator; several, for example of `topk`, come in a tuple or list."""
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def _copy_all(targets: tuple[torch.Tensor, ...], sources: tuple[torch.Tensor, ...]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def _to_int64(kind: str, value: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -12,11 +13,11 @@ from torch.nn import functional as F
 
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.native.choice import TORCH, Choice, measured_choice
-from ulysses_infer.native.function import MATMUL, NativeFunction
+from ulysses_infer.native.experts import NAMES, NativeExperts
+from ulysses_infer.native.function import MATMUL, NativeFunction, is_recording
 from ulysses_infer.native.library import NativeUnavailableError, is_switched_off, open_library
 
 logger = logging.getLogger(__name__)
-NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 KERNELS = ("few", "pairs", "panels")
 """few: each weight is read once, for few rows. pairs: bfloat16 dot products, on CPUs that have them. panels: float32
 multiply-adds of weights that are converted once for many rows."""
@@ -60,6 +61,21 @@ class NativeMatmul:
         if kernel == TORCH:
             return F.linear(inputs, weight, bias)
         return _multiply(self.kernels[dtype][kernel], inputs.contiguous(), weight, bias)
+
+    def of_experts(
+        self, tokens: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
+    ) -> torch.Tensor | None:
+        """`NativeExperts.multiply` with the measured kernels; None if it does not serve, or torch is faster."""
+        choice = self.choices.get(tokens.dtype)
+        if choice is None or not self._experts.serves(tokens, matrices):
+            return None
+        if not is_recording() and choice(max(1, len(tokens) // len(matrices))) == TORCH:
+            return None
+        return self._experts.multiply(tokens, matrices, bias, ends, choice)
+
+    @functools.cached_property
+    def _experts(self) -> NativeExperts:
+        return NativeExperts()
 
     def adopt(self, choices: Mapping[torch.dtype, Choice]) -> None:
         """Use another rank's choices, as far as this rank's processor has their kernels."""

@@ -64,7 +64,7 @@ class CpuGraphRunner:
         self._arena = Arena()
         self._recorded: dict[_Key, _RecordedStep] = {}
         self._seen: set[_Key] = set()
-        self._refused: set[Mode] = set()
+        self._refused: dict[_Key, str] = {}
         self._weights_version = model.weights_version
         self._replayed: CpuGraph | None = None
 
@@ -73,17 +73,29 @@ class CpuGraphRunner:
         """Seconds that the last step spent in each kind of native call; empty if it was not replayed."""
         return {} if self._replayed is None else {kind: self._replayed.seconds_of(kind) for kind in KINDS}
 
+    @property
+    def num_recorded(self) -> int:
+        """Kinds of steps that are replayed."""
+        return len(self._recorded)
+
+    @property
+    def refusals(self) -> list[str]:
+        """Why steps that were to be recorded are not."""
+        return list(dict.fromkeys(self._refused.values()))
+
     def accepts(self, plan: StepPlan) -> bool:
         """Whether the step has only decodes, few enough rows, and a shape that has occurred before.
 
         Steps with adapters run eagerly: the host decides which rows go through which adapter.
         """
         self._replayed = None
-        if not plan.runs_by_row or plan.num_tokens > self._max_rows or plan.mode in self._refused:
+        if not plan.runs_by_row or plan.num_tokens > self._max_rows:
             return False
-        if plan.pools or any(item.adapter or item.logits == NO_LOGITS for item in plan.items):
+        if any(item.adapter or item.logits == NO_LOGITS for item in plan.items):
             return False
         key = _key_of(plan)
+        if key in self._refused:
+            return False
         was_seen = key in self._seen
         self._seen.add(key)
         return was_seen
@@ -127,24 +139,17 @@ class CpuGraphRunner:
         graph = CpuGraph(self._arena)
         with graph.recording():
             result = finish(self.model.forward(token_ids, positions, torch.arange(local.size), context))
-        reason = _reason_to_refuse(graph)
+        reason = graph.problem
         if reason is None:
             self._recorded[key] = _RecordedStep(graph, result, (token_ids, positions, context))
         else:
-            self._refused.add(mode)
-            logger.debug("decode steps of mode %s are not recorded: %s", mode, reason)
+            self._refused[key] = reason
+            logger.debug("decode steps of %d rows in mode %s are not recorded: %s", size, mode, reason)
         return result
 
 
 def _key_of(plan: StepPlan) -> _Key:
     return plan.mode, plan.num_tokens, plan.full_logits
-
-
-def _reason_to_refuse(graph: CpuGraph) -> str | None:
-    """Why a recording cannot be replayed, or is not worth it."""
-    if graph.problem is None and graph.num_torch_calls > graph.num_native_calls:
-        return f"{graph.num_torch_calls} of its operations are torch's, only {graph.num_native_calls} are native"
-    return graph.problem
 
 
 def wants_cpu_graphs(
@@ -155,8 +160,9 @@ def wants_cpu_graphs(
     dtype: torch.dtype,
 ) -> bool:
     """Whether to record decode steps on a CPU. enforce_eager: None records where it is possible."""
-    supported = isinstance(backend, NativeAttention) and shape.dtype == dtype and not shape.values_in_keys
-    supported = supported and matmul is not None and shape.index is None  # torch selects keys on a CPU
+    supported = isinstance(backend, NativeAttention) and shape.dtype == dtype
+    # The host selects what tokens attend to, of keys with an index and of entries.
+    supported = supported and matmul is not None and not shape.selects_keys
     if enforce_eager is False and not supported:
         logger.warning("runtime.enforce_eager = false has no effect: steps are recorded with native kernels only")
     return supported and not enforce_eager

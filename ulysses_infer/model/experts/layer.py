@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ulysses_infer.kernels.launch import runs_products
-from ulysses_infer.model.context import StepContext, step_context
+from ulysses_infer.model.context import StepContext, step_context, step_context_or_none
 from ulysses_infer.model.experts.placement import EXPERT, REPLICATE
 from ulysses_infer.model.experts.products import MOST_ROWS, SharedTokens
 from ulysses_infer.model.experts.quantized import QuantizedExpertWeights
 from ulysses_infer.model.experts.routed import Routed
 from ulysses_infer.model.experts.weights import ExpertWeights
 from ulysses_infer.model.quantization.expert_scheme import EXPERTS_MARK
+from ulysses_infer.native.library import is_available
+from ulysses_infer.native.sorted_rows import SortedRows
 from ulysses_infer.parallel.experts import dispatch, dispatch_pays, gather_tokens, return_parts
 from ulysses_infer.parallel.layout import Layout, Place
-
-if TYPE_CHECKING:
-    from ulysses_infer.kernels.routing import SortedRows
 
 EXPERTS_NAME = "ulysses_infer"
 
@@ -73,34 +72,38 @@ class ExpertLayer:
 
     def compute(self, routed: Routed, shared: SharedTokens | None = None) -> torch.Tensor:
         """Own experts on the tokens that chose them: [n, H], zero for tokens that chose none; plus `shared`."""
-        if runs_products(routed.hidden.device) and routed.weights is not None:
-            found = self._sorted(routed)
-            output, added = self._rows(routed, found, shared)
-            return self._sum_of_experts(output, routed, found, added)
+        routing = _routing_on(routed.hidden)
+        if routing is not None and routed.weights is not None:
+            found = self._sorted(routed, routing)
+            output, added = self._rows(routed, found, shared, routing)
+            return self._sum_of_experts(output, routed, found, added, routing)
         output, added = self._apart(routed, shared)
         return output if added is None else _sum_of_parts(output[:, None], added)
 
     def _apart(self, routed: Routed, shared: SharedTokens | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`compute` of the experts, [n, H], and of `shared`, which may be of other tokens."""
-        if not runs_products(routed.hidden.device):
+        routing = _routing_on(routed.hidden)
+        if routing is None:
             return self._compute_by_torch(routed), None if shared is None else shared.compute()
-        found = self._sorted(routed)
-        output, added = self._rows(routed, found, shared)
+        found = self._sorted(routed, routing)
+        output, added = self._rows(routed, found, shared, routing)
         scattered = routed.weights is None and self._is_small(routed)
-        return output if scattered else self._sum_of_experts(output, routed, found, None), added
+        return output if scattered else self._sum_of_experts(output, routed, found, None, routing), added
 
-    def _sorted(self, routed: Routed) -> SortedRows:
-        from ulysses_infer.kernels.routing import sort_by_expert
-
-        return sort_by_expert(routed.experts, self.weights.own.start, self._counts(routed.experts.device))
+    def _sorted(self, routed: Routed, routing: Any) -> SortedRows:
+        counts = self._counts(routed.experts.device)
+        found: SortedRows = routing.sort_by_expert(routed.experts, self.weights.own.start, counts)
+        return found
 
     def _is_small(self, routed: Routed) -> bool:
         """Whether both products are one launch each."""
+        if not runs_products(routed.hidden.device):
+            return False
         rows_of_each = routed.experts.numel() / max(1, self.num_experts)
         return rows_of_each <= MOST_ROWS and self.weights.own.size > 0 and self.weights.stored() is not None
 
     def _rows(
-        self, routed: Routed, found: SortedRows, shared: SharedTokens | None
+        self, routed: Routed, found: SortedRows, shared: SharedTokens | None, routing: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The results of own experts, and of `shared`. Nothing is read on the host.
 
@@ -112,15 +115,14 @@ class ExpertLayer:
         added = None if shared is None else shared.compute()
         if self.weights.own.size == 0:
             return routed.hidden.new_zeros(len(found.tokens), routed.hidden.shape[1]), added
-        return self.weights.forward(routed.hidden.index_select(0, found.tokens), found.ends), added
+        return self.weights.forward(routing.take_rows(routed.hidden, found), found.ends), added
 
     def _sum_of_experts(
-        self, output: torch.Tensor, routed: Routed, found: SortedRows, added: torch.Tensor | None
+        self, output: torch.Tensor, routed: Routed, found: SortedRows, added: torch.Tensor | None, routing: Any
     ) -> torch.Tensor:
         """output: by row; returns the sum of each token's, [n, H]."""
-        from ulysses_infer.kernels.routing import sum_of_experts
-
-        return sum_of_experts(output, routed.weights, found.rows, added, routed.weights_dtype)
+        total: torch.Tensor = routing.sum_of_experts(output, routed.weights, found.rows, added, routed.weights_dtype)
+        return total
 
     def _compute_by_torch(self, routed: Routed) -> torch.Tensor:
         own, choices = self.weights.own.size, routed.experts.shape[1]
@@ -201,6 +203,20 @@ def partial_experts(
     weights = None if top_k_weights is None else top_k_weights[own]
     output: torch.Tensor = module.expert_layer.forward(Routed(hidden_states[own], top_k_index[own], weights), context)
     return output if len(output) == len(hidden_states) else torch.zeros_like(hidden_states)
+
+
+def _routing_on(hidden: torch.Tensor) -> Any:
+    """The functions that sort tokens [t, H] by expert and sum the results: of Triton, or C; None: only torch's."""
+    if runs_products(hidden.device):
+        from ulysses_infer.kernels import routing
+
+        return routing
+    step = step_context_or_none()
+    if hidden.device.type != "cpu" or step is None or step.matmul is None or not is_available("routing"):
+        return None
+    from ulysses_infer.native import routing as native_routing
+
+    return native_routing if hidden.dtype in native_routing.TYPES else None
 
 
 def _sum_of_parts(parts: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from ulysses_infer.kernels.experts_weights import StoredExperts
 
 if TYPE_CHECKING:
-    from ulysses_infer.kernels.routing import SortedRows
+    from ulysses_infer.native.sorted_rows import SortedRows
 
 MOST_ROWS = 64
 """Of an average expert. With more, torch's products, which are bound by arithmetic, are faster."""

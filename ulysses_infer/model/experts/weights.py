@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.kernels.launch import runs_products
+from ulysses_infer.model.context import step_context_or_none
 from ulysses_infer.model.experts.placement import EXPERT, REPLICATE, WIDTH, check_width
 from ulysses_infer.model.experts.products import StoredMixture, mixture_of
 from ulysses_infer.model.layers.matmul import linear
@@ -155,13 +157,20 @@ def _grouped_linear(tokens: torch.Tensor, weight: Weight, offsets: torch.Tensor)
     elif fits or tokens.device.type != "cpu":
         output = F.grouped_mm(tokens, matrices.transpose(1, 2), offs=offsets)
     else:
-        output = _linear_by_linear(tokens, matrices, offsets)
+        return _linear_of_experts(tokens, matrices, bias, offsets)
     return output if bias is None else output + bias[expert_of_rows(offsets, len(tokens))]
 
 
-def _linear_by_linear(tokens: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Waits for the offsets. On a CPU, `grouped_mm` is a loop too, with a slow product for few rows."""
+def _linear_of_experts(
+    tokens: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor
+) -> torch.Tensor:
+    """On a CPU, where `grouped_mm` is a loop too, with a slow product for few rows."""
+    step = step_context_or_none()
+    if step is not None and step.matmul is not None:
+        output = step.matmul.of_experts(tokens, matrices, bias, offsets)
+        if output is not None:
+            return output
     ends = offsets.tolist()
-    groups = zip(matrices, [0, *ends], ends, strict=False)
-    pieces = [linear(tokens[start:end], matrix) for matrix, start, end in groups if end > start]
+    groups = zip(matrices, repeat(None) if bias is None else bias, [0, *ends], ends, strict=False)
+    pieces = [linear(tokens[start:end], matrix, own) for matrix, own, start, end in groups if end > start]
     return torch.cat(pieces) if pieces else tokens.new_empty(0, matrices.shape[1])

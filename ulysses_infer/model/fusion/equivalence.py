@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +51,11 @@ def record_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
         yield calls
 
 
-def is_equivalent_on(call: Call, source: Callable[..., Any], replacement: Callable[..., Any]) -> bool:
-    """Whether both compute the same on `call`, also with its hidden states scaled up and down."""
-    for factor in FACTORS:
+def is_equivalent_on(
+    call: Call, source: Callable[..., Any], replacement: Callable[..., Any], factors: Sequence[float] = FACTORS
+) -> bool:
+    """Whether both compute the same on `call`, with its hidden states multiplied by each of `factors`."""
+    for factor in factors:
         scaled = call.times(factor)
         try:
             found = _tensors(replacement(*scaled.args, **scaled.kwargs))

@@ -20,10 +20,19 @@ from ulysses_infer.model.context import use_step_context
 from ulysses_infer.model.fusion.attention import FusedAttention, GatedAttention, PairedAttention, PlacedAttention
 from ulysses_infer.model.fusion.decoder import FusedDecoder
 from ulysses_infer.model.fusion.elementwise import ACTIVATIONS, Elementwise, NativeElementwise, make_elementwise
-from ulysses_infer.model.fusion.equivalence import MISMATCH_ERRORS, Call, is_close, is_equivalent_on, record_calls
+from ulysses_infer.model.fusion.equivalence import (
+    FACTORS,
+    MISMATCH_ERRORS,
+    Call,
+    is_close,
+    is_equivalent_on,
+    record_calls,
+)
 from ulysses_infer.model.fusion.experts import SCORES, FusedRouter, dense_choices, fuse_gate
 from ulysses_infer.model.fusion.feed_forward import FusedFeedForward
 from ulysses_infer.model.fusion.mixture import FusedMixture
+from ulysses_infer.model.fusion.native_router import FACTORS as NATIVE_ROUTER_FACTORS
+from ulysses_infer.model.fusion.native_router import NativeRouter
 from ulysses_infer.model.fusion.norm import FusedRMSNorm, OffsetRMSNorm
 from ulysses_infer.model.fusion.recurrent import is_equivalent_form, warn_of_missing_packages
 from ulysses_infer.model.fusion.rotary import FusedRotary
@@ -63,12 +72,14 @@ class Fusion:
         context = trial_context(layout, shard, self._cache, self._attention, device, model.state_shapes)
         self._context = replace(context, positions=self._positions)
         # Innermost first: attention blocks are tested with their norms already fused.
-        for kind in (FusedRMSNorm, FusedFeedForward, FusedRouter, FusedAttention):
+        router = NativeRouter if isinstance(self.elementwise, NativeElementwise) else FusedRouter
+        for kind in (FusedRMSNorm, FusedFeedForward, router, FusedAttention):
             self._replace_all(kind)
         self._fuse_recurrent()
-        if runs_kernels(device):
-            for layer in self.injection.expert_layers:
+        for layer in self.injection.expert_layers:
+            if runs_kernels(device) or isinstance(self.elementwise, NativeElementwise):
                 fuse_gate(layer, self.elementwise, model.dtype, device)
+        if runs_kernels(device):
             self._replace_all(FusedMixture)
         self.num_stacked = 0
         if should_stack_weights(device):
@@ -118,8 +129,8 @@ class Fusion:
             yield FusedRMSNorm(source, self.elementwise)
             if isinstance(self.elementwise, NativeElementwise):
                 yield OffsetRMSNorm(source, self.elementwise)
-        elif kind is FusedRouter and runs_kernels(self._tokens.device):
-            yield from (FusedRouter(source, score) for score in SCORES)
+        elif kind in (NativeRouter, FusedRouter):
+            yield from self._routers(kind, source)
         elif kind is FusedMixture:
             yield from (FusedMixture(source, returns_logits) for returns_logits in (False, True))
         elif kind is FusedFeedForward:
@@ -131,6 +142,12 @@ class Fusion:
                 yield PlacedAttention(source, asked, self.elementwise)
             yield FusedAttention(source, asked, self.elementwise)
             yield GatedAttention(source, asked, self.elementwise)
+
+    def _routers(self, kind: Any, source: nn.Module) -> Iterator[nn.Module]:
+        if kind is NativeRouter:
+            yield from NativeRouter.forms(source, self.model.dtype)
+        elif runs_kernels(self._tokens.device):
+            yield from (FusedRouter(source, score) for score in SCORES)
 
     def _run(self, modules: list[nn.Module]) -> tuple[dict[nn.Module, Call], dict[int, AttentionOptions]]:
         """The inputs of `modules` in one forward of the model, and the attention options of each layer."""
@@ -149,8 +166,9 @@ class Fusion:
     @torch.inference_mode()
     def _is_equivalent(self, source: nn.Module, form: nn.Module, call: Call) -> bool:
         with use_step_context(self._context):
-            if isinstance(form, FusedRouter):
-                return is_equivalent_on(call, dense_choices(source), dense_choices(form))
+            if isinstance(form, FusedRouter | NativeRouter):
+                factors = NATIVE_ROUTER_FACTORS if isinstance(form, NativeRouter) else FACTORS
+                return is_equivalent_on(call, dense_choices(source), dense_choices(form), factors)
             return is_equivalent_on(call, source, form)
 
     def _parents_of_modules(self) -> dict[nn.Module, list[tuple[nn.Module, str]]]:

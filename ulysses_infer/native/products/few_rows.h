@@ -96,9 +96,3 @@ INLINE void few_rows_of(const struct product *p, int64_t group, enum type type) 
     for (; n + PANEL <= stop; n += PANEL) panel_of(p, n, PANEL, p->num_outputs, type);
     for (; n < stop; n++) panel_of(p, n, 1, p->num_outputs, type);
 }
-
-/* `run` is `few_rows_of` for a constant type: the compiler does not pass constants into parallel regions. */
-static void multiply_few(const struct product *p, void (*run)(const struct product *p, int64_t group)) {
-#pragma omp parallel for schedule(static) if (is_large(p))
-    for (int64_t group = 0; group < (p->num_outputs + WIDE_PANEL - 1) / WIDE_PANEL; group++) run(p, group);
-}
