@@ -91,7 +91,7 @@ class CpuGraphRunner:
         self._replayed = None
         if not plan.runs_by_row or plan.num_tokens > self._max_rows:
             return False
-        if any(item.adapter or item.logits == NO_LOGITS for item in plan.items):
+        if plan.pools or any(item.adapter or item.logits == NO_LOGITS for item in plan.items):
             return False
         key = _key_of(plan)
         if key in self._refused:
