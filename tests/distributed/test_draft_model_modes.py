@@ -7,6 +7,7 @@ import functools
 import random
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from tests.distributed.test_speculation_modes import REPEATING, TEXTS, batches, 
 from tests.equivalence.tiny_models import make_checkpoint
 from tests.tiny import settings, tiny_llama
 from ulysses_infer import SamplingParams, init_inference
+from ulysses_infer.engine.speculation.proposer import Query
 from ulysses_infer.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.distributed
@@ -139,6 +141,21 @@ def test_steps_are_recorded_and_can_be_launched_before_their_tokens_are_known(en
         assert sum(replayed) > 20
     finally:
         proposer._chained, graphs.run = False, run
+
+
+def test_drafting_ends_where_the_next_token_is_not_worth_its_time(engines, folder, other):
+    engine = engines(folder, other)
+    name = engine.add(TEXTS[0], SamplingParams(temperature=0, max_tokens=40, speculation=False))
+    engine.step()
+    (request,) = engine.scheduler.running
+    whole, none, part = (
+        proposer_of(engine).propose([Query(request, (), 8, rate=1.1, least=least)])[0] for least in (0, 0.99, 0.01)
+    )
+    engine.abort(name)
+    chances = np.cumprod([min(1, 1.1 * confidence) for confidence in whole.confidences])
+    assert len(whole.tokens) == 8
+    assert len(none.tokens) == 1
+    assert part == whole.upto(1 + int((chances > 0.01).sum()))
 
 
 def test_rejection_sampling_accepts_what_the_model_itself_draws(engines, folder):

@@ -132,7 +132,17 @@ def test_the_length_of_drafts_counts_the_time_to_draft_them(seed, aims_at_tpot):
     length = planner(lambda rows: 1 + cost * rows, aims_at_tpot).best_length(
         rates, contexts, [], 12, lambda count: each * count
     )
-    assert speed(length) == pytest.approx(max(map(speed, range(13))))
+    assert speed(length.num_tokens) == pytest.approx(max(map(speed, range(13))))
+
+
+def test_a_token_is_worth_drafting_if_it_brings_more_than_the_usual_tokens_per_second():
+    """One request, tokens that are right with 0.8, 0.1 to draft and 0.1 to verify one more: the best of all lengths."""
+    length = planner(lambda rows: 0.9 + 0.1 * rows, False).best_length({1: 0.8}, {1: 50}, [], 16, lambda n: 0.1 * n)
+    chances = [0.8**n for n in range(1, 17)]
+    speeds = [(1 + sum(chances[:n])) / (1 + 0.2 * n) for n in range(17)]
+    assert length.num_tokens == int(np.argmax(speeds))
+    assert length.least == pytest.approx(0.2 * max(speeds))
+    assert chances[length.num_tokens - 1] > length.least > chances[length.num_tokens]
 
 
 def test_a_text_that_is_caught_up_with_is_spread_over_steps():

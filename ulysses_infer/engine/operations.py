@@ -12,7 +12,8 @@ from ulysses_infer.sampling_params import SamplingParams
 
 def warm_up(engine: Engine) -> None:
     """Run a prefill and a decode in every mode, to prove that all ranks can before a request waits for it."""
-    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False)
+    outputs = 2 if engine.worker.drafter is None else 4  # with room for drafted tokens
+    params = SamplingParams(temperature=0, max_tokens=outputs, ignore_eos=True, detokenize=False)
     parallel = engine.config.parallel
     for mode in parallel.available_modes:
         engine.choose_mode = lambda batch, mode=mode: mode

@@ -48,11 +48,13 @@ class DraftChoices:
         self._seeds = [seed_of(query.request) for query in queries]
         self._rows: list[_Row | None] = []
         self._confidences: list[tuple[list[int], torch.Tensor]] = []
+        self._first = 0  # of those of the current step
         self.sources: list[list[torch.Tensor | None]] = [[] for _ in queries]
         """For each query, what its tokens were drawn from; None: they were certain."""
 
     def begin(self, places: Sequence[int | None], number: int) -> None:
         """The next step's logits rows draft token `number` of the queries at `places`; None: a row drafts nothing."""
+        self._first = len(self._confidences)
         self._rows = [None if place is None else self._row(place, number) for place in places]
 
     def choose(self, start: int, logits: torch.Tensor) -> torch.Tensor:
@@ -77,6 +79,10 @@ class DraftChoices:
             for place, value in zip(places, values, strict=True):
                 found[place].append(value)
         return found
+
+    def last_confidences(self) -> list[float]:
+        """Those of the tokens of the last step, in the order of its rows. Waits for them."""
+        return [value for _, values in self._confidences[self._first :] for value in values.tolist()]
 
     def _row(self, place: int, number: int) -> _Row:
         query = self._queries[place]

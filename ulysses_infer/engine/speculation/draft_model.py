@@ -45,6 +45,8 @@ class _Work:
     """The logits row of the last drafted token, in its step."""
     tokens: list[int] = field(default_factory=list)
     """Drafted tokens, as far as they are known."""
+    chance: float = 1.0
+    """That all of them are right, as far as it is known."""
 
     @property
     def length(self) -> int:
@@ -107,6 +109,11 @@ class DraftModelProposer:
         """See `Proposer.forget`."""
         self.texts.forget(request)
 
+    @property
+    def is_gradual(self) -> bool:
+        """See `CostlyProposer.is_gradual`."""
+        return not self._chained
+
     def draft_seconds(self, requests: Sequence[Request], count: int) -> float:
         """See `CostlyProposer.draft_seconds`."""
         missing = sum(max(0, self.texts.num_missing(request) - 1) for request in requests)
@@ -164,7 +171,8 @@ class DraftModelProposer:
             going: list[_Work] = []
             for work in ready:
                 position = work.length + number - 1
-                blocks = self.texts.extend(work.text, position + 1, busy) if work.most > number else None
+                wanted = work.most > number and work.chance > work.query.least
+                blocks = self.texts.extend(work.text, position + 1, busy) if wanted else None
                 if blocks is None:
                     work.most = min(work.most, number)
                     continue
@@ -208,6 +216,8 @@ class DraftModelProposer:
             self._copies.append((copy, rows))
         else:
             _store(rows, copy.wait())
+            for work, confidence in zip(works, choices.last_confidences(), strict=True):
+                work.chance *= min(1.0, work.query.rate * confidence)
 
     def _observe(self, started: float) -> None:
         """Learn how long the steps of this proposal took."""

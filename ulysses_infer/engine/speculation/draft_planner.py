@@ -29,6 +29,14 @@ class PlannedDrafts(NamedTuple):
     reason: str
 
 
+class DraftLength(NamedTuple):
+    """How many tokens to draft for each request before any is known."""
+
+    num_tokens: int
+    least: float
+    """The chance to be right that makes one more token worth its time."""
+
+
 class _Candidate(NamedTuple):
     """One proposed token: the output tokens it is worth, its request, and the context that its row attends to."""
 
@@ -84,8 +92,8 @@ class DraftPlanner:
         chunks: list[tuple[int, int]],
         most: int,
         draft_seconds: Callable[[int], float],
-    ) -> int:
-        """How many tokens to draft for each request, 0 to `most`, before any is known.
+    ) -> DraftLength:
+        """The best number of tokens to draft for each request, 0 to `most`.
 
         rates: the chance of each request's tokens to be right, by its index; draft_seconds: the time to draft n tokens.
         contexts, chunks: as of `plan`.
@@ -94,7 +102,7 @@ class DraftPlanner:
         shape = StepShape.of(list(contexts.values()), chunks)
         plain = self._predict(shape)
         outputs = dict.fromkeys(contexts, 1.0)  # expected tokens of each request
-        best, best_speed = 0, number / plain.seconds
+        best, best_speed, least = 0, number / plain.seconds, 1.0
         for count in range(1, most + 1):
             for index, rate in rates.items():
                 outputs[index] += rate**count
@@ -104,10 +112,13 @@ class DraftPlanner:
             )
             values = outputs.values()
             expected = number**2 / sum(1 / each for each in values) if aims_at_tpot else sum(values)
-            speed = expected / (self._seconds(shape, plain) + draft_seconds(count))
+            verifying, drafting = self._seconds(shape, plain), draft_seconds(count)
+            speed = expected / (verifying + drafting)
             if speed > best_speed:
                 best, best_speed = count, speed
-        return best
+                each = (drafting + max(0.0, verifying - plain.seconds)) / (count * len(rates))
+                least = each * speed
+        return DraftLength(best, least)
 
     def _best(
         self, candidates: list[_Candidate], contexts: list[int], chunks: list[tuple[int, int]], aims_at_tpot: bool

@@ -51,6 +51,11 @@ class HeadProposer:
         drafted = dict(zip(picked, zip(*rows, strict=True), strict=False))
         return [_draft(drafted.get(query.request.index, ()), query.most) for query in queries]
 
+    @property
+    def is_gradual(self) -> bool:
+        """See `CostlyProposer.is_gradual`."""
+        return False
+
     def draft_seconds(self, requests: Sequence[Request], count: int) -> float:
         """See `CostlyProposer.draft_seconds`. That the head follows every step costs the same if nothing is drafted."""
         return self._seconds * count

@@ -18,6 +18,10 @@ class Query(NamedTuple):
     """Tokens that are drafted already, because a grammar forces them."""
     most: int
     """The most tokens to propose after them."""
+    rate: float = 1.0
+    """The share of the request's proposed tokens that was right so far, relative to their confidences."""
+    least: float = 0.0
+    """The chance to be right that makes one more token worth its time, if the proposer knows the ones before it."""
 
 
 class Draft(NamedTuple):
@@ -61,6 +65,11 @@ class Proposer(Protocol):
 @runtime_checkable
 class CostlyProposer(Proposer, Protocol):
     """A proposer that takes time which depends on the number of tokens, such as that of a model."""
+
+    @property
+    def is_gradual(self) -> bool:
+        """Whether it knows each token before it drafts the next one, and so minds `Query.least`."""
+        ...
 
     def draft_seconds(self, requests: Sequence[Request], count: int) -> float:
         """The expected time to propose `count` tokens for each of `requests`."""

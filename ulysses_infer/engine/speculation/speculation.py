@@ -163,10 +163,18 @@ class Speculation:
         rates = {query.request.index: min(1.0, self._of(query.request).usual.rate) for query in queries}
         requests, contexts = [query.request for query in queries], {r.index: r.num_tokens for r in decoding}
         most = max(query.most for query in queries)
-        count = self._planner.best_length(rates, contexts, chunks, most, lambda n: proposer.draft_seconds(requests, n))
-        if not count:
+        length = self._planner.best_length(rates, contexts, chunks, most, lambda n: proposer.draft_seconds(requests, n))
+        if not length.num_tokens:
             self.reason = "drafting is not worth its time"
-        return [query._replace(most=min(count, query.most)) for query in queries]
+            return [query._replace(most=0) for query in queries]
+        return [
+            query._replace(
+                most=query.most if proposer.is_gradual else min(length.num_tokens, query.most),
+                rate=self._of(query.request).acceptance.rate,
+                least=length.least,
+            )
+            for query in queries
+        ]
 
     def _forced_tokens(self, request: Request) -> tuple[int, ...]:
         """The tokens that the request's grammar forces next."""
