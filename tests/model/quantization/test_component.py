@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.model.fake_step import FakeCollectives, step
-from tests.model.quantization.checkpoints import FORMATS, Format, awq, compressed, float_zeros, fp8_block, gptq
+from tests.model.quantization.checkpoints import (
+    FORMATS,
+    Format,
+    awq,
+    compressed,
+    float_zeros,
+    fp8_block,
+    gptq,
+    int8_channel,
+)
 from ulysses_infer.model.loading.files import MemorySource
 from ulysses_infer.model.quantization.component import covering, spread
 from ulysses_infer.model.quantization.float_zeros import FloatZeroWeight
@@ -36,6 +45,7 @@ GRAINS = [
     (compressed(12, symmetric=False), CompressedWeight(12, 4, False)),
     (float_zeros(12), FloatZeroWeight(12)),
     (float_zeros(32), FloatZeroWeight(32)),
+    (int8_channel, ScaledWeight("weight_scale", "channel", dtype=torch.int8)),
     (fp8_block((7, 9)), ScaledWeight("weight_scale_inv", "block", (7, 9))),
 ]
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
+from collections.abc import Callable
 
 import torch
 
 from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.model.context import step_context_or_none
 from ulysses_infer.model.layers.linear import Cut
+from ulysses_infer.native.choice import measured_choice
 from ulysses_infer.native.function import MATMUL, NativeFunction
 from ulysses_infer.native.library import is_available, open_library
+from ulysses_infer.native.matmul import MEASURED_BYTES, MEASURED_SHAPE
 from ulysses_infer.parallel.sharding import Sharding
 
-SEGMENT = 128
-"""Inputs that share a scale when inputs are quantised, at most."""
+SEGMENT = 64
+"""Inputs that share a scale when inputs are quantised, at most: with 128, outliers of small models cost 1 % of the
+perplexity."""
 MOST_FLOAT_ROWS = 64
 """With more rows of inputs that are not quantised, expanding the weight first is faster."""
+BY_ROWS, MOST_BY_ROWS = "rows", 64
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # `enum type`
 SCALES = {torch.float32: 0, torch.uint8: 1, torch.bfloat16: 2}  # `enum scales`
 PACKED = {"": 0, "inputs": 1, "outputs": 2}
@@ -64,8 +70,7 @@ def segment_of(cut: Cut, sharding: Sharding, world_size: int) -> int:
     if cut == "column":
         return SEGMENT
     edges = [edge for index in range(world_size) for span in sharding.spans(index, world_size) for edge in span]
-    common = math.gcd(*edges)
-    return next((size for size in (SEGMENT, SEGMENT // 2) if common % size == 0), SEGMENT // 4)
+    return SEGMENT if math.gcd(*edges) % SEGMENT == 0 else SEGMENT // 2
 
 
 class NativeWeights:
@@ -91,8 +96,18 @@ class NativeWeights:
         """Whether inputs are quantised: where the model is in float32, results are exact instead."""
         return self._has_integers and rows.dtype != torch.float32
 
+    def _by_rows(self, rows: torch.Tensor) -> int:
+        """The C functions' last argument: -1, or up to how many rows bytes are multiplied row by row."""
+        if not self._uses_integers(rows):
+            return -1
+        return most_rows() if self._struct.values == _INT8 else 0
+
     def product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """rows: [n, inputs]; returns [n, outputs] of the only expert, plus `bias`."""
+        return self.multiply(rows, bias, self._by_rows(rows))
+
+    def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None, by_rows: int) -> torch.Tensor:
+        """`product` by the kernel that `by_rows` says, see `quantised_product` in C."""
         output = rows.new_empty(len(rows), self.outputs)
         self._product(
             ctypes.byref(self._struct),
@@ -102,7 +117,7 @@ class NativeWeights:
             len(rows),
             rows.stride(0),
             TYPES[rows.dtype],
-            int(self._uses_integers(rows)),
+            by_rows,
         )
         return output
 
@@ -120,7 +135,7 @@ class NativeWeights:
             len(ends),
             rows.stride(0),
             TYPES[rows.dtype],
-            int(self._uses_integers(rows)),
+            self._by_rows(rows),
         )
         return output
 
@@ -137,6 +152,25 @@ def _functions() -> tuple[NativeFunction, NativeFunction]:
     library = open_library("quantised")
     one = NativeFunction(library, "quantised_product", "ppppiiii", MATMUL, _check)
     return one, NativeFunction(library, "quantised_experts", "ppppiiii", MATMUL, _check)
+
+
+@functools.cache
+def most_rows() -> int:
+    """Up to how many rows the products of `integer_rows.h` are the faster ones of bytes, as measured here once."""
+    weights: list[NativeWeights] = []
+
+    def prepare(kernel: str, rows: int) -> Callable[[], object]:
+        if not weights:
+            shape = 1, *MEASURED_SHAPE
+            count = MEASURED_BYTES // math.prod(shape)
+            codes, scales = torch.ones(count, *shape, dtype=torch.int8), torch.ones(1, shape[1], 1)
+            weights.extend(NativeWeights(StoredExperts(each, *MEASURED_SHAPE, scales=scales)) for each in codes)
+        visited, inputs = itertools.cycle(weights), torch.ones(rows, MEASURED_SHAPE[1], dtype=torch.bfloat16)
+        by_rows = rows if kernel == BY_ROWS else 0
+        return lambda: next(visited).multiply(inputs, None, by_rows)
+
+    choice = measured_choice("quantised", "quantised-int8", (BY_ROWS, "panels"), prepare)
+    return max((rows for rows in range(1, MOST_BY_ROWS + 1) if choice(rows) == BY_ROWS), default=0)
 
 
 def _check(status: int) -> None:

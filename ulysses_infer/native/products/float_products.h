@@ -1,6 +1,6 @@
 /* Products of inputs as they are with weights expanded to float32, a segment of a few outputs at a time. */
 #pragma once
-#include "integer_products.h"
+#include "integer_rows.h"
 
 #define PANEL_OF_FLOATS 4
 #define FLOAT_ROWS 4 /* whose sums are in registers together */
@@ -19,14 +19,6 @@ INLINE void add_segment(const float *weights, int64_t count, const float *x, int
         }
     UNROLL for (int a = 0; a < PANEL_OF_FLOATS; a++)
         UNROLL for (int b = 0; b < rows; b++) sums[a * sums_stride + b] = held[a][b];
-}
-
-INLINE void put(const struct product *p, int64_t t, int64_t n, float value) {
-    const int64_t place = t * p->outputs_stride + n;
-    if (p->type == FLOAT32)
-        ((float *)p->outputs)[place] = value + (p->bias ? ((const float *)p->bias)[n] : 0);
-    else
-        ((bfloat16 *)p->outputs)[place] = bfloat16_of(value + (p->bias ? float_of(((const bfloat16 *)p->bias)[n]) : 0));
 }
 
 /* Outputs n .. n + count with all rows. x: [rows][stride]; sums: [PANEL_OF_FLOATS][rows]. */

@@ -21,12 +21,11 @@ struct cut {
     int64_t count;
     enum kind kind;
     int64_t in_place;     /* words are read from the weight, not from `bytes` */
-    int64_t of_one_group; /* each segment is the group with its number */
 };
 
 struct panel {
     uint32_t *words;         /* [words][OUTPUTS]: nibbles as they are stored, and operands of bytes */
-    float *scales, *minima;  /* [segments][OUTPUTS]; minima: what a code of zero means */
+    float *scales, *minima;  /* [groups][OUTPUTS]; minima: what a code of zero means */
     int8_t *bytes;           /* [OUTPUTS][ROW_BYTES], if the weight is expanded first */
 };
 
@@ -42,7 +41,7 @@ static struct cut cut_of(const struct stored *w, const struct segment *segments,
         first[s + 1] = first[s] + (length + step - 1) / step * operands_of(kind);
     }
     const int in_place = kind == NIBBLES || (w->values == INT8 && w->code_input == 1);
-    return (struct cut){segments, first, count, kind, in_place, w->group_size && w->segment % w->group_size == 0};
+    return (struct cut){segments, first, count, kind, in_place};
 }
 
 /* Words of a panel per word of the weight. */
@@ -144,7 +143,7 @@ static __attribute__((noinline)) floats load_some_groups(const bfloat16 *scales,
     return load_groups(both, both + LANES);
 }
 
-/* Scales and zero points in bfloat16, one of each per segment, in squares. */
+/* Scales and zero points in bfloat16 of groups s .. end, in squares. */
 static void turn_groups(const struct stored *w, int64_t n, int64_t count, int64_t s, int64_t end,
                         const struct panel *to) {
     for (int v = 0; v < VECTORS; v++)
@@ -173,17 +172,17 @@ static void turn_groups(const struct stored *w, int64_t n, int64_t count, int64_
         }
 }
 
-/* The scales of segments s .. end of outputs n .. n + count, and what codes of zero mean. */
+/* The scales of groups s .. end of outputs n .. n + count, and what codes of zero mean. */
 static void fill_scales(const struct stored *w, const struct cut *cut, int64_t n, int64_t count, int64_t s, int64_t end,
                         const struct panel *to) {
-    const int is_packed = w->float_zeros && cut->kind == NIBBLES && w->scale_type == BFLOATS;
-    if (is_packed && cut->of_one_group && w->scale_input == 1 && w->zero_input == 1) {
+    const int is_float = w->float_zeros && cut->kind == NIBBLES && w->scale_type == BFLOATS;
+    if (is_float && w->scale_input == 1 && w->zero_input == 1) {
         turn_groups(w, n, count, s, end, to);
         return;
     }
-    for (int64_t at = s; at < end; at++)
+    for (int64_t group = s; group < end; group++)
         for (int64_t i = 0; i < count; i++) {
-            const int64_t group = cut->segments[at].group, place = (at - s) * OUTPUTS + i;
+            const int64_t place = (group - s) * OUTPUTS + i;
             float zero = float_zero_of(w, n + i, group);
             if (cut->kind == BYTES)
                 zero += WEIGHT_OFFSET;

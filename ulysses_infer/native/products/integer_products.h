@@ -25,6 +25,14 @@ struct product {
 
 INLINE int64_t padded(int64_t count) { return (count + LINE - 1) / LINE * LINE + LINE; }
 
+INLINE void put(const struct product *p, int64_t t, int64_t n, float value) {
+    const int64_t place = t * p->outputs_stride + n;
+    if (p->type == FLOAT32)
+        ((float *)p->outputs)[place] = value + (p->bias ? ((const float *)p->bias)[n] : 0);
+    else
+        ((bfloat16 *)p->outputs)[place] = bfloat16_of(value + (p->bias ? float_of(((const bfloat16 *)p->bias)[n]) : 0));
+}
+
 /* Quantised inputs, in blocks of nearly equal numbers of rows, at most TILE_ROWS. */
 struct packed_inputs {
     uint32_t *operands;   /* of each block: [operands][rows] */
@@ -108,7 +116,7 @@ INLINE void tile(const struct panel *w, const struct cut *cut, int64_t s, int64_
     for (int64_t at = s; at < end; at++) {
         const int64_t word = first_word(cut, s, at), count = first_word(cut, s, at + 1) - word;
         const uint32_t *weights = w->words + word * OUTPUTS, *x = operands + cut->first[at] * rows;
-        const int64_t place = (at - s) * OUTPUTS;
+        const int64_t place = (cut->segments[at].group - cut->segments[s].group) * OUTPUTS;
         integers whole[TILE_ROWS][VECTORS];
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < VECTORS; v++) whole[r][v] = (integers){0};

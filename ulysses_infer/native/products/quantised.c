@@ -46,7 +46,7 @@ static int multiply_batch(const struct product *p, const struct cut *cut, const 
             for (int64_t s = 0, end; s < cut->count; s = end) {
                 end = panel_end(cut, s);
                 fill_words(p->weight, cut, n, count, s, end, &w);
-                fill_scales(p->weight, cut, n, count, s, end, &w);
+                fill_scales(p->weight, cut, n, count, cut->segments[s].group, cut->segments[end - 1].group + 1, &w);
                 add_panel(&w, cut, s, end, x, sums);
             }
             put_sums(p, t, x->rows, n, count, sums);
@@ -69,6 +69,26 @@ static int multiply_integers(const struct product *p) {
         failed = multiply_batch(p, &cut, &x, t);
     }
     free(first), free(x.operands), free(x.scales), free(x.sums);
+    return failed;
+}
+
+static int multiply_rows(const struct product *p) {
+    const int64_t segments = p->num_rows * p->num_segments, outputs = p->weight->outputs;
+    const int64_t stride = (p->weight->segment + STEP - 1) / STEP * STEP;
+    int8_t *narrow = space(padded(p->weight->segment));
+    struct quantised_rows x = {space(segments * stride * sizeof(code)), space(segments * 4), space(p->num_rows * 4), stride};
+    const int failed = !narrow || !x.codes || !x.scales || !x.sums;
+    if (!failed) quantise_rows(p, &x, narrow);
+#pragma omp parallel for schedule(static) if (is_worth(p) && !failed)
+    for (int64_t group = 0; group < (outputs + ROWS_OUTPUTS - 1) / ROWS_OUTPUTS; group++) {
+        int64_t n = group * ROWS_OUTPUTS;
+        if (failed) continue;
+        if (n + ROWS_OUTPUTS <= outputs)
+            rows_of_outputs(p, &x, n, ROWS_OUTPUTS);
+        else
+            for (; n < outputs; n++) rows_of_outputs(p, &x, n, 1);
+    }
+    free(narrow), free(x.codes), free(x.scales), free(x.sums);
     return failed;
 }
 
@@ -100,17 +120,20 @@ static int multiply_floats(const struct product *p) {
     return failed;
 }
 
-/* inputs: [rows][stride] of `type`; outputs: [rows][outputs]. Returns 0, or 1 if there is no memory. */
+/* inputs: [rows][stride] of `type`; outputs: [rows][outputs]. by_rows: with up to so many rows, bytes are multiplied
+ * row by row (integer_rows.h); negative: nothing is quantised. Returns 0, or 1 if there is no memory. */
 int quantised_product(const struct stored *weight, const char *inputs, const char *bias, char *outputs,
-                      int64_t num_rows, int64_t inputs_stride, int64_t type, int64_t as_integers) {
+                      int64_t num_rows, int64_t inputs_stride, int64_t type, int64_t by_rows) {
     struct segment *segments = malloc(most_segments(weight) * sizeof *segments);
     if (!segments) return 1;
     struct product p = {weight,  inputs, bias, outputs, num_rows, inputs_stride, weight->outputs, (enum type)type,
                         segments, find_segments(weight, segments)};
     int failed = 0;
     if (num_rows && weight->outputs) {
-        if (!as_integers)
+        if (by_rows < 0)
             failed = multiply_floats(&p);
+        else if (num_rows <= by_rows && has_rows(weight))
+            failed = multiply_rows(&p);
         else
             failed = multiply_integers(&p);
     }
@@ -120,14 +143,14 @@ int quantised_product(const struct stored *weight, const char *inputs, const cha
 
 /* Rows sorted by expert: those of expert e end before row `ends[e]`. Rows after the last are not written. */
 int quantised_experts(const struct stored *weight, const char *inputs, char *outputs, const int32_t *ends,
-                      int64_t experts, int64_t inputs_stride, int64_t type, int64_t as_integers) {
+                      int64_t experts, int64_t inputs_stride, int64_t type, int64_t by_rows) {
     const int64_t size = type == FLOAT32 ? 4 : 2;
     int failed = 0;
     for (int64_t e = 0, start = 0; e < experts && !failed; start = ends[e++]) {
         const struct stored one = of_expert(weight, e);
         failed = quantised_product(&one, inputs + start * inputs_stride * size, 0,
                                    outputs + start * weight->outputs * size, ends[e] - start, inputs_stride, type,
-                                   as_integers);
+                                   by_rows);
     }
     return failed;
 }
