@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.model.fake_step import FakeCollectives, step
+from tests.model.quantization.checkpoints import compressed, float_zeros, int8_channel
+from tests.model.quantization.mixtures import mxfp4
 from tests.model.quantization.test_component import GRAINS, loaded
 from tests.native.building import X86, build_for
+from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.model.quantization import native_products, products
-from ulysses_infer.parallel.layout import Layout, Mode
+from ulysses_infer.model.quantization.component import covering
+from ulysses_infer.model.quantization.float_zeros import FloatZeroWeight
+from ulysses_infer.model.quantization.mxfp4 import Mxfp4Weight
+from ulysses_infer.model.quantization.packed import CompressedWeight
+from ulysses_infer.model.quantization.scaled import ScaledWeight
+from ulysses_infer.parallel.layout import Layout, Mode, Span
 from ulysses_infer.parallel.sharding import Part, Sharding
 
 LAYOUT, SHARD = Layout(Mode(2, 2)), 3
@@ -23,6 +34,7 @@ QUANTISING = 1 / 127
 @pytest.fixture(params=X86, autouse=True)
 def architecture(request: Any, monkeypatch: Any) -> Any:
     native_products._functions.cache_clear()
+    monkeypatch.setattr(native_products, "most_rows", lambda: 3)  # more rows are multiplied by the other kernel
     monkeypatch.setattr(native_products, "open_library", lambda name: build_for(name, request.param))
     yield request.param
     native_products._functions.cache_clear()
@@ -62,12 +74,96 @@ def test_products_equal_those_of_dense_weights(quantise: Any, scheme: Any, cut: 
             check(found, given, weight, None if bias is None else bias[own], dtype)
 
 
+@st.composite
+def cases(draw: Any) -> tuple[Any, Span, Span, int, int]:
+    """A scheme, outputs and inputs of a slice of a layer with 300 inputs, rows, and inputs per segment."""
+    schemes = [(float_zeros(size), FloatZeroWeight(size)) for size in (8, 12, 32, 64, 128)]
+    schemes += [(compressed(size, symmetric=False), CompressedWeight(size, 4, False)) for size in (32, 128)]
+    schemes += [(int8_channel, ScaledWeight("weight_scale", "channel", dtype=torch.int8)), (mxfp4, Mxfp4Weight())]
+    first, start = draw(st.integers(0, 20)), draw(st.sampled_from((0, 8, 32, 64, 136)))
+    rows = Span(first, first + draw(st.integers(1, 75)))
+    columns = Span(start, draw(st.integers(start + 1, 288)))
+    return draw(st.sampled_from(schemes)), rows, columns, draw(st.integers(1, 30)), draw(st.sampled_from((32, 64)))
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cases())
+def test_slices_of_any_size_equal_those_of_dense_weights(case: Any) -> None:
+    (quantise, scheme), rows, columns, count, segment = case
+    outputs, inputs = 96, 288
+    tensors, dense = quantise(torch.randn(outputs, inputs) + 0.5)
+    names = {"_blocks": "blocks", "_scales": "scales"}
+    stored = {names.get(name, name): part for name, part in tensors.items()}
+    parts = {}
+    for name, component in scheme.components(outputs, inputs).items():
+        view = stored[name].to(component.dtype).view(component.shape)
+        for axis, span in ((component.outputs, rows), (component.inputs, columns)):
+            if axis is not None:
+                kept = covering(span, axis.step)
+                view = view.narrow(axis.dimension, kept.start, kept.size)
+        parts[name] = view[None]
+    weights = native_products.NativeWeights(scheme.stored_experts(parts, rows, columns), segment)
+    given_rows = torch.randn(count, columns.size).bfloat16()
+    check(
+        weights.product(given_rows, None),
+        given_rows,
+        dense[slice(*rows), slice(*columns)],
+        None,
+        torch.bfloat16,
+        float(dense.abs().max()),
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("inputs", [64, 76, 200])
+def test_integers_are_multiplied_exactly(rows: int, inputs: int) -> None:
+    """Inputs that are multiples of their segment's step need no rounding, and sums are below 2^24."""
+    codes = torch.randint(-127, 128, (37, inputs), dtype=torch.int8)
+    codes[0], codes[1] = 127, -127
+    given_rows = torch.randint(-127, 128, (rows, inputs)).float()
+    given_rows[:, ::32], given_rows[-1] = 127, -127
+    stored = StoredExperts(codes[None], 37, inputs, scales=torch.ones(1, 37, 1))
+    output = torch.empty(rows, 37)
+    weights = native_products.NativeWeights(stored, 32)
+    weights._product(ctypes.byref(weights._struct), given_rows.data_ptr(), None, output.data_ptr(), rows, inputs, 0, 3)
+    assert output.tolist() == (given_rows @ codes.float().t()).tolist()
+
+
+@pytest.mark.parametrize("scheme", [FloatZeroWeight(32), ScaledWeight("s", "channel", dtype=torch.int8)], ids=str)
+def test_a_row_does_not_depend_on_how_many_others_there_are(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_products, "most_rows", lambda: 0)
+    parts = {name: part[None] for name, part in random_parts(scheme).items()}
+    weights = native_products.NativeWeights(scheme.stored_experts(parts, Span(0, 50), Span(0, 160)))
+    given_rows = torch.randn(23, 160).bfloat16()
+    together = weights.product(given_rows, None)
+    for count in (1, 2, 7, 12):
+        assert weights.product(given_rows[:count], None).equal(together[:count])
+
+
+def random_parts(scheme: Any) -> dict[str, torch.Tensor]:
+    """The components of a layer [50, 160]."""
+    found = {}
+    for name, component in scheme.components(50, 160).items():
+        is_code = not component.dtype.is_floating_point
+        values = torch.randint(-120, 120, component.shape) if is_code else torch.rand(component.shape)
+        found[name] = values.to(component.dtype)
+    return found
+
+
 def check(
-    found: torch.Tensor, given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    found: torch.Tensor,
+    given: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    most: float = 0,
 ) -> None:
-    """Within the rounding of the dtype and, in bfloat16, that of quantised inputs: half a step of each."""
+    """Within the rounding of the dtype and, in bfloat16, that of quantised inputs: half a step of each.
+
+    most: the largest weight, to which the rounding of what zero points subtract is relative.
+    """
     exact = given.double() @ weight.double().t()
-    size = given.double().abs() @ weight.double().abs().t() + 1
+    size = given.double().abs() @ (weight.double().abs() + most).t() + 1
     if bias is not None:
         exact, size = exact + bias.to(dtype).double(), size + bias.abs()
     allowed = exact.abs() * ROUNDING[dtype] + size * 2e-6
