@@ -17,7 +17,7 @@ from tests.model.quantization.checkpoints import FORMATS, change_config
 from ulysses_infer.errors import CheckpointError, ConfigError
 from ulysses_infer.model.injection.inject import Injection
 from ulysses_infer.model.lora.adapter import Adapter, LoraWeights
-from ulysses_infer.model.lora.attach import attach_adapters
+from ulysses_infer.model.lora.attach import check_adapter
 from ulysses_infer.model.model import build_empty_model
 from ulysses_infer.parallel.layout import Layout, Mode
 
@@ -174,7 +174,7 @@ def test_adapters_of_the_grouped_projection_are_refused() -> None:
     name = "model.layers.0.self_attn.o_a_proj"
     nothing = LoraWeights(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
     with pytest.raises(CheckpointError, match="o_a_proj, whose inputs are grouped"):
-        attach_adapters(injection, [Adapter("mine", {name: nothing})], torch.float32, torch.device("cpu"))
+        check_adapter(injection, Adapter("mine", {name: nothing}))
 
 
 @pytest.mark.parametrize(("base", "fitting"), [((3, 1), "1, 2, 4, 8"), ((16, 1), "1, 2, 4, 8")])

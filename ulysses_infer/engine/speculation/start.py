@@ -26,8 +26,8 @@ from ulysses_infer.worker.transfer import DeviceToHostCopy
 def start_speculation(
     config: Config, rank: Rank, requests: RequestTable, policies: PolicyControl
 ) -> Speculation | None:
-    """Speculation as in `config`; None without it. Raises `ConfigError` for a model that cannot go back to its accepted
-    tokens."""
+    """Speculation as in `config`; None without it. Raises `ConfigError` if there is no room for recurrent states to go
+    back to."""
     if not config.speculation.is_enabled:
         return None
     worker, modes = rank.worker, config.parallel.available_modes
@@ -36,12 +36,6 @@ def start_speculation(
             f"speculation.method = {config.speculation.method!r}: model type "
             f"{worker.model.injection.config.model_type!r} has recurrent layers, and there is no slot for their states "
             "before drafted tokens; raise cache.state_snapshots or cache.memory_bytes, or use none"
-        )
-    if worker.cache.shape.entries:
-        raise ConfigError(
-            f"speculation.method = {config.speculation.method!r}: model type "
-            f"{worker.model.injection.config.model_type!r} caches entries of several tokens, which speculation has not "
-            "been verified with; use none"
         )
     times = StepTimes(modes, assumed(worker, modes), lambda: policies.policy)
     speculation = Speculation(
