@@ -559,6 +559,10 @@ class TestIgnoredSettings:
             ),
             (["policy.profile=x"], "policy.profile"),
             (["cache.num_blocks=9", "cache.memory_bytes=9"], "cache.memory_bytes"),
+            (
+                ["speculation.method=ngram", "speculation.quantize=int4"],
+                "speculation.quantize (in the command line) is ignored: speculation.method is ngram",
+            ),
             (["scheduler.max_num_seqs=9", "scheduler.max_num_batched_tokens=8"], "scheduler.max_num_seqs"),
         ],
     )

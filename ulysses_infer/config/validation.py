@@ -138,7 +138,7 @@ def _ignored(config: Config) -> list[tuple[str, str]]:
         ignored += [(name, "speculation.method is none") for name in names if name != "speculation.method"]
     elif config.speculation.method != DRAFT_MODEL:
         reason = f"speculation.method is {config.speculation.method}"
-        unused = ("draft_ranks",) if config.speculation.method == EAGLE3 else ("model", "draft_ranks")
+        unused = ["draft_ranks", "quantize"] + ([] if config.speculation.method == EAGLE3 else ["model"])
         ignored += [(f"speculation.{name}", reason) for name in unused]
     if cache.num_blocks is not None:
         ignored.append(("cache.memory_bytes", "cache.num_blocks sets the size of the cache"))
