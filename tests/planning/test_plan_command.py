@@ -8,7 +8,7 @@ import ulysses_infer
 from tests.planning.plans import burst, llama_config
 from ulysses_infer.cli.arguments import parse
 from ulysses_infer.config import load_config
-from ulysses_infer.errors import ConfigError
+from ulysses_infer.errors import ConfigError, UlyssesError
 from ulysses_infer.planning.command import run
 from ulysses_infer.planning.workload import Traffic
 
@@ -105,11 +105,54 @@ def test_python_plans_with_a_config_object():
         (["--hardware", "8xh200", "--trace", "missing.csv"], "trace 'missing.csv' cannot be read"),
         (["--hardware", "8xh200", "--explain", "sp3xtp1"], "those that fit are sp8xtp1"),
         (["--hardware", "8xh200", "--input-len", "9000"], "no request fits"),
+        (["--hardware", "8xh200", "--trace", "pyproject.toml"], "'[build-system]' is not {\"timestamp\": milliseconds"),
+        (["--hardware", "8xh200", "--profile", "missing.json"], "write it with ulysses-infer calibrate --output"),
+        (["--hardware", "8xh200", "--profile", "pyproject.toml"], "is not a profile of step times"),
+        (["--hardware", "8xh200", "--dtype", "fp4"], "invalid choice: 'fp4' (choose from"),
+        (["--hardware", "8xh200", "--cache-dtype", "fp4"], "invalid choice: 'fp4' (choose from"),
+        (["--hardware", "8xh200", "--expert-placement", "own"], "invalid choice: 'own' (choose from"),
+        (["--hardware", "8xh200", "--window", "5"], "invalid choice: '5' (choose from"),
+        (["--hardware", "8xh200", "--slo", "p50:3"], "'p50:3' is not METRIC:MS with METRIC one of ttft, tpot, latency"),
+        (["--hardware", "8xh200", "--recipe", "/missing/best.yaml"], "--recipe /missing/best.yaml: it is no file in a"),
+        (["--hardware", "8xh200", "--report", "."], "--report .: it is no file in a folder that exists"),
+        (["--rate", "3"], "the following arguments are required: --hardware"),
+        *(
+            (["--hardware", "8xh200", option, "0"], f"argument {option}: '0' is not")
+            for option in (
+                "--nodes",
+                "--max-model-len",
+                "--max-num-batched-tokens",
+                "--block-size",
+                "--input-len",
+                "--output-len",
+                "--rate",
+                "--price",
+                "--time-scale",
+            )
+        ),
     ],
 )
 def test_a_mistake_is_one_line(model, words, message):
     with pytest.raises(ConfigError) as error:
         planned(model, *words)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("missing", None, "missing"),
+        ("own.json", "{", "own.json"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_one_line(tmp_path, name, text, message):
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UlyssesError) as error:
+        planned(path, "--hardware", "8xh200")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     if not console.is_terminal:
         console.width = FILE_WIDTH
+    _check_outputs(options)
     freeze_gc()  # the objects of imports stay
     rows = _rows(options)
     planner = _planner(options, options.block_size or simulated_block_size(rows))
@@ -144,6 +145,13 @@ def _explain(console: Console, planner: Planner, name: str) -> None:
     if not isinstance(times, AnalyticStepTimes):
         raise ConfigError("--explain needs predicted step times; leave out --profile")
     print_explanation(console, str(layout), layout.modes, times, planner.speculation)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raise `ConfigError` before anything is simulated if a result could not be written afterwards."""
+    for name, path in (("--recipe", options.recipe), ("--report", options.report)):
+        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+            raise ConfigError(f"{name} {path}: it is no file in a folder that exists; give another path")
 
 
 def _write(console: Console, planner: Planner, plan: Plan, options: argparse.Namespace) -> None:
