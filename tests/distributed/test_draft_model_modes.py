@@ -4,6 +4,7 @@ The draft model is the served model itself, whose drafts are all right, or a ran
 """
 
 import functools
+import json
 import random
 
 import hypothesis
@@ -104,6 +105,14 @@ def test_wrong_drafts_change_nothing(engines, folder, other):
 @hypothesis.given(batch=batches)
 def test_any_options_give_the_outputs_without(engines, folder, batch):
     check(engines(folder, folder), batch)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("perfect", [True, False])
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(batch=batches)
+def test_many_options_give_the_outputs_without(engines, folder, other, perfect, batch):
+    check(engines(folder, folder if perfect else other, **{"speculation.num_tokens": "auto"}), batch)
 
 
 def test_aborts_return_the_blocks_of_both_caches(engines, folder):
@@ -259,6 +268,13 @@ def unsuited(tmp_path_factory):
         made = tmp_path_factory.mktemp(kind)
         if kind == "smaller":
             tiny_llama(made, tokenizer=False, vocab_size=90)
+        elif kind == "other tokens":
+            tiny_llama(made)
+            file = made / "tokenizer.json"
+            content = json.loads(file.read_text(encoding="utf-8"))
+            vocabulary = content["model"]["vocab"]
+            vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+            file.write_text(json.dumps(content), encoding="utf-8")
         elif kind == "recurrent":
             make_checkpoint(next(iter(tiny_configs("qwen3_next"))), made)
         return made if kind != "missing" else made / "none"
@@ -270,7 +286,13 @@ def unsuited(tmp_path_factory):
     ("kind", "message", "error"),
     [
         ("smaller", "its vocabulary has 90 tokens, that of the served model 99", ConfigError),
-        ("recurrent", "'qwen3_next' keeps states of recurrent layers", ConfigError),
+        ("other tokens", r"\(99 tokens\).* \(99 tokens\): token 68 is 'b' here and 'a' there", ConfigError),
+        pytest.param(
+            "recurrent",
+            "'qwen3_next' keeps states of recurrent layers",
+            ConfigError,
+            marks=pytest.mark.thorough,
+        ),
         ("missing", "none", CheckpointError),
     ],
 )
