@@ -1,6 +1,7 @@
 """Speed of the native CPU kernels compared with torch's, alternating in one run.
 
-    python -m benchmarks.measure_kernels [matmul] [attention] [prompt] [write] [--threads 1] [--dtype bfloat16]
+    python -m benchmarks.measure_kernels [matmul] [quantised] [attention] [prompt] [write] [--threads 1]
+        [--dtype bfloat16]
 
 Weights and caches are larger than the CPU's caches and are visited one after another, like a model's layers. The table
 shows the fastest call of each alternative and, in brackets, the median: other programs only make calls slower. With one
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +30,11 @@ from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.cache.paged import CacheShape, PagedCache
+from ulysses_infer.model.quantization.native_products import NativeWeights
+from ulysses_infer.model.quantization.online import online_scheme
+from ulysses_infer.native.library import LEVEL
 from ulysses_infer.native.matmul import NativeMatmul
+from ulysses_infer.parallel.layout import Span
 
 VISITED_BYTES = 400_000_000
 WIDTH = 150  # of tables that are not printed to a terminal
@@ -49,6 +56,12 @@ PROMPTS = (
     (512, 30000),
     (2048, 6144),
 )
+QUANTISED = {
+    "int8": online_scheme("int8", 0),
+    "int4, groups of 32": online_scheme("int4", 32),
+    "int4, groups of 128": online_scheme("int4", 128),
+}
+QUANTISED_ROWS = (1, 4, 16, 64, 128, 512)
 Calls = dict[str, Callable[[], Any]]
 
 
@@ -119,6 +132,53 @@ def measure_matmul(dtype: torch.dtype, seconds: float) -> Table:
                 {"torch": _multiply(F.linear, inputs, weights), "native": _multiply(native, inputs, weights)}, seconds
             )
             table.add_row(*row_of((outputs, width, rows), times, size, 2 * rows * outputs * width))
+    return table
+
+
+def memory_speed(seconds: float) -> float:
+    """Bytes per second that a sum of float32 reads."""
+    values = torch.ones(VISITED_BYTES // 4)
+    return VISITED_BYTES / fastest({"sum": values.sum}, seconds)["sum"][0]
+
+
+def quantised_calls(outputs: int, width: int) -> dict[str, tuple[Callable[[torch.Tensor], Any], int]]:
+    """Products with bfloat16 weights [outputs, width] and with the same quantised; bytes of each."""
+    dense = torch.randn(outputs, width).bfloat16()
+    weights, native = itertools.cycle([dense.clone() for _ in range(VISITED_BYTES // dense.nbytes | 1)]), NativeMatmul()
+    calls: dict[str, tuple[Callable[[torch.Tensor], Any], int]] = {
+        "bfloat16": (lambda inputs: native(inputs, next(weights)), dense.nbytes)
+    }
+    for name, scheme in QUANTISED.items():
+        parts = scheme.quantise(dense)
+        size, visited = sum(part.nbytes for part in parts.values()), []
+        for _ in range(VISITED_BYTES // size | 1):
+            copies = {key: part.clone()[None] for key, part in parts.items()}
+            visited.append(NativeWeights(scheme.stored_experts(copies, Span(0, outputs), Span(0, width))))
+        calls[name] = partial(_multiply_quantised, itertools.cycle(visited)), size
+    return calls
+
+
+def _multiply_quantised(weights: Iterator[NativeWeights], inputs: torch.Tensor) -> torch.Tensor:
+    return next(weights).product(inputs, None)
+
+
+def measure_quantised(dtype: torch.dtype, seconds: float) -> Table:
+    """Products with quantised weights, as `model.quantize` makes them, and with the same in bfloat16."""
+    memory, level = memory_speed(seconds), os.environ.get(LEVEL, "the best here")
+    title = f"quantised products, level: {level}; memory is read at {memory / 1e9:.1f} GB/s"
+    table = Table(title=title)
+    for column in ("N", "K", "rows", "weights", "us (median)", "GB/s", "of memory", "TFLOP/s", "x bfloat16"):
+        table.add_column(column, justify="right")
+    for outputs, width in WEIGHTS[1:3]:
+        calls = quantised_calls(outputs, width)
+        for rows in QUANTISED_ROWS:
+            inputs = torch.randn(rows, width).bfloat16()
+            times = fastest({name: partial(call, inputs) for name, (call, _) in calls.items()}, seconds)
+            for name, (best, median) in times.items():
+                speed, rate = calls[name][1] / best, 2 * rows * outputs * width / best
+                cells = f"{best * 1e6:.0f} ({median * 1e6:.0f})", f"{speed / 1e9:.1f}", f"{speed / memory:.0%}"
+                faster = f"{times['bfloat16'][0] / best:.2f}"
+                table.add_row(str(outputs), str(width), str(rows), name, *cells, f"{rate / 1e12:.3f}", faster)
     return table
 
 
@@ -207,6 +267,7 @@ def measure_writes(dtype: torch.dtype, seconds: float) -> Table:
 
 MEASURES = {
     "matmul": measure_matmul,
+    "quantised": measure_quantised,
     "attention": measure_attention,
     "prompt": measure_prompts,
     "write": measure_writes,

@@ -37,6 +37,7 @@ INLINE void put(const struct product *p, int64_t t, int64_t n, float value) {
 struct packed_inputs {
     uint32_t *operands;   /* of each block: [operands][rows] */
     float *scales, *sums; /* of each block: [segments][rows]; sums are those of the inputs themselves */
+    int32_t *offsets;     /* alike: what WEIGHT_OFFSET adds to the dot products, negative */
     int64_t rows, blocks, num_operands;
 };
 
@@ -53,7 +54,7 @@ static void pack_block(const struct product *p, const struct cut *cut, const str
             const int64_t place = first * cut->count + s * rows + r;
             int32_t sum;
             x->scales[place] = quantise(from, count, p->type, codes, &sum);
-            x->sums[place] = x->scales[place] * (float)sum;
+            x->sums[place] = x->scales[place] * (float)sum, x->offsets[place] = -WEIGHT_OFFSET * sum;
             memset(codes + count, 0, 8);
             pack_inputs(codes, count, cut->kind, x->operands + first * x->num_operands + cut->first[s] * rows + r, rows);
         }
@@ -108,60 +109,86 @@ INLINE void add_narrow_words(const uint32_t *w, const uint32_t *x, int64_t count
     }
 }
 
-/* Segments s .. end of a panel times a block of `rows` rows, added to sums[rows][OUTPUTS]. */
-INLINE void tile(const struct panel *w, const struct cut *cut, int64_t s, int64_t end, const uint32_t *operands,
-                 const float *x_scales, const float *x_sums, const int rows, const enum kind kind, float *sums) {
+/* How a tile is computed: of_channels: bytes with one scale per output, with which the sums are multiplied at last. */
+enum form { OF_CHANNELS, OF_BYTES, OF_NIBBLES };
+
+INLINE enum form form_of(const struct stored *w, const struct cut *cut) {
+    if (HAS_NIBBLES && cut->kind == NIBBLES) return OF_NIBBLES;
+    return w->group_size || w->float_zeros ? OF_BYTES : OF_CHANNELS;
+}
+
+/* Segments s .. end of a panel times the block of `x` that begins with row `first`, added to sums[rows][OUTPUTS]. */
+INLINE void tile(const struct panel *w, const struct cut *cut, int64_t s, int64_t end, const struct packed_inputs *x,
+                 int64_t first, const int rows, const enum form form, float *sums) {
+    const enum kind kind = form == OF_NIBBLES ? NIBBLES : BYTES;
+    const float *x_scales = x->scales + first * cut->count, *x_sums = x->sums + first * cut->count;
+    const int32_t *offsets = x->offsets + first * cut->count;
+    const uint32_t *inputs = x->operands + first * x->num_operands;
     floats held[TILE_ROWS][VECTORS];
     UNROLL for (int r = 0; r < rows; r++) memcpy(held[r], sums + r * OUTPUTS, sizeof held[r]);
     for (int64_t at = s; at < end; at++) {
         const int64_t word = first_word(cut, s, at), count = first_word(cut, s, at + 1) - word;
-        const uint32_t *weights = w->words + word * OUTPUTS, *x = operands + cut->first[at] * rows;
-        const int64_t place = (cut->segments[at].group - cut->segments[s].group) * OUTPUTS;
+        const uint32_t *weights = w->words + word * OUTPUTS;
+        const uint32_t *operands = inputs + cut->first[at] * rows;
+        const int64_t group = (cut->segments[at].group - cut->segments[s].group) * OUTPUTS;
         integers whole[TILE_ROWS][VECTORS];
         UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < VECTORS; v++) whole[r][v] = (integers){0};
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                whole[r][v] = (integers){0} + (form == OF_CHANNELS && WEIGHT_OFFSET ? offsets[at * rows + r] : 0);
         if (NARROW_SUMS && kind == NIBBLES)
-            add_narrow_words(weights, x, count, rows, whole);
+            add_narrow_words(weights, operands, count, rows, whole);
         else
-            add_words(weights, x, count, rows, kind, whole);
+            add_words(weights, operands, count, rows, kind, whole);
         UNROLL for (int v = 0; v < VECTORS; v++) {
-            const floats scale = take(w->scales + place + v * LANES, FLOAT32);
-            const floats minimum = take(w->minima + place + v * LANES, FLOAT32);
+            floats scale, minimum;
+            if (form != OF_CHANNELS) scale = take(w->scales + group + v * LANES, FLOAT32);
+            if (form != OF_CHANNELS) minimum = take(w->minima + group + v * LANES, FLOAT32);
             UNROLL for (int r = 0; r < rows; r++) {
-                held[r][v] += __builtin_convertvector(whole[r][v], floats) * x_scales[at * rows + r] * scale;
-                held[r][v] += minimum * x_sums[at * rows + r];
+                const floats sum = __builtin_convertvector(whole[r][v], floats) * x_scales[at * rows + r];
+                /* Without a barrier the compiler adds both products first, which takes one more instruction. */
+                if (form != OF_CHANNELS) held[r][v] = in_register(held[r][v] + minimum * x_sums[at * rows + r]);
+                held[r][v] += form == OF_CHANNELS ? sum : sum * scale;
             }
         }
     }
     UNROLL for (int r = 0; r < rows; r++) memcpy(sums + r * OUTPUTS, held[r], sizeof held[r]);
 }
 
-INLINE void tile_of(const struct panel *w, const struct cut *cut, int64_t s, int64_t end, const uint32_t *operands,
-                    const float *scales, const float *x_sums, int64_t rows, const enum kind kind, float *sums) {
-    switch (rows) {
-        case 1: tile(w, cut, s, end, operands, scales, x_sums, 1, kind, sums); break;
-        case 2: tile(w, cut, s, end, operands, scales, x_sums, 2, kind, sums); break;
-        case 3: tile(w, cut, s, end, operands, scales, x_sums, 3, kind, sums); break;
-        case 4: tile(w, cut, s, end, operands, scales, x_sums, 4, kind, sums); break;
+/* A panel times all rows of `x`, added to sums[rows][OUTPUTS]. */
+INLINE void add_panel(const struct panel *w, const struct cut *cut, int64_t s, int64_t end,
+                      const struct packed_inputs *x, const enum form form, float *sums) {
+    for (int64_t block = 0; block < x->blocks; block++) {
+        const int64_t first = first_row(x, block);
+        float *to = sums + first * OUTPUTS;
+        switch (first_row(x, block + 1) - first) {
+            case 1: tile(w, cut, s, end, x, first, 1, form, to); break;
+            case 2: tile(w, cut, s, end, x, first, 2, form, to); break;
+            case 3: tile(w, cut, s, end, x, first, 3, form, to); break;
+            case 4: tile(w, cut, s, end, x, first, 4, form, to); break;
 #if TILE_ROWS == 6
-        case 5: tile(w, cut, s, end, operands, scales, x_sums, 5, kind, sums); break;
-        case 6: tile(w, cut, s, end, operands, scales, x_sums, 6, kind, sums); break;
+            case 5: tile(w, cut, s, end, x, first, 5, form, to); break;
+            case 6: tile(w, cut, s, end, x, first, 6, form, to); break;
 #endif
+        }
     }
 }
 
-/* A panel times all rows of `x`, added to sums[rows][OUTPUTS]. */
-static void add_panel(const struct panel *w, const struct cut *cut, int64_t s, int64_t end,
+/* The same for each form; of_channels: when the last segment has been added, sums are multiplied with the scales. */
+static void add_channels(const struct panel *w, const struct cut *cut, int64_t s, int64_t end,
+                         const struct packed_inputs *x, float *sums) {
+    add_panel(w, cut, s, end, x, OF_CHANNELS, sums);
+    for (int64_t r = 0; r < x->rows && end == cut->count; r++, sums += OUTPUTS)
+        for (int64_t n = 0; n < OUTPUTS; n++) sums[n] *= w->scales[n];
+}
+
+static void add_bytes(const struct panel *w, const struct cut *cut, int64_t s, int64_t end,
                       const struct packed_inputs *x, float *sums) {
-    for (int64_t block = 0; block < x->blocks; block++) {
-        const int64_t first = first_row(x, block), rows = first_row(x, block + 1) - first;
-        const uint32_t *operands = x->operands + first * x->num_operands;
-        const float *scales = x->scales + first * cut->count, *x_sums = x->sums + first * cut->count;
-        if (HAS_NIBBLES && cut->kind == NIBBLES)
-            tile_of(w, cut, s, end, operands, scales, x_sums, rows, NIBBLES, sums + first * OUTPUTS);
-        else
-            tile_of(w, cut, s, end, operands, scales, x_sums, rows, BYTES, sums + first * OUTPUTS);
-    }
+    add_panel(w, cut, s, end, x, OF_BYTES, sums);
+}
+
+static void add_nibbles(const struct panel *w, const struct cut *cut, int64_t s, int64_t end,
+                        const struct packed_inputs *x, float *sums) {
+    add_panel(w, cut, s, end, x, OF_NIBBLES, sums);
 }
 
 /* Store sums[rows][OUTPUTS] as outputs n .. n + count of the rows from `t` on. */

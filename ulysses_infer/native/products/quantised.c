@@ -27,7 +27,10 @@ INLINE int is_worth(const struct product *p) {
 
 /* Rows from `t` on, as many as `x` has. */
 static int multiply_batch(const struct product *p, const struct cut *cut, const struct packed_inputs *x, int64_t t) {
+    static void (*const forms[])(const struct panel *, const struct cut *, int64_t, int64_t,
+                                 const struct packed_inputs *, float *) = {add_channels, add_bytes, add_nibbles};
     const int64_t outputs = p->weight->outputs;
+    const enum form form = form_of(p->weight, cut);
     int failed = 0;
 #pragma omp parallel if (is_worth(p)) reduction(| : failed)
     {
@@ -47,7 +50,7 @@ static int multiply_batch(const struct product *p, const struct cut *cut, const 
                 end = panel_end(cut, s);
                 fill_words(p->weight, cut, n, count, s, end, &w);
                 fill_scales(p->weight, cut, n, count, cut->segments[s].group, cut->segments[end - 1].group + 1, &w);
-                add_panel(&w, cut, s, end, x, sums);
+                forms[form](&w, cut, s, end, x, sums);
             }
             put_sums(p, t, x->rows, n, count, sums);
         }
@@ -61,14 +64,14 @@ static int multiply_integers(const struct product *p) {
     if (!first) return 1;
     const struct cut cut = cut_of(p->weight, p->segments, p->num_segments, first);
     const int64_t most = p->num_rows < BATCH_ROWS ? p->num_rows : BATCH_ROWS, of_segments = most * cut.count;
-    struct packed_inputs x = {space(most * first[cut.count] * 4), space(of_segments * 4), space(of_segments * 4), 0, 0,
-                              first[cut.count]};
-    int failed = !x.operands || !x.scales || !x.sums;
+    struct packed_inputs x = {.operands = space(most * first[cut.count] * 4), .num_operands = first[cut.count]};
+    x.scales = space(of_segments * 4), x.sums = space(of_segments * 4), x.offsets = space(of_segments * 4);
+    int failed = !x.operands || !x.scales || !x.sums || !x.offsets;
     for (int64_t t = 0; t < p->num_rows && !failed; t += x.rows) {
         x.rows = p->num_rows - t < most ? p->num_rows - t : most, x.blocks = (x.rows + TILE_ROWS - 1) / TILE_ROWS;
         failed = multiply_batch(p, &cut, &x, t);
     }
-    free(first), free(x.operands), free(x.scales), free(x.sums);
+    free(first), free(x.operands), free(x.scales), free(x.sums), free(x.offsets);
     return failed;
 }
 
