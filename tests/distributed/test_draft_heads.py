@@ -92,7 +92,7 @@ def check_drafts(found, head):
         assert drafts == head.drafts(text, len(drafts))
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "eagle3"])
+@pytest.mark.parametrize("kind", [pytest.param("qwen2", marks=pytest.mark.thorough), "eagle3"])
 def test_drafts_are_those_of_the_description_and_outputs_are_equal(heads, kind):
     folder, chosen, head = heads(kind)
     without, with_drafts, _, found = run(folder, chosen, (1, 1), 3)
@@ -106,6 +106,7 @@ def cases():
             is_default = (kind, ranks) in (("qwen2", (2, 1)),)
             marks = [] if is_default else [pytest.mark.thorough]
             yield pytest.param(kind, ranks, 1 + (number + len(kind)) % 4, id=f"{kind}-{ranks}", marks=marks)
+    yield pytest.param("eagle3", (2, 2), 2, id="eagle3-(2, 2)", marks=pytest.mark.thorough)
 
 
 @pytest.mark.parametrize(("kind", "ranks", "num_tokens"), [*cases()])
@@ -122,6 +123,15 @@ def test_heads_run_in_every_mode(heads, rank_pool, kind, ranks, num_tokens):
 def test_num_tokens_auto_drafts_with_the_time_of_drafting_in_mind(heads):
     folder, chosen, head = heads("qwen2")
     without, with_drafts, _, found = run(folder, chosen, (1, 1), "auto", mixed_options())
+    assert with_drafts == without
+    check_drafts(found, head)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["qwen2", "eagle3"])
+def test_hidden_states_are_those_of_transformers_layer_loop_too(heads, kind):
+    folder, chosen, head = heads(kind)
+    without, with_drafts, _, found = run(folder, {**chosen, "runtime.fuse": False}, (1, 1), 2)
     assert with_drafts == without
     check_drafts(found, head)
 

@@ -71,6 +71,7 @@ def memory_taken(folder, available):
         rank.groups.close()
 
 
+@pytest.mark.thorough
 def test_the_blocks_of_model_and_head_fill_the_memory_together(tmp_path, rank_pool):
     mtp_checkpoint("qwen2", tmp_path)
     available = 4 << 20
