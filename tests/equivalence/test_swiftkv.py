@@ -17,6 +17,7 @@ from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, bases, 
 from tests.equivalence.swiftkv import PlainSwiftKV, make_swiftkv_reference, swiftkv_config
 from tests.equivalence.tiny_models import NEW_TOKENS, Reference, make_checkpoint, make_prompts
 from tests.model.quantization.checkpoints import FORMATS, change_config, make_quantised
+from tests.worker.test_cpu_graphs import compare
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.cli.dry_run.gpus import find_gpu
 from ulysses_infer.cli.dry_run.report import dry_run
@@ -71,6 +72,12 @@ def test_every_mode_gives_what_a_plain_forward_gives(
     expected = reference(name)
     outcomes = rank_pool(base[0] * base[1]).run(run_case, expected.folder, base, profile, expected.prompts, NEW_TOKENS)
     check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
+
+
+@pytest.mark.thorough
+@pytest.mark.distributed
+def test_recorded_decodes_are_those_of_single_layers(rank_pool: Any, reference: Callable[[str], Reference]) -> None:
+    assert compare(rank_pool, reference("own keys"), (2, 1)) > 10
 
 
 def run_quantised(rank_pool: Any, folder: Path, name: str, base: tuple[int, int], profile: Profile) -> None:
@@ -172,6 +179,17 @@ def test_a_prompt_takes_half_the_products_of_a_model_without_swiftkv(tmp_path: P
     assert products_of_prompt(tmp_path, NO_LOGITS) == 2 * PROMPT * (own + 4 * keys)
     plain = products_of_prompt(tmp_path, LAST_LOGITS, num_key_value_layers=None)
     assert 0.45 < 1 - last / plain < 0.5
+
+
+@pytest.mark.thorough
+def test_decodes_are_captured_on_a_gpu_in_every_mode_and_prompts_are_not(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    swiftkv_config(**{**PUBLISHED, "num_hidden_layers": 4, "num_key_value_layers": 2}).save_pretrained(tmp_path)
+    overrides = {"model.path": str(tmp_path), "parallel.sp": 8, "scheduler.max_num_seqs": 16}
+    found = dry_run(load_config(overrides), find_gpu("h200"))
+    assert {mode for mode, _ in found.rank.capturer.steps} == {Mode(8, 1), Mode(1, 8)}
+    assert not found.rank.capturer.mixed
+    assert found.prefills[Mode(8, 1)].exchanges == {"all-to-all": 10, "all-gather": 2}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
