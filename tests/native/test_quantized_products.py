@@ -90,6 +90,15 @@ def cases(draw: Any) -> tuple[Any, Span, Span, int, int]:
 @given(cases())
 def test_slices_of_any_size_equal_those_of_dense_weights(case: Any) -> None:
     (quantise, scheme), rows, columns, count, segment = case
+    weights, dense = weights_of(quantise, scheme, rows, columns, segment)
+    given_rows = torch.randn(count, columns.size).bfloat16()
+    check(weights.product(given_rows, None), given_rows, dense, None, torch.bfloat16, float(dense.abs().max()))
+
+
+def weights_of(
+    quantise: Any, scheme: Any, rows: Span, columns: Span, segment: int
+) -> tuple[native_products.NativeWeights, torch.Tensor]:
+    """A slice of a random layer, and what it is worth, [rows, columns]."""
     outputs, inputs = 96, 288
     tensors, dense = quantise(torch.randn(outputs, inputs) + 0.5)
     names = {"_blocks": "blocks", "_scales": "scales"}
@@ -103,15 +112,7 @@ def test_slices_of_any_size_equal_those_of_dense_weights(case: Any) -> None:
                 view = view.narrow(axis.dimension, kept.start, kept.size)
         parts[name] = view[None]
     weights = native_products.NativeWeights(scheme.stored_experts(parts, rows, columns), segment)
-    given_rows = torch.randn(count, columns.size).bfloat16()
-    check(
-        weights.product(given_rows, None),
-        given_rows,
-        dense[slice(*rows), slice(*columns)],
-        None,
-        torch.bfloat16,
-        float(dense.abs().max()),
-    )
+    return weights, dense[slice(*rows), slice(*columns)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])

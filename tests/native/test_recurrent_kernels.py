@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.native.building import X86, build_for
+from tests.native.building import ARM_LEVELS, X86, build_for
 from tests.native.recurrent_layers import SHAPES, make_layer
 from ulysses_infer.cache.states import StateCache, StateSequences
 from ulysses_infer.model.recurrent.layer import RecurrentLayer
@@ -87,9 +87,9 @@ def test_it_equals_transformers(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("architecture", X86[1:])
+@pytest.mark.parametrize("architecture", [*X86[1:], *ARM_LEVELS])
 @pytest.mark.parametrize(("kind", "dtype"), EQUAL, ids=str)
-def test_it_equals_transformers_on_older_processors(
+def test_it_equals_transformers_on_other_processors(
     kind: str, dtype: torch.dtype, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (form, norm):

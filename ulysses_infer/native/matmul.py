@@ -67,14 +67,15 @@ class NativeMatmul:
     ) -> torch.Tensor | None:
         """`NativeExperts.multiply` with the measured kernels; None if it does not serve, or torch is faster."""
         choice = self.choices.get(tokens.dtype)
-        if choice is None or not self._experts.serves(tokens, matrices):
+        if choice is None or not self.experts.serves(tokens, matrices):
             return None
         if not is_recording() and choice(max(1, len(tokens) // len(matrices))) == TORCH:
             return None
-        return self._experts.multiply(tokens, matrices, bias, ends, choice)
+        return self.experts.multiply(tokens, matrices, bias, ends, choice)
 
     @functools.cached_property
-    def _experts(self) -> NativeExperts:
+    def experts(self) -> NativeExperts:
+        """Products of the dense matrices of a layer's experts; compiled when they are first needed."""
         return NativeExperts()
 
     def adopt(self, choices: Mapping[torch.dtype, Choice]) -> None:
