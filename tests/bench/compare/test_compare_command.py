@@ -36,6 +36,8 @@ SETTINGS = (
         (["--trace", "nowhere.csv"], r"--trace 'nowhere\.csv' is not a file"),
         (["--repeats", "0"], "at least 1"),
         (["--protocol", "trace"], "needs --trace FILE"),
+        (["--speculation", "medusa"], "'medusa': choose from ngram, suffix"),
+        (["--speculation", "ngram"], "3 servers do not fit at once; add --in-turn"),
         (["--random-model", "llama-60m"], "give one of them"),
     ],
 )

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.bench.compare.synthetic import INPUTS, SIZES
 from ulysses_infer.bench.compare.compare_bench import order
-from ulysses_infer.bench.compare.contenders import CONTENDERS, GROUP, REPLICAS
+from ulysses_infer.bench.compare.contenders import CONTENDERS, GROUP, REPLICAS, speculating
+from ulysses_infer.bench.compare.measuring import Site
 from ulysses_infer.bench.compare.protocols import (
     NUM_BURSTS,
     PROTOCOLS,
@@ -23,6 +24,7 @@ from ulysses_infer.bench.compare.protocols import (
     ProtocolInputs,
 )
 from ulysses_infer.bench.compare.servers import server_overrides
+from ulysses_infer.bench.serve.repetition import REPETITIVE
 from ulysses_infer.config import load_config
 from ulysses_infer.errors import ConfigError
 
@@ -63,6 +65,27 @@ def test_rates_are_shares_of_the_capacity():
     assert [case.x for case in cases] == [1.0, 2.0, 3.0, 4.0]
     assert [len(case.rows) for case in cases] == [10, 20, 30, 40]
     assert all(5 < case.rows[-1].at <= SIZES.seconds for case in cases)
+
+
+def test_answers_that_repeat_are_measured_alone_and_saturated():
+    cases = cases_of("repetition")
+    assert [case.name for case in cases] == [f"{name}-{kind}" for name in REPETITIVE for kind in ("lone", "saturated")]
+    assert [case.dataset for case in cases[::2]] == [*REPETITIVE]
+    items = Site(None, "m", None).items(cases[1], 3)
+    assert len(items) == 8
+    assert {item.output_len for item in items} == {10}
+    assert all(isinstance(item.content, str) for item in items)
+
+
+def test_methods_of_speculation_have_servers_of_their_own():
+    config = load_config(None, ["model.path=m", "parallel.sp=2", "speculation.method=suffix"])
+    methods = {name: server_overrides(name, config, 2, True, True) for name in (GROUP, REPLICAS, "ngram")}
+    assert [keys["speculation.method"] for keys in methods.values()] == ["none", "none", "ngram"]
+    assert methods["ngram"]["policy.name"] == "adaptive"
+    assert {**methods[GROUP], "speculation.method": "ngram"} == methods["ngram"]
+    contenders = [CONTENDERS["tp"], speculating("ngram")]
+    servers = [each.server for _, _, each in order(cases_of("shape"), contenders, 1, True)]
+    assert servers == [GROUP, GROUP, "ngram", "ngram"]
 
 
 def test_four_bursts_stand_out_of_a_low_stream():

@@ -19,7 +19,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ulysses_infer.bench.compare.contenders import CONTENDERS, GROUP, REPLICAS, Contender, policy_of
+from ulysses_infer.bench.compare.contenders import (
+    CONTENDERS,
+    GROUP,
+    REPLICAS,
+    Contender,
+    policy_of,
+    speculating,
+)
 from ulysses_infer.bench.compare.findings import CaseInfo, Findings, load_findings
 from ulysses_infer.bench.compare.measuring import Site, measure
 from ulysses_infer.bench.compare.protocols import (
@@ -94,6 +101,7 @@ class Comparison:
         self._config = load_config(options.config, self._overrides)
         self._num_ranks = options.ranks or max(2, self._config.parallel.world_size)
         self._contenders = [CONTENDERS[name] for name in CONTENDERS if name in options.contenders]
+        self._contenders += map(speculating, options.speculation)
         self._sites: dict[str, Site] = {}
         self.findings = Findings(_about(options, self._config, self._num_ranks))
 
@@ -185,7 +193,7 @@ def order(
 
     With one server at a time, all cases run on it before the next server starts.
     """
-    names = (GROUP, REPLICAS) if in_turn else (None,)
+    names = tuple(dict.fromkeys((GROUP, REPLICAS, *(each.server for each in contenders)))) if in_turn else (None,)
     for repeat in range(repeats):
         first = repeat % len(contenders)
         turned = [*contenders[first:], *contenders[:first]]

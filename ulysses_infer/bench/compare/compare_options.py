@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ulysses_infer.bench.compare.contenders import CONTENDERS
-from ulysses_infer.bench.compare.protocols import PROTOCOLS, SCALES
+from ulysses_infer.bench.compare.protocols import PROTOCOLS, REPETITION, SCALES
 from ulysses_infer.bench.serve.serve_options import pair, positive, positive_number
+from ulysses_infer.config.speculation import METHODS
 from ulysses_infer.errors import ConfigError
+
+MOST_SERVERS = 2  # that share the memory
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +28,9 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol",
         type=_names_of(PROTOCOLS),
-        default=list(PROTOCOLS),
+        default=[name for name in PROTOCOLS if name != REPETITION],
         metavar="P,P",
-        help=f"one or more of {protocols}; default: all",
+        help=f"one or more of {protocols}; default: all but {REPETITION}",
     )
     parser.add_argument(
         "--contenders",
@@ -35,6 +38,14 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         default=list(CONTENDERS),
         metavar="C,C",
         help=f"default: {','.join(CONTENDERS)}",
+    )
+    parser.add_argument(
+        "--speculation",
+        type=_names_of(METHODS[1:]),
+        default=[],
+        metavar="M,M",
+        help=f"further contenders: the adaptive policy with drafts of {', '.join(METHODS[1:])}; see --protocol "
+        f"{REPETITION}",
     )
 
 
@@ -76,6 +87,12 @@ def check_options(options: argparse.Namespace) -> None:
     """Raise `ConfigError` for contradictory options."""
     if options.protocol == ["trace"] and not options.trace and not options.redraw:
         raise ConfigError("--protocol trace needs --trace FILE, of Azure's CSV or Mooncake's JSON lines")
+    servers = {CONTENDERS[name].server for name in options.contenders} | set(options.speculation)
+    if len(servers) > MOST_SERVERS and not options.in_turn:
+        raise ConfigError(
+            f"--speculation {','.join(options.speculation)}: {len(servers)} servers do not fit at once; add --in-turn, "
+            "or leave out methods or --contenders"
+        )
     for path in options.trace:
         if not path.is_file():
             raise ConfigError(f"--trace '{path}' is not a file")

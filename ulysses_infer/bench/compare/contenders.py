@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REPLICAS, GROUP = "replicas", "group"
-"""The two kinds of servers: one engine per rank, or one engine on all ranks."""
+"""Kinds of servers: one engine per rank, or one engine on all ranks. Each method of speculation has a group of its
+own, named like the method."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Contender:
     name: str
     title: str
     server: str
-    """`REPLICAS` or `GROUP`."""
+    """`REPLICAS`, `GROUP` or a method of speculation."""
     policy: Mapping[str, Any] = field(default_factory=dict)
     """Body of `PUT /admin/policy`; empty: the policy that the server starts with."""
     is_static: bool = True
@@ -39,6 +40,11 @@ CONTENDERS = {
     )
 }
 """By name, in display order."""
+
+
+def speculating(method: str) -> Contender:
+    """The adaptive policy with a method of `speculation.method`."""
+    return Contender(method, f"shift, adaptive, drafts of {method}", method, {"name": "adaptive"}, is_static=False)
 
 
 def policy_of(contender: Contender, threshold_tokens: int) -> dict[str, Any]:

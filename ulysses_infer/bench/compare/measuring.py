@@ -13,8 +13,9 @@ from ulysses_infer.bench.compare.protocols import LONE, ComparisonCase
 from ulysses_infer.bench.load import LoadMeter
 from ulysses_infer.bench.serve.answer import StreamedAnswer
 from ulysses_infer.bench.serve.client import Client
-from ulysses_infer.bench.serve.datasets import Item, trace_items
+from ulysses_infer.bench.serve.datasets import Item, take, trace_items
 from ulysses_infer.bench.serve.load import LoadRequest, LoadRun, closed_loop, open_loop
+from ulysses_infer.bench.serve.repetition import REPETITIVE
 from ulysses_infer.bench.serve.result import percentile
 from ulysses_infer.bench.serve.serve_bench import completion_body
 from ulysses_infer.bench.serve.serve_options import ENDPOINTS
@@ -46,6 +47,9 @@ class Site:
 
     def items(self, case: ComparisonCase, seed: int) -> list[Item]:
         """The requests of a case; the seed determines the prompts."""
+        if case.dataset:
+            row = case.rows[0]
+            return take(REPETITIVE[case.dataset](row.input_len, row.output_len, seed), len(case.rows))
         return trace_items(case.rows, self._vocabulary, seed, case.block_tokens)
 
     def body(self, item: Item) -> bytes:

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ulysses_infer.bench.replay.scaling import MINUTE, PAPER_WINDOWS, Scale, thinned
+from ulysses_infer.bench.serve.repetition import REPETITIVE
 from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow, read_trace
 from ulysses_infer.errors import ConfigError
 
 LONE, SATURATED, TIMED = "lone", "saturated", "timed"
+REPETITION = "repetition"
 RATE_SHARES = (0.25, 0.5, 0.75, 1.0)  # shares of the measured capacity
 STEADY_SHARE, BURST_SHARE = 0.1, 0.4  # the base load, and the average load of the bursts
 NUM_BURSTS = 4
@@ -82,6 +84,8 @@ class ComparisonCase:
     """Position in its sweep."""
     block_tokens: float = HASH_BLOCK_TOKENS
     """Prompt tokens per hash id of the rows."""
+    dataset: str = ""
+    """One of `REPETITIVE`; "": random prompts with the lengths of the rows."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,17 @@ def bursty(inputs: ProtocolInputs) -> list[ComparisonCase]:
     return [ComparisonCase("bursty", "bursty", title, TIMED, rows)]
 
 
+def repetition(inputs: ProtocolInputs) -> list[ComparisonCase]:
+    """Answers that repeat parts of their prompts, lone and saturated. The prompts are text of about half the usual
+    length."""
+    sizes = inputs.sizes
+    return [
+        dataclasses.replace(case, title=f"{name}: {case.title}", dataset=name)
+        for name in REPETITIVE
+        for case in _pair(REPETITION, name, max(1, sizes.input_len // 2), sizes, sizes.num_lone, sizes.num_saturated)
+    ]
+
+
 def _arrivals(inputs: ProtocolInputs, per_second: float, seconds: float, name: str) -> list[TraceRow]:
     """At least one request of the scale's lengths, at uniformly random times."""
     sizes, draw = inputs.sizes, random.Random(f"arrivals/{inputs.seed}/{name}")
@@ -198,6 +213,7 @@ PROTOCOLS = {
         Protocol("context", "both over the prompt length", context),
         Protocol("rate", "over the arrival rate", rate),
         Protocol("bursty", "four bursts over a low base rate", bursty),
+        Protocol(REPETITION, "answers that repeat their prompts, for --speculation", repetition),
         Protocol("trace", "production traces given with --trace", trace),
     )
 }

@@ -20,7 +20,7 @@ from ulysses_infer.bench.compare.plots.distributions import cumulative
 from ulysses_infer.bench.compare.plots.style import COLOURS, NAMES, styled
 from ulysses_infer.bench.compare.plots.sweeps import context_sweep, rate_sweep
 from ulysses_infer.bench.compare.plots.timelines import timeline
-from ulysses_infer.bench.compare.protocols import LONE, TIMED
+from ulysses_infer.bench.compare.protocols import LONE, REPETITION, TIMED
 
 PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -29,6 +29,7 @@ HEADINGS = {
     "context": "Context length",
     "rate": "Arrival rate",
     "bursty": "Bursts",
+    REPETITION: "Answers that repeat their prompts",
     "trace": "Production traces",
 }
 EVEN = 0.02  # ratios this close to 1 count as equal
@@ -82,6 +83,7 @@ def _figures(findings: Findings, protocol: str) -> Iterator[tuple[str, str, Call
     whole = {"shape": shape_bars, "context": context_sweep, "rate": rate_sweep}
     if protocol in whole:
         yield protocol, HEADINGS[protocol], partial(whole[protocol], findings)
+    if protocol in whole or protocol == REPETITION:  # tables are enough
         return
     for case in findings.protocol(protocol):
         yield f"{case.name}-timeline", case.title, partial(timeline, findings, case)

@@ -29,13 +29,13 @@ SHARE_OF_MEMORY = 0.45  # if two servers run at the same time
 
 
 def server_overrides(name: str, config: Config, num_ranks: int, is_adaptive: bool, is_alone: bool) -> dict[str, str]:
-    """Recipe keys for a server of the comparison.
+    """Recipe keys for a server of the comparison, named as in `Contender.server`.
 
     The group keeps the recipe's own layout if it has the right number of ranks. With `is_adaptive` the server starts
     with the adaptive policy, so that it measures step times if necessary.
     """
     parallel = config.parallel
-    is_recipe = name == GROUP and parallel.world_size == num_ranks
+    is_recipe = name != REPLICAS and parallel.world_size == num_ranks
     keys = {
         "parallel.dp": str(num_ranks if name == REPLICAS else 1),
         "parallel.sp": str(parallel.sp if is_recipe else 1 if name == REPLICAS else num_ranks),
@@ -44,12 +44,13 @@ def server_overrides(name: str, config: Config, num_ranks: int, is_adaptive: boo
         "server.api_key": "null",
         "server.admin_api_key": f"${{oc.env:{KEY_VARIABLE}}}",
         "server.dashboard": "true",
+        "speculation.method": "none" if name in (REPLICAS, GROUP) else name,
     }
     if not is_recipe:
         keys["parallel.modes"] = "null"
     if name == REPLICAS:
         keys |= {"policy.name": "static", "policy.mode": "sp"}
-    elif is_adaptive:
+    elif is_adaptive or name != GROUP:
         keys["policy.name"] = "adaptive"
     if not is_alone and config.cache.num_blocks is None and config.cache.memory_bytes is None:
         keys["cache.memory_utilization"] = f"{config.cache.memory_utilization * SHARE_OF_MEMORY:.3g}"

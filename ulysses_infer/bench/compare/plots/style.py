@@ -14,7 +14,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 TEXT, DIM, LINE, GRID, PAGE = "#1a2029", "#69727f", "#c5cbd5", "#edeff3", "#ffffff"
 SP, TP, BOTH = "#0e9db5", "#b844bd", "#d09a1e"
 COLOURS = {"dp": "#7d8794", "tp": TP, "sp": SP, "shift": "#3d55d4", "adaptive": "#d96b3c"}
+COLOURS |= {"ngram": "#2f9e6e", "suffix": "#8a6d3b", "draft_model": "#d0454c", "mtp": "#5b8c2a", "eagle3": "#3b7a99"}
 NAMES = {"dp": "DP", "tp": "TP", "sp": "SP", "shift": "Shift, threshold", "adaptive": "Shift, adaptive"}
+NAMES |= {"ngram": "N-grams", "suffix": "Suffixes", "draft_model": "Draft model", "mtp": "MTP", "eagle3": "EAGLE-3"}
 SHORT_NAMES = {**NAMES, "shift": "Shift", "adaptive": "Adaptive"}
 DOTS_PER_INCH = 160
 SETTINGS: dict[Any, Any] = {
