@@ -8,11 +8,14 @@ import torch
 
 from tests.distributed.draft_heads import mtp_checkpoint
 from tests.tiny import encode, settings
+from tests.worker.capturing import META, capture, make_rank, write_tiny
 from ulysses_infer.cache.budget import MemoryBudget
 from ulysses_infer.config import load_config
 from ulysses_infer.job.draft_head import load_head
 from ulysses_infer.job.make_worker import cache_shape
 from ulysses_infer.job.start_rank import start_rank
+from ulysses_infer.kernels.launch import assume
+from ulysses_infer.model.hidden_states import HiddenStates
 from ulysses_infer.parallel.layout import Mode, even_span
 from ulysses_infer.worker.block_tables import BlockTables
 from ulysses_infer.worker.drafting.messages import Chain, Follow
@@ -102,3 +105,16 @@ def test_padding_of_captured_steps_is_left_out(tmp_path, rank_pool, num_tokens, 
     mtp_checkpoint("qwen2", tmp_path)
     for found, wanted in rank_pool(2).run(aligned, str(tmp_path), num_tokens, num_rows):
         assert found == wanted
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("layers", [(), (0, 1, 1)])
+def test_steps_that_keep_hidden_states_can_be_captured(tmp_path, layers):
+    pytest.importorskip("triton")
+    with assume("meta", (9, 0)):
+        rank = make_rank(write_tiny(tmp_path, "llama"), 2)
+        width = rank.model.shape.hidden_size
+        rank.model.keep_hidden(HiddenStates(layers, 128, width, rank.model.dtype, META))
+        capturer = capture(rank)
+    assert all(step.allocations for step in capturer.steps)
+    assert capturer.kept == []
