@@ -69,7 +69,9 @@ def memory_taken(folder, available):
         left = head.within(MemoryBudget(available, 0, 0), served).left
         each = [cache_shape(config, model, rank.groups).bytes_per_block for model in (served.model, head.head)]
         blocks = left // each[0]
-        return blocks * sum(each), head.head.weight_bytes + head.hidden.num_bytes, sum(each)
+        drafting = head.make(rank.worker, rank.worker.device).cache.num_blocks - rank.worker.cache.num_blocks
+        besides = head.head.weight_bytes + head.hidden.num_bytes + drafting * each[1]
+        return blocks * sum(each), besides, sum(each)
     finally:
         rank.groups.close()
 

@@ -41,18 +41,24 @@ class LoadedHead:
         """Allocate its cache, beside that of `worker`, which it observes from now on. Raises `ConfigError`."""
         config, head, longest = self.config, self.head, self.head.shape.max_model_len
         num_blocks, most = worker.cache.blocks_of_groups[0], config.speculation.max_drafted
-        shape = cache_shape(config, head, self.groups)
-        scratch = config.scheduler.max_num_seqs * scratch_blocks_per_sequence(shape.block_size, most)
-        cache = PagedCache(shape, num_blocks + scratch, device, groups=CacheGroups.of(head.attention_options, longest))
+        shape, own_groups = cache_shape(config, head, self.groups), CacheGroups.of(head.attention_options, longest)
+        cache = PagedCache(shape, num_blocks + self._scratch_blocks, device, groups=own_groups)
         backend = make_attention(config.runtime.attention_backend, head, shape, device)
         drafter = HeadDrafter(head, self.hidden, cache, self.groups, backend, worker.matmul, num_blocks, most)
         worker.observer = drafter
         return drafter
 
+    @property
+    def _scratch_blocks(self) -> int:
+        """Blocks of drafted tokens, which no request owns."""
+        config = self.config
+        each = scratch_blocks_per_sequence(config.cache.block_size, config.speculation.max_drafted)
+        return config.scheduler.max_num_seqs * each
+
     def within(self, budget: MemoryBudget, served: LoadedModel) -> MemoryBudget:
         """What the head's weights, and its blocks beside those of `served`, leave of `budget`."""
         shape, own = (cache_shape(self.config, model, self.groups) for model in (served.model, self.head))
-        fixed = self.head.weight_bytes + self.hidden.num_bytes
+        fixed = self.head.weight_bytes + self.hidden.num_bytes + self._scratch_blocks * own.bytes_per_block
         share = own.bytes_per_block / (own.bytes_per_block + shape.bytes_per_block)
         blocks = int(max(0, budget.left - fixed) * share)
         return dataclasses.replace(budget, draft=budget.draft + fixed + blocks)

@@ -71,6 +71,8 @@ def eagle3_builder(served: ShiftModel, folder: Path) -> HeadBuilder:
     keys = {name: key for key in [*source.keys()] if (name := parameter_of(key)) is not None}
     layers = config.read_layers(target.num_hidden_layers)
     _check_layers(folder, layers, target.num_hidden_layers)
+    # Published configs have the length of the texts that the head was trained on, which drafts for longer ones too.
+    config.layer.max_position_embeddings = max(config.layer.max_position_embeddings, served.shape.max_model_len)
     embedding = served.injection.model.get_input_embeddings()
     module = Eagle3Module(config, len(layers), embedding, "embed_tokens.weight" in keys)
     if DRAFT_TO_TARGET not in keys:
