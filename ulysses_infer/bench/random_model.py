@@ -29,6 +29,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
         "num_key_value_heads": 4,
     },
+    "llama-0.5b-draft": {  # the vocabulary of llama-0.5b, and a twelfth of its weights
+        "vocab_size": 16384,
+        "hidden_size": 512,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
     "qwen2.5-0.5b": {
         "model_type": "qwen2",
         "vocab_size": 151936,
