@@ -19,6 +19,7 @@ from ulysses_infer.bench.compare.plots.style import mode_colour, plain_numbers, 
 from ulysses_infer.cache.budget import GIB
 from ulysses_infer.errors import ConfigError, first_line
 from ulysses_infer.planning.planner import Evaluation, Plan, Planner
+from ulysses_infer.planning.table import verdict
 from ulysses_infer.planning.workload import describe
 from ulysses_infer.step_time.step_shape import StepShape
 
@@ -33,6 +34,7 @@ DARK: dict[Any, Any] = {
     "axes.edgecolor": "#4a5361", "axes.labelcolor": "#98a2b0", "grid.color": "#262d38", "xtick.color": "#98a2b0",
     "ytick.color": "#98a2b0",
 }  # fmt: skip
+STYLES = ("-", "--", ":")  # of modes that share a colour
 COLOURS = {"static": "#7d8794", "threshold": "#3d55d4", "adaptive": "#d96b3c"}
 
 
@@ -41,6 +43,7 @@ def write_report(path: Path, planner: Planner, plan: Plan, price: float | None =
     page = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True).render(
         plan=plan,
         workload=describe(plan.rows),
+        verdict=verdict(plan),
         pictures=zip(_pictures(planner, plan, {}), _pictures(planner, plan, DARK), strict=True),
         front={str(evaluation.candidate) for evaluation in plan.pareto},
         gib=GIB,
@@ -88,7 +91,7 @@ def _plane(plan: Plan) -> Figure:
         _plain_ticks(axis)
     axes.margins(0.08, 0.14)
     _name_front(axes, plan.pareto)
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside right upper", markerscale=0.5)
     return figure
 
 
@@ -139,16 +142,18 @@ def _crossover(planner: Planner, plan: Plan) -> Figure:
     times = {mode: planner.times(layout) for layout in lone for mode in layout.modes}
     for mode in drawn:
         seconds = [1e3 * times[mode].seconds(mode, StepShape.of([], [(0, count)])) for count in COUNTS]
-        axes.plot(COUNTS, seconds, label=str(mode))
+        colour = mode_colour(*mode)
+        style = STYLES[[mode_colour(*other) for other in drawn if other < mode].count(colour) % len(STYLES)]
+        axes.plot(COUNTS, seconds, label=str(mode), color=colour, linestyle=style)
     axes.set(xlabel="prompt tokens of the step", ylabel="ms per step")
     axes.set(xscale="log", yscale="log")
     _plain_ticks(axes.xaxis)
     _plain_ticks(axes.yaxis)
-    for tokens in {tokens for layout in lone if (tokens := plan.crossovers[str(layout)])}:
+    crossings = sorted({tokens for layout in lone if (tokens := plan.crossovers[str(layout)])})
+    for number, tokens in enumerate(crossings):  # one below the other: they are often close
         axes.axvline(tokens, color=_dim(), linewidth=0.8, linestyle=(0, (3, 3)))
-        axes.annotate(
-            f" {tokens:,}", (tokens, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8.5, color=_dim()
-        )
+        place = tokens, 1 - 0.06 * number
+        axes.annotate(f" {tokens:,}", place, xycoords=("data", "axes fraction"), va="top", fontsize=8.5, color=_dim())
     axes.legend(loc="upper left")
     return figure
 

@@ -38,7 +38,7 @@ def print_plan(console: Console, plan: Plan, price: float | None, max_num_seqs: 
         if tokens is not None:
             console.print(f"{name}: its base mode is faster than full tensor parallelism above {tokens} prompt tokens")
     console.print(f"recommended: {plan.best.candidate}")
-    console.print(_verdict(plan))
+    console.print(verdict(plan))
 
 
 def _table(plan: Plan, price: float | None, max_num_seqs: int) -> Table:
@@ -72,7 +72,8 @@ def _row(plan: Plan, evaluation: Evaluation, is_best: bool, price: float | None,
     return cells
 
 
-def _verdict(plan: Plan) -> str:
+def verdict(plan: Plan) -> str:
+    """What the best candidate reaches; if it misses targets, which of them binds."""
     figures = plan.best.figures
     if not plan.targets or figures.goodput >= 0.99:
         return f"mean latency {figures.latency.mean / 1e3:.2f} s, {figures.tokens_per_second:,.0f} tokens/s"
