@@ -49,7 +49,8 @@ values of the layers after `num_key_value_layers` come from the output of that l
 tokens run through the first layers, and only those whose logits are needed (decodes, drafted tokens, the last token of
 a prompt) through the others; chunks of a prompt that need no logits skip them. `key_value_group_size` layers may share
 keys and values; they are cached once. With `prompt_logprobs`, all tokens run through all layers. Refused:
-`kv_sharing_map`, another way to share keys that no published checkpoint has.
+`kv_sharing_map`, another way to share keys that no published checkpoint has, and speculation by heads (`mtp`,
+`eagle3`), which read hidden states of all tokens.
 
 - *Modes.* Keys and values of later layers go to the cache by the all-to-all, for all tokens. The tokens that go on are
   gathered over the SP group once and divided evenly again, so that no rank has more than its share of them.

@@ -22,7 +22,7 @@ from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.cli.dry_run.gpus import find_gpu
 from ulysses_infer.cli.dry_run.report import dry_run
 from ulysses_infer.config import load_config
-from ulysses_infer.errors import CheckpointError
+from ulysses_infer.errors import CheckpointError, ConfigError
 from ulysses_infer.kernels.launch import assume
 from ulysses_infer.model.model import read_config
 from ulysses_infer.parallel.layout import Mode
@@ -190,6 +190,18 @@ def test_decodes_are_captured_on_a_gpu_in_every_mode_and_prompts_are_not(tmp_pat
     assert {mode for mode, _ in found.rank.capturer.steps} == {Mode(8, 1), Mode(1, 8)}
     assert not found.rank.capturer.mixed
     assert found.prefills[Mode(8, 1)].exchanges == {"all-to-all": 10, "all-gather": 2}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", ["mtp", "eagle3"])
+def test_heads_that_need_the_hidden_states_of_skipped_tokens_are_refused(method: str, tmp_path: Path) -> None:
+    make_checkpoint(swiftkv_config(), tmp_path)
+    chosen = {"method": method, "model": str(tmp_path) if method == "eagle3" else None}
+    with pytest.raises(ConfigError) as failure:
+        init_inference(str(tmp_path), **{**CROWD.overrides((1, 1)), "speculation": chosen})
+    assert str(failure.value) == (
+        f"speculation.method = {method!r}: prompts skip the later layers of model type 'llama_swiftkv', so that their "
+        "tokens lack the hidden states that a head reads; use ngram, suffix or draft_model"
+    )
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,12 @@ def _builder_of(config: Config, served: LoadedModel) -> Callable[[], HeadBuilder
                 f"speculation.method = {method!r}: all layers of model type {model.injection.config.model_type!r} have "
                 "limited attention spans, so that blocks of the head's cache would be freed; use ngram or suffix"
             )
+        if model.skips_tokens:
+            raise ConfigError(
+                f"speculation.method = {method!r}: prompts skip the later layers of model type "
+                f"{model.injection.config.model_type!r}, so that their tokens lack the hidden states that a head "
+                "reads; use ngram, suffix or draft_model"
+            )
         if method == EAGLE3:
             return eagle3_builder(model, _folder_of(config))
         return mtp_builder(model, config.model, served.weights.open_source(), config.cache.latent)
