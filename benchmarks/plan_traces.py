@@ -3,21 +3,25 @@ tables.
 
 Run from the repository root: `python -m benchmarks.plan_traces TRACE [TRACE ...]`, with Azure's code trace (.csv) or
 Mooncake's conversations (.jsonl), of which the paper's windows are used. All candidates are simulated with the first
-requests, the best of them with the whole window. `--changes` prints instead what three changes
-of the engine would gain by the model.
+requests, the best of them with the whole window. `--changes` prints instead what three changes of the engine would gain
+by the model, `--speed` how long simulations take (a minute).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from tools.memory_table import read_config
 from ulysses_infer.bench.replay.scaling import paper_window
 from ulysses_infer.bench.serve.traces import TraceRow, read_trace
 from ulysses_infer.config import CacheConfig, Config, ModelConfig, SchedulerConfig
+from ulysses_infer.engine.profile_key import device_name
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planning.changes import Changes
 from ulysses_infer.planning.node import load_node
@@ -26,6 +30,7 @@ from ulysses_infer.planning.sizes import sizes_of
 from ulysses_infer.planning.step_times import AnalyticStepTimes
 from ulysses_infer.planning.workload import Traffic
 from ulysses_infer.step_time.step_shape import StepShape
+from ulysses_infer.worker.memory import freeze_gc
 
 MODELS = {
     "llama-3.3-70b": "fp8",
@@ -50,7 +55,12 @@ def main() -> None:
     parser.add_argument("traces", nargs="*", type=Path)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--changes", action="store_true")
+    parser.add_argument("--speed", action="store_true")
     options = parser.parse_args()
+    freeze_gc()  # as the command does
+    if options.speed:
+        _print_speed(options.models[0], options.traces)
+        return
     if options.changes:
         _print_changes()
         return
@@ -93,6 +103,27 @@ def planner(model: str, changes: Changes | None = None) -> Planner:
         cache=CacheConfig(block_size=BLOCK_SIZE),
     )
     return Planner(sizes, load_node("8xh200"), config, changes=changes)
+
+
+def _print_speed(model: str, paths: Sequence[Path]) -> None:
+    """Processor seconds of one simulation of a trace, the least of three, and how much faster than the trace it is."""
+    print(f"{model} on {device_name(torch.device('cpu'))}")
+    print("| trace | requests | policy | processor seconds | times faster than the trace |\n|---|---|---|---|---|")
+    own = planner(model)
+    layout = next(layout for layout in own.usable if layout.base == Mode(8, 1))
+    for path in paths:
+        rows = paper_window(path).cut(read_trace(path))
+        for policy in ("static", "threshold", "adaptive"):
+            candidate = Candidate(layout, policy, layout.base, own.crossover(layout))
+            seconds = min(_processor_seconds(own, candidate, rows) for _ in range(3))
+            cells = [path.name.split("_")[0], str(len(rows)), policy, f"{seconds:.1f}", f"{rows[-1].at / seconds:,.0f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _processor_seconds(own: Planner, candidate: Candidate, rows: Sequence[TraceRow]) -> float:
+    started = time.process_time()
+    own.evaluate(candidate, rows, {})
+    return time.process_time() - started
 
 
 def _print_changes() -> None:
