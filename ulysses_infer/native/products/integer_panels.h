@@ -49,7 +49,7 @@ INLINE int stored_of(enum kind kind) { return kind == NIBBLES ? 1 : operands_of(
 
 /* The word of the panel that begins with segment `s` at which segment `at` begins. */
 INLINE int64_t first_word(const struct cut *cut, int64_t s, int64_t at) {
-    return (cut->first[at] - cut->first[s]) / (cut->kind == NIBBLES ? 2 : 1);
+    return (cut->first[at] - cut->first[s]) >> (cut->kind == NIBBLES);
 }
 
 /* How many segments from `s` on make a panel. */
@@ -96,7 +96,7 @@ INLINE void put_words(const char *rows[LANES], int64_t count, int64_t ahead, enu
 INLINE int64_t run_length(const struct cut *cut, int64_t s, int64_t end, int64_t *next) {
     const int64_t start = cut->segments[s].start;
     *next = s + 1;
-    while (*next < end && (cut->segments[*next].start - start) % inputs_of(cut->kind) == 0) ++*next;
+    while (*next < end && !((cut->segments[*next].start - start) & (inputs_of(cut->kind) - 1))) ++*next;
     return cut->segments[*next - 1].stop - start;
 }
 
