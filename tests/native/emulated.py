@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 import functools
+import os
 import shutil
 import struct
 import subprocess
@@ -156,8 +157,8 @@ def _reached(words: list[int]) -> list[Region]:
         spans[start] = max(stop, spans.get(start, 0))
         if depth < 2 and word not in seen and word % 8 == 0:
             seen.add(word)
-            inside = ctypes.string_at(word, min(STRUCTURE, stop - word) // 8 * 8)
-            waiting += [(each, depth + 1) for each in struct.unpack(f"{len(inside) // 8}q", inside) if each > 0]
+            inside = np.frombuffer(_bytes_at(word, min(STRUCTURE, stop - word) // 8 * 8), np.int64)
+            waiting += [(each, depth + 1) for each in inside.tolist() if each > 0]
     return _placed(spans)
 
 
@@ -178,7 +179,20 @@ def _placed(spans: dict[int, int]) -> list[Region]:
 
 
 def _read(region: Region) -> np.ndarray:
-    return np.frombuffer(ctypes.string_at(region.start, region.stop - region.start), np.uint8).copy()
+    """What the region holds; zeros where the allocator has returned pages meanwhile."""
+    held = np.zeros(region.stop - region.start, np.uint8)
+    found = np.frombuffer(_bytes_at(region.start, len(held)), np.uint8)
+    held[: len(found)] = found
+    return held
+
+
+def _bytes_at(address: int, size: int) -> bytes:
+    """Up to `size` bytes of this process's memory."""
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        try:
+            return os.pread(memory.fileno(), size, address)
+        except OSError:  # nothing there any more
+            return b""
 
 
 def _moved(word: int, regions: list[Region]) -> int:
