@@ -88,8 +88,8 @@ def main() -> None:
     """Measure drafts that are right on all ranks and on the first, then drafts that are wrong; print each when done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--ranks", type=int, default=2, help="number of ranks (default 2)")
-    parser.add_argument("--repeats", type=int, default=3, help="repetitions of each measurement (default 3)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of each output (default 64)")
+    parser.add_argument("--repeats", type=int, default=2, help="repetitions of each measurement (default 2)")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of each output (default 48)")
     options = parser.parse_args()
     console, load, started = make_console(0), LoadMeter(), time.monotonic()
     console.print(f"{options.ranks} ranks, {device_name(torch.device('cpu'))}\n")
