@@ -80,8 +80,8 @@ def _compare(
         expected[_kind(shape.num_tokens, shape.num_prefills > 0)].append((seconds, 1.0, shape.num_sequences))
     found: dict[Kind, list[float]] = defaultdict(list)
     for step, after in pairwise(probe.run.steps):
-        gap = after.start - step.start - step.seconds
-        if (step.sp, step.tp) == probe.mode and 0 <= gap < LONGEST_GAP:
+        gap = max(0.0, after.start - step.start - step.seconds)  # starts are rounded
+        if (step.sp, step.tp) == probe.mode and gap < LONGEST_GAP:
             found[_kind(step.tokens, step.tokens > step.decodes)].append(step.seconds + gap)
     return [
         (np.mean(expected[kind], axis=0).tolist(), fmean(took), len(took))
