@@ -44,6 +44,11 @@ class PlainSwiftKV:
     @torch.inference_mode()
     def log_probabilities(self, tokens: list[int]) -> torch.Tensor:
         """[n, V], of the token after each of `tokens`."""
+        return self._linear(self.hidden(tokens), "lm_head").log_softmax(dim=-1)
+
+    @torch.inference_mode()
+    def hidden(self, tokens: list[int]) -> torch.Tensor:
+        """[n, D], what the vocabulary head reads of each of `tokens`."""
         config, first = self.config, self.config.num_key_value_layers
         hidden = self.weights["model.embed_tokens.weight"][tokens]
         shared = {}
@@ -62,8 +67,7 @@ class PlainSwiftKV:
             attended = self._attention(query, key, value)
             hidden = hidden + self._linear(attended, f"{prefix}self_attn.o_proj")
             hidden = hidden + self._feed_forward(self._norm(hidden, f"{prefix}post_attention_layernorm"), prefix)
-        logits = self._linear(self._norm(hidden, "model.norm"), "lm_head")
-        return logits.log_softmax(dim=-1)
+        return self._norm(hidden, "model.norm")
 
     def reference(self, folder: Path, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> Reference:
         """Greedy tokens and the log-probability of every token but the first."""

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, bases, check, run_case
 from tests.equivalence.swiftkv import PlainSwiftKV, make_swiftkv_reference, swiftkv_config
+from tests.equivalence.test_pooled_prompts import PROMPTS, pool
 from tests.equivalence.tiny_models import NEW_TOKENS, Reference, make_checkpoint, make_prompts
 from tests.model.quantization.checkpoints import FORMATS, change_config, make_quantised
 from tests.worker.test_cpu_graphs import compare
@@ -26,6 +27,7 @@ from ulysses_infer.errors import CheckpointError, ConfigError
 from ulysses_infer.kernels.launch import assume
 from ulysses_infer.model.model import read_config
 from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.sampling_params import POOLINGS
 from ulysses_infer.worker.step import Step
 from ulysses_infer.worker.step_plan import LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, logits_positions
 
@@ -190,6 +192,18 @@ def test_decodes_are_captured_on_a_gpu_in_every_mode_and_prompts_are_not(tmp_pat
     assert {mode for mode, _ in found.rank.capturer.steps} == {Mode(8, 1), Mode(1, 8)}
     assert not found.rank.capturer.mixed
     assert found.prefills[Mode(8, 1)].exchanges == {"all-to-all": 10, "all-gather": 2}  # type: ignore[union-attr]
+
+
+@pytest.mark.thorough
+@pytest.mark.distributed
+def test_vectors_of_prompts(rank_pool: Any, tmp_path: Path) -> None:
+    plain = PlainSwiftKV(make_checkpoint(swiftkv_config(), tmp_path))
+    states = [plain.hidden(prompt) for prompt in PROMPTS]
+    expected = {"last": [s[-1] for s in states], "mean": [s.mean(0) for s in states], "cls": [s[0] for s in states]}
+    changes = {"scheduler.max_num_batched_tokens": 7, "scheduler.max_num_seqs": 5}
+    for found, _ in rank_pool(2).run(pool, str(tmp_path), 2, 1, changes):
+        references = [vector for kind in POOLINGS for vector in expected[kind]]
+        assert torch.allclose(torch.tensor(found), torch.stack(references), atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["mtp", "eagle3"])

@@ -46,7 +46,8 @@ class EagerRunner:
         token_ids, positions, logits_rows, context = parts[0].received(sent)
         for part in parts[1:]:
             _, own_positions, _, narrowed = part.received(sent)
-            context = replace(context, narrowed=replace(narrowed, positions=own_positions))
+            narrowed = replace(narrowed, positions=own_positions, head_inputs=step.head_inputs)
+            context = replace(context, narrowed=narrowed)
         step.fill_placeholders(token_ids)
         context = replace(context, head_inputs=step.head_inputs)
         return finish(self.model.forward(token_ids, positions, logits_rows, context))
