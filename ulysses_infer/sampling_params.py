@@ -145,6 +145,7 @@ class SamplingParams:
     max_tokens: int | None = 16  # None: as many as fit in the model's length
     min_tokens: int = 0  # tokens before which neither eos, a stop token nor a stop string ends the output
     logprobs: int | None = None  # top tokens per output position; -1: the whole vocabulary
+    logprob_token_ids: list[int] | None = None  # tokens whose log-probabilities are added to those of `logprobs`
     prompt_logprobs: int | None = None  # the same for the prompt's positions
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -196,7 +197,7 @@ class SamplingParams:
         """Second step, once the model is known: token ids and log-probability counts must fit `vocab_size`.
         Raises RequestError.
         """
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
             largest = max(getattr(self, name) or (0,))
             if largest >= vocab_size:
                 raise RequestError(f"{name} has token id {largest}, outside the vocabulary; use 0 to {vocab_size - 1}")
@@ -272,6 +273,9 @@ class SamplingParams:
             self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
                 raise RequestError("allowed_token_ids is empty, so no token could follow; leave it out to allow all")
+        if self.logprob_token_ids is not None:
+            self.logprob_token_ids = _token_ids("logprob_token_ids", self.logprob_token_ids)
+            self.logprobs = self.logprobs or 0
         if self.logit_bias is not None:
             self.logit_bias = _logit_bias(self.logit_bias)
 

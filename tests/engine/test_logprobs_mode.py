@@ -60,6 +60,21 @@ def test_processed_logprobs_are_those_of_the_tokens_that_could_be_drawn(folder, 
     assert found[-1].logprobs != raw[-1].logprobs
 
 
+def test_log_probabilities_of_named_tokens_are_added(folder, raw):
+    params = [SamplingParams(max_tokens=7, temperature=0, ignore_eos=True, logprob_token_ids=[3, 9])] * 2
+    params.append(SamplingParams(max_tokens=7, temperature=0, ignore_eos=True, logprobs=1))
+    with init_inference(folder, **settings()) as engine:
+        *named, other = [output.outputs[0] for output in engine.generate([PROMPT] * 3, params)]
+    for output in named:
+        assert output.token_ids == raw[0].token_ids
+        for token, entry, every in zip(output.token_ids, output.logprobs, raw[0].logprobs, strict=True):
+            assert set(entry) == {token, 3, 9}
+            assert all(entry[each].rank == every[each].rank for each in entry)
+            values = {each: found.logprob for each, found in entry.items()}
+            assert values == pytest.approx({each: every[each].logprob for each in entry}, abs=1e-5)
+    assert all(len(entry) == 1 for entry in other.logprobs)
+
+
 def test_tokens_are_drawn_with_the_probabilities_that_are_reported():
     params = SamplingParams(temperature=0.8, top_k=6, top_p=0.9, min_p=0.02)
     logits = torch.linspace(-2, 2, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(1))]

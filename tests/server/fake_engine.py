@@ -176,8 +176,12 @@ class _Sequence:
         self.is_finished = token.finish_reason is not None
         if self._params.logprobs is not None:
             token.logprobs = scores(token_id, self._params.logprobs)
+            # The later a token is asked for, the likelier it is, and the more so after long prompts.
+            weight = len(self._submit.token_ids) / 10
+            wanted = self._params.logprob_token_ids or ()
+            token.logprobs += [(named, index * weight - 9, 9) for index, named in enumerate(wanted)]
         if self._count == 1:
-            token.start = RequestStart(self._script.num_cached_tokens, 0.0, self._prompt_scores())
+            token.start = RequestStart(self._script.num_cached_tokens, 0.0, self._prompt_scores(), self._pooled())
         return token
 
     def _end(self, token: NewToken) -> None:
@@ -192,6 +196,11 @@ class _Sequence:
             self._detokenizer.append([token_id])
         if self._detokenizer.stop_reason is not None:
             token.finish_reason, token.stop_reason = "stop", self._detokenizer.stop_reason
+
+    def _pooled(self) -> list[float] | None:
+        """The number of tokens, the first token and the last."""
+        ids = self._submit.token_ids
+        return None if self._params.pooling is None else [float(len(ids)), float(ids[0]), float(ids[-1]), 0.0]
 
     def _prompt_scores(self) -> list[list[tuple[int, float, int]] | None] | None:
         count = self._params.prompt_logprobs

@@ -60,6 +60,20 @@ class ServerConfig:
         help="Memory for stored responses (/v1/responses), in bytes; the least recently used are forgotten. 0: none "
         "are stored.",
     )
+    pooling: str | None = option(
+        choices=("last", "mean", "cls"),
+        help="How /v1/embeddings makes one vector of a prompt: the last token's hidden state, the mean, or the first "
+        "token's. null: as the checkpoint's sentence-transformers config says, else last.",
+    )
+    score_tokens: list[str] = option(
+        factory=list,
+        help="The answers of a causal reranker, each one token, as [no, yes]; /v1/score and /v1/rerank then return the "
+        "probability of the second. Empty: scores are cosines of vectors.",
+    )
+    score_template: str | None = option(
+        help="Jinja file with the prompt of a causal reranker, which reads `query`, `document` and `instruction`; "
+        "null: that of Qwen3-Reranker."
+    )
     max_body_bytes: int = option(32 * 1024 * 1024, at_least=1, help="Maximum size of a request body, in bytes.")
     cors_origins: list[str] = option(
         factory=list, help='Web origins whose pages may call the server, as in [https://a.example]; ["*"]: all.'

@@ -10,6 +10,7 @@ import torch
 from ulysses_infer.engine.request import Request
 from ulysses_infer.model.sampling.pooler import Pooler
 from ulysses_infer.model.sampling.sampler import SamplingRow
+from ulysses_infer.model.sampling.transfer import to_device_async
 from ulysses_infer.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.text.detokenizer import Detokenizer, TokenDecoder
@@ -141,29 +142,50 @@ class TokenScores:
     The device starts computing them when this is made, and is waited for when they are read.
     """
 
-    def __init__(self, logits: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> None:
+    def __init__(
+        self, logits: torch.Tensor, tokens: torch.Tensor, counts: list[int], wanted: list[list[int]] | None = None
+    ) -> None:
         """logits: [n, V] float32; tokens: [n] int64 on the same device, negative for none; counts[i]: the number of
-        most likely tokens for row i (-1: all)."""
+        most likely tokens for row i (-1: all); wanted[i]: further tokens of row i."""
         vocab_size = logits.shape[1]
         self._counts = counts
         logprobs = logits.float().log_softmax(dim=-1)
         chosen = logprobs.gather(1, tokens.clamp(min=0)[:, None])
         values, ids = logprobs.topk(max(vocab_size if count < 0 else count for count in counts), dim=-1)
         ranks = (logprobs > chosen).sum(dim=1) + 1
+        self._wanted = wanted or [[]] * len(counts)
+        self._others = _scores_of(logprobs, self._wanted)
         self._parts = [DeviceToHostCopy(part) for part in (tokens, chosen[:, 0], ranks, values, ids)]
 
     def entries(self, decoder: TokenDecoder | None) -> list[dict[int, Logprob]]:
         """One dictionary per row, by token: the chosen token first, then the most likely in order, as in vLLM."""
         entries = []
-        for count, token, logprob, rank, values, ids in zip(
-            self._counts, *(part.wait() for part in self._parts), strict=True
+        others = iter([] if self._others is None else zip(*(part.wait() for part in self._others), strict=True))
+        for named, count, token, logprob, rank, values, ids in zip(
+            self._wanted, self._counts, *(part.wait() for part in self._parts), strict=True
         ):
             entry = {token: Logprob(logprob, rank, _text(decoder, token))}
             wanted = len(ids) if count < 0 else count
             for position, (other, value) in enumerate(zip(ids[:wanted], values[:wanted], strict=True), start=1):
                 entry.setdefault(other, Logprob(value, position, _text(decoder, other)))
+            for other in named:
+                value, position = next(others)
+                entry.setdefault(other, Logprob(value, position, _text(decoder, other)))
             entries.append(entry)
         return entries
+
+
+def _scores_of(logprobs: torch.Tensor, wanted: list[list[int]]) -> list[DeviceToHostCopy] | None:
+    """The log-probabilities of all tokens of `wanted`, row by row, and their ranks; None if there are none.
+
+    logprobs: [n, V]."""
+    if not any(wanted):
+        return None
+    rows = [row for row, tokens in enumerate(wanted) for _ in tokens]
+    of_tokens = logprobs[to_device_async(rows, logprobs)]
+    places = to_device_async([token for tokens in wanted for token in tokens], logprobs, torch.int64)
+    values = of_tokens.gather(1, places[:, None])
+    return [DeviceToHostCopy(values[:, 0]), DeviceToHostCopy((of_tokens > values).sum(dim=1) + 1)]
 
 
 def _text(decoder: TokenDecoder | None, token: int) -> str | None:

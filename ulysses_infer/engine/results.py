@@ -142,7 +142,8 @@ class StepResults:
                 logits, chosen = logits[places], tokens[places]
             if processed is not None:
                 logits = drawable(logits, [sampling[place].params for place in scored])
-            scores = TokenScores(logits, chosen, counts)
+            wanted = [sequences[place].request.params.logprob_token_ids or [] for place in scored]
+            scores = TokenScores(logits, chosen, counts, wanted)
             owners = [(sequences[place], _num_drafts_before(*rows[place][:2])) for place in scored]
             self._scores.append((owners, scores))
         return tokens

@@ -17,7 +17,17 @@ from ulysses_infer.server.http.errors import ApiError, error_response
 from ulysses_infer.server.http.guards import OPEN_PATHS, BodyLimit, Failsafe, Keys, is_administrative
 from ulysses_infer.server.http.openapi import document
 from ulysses_infer.server.http.responses.store import ResponseStore
-from ulysses_infer.server.http.routes import adapters, admin, health, messages, openai, responses, rollout, tokens
+from ulysses_infer.server.http.routes import (
+    adapters,
+    admin,
+    health,
+    messages,
+    openai,
+    responses,
+    rollout,
+    tokens,
+    vectors,
+)
 from ulysses_infer.version import __version__
 
 DESCRIPTION = "OpenAI's and Anthropic's APIs, served by one engine that shifts between sequence and tensor parallelism."
@@ -40,6 +50,7 @@ def make_app(context: AppContext) -> FastAPI:
         admin.router,
         rollout.router,
         adapters.router,
+        vectors.router,
     ):
         app.include_router(router)
     if settings.dashboard:

@@ -17,6 +17,8 @@ from ulysses_infer.config import Config
 from ulysses_infer.errors import EngineDeadError, OverloadedError
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.texts import Texts, load_texts
+from ulysses_infer.server.http.vectors.judge import make_judge
+from ulysses_infer.server.http.vectors.pooling import recommended_pooling
 from ulysses_infer.server.messages import Ready
 from ulysses_infer.server.reasoning import ReasoningFormat, choose_reasoning
 from ulysses_infer.server.router import Served
@@ -44,8 +46,15 @@ class AppContext:
     """Ids of responses in progress, with the ids of their engine requests."""
 
     def __post_init__(self) -> None:
+        self.judge = make_judge(self.config, self.texts)
+        """How /v1/score judges pairs of texts; None: by the cosine of their vectors."""
         self.adapters = dict(self.config.lora.adapters)
         """Paths of LoRA adapters, by name."""
+
+    @functools.cached_property
+    def pooling(self) -> str:
+        """How prompts become vectors."""
+        return self.config.server.pooling or recommended_pooling(self.config.model.path)
 
     @functools.cached_property
     def model_name(self) -> str:

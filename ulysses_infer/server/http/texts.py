@@ -49,6 +49,10 @@ class Texts:
         """Token ids of `text`. Raises `RequestError`."""
         return await self._run(len(text), lambda tokenizer: encode(tokenizer, text, add_special_tokens))
 
+    def encode_inline(self, text: str) -> list[int]:
+        """Token ids of a short text, without special tokens. Raises `RequestError`."""
+        return encode(self._tokenizer, text, False)
+
     async def render(self, conversation: Conversation) -> str:
         """The conversation rendered by the chat template. Raises `RequestError`."""
         return await self._run(conversation.num_characters, lambda tokenizer: self._render(tokenizer, conversation))

@@ -1,0 +1,1 @@
+"""Vectors of prompts, and scores of pairs of texts: requests that compute prompts only."""
