@@ -136,10 +136,15 @@ def _word(value: Any, kind: Any) -> int:
 
 
 def _mappings() -> list[tuple[int, int]]:
-    """Memory of this process that can be read and written, by address."""
+    """Memory of this process that can be read and written, by address; neighbours are joined."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
-    spans = [tuple(int(part, 16) for part in line[0].split("-")) for line in lines if line[1].startswith("rw")]
-    return sorted((start, stop) for start, stop in spans)
+    spans = sorted(tuple(int(part, 16) for part in line[0].split("-")) for line in lines if line[1].startswith("rw"))
+    joined: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if joined and start == joined[-1][1]:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    return joined
 
 
 def _reached(words: list[int]) -> list[Region]:

@@ -101,7 +101,13 @@ def test_it_equals_transformers_on_other_processors(
 
 @pytest.mark.parametrize("architecture", ARM_LEVELS[-1:])  # without any extension
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("qwen3_5_text", torch.float32), ("nemotron_h", torch.float32), ("lfm2", torch.bfloat16)]
+    ("kind", "dtype"),
+    [
+        ("kimi_linear", torch.bfloat16),
+        ("nemotron_h", torch.float32),
+        ("minimax", torch.float32),
+        ("lfm2", torch.bfloat16),
+    ],
 )
 def test_it_equals_transformers_on_arm(
     kind: str, dtype: torch.dtype, architecture: str, monkeypatch: pytest.MonkeyPatch
