@@ -75,6 +75,7 @@ def _our_program(setting: Setting, ranks: int, threads: int, quantize: str | Non
         "dtype": setting.dtype,
         "sp": ranks,
         "threads": threads,
+        "max_model_len": setting.max_model_len,
         "num_blocks": blocks,
         "overrides": ({"model.quantize": quantize} if quantize else {}) | setting.overrides,
     }

@@ -10,12 +10,13 @@ FOREVER = 1e6  # seconds: a process that is stopped while others are measured is
 
 
 def start(options: dict[str, Any]) -> tuple[Measure, str]:
-    """options: `model`, `dtype`, `sp`, `threads` (of a rank), `num_blocks`, `overrides` (dotted keys)."""
+    """options: `model`, `dtype`, `sp`, `threads` (of a rank), `max_model_len`, `num_blocks`, `overrides` (dotted keys)."""
     import ulysses_infer
     from ulysses_infer import SamplingParams, init_inference
 
     settings = {
         "model.dtype": options["dtype"],
+        "model.max_model_len": options["max_model_len"],
         "parallel.sp": options["sp"],
         "cache.num_blocks": options["num_blocks"],
         "cache.enable_prefix_caching": False,
