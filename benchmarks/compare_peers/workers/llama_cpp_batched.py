@@ -30,6 +30,8 @@ class Context:
         settings.n_threads = settings.n_threads_batch = options["threads"]
         if options["dtype"] == "float32":  # else its own default for the cache, float16
             settings.type_k = settings.type_v = 0  # ggml.h: GGML_TYPE_F32
+        if hasattr(settings, "flash_attn"):  # the fork's fails an assertion on batches of several sequences
+            settings.flash_attn = False
         self._context = api.llama_init_from_model(self._model, settings) if self._model else None
         if not self._context:
             raise RuntimeError(f"llama.cpp could not load {path}; its log says why")

@@ -10,7 +10,7 @@ FOREVER = 1e6  # seconds: a process that is stopped while others are measured is
 
 
 def start(options: dict[str, Any]) -> tuple[Measure, str]:
-    """options: `model`, `dtype`, `sp`, `threads` (of a rank), `max_model_len`, `num_blocks`, `overrides` (dotted keys)."""
+    """options: `model`, `dtype`, `sp`, `threads` (of a rank), `max_model_len`, `num_blocks`, `overrides` (of keys)."""
     import ulysses_infer
     from ulysses_infer import SamplingParams, init_inference
 
