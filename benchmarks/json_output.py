@@ -24,6 +24,10 @@ KEYS: dict[str, dict[str, Any]] = {
 }
 SCHEMA = {"type": "object", "properties": KEYS, "required": [*KEYS], "additionalProperties": False}
 
+SHOWN = {key: wanted["enum"][0] if "enum" in wanted else wanted.get("minimum", True) for key, wanted in KEYS.items()}
+EXAMPLE = f"Order 0: a customer has a question. The decision as JSON:\n{json.dumps(SHOWN, separators=(',', ':'))}\n\n"
+"""A prompt usually shows the form of the answer; without it a model spells keys in other tokens than the usual ones."""
+
 
 def is_valid(text: str) -> bool:
     """Whether `text` is a document of `SCHEMA`."""
@@ -86,7 +90,7 @@ class JsonStudy:
 
 def write(engine: InferenceEngine, numbers: range) -> list[RequestOutput]:
     """Documents with these seeds."""
-    prompts = [f"Order {number}: a customer has a question. The decision as JSON:\n" for number in numbers]
+    prompts = [f"{EXAMPLE}Order {number}: a customer has a question. The decision as JSON:\n" for number in numbers]
     params = [
         SamplingParams(
             temperature=0.7,
