@@ -29,5 +29,7 @@ class FakeCollectives:
 @contextmanager
 def step(collectives: Any, **fields: Any) -> Any:
     """Run layers in a step context with `collectives` and the given fields."""
-    with use_step_context(SimpleNamespace(collectives=collectives, **{"matmul": None, "logits_rows": None, **fields})):  # type: ignore[arg-type]
+    with use_step_context(
+        SimpleNamespace(collectives=collectives, **{"matmul": None, "logits_rows": None, "head_inputs": None, **fields})
+    ):  # type: ignore[arg-type]
         yield

@@ -15,13 +15,13 @@ from ulysses_infer.worker.worker import Worker
 run, warm_up = Worker.run, serve.warm_up
 
 
-def faulty_run(self, plan, choose=None):
+def faulty_run(self, plan, choose=None, pool=None):
     kind, rank, step = os.environ["ULYSSES_TEST_FAULT"].split(":")
     if os.environ.get("RANK", "0") == rank and plan.sequence == int(step):
         if kind == "raise":
             raise ValueError("a fault to order")
         time.sleep(3600)
-    return run(self, plan, choose)
+    return run(self, plan, choose, pool)
 
 
 def flipping_warm_up(engine):

@@ -11,9 +11,11 @@ from ulysses_infer.bench.replay.replay_options import add_part, check_window
 from ulysses_infer.bench.serve.serve_options import OptionParser, positive, positive_number
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.planning.sizes import WEIGHT_BYTES
-from ulysses_infer.planning.speculation import DEFAULT_ACCEPTANCE, FORM
 
 TARGETS = ("ttft", "tpot", "latency")
+DEFAULT_ACCEPTANCE = 0.6
+FORM = "METHOD[:acceptance=P][,num_tokens=N][,coverage=P]"
+"""How --speculation is written."""
 DESCRIPTION = """\
 Predict how a model would run on hardware that you may not have: every layout that fits, under each policy, on the
 given traffic. The engine's own scheduler, block pools and policies run in virtual time; only step times are modelled.

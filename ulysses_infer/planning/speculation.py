@@ -16,12 +16,11 @@ from ulysses_infer.engine.speculation.speculation import Speculation
 from ulysses_infer.engine.speculation.step_times import StepTimes as PolicyStepTimes
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.layout import Mode
+from ulysses_infer.planning.options import DEFAULT_ACCEPTANCE, FORM
 from ulysses_infer.step_time.model import Measurement
 from ulysses_infer.step_time.step_shape import StepShape
 
 METHODS = ("ngram", "suffix")  # drafts of a model would take time of the devices
-DEFAULT_ACCEPTANCE = 0.6
-FORM = "METHOD[:acceptance=P][,num_tokens=N][,coverage=P]"
 WORD = 1 << 64
 
 

@@ -190,7 +190,7 @@ def test_a_body_of_another_type_is_415(server: Served) -> None:
 
 
 def test_unknown_routes_and_methods_are_answered_in_the_same_shape(server: Served) -> None:
-    answer = server.get("/v1/embeddings")
+    answer = server.get("/v1/images/generations")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_route")
     answer = server.get("/v1/completions")
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")

@@ -178,7 +178,7 @@ def test_without_origins_there_is_no_cors(server: Served) -> None:
 
 
 def test_an_adapter_is_requested_as_a_model(server: Served) -> None:
-    server.context.config.lora.adapters["french"] = "/adapters/french"
+    server.context.adapters["french"] = "/adapters/french"
     try:
         assert [model.id for model in server.openai.models.list().data] == [MODEL, "french"]
         card = server.get("/v1/models/french").json()
@@ -190,7 +190,7 @@ def test_an_adapter_is_requested_as_a_model(server: Served) -> None:
         server.context.config.server.default_model = "french"
         default = server.post("/v1/completions", {"prompt": "a"}).json()
     finally:
-        server.context.config.lora.adapters.clear()
+        server.context.adapters.clear()
         server.context.config.server.default_model = None
     assert answer["model"] == default["model"] == "french"
     assert [submit.adapter for submit in server.engine.submits] == ["french", "french", None, "french"]

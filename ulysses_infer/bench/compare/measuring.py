@@ -13,7 +13,8 @@ from ulysses_infer.bench.compare.protocols import LONE, ComparisonCase
 from ulysses_infer.bench.load import LoadMeter
 from ulysses_infer.bench.serve.answer import StreamedAnswer
 from ulysses_infer.bench.serve.client import Client
-from ulysses_infer.bench.serve.datasets import Item, take, trace_items
+from ulysses_infer.bench.serve.datasets import take, trace_items
+from ulysses_infer.bench.serve.item import Item
 from ulysses_infer.bench.serve.load import LoadRequest, LoadRun, closed_loop, open_loop
 from ulysses_infer.bench.serve.repetition import REPETITIVE
 from ulysses_infer.bench.serve.result import percentile

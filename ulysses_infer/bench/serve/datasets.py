@@ -6,29 +6,17 @@ import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ulysses_infer.bench.serve.client import Client
+from ulysses_infer.bench.serve.item import Item
 from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow
 from ulysses_infer.bench.serve.vocabulary import PromptVocabulary, Units
 from ulysses_infer.errors import ConfigError
 
 LONGEST_PROMPT, LONGEST_CONVERSATION, SHORTEST_TURN = 1024, 2048, 4  # tokens; vLLM's filter of ShareGPT
-
-
-@dataclass(frozen=True)
-class Item:
-    """The prompt and output length of one request."""
-
-    content: str | list[int] | list[dict[str, Any]]
-    """Text, token ids, or messages."""
-    output_len: int
-    """Maximum number of tokens to generate."""
-    at: float | None = None
-    """Seconds from the start; None if the dataset has no times."""
 
 
 def random_items(

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ulysses_infer.bench.serve.datasets import Item
+from ulysses_infer.bench.serve.item import Item
 
 MODULES = (
     *(
