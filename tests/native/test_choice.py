@@ -64,6 +64,13 @@ def test_choices_are_kept_until_the_library_changes(folder):
     assert len(list((folder / "native").glob("made-float32-*.json"))) == 3
 
 
+def test_choices_under_other_limits_of_torch_are_measured_again(folder, monkeypatch):
+    measured_choice("made", "made-float32", ["flat"], prepare)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    measured_choice("made", "made-float32", ["flat"], prepare)
+    assert len(list((folder / "native").glob("made-float32-*.json"))) == 2
+
+
 def test_without_a_cache_folder_kernels_are_measured_each_time(folder):
     (folder / "native").write_text("a file where the folder should be")
     assert measured_choice("made", "made-float32", ["flat"], prepare).kernels == {1: "flat"}

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ RUNS = 5
 MANY = 64  # rows, from which on
 HOPELESS = 2.0  # times the fastest kernel's time rules a kernel out for more rows
 TORCH = "torch"
+TORCH_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_ENABLE_INSTRUCTIONS")
 TORCH_FROM = 16  # rows: below, steps are to be replayed in C, without calls of torch
 TORCH_MARGIN = 1.5  # of torch's time: it is called from Python, also when a CPU graph replays the rest in C
 CHANGE_MARGIN = 0.97  # of the time of the kernel for fewer rows: closer ones are measurement noise
@@ -55,7 +57,7 @@ def measured_choice(library: str, subject: str, names: Sequence[str], prepare: P
     of a host while others wait; then read from the cache folder, as long as `library`.c, torch and the processor stay.
     """
     code = [library_path(library).read_bytes(), Path(__file__).read_bytes()]
-    identity = [*code, describe_processor().encode(), torch.__version__.encode()]
+    identity = [*code, describe_processor().encode(), *(part.encode() for part in torch_identity())]
     key = hashlib.sha256(b"\0".join([*identity, *(name.encode() for name in (subject, *names))])).hexdigest()[:16]
     path = cache_folder("native") / f"{subject}-{key}.json"
     try:
@@ -66,6 +68,13 @@ def measured_choice(library: str, subject: str, names: Sequence[str], prepare: P
     except OSError as error:
         logger.info("%s cannot be written (%s): kernels are measured at every start", path.parent, error.strerror)
         return measure(names, prepare)
+
+
+def torch_identity() -> list[str]:
+    """What decides how fast torch's products are: its version, and the instructions that it and its libraries may use,
+    which the environment can limit."""
+    limits = [f"{name}={os.environ.get(name, '')}" for name in TORCH_LIMITS]
+    return [torch.__version__, torch.backends.cpu.get_cpu_capability(), *limits]
 
 
 def measure(names: Sequence[str], prepare: Prepare, rows: Sequence[int] = ROWS) -> Choice:
