@@ -120,8 +120,8 @@ class UlyssesGeneration:
             raise RequestError("images are given; only text prompts are served")
         with profiler or nullcontext():
             gathered = _gathered(self._accelerator, prompts)
-            params = self._params([len(each) for each in gathered])
-            found = self.backend.complete([prompt for each in gathered for prompt in each], params)
+            every = [prompt for each in gathered for prompt in each]
+            found = self.backend.complete(every, self._params(len(every)))
         start = sum(len(each) for each in gathered[: self._accelerator.process_index])
         return _generated(prompts, found[start : start + len(prompts)])
 
@@ -129,12 +129,12 @@ class UlyssesGeneration:
         """Free the engine's memory; the training goes on."""
         self.backend.shutdown()
 
-    def _params(self, counts: Sequence[int]) -> list[SamplingParams]:
+    def _params(self, count: int) -> list[SamplingParams]:
         """The parameters of every prompt; each has random numbers of its own, the same in every run of one seed."""
         self._num_calls += 1
         first = derive_seed(self.sampling.get("seed", 0), self._num_calls)
         fixed = {key: value for key, value in self.sampling.items() if key != "seed"}
-        seeds = [derive_seed(first, index) % 2**63 for index in range(sum(counts))]
+        seeds = [derive_seed(first, index) % 2**63 for index in range(count)]
         return [SamplingParams(**fixed, seed=seed, detokenize=False) for seed in seeds]
 
 

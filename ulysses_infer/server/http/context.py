@@ -90,6 +90,10 @@ class AppContext:
             raise ApiError(400, message, param="model", code="missing_field")
         return name or default or self.model_name
 
+    def adapter_of(self, model: str) -> str | None:
+        """The adapter that a chosen model name stands for; None: the model itself."""
+        return model if model in self.adapters else None
+
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:
         """Values of sampling parameters that requests do not set: the model's own (none while it loads), and

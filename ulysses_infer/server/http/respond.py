@@ -110,8 +110,7 @@ def generation_of(
 ) -> Generation:
     """The engine requests of an HTTP request, under a new id. Its model may be the name of an adapter."""
     name = f"{prefix}{body.request_id or uuid.uuid4().hex}"
-    model = context.choose_model(body.model)
-    adapter = model if model in context.adapters else None
+    adapter = context.adapter_of(context.choose_model(body.model))
     return Generation(name, prompts, params, body.priority or 0, body.cache_salt or "", adapter)
 
 

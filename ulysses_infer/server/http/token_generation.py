@@ -75,7 +75,7 @@ def prepare_tokens(context: AppContext, body: GenerateRequest) -> PreparedReques
         params = SamplingParams.from_mapping({**context.sampling_defaults, **body.sampling_params})
     except RequestError as error:
         raise ApiError(400, f"sampling_params: {error}", param="sampling_params") from None
-    adapter = model if model in context.adapters else None
+    adapter = context.adapter_of(model)
     generation = Generation(
         body.request_id or f"gen-{uuid.uuid4().hex}",
         [Prompt(token_ids)],

@@ -66,7 +66,7 @@ async def compute(
     read = [await _read(context, body, prompt) for prompt in prompts]
     wanted = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, detokenize=False, **params)
     name = f"pool-{body.request_id or uuid.uuid4().hex}"
-    adapter = model if model in context.adapters else None
+    adapter = context.adapter_of(model)
     generation = Generation(name, read, wanted, body.priority or 0, body.cache_salt or "", adapter)
     timeout = context.config.server.request_timeout
     try:
