@@ -88,19 +88,10 @@ static int multiply_many_of_all(const struct experts *x, const struct panel_kern
 
 /* Return 0, or 1 if out of memory. Rows after the last expert's are not written. */
 #define KERNELS(name, type)                                                                                         \
-    static void few_rows_of_##name(const struct product *p, int64_t group) { few_rows_of(p, group, type); }         \
+    STORED_ROWS(name, type)                                                                                         \
     static void columns_of_##name(const struct product *p, int64_t group) { columns_of(p, group, type); }           \
-    INLINE void widen_##name(const struct product *p, int64_t n, int64_t k, int64_t count, float *to) {             \
-        widen_as(p, n, k, count, to, type);                                                                         \
-    }                                                                                                               \
     INLINE void gather_##name(const struct product *p, int64_t n, int64_t k, int64_t count, float *to) {            \
         gather_as(p, n, k, count, to, type);                                                                        \
-    }                                                                                                               \
-    static void transpose_##name(const struct product *p, const struct columns *x, int64_t block) {                 \
-        transpose_block(p, x, block, type);                                                                         \
-    }                                                                                                               \
-    static void run_##name(const struct product *p, const struct columns *x, int64_t n, float *memory) {            \
-        run_group(p, x, n, memory, widen_##name, p->weight_stride * size_of(type), size_of(type), type);            \
     }                                                                                                               \
     static void run_transposed_##name(const struct product *p, const struct columns *x, int64_t n, float *memory) { \
         run_group(p, x, n, memory, gather_##name, 0, size_of(type), type);                                          \

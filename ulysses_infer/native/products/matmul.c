@@ -26,20 +26,11 @@ static void multiply_few(const struct product *p, void (*run)(const struct produ
 
 /* Kernels return 0, or 1 if out of memory. */
 #define KERNELS(name, type)                                                                                  \
-    static void few_rows_of_##name(const struct product *p, int64_t group) { few_rows_of(p, group, type); }  \
+    STORED_ROWS(name, type)                                                                                  \
     int few_##name(PARAMETERS) {                                                                             \
         const struct product p = PRODUCT;                                                                    \
         multiply_few(&p, few_rows_of_##name);                                                                \
         return 0;                                                                                            \
-    }                                                                                                        \
-    INLINE void widen_##name(const struct product *p, int64_t n, int64_t k, int64_t count, float *to) {      \
-        widen_as(p, n, k, count, to, type);                                                                  \
-    }                                                                                                        \
-    static void transpose_##name(const struct product *p, const struct columns *x, int64_t block) {          \
-        transpose_block(p, x, block, type);                                                                  \
-    }                                                                                                        \
-    static void run_##name(const struct product *p, const struct columns *x, int64_t n, float *memory) {     \
-        run_group(p, x, n, memory, widen_##name, p->weight_stride * size_of(type), size_of(type), type);     \
     }                                                                                                        \
     int panels_##name(PARAMETERS) {                                                                          \
         const struct product p = PRODUCT;                                                                    \

@@ -198,3 +198,16 @@ INLINE void widen_as(const struct product *p, int64_t n, int64_t k, int64_t coun
     }
     for (; i < count; i++) to[i] = one_of(from, i, type);
 }
+
+/* What kernels for few and for many rows read of weights whose rows are stored in `type`, for constant types. */
+#define STORED_ROWS(name, type)                                                                              \
+    static void few_rows_of_##name(const struct product *p, int64_t group) { few_rows_of(p, group, type); }  \
+    INLINE void widen_##name(const struct product *p, int64_t n, int64_t k, int64_t count, float *to) {      \
+        widen_as(p, n, k, count, to, type);                                                                  \
+    }                                                                                                        \
+    static void transpose_##name(const struct product *p, const struct columns *x, int64_t block) {          \
+        transpose_block(p, x, block, type);                                                                  \
+    }                                                                                                        \
+    static void run_##name(const struct product *p, const struct columns *x, int64_t n, float *memory) {     \
+        run_group(p, x, n, memory, widen_##name, p->weight_stride * size_of(type), size_of(type), type);     \
+    }
