@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.recipe_models import MODELS, recipe_path, write_config
+from tests.tiny import tiny_llama
 from ulysses_infer.cli.arguments import parse
 from ulysses_infer.cli.dry_run.command import run as run_command
 from ulysses_infer.cli.dry_run.config_only import read_config_only
@@ -17,6 +18,7 @@ from ulysses_infer.cli.dry_run.table import render, sections
 from ulysses_infer.cli.rank import run as run_rank
 from ulysses_infer.config import ModelConfig, load_config
 from ulysses_infer.errors import CheckpointError, ConfigError
+from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.cuda_graphs import CudaGraphRunner
 from ulysses_infer.worker.drafting.draft_model import DraftModel
@@ -244,6 +246,48 @@ def test_the_memory_of_a_draft_model_is_counted(ranks: str, tmp_path: Path) -> N
     text = render(found)
     assert f"Qwen3ForCausalLM: 1 layers, on {'all ranks' if ranks == 'all' else 'the first rank'}" in text
     assert "a cache of as many tokens" in text
+
+
+WEIGHTS_OF_LAYER = 192 * (192 + 48 + 48 + 192 + 3 * 160)
+OUTPUTS_OF_LAYER = 192 + 48 + 48 + 192 + 2 * 160 + 192
+QUANTISED_BYTES = {"int8": WEIGHTS_OF_LAYER + 4 * OUTPUTS_OF_LAYER, "int4": WEIGHTS_OF_LAYER * (1 / 2 + 4 / 32)}
+"""Of one layer: a float32 scale per output; half a byte per weight, and a scale and a zero point per 32."""
+
+
+@pytest.mark.parametrize(
+    ("quantize", "sp", "tp"),
+    [
+        ("int4", 1, 2),
+        *(
+            pytest.param(quantize, *sizes, marks=pytest.mark.thorough)
+            for quantize, *sizes in (
+                ("int4", 1, 1),
+                ("int4", 2, 1),
+                ("int8", 1, 1),
+                ("int8", 2, 1),
+                ("int8", 1, 2),
+            )
+        ),
+    ],
+)
+def test_weights_quantised_while_loading_take_the_counted_bytes(
+    quantize: str, sp: int, tp: int, tmp_path: Path
+) -> None:
+    tiny_llama(tmp_path, tokenizer=False, hidden_size=192, head_dim=24, intermediate_size=160, num_hidden_layers=1)
+    overrides = [f"model.path={tmp_path}", f"model.quantize={quantize}", "model.quantize_group_size=32", LESS]
+    config = load_config(None, [*overrides, f"parallel.sp={sp}", f"parallel.tp={tp}", "runtime.enforce_eager=true"])
+    counted, layout = dry_run(config, find_gpu("h200")).rank.model.weight_bytes, config.parallel.layout
+    ranks = [
+        ModelBuilder.from_folder(tmp_path, config.model, layout, shard, torch.device("cpu")).load()
+        for shard in range(layout.world_size)
+    ]
+    assert counted == max(rank.weight_bytes for rank in ranks)
+    for rank in ranks:
+        layers = {id(own): own for own in rank.module.model.layers.parameters()}.values()
+        stored = {own.untyped_storage().data_ptr(): own.untyped_storage().nbytes() for own in layers}
+        assert sum(stored.values()) == sum(own.nbytes for own in layers), "nothing larger is kept behind a view"
+        if tp == 1:
+            assert sum(own.nbytes for own in layers) == QUANTISED_BYTES[quantize] + 2 * 4 * 192
 
 
 @pytest.mark.thorough

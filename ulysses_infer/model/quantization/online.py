@@ -144,7 +144,8 @@ class OnlineWeight:
         weight = dense.t() if self._transposed else dense
         if self._cut == "row":
             parts = self._scheme.quantise(weight)
-            return {name: take(part, self.components[name].kept("row", self._spans)) for name, part in parts.items()}
+            own = {name: take(part, self.components[name].kept("row", self._spans)) for name, part in parts.items()}
+            return {name: part.contiguous() for name, part in own.items()}  # views would keep the memory of all inputs
         found: dict[str, list[torch.Tensor]] = {name: [] for name in self.components}
         start = 0
         for cover, span in zip(self._covers, self._spans, strict=True):
