@@ -80,7 +80,8 @@ def test_user_error_is_one_line_under_the_launcher(override: str, message: str) 
     assert_one_line(result.stdout + result.stderr, message)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
+@pytest.mark.thorough  # `cli/test_killed_commands.py` kills a whole command
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_rank_outlives_the_launcher(number: int) -> None:
     with Running(deepspeed(2, *ENDLESS)) as job:
         job.wait_for_output(GENERATING)

@@ -65,6 +65,7 @@ def test_choices_are_scored_against_the_faster_mode_of_each_step():
     assert score(judged, [SP, TP, TP]) == ["1.842x", "1.613x", "2.00x", "0 of 2"]
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_it_judges_a_model_on_real_ranks(folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "steps.json"

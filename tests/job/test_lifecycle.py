@@ -289,6 +289,7 @@ def finish(process):
     return process.wait(SECONDS), output, errors
 
 
+@pytest.mark.thorough
 def test_code_from_standard_input_works_and_may_end_without_shutdown(folder):
     code = "print(engine.generate('hello', long)[0].outputs[0].finish_reason)\n"
     with script(code, folder, stdin=True) as process:

@@ -67,11 +67,12 @@ def test_a_rank_that_dies_while_nothing_runs_ends_the_job(long_folder):
         assert_every_client_gets_an_error(server, [])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "number",
     [
         pytest.param(signal.SIGKILL, id="killed"),
-        pytest.param(signal.SIGSTOP, id="stopped", marks=pytest.mark.thorough),
+        pytest.param(signal.SIGSTOP, id="stopped"),
     ],
 )
 def test_ranks_do_not_outlive_the_http_process(long_folder, number):
@@ -92,6 +93,7 @@ def test_an_exception_in_the_forward_pass_of_a_rank_is_reported_to_every_client(
         assert "ValueError: a fault to order" in server.output
 
 
+@pytest.mark.thorough  # stacks of hung ranks: `job/test_watchdog.py`
 def test_a_wedged_step_shows_where_each_rank_is_stuck(long_folder):
     with job(long_folder, fault="hang:1:60", **{"runtime.step_timeout": 3}) as server:
         stream = server.stream(max_tokens=LONG)
@@ -120,6 +122,7 @@ def test_a_signal_drains_and_the_job_ends_in_order(long_folder, sp):
         assert server.exit_codes == [0] * sp
 
 
+@pytest.mark.thorough
 def test_a_second_signal_stops_at_once(long_folder):
     with job(long_folder) as server:
         stream = server.stream(max_tokens=LONG)

@@ -9,13 +9,14 @@ import pytest
 from tests.launcher import run
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "way"),
     [
         ("train_demo_model", "path"),
-        pytest.param("train_demo_model", "module", marks=pytest.mark.thorough),
-        pytest.param("train_rollouts", "path", marks=pytest.mark.thorough),  # as in `test_train_rollouts.py`
-        pytest.param("train_rollouts", "module", marks=pytest.mark.thorough),
+        ("train_demo_model", "module"),
+        ("train_rollouts", "path"),  # as in `test_train_rollouts.py`
+        ("train_rollouts", "module"),
     ],
 )
 def test_script_starts(name: str, way: str) -> None:

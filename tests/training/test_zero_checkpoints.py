@@ -101,7 +101,7 @@ def saved(tmp_path_factory, training_ranks):
     return get
 
 
-MORE = ("zero1", "universal1")  # as stage 2
+MORE = ("zero0", "zero1", "zero2", "universal1")
 
 
 @pytest.mark.parametrize(

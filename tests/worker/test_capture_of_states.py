@@ -40,7 +40,8 @@ def test_decodes_of_a_hybrid_are_captured_and_its_prompts_run_layer_by_layer(tmp
         run_step(rank, Mode(1, 2), (1, 1), eager=False)
 
 
-@pytest.mark.parametrize("name", ["glm5_next-shared", pytest.param("qwen4_exp_text", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["glm5_next-shared", "qwen4_exp_text"])
 def test_decodes_that_select_pools_and_look_up_ngrams_are_captured(name, tmp_path):
     pytest.importorskip("triton")
     config = config_of(name)
