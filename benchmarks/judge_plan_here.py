@@ -24,7 +24,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from benchmarks.recorded_steps import RecordedStepTimes, host_gaps
-from benchmarks.serving_costs import Probe, fit_host
+from benchmarks.serving_costs import Probe, fit_host, steps_by_kind
 from ulysses_infer.bench.compare.contenders import CONTENDERS, GROUP, policy_of
 from ulysses_infer.bench.compare.findings import ContenderRun, Findings, load_findings
 from ulysses_infer.bench.compare.measuring import Site, measure
@@ -46,6 +46,7 @@ from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planning.layouts import PlannedLayout
 from ulysses_infer.planning.node import Host, load_node
 from ulysses_infer.planning.planner import Candidate, Planner
+from ulysses_infer.planning.replica import ReplicaSettings
 from ulysses_infer.planning.results import Figures
 from ulysses_infer.planning.sizes import sizes_of
 from ulysses_infer.planning.step_times import MeasuredStepTimes, StepTimes
@@ -68,6 +69,7 @@ METRICS = {
     "tokens/s": ("tokens_per_second", 0.10),
 }  # fmt: skip
 """Key of a run's metrics, and the largest error that is hoped for."""
+MOST_KINDS = 8  # of steps, per run, in the second table
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,12 @@ class _TimedPlanner(Planner):
 def served_times(study: Study) -> MeasuredStepTimes:
     """The profile, and what serving adds in the probes."""
     host = load_node(NODE).host
-    planner = _TimedPlanner(study, MeasuredStepTimes(study.profile, host))
-    settings = planner.settings(planner.layout)
-    return MeasuredStepTimes(study.profile, fit_host(study.probes, study.profile, settings, host))
+    return MeasuredStepTimes(study.profile, fit_host(study.probes, study.profile, _settings(study), host))
+
+
+def _settings(study: Study) -> ReplicaSettings:
+    planner = _TimedPlanner(study, MeasuredStepTimes(study.profile, load_node(NODE).host))
+    return planner.settings(planner.layout)
 
 
 def predicted(study: Study, name: str, times: StepTimes) -> Figures:
@@ -232,6 +237,22 @@ def report(model: str, study: Study) -> None:
         ours, own = (metrics_of(predicted(study, run.contender, times)) for times in (served, recorded))
         for title, (key, goal) in METRICS.items():
             print(_row(run, title, key, goal, [ours[key], own[key]]))
+    _report_steps(study, served.host)
+
+
+def _report_steps(study: Study, host: Host) -> None:
+    """Where the profile errs: the kinds of steps of each run in one mode that took the most time, probes first."""
+    runs = [
+        *study.probes,
+        *(Probe(study.case, MODES[run.contender], run) for run in study.runs if run.contender in MODES),
+    ]
+    print("\n| run | mode | steps | tokens | sequences | number | measured ms | plan ms | error |" + "\n|" + "---|" * 9)
+    for probe in runs:
+        for kind in steps_by_kind(probe, study.profile, _settings(study), host)[:MOST_KINDS]:
+            cells = [probe.run.case, probe.run.contender, "with prompts" if kind.has_prompt else "decodes"]
+            cells += [f"{kind.tokens:.0f}", f"{kind.sequences:.1f}", f"{kind.count}", f"{1e3 * kind.measured:.2f}"]
+            cells += [f"{1e3 * kind.calibrated:.2f}", f"{kind.calibrated / kind.measured - 1:+.0%}"]
+            print(f"| {' | '.join(cells)} |")
 
 
 def _describe(host: Host) -> str:

@@ -61,33 +61,50 @@ def fit_host(probes: Sequence[Probe], profile: Profile, settings: ReplicaSetting
     free = replace(host, step_seconds=0.0, sequence_seconds=0.0, request_seconds=0.0, core_share=0.0)
     rows, seconds, weights = [], [], []
     for probe in probes:
-        for row, took, count in _compare(probe, profile, settings, free):
-            rows.append(row)
-            seconds.append(took)
-            weights.append(np.sqrt(count))
+        for kind in steps_by_kind(probe, profile, settings, free):
+            rows.append([kind.calibrated, 1.0, kind.sequences])
+            seconds.append(kind.measured)
+            weights.append(np.sqrt(kind.count))
     share, step, sequence = fit_coefficients(np.array(rows), np.array(seconds), np.array(weights)).tolist()
     found = replace(free, step_seconds=step, sequence_seconds=sequence, core_share=max(0.0, share - 1))
     return replace(found, request_seconds=_request_seconds(probes, profile, settings, found))
 
 
-def _compare(
-    probe: Probe, profile: Profile, settings: ReplicaSettings, free: Host
-) -> list[tuple[list[float], float, int]]:
-    """For each kind of step: ([calibrated seconds, 1, sequences], seconds in the run, number of steps)."""
-    _, times = _simulated(probe, profile, settings, free)
-    expected: dict[Kind, list[tuple[float, float, int]]] = defaultdict(list)
+@dataclass(frozen=True)
+class StepsOfKind:
+    """Steps of a run beside the simulated ones of the same kind."""
+
+    has_prompt: bool
+    tokens: float
+    """Mean of the simulated steps."""
+    sequences: float
+    """Mean of the simulated steps."""
+    calibrated: float
+    """Seconds, mean of the simulated steps."""
+    measured: float
+    """Seconds, mean of the run's steps, up to the start of the next one."""
+    count: int
+    """Steps of the run."""
+
+
+def steps_by_kind(probe: Probe, profile: Profile, settings: ReplicaSettings, host: Host) -> list[StepsOfKind]:
+    """The kinds of steps that both the run and its simulation have, those with the most measured time first."""
+    _, times = _simulated(probe, profile, settings, host)
+    expected: dict[Kind, list[tuple[int, int, float]]] = defaultdict(list)
     for shape, seconds in times.steps:
-        expected[_kind(shape.num_tokens, shape.num_prefills > 0)].append((seconds, 1.0, shape.num_sequences))
+        kind = _kind(shape.num_tokens, shape.num_prefills > 0)
+        expected[kind].append((shape.num_tokens, shape.num_sequences, seconds))
     found: dict[Kind, list[float]] = defaultdict(list)
     for step, after in pairwise(probe.run.steps):
         gap = max(0.0, after.start - step.start - step.seconds)  # starts are rounded
         if (step.sp, step.tp) == probe.mode and gap < LONGEST_GAP:
             found[_kind(step.tokens, step.tokens > step.decodes)].append(step.seconds + gap)
-    return [
-        (np.mean(expected[kind], axis=0).tolist(), fmean(took), len(took))
+    kinds = [
+        StepsOfKind(kind[0], *np.mean(expected[kind], axis=0).tolist(), fmean(took), len(took))
         for kind, took in found.items()
         if kind in expected
     ]
+    return sorted(kinds, key=lambda kind: -kind.measured * kind.count)
 
 
 def _kind(tokens: int, has_prompt: bool) -> Kind:
