@@ -99,11 +99,11 @@ def steps_by_kind(probe: Probe, profile: Profile, settings: ReplicaSettings, hos
         gap = max(0.0, after.start - step.start - step.seconds)  # starts are rounded
         if (step.sp, step.tp) == probe.mode and gap < LONGEST_GAP:
             found[_kind(step.tokens, step.tokens > step.decodes)].append(step.seconds + gap)
-    kinds = [
-        StepsOfKind(kind[0], *np.mean(expected[kind], axis=0).tolist(), fmean(took), len(took))
-        for kind, took in found.items()
-        if kind in expected
-    ]
+    kinds = []
+    for kind, took in found.items():
+        if kind in expected:
+            tokens, sequences, calibrated = np.mean(expected[kind], axis=0).tolist()
+            kinds.append(StepsOfKind(kind[0], tokens, sequences, calibrated, fmean(took), len(took)))
     return sorted(kinds, key=lambda kind: -kind.measured * kind.count)
 
 
