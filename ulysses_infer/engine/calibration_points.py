@@ -11,6 +11,9 @@ from ulysses_infer.step_time.step_shape import StepShape
 TOKENS = (2, 8, 32, 128, 512, 2048, 8192)
 FINE_TOKENS = tuple(sorted({*(2**power for power in range(1, 15)), *(3 * 2**power for power in range(12))}))
 CONTEXTS = (16, 1024, 4096, 16384)
+CHUNKS = (32, 512, 2048)
+"""Prompt tokens of a step after a cached context."""
+DECODES = (1, 2, 8, 32, 128)
 
 
 class Point(NamedTuple):
@@ -44,9 +47,10 @@ class Limits(NamedTuple):
 def design(limits: Limits, tokens: Sequence[int] = TOKENS) -> list[Point]:
     """Points that separate the features of a step, within `limits`, cheap ones first."""
     points = [Point(0, 0, ((0, count),)) for count in (*tokens, ceil_div(limits.num_tokens, 2), limits.num_tokens)]
-    points += [Point(0, 0, ((context, count),)) for context in CONTEXTS[1:] for count in tokens[2:5:2]]
-    points += [Point(count, context) for context in CONTEXTS for count in (1, *tokens[:4], limits.num_sequences)]
+    points += [Point(0, 0, ((context, count),)) for context in CONTEXTS[1:] for count in CHUNKS]
+    points += [Point(count, context) for context in CONTEXTS for count in (*DECODES, limits.num_sequences)]
     points += [Point(8, 256, ((0, chunk),)) for chunk in (32, 256)]
+    points += [Point(8, 1024, ((1024, chunk - 8),)) for chunk in CHUNKS[1:]]
     points += [Point(0, 0, ((0, 16),) * count) for count in (4, 16)] + [Point(0, 0, ((0, 128),) * 4)]
     fitting = {point for point in points if _fits(point, limits)}
     return sorted(fitting, key=lambda point: (point.shape.num_tokens, point.shape.decode_context, point))
