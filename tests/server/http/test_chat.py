@@ -25,6 +25,7 @@ def test_fields_that_are_empty_are_null_not_absent(server: Served) -> None:
     choice = server.post("/v1/chat/completions", {"messages": USER}).json()["choices"][0]
     assert choice["logprobs"] is None
     assert choice["message"]["refusal"] is None
+    assert choice["message"]["annotations"] == []
     assert choice["stop_reason"] is None
 
 

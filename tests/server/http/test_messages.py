@@ -32,6 +32,16 @@ def test_a_message_has_blocks_a_reason_and_usage(client: anthropic.Anthropic, se
     assert server.engine.submits[0].params["max_tokens"] == 50
 
 
+def test_a_message_has_every_field_that_the_api_requires(server: Served) -> None:
+    answer = server.post("/v1/messages", {"model": MODEL, "max_tokens": 50, "messages": USER}).json()
+    nulls = ("stop_sequence", "stop_details", "container")
+    assert [answer[name] for name in nulls] == [None] * len(nulls)
+    assert answer["content"][0]["citations"] is None
+    usage = answer["usage"]
+    assert (usage["output_tokens_details"], usage["service_tier"]) == ({"thinking_tokens": 0}, "standard")
+    assert [usage[name] for name in ("cache_creation", "inference_geo", "server_tool_use")] == [None] * 3
+
+
 def test_cached_tokens_are_not_counted_as_input(client: anthropic.Anthropic, server: Served) -> None:
     server.script(num_cached_tokens=4)
     usage = client.messages.create(model=MODEL, max_tokens=5, messages=USER).usage
@@ -70,6 +80,7 @@ def test_tools_are_used(client: anthropic.Anthropic, server: Served, monkeypatch
     assert answer.stop_reason == "tool_use"
     text, use = answer.content
     assert (text.text, use.name, use.input, use.id) == ("ok", "f", {"a": 1}, "call-0")
+    assert use.caller.type == "direct"
     with client.messages.stream(model=MODEL, max_tokens=50, messages=USER, tools=[TOOL]) as stream:
         final = stream.get_final_message()
     assert [block.type for block in final.content] == ["text", "tool_use"]

@@ -28,6 +28,17 @@ def test_a_response_has_items_a_status_and_usage(server: Served) -> None:
     assert server.engine.submits[0].params["max_tokens"] == 50
 
 
+def test_a_response_names_every_field_of_a_tool(server: Served) -> None:
+    short = {"type": "function", "name": "f"}
+    answer = server.post("/v1/responses", {"input": "hi", "tools": [short]}).json()
+    assert answer["tools"] == [{**short, "description": None, "parameters": None, "strict": None}]
+
+
+def test_compaction_is_not_found(server: Served) -> None:
+    answer = server.post("/v1/responses/compact", {"input": "hi"})
+    assert (answer.status_code, "truncation: auto" in answer.json()["error"]["message"]) == (404, True)
+
+
 def test_a_cut_response_is_incomplete(server: Served) -> None:
     answer = server.openai.responses.create(model=MODEL, input="hi", max_output_tokens=3)
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")

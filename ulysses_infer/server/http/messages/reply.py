@@ -20,6 +20,8 @@ from ulysses_infer.server.reasoning import ReasoningDelta
 from ulysses_infer.server.tool_calls import ArgumentsDelta, CallStarted, ContentDelta
 
 Event = dict[str, Any]
+USAGE_ONCE = {"cache_creation": None, "inference_geo": None, "service_tier": "standard"}
+"""Fields of a message's usage, which the API requires, that its changes in a stream do not repeat."""
 
 
 async def prepare_message(context: AppContext, body: MessagesRequest) -> PreparedRequest[MessageWriter]:
@@ -51,15 +53,17 @@ class MessageWriter:
         delta = self._output.flush()
         for _ in self._new(delta):
             pass
-        return {**self._message(), "content": self._blocks, **self._ending(delta), "usage": self._usage()}
+        message = {**self._message(), "content": self._blocks, **self._ending(delta)}
+        return {**message, "usage": {**self._usage(), **USAGE_ONCE}}
 
     def events(self, touched: Sequence[Output]) -> bytes:
         """Events of what is new."""
         events: list[Event] = []
         if not self._has_started:
             self._has_started = True
-            empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": self._usage()}
-            events.append({"type": "message_start", "message": {**self._message(), **empty}})
+            usage = {**self._usage(), **USAGE_ONCE}
+            message = {**self._message(), "content": [], **_ending_with(None), "usage": usage}
+            events.append({"type": "message_start", "message": message})
         delta = self._output.flush()
         events += self._new(delta)
         if delta.finish_reason is not None:
@@ -89,9 +93,10 @@ class MessageWriter:
             case ReasoningDelta(text):
                 yield from self._add_text({"type": "thinking", "thinking": "", "signature": ""}, "thinking", text)
             case ContentDelta(text):
-                yield from self._add_text({"type": "text", "text": ""}, "text", text)
+                yield from self._add_text({"type": "text", "text": "", "citations": None}, "text", text)
             case CallStarted(_, identifier, name):
-                yield from self._open({"type": "tool_use", "id": identifier, "name": name, "input": {}})
+                call = {"type": "tool_use", "id": identifier, "name": name, "input": {}, "caller": {"type": "direct"}}
+                yield from self._open(call)
             case ArgumentsDelta(_, text):
                 self._arguments += text
                 yield self._delta({"type": "input_json_delta", "partial_json": text})
@@ -121,12 +126,12 @@ class MessageWriter:
     def _ending(self, delta: Delta) -> dict[str, Any]:
         stop = delta.stop_reason if isinstance(delta.stop_reason, str) else None
         if delta.finish_reason == "length":
-            return {"stop_reason": "max_tokens", "stop_sequence": None}
+            return _ending_with("max_tokens")
         if stop is not None and delta.finish_reason == "stop":
-            return {"stop_reason": "stop_sequence", "stop_sequence": stop}
-        return {"stop_reason": "tool_use" if self._reader.has_calls else "end_turn", "stop_sequence": None}
+            return _ending_with("stop_sequence", stop)
+        return _ending_with("tool_use" if self._reader.has_calls else "end_turn")
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         usage = self._outputs.usage()
         num_cached = usage["prompt_tokens_details"]["cached_tokens"]
         return {
@@ -134,7 +139,14 @@ class MessageWriter:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": num_cached,
             "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"thinking_tokens": self._reader.num_reasoning_tokens or 0},
+            "server_tool_use": None,
         }
+
+
+def _ending_with(reason: str | None, sequence: str | None = None) -> dict[str, Any]:
+    """Why a message has ended; nothing yet if `reason` is None."""
+    return {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None, "container": None}
 
 
 def _written(events: Sequence[Event]) -> bytes:

@@ -46,7 +46,7 @@ class ChatChoiceBuilder:
         delta = self._output.flush()
         fields = self._new_fields(delta)
         content = fields.get("content", None if self._reader.has_calls else "")
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
         if "reasoning_content" in fields:
             message["reasoning_content"] = fields["reasoning_content"]
         if "tool_calls" in fields:

@@ -174,6 +174,7 @@ class AnswerMessage(ResponseBody):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    annotations: list[dict[str, Any]] = Field(description="None: the model searches no web.")
     reasoning_content: str | None = Field(None, description="What the model thought before it answered.")
     tool_calls: list[ToolCall] | None = None
 

@@ -152,6 +152,11 @@ class MessagesUsage(ResponseBody):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: dict[str, int] = Field(description="thinking_tokens: how many of them were thinking.")
+    cache_creation: None
+    inference_geo: None
+    server_tool_use: None
+    service_tier: Literal["standard"]
 
 
 class MessagesAnswer(ResponseBody):
@@ -164,6 +169,8 @@ class MessagesAnswer(ResponseBody):
     content: list[dict[str, Any]] = Field(description="Blocks of type thinking, text and tool_use.")
     stop_reason: str | None = Field(description="end_turn, max_tokens, stop_sequence or tool_use.")
     stop_sequence: str | None
+    stop_details: None
+    container: None
     usage: MessagesUsage
 
 

@@ -19,6 +19,8 @@ from ulysses_infer.server.tool_calls import ContentDelta
 
 ECHOED = ("instructions", "max_output_tokens", "max_tool_calls", "previous_response_id", "user", "safety_identifier")
 """Fields of the request that the response repeats."""
+TOOL = {"description": None, "parameters": None, "strict": None}
+"""Fields of a tool that the response names even if the request did not."""
 
 
 class ResponseWriter:
@@ -147,7 +149,7 @@ def _new_response(
         "temperature": chat.params.temperature,
         "text": {"format": {"type": "text"}, **text},
         "tool_choice": body.tool_choice if body.tool_choice is not None else "auto",
-        "tools": body.tools or [],
+        "tools": [{**TOOL, **tool} for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": chat.params.top_p,
         "presence_penalty": chat.params.presence_penalty,

@@ -36,6 +36,12 @@ async def create(request: Request) -> Response:
     return await create_response(request, context, _store(request), body)
 
 
+@router.post("/v1/responses/compact", include_in_schema=False)
+async def compact(request: Request) -> Response:
+    """Always 404: not offered, and clients that try it go on without."""
+    raise ApiError(404, "this server compacts no conversations; send fewer items, or truncation: auto")
+
+
 @router.get(
     "/v1/responses/{response_id}",
     responses=answers(ResponsesAnswer, 400, 404, also=EVENTS),
