@@ -1,11 +1,12 @@
 """Compares kinds of parallelism over links with a given bandwidth and delay, on one machine.
 
     sudo python -m benchmarks.netem --rate 1gbit --delay 50us MODEL --protocol shape --output FOLDER
+    sudo python -m benchmarks.netem --rate 1gbit --bench rollouts --random-model llama-60m parallel.sp=2
 
 Every rank gets a network namespace with its own veth to a common bridge; its outgoing traffic is limited (tc tbf) and
 delayed (tc netem). `ulysses-infer bench compare` runs in the first namespace with the given options, and its servers
-run with one rank in each namespace, as on separate nodes. Needs root and iproute2. The namespaces are always removed at
-the end; after SIGKILL the next run removes them.
+run with one rank in each namespace, as on separate nodes. So do the ranks of another benchmark (`--bench`). Needs root
+and iproute2. The namespaces are always removed at the end; after SIGKILL the next run removes them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ POLL_SECONDS = 0.2
 OVER_THE_LINK = "runtime.collectives=torch"  # ranks on one host would use shared memory by default
 LEAST_BURST = 256 * 1024  # bytes: several of the kernel's largest packets
 TICKS_PER_SECOND = 250  # a bucket must hold what passes between two ticks of the kernel's clock
+COMPARE, BENCHMARKS = "compare", ("latency", "throughput", "rollouts")
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
@@ -146,7 +148,10 @@ def _last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def launch(names: Sequence[str], arguments: Sequence[str]) -> int:
-    """Run a command on one rank in each namespace; returns the exit status of the first rank that ends."""
+    """Run a command on one rank in each namespace; returns the exit status of the first rank that ends.
+
+    If it ends well, the others have time to do so.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".hosts") as hosts, tempfile.TemporaryDirectory() as cache:
         hosts.writelines(f"{name} slots=1\n" for name in names)
         hosts.flush()
@@ -182,16 +187,23 @@ def _first_status(nodes: Sequence[subprocess.Popen[bytes]]) -> int:
         for node in nodes:
             status = node.poll()
             if status is not None:
+                if status == 0:
+                    _wait(nodes)
                 return status
+        time.sleep(POLL_SECONDS)
+
+
+def _wait(nodes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended, for at most `END_SECONDS`."""
+    deadline = time.monotonic() + END_SECONDS
+    while time.monotonic() < deadline and any(node.poll() is None for node in nodes):
         time.sleep(POLL_SECONDS)
 
 
 def _end(nodes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Send SIGTERM to all, wait until they have drained, then kill the rest."""
     _signal(nodes, signal.SIGTERM)
-    deadline = time.monotonic() + END_SECONDS
-    while time.monotonic() < deadline and any(node.poll() is None for node in nodes):
-        time.sleep(POLL_SECONDS)
+    _wait(nodes)
     _signal(nodes, signal.SIGKILL)
     for node in nodes:
         node.wait()
@@ -219,7 +231,7 @@ def main() -> None:
         check_possible()
         remove_leftovers()
         with namespaces(options.ranks, options.rate, options.delay) as names:
-            sys.exit(_compare(names, options, rest))
+            sys.exit(_compare(names, options, rest) if options.bench == COMPARE else _bench(names, options, rest))
     except NetemError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -235,9 +247,17 @@ def check_possible() -> None:
             raise NetemError(f"there is no `{program}`; install the package iproute2")
 
 
+def _bench(names: Sequence[str], options: argparse.Namespace, rest: Sequence[str]) -> int:
+    print(f"link: {_link(options)}", flush=True)
+    return launch(names, ["bench", options.bench, *rest])
+
+
+def _link(options: argparse.Namespace) -> str:
+    return f"{options.rate or 'unlimited'}, {options.delay or 'no'} delay"
+
+
 def _compare(names: Sequence[str], options: argparse.Namespace, rest: Sequence[str]) -> int:
     starter = shlex.join([sys.executable, str(Path(__file__).resolve()), "launch", ",".join(names)])
-    link = f"{options.rate or 'unlimited'}, {options.delay or 'no'} delay"
     command = [
         "ip",
         "netns",
@@ -250,7 +270,7 @@ def _compare(names: Sequence[str], options: argparse.Namespace, rest: Sequence[s
         "compare",
         *rest,
     ]
-    command += ["--ranks", str(len(names)), "--launch", starter, "--note", f"link={link}"]
+    command += ["--ranks", str(len(names)), "--launch", starter, "--note", f"link={_link(options)}"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
     try:
@@ -266,13 +286,14 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="netem.py [--rate RATE] [--delay TIME] [--ranks N] [MODEL] [options of bench compare]",
+        usage="netem.py [--rate RATE] [--delay TIME] [--ranks N] [--bench NAME] [MODEL] [options of the benchmark]",
     )
     parser.add_argument(
         "--rate", type=_rate, metavar="RATE", help="bandwidth per link and direction, such as 1gbit or 100mbit"
     )
     parser.add_argument("--delay", type=_delay, metavar="TIME", help="one-way delay, such as 50us or 1ms")
     parser.add_argument("--ranks", type=int, choices=range(2, 65), metavar="N", default=2, help="default: 2")
+    parser.add_argument("--bench", choices=(COMPARE, *BENCHMARKS), default=COMPARE, help=f"default: {COMPARE}")
     return parser
 
 

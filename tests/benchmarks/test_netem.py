@@ -50,6 +50,24 @@ def test_rates_and_delays_are_checked():
             parse(text)
 
 
+def test_another_benchmark_runs_on_the_ranks_themselves(monkeypatch, capsys):
+    launched = []
+    monkeypatch.setattr(netem, "launch", lambda names, arguments: launched.append((names, arguments)) or 3)
+    options, rest = netem._parser().parse_known_args(["--bench", "rollouts", "--rate", "1gbit", "m", "parallel.sp=2"])
+    assert netem._bench(["a", "b"], options, rest) == 3
+    assert launched == [(["a", "b"], ["bench", "rollouts", "m", "parallel.sp=2"])]
+    assert capsys.readouterr().out == "link: 1gbit, no delay\n"
+
+
+@pytest.mark.parametrize(("first", "expected"), [(0, 0), (5, 5)])
+def test_ranks_may_end_after_the_first_one_unless_it_failed(monkeypatch, first, expected):
+    monkeypatch.setattr(netem, "POLL_SECONDS", 0.01)
+    nodes = [subprocess.Popen(["sh", "-c", f"exit {first}"]), subprocess.Popen(["sh", "-c", "sleep 0.3; exit 0"])]
+    assert netem._first_status(nodes) == expected
+    assert (nodes[1].poll() == 0) is (first == 0)
+    nodes[1].wait()
+
+
 @needs_root
 def test_namespaces_reach_each_other_and_are_gone_afterwards():
     if not can_make():
