@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import BambaConfig, FalconH1Config, PreTrainedConfig, Qwen3MoeConfig, Qwen3NextConfig
 
+from tests.equivalence.swiftkv import swiftkv_config
 from tests.planning.plans import config, llama_config
 from tools.memory_table import draw
 from ulysses_infer.cache.states import slot_bytes
@@ -46,6 +47,15 @@ def test_weights_of_a_dense_model_are_those_that_the_loader_stores(base):
 def test_weights_of_a_mixture_are_those_that_the_loader_stores(placement):
     stored = draw(MIXTURE, Layout(Mode(2, 2)), 0, placement).weight_bytes
     assert weights_of(sizes_of(MIXTURE), Mode(2, 2), placement) == pytest.approx(stored, rel=0.02)
+
+
+def test_layers_that_share_keys_store_and_cache_them_once():
+    """Six layers: three that all tokens take, and three that read the keys of the first of them."""
+    source = swiftkv_config(**COMMON | {"num_hidden_layers": 6}, key_value_group_size=3)
+    stored, sizes = draw(source, Layout(Mode(2, 2)), 0, "replicate"), sizes_of(source)
+    assert weights_of(sizes, Mode(2, 2), "replicate") == pytest.approx(stored.weight_bytes, rel=0.01)
+    caching = [layer for layer in stored.shape.layers if layer is not None and layer.source is None]
+    assert sizes.num_caching_layers == len(caching) == 4
 
 
 def test_every_division_of_the_devices_is_listed():

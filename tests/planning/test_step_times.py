@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.planning.plans import faster, free_links, llama_sizes, operations
+from tests.planning.plans import faster, free_links, llama_sizes, operations, swiftkv_sizes
 from ulysses_infer.engine.calibration_points import Limits
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.layout import Mode
@@ -17,6 +17,7 @@ from ulysses_infer.planning.node import Node, known_nodes, load_node
 from ulysses_infer.planning.operations import StepOperations
 from ulysses_infer.planning.recurrent import RecurrentSizes
 from ulysses_infer.planning.step_times import AnalyticStepTimes, MeasuredStepTimes, profile_of
+from ulysses_infer.step_time.prior import GPU, Sizes, step_seconds
 from ulysses_infer.step_time.step_shape import StepShape
 
 MODES = [Mode(8, 1), Mode(4, 2), Mode(2, 4), Mode(1, 8)]
@@ -133,3 +134,38 @@ def test_a_recurrent_layer_takes_as_long_after_any_context():
     )
     assert short["recurrence of decodes"] == long["recurrence of decodes"]
     assert long["recurrence of decodes"].times == 3
+
+
+LONG_PROMPT, DECODES = StepShape.of([], [(0, 4096)]), StepShape.of([1000] * 16, [])
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_prompts_skip_later_layers_of_swiftkv_and_decodes_do_not(mode):
+    plain, skipping, sharing = (
+        operations(load_node("8xh200"), swiftkv_sizes(*sizes)) for sizes in ((None,), (16,), (16, 8))
+    )
+    most = 0.6 if mode.sp == 1 else 0.75  # with sequence parallelism, a rank reads later weights for its one token
+    assert 0.5 < skipping.seconds(mode, LONG_PROMPT) / plain.seconds(mode, LONG_PROMPT) < most
+    assert 1 <= skipping.seconds(mode, DECODES) / plain.seconds(mode, DECODES) < 1.15
+    assert sharing.seconds(mode, LONG_PROMPT) < skipping.seconds(mode, LONG_PROMPT)
+    layers = {each.name: each.times for each in skipping.of(mode, LONG_PROMPT)}
+    assert layers["attention"] == layers["attention of later layers"] == 16
+
+
+def test_a_model_measured_from_swiftkv_steps_predicts_short_prompts_and_whole_decodes():
+    node = load_node("8xh200")
+    free = replace(node.host, step_seconds=0.0, sequence_seconds=0.0)
+    own = AnalyticStepTimes(operations(node, swiftkv_sizes()), MODES)
+    measured = MeasuredStepTimes(profile_of(own, Limits(8192, 256, 131072, 1 << 20)), free)
+    for mode in MODES:
+        for shape in (LONG_PROMPT, DECODES, StepShape.of([1000] * 16, [(0, 2048)])):
+            assert measured.seconds(mode, shape) == pytest.approx(own.seconds(mode, shape), rel=0.15), (mode, shape)
+
+
+def test_estimates_before_any_measurement_know_what_prompts_skip():
+    plain = Sizes(32, 4096, 32, 8, 128, 7_000_000_000, 2)
+    skipping = plain._replace(skipped_share=0.5)
+    for mode in MODES:
+        for shape, least, most in ((LONG_PROMPT, 0.5, 0.55), (DECODES, 1, 1)):
+            ratio = step_seconds(skipping, GPU, mode, shape) / step_seconds(plain, GPU, mode, shape)
+            assert least <= ratio <= most

@@ -76,6 +76,7 @@ def assumed(worker: Worker, modes: Sequence[Mode]) -> list[Measurement]:
         shape.key_width,
         worker.model.weight_bytes // worker.model.dtype.itemsize * layout.base.tp,
         worker.model.dtype.itemsize,
+        worker.model.skipped_share,
     )
     machine: Machine = GPU if worker.device.type == "cuda" else CPU
     return assumed_steps(sizes, machine, modes)

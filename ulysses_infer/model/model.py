@@ -90,6 +90,11 @@ class ShiftModel:
         return skips
 
     @property
+    def skipped_share(self) -> float:
+        """The share of these later layers in all layers."""
+        return len(self.module.config.key_value_sources) / self.shape.num_layers if self.skips_tokens else 0.0
+
+    @property
     def state_shapes(self) -> tuple[StateShape, ...]:
         """The states of its layers on this rank; empty if it has none."""
         recurrent = [shape for layer in self.injection.recurrent_layers for shape in layer.state_shapes]

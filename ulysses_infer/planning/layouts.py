@@ -84,7 +84,7 @@ def _planned(sizes: ModelSizes, node: Node, config: Config, dp: int, base: Mode)
         weights=weights_of(sizes, base, placement),
         activations=_activations(sizes, config, base),
         available=available,
-        token_bytes=per_layer * sizes.num_attention_layers,
+        token_bytes=per_layer * sizes.num_caching_layers,
         request_bytes=states,
     )
     return _with_reason(layout, sizes, config)
@@ -106,7 +106,7 @@ def weights_of(sizes: ModelSizes, base: Mode, placement: str) -> float:
     if sizes.num_key_value_heads < base.tp:  # KV heads that ranks share are stored on each
         extra = sizes.key_value_heads(base.tp) - sizes.num_key_value_heads / base.tp
         width = sizes.key_width + sizes.value_width
-        layers += extra * width * sizes.hidden_size * sizes.num_attention_layers
+        layers += extra * width * sizes.hidden_size * sizes.num_caching_layers
     experts = sizes.expert_weights / (base.tp if placement == REPLICATE else base.world_size)
     embedding = sizes.vocab_size * sizes.hidden_size * 2
     head = 0 if sizes.has_tied_head else embedding / base.world_size

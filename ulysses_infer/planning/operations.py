@@ -58,14 +58,19 @@ class StepOperations:
 
     def _of_tokens(self, mode: Mode, tokens: int, sequences: int) -> list[Operation]:
         """The operations that depend only on the number of tokens and sequences."""
-        local = ceil_div(tokens, mode.sp)
+        local, later = ceil_div(tokens, mode.sp), self.sizes.num_later_layers
         found = self._attention_layers(mode, local) + self._recurrent_layers(mode, local)
         found += self._dense_layers(mode, local) + self._expert_layers(mode, tokens, local)
-        return found + self._elementwise(mode, local) + self._head(mode, sequences)
+        found += self._elementwise("", mode, local, self.sizes.num_layers - later)
+        return found + self._later_layers(mode, local, sequences) + self._head(mode, sequences)
 
     def _of_contexts(self, mode: Mode, shape: StepShape) -> list[Operation]:
         """The operations that depend on what the tokens attend to."""
-        return self._attention(mode, shape) + self._recurrence(mode, shape)
+        found = self._attention(mode, shape) + self._recurrence(mode, shape)
+        if later := self.sizes.num_later_layers:
+            seconds = self._attention_seconds(mode, shape.narrowed)
+            found.append(Operation("attention of later layers", seconds, later, "attention"))
+        return found
 
     # -- products ----------------------------------------------------------------------------------------------
 
@@ -75,7 +80,7 @@ class StepOperations:
         return Operation(name, seconds, count, "product")
 
     def _attention_layers(self, mode: Mode, local: int) -> list[Operation]:
-        sizes, count = self.sizes, self.sizes.num_attention_layers
+        sizes, count = self.sizes, self.sizes.num_attention_layers - self.sizes.num_later_layers
         if not count:
             return []
         heads, held = sizes.num_attention_heads / mode.tp, sizes.key_value_heads(mode.tp)
@@ -92,12 +97,39 @@ class StepOperations:
             self._sum("all-reduce after attention", mode, local, count),
         ]
 
+    def _later_layers(self, mode: Mode, local: int, sequences: int) -> list[Operation]:
+        """Layers that cache keys and values of all tokens, and compute the tokens whose logits are needed alone."""
+        sizes, count = self.sizes, self.sizes.num_later_layers
+        if not count:
+            return []
+        rows, making = ceil_div(sequences, mode.sp), count - sizes.num_reading_layers
+        heads, both = sizes.num_attention_heads / mode.tp, sizes.key_width + sizes.value_width
+        sent = local * sizes.key_value_heads(mode.world_size) * mode.sp * both
+        return [
+            self._product(
+                "later key and value projections",
+                local,
+                sizes.key_value_heads(mode.tp) * both,
+                sizes.hidden_size,
+                making,
+            ),
+            self._exchange("all-to-all of later keys and values", mode, sent, making),
+            self._gather("all-gather of tokens that go on", mode, sequences),
+            self._product("later query projection", rows, heads * sizes.key_width, sizes.hidden_size, count),
+            self._exchange("all-to-all to later heads", mode, rows * heads * sizes.key_width, count),
+            self._exchange("all-to-all from later heads", mode, rows * heads * sizes.value_width, count),
+            self._product("later output projection", rows, sizes.hidden_size, heads * sizes.value_width, count),
+            self._sum("all-reduce after later attention", mode, rows, count),
+            *self._feed_forward("later ", mode, rows, sizes.intermediate_size, count),
+            *self._elementwise("later ", mode, rows, count),
+        ]
+
     def _attention(self, mode: Mode, shape: StepShape) -> list[Operation]:
         """All tokens, own heads. Layers with a window read at most its tokens."""
         found = []
         windows = self.sizes.num_window_layers
         for name, count, window in (
-            ("attention", self.sizes.num_attention_layers - windows, 0),
+            ("attention", self.sizes.num_attention_layers - self.sizes.num_later_layers - windows, 0),
             ("windowed attention", windows, self.sizes.window),
         ):
             if count:
@@ -162,7 +194,8 @@ class StepOperations:
         return found
 
     def _dense_layers(self, mode: Mode, local: int) -> list[Operation]:
-        return self._feed_forward("", mode, local, self.sizes.intermediate_size, self.sizes.num_dense_layers)
+        count = self.sizes.num_dense_layers - self.sizes.num_later_layers
+        return self._feed_forward("", mode, local, self.sizes.intermediate_size, count)
 
     def _feed_forward(self, prefix: str, mode: Mode, local: int, width: int, count: int) -> list[Operation]:
         if not count or not width:
@@ -213,23 +246,27 @@ class StepOperations:
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
-    def _elementwise(self, mode: Mode, local: int) -> list[Operation]:
+    def _elementwise(self, prefix: str, mode: Mode, local: int, count: int) -> list[Operation]:
         sizes, rate = self.sizes, self.node.elementwise
         width = sizes.shared_width + sizes.experts_per_token * sizes.expert_width or sizes.intermediate_size
         moved = local * ITEM * (8 * sizes.hidden_size + 3 * width / mode.tp)
         kernels = 3 if mode.tp > 1 and self.changes.fused_all_reduce else 4
         seconds = kernels * rate.floor_seconds + moved / rate.bytes_per_second
-        return [Operation("norms, rotary embedding and activations", seconds, sizes.num_layers, "elementwise")]
+        return [Operation(f"{prefix}norms, rotary embedding and activations", seconds, count, "elementwise")]
 
     def _head(self, mode: Mode, rows: int) -> list[Operation]:
         sizes = self.sizes
         rate = self.node.products["bf16"]
         seconds = roofline.product_seconds(rate, rows, sizes.vocab_size / mode.world_size, sizes.hidden_size, 2.0, 2.0)
-        gather = rows * sizes.hidden_size * mode.sp
         return [
-            self._link_operation("all-gather of rows that need logits", self.node.all_gather, mode.sp, gather, 1),
+            self._gather("all-gather of rows that need logits", mode, rows),
             Operation("vocabulary head", float(seconds), 1, "product"),
         ]
+
+    def _gather(self, name: str, mode: Mode, rows: int) -> Operation:
+        """Of the hidden states of `rows` tokens, once per step."""
+        elements = rows * self.sizes.hidden_size * mode.sp
+        return self._link_operation(name, self.node.all_gather, mode.sp, elements, 1)
 
     def _sum(self, name: str, mode: Mode, rows: int, count: int) -> Operation:
         """An all-reduce over the TP group: the fused one-shot kernel or NCCL, whichever is faster."""

@@ -50,6 +50,10 @@ class ModelSizes:
     num_recurrent_layers: int = 0
     recurrent: RecurrentSizes = NO_STATES
     """One of them."""
+    num_later_layers: int = 0
+    """Layers at the end that only tokens whose logits are needed run through (SwiftKV)."""
+    num_reading_layers: int = 0
+    """Attention layers that read the keys and values of another layer."""
     num_window_layers: int = 0
     window: int = 0
     selected: int = 0
@@ -74,6 +78,16 @@ class ModelSizes:
         return head_layout(parts, self.num_attention_heads, self.num_key_value_heads).key_value_slots
 
     @property
+    def num_caching_layers(self) -> int:
+        """Layers that cache keys and values of their own."""
+        return self.num_attention_layers - self.num_reading_layers
+
+    @property
+    def key_value_weights(self) -> int:
+        """Weights of the products that make keys and values in one attention layer."""
+        return self.hidden_size * self.num_key_value_heads * (self.key_width + self.value_width)
+
+    @property
     def attention_weights(self) -> int:
         """Weights of one attention layer's products."""
         heads, hidden = self.num_attention_heads, self.hidden_size
@@ -95,6 +109,7 @@ class ModelSizes:
         dense = 3 * self.hidden_size * self.intermediate_size * self.num_dense_layers
         shared = 3 * self.hidden_size * self.shared_width * self.num_expert_layers
         attention = self.attention_weights * self.num_attention_layers
+        attention -= self.key_value_weights * self.num_reading_layers
         recurrent = self.recurrent.weights(self.hidden_size) * self.num_recurrent_layers
         return attention + recurrent + dense + shared
 
@@ -137,6 +152,7 @@ def sizes_of(config: Any, dtype: str | None = None) -> ModelSizes:
         num_attention_layers=sum(kind not in KINDS_WITHOUT_ATTENTION for kind in kinds),
         num_recurrent_layers=sum(kind in RECURRENT_KINDS for kind in kinds),
         recurrent=_recurrent(text, frozenset(kinds)),
+        **_later_layers(text),
         num_window_layers=sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds),
         window=window,
         selected=getattr(text, "index_topk", None) or 0,
@@ -162,6 +178,12 @@ def _layer_kinds(text: Any, num_layers: int) -> list[str]:
     """The kind of every layer; attention, if the config does not say."""
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
     return list(kinds or ["full_attention"] * num_layers)
+
+
+def _later_layers(text: Any) -> dict[str, int]:
+    sources: dict[int, int] = getattr(text, "key_value_sources", {})
+    reading = sum(layer != source for layer, source in sources.items())
+    return {"num_later_layers": len(sources), "num_reading_layers": reading}
 
 
 def _recurrent(text: Any, kinds: frozenset[str]) -> RecurrentSizes:

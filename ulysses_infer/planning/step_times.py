@@ -75,6 +75,7 @@ class AnalyticStepTimes:
 
     def _launch_seconds(self, shape: StepShape) -> float:
         captured = shape.num_tokens <= self._host.max_captured_tokens
+        captured &= not (self.operations.sizes.num_later_layers and shape.num_prefills)  # see docs/models.md, SwiftKV
         kernels = KERNELS_PER_LAYER if captured else EAGER_KERNELS_PER_LAYER
         return 0.0 if captured else kernels * self.operations.sizes.num_layers * self._host.launch_seconds
 

@@ -24,6 +24,8 @@ class Sizes(NamedTuple):
     num_parameters: int
     item_bytes: int
     """Bytes of a weight and of a cached value."""
+    skipped_share: float = 0.0
+    """Share of the layers that only tokens whose logits are needed run through, at the end."""
 
 
 class Machine(NamedTuple):
@@ -49,17 +51,19 @@ def step_seconds(sizes: Sizes, machine: Machine, mode: Mode, shape: StepShape) -
     communication: two all-reduces of the hidden state in tensor parallelism; queries, keys, values and outputs in
     Ulysses.
     """
-    tokens, world_size = shape.num_tokens, mode.world_size
+    world_size, skipped = mode.world_size, sizes.skipped_share
+    tokens = shape.num_tokens * (1 - skipped) + shape.num_sequences * skipped
     reading = sizes.num_parameters * sizes.item_bytes / mode.tp / machine.memory_bytes
     computing = 2 * sizes.num_parameters * tokens / world_size / machine.flops
     width = sizes.head_width * sizes.item_bytes * sizes.num_layers
     cached = 2 * sizes.num_key_value_heads / world_size * width * (shape.decode_context + shape.prefill_context)
     pairs = 4 * sizes.num_attention_heads * sizes.head_width * sizes.num_layers / world_size
-    attending = cached / machine.memory_bytes + pairs * (shape.fresh_pairs + shape.past_pairs) / machine.flops
+    seen = (shape.fresh_pairs + shape.past_pairs) * (1 - skipped) + shape.prefill_context * skipped
+    attending = cached / machine.memory_bytes + pairs * seen / machine.flops
     return max(reading, computing) + attending + _sending(sizes, machine, mode, tokens)
 
 
-def _sending(sizes: Sizes, machine: Machine, mode: Mode, tokens: int) -> float:
+def _sending(sizes: Sizes, machine: Machine, mode: Mode, tokens: float) -> float:
     reduced = 4 * sizes.hidden_size * (mode.tp - 1) / mode.tp / mode.sp
     heads = 2 * (sizes.num_attention_heads + sizes.num_key_value_heads)
     traded = heads * sizes.head_width / mode.world_size * (mode.sp - 1) / mode.sp

@@ -27,6 +27,20 @@ NUM_SHARED = 4
 """The last of them, the work of attention, cost much the same in every mode: each rank attends with its own heads."""
 
 Bucket = tuple[int, int, int]
+LARGEST_FINE = 512  # tokens of steps without prompts up to which kinds are told apart by halves of a power of two
+
+
+def sizes_between(least: int, most: int) -> list[int]:
+    """Sizes of steps that are worth telling apart, in tokens: all up to 8, then four for each power of two.
+
+    Kernels compute rows in tiles of such sizes, so one row more than a size may cost as much as several.
+    """
+    sizes, size = [], 1
+    while size <= most:
+        if size >= least:
+            sizes.append(size)
+        size += max(1, 1 << max(0, size.bit_length() - 3))
+    return sizes
 
 
 class StepShape(NamedTuple):
@@ -72,10 +86,20 @@ class StepShape(NamedTuple):
     def bucket(self) -> Bucket:
         """The kind of step this is: tokens and mean context in powers of two and four, prefill or not.
 
-        Steps of one kind are close enough that what was measured of one corrects the prediction of another.
+        Steps of one kind are close enough that what was measured of one corrects the prediction of another. Those
+        without prompts that are not large are told apart by halves of a power of two, which they may fill: 13 to 16
+        rows take much the same time, 17 may take twice as long.
         """
         context = (self.decode_context + self.prefill_context) // max(1, self.num_sequences)
-        return self.num_tokens.bit_length(), context.bit_length() // 2, int(self.num_prefills > 0)
+        is_fine = self.num_prefills == 0 and self.num_tokens <= LARGEST_FINE
+        size = -_half_power(self.num_tokens) if is_fine else self.num_tokens.bit_length()
+        return size, context.bit_length() // 2, int(self.num_prefills > 0)
+
+    @property
+    def narrowed(self) -> StepShape:
+        """The step of the tokens whose logits are needed alone: one of each sequence, over all of its context."""
+        context = self.decode_context + self.prefill_context
+        return StepShape(0, self.num_sequences, 0, context, 0, 0, 0)
 
     def features(self) -> np.ndarray:
         """[F] float64, in the order of `FEATURES`; a step's time is modelled as a sum of coefficients times these.
@@ -87,6 +111,12 @@ class StepShape(NamedTuple):
     def __str__(self) -> str:
         context = self.decode_context + self.prefill_context
         return f"{self.num_decodes} decodes, {self.num_prefill_tokens} prefill tokens, {context} in context"
+
+
+def _half_power(count: int) -> int:
+    """Which half of a power of two ends at `count` or next after it: 1, 2, 3, 4, 6, 8, 12, 16, 24 ... are different."""
+    power = (count - 1).bit_length()
+    return 2 * power - int(count <= 3 << (power - 2)) if power > 1 else power
 
 
 @lru_cache(maxsize=16)  # a step's features are needed to predict, to compare and to remember it
