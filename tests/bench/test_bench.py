@@ -84,16 +84,23 @@ def test_all_modes_are_measured_in_one_run(
 
 @pytest.mark.distributed
 @pytest.mark.thorough
-def test_rollouts_report_the_makespan(tiny_model: Path, tmp_path: Path) -> None:
+def test_rollouts_report_the_makespan_and_what_switching_can_gain(
+    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "measured.json"
     sizes = ["--input-len", "8", "--output-len", "4", "--num-prompts", "3", "--samples", "2", "--repeats", "2"]
     keys = ["parallel.sp=2", "policy.threshold_tokens=8", "runtime.threads_per_rank=1", "runtime.device=cpu"]
-    options = [*sizes, "--modes", "tp,sp,shift", "--json", str(file), *keys]
+    options = [*sizes, "--json", str(file), *keys, "policy.calibration_seconds=2"]
     command = parse(["bench", "rollouts", "--random-model", "llama-60m", *options])
 
     bench.run(command.options, command.config(), rank=0)
 
     record = json.loads(file.read_text())
-    assert list(record["modes"]) == ["tp", "sp", "shift"]
+    assert list(record["modes"]) == ["tp", "sp", "shift", "adaptive"]
     assert (record["samples"], record["tail"]) == (2, 1.0)
     assert min(mode["makespan_of_best"] for mode in record["modes"].values()) == 1.0
+    sizes_of = {mode: [(step["most_tokens"], step["steps"]) for step in own] for mode, own in record["steps"].items()}
+    assert sizes_of["tp"] == sizes_of["sp"] == sizes_of["shift"]
+    printed = capfd.readouterr().out
+    assert "best static mode" in printed
+    assert "adaptive: " in printed

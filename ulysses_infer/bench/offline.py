@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.bench.load import LoadMeter
 from ulysses_infer.bench.random_model import random_model
-from ulysses_infer.bench.report import as_json, comparison
+from ulysses_infer.bench.report import as_json, comparison, median_makespan
 from ulysses_infer.bench.single import SingleRank
+from ulysses_infer.bench.step_sizes import savings, size_table, sizes_as_json, summed
 from ulysses_infer.bench.workload import WARM_UP_TOKENS, Sample, Workload, measure
 from ulysses_infer.config import Config
 from ulysses_infer.console.banner import loaded, print_config, shown_path
 from ulysses_infer.console.screen import make_console, mode_name
+from ulysses_infer.engine.profile_key import device_name
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.inference import InferenceEngine
+from ulysses_infer.job.start_rank import choose_device
 
 RunPrompts = Callable[[list[list[int]], Sequence[int]], Sample | None]
 """Runs (prompts, output lengths) in one mode; returns None on a rank that does not take part."""
@@ -52,8 +55,10 @@ def run(options: argparse.Namespace, config: Config, rank: int) -> None:
     if rank == 0:
         labels = {mode: _label(mode, config) for mode in options.modes}
         _print(console, options, config, comparison(options.kind, samples, labels), foreign)
+        if options.kind == "rollouts":
+            print_switching(console, samples)
         if options.json is not None:
-            _write(Path(options.json), options, config, as_json(options.kind, samples), foreign)
+            _write(Path(options.json), options, config, samples, foreign)
 
 
 def check_modes(modes: list[str], config: Config) -> None:
@@ -113,6 +118,8 @@ def _run_of(mode: str, engine: InferenceEngine, config: Config, rank: int, stack
     policy: dict[str, Any] = {"name": "static", "mode": mode}
     if mode == "shift":
         policy = {"name": "threshold", "threshold_tokens": config.policy.threshold_tokens}
+    if mode == "adaptive":
+        policy = {"name": "adaptive"}
 
     def run_mode(prompts: list[list[int]], output_lens: Sequence[int]) -> Sample:
         engine.set_policy(**policy)
@@ -132,6 +139,7 @@ def _label(mode: str, config: Config) -> str:
         "sp": f"sp      {mode_name(layout.base)}",
         "tp": f"tp      {mode_name(layout.shift)}",
         "shift": f"shift   {mode_name(layout.base)} > {config.policy.threshold_tokens} tokens",
+        "adaptive": "adaptive",
         "single": f"single  1 rank, {_threads(_all_threads(config))}",
     }
     return labels[mode]
@@ -145,11 +153,32 @@ def _print(console: Console, options: Any, config: Config, table: Any, foreign: 
     console.print(
         f"{options.kind}: {_requests(options)}, {options.input_len} tokens in, {options.output_len} out"
         f"{' (median)' if options.tail else ''}, medians of {options.repeats}, {config.parallel.world_size} x "
-        f"{_threads(torch.get_num_threads())}, {'' if options.samples > 1 else 'no '}prefix caching\n"
+        f"{_threads(torch.get_num_threads())}, {'' if options.samples > 1 else 'no '}prefix caching; "
+        f"{device_name(choose_device(config.runtime.device))}\n"
     )
     console.print(table)
     if foreign > MAX_FOREIGN_CORES:
         console.print(f"\n  other programs kept {foreign:.1f} cores busy: small differences are not reliable")
+
+
+def print_switching(console: Console, samples: Mapping[str, Sequence[Sample]]) -> None:
+    """What the steps of each size took in both static modes, and what switching can gain; nothing without both."""
+    if not {"tp", "sp"} <= samples.keys():
+        return
+    steps = {mode: summed(sample.steps for sample in own) for mode, own in samples.items()}
+    best = min(("tp", "sp"), key=lambda mode: median_makespan(samples[mode]))
+    other = "sp" if best == "tp" else "tp"
+    seconds, num_runs = median_makespan(samples[best]), len(samples[best])
+    least = seconds - savings(steps[best], steps[other]) / num_runs
+    console.print("")
+    console.print(size_table(steps["tp"], steps["sp"], num_runs))
+    console.print(
+        f"\n  best static mode: {best}, {seconds:.2f} s; with the faster mode for steps of every size: {least:.2f} s, "
+        f"{least / seconds:.3f}x"
+    )
+    for mode in ("shift", "adaptive"):
+        if mode in samples:
+            console.print(f"  {mode}: {median_makespan(samples[mode]) / seconds:.3f}x of the best static mode")
 
 
 def _requests(options: Any) -> str:
@@ -158,7 +187,7 @@ def _requests(options: Any) -> str:
     return f"{options.num_prompts} concurrent requests" if options.num_prompts > 1 else "a single request"
 
 
-def _write(path: Path, options: Any, config: Config, modes: dict[str, Any], foreign: float) -> None:
+def _write(path: Path, options: Any, config: Config, samples: Mapping[str, Sequence[Sample]], foreign: float) -> None:
     record = {
         "benchmark": options.kind,
         "model": shown_path(config.model.path),
@@ -173,6 +202,8 @@ def _write(path: Path, options: Any, config: Config, modes: dict[str, Any], fore
         "threshold_tokens": config.policy.threshold_tokens,
         "threads_per_rank": torch.get_num_threads(),
         "foreign_busy_cores": foreign,
-        "modes": modes,
+        "device": device_name(choose_device(config.runtime.device)),
+        "modes": as_json(options.kind, samples),
+        "steps": sizes_as_json({mode: [sample.steps for sample in own] for mode, own in samples.items()}),
     }
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

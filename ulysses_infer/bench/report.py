@@ -43,6 +43,11 @@ QUANTITIES = {
 """The quantities of each benchmark. Throughput counts prompt and output tokens."""
 
 
+def median_makespan(samples: Sequence[Sample]) -> float:
+    """Seconds from the arrival of the requests to the last token, over the repeats."""
+    return statistics.median(sample.seconds for sample in samples)
+
+
 @dataclass(frozen=True)
 class Summary:
     """One quantity of one mode over its repeats."""

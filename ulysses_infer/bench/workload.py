@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ulysses_infer.arithmetic import ceil_div
+from ulysses_infer.bench.step_sizes import Totals, totals
 from ulysses_infer.inference import InferenceEngine
 from ulysses_infer.outputs import RequestOutput
 from ulysses_infer.sampling_params import SamplingParams
@@ -70,12 +71,17 @@ class Sample:
     output_tokens: int
     total_tokens: int
     """Tokens of prompts and completions."""
+    steps: Totals = field(default_factory=dict)
+    """The engine's steps by size, on rank 0."""
 
 
 def measure(engine: InferenceEngine, prompts: list[list[int]], output_lens: Sequence[int]) -> Sample:
-    """Run a workload once, greedily and ignoring end-of-sequence. Collective; all ranks get the same sample."""
+    """Run a workload once, greedily and ignoring end-of-sequence. Collective; all ranks get the same sample, except
+    for its steps."""
     params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in output_lens]
-    return sample_of(engine.generate(prompts, params))
+    latest = engine.recent_steps[-1].sequence if engine.recent_steps else -1
+    sample = sample_of(engine.generate(prompts, params))
+    return replace(sample, steps=totals(step for step in engine.recent_steps if step.sequence > latest))
 
 
 def sample_of(outputs: list[RequestOutput]) -> Sample:

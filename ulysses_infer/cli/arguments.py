@@ -21,7 +21,9 @@ from ulysses_infer.planning.options import parse_plan
 BENCHMARKS = ("latency", "throughput", "rollouts")
 CLIENTS = ("bench serve", "bench replay", "bench compare", "plan")
 """Commands that run in a single process without ranks."""
-MODES = ("tp", "sp", "shift", "single")
+MODES = ("tp", "sp", "shift", "adaptive", "single")
+DEFAULT_MODES = {"rollouts": ["tp", "sp", "shift", "adaptive"]}
+"""The modes that a benchmark measures; of those not named here, tp, sp, shift and single."""
 RANDOM_MODELS = ("llama-60m", "llama-0.5b")
 SHORT_FLAGS = {"tensor_parallel_size": ("-tp",), "data_parallel_size": ("-dp",)}
 LISTS = ("lora_modules", "allowed_origins")
@@ -214,7 +216,9 @@ def _parse_bench(arguments: list[str]) -> Command:
     )
     number: dict[str, Any] = {"type": _positive, "metavar": "N"}
     latency, rollouts = kind == "latency", kind == "rollouts"
-    parser.add_argument("--modes", type=_modes, default=list(MODES), help=f"default: {','.join(MODES)}")
+    modes = DEFAULT_MODES.get(kind, ["tp", "sp", "shift", "single"])
+    others = ", ".join(mode for mode in MODES if mode not in modes)
+    parser.add_argument("--modes", type=_modes, default=modes, help=f"default: {','.join(modes)}; also {others}")
     parser.add_argument("--input-len", **number, default=512 if latency else 256, help="tokens of a prompt")
     parser.add_argument("--output-len", **number, default=64, help="tokens of a completion")
     parser.add_argument("--num-prompts", **number, default=1 if latency else 32, help="prompts together")
