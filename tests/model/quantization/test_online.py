@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ulysses_infer
+from docs.generate import recorded_decodes
 from docs.generate.tiny_configs import tiny_configs
 from tests.equivalence.cases import CROWD, Profile, check, run_case, with_snapshots
 from tests.equivalence.families import tiny_config
@@ -19,6 +20,7 @@ from ulysses_infer.model.experts import is_experts
 from ulysses_infer.model.quantization.layers import mark_online
 from ulysses_infer.model.quantization.online import online_scheme
 from ulysses_infer.model.quantization.scheme import MARK
+from ulysses_infer.native.library import is_available
 from ulysses_infer.parallel.layout import Span
 
 NAMES = ("int8", "int4")
@@ -136,6 +138,27 @@ def test_decode_steps_in_bfloat16_are_recorded_and_equal_eager_ones(tmp_path: An
     assert found[0] == found[1]
 
 
+@pytest.mark.skipif(not is_available("cpu_graph"), reason="no C compiler here")
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("mixtral", "int4"),
+        pytest.param("mixtral", "int8", marks=pytest.mark.thorough),
+        *(
+            pytest.param(family, name, marks=pytest.mark.thorough)
+            for family in ("qwen3_moe", "gpt_oss", "deepseek_v3")
+            for name in NAMES
+        ),
+    ],
+)
+def test_decodes_of_quantised_experts_are_recorded(family: str, name: str, tmp_path: Any) -> None:
+    prompts = make_prompts()
+    expected = make_reference(rounded_model(tmp_path, family, name), tmp_path, prompts)
+    tokens = [own[: recorded_decodes.NEW_TOKENS] for own in expected.tokens]
+    changes = {"model.max_model_len": 128, "model.quantize": name, "model.quantize_group_size": 32}
+    assert recorded_decodes.outcome(tmp_path, prompts, tokens, **changes) == "recorded"
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("outputs", "inputs"), [(40, 96), (13, 70), (8, 32)])
 def test_each_weight_is_within_half_a_step(name: str, outputs: int, inputs: int) -> None:
@@ -148,6 +171,13 @@ def test_each_weight_is_within_half_a_step(name: str, outputs: int, inputs: int)
         span = weight.abs().max() * 2
         assert error.max() <= span / 10
         assert error.square().mean() < (span / 15) ** 2 / 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_transposed_weight_is_quantised_as_its_copy(name: str) -> None:
+    weight, scheme = torch.randn(64, 40), online_scheme(name, 32)
+    copy = scheme.quantise(weight.t().contiguous())
+    assert all(torch.equal(part, copy[leaf]) for leaf, part in scheme.quantise(weight.t()).items())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -69,7 +69,7 @@ class OnlineInt4(FloatZeroWeight):
         scales, zeros = (weight.new_empty(outputs, groups, dtype=STORED) for _ in range(2))
         for rows in _chunks(weight, FITTED_AT_A_TIME):
             whole = _filled(weight[rows].float(), groups * self.group_size)
-            codes, *found = fit_groups(whole.view(-1, self.group_size).t().contiguous(), INT4_MAX)
+            codes, *found = fit_groups(whole.reshape(-1, self.group_size).t().contiguous(), INT4_MAX)
             scales[rows], zeros[rows] = (part.view(-1, groups) for part in found)
             packed[rows] = _packed(codes.t().reshape(whole.shape)[:, : words * WORD_VALUES])
         return {"weight_packed": packed, "weight_scale": scales, "weight_zero_point": zeros}
