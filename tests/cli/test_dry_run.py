@@ -167,6 +167,20 @@ def test_eager_runs_capture_nothing(tmp_path: Path) -> None:
     assert set(found.decodes[Mode(2, 1)]) == {2}
 
 
+@pytest.mark.thorough
+def test_host_memory_and_disk_space_of_evicted_blocks_are_listed(tmp_path: Path) -> None:
+    sizes = [f"cache.offload_host_bytes={8 * GIB}", f"cache.offload_disk_bytes={64 * GIB}"]
+    options = [*sizes, "cache.offload_disk_folder=/mnt/nvme", "runtime.enforce_eager=true"]
+    found = dry("qwen3-8b-2x24gb", tmp_path, "rtx4090", *options, layers=2)
+    slots, block = found.rank.tier.host_slots[0], found.rank.worker.cache.shape.bytes_per_block
+    assert 8 * GIB - block < slots * block <= 8 * GIB
+    memory = next(section for section in sections(found) if section.title == "memory per rank")
+    cells = {row[0]: row[1:] for row in memory.rows}
+    assert cells["host"] == ("8.00 GiB", f"pinned, for {slots * 16:,} tokens of evicted blocks")
+    assert cells["disk"] == ("64.00 GiB", f"for {found.rank.tier.disk_slots[0] * 16:,} tokens more")
+    assert cells["copies"][0] == "0.03 GiB"
+
+
 def test_without_a_gpu_one_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 

@@ -16,6 +16,7 @@ import torch
 
 from ulysses_infer.attention.span import AttentionSpan
 from ulysses_infer.cache.groups import CacheGroups
+from ulysses_infer.cache.offload import LOAD, SPILL, STORE, OffloadTier
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.cache.sizing import CacheSizing
@@ -59,10 +60,12 @@ class Simulation:
         attention_spans: tuple[AttentionSpan, ...] = (AttentionSpan(),),
         snapshots: int | None = None,
         snapshot_blocks: int = 1,
+        tier: tuple[int, int] | None = None,
         **scheduler: Any,
     ) -> None:
         """num_blocks: of the first group; the others have what an engine would give them. snapshots: of recurrent
-        states, every `snapshot_blocks` blocks; None: the model has no states."""
+        states, every `snapshot_blocks` blocks; None: the model has no states. tier: slots in host memory and on disk of
+        each pool; None: evicted blocks are lost."""
         self.config = SchedulerConfig(**{"max_num_batched_tokens": 8192, **scheduler})
         sizing = CacheSizing(
             CacheShape.uniform(len(attention_spans), 1, 1, 1, block_size, torch.float32),
@@ -71,9 +74,13 @@ class Simulation:
             self.config.max_num_seqs,
             self.config.max_num_batched_tokens,
         )
-        self.pool = None if snapshots is None else SnapshotPool(snapshots, first_slot=100)
         blocks = sizing.blocks_per_group(num_blocks)
-        self.allocator = BlockPools(blocks, block_size, caching, attention_spans, self.pool)
+        pools = len(blocks) + (snapshots is not None)
+        self.tier = None if tier is None else OffloadTier(*([slots] * pools for slots in tier), [1] * pools)
+        self.kept: dict[tuple[int, int], Any] = {}  # (pool, slot) of the tier -> what it holds
+        below = None if self.tier is None else self.tier.pools[-1]
+        self.pool = None if snapshots is None else SnapshotPool(snapshots, 100, below)
+        self.allocator = BlockPools(blocks, block_size, caching, attention_spans, self.pool, self.tier)
         self.ticks = itertools.count()
         self.scheduler = Scheduler(
             self.config,
@@ -128,6 +135,8 @@ class Simulation:
         batch = self.scheduler.schedule(ahead=ahead, drafts=drafts)
         self._check_limits(batch, unfinished, ahead)
         self._check_preempted(batch, unfinished)
+        if not batch.is_empty:
+            self._move()
         self._mirror(batch)
         self._check_order(batch)
         self.check_blocks()
@@ -188,6 +197,29 @@ class Simulation:
             assert len(set(reserved)) == len(reserved) == self.pool.num_reserved
             assert set(reserved) <= set(range(100, 100 + self.pool.num_slots))
             assert self.pool.num_held + self.pool.num_reserved <= self.pool.num_slots
+
+    def _move(self) -> None:
+        """Do the copies of a plan, one after another."""
+        for kind, pool, source, target in self.allocator.take_moves():
+            if kind == STORE:
+                self.kept[pool, target] = self._content(pool, source)
+            elif kind == SPILL:
+                assert self.tier is not None
+                self.kept[pool, self.tier.pools[pool].host_slots + target] = self.kept[pool, source]
+            else:
+                assert kind == LOAD
+                self._fill(pool, target, self.kept[pool, source])
+
+    def _content(self, pool: int, block: int) -> Any:
+        if pool == len(self.allocator.pools):
+            return self.snapshots[block]
+        return [self.slots[pool, block, offset] for offset in range(self.allocator.block_size)]
+
+    def _fill(self, pool: int, block: int, content: Any) -> None:
+        if pool == len(self.allocator.pools):
+            self.snapshots[block] = content
+        else:
+            self.slots |= {(pool, block, offset): tokens for offset, tokens in enumerate(content)}
 
     def _restore(self, item: ScheduledRequest) -> None:
         """The states that a request starts from are those after the tokens before."""

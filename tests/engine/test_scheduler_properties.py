@@ -26,6 +26,8 @@ GROUPS = (
     (AttentionSpan(chunk_size=8), AttentionSpan(3)),
 )
 groups = st.sampled_from(GROUPS)
+TIERS = (None, None, (1, 0), (3, 0), (2, 4), (40, 1))
+"""Slots in host memory and on disk."""
 
 
 class RandomLives(RuleBasedStateMachine):
@@ -40,6 +42,7 @@ class RandomLives(RuleBasedStateMachine):
         attention_spans=groups,
         snapshots=st.sampled_from([None, None, 0, 1, 3, 20]),
         snapshot_blocks=st.integers(1, 4),
+        tier=st.sampled_from(TIERS),
     )
     def start(self, **config):
         self.simulation = Simulation(max_model_len=26, **config)
@@ -149,6 +152,7 @@ def test_requests_that_preempt_displace_and_share_give_the_outputs_they_give_alo
         attention_spans=source.choice(GROUPS),
         snapshots=source.choice([None, None, 0, 1, 3, 20]),
         snapshot_blocks=source.randint(1, 4),
+        tier=source.choice(TIERS),
     )
     for _ in range(40):
         if source.random() < 0.5:

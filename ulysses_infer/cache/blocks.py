@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ulysses_infer.arithmetic import ceil_div
+
+OFFLOADED = -1
+"""In place of a block that the cache has lost, but the tier below has kept."""
 
 
 @dataclass
@@ -22,6 +26,28 @@ class PrefixCacheStats:
         self.hits += hits
 
 
+class LowerTier(Protocol):
+    """What an allocator needs of the tier below (`cache/offload.py`)."""
+
+    def __contains__(self, content: bytes) -> bool: ...
+
+    def store(self, content: bytes, block: int) -> None:
+        """Keep the content of `block`, which is about to be reused."""
+        ...
+
+    def hold(self, contents: Iterable[bytes]) -> None:
+        """Protect `contents` until `release`."""
+        ...
+
+    def release(self) -> None:
+        """End the protection by `hold`."""
+        ...
+
+    def load(self, content: bytes, block: int) -> None:
+        """Copy `content` to `block` before the next step."""
+        ...
+
+
 class BlockAllocator:
     """Allocates `num_blocks` cache blocks of `block_size` tokens each. Block ids are the same on every rank.
 
@@ -31,7 +57,10 @@ class BlockAllocator:
     first, then those unlikely to be requested again, then the least recently freed. Every operation is O(1) per block.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, tier: LowerTier | None = None
+    ) -> None:
+        """tier: keeps what is evicted, except what is unlikely to be requested again; None: it is lost."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -43,6 +72,7 @@ class BlockAllocator:
         self._was_reused: set[int] = set()  # blocks whose present content was shared at least once
         self._block_of_hash: dict[bytes, int] = {}
         self._hash_of_block: dict[int, bytes] = {}
+        self._tier = tier
 
     @property
     def num_free(self) -> int:
@@ -79,22 +109,46 @@ class BlockAllocator:
         return blocks
 
     def match_prefix(self, block_hashes: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix of `block_hashes`. Adds no reference."""
+        """The blocks of the longest cached prefix of `block_hashes`, `OFFLOADED` where only the tier below has the
+        content. Adds no reference."""
         blocks = []
         for content in block_hashes:
             block = self._block_of_hash.get(content)
             if block is None:
-                break
+                if self._tier is None or content not in self._tier:
+                    break
+                block = OFFLOADED
             blocks.append(block)
         return blocks
 
     def last_uncached(self, block_hashes: Sequence[bytes], start: int, stop: int) -> int | None:
         """The last index in `[start, stop)` whose block is not cached; None if all are."""
-        return next((i for i in range(stop - 1, start - 1, -1) if block_hashes[i] not in self._block_of_hash), None)
+        return next((i for i in range(stop - 1, start - 1, -1) if not self._has(block_hashes[i])), None)
+
+    def _has(self, content: bytes) -> bool:
+        return content in self._block_of_hash or (self._tier is not None and content in self._tier)
 
     def count_free(self, blocks: Sequence[int]) -> int:
         """Number of free blocks among `blocks`: `share` lowers `num_free` by it."""
         return sum(self._reference_counts[block] == 0 for block in blocks)
+
+    def claim(self, blocks: list[int], contents: Sequence[bytes]) -> None:
+        """`share` the blocks of a cached prefix with these block hashes. Where they are `OFFLOADED`, allocate blocks in
+        their place, and have the content loaded before the next step."""
+        self.share([block for block in blocks if block != OFFLOADED])
+        places = [place for place, block in enumerate(blocks) if block == OFFLOADED]
+        if not places:
+            return
+        assert self._tier is not None
+        loaded = [contents[place] for place in places]
+        self._tier.hold(loaded)
+        allocated = self.allocate(len(places))
+        for place, block, content in zip(places, allocated, loaded, strict=True):
+            blocks[place] = block
+            self._tier.load(content, block)
+        self._tier.release()
+        self.publish(allocated, loaded)
+        self._was_reused.update(allocated)
 
     def share(self, blocks: Sequence[int]) -> None:
         """Add a reference to each of `blocks`, which `match_prefix` has just returned."""
@@ -151,8 +205,12 @@ class BlockAllocator:
 
     def _evict(self) -> int:
         """A cached block that is free, without its content."""
+        is_likely = not self._evict_first
         block, _ = (self._evict_first or self._evict_last).popitem(last=False)
-        del self._block_of_hash[self._hash_of_block.pop(block)]
+        content = self._hash_of_block.pop(block)
+        del self._block_of_hash[content]
+        if self._tier is not None and is_likely:
+            self._tier.store(content, block)
         self._was_reused.discard(block)
         return block
 

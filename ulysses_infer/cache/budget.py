@@ -25,17 +25,20 @@ class MemoryBudget:
     activations: int
     draft: int = 0
     """Of the model that drafts tokens, if there is one: weights, activations and cache."""
+    offload: int = 0
+    """Of the tier below the cache: on a CPU all of it in host memory, on a GPU the buffer for its copies."""
 
     @property
     def left(self) -> int:
         """Bytes left for the cache."""
-        return self.available - self.weights - self.activations - self.draft
+        return self.available - self.weights - self.activations - self.draft - self.offload
 
     def __str__(self) -> str:
         return (
             f"{self.available / GIB:.2f} GiB available per rank, weights {self.weights / GIB:.2f} GiB, "
             f"activations {self.activations / GIB:.2f} GiB"
             + (f", draft model {self.draft / GIB:.2f} GiB" if self.draft else "")
+            + (f", offloaded blocks {self.offload / GIB:.2f} GiB" if self.offload else "")
         )
 
 

@@ -305,6 +305,17 @@ class PagedCache:
         """The cache by slots, for kernels that write it: keys [slots, Hkv, d] and values [slots, Hkv, dv]."""
         return self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
 
+    def tensors_of_group(self, group: int) -> list[torch.Tensor]:
+        """What a block of a cache group consists of: tensors of [blocks, ...] each, none of them twice."""
+        tensors = []
+        for layer in self.groups.layers_of(group):
+            shape = self.shape.layers[layer]
+            if shape is not None:
+                tensors += [self.keys[layer]] if shape.values_in_keys else [self.keys[layer], self.values[layer]]
+            if layer in self.index_keys:
+                tensors.append(self.index_keys[layer])
+        return tensors + [rows for key, rows in self.entries.items() if self._entry_shapes[key][1] == group]
+
     @property
     def num_blocks(self) -> int:
         """Blocks of the first cache group, which limits the length of texts."""

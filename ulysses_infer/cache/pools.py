@@ -7,7 +7,8 @@ from itertools import chain
 
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.attention.span import AttentionSpan
-from ulysses_infer.cache.blocks import BlockAllocator, PrefixCacheStats
+from ulysses_infer.cache.blocks import OFFLOADED, BlockAllocator, PrefixCacheStats
+from ulysses_infer.cache.offload import Move, OffloadTier
 from ulysses_infer.cache.snapshots import SnapshotPool
 
 GroupBlockIds = list[list[int]]
@@ -29,13 +30,19 @@ class BlockPools:
         enable_prefix_caching: bool = True,
         attention_spans: Sequence[AttentionSpan] = (AttentionSpan(),),
         snapshots: SnapshotPool | None = None,
+        tier: OffloadTier | None = None,
     ) -> None:
         """num_blocks, attention_spans: one per cache group, longest span first. snapshots: of recurrent states; None if
-        the model has none."""
+        the model has none. tier: keeps evicted blocks; None: they are lost."""
         self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
         self.snapshots = snapshots
         self.attention_spans = tuple(attention_spans)
-        self.pools = [BlockAllocator(count, block_size, enable_prefix_caching) for count in num_blocks]
+        self.tier = tier
+        lower = [None] * len(num_blocks) if tier is None else tier.pools[: len(num_blocks)]
+        self.pools = [
+            BlockAllocator(count, block_size, enable_prefix_caching, below)
+            for count, below in zip(num_blocks, lower, strict=True)
+        ]
         self.prefix_stats = PrefixCacheStats()
         self._limited = [
             (group, attention_span, self.pools[group])
@@ -86,8 +93,9 @@ class BlockPools:
         for group, (pool, attention_span, held) in enumerate(
             zip(self.pools, self.attention_spans, cached, strict=True)
         ):
-            wanted = max(0, attention_span.most_blocks(num_tokens, step_tokens, self.block_size) - len(held))
-            free = pool.num_free - pool.count_free(held) + sum(len(tables[group]) for tables in without)
+            present = [block for block in held if block != OFFLOADED]
+            wanted = max(0, attention_span.most_blocks(num_tokens, step_tokens, self.block_size) - len(present))
+            free = pool.num_free - pool.count_free(present) + sum(len(tables[group]) for tables in without)
             if wanted + spare > free:
                 return False
         return True
@@ -130,7 +138,8 @@ class BlockPools:
     # -- prefix caching ----------------------------------------------------------------------------------------
 
     def match_prefix(self, block_hashes: Sequence[bytes]) -> tuple[int, GroupBlockIds]:
-        """The number of blocks of the longest cached prefix, and its block tables. Adds no reference.
+        """The number of blocks of the longest cached prefix, and its block tables, with `OFFLOADED` in place of blocks
+        that only the tier has. Adds no reference.
 
         Every cache group must still have the blocks that a token after the prefix attends to. If the model has
         recurrent layers, there must be a snapshot of the states after the prefix.
@@ -158,6 +167,26 @@ class BlockPools:
         for pool, table in zip(self.pools, tables, strict=True):
             pool.share(table)
 
+    def claim(self, tables: GroupBlockIds, contents: Sequence[bytes]) -> int:
+        """`share` a prefix with these block hashes; blocks that only the tier has are allocated, in place, and loaded
+        before the next step. Returns the leading blocks that no cache group has to load."""
+        length = len(contents)
+        present = min((_end_of_present(table, length) for table in tables), default=length)
+        for pool, table in zip(self.pools, tables, strict=True):
+            pool.claim(table, contents[length - len(table) :])
+        return present
+
+    def take_moves(self) -> tuple[Move, ...]:
+        """The copies from and to the tier that the next step plan carries."""
+        return () if self.tier is None else self.tier.take_moves()
+
+    def record_lookup(self, num_tokens: int, num_present: int, num_cached: int) -> None:
+        """Count a request whose first `num_cached` of `num_tokens` tokens were cached, `num_present` not in the tier
+        alone."""
+        self.prefix_stats.record(num_tokens, num_present)
+        if self.tier is not None:
+            self.tier.stats.record(num_tokens - num_present, num_cached - num_present)
+
     def publish(self, tables: GroupBlockIds, num_blocks: int, start: int, contents: Sequence[bytes]) -> None:
         """Add the blocks of a sequence from `start` on, of these block hashes, to the prefix cache of each cache group
         that holds them; the tables end at block `num_blocks`."""
@@ -175,7 +204,13 @@ class BlockPools:
             pool.reset_prefix_cache()
         if self.snapshots is not None:
             self.snapshots.reset()
+        self.reset_tier()
         return True
+
+    def reset_tier(self) -> None:
+        """Empty the tier, whatever requests hold. No request waits for a load: the last plan has been sent."""
+        if self.tier is not None:
+            self.tier.reset()
 
     def assert_idle(self) -> None:
         """Raise AssertionError, naming the blocks, unless every block of every group is free."""
@@ -198,3 +233,8 @@ class BlockPools:
                     break
             else:
                 return length
+
+
+def _end_of_present(table: Sequence[int], length: int) -> int:
+    """Blocks before the first `OFFLOADED` one of a table that ends at block `length`."""
+    return length - len(table) + table.index(OFFLOADED) if OFFLOADED in table else length

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from ulysses_infer.cache.blocks import LowerTier
+
 
 class SnapshotPool:
     """Slots for snapshots of recurrent states, least recently used first. Slot numbers are the same on every rank.
@@ -13,8 +15,9 @@ class SnapshotPool:
     prefix whose last block has a certain hash. Published slots are reused when no slot is empty.
     """
 
-    def __init__(self, num_slots: int, first_slot: int = 0) -> None:
-        self.num_slots = num_slots
+    def __init__(self, num_slots: int, first_slot: int = 0, tier: LowerTier | None = None) -> None:
+        """tier: keeps snapshots that are given up; None: they are lost."""
+        self.num_slots, self._tier = num_slots, tier
         self.num_hits = 0
         """Requests that started from a snapshot, since the start."""
         self._empty = list(range(first_slot + num_slots - 1, first_slot - 1, -1))
@@ -37,13 +40,33 @@ class SnapshotPool:
 
     def longest(self, block_hashes: Sequence[bytes], at_most: int) -> int:
         """The most blocks, up to `at_most`, after which there is a snapshot; 0 if there is none."""
-        return next((n for n in range(at_most, 0, -1) if block_hashes[n - 1] in self._published), 0)
+        tier = self._tier if self._empty or self._published else None  # else there is no slot to load one into
+        return next(
+            (
+                n
+                for n in range(at_most, 0, -1)
+                if block_hashes[n - 1] in self._published or (tier is not None and block_hashes[n - 1] in tier)
+            ),
+            0,
+        )
 
     def use(self, content: bytes) -> int:
-        """The slot of the published snapshot `content`, for a request that starts from it."""
+        """The slot of the snapshot `content`, for a request that starts from it; loaded if only the tier has it."""
         self.num_hits += 1
+        if content not in self._published:
+            self._load(content)
         self.touch(content)
         return self._published[content]
+
+    def _load(self, content: bytes) -> None:
+        """Publish a snapshot of the tier."""
+        assert self._tier is not None
+        self._tier.hold((content,))
+        slot = self.reserve()
+        assert slot is not None, "`longest` looks in the tier only if a slot can be had"
+        self._tier.load(content, slot)
+        self._tier.release()
+        self.publish(slot, content)
 
     def touch(self, content: bytes) -> None:
         """Count the published snapshot `content` as used now."""
@@ -54,7 +77,9 @@ class SnapshotPool:
         if self._empty:
             slot = self._empty.pop()
         elif self._published:
-            _, slot = self._published.popitem(last=False)
+            content, slot = self._published.popitem(last=False)
+            if self._tier is not None:
+                self._tier.store(content, slot)
         else:
             return None
         self._reserved.add(slot)

@@ -91,6 +91,11 @@ class StateCache:
         self._memory, self._states = torch.empty(0, dtype=torch.uint8), {}
 
     @property
+    def memory(self) -> torch.Tensor:
+        """All states: [num_slots, num_bytes_per_slot] uint8."""
+        return self._memory
+
+    @property
     def scratch_slot(self) -> int:
         """The first scratch slot."""
         assert self.first_snapshot > self.num_sequences

@@ -72,6 +72,8 @@ FOREIGN: dict[str, Foreign] = {
     "runner": _none("models only generate", "auto", "generate"),
     "pipeline_parallel_size": _none("use parallel.sp and parallel.tp", 1),
     "cpu_offload_gb": _none("weights stay on the device; raise parallel.tp", 0),
+    "kv_offloading_size": _none("use cache.offload_host_bytes, in bytes per rank"),
+    "kv_offloading_backend": _none("use cache.offload_host_bytes and cache.offload_disk_bytes", "native"),
     "speculative_config": _none(_SPECULATION),
     "speculative_model": _none(_SPECULATION),
     "num_speculative_tokens": _none(_SPECULATION, 0),

@@ -232,6 +232,20 @@ class CacheConfig:
         help="Recurrent layers: tokens between snapshots of a text, a multiple of cache.block_size; null: 512 or the "
         "next multiple. Steps of a prompt end at such positions, and where it leaves another cached text.",
     )
+    offload_host_bytes: int = option(
+        0,
+        at_least=0,
+        help="Bytes of host memory per rank for blocks of the prefix cache that were evicted (docs/serving.md). "
+        "0: they are lost.",
+    )
+    offload_disk_bytes: int = option(
+        0,
+        at_least=0,
+        help="Bytes of disk space per rank for blocks that host memory has no more room for; 0: they are lost.",
+    )
+    offload_disk_folder: str | None = option(
+        help="Folder on a fast local disk for cache.offload_disk_bytes. The files have no name and end with the engine."
+    )
 
     @property
     def snapshot_interval(self) -> int:

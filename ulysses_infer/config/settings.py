@@ -25,6 +25,7 @@ PATH_KEYS = (
     "model.generation_config",
     "speculation.model",
     "policy.profile",
+    "cache.offload_disk_folder",
     "server.chat_template",
     "server.ssl_certfile",
     "server.ssl_keyfile",

@@ -45,6 +45,7 @@ def validate(config: Config, explicit: Mapping[str, Setting]) -> None:
     _check_generate(config, explicit)
     _check_adapters(config)
     _check_snapshots(config, explicit)
+    _check_offload(config, explicit)
     _check_speculation(config, explicit)
     _check_quantize(config, explicit)
 
@@ -88,6 +89,23 @@ def _check_snapshots(config: Config, explicit: Mapping[str, Setting]) -> None:
     if (cache.state_snapshot_interval or 0) % cache.block_size:
         raise _given(config, "cache.state_snapshot_interval", explicit).complain(
             f"must be a multiple of cache.block_size = {cache.block_size}"
+        )
+
+
+def _check_offload(config: Config, explicit: Mapping[str, Setting]) -> None:
+    cache = config.cache
+    for name in ("offload_host_bytes", "offload_disk_bytes"):
+        if getattr(cache, name) and not cache.enable_prefix_caching:
+            raise _given(config, f"cache.{name}", explicit).complain(
+                "it keeps blocks of cached prefixes, but cache.enable_prefix_caching is false; use 0"
+            )
+    if cache.offload_disk_bytes and not cache.offload_host_bytes:
+        raise _given(config, "cache.offload_disk_bytes", explicit).complain(
+            "blocks come from host memory, but cache.offload_host_bytes is 0; set it too"
+        )
+    if cache.offload_disk_bytes and cache.offload_disk_folder is None:
+        raise _given(config, "cache.offload_disk_bytes", explicit).complain(
+            "give cache.offload_disk_folder, a folder on a fast local disk"
         )
 
 
@@ -142,6 +160,8 @@ def _ignored(config: Config) -> list[tuple[str, str]]:
         ignored += [(f"speculation.{name}", reason) for name in unused]
     if cache.num_blocks is not None:
         ignored.append(("cache.memory_bytes", "cache.num_blocks sets the size of the cache"))
+    if not cache.offload_disk_bytes:
+        ignored.append(("cache.offload_disk_folder", "cache.offload_disk_bytes is 0"))
     most = config.scheduler.max_num_batched_tokens
     if most is not None and config.scheduler.max_num_seqs > most:
         reason = "each request of a step has at least one token of scheduler.max_num_batched_tokens"

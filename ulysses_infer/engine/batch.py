@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ulysses_infer.cache.offload import Move
 from ulysses_infer.engine.request import Request
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.step_shape import StepShape
@@ -176,9 +177,10 @@ def make_plan(
     full_logits: bool,
     keeps_tokens: bool = False,
     previous_rows: Mapping[int, int] | None = None,
+    moves: Sequence[Move] = (),
 ) -> StepPlan:
     """The plan of `batch` in `mode`. previous_rows: for each request with a placeholder token, the logits row of the
-    previous step that determines it."""
+    previous step that determines it. moves: copies between the cache and the tier below it."""
     items, tokens = [], []
     for item in batch.scheduled:
         request, start, count = item.request, item.start, item.num_new_tokens
@@ -201,6 +203,7 @@ def make_plan(
         tuple((item.request.index, item.snapshot) for item in batch.scheduled if item.snapshot is not None),
         tuple((item.request.index, item.checkpoint) for item in batch.scheduled if item.checkpoint is not None),
         any(item.request.params.pooling is not None for item in batch.scheduled),
+        moves,
     )
 
 

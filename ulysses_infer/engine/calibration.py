@@ -168,7 +168,8 @@ class Calibration:
             offset += used
         tokens = np.arange(sum(item.num_tokens for item in items), dtype=np.int32)
         tokens %= self._worker.model.shape.vocab_size
-        plan = StepPlan(SYNTHETIC, mode, items, tokens, self.dropped, False)
+        moves = self._allocator.take_moves()  # of the blocks that were evicted for this
+        plan = StepPlan(SYNTHETIC, mode, items, tokens, self.dropped, False, moves=moves)
         self.dropped = [item.handle for item in items]
         started = time.perf_counter()
         self._channel.send(STEP, plan.encode())

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ulysses_infer.cache.offload import OffloadTier
 from ulysses_infer.cache.pools import BlockPools
 from ulysses_infer.cache.snapshots import SnapshotPool
 from ulysses_infer.config import Config
@@ -44,12 +45,16 @@ class Engine:
         self.config, self.rank, self.prompts = config, rank, prompts
         self.worker, self.channel = rank.worker, rank.channel
         cache, states, shape = rank.worker.cache, rank.worker.states, rank.worker.model.shape
+        mover = rank.worker.offload
+        tier = None if mover is None else OffloadTier(*mover.sizes)
+        below = None if tier is None else tier.pools[-1]
         allocator = BlockPools(
             cache.blocks_of_groups,
             cache.shape.block_size,
             config.cache.enable_prefix_caching,
             cache.groups.attention_spans,
-            None if states is None else SnapshotPool(states.num_snapshots, states.first_snapshot),
+            None if states is None else SnapshotPool(states.num_snapshots, states.first_snapshot, below),
+            tier,
         )
         interval = config.cache.snapshot_interval
         self.scheduler = Scheduler(config.scheduler, allocator, shape.max_model_len, snapshot_interval=interval)
@@ -159,8 +164,8 @@ class Engine:
             and (self.speculation is None or not self.speculation.is_due(batch))
         )
         previous_rows = None if previous is None else previous.results.rows_of_requests
-        dropped = self.requests.take_forgotten()
-        return make_plan(next(self._sequence), mode, batch, dropped, full_logits, keeps_tokens, previous_rows)
+        dropped, moves = self.requests.take_forgotten(), self.scheduler.allocator.take_moves()
+        return make_plan(next(self._sequence), mode, batch, dropped, full_logits, keeps_tokens, previous_rows, moves)
 
     def _complete(self, step: InFlightStep) -> list[Completion]:
         """Wait for a step's tokens and give them to their requests; returns the requests concerned."""
@@ -183,6 +188,7 @@ class Engine:
         self.stats.record(record)
         # A GPU step is only known to be done when something has come back from it.
         is_timed = self.worker.device.type == "cpu" or any(item.samples for item in batch.scheduled)
+        is_timed = is_timed and self.worker.is_settled
         if is_timed and self.speculation is not None:
             self.speculation.times.observe(batch, decision.mode, seconds)
         if decision.reason != FORCED and is_timed:

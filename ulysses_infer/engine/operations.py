@@ -30,6 +30,7 @@ def warm_up(engine: Engine) -> None:
 def weights_changed(engine: Engine) -> None:
     """Forget cached prefixes, which were computed with the old weights."""
     engine.sleep.lacks_weights = False
+    engine.scheduler.allocator.reset_tier()  # even if kept requests hold blocks
     engine.scheduler.allocator.reset_prefix_cache()
 
 
@@ -73,6 +74,7 @@ def describe(engine: Engine) -> dict[str, Any]:
         "num_preemptions": scheduler.num_preemptions,
         **({} if engine.speculation is None else engine.speculation.stats.as_dict()),
         **_describe_states(engine),
+        **_describe_tier(engine),
     }
 
 
@@ -87,4 +89,20 @@ def _describe_states(engine: Engine) -> dict[str, int]:
         "state_snapshot_slots": snapshots.num_slots,
         "state_snapshots": snapshots.num_held,
         "state_snapshot_hits": snapshots.num_hits,
+    }
+
+
+def _describe_tier(engine: Engine) -> dict[str, float]:
+    """The tier below the cache, if there is one, by vLLM's names. Bytes are those of each rank."""
+    tier = engine.scheduler.allocator.tier
+    if tier is None:
+        return {}
+    return {
+        "external_prefix_cache_queries": tier.stats.queries,
+        "external_prefix_cache_hits": tier.stats.hits,
+        "kv_offload_store_bytes": tier.stored_bytes,
+        "kv_offload_load_bytes": tier.loaded_bytes,
+        "kv_offload_disk_store_bytes": tier.spilled_bytes,
+        "kv_offload_cpu_cache_usage_perc": tier.host_usage,
+        "kv_offload_disk_cache_usage_perc": tier.disk_usage,
     }

@@ -280,11 +280,11 @@ class Scheduler:
         if num_new_tokens == 0 or not self._make_room(request, cached, step):
             return False
         self._waiting.pop()
-        self.allocator.share(cached)
+        num_present = self.allocator.claim(cached, request.block_hashes[:num_cached])
         request.num_blocks = self.allocator.blocks_for(num_cached_tokens + num_new_tokens)
         request.block_tables = cached
         self.allocator.extend(cached, request.num_blocks - num_cached)
-        self._start(request, num_cached_tokens)
+        self._start(request, num_cached_tokens, num_present * self.allocator.block_size)
         block_ids = [block for table in cached for block in table]
         restored = self._snapshots.restored(request, num_cached_tokens)
         snapshot = self._snapshots.reserve(request, num_cached_tokens + num_new_tokens)
@@ -297,7 +297,7 @@ class Scheduler:
             return count
         return self._snapshots.chunk(request, start, count, left)
 
-    def _start(self, request: Request, num_cached_tokens: int) -> None:
+    def _start(self, request: Request, num_cached_tokens: int, num_present_tokens: int) -> None:
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = num_cached_tokens
         request.num_published_blocks = num_cached_tokens // self.allocator.block_size
@@ -306,7 +306,7 @@ class Scheduler:
             request.first_scheduled_time = self._clock()
             request.num_cached_tokens = num_cached_tokens
             if self._reads_prefix_cache(request):
-                self.allocator.prefix_stats.record(request.num_prompt_tokens, num_cached_tokens)
+                self.allocator.record_lookup(request.num_prompt_tokens, num_present_tokens, num_cached_tokens)
 
     def _first_chunk(self, num_tokens: int, budget: int) -> int:
         """How many of a request's `num_tokens` uncomputed tokens its first step takes; 0: it has to wait.

@@ -15,6 +15,7 @@ from ulysses_infer.host import cpu_quota, host_identity, ranks_on_this_host, sha
 from ulysses_infer.job.draft_head import LoadedHead, load_head
 from ulysses_infer.job.draft_model import LoadedDraft, load_draft, without_draft
 from ulysses_infer.job.load_model import LoadedModel, load_model
+from ulysses_infer.job.make_offload import make_offload, without_offload
 from ulysses_infer.job.make_worker import make_worker
 from ulysses_infer.model.loading.checkpoint import Progress
 from ulysses_infer.model.loading.sources import GivenModel
@@ -54,7 +55,7 @@ def start_rank(
         loaded = load_model(config, model, progress, channel, groups, device, ranks_on_host)
         draft = load_draft(config, loaded, channel, groups, device, ranks_on_host)
         head = load_head(config, loaded, channel, groups, device)
-        return _make_rank(config, loaded, draft, head, channel, groups, device, pinned)
+        return _make_rank(config, loaded, draft, head, channel, groups, device, pinned, ranks_on_host)
     except BaseException:
         if pinned is not None:
             pinned.release()
@@ -138,11 +139,14 @@ def _make_rank(
     groups: ProcessGroups,
     device: torch.device,
     pinned: PinnedCores | None,
+    ranks_on_host: int,
 ) -> Rank:
     budget = without_draft(loaded.budget, draft)
-    budget = budget if head is None else head.within(budget, loaded)
+    remaining = channel.together(lambda: without_offload(budget, config, loaded.model, groups, device, ranks_on_host))
+    budget = remaining if head is None else head.within(remaining, loaded)
     worker = make_worker(config, loaded.model, budget, channel, groups, device)
     worker.drafter = channel.together(lambda: None if draft is None else draft.make(device))
     if head is not None:
         worker.drafter = channel.together(lambda: head.make(worker, device))
+    worker.offload = make_offload(config, worker, channel)
     return Rank(worker, channel, groups, loaded.weights, loaded.folder, pinned)

@@ -24,6 +24,7 @@ from ulysses_infer.server.messages import (
     EngineState,
     Goodbye,
     NewToken,
+    OffloadCounts,
     Ready,
     Refused,
     Reply,
@@ -247,6 +248,7 @@ class EngineLoop:
             snapshots=self._snapshot_counts(),
             is_paused=self._control.is_paused,
             speculation=self._speculation_counts(),
+            offload=self._offload_counts(),
         )
 
     def _speculation_counts(self) -> SpeculationCounts | None:
@@ -256,6 +258,13 @@ class EngineLoop:
         return SpeculationCounts(
             stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens, list(stats.accepted_per_position)
         )
+
+    def _offload_counts(self) -> OffloadCounts | None:
+        tier = self._engine.scheduler.allocator.tier
+        if tier is None:
+            return None
+        moved = tier.stored_bytes, tier.loaded_bytes
+        return OffloadCounts(tier.stats.queries, tier.stats.hits, *moved, tier.host_usage, tier.disk_usage)
 
     def _snapshot_counts(self) -> SnapshotCounts | None:
         states, pool = self._engine.worker.states, self._engine.scheduler.allocator.snapshots

@@ -84,6 +84,19 @@ class SnapshotCounts(msgspec.Struct, array_like=True):
     """On every rank."""
 
 
+class OffloadCounts(msgspec.Struct, array_like=True):
+    """The tier of host memory and disk below the cache. Counters run from the engine's start, bytes are per rank."""
+
+    num_queries: int
+    """Tokens looked up there, because the cache itself did not have them."""
+    num_hits: int
+    stored_bytes: int
+    loaded_bytes: int
+    host_usage: float
+    """0 to 1, as the next."""
+    disk_usage: float
+
+
 class SpeculationCounts(msgspec.Struct, array_like=True):
     """Drafted tokens since the engine's start."""
 
@@ -116,6 +129,8 @@ class EngineState(msgspec.Struct, array_like=True):
     """No steps run until an administrator resumes them."""
     speculation: SpeculationCounts | None = None
     """None without speculative decoding."""
+    offload: OffloadCounts | None = None
+    """None without a tier below the cache."""
 
 
 class StepReport(msgspec.Struct, array_like=True):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgpack
 import numpy as np
 
+from ulysses_infer.cache.offload import Move
 from ulysses_infer.parallel.layout import Mode
 
 NO_LOGITS, LAST_LOGITS, ALL_LOGITS, DRAFT_LOGITS = 0, 1, 2, 3
@@ -64,6 +65,8 @@ class StepPlan(NamedTuple):
     has drafted tokens that may be rejected."""
     pools: bool = False
     """Whether rank 0 needs what the vocabulary head reads, for the vectors of prompts."""
+    moves: Sequence[Move] = ()
+    """Copies between the cache and the tier below it, in this order and before anything else of the step."""
 
     @property
     def num_tokens(self) -> int:
@@ -112,6 +115,7 @@ class StepPlan(NamedTuple):
             self.snapshots,
             self.checkpoints,
             self.pools,
+            self.moves,
         )
         encoded: bytes = msgpack.packb(fields)
         return encoded
@@ -119,12 +123,12 @@ class StepPlan(NamedTuple):
     @classmethod
     def decode(cls, data: bytes) -> StepPlan:
         """The inverse of `encode`."""
-        sequence, mode, items, tokens, dropped, full_logits, keeps_tokens, *states, pools = msgpack.unpackb(data)
+        sequence, mode, items, tokens, dropped, full_logits, keeps_tokens, *states, pools, moves = msgpack.unpackb(data)
         token_ids = np.frombuffer(tokens, dtype=np.int32)
         items = [PlanItem(*item) for item in items]
         restores, snapshots, checkpoints = (tuple((handle, slot) for handle, slot in each) for each in states)
-        flags = full_logits, keeps_tokens
-        return cls(sequence, Mode(*mode), items, token_ids, dropped, *flags, restores, snapshots, checkpoints, pools)
+        flags, rest = (full_logits, keeps_tokens), (pools, tuple(Move(*move) for move in moves))
+        return cls(sequence, Mode(*mode), items, token_ids, dropped, *flags, restores, snapshots, checkpoints, *rest)
 
 
 def placeholder(row: int) -> int:

@@ -19,6 +19,7 @@ from ulysses_infer.worker.block_tables import BlockTables
 from ulysses_infer.worker.drafting.drafter import Drafter
 from ulysses_infer.worker.eager import EagerRunner
 from ulysses_infer.worker.next_tokens import NextTokenBuffer
+from ulysses_infer.worker.offload.mover import BlockMover
 from ulysses_infer.worker.state_slots import StateSlots
 from ulysses_infer.worker.step import Step, StepObserver, StepRunner
 from ulysses_infer.worker.step_context import StepContextBuilder
@@ -61,6 +62,9 @@ class Worker:
         self.drafter: Drafter | None = None
         """This rank's part of a model that drafts tokens for this one; None without."""
 
+        self.offload: BlockMover | None = None
+        """This rank's part of the tier below the cache; None without."""
+
         self.observer: StepObserver | None = None
         """Told of every step; None: nothing."""
 
@@ -84,6 +88,9 @@ class Worker:
         """
         if self.debug:
             self._verify(plan)
+        if plan.moves:
+            assert self.offload is not None
+            self.offload.apply(plan.moves)
         head_inputs: list[torch.Tensor] | None = [] if plan.pools else None
         step = Step(plan, self.tables.apply(plan), logits_positions(plan.items), self.next_tokens, head_inputs)
         num_rows = len(step.logits_rows)
@@ -115,20 +122,24 @@ class Worker:
         return [graphs for graphs in (self.graphs, self.mixed_graphs) if graphs is not None]
 
     def take_caches(self) -> None:
-        """Allocate the memory of keys, values and states, after `release_caches`."""
+        """Allocate the memory of keys, values, states and the tier below, after `release_caches`."""
         self.cache.take()
         if self.states is not None:
             self.states.take()
         if self.drafter is not None:
             self.drafter.take_caches()
+        if self.offload is not None:
+            self.offload.take()
 
     def release_caches(self) -> None:
-        """Free the memory of keys, values and states, until `take_caches`."""
+        """Free the memory of keys, values, states and the tier below, until `take_caches`."""
         self.cache.release()
         if self.states is not None:
             self.states.release()
         if self.drafter is not None:
             self.drafter.release_caches()
+        if self.offload is not None:
+            self.offload.release()
 
     def _greedy_tokens(self, logits: torch.Tensor) -> torch.Tensor | None:
         """The best token of every row: each rank finds the best of its vocabulary shard, rank 0 compares."""

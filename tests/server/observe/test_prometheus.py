@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.server.observe.traffic import SP, TP, make_ready, make_state, make_step
 from ulysses_infer.config import Config
 from ulysses_infer.server.client import RequestRecord
-from ulysses_infer.server.messages import SpeculationCounts
+from ulysses_infer.server.messages import OffloadCounts, SpeculationCounts
 from ulysses_infer.server.observe import Observatory
 
 FIRST_TOKEN = ".001 .005 .01 .02 .04 .06 .08 .1 .25 .5 .75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
@@ -114,6 +114,17 @@ def test_running_totals_become_counters(observatory: Observatory) -> None:
     assert value(observatory, "num_preemptions_total") == 2
     observatory.on_step(make_state(prefix_cache_queries=10), None)  # counted from 0 again
     assert value(observatory, "prefix_cache_queries_total") == 160
+
+
+def test_the_tier_below_the_cache_has_vllms_names(observatory: Observatory) -> None:
+    for hits in (10, 25):
+        observatory.on_step(make_state(offload=OffloadCounts(100, hits, 4096, 1024, 0.5, 0.25)), None)
+    assert value(observatory, "external_prefix_cache_queries_total") == 100
+    assert value(observatory, "external_prefix_cache_hits_total") == 25
+    assert value(observatory, "kv_offload_store_bytes_total") == 4096
+    assert value(observatory, "kv_offload_load_bytes_total") == 1024
+    assert value(observatory, "kv_offload_cpu_cache_usage_perc") == 0.5
+    assert value(observatory, "kv_offload_disk_cache_usage_perc") == 0.25
 
 
 def test_steps_and_switches_are_counted_by_mode(observatory: Observatory) -> None:

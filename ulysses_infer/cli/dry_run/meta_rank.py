@@ -13,6 +13,7 @@ from ulysses_infer.cli.dry_run.config_only import ConfigOnly
 from ulysses_infer.config import Config
 from ulysses_infer.job.draft_model import load_draft, without_draft
 from ulysses_infer.job.load_model import load_model, make_blueprint
+from ulysses_infer.job.make_offload import sizes_of, without_offload
 from ulysses_infer.job.make_worker import make_worker
 from ulysses_infer.model.context import step_context
 from ulysses_infer.parallel.groups import ProcessGroups
@@ -93,13 +94,16 @@ class MetaRank:
             config, None, None, channel, self.groups, META, layout.world_size, checkpoint=checkpoint, available=memory
         )
         self.draft = load_draft(config, self.loaded, channel, self.groups, META, layout.world_size, draft)
-        self.model, self.budget = self.loaded.model, without_draft(self.loaded.budget, self.draft)
+        self.model, budget = self.loaded.model, without_draft(self.loaded.budget, self.draft)
+        self.budget = without_offload(budget, config, self.model, self.groups, META, layout.world_size)
         self.worker = make_worker(
             config, self.model, self.budget, channel, self.groups, META, self.capturer, self.attention
         )
         if self.draft is not None:
             attention = MarkedAttention(self.counter)
             self.worker.drafter = self.draft.make(META, CountingCapturer(self.counter, attention), attention)
+        self.tier = sizes_of(config, self.worker) if config.cache.offload_host_bytes else None
+        """The slots of the tier below the cache, if there is one."""
 
     def _groups(self, config: Config, rank: int) -> ProcessGroups:
         layout = config.parallel.layout

@@ -130,9 +130,22 @@ def _memory(run: DryRun) -> Iterator[Sequence[str]]:
             f"of recurrent layers: {states.num_bytes_per_slot:,} bytes per request, for {states.num_sequences} "
             f"requests and {states.num_snapshots} snapshots",
         )
-    taken = cache.num_bytes + (0 if states is None else states.num_bytes)
-    rest = run.gpu.memory - TAKEN_BYTES - budget.weights - budget.activations - budget.draft - taken
+    if budget.offload:
+        yield "copies", _gib(budget.offload), "a buffer between the cache and host memory"
+    taken = budget.draft + budget.offload + cache.num_bytes + (0 if states is None else states.num_bytes)
+    rest = run.gpu.memory - TAKEN_BYTES - budget.weights - budget.activations - taken
     yield "rest", _gib(rest), f"CUDA graphs take about {_gib(run.graph_bytes)} of it"
+    yield from _tier(run)
+
+
+def _tier(run: DryRun) -> Iterator[Sequence[str]]:
+    """What evicted blocks take besides the GPU's memory."""
+    sizes, block_size = run.rank.tier, run.rank.worker.cache.shape.block_size
+    if sizes is None:
+        return
+    yield "host", _gib(sizes.host_bytes), f"pinned, for {sizes.host_slots[0] * block_size:,} tokens of evicted blocks"
+    if sizes.disk_bytes:
+        yield "disk", _gib(sizes.disk_bytes), f"for {sizes.disk_slots[0] * block_size:,} tokens more"
 
 
 def _attention(run: DryRun) -> Iterator[Sequence[str]]:

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.server.client import RequestRecord
-from ulysses_infer.server.messages import EngineState, SnapshotCounts, SpeculationCounts, StepReport
+from ulysses_infer.server.messages import EngineState, OffloadCounts, SnapshotCounts, SpeculationCounts, StepReport
 from ulysses_infer.server.observe.policies import describe_settings
 
 PREFIX = "ulysses:"
@@ -221,6 +221,27 @@ class _SnapshotMetrics:
         self._hits.set(counts.num_hits)
 
 
+class _OffloadMetrics:
+    """The tier of host memory and disk below the cache, under vLLM's names."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._totals = [
+            _Total(metrics.counter("external_prefix_cache_queries", "Prompt tokens that only the tier could have.")),
+            _Total(metrics.counter("external_prefix_cache_hits", "Prompt tokens whose blocks the tier had.")),
+            _Total(metrics.counter("kv_offload_store_bytes", "Bytes of evicted blocks, copied on each rank.")),
+            _Total(metrics.counter("kv_offload_load_bytes", "Bytes of blocks that came back, copied on each rank.")),
+        ]
+        self._host = metrics.gauge("kv_offload_cpu_cache_usage_perc", "Share of its host memory in use, 0 to 1.")
+        self._disk = metrics.gauge("kv_offload_disk_cache_usage_perc", "Share of its disk space in use, 0 to 1.")
+
+    def take(self, counts: OffloadCounts) -> None:
+        values = (counts.num_queries, counts.num_hits, counts.stored_bytes, counts.loaded_bytes)
+        for total, count in zip(self._totals, values, strict=True):
+            total.set(count)
+        self._host.set(counts.host_usage)
+        self._disk.set(counts.disk_usage)
+
+
 class _SpeculationMetrics:
     """Speculative decoding, under vLLM's names."""
 
@@ -263,6 +284,7 @@ class _EngineMetrics:
         ]
         self._snapshots = _SnapshotMetrics(metrics)
         self._speculation = _SpeculationMetrics(metrics)
+        self._offload = _OffloadMetrics(metrics)
         self._expert_tokens = metrics.counter("expert_tokens", "Tokens computed by the experts of a rank.", "rank")
         self._of_ranks: list[_Total] = []
         self._metrics = metrics
@@ -279,6 +301,8 @@ class _EngineMetrics:
             self._snapshots.take(state.snapshots)
         if state.speculation is not None:
             self._speculation.take(state.speculation)
+        if state.offload is not None:
+            self._offload.take(state.offload)
         for rank in range(len(self._of_ranks), len(state.expert_tokens)):
             self._of_ranks.append(_Total(self._metrics.child(self._expert_tokens, str(rank))))
         for total, count in zip(self._of_ranks, state.expert_tokens, strict=False):
