@@ -38,6 +38,10 @@ class OverloadedError(UlyssesError):
     """The server takes no more requests for now: it is starting, full or shutting down. Trying later helps."""
 
 
+class ReplicaLostError(OverloadedError):
+    """The replica that ran a request is dead, and others serve: the same request can be sent again."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -18,7 +18,7 @@ SECONDS = 8.0
 
 SERVER = """
 import json, sys, time
-from ulysses_infer.job.watchdog import WatchdogServer
+from ulysses_infer.job.watchdog_server import WatchdogServer
 server = WatchdogServer("127.0.0.1", 1.5, float(sys.argv[1]))
 server.on_end = lambda reason: print("end", reason, flush=True)
 print(json.dumps(server.address), flush=True)

@@ -177,6 +177,11 @@ class Job:
                     return process
         raise AssertionError(f"no rank {number} among {self.all}")
 
+    def kept_rank(self, number):
+        """The process of a rank of several replicas, a child of the process that was launched."""
+        children = self.rank(number).children()
+        return next(child for child in children if "ulysses_infer.server.process" not in " ".join(child.cmdline()))
+
     @property
     def http(self):
         """The HTTP process."""

@@ -14,7 +14,7 @@ from ulysses_infer.engine.engine import Engine
 from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError
 from ulysses_infer.job.prompt_reader import make_prompt_reader
 from ulysses_infer.job.start_rank import finish_start, start_rank
-from ulysses_infer.job.watchdog import WatchdogServer
+from ulysses_infer.job.watchdog_server import WatchdogServer
 from ulysses_infer.server.client import EngineClient
 from ulysses_infer.server.engine_loop import EngineLoop, describe_engine
 from ulysses_infer.server.link import Link

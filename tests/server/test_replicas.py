@@ -1,4 +1,4 @@
-"""Several replicas behind one server: the least loaded gets the next request, and they live and end together."""
+"""Several replicas behind one server: the least loaded gets the next request, and the others outlive a dead one."""
 
 import asyncio
 import concurrent.futures
@@ -6,13 +6,15 @@ import contextlib
 import socket
 import time
 
+import httpx
 import pytest
 
 from tests.server.job import Job
 from ulysses_infer.config import Config, ModelConfig, ParallelConfig
-from ulysses_infer.errors import EngineDeadError, RequestError
+from ulysses_infer.errors import EngineDeadError, ReplicaLostError, RequestError
 from ulysses_infer.server.client import EngineClient
 from ulysses_infer.server.frames import FrameReader, encode_frame
+from ulysses_infer.server.http.errors import api_error
 from ulysses_infer.server.messages import (
     Abort,
     AdminCall,
@@ -35,7 +37,7 @@ class Silent:
     """An observer that keeps the merged states."""
 
     def __init__(self):
-        self.states, self.dead, self.ready = [], [], []
+        self.states, self.dead, self.ready, self.finished, self.dead_replicas = [], [], [], [], {}
 
     def on_ready(self, info):
         self.ready.append(info)
@@ -46,13 +48,19 @@ class Silent:
     def on_first_token(self, record):
         pass
 
-    on_finish = on_draining = on_first_token
+    on_draining = on_first_token
+
+    def on_finish(self, record):
+        self.finished.append((record.request_id, record.finish_reason))
 
     def on_tokens(self, record, seconds):
         pass
 
     def on_dead(self, reason):
         self.dead.append(reason)
+
+    def on_replica_dead(self, dead):
+        self.dead_replicas = dict(dead)
 
 
 def state(running=0, usage=0.0):
@@ -73,6 +81,9 @@ class Replica:
 
     def start(self):
         self.send(Ready("m", 100, 99, [2], [(1, 1)], 10, 4, [5], state()))
+
+    def give(self, request_id):
+        self.send(Stepped(state(), None, [NewToken(request_id, 0, 6)]))
 
     def finish(self, request_id):
         self.send(Stepped(state(), None, [NewToken(request_id, 0, 7, "length")]))
@@ -199,17 +210,89 @@ def test_replicas_drain_together_and_end_together():
     asyncio.run(case())
 
 
-def test_the_death_of_one_replica_is_reported_to_requests_of_others():
+def test_requests_of_a_dead_replica_fail_if_they_had_tokens_and_run_on_another_if_not():
     async def case():
         async with routed(2) as (router, observer, replicas):
-            tasks = [asyncio.create_task(collect(router, name)) for name in "ab"]
-            await until(lambda: all(replica.received_of(Submit) for replica in replicas))
+            tasks = {name: asyncio.create_task(collect(router, name)) for name in "abcd"}
+            await until(lambda: [len(replica.received_of(Submit)) for replica in replicas] == [2, 2])
+            replicas[1].give("b")
             replicas[1].send(Dead("rank 3 ended unexpectedly"))
-            for result in await asyncio.gather(*tasks, return_exceptions=True):
-                assert (type(result), str(result)) == (EngineDeadError, "rank 3 ended unexpectedly")
-            assert (router.status, router.death) == ("dead", "rank 3 ended unexpectedly")
-            assert set(observer.dead) == {"rank 3 ended unexpectedly"}
+            with pytest.raises(
+                ReplicaLostError, match=r"replica 1, which ran .* rank 3 ended unexpectedly; send it again"
+            ) as raised:
+                await tasks["b"]
+            answer = api_error(raised.value)
+            assert (answer.status, answer.code, answer.headers) == (503, "replica_lost", {"Retry-After": "1"})
+            await until(lambda: len(replicas[0].received_of(Submit)) == 3)
+            for name in "acd":
+                replicas[0].finish(name)
+                assert len(await tasks[name]) == 1
+            assert (router.status, router.death, observer.dead) == ("degraded", "", [])
+            assert router.dead_replicas == observer.dead_replicas == {1: "rank 3 ended unexpectedly"}
+            assert sorted(observer.finished) == [("a", "length"), ("b", "error"), ("c", "length"), ("d", "length")]
+            assert (router.info.num_blocks, router.state.num_running) == (10, 0)
             assert not replicas[0].received_of(Abort)
+
+    asyncio.run(case())
+
+
+def test_a_dead_replica_gets_no_requests_or_commands_and_the_rest_drains_without_it():
+    async def case():
+        async with routed(3) as (router, _, replicas):
+            replicas[0].send(Dead("gone"))
+            await until(lambda: router.status == "degraded")
+            tasks = [asyncio.create_task(collect(router, name)) for name in "ab"]
+            await until(lambda: all(replica.received_of(Submit) for replica in replicas[1:]))
+            call = asyncio.create_task(router.call("get_policy"))
+            await until(lambda: replicas[1].received_of(AdminCall))
+            replicas[1].send(Reply(replicas[1].received_of(AdminCall)[0].number, {"name": "static"}))
+            assert await call == {"name": "static"}
+            with pytest.raises(RequestError, match=r"replica 0 is dead \(gone\) and cannot join; restart"):
+                await router.call("init_weight_transfer_engine", master_address="x", master_port=1, world_size=4)
+            for replica, name in zip(replicas[1:], "ab", strict=True):
+                replica.send(Draining(1e9))
+                replica.finish(name)
+            await asyncio.gather(*tasks)
+            await router.ended.wait()
+            await until(lambda: all(replica.received_of(Goodbye) for replica in replicas[1:]))
+            assert not replicas[0].received
+
+    asyncio.run(case())
+
+
+def test_a_command_for_all_replicas_leaves_out_one_that_dies_meanwhile():
+    async def case():
+        async with routed(2) as (router, _, replicas):
+            call = asyncio.create_task(router.call("reset_prefix_cache"))
+            await until(lambda: all(replica.received_of(AdminCall) for replica in replicas))
+            replicas[0].send(Dead("gone"))
+            replicas[1].send(Reply(replicas[1].received_of(AdminCall)[0].number, {"reset": True}))
+            assert await call == {"reset": True}
+            assert (await asyncio.gather(router.call("stats"), answer_stats(replicas[1])))[0] == {
+                "replicas": [{"dead": "gone"}, {"x": 1}]
+            }
+
+    async def answer_stats(replica):
+        await until(lambda: len(replica.received_of(AdminCall)) == 2)
+        replica.send(Reply(replica.received_of(AdminCall)[1].number, {"x": 1}))
+
+    asyncio.run(case())
+
+
+def test_the_death_of_the_last_replica_is_that_of_the_engine():
+    async def case():
+        async with routed(2) as (router, observer, replicas):
+            task = asyncio.create_task(collect(router, "a"))
+            await until(lambda: replicas[0].received_of(Submit))
+            replicas[1].send(Dead("rank 3 ended unexpectedly"))
+            await until(lambda: router.status == "degraded")
+            replicas[0].send(Dead("rank 1 ended unexpectedly"))
+            with pytest.raises(EngineDeadError, match="rank 1 ended unexpectedly"):
+                await task
+            await router.ended.wait()
+            assert (router.status, observer.dead) == ("dead", ["rank 1 ended unexpectedly"])
+            with pytest.raises(EngineDeadError):
+                await collect(router, "b")
 
     asyncio.run(case())
 
@@ -254,7 +337,7 @@ def test_replicas_derive_different_seeds_from_the_seed_of_the_job():
 
 
 @pytest.mark.distributed
-def test_two_replicas_of_two_ranks_answer_alike_and_end_with_any_of_their_ranks(long_folder):
+def test_two_replicas_of_two_ranks_answer_alike_and_a_killed_rank_ends_only_its_own(long_folder):
     with Job(long_folder, dp=2, **{"cache.num_blocks": 2048}) as server:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             texts = list(pool.map(lambda _: text_of(server.complete(max_tokens=30)), range(12)))
@@ -263,12 +346,65 @@ def test_two_replicas_of_two_ranks_answer_alike_and_end_with_any_of_their_ranks(
         assert [len(set(each)) for each in (texts, drawn, seeded)] == [1, 6, 1]
         steps = [sum(mode["steps"] for mode in replica["modes"].values()) for replica in server.stats()["replicas"]]
         assert min(steps) > 30
-        streams = [server.stream(max_tokens=8000) for _ in range(2)]
-        server.rank(3).kill()
+        assert_others_outlive(server, killed=3, survivor=0)
+        server.kept_rank(1).kill()
+        server.assert_gone()
+        assert server.exit_codes[0] == 1
+
+
+def assert_others_outlive(server, killed, survivor):
+    """Kill a rank under load: streams of its replica get an error, all other requests their result."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        streams = [server.stream(max_tokens=1000) for _ in range(4)]
+        whole = [pool.submit(server.complete, max_tokens=300) for _ in range(4)]
+        time.sleep(0.05)
+        server.kept_rank(killed).kill()
+        texts = {text_of(each.result()) for each in whole}
+        later = [server.complete(max_tokens=5) for _ in range(6)]
+    for stream in streams:
+        stream.join()
+    lost = [stream for stream in streams if stream.errors]
+    assert [stream.finish_reason for stream in streams if stream not in lost] == ["length"] * 2
+    for stream in lost:
+        error = stream.errors[0]["error"]
+        assert (error["code"], f"replica {1 - survivor}" in error["message"]) == ("replica_lost", True)
+    assert len(texts) == 1, "those of the dead replica ran again on the other"
+    assert [answer.status_code for answer in later] == [200] * 6
+    health = httpx.get(server.url + "/health")
+    dead = health.json()["dead_replicas"]
+    assert (health.status_code, health.json()["status"], len(dead)) == (200, "degraded", 1)
+    assert dead[0]["replica"] == 1 - survivor
+    assert server.status("/ready") == 200
+    metrics = httpx.get(server.url + "/metrics").text
+    assert 'ulysses:num_dead_replicas{model_name="tiny"} 1.0' in metrics
+
+
+@pytest.mark.distributed
+@pytest.mark.thorough
+@pytest.mark.launcher
+def test_under_deepspeeds_launcher_the_others_outlive_a_killed_first_rank_and_drain_in_order(long_folder):
+    with Job(long_folder, sp=1, dp=2, how="ulysses-infer", **{"cache.num_blocks": 2048}) as server:
+        assert_others_outlive(server, killed=0, survivor=1)
+        stream = server.stream(max_tokens=300)
+        server.processes[0].terminate()
+        stream.join()
+        assert (stream.finish_reason, stream.done) == ("length", True)
+        server.assert_gone()
+        assert server.exit_codes == [0]
+
+
+@pytest.mark.distributed
+@pytest.mark.thorough
+@pytest.mark.parametrize(("fault", "reason"), [("raise:1:500", "a fault to order"), ("hang:1:500", "a step has taken")])
+def test_a_replica_that_raises_or_hangs_ends_alone(long_folder, fault, reason):
+    settings = {"cache.num_blocks": 2048, "runtime.step_timeout": 5}
+    with Job(long_folder, sp=1, dp=2, fault=fault, **settings) as server:
+        streams = [server.stream(max_tokens=1500) for _ in range(2)]
         for stream in streams:
             stream.join()
-            assert "rank 3" in stream.errors[0]["error"]["message"]
-        server.assert_gone()
+        assert sorted(bool(stream.errors) for stream in streams) == [False, True]
+        assert reason in httpx.get(server.url + "/health").json()["dead_replicas"][0]["reason"]
+        assert server.complete().status_code == 200
 
 
 @pytest.mark.distributed

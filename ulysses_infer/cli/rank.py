@@ -44,9 +44,11 @@ def main(arguments: list[str]) -> NoReturn:
     except SystemExit as request:  # --help
         status = request.code if isinstance(request.code, int) else 0
     except UlyssesError as error:
+        guard.start()
         report(error, rank)
         status = USER_ERROR
     except Exception as error:
+        guard.start()
         report_bug(error, rank)
         status = BUG
     leave(status)
@@ -64,6 +66,7 @@ def run(command: Command, rank: int, guard: Guard) -> None:
 
         serve(config, rank, guard)
     else:
+        guard.start()
         importlib.import_module(RUNNERS[command.name]).run(command.options, config, rank)
 
 

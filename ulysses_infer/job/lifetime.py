@@ -27,19 +27,33 @@ class Guard:
 
     The same thread watches the launcher: DeepSpeed's launcher forwards no signals, and once it or its helper is killed
     the ranks would run forever.
+
+    Signals that arrive before `start` are handled then, so that the process can fork before it has threads.
     """
 
     def __init__(self, clean_up: Callable[[], None]) -> None:
         self._clean_up = clean_up
         self._on_signal: Callable[[int], None] = self.end
         self._on_orphaned: Callable[[], None] = lambda: self.end(signal.SIGTERM)
-        self._launcher = Launcher.of_this_process()
+        self._attach(os.getpid())
+
+    def after_fork(self) -> None:
+        """In a child process: guard it, instead of its parent, which the launcher started."""
+        self._attach(os.getppid())
+
+    def _attach(self, launched: int) -> None:
+        self._launcher = Launcher.of(launched)
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         for number in SIGNALS:
             signal.signal(number, _empty_handler)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, name="guard", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
+
+    def start(self) -> None:
+        """Handle signals from now on. Has no effect if called again."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def take_over(self, on_signal: Callable[[int], None], on_orphaned: Callable[[], None]) -> None:
         """Call `on_signal(number)` on each signal from now on, and `on_orphaned()` once if the launcher is gone."""
@@ -68,7 +82,7 @@ class Guard:
 
 def end_with_launcher() -> None:
     """End this process when its launcher is gone: for programs on several ranks that have no `Guard`."""
-    launcher = Launcher.of_this_process()
+    launcher = Launcher.of(os.getpid())
     if launcher is not None:
         threading.Thread(target=_watch_launcher, args=(launcher,), name="end-with-launcher", daemon=True).start()
 
@@ -84,23 +98,25 @@ def _empty_handler(number: int, frame: object) -> None:
 
 
 class Launcher:
-    """The `deepspeed` command above this rank and its helper, the parent of the ranks."""
+    """The `deepspeed` command above a rank and its helper, the parent of the ranks."""
 
-    def __init__(self, helper: psutil.Process) -> None:
+    def __init__(self, launched: psutil.Process, helper: psutil.Process) -> None:
         command = helper.parent()
         # If the command was killed before this rank came here, the helper's parent is init.
         is_orphan = command is not None and command.pid == 1 and "deepspeed" not in " ".join(command.cmdline())
-        self._helper, self._command = helper, None if is_orphan else helper.ppid()
+        self._launched, self._helper, self._command = launched, helper, None if is_orphan else helper.ppid()
 
     @classmethod
-    def of_this_process(cls) -> Launcher | None:
-        """The launcher of this rank; None if something else started it."""
-        parent = psutil.Process().parent()
-        return cls(parent) if parent is not None and "deepspeed.launcher.launch" in parent.cmdline() else None
+    def of(cls, launched: int) -> Launcher | None:
+        """The launcher of a process; None if something else started it."""
+        process = psutil.Process(launched)
+        parent = process.parent()
+        is_helper = parent is not None and "deepspeed.launcher.launch" in parent.cmdline()
+        return cls(process, parent) if parent is not None and is_helper else None
 
     def is_alive(self) -> bool:
         """Whether the command and its helper still run: an orphaned process gets another parent at once."""
         try:
-            return os.getppid() == self._helper.pid and self._helper.ppid() == self._command
+            return self._launched.ppid() == self._helper.pid and self._helper.ppid() == self._command
         except psutil.NoSuchProcess:
             return False

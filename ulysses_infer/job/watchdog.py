@@ -3,18 +3,16 @@
 Collectives notice a dead process only when they next run, and a stopped one only after their timeout. So each process
 keeps one connection to rank 0, the watchdog server, and a thread sends a heartbeat on it every half second. A closed
 connection means that the process ended. Silence means that it hangs. A step that takes longer than
-`runtime.step_timeout` means that a collective is stuck. In each case the server sends the reason to all clients, and
-every process that still runs dumps its stacks. Processes on this host that do not exit are killed: a stopped process
-reacts to SIGKILL only, and DeepSpeed's launcher would wait 30 seconds for each.
+`runtime.step_timeout` means that a collective is stuck. In each case the server sends the reason to all clients (of
+the replica, if there are several), and every process that still runs dumps its stacks. Processes on this host that do
+not exit are killed: a stopped process reacts to SIGKILL only, and DeepSpeed's launcher would wait 30 seconds for each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import hmac
 import os
-import secrets
 import select
 import socket
 import sys
@@ -72,12 +70,14 @@ class HostProcess(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Connection:
+class Connection:
     """One TCP connection to a peer, with the time of the last message received."""
 
     socket: socket.socket
     name: str = ""  # of the peer; empty until it is authenticated
     process: HostProcess | None = None
+    replica: int | None = None  # of a rank, if the job has several
+    deadline: float | None = None  # when the peer, which was told to end, is killed
     last_received: float = field(default_factory=time.monotonic)
     unparsed: bytes = b""
     has_left: bool = False
@@ -105,8 +105,8 @@ class _Connection:
         self.socket.close()
 
 
-def _ignore(reason: str) -> None:
-    """The default `on_end`."""
+def _ignore() -> None:
+    """The default `on_drain`."""
 
 
 class Watchdog(Protocol):
@@ -122,7 +122,7 @@ class Watchdog(Protocol):
         """End the job. Does not return."""
 
 
-class _StepTimer:
+class StepTimer:
     """Base of server and client: times the current step."""
 
     def __init__(self, step_timeout: float | None) -> None:
@@ -136,7 +136,7 @@ class _StepTimer:
         yield
         self._step_started = None
 
-    def _overdue_step(self) -> str | None:
+    def overdue_step(self) -> str | None:
         """An error message if the current step has exceeded `step_timeout`, else None."""
         started, limit = self._step_started, self._step_timeout
         if limit is None or started is None or time.monotonic() - started <= limit:
@@ -144,162 +144,12 @@ class _StepTimer:
         return f"a step has taken more than {limit:g} s (runtime.step_timeout)"
 
 
-class WatchdogServer(_StepTimer):
-    """Rank 0's side of the watchdog.
-
-    `timeout`: seconds of silence that count as a hang. `step_timeout`: the longest a step may take. When the job
-    fails, `on_end(reason)` is called in the server's thread before the clients are notified; this process exits about
-    a second later.
-    """
-
-    def __init__(self, bind: str, timeout: float, step_timeout: float) -> None:
-        super().__init__(step_timeout)
-        self._timeout = timeout
-        self.on_end: Callable[[str], None] = _ignore
-        self._listener = socket.create_server((bind, 0))
-        self._auth_token = secrets.token_hex(16)
-        self._connections: list[_Connection] = []
-        self._failure: tuple[str, bool] | None = None  # the reason, and whether to dump stacks
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
-
-    @property
-    def address(self) -> Address:
-        """What clients need to connect."""
-        host, port = self._listener.getsockname()[:2]
-        return Address(host, port, self._auth_token, HostProcess.this())
-
-    @property
-    def client_names(self) -> list[str]:
-        """Names of the connected clients."""
-        return [peer.name for peer in self._connections if peer.name and not peer.has_left]
-
-    def announce_drain(self) -> None:
-        """Announce a normal shutdown: from now on the loss of a launcher is no reason to stop."""
-        self._broadcast(DRAIN)
-
-    def fail(self, reason: str, dump: bool = False) -> NoReturn:
-        """End the job. Does not return: the server's thread ends this process. Thread-safe."""
-        if self._failure is None:
-            self._failure = reason, dump
-        self._thread.join()
-        os._exit(EXIT_CODE)
-
-    def leave(self, seconds: float) -> None:
-        """End the watchdog at a normal shutdown. Clients that have not left after `seconds` are killed."""
-        self._broadcast(BYE)
-        deadline = time.monotonic() + seconds
-        while self.client_names and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self._stopped.set()
-        self._thread.join()
-        for peer in self._connections:
-            if peer.process is not None and not peer.has_left:
-                peer.process.kill()
-            peer.socket.close()
-        self._listener.close()
-
-    def kill_clients(self) -> None:
-        """Kill every client on this host immediately."""
-        for peer in self._connections:
-            if peer.process is not None:
-                peer.process.kill()
-
-    def _broadcast(self, *words: str) -> None:
-        for peer in list(self._connections):
-            peer.send(*words)
-
-    def _watch(self) -> None:
-        last_heartbeat = 0.0
-        while not self._stopped.is_set():
-            if time.monotonic() - last_heartbeat >= HEARTBEAT_SECONDS:
-                self._broadcast(HEARTBEAT)
-                last_heartbeat = time.monotonic()
-            self._receive()
-            failure = self._failure or self._find_failure()
-            if failure is not None and not self._stopped.is_set():
-                self._end(*failure)
-
-    def _receive(self) -> None:
-        """Accept connections and handle messages."""
-        peers = {peer.socket: peer for peer in self._connections if not peer.has_left}
-        ready = select.select([self._listener, *peers], [], [], HEARTBEAT_SECONDS / 5)[0]
-        for readable in ready:
-            if readable is self._listener:
-                self._connections.append(_Connection(self._listener.accept()[0]))
-            else:
-                self._handle(peers[readable])
-
-    def _handle(self, peer: _Connection) -> None:
-        messages = peer.receive()
-        if messages is None:
-            self._handle_disconnect(peer)
-            return
-        for kind, *content in messages:
-            if not peer.name:
-                self._authenticate(peer, kind, *content)
-            elif kind == BYE:
-                peer.close()
-                return
-            elif kind in (FAILED, STUCK):
-                self._failure = self._failure or (f"{peer.name} failed: {content[0]}", kind == STUCK)
-
-    def _handle_disconnect(self, peer: _Connection) -> None:
-        peer.close()
-        if peer.name:
-            self._failure = self._failure or (f"{peer.name} ended unexpectedly", False)
-        else:
-            self._connections.remove(peer)
-
-    def _authenticate(self, peer: _Connection, auth_token: str, content: str = "") -> None:
-        """Accept a peer that sends the auth token; disconnect any other."""
-        fields = content.split("\t")
-        if not hmac.compare_digest(auth_token.encode(), self._auth_token.encode()) or len(fields) != 4:
-            self._reject(peer)
-            return
-        name, host, pid, started = fields
-        peer.process = HostProcess(host, int(pid), float(started))
-        peer.name = name
-
-    def _reject(self, peer: _Connection) -> None:
-        peer.socket.close()
-        self._connections.remove(peer)
-
-    def _find_failure(self) -> tuple[str, bool] | None:
-        now = time.monotonic()
-        for peer in list(self._connections):
-            silence = now - peer.last_received
-            if peer.name and not peer.has_left and silence > self._timeout:
-                return f"{peer.name} has not answered for {silence:.0f} s", True
-            if not peer.name and (silence > HANDSHAKE_SECONDS or len(peer.unparsed) > MAX_HANDSHAKE_BYTES):
-                self._reject(peer)
-        overdue = self._overdue_step()
-        return None if overdue is None else (overdue, True)
-
-    def _end(self, reason: str, dump: bool) -> NoReturn:
-        """Notify all clients, wait briefly for them to exit, kill the rest on this host and exit."""
-        print(f"error: the engine ended: {reason}", file=sys.stderr, flush=True)
-        self.on_end(reason)
-        self._broadcast(END, DUMP if dump else QUIET, reason)
-        if dump:
-            dump_stacks("rank 0")
-        deadline = time.monotonic() + GRACE_SECONDS
-        waiting = [peer for peer in self._connections if peer.process is not None and not peer.has_left]
-        while waiting and time.monotonic() < deadline:
-            for readable in select.select([peer.socket for peer in waiting], [], [], 0.05)[0]:
-                waiting = [peer for peer in waiting if peer.socket is not readable or peer.receive() is not None]
-        for peer in waiting:
-            if peer.process is not None:
-                peer.process.kill()
-        os._exit(EXIT_CODE)
-
-
-class WatchdogClient(_StepTimer):
+class WatchdogClient(StepTimer):
     """The side of every other process.
 
-    When the job fails, `on_end(reason)` is called in the client's thread. With None the process exits, after dumping
-    its stacks if the server asks for them.
+    When the job or the process's replica fails, `on_end(reason)` is called in the client's thread. With None the
+    process exits, after dumping its stacks if the server asks for them. When the job starts to shut down,
+    `on_drain()` is called there. `replica`: the one that a rank belongs to, if the job has several.
     """
 
     def __init__(
@@ -309,14 +159,17 @@ class WatchdogClient(_StepTimer):
         timeout: float,
         on_end: Callable[[str], None] | None = None,
         step_timeout: float | None = None,
+        replica: int | None = None,
     ) -> None:
         super().__init__(step_timeout)
+        self.on_drain: Callable[[], None] = _ignore
         self._name, self._timeout, self._on_end = name, timeout, on_end
         self._server_process = HostProcess(*address.process)
-        self._server = _Connection(socket.create_connection((address.host, address.port), HANDSHAKE_SECONDS))
+        self._server = Connection(socket.create_connection((address.host, address.port), HANDSHAKE_SECONDS))
         self._server.socket.settimeout(None)
         this = HostProcess.this()
-        self._server.send(address.auth_token, "\t".join([name, this.host, str(this.pid), repr(this.started)]))
+        fields = [name, this.host, str(this.pid), repr(this.started), "" if replica is None else str(replica)]
+        self._server.send(address.auth_token, "\t".join(fields))
         self.is_draining = False
         """Whether the job is shutting down normally."""
         self._left = threading.Event()
@@ -328,7 +181,12 @@ class WatchdogClient(_StepTimer):
         self._send_failure(reason)
 
     def announce_drain(self) -> None:
-        """Does nothing: the server announces a shutdown."""
+        """Have the server announce a normal shutdown to all processes."""
+        self._server.send(DRAIN)
+
+    def wait(self) -> None:
+        """Wait until the job has ended normally."""
+        self._left.wait()
 
     def fail(self, reason: str) -> NoReturn:
         """Report a failure to the server, which ends the job and this process. Does not return."""
@@ -347,7 +205,7 @@ class WatchdogClient(_StepTimer):
     def _watch(self) -> None:
         while not self._left.is_set():
             self._server.send(HEARTBEAT)
-            overdue = self._overdue_step()
+            overdue = self.overdue_step()
             if overdue is not None:
                 self._server.send(STUCK, overdue)
             if select.select([self._server.socket], [], [], HEARTBEAT_SECONDS)[0]:
@@ -368,6 +226,7 @@ class WatchdogClient(_StepTimer):
                 self._left.set()
             elif kind == DRAIN:
                 self.is_draining = True
+                self.on_drain()
             elif kind == END:
                 dump, _, reason = content[0].partition(" ")
                 self._end(reason, dump=dump == DUMP)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ulysses_infer.engine.load import outstanding_tokens
-from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError
+from ulysses_infer.errors import EngineDeadError, OverloadedError, ReplicaLostError, RequestError
 from ulysses_infer.server.frames import FrameReader, encode_frame
 from ulysses_infer.server.messages import (
     Abort,
@@ -31,6 +31,7 @@ from ulysses_infer.server.messages import (
 )
 
 STARTING, READY, DRAINING, DEAD = "starting", "ready", "draining", "dead"
+DEGRADED = "degraded"  # of several replicas: ready, but some are dead
 READ_BYTES = 1 << 18
 
 
@@ -123,6 +124,11 @@ class EngineClient:
         """Called when the engine drains and no request waits for it."""
 
     @property
+    def dead_replicas(self) -> dict[int, str]:
+        """Why replicas are dead while others serve; one engine has no others. See `Router.dead_replicas`."""
+        return {}
+
+    @property
     def num_requests(self) -> int:
         """Requests in progress."""
         return len(self._streams)
@@ -193,7 +199,8 @@ class EngineClient:
         elif stream.error is not None:
             record.finish_reason = "error"
         record.finish_time = time.monotonic()
-        if not isinstance(stream.error, RequestError | OverloadedError):
+        was_refused = isinstance(stream.error, RequestError | OverloadedError) and record.first_token_time is None
+        if not was_refused:
             self._observer.on_finish(record)
         if self.is_drained:
             self.on_drained()
@@ -273,7 +280,7 @@ class EngineClient:
     def _refuse(self, message: Refused) -> None:
         stream = self._streams.get(message.request_id)
         if stream is not None:
-            kinds = {"invalid": RequestError, "overloaded": OverloadedError}
+            kinds = {"invalid": RequestError, "overloaded": OverloadedError, "lost": ReplicaLostError}
             stream.fail(kinds.get(message.kind, RuntimeError)(message.message))
 
     def _answer(self, message: Reply) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 
 from ulysses_infer.server.frames import FrameReader, encode_frame
-from ulysses_infer.server.messages import FromEngine, ToEngine
+from ulysses_infer.server.messages import FromCoordinator, FromEngine, ToEngine
 
 READ_BYTES = 1 << 18
 BUFFER_BYTES = 4 << 20  # what the system may buffer while the HTTP process is busy
@@ -30,12 +30,17 @@ class Link:
         self.is_closed = False
         """Whether the HTTP process has gone."""
 
-    def send(self, message: FromEngine) -> None:
+    def send(self, message: FromEngine | FromCoordinator) -> None:
         """Send a message. What the system cannot buffer goes with the next message or `receive`."""
         frame = encode_frame(message)
         with self._lock:
             self._unsent += frame
             self._flush()
+
+    def send_last(self, message: FromEngine | FromCoordinator, seconds: float) -> None:
+        """Send a message before this process ends, and wait until it is sent, at most this long."""
+        self.send(message)
+        self.flush(seconds)
 
     def flush(self, seconds: float) -> None:
         """Wait until everything is sent, at most this long."""

@@ -204,5 +204,13 @@ class Dead(msgspec.Struct, tag=True, array_like=True):
     """Whether it was asked to end (second SIGTERM, admin route) rather than failed."""
 
 
+class ReplicaLost(msgspec.Struct, tag=True, array_like=True):
+    """A replica of several has ended; the others go on."""
+
+    index: int
+    reason: str
+
+
 ToEngine = Submit | Abort | AdminCall | Goodbye
 FromEngine = Ready | Stepped | Refused | Reply | Draining | Dead
+FromCoordinator = ReplicaLost | Dead

@@ -18,11 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.text import Text
+
 from ulysses_infer.child_processes import end_with_parent
 from ulysses_infer.config import Config, ServerConfig
 from ulysses_infer.errors import ConfigError, UlyssesError
 from ulysses_infer.job.watchdog import Address, WatchdogClient
-from ulysses_infer.server.client import EngineClient, Observer
+from ulysses_infer.server.client import READ_BYTES, EngineClient, Observer
+from ulysses_infer.server.frames import FrameReader
+from ulysses_infer.server.messages import FromCoordinator, ReplicaLost
 from ulysses_infer.server.replicas import LeaderAcceptor
 from ulysses_infer.server.router import Router
 from ulysses_infer.worker.memory import freeze_gc, relax_gc
@@ -80,23 +85,34 @@ def url_of(listener: socket.socket, settings: ServerConfig) -> str:
     return f"{'https' if settings.ssl_certfile else 'http'}://{shown}:{port}"
 
 
+def announce(console: Console, config: Config, url: str) -> None:
+    """Print where the server is."""
+    pages = "/v1, /docs, /dashboard" if config.server.dashboard else "/v1, /docs"
+    console.print(
+        Text.assemble("  serving ", (config.served_model_name, "bold"), " on ", (url, "bold"), f"  ({pages})")
+    )
+
+
 @dataclass(frozen=True)
 class StartupSettings:
     """What the HTTP process receives when it starts."""
 
     config: Config
     watchdog: Address
-    auth_token: bytes
-    """The auth token that leaders of other replicas present at the endpoint."""
+    auth_token: bytes = b""
+    """The auth token that leaders of several replicas present at the endpoint."""
 
 
 class HttpProcess:
-    """Rank 0's handle on the HTTP process. `endpoint`: the socket to which leaders of other replicas connect."""
+    """Rank 0's handle on the HTTP process, or the coordinator's.
 
-    def __init__(self, startup: StartupSettings, listener: socket.socket, endpoint: socket.socket) -> None:
+    `endpoint`: the socket to which the leaders of several replicas connect.
+    """
+
+    def __init__(self, startup: StartupSettings, listener: socket.socket, endpoint: socket.socket | None) -> None:
         self.connection, theirs = socket.socketpair()
-        """Rank 0's end of the socket to it."""
-        inherited = [theirs.fileno(), listener.fileno(), endpoint.fileno()]
+        """This process's end of the socket to it."""
+        inherited = [each.fileno() for each in (theirs, listener, endpoint) if each is not None]
         root = str(Path(__file__).resolve().parents[2])
         code = f"import sys; sys.path.insert(0, {root!r}); from ulysses_infer.server.process import main; main()"
         self._process = subprocess.Popen(
@@ -108,10 +124,9 @@ class HttpProcess:
             self._process.stdin.write(pickle.dumps(startup))
             self._process.stdin.close()
 
-    @property
-    def status(self) -> int | None:
-        """Its exit status; None while it runs."""
-        return self._process.poll()
+    def end(self) -> int:
+        """Wait until it ends; returns its exit status."""
+        return self._process.wait()
 
     def wait(self, seconds: float) -> None:
         """Wait until it ends; kill it after `seconds`."""
@@ -127,11 +142,14 @@ class HttpProcess:
 
 
 @contextmanager
-def http_process(startup: StartupSettings, listener: socket.socket, endpoint: socket.socket) -> Iterator[HttpProcess]:
+def http_process(
+    startup: StartupSettings, listener: socket.socket, endpoint: socket.socket | None = None
+) -> Iterator[HttpProcess]:
     """The running HTTP process; it is ended when the block exits, normally or not."""
     process = HttpProcess(startup, listener, endpoint)
     listener.close()  # from here on only the HTTP process holds the ports
-    endpoint.close()
+    if endpoint is not None:
+        endpoint.close()
     try:
         yield process
     finally:
@@ -139,12 +157,12 @@ def http_process(startup: StartupSettings, listener: socket.socket, endpoint: so
 
 
 def main() -> None:
-    """Serve until rank 0 sends the end or is gone. Signals are left to rank 0, which receives them as well."""
+    """Serve until the engine has ended or the parent is gone. Signals are left to the parent, which gets them too."""
     end_with_parent(os.getppid(), patience=SHUTDOWN_SECONDS + CLOSING_SECONDS)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     relax_gc()
-    link, listener, endpoint = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:4])
+    link, listener, *endpoint = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:])
     startup: StartupSettings = pickle.loads(sys.stdin.buffer.read())
     import uvloop
 
@@ -154,14 +172,14 @@ def main() -> None:
     set_up_logging(startup.config.runtime.log_level, 0)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(startup, link, listener, endpoint))
+            runner.run(serve(startup, link, listener, *endpoint))
     except UlyssesError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 async def serve(
-    startup: StartupSettings, link: socket.socket, listener: socket.socket, endpoint: socket.socket
+    startup: StartupSettings, link: socket.socket, listener: socket.socket, endpoint: socket.socket | None = None
 ) -> None:
     """Connect the engine, the application and the port, and run them until the end."""
     from ulysses_infer.server.http.app import make_app
@@ -172,7 +190,10 @@ async def serve(
     engine = Router(observatory, startup.config.parallel.dp)
     server = _make_server(make_app(make_context(startup.config, engine, observatory)), startup.config.server)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    tasks = await _connect(engine, startup, link, endpoint)
+    if endpoint is None:
+        tasks = await _connect(engine, startup, {0: link})
+    else:
+        tasks = await _connect_replicas(engine, startup, link, endpoint)
     tasks.append(asyncio.create_task(_watch_server(startup, engine)))
     tasks.append(asyncio.create_task(observatory.status_lines(_log)))
     freeze_gc()
@@ -186,20 +207,39 @@ async def serve(
 
 
 async def _connect(
+    engine: Router, startup: StartupSettings, connections: dict[int, socket.socket]
+) -> list[asyncio.Task[None]]:
+    """Serve the engines at the other ends of `connections`, by replica."""
+    interval = startup.config.server.stream_interval
+    clients = [await _client(connections[index], engine.observers[index], interval) for index in sorted(connections)]
+    return [asyncio.create_task(client.listen()) for client in clients] + engine.join(clients)
+
+
+async def _connect_replicas(
     engine: Router, startup: StartupSettings, link: socket.socket, endpoint: socket.socket
 ) -> list[asyncio.Task[None]]:
-    """Rank 0's socket, and those of other replicas' leaders once they have connected."""
-    interval = startup.config.server.stream_interval
-    first = await _client(link, engine.observers[0], interval)
-    listening = [asyncio.create_task(first.listen())]
+    """The leaders of all replicas, once they have connected; `link` is the coordinator's."""
+    listening = asyncio.create_task(_listen_to_coordinator(engine, link))
     acceptor = LeaderAcceptor(endpoint, startup.auth_token)
-    waiting = asyncio.create_task(asyncio.to_thread(acceptor.accept, len(engine.observers) - 1))
-    await asyncio.wait([waiting, asyncio.create_task(first.ended.wait())], return_when=asyncio.FIRST_COMPLETED)
-    acceptor.close()  # the waiting thread must not keep the process alive after the engine died
+    waiting = asyncio.create_task(asyncio.to_thread(acceptor.accept, len(engine.observers)))
+    await asyncio.wait([waiting, listening], return_when=asyncio.FIRST_COMPLETED)
+    acceptor.close()  # the waiting thread must not keep the process alive after the job has ended
     connections = await waiting
-    others = [await _client(connections[index], engine.observers[index], interval) for index in sorted(connections)]
-    listening += [asyncio.create_task(client.listen()) for client in others]
-    return listening + engine.join([first, *others])
+    return [listening] if listening.done() else [listening, *await _connect(engine, startup, connections)]
+
+
+async def _listen_to_coordinator(engine: Router, link: socket.socket) -> None:
+    """Take the coordinator's news of replicas until it ends, and the job with it."""
+    reader, _ = await asyncio.open_connection(sock=link)
+    frames: FrameReader[FromCoordinator] = FrameReader(FromCoordinator)
+    with contextlib.suppress(ConnectionError):  # the process is gone
+        while data := await reader.read(READ_BYTES):
+            for message in frames.feed(data):
+                if isinstance(message, ReplicaLost):
+                    engine.lose(message.index, message.reason)
+                else:
+                    engine.die(message.reason)
+    engine.die("the coordinator's process ended")
 
 
 async def _client(connection: socket.socket, observer: Observer, stream_interval: int) -> EngineClient:

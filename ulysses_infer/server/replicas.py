@@ -1,7 +1,7 @@
 """Replicas of one job: rank assignment, rendezvous, and the connection of each leader to the HTTP process.
 
-A replica is a torch world of its own: its ranks meet in a part of the job's store that others do not see, so nothing
-of the engine has to know of the rest of the job.
+A replica is a torch world of its own: its ranks meet in a store of their leader, so nothing of the engine has to know
+of the rest of the job, and no replica needs another once it is up.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 from ulysses_infer.config import Config
+from ulysses_infer.host import ranks_on_this_host
 from ulysses_infer.job.watchdog import Address
 from ulysses_infer.model.sampling.seeds import derive_seed
 from ulysses_infer.parallel.groups import Rendezvous
@@ -29,7 +30,7 @@ TOKEN_BYTES = 16
 
 
 class LeaderEndpoint(NamedTuple):
-    """Where the HTTP process accepts the leaders of other replicas, and the token that authenticates them."""
+    """Where the HTTP process accepts the leaders of several replicas, and the token that authenticates them."""
 
     host: str
     port: int
@@ -95,6 +96,21 @@ def make_endpoint(host: str) -> tuple[socket.socket, LeaderEndpoint]:
     return listener, LeaderEndpoint(address, port, secrets.token_bytes(TOKEN_BYTES))
 
 
+def rendezvous_host() -> str:
+    """The address at which the other ranks reach this host, which has rank 0."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return "127.0.0.1" if ranks_on_this_host(world_size) == world_size else os.environ["MASTER_ADDR"]
+
+
+def _own_address(peer: str) -> str:
+    """The address of this host on the network of `peer`. Sends nothing."""
+    family, kind, protocol, _, address = socket.getaddrinfo(peer, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        own: str = probe.getsockname()[0]
+        return own
+
+
 def _receive(connection: socket.socket, count: int) -> bytes:
     received = b""
     while len(received) < count and (data := connection.recv(count - len(received))):
@@ -111,7 +127,7 @@ def _config_of_replica(config: Config, index: int) -> Config:
 
 
 class StartupInfo(NamedTuple):
-    """What rank 0 of the job sends to the leaders of the other replicas."""
+    """What the coordinator of the job sends to the leaders of the replicas."""
 
     watchdog: Address
     endpoint: LeaderEndpoint
@@ -155,17 +171,23 @@ class Replica:
         return None if self.store is None else self._meet
 
     def _meet(self) -> Rendezvous:
-        from torch.distributed import PrefixStore
+        from torch.distributed import TCPStore
 
-        size = self.config.parallel.world_size
-        return Rendezvous(PrefixStore(f"replica-{self.index}", self.store), self.rank, size)
+        key, timeout = f"replica-{self.index}", timedelta(seconds=STORE_SECONDS)
+        if self.rank == 0:
+            host = _own_address(os.environ["MASTER_ADDR"])
+            store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            self.store.set(key, f"{host} {store.port}")
+        else:
+            host, port = self.store.get(key).decode().split()
+            store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+        return Rendezvous(store, self.rank, self.config.parallel.world_size)
 
     def publish(self, startup_info: StartupInfo) -> None:
-        """On rank 0 of the job: publish the startup info to the other leaders."""
-        if self.store is not None:
-            self.store.set("startup_info", pickle.dumps(startup_info))
+        """On rank 0 of the job: publish the startup info to all leaders."""
+        self.store.set("startup_info", pickle.dumps(startup_info))
 
     def receive(self) -> StartupInfo:
-        """On another leader: wait for the startup info that rank 0 publishes."""
+        """On a leader: wait for the startup info that rank 0 publishes."""
         startup_info: StartupInfo = pickle.loads(self.store.get("startup_info"))
         return startup_info

@@ -1,12 +1,14 @@
 """The `serve` command on every rank.
 
 With several replicas each has a leader of its own, whose plans its other ranks run; all are served by one HTTP process.
+Then every rank is a child of the process that was launched, and rank 0's parent coordinates the job: a replica can end
+without the others.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import pickle
 import threading
 import time
 from contextlib import ExitStack
@@ -20,17 +22,19 @@ from ulysses_infer.console.screen import make_console
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.operations import warm_up
 from ulysses_infer.errors import RequestError, failure_reason, is_lost_connection
-from ulysses_infer.host import ranks_on_this_host
 from ulysses_infer.job.follower import serve_until_shutdown
+from ulysses_infer.job.kept_rank import KeptRank, fork_rank, keep_place
 from ulysses_infer.job.lifetime import Guard
 from ulysses_infer.job.prompt_reader import make_prompt_reader
 from ulysses_infer.job.start_rank import finish_start, start_rank
-from ulysses_infer.job.watchdog import Address, WatchdogClient, WatchdogServer
+from ulysses_infer.job.watchdog import Address, WatchdogClient
+from ulysses_infer.job.watchdog_server import WatchdogServer
+from ulysses_infer.server.coordinator import DEAD_SECONDS, LEAVE_SECONDS, SIGNAL_SECONDS, STOP_SECONDS, coordinate
 from ulysses_infer.server.engine_loop import EngineLoop, describe_engine
 from ulysses_infer.server.link import Link
 from ulysses_infer.server.messages import Dead
-from ulysses_infer.server.process import StartupSettings, bind, check, http_process, url_of
-from ulysses_infer.server.replicas import Replica, StartupInfo, make_endpoint
+from ulysses_infer.server.process import StartupSettings, announce, bind, check, http_process, url_of
+from ulysses_infer.server.replicas import Replica, rendezvous_host
 from ulysses_infer.text.prompts import load_tokenizer
 from ulysses_infer.worker.channel import SHUTDOWN
 from ulysses_infer.worker.memory import freeze_gc
@@ -38,23 +42,49 @@ from ulysses_infer.worker.rank import Rank
 
 logger = logging.getLogger(__name__)
 
-STOP_SECONDS = 3.0  # for a server told to stop at once, before it is killed
-LEAVE_SECONDS = 10.0  # for the HTTP process to close its connections
-# signals within this interval count as one: launchers repeat a signal that the whole process group got
-SIGNAL_SECONDS = 1.0
 WATCHDOG_SECONDS = 2.0  # for rank 0 to report why a connection broke
 TIMEOUT_MARGIN = 5.0  # the watchdog must fire before the collectives' own timeout: its error names the lost rank
 
 
 def run(config: Config, rank: int, guard: Guard) -> None:
     """Serve until a signal or an administrator ends it. Collective. Raises `UlyssesError`s with one-line messages."""
+    if config.parallel.dp > 1:
+        run_replicas(config, rank, guard)
+        return
+    guard.start()
     replica = Replica.of(config, rank)
     if rank == 0:
         run_rank_0(config, replica, guard)
-    elif replica.rank == 0:
-        run_leader(replica, rank, guard)
     else:
         run_follower(replica, rank, guard)
+
+
+def run_replicas(config: Config, rank: int, guard: Guard) -> None:
+    """Fork: the parent keeps the place of the rank, or coordinates; the child is the rank."""
+    kept = fork_rank(guard)
+    if isinstance(kept, KeptRank):
+        run_kept_rank(config, kept, rank, guard)
+    elif rank == 0:
+        coordinate(config, kept, guard)
+    else:
+        server, index = config.server, rank // config.parallel.world_size
+        limit = server.shutdown_timeout + LEAVE_SECONDS
+        raise SystemExit(keep_place(kept, guard, f"the keeper of rank {rank}", index, server.heartbeat_timeout, limit))
+
+
+def run_kept_rank(config: Config, kept: KeptRank, rank: int, guard: Guard) -> None:
+    """A rank of one of several replicas."""
+    guard.start()
+    startup_info = kept.receive() if rank == 0 else b""
+    if rank == 0 and not startup_info:
+        raise SystemExit(1)  # the coordinator could not start and has reported why
+    replica = Replica.of(config, rank)
+    if rank == 0:
+        replica.publish(pickle.loads(startup_info))
+    if replica.rank == 0:
+        run_leader(replica, rank, kept, guard)
+    else:
+        run_follower(replica, rank, guard, kept)
 
 
 # -- rank 0 ------------------------------------------------------------------------------------------------------
@@ -68,19 +98,15 @@ def run_rank_0(config: Config, replica: Replica, guard: Guard) -> None:
     url = url_of(listener, config.server)
     print_config(console, "serve", config)
     with ExitStack() as stack:
-        watchdog = WatchdogServer(_rendezvous_host(), config.server.heartbeat_timeout, config.runtime.step_timeout)
-        entrance, endpoint = make_endpoint(_rendezvous_host())
-        process = stack.enter_context(
-            http_process(StartupSettings(config, watchdog.address, endpoint.auth_token), listener, entrance)
-        )
+        watchdog = WatchdogServer(rendezvous_host(), config.server.heartbeat_timeout, config.runtime.step_timeout)
+        process = stack.enter_context(http_process(StartupSettings(config, watchdog.address), listener))
         link = Link(process.connection)
-        watchdog.on_end = lambda reason: _send_dead(link, reason)
-        replica.publish(StartupInfo(watchdog.address, endpoint))
+        watchdog.on_end = lambda reason: link.send_last(Dead(reason), DEAD_SECONDS)
         rank, engine, weight_bytes = _start(replica, watchdog.address, console)
         loop = EngineLoop(engine, link, watchdog, config.server)
         signals = Signals(loop, watchdog, guard)
         guard.take_over(signals.take, signals.take_orphaned)
-        _announce(console, config, url)
+        announce(console, config, url)
         loop.run(describe_engine(engine, weight_bytes, loop.state()))
         _end(rank)
         watchdog.leave(STOP_SECONDS)
@@ -111,23 +137,6 @@ def _start(replica: Replica, watchdog: Address, console: Console) -> tuple[Rank,
     freeze_gc()
     console.print(Text(f"  loaded in {time.monotonic() - started:.1f} s, every mode tried", style="dim"))
     return rank, engine, weight_bytes
-
-
-def _rendezvous_host() -> str:
-    """The address at which the other ranks reach this host."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return "127.0.0.1" if ranks_on_this_host(world_size) == world_size else os.environ["MASTER_ADDR"]
-
-
-def _send_dead(link: Link, reason: str) -> None:
-    link.send(Dead(reason))
-    link.flush(STOP_SECONDS / 10)
-
-
-def _announce(console: Console, config: Config, url: str) -> None:
-    name = config.served_model_name
-    pages = "/v1, /docs, /dashboard" if config.server.dashboard else "/v1, /docs"
-    console.print(Text.assemble("  serving ", (name, "bold"), " on ", (url, "bold"), f"  ({pages})"))
 
 
 def _end(rank: Rank) -> None:
@@ -177,29 +186,38 @@ class Signals:
 # -- every other rank --------------------------------------------------------------------------------------------
 
 
-def run_leader(replica: Replica, rank: int, guard: Guard) -> None:
-    """The leader of another replica: like rank 0, but connected to an HTTP process that runs elsewhere."""
+def run_leader(replica: Replica, rank: int, kept: KeptRank, guard: Guard) -> None:
+    """The leader of one of several replicas: like rank 0, but connected to an HTTP process that runs elsewhere."""
     startup_info, server = replica.receive(), replica.config.server
     started, engine, weight_bytes = _start(replica, startup_info.watchdog, make_console(rank))
     limit = replica.config.runtime.step_timeout
+    link = Link(startup_info.endpoint.connect(replica.index))
     watchdog_client = WatchdogClient(
-        startup_info.watchdog, f"rank {rank}", server.heartbeat_timeout, step_timeout=limit
+        startup_info.watchdog, f"rank {rank}", server.heartbeat_timeout, step_timeout=limit, replica=replica.index
     )
-    loop = EngineLoop(engine, Link(startup_info.endpoint.connect(replica.index)), watchdog_client, server)
+    loop = EngineLoop(engine, link, watchdog_client, server)
+    watchdog_client.on_drain = loop.drain
     signals = FollowerSignals(server, rank, watchdog_client, guard)
     guard.take_over(signals.take, signals.take_orphaned)
+    kept.report_serving(startup_info.watchdog)
     loop.run(describe_engine(engine, weight_bytes, loop.state()))
     _end(started)
     watchdog_client.leave()
 
 
-def run_follower(replica: Replica, rank: int, guard: Guard) -> None:
-    """Any other rank: run its leader's plans until the leader sends the end. Raises what failed here."""
+def run_follower(replica: Replica, rank: int, guard: Guard, kept: KeptRank | None = None) -> None:
+    """Any other rank: run its leader's plans until the leader sends the end. Raises what failed here.
+
+    kept: for a rank of one of several replicas.
+    """
     config = replica.config
     started = start_rank(config, rendezvous=replica.meeting)
     finish_start(started, config, lambda: None)
     address = started.channel.gather(None)[0]
-    watchdog_client = WatchdogClient(address, f"rank {rank}", config.server.heartbeat_timeout)
+    index = None if kept is None else replica.index
+    watchdog_client = WatchdogClient(address, f"rank {rank}", config.server.heartbeat_timeout, replica=index)
+    if kept is not None:
+        kept.report_serving(address)
     started.groups.limit_waits(config.runtime.step_timeout + TIMEOUT_MARGIN)
     signals = FollowerSignals(config.server, rank, watchdog_client, guard)
     guard.take_over(signals.take, signals.take_orphaned)

@@ -77,7 +77,8 @@ def test_a_dead_engine_is_reported_to_waiting_and_to_new_requests(texts: Texts) 
         assert "rank 1 was killed" in json.loads(error)["error"]["message"]
         assert done == "[DONE]"
         health = server.get("/health")
-        assert (health.status_code, health.json()) == (503, {"status": "dead", "reason": "rank 1 was killed"})
+        died = {"status": "dead", "reason": "rank 1 was killed", "dead_replicas": []}
+        assert (health.status_code, health.json()) == (503, died)
         for path, body in (("/v1/completions", BODY), ("/v1/chat/completions", CHAT), ("/tokenize", {"prompt": "a"})):
             assert server.post(path, body).status_code == 503
         assert server.get("/v1/models").status_code == 200

@@ -29,7 +29,7 @@ def test_a_served_name_may_have_slashes(texts: Texts) -> None:
 
 
 def test_probes_and_version(server: Served) -> None:
-    assert server.get("/health").json() == {"status": "ready", "reason": None}
+    assert server.get("/health").json() == {"status": "ready", "reason": None, "dead_replicas": []}
     assert server.get("/ready").status_code == 200
     assert server.http.head("/health").status_code == 200
     assert server.get("/version").json() == {"version": __version__}

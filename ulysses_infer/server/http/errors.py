@@ -10,7 +10,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError, first_line
+from ulysses_infer.errors import EngineDeadError, OverloadedError, ReplicaLostError, RequestError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error))
         case OverloadedError():
             headers = {"Retry-After": str(RETRY_SECONDS)}
-            return ApiError(503, str(error), "service_unavailable", code="overloaded", headers=headers)
+            code = "replica_lost" if isinstance(error, ReplicaLostError) else "overloaded"
+            return ApiError(503, str(error), "service_unavailable", code=code, headers=headers)
         case EngineDeadError():
             return ApiError(503, f"the engine is dead: {error}", "service_unavailable", code="engine_dead")
         case HTTPException():

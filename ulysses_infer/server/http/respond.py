@@ -13,6 +13,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ulysses_infer.errors import ReplicaLostError
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.disconnect import until_disconnect
@@ -57,17 +58,26 @@ class Run(Generic[W]):
     """One request on the engine, and the writer of its response."""
 
     def __init__(self, context: AppContext, prepared: PreparedRequest[W]) -> None:
-        self._context, self._generation = context, prepared.generation
+        self._context, self._prepared, self._generation = context, prepared, prepared.generation
+        self._begin()
+
+    def _begin(self) -> None:
+        context, prepared = self._context, self._prepared
         eos_token_ids = context.engine_info().eos_token_ids
         self.outputs = Outputs(context.texts, prepared.generation, eos_token_ids, prepared.keeps_tokens)
         self.writer: W = prepared.new_writer(self.outputs)
 
     async def whole(self) -> dict[str, Any]:
-        """The response, after the request has ended."""
-        async with aclosing(self._batches()) as batches:
-            async for _ in batches:
-                pass
-        return self.writer.whole()
+        """The response, after the request has ended. Of a replica that dies nothing was sent: another one begins
+        again."""
+        while True:
+            try:
+                async with aclosing(self._batches()) as batches:
+                    async for _ in batches:
+                        pass
+                return self.writer.whole()
+            except ReplicaLostError:
+                self._begin()
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The events of the response, as tokens arrive."""

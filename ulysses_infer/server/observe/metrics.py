@@ -144,6 +144,10 @@ class Metrics:
         """The engine is ready, or dead."""
         self._engine.up.set(is_up)
 
+    def on_dead_replicas(self, count: int) -> None:
+        """This many replicas are dead while others serve."""
+        self._engine.dead_replicas.set(count)
+
     def on_state(self, state: EngineState) -> None:
         """The engine's current load."""
         self._engine.take(state)
@@ -272,6 +276,7 @@ class _EngineMetrics:
 
     def __init__(self, metrics: Metrics) -> None:
         self.up = metrics.gauge("engine_up", "1 while the engine can answer, 0 while it loads or is dead.")
+        self.dead_replicas = metrics.gauge("num_dead_replicas", "Replicas that are dead while others serve.")
         self.running = metrics.gauge("num_requests_running", "Requests in steps.")
         self.waiting = metrics.gauge("num_requests_waiting", "Requests that wait for a place.")
         self.cache_usage = metrics.gauge("kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ulysses_infer.config import Config
-from ulysses_infer.server.client import DEAD, DRAINING, READY, STARTING, RequestRecord
+from ulysses_infer.server.client import DEAD, DEGRADED, DRAINING, READY, STARTING, RequestRecord
 from ulysses_infer.server.messages import EngineState, Ready, StepReport
 from ulysses_infer.server.observe.dashboard import Dashboard
 from ulysses_infer.server.observe.history import History
@@ -44,6 +44,7 @@ class Observatory:
         self._started = clock()
         self._info: Ready | None = None
         self._status, self._reason = STARTING, ""
+        self._dead_replicas: dict[int, str] = {}
         self._drain_deadline: float | None = None
         self._num_reported: dict[str, int] = {}  # output tokens of each running request that were counted
 
@@ -70,8 +71,9 @@ class Observatory:
         now = self._clock()
         return {
             "model": self.model_name,
-            "status": self._status,
+            "status": DEGRADED if self._status == READY and self._dead_replicas else self._status,
             "reason": self._reason,
+            "dead_replicas": [{"replica": index, "reason": why} for index, why in self._dead_replicas.items()],
             "uptime": now - self._started,
             "drain_seconds": None if self._drain_deadline is None else max(0.0, self._drain_deadline - now),
             "engine": self._engine(),
@@ -136,6 +138,11 @@ class Observatory:
         """The server accepts no more requests; running ones have until `deadline` (monotonic clock)."""
         if self._status != DEAD:
             self._status, self._drain_deadline = DRAINING, deadline
+
+    def on_replica_dead(self, dead: Mapping[int, str]) -> None:
+        """Another replica is dead while others serve. dead: why each dead one is, by its index."""
+        self._dead_replicas = dict(dead)
+        self._metrics.on_dead_replicas(len(dead))
 
     def on_dead(self, reason: str) -> None:
         """The engine is dead."""

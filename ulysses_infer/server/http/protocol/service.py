@@ -29,11 +29,19 @@ class ModelList(ResponseBody):
     data: list[ModelCard]
 
 
+class DeadReplica(ResponseBody):
+    """A replica that is dead while others serve."""
+
+    replica: int = Field(description="Its index.")
+    reason: str = Field(description="Why it is dead.")
+
+
 class Health(ResponseBody):
     """The engine's health."""
 
-    status: str = Field(description="starting, ready, draining or dead.")
+    status: str = Field(description="starting, ready, degraded (some replicas are dead), draining or dead.")
     reason: str | None = Field(description="Why the engine is dead.")
+    dead_replicas: list[DeadReplica] = Field(description="Replicas that are dead while others serve.")
 
 
 class Load(ResponseBody):

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from ulysses_infer.config.reference import resolved_yaml
-from ulysses_infer.server.client import DRAINING, READY
+from ulysses_infer.server.client import DEGRADED, DRAINING, READY
 from ulysses_infer.server.http.context import AppContext, context_of
 from ulysses_infer.server.http.errors import JSON, ApiError
 from ulysses_infer.server.http.openapi import answers, described, parameter
@@ -27,14 +27,14 @@ DEFAULT_SECONDS = 120.0
 
 @router.get("/health", responses=answers(Health) | described(503, "The engine is starting or dead.", Health))
 async def health(request: Request) -> Response:
-    """Whether the engine is alive; a draining server is healthy."""
-    return _status(context_of(request), READY, DRAINING)
+    """Whether the engine is alive; so is a draining server, and a degraded one: some replicas are dead."""
+    return _status(context_of(request), READY, DEGRADED, DRAINING)
 
 
 @router.get("/ready", responses=answers(Health) | described(503, "It takes no requests now.", Health))
 async def ready(request: Request) -> Response:
     """Whether requests are accepted: every rank has run a forward pass, and the server does not drain."""
-    return _status(context_of(request), READY)
+    return _status(context_of(request), READY, DEGRADED)
 
 
 @router.get("/version", responses=answers(Version))
@@ -47,7 +47,7 @@ async def version() -> Response:
 @router.post("/ping", responses=answers(Health) | described(503, "The engine is starting or dead.", Health))
 async def ping(request: Request) -> Response:
     """The same as /health, under the name that SageMaker asks for."""
-    return _status(context_of(request), READY, DRAINING)
+    return _status(context_of(request), READY, DEGRADED, DRAINING)
 
 
 @router.get("/load", responses=answers(Load))
@@ -105,7 +105,8 @@ router.add_api_route("/ready", ready, methods=["HEAD"], include_in_schema=False)
 
 def _status(context: AppContext, *good: str) -> Response:
     client = context.client
-    body = msgspec.json.encode({"status": client.status, "reason": client.death or None})
+    dead = [{"replica": index, "reason": reason} for index, reason in client.dead_replicas.items()]
+    body = msgspec.json.encode({"status": client.status, "reason": client.death or None, "dead_replicas": dead})
     return Response(body, 200 if client.status in good else 503, media_type=JSON)
 
 

@@ -150,8 +150,12 @@ function showPolicy({ modes, state: { policy } }) {
   byId("policy-settings").replaceChildren(...pairs);
 }
 
-const statusWords = { starting: "starting", ready: "ready", draining: "draining", dead: "dead", lost: "connection lost",
+const statusWords = { starting: "starting", ready: "ready", degraded: "degraded", draining: "draining", dead: "dead", lost: "connection lost",
   locked: "key required", connecting: "connecting" };
+
+function deadReplicas(data) {
+  return data.dead_replicas.map(({ replica, reason }) => `Replica ${replica}: ${reason}.`).join(" ");
+}
 
 function showStatus(status, data) {
   byId("status").dataset.status = status;
@@ -161,13 +165,14 @@ function showStatus(status, data) {
   document.body.classList.toggle("locked", status === "locked" && !data);
   const notices = {
     dead: ["The engine is dead. ", data && data.reason],
+    degraded: ["Replicas are dead; the others serve. ", data && deadReplicas(data)],
     lost: ["The server does not respond. ", "The page shows the last received data and retries every second."],
     locked: ["This server requires a key. ", "Enter it in the field below to see the data."],
     draining: ["The server is shutting down. ", "It completes running requests and rejects new ones."],
   };
   const notice = notices[status];
   byId("notice").hidden = !notice;
-  byId("notice").dataset.tone = status === "draining" || status === "locked" ? "warn" : "bad";
+  byId("notice").dataset.tone = ["degraded", "draining", "locked"].includes(status) ? "warn" : "bad";
   byId("notice").replaceChildren(...(notice ? [element("b", { textContent: notice[0] }), notice[1] || ""] : []));
 }
 
