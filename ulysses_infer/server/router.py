@@ -15,6 +15,7 @@ from ulysses_infer.server.client import DEAD, DEGRADED, DRAINING, READY, STARTIN
 from ulysses_infer.server.messages import (
     EngineState,
     NewToken,
+    OffloadCounts,
     Ready,
     SnapshotCounts,
     SpeculationCounts,
@@ -329,6 +330,7 @@ def _combined(states: list[EngineState], living: list[EngineState] | None = None
         expert_tokens=[tokens for state in states for tokens in state.expert_tokens],
         snapshots=_combined_snapshots([state.snapshots for state in states if state.snapshots is not None]),
         speculation=_combined_drafts([state.speculation for state in states if state.speculation is not None]),
+        offload=_combined_offload([state.offload for state in states if state.offload is not None]),
     )
 
 
@@ -337,6 +339,19 @@ def _combined_snapshots(counts: list[SnapshotCounts]) -> SnapshotCounts | None:
         return None
     held, slots = sum(each.num_held for each in counts), sum(each.num_slots for each in counts)
     return SnapshotCounts(held, slots, sum(each.num_hits for each in counts), counts[0].num_bytes_each)
+
+
+def _combined_offload(counts: list[OffloadCounts]) -> OffloadCounts | None:
+    if not counts:
+        return None
+    return OffloadCounts(
+        sum(each.num_queries for each in counts),
+        sum(each.num_hits for each in counts),
+        sum(each.stored_bytes for each in counts),
+        sum(each.loaded_bytes for each in counts),
+        sum(each.host_usage for each in counts) / len(counts),
+        sum(each.disk_usage for each in counts) / len(counts),
+    )
 
 
 def _combined_drafts(counts: list[SpeculationCounts]) -> SpeculationCounts | None:
