@@ -27,6 +27,7 @@ from ulysses_infer.job.processes import (
     hand_over_weights,
     is_launched,
 )
+from ulysses_infer.job.profiling import check_profile, new_trace, start_profile, stop_profile
 from ulysses_infer.job.prompt_reader import make_prompt_reader
 from ulysses_infer.job.start_rank import finish_start, start_rank
 from ulysses_infer.job.weights import sleep, update_weights, wake_up
@@ -354,6 +355,18 @@ class InferenceEngine(MultiRankEngine):
         if self._on_rank_0(lambda engine: engine.sleep.level):
             self._on_all_ranks(wake_up)
             self._on_rank_0(operations.wake_up)
+
+    def start_profile(self) -> None:
+        """Record a trace of torch's profiler on every rank, to `runtime.profile_folder`, until `stop_profile`.
+
+        Raises `RequestError` if no folder is set or a trace is being recorded.
+        """
+        self._on_all_ranks(start_profile, *self._on_rank_0(new_trace))
+
+    def stop_profile(self) -> None:
+        """Write the trace. Raises `RequestError` if none is being recorded."""
+        self._on_rank_0(check_profile)
+        self._on_all_ranks(stop_profile)
 
     def __enter__(self) -> InferenceEngine:
         return self

@@ -41,6 +41,14 @@ class LLM:
         """The sampling parameters of prompts that come without any: the model's own recommendation."""
         return self.engine.default_sampling_params()
 
+    def start_profile(self) -> None:
+        """Record a trace on every rank; see `InferenceEngine.start_profile`."""
+        self.engine.start_profile()
+
+    def stop_profile(self) -> None:
+        """Write the trace."""
+        self.engine.stop_profile()
+
     def shutdown(self) -> None:
         """Stop the engine and its processes."""
         self.engine.shutdown()

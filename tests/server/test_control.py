@@ -248,3 +248,14 @@ def test_an_engine_sleeps_and_wakes_up(engine):
             assert tokens_of(await collect(client, "c", SHORT)) == before
 
     asyncio.run(case())
+
+
+def test_a_trace_without_a_folder_is_refused(engine):
+    async def case():
+        async with served(engine) as (client, _, _, _):
+            with pytest.raises(RequestError, match=r"runtime.profile_folder is not set; start with"):
+                await client.call("start_profile")
+            with pytest.raises(RequestError, match="no trace is being recorded"):
+                await client.call("stop_profile")
+
+    asyncio.run(case())

@@ -12,6 +12,7 @@ from ulysses_infer.engine.policies import POLICIES, policy_settings
 from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.server.adapters import AdapterCommands
 from ulysses_infer.server.control import Control
+from ulysses_infer.server.profiles import ProfileCommands
 
 CONTROLS = (
     "pause",
@@ -39,7 +40,7 @@ class Commands:
         control: Control,
     ) -> None:
         self._engine, self._drain, self._report_aborted = engine, drain, report_aborted
-        adapters = AdapterCommands(engine)
+        adapters, profiles = AdapterCommands(engine), ProfileCommands(engine)
         self._known: Mapping[str, Callable[..., Any]] = {
             "get_policy": self.get_policy,
             "set_policy": self.set_policy,
@@ -51,6 +52,8 @@ class Commands:
             **{name: getattr(control, name) for name in CONTROLS},
             "load_lora_adapter": adapters.load_lora_adapter,
             "unload_lora_adapter": adapters.unload_lora_adapter,
+            "start_profile": profiles.start_profile,
+            "stop_profile": profiles.stop_profile,
         }
 
     def run(self, name: str, arguments: Mapping[str, Any]) -> Any:

@@ -38,6 +38,8 @@ EVERYWHERE = (
     "wake_up",
     "load_lora_adapter",
     "unload_lora_adapter",
+    "start_profile",
+    "stop_profile",
 )
 """Commands for all replicas at the same time: some wait for each other."""
 

@@ -20,6 +20,7 @@ from ulysses_infer.worker.drafting.drafter import Drafter
 from ulysses_infer.worker.eager import EagerRunner
 from ulysses_infer.worker.next_tokens import NextTokenBuffer
 from ulysses_infer.worker.offload.mover import BlockMover
+from ulysses_infer.worker.profiler import Profiler
 from ulysses_infer.worker.state_slots import StateSlots
 from ulysses_infer.worker.step import Step, StepObserver, StepRunner
 from ulysses_infer.worker.step_context import StepContextBuilder
@@ -65,6 +66,9 @@ class Worker:
         self.offload: BlockMover | None = None
         """This rank's part of the tier below the cache; None without."""
 
+        self.profiler = Profiler()
+        """Traces of this rank's steps."""
+
         self.observer: StepObserver | None = None
         """Told of every step; None: nothing."""
 
@@ -98,7 +102,8 @@ class Worker:
         if self._state_slots is not None:
             self._state_slots.prepare(plan, step.arrays)
         runner = self._runner_for(plan)
-        result = runner.run(step, finish)
+        with self.profiler.annotated(plan):
+            result = runner.run(step, finish)
         if self.observer is not None:
             self.observer.observe(step, runner.num_rows(plan))
         if self._state_slots is not None:

@@ -81,6 +81,8 @@ OPERATIONS = [
     "POST /wake_up",
     "GET /is_sleeping",
     "POST /reset_prefix_cache",
+    "POST /start_profile",
+    "POST /stop_profile",
 ]
 REPLIES = {
     "abort_all": {"aborted": []},

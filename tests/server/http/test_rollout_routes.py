@@ -20,6 +20,8 @@ ADMIN = {"Authorization": "Bearer admin-key"}
         ("/resume", None, "resume", {}),
         ("/sleep?level=2", None, "sleep", {"level": 2}),
         ("/wake_up", None, "wake_up", {}),
+        ("/start_profile", None, "start_profile", {}),
+        ("/stop_profile", None, "stop_profile", {}),
         ("/start_weight_update", None, "start_weight_update", {}),
         ("/finish_weight_update", None, "finish_weight_update", {"weight_version": None}),
         ("/finish_weight_update", {"weight_version": "7"}, "finish_weight_update", {"weight_version": "7"}),

@@ -23,6 +23,7 @@ from ulysses_infer.server.http.routes import (
     health,
     messages,
     openai,
+    profiles,
     responses,
     rollout,
     tokens,
@@ -50,6 +51,7 @@ def make_app(context: AppContext) -> FastAPI:
         admin.router,
         rollout.router,
         adapters.router,
+        profiles.router,
         vectors.router,
     ):
         app.include_router(router)

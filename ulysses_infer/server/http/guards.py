@@ -24,7 +24,9 @@ ADMIN_PATHS = frozenset(
         "/reset_prefix_cache",
         "/resume",
         "/sleep",
+        "/start_profile",
         "/start_weight_update",
+        "/stop_profile",
         "/update_weight_version",
         "/update_weights",
         "/v1/load_lora_adapter",
@@ -33,7 +35,7 @@ ADMIN_PATHS = frozenset(
         "/weight_info",
     }
 )
-"""Routes for reinforcement learning and for LoRA adapters, under vLLM's names."""
+"""Routes for reinforcement learning, LoRA adapters and traces, under vLLM's names."""
 
 
 def is_administrative(path: str) -> bool:
