@@ -326,8 +326,8 @@ class RuntimeConfig:
         True, help="On a CPU, pin each rank to its own share of the host's cores, if there are enough for all ranks."
     )
     profile_folder: str | None = option(
-        help="Folder for traces of torch's profiler, one file per rank (/start_profile, /stop_profile); null: none can be "
-        "recorded."
+        help="Folder for traces of torch's profiler, one file per rank (/start_profile, /stop_profile); null: none can "
+        "be recorded."
     )
     debug: bool = option(False, help="Verify the digest of every step plan on all ranks.")
     step_timeout: float = option(300.0, above=0, help="Seconds after which a step is considered hung.")
