@@ -121,8 +121,9 @@ async def routed(count):
         task.cancel()
 
 
-async def collect(router, name, num_tokens=10):
-    return [token async for batch in router.generate(Submit(name, [5] * num_tokens, {})) for token in batch]
+async def collect(router, name, num_tokens=10, key=""):
+    request = Submit(name, [5] * num_tokens, {}, cache_key=key)
+    return [token async for batch in router.generate(request) for token in batch]
 
 
 async def until(condition):
@@ -145,6 +146,38 @@ def test_requests_go_to_the_least_loaded_replica():
             return got
 
     assert asyncio.run(case()) == [["r0"], ["r1", "r3"], ["r2", "r4"]]
+
+
+def test_requests_of_one_cache_key_go_to_the_same_replica_and_a_death_moves_its_keys_only():
+    async def places(router, replicas):
+        """The replica of each key, in two rounds."""
+        for replica in replicas:
+            replica.received.clear()
+        names = [(f"{key} {round}", key) for key in "abcdefghijklmnopqrst" for round in (1, 2)]
+        tasks = [asyncio.create_task(collect(router, name, 500, key)) for name, key in names]
+        await until(lambda: sum(len(replica.received_of(Submit)) for replica in replicas) == len(names))
+        found = {}
+        for index, replica in enumerate(replicas):
+            for message in replica.received_of(Submit):
+                found.setdefault(message.cache_key, set()).add(index)
+                replica.finish(message.request_id)
+        await asyncio.gather(*tasks)
+        assert all(len(each) == 1 for each in found.values())
+        return {key: each.pop() for key, each in found.items()}
+
+    async def case():
+        async with routed(3) as (router, _, replicas):
+            before = await places(router, replicas)
+            assert set(before.values()) == {0, 1, 2}
+            replicas[1].send(Dead("gone"))
+            await until(lambda: router.status == "degraded")
+            after = await places(router, replicas)
+            assert {key: place for key, place in after.items() if before[key] != 1} == {
+                key: place for key, place in before.items() if place != 1
+            }
+            assert set(after.values()) == {0, 2}
+
+    asyncio.run(case())
 
 
 def test_the_states_of_all_replicas_are_merged():

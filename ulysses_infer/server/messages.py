@@ -22,6 +22,8 @@ class Submit(msgspec.Struct, tag=True, array_like=True):
     cache_salt: str = ""
     adapter: str | None = None
     """Name of a LoRA adapter."""
+    cache_key: str = ""
+    """Requests of one key run on the same replica, if it is not empty."""
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True):

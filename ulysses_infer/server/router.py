@@ -1,9 +1,13 @@
-"""Routes each request to the replica with the least outstanding work; goes on without those that are dead."""
+"""Routes each request to the replica with the least outstanding work, or to that of its cache key.
+
+Goes on without replicas that are dead.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -130,13 +134,13 @@ class Router:
         return sum(client.num_requests for client in self.clients)
 
     async def generate(self, request: Submit, num_sequences: int = 1) -> AsyncGenerator[list[NewToken]]:
-        """Complete a prompt on the least loaded replica; see `EngineClient.generate`.
+        """Complete a prompt on one replica; see `EngineClient.generate`.
 
         If that dies before the first token, another one runs the request; later, `ReplicaLostError` is raised.
         """
         has_tokens = False
         while True:
-            client = self._choose()
+            client = self._choose(request.cache_key)
             batches: Any = client.generate(request, num_sequences)
             try:
                 async with aclosing(batches):
@@ -152,11 +156,17 @@ class Router:
                         f"replica {self.clients.index(client)}, which ran the request, is dead: {error}; send it again"
                     ) from error
 
-    def _choose(self) -> EngineClient:
-        """The least loaded replica that takes requests; if none does, one that says why."""
+    def _choose(self, cache_key: str) -> EngineClient:
+        """The least loaded replica that takes requests, or that of the key; if none does, one that says why.
+
+        Each key orders the replicas in its own way and goes to the first that takes requests, so that the death of one
+        moves its own keys only (rendezvous hashing: Thaler and Ravishankar, 1996).
+        """
         if not self.clients and self._failure:
             raise EngineDeadError(self._failure)
         ready = [client for client in self.clients if client.status == READY]
+        if cache_key and ready:
+            return max(ready, key=lambda client: _affinity(cache_key, self.clients.index(client)))
         return min(ready or self.alive or self.clients, key=load)
 
     async def call(self, name: str, /, **arguments: Any) -> Any:
@@ -312,6 +322,11 @@ def load(client: EngineClient) -> tuple[int, float]:
     """A replica's load: prompts not computed yet and decoding sequences; then its cache usage as a tie-breaker."""
     usage = client.state.kv_cache_usage if client.state is not None else 0.0
     return client.outstanding_tokens(), usage
+
+
+def _affinity(cache_key: str, index: int) -> bytes:
+    """The replica with the greatest value is the first for the key."""
+    return hashlib.blake2b(f"{index} {cache_key}".encode(), digest_size=8).digest()
 
 
 def _combined(states: list[EngineState], living: list[EngineState] | None = None) -> EngineState:

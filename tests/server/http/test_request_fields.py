@@ -160,3 +160,13 @@ def test_a_request_may_bring_its_chat_template_if_the_option_allows_it(
     broken = server.post(path, {**CHAT, "chat_template": "{% for"})
     assert (broken.status_code, "chat template" in broken.json()["error"]["message"]) == (400, True)
     assert server.post(path, {**CHAT, "chat_template_kwargs": {"chat_template": "x"}}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT), ("/v1/responses", {"input": "a", "store": False})],
+)
+def test_the_cache_key_goes_with_the_request(server: Served, path: str, body: dict) -> None:
+    assert server.post(path, {**body, "prompt_cache_key": "key"}).status_code == 200
+    assert server.post(path, body).status_code == 200
+    assert [submit.cache_key for submit in server.engine.submits] == ["key", ""]

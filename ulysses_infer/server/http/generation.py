@@ -42,6 +42,7 @@ class Generation:
     priority: int = 0
     cache_salt: str = ""
     adapter: str | None = None
+    cache_key: str = ""
 
     @property
     def request_ids(self) -> list[str]:
@@ -55,7 +56,7 @@ class Generation:
         """One message to the engine per prompt."""
         params = self.params.as_computed().to_mapping()
         return [
-            Submit(name, prompt.token_ids, params, self.priority, self.cache_salt, self.adapter)
+            Submit(name, prompt.token_ids, params, self.priority, self.cache_salt, self.adapter, self.cache_key)
             for name, prompt in zip(self.request_ids, self.prompts, strict=True)
         ]
 

@@ -121,7 +121,9 @@ def generation_of(
     """The engine requests of an HTTP request, under a new id. Its model may be the name of an adapter."""
     name = f"{prefix}{body.request_id or uuid.uuid4().hex}"
     adapter = context.adapter_of(context.choose_model(body.model))
-    return Generation(name, prompts, params, body.priority or 0, body.cache_salt or "", adapter)
+    return Generation(
+        name, prompts, params, body.priority or 0, body.cache_salt or "", adapter, body.prompt_cache_key or ""
+    )
 
 
 def check_streaming(body: EngineFields) -> None:

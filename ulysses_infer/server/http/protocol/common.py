@@ -172,12 +172,14 @@ class EngineFields(SamplingFields):
         None, description="The same as structured_outputs.whitespace_pattern, for response_format and guided_json too."
     )
 
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = Field(
+        None, description="Requests of the same key run on the same replica, which may have cached their prompts."
+    )
     user: str | None = Field(None, description="Taken, without effect, as the next ones.")
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
 

@@ -166,11 +166,13 @@ class ResponsesRequest(Body):
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = Field(
+        None, description="Requests of the same key run on the same replica, which may have cached their prompts."
+    )
     max_tool_calls: int | None = Field(None, description="Taken, without effect, as the next ones.")
     user: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
-    prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
 

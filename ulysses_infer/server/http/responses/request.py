@@ -26,6 +26,7 @@ SAME = (
     "ignore_eos",
     "priority",
     "cache_salt",
+    "prompt_cache_key",
     "chat_template_kwargs",
     "parallel_tool_calls",
 )
