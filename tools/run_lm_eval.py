@@ -20,7 +20,7 @@ import json
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +90,21 @@ def _server_arguments(options: argparse.Namespace) -> str:
     )
 
 
-def evaluate(folder: str, model: str, arguments: str) -> dict[str, dict[str, float]]:
-    """Each task's metrics."""
+def evaluate(
+    folder: str, model: str, arguments: str, tasks: Sequence[str] = tuple(TASKS), **more: Any
+) -> dict[str, dict[str, float]]:
+    """Each task's metrics. more: arguments of lm-eval's `simple_evaluate`."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     results = lm_eval.simple_evaluate(
         model=model,
         model_args=arguments,
-        tasks=list(TASKS),
+        tasks=list(tasks),
         task_manager=TaskManager(include_path=folder),
         bootstrap_iters=0,
         verbosity="ERROR",
+        **more,
     )
     return {task: _numbers(values) for task, values in results["results"].items()}
 

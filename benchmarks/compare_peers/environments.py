@@ -49,7 +49,12 @@ def python_of(folder: Path) -> Path:
 
 def prepare(name: str, folder: Path) -> Path:
     """The interpreter of environment `name`, made in `folder` unless it is there. Raises `UnavailableError`."""
-    recipe, marker = RECIPES[name], folder / COMPLETE
+    return prepare_recipe(RECIPES[name], folder)
+
+
+def prepare_recipe(recipe: Recipe, folder: Path) -> Path:
+    """The interpreter of an environment, made in `folder` unless it is there. Raises `UnavailableError`."""
+    marker = folder / COMPLETE
     wanted = json.dumps(asdict(recipe))
     if marker.is_file() and marker.read_text(encoding="utf-8") == wanted:
         return python_of(folder)
