@@ -14,6 +14,7 @@ LAYERS = [
     {"launch", "cli"},
     {"llm", "rl"},
     {"planning"},
+    {"ray"},
     {"server", "bench"},
     {"console"},
     {"inference"},

@@ -11,6 +11,7 @@ MODULES = {
     "bench": ("httptools", "matplotlib"),
     "gguf": ("gguf",),
     "trl": ("trl", "httpx"),
+    "ray": ("ray", "aiohttp", "opencensus"),
 }
 """The modules of each extra that its commands require."""
 

@@ -16,6 +16,7 @@ from ulysses_infer.config import Config, load_config
 from ulysses_infer.config.aliases import flag_names, is_switch, split_flags
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.extras import require_extra
+from ulysses_infer.job.processes import is_launched
 from ulysses_infer.planning.options import parse_plan
 
 BENCHMARKS = ("latency", "throughput", "rollouts")
@@ -71,12 +72,19 @@ class Command:
         """Whether the command only prints what a start would do."""
         return getattr(self.options, "dry_run", False)
 
+    @property
+    def is_on_ray(self) -> bool:
+        """Whether a Ray cluster runs the ranks."""
+        return getattr(self.options, "ray", False)
+
     def config(self) -> Config:
         """The configuration this command runs with. Raises `ConfigError`."""
         if self.name in CLIENTS:
             raise ConfigError(f"{self.name} runs in one process, without ranks; run it without a launcher")
         if self.name == "serve" and not self.is_dry:
             require_extra("serve", "serve")
+        if self.is_on_ray:
+            self._check_ray()
         config = load_config(self.options.config, self.overrides)
         if self.name != "generate" or self.is_dry:
             return config
@@ -86,6 +94,13 @@ class Command:
         if not config.generate.prompts:
             raise ConfigError("there is nothing to generate; give --prompt TEXT, or generate.prompts in the recipe")
         return config
+
+    def _check_ray(self) -> None:
+        if self.is_dry:
+            raise ConfigError("--ray and --dry-run: give one of them")
+        if is_launched():
+            raise ConfigError("serve --ray starts its ranks on the Ray cluster; run it without a launcher")
+        require_extra("serve --ray", "ray")
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -262,6 +277,7 @@ def _parse_serve(arguments: list[str]) -> Command:
     parser.add_argument("--api-key", metavar="KEY", help="key that clients must send")
     parser.add_argument("--admin-api-key", metavar="KEY", help="key for the administrative routes")
     parser.add_argument("--served-model-name", metavar="NAME", help="model name that clients use")
+    parser.add_argument("--ray", action="store_true", help="run the replicas on a Ray cluster (docs/deployment.md)")
     _add_dry_run(parser)
     options, model, overrides = parser.parse_command(arguments)
     _check_dry_run(options)

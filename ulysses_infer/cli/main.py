@@ -39,6 +39,8 @@ def main() -> None:
             config = command.config()
         if command.is_dry:
             sys.exit(_run_dry(command, config))
+        if command.is_on_ray:
+            sys.exit(_run_on_ray(config))
         is_server = command.name == "serve"
         if num_ranks(config, is_server) > 1 and not is_launched():
             sys.exit(launch(arguments, config, is_server))
@@ -89,6 +91,12 @@ def _run_dry(command: Command, config: Config) -> int:
 
     run_dry(command.options, config)
     return 0
+
+
+def _run_on_ray(config: Config) -> int:
+    from ulysses_infer.ray.command import run as serve_on_ray
+
+    return serve_on_ray(config)
 
 
 def launch(arguments: list[str], config: Config, is_server: bool = False) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ulysses_infer.arithmetic import round_up
 from ulysses_infer.config.option import MISSING, option
+from ulysses_infer.config.ray import RayConfig
 from ulysses_infer.config.server import ServerConfig
 from ulysses_infer.config.speculation import QUANTIZE, SpeculationConfig
 from ulysses_infer.parallel.layout import Layout, Mode
@@ -385,6 +386,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 

@@ -121,7 +121,7 @@ class Router:
         """The load of all replicas together. Counts of dead replicas remain in it, their load does not."""
         known = [state for state in self._states if state is not None]
         living = [each for index, each in enumerate(self._states) if each and index not in self.dead_replicas]
-        return _combined(known, living) if living else None
+        return combined_state(known, living) if living else None
 
     @property
     def death(self) -> str:
@@ -166,7 +166,7 @@ class Router:
             raise EngineDeadError(self._failure)
         ready = [client for client in self.clients if client.status == READY]
         if cache_key and ready:
-            return max(ready, key=lambda client: _affinity(cache_key, self.clients.index(client)))
+            return max(ready, key=lambda client: affinity(cache_key, self.clients.index(client)))
         return min(ready or self.alive or self.clients, key=load)
 
     async def call(self, name: str, /, **arguments: Any) -> Any:
@@ -324,12 +324,12 @@ def load(client: EngineClient) -> tuple[int, float]:
     return client.outstanding_tokens(), usage
 
 
-def _affinity(cache_key: str, index: int) -> bytes:
+def affinity(cache_key: str, replica: int | str) -> bytes:
     """The replica with the greatest value is the first for the key."""
-    return hashlib.blake2b(f"{index} {cache_key}".encode(), digest_size=8).digest()
+    return hashlib.blake2b(f"{replica} {cache_key}".encode(), digest_size=8).digest()
 
 
-def _combined(states: list[EngineState], living: list[EngineState] | None = None) -> EngineState:
+def combined_state(states: list[EngineState], living: list[EngineState] | None = None) -> EngineState:
     """The sum of `states`. living: those of replicas that are not dead; None: all."""
     living = living or states
 

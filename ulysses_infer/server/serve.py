@@ -102,20 +102,20 @@ def run_rank_0(config: Config, replica: Replica, guard: Guard) -> None:
         process = stack.enter_context(http_process(StartupSettings(config, watchdog.address), listener))
         link = Link(process.connection)
         watchdog.on_end = lambda reason: link.send_last(Dead(reason), DEAD_SECONDS)
-        rank, engine, weight_bytes = _start(replica, watchdog.address, console)
+        rank, engine, weight_bytes = start_engine(replica, watchdog.address, console)
         loop = EngineLoop(engine, link, watchdog, config.server)
         signals = Signals(loop, watchdog, guard)
         guard.take_over(signals.take, signals.take_orphaned)
         announce(console, config, url)
         loop.run(describe_engine(engine, weight_bytes, loop.state()))
-        _end(rank)
+        end_engine(rank)
         watchdog.leave(STOP_SECONDS)
         process.wait(LEAVE_SECONDS)
     if signals.status:
         raise SystemExit(signals.status)
 
 
-def _start(replica: Replica, watchdog: Address, console: Console) -> tuple[Rank, Engine, list[int]]:
+def start_engine(replica: Replica, watchdog: Address, console: Console) -> tuple[Rank, Engine, list[int]]:
     """The engine, loaded on all ranks of the replica and checked in every mode."""
     config, started = replica.config, time.monotonic()
     with loading_bar(console) as progress:
@@ -139,7 +139,7 @@ def _start(replica: Replica, watchdog: Address, console: Console) -> tuple[Rank,
     return rank, engine, weight_bytes
 
 
-def _end(rank: Rank) -> None:
+def end_engine(rank: Rank) -> None:
     """Release the other ranks of the replica."""
     rank.groups.limit_waits(STOP_SECONDS)
     rank.channel.send(SHUTDOWN)
@@ -189,7 +189,7 @@ class Signals:
 def run_leader(replica: Replica, rank: int, kept: KeptRank, guard: Guard) -> None:
     """The leader of one of several replicas: like rank 0, but connected to an HTTP process that runs elsewhere."""
     startup_info, server = replica.receive(), replica.config.server
-    started, engine, weight_bytes = _start(replica, startup_info.watchdog, make_console(rank))
+    started, engine, weight_bytes = start_engine(replica, startup_info.watchdog, make_console(rank))
     limit = replica.config.runtime.step_timeout
     link = Link(startup_info.endpoint.connect(replica.index))
     watchdog_client = WatchdogClient(
@@ -201,7 +201,7 @@ def run_leader(replica: Replica, rank: int, kept: KeptRank, guard: Guard) -> Non
     guard.take_over(signals.take, signals.take_orphaned)
     kept.report_serving(startup_info.watchdog)
     loop.run(describe_engine(engine, weight_bytes, loop.state()))
-    _end(started)
+    end_engine(started)
     watchdog_client.leave()
 
 

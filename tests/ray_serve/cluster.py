@@ -1,0 +1,153 @@
+"""A Ray cluster of several raylets on this machine, an application on it, and clients that load it."""
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import psutil
+
+from ulysses_infer.job.processes import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 600.0
+APPLICATION = "ulysses-infer"
+RECIPE = {
+    "model.path": str(ROOT / "models/demo"),
+    "model.max_model_len": 1024,
+    "cache.num_blocks": 256,
+    "cache.block_size": 16,
+    "scheduler.max_num_seqs": 16,
+    "scheduler.max_num_batched_tokens": 256,
+    "runtime.device": "cpu",
+    "runtime.threads_per_rank": 1,
+    "policy.threshold_tokens": 8,
+    "server.shutdown_timeout": 60,
+    "server.heartbeat_timeout": 60,
+    "ray.cpus_per_rank": 1,
+}
+
+
+class RayCluster:
+    """A head for the ingress, and nodes with CPUs for ranks."""
+
+    def __init__(self, num_nodes, cpus_per_node):
+        import ray
+        from ray.cluster_utils import Cluster
+
+        self._cpus = cpus_per_node
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        self.nodes = [self.add_node() for _ in range(num_nodes)]
+        ray.init(address=self._cluster.address, log_to_driver=False)
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def add_node(self):
+        return self._cluster.add_node(num_cpus=self._cpus, object_store_memory=100 << 20)
+
+    def kill_node(self, node):
+        """kill -9 of a raylet; its workers end with it."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def deploy(self, **changes):
+        from ray import serve
+        from ray.serve.config import HTTPOptions
+
+        from ulysses_infer.ray import build_app
+
+        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=self.port, location="HeadOnly"))
+        serve.run(build_app({**RECIPE, **changes}), name=APPLICATION)
+
+    def delete(self):
+        from ray import serve
+
+        serve.delete(APPLICATION)
+
+    def reports(self):
+        """`ReplicaReport` of every running replica, by its id."""
+        from ray import serve
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        handle = serve.get_deployment_handle("UlyssesReplica", APPLICATION)
+        try:
+            answers = handle.broadcast("report").results(timeout_s=60, return_exceptions=True)
+        except DeploymentUnavailableError:
+            return {}
+        return {each.replica: each for each in answers if not isinstance(each, BaseException)}
+
+    def wait_for(self, count, before=()):
+        """Wait until this many replicas run, and not the same as `before`; returns their reports."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            reports = self.reports()
+            if len(reports) == count and reports.keys() != set(before):
+                return reports
+            time.sleep(1)
+        raise TimeoutError(f"{sorted(reports)} run")
+
+    def close(self):
+        import ray
+        from ray import serve
+
+        with contextlib.suppress(Exception):
+            serve.shutdown()
+        ray.shutdown()
+        self._cluster.shutdown()
+
+
+def processes(title):
+    """The processes of this machine whose title has `title`, as Ray names its workers."""
+    everything = psutil.process_iter(["cmdline"])
+    found = (process for process in everything if title in " ".join(process.info["cmdline"] or []))
+    return sorted(found, key=lambda process: process.pid)
+
+
+class Load:
+    """Clients that send one request after the other while the block runs."""
+
+    def __init__(self, url, num_clients, max_tokens=24):
+        self._url, self._max_tokens = url, max_tokens
+        self._stop = threading.Event()
+        self.answers = []  # (status, body)
+        self._threads = [threading.Thread(target=self._run, args=(index,)) for index in range(num_clients)]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(START_SECONDS)
+
+    def _run(self, index):
+        with httpx.Client(timeout=START_SECONDS) as client:
+            for turn in range(10_000):
+                if self._stop.is_set():
+                    return
+                body = {"prompt": f"# {index}.{turn}\ndef ", "max_tokens": self._max_tokens, "ignore_eos": True}
+                answer = client.post(f"{self._url}/v1/completions", json=body)
+                self.answers.append((answer.status_code, answer.json()))
+
+    def wait_for(self, count):
+        """Wait for this many answers more."""
+        deadline, wanted = time.monotonic() + START_SECONDS, len(self.answers) + count
+        while len(self.answers) < wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    @property
+    def statuses(self):
+        return Counter(status for status, _ in self.answers)
+
+    @property
+    def failures(self):
+        return [body["error"] for status, body in self.answers if status != 200]
+
+    @property
+    def lengths(self):
+        """Output tokens of the requests that were answered."""
+        return {body["usage"]["completion_tokens"] for status, body in self.answers if status == 200}

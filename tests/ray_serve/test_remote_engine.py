@@ -1,0 +1,150 @@
+"""The ingress's end of the engine, with replicas that are played by a script."""
+
+import asyncio
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from tests.server.fake_engine import READY, STATE
+from ulysses_infer.errors import EngineDeadError, ReplicaLostError, RequestError
+from ulysses_infer.server.client import EngineClient
+from ulysses_infer.server.messages import NewToken, Refused, Stepped, Submit
+
+pytest.importorskip("ray.serve", reason='Ray is not installed: pip install "ulysses_infer[ray]"')
+
+
+class Replicas:
+    """A deployment handle. Each attempt of a request takes the next script: numbers are tokens, others are raised."""
+
+    def __init__(self, *scripts):
+        from ulysses_infer.ray.replica import ReplicaReport
+
+        self._scripts = list(scripts)
+        self.reports = [ReplicaReport("r0", READY, STATE), EngineDeadError("gone")]
+        self.commands = {"stats": [{"steps": 1}], "abort_all": [{"aborted": ["a"]}, {"aborted": ["b"]}]}
+        self.tried, self.cancelled = [], 0
+        self.generate = SimpleNamespace(remote=self._generate)
+
+    def options(self, stream):
+        assert stream
+        return self
+
+    def _generate(self, request):
+        self.tried.append(list(request.tried))
+        request.tried.append(f"r{len(self.tried) - 1}")
+        return _Response(self, request.submit.request_id, self._scripts.pop(0))
+
+    def broadcast(self, method, *arguments):
+        results = self.reports if method == "report" else self.commands[arguments[0]]
+
+        async def results_async(timeout_s, return_exceptions):
+            return results
+
+        return SimpleNamespace(results_async=results_async)
+
+
+class _Response:
+    def __init__(self, replicas, request_id, script):
+        self._replicas, self._id, self._script = replicas, request_id, iter(script)
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        from ulysses_infer.ray.replica import _encoder
+
+        step = next(self._script, None)
+        if step is None:
+            raise StopAsyncIteration
+        if isinstance(step, Exception):
+            raise step
+        if isinstance(step, Refused):
+            return _encoder.encode(step)
+        return _encoder.encode(Stepped(STATE, None, [NewToken(self._id, 0, step, "stop" if step == 9 else None)]))
+
+    def cancel(self):
+        self._replicas.cancelled += 1
+
+
+class Events:
+    """An observer that keeps the finish reasons."""
+
+    def __init__(self):
+        self.finished = []
+
+    def on_finish(self, record):
+        self.finished.append(record.finish_reason)
+
+    def __getattr__(self, name):
+        return lambda *arguments: None
+
+
+def run(replicas, use):
+    """Run `use(client, events)` against these replicas."""
+
+    async def main():
+        from ulysses_infer.ray.remote_engine import RemoteEngine
+
+        ours, theirs = socket.socketpair()
+        events = Events()
+        client = EngineClient(*await asyncio.open_connection(sock=ours), events)
+        engine = RemoteEngine(replicas, *await asyncio.open_connection(sock=theirs))
+        tasks = [asyncio.create_task(client.listen()), asyncio.create_task(engine.run())]
+        await client.settled.wait()
+        try:
+            return await use(client, events)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    return asyncio.run(main())
+
+
+async def tokens_of(client, events):
+    batches = client.generate(Submit("id", [1, 2], {}))
+    return [token.token_id async for batch in batches for token in batch]
+
+
+def test_a_request_whose_replica_is_lost_before_its_first_token_runs_elsewhere():
+    replicas = Replicas([EngineDeadError("gone")], [4, 9])
+    assert run(replicas, tokens_of) == [4, 9]
+    assert replicas.tried == [[], ["r0"]]
+
+
+def test_a_request_whose_replica_is_lost_later_ends_with_a_retriable_error_that_names_it():
+    replicas = Replicas([4, EngineDeadError("gone")])
+
+    async def use(client, events):
+        with pytest.raises(ReplicaLostError, match="replica r0, which ran the request, was lost: gone; send"):
+            await tokens_of(client, events)
+        return events.finished
+
+    assert run(replicas, use) == ["error"]
+
+
+def test_a_refusal_is_the_clients_error():
+    with pytest.raises(RequestError, match="too long"):
+        run(Replicas([Refused("id", "too long", "invalid")]), tokens_of)
+
+
+def test_a_client_that_leaves_cancels_its_request_on_the_replica():
+    replicas = Replicas([4, 5, 6, 7, 9])
+
+    async def use(client, events):
+        batches = client.generate(Submit("id", [1, 2], {}))
+        await anext(batches)
+        await batches.aclose()
+        await asyncio.sleep(0.1)
+
+    run(replicas, use)
+    assert replicas.cancelled == 1
+
+
+def test_commands_run_on_every_replica_unless_later_ones_would_not_have_their_effect():
+    async def use(client, events):
+        with pytest.raises(RequestError, match="load_lora_adapter is not available on Ray"):
+            await client.call("load_lora_adapter", lora_name="x")
+        return await client.call("stats"), await client.call("abort_all")
+
+    assert run(Replicas(), use) == ({"steps": 1}, {"aborted": ["a", "b"]})

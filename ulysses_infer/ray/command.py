@@ -1,0 +1,112 @@
+"""The command `serve --ray`: deploys the recipe on a Ray cluster, and removes it after a signal."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+from ulysses_infer.config import Config
+from ulysses_infer.console.banner import print_config
+from ulysses_infer.console.screen import make_console
+from ulysses_infer.errors import ConfigError, UlyssesError, first_line
+from ulysses_infer.ray.application import build_app
+from ulysses_infer.ray.placement import place
+from ulysses_infer.ray.recipe import prepared
+from ulysses_infer.server.process import announce, bind, url_of
+
+APPLICATION = "ulysses-infer"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INGRESS_CPUS = 1.0
+
+
+def run(config: Config) -> int:
+    """Serve until a signal, then drain; returns the exit status. Raises `UlyssesError`.
+
+    It joins the cluster of RAY_ADDRESS or the one that runs on this machine; if there is none, it starts one here that
+    ends with it.
+    """
+    if config.server.port == 0:
+        raise ConfigError("server.port = 0: Ray Serve listens on the same port of every node; give one")
+    stop = _stop_on_signals()
+    console = make_console(0)
+    listener = bind(config.server)  # a port that is taken is named at once
+    url = url_of(listener, config.server)
+    listener.close()
+    print_config(console, "serve", config)
+    is_own = _join_cluster()
+    if is_own:
+        _check_room(prepared(config))
+    _deploy(config)
+    announce(console, config, url)
+    stop.wait()
+    _remove(is_own)
+    return 0
+
+
+def _stop_on_signals() -> threading.Event:
+    """Set by the first signal; a second one has its usual effect."""
+    stop = threading.Event()
+
+    def take(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in SIGNALS:
+        signal.signal(number, take)
+    return stop
+
+
+def _join_cluster() -> bool:
+    """Connect to the running cluster, or start one on this machine; returns whether it was started."""
+    import ray
+
+    try:
+        ray.init(address="auto", log_to_driver=False)
+    except ConnectionError:
+        ray.init(log_to_driver=False, include_dashboard=False)
+        return True
+    return False
+
+
+def _check_room(config: Config) -> None:
+    """Raise `ConfigError` if the replicas cannot all run here; a cluster with other nodes may grow instead."""
+    import ray
+
+    placement, num_replicas = place(config), config.parallel.dp
+    needed = {name: amount * num_replicas for name, amount in placement.bundles[0].items()}
+    needed["CPU"] += INGRESS_CPUS * config.ray.ingress_replicas
+    here = ray.cluster_resources()
+    for name, amount in needed.items():
+        if amount > here.get(name, 0):
+            raise ConfigError(
+                f"{num_replicas} replicas of {config.parallel.world_size} ranks and the ingress reserve {amount:g} "
+                f"{name}s, and this machine has {here.get(name, 0):g}; lower ray.cpus_per_rank or parallel.dp, or "
+                "start a cluster of several machines first (ray start)"
+            )
+
+
+def _deploy(config: Config) -> None:
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    server = config.server
+    serve.start(
+        http_options=HTTPOptions(
+            host=server.host, port=server.port, ssl_certfile=server.ssl_certfile, ssl_keyfile=server.ssl_keyfile
+        )
+    )
+    try:
+        serve.run(build_app(config), name=APPLICATION)
+    except RuntimeError as error:
+        raise UlyssesError(f"Ray Serve could not deploy the recipe: {first_line(error)}") from error
+
+
+def _remove(is_own: bool) -> None:
+    """Drain the replicas and end them, and the cluster if it was started for them."""
+    import ray
+    from ray import serve
+
+    serve.delete(APPLICATION)
+    if is_own:
+        serve.shutdown()
+        ray.shutdown()
