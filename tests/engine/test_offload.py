@@ -5,9 +5,11 @@ import os
 import pytest
 import torch
 
+from tests.distributed.draft_heads import eagle3_checkpoint, frequent_model
+from tests.distributed.test_draft_heads import check_drafts, recorded
 from tests.engine.test_states import hybrid
 from tests.equivalence.tiny_models import make_prompts
-from tests.tiny import SHAPE, settings, tiny_llama
+from tests.tiny import SHAPE, settings, tiny_config, tiny_llama
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.config import load_config
 from ulysses_infer.errors import ConfigError
@@ -98,6 +100,7 @@ def test_new_weights_sleep_resets_and_calibration_leave_no_old_block(folder, tmp
         assert tier.stats.hits > hits
 
 
+@pytest.mark.thorough
 def test_snapshots_of_recurrent_states_come_back(tmp_path):
     model, prompts = hybrid(), make_prompts(lengths=(37, 33, 40, 45))
     few = {**TIGHT, "cache.state_snapshots": 2, "cache.state_snapshot_interval": 8, "cache.num_blocks": 16}
@@ -112,6 +115,24 @@ def test_snapshots_of_recurrent_states_come_back(tmp_path):
         assert stats["external_prefix_cache_hits"] == 32 + 32 + 32 + 40
     with pytest.raises(ConfigError, match=r"model type 'qwen3_next' has recurrent states, and without snapshots"):
         init_inference(model, **settings(**{**few, "cache.state_snapshots": 0, "cache.offload_host_bytes": 4 << 20}))
+
+
+@pytest.mark.thorough
+def test_blocks_of_a_draft_head_come_back_with_those_of_the_model(tmp_path):
+    """If they did not, drafts would differ from those of the description."""
+    head = eagle3_checkpoint(frequent_model(tiny_config(num_hidden_layers=5), tmp_path), tmp_path / "head")
+    chosen = {"speculation.method": "eagle3", "speculation.model": str(tmp_path / "head"), "speculation.num_tokens": 3}
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    texts = [text * 4 for text in ("the quick ", "brown fox ", "and the lazy dog ")]
+    few = {"cache.num_blocks": 24, "model.max_model_len": 96, "cache.offload_host_bytes": 1 << 20}
+    with init_inference(str(tmp_path), **settings(**chosen, **few)) as engine:
+        rank, first = engine._rank, [engine.generate(text, params)[0].outputs[0].token_ids for text in texts]
+        caches = rank.worker.cache.shape, rank.worker.drafter.cache.shape
+        assert rank.worker.offload.sizes.slot_bytes == (sum(shape.bytes_per_block for shape in caches),)
+        found = recorded(engine._engine)
+        assert [engine.generate(text, params)[0].outputs[0].token_ids for text in texts] == first
+        assert engine.stats()["external_prefix_cache_hits"] > 100
+    check_drafts(found, head)
 
 
 def wrong(**changes):
