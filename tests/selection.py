@@ -21,6 +21,13 @@ def diagonal(*axes: Sequence[Any]) -> list[Any]:
     return cases
 
 
+def part(step: int, *axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """One in about `step` of all combinations of `axes`: those whose indices add up to a multiple of it."""
+    listed = [list(enumerate(axis)) for axis in axes]
+    found = [zip(*combination, strict=True) for combination in itertools.product(*listed)]
+    return [tuple(values) for indices, values in found if sum(indices) % step == 0]
+
+
 def shown(value: Any) -> str:
     """A value in the id of a test; a pair is a base mode."""
     return f"sp{value[0]}xtp{value[1]}" if isinstance(value, tuple) else str(value)

@@ -77,6 +77,11 @@ def bases(world_size: int) -> list[tuple[int, int]]:
     return [(world_size // tp, tp) for tp in range(1, world_size + 1) if world_size % tp == 0]
 
 
+def layouts(turn: int) -> list[tuple[int, int]]:
+    """The bases of case number `turn`: those that shift, which run every mode of 2 and 4 ranks, and one other."""
+    return [(2, 1), (4, 1), (2, 2), ((1, 2), (1, 4), (1, 1))[turn % 3]]
+
+
 @dataclass
 class Outcome:
     """The outputs of an engine, and what happened during the run."""

@@ -56,7 +56,7 @@ def test_heads_of_models_that_people_run(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("base", [(4, 1), (2, 2), (1, 4)], ids=lambda base: f"sp{base[0]}xtp{base[1]}")
+@pytest.mark.parametrize("base", [(4, 1), (2, 2)], ids=lambda base: f"sp{base[0]}xtp{base[1]}")
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [

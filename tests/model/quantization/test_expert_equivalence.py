@@ -48,12 +48,13 @@ def run(rank_pool: Any, expected: Any, placement: str, base: tuple[int, int], pr
 
 
 def cases() -> list[Any]:
-    """Every format in every placement on two ranks, and on four."""
+    """Every format in every placement on two ranks or four."""
     chosen = []
     for turn, name in enumerate(MIXTURES):
         for other, placement in enumerate(PLACEMENTS):
-            for base in ((2, 1), (4, 1), (2, 2)):
-                is_default = base == (2, 1) and placement in ALWAYS.get(name, ())
+            always = placement in ALWAYS.get(name, ())
+            for base in dict.fromkeys([*[(2, 1)] * always, ((2, 1), (4, 1), (2, 2))[(turn + other) % 3]]):
+                is_default = base == (2, 1) and always
                 marks = [] if is_default else [pytest.mark.thorough]
                 profile = (CROWD, WHOLE, TIGHT)[(turn + other) % 3] if base != (2, 2) else INNER
                 identity = f"{name}-{placement}-sp{base[0]}xtp{base[1]}"
