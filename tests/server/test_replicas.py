@@ -216,6 +216,9 @@ def test_commands_reach_the_replicas_that_they_concern():
             await answer(replicas, ["no request 'c'", "no request 'c' here"])
             with pytest.raises(RequestError, match="no request 'c' here"):
                 await task
+            task = asyncio.create_task(router.call("set_policy", name="static", mode="tp"))  # an argument called "name"
+            await answer(replicas, [{"policy": "static"}] * 2)
+            assert await task == {"policy": "static"}
             task = asyncio.create_task(router.call("stats"))
             await answer(replicas, [{"x": 1}, {"x": 2}])
             assert await task == {"replicas": [{"x": 1}, {"x": 2}]}

@@ -183,7 +183,7 @@ class Router:
             return {**answers[0], **({"aborted": aborted} if name == "abort_all" else {})}
         return await (self.alive or self.clients)[0].call(name, **arguments)
 
-    async def _everywhere(self, name: str, **arguments: Any) -> list[Any]:
+    async def _everywhere(self, name: str, /, **arguments: Any) -> list[Any]:
         """The answers of all living replicas; those that die meanwhile are left out, unless all do."""
         calls = [client.call(name, **arguments) for client in self.alive or self.clients]
         answers = await asyncio.gather(*calls, return_exceptions=True)
