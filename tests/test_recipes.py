@@ -16,11 +16,12 @@ from ulysses_infer.model.layers.rotary import choose_max_model_len, max_supporte
 from ulysses_infer.model.loading.hf_overrides import overridden
 from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.quantization.online import OnlineInt8
 from ulysses_infer.parallel.layout import Mode, check_mode, even_span, heads_fit, key_value_span
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("train_"))
-PIECES = sorted((ROOT / "configs").glob("*/*.yaml"))
+PIECES = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "deploy")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ SHAPES = {
     "qwen3-30b-a3b-8xh200": Shape(2048, 48, 32, 4, 128, 768, 151936, 40960, 128, weight_bytes=61.1e9),
     "qwen3-8b-2x24gb": Shape(4096, 36, 32, 8, 128, 12288, 151936, 40960, weight_bytes=16.4e9),
     "qwen3-14b-2x24gb": Shape(5120, 40, 40, 8, 128, 17408, 151936, 40960, weight_bytes=29.5e9),
+    "smollm2-135m-cpu": Shape(576, 30, 9, 3, 64, 1536, 49152, 8192, weight_bytes=163.5e6),
 }
 
 MODES = {
@@ -63,9 +65,10 @@ MODES = {
     "qwen3-30b-a3b-8xh200": [(8, 1), (1, 8)],
     "qwen3-8b-2x24gb": [(2, 1), (1, 2)],
     "qwen3-14b-2x24gb": [(1, 2)],
+    "smollm2-135m-cpu": [(1, 1)],
 }
 
-DEVICE_BYTES = {"8xh200": 141e9, "8xh100": 80 * 2**30, "2x24gb": 24 * 2**30}
+DEVICE_BYTES = {"8xh200": 141e9, "8xh100": 80 * 2**30, "2x24gb": 24 * 2**30, "cpu": 2 * 2**30}
 
 
 def shape_of(recipe):
@@ -160,7 +163,7 @@ def test_weights_of_a_rank_leave_room_for_the_cache(name):
     assert left > 0.1 * device
     local_heads = max(1, shape.key_value_heads // config.parallel.world_size)
     token_bytes = shape.layers * 2 * local_heads * shape.head_dim * 2
-    assert config.model.max_model_len * token_bytes < left
+    assert (config.model.max_model_len or shape.positions) * token_bytes < left
 
 
 QUANTIZED = {
@@ -206,6 +209,27 @@ def test_quantized_weights_take_their_published_bytes_and_are_cut_at_whole_block
         plan.injection.bind(layout.place(mode, 3))
         for _, piece in (product for layer in layers for product in layer._products):
             assert not any(number % 128 for number in (*piece.rows, *piece.columns))
+
+
+def test_a_recipe_that_quantises_takes_the_bytes_that_it_says():
+    """What is stored of the public checkpoint in bfloat16, counted on its true shape without any memory."""
+    config, shape = load_config(ROOT / "recipes" / "smollm2-135m-cpu.yaml"), SHAPES["smollm2-135m-cpu"]
+    published = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        max_position_embeddings=shape.positions,
+        dtype="bfloat16",
+        tie_word_embeddings=True,
+    )
+    plan = ModelBuilder(published, dict, config.model, config.parallel.layout, 0, torch.device("cpu"))
+    assert plan.weight_bytes == pytest.approx(shape.weight_bytes, rel=0.001)
+    layers = [module for module in plan.injection.model.modules() if isinstance(module, QuantizedLinear)]
+    assert {type(layer.scheme) for layer in layers} == {OnlineInt8}
+    assert len(layers) == 7 * shape.layers
 
 
 def test_demo_shifts_between_prompt_and_decode_steps():
