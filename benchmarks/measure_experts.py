@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from benchmarks.arguments import common_options
+from benchmarks.processor import processor
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.console.library_logging import quiet_libraries
-from ulysses_infer.native.levels import describe_processor
 from ulysses_infer.native.matmul import NativeMatmul
 
 LAYERS, HIDDEN, EXPERTS, WIDTH, CHOICES, VOCABULARY = 4, 1024, 32, 768, 8, 4096
@@ -159,9 +159,8 @@ def main() -> None:
     ).parse_args()
     quiet_libraries(rank=0)
     torch.set_num_threads(options.threads)
-    names = [line.split(": ", 1)[1] for line in describe_processor().splitlines() if "model name" in line]
     speed = read_speed(options.repeats)
-    print(f"{names[0] if names else 'processor'}, {options.threads} threads; memory {speed / 1e9:.1f} GB/s a thread")
+    print(f"{processor()}, {options.threads} threads; memory {speed / 1e9:.1f} GB/s a thread")
     decodes = list(decode_table(options.repeats, speed))
     products = list(product_table(options.repeats))
     if options.output:

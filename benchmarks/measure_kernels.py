@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
 import sys
 import time
@@ -26,13 +25,13 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from benchmarks.arguments import common_options
+from benchmarks.processor import processor
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.cache.paged import CacheShape, PagedCache
 from ulysses_infer.model.quantization.native_products import NativeWeights
 from ulysses_infer.model.quantization.online import online_scheme
-from ulysses_infer.native.library import LEVEL
 from ulysses_infer.native.matmul import NativeMatmul
 from ulysses_infer.parallel.layout import Span
 
@@ -61,7 +60,7 @@ QUANTISED = {
     "int4, groups of 32": online_scheme("int4", 32),
     "int4, groups of 128": online_scheme("int4", 128),
 }
-QUANTISED_ROWS = (1, 4, 16, 64, 128, 512)
+QUANTISED_ROWS = (1, 2, 4, 16, 64, 128, 512)
 Calls = dict[str, Callable[[], Any]]
 
 
@@ -164,9 +163,8 @@ def _multiply_quantised(weights: Iterator[NativeWeights], inputs: torch.Tensor) 
 
 def measure_quantised(dtype: torch.dtype, seconds: float) -> Table:
     """Products with quantised weights, as `model.quantize` makes them, and with the same in bfloat16."""
-    memory, level = memory_speed(seconds), os.environ.get(LEVEL, "the best here")
-    title = f"quantised products, level: {level}; memory is read at {memory / 1e9:.1f} GB/s"
-    table = Table(title=title)
+    memory = memory_speed(seconds)
+    table = Table(title=f"quantised products; memory is read at {memory / 1e9:.1f} GB/s")
     for column in ("N", "K", "rows", "weights", "us (median)", "GB/s", "of memory", "TFLOP/s", "x bfloat16"):
         table.add_column(column, justify="right")
     for outputs, width in WEIGHTS[1:3]:
@@ -284,6 +282,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(f"{processor()}, {arguments.threads} thread(s)")
     with torch.inference_mode():
         for name in arguments.what or MEASURES:
             console.print(MEASURES[name](getattr(torch, arguments.dtype), arguments.seconds))

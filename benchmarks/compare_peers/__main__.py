@@ -34,23 +34,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from benchmarks.compare_peers.arguments import parse
 from benchmarks.compare_peers.comparison import Comparison
 from benchmarks.compare_peers.report import as_values, markdown, notes, table
+from benchmarks.processor import processor
 from ulysses_infer.child_processes import end_children_with_this_process
-from ulysses_infer.engine.profile_key import device_name
-from ulysses_infer.native.levels import levels_here
 
 WIDTH = 230  # of a table written to a file
-
-
-def processor() -> str:
-    """Its name, usable cores, and the best of the levels of instructions that we compile for."""
-    levels = levels_here()
-    return f"{device_name(torch.device('cpu'))}, {levels[0].name if levels else 'no known level'}"
 
 
 @dataclass

@@ -32,7 +32,7 @@ SCHEMES: list[Any] = [
 @pytest.fixture(params=ARM_LEVELS)
 def level(request: Any, monkeypatch: Any) -> Iterator[str]:
     native_products._functions.cache_clear()
-    monkeypatch.setattr(native_products, "most_rows", lambda: 3)  # more rows are multiplied by the other kernel
+    monkeypatch.setattr(native_products, "most_rows", lambda bits: 3)  # more rows are multiplied by the other kernel
     monkeypatch.setattr(native_products, "open_library", lambda name: build_for(name, request.param))
     yield request.param
     native_products._functions.cache_clear()

@@ -34,7 +34,8 @@ QUANTISING = 1 / 127
 @pytest.fixture(params=X86, autouse=True)
 def architecture(request: Any, monkeypatch: Any) -> Any:
     native_products._functions.cache_clear()
-    monkeypatch.setattr(native_products, "most_rows", lambda: 3)  # more rows are multiplied by the other kernel
+    monkeypatch.setattr(native_products, "most_rows", lambda bits: 3)  # more rows are multiplied by the other kernel
+    monkeypatch.setattr(native_products, "most_float_rows", lambda dtype, matmul: 50)
     monkeypatch.setattr(native_products, "open_library", lambda name: build_for(name, request.param))
     yield request.param
     native_products._functions.cache_clear()
@@ -96,10 +97,10 @@ def test_slices_of_any_size_equal_those_of_dense_weights(case: Any) -> None:
 
 
 def weights_of(
-    quantise: Any, scheme: Any, rows: Span, columns: Span, segment: int
+    quantise: Any, scheme: Any, rows: Span, columns: Span, segment: int, inputs: int = 288
 ) -> tuple[native_products.NativeWeights, torch.Tensor]:
-    """A slice of a random layer, and what it is worth, [rows, columns]."""
-    outputs, inputs = 96, 288
+    """A slice of a random layer with 96 outputs, and what it is worth, [rows, columns]."""
+    outputs = 96
     tensors, dense = quantise(torch.randn(outputs, inputs) + 0.5)
     names = {"_blocks": "blocks", "_scales": "scales"}
     stored = {names.get(name, name): part for name, part in tensors.items()}
@@ -113,6 +114,40 @@ def weights_of(
         parts[name] = view[None]
     weights = native_products.NativeWeights(scheme.stored_experts(parts, rows, columns), segment)
     return weights, dense[slice(*rows), slice(*columns)]
+
+
+NIBBLES = {
+    "float zeros, groups of 32": (float_zeros(32), FloatZeroWeight(32)),
+    "float zeros, groups of 128": (float_zeros(128), FloatZeroWeight(128)),
+    "symmetric, groups of 64": (compressed(64, symmetric=True), CompressedWeight(64)),
+}
+
+
+@pytest.mark.parametrize("columns", [Span(0, 1120), Span(32, 1088), Span(64, 99)], ids=str)
+@pytest.mark.parametrize("name", NIBBLES)
+def test_few_rows_of_nibbles_equal_many(name: str, columns: Span) -> None:
+    """Lanes that are inputs, and lanes that are outputs."""
+    torch.manual_seed(0)
+    weights, dense = weights_of(*NIBBLES[name], Span(3, 90), columns, 64, inputs=1120)
+    bias = torch.randn(len(dense)).bfloat16()
+    for rows in (1, 2, 3, 4, 7):
+        given = torch.randn(rows, columns.size).bfloat16()
+        few, many = (weights.multiply(given, bias, by_rows) for by_rows in (rows, 0))
+        check(few, given, dense, bias, torch.bfloat16, float(dense.abs().max()))
+        torch.testing.assert_close(few, many, rtol=2**-7, atol=1e-4)
+
+
+def test_few_rows_of_nibbles_do_not_depend_on_the_next_output() -> None:
+    """Its scales follow in memory."""
+    scheme = FloatZeroWeight(128)
+    parts = {name: part[None] for name, part in random_parts(scheme, 50, 672).items()}
+    weights = native_products.NativeWeights(scheme.stored_experts(parts, Span(0, 50), Span(0, 672)))
+    given = torch.randn(2, 672).bfloat16()
+    before = weights.multiply(given, None, 2)
+    parts["weight_scale"][:, 1::2] = torch.nan
+    after = weights.multiply(given, None, 2)
+    assert after[:, ::2].equal(before[:, ::2])
+    assert after[:, 1::2].isnan().all()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
@@ -132,8 +167,8 @@ def test_integers_are_multiplied_exactly(rows: int, inputs: int) -> None:
 
 @pytest.mark.parametrize("scheme", [FloatZeroWeight(32), ScaledWeight("s", "channel", dtype=torch.int8)], ids=str)
 def test_a_row_does_not_depend_on_how_many_others_there_are(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_products, "most_rows", lambda: 0)
-    parts = {name: part[None] for name, part in random_parts(scheme).items()}
+    monkeypatch.setattr(native_products, "most_rows", lambda bits: 0)
+    parts = {name: part[None] for name, part in random_parts(scheme, 50, 160).items()}
     weights = native_products.NativeWeights(scheme.stored_experts(parts, Span(0, 50), Span(0, 160)))
     given_rows = torch.randn(23, 160).bfloat16()
     together = weights.product(given_rows, None)
@@ -141,10 +176,10 @@ def test_a_row_does_not_depend_on_how_many_others_there_are(scheme: Any, monkeyp
         assert weights.product(given_rows[:count], None).equal(together[:count])
 
 
-def random_parts(scheme: Any) -> dict[str, torch.Tensor]:
-    """The components of a layer [50, 160]."""
+def random_parts(scheme: Any, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+    """The components of a layer."""
     found = {}
-    for name, component in scheme.components(50, 160).items():
+    for name, component in scheme.components(outputs, inputs).items():
         is_code = not component.dtype.is_floating_point
         values = torch.randint(-120, 120, component.shape) if is_code else torch.rand(component.shape)
         found[name] = values.to(component.dtype)

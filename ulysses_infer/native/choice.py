@@ -21,7 +21,7 @@ from ulysses_infer.native.library import library_path
 logger = logging.getLogger(__name__)
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 14, 16, 17, 20, 24, 25, 28, 32, 33, 40, 48, 49, 64, 65, 96, 128, 256)
 """Numbers of rows that are measured: those at which a kernel needs one more vector, and some between."""
-RUNS = 5
+RUNS, LEAST_SECONDS = 5, 3e-3  # of each kernel, at least: short calls are repeated more often
 MANY = 64  # rows, from which on
 HOPELESS = 2.0  # times the fastest kernel's time rules a kernel out for more rows
 TORCH = "torch"
@@ -105,11 +105,14 @@ def _times(names: Sequence[str], prepare: Prepare, rows: int) -> dict[str, float
     best = dict.fromkeys(names, float("inf"))
     for call in calls.values():
         call()
-    for _ in range(RUNS):
+    runs, spent = 0, 0.0
+    while runs < RUNS or spent < LEAST_SECONDS * len(calls):
+        runs += 1
         for name, call in calls.items():
             started = time.thread_time()
             call()
-            best[name] = min(best[name], time.thread_time() - started)
+            seconds = time.thread_time() - started
+            best[name], spent = min(best[name], seconds), spent + seconds
     return {name: seconds * (TORCH_MARGIN if name == TORCH else 1) for name, seconds in best.items()}
 
 

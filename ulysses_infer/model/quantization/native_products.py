@@ -6,25 +6,26 @@ import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.model.context import step_context_or_none
 from ulysses_infer.model.layers.linear import Cut
-from ulysses_infer.native.choice import measured_choice
+from ulysses_infer.native.choice import ROWS, TORCH, Choice, measured_choice
 from ulysses_infer.native.function import MATMUL, NativeFunction
 from ulysses_infer.native.library import is_available, open_library
-from ulysses_infer.native.matmul import MEASURED_BYTES, MEASURED_SHAPE
+from ulysses_infer.native.matmul import MEASURED_BYTES, MEASURED_SHAPE, NativeMatmul
 from ulysses_infer.parallel.sharding import Sharding
 
 SEGMENT = 64
 """Inputs that share a scale when inputs are quantised, at most: with 128, outliers of small models cost 1 % of the
 perplexity."""
-MOST_FLOAT_ROWS = 64
-"""With more rows of inputs that are not quantised, expanding the weight first is faster."""
-BY_ROWS, MOST_BY_ROWS = "rows", 64
+BY_ROWS, STORED = "rows", "stored"
+GROUP = 32
+"""Inputs per scale of the weights of four bits that are measured."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # `enum type`
 SCALES = {torch.float32: 0, torch.uint8: 1, torch.bfloat16: 2}  # `enum scales`
 PACKED = {"": 0, "inputs": 1, "outputs": 2}
@@ -90,17 +91,20 @@ class NativeWeights:
         step = step_context_or_none()
         if step is None or step.matmul is None or rows.dtype not in TYPES or rows.stride(-1) != 1:
             return False
-        return self._uses_integers(rows) or len(rows) <= MOST_FLOAT_ROWS
+        return self._uses_integers(rows) or len(rows) <= most_float_rows(rows.dtype, step.matmul)
 
     def _uses_integers(self, rows: torch.Tensor) -> bool:
         """Whether inputs are quantised: where the model is in float32, results are exact instead."""
         return self._has_integers and rows.dtype != torch.float32
 
     def _by_rows(self, rows: torch.Tensor) -> int:
-        """The C functions' last argument: -1, or up to how many rows bytes are multiplied row by row."""
+        """The C functions' last argument: -1, or up to how many rows the lanes are inputs."""
         if not self._uses_integers(rows):
             return -1
-        return most_rows() if self._struct.values == _INT8 else 0
+        if self._struct.values == _INT8:
+            return most_rows(8)
+        is_measured = self._struct.values == _PACKED and self._struct.bits == 4 and self._stored.packed == "inputs"
+        return most_rows(4) if is_measured else 0
 
     def product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """rows: [n, inputs]; returns [n, outputs] of the only expert, plus `bias`."""
@@ -155,22 +159,57 @@ def _functions() -> tuple[NativeFunction, NativeFunction]:
 
 
 @functools.cache
-def most_rows() -> int:
-    """Up to how many rows the products of `integer_rows.h` are the faster ones of bytes, as measured here once."""
+def most_rows(bits: int) -> int:
+    """Up to how many rows the products of `integer_rows.h`, for 8 bits, or of `nibble_rows.h`, for 4, are the faster
+    ones, as measured here once."""
     weights: list[NativeWeights] = []
 
     def prepare(kernel: str, rows: int) -> Callable[[], object]:
         if not weights:
-            shape = 1, *MEASURED_SHAPE
-            count = MEASURED_BYTES // math.prod(shape)
-            codes, scales = torch.ones(count, *shape, dtype=torch.int8), torch.ones(1, shape[1], 1)
-            weights.extend(NativeWeights(StoredExperts(each, *MEASURED_SHAPE, scales=scales)) for each in codes)
+            weights.extend(_measured_weights(bits))
         visited, inputs = itertools.cycle(weights), torch.ones(rows, MEASURED_SHAPE[1], dtype=torch.bfloat16)
         by_rows = rows if kernel == BY_ROWS else 0
         return lambda: next(visited).multiply(inputs, None, by_rows)
 
-    choice = measured_choice("quantised", "quantised-int8", (BY_ROWS, "panels"), prepare)
-    return max((rows for rows in range(1, MOST_BY_ROWS + 1) if choice(rows) == BY_ROWS), default=0)
+    return _most(measured_choice("quantised", f"quantised-int{bits}", (BY_ROWS, "panels"), prepare), BY_ROWS)
+
+
+def _measured_weights(bits: int) -> Iterator[NativeWeights]:
+    """Matrices of int8 with a scale per output, or of four bits as `model.quantize` makes them, from memory."""
+    outputs, inputs = MEASURED_SHAPE
+    for _ in range(MEASURED_BYTES * 8 // (bits * outputs * inputs)):
+        if bits == 8:
+            codes, scales = torch.ones(1, outputs, inputs, dtype=torch.int8), torch.ones(1, outputs, 1)
+            yield NativeWeights(StoredExperts(codes, outputs, inputs, scales=scales))
+        else:
+            words = torch.ones(1, outputs, inputs // 8, dtype=torch.int32)
+            groups = torch.ones(1, outputs, inputs // GROUP, dtype=torch.bfloat16)
+            form: dict[str, Any] = {"values": "integer", "packed": "inputs", "bits": 4, "group_size": GROUP}
+            yield NativeWeights(StoredExperts(words, outputs, inputs, **form, scales=groups, zeros=groups))
+
+
+@functools.cache
+def most_float_rows(dtype: torch.dtype, matmul: NativeMatmul) -> int:
+    """Up to how many rows products of inputs that are not quantised are faster from what is stored than with a weight
+    that is expanded first, as measured here once with weights in FP8. matmul: the products of dense weights."""
+    outputs, inputs = MEASURED_SHAPE
+    codes = torch.ones(1, outputs, inputs).to(torch.float8_e4m3fn)
+    scales = torch.ones(1, outputs, 1)
+
+    def prepare(kernel: str, rows: int) -> Callable[[], object]:
+        given = torch.ones(rows, inputs, dtype=dtype)
+        if kernel == TORCH:
+            return lambda: matmul(given, (codes[0].float() * scales[0]).to(dtype))
+        weights = NativeWeights(StoredExperts(codes, outputs, inputs, scales=scales))
+        return lambda: weights.multiply(given, None, -1)
+
+    name = f"quantised-{str(dtype).removeprefix('torch.')}"
+    return _most(measured_choice("quantised", name, (STORED, TORCH), prepare), STORED)
+
+
+def _most(choice: Choice, kernel: str) -> int:
+    """The most rows for which `kernel` is the fastest, of those that are measured; 0 if there are none."""
+    return max((rows for rows in range(1, ROWS[-1] + 1) if choice(rows) == kernel), default=0)
 
 
 def _check(status: int) -> None:

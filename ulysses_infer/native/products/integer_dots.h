@@ -118,6 +118,19 @@ INLINE words load_bytes(const char *from, int64_t count) {
 #endif
 }
 
+/* Lane i of the result is lane index[i] of `x`. */
+INLINE floats permuted(floats x, integers index) { return (floats)__builtin_shuffle((integers)x, index); }
+
+/* The largest lane, which is not NaN. */
+INLINE float largest_of(floats x) {
+    UNROLL for (int half = LANES / 2; half; half /= 2) {
+        integers other;
+        UNROLL for (int i = 0; i < LANES; i++) other[i] = i ^ half;
+        x = larger_of(permuted(x, other), x);
+    }
+    return x[0];
+}
+
 /* Quantise `count` inputs to integers up to 127, each less than half a step from the input; returns the step.
  * sum: of the integers. */
 static float quantise(const char *from, int64_t count, enum type type, int8_t *to, int32_t *sum) {
@@ -126,9 +139,7 @@ static float quantise(const char *from, int64_t count, enum type type, int8_t *t
     int64_t k = 0;
     for (; k + LANES <= count; k += LANES) most = larger_of((floats)((integers)take(from + k * size, type) & INT32_MAX), most);
     if (k < count) most = larger_of((floats)((integers)take_some(from + k * size, (int)(count - k), type) & INT32_MAX), most);
-    float largest = 0;
-    for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
-    const float step = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
+    const float largest = largest_of(most), step = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
     integers sums = {0};
     for (k = 0; k < count; k += LANES) {
         const int some = count - k < LANES ? (int)(count - k) : LANES;

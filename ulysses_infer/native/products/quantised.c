@@ -5,6 +5,7 @@
  */
 #include "call.h"
 #include "float_products.h"
+#include "nibble_rows.h"
 
 #define WORK_A_THREAD (1 << 17) /* least multiplications per thread */
 
@@ -95,6 +96,22 @@ static int multiply_rows(const struct product *p) {
     return failed;
 }
 
+static int multiply_nibble_rows(const struct product *p) {
+    const int64_t outputs = p->weight->outputs;
+    char *memory = space(nibble_bytes(p));
+    int8_t *narrow = space(padded(p->weight->segment));
+    const int failed = !memory || !narrow;
+    const struct nibble_rows x = nibble_rows_of(p, memory);
+    if (!failed) quantise_for_nibbles(&x, narrow);
+#pragma omp parallel for schedule(static) if (is_worth(p) && !failed)
+    for (int64_t group = 0; group < (outputs + OUTPUTS - 1) / OUTPUTS; group++) {
+        const int64_t n = group * OUTPUTS;
+        if (!failed) nibble_outputs(&x, n, outputs - n < OUTPUTS ? outputs - n : OUTPUTS);
+    }
+    free(memory), free(narrow);
+    return failed;
+}
+
 static int multiply_floats(const struct product *p) {
     const int64_t outputs = p->weight->outputs, width = p->weight->inputs, stride = padded(width);
     float *x = space(p->num_rows * stride * sizeof(float));
@@ -123,8 +140,8 @@ static int multiply_floats(const struct product *p) {
     return failed;
 }
 
-/* inputs: [rows][stride] of `type`; outputs: [rows][outputs]. by_rows: with up to so many rows, bytes are multiplied
- * row by row (integer_rows.h); negative: nothing is quantised. Returns 0, or 1 if there is no memory. */
+/* inputs: [rows][stride] of `type`; outputs: [rows][outputs]. by_rows: with up to so many rows, lanes are inputs
+ * (integer_rows.h, nibble_rows.h); negative: nothing is quantised. Returns 0, or 1 if there is no memory. */
 int quantised_product(const struct stored *weight, const char *inputs, const char *bias, char *outputs,
                       int64_t num_rows, int64_t inputs_stride, int64_t type, int64_t by_rows) {
     struct segment *segments = malloc(most_segments(weight) * sizeof *segments);
@@ -137,6 +154,8 @@ int quantised_product(const struct stored *weight, const char *inputs, const cha
             failed = multiply_floats(&p);
         else if (num_rows <= by_rows && has_rows(weight))
             failed = multiply_rows(&p);
+        else if (num_rows <= by_rows && has_nibble_rows(weight))
+            failed = multiply_nibble_rows(&p);
         else
             failed = multiply_integers(&p);
     }

@@ -1,0 +1,192 @@
+/* Products of a few rows with nibbles along the inputs: the lanes are consecutive inputs of one output.
+ *
+ * An atom, 32 inputs, is 16 bytes of nibbles: four lanes of sums, which share a scale. As many atoms as there are lanes
+ * are a block, whose scales are one vector. Nothing is transposed, and rows of the weight are read one after another.
+ * With more rows, lanes that are outputs cost less.
+ */
+#pragma once
+#include "integer_rows.h"
+
+#define ATOM 32
+#define ATOM_BYTES (ATOM / 2)
+#define VECTOR_ATOMS (LANES / 4)
+#define BLOCK_VECTORS 4
+#define BLOCK_ATOMS (BLOCK_VECTORS * VECTOR_ATOMS)
+#define BLOCK_INPUTS (BLOCK_ATOMS * ATOM)
+#define AHEAD_BYTES 16384 /* of the weight, which are fetched before they are needed */
+
+/* Quantised inputs, zeros after the last, and where those of the weight are. */
+struct nibble_rows {
+    const struct product *p;
+    int8_t *codes;        /* [rows][atoms / VECTOR_ATOMS][2][4 * LANES]: the even inputs of a vector, then the odd ones */
+    float *scales, *sums; /* [rows][atoms]; sums: of the inputs themselves, those of a segment at its first atom */
+    int64_t atoms;        /* of a row, whole blocks */
+    int64_t groups, step; /* of a row of the weight; from one block to the next */
+    int64_t ahead;        /* outputs */
+    integers index, last; /* of the group of each atom of a block, counted from the first; of the last, partial block */
+};
+
+/* Whether these products can multiply the weight. */
+static int has_nibble_rows(const struct stored *w) {
+    const int in_place = w->values == PACKED && reading_of(w) == NIBBLE_WORDS && w->first_input % ATOM == 0;
+    const int has_groups = w->group_size && w->group_size % ATOM == 0 && BLOCK_INPUTS % w->group_size == 0;
+    const int has_scales = w->scale_outputs == 1 && w->scale_type != EXPONENTS && w->scale_input == 1;
+    const int has_zeros = !w->zeros || (w->float_zeros && w->zero_input == 1);
+    return HAS_NIBBLES && in_place && has_groups && has_scales && has_zeros && w->segment % ATOM == 0;
+}
+
+/* `codes` and what follows them are taken from `memory`, `nibble_bytes` of it. */
+static int64_t nibble_bytes(const struct product *p) {
+    const int64_t blocks = (p->weight->inputs + BLOCK_INPUTS - 1) / BLOCK_INPUTS;
+    return p->num_rows * blocks * BLOCK_ATOMS * (ATOM + 2 * (int64_t)sizeof(float));
+}
+
+static struct nibble_rows nibble_rows_of(const struct product *p, char *memory) {
+    const struct stored *w = p->weight;
+    const int64_t phase = w->first_input % w->group_size, bytes = w->code_output > 0 ? w->code_output : AHEAD_BYTES;
+    struct nibble_rows x = {.p = p, .codes = (int8_t *)memory, .step = BLOCK_INPUTS / w->group_size};
+    x.atoms = (w->inputs + BLOCK_INPUTS - 1) / BLOCK_INPUTS * BLOCK_ATOMS;
+    x.scales = (float *)(memory + p->num_rows * x.atoms * ATOM), x.sums = x.scales + p->num_rows * x.atoms;
+    x.groups = (phase + w->inputs + w->group_size - 1) / w->group_size;
+    x.ahead = (AHEAD_BYTES + bytes - 1) / bytes;
+    const int left = (int)(x.groups - w->inputs / BLOCK_INPUTS * x.step);
+    for (int i = 0; i < LANES; i++) {
+        x.index[i] = (int)((phase + i * ATOM) / w->group_size);
+        x.last[i] = x.index[i] < left ? x.index[i] : left - 1;
+    }
+    return x;
+}
+
+/* Quantise the inputs of all rows. narrow: room for a segment. */
+static void quantise_for_nibbles(const struct nibble_rows *x, int8_t *narrow) {
+    const struct product *p = x->p;
+    memset(x->codes, 0, nibble_bytes(p));
+    for (int64_t t = 0; t < p->num_rows; t++)
+        for (const struct segment *s = p->segments; s < p->segments + p->num_segments; s++) {
+            const int64_t count = s->stop - s->start, first = t * x->atoms + s->start / ATOM;
+            const char *from = p->inputs + (t * p->inputs_stride + s->start) * size_of(p->type);
+            int32_t sum;
+            const float scale = quantise(from, count, p->type, narrow, &sum);
+            memset(narrow + count, 0, 8);
+            x->sums[first] = scale * (float)sum;
+            for (int64_t k = 0; k < count; k += 8) {
+                const int64_t atom = first + k / ATOM, lane = atom % VECTOR_ATOMS;
+                int8_t *to = x->codes + (atom - lane) * ATOM + lane * ATOM_BYTES + k % ATOM / 2;
+                uint64_t eight;
+                memcpy(&eight, narrow + k, sizeof eight);
+                eight = even_and_odd(eight);
+                memcpy(to, &eight, 4), memcpy(to + 4 * LANES, (const char *)&eight + 4, 4);
+                x->scales[atom] = scale;
+            }
+        }
+}
+
+/* Up to LANES numbers; what is not read is zero. */
+INLINE floats take_scales(const char *from, int64_t count, enum type type) {
+    if (count >= LANES) return take(from, type);
+    const words some = load_bytes(from, count * size_of(type));
+    return take(&some, type);
+}
+
+/* A quarter of a block: four lanes hold the sums of an atom. */
+INLINE integers multiply_nibbles(const words weights[2], const int8_t *inputs) {
+    words even, odd;
+    memcpy(&even, inputs, sizeof even), memcpy(&odd, inputs + sizeof even, sizeof odd);
+#if NARROW_SUMS
+    const shorts sum = narrow_dot(narrow_dot((shorts){0}, even, weights[0]), odd, weights[1]);
+    return pair_dot((integers){0}, (words)sum, (words){0} + 0x00010001);
+#else
+    return dot(dot((integers){0}, even, weights[0]), odd, weights[1]);
+#endif
+}
+
+/* A row of the weight, and which of its groups are read. */
+struct nibble_row {
+    const char *codes, *scales, *zeros;
+    enum type type; /* of the scales */
+    float zero;     /* the zero point, if `zeros` is null */
+    int64_t ahead;  /* bytes of codes */
+};
+
+/* Block number `block` of a row of the weight times rows t .. t + rows. bytes: of nibbles that the block has; index: of
+ * the group of each atom; groups: how many can be read. */
+INLINE void add_block(const struct nibble_rows *x, const struct nibble_row *w, int64_t t, int64_t block, int64_t bytes,
+                      integers index, int64_t groups, const int rows, floats sums[ROWS_TOGETHER]) {
+    const int64_t first = t * x->atoms + block * BLOCK_ATOMS, vector = 4 * LANES, group = block * x->step;
+    const char *codes = w->codes + block * BLOCK_ATOMS * ATOM_BYTES;
+    const floats scales = permuted(take_scales(w->scales + group * size_of(w->type), groups, w->type), index);
+    floats zeros = splat(w->zero), both[ROWS_TOGETHER];
+    if (w->zeros) zeros = permuted(take_scales(w->zeros + group * sizeof(bfloat16), groups, BFLOAT16), index);
+    UNROLL for (int r = 0; r < rows; r++) {
+        both[r] = scales * take(x->scales + first + r * x->atoms, FLOAT32);
+        sums[r] -= scales * zeros * take(x->sums + first + r * x->atoms, FLOAT32);
+    }
+    UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
+        if (v * vector >= bytes) break;
+        words weights[2];
+        unpack(load_bytes(codes + v * vector, bytes - v * vector), NIBBLES, weights);
+        __builtin_prefetch(codes + v * vector + w->ahead, 0, 2);
+        integers atoms;
+        UNROLL for (int i = 0; i < LANES; i++) atoms[i] = v * VECTOR_ATOMS + i / 4;
+        UNROLL for (int r = 0; r < rows; r++) {
+            const int8_t *inputs = x->codes + (first + r * x->atoms + v * VECTOR_ATOMS) * ATOM;
+            const floats whole = __builtin_convertvector(multiply_nibbles(weights, inputs), floats);
+            sums[r] += whole * permuted(both[r], atoms);
+        }
+    }
+}
+
+/* A row of the weight times rows t .. t + rows. is_inside: LANES groups can be read from any one on. */
+INLINE void add_row(const struct nibble_rows *x, const struct nibble_row *w, int64_t t, int64_t inputs, int is_inside,
+                    const int rows, floats sums[ROWS_TOGETHER]) {
+    const int64_t whole = inputs / BLOCK_INPUTS, rest = (inputs % BLOCK_INPUTS + 1) / 2;
+    UNROLL for (int r = 0; r < rows; r++) sums[r] = (floats){0};
+    for (int64_t b = 0; b < whole; b++)
+        add_block(x, w, t, b, BLOCK_INPUTS / 2, x->index, is_inside ? LANES : x->groups - b * x->step, rows, sums);
+    if (rest) add_block(x, w, t, whole, rest, x->last, is_inside ? LANES : x->groups - whole * x->step, rows, sums);
+}
+
+/* Outputs n .. n + count of rows t .. t + rows; count: at most OUTPUTS. */
+INLINE void nibble_tile(const struct nibble_rows *given, int64_t t, int64_t n, int64_t count, const int rows) {
+    const struct nibble_rows x = *given;
+    const struct stored *w = x.p->weight;
+    const enum type type = w->scale_type == FLOATS ? FLOAT32 : BFLOAT16;
+    const int64_t step = w->code_output, scale_step = w->scale_output * size_of(type), zero_step = w->zero_output * 2;
+    const int64_t inputs = w->inputs, outputs = w->outputs;
+    const int64_t least = w->zeros && w->zero_output < w->scale_output ? w->zero_output : w->scale_output;
+    struct nibble_row row = {w->codes + n * step, w->scales + n * scale_step, w->zeros ? w->zeros + n * zero_step : 0,
+                             type, (float)w->zero, x.ahead * step};
+    float sums[ROWS_TOGETHER * OUTPUTS];
+    for (int64_t a = 0; a < count; a += 4) {
+        floats four[4][ROWS_TOGETHER];
+        for (int64_t i = a; i < a + 4; i++) {
+            floats held[ROWS_TOGETHER];
+            __builtin_prefetch(row.scales + x.ahead * scale_step, 0, 2);
+            __builtin_prefetch(row.zeros + x.ahead * zero_step, 0, 2);
+            add_row(&x, &row, t, inputs, (outputs - n - i - 1) * least >= LANES, rows, held);
+            UNROLL for (int r = 0; r < rows; r++) four[i - a][r] = held[r];
+            if (i + 1 >= count) continue; /* outputs beyond the last are computed as the last */
+            row.codes += step, row.scales += scale_step;
+            if (row.zeros) row.zeros += zero_step;
+        }
+        UNROLL for (int r = 0; r < rows; r++)
+            sum_four(sums + r * OUTPUTS + a, four[0][r], four[1][r], four[2][r], four[3][r]);
+    }
+    put_sums(x.p, t, rows, n, count, sums);
+}
+
+/* Outputs n .. n + count of all rows; count: at most OUTPUTS. */
+static void nibble_outputs(const struct nibble_rows *x, int64_t n, int64_t count) {
+    const int64_t all = x->p->num_rows;
+    for (int64_t t = 0, rows; t < all; t += rows) {
+        rows = all - t < ROWS_TOGETHER ? all - t : ROWS_TOGETHER;
+        switch (rows) {
+            case 1: nibble_tile(x, t, n, count, 1); break;
+            case 2: nibble_tile(x, t, n, count, 2); break;
+#if REGISTERS == 32
+            case 3: nibble_tile(x, t, n, count, 3); break;
+            case 4: nibble_tile(x, t, n, count, 4); break;
+#endif
+        }
+    }
+}
