@@ -28,6 +28,20 @@ RECIPE = {
     "server.heartbeat_timeout": 60,
     "ray.cpus_per_rank": 1,
 }
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "DS_ACCELERATOR": "cpu",
+    # fewer processes, which Ray would run at a lower priority
+    "RAY_enable_worker_prestart": "0",
+    "RAY_worker_niceness": "0",
+    # a busy machine is slow to start processes; that is not what the tests are about
+    "RAY_health_check_initial_delay_ms": "60000",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_gcs_server_request_timeout_seconds": "300",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
 
 
 class RayCluster:
@@ -57,7 +71,7 @@ class RayCluster:
 
         from ulysses_infer.ray import build_app
 
-        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=self.port, location="HeadOnly"))
+        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host="127.0.0.1", port=self.port))
         serve.run(build_app({**RECIPE, **changes}), name=APPLICATION)
 
     def delete(self):

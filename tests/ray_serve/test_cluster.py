@@ -6,7 +6,7 @@ import threading
 import httpx
 import pytest
 
-from tests.ray_serve.cluster import ROOT, START_SECONDS, Load, RayCluster, processes
+from tests.ray_serve.cluster import ENVIRONMENT, START_SECONDS, Load, RayCluster, processes
 
 pytest.importorskip("ray.serve", reason='Ray is not installed: pip install "ulysses_infer[ray]"')
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def cluster():
-    os.environ.update(PYTHONPATH=str(ROOT), DS_ACCELERATOR="cpu", RAY_enable_worker_prestart="0")
+    os.environ.update(ENVIRONMENT)
     cluster = RayCluster(num_nodes=3, cpus_per_node=2)
     yield cluster
     cluster.close()
