@@ -197,6 +197,20 @@ def test_the_threshold_counts_drafted_tokens():
     assert times.predict(StepShape.of([50] * 9, [])).mode == Mode(2, 1)
 
 
+def test_steps_with_drafts_have_few_sizes():
+    """Each size is recorded or captured before it is replayed."""
+    sizes = set()
+    for running in range(1, 33):
+        for offered in range(8):
+            gains = {index: [0.9] * offered for index in range(running)}
+            plan = planner(lambda rows: 1.0).plan(gains, dict.fromkeys(gains, 9), [], 999)
+            sizes.add(running + sum(plan.counts.values()))
+    assert len(sizes) < 60
+    few = {1: [0.9], 2: [0.9]}
+    plan = planner(lambda rows: 1.0).plan(few, dict.fromkeys(range(17), 9), [], 999)
+    assert plan.counts == {1: 1, 2: 1}, "too few for the next size, 20"
+
+
 def test_likely_tokens_come_before_unlikely_ones_of_other_requests():
     plan = planner(lambda rows: max(1.0, rows / 5)).plan({1: [0.1, 0.05], 2: [0.9, 0.8, 0.7]}, {1: 10, 2: 10}, [], 99)
     assert plan.counts == {2: 3}
@@ -221,7 +235,7 @@ def test_the_plan_is_the_best_of_all_numbers_of_tokens(seed):
     speeds = [(len(gains) + sum(ordered[:n])) / seconds(len(gains) + n) for n in range(len(ordered) + 1)]
     chosen = sum(counts.values())
     got = len(gains) + sum(sum(gains[index][:count]) for index, count in counts.items())
-    assert got / seconds(len(gains) + chosen) >= max(speeds) * (1 - 1e-9) or len(ordered) > 8
+    assert got / seconds(len(gains) + chosen) >= max(speeds) * (1 - 1e-9) or len(gains) + len(ordered) > 8
 
 
 # --- when tokens are proposed ---
@@ -275,7 +289,7 @@ def test_a_request_pauses_only_where_steps_are_launched_ahead(runs_ahead, tried)
 def test_a_request_that_gets_few_tokens_is_offered_few():
     speculation, made = make_speculation(), decoding([1, 2, 3] * 5)
     sizes = [len(run_step(speculation, [made], right=0).get(0, ())) for _ in range(6)]
-    assert sizes[0] == 16
+    assert sizes[0] == 15, "16 rows with the known token: a size of steps that recurs"
     assert sizes == sorted(sizes, reverse=True)
     asked = []
     speculation._proposer.propose = lambda queries: asked.extend(queries) or [NOTHING for _ in queries]
@@ -290,7 +304,7 @@ def test_new_requests_start_from_what_was_accepted_of_others():
             run_step(speculation, [decoding([1, 2, 3] * 5)], right)
     rates = [each._of(decoding([1, 2, 3], index=7)).acceptance.rate for each in (good, bad)]
     assert rates[0] > 0.95
-    assert rates[1] == 0.5, "it is tried all the same"
+    assert 0.2 < rates[1] < 0.5, "it is tried all the same"
 
 
 def test_without_drafts_what_was_rejected_is_forgotten():

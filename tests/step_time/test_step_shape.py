@@ -50,7 +50,8 @@ def test_a_batch_tells_decodes_from_chunks():
 
 
 def test_steps_of_one_kind_have_tokens_and_context_of_one_size():
-    assert StepShape.of([100] * 9, []).bucket == StepShape.of([120] * 15, []).bucket
-    assert StepShape.of([100] * 9, []).bucket != StepShape.of([100] * 16, []).bucket
+    assert StepShape.of([100] * 13, []).bucket == StepShape.of([120] * 16, []).bucket
+    assert StepShape.of([100] * 16, []).bucket != StepShape.of([100] * 17, []).bucket
+    assert StepShape.of([], [(0, 65)]).bucket == StepShape.of([], [(0, 127)]).bucket
     assert StepShape.of([100] * 9, []).bucket != StepShape.of([900] * 9, []).bucket
     assert StepShape.of([100], []).bucket != StepShape.of([], [(99, 1)]).bucket

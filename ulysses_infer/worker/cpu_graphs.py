@@ -67,6 +67,12 @@ class CpuGraphRunner:
         self._refused: dict[_Key, str] = {}
         self._weights_version = model.weights_version
         self._replayed: CpuGraph | None = None
+        self._is_settled = True
+
+    @property
+    def is_settled(self) -> bool:
+        """See `StepRunner.is_settled`: neither the first step of its kind nor the one that is recorded."""
+        return self._is_settled
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -88,7 +94,7 @@ class CpuGraphRunner:
 
         Steps with adapters run eagerly: the host decides which rows go through which adapter.
         """
-        self._replayed = None
+        self._replayed, self._is_settled = None, True
         if not plan.runs_by_row or plan.num_tokens > self._max_rows:
             return False
         if plan.pools or any(item.adapter or item.logits == NO_LOGITS for item in plan.items):
@@ -98,6 +104,7 @@ class CpuGraphRunner:
             return False
         was_seen = key in self._seen
         self._seen.add(key)
+        self._is_settled = key in self._recorded
         return was_seen
 
     def num_rows(self, plan: StepPlan) -> int:

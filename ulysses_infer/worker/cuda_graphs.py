@@ -140,6 +140,11 @@ class CudaGraphRunner:
         self._graphs.clear()
         self._weights_version = self.model.weights_version
 
+    @property
+    def is_settled(self) -> bool:
+        """See `StepRunner.is_settled`."""
+        return True
+
     def accepts(self, plan: StepPlan) -> bool:
         """Whether the step has only decodes and fits into a bucket.
 

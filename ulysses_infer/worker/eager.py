@@ -27,6 +27,11 @@ class EagerRunner:
         self.inputs = make_inputs(device)
         self._for_kernels = device.type != "cpu" or isinstance(contexts.backend, KernelAttention)
 
+    @property
+    def is_settled(self) -> bool:
+        """See `StepRunner.is_settled`."""
+        return True
+
     def accepts(self, plan: StepPlan) -> bool:
         """See `StepRunner.accepts`."""
         return True

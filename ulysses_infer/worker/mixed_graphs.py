@@ -132,6 +132,11 @@ class MixedGraphRunner:
         self._graphs.clear()
         self._weights_version = self.model.weights_version
 
+    @property
+    def is_settled(self) -> bool:
+        """See `StepRunner.is_settled`."""
+        return True
+
     def accepts(self, plan: StepPlan) -> bool:
         """Whether the step fits into a graph. Steps with adapters run eagerly: the host decides which rows use them."""
         fits = plan.num_tokens <= self.sizes[plan.mode][-1] and plan.num_sequences <= self._max_num_seqs

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +36,11 @@ class Step(NamedTuple):
 class StepRunner(Protocol):
     """One way to run a step."""
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last step took as long as others of its kind will: False if recording it makes these faster."""
+        ...
+
     def accepts(self, plan: StepPlan) -> bool:
         """Whether this runner can run the step."""
         ...
@@ -49,6 +55,14 @@ class StepRunner(Protocol):
 
     def invalidate(self) -> None:
         """Drop everything that refers to the memory of the weights or the cache, because it has moved."""
+        ...
+
+
+class StepProfiler(Protocol):
+    """What records a trace of a rank's steps."""
+
+    def annotated(self, plan: StepPlan) -> AbstractContextManager[Any]:
+        """The context in which the step runs."""
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -20,9 +21,8 @@ from ulysses_infer.worker.drafting.drafter import Drafter
 from ulysses_infer.worker.eager import EagerRunner
 from ulysses_infer.worker.next_tokens import NextTokenBuffer
 from ulysses_infer.worker.offload.mover import BlockMover
-from ulysses_infer.worker.profiler import Profiler
 from ulysses_infer.worker.state_slots import StateSlots
-from ulysses_infer.worker.step import Step, StepObserver, StepRunner
+from ulysses_infer.worker.step import Step, StepObserver, StepProfiler, StepRunner
 from ulysses_infer.worker.step_context import StepContextBuilder
 from ulysses_infer.worker.step_plan import StepPlan, logits_positions
 from ulysses_infer.worker.transfer import DeviceToHostCopy
@@ -66,8 +66,8 @@ class Worker:
         self.offload: BlockMover | None = None
         """This rank's part of the tier below the cache; None without."""
 
-        self.profiler = Profiler()
-        """Traces of this rank's steps."""
+        self.profiler: StepProfiler | None = None
+        """Records a trace of every step; None: nothing."""
 
         self.observer: StepObserver | None = None
         """Told of every step; None: nothing."""
@@ -102,7 +102,7 @@ class Worker:
         if self._state_slots is not None:
             self._state_slots.prepare(plan, step.arrays)
         runner = self._runner_for(plan)
-        with self.profiler.annotated(plan):
+        with nullcontext() if self.profiler is None else self.profiler.annotated(plan):
             result = runner.run(step, finish)
         if self.observer is not None:
             self.observer.observe(step, runner.num_rows(plan))
@@ -120,6 +120,11 @@ class Worker:
     def _runner_for(self, plan: StepPlan) -> StepRunner:
         # Rank-divergent with CPU graphs: one rank may replay while another records. Their collectives are the same.
         return next((graphs for graphs in self.all_graphs if graphs.accepts(plan)), self.eager)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last step took as long as others of its kind will (`StepRunner.is_settled`)."""
+        return all(graphs.is_settled for graphs in self.all_graphs)
 
     @property
     def all_graphs(self) -> list[StepRunner]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.step_time.step_shape import StepShape
+from ulysses_infer.step_time.step_shape import StepShape, sizes_between
 
 WORTH_TRYING = 1.5  # a kind of step that was never measured is tried unless its predicted time exceeds by this factor
+TRIED_FOR = 1.15  # and if it brings more tokens by more than this factor
 
 
 class Prediction(NamedTuple):
@@ -128,7 +129,7 @@ class DraftPlanner:
         plain = self._predict(shape)
         base = len(contexts) / plain.seconds
         best, best_speed, number, worth = 0, base, float(len(contexts)), 0.0
-        tested = set(_counts_upto(len(candidates)))
+        tested = set(_counts_upto(len(candidates), shape.num_decodes))
         for count, candidate in enumerate(candidates, start=1):
             worth += candidate.worth
             shape = shape._replace(
@@ -146,11 +147,11 @@ class DraftPlanner:
         return best, f"{best} of {len(candidates)} proposed tokens, {gain:+.0%} expected {aim}"
 
     def _seconds(self, shape: StepShape, plain: Prediction) -> float:
-        """The predicted time, but no more than that of the step without drafts if it has to be tried first."""
+        """The predicted time, but little more than that of the step without drafts if it has to be tried first."""
         found = self._predict(shape)
         if found.is_measured or found.seconds > WORTH_TRYING * plain.seconds:
             return found.seconds
-        return min(found.seconds, plain.seconds)
+        return min(found.seconds, TRIED_FOR * plain.seconds)
 
 
 def _candidates(index: int, context: int, gains: Sequence[float], aims_at_tpot: bool) -> list[_Candidate]:
@@ -164,12 +165,7 @@ def _candidates(index: int, context: int, gains: Sequence[float], aims_at_tpot: 
     return candidates
 
 
-def _counts_upto(most: int) -> list[int]:
-    """Numbers of drafted tokens that are compared: all up to 8, then in steps of a quarter of a power of two."""
-    counts, step = [], 1
-    count = 1
-    while count < most:
-        counts.append(count)
-        step = max(1, 1 << max(0, count.bit_length() - 3))
-        count += step
-    return [*counts, most] if most else []
+def _counts_upto(most: int, plain: int) -> list[int]:
+    """Numbers of drafted tokens that are compared: those that make steps of few sizes, because each size is recorded
+    before it is replayed; all of them if these are too few for the next size. plain: decodes without drafts."""
+    return [size - plain for size in sizes_between(plain + 1, plain + most)] or [most]

@@ -12,7 +12,7 @@ from ulysses_infer.config import SpeculationConfig
 from ulysses_infer.config.speculation import AUTO
 from ulysses_infer.engine.batch import Batch
 from ulysses_infer.engine.request import Request
-from ulysses_infer.engine.speculation.acceptance import Acceptance
+from ulysses_infer.engine.speculation.acceptance import Acceptance, SharedAcceptance
 from ulysses_infer.engine.speculation.draft_planner import DraftPlanner
 from ulysses_infer.engine.speculation.head_proposer import HeadProposer
 from ulysses_infer.engine.speculation.ngram import NgramProposer
@@ -24,7 +24,9 @@ from ulysses_infer.model.sampling.sampler import Grammar
 
 logger = logging.getLogger(__name__)
 
-LONGEST_PAUSE = 8  # steps until a request for which nothing was drafted is tried again, if steps are launched ahead
+LONGEST_PAUSE = 8
+"""Steps until a request is asked for again whose proposals were not worth their time; or for which there were none, if
+steps are launched ahead."""
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Speculation:
         self._max_batched_tokens = min(max_batched_tokens, config.max_batched_tokens or max_batched_tokens)
         self._longest_pause = LONGEST_PAUSE if runs_ahead else 1
         self._requests: dict[int, _Drafted] = {}
-        self._all, self._usual = Acceptance(), Acceptance()
+        self._all, self._usual = SharedAcceptance(), SharedAcceptance()
         self._step = 0
 
     def draft(self, running: Sequence[Request], waiting: Request | None) -> dict[int, tuple[int, ...]]:
@@ -113,9 +115,7 @@ class Speculation:
             if known is not None:
                 confidences = known.offered.confidences[: len(item.drafts)]
                 known.acceptance.observe(confidences, count)
-                self._all.observe(confidences, count)
                 known.usual.observe([1.0] * len(item.drafts), count)
-                self._usual.observe([1.0] * len(item.drafts), count)
 
     def reset_stats(self) -> None:
         """Set the counters to zero."""
@@ -135,7 +135,7 @@ class Speculation:
         known = self._requests.get(request.index)
         if known is None:
             known = self._requests[request.index] = _Drafted(
-                Acceptance(self._all.rate), Acceptance(self._usual.rate), self.config.max_drafted, last_step=self._step
+                Acceptance(self._all), Acceptance(self._usual), self.config.max_drafted, last_step=self._step
             )
         return known
 
@@ -226,14 +226,15 @@ class Speculation:
         return self._requests[index].acceptance.gains(draft.confidences)
 
     def _plan_next_try(self, index: int, counts: Mapping[int, int]) -> None:
-        """Ask again in the next step if something was drafted, else after a pause that becomes longer."""
+        """Ask again in the next step if something was drafted or looking for it costs nothing, else after a pause that
+        becomes longer."""
         known = self._requests[index]
         if counts.get(index):
             known.pause, known.last_step = 1, self._step + 1
             if self.config.num_tokens == AUTO:
                 known.reach = 2 * counts[index] + 2
         else:
-            known.pause = min(2 * known.pause, self._longest_pause)
+            known.pause = min(2 * known.pause, LONGEST_PAUSE if known.offered.tokens else self._longest_pause)
         known.next_try = self._step + known.pause
 
 
