@@ -27,6 +27,7 @@ from pathlib import Path
 
 import psutil
 
+from ulysses_infer.cache_folders import cache_folder
 from ulysses_infer.child_processes import end_children_with_this_process
 from ulysses_infer.job.processes import free_port
 
@@ -152,7 +153,7 @@ def launch(names: Sequence[str], arguments: Sequence[str]) -> int:
 
     If it ends well, the others have time to do so.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".hosts") as hosts, tempfile.TemporaryDirectory() as cache:
+    with tempfile.NamedTemporaryFile("w", suffix=".hosts") as hosts, cache_without_profiles() as cache:
         hosts.writelines(f"{name} slots=1\n" for name in names)
         hosts.flush()
         common = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--no_ssh"]
@@ -172,11 +173,20 @@ def launch(names: Sequence[str], arguments: Sequence[str]) -> int:
             _end(nodes)
 
 
-def rank_environment(count: int, cache: str) -> dict[str, str]:
-    """Environment of one of `count` ranks on this machine; its collectives use the link.
+@contextmanager
+def cache_without_profiles() -> Iterator[str]:
+    """A cache folder with the user's compiled kernels and models, but without step times: those are of another link."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / "ulysses_infer"
+        own.mkdir()
+        for kind in ("native", "models", "gguf"):
+            cache_folder(kind).mkdir(parents=True, exist_ok=True)
+            (own / kind).symlink_to(cache_folder(kind))
+        yield folder
 
-    `cache`: replaces the user's cache folder, because stored step times are of another link.
-    """
+
+def rank_environment(count: int, cache: str) -> dict[str, str]:
+    """Environment of one of `count` ranks on this machine; its collectives use the link. cache: its cache folder."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // count))
     own = {"GLOO_SOCKET_IFNAME": INTERFACE, "XDG_CACHE_HOME": cache}
     return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads, **os.environ, **own}
