@@ -47,6 +47,7 @@ SHAPES = {
     "llama-3.3-70b-fp8-8xh200": Shape(8192, 80, 64, 8, 128, 28672, 128256, 131072, weight_bytes=72.7e9),
     "llama-3.3-70b-fp8-8xh100": Shape(8192, 80, 64, 8, 128, 28672, 128256, 131072, weight_bytes=72.7e9),
     "qwen3-32b-fp8-8xh200": Shape(5120, 64, 64, 8, 128, 25600, 151936, 40960, weight_bytes=34.3e9),
+    "qwen3-32b-fp8-speculation-8xh200": Shape(5120, 64, 64, 8, 128, 25600, 151936, 40960, weight_bytes=34.3e9),
     "qwen3-32b-yarn-128k-8xh200": Shape(5120, 64, 64, 8, 128, 25600, 151936, 40960, weight_bytes=34.3e9),
     "llama-4-scout-17b-16e-8xh200": Shape(5120, 48, 40, 8, 128, 8192, 202048, 10485760, 16, weight_bytes=218e9),
     "qwen3-30b-a3b-8xh200": Shape(2048, 48, 32, 4, 128, 768, 151936, 40960, 128, weight_bytes=61.1e9),
@@ -60,6 +61,7 @@ MODES = {
     "llama-3.3-70b-fp8-8xh200": [(8, 1), (1, 8)],
     "llama-3.3-70b-fp8-8xh100": [(4, 2), (1, 8)],
     "qwen3-32b-fp8-8xh200": [(8, 1), (1, 8)],
+    "qwen3-32b-fp8-speculation-8xh200": [(8, 1), (1, 8)],
     "qwen3-32b-yarn-128k-8xh200": [(8, 1), (1, 8)],
     "llama-4-scout-17b-16e-8xh200": [(4, 2), (1, 8)],
     "qwen3-30b-a3b-8xh200": [(8, 1), (1, 8)],
@@ -152,6 +154,12 @@ def test_the_recipe_of_long_context_has_yarn_as_its_model_card():
         "original_max_position_embeddings": 32768,
     }
     assert choose_max_model_len(changed, None) == model.max_model_len == 131072
+
+
+def test_the_recipe_of_speculation_chooses_the_number_of_tokens_by_measured_step_times():
+    config = load_config(ROOT / "recipes" / "qwen3-32b-fp8-speculation-8xh200.yaml")
+    assert (config.speculation.method, config.speculation.num_tokens) == ("suffix", "auto")
+    assert config.policy.name == "adaptive"
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -58,4 +58,6 @@ class NgramProposer:
 
 def tail_of(index: TokenIndex, more: tuple[int, ...], count: int) -> np.ndarray:
     """The last `count` tokens of a text that goes on with `more`."""
+    if not more:
+        return index.last(count)
     return np.concatenate([index.last(count), np.array(more, dtype=np.int64)])[-count:]
