@@ -55,16 +55,31 @@ class RemoteEngine:
 
 
 async def _complete(client: Any, prompt: list[int], params: SamplingParams) -> CompletionOutput:
+    output, _ = await complete(client, prompt, params)
+    if output.finish_reason not in ("stop", "length"):
+        raise RequestError(f"a rollout ended with {output.finish_reason!r} ({output.stop_reason})")
+    return output
+
+
+async def complete(
+    client: Any, prompt: list[int], params: SamplingParams, request_id: str | None = None
+) -> tuple[CompletionOutput, list[str]]:
+    """One completion from a server, and the versions of the weights that computed it, in order.
+
+    client: httpx's, for the server. request_id: by which the request can be aborted. Raises `RequestError` if the
+    server refuses.
+    """
     explicit = {name: getattr(params, name) for name in MODEL_DEFAULTS}
     body = {"token_ids": prompt, "sampling_params": {**explicit, **params.to_mapping()}}
-    answer = await client.post("/inference/v1/generate", json=body)
+    named = {} if request_id is None else {"request_id": request_id}
+    answer = await client.post("/inference/v1/generate", json={**body, **named})
     if answer.status_code != 200:
         raise RequestError(f"/inference/v1/generate: {answer.json()['error']['message']}")
     (choice,) = answer.json()["choices"]
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise RequestError(f"a rollout ended with {choice['finish_reason']!r} ({choice['stop_reason']})")
     logprobs = None if choice["logprobs"] is None else [_entry(each) for each in choice["logprobs"]["content"]]
-    return CompletionOutput(0, "", choice["token_ids"], logprobs=logprobs, finish_reason=choice["finish_reason"])
+    finish, stop = choice["finish_reason"], choice["stop_reason"]
+    output = CompletionOutput(0, "", choice["token_ids"], logprobs=logprobs, finish_reason=finish, stop_reason=stop)
+    return output, choice["weight_versions"]
 
 
 def _entry(scored: dict[str, Any]) -> dict[int, Logprob]:
