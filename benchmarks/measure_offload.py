@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from benchmarks.arguments import common_options
+from benchmarks.processor import processor
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.console.library_logging import quiet_libraries
 from ulysses_infer.inference import InferenceEngine
-from ulysses_infer.native.levels import describe_processor
 
 BLOCK, VOCABULARY = 16, 4096
 CONFIG: dict[str, Any] = {
@@ -92,7 +92,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     quiet_libraries(rank=0)
-    print(f"{describe_processor()}, {options.threads} threads, prompts of {options.input_len} tokens")
+    print(f"{processor()}, {options.threads} threads, prompts of {options.input_len} tokens")
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), options.input_len + 1)
         rows = measure(Path(folder), options)

@@ -29,7 +29,7 @@ texts = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), max_size=40)
 
 
 @given(texts, st.integers(4, 7), st.integers(1, 5), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_block_that_comes_back_has_its_content_and_counts_add_up(texts, num_blocks, host_slots, disk_slots):
     """Each text is allocated after its cached prefix, computed, published and freed; `texts` has (name, blocks)."""
     tier = OffloadTier([host_slots], [disk_slots], [10])
@@ -56,6 +56,8 @@ def test_a_block_that_comes_back_has_its_content_and_counts_add_up(texts, num_bl
     assert tier.stats.queries == queries
     assert tier.loaded_bytes == 10 * pool.num_loaded
     assert tier.stats.hits >= pool.num_loaded
+    assert pools.reset_prefix_cache()
+    assert (pool.num_in_host, pool.num_on_disk) == (0, 0)
 
 
 def test_the_least_recently_used_block_moves_to_disk_and_then_is_forgotten():

@@ -65,6 +65,7 @@ def test_evicted_prefixes_come_back_from_host_memory_and_disk(folder, tmp_path):
             assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_new_weights_sleep_resets_and_calibration_leave_no_old_block(folder, tmp_path):
     with opened(folder, **{"cache.offload_host_bytes": 1 << 20}) as engine:
         plain, tier = run(engine), engine._engine.scheduler.allocator.tier
