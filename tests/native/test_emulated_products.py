@@ -23,6 +23,7 @@ from ulysses_infer.parallel.layout import Span
 
 SCHEMES: list[Any] = [
     (float_zeros(32), FloatZeroWeight(32)),
+    (float_zeros(128), FloatZeroWeight(128)),
     (compressed(32, symmetric=False), CompressedWeight(32, 4, False)),
     (int8_channel, ScaledWeight("weight_scale", "channel", dtype=torch.int8)),
     (mxfp4, Mxfp4Weight()),
