@@ -54,7 +54,8 @@ class RayCluster:
         self._cpus = cpus_per_node
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         self.nodes = [self.add_node() for _ in range(num_nodes)]
-        ray.init(address=self._cluster.address, log_to_driver=False)
+        self.address = self._cluster.address
+        ray.init(address=self.address, log_to_driver=False)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -78,6 +79,11 @@ class RayCluster:
         from ray import serve
 
         serve.delete(APPLICATION)
+
+    def applications(self):
+        from ray import serve
+
+        return list(serve.status().applications)
 
     def reports(self):
         """`ReplicaReport` of every running replica, by its id."""

@@ -1,12 +1,14 @@
 """Replicas on a local Ray cluster with several raylets, whose ranks, replicas and raylets are killed."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import httpx
 import pytest
 
-from tests.ray_serve.cluster import ENVIRONMENT, START_SECONDS, Load, RayCluster, processes
+from tests.ray_serve.cluster import ENVIRONMENT, RECIPE, START_SECONDS, Load, RayCluster, processes
 
 pytest.importorskip("ray.serve", reason='Ray is not installed: pip install "ulysses_infer[ray]"')
 
@@ -117,3 +119,23 @@ def talk(url, num_conversations, num_turns):
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def test_serve_on_ray_answers_until_a_signal_and_removes_the_application(cluster):
+    arguments = [f"{key}={value}" for key, value in {**RECIPE, "server.port": cluster.port}.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ulysses_infer.cli.main", "serve", "--ray", *arguments],
+        env={**os.environ, "RAY_ADDRESS": cluster.address},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert any(f"serving demo on {cluster.url}" in line for line in process.stdout)
+        with Load(cluster.url, num_clients=1) as load:
+            load.wait_for(1)
+        assert load.statuses.keys() == {200}
+        process.terminate()
+        assert process.wait(START_SECONDS) == 0
+        assert cluster.applications() == []
+    finally:
+        process.kill()

@@ -60,3 +60,13 @@ def test_ray_takes_no_launcher_and_no_dry_run(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ConfigError, match="without a launcher"):
         parse(["serve", "models/demo", "--ray"]).config()
+
+
+def test_a_machine_with_too_few_cpus_is_named(monkeypatch):
+    ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "ulysses_infer[ray]"')
+    from ulysses_infer.ray.command import check_room
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    check_room(config(**{"parallel.sp": 3}))
+    with pytest.raises(ConfigError, match="2 replicas of 1 ranks and the ingress reserve 5 CPUs, and this machine"):
+        check_room(config(**{"parallel.dp": 2, "ray.cpus_per_rank": 2}))

@@ -12,7 +12,7 @@ from ulysses_infer.errors import ConfigError, UlyssesError, first_line
 from ulysses_infer.ray.application import build_app
 from ulysses_infer.ray.placement import place
 from ulysses_infer.ray.recipe import prepared
-from ulysses_infer.server.process import announce, bind, url_of
+from ulysses_infer.server.process import announce, bind, url_at
 
 APPLICATION = "ulysses-infer"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -27,33 +27,45 @@ def run(config: Config) -> int:
     """
     if config.server.port == 0:
         raise ConfigError("server.port = 0: Ray Serve listens on the same port of every node; give one")
-    stop = _stop_on_signals()
     console = make_console(0)
-    listener = bind(config.server)  # a port that is taken is named at once
-    url = url_of(listener, config.server)
-    listener.close()
     print_config(console, "serve", config)
     is_own = _join_cluster()
     if is_own:
-        _check_room(prepared(config))
-    _deploy(config)
-    announce(console, config, url)
-    stop.wait()
-    _remove(is_own)
+        check_room(prepared(config))
+        bind(config.server).close()  # a port that is taken is named at once; a running Serve has its own already
+    signals = Signals()
+    try:
+        _deploy(config)
+        announce(console, config, url_at(config.server.host, config.server.port, config.server))
+        signals.wait()
+    finally:
+        _remove(is_own)
     return 0
 
 
-def _stop_on_signals() -> threading.Event:
-    """Set by the first signal; a second one has its usual effect."""
-    stop = threading.Event()
+class Signals:
+    """Handles signals from here on, instead of Ray, whose handlers abort the process.
 
-    def take(number: int, frame: object) -> None:
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)
+    The first one ends `wait`, or raises SystemExit if the application is not up yet; a second one ends the process.
+    """
 
-    for number in SIGNALS:
-        signal.signal(number, take)
-    return stop
+    def __init__(self) -> None:
+        self._came = threading.Event()
+        self._is_waiting = False
+        for number in SIGNALS:
+            signal.signal(number, self._take)
+
+    def wait(self) -> None:
+        """Wait for the first signal."""
+        self._is_waiting = True
+        self._came.wait()
+
+    def _take(self, number: int, frame: object) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        self._came.set()
+        if not self._is_waiting:
+            raise SystemExit(128 + number)
 
 
 def _join_cluster() -> bool:
@@ -68,7 +80,7 @@ def _join_cluster() -> bool:
     return False
 
 
-def _check_room(config: Config) -> None:
+def check_room(config: Config) -> None:
     """Raise `ConfigError` if the replicas cannot all run here; a cluster with other nodes may grow instead."""
     import ray
 

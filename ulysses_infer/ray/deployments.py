@@ -19,7 +19,7 @@ from ulysses_infer.ray.router import ReplicaRouter
 REPLICAS, INGRESS = "UlyssesReplica", "UlyssesIngress"
 HEALTH_SECONDS = 1.0  # between health checks; Serve restarts a replica after three that failed
 HEALTH_TIMEOUT = 30.0
-STATS_SECONDS = 1.0  # between reports to autoscaling and routing
+STATS_SECONDS = 1.0  # between reports to the request router
 END_MARGIN = 15.0  # for the ranks of a drained replica to end
 NO_LIMIT = 100_000  # of requests in an ingress or a replica: the engine's own queue is the limit
 
@@ -70,8 +70,6 @@ def _number(config: Config) -> dict[str, Any]:
     scaling = AutoscalingConfig(
         min_replicas=config.parallel.dp,
         max_replicas=most,
-        metrics_interval_s=STATS_SECONDS,
-        look_back_period_s=max(2 * STATS_SECONDS, min(30.0, ray.upscale_delay)),
         upscale_delay_s=ray.upscale_delay,
         downscale_delay_s=ray.downscale_delay,
         policy=AutoscalingPolicy(

@@ -81,6 +81,11 @@ def _check_certificate(settings: ServerConfig) -> None:
 def url_of(listener: socket.socket, settings: ServerConfig) -> str:
     """The URL of the server."""
     host, port = listener.getsockname()[:2]
+    return url_at(host, port, settings)
+
+
+def url_at(host: str, port: int, settings: ServerConfig) -> str:
+    """The URL of a server at an address."""
     shown = f"[{host}]" if ":" in host else host
     return f"{'https' if settings.ssl_certfile else 'http'}://{shown}:{port}"
 
