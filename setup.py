@@ -46,12 +46,13 @@ def compile_kernels(folder: Path) -> None:
         except compiler.NativeUnavailableError as error:  # a compiler that does not know the level yet
             print(f"warning: {source.name} is not compiled for {level.name}: {error}")
 
+    chosen = [level for level in levels.levels_of_machine() if wanted == [""] or level.name in wanted]
+    for level in chosen:
+        (folder / level.name).mkdir(parents=True, exist_ok=True)
+    pairs = [(source, level) for level in chosen for source in sorted(NATIVE.rglob("*.c"))]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for level in levels.levels_of_machine():
-            if wanted == [""] or level.name in wanted:
-                (folder / level.name).mkdir(parents=True, exist_ok=True)
-                for source in sorted(NATIVE.rglob("*.c")):
-                    threads.submit(build, source, level)
+        for _ in threads.map(build, *zip(*pairs, strict=True)):  # raises what a build raises
+            pass
 
 
 class BuildWithKernels(build_py):

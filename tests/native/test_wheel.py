@@ -13,19 +13,24 @@ import pytest
 from ulysses_infer.native.levels import levels_here
 
 ROOT = Path(__file__).parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "ulysses_infer/native").rglob("*.c"))
 USE = """
+import sys
 import torch
 from ulysses_infer.native import library
 from ulysses_infer.native.matmul import NativeMatmul
-print(library.library_path("matmul"))
+for name in sys.argv[1:]:
+    library.open_library(name)
+    print(library.library_path(name))
 x, weight = torch.randn(20, 64), torch.randn(30, 64)
 torch.testing.assert_close(NativeMatmul()(x, weight), torch.nn.functional.linear(x, weight))
 """
 
 
 def run(*command, **options):
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    done = subprocess.run(command, text=True, check=False, **pipes)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
     return done.stdout
 
 
@@ -48,8 +53,12 @@ def test_a_wheel_runs_its_compiled_kernels_where_there_is_no_compiler(tmp_path):
     run(*pip, "--python", str(made / "bin/python"), "install", "--no-deps", "--no-index", str(wheel))
     (packages,) = made.glob("lib/python*/site-packages")
     (packages / "those_of_the_tests.pth").write_text(sysconfig.get_path("purelib"))  # torch and so on
-    alone = {"PATH": str(made / "bin"), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    used = Path(run(str(made / "bin/python"), "-c", USE, cwd=tmp_path, env=alone).strip())
-    assert used == packages / "ulysses_infer/native/built" / best / "matmul.so"
-    used = run(str(made / "bin/python"), "-c", USE, cwd=tmp_path, env=alone | {"ULYSSES_INFER_NATIVE_LEVEL": oldest})
-    assert Path(used.strip()).parent.name == oldest
+    python, built = str(made / "bin/python"), packages / "ulysses_infer/native/built"
+    alone = {"PATH": str(made / "bin"), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    for level, changes in ((best, {}), (oldest, {"ULYSSES_INFER_NATIVE_LEVEL": oldest})):
+        used = run(python, "-c", USE, *NAMES, cwd=tmp_path, env=alone | changes)
+        assert used.split() == [str(built / level / f"{name}.so") for name in NAMES]
+    demo = ("-m", "ulysses_infer.cli.main", "generate", "--config", str(ROOT / "recipes/demo.yaml"))
+    output = run(python, *demo, cwd=tmp_path, env=alone, stderr=subprocess.STDOUT)
+    assert "TP 2" in output
+    assert "no native kernels" not in output

@@ -26,7 +26,8 @@ FLAGS = (
     "-fno-signed-zeros",
     "-fassociative-math",
 )
-BUILD_SECONDS = 120
+BUILD_SECONDS = 600
+"""The longest time one file may take: half a minute of work, on a machine that has much else to do."""
 
 
 class NativeUnavailableError(Exception):
