@@ -121,14 +121,20 @@ def talk(url, num_conversations, num_turns):
         thread.join()
 
 
-def test_serve_on_ray_answers_until_a_signal_and_removes_the_application(cluster):
-    arguments = [f"{key}={value}" for key, value in {**RECIPE, "server.port": cluster.port}.items()]
-    process = subprocess.Popen(
+def serve_on_ray(cluster, **changes):
+    """The command `serve --ray`, as a process."""
+    arguments = [f"{key}={value}" for key, value in {**RECIPE, "server.port": cluster.port, **changes}.items()]
+    return subprocess.Popen(
         [sys.executable, "-m", "ulysses_infer.cli.main", "serve", "--ray", *arguments],
         env={**os.environ, "RAY_ADDRESS": cluster.address},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_serve_on_ray_answers_until_a_signal_and_removes_the_application(cluster):
+    process = serve_on_ray(cluster)
     try:
         assert any(f"serving demo on {cluster.url}" in line for line in process.stdout)
         with Load(cluster.url, num_clients=1) as load:
@@ -139,3 +145,13 @@ def test_serve_on_ray_answers_until_a_signal_and_removes_the_application(cluster
         assert cluster.applications() == []
     finally:
         process.kill()
+
+
+def test_a_recipe_that_cannot_be_loaded_ends_serve_on_ray_with_one_line(cluster):
+    process = serve_on_ray(cluster, **{"model.path": "models/nonexistent"})
+    _, errors = process.communicate(timeout=START_SECONDS)
+    (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
+    assert line.startswith("error: Ray Serve could not deploy the recipe: ")
+    assert "models/nonexistent" in line
+    assert process.returncode == 2
+    assert cluster.applications() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 
@@ -17,6 +18,8 @@ from ulysses_infer.server.process import announce, bind, url_at
 APPLICATION = "ulysses-infer"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INGRESS_CPUS = 1.0
+ERROR_LINE = re.compile(r"^\s*ulysses_infer\.errors\.\w+: ")
+"""How a trace ends with one of our errors."""
 
 
 def run(config: Config) -> int:
@@ -34,6 +37,7 @@ def run(config: Config) -> int:
         check_room(prepared(config))
         bind(config.server).close()  # a port that is taken is named at once; a running Serve has its own already
     signals = Signals()
+    _start_serve(config)
     try:
         _deploy(config)
         announce(console, config, url_at(config.server.host, config.server.port, config.server))
@@ -97,7 +101,7 @@ def check_room(config: Config) -> None:
             )
 
 
-def _deploy(config: Config) -> None:
+def _start_serve(config: Config) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -107,10 +111,25 @@ def _deploy(config: Config) -> None:
             host=server.host, port=server.port, ssl_certfile=server.ssl_certfile, ssl_keyfile=server.ssl_keyfile
         )
     )
+
+
+def _deploy(config: Config) -> None:
+    from ray import serve
+
     try:
         serve.run(build_app(config), name=APPLICATION)
     except RuntimeError as error:
-        raise UlyssesError(f"Ray Serve could not deploy the recipe: {first_line(error)}") from error
+        raise UlyssesError(f"Ray Serve could not deploy the recipe: {_cause() or first_line(error)}") from error
+
+
+def _cause() -> str:
+    """The error of the deployment that failed, which Serve has with its traces only; "" if it has none."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    messages = [] if application is None else [each.message for each in application.deployments.values()]
+    lines = [line for message in messages for line in message.splitlines() if ERROR_LINE.match(line)]
+    return ERROR_LINE.sub("", lines[-1]) if lines else ""
 
 
 def _remove(is_own: bool) -> None:
