@@ -23,9 +23,9 @@ KERNELS = ("few", "pairs", "panels")
 multiply-adds of weights that are converted once for many rows."""
 MEASURED_SHAPE = (1024, 1024)
 MEASURED_BYTES = 96_000_000  # of weights that are visited one after another, so that they come from memory
-WITHOUT_KERNELS = (
-    "no native kernels (%s): torch computes instead, which takes 1.5 to 4 times as long for a few rows, and 4 times as "
-    "long for prompts in bfloat16 on CPUs without AVX-512; install gcc, or a wheel, which ships compiled kernels"
+WITHOUT_KERNELS = (  # figures: python -m benchmarks.measure_without_kernels
+    "no native kernels (%s): torch computes instead; decode steps take 1.5 to 10 times as long, most in small models, "
+    "prompts up to 4 times; install gcc, or a wheel, which ships compiled kernels"
 )
 
 
