@@ -14,8 +14,11 @@ from ulysses_infer.server.messages import NewToken, Refused, Stepped, Submit
 pytest.importorskip("ray.serve", reason='Ray is not installed: pip install "ulysses_infer[ray]"')
 
 
+WAIT = "wait"
+
+
 class Replicas:
-    """A deployment handle. Each attempt of a request takes the next script: numbers are tokens, others are raised."""
+    """A deployment handle. Each attempt of a request takes the next script: numbers are tokens, errors are raised."""
 
     def __init__(self, *scripts):
         from ulysses_infer.ray.replica import ReplicaReport
@@ -59,6 +62,8 @@ class _Response:
             raise StopAsyncIteration
         if isinstance(step, Exception):
             raise step
+        if step == WAIT:
+            await asyncio.Event().wait()
         if isinstance(step, Refused):
             return _encoder.encode(step)
         return _encoder.encode(Stepped(STATE, None, [NewToken(self._id, 0, step, "stop" if step == 9 else None)]))
@@ -129,7 +134,7 @@ def test_a_refusal_is_the_clients_error():
 
 
 def test_a_client_that_leaves_cancels_its_request_on_the_replica():
-    replicas = Replicas([4, 5, 6, 7, 9])
+    replicas = Replicas([4, WAIT])
 
     async def use(client, events):
         batches = client.generate(Submit("id", [1, 2], {}))
