@@ -216,11 +216,11 @@ def create_vllm_engines(
     settings: further keys of the recipe. gpus_per_engine: by default `tensor_parallel_size`, or a share of one if the
     training's placement group is given; 0 on CPUs. Raises `ConfigError` for several ranks per engine in that group.
     """
+    if shared_pg is not None and tensor_parallel_size > 1:
+        raise ConfigError(f"tensor_parallel_size is {tensor_parallel_size} with train.colocate_all; use 1")
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    if shared_pg is not None and tensor_parallel_size > 1:
-        raise ConfigError(f"tensor_parallel_size is {tensor_parallel_size} with train.colocate_all; use 1")
     share = float(tensor_parallel_size) if shared_pg is None else SHARED_GPU
     gpus = share if gpus_per_engine is None else gpus_per_engine
     if shared_pg is None:

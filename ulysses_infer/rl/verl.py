@@ -19,7 +19,6 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 from verl.workers.rollout.utils import ensure_async_iterator
 
 from ulysses_infer.errors import ConfigError, RequestError
-from ulysses_infer.rl.verl_server import UlyssesServer
 from ulysses_infer.rl.weight_folder import WeightFolder
 
 NAME = "ulysses_infer"
@@ -88,6 +87,8 @@ class UlyssesReplica(RolloutReplica):
 
     async def launch_servers(self) -> None:
         """Start the server's actor beside the workers. Raises `ConfigError` if they are on several nodes."""
+        from ulysses_infer.rl.verl_server import UlyssesServer  # which imports verl, which imports this module
+
         places = await asyncio.gather(*(worker.__ray_call__.remote(_place) for worker in self.workers))
         nodes = sorted({node for node, _ in places})
         if len(nodes) > 1:
