@@ -37,6 +37,7 @@ from ulysses_infer.cache_folders import cache_folder
 from ulysses_infer.config import SpeculationConfig
 from ulysses_infer.console.screen import make_console
 from ulysses_infer.engine.profile_key import device_name
+from ulysses_infer.engine.speculation.speculation import Speculation
 from ulysses_infer.engine.speculation.start import start_speculation
 from ulysses_infer.inference import InferenceEngine
 
@@ -45,7 +46,8 @@ NONE = "none"
 SETTINGS = {
     NONE: SpeculationConfig(),
     "ngram": SpeculationConfig(method="ngram"),
-    "suffix": SpeculationConfig(method="suffix"),
+    # All outputs of a counting model are alike: sharing them would foresee even what is meant to be unknown.
+    "suffix": SpeculationConfig(method="suffix", share_outputs=False),
     **{f"ngram, {count} tokens": SpeculationConfig(method="ngram", num_tokens=count) for count in FIXED},
 }
 CHOSEN = (NONE, "ngram", "suffix")
@@ -116,7 +118,11 @@ def loads_of(is_counting: bool, vocab_size: int, tokens: int, repeats: int) -> l
         return make
 
     def unknown(count: int) -> Callable[[int], list[Any]]:
-        return lambda repeat: [random_prompt(vocab_size, 64, tokens, 100 * repeat + each) for each in range(count)]
+        def make(repeat: int) -> list[Any]:
+            first = 10**6 * count + 100 * (repeat + 1)
+            return [random_prompt(vocab_size, 64, tokens, first + each) for each in range(count)]
+
+        return make
 
     every = tuple(SETTINGS)
     return [
@@ -140,16 +146,30 @@ def order(load: Load) -> Iterator[tuple[int, str]]:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def speculate(engine: InferenceEngine, chosen: SpeculationConfig) -> None:
-    """Give rank 0 this speculation, as a start with it would."""
-    own = engine._engine
-    assert own is not None
-    own.speculation = start_speculation(replace(own.config, speculation=chosen), own.rank, own.requests, own.policies)
+class Speculations:
+    """Speculation of every setting on one engine. Each keeps what it has learned, as in a server that goes on."""
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self.engine = engine
+        self._made: dict[str, Speculation | None] = {}
+
+    def use(self, setting: str) -> None:
+        """Give rank 0 this speculation, as a start with it would."""
+        own = self.engine._engine
+        assert own is not None
+        if setting not in self._made:
+            config = replace(own.config, speculation=SETTINGS[setting])
+            self._made[setting] = start_speculation(config, own.rank, own.requests, own.policies)
+        own.speculation = chosen = self._made[setting]
+        if chosen is not None:
+            own.requests.on_end = chosen.forget
+            chosen.reset_stats()
 
 
-def measure(engine: InferenceEngine, load: Load, setting: str, repeat: int) -> Run:
+def measure(speculations: Speculations, load: Load, setting: str, repeat: int) -> Run:
     """Run a load once."""
-    speculate(engine, SETTINGS[setting])
+    speculations.use(setting)
+    engine = speculations.engine
     own = engine._engine
     assert own is not None
     own.scheduler.allocator.reset_prefix_cache()
@@ -158,13 +178,13 @@ def measure(engine: InferenceEngine, load: Load, setting: str, repeat: int) -> R
     return Run(sample, stats.num_draft_tokens if stats else 0, stats.num_accepted_tokens if stats else 0)
 
 
-def study(engine: InferenceEngine, loads: Sequence[Load], found: Study, is_over: Callable[[], bool]) -> None:
+def study(speculations: Speculations, loads: Sequence[Load], found: Study, is_over: Callable[[], bool]) -> None:
     """Run all loads, as long as there is time."""
     for load in loads:
         for repeat, setting in order(load):
             if is_over():
                 return
-            run = measure(engine, load, setting, repeat)
+            run = measure(speculations, load, setting, repeat)
             if repeat >= 0:
                 found.runs.setdefault((load.name, setting), []).append(run)
 
@@ -281,10 +301,11 @@ def _compare(name: str, options: argparse.Namespace, console: Any, is_over: Call
     found, documents = Study(name), JsonStudy(options.documents)
     try:
         with start(MODELS[name](), options.ranks) as engine:
+            speculations = Speculations(engine)
             if not is_counting:
-                documents.run(engine, lambda chosen: speculate(engine, SETTINGS["ngram" if chosen else NONE]), is_over)
+                documents.run(engine, lambda chosen: speculations.use("ngram" if chosen else NONE), is_over)
             loads = loads_of(is_counting, engine.vocab_size, options.tokens, options.repeats)
-            study(engine, loads, found, is_over)
+            study(speculations, loads, found, is_over)
     finally:
         console.print(table_of(found))
         lines = [*verdicts(found), *([] if is_counting else documents.lines())]
