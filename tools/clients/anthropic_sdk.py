@@ -54,7 +54,7 @@ def tokens_are_counted(server: Server) -> None:
 def a_tool_is_used(server: Server) -> None:
     """A call, whole and streamed, and the answer after its result."""
     request: dict[str, Any] = {"model": server.model, "max_tokens": 200, "tools": [TOOL]}
-    choice: Any = {"type": "tool", "name": "forecast"}
+    choice: Any = {"type": "tool", "name": "forecast", "disable_parallel_tool_use": True}
     with client_of(server) as client:
         answer: Any = client.messages.create(**request, messages=HELLO, tool_choice=choice)
         with client.messages.stream(**request, messages=HELLO, tool_choice=choice) as stream:

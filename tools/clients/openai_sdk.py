@@ -18,6 +18,7 @@ SCHEMA = {
     "required": ["city", "days"],
     "additionalProperties": False,
 }
+FORM: Any = {"format": {"type": "json_schema", "name": "trip", "schema": SCHEMA, "strict": True}}
 FUNCTION = {"name": "forecast", "description": "The weather of some days.", "parameters": SCHEMA}
 CHAT_TOOLS: Any = [{"type": "function", "function": FUNCTION}]
 TOOLS: Any = [{"type": "function", **FUNCTION, "strict": True}]
@@ -127,8 +128,8 @@ def responses(server: Server) -> None:
 
 
 def responses_stream(server: Server) -> None:
-    """Typed events with increasing numbers, accumulated by the client."""
-    request: dict[str, Any] = {"model": server.model, "input": "Say hello.", "max_output_tokens": 12, "temperature": 0}
+    """Typed events with increasing numbers, accumulated by the client, which wants the response to end by itself."""
+    request: dict[str, Any] = {"model": server.model, "input": "Plan.", "text": FORM, "temperature": 0}
     with client_of(server) as client:
         whole = client.responses.create(**request)
         with client.responses.stream(**request) as stream:
@@ -167,9 +168,8 @@ def responses_call_a_tool(server: Server) -> None:
 
 def responses_follow_a_json_schema(server: Server) -> None:
     """Structured text."""
-    form: Any = {"format": {"type": "json_schema", "name": "trip", "schema": SCHEMA, "strict": True}}
     with client_of(server) as client:
-        answer = client.responses.create(model=server.model, input="Plan.", text=form, max_output_tokens=200)
+        answer = client.responses.create(model=server.model, input="Plan.", text=FORM, max_output_tokens=200)
     assert json.loads(answer.output_text)["city"] in ("Rome", "Oslo")
 
 
