@@ -13,7 +13,12 @@ HELLO: Any = [{"role": "user", "content": "What does os.path.exists do?"}]
 TOOL: Any = {
     "name": "forecast",
     "description": "The weather of a city.",
-    "input_schema": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]},
+    "input_schema": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
 }
 
 
