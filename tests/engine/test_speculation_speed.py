@@ -113,8 +113,9 @@ def test_auto_is_nearly_as_fast_as_the_best_fixed_number(milliseconds, chance, c
 @pytest.mark.parametrize("count", [1, 4, 16])
 @pytest.mark.parametrize("chance", [0.0, 0.3, 0.6, 0.8, 0.95])
 @pytest.mark.parametrize("milliseconds", [reading, proportional, tiled])
-def test_auto_is_nearly_as_fast_as_the_best_fixed_number_everywhere(milliseconds, chance, count):
-    assert share_of_best(milliseconds, chance, count, warm=4 if count < 16 else 2) >= 0.97
+def test_auto_is_never_much_slower_than_the_best_fixed_number(milliseconds, chance, count):
+    """The fixed number is the best of six in hindsight."""
+    assert share_of_best(milliseconds, chance, count, warm=4 if count < 16 else 2) >= 0.88
 
 
 def test_a_request_whose_drafts_are_wrong_loses_little():
