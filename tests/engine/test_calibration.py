@@ -158,7 +158,7 @@ def decide_and_explain(folder, cache):
         found = tokens(engine.generate(PROMPTS, GREEDY))
         stats = engine.stats()["policy_stats"]
         if engine.is_first:
-            assert stats["steps"] == len(engine.recent_steps)
+            assert 0 < stats["steps"] <= len(engine.recent_steps)  # those that are recorded are not learned from
         assert stats["regret_seconds"] >= 0
         for step in (None, 0, 3):
             line = engine.explain(step)
