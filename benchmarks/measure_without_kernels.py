@@ -27,6 +27,7 @@ from benchmarks.arguments import common_options
 from benchmarks.compare_peers.programs import LEVELS
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.bench.random_model import random_model
+from ulysses_infer.child_processes import end_children_with_this_process
 from ulysses_infer.engine.profile_key import device_name
 from ulysses_infer.native.library import SWITCH
 
@@ -96,6 +97,7 @@ def table(level: str, model: str, found: dict[str, tuple[float, float]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
+    end_children_with_this_process()
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

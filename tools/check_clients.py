@@ -25,6 +25,7 @@ from benchmarks.compare_peers.environments import Recipe, UnavailableError, prep
 from benchmarks.serve_processes import server
 from tools.clients.checking import json_lines
 from ulysses_infer.cache_folders import cache_folder
+from ulysses_infer.child_processes import end_children_with_this_process
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 1800.0  # for all checks of a client
@@ -103,6 +104,7 @@ class Result:
 
 def main() -> None:
     """Run the clients; exits with 1 if a check failed."""
+    end_children_with_this_process()
     options = parse()
     given = nullcontext((None, options.url.rstrip("/")))
     results: list[Result] = []

@@ -150,6 +150,9 @@ STARTED_BY = {
     "benchmarks/compare_peers/processes.py": "benchmarks/compare_peers/__main__.py",
     "benchmarks/compare_peers/environments.py": "benchmarks/compare_peers/__main__.py",
     "benchmarks/compare_peers/workers/llama_cpp_batched.py": "benchmarks/compare_peers/__main__.py",
+    "tools/clients/aiperf_runs.py": "tools/check_clients.py",
+    "tools/clients/guidellm_runs.py": "tools/check_clients.py",
+    "tools/clients/llm_comply.py": "tools/check_clients.py",
 }
 """Modules that start processes for a program, and the program."""
 
