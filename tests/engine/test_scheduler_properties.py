@@ -4,7 +4,7 @@ import random
 from contextlib import nullcontext
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduler_simulation import Simulation
@@ -135,6 +135,7 @@ def random_request(source):
     }
 
 
+@example(seed=640)  # two requests of one step start from snapshots of the tier, and there is one slot
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=150, deadline=None)
 def test_requests_that_preempt_displace_and_share_give_the_outputs_they_give_alone(seed):

@@ -177,7 +177,9 @@ class BlockPools:
         return present
 
     def take_moves(self) -> tuple[Move, ...]:
-        """The copies from and to the tier that the next step plan carries."""
+        """The copies from and to the tier that the next step plan, which is made now, carries."""
+        if self.snapshots is not None:
+            self.snapshots.end_plan()
         return () if self.tier is None else self.tier.take_moves()
 
     def record_lookup(self, num_tokens: int, num_present: int, num_cached: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -22,6 +23,7 @@ class SnapshotPool:
         """Requests that started from a snapshot, since the start."""
         self._empty = list(range(first_slot + num_slots - 1, first_slot - 1, -1))
         self._reserved: set[int] = set()
+        self._read: set[int] = set()  # by the next step; loads come before it, so nothing is loaded into these
         self._published: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
 
     def __contains__(self, content: bytes) -> bool:
@@ -40,7 +42,7 @@ class SnapshotPool:
 
     def longest(self, block_hashes: Sequence[bytes], at_most: int) -> int:
         """The most blocks, up to `at_most`, after which there is a snapshot; 0 if there is none."""
-        tier = self._tier if self._empty or self._published else None  # else there is no slot to load one into
+        tier = None if self._slot_to_load() is None else self._tier
         return next(
             (
                 n
@@ -56,14 +58,24 @@ class SnapshotPool:
         if content not in self._published:
             self._load(content)
         self.touch(content)
+        self.keep_for_step(self._published[content])
         return self._published[content]
+
+    def keep_for_step(self, slot: int) -> None:
+        """Load nothing into `slot` before the next step, which reads it."""
+        self._read.add(slot)
+
+    def end_plan(self) -> None:
+        """The plan of the next step is made: later loads come after it."""
+        self._read.clear()
 
     def _load(self, content: bytes) -> None:
         """Publish a snapshot of the tier."""
         assert self._tier is not None
         self._tier.hold((content,))
-        slot = self.reserve()
+        slot = self._slot_to_load()
         assert slot is not None, "`longest` looks in the tier only if a slot can be had"
+        self._take(slot)
         self._tier.load(content, slot)
         self._tier.release()
         self.publish(slot, content)
@@ -74,16 +86,26 @@ class SnapshotPool:
 
     def reserve(self) -> int | None:
         """A slot to write, in place of the least recently used snapshot if none is empty; None if all are reserved."""
-        if self._empty:
-            slot = self._empty.pop()
-        elif self._published:
-            content, slot = self._published.popitem(last=False)
+        slot = self._empty[-1] if self._empty else next(iter(self._published.values()), None)
+        if slot is not None:
+            self._take(slot)
+        return slot
+
+    def _slot_to_load(self) -> int | None:
+        """As the one that `reserve` takes, of those that the next step does not read."""
+        slots = itertools.chain(reversed(self._empty), self._published.values())
+        return next((slot for slot in slots if slot not in self._read), None)
+
+    def _take(self, slot: int) -> None:
+        """Reserve an empty or published slot; the tier keeps what was in it."""
+        if slot in self._empty:
+            self._empty.remove(slot)
+        else:
+            content = next(content for content, own in self._published.items() if own == slot)
+            del self._published[content]
             if self._tier is not None:
                 self._tier.store(content, slot)
-        else:
-            return None
         self._reserved.add(slot)
-        return slot
 
     def publish(self, slot: int, content: bytes) -> None:
         """Offer the reserved `slot`, now written, to requests with the prefix `content`."""

@@ -76,6 +76,7 @@ class SnapshotPoints:
         if slot is not None:
             assert self._slots is not None
             self._slots.release(slot)
+            self._slots.keep_for_step(slot)
         return slot
 
     def publish(self, request: Request, end: int) -> None:
