@@ -85,7 +85,9 @@ def test_cpu_graphs_are_recorded_again(rank_pool, reference, family, base, level
     folder = str(expected.folder)
     found = rank_pool(base[0] * base[1]).run(sleep_on_cpu, folder, base, expected.prompts, level, folder)
     for (before, recorded), asleep, (after, again), same in found:
-        assert after == before
+        assert after[0] == before[0]
+        for row, wanted in zip(after[1], before[1], strict=True):
+            assert row == pytest.approx(wanted, abs=1e-4)
         assert (recorded > 0, asleep, again > 0) == (True, 0, True)
         assert same == {"cache": False, "weights": level == 1}
 
