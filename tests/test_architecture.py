@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -112,3 +112,9 @@ def test_no_folder_has_too_many_files():
         if path.is_file() and "__pycache__" not in path.parts and path.name != "__init__.py":
             counts[path.parent] += 1
     assert {str(folder): count for folder, count in counts.items() if count > MAX_FILES} == {}
+
+
+def test_every_test_file_has_its_own_name() -> None:
+    """pytest imports them by name alone."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
