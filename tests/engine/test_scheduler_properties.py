@@ -137,7 +137,7 @@ def random_request(source):
 
 @example(seed=640)  # two requests of one step start from snapshots of the tier, and there is one slot
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 def test_requests_that_preempt_displace_and_share_give_the_outputs_they_give_alone(seed):
     source = random.Random(seed)
     block_size = source.randint(1, 4)

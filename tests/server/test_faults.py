@@ -196,9 +196,8 @@ def test_nothing_outlives_the_killed_command(long_folder):
         server.assert_gone()
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param("nodes", marks=[pytest.mark.launcher, pytest.mark.thorough]), "lone ranks"]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("how", [pytest.param("nodes", marks=pytest.mark.launcher), "lone ranks"])
 def test_two_nodes_serve_as_one_and_end_as_one(long_folder, how):
     with job(long_folder, how=how) as server:
         assert server.complete(max_tokens=20).json()["usage"]["completion_tokens"] == 20

@@ -30,9 +30,8 @@ LAUNCHES = {
 """Of a step of a model of two layers."""
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[pytest.mark.thorough] if name == "qwen3_moe" else []) for name in FAMILIES]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixture_is_fused_with_unchanged_results(family: str) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -29,6 +29,7 @@ CALLED = {
 """Besides the convolution, for one token and for several."""
 
 
+@pytest.mark.thorough
 def test_the_packages_are_called_on_gpus_with_their_own_signatures() -> None:
     command = [sys.executable, "-m", "tests.model.recurrent.with_packages", *CALLED]
     done = subprocess.run(
