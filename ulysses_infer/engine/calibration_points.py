@@ -52,6 +52,7 @@ def design(limits: Limits, tokens: Sequence[int] = TOKENS) -> list[Point]:
     points += [Point(8, 256, ((0, chunk),)) for chunk in (32, 256)]
     points += [Point(8, 1024, ((1024, chunk - 8),)) for chunk in CHUNKS[1:]]
     points += [Point(0, 0, ((0, 16),) * count) for count in (4, 16)] + [Point(0, 0, ((0, 128),) * 4)]
+    points += [Point(8, 1024, ((0, limits.num_tokens // 12),) * 11)] if limits.num_tokens >= 512 else []  # full steps
     fitting = {point for point in points if _fits(point, limits)}
     return sorted(fitting, key=lambda point: (point.shape.num_tokens, point.shape.decode_context, point))
 
