@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.arguments import common_options
+from benchmarks.cpu_times import least_cpu_seconds
 from benchmarks.processor import processor
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.console.library_logging import quiet_libraries
@@ -63,12 +63,7 @@ def read_speed(repeats: int) -> float:
 
 def least(call: Callable[[], object], repeats: int) -> float:
     """The least CPU time of a call, in seconds per thread."""
-    taken = []
-    for _ in range(repeats):
-        started = time.process_time()
-        call()
-        taken.append(time.process_time() - started)
-    return min(taken) / torch.get_num_threads()
+    return least_cpu_seconds(call, repeats) / torch.get_num_threads()
 
 
 def make_model(folder: Path) -> None:

@@ -15,8 +15,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 
 from benchmarks.arguments import common_options
 from benchmarks.compare_peers.programs import LEVELS
+from benchmarks.cpu_times import least_cpu_seconds
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.bench.random_model import random_model
 from ulysses_infer.child_processes import end_children_with_this_process
@@ -37,16 +37,6 @@ STEPS = 32
 WORKER = "--worker"
 Times = dict[str, float]
 """Seconds by case: `decode`, or the tokens of a prompt."""
-
-
-def least(call: Callable[[], object], repeats: int) -> float:
-    """The least CPU time of a call."""
-    taken = []
-    for _ in range(repeats):
-        started = time.process_time()
-        call()
-        taken.append(time.process_time() - started)
-    return min(taken)
 
 
 def step_times(path: str, repeats: int) -> Times:
@@ -65,9 +55,12 @@ def step_times(path: str, repeats: int) -> Times:
         prompts = {count: [[1 + number % 90 for number in range(count)]] for count in PROMPTS}
         for params, ids in itertools.product((long, short), prompts.values()):
             engine.generate(ids, params)  # records decodes, and measures kernels where that was never done
-        found = {str(count): least(partial(engine.generate, ids, short), repeats) for count, ids in prompts.items()}
+        found = {
+            str(count): least_cpu_seconds(partial(engine.generate, ids, short), repeats)
+            for count, ids in prompts.items()
+        }
         first = prompts[PROMPTS[0]]
-        decodes = least(partial(engine.generate, first, long), repeats)
+        decodes = least_cpu_seconds(partial(engine.generate, first, long), repeats)
     return {"decode": (decodes - found[str(PROMPTS[0])]) / STEPS, **found}
 
 

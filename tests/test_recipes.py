@@ -190,23 +190,26 @@ QUANTIZED = {
 }
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_quantized_weights_take_their_published_bytes_and_are_cut_at_whole_blocks(name):
-    """What the loader would keep of the public checkpoint, counted on its true shape without any memory."""
-    config, shape, (kind, quantization) = load_config(ROOT / "recipes" / f"{name}.yaml"), SHAPES[name], QUANTIZED[name]
-    published = kind(
+def published_config(kind, shape, **more):
+    return kind(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_value_heads,
-        head_dim=shape.head_dim,
         max_position_embeddings=shape.positions,
         dtype="bfloat16",
-        tie_word_embeddings=False,
-        quantization_config=quantization,
+        **more,
     )
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_weights_take_their_published_bytes_and_are_cut_at_whole_blocks(name):
+    """What the loader would keep of the public checkpoint, counted on its true shape without any memory."""
+    config, shape, (kind, quantization) = load_config(ROOT / "recipes" / f"{name}.yaml"), SHAPES[name], QUANTIZED[name]
+    more = {"head_dim": shape.head_dim, "quantization_config": quantization}
+    published = published_config(kind, shape, tie_word_embeddings=False, **more)
     layout = config.parallel.layout
     plan = ModelBuilder(published, dict, config.model, layout, 3, torch.device("cpu"))
     elsewhere = shape.vocabulary * shape.hidden * 2 * 7 / 8  # of the head, a rank has its own rows alone
@@ -222,17 +225,7 @@ def test_quantized_weights_take_their_published_bytes_and_are_cut_at_whole_block
 def test_a_recipe_that_quantises_takes_the_bytes_that_it_says():
     """What is stored of the public checkpoint in bfloat16, counted on its true shape without any memory."""
     config, shape = load_config(ROOT / "recipes" / "smollm2-135m-cpu.yaml"), SHAPES["smollm2-135m-cpu"]
-    published = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        max_position_embeddings=shape.positions,
-        dtype="bfloat16",
-        tie_word_embeddings=True,
-    )
+    published = published_config(LlamaConfig, shape, tie_word_embeddings=True)
     plan = ModelBuilder(published, dict, config.model, config.parallel.layout, 0, torch.device("cpu"))
     assert plan.weight_bytes == pytest.approx(shape.weight_bytes, rel=0.001)
     layers = [module for module in plan.injection.model.modules() if isinstance(module, QuantizedLinear)]

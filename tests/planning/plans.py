@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from transformers import LlamaConfig
 
+from benchmarks.judge_plan import LLAMA_8B
 from tests.equivalence.swiftkv import swiftkv_config
 from ulysses_infer.bench.serve.traces import TraceRow
 from ulysses_infer.config import Config, ModelConfig, SchedulerConfig
@@ -30,21 +31,9 @@ def llama_config(**changes: int) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **changes})
 
 
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "dtype": "bfloat16",
-}
-
-
 def swiftkv_sizes(own: int | None = 16, group: int = 1) -> ModelSizes:
     """Of Llama-3.1-SwiftKV-8B; own: layers that all tokens take, None: all; group: later layers that share keys."""
-    return sizes_of(swiftkv_config(**LLAMA_8B, num_key_value_layers=own, key_value_group_size=group))
+    return sizes_of(swiftkv_config(**LLAMA_8B, dtype="bfloat16", num_key_value_layers=own, key_value_group_size=group))
 
 
 def llama_sizes(**changes: int) -> ModelSizes:

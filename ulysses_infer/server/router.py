@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -27,6 +27,7 @@ from ulysses_infer.server.messages import (
     Submit,
 )
 
+Counts = TypeVar("Counts")
 EVERYWHERE = (
     "set_policy",
     "abort_all",
@@ -345,22 +346,24 @@ def combined_state(states: list[EngineState], living: list[EngineState] | None =
         num_preemptions=total(lambda state: state.num_preemptions),
         policy=living[0].policy,
         expert_tokens=[tokens for state in states for tokens in state.expert_tokens],
-        snapshots=_combined_snapshots([state.snapshots for state in states if state.snapshots is not None]),
-        speculation=_combined_drafts([state.speculation for state in states if state.speculation is not None]),
-        offload=_combined_offload([state.offload for state in states if state.offload is not None]),
+        snapshots=_combined(_combined_snapshots, [state.snapshots for state in states]),
+        speculation=_combined(_combined_drafts, [state.speculation for state in states]),
+        offload=_combined(_combined_offload, [state.offload for state in states]),
     )
 
 
-def _combined_snapshots(counts: list[SnapshotCounts]) -> SnapshotCounts | None:
-    if not counts:
-        return None
+def _combined(combine: Callable[[list[Counts]], Counts], counts: Sequence[Counts | None]) -> Counts | None:
+    """Of the replicas that count; None if none does."""
+    known = [each for each in counts if each is not None]
+    return combine(known) if known else None
+
+
+def _combined_snapshots(counts: list[SnapshotCounts]) -> SnapshotCounts:
     held, slots = sum(each.num_held for each in counts), sum(each.num_slots for each in counts)
     return SnapshotCounts(held, slots, sum(each.num_hits for each in counts), counts[0].num_bytes_each)
 
 
-def _combined_offload(counts: list[OffloadCounts]) -> OffloadCounts | None:
-    if not counts:
-        return None
+def _combined_offload(counts: list[OffloadCounts]) -> OffloadCounts:
     return OffloadCounts(
         sum(each.num_queries for each in counts),
         sum(each.num_hits for each in counts),
@@ -371,9 +374,7 @@ def _combined_offload(counts: list[OffloadCounts]) -> OffloadCounts | None:
     )
 
 
-def _combined_drafts(counts: list[SpeculationCounts]) -> SpeculationCounts | None:
-    if not counts:
-        return None
+def _combined_drafts(counts: list[SpeculationCounts]) -> SpeculationCounts:
     return SpeculationCounts(
         sum(each.num_drafts for each in counts),
         sum(each.num_draft_tokens for each in counts),
