@@ -210,6 +210,15 @@ class Job:
         left = [process.pid for process in self.processes if process.poll() is None]
         return [process.pid for process in gone if process.is_running() and not is_zombie(process)] + left
 
+    def assert_drains_at_a_signal(self):
+        """The first process passes the signal on, a running stream ends whole, and the status is 0."""
+        stream = self.stream(max_tokens=300)
+        self.processes[0].terminate()
+        stream.join()
+        assert (stream.finish_reason, stream.done) == ("length", True)
+        self.assert_gone()
+        assert self.exit_codes == [0]
+
     def assert_gone(self, seconds=END_SECONDS):
         """Every process has ended in time, and the port is free."""
         assert not self.left_after(seconds), self.output

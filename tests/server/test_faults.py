@@ -179,12 +179,7 @@ def test_a_signal_to_the_whole_group_of_a_launcher_drains(long_folder):
 @pytest.mark.thorough  # `test_launch.py` signals a cheaper command; how ranks drain is tested above
 def test_the_command_drains_at_the_first_signal_and_passes_the_status_on(long_folder):
     with job(long_folder, how="ulysses-infer") as server:
-        stream = server.stream(max_tokens=300)
-        server.processes[0].terminate()
-        stream.join()
-        assert (stream.finish_reason, stream.done) == ("length", True)
-        server.assert_gone()
-        assert server.exit_codes == [0]
+        server.assert_drains_at_a_signal()
 
 
 @pytest.mark.launcher

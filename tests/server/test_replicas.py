@@ -421,12 +421,7 @@ def assert_others_outlive(server, killed, survivor):
 def test_under_deepspeeds_launcher_the_others_outlive_a_killed_first_rank_and_drain_in_order(long_folder):
     with Job(long_folder, sp=1, dp=2, how="ulysses-infer", **{"cache.num_blocks": 2048}) as server:
         assert_others_outlive(server, killed=0, survivor=1)
-        stream = server.stream(max_tokens=300)
-        server.processes[0].terminate()
-        stream.join()
-        assert (stream.finish_reason, stream.done) == ("length", True)
-        server.assert_gone()
-        assert server.exit_codes == [0]
+        server.assert_drains_at_a_signal()
 
 
 @pytest.mark.distributed
