@@ -26,8 +26,31 @@ LIMIT_SECONDS = 30.0  # for processes that no signal ends
 POLL_SECONDS = 0.2
 PARENT_POLL_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""Those of torchrun, DeepSpeed and accelerate."""
 
 _kept_by: list[int] = []  # the process that has a keeper; a fork of it does not
+
+
+def path_with_this_package() -> str:
+    """PYTHONPATH for a process that imports this package."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+
+
+def variables_of_another_job() -> dict[str, str]:
+    """The environment of a process that imports this package and does not belong to the launcher of this one."""
+    own = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    return {**own, "PYTHONPATH": path_with_this_package()}
 
 
 def end_children_with_this_process() -> None:

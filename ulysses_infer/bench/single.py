@@ -14,22 +14,10 @@ from types import TracebackType
 from typing import Any
 
 from ulysses_infer.bench.workload import Sample, measure
-from ulysses_infer.child_processes import end_with_parent
+from ulysses_infer.child_processes import end_with_parent, variables_of_another_job
 from ulysses_infer.config import Config, ParallelConfig, PolicyConfig
 from ulysses_infer.errors import EngineDeadError, UlyssesError
 from ulysses_infer.inference import InferenceEngine
-
-LAUNCHER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "LOCAL_SIZE",
-    "CROSS_RANK",
-    "CROSS_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 
 
 class SingleRank:
@@ -37,11 +25,8 @@ class SingleRank:
 
     def __init__(self, config: Config, num_threads: int) -> None:
         ours, theirs = socket.socketpair()
-        variables = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-        variables["OMP_NUM_THREADS"] = str(num_threads)
+        variables = {**variables_of_another_job(), "OMP_NUM_THREADS": str(num_threads)}
         command = [sys.executable, "-m", "ulysses_infer.bench.single", str(theirs.fileno()), str(os.getpid())]
-        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(command, env=variables, pass_fds=[theirs.fileno()])
         theirs.close()
         self._connection = Connection(ours.detach())

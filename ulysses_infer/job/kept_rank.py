@@ -1,6 +1,6 @@
 """A rank in a child process of the process that a launcher started.
 
-Launchers end a job as soon as one of their processes fails. With several replicas the others shall go on, so the
+Launchers end a job as soon as one of their processes fails. With several replicas the others must go on, so the
 launched process does nothing but keep the place of its rank: it stays until the job has ended.
 """
 
@@ -17,38 +17,40 @@ from ulysses_infer.job.watchdog import Address, WatchdogClient
 
 
 class KeptRank:
-    """The rank's side. `launched`: the process that keeps its place."""
+    """The rank's side."""
 
-    def __init__(self, orders: int, news: int) -> None:
-        self._orders, self._news = orders, news
+    def __init__(self, startup: int, address: int) -> None:
+        """startup: the pipe from the keeper; address: the pipe to it."""
+        self._startup, self._address = startup, address
 
     def receive(self) -> bytes:
         """What the keeper has sent, once it has sent everything; empty if it has ended before."""
-        with open(self._orders, "rb") as pipe:
+        with open(self._startup, "rb") as pipe:
             return pipe.read()
 
     def report_serving(self, watchdog: Address) -> None:
         """From now on the job outlives this rank, and the keeper waits for the end of the job."""
-        with open(self._news, "wb") as pipe:
+        with open(self._address, "wb") as pipe:
             pipe.write(pickle.dumps(watchdog))
 
 
 class Keeper:
     """The launched process's side: waits for the rank, its child `pid`."""
 
-    def __init__(self, pid: int, orders: int, news: int) -> None:
-        self._pid, self._orders, self._news = pid, orders, news
+    def __init__(self, pid: int, startup: int, address: int) -> None:
+        """startup: the pipe to the rank; address: the pipe from it."""
+        self._pid, self._startup, self._address = pid, startup, address
         self.status: int | None = None
         """The exit status of the rank, 128 + n for signal n; None while it runs."""
 
     def send(self, data: bytes) -> None:
         """Send the rank what it needs to start; call it once at most."""
-        with contextlib.suppress(BrokenPipeError), open(self._orders, "wb") as pipe:
+        with contextlib.suppress(BrokenPipeError), open(self._startup, "wb") as pipe:
             pipe.write(data)
 
     def watchdog(self) -> Address | None:
         """Waits until the rank serves and returns the address that it reports; None if it ended before."""
-        with open(self._news, "rb") as pipe:
+        with open(self._address, "rb") as pipe:
             data = pipe.read()
         return pickle.loads(data) if data else None
 
@@ -68,21 +70,21 @@ class Keeper:
 def fork_rank(guard: Guard) -> Keeper | KeptRank:
     """Go on in a child process as the rank, and in this one as its keeper. Call it before `guard` and other threads
     have started."""
-    orders, orders_end = os.pipe()
-    news, news_end = os.pipe()
+    startup, startup_end = os.pipe()
+    address, address_end = os.pipe()
     keeper = os.getpid()
     pid = os.fork()
     if pid:
-        os.close(orders)
-        os.close(news_end)
-        return Keeper(pid, orders_end, news)
+        os.close(startup)
+        os.close(address_end)
+        return Keeper(pid, startup_end, address)
     die_with_parent()
     if os.getppid() != keeper:  # it ended before the kernel knew
         os._exit(1)
-    os.close(orders_end)
-    os.close(news)
+    os.close(startup_end)
+    os.close(address)
     guard.after_fork()
-    return KeptRank(orders, news_end)
+    return KeptRank(startup, address_end)
 
 
 def keep_place(keeper: Keeper, guard: Guard, name: str, replica: int, timeout: float, leave_seconds: float) -> int:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ulysses_infer.child_processes import end_with_parent
+from ulysses_infer.child_processes import end_with_parent, path_with_this_package
 from ulysses_infer.config import Config
 from ulysses_infer.errors import ConfigError, EngineDeadError
 from ulysses_infer.worker.memory import relax_gc
@@ -152,14 +152,12 @@ class WorkerProcesses:
 
         The worker has its own session, so that Ctrl-C interrupts rank 0 only, which then stops the workers.
         """
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         read, write = os.pipe()
         self._ready.append(read)
         arguments = [os.getpid(), rank, self._world_size, self._store.port, write]
         process = subprocess.Popen(
             [sys.executable, "-m", "ulysses_infer.job.processes", *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": path, "LOCAL_RANK": str(rank)},
+            env={**os.environ, "PYTHONPATH": path_with_this_package(), "LOCAL_RANK": str(rank)},
             stdin=subprocess.PIPE,
             pass_fds=[write],
             start_new_session=True,

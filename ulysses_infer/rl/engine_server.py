@@ -8,19 +8,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import os
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import httpx
 
-from ulysses_infer.child_processes import end_children_with_this_process
+from ulysses_infer.child_processes import end_children_with_this_process, variables_of_another_job
 from ulysses_infer.config import Config, load_config
 from ulysses_infer.errors import EngineDeadError, RequestError, first_line, kind_and_line
 from ulysses_infer.job.processes import free_port
@@ -32,8 +30,6 @@ POLL_SECONDS = 0.2
 STOP_SECONDS = 30.0
 FIRST_VERSION = "0"
 """Of the weights that the server starts with."""
-LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables of the training's launcher, which are not for the server."""
 
 
 class EngineServer:
@@ -51,9 +47,7 @@ class EngineServer:
         self._settings = {**settings, **own}
         self.config: Config = load_config(None, self._settings)
         """All settings."""
-        inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-        self._environment = {**inherited, "PYTHONPATH": path, **environment}
+        self._environment = {**variables_of_another_job(), **environment}
         self.address = f"[{host}]" if ":" in host else host
         limits, headers = httpx.Limits(max_connections=None), {"Authorization": f"Bearer {key}"}
         url = f"http://{self.address}:{self.port}"

@@ -38,9 +38,9 @@ def coordinate(config: Config, keeper: Keeper, guard: Guard) -> None:
     guard.start()
     with ExitStack() as stack:
         watchdog = _make_watchdog(config)
-        entrance, endpoint = make_endpoint(rendezvous_host())
+        leaders_listener, endpoint = make_endpoint(rendezvous_host())
         startup = StartupSettings(config, watchdog.address, endpoint.auth_token)
-        process = stack.enter_context(http_process(startup, listener, entrance))
+        process = stack.enter_context(http_process(startup, listener, leaders_listener))
         link = Link(process.connection)
         watchdog.on_end = lambda reason: link.send_last(Dead(reason), DEAD_SECONDS)
         watchdog.on_lost = lambda index, reason: link.send(ReplicaLost(index, reason))
