@@ -38,6 +38,7 @@ from benchmarks.compare_peers.report import (
 )
 from benchmarks.compare_peers.work import CHOICES, Work, choose_work, parse_work
 from benchmarks.compare_peers.workers.gguf_file import gguf_name, interleaved
+from benchmarks.compare_peers.workers.limits import best_of_ways
 
 FAKE = """
 import os
@@ -146,6 +147,25 @@ def test_rounds_go_on_without_the_peers_that_fail(tmp_path: Path, monkeypatch: p
     assert "ended" in measured.unavailable["transformers"]
     assert "gave [2] tokens for 1 prompts, not 3" in measured.unavailable["llama.cpp"]
     assert children() == before
+
+
+def test_ways_that_are_far_slower_than_the_fastest_are_tried_only_once():
+    runs = {"fast": 0, "slow": 0}
+
+    def way(name: str, seconds: float):
+        def run() -> None:
+            runs[name] += 1
+            time.sleep(seconds)
+
+        return run
+
+    ways = {"fast": way("fast", 0.001), "slow": way("slow", 0.1)}
+    hopeless = set[str]()
+    rate = best_of_ways([(1.0, ways), (2.0, ways)], hopeless)
+    assert hopeless == {"slow"} and runs["slow"] == 1 and runs["fast"] > 2
+    assert 1.0 / 0.1 < rate <= 2.0 / 0.001
+    best_of_ways([(1.0, ways)], hopeless)
+    assert runs["slow"] == 1
 
 
 def test_tokens_that_differ_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
