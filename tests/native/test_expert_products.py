@@ -55,7 +55,7 @@ def test_each_row_is_multiplied_by_its_experts_matrix(
         assert (error <= exact.abs() * ROUNDING[dtype] + size * SUMMING).all(), choice.kernels
 
 
-def test_bfloat16_dot_products_are_used_where_the_processor_has_them() -> None:
+def test_pairs_are_multiplied_as_panels_are_with_or_without_an_instruction_for_them() -> None:
     native, width = NativeExperts(), 64
     matrices, tokens = torch.randn(2, 40, width).bfloat16(), torch.randn(60, width).bfloat16()
     ends = torch.tensor([20, 60], dtype=torch.int32)

@@ -56,10 +56,13 @@ static int multiply_few_of_all(const struct experts *x, void (*run)(const struct
     return 0;
 }
 
+/* Whether pairs are multiplied, which processors without the instruction leave to the panels. */
 #ifdef HAS_BFLOAT16_DOT
 #define MULTIPLY_PAIRS(p) multiply_pairs(p)
+#define HAS_PAIRS 1
 #else
 #define MULTIPLY_PAIRS(p) 0
+#define HAS_PAIRS 0
 #endif
 
 /* The products of experts with more rows, one after another. */
@@ -69,8 +72,8 @@ static int multiply_many_of_all(const struct experts *x, const struct panel_kern
         const struct product p = product_of(x, e);
         const enum kernel chosen = p.num_rows ? kernel_of(x, p.num_rows) : FEW;
         if (chosen == FEW) continue;
-        failed = !(chosen == PAIRS && x->type == BFLOAT16 && p.width % 2 == 0 ? MULTIPLY_PAIRS(&p)
-                                                                              : multiply_panels(&p, kernel));
+        const int in_pairs = HAS_PAIRS && chosen == PAIRS && x->type == BFLOAT16 && p.width % 2 == 0;
+        failed = !(in_pairs ? MULTIPLY_PAIRS(&p) : multiply_panels(&p, kernel));
     }
     return failed;
 }

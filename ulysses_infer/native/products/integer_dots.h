@@ -101,6 +101,51 @@ INLINE integers dot(integers sum, words x, words w) {
 #endif
 }
 
+/* What `byte_dot` needs of weights beside themselves, the same for all rows. */
+INLINE words magnitudes(words w) {
+#if DOTS_OF_BYTES
+    return w;
+#elif defined(HAS_AVX512) && defined(__AVX512BW__)
+    return (words)_mm512_abs_epi8((__m512i)w);
+#elif defined(__AVX2__) && LANES == 8
+    return (words)_mm256_abs_epi8((__m256i)w);
+#elif defined(__SSSE3__) && LANES == 4
+    return (words)_mm_abs_epi8((__m128i)w);
+#else
+    return w;
+#endif
+}
+
+/* sum + the products of bytes, the inputs from -127 to 127, over all lanes together: which lane has which is open. The
+ * weights are signed, plus WEIGHT_OFFSET. Pairs of products fit into 16 bits: at most 2 * 127 * 128. */
+INLINE integers byte_dot(integers sum, words x, words w, words magnitude) {
+#if DOTS_OF_BYTES
+    (void)magnitude;
+    return dot(sum, x, w);
+#elif defined(HAS_AVX512) && defined(__AVX512BW__)
+    const __m512i inputs = (__m512i)x, zero = _mm512_setzero_si512();
+    const __m512i turned = _mm512_mask_sub_epi8(inputs, _mm512_movepi8_mask((__m512i)w), zero, inputs);
+    return pair_dot(sum, (words)_mm512_maddubs_epi16((__m512i)magnitude, turned), (words){0} + 0x00010001);
+#elif defined(__AVX2__) && LANES == 8
+    const __m256i turned = _mm256_sign_epi8((__m256i)x, (__m256i)w);
+    return pair_dot(sum, (words)_mm256_maddubs_epi16((__m256i)magnitude, turned), (words){0} + 0x00010001);
+#elif defined(__SSSE3__) && LANES == 4
+    const __m128i turned = _mm_sign_epi8((__m128i)x, (__m128i)w);
+    return pair_dot(sum, (words)_mm_maddubs_epi16((__m128i)magnitude, turned), (words){0} + 0x00010001);
+#elif defined(__aarch64__)
+    (void)magnitude;
+    const int8x16_t a = (int8x16_t)x, b = (int8x16_t)w;
+    const int16x8_t products = vmlal_high_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), a, b);
+    return (integers)vpadalq_s16((int32x4_t)sum, products);
+#else
+    (void)magnitude;
+    int8_t a[4 * LANES], b[4 * LANES];
+    memcpy(a, &x, sizeof a), memcpy(b, &w, sizeof b);
+    for (int i = 0; i < 4 * LANES; i++) sum[i / 4] += a[i] * b[i];
+    return sum;
+#endif
+}
+
 /* `count` bytes, at most a vector; the rest is zero, and its memory is not read. */
 INLINE words load_bytes(const char *from, int64_t count) {
     words result;

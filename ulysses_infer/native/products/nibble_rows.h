@@ -13,7 +13,7 @@
 #define BLOCK_VECTORS 4
 #define BLOCK_ATOMS (BLOCK_VECTORS * VECTOR_ATOMS)
 #define BLOCK_INPUTS (BLOCK_ATOMS * ATOM)
-#define AHEAD_BYTES 16384 /* of the weight, which are fetched before they are needed */
+#define ROWS_TOGETHER (REGISTERS == 32 ? 4 : 2)
 
 /* Quantised inputs, zeros after the last, and where those of the weight are. */
 struct nibble_rows {

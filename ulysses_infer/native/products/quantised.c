@@ -76,23 +76,19 @@ static int multiply_integers(const struct product *p) {
     return failed;
 }
 
-static int multiply_rows(const struct product *p) {
-    const int64_t segments = p->num_rows * p->num_segments, outputs = p->weight->outputs;
-    const int64_t stride = (p->weight->segment + STEP - 1) / STEP * STEP;
+static int multiply_byte_rows(const struct product *p) {
+    const int64_t outputs = p->weight->outputs;
+    char *memory = space(byte_rows_size(p));
     int8_t *narrow = space(padded(p->weight->segment));
-    struct quantised_rows x = {space(segments * stride * sizeof(code)), space(segments * 4), space(p->num_rows * 4), stride};
-    const int failed = !narrow || !x.codes || !x.scales || !x.sums;
-    if (!failed) quantise_rows(p, &x, narrow);
+    const int failed = !memory || !narrow;
+    const struct byte_rows x = byte_rows_of(p, memory);
+    if (!failed) quantise_for_bytes(&x, narrow);
 #pragma omp parallel for schedule(static) if (is_worth(p) && !failed)
-    for (int64_t group = 0; group < (outputs + ROWS_OUTPUTS - 1) / ROWS_OUTPUTS; group++) {
-        int64_t n = group * ROWS_OUTPUTS;
-        if (failed) continue;
-        if (n + ROWS_OUTPUTS <= outputs)
-            rows_of_outputs(p, &x, n, ROWS_OUTPUTS);
-        else
-            for (; n < outputs; n++) rows_of_outputs(p, &x, n, 1);
+    for (int64_t group = 0; group < (outputs + OUTPUTS - 1) / OUTPUTS; group++) {
+        const int64_t n = group * OUTPUTS;
+        if (!failed) byte_outputs(&x, n, outputs - n < OUTPUTS ? outputs - n : OUTPUTS);
     }
-    free(narrow), free(x.codes), free(x.scales), free(x.sums);
+    free(memory), free(narrow);
     return failed;
 }
 
@@ -152,8 +148,8 @@ int quantised_product(const struct stored *weight, const char *inputs, const cha
     if (num_rows && weight->outputs) {
         if (by_rows < 0)
             failed = multiply_floats(&p);
-        else if (num_rows <= by_rows && has_rows(weight))
-            failed = multiply_rows(&p);
+        else if (num_rows <= by_rows && has_byte_rows(weight))
+            failed = multiply_byte_rows(&p);
         else if (num_rows <= by_rows && has_nibble_rows(weight))
             failed = multiply_nibble_rows(&p);
         else
