@@ -62,6 +62,11 @@ class ModelConfig:
         at_most=128,
         help="Inputs per scale of `model.quantize: int4`: 32, 64 or 128. Smaller groups are more accurate and larger.",
     )
+    quantize_head: bool = option(
+        True,
+        help="With `model.quantize`: also store the vocabulary head in int8, one scale per token, which halves what "
+        "each decode step reads of it. A head that is tied to the input embedding becomes a copy.",
+    )
     max_model_len: int | None = option(
         at_least=1,
         help="Maximum length of prompt plus output, in tokens; null: what the checkpoint supports, RoPE scaling "

@@ -210,13 +210,16 @@ class ModelBuilder:
         empty = build_empty_model(config, self.dtype, settings.trust_remote_code)
         drop_multimodal_encoders(empty)
         resolve_weight_tying(empty, open_source)
-        self._full_shapes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+        self._full_shapes = {
+            name: tuple(parameter.shape) for name, parameter in empty.named_parameters(remove_duplicate=False)
+        }
         quantization = read_quantization(config, lambda: open_source().keys())
         if quantization is not None:
             mark_quantised(empty, quantization)
         if settings.quantize is not None:
             _check_dense(settings.quantize, quantization)
-            mark_online(empty, online_scheme(settings.quantize, settings.quantize_group_size))
+            head_scheme = online_scheme("int8", 0) if settings.quantize_head else None
+            mark_online(empty, online_scheme(settings.quantize, settings.quantize_group_size), head_scheme)
         placement = choose_placement(expert_placement, layout, expert_sizes(empty), memory)
         self.injection = Injection(empty, layout, shard, placement)
         enable_latent_cache(self.injection, latent)

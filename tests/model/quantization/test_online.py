@@ -36,20 +36,27 @@ def again_dense(scheme: Any, weight: torch.Tensor) -> torch.Tensor:
 def rounded_model(folder: Any, family: str, name: str, **changes: Any) -> Any:
     """A dense checkpoint in `folder`, and transformers' model of its weights after each whole matrix was quantised."""
     config = next(tiny_configs(family)) if family in HYBRIDS else tiny_config(family, **changes)
-    model, scheme = make_checkpoint(config, folder), online_scheme(name, 32)
-    mark_online(model, scheme)
+    model = make_checkpoint(config, folder)
+    round_weights(model, name)
+    return model
+
+
+def round_weights(model: Any, name: str, has_quantised_head: bool = True) -> None:
+    """Replace weights by those after quantisation. A head that is tied gets weights of its own."""
+    head, scheme = model.get_output_embeddings(), online_scheme(name, 32)
+    mark_online(model, scheme, online_scheme("int8", 0) if has_quantised_head else None)
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
     with torch.no_grad():
         for module in model.modules():
             if hasattr(module, MARK):
                 is_linear = type(module) is torch.nn.Linear
                 weight = module.weight if is_linear else module.weight.t()
-                weight.copy_(again_dense(scheme, weight))
+                weight.copy_(again_dense(getattr(module, MARK), weight))
             elif is_experts(module):
                 for parameter in (module.down_proj, module.gate_up_proj):
                     for matrix in parameter:
                         matrix = matrix.t() if module.is_transposed else matrix
                         matrix.copy_(again_dense(scheme, matrix))
-    return model
 
 
 def online(profile: Profile, name: str, **settings: Any) -> Profile:
@@ -99,10 +106,7 @@ def test_new_weights_are_quantised_again(name: str, tmp_path: Any) -> None:
         for parameter in changed.parameters():
             parameter.copy_(parameter.flip(0))
     changed.save_pretrained(second)
-    with torch.no_grad():
-        for module in changed.model.layers.modules():
-            if type(module) is torch.nn.Linear:
-                module.weight.copy_(again_dense(online_scheme(name, 32), module.weight))
+    round_weights(changed, name)
     after = make_reference(changed, second, prompts)
     assert before.tokens != after.tokens
     with start(first, **online(CROWD, name).settings) as engine:
@@ -202,3 +206,20 @@ def test_unknown_values_are_refused_in_one_line(settings: Any, message: str, tmp
     with pytest.raises(ConfigError, match=message) as caught:
         ulysses_infer.init_inference(str(tmp_path), {"model": settings})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("has_quantised_head", [True, False])
+def test_a_head_is_quantised_if_it_is_to_be_and_a_tied_embedding_stays(
+    is_tied: bool, has_quantised_head: bool, tmp_path: Any
+) -> None:
+    config = tiny_config("llama", tie_word_embeddings=is_tied)
+    model, prompts = make_checkpoint(config, tmp_path), make_prompts()
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    round_weights(model, "int8", has_quantised_head)
+    expected = make_reference(model, tmp_path, prompts)
+    with start(tmp_path, **online(CROWD, "int8", **{"model.quantize_head": has_quantised_head}).settings) as engine:
+        assert tokens_of(engine, prompts) == expected.tokens
+        injected = engine._rank.worker.model.injection
+        assert torch.equal(injected.model.get_input_embeddings().weight, embedding)
+        assert (injected.head.stored is not None) == has_quantised_head

@@ -84,7 +84,7 @@ class HeadModule(nn.Module):
         """states: [n, D], of all ranks' rows. Returns the states that the next token is drafted from, [n, D], and the
         logits of this rank's part of the vocabulary, [n, V/W]."""
         normed, head = self.normed(states[None])[0], self.vocabulary_head
-        return normed if self.hands_on_normed else states, linear(normed, head.rows(), head.bias)
+        return normed if self.hands_on_normed else states, head.multiply(normed)
 
     def tokens_of(self, drafted: torch.Tensor) -> torch.Tensor:
         """The tokens of the served model that those of the head's vocabulary are. drafted: [n]."""

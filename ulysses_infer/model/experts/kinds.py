@@ -70,14 +70,18 @@ def dense_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _num_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, tied ones counted once."""
-    return sum(map(_size, model.parameters())) + sum(map(_change, model.modules()))
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return sum(map(_size, model.parameters())) + sum(_change(module, embeddings) for module in model.modules())
 
 
-def _change(module: Any) -> int:
-    """Bytes that quantized storage of a layer takes more (or, if negative, less) than its dense weights."""
+def _change(module: Any, embeddings: set[int]) -> int:
+    """Bytes that quantized storage of a layer takes more (or, if negative, less) than its dense weights.
+
+    embeddings: identities of weights that stay dense, also if a head is tied to them.
+    """
     if hasattr(module, MARK):
         components = getattr(module, MARK).components(*features_of(module))
-        return _total(components) - _size(module.weight)
+        return _total(components) - (0 if id(module.weight) in embeddings else _size(module.weight))
     if hasattr(module, EXPERTS_MARK):
         scheme: ExpertScheme = getattr(module, EXPERTS_MARK)
         shape = expert_shape(module)

@@ -147,6 +147,7 @@ class Injection:
         sharded = ShardedHead(head, self.base, embedding if tied else None, self.head_vocab_size)
         owner, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(owner), leaf, sharded)
+        self.mode_aware_layers.append(sharded)
         return name, sharded
 
     def _inner_head(self) -> nn.Module | None:

@@ -31,6 +31,8 @@ from ulysses_infer.model.quantization.online import OnlineExperts, OnlineWeight
 from ulysses_infer.model.quantization.reading import check_plain
 from ulysses_infer.parallel.layout import Span
 
+OF_HEAD = ".stored"
+"""Suffix of the name of a quantised vocabulary head's weight (`ShardedHead.stored`)."""
 THINKER = "thinker."
 """Prefix of the text model's tensors in the checkpoint of a speech pipeline."""
 Progress = Callable[[int, int], None]  # (parameters done, parameters in all)
@@ -320,7 +322,7 @@ def _online_weights(model: Any) -> dict[str, tuple[str, OnlineWeight | OnlineExp
     found: dict[str, tuple[str, OnlineWeight | OnlineExperts]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and module.online is not None:
-            found[f"{name}.weight"] = name, module.online
+            found[f"{name.removesuffix(OF_HEAD)}.weight"] = name, module.online
         elif isinstance(module, ExpertMatrix) and module.online is not None:
             found[name] = name, module.online
     return found

@@ -59,12 +59,15 @@ def _mark_experts(name: str, module: Any, quantization: Quantization) -> None:
     setattr(module, EXPERTS_MARK, scheme)
 
 
-def mark_online(model: Any, scheme: Scheme) -> None:
+def mark_online(model: Any, scheme: Scheme, head_scheme: Scheme | None = None) -> None:
     """Mark the linear layers and experts of an empty model that are to be quantised while loading.
 
-    Embeddings, the vocabulary head, routers, norms and what else is not a matrix product of tokens stay dense.
+    Embeddings, routers, norms and what else is not a matrix product of tokens stay dense, the vocabulary head without
+    a scheme of its own too.
     """
     head = model.get_output_embeddings()
+    if head_scheme is not None and isinstance(head, nn.Linear):
+        setattr(head, MARK, head_scheme)
     kept = []
     for name, module in model.named_modules():
         experts = module.experts if scales_inputs(module) else module if is_experts(module) else None

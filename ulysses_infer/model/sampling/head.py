@@ -12,14 +12,18 @@ from torch.nn import functional as F
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.model.context import step_context
 from ulysses_infer.model.layers.matmul import linear
+from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.quantization.scheme import MARK
 from ulysses_infer.native.function import ELEMENTWISE, NativeFunction, native_function
-from ulysses_infer.parallel.layout import Place, Span, even_span
+from ulysses_infer.parallel.layout import Mode, Place, Span, even_span
+from ulysses_infer.parallel.sharding import Part, Sharding
 
 
 class ShardedHead(nn.Module):
     """This rank's rows of the output embedding, the same in every mode.
 
-    A tied head is a view of the replicated input embedding and takes no memory.
+    A tied head is a view of the replicated input embedding and takes no memory. One that is quantised while loading has
+    a copy of its own, in `stored`.
     """
 
     def __init__(
@@ -29,7 +33,12 @@ class ShardedHead(nn.Module):
         super().__init__()
         self.vocabulary = even_span(vocab_size or source.out_features, place.shard, place.world_size)
         self._tied_to = [tied_to]  # in a list, so that it is not registered as a child and loaded twice
-        if tied_to is None:
+        self._is_elsewhere = tied_to is not None or hasattr(source, MARK)
+        self._dtype = source.weight.dtype
+        self.stored: QuantizedLinear | None = None
+        if hasattr(source, MARK):
+            self.stored = _quantised(source, place, vocab_size or source.out_features)
+        elif tied_to is None:
             shape = (self.vocabulary.size, source.in_features)
             self.weight = nn.Parameter(source.weight.new_empty(shape), requires_grad=False)
         self.bias: nn.Parameter | None = None
@@ -37,19 +46,35 @@ class ShardedHead(nn.Module):
             self.bias = nn.Parameter(source.bias.new_empty(self.vocabulary.size), requires_grad=False)
 
     def __getattr__(self, name: str) -> Any:
-        # Mamba reads the type of its head's weight, which a tied head has not registered.
-        is_tied = name == "weight" and vars(self)["_tied_to"] != [None]
-        return self.rows() if is_tied else super().__getattr__(name)
+        # Mamba reads the type of its head's weight, which a tied or quantised head has not registered.
+        is_type = name == "weight" and vars(self)["_is_elsewhere"]
+        return torch.empty(0, dtype=self._dtype) if is_type else super().__getattr__(name)
 
     def slices(self, name: str) -> tuple[int, list[Span]] | None:
         """The part of the full parameter `name` that this rank keeps: (dimension, spans)."""
         return 0, [self.vocabulary]
 
-    def rows(self) -> torch.Tensor:
-        """[V/W, D], this rank's rows of the output embedding."""
+    def bind(self, place: Place) -> None:
+        """The rows are the same in every mode; a quantised head makes its view of them."""
+        if self.stored is not None:
+            self.stored.bind(self.stored.base)
+
+    def forget_views(self) -> None:
+        """See `ShiftLinear.forget_views`."""
+        if self.stored is not None:
+            self.stored.forget_views()
+
+    def multiply(self, states: torch.Tensor) -> torch.Tensor:
+        """states: [n, D]; returns their logits in this rank's part of the vocabulary, [n, V/W]."""
+        if self.stored is None:
+            return linear(states, self._rows(), self.bias)
+        logits: torch.Tensor = self.stored(states)
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def _rows(self) -> torch.Tensor:
         (tied_to,) = self._tied_to
         if tied_to is None:
-            return self.weight
+            return self.get_parameter("weight")
         return tied_to.weight[self.vocabulary.start : self.vocabulary.stop]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -64,7 +89,14 @@ class ShardedHead(nn.Module):
         gathered = context.collectives.gather_rows(rows, context.logits_counts)
         if context.head_inputs is not None:
             context.head_inputs.append(gathered)
-        return linear(gathered, self.rows(), self.bias)[None]
+        return self.multiply(gathered)[None]
+
+
+def _quantised(source: nn.Linear, place: Place, vocab_size: int) -> QuantizedLinear:
+    """The rows of `place` among all ranks, whatever the mode; without the bias, which is not quantised."""
+    dense = nn.Linear(source.in_features, source.out_features, bias=False, device="meta", dtype=source.weight.dtype)
+    split = Place(Mode(1, place.world_size), place.shard, place.world_size)
+    return QuantizedLinear(dense, getattr(source, MARK), "column", Sharding((Part(vocab_size),)), split)
 
 
 def local_argmax(logits: torch.Tensor, vocabulary: Span) -> torch.Tensor:
