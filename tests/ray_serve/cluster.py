@@ -1,6 +1,9 @@
 """A Ray cluster of several raylets on this machine, an application on it, and clients that load it."""
 
 import contextlib
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from ulysses_infer.job.processes import free_port
 
@@ -53,17 +57,20 @@ class RayCluster:
 
         self._cpus = cpus_per_node
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        self.nodes = [self.add_node() for _ in range(num_nodes)]
+        self.nodes = []
+        for _ in range(num_nodes):
+            self.add_node()
         self.address = self._cluster.address
         ray.init(address=self.address, log_to_driver=False)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
 
     def add_node(self):
-        return self._cluster.add_node(num_cpus=self._cpus, object_store_memory=100 << 20)
+        self.nodes.append(self._cluster.add_node(num_cpus=self._cpus, object_store_memory=100 << 20))
 
     def kill_node(self, node):
         """kill -9 of a raylet; its workers end with it."""
+        self.nodes.remove(node)
         self._cluster.remove_node(node, allow_graceful=False)
 
     def deploy(self, **changes):
@@ -97,6 +104,24 @@ class RayCluster:
             return {}
         return {each.replica: each for each in answers if not isinstance(each, BaseException)}
 
+    def scrape(self):
+        """The values of `/metrics` by name and replica, those of other labels summed."""
+        found = {}
+        text = httpx.get(f"{self.url}/metrics", timeout=60).raise_for_status().text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                values = found.setdefault(sample.name, Counter())
+                values[sample.labels.get("replica", "")] += sample.value
+        return found
+
+    def nodes_of_ranks(self):
+        """The ids of the nodes on which the replicas of the application have their ranks."""
+        import ray
+
+        groups = ray.util.placement_group_table().values()
+        created = (group for group in groups if group["state"] == "CREATED")
+        return {node for group in created for node in group["bundles_to_node_id"].values()}
+
     def wait_for(self, count, before=()):
         """Wait until this many replicas run, and not the same as `before`; returns their reports."""
         deadline = time.monotonic() + START_SECONDS
@@ -122,6 +147,27 @@ def processes(title):
     everything = psutil.process_iter(["cmdline"])
     found = (process for process in everything if title in " ".join(process.info["cmdline"] or []))
     return sorted(found, key=lambda process: process.pid)
+
+
+def serve_on_ray(environment, **settings):
+    """The command `serve --ray`, as a process."""
+    arguments = [f"{key}={value}" for key, value in {**RECIPE, **settings}.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "ulysses_infer.cli.main", "serve", "--ray", *arguments],
+        env={**os.environ, **ENVIRONMENT, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lines_until(stream, text):
+    """The lines up to one with `text`, which must come."""
+    for line in stream:
+        yield line
+        if text in line:
+            return
+    raise AssertionError(f"the output ended without {text!r}")
 
 
 class Load:

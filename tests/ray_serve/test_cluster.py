@@ -1,18 +1,30 @@
 """Replicas on a local Ray cluster with several raylets, whose ranks, replicas and raylets are killed."""
 
 import os
-import subprocess
-import sys
 import threading
 
 import httpx
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.ray_serve.cluster import ENVIRONMENT, RECIPE, START_SECONDS, Load, RayCluster, processes
+from tests.ray_serve.cluster import (
+    ENVIRONMENT,
+    RECIPE,
+    START_SECONDS,
+    Load,
+    RayCluster,
+    lines_until,
+    processes,
+    serve_on_ray,
+)
 
 pytest.importorskip("ray.serve", reason='Ray is not installed: pip install "ulysses_infer[ray]"')
 
 pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+DEMO = RECIPE["model.path"]
+PROMPT = "def main():\n    return "
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +83,50 @@ def test_a_killed_replica_is_restarted_alone(three_replicas):
 
 def test_a_killed_raylet_takes_only_the_replica_of_its_node_with_it(three_replicas):
     three_replicas.add_node()
-    kill_under_load(three_replicas, lambda: three_replicas.kill_node(three_replicas.nodes.pop(0)))
+    kill_under_load(three_replicas, lambda: three_replicas.kill_node(three_replicas.nodes[0]))
+
+
+def test_one_scrape_of_the_ingress_has_the_metrics_of_every_replica(three_replicas):
+    replicas = three_replicas.wait_for(3)
+    with Load(three_replicas.url, num_clients=6) as load:
+        load.wait_for(18)
+    found = three_replicas.scrape()
+    assert set(found["ulysses:engine_up"].values()) == {1}
+    assert found["ulysses:engine_up"].keys() == replicas.keys()
+    assert found["ulysses:steps_total"].keys() == replicas.keys()  # each has warmed up in every mode
+    assert found["ulysses:time_to_first_token_seconds_count"].keys() == replicas.keys()
+    assert sum(found["ulysses:generation_tokens_total"].values()) >= 18 * 24
+    assert found["ulysses:http_requests_total"].keys() == {""}
+
+
+def test_a_replica_without_room_on_one_node_runs_on_two_and_moves_when_one_dies(cluster):
+    cluster.add_node()
+    cluster.deploy(**{"parallel.sp": 2, "parallel.tp": 2})
+    try:
+        before, used = cluster.wait_for(1), cluster.nodes_of_ranks()
+        assert len(used) == 2
+        assert complete(cluster.url, PROMPT) == expected(PROMPT)
+        cluster.kill_node(next(node for node in cluster.nodes if node.node_id in used))
+        cluster.wait_for(1, before)
+        assert len(cluster.nodes_of_ranks()) == 2
+        assert complete(cluster.url, PROMPT) == expected(PROMPT)
+    finally:
+        cluster.delete()
+
+
+def complete(url, prompt):
+    body = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=START_SECONDS)
+    return answer.raise_for_status().json()["choices"][0]["text"]
+
+
+def expected(prompt):
+    """The same by transformers."""
+    tokenizer, model = AutoTokenizer.from_pretrained(DEMO), AutoModelForCausalLM.from_pretrained(DEMO)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    for _ in range(16):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return tokenizer.decode(ids[0, -16:])
 
 
 def test_scaling_up_and_down_loses_no_request(cluster):
@@ -121,22 +176,11 @@ def talk(url, num_conversations, num_turns):
         thread.join()
 
 
-def serve_on_ray(cluster, **changes):
-    """The command `serve --ray`, as a process."""
-    arguments = [f"{key}={value}" for key, value in {**RECIPE, "server.port": cluster.port, **changes}.items()]
-    return subprocess.Popen(
-        [sys.executable, "-m", "ulysses_infer.cli.main", "serve", "--ray", *arguments],
-        env={**os.environ, "RAY_ADDRESS": cluster.address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_serve_on_ray_answers_until_a_signal_and_removes_the_application(cluster):
-    process = serve_on_ray(cluster)
+    process = serve_on_ray({"RAY_ADDRESS": cluster.address}, **{"server.port": cluster.port})
     try:
-        assert any(f"serving demo on {cluster.url}" in line for line in process.stdout)
+        lines = list(lines_until(process.stdout, f"serving demo on {cluster.url}"))
+        assert any(f"joined the cluster at {cluster.address} (4 nodes" in line for line in lines)
         with Load(cluster.url, num_clients=1) as load:
             load.wait_for(1)
         assert load.statuses.keys() == {200}
@@ -148,7 +192,8 @@ def test_serve_on_ray_answers_until_a_signal_and_removes_the_application(cluster
 
 
 def test_a_recipe_that_cannot_be_loaded_ends_serve_on_ray_with_one_line(cluster):
-    process = serve_on_ray(cluster, **{"model.path": "models/nonexistent"})
+    wrong = {"server.port": cluster.port, "model.path": "models/nonexistent"}
+    process = serve_on_ray({"RAY_ADDRESS": cluster.address}, **wrong)
     _, errors = process.communicate(timeout=START_SECONDS)
     (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
     assert line.startswith("error: Ray Serve could not deploy the recipe: ")

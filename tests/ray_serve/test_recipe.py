@@ -9,7 +9,7 @@ from ulysses_infer.cli.arguments import parse
 from ulysses_infer.config import load_config
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.ray import build_app
-from ulysses_infer.ray.placement import place
+from ulysses_infer.ray.placement import fitting_ranks_per_node, place
 from ulysses_infer.ray.recipe import prepared, replica_config
 
 
@@ -23,6 +23,17 @@ def test_ranks_of_a_replica_are_packed_on_one_node_or_spread_over_as_many_as_ask
     two = place(config(**{"parallel.sp": 4, "ray.ranks_per_node": 2, "runtime.device": "cuda"}))
     assert two == ([{"CPU": 2.0, "GPU": 2.0}] * 2, "STRICT_SPREAD", 2)
     assert [two.bundle_of(rank) for rank in range(4)] == [0, 0, 1, 1]
+
+
+def test_a_replica_without_room_on_any_node_takes_as_few_nodes_as_have_room():
+    four = config(**{"parallel.sp": 4, "ray.cpus_per_rank": 2})
+    head, small, large = {"CPU": 1.0}, {"CPU": 5.0}, {"CPU": 8.0, "GPU": 1.0}
+    assert fitting_ranks_per_node(four, [head, small, large]) is None
+    assert fitting_ranks_per_node(four, [head, small, small]) == 2
+    assert fitting_ranks_per_node(four, [small, {"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 3.0}]) == 1
+    assert fitting_ranks_per_node(four, [head, small]) is None  # more nodes may come
+    four.runtime.device = "cuda"
+    assert fitting_ranks_per_node(four, [large] * 4) == 1
 
 
 def test_the_number_of_replicas_changes_nothing_in_a_replica():
@@ -68,5 +79,7 @@ def test_a_machine_with_too_few_cpus_is_named(monkeypatch):
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     check_room(config(**{"parallel.sp": 3}))
+    with pytest.raises(ConfigError, match="spreads a replica over 2 nodes, and this machine is one"):
+        check_room(config(**{"parallel.sp": 2, "ray.ranks_per_node": 1}))
     with pytest.raises(ConfigError, match="2 replicas of 1 ranks and the ingress reserve 5 CPUs, and this machine"):
         check_room(config(**{"parallel.dp": 2, "ray.cpus_per_rank": 2}))

@@ -1,15 +1,20 @@
 """The ingress's end of the engine, with replicas that are played by a script."""
 
 import asyncio
+import pickle
 import socket
 from types import SimpleNamespace
 
 import pytest
+from msgspec import structs
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.fake_engine import READY, STATE
+from ulysses_infer.config import Config
 from ulysses_infer.errors import EngineDeadError, ReplicaLostError, RequestError
 from ulysses_infer.server.client import EngineClient
-from ulysses_infer.server.messages import NewToken, Refused, Stepped, Submit
+from ulysses_infer.server.messages import NewToken, Refused, Stepped, StepReport, Submit
+from ulysses_infer.server.observe import Observatory
 
 pytest.importorskip("ray.serve", reason='Ray is not installed: pip install "ulysses_infer[ray]"')
 
@@ -25,6 +30,7 @@ class Replicas:
 
         self._scripts = list(scripts)
         self.reports = [ReplicaReport("r0", READY, STATE), EngineDeadError("gone")]
+        self.metrics = []
         self.commands = {"stats": [{"steps": 1}], "abort_all": [{"aborted": ["a"]}, {"aborted": ["b"]}]}
         self.tried, self.cancelled = [], 0
         self.generate = SimpleNamespace(remote=self._generate)
@@ -39,7 +45,9 @@ class Replicas:
         return _Response(self, request.submit.request_id, self._scripts.pop(0))
 
     def broadcast(self, method, *arguments):
-        results = self.reports if method == "report" else self.commands[arguments[0]]
+        results = (
+            self.commands[arguments[0]] if arguments else {"report": self.reports, "metrics": self.metrics}[method]
+        )
 
         async def results_async(timeout_s, return_exceptions):
             return results
@@ -153,3 +161,41 @@ def test_commands_run_on_every_replica_unless_later_ones_would_not_have_their_ef
         return await client.call("stats"), await client.call("abort_all")
 
     assert run(Replicas(), use) == ({"steps": 1}, {"aborted": ["a", "b"]})
+
+
+def replica_metrics(name, num_running):
+    """The families of a replica that runs this many requests and has run one step."""
+    observatory = Observatory(Config(), labels={"replica": name})
+    observatory.on_ready(READY)
+    observatory.on_step(structs.replace(STATE, num_running=num_running), StepReport(1, 0.0, 0.1, (2, 1), 7, 0, {}))
+    return pickle.loads(pickle.dumps(observatory._metrics.engine_families()))
+
+
+def test_one_scrape_has_the_metrics_of_all_replicas_and_of_the_ingress():
+    replicas = Replicas()
+    replicas.metrics = [replica_metrics("r0", 2), EngineDeadError("gone"), replica_metrics("r2", 3)]
+
+    async def use(client, events):
+        from ulysses_infer.ray.metrics import IngressObservatory
+        from ulysses_infer.ray.remote_engine import RemoteEngine
+
+        ours, _ = socket.socketpair()
+        engine = RemoteEngine(replicas, *await asyncio.open_connection(sock=ours))
+        observatory = IngressObservatory(Config(), engine.metrics)
+        observatory.on_ready(READY)
+        observatory._metrics.on_http("GET", "/health", 200, 0.1)
+        return await observatory.scrape()
+
+    text = run(replicas, use).decode()
+    lines = text.splitlines()
+    assert len({line for line in lines if line.startswith("# TYPE")}) == sum(
+        line.startswith("# TYPE") for line in lines
+    )
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[sample.labels.get("replica")] = sample.value
+    assert found["ulysses:num_requests_running"] == {"r0": 2, "r2": 3}
+    assert found["ulysses:tokens_total"] == {"r0": 7, "r2": 7}
+    assert found["ulysses:engine_up"] == {"r0": 1, "r2": 1}
+    assert found["ulysses:http_requests_total"] == {None: 1}

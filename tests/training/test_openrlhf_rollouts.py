@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.metadata
 import inspect
+import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +25,13 @@ from ulysses_infer.job.processes import free_port
 from ulysses_infer.model.loading.sources import open_weights
 from ulysses_infer.rl import openrlhf
 from ulysses_infer.rl.openrlhf import RolloutRayActor, create_vllm_engines, settings_of
-from ulysses_infer.rl.openrlhf_weights import CollectiveWeights, opened, stateless_init_process_group
+from ulysses_infer.rl.openrlhf_seats import Seats
+from ulysses_infer.rl.openrlhf_weights import (
+    BroadcastWeights,
+    CollectiveWeights,
+    opened,
+    stateless_init_process_group,
+)
 from ulysses_infer.rl.weight_folder import WeightFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +53,13 @@ def is_installed(name: str) -> bool:
     return True
 
 
+needs_ray = pytest.mark.skipif(not is_installed("ray"), reason="ray: not installed")
+RAY = {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",  # by default Ray's workers yield to all other processes
+}
 needs_openrlhf = pytest.mark.skipif(not is_installed("openrlhf"), reason="openrlhf: not installed")
 
 
@@ -93,11 +111,11 @@ def actor_of(folder: str, **settings: Any) -> RolloutRayActor:
 def test_wrong_use_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_images_per_prompt is given; only text prompts are served"):
         settings_of({"model": "m", "limit_mm_per_prompt": {"image": 1}})
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size is 2 with train\.colocate_all; use 1"):
-        create_vllm_engines(1, 2, "m", 0, False, True, False, 64, shared_pg=object())
-    server = SimpleNamespace(config=SimpleNamespace(parallel=SimpleNamespace(tp=2)))
-    with pytest.raises(RequestError, match="one actor joins for the whole engine; use tensor_parallel_size 1"):
-        asyncio.run(CollectiveWeights(server, "group", "gloo").join(3, 1))
+    server = SimpleNamespace(config=SimpleNamespace(parallel=SimpleNamespace(tp=2, world_size=2)))
+    with pytest.raises(RequestError, match="the other ranks have no seats; make the engines with create_vllm_engines"):
+        asyncio.run(CollectiveWeights(server, Seats([]), "group", "gloo").join(3, 1))
+    with pytest.raises(RequestError, match="a group of 2 has no room for 2 ranks from number 1 on"):
+        asyncio.run(BroadcastWeights(server).join("127.0.0.1", 1, 1, 2))
     actor = actor_of(DEMO)
     with pytest.raises(RequestError, match="there is no group with the trainer; call init_process_group first"):
         asyncio.run(actor.update_weight("a", torch.float32, (2,)))
@@ -142,16 +160,17 @@ async def update_by_broadcast(actor: RolloutRayActor, group: Any, model: Any) ->
         await told
 
 
-async def roll_out(models: list[Any]) -> None:
-    actor = actor_of(DEMO)
+async def roll_out(models: list[Any], num_ranks: int) -> None:
+    actor = actor_of(DEMO, **{"parallel.sp": num_ranks, "policy.threshold_tokens": 2})
     await actor.start()
     first = await actor.generate(PROMPT, greedy())
     check(models[0], first)
     assert first.weight_versions == ["0"]
     port, made = free_port(), []
-    trainer = threading.Thread(target=lambda: made.append(stateless_init_process_group("127.0.0.1", port, 0, 2, "cpu")))
+    there = ("127.0.0.1", port, 0, 1 + num_ranks)
+    trainer = threading.Thread(target=lambda: made.append(stateless_init_process_group(*there, "cpu")))
     trainer.start()
-    await actor.init_process_group("127.0.0.1", port, 1, 2, "openrlhf", backend="gloo", use_ray=False)
+    await actor.init_process_group("127.0.0.1", port, 1, 1 + num_ranks, "openrlhf", backend="gloo", use_ray=False)
     trainer.join()
     running = [asyncio.create_task(actor.generate([5, number, 7], greedy(LENGTH))) for number in range(NUM_RUNNING)]
     await asyncio.sleep(0.5)
@@ -181,9 +200,37 @@ async def roll_out(models: list[Any]) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.distributed
-def test_an_engine_generates_and_takes_weights_over_gloo() -> None:
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_engine_generates_and_takes_weights_over_gloo(num_ranks: int) -> None:
     models = [AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32) for _ in range(2)]
     with torch.no_grad():
         for parameter in models[1].parameters():
             parameter.mul_(0.8)
-    asyncio.run(roll_out(models))
+    asyncio.run(roll_out(models, num_ranks))
+
+
+@needs_ray
+@pytest.mark.thorough
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_engines_of_two_ranks_on_ray_take_the_weights_that_a_trainer_broadcasts() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.openrlhf_job", DEMO],
+        cwd=ROOT,
+        env={**os.environ, **RAY},
+        capture_output=True,
+        text=True,
+        timeout=850,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["modes"] == [[1, 2], [1, 2]]
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    for scale, version, outputs in zip([1.0, 0.8], ["0", "1"], found["outputs"], strict=True):
+        scaled = copy.deepcopy(model)
+        scaled.load_state_dict({name: tensor * scale for name, tensor in model.state_dict().items()})
+        for tokens, logprobs, versions in outputs:
+            rows = scaled(torch.tensor([PROMPT + tokens])).logits[0].log_softmax(-1)[len(PROMPT) - 1 : -1].detach()
+            assert tokens == rows.argmax(-1).tolist()
+            assert logprobs == pytest.approx(rows.amax(-1).tolist(), abs=1e-4)
+            assert versions == [version]

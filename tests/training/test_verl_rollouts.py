@@ -76,7 +76,7 @@ class Remote:
         return SimpleNamespace(remote=getattr(self._target, name))
 
 
-async def roll_out(monkeypatch: pytest.MonkeyPatch) -> None:
+async def roll_out(monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
     """The classes of verl's registries in this process: the actor generates, the rollout updates."""
     from verl.workers.config import HFModelConfig, RolloutConfig
     from verl.workers.rollout.base import get_rollout_class
@@ -86,20 +86,36 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from ulysses_infer.rl.verl_server import UlyssesServer
 
     verl.register()  # if verl was imported without VERL_USE_EXTERNAL_MODULES
-    monkeypatch.setenv("RANK", "0")
-    sizes = {"tensor_model_parallel_size": 1, "prompt_length": 64, "response_length": 300, "max_num_seqs": 16}
-    config = RolloutConfig(name="ulysses_infer", dtype="float32", engine_kwargs={"ulysses_infer": CPU}, **sizes)
+    sizes = {
+        "data_parallel_size": num_ranks,
+        "tensor_model_parallel_size": 1,
+        "prompt_length": 64,
+        "response_length": 300,
+    }
+    config = RolloutConfig(
+        name="ulysses_infer", dtype="float32", max_num_seqs=16, engine_kwargs={"ulysses_infer": CPU}, **sizes
+    )
     model = HFModelConfig(path=DEMO)
-    replica = get_rollout_replica_class("ulysses_infer")(0, config, model, gpus_per_node=1)
-    assert replica.world_size == 1
-    rollout = get_rollout_class("ulysses_infer")(config, model, None)
+    replica = get_rollout_replica_class("ulysses_infer")(0, config, model, gpus_per_node=num_ranks)
+    assert replica.world_size == num_ranks
     server = UlyssesServer(config, model, RolloutMode.HYBRID, 0, {})
-    rollout._server = Remote(server)
+    rollouts = []
+    for rank in range(num_ranks):
+        monkeypatch.setenv("RANK", str(rank))
+        rollouts.append(get_rollout_class("ulysses_infer")(config, model, None))
+        rollouts[rank]._server = Remote(server)
+    assert [each.is_leader_rank for each in rollouts] == [True, False][:num_ranks]
     await server.launch_server()
     loaded = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
 
     def weights(scale: float) -> Any:
         return ((name, tensor * scale) for name, tensor in loaded.state_dict().items())
+
+    async def update(scale: float, step: int) -> None:
+        await asyncio.gather(*(each.update_weights(weights(scale), global_steps=step) for each in rollouts))
+
+    async def on_all(method: str, *arguments: Any) -> None:
+        await asyncio.gather(*(getattr(each, method)(*arguments) for each in rollouts))
 
     def generate(name: str, number: int, **params: Any) -> Any:
         given = {"temperature": 0.0, "logprobs": True, "top_k": -1, **params}
@@ -108,7 +124,7 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch) -> None:
     check(DEMO, 1.0, [5, 6, 7], (await generate("a", 6, max_tokens=8)).model_dump())
     running = [generate(f"r{number}", number, ignore_eos=True) for number in range(4)]
     await asyncio.sleep(0.5)
-    await rollout.update_weights(weights(1.0), global_steps=3)
+    await update(1.0, 3)
     outputs = await asyncio.gather(*running)
     assert {output.extra_fields["min_global_steps"] for output in outputs} == {0}
     assert {output.extra_fields["global_steps"] for output in outputs} == {3}
@@ -123,10 +139,10 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch) -> None:
         assert output.stop_reason == "aborted"
         assert len(output.token_ids) < 300
     held = generate("b", 6, max_tokens=8)
-    await rollout.release()
-    await rollout.resume(["weights"])
-    await rollout.update_weights(weights(0.5), global_steps=5)
-    await rollout.resume(["kv_cache"])
+    await on_all("release")
+    await on_all("resume", ["weights"])
+    await update(0.5, 5)
+    await on_all("resume", ["kv_cache"])
     await asyncio.sleep(0.5)
     assert not held.done()
     await server.resume_generation()
@@ -138,7 +154,7 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch) -> None:
     await server.resume_generation()
     for wrong, message in (({"wire_format": "delta_flush"}, "use named_tensors"), ({"peft_config": {}}, "merge them")):
         with pytest.raises(RequestError, match=message):
-            await rollout.update_weights(weights(1.0), **wrong)
+            await rollouts[0].update_weights(weights(1.0), **wrong)
     with pytest.raises(RequestError, match="only text prompts are served"):
         await server.generate([5], {}, "d", image_data=["picture"])
     with pytest.raises(RequestError, match="the prompt has 400 tokens, of a context of 364"):
@@ -148,25 +164,33 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.distributed
-def test_verls_classes_generate_and_take_weights_while_requests_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    asyncio.run(roll_out(monkeypatch))
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_verls_classes_generate_and_take_weights_while_requests_run(
+    monkeypatch: pytest.MonkeyPatch, num_ranks: int
+) -> None:
+    asyncio.run(roll_out(monkeypatch, num_ranks))
 
 
 @pytest.mark.thorough
 @pytest.mark.distributed
-def test_verls_registries_make_a_replica_that_generates_and_takes_weights() -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("tensor_parallel", "data_parallel"), [(1, 1), (1, 2), (2, 1)])
+def test_verls_registries_make_a_replica_that_generates_and_takes_weights(
+    tensor_parallel: int, data_parallel: int
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.verl_job", DEMO],
+        [sys.executable, "-m", "tests.training.verl_job", DEMO, str(tensor_parallel), str(data_parallel)],
         cwd=ROOT,
         env={**os.environ, **EXTERNAL},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=850,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["classes"] == ["UlyssesReplica", "UlyssesRollout"]
     assert found["adapter"] == "UlyssesRollout"
+    assert found["num_workers"] == tensor_parallel * data_parallel
     assert found["first"]["stop_reason"] == "completed"
     check(DEMO, 1.0, [5, 6, 7], found["first"])
     steps = [
@@ -188,6 +212,7 @@ def test_verls_registries_make_a_replica_that_generates_and_takes_weights() -> N
     assert found["rejected"]["stop_reason"] == "aborted"
     assert found["rejected"]["token_ids"] == []
     assert "only text prompts are served" in found["refused"]
+    assert len(found["modes"]) == (2 if data_parallel == 2 else 1)
 
 
 @pytest.mark.parametrize(

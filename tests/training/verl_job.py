@@ -1,18 +1,22 @@
 """A program with verl and Ray: verl's registries make our replica and our rollout, which serve the demo model.
 
-Prints what the test checks as one line of JSON. `VERL_USE_EXTERNAL_MODULES=ulysses_infer.rl.verl` must be set.
+Arguments: the model's folder, tensor_model_parallel_size, data_parallel_size. Prints what the test checks as one line
+of JSON. `VERL_USE_EXTERNAL_MODULES=ulysses_infer.rl.verl` must be set.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import sys
 from typing import Any
 
+import httpx
 import ray
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import get_rollout_class
@@ -23,6 +27,7 @@ SETTINGS = {
     "server": {"heartbeat_timeout": 60},
     "cache": {"num_blocks": 512},
     "runtime": {"device": "cpu", "threads_per_rank": 1},
+    "policy": {"threshold_tokens": 2},  # one request decodes with tensor parallelism, several with sequence parallelism
 }
 
 
@@ -34,12 +39,27 @@ def send_weights(worker: Any, folder: str, scale: float, steps: int) -> str:
     return type(worker.server_adapter).__name__
 
 
-async def run(folder: str) -> dict[str, Any]:
+async def send_from_all(replica: Any, folder: str, scale: float, steps: int) -> str:
+    """New weights from every worker, as verl's trainer sends them; returns the class of the rollout."""
+    sends = [worker.__ray_call__.remote(send_weights, folder, scale, steps) for worker in replica.workers]
+    (found,) = set(await asyncio.gather(*sends))
+    return str(found)
+
+
+async def modes_of(url: str) -> list[str]:
+    """The modes of the steps that a server has run."""
+    async with httpx.AsyncClient() as client:
+        text = (await client.get(f"{url}/metrics")).text
+    steps = (family for family in text_string_to_metric_families(text) if family.name == "ulysses:steps")
+    return sorted({sample.labels["mode"] for family in steps for sample in family.samples})
+
+
+async def run(folder: str, tensor_parallel: int, data_parallel: int) -> dict[str, Any]:
     config = RolloutConfig(
         name="ulysses_infer",
-        tensor_model_parallel_size=1,
-        data_parallel_size=1,
-        n_gpus_per_node=1,
+        tensor_model_parallel_size=tensor_parallel,
+        data_parallel_size=data_parallel,
+        n_gpus_per_node=tensor_parallel * data_parallel,
         dtype="float32",
         prompt_length=64,
         response_length=LENGTH,
@@ -48,7 +68,7 @@ async def run(folder: str) -> dict[str, Any]:
     )
     model = HFModelConfig(path=folder)
     replica = get_rollout_replica_class("ulysses_infer")(
-        replica_rank=0, config=config, model_config=model, gpus_per_node=1
+        replica_rank=0, config=config, model_config=model, gpus_per_node=tensor_parallel * data_parallel
     )
     await replica.init_standalone()
     server = replica.server_handle
@@ -58,12 +78,13 @@ async def run(folder: str) -> dict[str, Any]:
         return server.generate.remote([5, first, 7], given, request_id)
 
     found: dict[str, Any] = {"classes": [type(replica).__name__, get_rollout_class("ulysses_infer").__name__]}
+    found["num_workers"] = len(replica.workers)
     found["first"] = (await generate("a", max_tokens=8)).model_dump()
-    await replica.workers[0].__ray_call__.remote(send_weights, folder, 1.0, 1)  # the next one takes less time
+    await send_from_all(replica, folder, 1.0, 1)  # the next one takes less time
     running = [generate(f"r{number}", number, ignore_eos=True, max_tokens=LENGTH) for number in range(NUM_RUNNING)]
     await asyncio.sleep(0.5)
     for steps in (3, 4):
-        found["adapter"] = await replica.workers[0].__ray_call__.remote(send_weights, folder, 1.0, steps)
+        found["adapter"] = await send_from_all(replica, folder, 1.0, steps)
     found["updated"] = [each.model_dump() for each in await asyncio.gather(*running)]
     running = [generate(f"s{number}", number, ignore_eos=True, max_tokens=LENGTH) for number in range(NUM_RUNNING)]
     await asyncio.sleep(0.3)
@@ -71,7 +92,7 @@ async def run(folder: str) -> dict[str, Any]:
     found["aborted"] = [each.model_dump() for each in await asyncio.gather(*running)]
     held = generate("b", max_tokens=8)
     await replica.release_kv_cache()
-    await replica.workers[0].__ray_call__.remote(send_weights, folder, 0.5, 5)
+    await send_from_all(replica, folder, 0.5, 5)
     await replica.resume_kv_cache()
     found["held"] = not ray.wait([held], timeout=1.0)[0]
     await replica.resume_generation()
@@ -79,6 +100,7 @@ async def run(folder: str) -> dict[str, Any]:
     await replica.abort_all_requests(reject_request=True)
     found["rejected"] = (await generate("c")).model_dump()
     await replica.resume_generation()
+    found["modes"] = await modes_of("http://{}:{}".format(*await server.get_server_address.remote()))
     try:
         await server.generate.remote([5], {"max_tokens": 2}, "d", image_data=["picture"])
     except ray.exceptions.RayTaskError as error:
@@ -86,9 +108,14 @@ async def run(folder: str) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
-    ray.init(address="local", num_cpus=8, num_gpus=1, include_dashboard=False)
+def main(folder: str, tensor_parallel: str, data_parallel: str) -> None:
+    sizes = int(tensor_parallel), int(data_parallel)
+    ray.init(address="local", num_cpus=8, num_gpus=math.prod(sizes), include_dashboard=False)
     try:
-        print(json.dumps(asyncio.run(run(os.path.abspath(sys.argv[1])))))
+        print(json.dumps(asyncio.run(run(os.path.abspath(folder), *sizes))))
     finally:
         ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

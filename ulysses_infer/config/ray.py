@@ -44,5 +44,6 @@ class RayConfig:
     cpus_per_rank: float = option(1.0, above=0, help="CPUs that Ray reserves for each rank.")
     ranks_per_node: int | None = option(
         at_least=1,
-        help="Ranks of a replica on each node; must divide sp * tp. null: all ranks of a replica are on one node.",
+        help="Ranks of a replica on each node; must divide sp * tp. null: all ranks of a replica are on one node, or "
+        "on as few as have room if no node of the cluster has room for all.",
     )

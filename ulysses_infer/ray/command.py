@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import signal
+import socket
 import threading
 
+from rich.console import Console
+from rich.text import Text
+
+from ulysses_infer.child_processes import end_children_with_this_process
 from ulysses_infer.config import Config
 from ulysses_infer.console.banner import print_config
 from ulysses_infer.console.screen import make_console
@@ -18,6 +25,11 @@ from ulysses_infer.server.process import announce, bind, url_at
 APPLICATION = "ulysses-infer"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INGRESS_CPUS = 1.0
+ADDRESS = "RAY_ADDRESS"
+CLIENT = "ray://"
+CONNECT_SECONDS = 5.0
+NICENESS = "RAY_worker_niceness"
+"""Of the ranks on a cluster that is started here. Ray's default has them yield to all other processes."""
 ERROR_LINE = re.compile(r"^\s*ulysses_infer\.errors\.\w+: ")
 """How a trace ends with one of our errors."""
 
@@ -32,7 +44,7 @@ def run(config: Config) -> int:
         raise ConfigError("server.port = 0: Ray Serve listens on the same port of every node; give one")
     console = make_console(0)
     print_config(console, "serve", config)
-    is_own = _join_cluster()
+    is_own = join_cluster(console)
     if is_own:
         check_room(prepared(config))
         bind(config.server).close()  # a port that is taken is named at once; a running Serve has its own already
@@ -72,16 +84,62 @@ class Signals:
             raise SystemExit(128 + number)
 
 
-def _join_cluster() -> bool:
-    """Connect to the running cluster, or start one on this machine; returns whether it was started."""
+def join_cluster(console: Console) -> bool:
+    """Connect to the cluster of RAY_ADDRESS or of `ray start` on this machine; without one, start one here that ends
+    with this process. Says in one line what it did; returns whether the cluster was started. Raises `ConfigError`."""
     import ray
 
+    address = _cluster_address()
+    is_own = address is None
+    if is_own:
+        end_children_with_this_process()
+        os.environ.setdefault(NICENESS, "0")
+    where = {"address": "local"} if is_own else {}  # Ray finds the address itself, and then its token
     try:
-        ray.init(address="auto", log_to_driver=False)
-    except ConnectionError:
-        ray.init(log_to_driver=False, include_dashboard=False)
-        return True
-    return False
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING, **where)
+    except (ConnectionError, RuntimeError) as error:
+        at = "on this machine cannot be started" if is_own else f"at {address} cannot be joined"
+        raise ConfigError(f"a Ray cluster {at}: {first_line(error)}") from error
+    console.print(Text("  cluster  " + _describe_cluster(address)))
+    return is_own
+
+
+def _cluster_address() -> str | None:
+    """Where the cluster is that Ray would join. None: nowhere, or it has crashed. Raises `ConfigError` if RAY_ADDRESS
+    names one that does not answer, for which Ray itself would wait many minutes."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    given = os.environ.get(ADDRESS, "")
+    try:
+        address: str | None = given if given.startswith(CLIENT) else canonicalize_bootstrap_address(None)
+    except ValueError as error:
+        raise ConfigError(f"{ADDRESS} = {given}: {first_line(error)}; give HOST:PORT") from error
+    if address is None or _answers(address.removeprefix(CLIENT)):
+        return address
+    if given:
+        raise ConfigError(
+            f"{ADDRESS} = {given}: no Ray cluster answers there; correct it, or unset it to have one started here"
+        )
+    return None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _describe_cluster(address: str | None) -> str:
+    import ray
+
+    resources = ray.cluster_resources()
+    size = " · ".join(f"{resources[name]:g} {name}s" for name in ("CPU", "GPU") if name in resources)
+    if address is None:
+        return f"no cluster runs here: started one on this machine, which ends with this command ({size})"
+    return f"joined the cluster at {address} ({len(ray.nodes())} nodes · {size})"
 
 
 def check_room(config: Config) -> None:
@@ -89,6 +147,11 @@ def check_room(config: Config) -> None:
     import ray
 
     placement, num_replicas = place(config), config.parallel.dp
+    if len(placement.bundles) > 1:
+        raise ConfigError(
+            f"ray.ranks_per_node = {placement.ranks_per_node} spreads a replica over {len(placement.bundles)} nodes, "
+            "and this machine is one; leave it out, or start a cluster of several machines first (ray start)"
+        )
     needed = {name: amount * num_replicas for name, amount in placement.bundles[0].items()}
     needed["CPU"] += INGRESS_CPUS * config.ray.ingress_replicas
     here = ray.cluster_resources()

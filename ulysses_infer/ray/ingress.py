@@ -9,6 +9,7 @@ from typing import Any
 
 from ulysses_infer.config import Config
 from ulysses_infer.console.library_logging import quiet_libraries, set_up_logging
+from ulysses_infer.ray.metrics import IngressObservatory
 from ulysses_infer.ray.remote_engine import RemoteEngine
 from ulysses_infer.server.client import EngineClient
 
@@ -23,13 +24,12 @@ class Ingress:
         set_up_logging(config.runtime.log_level, 0)
         from ulysses_infer.server.http.app import make_app
         from ulysses_infer.server.http.context import make_context
-        from ulysses_infer.server.observe import Observatory
 
-        observatory = Observatory(config)
         ours, theirs = socket.socketpair()
+        engine = RemoteEngine(replicas, *await asyncio.open_connection(sock=theirs))
+        observatory = IngressObservatory(config, engine.metrics)
         reader, writer = await asyncio.open_connection(sock=ours)
         self._client = EngineClient(reader, writer, observatory, config.server.stream_interval)
-        engine = RemoteEngine(replicas, *await asyncio.open_connection(sock=theirs))
         self._tasks = [
             asyncio.create_task(self._client.listen()),
             asyncio.create_task(engine.run()),

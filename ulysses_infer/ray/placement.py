@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ulysses_infer.config import Config
@@ -37,6 +38,19 @@ def place(config: Config) -> Placement:
     return Placement(
         [dict(bundle) for _ in range(num_nodes)], STRICT_PACK if num_nodes == 1 else STRICT_SPREAD, per_node
     )
+
+
+def fitting_ranks_per_node(config: Config, nodes: Sequence[Mapping[str, float]]) -> int | None:
+    """How many ranks of a replica to put on each node, if no node has room for all; None: all, or no node has any.
+
+    nodes: the resources of each. The number divides the ranks, and enough nodes have room for as many.
+    """
+    world_size, needed = config.parallel.world_size, rank_resources(config)
+    room = [min(int(node.get(name, 0) // amount) for name, amount in needed.items()) for node in nodes]
+    if max(room, default=0) >= world_size:
+        return None
+    divisors = (number for number in range(world_size - 1, 0, -1) if world_size % number == 0)
+    return next((each for each in divisors if sum(has >= each for has in room) >= world_size // each), None)
 
 
 def rank_resources(config: Config) -> dict[str, float]:

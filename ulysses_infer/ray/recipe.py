@@ -8,12 +8,12 @@ from typing import Any
 from ulysses_infer.config import Config
 from ulysses_infer.config.ray import PREFIX
 from ulysses_infer.errors import ConfigError
-from ulysses_infer.ray.placement import place
+from ulysses_infer.ray.placement import fitting_ranks_per_node, place
 from ulysses_infer.server.process import check
 
 
 def prepared(config: Config) -> Config:
-    """The checked recipe, with its device chosen. Raises `ConfigError`."""
+    """The checked recipe, with its device and the nodes of a replica chosen. Raises `ConfigError`."""
     config = copy.deepcopy(config)
     most = config.ray.max_replicas
     if most is not None and most < config.parallel.dp:
@@ -21,6 +21,8 @@ def prepared(config: Config) -> Config:
     check(config.server)
     if config.runtime.device == "auto":
         config.runtime.device = "cuda" if _has_gpus() else "cpu"
+    if config.ray.ranks_per_node is None:
+        config.ray.ranks_per_node = fitting_ranks_per_node(config, _nodes())
     place(config)
     return config
 
@@ -42,6 +44,14 @@ def routing_options(config: Config) -> dict[str, Any]:
         "balance_tokens": config.ray.balance_tokens if config.ray.routing == PREFIX else None,
         "shares_load": config.ray.ingress_replicas > 1,
     }
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of each node that the cluster has now."""
+    import ray
+
+    nodes = ray.nodes() if ray.is_initialized() else []
+    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 def _has_gpus() -> bool:

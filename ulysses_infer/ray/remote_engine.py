@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 from msgspec import structs
+from prometheus_client import Metric
 
 from ulysses_infer.errors import RequestError, UlyssesError, first_line, kind_and_line
 from ulysses_infer.ray.request import RoutedRequest
@@ -170,6 +171,14 @@ class RemoteEngine:
         if name == "abort_all":
             return {"aborted": [request_id for answer in answers for request_id in answer["aborted"]]}
         return answers[0]
+
+    async def metrics(self) -> list[list[Metric]]:
+        """The metrics of every running replica that answers in time."""
+        try:
+            found = await self._everywhere("metrics", seconds=REPORT_TIMEOUT)
+        except TimeoutError:
+            found = []
+        return [families for families in found if not isinstance(families, BaseException)]
 
     async def _everywhere(self, method: str, *arguments: Any, seconds: float) -> list[Any]:
         """The results of a method on all running replicas, errors included."""

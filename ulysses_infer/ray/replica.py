@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from prometheus_client import Metric
 from ray import serve
 
 from ulysses_infer.config import Config
@@ -18,7 +19,7 @@ from ulysses_infer.errors import EngineDeadError, OverloadedError, RequestError
 from ulysses_infer.job.watchdog import WatchdogClient
 from ulysses_infer.model.sampling.seeds import derive_seed
 from ulysses_infer.ray.autoscaling import OUTSTANDING_TOKENS
-from ulysses_infer.ray.metrics import ReplicaMetrics
+from ulysses_infer.ray.metrics import ReplicaObservatory
 from ulysses_infer.ray.ranks import start_ranks
 from ulysses_infer.ray.request import RoutedRequest
 from ulysses_infer.server.client import DEAD, EngineClient
@@ -47,7 +48,8 @@ class EngineReplica:
         config = _with_own_seed(config, context.rank.rank)
         self._ranks, connection = await start_ranks(config)
         reader, writer = await asyncio.open_connection(sock=connection)
-        self._client = EngineClient(reader, writer, ReplicaMetrics(), config.server.stream_interval)
+        self._observatory = ReplicaObservatory(config, self._id)
+        self._client = EngineClient(reader, writer, self._observatory, config.server.stream_interval)
         self._listening = asyncio.create_task(self._client.listen())
         await self._client.settled.wait()
         if self._client.info is None:
@@ -89,6 +91,10 @@ class EngineReplica:
     async def report(self) -> ReplicaReport:
         """What was loaded, and the current load."""
         return ReplicaReport(self._id, self._info, self._client.state or self._info.state)
+
+    async def metrics(self) -> list[Metric]:
+        """The metrics of the engine and its requests, which have this replica's id as a label."""
+        return self._observatory.families()
 
     # -- what Ray Serve calls ------------------------------------------------------------------------------------
 

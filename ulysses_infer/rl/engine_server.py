@@ -35,19 +35,16 @@ FIRST_VERSION = "0"
 class EngineServer:
     """One replica on this host. Its processes end with this one.
 
-    settings: of the recipe, dotted keys or nested; host: the address that clients use; environment: more variables of
-    its processes. Raises `ConfigError` for wrong settings.
+    settings: of the recipe, dotted keys or nested; host: the address that clients use. Raises `ConfigError` for wrong
+    settings.
     """
 
-    def __init__(
-        self, settings: Mapping[str, Any], host: str = "127.0.0.1", environment: Mapping[str, str] = {}
-    ) -> None:
+    def __init__(self, settings: Mapping[str, Any], host: str = "127.0.0.1") -> None:
         key, self.port = secrets.token_hex(16), free_port()
         own = {"server.host": host, "server.port": self.port, "server.admin_api_key": key}
         self._settings = {**settings, **own}
         self.config: Config = load_config(None, self._settings)
         """All settings."""
-        self._environment = {**variables_of_another_job(), **environment}
         self.address = f"[{host}]" if ":" in host else host
         limits, headers = httpx.Limits(max_connections=None), {"Authorization": f"Bearer {key}"}
         url = f"http://{self.address}:{self.port}"
@@ -55,14 +52,15 @@ class EngineServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._closed_for: set[str] = set()
 
-    async def start(self) -> None:
-        """Start the processes and wait until they take requests. Raises `EngineDeadError` if they end."""
+    async def start(self, environment: Mapping[str, str] = {}) -> None:
+        """Start the processes and wait until they take requests. environment: variables that they get besides those of
+        this process. Raises `EngineDeadError` if they end."""
         end_children_with_this_process()
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as recipe:
             json.dump(self._settings, recipe)
             recipe.flush()
             command = [sys.executable, "-m", "ulysses_infer.cli.main", "serve", "--config", recipe.name]
-            self._process = subprocess.Popen(command, env=self._environment)
+            self._process = subprocess.Popen(command, env={**variables_of_another_job(), **environment})
             while not await self._is_ready():
                 status = self._process.poll()
                 if status is not None:

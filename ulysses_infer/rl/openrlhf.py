@@ -10,15 +10,17 @@ import asyncio
 import functools
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
+from ulysses_infer.config import load_config
 from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.outputs import RequestOutput
 from ulysses_infer.rl.engine_server import EngineServer, plain_params
+from ulysses_infer.rl.openrlhf_seats import Seat, Seats
 from ulysses_infer.rl.openrlhf_weights import BroadcastWeights, CollectiveWeights, CudaHandles
 
 CACHE_TAG = "kv_cache"
@@ -36,7 +38,8 @@ class RolloutRayActor:
     """One engine with the methods of OpenRLHF's `RolloutRayActor`; make it with `create_vllm_engines`.
 
     agent_func_path, remote_rm_url: what is done with a prompt, by OpenRLHF's own executors. mm_pad_token_ids: without
-    effect. settings: further keys of the recipe. kwargs: vLLM's arguments as OpenRLHF gives them. Raises `ConfigError`.
+    effect. settings: further keys of the recipe. seats: actors of `Seat` for the ranks after the first. kwargs: vLLM's
+    arguments as OpenRLHF gives them. Raises `ConfigError`.
     """
 
     def __init__(
@@ -47,11 +50,13 @@ class RolloutRayActor:
         remote_rm_url: str | None = None,
         mm_pad_token_ids: set[int] | None = None,
         settings: Mapping[str, Any] | None = None,
+        seats: Sequence[Any] = (),
         **kwargs: Any,
     ) -> None:
         self._agent_func_path, self._remote_rm_url = agent_func_path, remote_rm_url
         self._tokenizer = AutoTokenizer.from_pretrained(kwargs["model"])
         self._server = EngineServer({**settings_of(kwargs), **(settings or {})})
+        self._seats = Seats(seats)
         self._weights: BroadcastWeights | CollectiveWeights | None = None
         self._handles = CudaHandles(self._server)
         self._num_running = 0
@@ -62,8 +67,9 @@ class RolloutRayActor:
         return _executor(self._agent_func_path, self._remote_rm_url)
 
     async def start(self) -> None:
-        """Start the engine, before all else. Raises `EngineDeadError` if it ends at once."""
-        await self._server.start()
+        """Start the engine, before all else. Raises `EngineDeadError` if it ends at once, and `ConfigError` if its GPUs
+        are on several nodes."""
+        await self._server.start(await self._seats.devices())
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -137,12 +143,12 @@ class RolloutRayActor:
     ) -> None:
         """Join the trainer's group, in which it is rank 0.
 
-        use_ray: this actor joins `ray.util.collective`'s group, as its only rank of this engine. Otherwise every rank
-        of the engine joins, and the trainer's end is `openrlhf_weights.stateless_init_process_group`. Raises
-        `RequestError`.
+        use_ray: this actor and its seats join `ray.util.collective`'s group, as the tensor-parallel ranks of this
+        engine. Otherwise every rank of the engine joins, and the trainer's end is
+        `openrlhf_weights.stateless_init_process_group`. Raises `RequestError`.
         """
         if use_ray:
-            self._weights = CollectiveWeights(self._server, group_name, backend)
+            self._weights = CollectiveWeights(self._server, self._seats, group_name, backend)
             await self._weights.join(world_size, rank_offset)
         else:
             self._weights = BroadcastWeights(self._server)
@@ -213,20 +219,12 @@ def create_vllm_engines(
 ) -> list[Any]:
     """Engines as Ray actors, with the arguments of OpenRLHF's function of this name.
 
-    settings: further keys of the recipe. gpus_per_engine: by default `tensor_parallel_size`, or a share of one if the
-    training's placement group is given; 0 on CPUs. Raises `ConfigError` for several ranks per engine in that group.
+    settings: further keys of the recipe. gpus_per_engine: by default one per rank, or a share of one per rank if the
+    training's placement group is given; 0 on CPUs. In that group, which has one GPU per bundle, engines take one bundle
+    per rank, in order. Raises `ConfigError` for wrong settings.
     """
-    if shared_pg is not None and tensor_parallel_size > 1:
-        raise ConfigError(f"tensor_parallel_size is {tensor_parallel_size} with train.colocate_all; use 1")
     import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    share = float(tensor_parallel_size) if shared_pg is None else SHARED_GPU
-    gpus = share if gpus_per_engine is None else gpus_per_engine
-    if shared_pg is None:
-        bundles = [{"CPU": 1.0, **({"GPU": gpus} if gpus else {})} for _ in range(num_engines)]
-        shared_pg = ray.util.placement_group(bundles, strategy="PACK")
-        ray.get(shared_pg.ready())
     arguments = {
         "model": pretrain,
         "dtype": "bfloat16",
@@ -242,21 +240,59 @@ def create_vllm_engines(
         "remote_rm_url": remote_rm_url,
         "settings": settings,
     }
-    kind = ray.remote(RolloutRayActor)
-    engines = [
-        kind.options(
-            num_cpus=min(1.0, gpus or 1.0),
-            num_gpus=gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                shared_pg, placement_group_capture_child_tasks=True, placement_group_bundle_index=index
-            ),
-        ).remote(**arguments)
-        for index in range(num_engines)
-    ]
+    num_ranks = load_config(None, {**settings_of(arguments), **(settings or {})}).parallel.world_size
+    is_shared = shared_pg is not None
+    total = num_ranks * (SHARED_GPU if is_shared else 1.0) if gpus_per_engine is None else gpus_per_engine
+    group = shared_pg if is_shared else _engine_group(num_engines, total)
+    places = _places(group, num_engines, num_ranks, is_shared)
+    engines = [_make_engine(group, bundles, total / num_ranks, arguments) for bundles in places]
     ray.get([engine.start.remote() for engine in engines])
     if vllm_enable_sleep:
         ray.get([engine.sleep.remote() for engine in engines])
     return engines
+
+
+def _engine_group(num_engines: int, num_gpus: float) -> Any:
+    """A placement group with a bundle, and so one node, for each engine."""
+    import ray
+
+    bundle = {"CPU": 1.0, **({"GPU": num_gpus} if num_gpus else {})}
+    group = ray.util.placement_group([dict(bundle) for _ in range(num_engines)], strategy="PACK")
+    ray.get(group.ready())
+    return group
+
+
+def _places(group: Any, num_engines: int, num_ranks: int, is_shared: bool) -> list[list[int]]:
+    """The bundles of the ranks of each engine: those of the training's group, of which neighbours share a node."""
+    import ray
+
+    if not is_shared:
+        return [[engine] * num_ranks for engine in range(num_engines)]
+    nodes: dict[str, list[int]] = {}
+    for bundle, node in ray.util.placement_group_table(group)["bundles_to_node_id"].items():
+        nodes.setdefault(node, []).append(bundle)
+    ordered = [bundle for bundles in nodes.values() for bundle in bundles]
+    if len(ordered) < num_engines * num_ranks:
+        raise ConfigError(
+            f"{num_engines} engines of {num_ranks} ranks need {num_engines * num_ranks} GPUs, and the training's group "
+            f"has {len(ordered)}; use fewer engines or ranks"
+        )
+    return [ordered[engine * num_ranks :][:num_ranks] for engine in range(num_engines)]
+
+
+def _make_engine(group: Any, bundles: list[int], num_gpus: float, arguments: Mapping[str, Any]) -> Any:
+    """An engine actor and its seats. bundles: of its ranks; num_gpus: of each."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    def actor(kind: type, bundle: int, num_cpus: float) -> Any:
+        strategy = PlacementGroupSchedulingStrategy(
+            group, placement_group_capture_child_tasks=True, placement_group_bundle_index=bundle
+        )
+        return ray.remote(kind).options(num_cpus=num_cpus, num_gpus=num_gpus, scheduling_strategy=strategy)
+
+    seats = [actor(Seat, bundle, 0).remote() for bundle in bundles[1:]]
+    return actor(RolloutRayActor, bundles[0], min(1.0, num_gpus or 1.0)).remote(**arguments, seats=seats)
 
 
 def _executor(agent_func_path: str | None, remote_rm_url: str | None) -> Any:

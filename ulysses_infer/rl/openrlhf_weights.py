@@ -11,6 +11,7 @@ import torch
 from ulysses_infer.errors import RequestError
 from ulysses_infer.job.weight_transfer import connect
 from ulysses_infer.rl.engine_server import EngineServer
+from ulysses_infer.rl.openrlhf_seats import Seats
 from ulysses_infer.rl.weight_folder import WeightFolder
 
 JOIN_SECONDS = 300.0
@@ -28,6 +29,12 @@ class BroadcastWeights:
 
     async def join(self, address: str, port: int, first_rank: int, world_size: int) -> None:
         """Join the trainer's group; the server's ranks are those from `first_rank` on. Raises `RequestError`."""
+        num_ranks = self._server.config.parallel.world_size
+        if first_rank + num_ranks > world_size:
+            raise RequestError(
+                f"a group of {world_size} has no room for {num_ranks} ranks from number {first_rank} on; count "
+                "parallel.sp * parallel.tp ranks for each engine"
+            )
         info = {"master_address": address, "master_port": port, "rank_offset": first_rank, "world_size": world_size}
         await self._server.call("/init_weight_transfer_engine", {"init_info": info})
 
@@ -67,32 +74,37 @@ class CopiedWeights:
 
 
 class CollectiveWeights(CopiedWeights):
-    """Tensors that the trainer broadcasts to this actor by `ray.util.collective`. backend: nccl or gloo."""
+    """Tensors that the trainer broadcasts by `ray.util.collective` to this actor, and to `seats`, because the trainer
+    counts all tensor-parallel ranks. backend: nccl or gloo."""
 
-    def __init__(self, server: EngineServer, group_name: str, backend: str) -> None:
+    def __init__(self, server: EngineServer, seats: Seats, group_name: str, backend: str) -> None:
         super().__init__(server)
-        self._group_name, self._backend = group_name, backend
+        self._seats, self._group_name, self._backend = seats, group_name, backend
         self._device = "cuda" if backend == "nccl" else "cpu"
 
     async def join(self, world_size: int, rank: int) -> None:
-        """Join the trainer's group. Raises `RequestError` for engines of several ranks, of which the trainer expects
-        as many members."""
+        """Join the trainer's group. Raises `RequestError` if a tensor-parallel rank has no seat."""
         num_ranks = self._server.config.parallel.tp
-        if num_ranks > 1:
+        if len(self._seats) < num_ranks - 1:
             raise RequestError(
-                f"vllm.sync_with_ray with a tensor_parallel_size of {num_ranks}: one actor joins for the whole engine; "
-                "use tensor_parallel_size 1 (parallel.sp may be more)"
+                f"vllm.sync_with_ray with a tensor_parallel_size of {num_ranks}: the other ranks have no seats; "
+                "make the engines with create_vllm_engines"
             )
         from ray.util import collective
 
-        await asyncio.to_thread(collective.init_collective_group, world_size, rank, self._backend, self._group_name)
+        others = self._seats.join(world_size, rank + 1, self._backend, self._group_name)
+        await asyncio.gather(
+            asyncio.to_thread(collective.init_collective_group, world_size, rank, self._backend, self._group_name),
+            *others,
+        )
 
     async def receive(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], is_last: bool) -> None:
         """Receive one tensor; with the last one the weights are served."""
         from ray.util import collective
 
         tensor = torch.empty(shape, dtype=dtype, device=self._device)
-        await asyncio.to_thread(collective.broadcast, tensor, 0, self._group_name)
+        others = self._seats.receive(shape, dtype, self._device, self._group_name)
+        await asyncio.gather(asyncio.to_thread(collective.broadcast, tensor, 0, self._group_name), *others)
         await self.take(name, tensor, is_last)
 
 

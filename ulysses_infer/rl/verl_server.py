@@ -34,14 +34,15 @@ class UlyssesServer:
         self.config = omega_conf_to_dataclass(config)
         self._mode, self._replica_rank = rollout_mode, replica_rank
         model = omega_conf_to_dataclass(model_config)
-        self._server = EngineServer(settings_of(self.config, model), ray.util.get_node_ip_address(), devices)
+        self._server = EngineServer(settings_of(self.config, model), ray.util.get_node_ip_address())
+        self._devices = devices
         self._running: set[str] = set()
         self._rejects = False
         self._step = int(FIRST_VERSION)
 
     async def launch_server(self) -> tuple[str, int]:
         """Start the engine; returns its address, where it also answers OpenAI's API."""
-        await self._server.start()
+        await self._server.start(self._devices)
         return self.get_server_address()
 
     def get_server_address(self) -> tuple[str, int]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric
 
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.server.client import RequestRecord
 from ulysses_infer.server.messages import EngineState, OffloadCounts, SnapshotCounts, SpeculationCounts, StepReport
+from ulysses_infer.server.observe.exposition import exposition
 from ulysses_infer.server.observe.policies import describe_settings
 
 PREFIX = "ulysses:"
@@ -90,11 +91,12 @@ STEP_TOKEN_BUCKETS = tuple(float(1 << e) for e in range(15))
 
 
 class Metrics:
-    """The metrics of one server in their own registry. Labels are bound once because tokens arrive by the thousands."""
+    """The metrics of one server in registries of their own. labels: those of every metric of the engine, such as the
+    model's name; their values are bound once, because tokens arrive by the thousands."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, labels: Mapping[str, str]) -> None:
         self.registry = CollectorRegistry()
-        self._model_name = model_name
+        self._labels = dict(labels)
         self._requests = _RequestHistograms(self)
         self._engine = _EngineMetrics(self)
         self._modes: dict[tuple[int, int], _ModeMetrics] = {}
@@ -106,24 +108,32 @@ class Metrics:
         self._collectives = self.counter(
             "collective_seconds", "Seconds rank 0 spent in collectives, waiting included.", "op", "mode"
         )
-        self._http = _HttpMetrics(self.registry)
+        self._http = _HttpMetrics()
+
+    def engine_families(self) -> list[Metric]:
+        """The current values of the engine's metrics and its requests'."""
+        return list(self.registry.collect())
+
+    def http_families(self) -> list[Metric]:
+        """The current values of the HTTP metrics."""
+        return list(self._http.registry.collect())
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+        return exposition([self.engine_families(), self.http_families()])
 
     # -- creation --------------------------------------------------------------------------------------------------
 
     def histogram(self, name: str, meaning: str, buckets: Iterable[float], *labels: str) -> Histogram:
-        """A histogram of this model; bound to it if there are no other `labels`."""
+        """A histogram with the engine's labels; bound to them if there are no other `labels`."""
         return self._bound(Histogram, name, meaning, labels, buckets=tuple(buckets))
 
     def counter(self, name: str, meaning: str, *labels: str) -> Counter:
-        """A counter of this model; exported as `name`_total."""
+        """A counter with the engine's labels; exported as `name`_total."""
         return self._bound(Counter, name, meaning, labels)
 
     def gauge(self, name: str, meaning: str) -> Gauge:
-        """A gauge of this model."""
+        """A gauge with the engine's labels."""
         return self._bound(Gauge, name, meaning, ())
 
     def info(self, name: str, meaning: str) -> Info:
@@ -131,11 +141,11 @@ class Metrics:
         return self._bound(Info, name, meaning, ())
 
     def child(self, metric: Any, *values: str) -> Any:
-        """The metric for these values of the labels after the model's."""
-        return metric.labels(self._model_name, *values)
+        """The metric for these values of the labels after the engine's."""
+        return metric.labels(*self._labels.values(), *values)
 
     def _bound(self, kind: Any, name: str, meaning: str, labels: tuple[str, ...], **options: Any) -> Any:
-        metric = kind(PREFIX + name, meaning, ["model_name", *labels], registry=self.registry, **options)
+        metric = kind(PREFIX + name, meaning, [*self._labels, *labels], registry=self.registry, **options)
         return metric if labels else self.child(metric)
 
     # -- events ----------------------------------------------------------------------------------------------------
@@ -382,14 +392,15 @@ class _RequestHistograms:
 class _HttpMetrics:
     """HTTP metrics, regardless of the served model."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
         self.requests = Counter(
-            PREFIX + "http_requests", "HTTP requests answered.", ["method", "route", "status"], registry=registry
+            PREFIX + "http_requests", "HTTP requests answered.", ["method", "route", "status"], registry=self.registry
         )
         self.seconds = Histogram(
             PREFIX + "http_request_duration_seconds",
             "Seconds from an HTTP request to the end of its answer.",
             ["method", "route"],
             buckets=HTTP_BUCKETS,
-            registry=registry,
+            registry=self.registry,
         )

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 class Observatory:
-    """An `Observer` of the engine's client. Every method belongs to the event loop's thread.
+    """An `Observer` of the engine's client. Every method belongs to the event loop's thread. labels: of its metrics,
+    beside the model's name.
 
     The HTTP process makes one, hands it to `EngineClient`, mounts its page, data and metrics, wraps its application
     in `middleware` (outermost) and runs `status_lines(...)` as a task, which it cancels when it ends:
@@ -32,13 +33,15 @@ class Observatory:
     """
 
     metrics_content_type = CONTENT_TYPE_LATEST
-    """Of `metrics_text`."""
+    """Of `scrape`."""
 
-    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: Config, clock: Callable[[], float] = time.monotonic, labels: Mapping[str, str] = {}
+    ) -> None:
         self._config = config.server
         self._clock = clock
         self.model_name = config.served_model_name
-        self._metrics = Metrics(self.model_name)
+        self._metrics = Metrics({"model_name": self.model_name, **labels})
         self._history = History(clock)
         self._dashboard = Dashboard()
         self._started = clock()
@@ -51,8 +54,12 @@ class Observatory:
     # -- what routes use -----------------------------------------------------------------------------------------
 
     def metrics_text(self) -> bytes:
-        """The body of `/metrics`."""
+        """The metrics of this process in Prometheus' text format."""
         return self._metrics.text()
+
+    async def scrape(self) -> bytes:
+        """The body of `/metrics`."""
+        return self.metrics_text()
 
     def page(self) -> str:
         """The body of `/dashboard`: HTML. Send `page_headers` with it. It holds no data, so it needs no key."""

@@ -71,7 +71,7 @@ async def server_info(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Metrics for Prometheus."""
     observatory = context_of(request).observatory
-    return Response(observatory.metrics_text(), headers={"Content-Type": observatory.metrics_content_type})
+    return Response(await observatory.scrape(), headers={"Content-Type": observatory.metrics_content_type})
 
 
 @page_router.get("/dashboard", response_class=HTMLResponse, responses=described(200, "The live page."))
