@@ -31,8 +31,15 @@ SETTINGS = {
 
 
 def make_engines(folder: str) -> list[Any]:
-    return create_vllm_engines(
-        num_engines=NUM_ENGINES,
+    """One engine in a group of the training's, as with `--train.colocate_all`, and one in a group of its own."""
+    shared = ray.util.placement_group([{"CPU": 1, "GPU": 1}] * TENSOR_PARALLEL, strategy="PACK")
+    ray.get(shared.ready())
+    return [make_engine(folder, shared), make_engine(folder, None)]
+
+
+def make_engine(folder: str, shared: Any) -> Any:
+    (engine,) = create_vllm_engines(
+        num_engines=1,
         tensor_parallel_size=TENSOR_PARALLEL,
         pretrain=folder,
         seed=0,
@@ -42,8 +49,9 @@ def make_engines(folder: str) -> list[Any]:
         max_model_len=256,
         logprobs_mode="processed_logprobs",
         settings=SETTINGS,
-        gpus_per_engine=0,
+        shared_pg=shared,
     )
+    return engine
 
 
 class Trainer:
@@ -89,22 +97,23 @@ def _plain(output: Any) -> tuple[list[int], list[float], list[str]]:
     return found.token_ids, scores, output.weight_versions
 
 
-def mode_of(actor: Any) -> tuple[int, int]:
-    parallel = actor._server.config.parallel
-    return parallel.sp, parallel.tp
+async def devices_of(actor: Any) -> list[str]:
+    """The GPUs of an engine's ranks, which on this machine exist for Ray only."""
+    devices = await actor._seats.devices()
+    return devices["CUDA_VISIBLE_DEVICES"].split(",")
 
 
 def main(folder: str) -> None:
-    ray.init(address="local", num_cpus=4, include_dashboard=False)
+    ray.init(address="local", num_cpus=6, num_gpus=NUM_ENGINES * TENSOR_PARALLEL, include_dashboard=False)
     try:
         engines = make_engines(os.path.abspath(folder))
-        modes = ray.get([engine.__ray_call__.remote(mode_of) for engine in engines])
+        devices = ray.get([engine.__ray_call__.remote(devices_of) for engine in engines])
         trainer = ray.remote(Trainer).remote(engines, os.path.abspath(folder))
         ray.get(trainer.join.remote())
         outputs = [generate(engines)]
         ray.get(trainer.send.remote(0.8))
         outputs.append(generate(engines))
-        print(json.dumps({"modes": modes, "outputs": outputs}))
+        print(json.dumps({"devices": devices, "outputs": outputs}))
     finally:
         ray.shutdown()
 
