@@ -225,7 +225,7 @@ def test_engines_of_two_ranks_on_ray_take_the_weights_that_a_trainer_broadcasts(
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert [len(devices) for devices in found["devices"]] == [2, 2]
-    assert len(set(sum(found["devices"], []))) == 4
+    assert len({device for devices in found["devices"] for device in devices}) == 4
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     for scale, version, outputs in zip([1.0, 0.8], ["0", "1"], found["outputs"], strict=True):
         scaled = copy.deepcopy(model)
