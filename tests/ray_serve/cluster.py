@@ -17,6 +17,7 @@ from ulysses_infer.job.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 600.0
+EXPORT_SECONDS = 10.0  # between Ray's exports of metrics
 APPLICATION = "ulysses-infer"
 RECIPE = {
     "model.path": str(ROOT / "models/demo"),
@@ -105,14 +106,16 @@ class RayCluster:
         return {each.replica: each for each in answers if not isinstance(each, BaseException)}
 
     def scrape(self):
-        """The values of `/metrics` by name and replica, those of other labels summed."""
-        found = {}
-        text = httpx.get(f"{self.url}/metrics", timeout=60).raise_for_status().text
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                values = found.setdefault(sample.name, Counter())
-                values[sample.labels.get("replica", "")] += sample.value
-        return found
+        """The values of the ingress's `/metrics` by name and replica, those of other labels summed."""
+        return scraped([f"{self.url}/metrics"])
+
+    def scrape_nodes(self):
+        """The same of what Ray exports on all nodes, once it has exported what the replicas count now."""
+        import ray
+
+        time.sleep(2 * EXPORT_SECONDS)
+        nodes = (node for node in ray.nodes() if node["Alive"])
+        return scraped([f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes])
 
     def nodes_of_ranks(self):
         """The ids of the nodes on which the replicas of the application have their ranks."""
@@ -140,6 +143,17 @@ class RayCluster:
             serve.shutdown()
         ray.shutdown()
         self._cluster.shutdown()
+
+
+def scraped(urls):
+    """Prometheus' samples by name and replica, those of other labels summed."""
+    found = {}
+    for url in urls:
+        text = httpx.get(url, timeout=60).raise_for_status().text
+        for sample in (each for family in text_string_to_metric_families(text) for each in family.samples):
+            values = found.setdefault(sample.name, Counter())
+            values[sample.labels.get("replica", "")] += sample.value
+    return found
 
 
 def processes(title):

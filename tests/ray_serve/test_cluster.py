@@ -100,6 +100,9 @@ def test_one_scrape_of_the_ingress_has_the_metrics_of_every_replica(three_replic
     assert found["ulysses:time_to_first_token_seconds_count"].keys() == replicas.keys()
     assert sum(found["ulysses:generation_tokens_total"].values()) >= 18 * 24
     assert found["ulysses:http_requests_total"].keys() == {""}
+    of_nodes = three_replicas.scrape_nodes()
+    assert of_nodes["ray_ulysses_engine_up"] == dict.fromkeys(replicas, 1)
+    assert of_nodes["ray_ulysses_steps_total"].keys() == replicas.keys()
 
 
 def test_a_replica_without_room_on_one_node_runs_on_two_and_moves_when_one_dies(cluster):

@@ -46,10 +46,14 @@ class ReplicaObservatory(Observatory):
         """The current values of the engine's metrics and its requests'."""
         return self._metrics.engine_families()
 
+    def repeat(self) -> None:
+        """Set Ray's gauges again: it drops those that are not set for some time. To be called every few seconds."""
+        self._ray.set_gauges()
+
     def on_ready(self, info: Ready) -> None:
         """The engine is up."""
+        self._ray.is_up = True
         super().on_ready(info)
-        self._ray.up.set(1)
 
     def on_step(self, state: EngineState, step: StepReport | None) -> None:
         """A step ran, or the state changed without one."""
@@ -74,8 +78,8 @@ class ReplicaObservatory(Observatory):
 
     def on_dead(self, reason: str) -> None:
         """The engine is dead."""
+        self._ray.is_up = False
         super().on_dead(reason)
-        self._ray.up.set(0)
 
 
 class _RayMetrics:
@@ -98,13 +102,11 @@ class _RayMetrics:
         self.inter_token = Histogram(
             PREFIX + "inter_token_latency_seconds", "Seconds between tokens.", list(INTER_TOKEN_BUCKETS)
         )
+        self.is_up = False
         self._state: EngineState | None = None
 
     def take(self, state: EngineState, step: StepReport | None) -> None:
         """The load, and what a step did."""
-        self.running.set(state.num_running)
-        self.waiting.set(state.num_waiting)
-        self.usage.set(state.kv_cache_usage)
         for counter, name in (
             (self.queries, "prefix_cache_queries"),
             (self.hits, "prefix_cache_hits"),
@@ -112,10 +114,19 @@ class _RayMetrics:
         ):
             _add(counter, getattr(state, name) - (0 if self._state is None else getattr(self._state, name)))
         self._state = state
+        self.set_gauges()
         if step is not None:
             tags = {"mode": str(Mode(*step.mode))}
             self.steps.inc(1, tags)
             _add(self.tokens, step.num_tokens, tags)
+
+    def set_gauges(self) -> None:
+        """The current load."""
+        self.up.set(self.is_up)
+        if self._state is not None:
+            self.running.set(self._state.num_running)
+            self.waiting.set(self._state.num_waiting)
+            self.usage.set(self._state.kv_cache_usage)
 
 
 def _add(counter: Counter, amount: int, tags: dict[str, str] | None = None) -> None:

@@ -99,7 +99,11 @@ class EngineReplica:
     # -- what Ray Serve calls ------------------------------------------------------------------------------------
 
     async def check_health(self) -> None:
-        """Raises `EngineDeadError` if the engine is dead: Serve then starts this replica anew, with new ranks."""
+        """Raises `EngineDeadError` if the engine is dead: Serve then starts this replica anew, with new ranks.
+
+        Serve calls this every second.
+        """
+        self._observatory.repeat()
         if self._client.status == DEAD:
             raise EngineDeadError(self._client.death)
 
