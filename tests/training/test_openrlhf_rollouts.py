@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.training.rollout_server import wait_for_first_tokens
 from tests.training.signatures import methods, parameters_of_function
 from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.job.processes import free_port
@@ -173,7 +174,7 @@ async def roll_out(models: list[Any], num_ranks: int) -> None:
     await actor.init_process_group("127.0.0.1", port, 1, 1 + num_ranks, "openrlhf", backend="gloo", use_ray=False)
     trainer.join()
     running = [asyncio.create_task(actor.generate([5, number, 7], greedy(LENGTH))) for number in range(NUM_RUNNING)]
-    await asyncio.sleep(0.5)
+    await wait_for_first_tokens(f"http://127.0.0.1:{actor._server.port}", 1 + NUM_RUNNING)
     assert actor.get_num_unfinished_requests() == NUM_RUNNING
     await actor.pause_generation()
     await update_by_broadcast(actor, made[0], models[1])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.training.rollout_server import wait_for_first_tokens
 from tests.training.signatures import methods
 from ulysses_infer.errors import ConfigError, RequestError
 
@@ -105,7 +106,7 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
         rollouts.append(get_rollout_class("ulysses_infer")(config, model, None))
         rollouts[rank]._server = Remote(server)
     assert [each.is_leader_rank for each in rollouts] == [True, False][:num_ranks]
-    await server.launch_server()
+    url = "http://{}:{}".format(*await server.launch_server())
     loaded = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
 
     def weights(scale: float) -> Any:
@@ -123,7 +124,7 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
 
     check(DEMO, 1.0, [5, 6, 7], (await generate("a", 6, max_tokens=8)).model_dump())
     running = [generate(f"r{number}", number, ignore_eos=True) for number in range(4)]
-    await asyncio.sleep(0.5)
+    await wait_for_first_tokens(url, 5)
     await update(1.0, 3)
     outputs = await asyncio.gather(*running)
     assert {output.extra_fields["min_global_steps"] for output in outputs} == {0}
@@ -131,7 +132,7 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
     for number, output in enumerate(outputs):
         check(DEMO, 1.0, [5, number, 7], output.model_dump())
     running = [generate(f"s{number}", number, ignore_eos=True) for number in range(4)]
-    await asyncio.sleep(0.5)
+    await wait_for_first_tokens(url, 9)
     assert await server.abort_request("s0") == {"aborted": True, "request_id": "s0"}
     await running[0]
     assert (await server.abort_all_requests())["aborted_count"] == 3

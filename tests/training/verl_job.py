@@ -13,14 +13,14 @@ import os
 import sys
 from typing import Any
 
-import httpx
 import ray
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import get_rollout_class
 from verl.workers.rollout.replica import get_rollout_replica_class
+
+from tests.training.rollout_server import modes, wait_for_first_tokens
 
 NUM_RUNNING, LENGTH = 4, 400
 SETTINGS = {
@@ -46,14 +46,6 @@ async def send_from_all(replica: Any, folder: str, scale: float, steps: int) -> 
     return str(found)
 
 
-async def modes_of(url: str) -> list[str]:
-    """The modes of the steps that a server has run."""
-    async with httpx.AsyncClient() as client:
-        text = (await client.get(f"{url}/metrics")).text
-    steps = (family for family in text_string_to_metric_families(text) if family.name == "ulysses:steps")
-    return sorted({sample.labels["mode"] for family in steps for sample in family.samples})
-
-
 async def run(folder: str, tensor_parallel: int, data_parallel: int) -> dict[str, Any]:
     config = RolloutConfig(
         name="ulysses_infer",
@@ -72,6 +64,7 @@ async def run(folder: str, tensor_parallel: int, data_parallel: int) -> dict[str
     )
     await replica.init_standalone()
     server = replica.server_handle
+    url = "http://{}:{}".format(*await server.get_server_address.remote())
 
     def generate(request_id: str, first: int = 6, **params: Any) -> Any:
         given = {"temperature": 0.0, "logprobs": True, **params}
@@ -82,12 +75,12 @@ async def run(folder: str, tensor_parallel: int, data_parallel: int) -> dict[str
     found["first"] = (await generate("a", max_tokens=8)).model_dump()
     await send_from_all(replica, folder, 1.0, 1)  # the next one takes less time
     running = [generate(f"r{number}", number, ignore_eos=True, max_tokens=LENGTH) for number in range(NUM_RUNNING)]
-    await asyncio.sleep(0.5)
+    await wait_for_first_tokens(url, 1 + NUM_RUNNING)
     for steps in (3, 4):
         found["adapter"] = await send_from_all(replica, folder, 1.0, steps)
     found["updated"] = [each.model_dump() for each in await asyncio.gather(*running)]
     running = [generate(f"s{number}", number, ignore_eos=True, max_tokens=LENGTH) for number in range(NUM_RUNNING)]
-    await asyncio.sleep(0.3)
+    await wait_for_first_tokens(url, 1 + 2 * NUM_RUNNING)
     found["abort"] = await replica.abort_all_requests()
     found["aborted"] = [each.model_dump() for each in await asyncio.gather(*running)]
     held = generate("b", max_tokens=8)
@@ -100,7 +93,7 @@ async def run(folder: str, tensor_parallel: int, data_parallel: int) -> dict[str
     await replica.abort_all_requests(reject_request=True)
     found["rejected"] = (await generate("c")).model_dump()
     await replica.resume_generation()
-    found["modes"] = await modes_of("http://{}:{}".format(*await server.get_server_address.remote()))
+    found["modes"] = await modes(url)
     try:
         await server.generate.remote([5], {"max_tokens": 2}, "d", image_data=["picture"])
     except ray.exceptions.RayTaskError as error:
