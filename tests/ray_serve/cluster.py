@@ -39,6 +39,7 @@ ENVIRONMENT = {
     # fewer processes, which Ray would run at a lower priority
     "RAY_enable_worker_prestart": "0",
     "RAY_worker_niceness": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # else Ray ends workers when other programs take the memory
     # a busy machine is slow to start processes; that is not what the tests are about
     "RAY_health_check_initial_delay_ms": "60000",
     "RAY_health_check_timeout_ms": "60000",

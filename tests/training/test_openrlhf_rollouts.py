@@ -59,6 +59,7 @@ RAY = {
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "disabled",
+    "RAY_memory_monitor_refresh_ms": "0",  # else Ray ends workers when other programs take the memory
     "RAY_worker_niceness": "0",  # by default Ray's workers yield to all other processes
 }
 needs_openrlhf = pytest.mark.skipif(not is_installed("openrlhf"), reason="openrlhf: not installed")

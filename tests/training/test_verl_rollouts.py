@@ -29,6 +29,7 @@ EXTERNAL = {
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "disabled",
+    "RAY_memory_monitor_refresh_ms": "0",  # else Ray ends workers when other programs take the memory
     "RAY_worker_niceness": "0",  # by default Ray's workers yield to all other processes
 }
 CPU = {"runtime": {"device": "cpu", "threads_per_rank": 1}, "cache.num_blocks": 512, "server.heartbeat_timeout": 60}
