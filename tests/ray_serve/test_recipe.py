@@ -37,6 +37,7 @@ def test_a_replica_without_room_on_any_node_takes_as_few_nodes_as_have_room():
 
 
 def test_the_number_of_replicas_changes_nothing_in_a_replica():
+    pytest.importorskip("ray", reason='Ray is not installed: pip install "ulysses_infer[ray]"')
     one, three = config(), config(**{"parallel.dp": 3, "ray.max_replicas": 5})
     assert replica_config(prepared(one)) == replica_config(prepared(three))
 
