@@ -47,8 +47,9 @@ class ShardedHead(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         # Mamba reads the type of its head's weight, which a tied or quantised head has not registered.
-        is_type = name == "weight" and vars(self)["_is_elsewhere"]
-        return torch.empty(0, dtype=self._dtype) if is_type else super().__getattr__(name)
+        if name != "weight" or not vars(self)["_is_elsewhere"]:
+            return super().__getattr__(name)
+        return torch.empty(0, dtype=self._dtype) if self.stored is not None else self.rows()
 
     def slices(self, name: str) -> tuple[int, list[Span]] | None:
         """The part of the full parameter `name` that this rank keeps: (dimension, spans)."""
@@ -67,11 +68,12 @@ class ShardedHead(nn.Module):
     def multiply(self, states: torch.Tensor) -> torch.Tensor:
         """states: [n, D]; returns their logits in this rank's part of the vocabulary, [n, V/W]."""
         if self.stored is None:
-            return linear(states, self._rows(), self.bias)
+            return linear(states, self.rows(), self.bias)
         logits: torch.Tensor = self.stored(states)
         return logits if self.bias is None else logits.add_(self.bias)
 
-    def _rows(self) -> torch.Tensor:
+    def rows(self) -> torch.Tensor:
+        """[V/W, D], this rank's rows of the output embedding, if it is not quantised."""
         (tied_to,) = self._tied_to
         if tied_to is None:
             return self.get_parameter("weight")
