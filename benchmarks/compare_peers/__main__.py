@@ -1,16 +1,20 @@
 """The engine against its peers on the same checkpoints and processors, in one run.
 
-    python -m benchmarks.compare_peers               # ends within 15 minutes once the peers are installed
-    python -m benchmarks.compare_peers --quick       # within 6 minutes: the 60 M model, without the slow starters
+    python -m benchmarks.compare_peers               # measures for up to 14 minutes, once all is prepared
+    python -m benchmarks.compare_peers --quick       # up to 6 minutes: the 60 M model, without the slow starters
     python -m benchmarks.compare_peers --level x86-64-v3                # all engines held to AVX2
     python -m benchmarks.compare_peers --models llama-60m --peers ours-tp,vllm,vllm-tp --repeats 3
     python -m benchmarks.compare_peers --check       # first: do all give the same tokens in float32?
 
+What takes long only once comes first, before the time counts: peers are installed or compiled, checkpoints made, and
+each program that was never started here with a checkpoint is started, so that it compiles and converts what it needs.
+
 Random token prompts, greedy, end of text ignored. Every engine is one process (or one per thread), started once and
 stopped while another is measured; rounds over all of them are repeated. The sizes of the requests are the largest of
 four choices for which all rounds should fit the time (`--seconds`), by the machine's measured rates; when the time is
-up, no further measurement begins. An interrupted run (Ctrl-C, SIGTERM) ends all processes, and reports and writes what
-was measured; results are also written after every round.
+up, no further measurement begins. Each checkpoint gets an equal share of the time that is left. An interrupted run
+(Ctrl-C, SIGTERM) ends all processes, and reports and writes what was measured; results are also written after every
+round.
 
 Contenders in 16, 8 and 4 bits are compared among themselves. The machine's limit is computed from the best rate of all
 types of numbers and rounds, for weights of so many bits without scales, and is never worse than what an engine of as
@@ -29,7 +33,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,19 +89,31 @@ def main() -> None:
     os.sched_setaffinity(0, cores[: options.threads])
     options.output.mkdir(parents=True, exist_ok=True)
     options.environments.mkdir(parents=True, exist_ok=True)
-    results = Results(options, console)
-    for number, name in enumerate(options.models):
-        left = options.started + options.seconds - time.monotonic()
-        found = Comparison(name, options, console, max(left, 0.0) / (len(options.models) - number))
+    comparisons = [Comparison(name, options, console) for name in options.models]
+    with keep_when_stopped(options):
+        for found in comparisons:
+            found.prepare()
+    if options.stopped:
+        sys.exit("error: stopped before anything was measured")
+    measure(comparisons, Results(options, console), options)
+    console.print(f"written to {options.output}/peers.json and peers.md")
+    if options.stopped:
+        sys.exit(128 + signal.SIGINT)
+
+
+def measure(comparisons: Sequence[Comparison], results: Results, options: argparse.Namespace) -> None:
+    """Measure, print and write one after the other; each gets an equal share of the time that is left."""
+    until = time.monotonic() + options.seconds
+    waiting = [found for found in comparisons if found.is_prepared]
+    for found in comparisons:
+        seconds = max(until - time.monotonic(), 0.0) / max(len(waiting), 1)
+        waiting = [other for other in waiting if other is not found]
         with keep_when_stopped(options):
-            found.run(after_round=lambda found=found: results.write(found))  # type: ignore[misc]
+            found.run(seconds, after_round=lambda found=found: results.write(found))  # type: ignore[misc]
         results.write(found)
         results.show(found)
         if options.stopped:
             break
-    console.print(f"written to {options.output}/peers.json and peers.md")
-    if options.stopped:
-        sys.exit(128 + signal.SIGINT)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,14 +41,14 @@ def parse(about: str, arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("peers"), help="folder for results and logs (./peers)")
     parser.add_argument("--timeout", type=float, default=900, help="most seconds of one start or measurement (900)")
     parser.add_argument(
-        "--seconds", type=float, default=840.0, help="for the whole run once peers are installed; 0: no limit (840)"
+        "--seconds", type=float, default=840.0, help="for the whole run once all is prepared; 0: no limit (840)"
     )
     parser.add_argument("--check", action="store_true", help="first compare the first tokens in float32; takes longer")
     parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of our own configuration")
     parser.set_defaults(**(QUICK if "--quick" in arguments else {}))
     options = parser.parse_args(arguments)
-    options.seconds, options.started, options.stopped = options.seconds or FOREVER, time.monotonic(), False
+    options.seconds, options.stopped = options.seconds or FOREVER, False
     if options.peers == ALL:
         options.peers = ",".join(CONTENDERS)
     for field, known in (("models", NAMES), ("peers", CONTENDERS)):

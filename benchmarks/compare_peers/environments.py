@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 COMPLETE = "complete.json"
+_failed: dict[Path, str] = {}
+"""Why environments could not be made: none is tried twice in a run."""
 
 
 class UnavailableError(Exception):
@@ -49,7 +51,13 @@ def python_of(folder: Path) -> Path:
 
 def prepare(name: str, folder: Path) -> Path:
     """The interpreter of environment `name`, made in `folder` unless it is there. Raises `UnavailableError`."""
-    return prepare_recipe(RECIPES[name], folder)
+    if folder in _failed:
+        raise UnavailableError(_failed[folder])
+    try:
+        return prepare_recipe(RECIPES[name], folder)
+    except UnavailableError as error:
+        _failed[folder] = str(error)
+        raise
 
 
 def prepare_recipe(recipe: Recipe, folder: Path) -> Path:

@@ -61,10 +61,12 @@ class RunningPrograms:
     def started(self, programs: Iterable[str], until: float = FOREVER) -> Iterator[None]:
         """Start programs one after the other, each once; all have ended afterwards.
 
-        None is started after `until`, by `time.monotonic`.
+        None is started after `until`, by `time.monotonic`, nor if it is known to be unavailable.
         """
         with ExitStack() as cleanup:
             for name in dict.fromkeys(programs):
+                if name in self.measured.unavailable:
+                    continue
                 if time.monotonic() > until:
                     self._is_missing(name, "not started: the time for starting was up")
                 else:
@@ -74,9 +76,13 @@ class RunningPrograms:
     def measure_limits(self) -> None:
         """Measure the machine's rates once more, if the program that does so is running."""
         worker = self.workers.get(LIMITS)
-        if worker is not None:
+        if worker is None or LIMITS in self.measured.unavailable:
+            return
+        try:
             with worker.resumed():
                 self.measured.limits.append(worker.measure({}))
+        except UnavailableError as error:
+            self._is_missing(LIMITS, str(error))
 
     def _start(self, name: str, cleanup: ExitStack) -> None:
         self._say(f"starting {name}")

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from benchmarks.compare_peers.__main__ import keep_when_stopped
+from benchmarks.compare_peers.__main__ import keep_when_stopped, measure
 from benchmarks.compare_peers.arguments import parse
 from benchmarks.compare_peers.catalogue import CONTENDERS, YARDSTICKS
+from benchmarks.compare_peers.comparison import Comparison
 from benchmarks.compare_peers.environments import COMPLETE, RECIPES, UnavailableError, last_error, prepare
 from benchmarks.compare_peers.floors import Floors, Sizes, floors
 from benchmarks.compare_peers.measuring import FOREVER, Measured, Repeat, Rounds, RunningPrograms, first_tokens
@@ -468,3 +470,126 @@ def test_an_interrupted_run_keeps_what_it_has() -> None:
     with keep_when_stopped(options):
         raise KeyboardInterrupt
     assert options.stopped
+
+
+# -- preparing, and the time --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The programs of a comparison, to be filled with fakes."""
+    made: dict[str, Any] = {}
+    for module in ("measuring", "preparing"):
+        monkeypatch.setattr(f"benchmarks.compare_peers.{module}.PROGRAMS", made)
+    return made
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Comparison]:
+    """Makes comparisons of two contenders on a checkpoint that is only a shape."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    monkeypatch.setattr("benchmarks.compare_peers.comparison.find_model", lambda *_: tmp_path)
+    places = ["--output", str(tmp_path / "out"), "--environments", str(tmp_path)]
+
+    def make(name: str = "llama-60m", *arguments: str) -> Comparison:
+        chosen = ("--peers", "ours-tp,llama.cpp", "--single", "1x8/3", "--concurrent", "4x6/5", "--repeats", "1")
+        return Comparison(name, parse("", [*chosen, *places, *arguments]), Console(file=io.StringIO()))
+
+    return make
+
+
+def test_all_is_prepared_once_before_the_time_counts(
+    comparison: Callable[..., Comparison], programs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    start = RunningPrograms._start
+    monkeypatch.setattr(
+        RunningPrograms, "_start", lambda own, name, *rest: (started.append(name), start(own, name, *rest))
+    )
+    programs |= {name: lambda setting: fake() for name in (LIMITS, "ours", "llama.cpp")}
+    found = comparison()
+    found.prepare()
+    assert started == [LIMITS, "ours", "llama.cpp"]
+    comparison().prepare()
+    assert len(started) == 3
+    assert found.is_prepared
+    found.run(60.0, lambda: None)
+    assert set(found.measured.repeats) == {"ours-tp", "llama.cpp"}
+    assert found.measured.unavailable == {}
+
+
+def test_what_cannot_be_prepared_takes_none_of_the_time(
+    comparison: Callable[..., Comparison], programs: dict[str, Any]
+) -> None:
+    asked: list[str] = []
+
+    def broken(setting: Setting) -> Program:
+        asked.append("llama.cpp")
+        raise UnavailableError("no compiler")
+
+    programs |= {LIMITS: lambda setting: fake(), "ours": lambda setting: fake(), "llama.cpp": broken}
+    found = comparison()
+    found.prepare()
+    found.run(60.0, lambda: None)
+    assert asked == ["llama.cpp"]
+    assert set(found.measured.repeats) == {"ours-tp"}
+    assert found.measured.unavailable["llama.cpp"] == "no compiler"
+
+
+def test_an_environment_that_could_not_be_made_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Path] = []
+
+    def fail(recipe: Any, folder: Path) -> Path:
+        tried.append(folder)
+        raise UnavailableError("no network")
+
+    monkeypatch.setattr("benchmarks.compare_peers.environments.prepare_recipe", fail)
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match="no network"):
+            prepare("vllm", tmp_path / "vllm")
+    assert tried == [tmp_path / "vllm"]
+
+
+class Timed:
+    """Stands for a comparison that takes `lasts` seconds of a clock, if it was prepared."""
+
+    def __init__(self, clock: list[float], lasts: float, is_prepared: bool = True) -> None:
+        self.clock, self.lasts, self.is_prepared, self.seconds = clock, lasts, is_prepared, -1.0
+
+    def run(self, seconds: float, after_round: Callable[[], None]) -> None:
+        self.seconds = seconds
+        self.clock[0] += self.lasts
+
+
+class Shown:
+    """Stands for the results: what was written and shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[Timed] = []
+
+    def write(self, found: Timed) -> None:
+        pass
+
+    def show(self, found: Timed) -> None:
+        self.shown.append(found)
+
+
+def test_each_model_gets_its_share_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, shown = [1000.0], Shown()
+    monkeypatch.setattr("benchmarks.compare_peers.__main__.time.monotonic", lambda: clock[0])
+    models = [Timed(clock, 0.0, is_prepared=False), Timed(clock, 60.0), Timed(clock, 300.0), Timed(clock, 0.0)]
+    measure(models, shown, parse("", ["--seconds", "300"]))  # type: ignore[arg-type]
+    assert [model.seconds for model in models[1:]] == [100.0, 120.0, 0.0]
+    assert shown.shown == models
+
+
+def test_a_model_for_which_no_time_is_left_is_named(
+    comparison: Callable[..., Comparison], programs: dict[str, Any]
+) -> None:
+    programs |= {name: lambda setting: fake() for name in (LIMITS, "ours", "llama.cpp")}
+    found = comparison()
+    found.prepare()
+    found.run(0.0, lambda: None)
+    assert "llama-60m: not measured: the time was up before it began" in "\n".join(notes(found.measured))

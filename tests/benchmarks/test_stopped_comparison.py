@@ -18,7 +18,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 from unittest import mock
-from benchmarks.compare_peers import __main__ as program, comparison, measuring
+from benchmarks.compare_peers import __main__ as program, comparison, measuring, preparing
 from benchmarks.compare_peers.programs import LIMITS, Program
 
 WORKER = '''
@@ -46,8 +46,10 @@ heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
 (folder / "config.json").write_text(json.dumps(shape | heads))
 fake = lambda setting: Program([sys.executable, "-c", WORKER], {})
 programs = {name: fake for name in (LIMITS, "ours", "llama.cpp")}
-with mock.patch.object(measuring, "PROGRAMS", programs), mock.patch.object(comparison, "find_model", lambda *_: folder):
-    program.main()
+mock.patch.object(measuring, "PROGRAMS", programs).start()
+mock.patch.object(preparing, "PROGRAMS", programs).start()
+mock.patch.object(comparison, "find_model", lambda *_: folder).start()
+program.main()
 """
 
 
@@ -66,6 +68,7 @@ def marked(mark: str) -> list[psutil.Process]:
 def started(folder: Path) -> subprocess.Popen[str]:
     """A comparison of two contenders that hangs in the second round, once it does."""
     arguments = ["--models", "llama-60m", "--peers", "ours-tp,llama.cpp", "--threads", "1", "--seconds", "0"]
+    arguments += ["--environments", str(folder / "environments")]
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, str(folder), *arguments, "--output", str(folder / "out")],
         cwd=ROOT,
