@@ -103,7 +103,7 @@ class BlockAllocator:
         kept = len(self._empty) - min(count, len(self._empty))
         blocks = self._empty[kept:][::-1]
         del self._empty[kept:]
-        blocks += [self._evict() for _ in range(count - len(blocks))]
+        blocks += self._evict(count - len(blocks))
         for block in blocks:
             self._reference_counts[block] = 1
         return blocks
@@ -203,16 +203,19 @@ class BlockAllocator:
         if held or self.num_free != self.num_blocks:
             raise AssertionError(f"idle engine, but {self.num_used} blocks are not free; held: {held[:20]}")
 
-    def _evict(self) -> int:
-        """A cached block that is free, without its content."""
-        is_likely = not self._evict_first
-        block, _ = (self._evict_first or self._evict_last).popitem(last=False)
-        content = self._hash_of_block.pop(block)
-        del self._block_of_hash[content]
-        if self._tier is not None and is_likely:
-            self._tier.store(content, block)
-        self._was_reused.discard(block)
-        return block
+    def _evict(self, count: int) -> list[int]:
+        """So many cached blocks that are free, without their content."""
+        unlikely = min(count, len(self._evict_first))
+        blocks = [self._evict_first.popitem(last=False)[0] for _ in range(unlikely)]
+        blocks += [self._evict_last.popitem(last=False)[0] for _ in range(count - unlikely)]
+        contents = [self._hash_of_block.pop(block) for block in blocks]
+        for content in contents:
+            del self._block_of_hash[content]
+        if self._tier is not None:
+            for content, block in zip(contents[unlikely:], blocks[unlikely:], strict=True):
+                self._tier.store(content, block)
+        self._was_reused.difference_update(blocks)
+        return blocks
 
     def _release(self, blocks: Iterable[int], kept: OrderedDict[int, None]) -> None:
         """Drop a reference to each block; those with content that nobody holds any more join `kept`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +59,9 @@ class ScheduledRequest(NamedTuple):
         return is_last and self.start >= self.request.num_prompt_tokens
 
 
+_scheduled_request = partial(tuple.__new__, ScheduledRequest)  # a call of the class itself takes twice as long
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step, and the requests preempted for it."""
@@ -105,9 +108,8 @@ class Batch:
     def shape(self) -> StepShape:
         """The features of the step that its time depends on. A drafted token counts as one more decode."""
         contexts = [item.start + 1 for item in self.decodes]
-        for item in self.decodes:
-            if item.drafts:
-                contexts += range(item.start + 2, item.start + 1 + item.num_new_tokens)
+        for item in [item for item in self.decodes if item.drafts]:
+            contexts += range(item.start + 2, item.start + 1 + item.num_new_tokens)
         return StepShape.of(contexts, [(item.start, item.num_new_tokens) for item in self.chunks])
 
     @property
@@ -132,6 +134,8 @@ class BatchBuilder:
     preempted: list[Request] = field(default_factory=list)
     drafts: Mapping[int, Sequence[int]] = field(default_factory=dict)
     """The tokens proposed after the known ones of each decoding request, by its index."""
+    is_plain: bool = False
+    """Whether decodes have neither drafted tokens nor recurrent states."""
 
     def put(
         self,
@@ -146,8 +150,8 @@ class BatchBuilder:
     ) -> None:
         """Schedule the next `num_new_tokens` tokens of `request`, the `drafts` among them."""
         start = request.num_computed_tokens
-        item = ScheduledRequest(
-            request, start, num_new_tokens, new_block_ids, samples, restored, snapshot, drafts, checkpoint
+        item = _scheduled_request(
+            (request, start, num_new_tokens, new_block_ids, samples, restored, snapshot, drafts, checkpoint)
         )
         self.budget -= num_new_tokens
         if item.is_decode:
@@ -155,6 +159,13 @@ class BatchBuilder:
         else:
             self.prefills[request.index] = item
             self.prefill_budget -= num_new_tokens
+
+    def put_decode(self, request: Request) -> None:
+        """Schedule the last known token of `request`, which has a block for it, in a plain step."""
+        self.decodes[request.index] = _scheduled_request(
+            (request, request.num_computed_tokens, 1, [], True, None, None, (), None)
+        )
+        self.budget -= 1
 
     def drop(self, request: Request) -> None:
         """Remove a preempted request, if the batch contains it; its tokens return to the budget."""

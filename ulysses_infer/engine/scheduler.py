@@ -56,6 +56,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.num_preemptions = 0
         """Preemptions since the start."""
+        self._block_size = allocator.block_size
         self._clock = clock  # only for timestamps; no decision depends on it
         self._arrivals = itertools.count()
         self._requests: dict[str, Request] = {}
@@ -147,7 +148,9 @@ class Scheduler:
         budget and free blocks allow; no decode waits and nothing is preempted for them. Not with `ahead`.
         """
         most = self.config.max_num_batched_tokens
-        step = BatchBuilder(most, most if max_prefill_tokens is None else max_prefill_tokens, ahead, drafts=drafts)
+        most_of_prompts = most if max_prefill_tokens is None else max_prefill_tokens
+        is_plain = not drafts and not self._snapshots.has_states
+        step = BatchBuilder(most, most_of_prompts, ahead, drafts=drafts, is_plain=is_plain)
         for request in list(self._running.values()):
             if step.budget == 0 or step.lacks_room:
                 break
@@ -159,7 +162,7 @@ class Scheduler:
             if request in step.preempted or not self._admit(request, step):
                 break
         batch = step.build()
-        for request, _, num_new_tokens, _, samples, *_ in batch.scheduled:
+        for request, _, num_new_tokens, _, samples, _, _, _, _ in batch.scheduled:
             request.num_computed_tokens += num_new_tokens
             request.num_placeholders += samples
         return batch
@@ -199,13 +202,18 @@ class Scheduler:
         assert request.num_placeholders <= step.ahead, "every schedule() needs its update()"
         if request.num_placeholders and request.is_last_token_pending:
             return
-        num_new_tokens = num_tokens_left = request.num_tokens_left
+        start, num_tokens_left = request.num_computed_tokens, request.num_tokens_left
+        has_block = start < request.num_blocks * self._block_size
+        if step.is_plain and num_tokens_left == 1 and has_block and start >= request.num_prompt_tokens:
+            step.put_decode(request)
+            return
+        num_new_tokens = num_tokens_left
         if num_tokens_left > 1:
             count = min(num_tokens_left, step.budget, step.prefill_budget)
             if count <= 0:
                 return
-            num_new_tokens = self._chunk(request, request.num_computed_tokens, count, num_tokens_left)
-        num_tokens = request.num_computed_tokens + num_new_tokens
+            num_new_tokens = self._chunk(request, start, count, num_tokens_left)
+        num_tokens = start + num_new_tokens
         drafts = self._possible_drafts(request, step) if step.drafts else ()
         new_block_ids = []
         if num_tokens + len(drafts) > request.num_blocks * self.allocator.block_size:

@@ -17,6 +17,8 @@ class SnapshotPoints:
     def __init__(self, allocator: BlockPools, interval: int) -> None:
         """interval: in tokens, a multiple of the block size."""
         self._slots = allocator.snapshots
+        self.has_states = allocator.snapshots is not None
+        """Whether requests have states at all."""
         self._pool = allocator.snapshots if allocator.enable_prefix_caching else None
         self._interval, self._block_size = interval, allocator.block_size
         self._allocator = allocator

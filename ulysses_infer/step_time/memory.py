@@ -23,6 +23,7 @@ class Memory:
         self._written = np.zeros(0, dtype=np.int64)
         self._places: dict[Bucket, int] = {}
         self._counts: dict[Bucket, int] = {}
+        self._has_assumed = False
 
     def add(self, bucket: Bucket, row: np.ndarray, seconds: float, time: int, assumed: bool = False) -> None:
         """Remember a step at `time`, a count of steps. Estimated ones (`assumed`) get little weight."""
@@ -34,6 +35,7 @@ class Memory:
         self._counts[bucket] = count + 1
         self._rows[index], self._seconds[index], self._written[index] = row, seconds, time
         self._weights[index] = ASSUMED_WEIGHT if assumed else 1.0
+        self._has_assumed |= assumed
 
     def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rows [n, F], seconds [n], weights [n])"""
@@ -45,9 +47,13 @@ class Memory:
         place = self._places.get(bucket)
         if place is None:
             return self._rows[:0], self._seconds[:0], 0
-        own = slice(place, place + PER_BUCKET)
+        count = self._counts[bucket]
+        own = slice(place, place + min(count, PER_BUCKET))
+        latest = int(self._written[place + (count - 1) % PER_BUCKET])
+        if not self._has_assumed:
+            return self._rows[own], self._seconds[own], latest
         known = self._weights[own] == 1.0
-        return self._rows[own][known], self._seconds[own][known], int(self._written[own].max())
+        return self._rows[own][known], self._seconds[own][known], latest
 
     def scale(self, factor: float, before: int) -> None:
         """The machine's speed has changed: what was remembered before `time` now takes `factor` times as long."""

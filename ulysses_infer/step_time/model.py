@@ -76,8 +76,9 @@ class StepTimeModel:
             self._fit()
 
     def _remember(self, index: int, shape: StepShape, seconds: float, assumed: bool = False) -> None:
-        self._memories[index].add(shape.bucket, shape.features(), max(seconds, LEAST_SECONDS), self._steps, assumed)
-        self._offsets.pop((index, shape.bucket), None)
+        bucket = shape.bucket
+        self._memories[index].add(bucket, shape.features(), max(seconds, LEAST_SECONDS), self._steps, assumed)
+        self._offsets.pop((index, bucket), None)
 
     def _fit(self) -> None:
         """Fit all modes together: each has its own coefficients, except for attention, where it may only be slower."""
@@ -125,8 +126,10 @@ class StepTimeModel:
 
     def predict(self, shape: StepShape) -> tuple[float, ...]:
         """Seconds of a step in each of `modes`; always positive and finite."""
-        expected = _positive(self._coefficients @ shape.features())
-        return tuple(float(expected[i]) * self._correction(i, shape) for i in range(len(self.modes)))
+        bucket, expected = shape.bucket, (self._coefficients @ shape.features()).tolist()
+        return tuple(
+            [max(seconds, LEAST_SECONDS) * self._correction(index, bucket) for index, seconds in enumerate(expected)]
+        )
 
     def is_measured(self, mode: Mode, shape: StepShape) -> bool:
         """Whether a step of this kind was ever measured in `mode`."""
@@ -136,9 +139,9 @@ class StepTimeModel:
         """Seconds per unit of each feature."""
         return dict(zip(FEATURES, self._coefficients[self.modes.index(mode)].tolist(), strict=True))
 
-    def _correction(self, index: int, shape: StepShape) -> float:
+    def _correction(self, index: int, bucket: Bucket) -> float:
         """The correction of steps of this kind, closer to 1 the fewer and older they are."""
-        key = index, shape.bucket
+        key = index, bucket
         found = self._offsets.get(key)
         if found is None:
             found = self._offsets[key] = self._offset(*key)

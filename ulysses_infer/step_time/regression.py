@@ -72,7 +72,7 @@ def fit_coefficients(
     for iteration in range(iterations):
         weighted = scaled * (weights * trust)[:, None]
         gram = weighted.T @ scaled
-        gram[np.diag_indices_from(gram)] += RIDGE * max(float(np.trace(gram)), 1.0)
+        gram.flat[:: len(gram) + 1] += RIDGE * max(float(np.trace(gram)), 1.0)
         moment = weighted.sum(axis=0)
         if proof is not None and iteration < iterations - 1:
             moment *= 1 - proof

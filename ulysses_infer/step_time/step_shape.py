@@ -90,10 +90,7 @@ class StepShape(NamedTuple):
         without prompts that are not large are told apart by halves of a power of two, which they may fill: 13 to 16
         rows take much the same time, 17 may take twice as long.
         """
-        context = (self.decode_context + self.prefill_context) // max(1, self.num_sequences)
-        is_fine = self.num_prefills == 0 and self.num_tokens <= LARGEST_FINE
-        size = -_half_power(self.num_tokens) if is_fine else self.num_tokens.bit_length()
-        return size, context.bit_length() // 2, int(self.num_prefills > 0)
+        return _bucket(self)
 
     @property
     def narrowed(self) -> StepShape:
@@ -119,7 +116,15 @@ def _half_power(count: int) -> int:
     return 2 * power - int(count <= 3 << (power - 2)) if power > 1 else power
 
 
-@lru_cache(maxsize=16)  # a step's features are needed to predict, to compare and to remember it
+@lru_cache(maxsize=16)  # a step's kind and features are needed to predict, to compare and to remember it
+def _bucket(shape: StepShape) -> Bucket:
+    tokens, context = shape.num_tokens, shape.decode_context + shape.prefill_context
+    is_fine = shape.num_prefills == 0 and tokens <= LARGEST_FINE
+    size = -_half_power(tokens) if is_fine else tokens.bit_length()
+    return size, (context // max(1, shape.num_sequences)).bit_length() // 2, int(shape.num_prefills > 0)
+
+
+@lru_cache(maxsize=16)
 def _features(shape: StepShape) -> np.ndarray:
     tokens = shape.num_tokens
     ends = (*BREAKPOINTS[1:], max(tokens, BREAKPOINTS[-1]))
