@@ -30,7 +30,7 @@ from ulysses_infer.planning.sizes import sizes_of
 from ulysses_infer.planning.step_times import AnalyticStepTimes
 from ulysses_infer.planning.workload import Traffic
 from ulysses_infer.step_time.step_shape import StepShape
-from ulysses_infer.worker.memory import freeze_gc
+from ulysses_infer.worker.memory import freeze_gc, relax_gc
 
 MODELS = {
     "llama-3.3-70b": "fp8",
@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--changes", action="store_true")
     parser.add_argument("--speed", action="store_true")
     options = parser.parse_args()
-    freeze_gc()  # as the command does
+    freeze_gc()  # as the command does, and relaxes it
+    relax_gc()
     if options.speed:
         _print_speed(options.models[0], options.traces)
         return

@@ -74,6 +74,19 @@ def test_speculation_is_in_the_table_the_operations_and_the_recipe(model, tmp_pa
     assert "one decode of 4096 tokens with 2 drafted ones, which gives 1.75 tokens" in capsys.readouterr().out
 
 
+def test_a_tier_below_the_cache_is_in_the_table_and_the_recipe(model, tmp_path, capsys):
+    recipe, words = tmp_path / "best.yaml", ["--hardware", "8xh200", "--input-len", "500", "--offload-host-bytes"]
+    planned(
+        model, *words, 1 << 30, "--offload-disk-bytes", 1 << 31, "--offload-disk-folder", "/nvme", "--recipe", recipe
+    )
+    printed = capsys.readouterr().out
+    assert "evicted prefixes: 3.0 GiB of host memory and disk per rank" in printed
+    assert "tier tokens" in printed
+    cache = load_config(recipe, []).cache
+    assert (cache.offload_host_bytes, cache.offload_disk_bytes) == (1 << 30, 1 << 31)
+    assert cache.offload_disk_folder == "/nvme"
+
+
 def test_a_report_is_one_html_page_with_its_pictures(model, tmp_path):
     pytest.importorskip("matplotlib")
     report = tmp_path / "plan.html"
@@ -115,6 +128,7 @@ def test_python_plans_with_a_config_object():
         (["--hardware", "8xh200", "--slo", "p50:3"], "'p50:3' is not METRIC:MS with METRIC one of ttft, tpot, latency"),
         (["--hardware", "8xh200", "--recipe", "/missing/best.yaml"], "--recipe /missing/best.yaml: it is no file in a"),
         (["--hardware", "8xh200", "--report", "."], "--report .: it is no file in a folder that exists"),
+        (["--hardware", "8xh200", "--offload-disk-bytes", "9"], "give --offload-host-bytes and --offload-disk-folder"),
         (["--rate", "3"], "the following arguments are required: --hardware"),
         *(
             (["--hardware", "8xh200", option, "0"], f"argument {option}: '0' is not")

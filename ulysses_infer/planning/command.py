@@ -26,7 +26,7 @@ from ulysses_infer.planning.step_times import AnalyticStepTimes
 from ulysses_infer.planning.table import print_explanation, print_plan
 from ulysses_infer.planning.workload import Traffic, simulated_block_size
 from ulysses_infer.step_time.profile import Profile
-from ulysses_infer.worker.memory import freeze_gc
+from ulysses_infer.worker.memory import freeze_gc, relax_gc
 
 DEFAULT_REQUESTS = 512
 BURSTINESS = 0.25
@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
         console.width = FILE_WIDTH
     _check_outputs(options)
     freeze_gc()  # the objects of imports stay
+    relax_gc()  # and those of a step soon go
     rows = _rows(options)
     planner = _planner(options, options.block_size or simulated_block_size(rows))
     if options.explain is not None:
@@ -60,16 +61,20 @@ def plan(
     num_nodes: int = 1,
     changes: Changes | None = None,
     speculation: str | None = None,
+    offload_host_bytes: int = 0,
+    offload_disk_bytes: int = 0,
     **scheduler: int,
 ) -> Plan:
     """Predict every layout of `model` on `hardware` for these requests; the best is first in `Plan.evaluations`.
 
     model: a folder or config.json, or a transformers config. hardware: a name as 8xh200, or a YAML file. targets:
-    limits in ms of ttft, tpot or latency. speculation: as `ngram:acceptance=0.6,num_tokens=4`. scheduler: max_num_seqs,
-    max_num_batched_tokens. Raises `ConfigError`.
+    limits in ms of ttft, tpot or latency. speculation: as `ngram:acceptance=0.6,num_tokens=4`. offload_host_bytes,
+    offload_disk_bytes: of the tier below the cache, per rank. scheduler: max_num_seqs, max_num_batched_tokens. Raises
+    `ConfigError`.
     """
     rows, config = requests.rows() if isinstance(requests, Traffic) else requests, _config(**scheduler)
     config.cache.block_size = simulated_block_size(rows)
+    config.cache.offload_host_bytes, config.cache.offload_disk_bytes = offload_host_bytes, offload_disk_bytes
     drafts = None if speculation is None else parse_speculation(speculation)
     planner = Planner(_sizes(model, dtype), load_node(hardware), config, num_nodes, changes, speculation=drafts)
     return planner.plan(rows, targets or {})
@@ -79,6 +84,9 @@ def _planner(options: argparse.Namespace, block_size: int) -> Planner:
     config = _config(max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens)
     config.model.path, config.model.max_model_len = options.model, options.max_model_len
     config.cache.dtype, config.cache.block_size = options.cache_dtype, block_size
+    config.cache.offload_host_bytes = options.offload_host_bytes
+    config.cache.offload_disk_bytes = options.offload_disk_bytes
+    config.cache.offload_disk_folder = options.offload_disk_folder
     config.parallel.expert_placement = options.expert_placement
     profile = None if options.profile is None else Profile.load(options.profile)
     tokens_per_hash = scale_of(options).block_tokens if options.trace is not None else float(HASH_BLOCK_TOKENS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ulysses_infer.cache.budget import GIB, activation_bytes, assumed_memory
-from ulysses_infer.config import Config
+from ulysses_infer.config import CacheConfig, Config
 from ulysses_infer.model.experts.kinds import ExpertSizes
 from ulysses_infer.model.experts.placement import REPLICATE, choose_placement
 from ulysses_infer.parallel.layout import Layout, Mode, divisors
@@ -29,6 +29,10 @@ class PlannedLayout:
     """Per cached token on one rank."""
     request_bytes: float
     """Recurrent state of one request on one rank."""
+    copies: float = 0.0
+    """For the tier below the cache: a buffer or, on a CPU, its host memory."""
+    tier: float = 0.0
+    """Host memory and disk space of the tier below the cache."""
     reason: str | None = None
     """Why it cannot be used; None if it can."""
 
@@ -45,7 +49,7 @@ class PlannedLayout:
     @property
     def cache_bytes(self) -> float:
         """What is left for the cache."""
-        return self.available - self.weights - self.activations
+        return self.available - self.weights - self.activations - self.copies
 
     def num_sequences(self, max_num_seqs: int) -> int:
         """How many sequences run at once: their states take at most half of the cache (`StateSizing`)."""
@@ -57,6 +61,11 @@ class PlannedLayout:
         """Tokens that the cache of one replica holds beside the states of so many sequences."""
         states = self.num_sequences(max_num_seqs) * self.request_bytes
         return int((self.cache_bytes - states) / max(self.token_bytes, 1.0))
+
+    @property
+    def tier_tokens(self) -> int:
+        """Tokens that the tier below the cache of one replica holds."""
+        return int(self.tier / max(self.token_bytes, 1.0))
 
     def __str__(self) -> str:
         return f"dp{self.dp} {self.base}" if self.dp > 1 else str(self.base)
@@ -86,8 +95,16 @@ def _planned(sizes: ModelSizes, node: Node, config: Config, dp: int, base: Mode)
         available=available,
         token_bytes=per_layer * sizes.num_caching_layers,
         request_bytes=states,
+        copies=_copies(node, config.cache),
+        tier=config.cache.offload_host_bytes + config.cache.offload_disk_bytes,
     )
     return _with_reason(layout, sizes, config)
+
+
+def _copies(node: Node, cache: CacheConfig) -> float:
+    if not cache.offload_host_bytes or node.host_link is None:
+        return 0.0
+    return node.host_link.staging_bytes or cache.offload_host_bytes
 
 
 def _placement(sizes: ModelSizes, config: Config, base: Mode, available: int) -> str:
@@ -126,8 +143,9 @@ def _with_reason(layout: PlannedLayout, sizes: ModelSizes, config: Config) -> Pl
     longest = min(config.model.max_model_len or sizes.max_model_len, sizes.max_model_len)
     if layout.cache_bytes <= 0:
         missing = -layout.cache_bytes / GIB
-        taken = (layout.weights + layout.activations) / GIB
-        reason = f"weights and activations take {taken:.1f} of {layout.available / GIB:.1f} GiB: {missing:.2f} too much"
+        taken = (layout.weights + layout.activations + layout.copies) / GIB
+        and_tier = ", activations and the tier below the cache" if layout.copies else " and activations"
+        reason = f"weights{and_tier} take {taken:.1f} of {layout.available / GIB:.1f} GiB: {missing:.2f} too much"
     if reason is None and layout.cache_tokens(1) < longest:
         reason = f"the cache would hold {layout.cache_tokens(1):,} tokens, less than one request of {longest:,}"
     return replace(layout, reason=reason)

@@ -39,6 +39,18 @@ class Host:
 
 
 @dataclass(frozen=True)
+class HostLink:
+    """Copies between the cache of a device and the tier of host memory and disk below it."""
+
+    host: Link
+    """Of each device."""
+    disk: Link
+    """Of a node; its devices share it."""
+    staging_bytes: float
+    """How much of what it stores a step does not wait for. 0: a CPU, where the tier takes memory of the cache."""
+
+
+@dataclass(frozen=True)
 class Node:
     """One node with equal devices. Times are in seconds, sizes in bytes."""
 
@@ -65,6 +77,8 @@ class Node:
     """Between nodes, per device."""
     notes: tuple[str, ...]
     """Where the constants come from."""
+    host_link: HostLink | None = None
+    """None: not known, so that no tier below the cache can be planned."""
 
 
 def known_nodes() -> list[str]:
@@ -111,6 +125,7 @@ def _node(name: str, values: Mapping[str, Any]) -> Node:
         host=_host(values["host"]),
         inter_node=Link(*map(float, values["inter_node"])),
         notes=tuple(map(str, values["sources"])),
+        host_link=_host_link(values["host_link"]) if "host_link" in values else None,
     )
 
 
@@ -124,6 +139,11 @@ def _host(values: Mapping[str, Any]) -> Host:
         max_captured_tokens=int(values["max_captured_tokens"]),
         core_share=float(values.get("core_share", 0.0)),
     )
+
+
+def _host_link(values: Mapping[str, Any]) -> HostLink:
+    host, disk = (Link(*map(float, values[name])) for name in ("host", "disk"))
+    return HostLink(host, disk, float(values["staging_bytes"]))
 
 
 def _rate(values: Mapping[str, Any]) -> Rate:

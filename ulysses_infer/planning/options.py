@@ -42,6 +42,17 @@ def parse_plan(arguments: Sequence[str]) -> argparse.Namespace:
         "--max-num-batched-tokens", type=positive, default=8192, metavar="N", help="default: %(default)s"
     )
     parser.add_argument(
+        "--offload-host-bytes",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="host memory per rank for evicted prefixes (cache.offload_host_bytes); default: none",
+    )
+    parser.add_argument(
+        "--offload-disk-bytes", type=positive, default=0, metavar="N", help="disk space per rank below it"
+    )
+    parser.add_argument("--offload-disk-folder", metavar="FOLDER", help="for the recipe: a folder on a fast local disk")
+    parser.add_argument(
         "--block-size",
         type=positive,
         metavar="N",
@@ -121,4 +132,9 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.bursty and options.rate is None:
         raise ConfigError("--bursty needs --rate")
+    if options.offload_disk_bytes and not (options.offload_host_bytes and options.offload_disk_folder):
+        raise ConfigError(
+            "--offload-disk-bytes: blocks come from host memory, to a folder; give --offload-host-bytes and "
+            "--offload-disk-folder, too"
+        )
     check_window(options)

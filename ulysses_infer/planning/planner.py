@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow
+from ulysses_infer.cache.offload_sizing import offload_sizes
 from ulysses_infer.config import Config, PolicyConfig
 from ulysses_infer.engine.calibration_points import Limits
 from ulysses_infer.engine.policies import AdaptivePolicy, Policy, StaticPolicy, ThresholdPolicy
@@ -21,6 +23,7 @@ from ulysses_infer.planning.simulation import simulate
 from ulysses_infer.planning.sizes import ModelSizes
 from ulysses_infer.planning.speculation import AssumedSpeculation, SimulatedSpeculation
 from ulysses_infer.planning.step_times import AnalyticStepTimes, MeasuredStepTimes, StepTimes, profile_of
+from ulysses_infer.planning.tier import SimulatedTier
 from ulysses_infer.planning.workload import check_lengths
 from ulysses_infer.step_time.profile import Profile
 from ulysses_infer.step_time.step_shape import StepShape
@@ -74,6 +77,11 @@ class Plan:
     speculation: AssumedSpeculation | None = None
 
     @property
+    def has_tier(self) -> bool:
+        """Whether host memory and disk keep evicted prefixes."""
+        return any(layout.tier for layout in self.layouts)
+
+    @property
     def best(self) -> Evaluation:
         """The recommended one."""
         return self.evaluations[0]
@@ -105,18 +113,32 @@ class Planner:
     ) -> None:
         """profile: measured step times instead of predicted ones; its modes decide which layouts are simulated.
 
-        Raises `ConfigError` for speculation with a model that the engine does not speculate with.
+        Raises `ConfigError` for speculation with a model that the engine does not speculate with, and for a tier below
+        the cache that cannot be planned.
         """
         if speculation is not None and sizes.num_recurrent_layers:
             raise ConfigError(
                 f"--speculation: model type {sizes.model_type!r} has recurrent layers, whose states cannot go back to "
                 "the accepted tokens; leave it out"
             )
+        self._check_tier(sizes, node, config)
         self.sizes, self.node, self.config, self.num_nodes = sizes, node, config, num_nodes
         self.changes, self.profile, self.speculation = changes or Changes(), profile, speculation
         self.tokens_per_hash = tokens_per_hash
         self.max_model_len = min(config.model.max_model_len or sizes.max_model_len, sizes.max_model_len)
         self.layouts = all_layouts(sizes, node, config, num_nodes)
+
+    @staticmethod
+    def _check_tier(sizes: ModelSizes, node: Node, config: Config) -> None:
+        if not config.cache.offload_host_bytes:
+            return
+        if node.host_link is None:
+            raise ConfigError(f"hardware {node.name} has no host_link, which a tier below the cache needs; add it")
+        if sizes.num_recurrent_layers:
+            raise ConfigError(
+                f"cache.offload_host_bytes: model type {sizes.model_type!r} has recurrent layers, and snapshots of "
+                "their states are not planned; leave it out"
+            )
 
     def plan(self, rows: Sequence[TraceRow], targets: Mapping[str, float], report: Report | None = None) -> Plan:
         """Simulate every candidate. targets: limits in ms by metric. Raises `ConfigError` if no layout fits."""
@@ -199,14 +221,23 @@ class Planner:
         scheduler, cache = self.config.scheduler, self.config.cache
         num_sequences = layout.num_sequences(scheduler.max_num_seqs)
         usable = min(layout.cache_tokens(num_sequences), num_sequences * self.max_model_len)
+        num_blocks = max(1, usable // cache.block_size)
         return ReplicaSettings(
             scheduler=replace(scheduler, max_num_seqs=num_sequences),
-            num_blocks=max(1, usable // cache.block_size),
+            num_blocks=num_blocks,
             block_size=cache.block_size,
             max_model_len=self.max_model_len,
             enable_prefix_caching=cache.enable_prefix_caching,
             tokens_per_hash=self.tokens_per_hash,
+            make_tier=self._tier(layout, num_blocks) if layout.tier else None,
         )
+
+    def _tier(self, layout: PlannedLayout, num_blocks: int) -> Callable[[], SimulatedTier]:
+        """Makes the tier below the cache of a replica. Raises `ConfigError` if it holds less than a block."""
+        assert self.node.host_link is not None
+        block_bytes = int(layout.token_bytes * self.config.cache.block_size)
+        slots = offload_sizes(self.config.cache, [block_bytes], [num_blocks])
+        return partial(SimulatedTier, slots, self.node.host_link, layout.base.world_size)
 
     def policy(self, candidate: Candidate, times: StepTimes) -> Policy:
         """A new policy of a candidate."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ulysses_infer.config import Config
+from ulysses_infer.config import CacheConfig, Config
 from ulysses_infer.errors import ConfigError, first_line
 from ulysses_infer.planning.planner import Candidate, Plan
 
@@ -32,9 +32,19 @@ def recipe_of(plan: Plan, config: Config, model: str) -> dict[str, Any]:
         recipe["parallel"]["expert_placement"] = layout.placement
     if config.model.max_model_len is not None:
         recipe["model"]["max_model_len"] = config.model.max_model_len
-    if config.cache.dtype != "auto":
-        recipe["cache"] = {"dtype": config.cache.dtype}
+    if cache := _cache(config.cache):
+        recipe["cache"] = cache
     return recipe
+
+
+def _cache(config: CacheConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {"dtype": config.dtype} if config.dtype != "auto" else {}
+    if config.offload_host_bytes:
+        settings["offload_host_bytes"] = config.offload_host_bytes
+    if config.offload_disk_bytes:
+        settings["offload_disk_bytes"] = config.offload_disk_bytes
+        settings["offload_disk_folder"] = config.offload_disk_folder
+    return settings
 
 
 def _policy(candidate: Candidate, plan: Plan) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow
 from ulysses_infer.cache.pools import BlockPools
@@ -16,6 +18,7 @@ from ulysses_infer.engine.scheduler import NO_DRAFTS, Scheduler
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planning.speculation import SimulatedSpeculation
 from ulysses_infer.planning.step_times import StepTimes
+from ulysses_infer.planning.tier import SimulatedTier
 from ulysses_infer.planning.workload import prompt_hashes
 from ulysses_infer.sampling_params import SamplingParams
 
@@ -33,6 +36,8 @@ class ReplicaSettings:
     enable_prefix_caching: bool = True
     tokens_per_hash: float = HASH_BLOCK_TOKENS
     """Prompt tokens per hash id of the trace."""
+    make_tier: Callable[[], SimulatedTier] | None = None
+    """Makes the tier below the cache; None: evicted blocks are lost."""
 
 
 class SimulatedReplica:
@@ -47,7 +52,9 @@ class SimulatedReplica:
     ) -> None:
         self.settings, self.times, self.policy, self.speculation = settings, times, policy, speculation
         self.now = 0.0
-        pools = BlockPools([settings.num_blocks], settings.block_size, settings.enable_prefix_caching)
+        self.tier = None if settings.make_tier is None else settings.make_tier()
+        index = None if self.tier is None else self.tier.index
+        pools = BlockPools([settings.num_blocks], settings.block_size, settings.enable_prefix_caching, tier=index)
         self.scheduler = Scheduler(settings.scheduler, pools, settings.max_model_len, clock=lambda: self.now)
         self.timeline: list[tuple[float, float, Mode, int]] = []
         """(start, seconds, mode, batched tokens) of every step."""
@@ -68,8 +75,7 @@ class SimulatedReplica:
     def submit(self, row: TraceRow, index: int, now: float, arrived: float) -> Request:
         """Queue a request that was sent at `arrived`. Raises `RequestError` if it can never run."""
         self.now = now
-        params = SamplingParams(max_tokens=row.output_len, ignore_eos=True)
-        request = Request(str(index), index, [TOKEN] * row.input_len, params, arrived)
+        request = Request(str(index), index, [TOKEN] * row.input_len, _params(row.output_len), arrived)
         settings = self.settings
         if settings.enable_prefix_caching:
             request.block_hashes = prompt_hashes(row, index, settings.block_size, settings.tokens_per_hash)
@@ -89,6 +95,8 @@ class SimulatedReplica:
         decision = self.policy.decide(batch)
         is_ahead = self.speculation is None or not self.speculation.is_due(batch)
         seconds = self.times.seconds(decision.mode, batch.shape, is_ahead)
+        if self.tier is not None:
+            seconds += self.tier.wait(self.scheduler.allocator.take_moves(), now)
         self._step = batch, decision, seconds
         self.timeline.append((now, seconds, decision.mode, batch.num_tokens))
         return now + seconds
@@ -110,3 +118,8 @@ class SimulatedReplica:
         self._outstanding -= outstanding_tokens([(0, request.num_prompt_tokens) for request in prompts])
         self._outstanding -= outstanding_tokens([(1, 0)] * len(finished))
         return finished
+
+
+@lru_cache(maxsize=4096)  # checking parameters takes a tenth of a millisecond, and many requests have the same
+def _params(output_len: int) -> SamplingParams:
+    return SamplingParams(max_tokens=output_len, ignore_eos=True)

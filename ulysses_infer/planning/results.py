@@ -38,7 +38,9 @@ class Figures:
     num_refused: int
     num_preemptions: int
     cached_share: float
-    """Prompt tokens found in the prefix cache."""
+    """Prompt tokens found in the prefix cache, or in the tier below it."""
+    loaded_share: float
+    """Prompt tokens found in the tier below the cache."""
     seconds: float
     num_drafted: int
     num_accepted: int
@@ -57,6 +59,7 @@ def figures_of(result: SimulationResult, replicas: Sequence[SimulatedReplica], t
     inputs, outputs = sum(r.input_len for r in done), sum(r.output_len for r in done)
     good = sum(_meets(r, targets) for r in done)
     drafted = [each.speculation.stats for each in replicas if each.speculation is not None]
+    loaded = sum(each.tier.index.stats.hits for each in replicas if each.tier is not None)
     return Figures(
         ttft=_spread([r.ttft for r in done]),
         tpot=_spread([r.tpot for r in done]),
@@ -69,6 +72,7 @@ def figures_of(result: SimulationResult, replicas: Sequence[SimulatedReplica], t
         num_refused=result.num_refused,
         num_preemptions=result.num_preemptions,
         cached_share=sum(r.cached_tokens for r in done) / max(1, inputs),
+        loaded_share=loaded / max(1, inputs),
         seconds=result.seconds,
         num_drafted=sum(each.num_draft_tokens for each in drafted),
         num_accepted=sum(each.num_accepted_tokens for each in drafted),

@@ -29,6 +29,8 @@ def print_plan(console: Console, plan: Plan, price: float | None, max_num_seqs: 
     console.print(describe(plan.rows))
     if plan.speculation is not None:
         console.print(f"speculation: {plan.speculation}")
+    if plan.has_tier:
+        console.print(f"evicted prefixes: {plan.layouts[0].tier / GIB:.1f} GiB of host memory and disk per rank")
     console.print(_table(plan, price, max_num_seqs))
     console.print("* on the Pareto front of median time to first token and time per token")
     for layout in plan.layouts:
@@ -44,7 +46,8 @@ def print_plan(console: Console, plan: Plan, price: float | None, max_num_seqs: 
 def _table(plan: Plan, price: float | None, max_num_seqs: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False)
     table.add_column("layout and policy", no_wrap=True)
-    names = ["GiB/rank", "cache tokens", "TTFT p50", "p99", "TPOT p50", "p99", "E2E p50", "p99", "tok/s"]
+    names = ["GiB/rank", "cache tokens", *["tier tokens", "cached", "loaded"] * plan.has_tier]
+    names += ["TTFT p50", "p99", "TPOT p50", "p99", "E2E p50", "p99", "tok/s"]
     names += ["accepted"] * (plan.speculation is not None)
     names += ["goodput"] * bool(plan.targets) + ["modes"] + ["$/M tokens"] * (price is not None)
     for name in names:
@@ -59,6 +62,8 @@ def _row(plan: Plan, evaluation: Evaluation, is_best: bool, price: float | None,
     figures, layout = evaluation.figures, evaluation.candidate.layout
     cells = [f"{evaluation.candidate}{' *' if is_best else ''}", f"{layout.weights / GIB:.1f}"]
     cells.append(f"{layout.cache_tokens(max_num_seqs):,}")
+    if plan.has_tier:
+        cells += [f"{layout.tier_tokens:,}", f"{figures.cached_share:.1%}", f"{figures.loaded_share:.1%}"]
     for name in ("ttft", "tpot", "latency"):
         digits = 1 if name == "tpot" else 0
         cells += [f"{getattr(getattr(figures, name), key):,.{digits}f}" for key in ("p50", "p99")]
