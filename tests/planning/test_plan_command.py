@@ -129,6 +129,7 @@ def test_python_plans_with_a_config_object():
         (["--hardware", "8xh200", "--recipe", "/missing/best.yaml"], "--recipe /missing/best.yaml: it is no file in a"),
         (["--hardware", "8xh200", "--report", "."], "--report .: it is no file in a folder that exists"),
         (["--hardware", "8xh200", "--offload-disk-bytes", "9"], "give --offload-host-bytes and --offload-disk-folder"),
+        (["--hardware", "8xh200", "--slo", "ttft:5", "ttft:6"], "--slo: a metric is given twice"),
         (["--rate", "3"], "the following arguments are required: --hardware"),
         *(
             (["--hardware", "8xh200", option, "0"], f"argument {option}: '0' is not")
@@ -149,6 +150,25 @@ def test_python_plans_with_a_config_object():
 def test_a_mistake_is_one_line(model, words, message):
     with pytest.raises(ConfigError) as error:
         planned(model, *words)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.csv", b"", "has no requests"),
+        ("header.csv", b"TIMESTAMP,ContextTokens,GeneratedTokens\n", "has no requests"),
+        ("binary.csv", b"\x80\x81\xff", "is not a text file"),
+        ("short.jsonl", b'{"timestamp": 0, "input_length": -5, "output_length": 5}', "line 1: "),
+        ("endless.jsonl", b'{"timestamp": Infinity, "input_length": 5, "output_length": 5}', "line 1: "),
+        ("negative.csv", b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,5,-1\n", "line 2: "),
+    ],
+)
+def test_a_trace_without_requests_that_can_be_is_one_line(model, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        planned(model, "--hardware", "8xh200", "--trace", tmp_path / name)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -130,6 +130,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(
             "--trace has its own arrival times; leave out --rate and --bursty, or scale it by --time-scale"
         )
+    if len(dict(options.slo)) < len(options.slo):
+        raise ConfigError("--slo: a metric is given twice; give one target for each")
     if options.bursty and options.rate is None:
         raise ConfigError("--bursty needs --rate")
     if options.offload_disk_bytes and not (options.offload_host_bytes and options.offload_disk_folder):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -37,6 +38,8 @@ def read_trace(path: Path) -> list[TraceRow]:
             rows = list(_azure_rows(path, file) if path.suffix == ".csv" else _mooncake_rows(path, file))
     except OSError as error:
         raise ConfigError(f"trace '{path}' cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"trace '{path}' is not a text file: {error}") from error
     if not rows:
         raise ConfigError(f"trace '{path}' has no requests")
     rows.sort(key=lambda row: row.at)
@@ -58,14 +61,21 @@ def _mooncake_rows(path: Path, lines: Iterable[str]) -> Iterator[TraceRow]:
 
 def _mooncake_row(row: Mapping[str, Any]) -> TraceRow:
     hash_ids = tuple(int(number) for number in row.get("hash_ids") or ())
-    return TraceRow(float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"]), hash_ids)
+    return _checked(float(row["timestamp"]) / 1e3, int(row["input_length"]), int(row["output_length"]), hash_ids)
+
+
+def _checked(at: float, input_len: int, output_len: int, hash_ids: tuple[int, ...] = ()) -> TraceRow:
+    """Raises ValueError for numbers that no request has."""
+    if not math.isfinite(at) or min(input_len, output_len) < 0:
+        raise ValueError("a time that is not finite, or a negative length")
+    return TraceRow(at, input_len, output_len, hash_ids)
 
 
 def _azure_rows(path: Path, lines: Iterable[str]) -> Iterator[TraceRow]:
     for number, row in enumerate(csv.DictReader(lines), 2):
         try:
             at = _moment(row["TIMESTAMP"])
-            yield TraceRow(at, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+            yield _checked(at, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"trace '{path}', line {number}: not TIMESTAMP,ContextTokens,GeneratedTokens as in Azure's files"
