@@ -10,6 +10,7 @@ from ulysses_infer.cli.arguments import parse
 from ulysses_infer.config import load_config
 from ulysses_infer.errors import ConfigError, UlyssesError
 from ulysses_infer.planning.command import run
+from ulysses_infer.planning.node import FOLDER
 from ulysses_infer.planning.workload import Traffic
 
 
@@ -129,6 +130,7 @@ def test_python_plans_with_a_config_object():
         (["--hardware", "8xh200", "--recipe", "/missing/best.yaml"], "--recipe /missing/best.yaml: it is no file in a"),
         (["--hardware", "8xh200", "--report", "."], "--report .: it is no file in a folder that exists"),
         (["--hardware", "8xh200", "--offload-disk-bytes", "9"], "give --offload-host-bytes and --offload-disk-folder"),
+        (["--hardware", "8xh200", "--price", "inf"], "argument --price: 'inf' is not a price"),
         (["--hardware", "8xh200", "--slo", "ttft:5", "ttft:6"], "--slo: a metric is given twice"),
         (["--rate", "3"], "the following arguments are required: --hardware"),
         *(
@@ -179,6 +181,13 @@ def test_a_trace_without_requests_that_can_be_is_one_line(model, tmp_path, name,
         ("missing", None, "missing"),
         ("own.json", "{", "own.json"),
         ("config.json", '{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
+        ("list.json", "[]", "list.json"),
+        ("headless.json", '{"model_type": "llama", "num_attention_heads": 0}', "headless.json"),
+        ("flat.json", '{"model_type": "llama", "num_hidden_layers": 0}', "num_hidden_layers = 0; it is at least 1"),
+        ("unknown.json", '{"model_type": "nosuch"}', "nosuch"),
+        ("encoder.json", '{"model_type": "bert"}', "model type 'bert' is an encoder"),
+        ("both.json", '{"model_type": "t5"}', "model type 't5'"),
+        ("speech.json", '{"model_type": "whisper"}', "model type 'whisper'"),
     ],
 )
 def test_a_model_that_cannot_be_read_is_one_line(tmp_path, name, text, message):
@@ -187,6 +196,27 @@ def test_a_model_that_cannot_be_read_is_one_line(tmp_path, name, text, message):
         path.write_text(text)
     with pytest.raises(UlyssesError) as error:
         planned(path, "--hardware", "8xh200")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("num_devices: 8", "num_devices: 0", "num_devices is 0, not above 0"),
+        ("memory_bytes: 150.75e+9", "memory_bytes: -5", "memory_bytes is -5, not above 0"),
+        ("flops: 716.0e+12", "flops: 0", "flops is 0, not above 0"),
+        ("inter_node: [10.0e-6, 50.0e+9]", "inter_node: [10.0e-6, 0]", "the bandwidth of a link is 0, not above 0"),
+        ("inter_node: [10.0e-6, 50.0e+9]", "inter_node: [1", "is not valid"),
+        ("device: H200", "gpu: H200", "KeyError: 'device'"),
+    ],
+)
+def test_a_hardware_file_that_no_node_has_is_one_line(model, tmp_path, old, new, message):
+    text, path = (FOLDER / "8xh200.yaml").read_text(), tmp_path / "own.yaml"
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        planned(model, "--hardware", path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -16,6 +16,7 @@ from ulysses_infer.bench.replay.scaling import thinned
 from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow, read_trace
 from ulysses_infer.config import CacheConfig, Config, ModelConfig, ParallelConfig, SchedulerConfig
 from ulysses_infer.errors import ConfigError
+from ulysses_infer.model.injection.architectures import check_supported
 from ulysses_infer.planning.changes import Changes
 from ulysses_infer.planning.node import load_node
 from ulysses_infer.planning.planner import Plan, Planner
@@ -30,14 +31,13 @@ from ulysses_infer.worker.memory import freeze_gc, relax_gc
 
 DEFAULT_REQUESTS = 512
 BURSTINESS = 0.25
-FILE_WIDTH = 200  # columns of a table that is not shown in a terminal
+LEAST_WIDTH = 260  # columns: a narrower terminal breaks lines, which is better than figures that are cut off
 
 
 def run(options: argparse.Namespace) -> int:
     """Plan, print, write what was asked for. Returns the exit status. Raises `UlyssesError`s of one line."""
     console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console.width = max(console.width, LEAST_WIDTH)
     _check_outputs(options)
     freeze_gc()  # the objects of imports stay
     relax_gc()  # and those of a step soon go
@@ -108,16 +108,22 @@ def _config(max_num_seqs: int = 1024, max_num_batched_tokens: int = 8192) -> Con
 
 
 def _sizes(model: Any, dtype: str | None) -> ModelSizes:
-    """Only config.json is read."""
+    """Only config.json is read. Raises `UnsupportedModelError` for a model that the engine does not serve."""
+    config = _model_config(model)
+    check_supported(config, allow_unverified=False)
+    return sizes_of(config, dtype)
+
+
+def _model_config(model: Any) -> Any:
     if not isinstance(model, str | Path):
-        return sizes_of(model, dtype)
+        return model
     from ulysses_infer.model.loading.config_folder import folder_of_config, read_config_file
     from ulysses_infer.model.model import read_config
 
     path = Path(model).expanduser()
     if path.suffix == ".json" and path.name != "config.json":
-        return sizes_of(read_config_file(path), dtype)
-    return sizes_of(read_config(folder_of_config(ModelConfig(path=str(model)))), dtype)
+        return read_config_file(path)
+    return read_config(folder_of_config(ModelConfig(path=str(model))))
 
 
 def _rows(options: argparse.Namespace) -> list[TraceRow]:

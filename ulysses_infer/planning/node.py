@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ulysses_infer.errors import ConfigError
+from ulysses_infer.errors import ConfigError, kind_and_line
 from ulysses_infer.planning.roofline import Link, Rate
 
 FOLDER = Path(__file__).parent / "nodes"
@@ -96,7 +96,7 @@ def load_node(name: str) -> Node:
     try:
         return _node(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"hardware file '{path}' is not valid: {type(error).__name__} {error}") from error
+        raise ConfigError(f"hardware file '{path}' is not valid: {kind_and_line(error)}") from error
 
 
 def _node(name: str, values: Mapping[str, Any]) -> Node:
@@ -104,13 +104,13 @@ def _node(name: str, values: Mapping[str, Any]) -> Node:
         return _rate(values[kind])
 
     def links(kind: str) -> dict[int, Link]:
-        return {int(ranks): Link(*map(float, link)) for ranks, link in values[kind].items()}
+        return {int(ranks): _link(link) for ranks, link in values[kind].items()}
 
     return Node(
         name=name,
         device=str(values["device"]),
-        num_devices=int(values["num_devices"]),
-        memory_bytes=float(values["memory_bytes"]),
+        num_devices=int(_above_zero("num_devices", int(values["num_devices"]))),
+        memory_bytes=_above_zero("memory_bytes", float(values["memory_bytes"])),
         products={dtype: _rate(each) for dtype, each in values["products"].items()},
         experts={dtype: _rate(each) for dtype, each in values["experts"].items()},
         prefill_attention=rate("prefill_attention"),
@@ -123,7 +123,7 @@ def _node(name: str, values: Mapping[str, Any]) -> Node:
         all_to_all=links("all_to_all"),
         all_gather=links("all_gather"),
         host=_host(values["host"]),
-        inter_node=Link(*map(float, values["inter_node"])),
+        inter_node=_link(values["inter_node"]),
         notes=tuple(map(str, values["sources"])),
         host_link=_host_link(values["host_link"]) if "host_link" in values else None,
     )
@@ -142,15 +142,23 @@ def _host(values: Mapping[str, Any]) -> Host:
 
 
 def _host_link(values: Mapping[str, Any]) -> HostLink:
-    host, disk = (Link(*map(float, values[name])) for name in ("host", "disk"))
+    host, disk = (_link(values[name]) for name in ("host", "disk"))
     return HostLink(host, disk, float(values["staging_bytes"]))
+
+
+def _above_zero(name: str, value: float) -> float:
+    if not value > 0:
+        raise ValueError(f"{name} is {value:g}, not above 0")
+    return value
+
+
+def _link(values: Sequence[Any]) -> Link:
+    """[seconds, bytes per second]"""
+    latency, bandwidth = map(float, values)
+    return Link(latency, _above_zero("the bandwidth of a link", bandwidth))
 
 
 def _rate(values: Mapping[str, Any]) -> Rate:
     """`flops` or `bytes_per_second` may be missing: then the other one is the limit."""
-    unlimited = math.inf
-    return Rate(
-        float(values.get("flops", unlimited)),
-        float(values.get("bytes_per_second", unlimited)),
-        float(values["floor_seconds"]),
-    )
+    flops, bandwidth = (_above_zero(name, float(values.get(name, math.inf))) for name in ("flops", "bytes_per_second"))
+    return Rate(flops, bandwidth, float(values["floor_seconds"]))

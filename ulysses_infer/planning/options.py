@@ -96,9 +96,7 @@ def _add_results(parser: OptionParser) -> None:
     group.add_argument(
         "--slo", nargs="+", type=_target, default=[], metavar="METRIC:MS", help="targets, as ttft:500 tpot:50"
     )
-    group.add_argument(
-        "--price", type=positive_number, metavar="P", help="of one device for an hour: cost per M tokens"
-    )
+    group.add_argument("--price", type=_price, metavar="P", help="of one device for an hour: cost per M tokens")
     group.add_argument("--explain", metavar="LAYOUT", help="operations of two steps of a layout, as sp8xtp1")
     group.add_argument("--recipe", type=Path, metavar="FILE", help="write the recipe of the best layout")
     group.add_argument("--report", type=Path, metavar="FILE", help="write an HTML report")
@@ -112,6 +110,13 @@ def _at_least_one(text: str) -> float:
     if not 1 <= factor < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return factor
+
+
+def _price(text: str) -> float:
+    price = positive_number(text)
+    if price == math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a price")
+    return price
 
 
 def _target(text: str) -> tuple[str, float]:

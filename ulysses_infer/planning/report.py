@@ -48,6 +48,7 @@ def write_report(path: Path, planner: Planner, plan: Plan, price: float | None =
         front={str(evaluation.candidate) for evaluation in plan.pareto},
         gib=GIB,
         price=price,
+        max_num_seqs=planner.config.scheduler.max_num_seqs,
         colour=lambda mode: mode_colour(*mode),
     )
     try:
@@ -103,8 +104,10 @@ def _name_front(axes: Axes, front: Sequence[Evaluation]) -> None:
         x, y = axes.transAxes.inverted().transform(axes.transData.transform(point))
         if all(abs(x - other) > NAME_WIDTH or abs(y - low) > NAME_HEIGHT for other, low in placed):
             side = -1 if x > 1 - NAME_WIDTH else 1
-            place, align = (9 * side, -14), "left" if side == 1 else "right"
-            axes.annotate(name, point, place, textcoords="offset points", fontsize=8.5, color=_dim(), ha=align)
+            place, align = (0, -11), "left" if side == 1 else "right"  # below the rings of its neighbours
+            axes.annotate(
+                name, point, place, textcoords="offset points", fontsize=8.5, color=_dim(), ha=align, va="top"
+            )
             placed.append((x, y))
 
 

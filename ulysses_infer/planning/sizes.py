@@ -165,6 +165,8 @@ def _need(text: Any, name: str) -> int:
     value = getattr(text, name, None)
     if not isinstance(value, int):
         raise ConfigError(f"the config of model type {text.model_type!r} has no {name}, which planning needs")
+    if value < 1:
+        raise ConfigError(f"the config of model type {text.model_type!r} has {name} = {value}; it is at least 1")
     return value
 
 

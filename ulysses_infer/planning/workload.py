@@ -68,4 +68,4 @@ def describe(rows: Sequence[TraceRow]) -> str:
     inputs, outputs = (sum(getattr(row, name) for row in rows) / len(rows) for name in ("input_len", "output_len"))
     seconds = rows[-1].at
     rate = f"{len(rows) / seconds:.2f} requests/s over {seconds:.0f} s" if seconds > 0 else "all at once"
-    return f"{len(rows)} requests, {rate}; on average {math.ceil(inputs)} tokens in, {math.ceil(outputs)} out"
+    return f"{len(rows):,} requests, {rate}; on average {math.ceil(inputs):,} tokens in, {math.ceil(outputs):,} out"
