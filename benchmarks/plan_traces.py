@@ -23,8 +23,8 @@ from ulysses_infer.bench.serve.traces import TraceRow, read_trace
 from ulysses_infer.config import CacheConfig, Config, ModelConfig, SchedulerConfig
 from ulysses_infer.engine.profile_key import device_name
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.planning.changes import Changes
 from ulysses_infer.planning.node import load_node
+from ulysses_infer.planning.operations import Changes
 from ulysses_infer.planning.planner import Candidate, Planner
 from ulysses_infer.planning.sizes import sizes_of
 from ulysses_infer.planning.step_times import AnalyticStepTimes

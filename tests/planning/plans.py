@@ -10,9 +10,8 @@ from benchmarks.judge_plan import LLAMA_8B
 from tests.equivalence.swiftkv import swiftkv_config
 from ulysses_infer.bench.serve.traces import TraceRow
 from ulysses_infer.config import Config, ModelConfig, SchedulerConfig
-from ulysses_infer.planning.changes import Changes
 from ulysses_infer.planning.node import Node, load_node
-from ulysses_infer.planning.operations import StepOperations
+from ulysses_infer.planning.operations import Changes, StepOperations
 from ulysses_infer.planning.planner import Planner
 from ulysses_infer.planning.roofline import Link, Rate
 from ulysses_infer.planning.sizes import ModelSizes, sizes_of

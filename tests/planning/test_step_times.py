@@ -12,9 +12,8 @@ from tests.planning.plans import faster, free_links, llama_sizes, operations, sw
 from ulysses_infer.engine.calibration_points import Limits
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.planning.changes import Changes
 from ulysses_infer.planning.node import Node, known_nodes, load_node
-from ulysses_infer.planning.operations import StepOperations
+from ulysses_infer.planning.operations import Changes, StepOperations
 from ulysses_infer.planning.recurrent import RecurrentSizes
 from ulysses_infer.planning.step_times import AnalyticStepTimes, MeasuredStepTimes, profile_of
 from ulysses_infer.step_time.prior import GPU, Sizes, step_seconds

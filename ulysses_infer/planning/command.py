@@ -17,8 +17,8 @@ from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow, read_t
 from ulysses_infer.config import CacheConfig, Config, ModelConfig, ParallelConfig, SchedulerConfig
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.injection.architectures import check_supported
-from ulysses_infer.planning.changes import Changes
 from ulysses_infer.planning.node import load_node
+from ulysses_infer.planning.operations import Changes
 from ulysses_infer.planning.planner import Plan, Planner
 from ulysses_infer.planning.recipe import recipe_of, write_recipe
 from ulysses_infer.planning.sizes import ModelSizes, sizes_of

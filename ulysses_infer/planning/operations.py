@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planning import roofline
-from ulysses_infer.planning.changes import Changes
 from ulysses_infer.planning.node import Node
 from ulysses_infer.planning.sizes import ModelSizes
 from ulysses_infer.step_time.step_shape import StepShape
@@ -32,6 +32,18 @@ class Operation(NamedTuple):
     def total(self) -> float:
         """Seconds per step."""
         return self.seconds * self.times
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Hypothetical improvements of the engine, whose gain can be told before they are built."""
+
+    fused_all_reduce: bool = True
+    """Residual addition and norm in the kernel of the all-reduce (as the engine does on GPUs)."""
+    fp8_exchange: bool = False
+    """The all-to-all sends FP8 instead of bf16."""
+    attention_by_request: bool = False
+    """At saturation, ranks attend to whole requests instead of heads, so no KV head is read by more than one."""
 
 
 class StepOperations:

@@ -13,10 +13,9 @@ from ulysses_infer.engine.calibration_points import Limits
 from ulysses_infer.engine.policies import AdaptivePolicy, Policy, StaticPolicy, ThresholdPolicy
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.planning.changes import Changes
 from ulysses_infer.planning.layouts import PlannedLayout, all_layouts
 from ulysses_infer.planning.node import Node
-from ulysses_infer.planning.operations import StepOperations
+from ulysses_infer.planning.operations import Changes, StepOperations
 from ulysses_infer.planning.replica import ReplicaSettings, SimulatedReplica
 from ulysses_infer.planning.results import Figures, figures_of
 from ulysses_infer.planning.simulation import simulate
