@@ -97,7 +97,7 @@ def test_an_unknown_node_names_the_nearest():
 def test_a_broken_node_file_is_one_line(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("device: X\n")
-    with pytest.raises(ConfigError, match="is not valid: KeyError 'num_devices'"):
+    with pytest.raises(ConfigError, match="is not valid: KeyError: 'num_devices'"):
         load_node(str(path))
 
 
