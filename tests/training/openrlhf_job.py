@@ -11,6 +11,7 @@ import os
 import sys
 from typing import Any
 
+import psutil
 import ray
 import torch
 from ray.util import collective
@@ -97,10 +98,10 @@ def _plain(output: Any) -> tuple[list[int], list[float], list[str]]:
     return found.token_ids, scores, output.weight_versions
 
 
-async def devices_of(actor: Any) -> list[str]:
-    """The GPUs of an engine's ranks, which on this machine exist for Ray only."""
-    devices = await actor._seats.devices()
-    return devices["CUDA_VISIBLE_DEVICES"].split(",")
+def devices_of(actor: Any) -> list[str]:
+    """The GPUs that the processes of an engine see, which on this machine exist for Ray only."""
+    variables = psutil.Process(actor._server._process.pid).environ()
+    return variables["CUDA_VISIBLE_DEVICES"].split(",")
 
 
 def main(folder: str) -> None:
