@@ -9,7 +9,7 @@ from tests.equivalence.cases import ModeShuffle
 from tests.tiny import encode, settings
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.engine.in_flight import MAX_ASYNC_TOKENS
-from ulysses_infer.model.sampling.sampler import reads_outputs
+from ulysses_infer.model.sampling.row import reads_outputs
 from ulysses_infer.worker.next_tokens import NextTokenBuffer
 from ulysses_infer.worker.transfer import DeviceToHostCopy
 

@@ -9,7 +9,7 @@ from tests.tiny import encode, write_tokenizer
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.engine.completion import Completion, Sequence, TokenScores
 from ulysses_infer.engine.request import Request, RequestStatus
-from ulysses_infer.model.sampling.sampler import SamplingRow
+from ulysses_infer.model.sampling.row import SamplingRow
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.text.detokenizer import Detokenizer, TokenDecoder
 from ulysses_infer.text.prompts import load_tokenizer

@@ -25,7 +25,8 @@ from ulysses_infer.errors import ConfigError
 from ulysses_infer.job.draft_model import num_draft_blocks
 from ulysses_infer.model.sampling.drafted import rows_after
 from ulysses_infer.model.sampling.draw import draw_from, draw_unless_source_accepted, masses_of
-from ulysses_infer.model.sampling.sampler import Sampler, SamplingRow
+from ulysses_infer.model.sampling.row import SamplingRow
+from ulysses_infer.model.sampling.sampler import Sampler
 from ulysses_infer.model.sampling.seeds import acceptance_number, draft_number, uniform
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.sampling_params import SamplingParams

@@ -22,7 +22,8 @@ from ulysses_infer.engine.speculation.suffix import SharedOutputs, SuffixPropose
 from ulysses_infer.engine.speculation.token_index import SEPARATOR, TokenIndex
 from ulysses_infer.model.sampling.drafted import rows_after
 from ulysses_infer.model.sampling.draw import draw_unless_accepted
-from ulysses_infer.model.sampling.sampler import Sampler, SamplingRow
+from ulysses_infer.model.sampling.row import SamplingRow
+from ulysses_infer.model.sampling.sampler import Sampler
 from ulysses_infer.model.sampling.seeds import acceptance_number, uniform
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.sampling_params import SamplingParams

@@ -3,7 +3,8 @@
 import torch
 from hypothesis import strategies as st
 
-from ulysses_infer.model.sampling.sampler import Sampler, SamplingRow
+from ulysses_infer.model.sampling.row import SamplingRow
+from ulysses_infer.model.sampling.sampler import Sampler
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.text.bad_words import BadWords
 

@@ -8,7 +8,10 @@ from sampling_rows import V, one, random_logits, row, token_lists
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from ulysses_infer.model.sampling import sampler as sampler_module
-from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler, SamplingRow, needs_full_logits
+from ulysses_infer.model.sampling.columns import WholeRows
+from ulysses_infer.model.sampling.processors import apply_processors
+from ulysses_infer.model.sampling.row import SamplingRow, needs_full_logits
+from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.text.bad_words import BadWords
 
@@ -23,7 +26,7 @@ def test_greedy_takes_the_largest_logit_and_the_lowest_id_on_ties():
 
 
 def test_plain_greedy_rows_cost_one_argmax(monkeypatch):
-    monkeypatch.setattr(sampler_module, "_apply_processors", None)
+    monkeypatch.setattr(sampler_module, "apply_processors", None)
     monkeypatch.setattr(sampler_module, "draw", None)
     logits = random_logits(5, V)
     assert Sampler().sample(logits, [row(temperature=0)] * 5) == logits.argmax(-1).tolist()
@@ -54,9 +57,13 @@ def test_greedy_rows_and_temperature_near_zero_agree():
 # --- processors, against straightforward references ---
 
 
+def apply_to(scores: torch.Tensor, rows: list[SamplingRow]) -> None:
+    apply_processors(scores, rows, [each.constraints() for each in rows], WholeRows(V))
+
+
 def processed(logits: torch.Tensor, sampling_row: SamplingRow) -> torch.Tensor:
     scores = logits[None].clone()
-    sampler_module._apply_processors(scores, [sampling_row])
+    apply_to(scores, [sampling_row])
     return scores[0]
 
 
@@ -114,7 +121,7 @@ def test_penalties_do_not_change_other_rows():
     logits = random_logits(3, V)
     rows = [row(), row(repetition_penalty=1.7, presence_penalty=1.0), row()]
     scores = logits.clone()
-    sampler_module._apply_processors(scores, rows)
+    apply_to(scores, rows)
     assert torch.equal(scores[[0, 2]], logits[[0, 2]])
     assert not torch.equal(scores[1], logits[1])
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.text.tokenizer_kinds import tokenizer_of
-from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler, SamplingRow
+from ulysses_infer.model.sampling.row import SamplingRow
+from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.text.detokenizer import Detokenizer
 from ulysses_infer.text.first_space import Speller

@@ -4,7 +4,6 @@ import json
 import re
 import time
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers_to_try import KINDS, make, word_piece
 
 from ulysses_infer.errors import RequestError
-from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler, SamplingRow, needs_full_logits
+from ulysses_infer.model.sampling.row import SamplingRow, needs_full_logits
+from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler
 from ulysses_infer.sampling_params import SamplingParams, StructuredOutputs
 from ulysses_infer.text.detokenizer import Detokenizer, TokenDecoder
 from ulysses_infer.text.structured import GrammarCompiler, check
@@ -203,7 +203,7 @@ def test_white_space_is_bounded(writer):
     space = writer.compiler._tokenizer.encode(" ", add_special_tokens=False)[-1]
     brace = writer.compiler._tokenizer.encode("{", add_special_tokens=False)[-1]
     row.output_token_ids.append(brace)
-    while row.grammar.penalties(row.output_token_ids)[space] == 0:
+    while space in row.grammar.mask(row.output_token_ids).token_ids():
         row.output_token_ids.append(space)
         assert len(row.output_token_ids) < 100
 
@@ -212,7 +212,7 @@ def test_white_space_is_bounded(writer):
 
 
 def allowed(row):
-    return set(np.flatnonzero(row.grammar.penalties(row.output_token_ids) == 0).tolist())
+    return set(row.grammar.mask(row.output_token_ids).token_ids().tolist())
 
 
 def ids(writer, text):

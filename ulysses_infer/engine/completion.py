@@ -9,7 +9,7 @@ import torch
 
 from ulysses_infer.engine.request import Request
 from ulysses_infer.model.sampling.pooler import Pooler
-from ulysses_infer.model.sampling.sampler import SamplingRow
+from ulysses_infer.model.sampling.row import SamplingRow
 from ulysses_infer.model.sampling.transfer import to_device_async
 from ulysses_infer.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput
 from ulysses_infer.sampling_params import SamplingParams

@@ -16,7 +16,7 @@ from ulysses_infer.engine.scheduler import Scheduler
 from ulysses_infer.errors import RequestError
 from ulysses_infer.model.lora.table import ServedAdapters
 from ulysses_infer.model.sampling.pooler import Pooler
-from ulysses_infer.model.sampling.sampler import SamplingRow, needs_full_logits, reads_outputs
+from ulysses_infer.model.sampling.row import SamplingRow, needs_full_logits, reads_outputs
 from ulysses_infer.model.sampling.seeds import derive_seed
 from ulysses_infer.sampling_params import SamplingParams
 from ulysses_infer.text.detokenizer import Detokenizer

@@ -11,7 +11,8 @@ from ulysses_infer.engine.batch import Batch, ScheduledRequest
 from ulysses_infer.engine.completion import Completion, Sequence, TokenScores
 from ulysses_infer.model.sampling.drafted import rows_after
 from ulysses_infer.model.sampling.drawable import drawable
-from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler, SamplingRow
+from ulysses_infer.model.sampling.row import SamplingRow
+from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler
 from ulysses_infer.model.sampling.transfer import to_device_async
 from ulysses_infer.outputs import Logprob
 from ulysses_infer.text.detokenizer import TokenDecoder

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-Penalties = npt.NDArray[np.float32]
+from ulysses_infer.model.sampling.token_mask import TokenMask
 
 
 class GrammarState:
@@ -53,21 +50,17 @@ class GrammarState:
         """Whether the output so far matches the whole grammar."""
         return not self._matcher.is_error() and self._matcher.is_accepting()
 
-    def penalties(self, output_token_ids: Sequence[int]) -> Penalties:
-        """The penalties for the token after `output_token_ids`, to be added to the logits: [V] float32, 0 or -inf.
+    def mask(self, output_token_ids: Sequence[int]) -> TokenMask:
+        """The tokens that may come after `output_token_ids`.
 
-        All are -inf if the grammar is complete and no token can end the output, or if it became too complex to follow.
+        None may if the grammar is complete and no token can end the output, or if it became too complex to follow.
         """
         self._follow(output_token_ids)
         matcher = self._first.matcher if self._first is not None and not self._num_consumed else self._matcher
-        if matcher.is_stopped():
-            penalties = np.full(self._vocab_size, -np.inf, dtype=np.float32)
-        else:
-            penalties = unpack(matcher.compute_bitmask(), self._vocab_size)
-            if matcher.is_error():
-                penalties.fill(-np.inf)
-        penalties[self._end_token_ids] = 0.0 if self.may_end else -np.inf
-        return penalties
+        bits = None if matcher.is_stopped() else matcher.compute_bitmask()
+        mask = TokenMask(None if matcher.is_error() else bits, self._vocab_size)
+        mask.set(self._end_token_ids, self.may_end)
+        return mask
 
     def _follow(self, output_token_ids: Sequence[int]) -> None:
         """Consume the tokens that are new in the output."""
@@ -88,12 +81,3 @@ class FirstToken(NamedTuple):
     """A matcher in its initial state, for which tokens begin without a space."""
     spell: Callable[[int], Sequence[int]]
     """Tokens with the text that the token has in this place."""
-
-
-_PENALTIES = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf)
-_PENALTIES_OF_BYTE = _PENALTIES.astype(np.float32)  # [256, 8]: a look-up is several times faster than masking by bits
-
-
-def unpack(bitmask: bytes, vocab_size: int) -> Penalties:
-    """A mask of one bit per token as penalties: [V], 0 where the bit is set, else -inf."""
-    return _PENALTIES_OF_BYTE.take(np.frombuffer(bitmask, dtype=np.uint8), axis=0).reshape(-1)[:vocab_size]

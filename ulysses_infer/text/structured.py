@@ -27,10 +27,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from ulysses_infer.errors import RequestError
+from ulysses_infer.model.sampling.token_mask import TokenMask
 from ulysses_infer.sampling_params import StructuredOutputs
 from ulysses_infer.text.detokenizer import TokenDecoder
 from ulysses_infer.text.first_space import Speller, drops_first_space
-from ulysses_infer.text.grammar_state import FirstToken, GrammarState, unpack
+from ulysses_infer.text.grammar_state import FirstToken, GrammarState
 from ulysses_infer.text.structured_pieces import alternatives_lark, token_ids
 from ulysses_infer.text.structured_schema import prepare_schema
 from ulysses_infer.text.token_bytes import token_bytes
@@ -178,10 +179,10 @@ class _Vocabulary:
 
 def _dead_end(matcher: Any, vocab_size: int) -> str:
     """Why no first token is possible; "" if one is possible or none is needed."""
-    penalties = unpack(matcher.compute_bitmask(), vocab_size)
+    mask = TokenMask(matcher.compute_bitmask(), vocab_size)
     if matcher.is_error() and "NoExtension" not in matcher.get_error():
         return str(matcher.get_error())
-    return "" if (penalties == 0).any() or matcher.is_accepting() else "no text matches it"
+    return "" if mask.token_ids().size or matcher.is_accepting() else "no text matches it"
 
 
 # --- requests as grammars ---

@@ -151,9 +151,9 @@ def compiler():
 
 def accepts(compiler, wanted, text):
     state, token_ids = compiler.state(wanted, ()), [ord(character) for character in text]
-    fits = all(state.penalties(token_ids[:index])[token] == 0 for index, token in enumerate(token_ids))
+    fits = all(token in state.mask(token_ids[:index]).token_ids() for index, token in enumerate(token_ids))
     if fits:
-        state.penalties(token_ids)
+        state.mask(token_ids)
     return fits and state.may_end
 
 
@@ -161,7 +161,7 @@ def write(compiler, wanted, seed, limit=4000):
     """A random text that the constraint allows, given to stop as soon as it may."""
     state, chosen, token_ids = compiler.state(wanted, ()), random.Random(seed), []
     while len(token_ids) < limit:
-        allowed = (state.penalties(token_ids) == 0).nonzero()[0].tolist()
+        allowed = state.mask(token_ids).token_ids().tolist()
         if state.may_end:
             return "".join(map(chr, token_ids))
         closing = [token for token in allowed if chr(token) in '"]}']

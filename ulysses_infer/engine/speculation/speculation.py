@@ -20,7 +20,7 @@ from ulysses_infer.engine.speculation.proposer import NOTHING, CostlyProposer, D
 from ulysses_infer.engine.speculation.statistics import SpeculationStats
 from ulysses_infer.engine.speculation.step_times import StepTimes
 from ulysses_infer.engine.speculation.suffix import SuffixProposer
-from ulysses_infer.model.sampling.sampler import Grammar
+from ulysses_infer.model.sampling.row import Grammar
 
 logger = logging.getLogger(__name__)
 

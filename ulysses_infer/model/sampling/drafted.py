@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ulysses_infer.model.sampling.sampler import SamplingRow, TokenCounts, reads_outputs
+from ulysses_infer.model.sampling.row import SamplingRow, TokenCounts, reads_outputs
 
 
 @dataclass(eq=False)
