@@ -10,7 +10,6 @@ import random
 import re
 
 import hypothesis
-import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from tests.text.tokenizer_kinds import KINDS, tokenizer_of
 from tests.tiny import settings, tiny_llama
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.errors import RequestError
+from ulysses_infer.model.sampling.token_mask import TokenMask
 from ulysses_infer.outputs import CONSTRAINTS
 from ulysses_infer.text.prompts import PromptReader
 
@@ -189,7 +189,7 @@ def raise_at_the_third_call(owner, name):
 
 def forbid_at_the_third_call(owner, name):
     calls, original = itertools.count(1), getattr(owner, name)
-    setattr(owner, name, lambda *args: original(*args) + (0 if next(calls) < 3 else -np.inf))
+    setattr(owner, name, lambda *args: original(*args) if next(calls) < 3 else TokenMask(None, VOCAB_SIZE))
 
 
 @pytest.mark.parametrize("place", ["grammar", "append", "end", "abort"])
@@ -203,11 +203,11 @@ def test_what_raises_for_one_request_ends_it_alone(engine, place):
     name = engine.add([4], SamplingParams(seed=5, structured_outputs={"regex": "[a-z ]{9,}"}, stop=["zz"]))
     sequence = engine.requests._completions[name].sequences[0]
     if place == "grammar":
-        raise_at_the_third_call(sequence.row.grammar, "penalties")
+        raise_at_the_third_call(sequence.row.grammar, "mask")
     elif place == "append":
         raise_at_the_third_call(sequence.detokenizer, "append")
     else:
-        forbid_at_the_third_call(sequence.row.grammar, "penalties")
+        forbid_at_the_third_call(sequence.row.grammar, "mask")
         sequence.detokenizer.finish = lambda: 1 / 0
     names, ended = [engine.add(prompt, SamplingParams(**wanted)) for prompt, wanted in others], {}
     for step in itertools.count():
