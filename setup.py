@@ -49,7 +49,7 @@ def compile_kernels(folder: Path) -> None:
     chosen = [level for level in levels.levels_of_machine() if wanted == [""] or level.name in wanted]
     for level in chosen:
         (folder / level.name).mkdir(parents=True, exist_ok=True)
-    pairs = [(source, level) for level in chosen for source in sorted(NATIVE.rglob("*.c"))]
+    pairs = [(source, level) for level in chosen for source in compiler.sources()]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for _ in threads.map(build, *zip(*pairs, strict=True)):  # raises what a build raises
             pass

@@ -8,7 +8,7 @@ which are more cases of the same kinds. Other arguments are passed to pytest.
 On a machine with NVIDIA GPUs torch's build for CUDA and the extra `gpu` are installed. `--index-url URL` installs torch
 from that package index, for a driver that is too old for the default build.
 
-Needs only Python 3.11 or newer, with its standard library, and gcc.
+Needs only Python 3.11 or newer, with its standard library, and gcc or clang.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def check_machine() -> None:
     """Exit with one line if a prerequisite is missing."""
     if sys.version_info < (3, 11):
         fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; run this with a newer python3")
-    if shutil.which("gcc") is None:
-        fail("gcc is needed and not found; install it, for example with the package build-essential")
+    if not any(map(shutil.which, ("gcc", "clang"))):
+        fail("gcc or clang is needed and not found; install one, for example with the package build-essential")
     try:
         import ensurepip  # noqa: F401
     except ImportError:

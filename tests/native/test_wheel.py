@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from ulysses_infer.native.levels import levels_here
+from ulysses_infer.native.compiler import sources
+from ulysses_infer.native.levels import levels_here, levels_of_machine
 
 ROOT = Path(__file__).parents[2]
-NAMES = sorted(path.stem for path in (ROOT / "ulysses_infer/native").rglob("*.c"))
+NAMES = [path.stem for path in sources()]
 USE = """
 import sys
 import torch
@@ -44,8 +45,8 @@ def test_a_wheel_runs_its_compiled_kernels_where_there_is_no_compiler(tmp_path):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "ulysses_infer", source / "ulysses_infer", ignore=shutil.ignore_patterns("__pycache__"))
     pip = (sys.executable, "-m", "pip")
-    best, oldest = levels_here()[0].name, levels_here()[-1].name
-    variables = os.environ | {"ULYSSES_INFER_BUILD_LEVELS": f"{best},{oldest}"}
+    newest, best, oldest = levels_of_machine()[0].name, levels_here()[0].name, levels_here()[-1].name
+    variables = os.environ | {"ULYSSES_INFER_BUILD_LEVELS": f"{newest},{best},{oldest}"}
     run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), str(source), env=variables)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith(f"-py3-none-linux_{os.uname().machine}.whl")

@@ -31,8 +31,11 @@ static inline half float_to_half(float value) { return (half)value; }
 typedef uint16_t half;
 static inline float half_to_float(half value) { return _cvtsh_ss(value); }
 static inline half float_to_half(float value) { return _cvtss_sh(value, 0); }
-#else
-#error "no half precision numbers"
+#else /* clang before 15, for CPUs without F16C */
+#include "vector.h"
+typedef float16 half;
+static inline float half_to_float(half value) { return float_of_half(value); }
+static inline half float_to_half(float value) { return half_of(value); }
 #endif
 
 typedef uint16_t brain;

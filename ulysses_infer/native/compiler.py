@@ -5,7 +5,9 @@ Only the standard library is imported, because the build of a wheel loads this f
 
 from __future__ import annotations
 
+import functools
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -26,6 +28,9 @@ FLAGS = (
     "-fno-signed-zeros",
     "-fassociative-math",
 )
+COMPILERS = ("gcc", "clang", "cc")
+CLANG_OPENMP = FOLDER / "clang_openmp.c"
+"""Linked to what clang compiles."""
 BUILD_SECONDS = 600
 """The longest time one file may take: half a minute of work, on a machine that has much else to do."""
 
@@ -34,33 +39,59 @@ class NativeUnavailableError(Exception):
     """Native code cannot be built or loaded here, with the reason in one line. Callers fall back to torch."""
 
 
-def find_compiler() -> str:
-    """The path of a C compiler. Raises `NativeUnavailableError` if there is none."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
-    if compiler is None:
-        raise NativeUnavailableError("no C compiler (cc, gcc, clang or $CC) was found")
-    return compiler
+def find_compiler() -> tuple[str, ...]:
+    """The command of a C compiler: $CC, which may have arguments, else gcc, else clang.
+
+    Raises `NativeUnavailableError` if there is none.
+    """
+    wanted = shlex.split(os.environ.get("CC", ""))
+    names = wanted[:1] or COMPILERS
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None and wanted:
+        raise NativeUnavailableError(f"CC={wanted[0]} is not a program here; name another C compiler or unset CC")
+    if path is None:
+        raise NativeUnavailableError(f"no C compiler ({', '.join(COMPILERS)} or $CC) was found")
+    return (path, *wanted[1:])
 
 
-def compile_library(compiler: str, source: Path, target: Path, flags: Sequence[str]) -> None:
+def sources() -> list[Path]:
+    """The C files of which each is a library."""
+    return [path for path in sorted(FOLDER.rglob("*.c")) if path != CLANG_OPENMP]
+
+
+def compile_library(compiler: tuple[str, ...], source: Path, target: Path, flags: Sequence[str]) -> None:
     """Compile `source` to the shared library `target`, which appears only once it is complete.
 
     It is linked without OpenMP: torch has loaded its runtime already. Raises `NativeUnavailableError`.
     """
-    unfinished = target.with_suffix(f".{os.getpid()}.o")
     library = target.with_suffix(f".{os.getpid()}")
+    objects: list[Path] = []
     try:
-        for command in (
-            [compiler, *FLAGS, *flags, f"-I{FOLDER}", "-c", str(source), "-o", str(unfinished)],
-            [compiler, "-shared", str(unfinished), "-lm", "-o", str(library)],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
-            if done.returncode:
-                reason = next(iter(done.stderr.strip().splitlines()), f"exit {done.returncode}")
-                raise NativeUnavailableError(f"{compiler} cannot compile {source.name}: {reason}")
+        for each in (source, CLANG_OPENMP) if _is_clang(compiler) else (source,):
+            objects.append(target.with_suffix(f".{os.getpid()}.{each.stem}.o"))
+            _run(compiler, source, *FLAGS, *flags, f"-I{FOLDER}", "-c", str(each), "-o", str(objects[-1]))
+        _run(compiler, source, "-shared", *map(str, objects), "-lm", "-o", str(library))
         library.replace(target)
-    except subprocess.TimeoutExpired:
-        raise NativeUnavailableError(f"{compiler} took more than {BUILD_SECONDS} s to compile {source.name}") from None
     finally:
-        unfinished.unlink(missing_ok=True)
-        library.unlink(missing_ok=True)
+        for path in (*objects, library):
+            path.unlink(missing_ok=True)
+
+
+@functools.cache
+def _is_clang(compiler: tuple[str, ...]) -> bool:
+    """Whether the compiler is clang, whatever its name. Raises `NativeUnavailableError` if it does not run."""
+    return "__clang__" in _run(compiler, Path(os.devnull), "-dM", "-E", "-x", "c", os.devnull)
+
+
+def _run(compiler: Sequence[str], source: Path, *arguments: str) -> str:
+    """What the compiler prints. Raises `NativeUnavailableError` if it fails, for `source`."""
+    name, command = " ".join(compiler), [*compiler, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise NativeUnavailableError(f"{name} took more than {BUILD_SECONDS} s to compile {source.name}") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        reason = next((line for line in lines if "error" in line), next(iter(lines), f"exit {done.returncode}"))
+        raise NativeUnavailableError(f"{name} cannot compile {source.name}: {reason}")
+    return done.stdout

@@ -14,7 +14,14 @@ from pathlib import Path
 import torch
 
 from ulysses_infer.cache_folders import cache_folder
-from ulysses_infer.native.compiler import FLAGS, NativeUnavailableError, compile_library, find_compiler
+from ulysses_infer.native.compiler import (
+    CLANG_OPENMP,
+    FLAGS,
+    NativeUnavailableError,
+    compile_library,
+    find_compiler,
+    sources,
+)
 from ulysses_infer.native.levels import Level, describe_processor, levels_here
 
 __all__ = ["NativeUnavailableError", "is_available", "is_switched_off", "library_path", "open_library"]
@@ -61,7 +68,7 @@ def library_path(name: str) -> Path:
 
 def source_of(name: str) -> Path:
     """The file `name`.c. Raises `NativeUnavailableError` if there is none."""
-    found = next(FOLDER.rglob(f"{name}.c"), None)
+    found = next((path for path in sources() if path.stem == name), None)
     if found is None:
         raise NativeUnavailableError(f"there is no {name}.c")
     return found
@@ -100,8 +107,8 @@ def built(source: Path, flags: Sequence[str]) -> Path:
     flags: those of the level. Raises `NativeUnavailableError`.
     """
     compiler = find_compiler()
-    text = b"".join(path.read_bytes() for path in (source, *sorted(FOLDER.rglob("*.h"))))
-    identity = b"\0".join([text, *(part.encode() for part in (compiler, *FLAGS, *flags, describe_processor()))])
+    text = b"".join(path.read_bytes() for path in (source, CLANG_OPENMP, *sorted(FOLDER.rglob("*.h"))))
+    identity = b"\0".join([text, *(part.encode() for part in (*compiler, *FLAGS, *flags, describe_processor()))])
     target = cache_folder("native") / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if target.is_file():
         return target

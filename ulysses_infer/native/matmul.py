@@ -25,7 +25,7 @@ MEASURED_SHAPE = (1024, 1024)
 MEASURED_BYTES = 96_000_000  # of weights that are visited one after another, so that they come from memory
 WITHOUT_KERNELS = (  # figures: python -m benchmarks.measure_without_kernels
     "no native kernels (%s): torch computes instead; decode steps take 1.5 to 10 times as long, most in small models, "
-    "prompts 1.2 to 5 times, most with AVX2; install gcc, or a wheel, which ships compiled kernels"
+    "prompts 1.2 to 5 times, most with AVX2; install gcc or clang, or a wheel, which ships compiled kernels"
 )
 
 

@@ -22,13 +22,13 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { LINE = 128, PAGE = 4096, MOST_SLOTS = 64 };
+enum { TWO_LINES = 128, PAGE = 4096, MOST_SLOTS = 64 };
 enum { SPINS_PER_CLOCK = 32, ALIVE_CHECK_NS = 100 * 1000 * 1000 };
 /* Status of a collective, in the low byte; the higher bytes hold the rank that was waited for. */
 enum { OK = 0, LOST = 1, TIMED_OUT = 2, TOO_WIDE = 3, CLOSED = 4 };
 
 typedef struct {
-    _Alignas(LINE) atomic_uint counter;
+    _Alignas(TWO_LINES) atomic_uint counter;
     atomic_uint sleepers; /* number of ranks to wake when the counter changes */
     atomic_int core;      /* the rank's core when it last waited */
 } member_line;

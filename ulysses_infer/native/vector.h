@@ -43,6 +43,7 @@ typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef int32_t integers __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
+typedef int8_t sixteen_bytes __attribute__((vector_size(16)));
 
 /* Always compile-time constants, because every function that takes one is inlined. */
 enum type { FLOAT32, BFLOAT16, FLOAT16 };
@@ -208,6 +209,19 @@ INLINE floats to_all_lanes(const void *from) {
     memcpy(&bits, from, sizeof bits);
     words all = (words){0} + bits;
     return (floats)all;
+}
+
+/* Byte i of the result is byte index[i] of `table`. Indices are below 16. */
+INLINE sixteen_bytes looked_up(sixteen_bytes table, sixteen_bytes index) {
+#if defined(__SSSE3__)
+    return (sixteen_bytes)_mm_shuffle_epi8((__m128i)table, (__m128i)index);
+#elif defined(__aarch64__)
+    return (sixteen_bytes)vqtbl1q_s8((int8x16_t)table, (uint8x16_t)index);
+#else
+    sixteen_bytes result;
+    UNROLL for (int i = 0; i < 16; i++) result[i] = table[index[i]];
+    return result;
+#endif
 }
 
 /* Transpose in place. */

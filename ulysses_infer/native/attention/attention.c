@@ -3,12 +3,13 @@
  * The order of sums depends on the sequence only: results depend neither on the rest of the batch nor on the number of
  * threads.
  */
-#include <omp.h>
 #include <stdlib.h>
 
 #include "attention_rows.h"
 #include "attention_tiles.h"
 #include "call.h"
+
+int omp_get_max_threads(void); /* clang has no omp.h of its own */
 
 #define FEWEST_ROWS_IN_TILES 32 /* per sequence and key/value head; measured */
 #define ROWS_A_TASK 64          /* bounds the working set of a task to the L1 cache */

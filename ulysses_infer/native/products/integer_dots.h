@@ -164,7 +164,19 @@ INLINE words load_bytes(const char *from, int64_t count) {
 }
 
 /* Lane i of the result is lane index[i] of `x`. */
-INLINE floats permuted(floats x, integers index) { return (floats)__builtin_shuffle((integers)x, index); }
+INLINE floats permuted(floats x, integers index) {
+#if defined(HAS_AVX512)
+    return (floats)_mm512_permutexvar_ps((__m512i)index, (__m512)x);
+#elif defined(__AVX2__)
+    return (floats)_mm256_permutevar8x32_ps((__m256)x, (__m256i)index);
+#elif LANES == 4
+    return (floats)looked_up((sixteen_bytes)x, (sixteen_bytes)(index * 0x04040404 + 0x03020100));
+#else
+    floats result;
+    UNROLL for (int i = 0; i < LANES; i++) result[i] = x[index[i]];
+    return result;
+#endif
+}
 
 /* The largest lane, which is not NaN. */
 INLINE float largest_of(floats x) {

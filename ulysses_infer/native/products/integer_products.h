@@ -134,7 +134,7 @@ INLINE void tile(const struct panel *w, const struct cut *cut, int64_t s, int64_
         integers whole[TILE_ROWS][VECTORS];
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < VECTORS; v++)
-                whole[r][v] = (integers){0} + (form == OF_CHANNELS && WEIGHT_OFFSET ? offsets[at * rows + r] : 0);
+                whole[r][v] = (integers){0} + (form == OF_CHANNELS && WEIGHT_OFFSET != 0 ? offsets[at * rows + r] : 0);
         if (NARROW_SUMS && kind == NIBBLES)
             add_narrow_words(weights, operands, count, rows, whole);
         else

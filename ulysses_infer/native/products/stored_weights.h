@@ -195,13 +195,12 @@ static void expand_columns(const struct stored *w, int64_t n, const struct segme
 
 /* Replace codes of e2m1 by twice their values. */
 static void to_halves(int8_t *row, int64_t count) {
-    typedef int8_t bytes __attribute__((vector_size(16)));
-    bytes table, codes;
+    sixteen_bytes table, codes;
     memcpy(&table, E2M1_HALVES, sizeof table);
     for (int64_t k = 0; k < count; k += 16) {
         const size_t size = count - k < 16 ? (size_t)(count - k) : 16;
         memcpy(&codes, row + k, size);
-        codes = __builtin_shuffle(table, codes & 15);
+        codes = looked_up(table, codes & 15);
         memcpy(row + k, &codes, size);
     }
 }
