@@ -135,6 +135,7 @@ ALIASES: dict[str, Alias] = {
     "tool_call_parser": Alias("server.tool_call_parser", parser_name),
     "chat_template": Alias("server.chat_template"),
     "trust_request_chat_template": Alias("server.trust_request_chat_template"),
+    "enable_tokenizer_info_endpoint": Alias("server.tokenizer_info"),
     "allowed_origins": Alias("server.cors_origins"),
     "ssl_certfile": Alias("server.ssl_certfile"),
     "ssl_keyfile": Alias("server.ssl_keyfile"),

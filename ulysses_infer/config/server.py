@@ -37,6 +37,9 @@ class ServerConfig:
     trust_request_chat_template: bool = option(
         False, help="Accept chat templates in requests (chat_template). A template is a program that the server runs."
     )
+    tokenizer_info: bool = option(
+        False, help="Serve /tokenizer_info: the tokenizer's configuration, with the chat template."
+    )
     tool_call_parser: str = option(
         "auto", help="Format of the model's tool calls; auto: detected from its chat template; none: not parsed."
     )

@@ -15,7 +15,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
 
 @pytest.fixture(scope="session")
 def shared_server(texts: Texts) -> Iterator[Served]:
-    with served(texts, admin_api_key="admin-key") as server:
+    with served(texts, admin_api_key="admin-key", tokenizer_info=True) as server:
         yield server
 
 

@@ -56,6 +56,12 @@ def test_the_limit_and_stop_sequences_are_named_as_reasons(client: anthropic.Ant
     assert (params["stop"], params["temperature"], params["top_k"]) == (["wo"], 0.5, 3)
 
 
+def test_the_end_of_text_can_be_ignored(client: anthropic.Anthropic, server: Served) -> None:
+    for extra in (None, {"ignore_eos": True}):
+        client.messages.create(model=MODEL, max_tokens=5, messages=USER, extra_body=extra)
+    assert [submit.params.get("ignore_eos", False) for submit in server.engine.submits] == [False, True]
+
+
 def test_a_stream_joins_to_the_whole_message(client: anthropic.Anthropic) -> None:
     with client.messages.stream(model=MODEL, max_tokens=50, messages=USER) as stream:
         assert "".join(stream.text_stream) == "hello world"

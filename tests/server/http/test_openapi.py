@@ -50,6 +50,7 @@ OPERATIONS = [
     "POST /inference/v1/generate",
     "POST /tokenize",
     "POST /detokenize",
+    "GET /tokenizer_info",
     "GET /health",
     "GET /ready",
     "GET /version",

@@ -59,6 +59,25 @@ def test_text_becomes_tokens_and_back(server: Served) -> None:
     assert server.post("/tokenize", {}).status_code == 400
 
 
+def test_the_tokenizers_configuration_is_served_if_that_is_set(server: Served, texts: Texts) -> None:
+    info = server.get("/tokenizer_info").json()
+    assert info["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert info["chat_template"] == texts.chat_template
+    assert info["unk_token"] == "<unk>"
+    assert not {"name_or_path", "tokenizer_file"} & set(info)
+    with served(texts) as closed:
+        assert closed.get("/tokenizer_info").status_code == 404
+
+
+def test_without_a_tokenizer_there_is_no_configuration_of_one() -> None:
+    with served(Texts(None), tokenizer_info=True) as server:
+        answer = server.get("/tokenizer_info")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (
+        400,
+        "there is no tokenizer; set model.tokenizer",
+    )
+
+
 def test_a_request_id_is_kept_or_made(server: Served) -> None:
     assert server.get("/health", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
     assert len(server.get("/health").headers["x-request-id"]) == 32

@@ -55,6 +55,8 @@ def make_app(context: AppContext) -> FastAPI:
         vectors.router,
     ):
         app.include_router(router)
+    if settings.tokenizer_info:
+        app.include_router(tokens.info_router)
     if settings.dashboard:
         app.include_router(health.page_router)
     for kind in (ApiError, RequestError, OverloadedError, EngineDeadError, HTTPException):

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,9 @@ from ulysses_infer.text.token_bytes import byte_level, sentencepiece
 T = TypeVar("T")
 INLINE_CHARACTERS = 4096  # characters that are encoded on the event loop: about a millisecond
 CACHED_TOKENS = 1 << 14
+NO_TOKENIZER = "there is no tokenizer; set model.tokenizer"
+OF_THIS_MACHINE = ("vocab_file", "merges_file", "tokenizer_file", "name_or_path", "chat_template")
+"""What /tokenizer_info leaves out of a tokenizer's arguments: paths, and the template that may be replaced."""
 
 
 class Texts:
@@ -45,6 +48,14 @@ class Texts:
             return template.get("tool_use") or template.get("default")
         return template
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The tokenizer's configuration, without files of this machine. Raises `RequestError` without a tokenizer."""
+        if self._tokenizer is None:
+            raise RequestError(NO_TOKENIZER)
+        given = {name: value for name, value in self._tokenizer.init_kwargs.items() if name not in OF_THIS_MACHINE}
+        found = {**_as_json(given), "tokenizer_class": type(self._tokenizer).__name__}
+        return found if self.chat_template is None else {**found, "chat_template": self.chat_template}
+
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`. Raises `RequestError`."""
         return await self._run(len(text), lambda tokenizer: encode(tokenizer, text, add_special_tokens))
@@ -63,7 +74,7 @@ class Texts:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, with special tokens. Raises `RequestError` without a tokenizer."""
         if self.decoder is None:
-            raise RequestError("there is no tokenizer; set model.tokenizer")
+            raise RequestError(NO_TOKENIZER)
         decoder = self.decoder
         return decoder.decode([token for token in token_ids if decoder.is_visible(token, False)], False)
 
@@ -81,6 +92,15 @@ class Texts:
         if size <= INLINE_CHARACTERS:
             return work(self._tokenizer)
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._spare)
+
+
+def _as_json(value: Any) -> Any:
+    """A tokenizer's argument as it is in tokenizer_config.json: special tokens are their texts."""
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(each) for each in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
 class TokenPieces:

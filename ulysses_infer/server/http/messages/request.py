@@ -30,6 +30,7 @@ def chat_request(body: PromptFields) -> ChatRequest:
             "temperature": body.temperature,
             "top_p": body.top_p,
             "top_k": body.top_k,
+            "ignore_eos": body.ignore_eos,
         }
     return ChatRequest.model_validate(wanted)
 

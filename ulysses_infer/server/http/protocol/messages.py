@@ -141,6 +141,7 @@ class MessagesRequest(PromptFields):
     temperature: Annotated[float, between((0, 1))] | None = None
     top_p: Annotated[float, above(TOP_P_RANGE)] | None = None
     top_k: Annotated[int, between(TOP_K_RANGE)] | None = None
+    ignore_eos: bool | None = Field(None, description="Beyond Anthropic's API: true: go on until max_tokens.")
     metadata: dict[str, Any] | None = Field(None, description="Taken, without effect, as the next one.")
     service_tier: str | None = None
 

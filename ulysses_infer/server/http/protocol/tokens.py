@@ -1,10 +1,10 @@
-"""Types of /tokenize and /detokenize, as in vLLM."""
+"""Types of /tokenize, /detokenize and /tokenizer_info, as in vLLM."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from ulysses_infer.server.http.protocol.chat import Message
 from ulysses_infer.server.http.protocol.common import Body, ResponseBody, TokenId
@@ -46,3 +46,11 @@ class DetokenizeAnswer(ResponseBody):
     """The text."""
 
     prompt: str
+
+
+class TokenizerInfo(ResponseBody):
+    """The tokenizer's configuration; it has the fields that its checkpoint's has."""
+
+    model_config = ConfigDict(extra="allow")
+    tokenizer_class: str
+    chat_template: str | None = None

@@ -1,4 +1,4 @@
-"""Endpoints for token ids: /tokenize, /detokenize and /inference/v1/generate."""
+"""Endpoints for token ids: /tokenize, /detokenize, /tokenizer_info and /inference/v1/generate."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from ulysses_infer.server.http.protocol.tokens import (
     DetokenizeRequest,
     TokenizeAnswer,
     TokenizeRequest,
+    TokenizerInfo,
 )
 from ulysses_infer.server.http.respond import json_response, respond
 from ulysses_infer.server.http.token_generation import prepare_tokens
 from ulysses_infer.server.tool_calls import check_tools
 
 router = APIRouter(tags=["tokens"])
+info_router = APIRouter(tags=["tokens"])
+"""Served if server.tokenizer_info is set."""
 
 
 @router.post("/tokenize", responses=answers(TokenizeAnswer, 400, 404, 413, 415, 503), **takes(TokenizeRequest))
@@ -53,6 +56,12 @@ async def generate(request: Request) -> Response:
     """Continue token ids."""
     context, body = context_of(request), await read_body(request, GenerateRequest)
     return await respond(request, context, prepare_tokens(context, body))
+
+
+@info_router.get("/tokenizer_info", responses=answers(TokenizerInfo, 400))
+async def tokenizer_info(request: Request) -> Response:
+    """The tokenizer's configuration, as in tokenizer_config.json, with the chat template that is used."""
+    return json_response(context_of(request).texts.tokenizer_info())
 
 
 async def _token_ids(context: AppContext, body: TokenizeRequest) -> list[int]:
