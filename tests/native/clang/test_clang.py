@@ -15,7 +15,7 @@ from ulysses_infer.native.compiler import compile_library, find_compiler, source
 from ulysses_infer.native.levels import levels_of_machine
 
 pytestmark = pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LOOPS = Path(__file__).with_name("loops.c")
 LOOP_NAMES = (
     "rising",
