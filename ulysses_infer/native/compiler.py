@@ -29,7 +29,7 @@ FLAGS = (
     "-fassociative-math",
 )
 COMPILERS = ("gcc", "clang", "cc")
-CLANG_OPENMP = FOLDER / "clang_openmp.c"
+CLANG_OPENMP = FOLDER / "openmp" / "clang_openmp.c"
 """Linked to what clang compiles."""
 BUILD_SECONDS = 600
 """The longest time one file may take: half a minute of work, on a machine that has much else to do."""
