@@ -53,7 +53,7 @@ SHAPES = {
     "qwen3-30b-a3b-8xh200": Shape(2048, 48, 32, 4, 128, 768, 151936, 40960, 128, weight_bytes=61.1e9),
     "qwen3-8b-2x24gb": Shape(4096, 36, 32, 8, 128, 12288, 151936, 40960, weight_bytes=16.4e9),
     "qwen3-14b-2x24gb": Shape(5120, 40, 40, 8, 128, 17408, 151936, 40960, weight_bytes=29.5e9),
-    "smollm2-135m-cpu": Shape(576, 30, 9, 3, 64, 1536, 49152, 8192, weight_bytes=163.5e6),
+    "smollm2-135m-cpu": Shape(576, 30, 9, 3, 64, 1536, 49152, 8192, weight_bytes=192.0e6),
 }
 
 MODES = {
