@@ -215,7 +215,7 @@ def test_quantized_weights_take_their_published_bytes_and_are_cut_at_whole_block
     elsewhere = shape.vocabulary * shape.hidden * 2 * 7 / 8  # of the head, a rank has its own rows alone
     assert plan.weight_bytes + elsewhere == pytest.approx(shape.weight_bytes, rel=0.01)
     layers = [module for module in plan.injection.model.modules() if isinstance(module, QuantizedLinear)]
-    assert len(layers) == 7 * shape.layers
+    assert len(layers) == 7 * shape.layers + 1  # and the vocabulary head
     for mode in config.parallel.available_modes:
         plan.injection.bind(layout.place(mode, 3))
         for _, piece in (product for layer in layers for product in layer._products):
@@ -230,7 +230,7 @@ def test_a_recipe_that_quantises_takes_the_bytes_that_it_says():
     assert plan.weight_bytes == pytest.approx(shape.weight_bytes, rel=0.001)
     layers = [module for module in plan.injection.model.modules() if isinstance(module, QuantizedLinear)]
     assert {type(layer.scheme) for layer in layers} == {OnlineInt8}
-    assert len(layers) == 7 * shape.layers
+    assert len(layers) == 7 * shape.layers + 1  # and the vocabulary head
 
 
 def test_demo_shifts_between_prompt_and_decode_steps():
