@@ -215,7 +215,7 @@ def test_quantized_weights_take_their_published_bytes_and_are_cut_at_whole_block
     elsewhere = shape.vocabulary * shape.hidden * 2 * 7 / 8  # of the head, a rank has its own rows alone
     assert plan.weight_bytes + elsewhere == pytest.approx(shape.weight_bytes, rel=0.01)
     layers = [module for module in plan.injection.model.modules() if isinstance(module, QuantizedLinear)]
-    assert len(layers) == 7 * shape.layers + 1  # and the vocabulary head
+    assert len(layers) == 7 * shape.layers
     for mode in config.parallel.available_modes:
         plan.injection.bind(layout.place(mode, 3))
         for _, piece in (product for layer in layers for product in layer._products):
