@@ -33,7 +33,6 @@ class ShardedHead(nn.Module):
         super().__init__()
         self.vocabulary = even_span(vocab_size or source.out_features, place.shard, place.world_size)
         self._tied_to = [tied_to]  # in a list, so that it is not registered as a child and loaded twice
-        self._is_elsewhere = tied_to is not None or hasattr(source, MARK)
         self._dtype = source.weight.dtype
         self.stored: QuantizedLinear | None = None
         if hasattr(source, MARK):
@@ -47,9 +46,10 @@ class ShardedHead(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         # Mamba reads the type of its head's weight, which a tied or quantised head has not registered.
-        if name != "weight" or not vars(self)["_is_elsewhere"]:
-            return super().__getattr__(name)
-        return torch.empty(0, dtype=self._dtype) if self.stored is not None else self.rows()
+        if name == "weight" and self.stored is not None:
+            return torch.empty(0, dtype=self._dtype)
+        is_tied = name == "weight" and vars(self)["_tied_to"] != [None]
+        return self.rows() if is_tied else super().__getattr__(name)
 
     def slices(self, name: str) -> tuple[int, list[Span]] | None:
         """The part of the full parameter `name` that this rank keeps: (dimension, spans)."""

@@ -81,19 +81,19 @@ INLINE void add_byte_segment(const struct byte_rows *x, const char *weight, cons
         sums[r] += __builtin_convertvector(whole[r], floats) * scales[r * segments];
 }
 
-/* One output, whose weights begin at `weight`, with rows t .. t + rows. whole: vectors of a segment that end with the
- * segment, or 0 if it can end within a vector. */
-INLINE void add_byte_row(const struct byte_rows *x, const char *weight, int64_t t, const int whole, const int rows,
-                         floats sums[BYTE_ROWS]) {
+/* One output, whose weights begin at `weight`, with rows t .. t + rows. per_segment: vectors of
+ * each segment but the last, or 0 if one can end within a vector. */
+INLINE void add_byte_row(const struct byte_rows *x, const char *weight, int64_t t, const int per_segment,
+                         const int rows, floats sums[BYTE_ROWS]) {
     const struct product *p = x->p;
     const int8_t *codes = x->codes + t * p->num_segments * x->stride;
     const float *scales = x->scales + t * p->num_segments;
     int64_t s = 0;
     UNROLL for (int r = 0; r < rows; r++) sums[r] = (floats){0};
-    for (; whole && s < p->num_segments - 1; s++, codes += x->stride, scales++) {
-        const char *from = weight + s * whole * STEP;
+    for (; per_segment && s < p->num_segments - 1; s++, codes += x->stride, scales++) {
+        const char *from = weight + s * per_segment * STEP;
         __builtin_prefetch(from + AHEAD_BYTES, 0, 2);
-        add_byte_segment(x, from, codes, scales, whole, 1, 0, rows, sums);
+        add_byte_segment(x, from, codes, scales, per_segment, 1, 0, rows, sums);
     }
     for (; s < p->num_segments; s++, codes += x->stride, scales++) {
         const int64_t start = p->segments[s].start, count = p->segments[s].stop - start;
@@ -103,14 +103,15 @@ INLINE void add_byte_row(const struct byte_rows *x, const char *weight, int64_t 
 }
 
 /* Outputs n .. n + count of rows t .. t + rows; count: at most OUTPUTS. */
-INLINE void byte_tile(const struct byte_rows *x, int64_t t, int64_t n, int64_t count, const int whole, const int rows) {
+INLINE void byte_tile(const struct byte_rows *x, int64_t t, int64_t n, int64_t count, const int per_segment,
+                      const int rows) {
     const struct stored *w = x->p->weight;
     float sums[BYTE_ROWS * OUTPUTS];
     for (int64_t a = 0; a < count; a += 4) {
         floats four[4][BYTE_ROWS];
         for (int64_t i = a; i < a + 4; i++) { /* outputs beyond the last are computed as the last */
             floats held[BYTE_ROWS];
-            add_byte_row(x, w->codes + (n + (i < count ? i : count - 1)) * w->code_output, t, whole, rows, held);
+            add_byte_row(x, w->codes + (n + (i < count ? i : count - 1)) * w->code_output, t, per_segment, rows, held);
             UNROLL for (int r = 0; r < rows; r++) four[i - a][r] = held[r];
         }
         UNROLL for (int r = 0; r < rows; r++)
@@ -127,15 +128,15 @@ INLINE void byte_tile(const struct byte_rows *x, int64_t t, int64_t n, int64_t c
 }
 
 /* Outputs n .. n + count of all rows; count: at most OUTPUTS. */
-INLINE void byte_outputs_of(const struct byte_rows *x, int64_t n, int64_t count, const int whole) {
+INLINE void byte_outputs_of(const struct byte_rows *x, int64_t n, int64_t count, const int per_segment) {
     const int64_t all = x->p->num_rows;
     for (int64_t t = 0, rows; t < all; t += rows) {
         rows = all - t < BYTE_ROWS ? all - t : BYTE_ROWS;
         switch (rows) {
-            case 1: byte_tile(x, t, n, count, whole, 1); break;
-            case 2: byte_tile(x, t, n, count, whole, 2); break;
-            case 3: byte_tile(x, t, n, count, whole, 3); break;
-            case 4: byte_tile(x, t, n, count, whole, 4); break;
+            case 1: byte_tile(x, t, n, count, per_segment, 1); break;
+            case 2: byte_tile(x, t, n, count, per_segment, 2); break;
+            case 3: byte_tile(x, t, n, count, per_segment, 3); break;
+            case 4: byte_tile(x, t, n, count, per_segment, 4); break;
         }
     }
 }
