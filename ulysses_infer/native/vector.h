@@ -35,6 +35,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
+#define UNROLL_SOME _Pragma("GCC unroll 4")
 #define LINE 64 /* bytes of a cache line */
 #define LOG2_E 1.44269504f
 
@@ -195,10 +196,14 @@ INLINE void interleave(floats first, floats second, floats both[2]) {
 }
 #endif
 
-/* Keep `x` in a register, so that it is not read from memory again for each use. */
+/* Keep `x` in a register. Compilers fold a load into each use instead, and the loads then limit the multiply-adds. */
 INLINE floats in_register(floats x) {
 #ifdef HAS_AVX512
     __asm__("" : "+v"(x));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
 #endif
     return x;
 }

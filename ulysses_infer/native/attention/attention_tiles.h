@@ -164,7 +164,7 @@ INLINE void multiply(floats held[PANEL][TILE_VECTORS], const int vectors, const 
                      int64_t step, const float *rows, int64_t count, enum type type) {
     for (int64_t k = 0; k < count; k++, sent += step, rows += vectors * LANES) {
         floats row[TILE_VECTORS];
-        UNROLL for (int v = 0; v < vectors; v++) row[v] = load(rows + v * LANES, FLOAT32);
+        UNROLL for (int v = 0; v < vectors; v++) row[v] = in_register(load(rows + v * LANES, FLOAT32));
         UNROLL for (int i = 0; i < PANEL; i++) {
             floats all = to_all_lanes(sent + i * stride);
             UNROLL for (int v = 0; v < vectors; v++) held[i][v] = multiply_add(held[i][v], row[v], all, type);

@@ -63,10 +63,10 @@ static void pack_block(const struct product *p, const struct cut *cut, const str
 /* The operands of VECTORS vectors of words from `w` on. */
 INLINE void load_operands(const uint32_t *w, enum kind kind, words to[2][VECTORS]) {
     UNROLL for (int v = 0; v < VECTORS; v++) {
-        words read, found[2];
-        memcpy(&read, w + v * LANES, sizeof read);
-        to[0][v] = read;
-        if (kind == NIBBLES) unpack(read, kind, found), to[0][v] = found[0], to[1][v] = found[1];
+        const floats read = take(w + v * LANES, FLOAT32);
+        words found[2] = {(words)(kind == BYTES ? in_register(read) : read)};
+        if (kind == NIBBLES) unpack((words)read, kind, found);
+        to[0][v] = found[0], to[1][v] = found[1];
     }
 }
 

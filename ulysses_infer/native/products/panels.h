@@ -71,9 +71,9 @@ INLINE void add_tile_of(const float *x, const int vectors, const float *weight, 
     for (int64_t start = 0; start < depth; start += line) {
         const int64_t stop = start + line < depth ? start + line : depth;
         for (int64_t i = 0; i < ahead.count; i++) __builtin_prefetch(ahead.rows + i * ahead.bytes + start * size, 0, 2);
-        for (int64_t k = start; k < stop; k++, x += vectors * LANES) {
+        UNROLL_SOME for (int64_t k = start; k < stop; k++, x += vectors * LANES) {
             floats row[MOST_WIDE];
-            UNROLL for (int v = 0; v < vectors; v++) memcpy(&row[v], x + v * LANES, sizeof(floats));
+            UNROLL for (int v = 0; v < vectors; v++) row[v] = in_register(take(x + v * LANES, FLOAT32));
             UNROLL for (int i = 0; i < rows; i++) {
                 const floats all = to_all_lanes(weight + i * DEPTH + k);
                 UNROLL for (int v = 0; v < vectors; v++) held[i][v] += row[v] * all;
