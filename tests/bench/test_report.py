@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import statistics
-from collections.abc import Sequence
 
 import pytest
-from rich.console import Console
 
-from ulysses_infer.bench.offline import RunPrompts, check_modes, for_benchmark, interleaved
+from ulysses_infer.bench.offline import check_modes, for_benchmark
 from ulysses_infer.bench.report import as_json, comparison, summarize
-from ulysses_infer.bench.workload import WARM_UP_TOKENS, Sample, Workload, sample_of
+from ulysses_infer.bench.workload import Sample, Workload, sample_of
 from ulysses_infer.config import CacheConfig, Config, ParallelConfig
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -44,27 +41,6 @@ def test_sample_comes_from_the_clocks_of_the_requests() -> None:
     assert measured == Sample(ttft=2.0, tpot=1.5, seconds=7.5, output_tokens=6, total_tokens=16)
 
 
-def test_repeats_are_interleaved_with_the_same_prompts_in_every_mode() -> None:
-    calls: list[tuple[str, int, str]] = []
-
-    def run_of(mode: str) -> RunPrompts:
-        def run(prompts: list[list[int]], output_lens: Sequence[int]) -> Sample:
-            calls.append((mode, output_lens[0], str(prompts)))
-            return sample(1.0)
-
-        return run
-
-    workload = Workload(input_len=4, output_len=7, num_prompts=2)
-    samples = interleaved({m: run_of(m) for m in ("tp", "sp")}, workload, 3, 100, Console(file=io.StringIO()))
-
-    assert [mode for mode, _, _ in calls] == ["tp", "sp"] * 4
-    assert [length for _, length, _ in calls] == [WARM_UP_TOKENS] * 2 + [7] * 6
-    prompts = [text for _, _, text in calls]
-    assert prompts[0::2] == prompts[1::2]
-    assert len(set(prompts)) == 4
-    assert {mode: len(own) for mode, own in samples.items()} == {"tp": 3, "sp": 3}
-
-
 def test_no_mode_can_profit_from_the_cache_another_filled() -> None:
     config = for_benchmark(Config(), Workload(input_len=20, output_len=5, num_prompts=3))
 
@@ -84,6 +60,7 @@ def test_output_lengths_have_a_tail_and_are_those_of_every_mode() -> None:
     workload = Workload(input_len=4, output_len=20, num_prompts=50, samples=4, tail=1.0)
     lengths = workload.output_lens(0)
     assert lengths == workload.output_lens(0) != workload.output_lens(1)
+    assert sorted(workload.output_lens(1)) == sorted(lengths) == workload.sorted_output_lens
     assert len(lengths) == 200
     assert 1 <= min(lengths) < 20 < max(lengths) <= 160
     assert 15 <= statistics.median(lengths) <= 26

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from ulysses_infer.bench.offline import print_switching
+from ulysses_infer.bench.results import print_switching
 from ulysses_infer.bench.step_sizes import StepSize, StepTotal, savings, sizes_as_json, summed, totals
 from ulysses_infer.bench.workload import Sample
 from ulysses_infer.engine.stats import StepRecord

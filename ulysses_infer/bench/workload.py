@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import NormalDist
 
 from ulysses_infer.arithmetic import ceil_div
 from ulysses_infer.bench.step_sizes import Totals, totals
@@ -14,6 +16,8 @@ from ulysses_infer.sampling_params import SamplingParams
 
 WARM_UP_TOKENS = 2
 MAX_TAIL = 8  # outputs are at most this many times as long as the median
+LEAST = {"num_prompts": 4, "input_len": 64, "samples": 4, "output_len": 8}
+"""What workloads that are made smaller keep, in the order in which they are: a tail needs requests and tokens."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,31 @@ class Workload:
         return [prompt for prompt in prompts for _ in range(self.samples)]
 
     def output_lens(self, repeat: int) -> list[int]:
-        """Tokens of every request's output: the same for each mode, different in each repeat."""
-        draw = random.Random(f"{self.seed}/{repeat}/lengths")
-        factors = [draw.lognormvariate(0.0, self.tail) for _ in range(self.num_requests)]
-        return [min(max(1, round(self.output_len * factor)), self.longest_output) for factor in factors]
+        """Tokens of every request's output: the same for each mode. Repeats only differ in which request has which.
+
+        They are quantiles of the log-normal distribution, so that few requests have its tail too.
+        """
+        lengths = self.sorted_output_lens
+        random.Random(f"{self.seed}/{repeat}/lengths").shuffle(lengths)
+        return lengths
+
+    @property
+    def sorted_output_lens(self) -> list[int]:
+        """Tokens of every output, the shortest first."""
+        if not self.tail:
+            return [self.output_len] * self.num_requests
+        spread = NormalDist(0.0, self.tail)
+        quantiles = (spread.inv_cdf((number + 0.5) / self.num_requests) for number in range(self.num_requests))
+        return [min(max(1, round(self.output_len * math.exp(z))), self.longest_output) for z in quantiles]
+
+    def smaller(self) -> Workload | None:
+        """Half of the prompts; with few of them, half of their length, then of the samples, then of the outputs; None
+        for the smallest workload."""
+        for name, least in LEAST.items():
+            size: int = getattr(self, name)
+            if size > least:
+                return replace(self, **{name: max(least, size // 2)})
+        return None
 
     @property
     def num_requests(self) -> int:
@@ -73,6 +98,10 @@ class Sample:
     """Tokens of prompts and completions."""
     steps: Totals = field(default_factory=dict)
     """The engine's steps by size, on rank 0."""
+
+
+RunPrompts = Callable[[list[list[int]], Sequence[int]], Sample | None]
+"""Runs (prompts, output lengths) in one mode; returns None on a rank that does not take part."""
 
 
 def measure(engine: InferenceEngine, prompts: list[list[int]], output_lens: Sequence[int]) -> Sample:

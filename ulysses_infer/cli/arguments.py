@@ -25,6 +25,13 @@ CLIENTS = ("bench serve", "bench replay", "bench compare", "plan")
 MODES = ("tp", "sp", "shift", "adaptive", "single")
 DEFAULT_MODES = {"rollouts": ["tp", "sp", "shift", "adaptive"]}
 """The modes that a benchmark measures; of those not named here, tp, sp, shift and single."""
+DEFAULT_SIZES = {
+    "latency": {"input_len": 512, "output_len": 64, "num_prompts": 1, "samples": 1},
+    "throughput": {"input_len": 256, "output_len": 64, "num_prompts": 32, "samples": 1},
+    "rollouts": {"input_len": 256, "output_len": 64, "num_prompts": 32, "samples": 8},
+}
+"""The workload of a benchmark."""
+ROLLOUTS_SECONDS = 240.0  # for all runs of `bench rollouts` with the default workload
 RANDOM_MODELS = ("llama-60m", "llama-0.5b")
 SHORT_FLAGS = {"tensor_parallel_size": ("-tp",), "data_parallel_size": ("-dp",)}
 LISTS = ("lora_modules", "allowed_origins")
@@ -230,14 +237,14 @@ def _parse_bench(arguments: list[str]) -> Command:
         "bench latency|throughput|rollouts", "Compare modes on one checkpoint, in one run; medians over repeats."
     )
     number: dict[str, Any] = {"type": _positive, "metavar": "N"}
-    latency, rollouts = kind == "latency", kind == "rollouts"
+    rollouts = kind == "rollouts"
     modes = DEFAULT_MODES.get(kind, ["tp", "sp", "shift", "single"])
     others = ", ".join(mode for mode in MODES if mode not in modes)
     parser.add_argument("--modes", type=_modes, default=modes, help=f"default: {','.join(modes)}; also {others}")
-    parser.add_argument("--input-len", **number, default=512 if latency else 256, help="tokens of a prompt")
-    parser.add_argument("--output-len", **number, default=64, help="tokens of a completion")
-    parser.add_argument("--num-prompts", **number, default=1 if latency else 32, help="prompts together")
-    parser.add_argument("--samples", **number, default=8 if rollouts else 1, help="completions per prompt")
+    parser.add_argument("--input-len", **number, help="tokens of a prompt")
+    parser.add_argument("--output-len", **number, help="tokens of a completion")
+    parser.add_argument("--num-prompts", **number, help="prompts together")
+    parser.add_argument("--samples", **number, help="completions per prompt")
     parser.add_argument(
         "--tail",
         type=_tail,
@@ -246,17 +253,35 @@ def _parse_bench(arguments: list[str]) -> Command:
         help="spread of completion lengths: standard deviation of their logarithm; 0: all are equal",
     )
     parser.add_argument("--repeats", **number, default=3, help="measurements of each mode")
-    parser.add_argument("--json", metavar="FILE", help="write every measurement")
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        metavar="N",
+        help="time for all runs: where they would take longer here, by a short probe, there are fewer prompts, samples "
+        f"and tokens ({ROLLOUTS_SECONDS:g} for rollouts whose sizes are not given)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write every measurement, after each")
     parser.add_argument(
         "--random-model", choices=RANDOM_MODELS, help="random weights instead of MODEL, made once and kept"
     )
     options, model, overrides = parser.parse_command(arguments if kind.startswith("-") else rest)
     options.kind = kind
+    _fill_in_sizes(options)
     if options.random_model and model:
         raise ConfigError(f"MODEL {model!r} and --random-model {options.random_model!r}: give one of them")
     if options.random_model:
         model = options.random_model  # replaced by its folder once it is created
     return Command("bench", options, overrides + _assignments({"model.path": model}))
+
+
+def _fill_in_sizes(options: argparse.Namespace) -> None:
+    """The default workload, where none is given; only that of rollouts is fitted to a time without being asked to."""
+    sizes = DEFAULT_SIZES[options.kind]
+    missing = [name for name in sizes if getattr(options, name) is None]
+    if options.kind == "rollouts" and len(missing) == len(sizes):
+        options.seconds = options.seconds or ROLLOUTS_SECONDS
+    for name in missing:
+        setattr(options, name, sizes[name])
 
 
 def _parse_compare(arguments: list[str]) -> Command:

@@ -22,11 +22,7 @@ USER_ERROR, BUG = 2, 1
 PATIENCE_SECONDS = 10.0
 BUG_PATIENCE_SECONDS = 2.0
 
-RUNNERS = {
-    "generate": "ulysses_infer.cli.generate",
-    "bench": "ulysses_infer.bench.offline",
-    "calibrate": "ulysses_infer.cli.calibrate",
-}
+RUNNERS = {"generate": "ulysses_infer.cli.generate", "calibrate": "ulysses_infer.cli.calibrate"}
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -45,10 +41,14 @@ def main(arguments: list[str]) -> NoReturn:
         status = request.code if isinstance(request.code, int) else 0
     except UlyssesError as error:
         guard.start()
+        if isinstance(error, EngineDeadError):
+            guard.give_way()
         report(error, rank)
         status = USER_ERROR
     except Exception as error:
         guard.start()
+        if is_lost_connection(error):
+            guard.give_way()
         report_bug(error, rank)
         status = BUG
     leave(status)
@@ -65,6 +65,11 @@ def run(command: Command, rank: int, guard: Guard) -> None:
         from ulysses_infer.server.serve import run as serve
 
         serve(config, rank, guard)
+    elif command.name == "bench":
+        from ulysses_infer.bench.offline import run as bench
+
+        guard.start()
+        bench(command.options, config, rank, guard)
     else:
         guard.start()
         importlib.import_module(RUNNERS[command.name]).run(command.options, config, rank)

@@ -33,6 +33,8 @@ class Guard:
 
     def __init__(self, clean_up: Callable[[], None]) -> None:
         self._clean_up = clean_up
+        self._before_end: Callable[[], None] = _nothing
+        self._ending = threading.Event()
         self._on_signal: Callable[[int], None] = self.end
         self._on_orphaned: Callable[[], None] = lambda: self.end(signal.SIGTERM)
         self._attach(os.getpid())
@@ -59,10 +61,23 @@ class Guard:
         """Call `on_signal(number)` on each signal from now on, and `on_orphaned()` once if the launcher is gone."""
         self._on_signal, self._on_orphaned = on_signal, on_orphaned
 
+    def before_end(self, action: Callable[[], None]) -> None:
+        """Call `action()` in the guard's thread before this process ends, as to show what is finished."""
+        self._before_end = action
+
     def end(self, number: int) -> None:
         """Clean up and end this process as signal `number` would."""
-        self._clean_up()
-        os._exit(128 + number)
+        self._ending.set()
+        try:
+            self._before_end()
+        finally:
+            self._clean_up()
+            os._exit(128 + number)
+
+    def give_way(self) -> None:
+        """For the main thread, which has lost another rank: the signal that ended that rank may end this one too."""
+        if self._ending.wait(SIGNAL_GRACE_SECONDS):
+            self._thread.join()
 
     def _watch(self) -> None:
         while True:
@@ -91,6 +106,10 @@ def _watch_launcher(launcher: Launcher) -> None:
     while launcher.is_alive():
         time.sleep(POLL_SECONDS)
     os._exit(1)
+
+
+def _nothing() -> None:
+    """The default `before_end`."""
 
 
 def _empty_handler(number: int, frame: object) -> None:
