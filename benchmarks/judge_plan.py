@@ -28,7 +28,7 @@ from ulysses_infer.planning.node import load_node
 from ulysses_infer.planning.planner import Candidate, Planner
 from ulysses_infer.planning.replica import SimulatedReplica
 from ulysses_infer.planning.results import Figures, figures_of
-from ulysses_infer.planning.simulation import simulate
+from ulysses_infer.planning.simulation import Fleet, simulate
 from ulysses_infer.planning.sizes import ModelSizes, sizes_of
 from ulysses_infer.planning.workload import Traffic
 
@@ -118,9 +118,9 @@ def _figures(
     times = planner.times(layout)
     settings = planner.settings(layout)
     policy = Candidate(layout, "static", mode)
-    replicas = [SimulatedReplica(settings, times, planner.policy(policy, times)) for _ in range(dp)]
-    result = simulate(rows, replicas, times.request_seconds, max_concurrency=max_concurrency)
-    return figures_of(result, replicas, {})
+    fleet = Fleet(dp, lambda: SimulatedReplica(settings, times, planner.policy(policy, times)))
+    result = simulate(rows, fleet, times.request_seconds, max_concurrency=max_concurrency)
+    return figures_of(result, fleet.replicas, {})
 
 
 if __name__ == "__main__":

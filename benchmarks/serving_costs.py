@@ -22,7 +22,7 @@ from ulysses_infer.engine.policies import StaticPolicy
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planning.node import Host
 from ulysses_infer.planning.replica import ReplicaSettings, SimulatedReplica
-from ulysses_infer.planning.simulation import SimulationResult, simulate
+from ulysses_infer.planning.simulation import Fleet, SimulationResult, simulate
 from ulysses_infer.planning.step_times import MeasuredStepTimes
 from ulysses_infer.step_time.profile import Profile
 from ulysses_infer.step_time.regression import fit_coefficients
@@ -115,9 +115,9 @@ def _simulated(
     probe: Probe, profile: Profile, settings: ReplicaSettings, host: Host
 ) -> tuple[SimulationResult, _LoggedStepTimes]:
     times = _LoggedStepTimes(profile, host)
-    replica = SimulatedReplica(settings, times, StaticPolicy(probe.mode))
+    fleet = Fleet(1, lambda: SimulatedReplica(settings, times, StaticPolicy(probe.mode)))
     most = 1 if probe.case.kind == LONE else None
-    return simulate(probe.case.rows, [replica], host.request_seconds, most), times
+    return simulate(probe.case.rows, fleet, host.request_seconds, most), times
 
 
 def _request_seconds(probes: Sequence[Probe], profile: Profile, settings: ReplicaSettings, host: Host) -> float:

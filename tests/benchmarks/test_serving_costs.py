@@ -18,7 +18,7 @@ from ulysses_infer.engine.policies import StaticPolicy
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planning.node import Host, load_node
 from ulysses_infer.planning.replica import ReplicaSettings, SimulatedReplica
-from ulysses_infer.planning.simulation import simulate
+from ulysses_infer.planning.simulation import Fleet, simulate
 from ulysses_infer.planning.step_times import AnalyticStepTimes, profile_of
 from ulysses_infer.step_time.profile import Profile
 
@@ -33,7 +33,8 @@ def probe(kind: str, count: int, profile: Profile, host: Host) -> Probe:
     case = ComparisonCase("shape", kind, kind, kind, (TraceRow(0.0, 300, 20),) * count)
     times = _LoggedStepTimes(profile, host)
     most = 1 if kind == LONE else None
-    result = simulate(case.rows, [SimulatedReplica(SETTINGS, times, StaticPolicy(MODE))], host.request_seconds, most)
+    fleet = Fleet(1, lambda: SimulatedReplica(SETTINGS, times, StaticPolicy(MODE)))
+    result = simulate(case.rows, fleet, host.request_seconds, most)
     starts = accumulate((seconds for _, seconds in times.steps), initial=0.0)
     steps = [
         StepRow(start, seconds, *MODE, shape.num_tokens, shape.num_decodes)

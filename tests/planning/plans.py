@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from benchmarks.judge_plan import LLAMA_8B
@@ -15,6 +16,8 @@ from ulysses_infer.planning.operations import Changes, StepOperations
 from ulysses_infer.planning.planner import Planner
 from ulysses_infer.planning.roofline import Link, Rate
 from ulysses_infer.planning.sizes import ModelSizes, sizes_of
+
+NO_HASH_IDS: st.SearchStrategy[tuple[int, ...]] = st.just(())
 
 
 def llama_config(**changes: int) -> LlamaConfig:
@@ -54,6 +57,16 @@ def operations(node: Node, sizes: ModelSizes | None = None) -> StepOperations:
 
 def burst(count: int = 20, input_len: int = 300, output_len: int = 8) -> list[TraceRow]:
     return [TraceRow(0.001 * number, input_len, output_len) for number in range(count)]
+
+
+def arrivals(
+    longest_input: int, longest_output: int, most: int = 30, hash_ids: st.SearchStrategy[tuple[int, ...]] = NO_HASH_IDS
+) -> st.SearchStrategy[list[TraceRow]]:
+    """Requests of any lengths within a fifth of a second."""
+    row = st.builds(
+        TraceRow, st.floats(0, 0.2), st.integers(1, longest_input), st.integers(1, longest_output), hash_ids
+    )
+    return st.lists(row, min_size=1, max_size=most).map(lambda found: sorted(found, key=lambda row: row.at))
 
 
 def faster(node: Node, part: str, factor: float) -> Node:

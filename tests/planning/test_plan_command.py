@@ -9,6 +9,7 @@ from tests.planning.plans import burst, llama_config
 from ulysses_infer.cli.arguments import parse
 from ulysses_infer.config import load_config
 from ulysses_infer.errors import ConfigError, UlyssesError
+from ulysses_infer.model.injection import architectures
 from ulysses_infer.planning.command import run
 from ulysses_infer.planning.node import FOLDER
 from ulysses_infer.planning.workload import Traffic
@@ -132,6 +133,16 @@ def test_python_plans_with_a_config_object():
         (["--hardware", "8xh200", "--offload-disk-bytes", "9"], "give --offload-host-bytes and --offload-disk-folder"),
         (["--hardware", "8xh200", "--price", "inf"], "argument --price: 'inf' is not a price"),
         (["--hardware", "8xh200", "--slo", "ttft:5", "ttft:6"], "--slo: a metric is given twice"),
+        (
+            ["--hardware", "8xh200", "--input-len", "9", "--rate", "1e-300"],
+            "at most 1e+09 s are simulated; give a higher --rate",
+        ),
+        (["--hardware", "8xh200", "--trace", "x.csv", "--time-scale", "inf"], "--time-scale: 'inf' is above 1e+09"),
+        (["--hardware", "8xh200", "--trace", "x.csv", "--length-scale", "1e300"], "--length-scale: '1e300' is above"),
+        (
+            ["--hardware", "8xh200", "--speculation", "ngram:num_tokens=8192"],
+            "num_tokens=8192 must be less than --max-num-batched-tokens 8192",
+        ),
         (["--rate", "3"], "the following arguments are required: --hardware"),
         *(
             (["--hardware", "8xh200", option, "0"], f"argument {option}: '0' is not")
@@ -184,6 +195,7 @@ def test_a_trace_without_requests_that_can_be_is_one_line(model, tmp_path, name,
         ("list.json", "[]", "list.json"),
         ("headless.json", '{"model_type": "llama", "num_attention_heads": 0}', "headless.json"),
         ("flat.json", '{"model_type": "llama", "num_hidden_layers": 0}', "num_hidden_layers = 0; it is at least 1"),
+        ("deep.json", '{"model_type": "llama", "num_hidden_layers": 1000000000}', "at most 10000 are planned"),
         ("unknown.json", '{"model_type": "nosuch"}', "nosuch"),
         ("encoder.json", '{"model_type": "bert"}', "model type 'bert' is an encoder"),
         ("both.json", '{"model_type": "t5"}', "model type 't5'"),
@@ -203,7 +215,8 @@ def test_a_model_that_cannot_be_read_is_one_line(tmp_path, name, text, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("num_devices: 8", "num_devices: 0", "num_devices is 0, not above 0"),
+        ("num_devices: 8", "num_devices: 0", "num_devices is 0, not from 1 to 1024"),
+        ("num_devices: 8", "num_devices: 1000000000", "num_devices is 1000000000, not from 1 to 1024"),
         ("memory_bytes: 150.75e+9", "memory_bytes: -5", "memory_bytes is -5, not above 0"),
         ("flops: 716.0e+12", "flops: 0", "flops is 0, not above 0"),
         ("inter_node: [10.0e-6, 50.0e+9]", "inter_node: [10.0e-6, 0]", "the bandwidth of a link is 0, not above 0"),
@@ -219,6 +232,54 @@ def test_a_hardware_file_that_no_node_has_is_one_line(model, tmp_path, old, new,
         planned(model, "--hardware", path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-prompts", "1000000000"], "1,000,000,000 requests are too many to simulate; give at most 2,000,000"),
+        (
+            ["--num-prompts", "100000"],
+            "100,000 requests with 25,000,000 output tokens, simulated for 22 layouts and policies, would take days; "
+            "give --num-prompts 16175, or a part of the trace",
+        ),
+    ],
+)
+def test_a_simulation_that_would_take_days_is_one_line(model, words, message):
+    with pytest.raises(ConfigError) as error:
+        run(parse(["plan", str(model), "--hardware", "8xh200", "--input-len", "500", *words]).options)
+    assert str(error.value) == message
+
+
+def test_very_many_nodes_take_no_longer_than_their_requests(model, capsys):
+    planned(model, "--hardware", "8xh200", "--input-len", "300", "--output-len", "4", "--nodes", "1000000000")
+    assert "dp8000000000 sp1xtp1, static" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"num_requests": 0}, {"rate": 0.0}, {"rate": float("nan")}, {"input_len": -1}])
+def test_traffic_that_cannot_be_is_one_line(change):
+    with pytest.raises(ConfigError, match=f"traffic with {next(iter(change))} = .*: give a number above 0"):
+        Traffic(**{"input_len": 400, "output_len": 10, "rate": 20.0, "num_requests": 10, **change})
+
+
+def test_an_unverified_model_is_planned_if_that_is_allowed(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(architectures, "VERIFIED", frozenset({"mistral"}))
+    recipe, words = tmp_path / "best.yaml", ["--hardware", "8xh200", "--input-len", "300", "--output-len", "4"]
+    with pytest.raises(UlyssesError) as error:
+        planned(model, *words)
+    assert "give --allow-unverified, in Python allow_unverified=True, to plan it at your own risk" in str(error.value)
+    planned(model, *words, "--allow-unverified", "--recipe", recipe)
+    assert load_config(recipe, []).model.allow_unverified
+    requests = burst(2)
+    with pytest.raises(UlyssesError, match="allow_unverified=True"):
+        ulysses_infer.plan(llama_config(), "8xh200", requests)
+    assert ulysses_infer.plan(llama_config(), "8xh200", requests, allow_unverified=True).evaluations
+
+
+def test_a_context_that_no_cache_holds_says_what_would_help(tmp_path):
+    llama_config(max_position_embeddings=10**12).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"less than one request of .*\. It fits with --max-model-len \d+"):
+        planned(tmp_path, "--hardware", "8xh200")
 
 
 def test_a_model_that_fits_nowhere_says_what_would_help(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3NextConfig
 
 import ulysses_infer
-from tests.planning.plans import config, llama_config, llama_sizes
+from tests.planning.plans import arrivals, config, llama_config, llama_sizes
 from ulysses_infer.bench.serve.traces import TraceRow
 from ulysses_infer.cache.offload import LOAD, SPILL, STORE, Move
 from ulysses_infer.cache.offload_sizing import OffloadSizes
@@ -24,7 +24,7 @@ from ulysses_infer.planning.node import HostLink, load_node
 from ulysses_infer.planning.planner import Planner
 from ulysses_infer.planning.replica import ReplicaSettings, SimulatedReplica
 from ulysses_infer.planning.roofline import Link
-from ulysses_infer.planning.simulation import RequestResult, simulate
+from ulysses_infer.planning.simulation import Fleet, RequestResult, simulate
 from ulysses_infer.planning.sizes import sizes_of
 from ulysses_infer.planning.tier import SimulatedTier
 from ulysses_infer.step_time.step_shape import StepShape
@@ -61,7 +61,7 @@ def replica(host: int = 100, disk: int = 0, link: HostLink = LINK, blocks: int =
 def repeated(own: SimulatedReplica) -> RequestResult:
     """The result of a request that was served before, after others have taken its blocks."""
     rows = [SHARED, *OTHERS, replace(SHARED, at=9.0)]
-    return simulate(rows, [own]).requests[-1]
+    return simulate(rows, Fleet(1, lambda: own)).requests[-1]
 
 
 def test_an_evicted_prefix_is_loaded_instead_of_computed_again():
@@ -98,21 +98,12 @@ def test_spilled_blocks_do_not_use_the_link_of_the_device():
     assert tier(disk=4).wait([Move(SPILL, 0, 0, 0)], now=0.0) == pytest.approx(0.010)
 
 
-rows = st.lists(
-    st.builds(
-        TraceRow, st.floats(0, 0.2), st.integers(1, 500), st.integers(1, 20), st.sampled_from([(1,), (2,), (3,)])
-    ),
-    min_size=1,
-    max_size=20,
-).map(lambda found: sorted(found, key=lambda row: row.at))
-
-
 @settings(max_examples=25, deadline=None)
-@given(rows, st.integers(1, 60), st.integers(0, 60))
+@given(arrivals(500, 20, 20, st.sampled_from([(1,), (2,), (3,)])), st.integers(1, 60), st.integers(0, 60))
 def test_every_request_ends_and_the_same_way_each_time(found, host, disk):
-    result = simulate(found, [replica(host, disk, blocks=48)])
+    result = simulate(found, Fleet(1, lambda: replica(host, disk, blocks=48)))
     assert len(result.requests) + result.num_refused == len(found)
-    assert result == simulate(found, [replica(host, disk, blocks=48)])
+    assert result == simulate(found, Fleet(1, lambda: replica(host, disk, blocks=48)))
 
 
 def with_tier(num_bytes: int):

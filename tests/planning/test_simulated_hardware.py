@@ -19,7 +19,7 @@ from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.planning.node import Node, load_node
 from ulysses_infer.planning.planner import Candidate, Planner
 from ulysses_infer.planning.replica import SimulatedReplica
-from ulysses_infer.planning.simulation import SimulationResult, simulate
+from ulysses_infer.planning.simulation import Fleet, SimulationResult, simulate
 from ulysses_infer.planning.workload import Traffic
 
 SP, TP = Mode(8, 1), Mode(1, 8)
@@ -32,7 +32,7 @@ def run(node: Node, rows: list[TraceRow], mode: Mode) -> tuple[SimulationResult,
     own = Planner(llama_sizes(), node, config())
     layout = next(layout for layout in own.usable if layout.base == SP)
     replica = SimulatedReplica(own.settings(layout), own.times(layout), StaticPolicy(mode))
-    return simulate(rows, [replica], 0.0), replica
+    return simulate(rows, Fleet(1, lambda: replica), 0.0), replica
 
 
 @settings(max_examples=12, deadline=None)

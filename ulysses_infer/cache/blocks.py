@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from ulysses_infer.arithmetic import ceil_div
+from ulysses_infer.cache.free_list import FreeList
 
 OFFLOADED = -1
 """In place of a block that the cache has lost, but the tier below has kept."""
@@ -64,9 +65,9 @@ class BlockAllocator:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._reference_counts = [0] * num_blocks
+        self._reference_counts: defaultdict[int, int] = defaultdict(int)
         # Free blocks in the order of reuse: empty ones (block 0 first), then cached ones, least recently freed first.
-        self._empty = list(range(num_blocks - 1, -1, -1))
+        self._empty = FreeList(num_blocks)
         self._evict_first: OrderedDict[int, None] = OrderedDict()
         self._evict_last: OrderedDict[int, None] = OrderedDict()
         self._was_reused: set[int] = set()  # blocks whose present content was shared at least once
@@ -100,9 +101,7 @@ class BlockAllocator:
     def allocate(self, count: int) -> list[int]:
         """Allocate `count` blocks, at most `num_free`, each with one reference."""
         assert count <= self.num_free, f"{count} blocks requested, {self.num_free} free"
-        kept = len(self._empty) - min(count, len(self._empty))
-        blocks = self._empty[kept:][::-1]
-        del self._empty[kept:]
+        blocks = self._empty.take(count)
         blocks += self._evict(count - len(blocks))
         for block in blocks:
             self._reference_counts[block] = 1
@@ -190,7 +189,7 @@ class BlockAllocator:
         if self.num_used:
             return False
         for kept in (self._evict_first, self._evict_last):
-            self._empty.extend(kept)
+            self._empty.give_all(kept)
             kept.clear()
         self._was_reused.clear()
         self._block_of_hash.clear()
@@ -199,7 +198,7 @@ class BlockAllocator:
 
     def assert_idle(self) -> None:
         """Raise AssertionError, naming the blocks, unless every block is free."""
-        held = [block for block, reference_count in enumerate(self._reference_counts) if reference_count]
+        held = [block for block, reference_count in self._reference_counts.items() if reference_count]
         if held or self.num_free != self.num_blocks:
             raise AssertionError(f"idle engine, but {self.num_used} blocks are not free; held: {held[:20]}")
 
@@ -228,4 +227,4 @@ class BlockAllocator:
             if block in cached:
                 kept[block] = None
             else:
-                empty.append(block)
+                empty.give(block)

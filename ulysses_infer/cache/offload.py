@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ulysses_infer.cache.blocks import PrefixCacheStats
+from ulysses_infer.cache.free_list import FreeList
 
 STORE, SPILL, LOAD = 0, 1, 2
 """Kinds of moves: from a block to host memory, from there to disk, from either to a block."""
@@ -70,7 +71,7 @@ class OffloadPool:
             return
         on_disk = self._disk.pop(content, None)
         if on_disk is not None:
-            self._free_on_disk.append(on_disk)
+            self._free_on_disk.give(on_disk)
         slot = self._host_slot()
         if slot is None:
             return
@@ -99,13 +100,12 @@ class OffloadPool:
         """Forget everything."""
         self._host: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
         self._disk: OrderedDict[bytes, int] = OrderedDict()
-        self._free_in_host = list(range(self.host_slots - 1, -1, -1))
-        self._free_on_disk = list(range(self.disk_slots - 1, -1, -1))
+        self._free_in_host, self._free_on_disk = FreeList(self.host_slots), FreeList(self.disk_slots)
 
     def _host_slot(self) -> int | None:
         """A slot in host memory to write; its content moves to disk, if there is any. None: all are protected."""
-        if self._free_in_host:
-            return self._free_in_host.pop()
+        if free := self._free_in_host.take(1):
+            return free[0]
         oldest = next(iter(self._host))
         if oldest in self._in_use:  # only what was stored since `hold` is younger
             return None
@@ -115,8 +115,8 @@ class OffloadPool:
 
     def _spill(self, content: bytes, slot: int) -> None:
         """Move `content` from host memory to disk, if there is a slot that is not protected."""
-        if self._free_on_disk:
-            target = self._free_on_disk.pop()
+        if free := self._free_on_disk.take(1):
+            target = free[0]
         elif self._disk and next(iter(self._disk)) not in self._in_use:
             _, target = self._disk.popitem(last=False)
         else:

@@ -63,26 +63,30 @@ def plan(
     speculation: str | None = None,
     offload_host_bytes: int = 0,
     offload_disk_bytes: int = 0,
+    allow_unverified: bool = False,
     **scheduler: int,
 ) -> Plan:
     """Predict every layout of `model` on `hardware` for these requests; the best is first in `Plan.evaluations`.
 
     model: a folder or config.json, or a transformers config. hardware: a name as 8xh200, or a YAML file. targets:
     limits in ms of ttft, tpot or latency. speculation: as `ngram:acceptance=0.6,num_tokens=4`. offload_host_bytes,
-    offload_disk_bytes: of the tier below the cache, per rank. scheduler: max_num_seqs, max_num_batched_tokens. Raises
-    `ConfigError`.
+    offload_disk_bytes: of the tier below the cache, per rank. allow_unverified: plan a model type that has not been
+    verified, too. scheduler: max_num_seqs, max_num_batched_tokens. Raises `ConfigError`, `UnsupportedModelError`.
     """
     rows, config = requests.rows() if isinstance(requests, Traffic) else requests, _config(**scheduler)
     config.cache.block_size = simulated_block_size(rows)
     config.cache.offload_host_bytes, config.cache.offload_disk_bytes = offload_host_bytes, offload_disk_bytes
     drafts = None if speculation is None else parse_speculation(speculation)
-    planner = Planner(_sizes(model, dtype), load_node(hardware), config, num_nodes, changes, speculation=drafts)
+    planner = Planner(
+        _sizes(model, dtype, allow_unverified), load_node(hardware), config, num_nodes, changes, speculation=drafts
+    )
     return planner.plan(rows, targets or {})
 
 
 def _planner(options: argparse.Namespace, block_size: int) -> Planner:
     config = _config(max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens)
     config.model.path, config.model.max_model_len = options.model, options.max_model_len
+    config.model.allow_unverified = options.allow_unverified
     config.cache.dtype, config.cache.block_size = options.cache_dtype, block_size
     config.cache.offload_host_bytes = options.offload_host_bytes
     config.cache.offload_disk_bytes = options.offload_disk_bytes
@@ -90,7 +94,8 @@ def _planner(options: argparse.Namespace, block_size: int) -> Planner:
     config.parallel.expert_placement = options.expert_placement
     profile = None if options.profile is None else Profile.load(options.profile)
     tokens_per_hash = scale_of(options).block_tokens if options.trace is not None else float(HASH_BLOCK_TOKENS)
-    sizes = replace(_sizes(options.model, options.dtype), expert_imbalance=options.expert_imbalance)
+    sizes = _sizes(options.model, options.dtype, options.allow_unverified)
+    sizes = replace(sizes, expert_imbalance=options.expert_imbalance)
     node = load_node(options.hardware)
     speculation = None if options.speculation is None else parse_speculation(options.speculation)
     return Planner(
@@ -107,10 +112,10 @@ def _config(max_num_seqs: int = 1024, max_num_batched_tokens: int = 8192) -> Con
     )
 
 
-def _sizes(model: Any, dtype: str | None) -> ModelSizes:
+def _sizes(model: Any, dtype: str | None, allow_unverified: bool) -> ModelSizes:
     """Only config.json is read. Raises `UnsupportedModelError` for a model that the engine does not serve."""
     config = _model_config(model)
-    check_supported(config, allow_unverified=False)
+    check_supported(config, allow_unverified, "give --allow-unverified, in Python allow_unverified=True, to plan it")
     return sizes_of(config, dtype)
 
 

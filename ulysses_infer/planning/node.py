@@ -16,6 +16,7 @@ from ulysses_infer.planning.roofline import Link, Rate
 
 FOLDER = Path(__file__).parent / "nodes"
 PRODUCTS = ("bf16", "fp8", "fp8_block", "int4")
+MOST_DEVICES = 1024
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _node(name: str, values: Mapping[str, Any]) -> Node:
     return Node(
         name=name,
         device=str(values["device"]),
-        num_devices=int(_above_zero("num_devices", int(values["num_devices"]))),
+        num_devices=_num_devices(int(values["num_devices"])),
         memory_bytes=_above_zero("memory_bytes", float(values["memory_bytes"])),
         products={dtype: _rate(each) for dtype, each in values["products"].items()},
         experts={dtype: _rate(each) for dtype, each in values["experts"].items()},
@@ -144,6 +145,12 @@ def _host(values: Mapping[str, Any]) -> Host:
 def _host_link(values: Mapping[str, Any]) -> HostLink:
     host, disk = (_link(values[name]) for name in ("host", "disk"))
     return HostLink(host, disk, float(values["staging_bytes"]))
+
+
+def _num_devices(value: int) -> int:
+    if not 0 < value <= MOST_DEVICES:
+        raise ValueError(f"num_devices is {value}, not from 1 to {MOST_DEVICES}; --nodes N plans several nodes")
+    return value
 
 
 def _above_zero(name: str, value: float) -> float:

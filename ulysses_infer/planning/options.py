@@ -73,6 +73,9 @@ def parse_plan(arguments: Sequence[str]) -> argparse.Namespace:
         f"{DEFAULT_ACCEPTANCE}), drafted tokens of a request per step (default: auto), and the share of its steps for "
         "which something is proposed (default: 1)",
     )
+    parser.add_argument(
+        "--allow-unverified", action="store_true", help="plan a model type that has not been verified (docs/models.md)"
+    )
     parser.add_argument("--profile", type=Path, metavar="FILE", help="step times that ulysses-infer calibrate measured")
     _add_traffic(parser)
     _add_results(parser)

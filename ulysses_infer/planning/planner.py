@@ -9,6 +9,7 @@ from functools import partial
 from ulysses_infer.bench.serve.traces import HASH_BLOCK_TOKENS, TraceRow
 from ulysses_infer.cache.offload_sizing import offload_sizes
 from ulysses_infer.config import Config, PolicyConfig
+from ulysses_infer.config.speculation import AUTO
 from ulysses_infer.engine.calibration_points import Limits
 from ulysses_infer.engine.policies import AdaptivePolicy, Policy, StaticPolicy, ThresholdPolicy
 from ulysses_infer.errors import ConfigError
@@ -18,12 +19,12 @@ from ulysses_infer.planning.node import Node
 from ulysses_infer.planning.operations import Changes, StepOperations
 from ulysses_infer.planning.replica import ReplicaSettings, SimulatedReplica
 from ulysses_infer.planning.results import Figures, figures_of
-from ulysses_infer.planning.simulation import simulate
+from ulysses_infer.planning.simulation import Fleet, simulate
 from ulysses_infer.planning.sizes import ModelSizes
 from ulysses_infer.planning.speculation import AssumedSpeculation, SimulatedSpeculation
 from ulysses_infer.planning.step_times import AnalyticStepTimes, MeasuredStepTimes, StepTimes, profile_of
 from ulysses_infer.planning.tier import SimulatedTier
-from ulysses_infer.planning.workload import check_lengths
+from ulysses_infer.planning.workload import check_lengths, check_size
 from ulysses_infer.step_time.profile import Profile
 from ulysses_infer.step_time.step_shape import StepShape
 
@@ -115,17 +116,28 @@ class Planner:
         Raises `ConfigError` for speculation with a model that the engine does not speculate with, and for a tier below
         the cache that cannot be planned.
         """
-        if speculation is not None and sizes.num_recurrent_layers:
-            raise ConfigError(
-                f"--speculation: model type {sizes.model_type!r} has recurrent layers, whose states cannot go back to "
-                "the accepted tokens; leave it out"
-            )
+        if speculation is not None:
+            self._check_speculation(speculation, sizes, config)
         self._check_tier(sizes, node, config)
         self.sizes, self.node, self.config, self.num_nodes = sizes, node, config, num_nodes
         self.changes, self.profile, self.speculation = changes or Changes(), profile, speculation
         self.tokens_per_hash = tokens_per_hash
         self.max_model_len = min(config.model.max_model_len or sizes.max_model_len, sizes.max_model_len)
         self.layouts = all_layouts(sizes, node, config, num_nodes)
+
+    @staticmethod
+    def _check_speculation(speculation: AssumedSpeculation, sizes: ModelSizes, config: Config) -> None:
+        if sizes.num_recurrent_layers:
+            raise ConfigError(
+                f"--speculation: model type {sizes.model_type!r} has recurrent layers, whose states cannot go back to "
+                "the accepted tokens; leave it out"
+            )
+        count, most = speculation.config.num_tokens, config.scheduler.max_num_batched_tokens or MOST_BATCHED
+        if count != AUTO and count >= most:
+            raise ConfigError(
+                f"--speculation: num_tokens={count} must be less than --max-num-batched-tokens {most}, the limit of "
+                "a step"
+            )
 
     @staticmethod
     def _check_tier(sizes: ModelSizes, node: Node, config: Config) -> None:
@@ -145,11 +157,12 @@ class Planner:
         if not candidates:
             raise ConfigError(self._why_nothing_fits())
         fitting = check_lengths(rows, self.max_model_len)
+        check_size(fitting, len(candidates), min(self.config.cache.block_size, self._most_batched))
         evaluations = []
         for number, candidate in enumerate(candidates):
-            if report is not None:
-                report(str(candidate), number / len(candidates))
-            evaluations.append(self.evaluate(candidate, fitting, targets))
+            progress = partial(_report, report, str(candidate), number, len(candidates))
+            progress(0.0)
+            evaluations.append(self.evaluate(candidate, fitting, targets, progress))
         evaluations.sort(key=lambda evaluation: _cost(evaluation.figures, bool(targets)))
         crossovers = {str(layout): self.crossover(layout) for layout in self.usable}
         return Plan(
@@ -163,6 +176,10 @@ class Planner:
             crossovers,
             self.speculation,
         )
+
+    @property
+    def _most_batched(self) -> int:
+        return self.config.scheduler.max_num_batched_tokens or MOST_BATCHED
 
     @property
     def usable(self) -> list[PlannedLayout]:
@@ -180,17 +197,24 @@ class Planner:
                 yield Candidate(layout, "threshold", threshold=self.crossover(layout) or MOST_TOKENS)
                 yield Candidate(layout, "adaptive")
 
-    def evaluate(self, candidate: Candidate, rows: Sequence[TraceRow], targets: Mapping[str, float]) -> Evaluation:
-        """Simulate one candidate."""
+    def evaluate(
+        self,
+        candidate: Candidate,
+        rows: Sequence[TraceRow],
+        targets: Mapping[str, float],
+        report: Callable[[float], None] | None = None,
+    ) -> Evaluation:
+        """Simulate one candidate. report: called with the share, 0 to 1, that is done."""
         times = self.times(candidate.layout)
         settings = self.settings(candidate.layout)
-        replicas = []
-        for _ in range(candidate.layout.dp):
+
+        def replica() -> SimulatedReplica:
             policy = self.policy(candidate, times)
-            speculation = self._speculation_of(candidate.layout, policy, times)
-            replicas.append(SimulatedReplica(settings, times, policy, speculation))
-        result = simulate(rows, replicas, times.request_seconds)
-        return Evaluation(candidate, figures_of(result, replicas, targets), replicas[0])
+            return SimulatedReplica(settings, times, policy, self._speculation_of(candidate.layout, policy, times))
+
+        fleet = Fleet(candidate.layout.dp, replica)
+        result = simulate(rows, fleet, times.request_seconds, report=report)
+        return Evaluation(candidate, figures_of(result, fleet.replicas, targets), fleet.replicas[0])
 
     def times(self, layout: PlannedLayout) -> StepTimes:
         """Step times of a layout."""
@@ -255,13 +279,12 @@ class Planner:
         if self.speculation is None:
             return None
         predicted = profile_of(times, self._limits(layout)).measurements
-        most = self.config.scheduler.max_num_batched_tokens or MOST_BATCHED
-        return SimulatedSpeculation(self.speculation, policy, times.modes, predicted, most)
+        return SimulatedSpeculation(self.speculation, policy, times.modes, predicted, self._most_batched)
 
     def _limits(self, layout: PlannedLayout) -> Limits:
         scheduler = self.config.scheduler
-        tokens = scheduler.max_num_batched_tokens or MOST_BATCHED
-        return Limits(tokens, scheduler.max_num_seqs, self.max_model_len, layout.cache_tokens(scheduler.max_num_seqs))
+        cached = layout.cache_tokens(scheduler.max_num_seqs)
+        return Limits(self._most_batched, scheduler.max_num_seqs, self.max_model_len, cached)
 
     def _why_nothing_fits(self) -> str:
         if self.profile is not None and any(layout.reason is None for layout in self.layouts):
@@ -276,8 +299,9 @@ class Planner:
         )
 
     def _remedies(self) -> str:
-        """What would make the model fit: a smaller dtype, or more devices in a node."""
-        found = []
+        """What would make the model fit: shorter requests, a smaller dtype, or more devices in a node."""
+        longest = max(layout.cache_tokens(1) for layout in self.layouts)
+        found = [f"--max-model-len {longest}"] if longest > 0 else []
         for dtype in DTYPES[DTYPES.index(self.sizes.dtype) + 1 :]:
             if self._fits(replace(self.sizes, dtype=dtype), self.node):
                 found.append(f"--dtype {dtype}")
@@ -291,6 +315,12 @@ class Planner:
 
     def _fits(self, sizes: ModelSizes, node: Node) -> bool:
         return any(layout.reason is None for layout in all_layouts(sizes, node, self.config))
+
+
+def _report(report: Report | None, name: str, number: int, count: int, share: float) -> None:
+    """Report that `share` of candidate `number` of `count` is done."""
+    if report is not None:
+        report(name, (number + share) / count)
 
 
 def _cost(figures: Figures, has_targets: bool) -> tuple[float, ...]:

@@ -32,6 +32,8 @@ def recipe_of(plan: Plan, config: Config, model: str) -> dict[str, Any]:
         recipe["parallel"]["expert_placement"] = layout.placement
     if config.model.max_model_len is not None:
         recipe["model"]["max_model_len"] = config.model.max_model_len
+    if config.model.allow_unverified:
+        recipe["model"]["allow_unverified"] = True
     if cache := _cache(config.cache):
         recipe["cache"] = cache
     return recipe

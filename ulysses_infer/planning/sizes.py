@@ -15,6 +15,7 @@ from ulysses_infer.planning.recurrent import (
     recurrent_sizes,
 )
 
+MOST_LAYERS = 10_000
 WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int4": 0.5625}
 """Bytes per weight of a quantised layer, scales of int4's groups included."""
 
@@ -126,6 +127,11 @@ def sizes_of(config: Any, dtype: str | None = None) -> ModelSizes:
     """
     text = config.get_text_config(decoder=True)
     hidden, num_layers = _need(text, "hidden_size"), _need(text, "num_hidden_layers")
+    if num_layers > MOST_LAYERS:
+        raise ConfigError(
+            f"the config of model type {text.model_type!r} has num_hidden_layers = {num_layers}; at most {MOST_LAYERS} "
+            "are planned"
+        )
     kinds = _layer_kinds(text, num_layers)
     attends = any(kind not in KINDS_WITHOUT_ATTENTION for kind in kinds)
     heads = _need(text, "num_attention_heads") if attends else 1

@@ -10,6 +10,11 @@ from ulysses_infer.bench.serve.arrivals import Rate, arrival_times
 from ulysses_infer.bench.serve.traces import TraceRow
 from ulysses_infer.errors import ConfigError
 
+MOST_REQUESTS = 2_000_000
+MOST_SECONDS = 1e9  # virtual; later, a step would be shorter than the precision of the clock
+MOST_WORK = 100_000_000
+"""Output tokens and pieces of prompts, over all simulations: hours if no two requests share a step."""
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -23,6 +28,16 @@ class Traffic:
     burstiness: float = 1.0
     """Shape of the gamma distribution of gaps: 1 is a Poisson process, less is burstier."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for numbers that no traffic has."""
+        for name in ("input_len", "output_len", "rate", "num_requests", "burstiness"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"traffic with {name} = {getattr(self, name)}: give a number above 0")
+        if self.num_requests > MOST_REQUESTS:
+            raise ConfigError(
+                f"{self.num_requests:,} requests are too many to simulate; give at most {MOST_REQUESTS:,}"
+            )
 
     def rows(self) -> list[TraceRow]:
         """The requests, by arrival."""
@@ -61,6 +76,27 @@ def check_lengths(rows: Sequence[TraceRow], max_model_len: int) -> list[TraceRow
             "raise --max-model-len or give another trace"
         )
     return fitting
+
+
+def check_size(rows: Sequence[TraceRow], num_candidates: int, piece: int) -> None:
+    """Raise `ConfigError` for requests whose simulation would take days, or last longer than a clock can tell.
+
+    piece: prompt tokens of a block or, if fewer, of a step.
+    """
+    if not rows[-1].at <= MOST_SECONDS:
+        raise ConfigError(
+            f"the last of {len(rows):,} requests arrives after {rows[-1].at:.3g} s, but at most {MOST_SECONDS:.0e} s "
+            "are simulated; give a higher --rate, or a smaller --time-scale"
+        )
+    work = num_candidates * sum(row.output_len + row.input_len // piece for row in rows)
+    if work <= MOST_WORK:
+        return
+    fewer = len(rows) * MOST_WORK // work
+    remedy = f"--num-prompts {fewer}, or a part of the trace" if fewer else "shorter ones"
+    raise ConfigError(
+        f"{len(rows):,} requests with {sum(row.output_len for row in rows):,} output tokens, simulated for "
+        f"{num_candidates} layouts and policies, would take days; give {remedy}"
+    )
 
 
 def describe(rows: Sequence[TraceRow]) -> str:

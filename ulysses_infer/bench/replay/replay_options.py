@@ -19,6 +19,7 @@ from ulysses_infer.bench.serve.serve_options import (
 )
 from ulysses_infer.errors import ConfigError
 
+LARGEST_FACTOR = 1e9
 DESCRIPTION = """\
 Send the requests of a trace to a server at their recorded times, whether or not earlier ones are answered. TRACE is
 Mooncake's JSON lines (timestamp in ms, input_length, output_length, hash_ids) or Azure's CSV. Prompts are random tokens
@@ -67,14 +68,14 @@ def add_part(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--end-minute", type=_minute, metavar="M", help="default: the end of the trace")
     group.add_argument(
         "--time-scale",
-        type=positive_number,
+        type=_factor,
         default=1.0,
         metavar="S",
         help="factor of times: 0.5 is twice as fast; default: 1",
     )
     group.add_argument(
         "--length-scale",
-        type=positive_number,
+        type=_factor,
         default=1.0,
         metavar="S",
         help="factor of token counts, shared prefixes included; default: 1",
@@ -110,6 +111,13 @@ def window_of(options: argparse.Namespace) -> Window:
 def scale_of(options: argparse.Namespace) -> Scale:
     """The scaling that the options specify."""
     return Scale(options.time_scale, options.length_scale, options.max_input_len, options.max_output_len)
+
+
+def _factor(text: str) -> float:
+    factor = positive_number(text)
+    if factor > LARGEST_FACTOR:
+        raise argparse.ArgumentTypeError(f"{text!r} is above {LARGEST_FACTOR:g}")
+    return factor
 
 
 def _minute(text: str) -> float:

@@ -341,8 +341,13 @@ VERIFIED: frozenset[str] = frozenset(
 )
 
 
-def check_supported(config: Any, allow_unverified: bool) -> None:
-    """Raise `UnsupportedModelError`, with the model type and the reason, unless it can be served."""
+def check_supported(
+    config: Any, allow_unverified: bool, how_to_allow: str = "set model.allow_unverified=true to serve it"
+) -> None:
+    """Raise `UnsupportedModelError`, with the model type and the reason, unless it can be served.
+
+    how_to_allow: for the message, how an unverified model is allowed.
+    """
     model_types = model_types_of(config)
     for model_type in model_types:
         if model_type in REFUSED:
@@ -354,7 +359,7 @@ def check_supported(config: Any, allow_unverified: bool) -> None:
         hint = f" (nearest verified: {near[0]})" if near else ""
         raise UnsupportedModelError(
             f"model type {unverified[0]!r} has not been verified against transformers{hint}; "
-            "set model.allow_unverified=true to serve it at your own risk (see docs/models.md)"
+            f"{how_to_allow} at your own risk (see docs/models.md)"
         )
 
 
