@@ -16,7 +16,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 8.0
 
-SERVER = """
+KEEP_LOCK = """
+import ctypes
+def keep_lock(seconds):
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))  # with Python's global lock
+"""
+SERVER = f"""{KEEP_LOCK}
 import json, sys, time
 from ulysses_infer.job.watchdog_server import WatchdogServer
 server = WatchdogServer("127.0.0.1", 1.5, float(sys.argv[1]))
@@ -28,13 +33,17 @@ for line in sys.stdin:
         case ["stick"]:
             with server.working():
                 time.sleep(60)
+        case ["silent"]:
+            with server.silent(20.0):
+                keep_lock(3.0)
+            print("back", flush=True)
         case ["fail", reason]: server.fail(reason)
         case ["drain"]: server.announce_drain()
         case ["leave"]:
             server.leave(1.0)
             break
 """
-CLIENT = """
+CLIENT = f"""{KEEP_LOCK}
 import json, sys, time
 from ulysses_infer.job.watchdog import Address, WatchdogClient
 host, port, auth_token, process = json.loads(sys.argv[1])
@@ -45,6 +54,10 @@ for line in sys.stdin:
         case ["fail"]:
             client.report("the disk\\nis full")
             sys.exit(3)
+        case ["silent", seconds, announced]:
+            with client.silent(float(announced)):
+                keep_lock(float(seconds))
+            print("back", flush=True)
         case ["leave"]:
             client.leave()
             break
@@ -110,6 +123,26 @@ def test_nothing_happens_while_all_processes_run_and_at_a_normal_shutdown():
             assert client.end()[0] == 0
         server.send("leave")
         assert server.end() == (0, "", "")
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_that_announces_silence_is_waited_for_and_watched_again_afterwards(silent):
+    with job(2) as processes:
+        server, *clients = processes
+        assert processes[silent].ask("silent 3 20" if silent else "silent") == "back\n"
+        assert clients[1].ask("draining") == "False\n"
+        assert json.loads(server.ask("clients")) == ["rank 1", "rank 2"]
+        clients[0].popen.send_signal(signal.SIGSTOP)
+        assert server.end()[1].startswith("end rank 1 has not answered for")
+
+
+@pytest.mark.parametrize("announced", [0.1, 2.5])
+def test_a_process_that_is_silent_for_longer_than_it_announced_hangs(announced):
+    with job(2) as (server, *clients):
+        clients[0].send(f"silent 30 {announced}")
+        reason = server.end()[1]
+        assert reason.startswith("end rank 1 has not answered for")
+        assert max(announced, 1.5) - 0.5 <= int(reason.split()[-2]) < 10
 
 
 def test_a_killed_client_ends_the_job_immediately():

@@ -18,7 +18,7 @@ def steps_of(path):
 
 
 def test_both_ranks_write_the_steps_between_start_and_stop(folder, tmp_path):
-    settings = {"runtime.profile_folder": str(tmp_path / "traces"), "server.heartbeat_timeout": 60}
+    settings = {"runtime.profile_folder": str(tmp_path / "traces")}
     with Job(folder, **settings) as job:
 
         def post(path, body=None, headers=ADMIN):
@@ -40,3 +40,13 @@ def test_both_ranks_write_the_steps_between_start_and_stop(folder, tmp_path):
     assert first == second
     assert first[0].split(": ")[1].split(",")[0] == "sp2xtp1"  # a prompt, then tokens one by one
     assert first[-1].split(": ")[1].split(",")[0] == "sp1xtp2"
+
+
+def test_ranks_that_write_a_long_trace_do_not_look_hung(folder, tmp_path):
+    settings = {"runtime.profile_folder": str(tmp_path), "server.heartbeat_timeout": 1, "runtime.enforce_eager": True}
+    with Job(folder, **settings) as job:
+        for command in ("start_profile", "stop_profile"):
+            assert httpx.post(f"{job.url}/{command}", headers=ADMIN, timeout=120).status_code == 200
+            assert [job.complete(max_tokens=400).status_code for _ in range(2)] == [200] * 2, job.output
+    traces = list(tmp_path.iterdir())
+    assert [len(steps_of(path)) for path in traces] == [2 * 400] * 2

@@ -70,7 +70,8 @@ def stop_profile(rank: Rank) -> None:
     """Write the trace. Collective; an error on any rank is raised on all."""
     profiler, rank.worker.profiler = rank.worker.profiler, None
     assert isinstance(profiler, Profiler)
-    rank.channel.together(profiler.stop)
+    with rank.silent():  # torch keeps Python's global lock, for 30 us per event: heartbeats wait
+        rank.channel.together(profiler.stop)
 
 
 def _check_folder(folder: Path) -> None:

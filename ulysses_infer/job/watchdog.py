@@ -2,10 +2,11 @@
 
 Collectives notice a dead process only when they next run, and a stopped one only after their timeout. So each process
 keeps one connection to rank 0, the watchdog server, and a thread sends a heartbeat on it every half second. A closed
-connection means that the process ended. Silence means that it hangs. A step that takes longer than
-`runtime.step_timeout` means that a collective is stuck. In each case the server sends the reason to all clients (of
-the replica, if there are several), and every process that still runs dumps its stacks. Processes on this host that do
-not exit are killed: a stopped process reacts to SIGKILL only, and DeepSpeed's launcher would wait 30 seconds for each.
+connection means that the process ended. Silence means that it hangs, unless the process has announced it. A step that
+takes longer than `runtime.step_timeout` means that a collective is stuck. In each case the server sends the reason to
+all clients (of the replica, if there are several), and every process that still runs dumps its stacks. Processes on
+this host that do not exit are killed: a stopped process reacts to SIGKILL only, and DeepSpeed's launcher would wait 30
+seconds for each.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ MAX_HANDSHAKE_BYTES = 1024
 EXIT_CODE = 1
 # Message types. A message is one line of text: its type, then optional content.
 HEARTBEAT, BYE, DRAIN, FAILED, STUCK, END = ".", "bye", "drain", "failed", "stuck", "end"
+SILENT, BACK = "silent", "back"
 DUMP, QUIET = "dump", "quiet"
 
 
@@ -79,6 +81,7 @@ class Connection:
     replica: int | None = None  # of a rank, if the job has several
     deadline: float | None = None  # when the peer, which was told to end, is killed
     last_received: float = field(default_factory=time.monotonic)
+    patience: float | None = None  # seconds of silence that the peer has announced
     unparsed: bytes = b""
     has_left: bool = False
 
@@ -99,6 +102,20 @@ class Connection:
         *lines, self.unparsed = (self.unparsed + data).split(b"\n")
         return [line.decode(errors="replace").split(" ", 1) for line in lines]
 
+    def note_silence(self, kind: str, content: list[str]) -> None:
+        """Take an announcement of silence, or of its end; ignores other messages."""
+        if kind == SILENT:
+            self.patience = float(content[0])
+        elif kind == BACK:
+            self.patience = None
+
+    def is_too_silent(self, asked: float, timeout: float) -> bool:
+        """Whether nothing came for more than `timeout` seconds, or those that the peer has announced.
+
+        asked: the time before this process last looked for messages; later ones may be waiting, if it was held up.
+        """
+        return asked - self.last_received > max(timeout, self.patience or 0.0)
+
     def close(self) -> None:
         """Close the connection and ignore this peer from now on."""
         self.has_left = True
@@ -114,6 +131,9 @@ class Watchdog(Protocol):
 
     def working(self) -> AbstractContextManager[None]:
         """Time the step that runs inside; it may take `runtime.step_timeout` seconds."""
+
+    def silent(self, seconds: float) -> AbstractContextManager[None]:
+        """Announce that this process may send nothing for `seconds` inside: a call that keeps Python's global lock."""
 
     def announce_drain(self) -> None:
         """Announce that the job is shutting down normally."""
@@ -180,6 +200,13 @@ class WatchdogClient(StepTimer):
         self._left.set()
         self._send_failure(reason)
 
+    @contextlib.contextmanager
+    def silent(self, seconds: float) -> Iterator[None]:
+        """Announce that this process may send nothing for `seconds` inside: a call that keeps Python's global lock."""
+        self._server.send(SILENT, str(seconds))
+        yield
+        self._server.send(BACK)
+
     def announce_drain(self) -> None:
         """Have the server announce a normal shutdown to all processes."""
         self._server.send(DRAIN)
@@ -208,10 +235,11 @@ class WatchdogClient(StepTimer):
             overdue = self.overdue_step()
             if overdue is not None:
                 self._server.send(STUCK, overdue)
+            asked = time.monotonic()
             if select.select([self._server.socket], [], [], HEARTBEAT_SECONDS)[0]:
                 self._handle(self._server.receive())
             silence = time.monotonic() - self._server.last_received
-            if silence > self._timeout and not self._left.is_set():
+            if self._server.is_too_silent(asked, self._timeout) and not self._left.is_set():
                 self._end(f"rank 0 has not answered for {silence:.0f} s", dump=True, kill=True)
 
     def _handle(self, messages: list[list[str]] | None) -> None:
@@ -222,6 +250,7 @@ class WatchdogClient(StepTimer):
                 self._end("rank 0 ended unexpectedly", dump=hung)
             return
         for kind, *content in messages:
+            self._server.note_silence(kind, content)
             if kind == BYE:
                 self._left.set()
             elif kind == DRAIN:

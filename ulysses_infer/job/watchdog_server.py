@@ -10,10 +10,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
 from ulysses_infer.job.watchdog import (
+    BACK,
     BYE,
     DRAIN,
     DUMP,
@@ -26,6 +28,7 @@ from ulysses_infer.job.watchdog import (
     HEARTBEAT_SECONDS,
     MAX_HANDSHAKE_BYTES,
     QUIET,
+    SILENT,
     STUCK,
     Address,
     Connection,
@@ -102,6 +105,13 @@ class WatchdogServer(StepTimer):
         """Names of the connected clients."""
         return [peer.name for peer in self._connections if peer.name and not peer.has_left]
 
+    @contextmanager
+    def silent(self, seconds: float) -> Iterator[None]:
+        """Announce that this process may send nothing for `seconds` inside: a call that keeps Python's global lock."""
+        self._broadcast(SILENT, str(seconds))
+        yield
+        self._broadcast(BACK)
+
     def announce_drain(self) -> None:
         """Announce a normal shutdown: from now on the loss of a launcher is no reason to stop."""
         self.is_draining = True
@@ -143,8 +153,9 @@ class WatchdogServer(StepTimer):
             if time.monotonic() - last_heartbeat >= HEARTBEAT_SECONDS:
                 self._broadcast(HEARTBEAT)
                 last_heartbeat = time.monotonic()
+            asked = time.monotonic()
             self._receive()
-            self._find_failures()
+            self._find_failures(asked)
             while self._failures and not self._stopped.is_set():
                 self._handle_failure(self._failures.pop(0))
 
@@ -166,7 +177,9 @@ class WatchdogServer(StepTimer):
         for kind, *content in messages:
             if not peer.name:
                 self._authenticate(peer, kind, *content)
-            elif kind == BYE:
+                continue
+            peer.note_silence(kind, content)
+            if kind == BYE:
                 peer.close()
                 return
             elif kind == DRAIN and not self.is_draining:
@@ -199,13 +212,13 @@ class WatchdogServer(StepTimer):
         peer.socket.close()
         self._connections.remove(peer)
 
-    def _find_failures(self) -> None:
+    def _find_failures(self, asked: float) -> None:
         now = time.monotonic()
         for peer in list(self._connections):
             silence = now - peer.last_received
             if peer.deadline is not None and now > peer.deadline and not peer.has_left:
                 self._kill(peer)
-            elif peer.name and not peer.has_left and silence > self._timeout:
+            elif peer.name and not peer.has_left and peer.is_too_silent(asked, self._timeout):
                 self._failures.append(Failure(f"{peer.name} has not answered for {silence:.0f} s", True, peer.replica))
             elif not peer.name and (silence > HANDSHAKE_SECONDS or len(peer.unparsed) > MAX_HANDSHAKE_BYTES):
                 self._reject(peer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
 from ulysses_infer.config import ServerConfig
 from ulysses_infer.engine.completion import Completion, Sequence
@@ -48,6 +49,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine, link: Link, watch: Watchdog, settings: ServerConfig) -> None:
         self._engine, self._link, self._watchdog, self._settings = engine, link, watch, settings
+        engine.rank.silent = partial(watch.silent, engine.config.runtime.step_timeout)
         self._reported: dict[int, int] = {}  # tokens sent of each unfinished sequence, by request index
         self._deadline: float | None = None
         self._stop_reason = ""

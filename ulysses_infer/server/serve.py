@@ -12,6 +12,7 @@ import pickle
 import threading
 import time
 from contextlib import ExitStack
+from functools import partial
 
 from rich.console import Console
 from rich.text import Text
@@ -219,6 +220,7 @@ def run_follower(replica: Replica, rank: int, guard: Guard, kept: KeptRank | Non
     if kept is not None:
         kept.report_serving(address)
     started.groups.limit_waits(config.runtime.step_timeout + TIMEOUT_MARGIN)
+    started.silent = partial(watchdog_client.silent, config.runtime.step_timeout)
     signals = FollowerSignals(config.server, rank, watchdog_client, guard)
     guard.take_over(signals.take, signals.take_orphaned)
     freeze_gc()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from ulysses_infer.worker.memory import return_freed_memory
 from ulysses_infer.worker.worker import Worker
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rank:
     """One rank, ready to run steps."""
 
@@ -26,6 +28,8 @@ class Rank:
     """The folder of the checkpoint's config, where the tokenizer is too; None for a model given in memory."""
     pinned: PinnedCores | None = None
     transfer: WeightTransfer = field(default_factory=WeightTransfer)
+    silent: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Tells those who watch this process that it may send nothing inside: a call that keeps Python's global lock."""
 
     def close(self) -> None:
         """Leave the groups, the cores that this rank kept to, and the memory. Not collective."""
