@@ -188,6 +188,19 @@ INLINE float largest_of(floats x) {
     return x[0];
 }
 
+/* Round to the nearest integers; adds them to `sums`. */
+INLINE narrow_codes to_codes(floats x, integers *sums) {
+    /* Adding 1.5 * 2^23 leaves the rounded integer in the lowest bits. */
+    const integers rounded = (integers)(x + 12582912.0f) - 0x4b400000;
+    *sums += rounded;
+#if defined(__AVX2__) && LANES == 8
+    const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)rounded), _mm256_extracti128_si256((__m256i)rounded, 1));
+    return (narrow_codes)_mm_cvtsi128_si64(_mm_packs_epi16(narrow, narrow));
+#else
+    return __builtin_convertvector(rounded, narrow_codes);
+#endif
+}
+
 /* Quantise `count` inputs to integers up to 127, each less than half a step from the input; returns the step.
  * sum: of the integers. */
 static float quantise(const char *from, int64_t count, enum type type, int8_t *to, int32_t *sum) {
@@ -198,14 +211,13 @@ static float quantise(const char *from, int64_t count, enum type type, int8_t *t
     if (k < count) most = larger_of((floats)((integers)take_some(from + k * size, (int)(count - k), type) & INT32_MAX), most);
     const float largest = largest_of(most), step = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
     integers sums = {0};
-    for (k = 0; k < count; k += LANES) {
-        const int some = count - k < LANES ? (int)(count - k) : LANES;
-        const floats x = take_some(from + k * size, some, type) * inverse;
-        /* Adding 1.5 * 2^23 rounds to the nearest integer, which is then in the lowest bits. */
-        const integers rounded = (integers)(x + 12582912.0f) - 0x4b400000;
-        const narrow_codes narrow = __builtin_convertvector(rounded, narrow_codes);
-        sums += rounded;
-        memcpy(to + k, &narrow, some);
+    for (k = 0; k + LANES <= count; k += LANES) {
+        const narrow_codes narrow = to_codes(take(from + k * size, type) * inverse, &sums);
+        memcpy(to + k, &narrow, sizeof narrow);
+    }
+    if (k < count) {
+        const narrow_codes narrow = to_codes(take_some(from + k * size, (int)(count - k), type) * inverse, &sums);
+        memcpy(to + k, &narrow, count - k);
     }
     *sum = 0;
     for (int i = 0; i < LANES; i++) *sum += sums[i];

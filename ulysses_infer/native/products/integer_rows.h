@@ -1,14 +1,43 @@
 /* Products of a few rows with bytes that have one scale per output: the lanes are consecutive inputs of one output.
  *
- * Nothing is transposed, and rows of the weight are read one after another. With more rows, lanes that are outputs cost
- * less.
+ * Nothing is transposed. The weight is read at STREAMS places by turns, a row of each: memory gives more to several
+ * streams than to one, if no two share a page, and nothing need be prefetched. With more rows of inputs, lanes that are
+ * outputs cost less.
  */
 #pragma once
 #include "integer_products.h"
 
 #define STEP (4 * LANES) /* inputs of a vector */
-#define BYTE_ROWS 4 /* of inputs, whose sums are in registers together */
-#define AHEAD_BYTES 16384 /* of the weight, which are fetched before they are needed */
+#define BYTE_ROWS 4 /* of inputs, with which a row of the weight is multiplied while it is in the cache */
+#define ROWS_AT_ONCE 2 /* of these, whose sums are in registers */
+#define STREAMS 4
+
+/* Outputs of one task: OUTPUTS from `first` on, as many `apart` from these, and so on. */
+struct task {
+    int64_t outputs, apart, first;
+    int streams; /* that are not beyond the last output */
+};
+
+/* From one stream to the next. */
+INLINE int64_t apart_of(int64_t outputs) { return (outputs + STREAMS * OUTPUTS - 1) / (STREAMS * OUTPUTS) * OUTPUTS; }
+
+/* Task number `number`, of apart_of(outputs) / OUTPUTS. */
+INLINE struct task task_of(int64_t outputs, int64_t number) {
+    const int64_t apart = apart_of(outputs), first = number * OUTPUTS, streams = (outputs - first + apart - 1) / apart;
+    return (struct task){outputs, apart, first, streams < STREAMS ? (int)streams : STREAMS};
+}
+
+/* How many outputs of a stream there are. */
+INLINE int64_t count_of(const struct task *task, int stream) {
+    const int64_t left = task->outputs - task->first - stream * task->apart;
+    return left < OUTPUTS ? left : OUTPUTS;
+}
+
+/* Output `i` of a stream; those beyond the last are computed as the last. */
+INLINE int64_t output_of(const struct task *task, int stream, int64_t i) {
+    const int64_t output = task->first + stream * task->apart + i;
+    return output < task->outputs ? output : task->outputs - 1;
+}
 
 /* Whether these products can multiply the weight. */
 static inline int has_byte_rows(const struct stored *w) {
@@ -56,100 +85,112 @@ static void quantise_for_bytes(const struct byte_rows *x, int8_t *narrow) {
     }
 }
 
-/* Add a segment of one output, `count` inputs from `weight` on, times rows of inputs; `codes` and `scales` are those of
- * the first row. is_whole: `vectors` vectors can be read; else `left` bytes can. */
-INLINE void add_byte_segment(const struct byte_rows *x, const char *weight, const int8_t *codes, const float *scales,
-                             int64_t vectors, const int is_whole, int64_t left, const int rows, floats *sums) {
+/* Add a segment of a row of each stream, its inputs from `at` on, times rows of inputs; `codes` and `scales` are those
+ * of the first. is_whole: `vectors` vectors can be read; else `left` bytes can. */
+INLINE void add_byte_segment(const struct byte_rows *x, const char *const weights[STREAMS], int64_t at,
+                             const int8_t *codes, const float *scales, int64_t vectors, const int is_whole,
+                             int64_t left, const int rows, floats sums[STREAMS][ROWS_AT_ONCE]) {
     const int64_t segments = x->p->num_segments;
-    integers whole[BYTE_ROWS];
-    UNROLL for (int r = 0; r < rows; r++) whole[r] = (integers){0};
-    for (int64_t v = 0; v < vectors; v++) {
-        words read, magnitude;
-        if (is_whole)
-            memcpy(&read, weight + v * STEP, sizeof read);
-        else
-            read = load_bytes(weight + v * STEP, left - v * STEP);
-        read ^= WEIGHT_OFFSET ? 0x80808080 : 0;
-        magnitude = magnitudes(read);
-        UNROLL for (int r = 0; r < rows; r++) {
-            words inputs;
-            memcpy(&inputs, codes + r * segments * x->stride + v * STEP, sizeof inputs);
-            whole[r] = byte_dot(whole[r], inputs, read, magnitude);
+    integers whole[STREAMS][ROWS_AT_ONCE];
+    UNROLL for (int i = 0; i < STREAMS; i++)
+        UNROLL for (int r = 0; r < rows; r++) whole[i][r] = (integers){0};
+    for (int64_t v = 0; v < vectors; v++)
+        UNROLL for (int i = 0; i < STREAMS; i++) {
+            const char *from = weights[i] + at + v * STEP;
+            words read;
+            if (is_whole)
+                memcpy(&read, from, sizeof read);
+            else
+                read = load_bytes(from, left - v * STEP);
+            read ^= WEIGHT_OFFSET ? 0x80808080 : 0;
+            const words magnitude = magnitudes(read);
+            UNROLL for (int r = 0; r < rows; r++) {
+                words inputs;
+                memcpy(&inputs, codes + r * segments * x->stride + v * STEP, sizeof inputs);
+                whole[i][r] = byte_dot(whole[i][r], inputs, read, magnitude);
+            }
         }
+    UNROLL for (int r = 0; r < rows; r++) {
+        const floats scale = splat(scales[r * segments]);
+        UNROLL for (int i = 0; i < STREAMS; i++)
+            sums[i][r] += __builtin_convertvector(whole[i][r], floats) * scale;
     }
-    UNROLL for (int r = 0; r < rows; r++)
-        sums[r] += __builtin_convertvector(whole[r], floats) * scales[r * segments];
 }
 
-/* One output, whose weights begin at `weight`, with rows t .. t + rows. per_segment: vectors of
- * each segment but the last, or 0 if one can end within a vector. */
-INLINE void add_byte_row(const struct byte_rows *x, const char *weight, int64_t t, const int per_segment,
-                         const int rows, floats sums[BYTE_ROWS]) {
+/* A row of each stream, which begin at `weights`, with `rows` rows of inputs, the first of which is row `at` of those
+ * from `t` on. per_segment: vectors of each segment but the last, or 0 if one can end within a vector. */
+INLINE void add_byte_rows(const struct byte_rows *x, const char *const weights[STREAMS], int64_t t, int at,
+                          const int per_segment, const int rows, floats to[STREAMS][BYTE_ROWS]) {
     const struct product *p = x->p;
-    const int8_t *codes = x->codes + t * p->num_segments * x->stride;
-    const float *scales = x->scales + t * p->num_segments;
+    const int8_t *codes = x->codes + (t + at) * p->num_segments * x->stride;
+    const float *scales = x->scales + (t + at) * p->num_segments;
+    floats sums[STREAMS][ROWS_AT_ONCE];
     int64_t s = 0;
-    UNROLL for (int r = 0; r < rows; r++) sums[r] = (floats){0};
-    for (; per_segment && s < p->num_segments - 1; s++, codes += x->stride, scales++) {
-        const char *from = weight + s * per_segment * STEP;
-        __builtin_prefetch(from + AHEAD_BYTES, 0, 2);
-        add_byte_segment(x, from, codes, scales, per_segment, 1, 0, rows, sums);
-    }
+    UNROLL for (int i = 0; i < STREAMS; i++)
+        UNROLL for (int r = 0; r < rows; r++) sums[i][r] = (floats){0};
+    for (; per_segment && s < p->num_segments - 1; s++, codes += x->stride, scales++)
+        add_byte_segment(x, weights, s * per_segment * STEP, codes, scales, per_segment, 1, 0, rows, sums);
     for (; s < p->num_segments; s++, codes += x->stride, scales++) {
         const int64_t start = p->segments[s].start, count = p->segments[s].stop - start;
         const int64_t vectors = (count + STEP - 1) / STEP;
-        add_byte_segment(x, weight + start, codes, scales, vectors, 0, p->weight->inputs - start, rows, sums);
+        add_byte_segment(x, weights, start, codes, scales, vectors, 0, p->weight->inputs - start, rows, sums);
     }
+    UNROLL for (int i = 0; i < STREAMS; i++)
+        UNROLL for (int r = 0; r < rows; r++) to[i][at + r] = sums[i][r];
 }
 
-/* Outputs n .. n + count of rows t .. t + rows; count: at most OUTPUTS. */
-INLINE void byte_tile(const struct byte_rows *x, int64_t t, int64_t n, int64_t count, const int per_segment,
+/* Multiply the sums of one input row with OUTPUTS outputs by the scales of those, from `n` on. */
+INLINE void scale_bytes(const struct stored *w, float input_sum, int64_t n, int64_t count, float *sums) {
+    for (int64_t i = 0; i < count; i++) sums[i] = (sums[i] - WEIGHT_OFFSET * input_sum) * scale_of(w, n + i, 0);
+}
+
+/* Rows t .. t + rows with the outputs of a task. */
+INLINE void byte_tile(const struct byte_rows *x, int64_t t, const struct task *task, const int per_segment,
                       const int rows) {
     const struct stored *w = x->p->weight;
-    float sums[BYTE_ROWS * OUTPUTS];
-    for (int64_t a = 0; a < count; a += 4) {
-        floats four[4][BYTE_ROWS];
-        for (int64_t i = a; i < a + 4; i++) { /* outputs beyond the last are computed as the last */
-            floats held[BYTE_ROWS];
-            add_byte_row(x, w->codes + (n + (i < count ? i : count - 1)) * w->code_output, t, per_segment, rows, held);
-            UNROLL for (int r = 0; r < rows; r++) four[i - a][r] = held[r];
+    float sums[STREAMS][BYTE_ROWS * OUTPUTS];
+    for (int64_t a = 0; a < OUTPUTS; a += 4) {
+        floats four[4][STREAMS][BYTE_ROWS];
+        for (int64_t i = 0; i < 4; i++) {
+            const char *weights[STREAMS];
+            for (int s = 0; s < STREAMS; s++) weights[s] = w->codes + output_of(task, s, a + i) * w->code_output;
+            for (int at = 0; at + 2 <= rows; at += 2) add_byte_rows(x, weights, t, at, per_segment, 2, four[i]);
+            if (rows % 2) add_byte_rows(x, weights, t, rows - 1, per_segment, 1, four[i]);
         }
-        UNROLL for (int r = 0; r < rows; r++)
-            sum_four(sums + r * OUTPUTS + a, four[0][r], four[1][r], four[2][r], four[3][r]);
+        for (int s = 0; s < task->streams; s++)
+            UNROLL for (int r = 0; r < rows; r++)
+                sum_four(sums[s] + r * OUTPUTS + a, four[0][s][r], four[1][s][r], four[2][s][r], four[3][s][r]);
     }
-    for (int64_t i = 0; i < count; i++) {
-        const float scale = scale_of(w, n + i, 0);
-        UNROLL for (int r = 0; r < rows; r++) {
-            float *sum = &sums[r * OUTPUTS + i];
-            *sum = (*sum - WEIGHT_OFFSET * x->sums[t + r]) * scale;
-        }
+    for (int s = 0; s < task->streams; s++) {
+        const int64_t n = task->first + s * task->apart, count = count_of(task, s);
+        UNROLL for (int r = 0; r < rows; r++) scale_bytes(w, x->sums[t + r], n, count, sums[s] + r * OUTPUTS);
+        put_sums(x->p, t, rows, n, count, sums[s]);
     }
-    put_sums(x->p, t, rows, n, count, sums);
 }
 
-/* Outputs n .. n + count of all rows; count: at most OUTPUTS. */
-INLINE void byte_outputs_of(const struct byte_rows *x, int64_t n, int64_t count, const int per_segment) {
+/* All rows with the outputs of a task. */
+INLINE void byte_outputs_of(const struct byte_rows *x, const struct task *task, const int per_segment) {
     const int64_t all = x->p->num_rows;
     for (int64_t t = 0, rows; t < all; t += rows) {
         rows = all - t < BYTE_ROWS ? all - t : BYTE_ROWS;
         switch (rows) {
-            case 1: byte_tile(x, t, n, count, per_segment, 1); break;
-            case 2: byte_tile(x, t, n, count, per_segment, 2); break;
-            case 3: byte_tile(x, t, n, count, per_segment, 3); break;
-            case 4: byte_tile(x, t, n, count, per_segment, 4); break;
+            case 1: byte_tile(x, t, task, per_segment, 1); break;
+            case 2: byte_tile(x, t, task, per_segment, 2); break;
+            case 3: byte_tile(x, t, task, per_segment, 3); break;
+            case 4: byte_tile(x, t, task, per_segment, 4); break;
         }
     }
 }
 
-static void byte_outputs(const struct byte_rows *x, int64_t n, int64_t count) {
+static void byte_outputs(const struct byte_rows *x, const struct task *task) {
     const struct stored *w = x->p->weight;
     const int is_even = w->first_input % w->segment == 0;
     if (is_even && w->segment == STEP)
-        byte_outputs_of(x, n, count, 1);
+        byte_outputs_of(x, task, 1);
     else if (is_even && w->segment == 2 * STEP)
-        byte_outputs_of(x, n, count, 2);
+        byte_outputs_of(x, task, 2);
     else if (is_even && w->segment == 4 * STEP)
-        byte_outputs_of(x, n, count, 4);
+        byte_outputs_of(x, task, 4);
     else
-        byte_outputs_of(x, n, count, 0);
+        byte_outputs_of(x, task, 0);
 }

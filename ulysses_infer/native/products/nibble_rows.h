@@ -13,18 +13,26 @@
 #define BLOCK_VECTORS 4
 #define BLOCK_ATOMS (BLOCK_VECTORS * VECTOR_ATOMS)
 #define BLOCK_INPUTS (BLOCK_ATOMS * ATOM)
+#define AHEAD_BYTES 16384 /* of the weight, which are fetched before they are needed */
 #define ROWS_TOGETHER (REGISTERS == 32 ? 4 : 2)
 
 /* Quantised inputs, zeros after the last, and where those of the weight are. */
 struct nibble_rows {
     const struct product *p;
     int8_t *codes;        /* [rows][atoms / VECTOR_ATOMS][2][4 * LANES]: the even inputs of a vector, then the odd ones */
-    float *scales, *sums; /* [rows][atoms]; sums: of the inputs themselves, those of a segment at its first atom */
+    float *scales, *sums; /* [rows][atoms by lanes]; sums: of the inputs themselves, a segment's at its first atom */
     int64_t atoms;        /* of a row, whole blocks */
     int64_t groups, step; /* of a row of the weight; from one block to the next */
     int64_t ahead;        /* outputs */
-    integers index, last; /* of the group of each atom of a block, counted from the first; of the last, partial block */
+    integers index, last; /* of the group of each lane of a block, counted from the first; of the last, partial block */
 };
+
+/* Vectors of 16-bit sums can be added up to one lane per atom before they are converted. */
+#define ADDS_UP (NARROW_SUMS && LANES <= 8)
+
+/* Which atom of a block a lane belongs to, and the reverse. */
+INLINE int atom_of(int lane) { return ADDS_UP ? lane % 4 * VECTOR_ATOMS + lane / 4 : lane; }
+INLINE int64_t lane_of(int64_t atom) { return ADDS_UP ? atom % VECTOR_ATOMS * 4 + atom / VECTOR_ATOMS : atom; }
 
 /* Whether these products can multiply the weight. */
 static int has_nibble_rows(const struct stored *w) {
@@ -51,11 +59,14 @@ static struct nibble_rows nibble_rows_of(const struct product *p, char *memory) 
     x.ahead = (AHEAD_BYTES + bytes - 1) / bytes;
     const int left = (int)(x.groups - w->inputs / BLOCK_INPUTS * x.step);
     for (int i = 0; i < LANES; i++) {
-        x.index[i] = (int)((phase + i * ATOM) / w->group_size);
+        x.index[i] = (int)((phase + atom_of(i) * ATOM) / w->group_size);
         x.last[i] = x.index[i] < left ? x.index[i] : left - 1;
     }
     return x;
 }
+
+/* Where the scale of an atom is. */
+INLINE int64_t place_of(int64_t atom) { return atom / BLOCK_ATOMS * BLOCK_ATOMS + lane_of(atom % BLOCK_ATOMS); }
 
 /* Quantise the inputs of all rows. narrow: room for a segment. */
 static void quantise_for_nibbles(const struct nibble_rows *x, int8_t *narrow) {
@@ -68,7 +79,7 @@ static void quantise_for_nibbles(const struct nibble_rows *x, int8_t *narrow) {
             int32_t sum;
             const float scale = quantise(from, count, p->type, narrow, &sum);
             memset(narrow + count, 0, 8);
-            x->sums[first] = scale * (float)sum;
+            x->sums[place_of(first)] = scale * (float)sum;
             for (int64_t k = 0; k < count; k += 8) {
                 const int64_t atom = first + k / ATOM, lane = atom % VECTOR_ATOMS;
                 int8_t *to = x->codes + (atom - lane) * ATOM + lane * ATOM_BYTES + k % ATOM / 2;
@@ -76,7 +87,7 @@ static void quantise_for_nibbles(const struct nibble_rows *x, int8_t *narrow) {
                 memcpy(&eight, narrow + k, sizeof eight);
                 eight = even_and_odd(eight);
                 memcpy(to, &eight, 4), memcpy(to + 4 * LANES, (const char *)&eight + 4, 4);
-                x->scales[atom] = scale;
+                x->scales[place_of(atom)] = scale;
             }
         }
 }
@@ -88,15 +99,44 @@ INLINE floats take_scales(const char *from, int64_t count, enum type type) {
     return take(&some, type);
 }
 
-/* A quarter of a block: four lanes hold the sums of an atom. */
-INLINE integers multiply_nibbles(const words weights[2], const int8_t *inputs) {
+/* A quarter of a block: sums of 16 bits, or four lanes hold the sums of an atom. */
+INLINE words multiply_nibbles(const words weights[2], const int8_t *inputs) {
     words even, odd;
     memcpy(&even, inputs, sizeof even), memcpy(&odd, inputs + sizeof even, sizeof odd);
 #if NARROW_SUMS
-    const shorts sum = narrow_dot(narrow_dot((shorts){0}, even, weights[0]), odd, weights[1]);
-    return pair_dot((integers){0}, (words)sum, (words){0} + 0x00010001);
+    return (words)narrow_dot(narrow_dot((shorts){0}, even, weights[0]), odd, weights[1]);
 #else
-    return dot(dot((integers){0}, even, weights[0]), odd, weights[1]);
+    return (words)dot(dot((integers){0}, even, weights[0]), odd, weights[1]);
+#endif
+}
+
+/* sums + the products of a block times the scales, of one atom per lane. Sums of 16 bits are below 32 * 15 * 127. */
+INLINE floats add_quarters(floats sums, const words quarters[BLOCK_VECTORS], floats scales) {
+#if NARROW_SUMS
+    const words ones = (words){0} + 0x00010001;
+#endif
+#if ADDS_UP && LANES == 8
+    const __m256i first = _mm256_hadd_epi16((__m256i)quarters[0], (__m256i)quarters[1]);
+    const __m256i second = _mm256_hadd_epi16((__m256i)quarters[2], (__m256i)quarters[3]);
+    const words whole = (words)_mm256_hadd_epi16(first, second);
+    return sums + __builtin_convertvector(pair_dot((integers){0}, whole, ones), floats) * scales;
+#elif ADDS_UP
+    const __m128i first = _mm_hadd_epi16((__m128i)quarters[0], (__m128i)quarters[1]);
+    const __m128i second = _mm_hadd_epi16((__m128i)quarters[2], (__m128i)quarters[3]);
+    const words whole = (words)_mm_hadd_epi16(first, second);
+    return sums + __builtin_convertvector(pair_dot((integers){0}, whole, ones), floats) * scales;
+#else
+    UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
+        integers atoms;
+        UNROLL for (int i = 0; i < LANES; i++) atoms[i] = v * VECTOR_ATOMS + i / 4;
+#if NARROW_SUMS
+        const integers whole = pair_dot((integers){0}, quarters[v], ones);
+#else
+        const integers whole = (integers)quarters[v];
+#endif
+        sums += __builtin_convertvector(whole, floats) * permuted(scales, atoms);
+    }
+    return sums;
 #endif
 }
 
@@ -109,31 +149,29 @@ struct nibble_row {
 };
 
 /* Block number `block` of a row of the weight times rows t .. t + rows. bytes: of nibbles that the block has; index: of
- * the group of each atom; groups: how many can be read. */
+ * the group of each lane; groups: how many can be read. is_usual: scales and zero points are in bfloat16. */
 INLINE void add_block(const struct nibble_rows *x, const struct nibble_row *w, int64_t t, int64_t block, int64_t bytes,
-                      integers index, int64_t groups, const int rows, floats sums[ROWS_TOGETHER]) {
+                      integers index, int64_t groups, const int is_usual, const int rows, floats sums[ROWS_TOGETHER]) {
     const int64_t first = t * x->atoms + block * BLOCK_ATOMS, vector = 4 * LANES, group = block * x->step;
     const char *codes = w->codes + block * BLOCK_ATOMS * ATOM_BYTES;
-    const floats scales = permuted(take_scales(w->scales + group * size_of(w->type), groups, w->type), index);
+    const enum type type = is_usual ? BFLOAT16 : w->type;
+    const floats scales = permuted(take_scales(w->scales + group * size_of(type), groups, type), index);
     floats zeros = splat(w->zero), both[ROWS_TOGETHER];
-    if (w->zeros) zeros = permuted(take_scales(w->zeros + group * sizeof(bfloat16), groups, BFLOAT16), index);
+    if (is_usual || w->zeros) zeros = permuted(take_scales(w->zeros + group * sizeof(bfloat16), groups, BFLOAT16), index);
     UNROLL for (int r = 0; r < rows; r++) {
         both[r] = scales * take(x->scales + first + r * x->atoms, FLOAT32);
         sums[r] -= scales * zeros * take(x->sums + first + r * x->atoms, FLOAT32);
     }
+    words quarters[ROWS_TOGETHER][BLOCK_VECTORS] = {{{0}}};
+    for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(codes + at + w->ahead, 0, 2);
     UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
         if (v * vector >= bytes) break;
         words weights[2];
         unpack(load_bytes(codes + v * vector, bytes - v * vector), NIBBLES, weights);
-        __builtin_prefetch(codes + v * vector + w->ahead, 0, 2);
-        integers atoms;
-        UNROLL for (int i = 0; i < LANES; i++) atoms[i] = v * VECTOR_ATOMS + i / 4;
-        UNROLL for (int r = 0; r < rows; r++) {
-            const int8_t *inputs = x->codes + (first + r * x->atoms + v * VECTOR_ATOMS) * ATOM;
-            const floats whole = __builtin_convertvector(multiply_nibbles(weights, inputs), floats);
-            sums[r] += whole * permuted(both[r], atoms);
-        }
+        UNROLL for (int r = 0; r < rows; r++)
+            quarters[r][v] = multiply_nibbles(weights, x->codes + (first + r * x->atoms + v * VECTOR_ATOMS) * ATOM);
     }
+    UNROLL for (int r = 0; r < rows; r++) sums[r] = add_quarters(sums[r], quarters[r], both[r]);
 }
 
 /* A row of the weight times rows t .. t + rows. is_inside: LANES groups can be read from any one on. */
@@ -141,9 +179,12 @@ INLINE void add_row(const struct nibble_rows *x, const struct nibble_row *w, int
                     const int rows, floats sums[ROWS_TOGETHER]) {
     const int64_t whole = inputs / BLOCK_INPUTS, rest = (inputs % BLOCK_INPUTS + 1) / 2;
     UNROLL for (int r = 0; r < rows; r++) sums[r] = (floats){0};
-    for (int64_t b = 0; b < whole; b++)
-        add_block(x, w, t, b, BLOCK_INPUTS / 2, x->index, is_inside ? LANES : x->groups - b * x->step, rows, sums);
-    if (rest) add_block(x, w, t, whole, rest, x->last, is_inside ? LANES : x->groups - whole * x->step, rows, sums);
+    if (is_inside && w->zeros && w->type == BFLOAT16)
+        for (int64_t b = 0; b < whole; b++) add_block(x, w, t, b, BLOCK_INPUTS / 2, x->index, LANES, 1, rows, sums);
+    else
+        for (int64_t b = 0; b < whole; b++)
+            add_block(x, w, t, b, BLOCK_INPUTS / 2, x->index, is_inside ? LANES : x->groups - b * x->step, 0, rows, sums);
+    if (rest) add_block(x, w, t, whole, rest, x->last, is_inside ? LANES : x->groups - whole * x->step, 0, rows, sums);
 }
 
 /* Outputs n .. n + count of rows t .. t + rows; count: at most OUTPUTS. */

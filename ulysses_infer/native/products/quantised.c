@@ -84,9 +84,9 @@ static int multiply_byte_rows(const struct product *p) {
     const struct byte_rows x = byte_rows_of(p, memory);
     if (!failed) quantise_for_bytes(&x, narrow);
 #pragma omp parallel for schedule(static) if (is_worth(p) && !failed)
-    for (int64_t group = 0; group < (outputs + OUTPUTS - 1) / OUTPUTS; group++) {
-        const int64_t n = group * OUTPUTS;
-        if (!failed) byte_outputs(&x, n, outputs - n < OUTPUTS ? outputs - n : OUTPUTS);
+    for (int64_t number = 0; number < apart_of(outputs) / OUTPUTS; number++) {
+        const struct task task = task_of(outputs, number);
+        if (!failed) byte_outputs(&x, &task);
     }
     free(memory), free(narrow);
     return failed;
