@@ -4,8 +4,8 @@
  * sums.
  */
 #include "call.h"
-#include "few_rows.h"
 #include "panels.h"
+#include "several_rows.h"
 #ifdef HAS_BFLOAT16_DOT
 #include "pairs.h"
 #endif
@@ -27,8 +27,16 @@ static void multiply_few(const struct product *p, void (*run)(const struct produ
 /* Kernels return 0, or 1 if out of memory. */
 #define KERNELS(name, type)                                                                                  \
     STORED_ROWS(name, type)                                                                                  \
+    static void interleave_##name(const struct product *p, const struct interleaved *x, int64_t row) {       \
+        interleave_row(p, x, row, type);                                                                     \
+    }                                                                                                        \
+    static void several_##name(const struct product *p, const struct interleaved *x, int64_t n) {            \
+        several_outputs_of(p, x, n, type);                                                                   \
+    }                                                                                                        \
     int few_##name(PARAMETERS) {                                                                             \
         const struct product p = PRODUCT;                                                                    \
+        const struct several_kernel several = {interleave_##name, several_##name};                           \
+        if (num_rows > MOST_ROWS && step_of(type) == LANES) return !multiply_several(&p, &several);          \
         multiply_few(&p, few_rows_of_##name);                                                                \
         return 0;                                                                                            \
     }                                                                                                        \
