@@ -154,9 +154,11 @@ class Speculations:
         self._made: dict[str, Speculation | None] = {}
 
     def use(self, setting: str) -> None:
-        """Give rank 0 this speculation, as a start with it would."""
+        """Give rank 0 this speculation and an empty prefix cache, as a start with it would."""
         own = self.engine._engine
         assert own is not None
+        is_emptied = own.scheduler.allocator.reset_prefix_cache()
+        assert is_emptied, "requests run"
         if setting not in self._made:
             config = replace(own.config, speculation=SETTINGS[setting])
             self._made[setting] = start_speculation(config, own.rank, own.requests, own.policies)
@@ -172,7 +174,6 @@ def measure(speculations: Speculations, load: Load, setting: str, repeat: int) -
     engine = speculations.engine
     own = engine._engine
     assert own is not None
-    own.scheduler.allocator.reset_prefix_cache()
     sample = sample_of(engine.generate(load.prompts(repeat), load.params))
     stats = own.speculation.stats if own.speculation is not None else None
     return Run(sample, stats.num_draft_tokens if stats else 0, stats.num_accepted_tokens if stats else 0)

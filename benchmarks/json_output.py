@@ -58,9 +58,10 @@ class JsonStudy:
         self._num_valid = self._num_written = 0
 
     def run(self, engine: InferenceEngine, speculate: Callable[[bool], None], is_over: Callable[[], bool]) -> None:
-        """speculate: switches speculation on or off."""
+        """speculate: switches speculation on or off, and empties the prefix cache, so that none finds another's."""
         for number, first in enumerate(range(0, self._number, AT_ONCE)):
-            for chosen in (True, False) if number < ROUNDS_WITHOUT + 1 else (True,):
+            both = (True, False) if number % 2 else (False, True)
+            for chosen in both if number < ROUNDS_WITHOUT + 1 else (True,):
                 if is_over():
                     return
                 speculate(chosen)
