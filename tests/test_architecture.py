@@ -30,6 +30,8 @@ LAYERS = [
     {"parallel"},
     {"native", "kernels"},
     {"sampling_params"},
+    {"structured_outputs"},
+    {"request_values"},
     {"outputs"},
     {"extras"},
     {"errors", "host", "arithmetic", "cache_folders", "child_processes", "version"},

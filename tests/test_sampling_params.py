@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from ulysses_infer.errors import RequestError
 from ulysses_infer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from ulysses_infer.sampling_params import SamplingParams, StructuredOutputs
+from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.structured_outputs import StructuredOutputs
 
 
 def refusal(**values) -> str:

@@ -8,17 +8,16 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from ulysses_infer.config import Config, load_config
-from ulysses_infer.config.loading import Overrides
+from ulysses_infer.config.arguments import chosen_arguments, with_model
 from ulysses_infer.engine import operations
-from ulysses_infer.engine.completion import Completion
 from ulysses_infer.engine.engine import Engine
 from ulysses_infer.engine.generate_inputs import GenerateInput, arrivals_for, as_params, generate_inputs
 from ulysses_infer.engine.policies import policy_settings
 from ulysses_infer.engine.stats import StepRecord
-from ulysses_infer.errors import ConfigError, fatal
+from ulysses_infer.errors import fatal
 from ulysses_infer.job.adapters import announce_adapter, drop_adapters, load_adapter
 from ulysses_infer.job.multi_rank_engine import MultiRankEngine
 from ulysses_infer.job.processes import (
@@ -30,6 +29,7 @@ from ulysses_infer.job.processes import (
 from ulysses_infer.job.profiling import check_profile, new_trace, start_profile, stop_profile
 from ulysses_infer.job.prompt_reader import make_prompt_reader
 from ulysses_infer.job.start_rank import finish_start, start_rank
+from ulysses_infer.job.subscriptions import Subscriptions
 from ulysses_infer.job.weights import sleep, update_weights, wake_up
 from ulysses_infer.model.loading.checkpoint import Progress
 from ulysses_infer.model.loading.sources import GivenModel, given_model
@@ -45,16 +45,6 @@ OnStep = Callable[[dict[int, RequestOutput]], None]
 """Called on rank 0 after each step with the outputs that got a token in it, by prompt index."""
 
 
-class _Subscription(NamedTuple):
-    """Collects the outputs of a request."""
-
-    outputs: list[RequestOutput]
-    num_copies: int = 1
-    """Equal outputs, of which one is computed."""
-    only_finished: bool = False
-    """Whether only the finished output is needed: making intermediate ones takes time proportional to their length."""
-
-
 class InferenceEngine(MultiRankEngine):
     """One model on all ranks. Under a launcher every public method is collective: all ranks call it and get the same
     result.
@@ -65,7 +55,7 @@ class InferenceEngine(MultiRankEngine):
     def __init__(self, config: Config, model: GivenModel | None = None, progress: Progress | None = None) -> None:
         super().__init__(spmd=is_launched() and config.parallel.world_size > 1)
         self.config = config
-        self._subscriptions: dict[str, _Subscription] = {}
+        self._subscriptions = Subscriptions()
         try:
             with ExitStack() as cleanup, self._end_on_failure():
                 self._rank = self._start(model, progress, cleanup)
@@ -170,7 +160,7 @@ class InferenceEngine(MultiRankEngine):
                 self._broadcast(output)
                 yield output
         finally:
-            if self._subscriptions.pop(name, None) is not None and self._engine is not None:
+            if self._subscriptions.remove(name) and self._engine is not None:
                 self._engine.abort(name)
                 self._broadcast(None)
 
@@ -189,7 +179,7 @@ class InferenceEngine(MultiRankEngine):
     ) -> str:
         params = as_params(given, engine.prompts.sampling_defaults)
         name = _add(engine, GenerateInput(prompt, params, adapter))
-        self._subscriptions[name] = _Subscription(inbox, _num_copies(params))
+        self._subscriptions.add(name, params, inbox)
         return name
 
     def _follow_stream(self) -> Iterator[RequestOutput]:
@@ -222,8 +212,7 @@ class InferenceEngine(MultiRankEngine):
                     index = waiting.popleft()
                     name = _add(engine, inputs[index])
                     names[name] = index
-                    copies = _num_copies(inputs[index].params)
-                    self._subscriptions[name] = _Subscription(inbox, copies, only_finished=on_step is None)
+                    self._subscriptions.add(name, inputs[index].params, inbox, only_finished=on_step is None)
                     self._interrupts.check()
                 self._step()
                 steps += 1
@@ -234,7 +223,7 @@ class InferenceEngine(MultiRankEngine):
                     on_step(touched)
         finally:
             for name in names:
-                del self._subscriptions[name]
+                self._subscriptions.remove(name)
                 engine.abort(name)
         return [done[index] for index in range(len(inputs))]
 
@@ -246,12 +235,7 @@ class InferenceEngine(MultiRankEngine):
         with self._end_on_failure(), fatal("a step"):
             touched = self._engine.step()
         for completion in touched:
-            self._deliver(completion)
-
-    def _deliver(self, completion: Completion) -> None:
-        inbox = self._subscriptions.get(completion.request_id)
-        if inbox is not None and (completion.is_finished or not inbox.only_finished):
-            inbox.outputs.append(completion.output().with_copies(inbox.num_copies))
+            self._subscriptions.deliver(completion)
 
     # -- control -----------------------------------------------------------------------------------------------
 
@@ -298,9 +282,8 @@ class InferenceEngine(MultiRankEngine):
         completion = engine.abort(request_id)
         if completion is None:
             return None
-        self._deliver(completion)
-        subscription = self._subscriptions.get(request_id)
-        return completion.output().with_copies(1 if subscription is None else subscription.num_copies)
+        self._subscriptions.deliver(completion)
+        return self._subscriptions.output(completion)
 
     # -- weights and memory ------------------------------------------------------------------------------------
 
@@ -380,10 +363,6 @@ def _add(engine: Engine, given: GenerateInput) -> str:
     return engine.add(given.prompt, given.params.as_computed(), adapter=given.adapter)
 
 
-def _num_copies(params: SamplingParams) -> int:
-    return params.n // params.num_distinct
-
-
 def init_inference(model: Any = None, config: Any = None, /, *surplus: Any, **overrides: Any) -> InferenceEngine:
     """Load a model and bring all ranks up.
 
@@ -397,37 +376,11 @@ def init_inference(model: Any = None, config: Any = None, /, *surplus: Any, **ov
 
     Raises `ConfigError`, `CheckpointError` or `UnsupportedModelError`, each with one line, on every rank.
     """
-    model, config = _chosen_arguments(model, config, surplus, overrides)
-    settings = _with_model(model, overrides)
+    model, config = chosen_arguments(model, config, surplus, overrides)
+    settings = with_model(model, overrides)
     given = None if model is None or isinstance(model, str | os.PathLike) else given_model(model)
     loaded = load_config(
         config, settings, strict_clash=isinstance(config, Mapping), defaults=given.default_base if given else None
     )
     logging.getLogger("ulysses_infer").setLevel(loaded.runtime.log_level.upper())
     return InferenceEngine(loaded, given)
-
-
-def _chosen_arguments(model: Any, config: Any, surplus: tuple[Any, ...], overrides: dict[str, Any]) -> tuple[Any, Any]:
-    """The model and the configuration, positional or taken from `overrides` by name; a mapping `model=` is a section
-    of the recipe and stays there. Raises `ConfigError`."""
-    if surplus:
-        raise ConfigError(f"{2 + len(surplus)} positional arguments; give a model, a config, and the rest by name")
-    if "model" in overrides and not isinstance(overrides["model"], Mapping):
-        if model is not None:
-            raise ConfigError(f"two models, {model!r:.80} and {overrides['model']!r:.80}; give one")
-        model = overrides.pop("model")
-    if "config" in overrides:
-        if config is not None:
-            raise ConfigError(f"two configs, {config!r:.80} and {overrides['config']!r:.80}; give one")
-        config = overrides.pop("config")
-    if isinstance(model, Mapping):
-        raise ConfigError("the model is a mapping; give a hub id, a folder or a model, or the mapping as model=...")
-    return model, config
-
-
-def _with_model(model: Any, overrides: Mapping[str, Any]) -> Overrides:
-    if model is None:
-        return overrides
-    if not isinstance(model, str | os.PathLike):
-        return {**overrides, "model.path": getattr(model, "name_or_path", "") or "(a model in memory)"}
-    return {**overrides, "model.path": os.fspath(model)}

@@ -6,18 +6,25 @@ An invalid value is a `RequestError` of one line: field, value, remedy. Light: n
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ulysses_infer.errors import RequestError, kind_and_line
+from ulysses_infer.request_values import (
+    MAX_COUNT,
+    distinct_strings,
+    distinct_token_ids,
+    integer,
+    optional_integer,
+    real_number,
+    shown,
+    unknown_key,
+)
+from ulysses_infer.structured_outputs import StructuredOutputs
 
 GREEDY_TEMPERATURE = 1e-5  # temperatures below this are greedy, as in vLLM
 MAX_SEQUENCES = 16384
-MAX_COUNT = 2**31 - 1  # no sequence is this long: a larger token count is a slip
 MAX_SEED = 2**63 - 1
 # Ranges of values, both ends included except where noted; requests over HTTP are checked against the same ones.
 TEMPERATURE_RANGE = (0, 2)
@@ -29,8 +36,6 @@ PENALTY_RANGE = (-2, 2)  # presence and frequency
 REPETITION_PENALTY_RANGE = (0, 1000)  # 0 excluded
 LOGIT_BIAS_RANGE = (-100, 100)
 SEED_UNSET = -1  # vLLM and its clients write "no seed" as -1
-MAX_WHITESPACE_PATTERN = 64
-MAX_GRAMMAR_CHARACTERS = 2**17  # of a schema, regex or grammar: larger ones take seconds to compile
 
 
 class TextEncoder(Protocol):
@@ -40,84 +45,8 @@ class TextEncoder(Protocol):
         """Token ids of `text`."""
 
 
-@dataclass(kw_only=True, frozen=True)
-class StructuredOutputs:
-    """What an output's text must match: exactly one of the fields from `json` to `json_object` (vLLM's names).
-
-    Any wrong value raises `RequestError` at construction. Whether a schema, regex or grammar compiles is known
-    later, where the library for it is: `text/structured.py`.
-    """
-
-    json: str | dict[str, Any] | None = None  # a JSON schema; becomes its text
-    regex: str | None = None  # the whole output matches it
-    choice: list[str] | None = None  # the output is one of these
-    grammar: str | None = None  # context-free, as Lark writes it, or GBNF
-    json_object: bool = False  # any JSON object
-    alternatives: str | list[Any] | None = None  # sequences of text, tokens and JSON: text/structured_pieces.py
-    disable_any_whitespace: bool = False  # JSON without a space or line break outside its strings
-    whitespace_pattern: str | None = None  # regex of the white space between two parts of JSON; None: bounded
-
-    def __post_init__(self) -> None:
-        """Normalise and check every field. Raises RequestError."""
-        for name in ("json_object", "disable_any_whitespace"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"structured_outputs.{name} must be true or false, got {_show(getattr(self, name))}")
-        object.__setattr__(self, "json", _schema_text(self.json))
-        object.__setattr__(self, "alternatives", _json_text(self.alternatives))
-        self._check_whitespace()
-        if self.choice is not None:
-            object.__setattr__(self, "choice", _strings("structured_outputs.choice", self.choice))
-        given = [name for name in STRUCTURED_KINDS if getattr(self, name) not in (None, False, [])]
-        if len(given) != 1:
-            raise RequestError(
-                f"structured_outputs has {' and '.join(given) or 'nothing to match'}; "
-                f"use exactly one of {', '.join(STRUCTURED_KINDS)}"
-            )
-        self._check_text(given[0])
-
-    def _check_whitespace(self) -> None:
-        pattern = self.whitespace_pattern
-        if pattern is None:
-            return
-        if not isinstance(pattern, str) or len(pattern) > MAX_WHITESPACE_PATTERN:
-            raise RequestError(f"structured_outputs.whitespace_pattern must be a short regex, got {_show(pattern)}")
-        if self.disable_any_whitespace:
-            raise RequestError("structured_outputs has disable_any_whitespace and whitespace_pattern; use one of them")
-
-    def _check_text(self, kind: str) -> None:
-        value = "\n".join(self.choice or ()) if kind == "choice" else getattr(self, kind)
-        if kind == "json_object":
-            return
-        if not isinstance(value, str) or not value:
-            raise RequestError(f"structured_outputs.{kind} must be text, got {_show(value)}; use a string")
-        if len(value) > MAX_GRAMMAR_CHARACTERS:
-            raise RequestError(
-                f"structured_outputs.{kind} has {len(value)} characters; use at most {MAX_GRAMMAR_CHARACTERS}"
-            )
-        if value.encode(errors="ignore").decode() != value:
-            raise RequestError(f"structured_outputs.{kind} has half a surrogate pair, which no text has; remove it")
-
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> StructuredOutputs:
-        """Build from a JSON mapping; None means not given. Raises RequestError for an unknown key."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in mapping:
-            if key not in known:
-                raise RequestError(f"structured_outputs: {_unknown_key(key, known, 'key')}")
-        return cls(**{key: value for key, value in mapping.items() if value is not None})
-
-    def to_mapping(self) -> dict[str, Any]:
-        """What `from_mapping` makes an equal object of: plain values, only what is not the default."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        }
-
-
 POOLINGS = ("last", "mean", "cls")
 """How the hidden states of a prompt become one vector: that of the last token, their mean, or that of the first."""
-STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "json_object", "alternatives")
 
 
 @dataclass(kw_only=True)
@@ -172,11 +101,11 @@ class SamplingParams:
         own (`max_tokens`). Raises RequestError for an unknown key, naming the nearest known one.
         """
         if not isinstance(mapping, Mapping):
-            raise RequestError(f"sampling parameters must be a mapping, got {_show(mapping)}; use {{temperature: 0}}")
+            raise RequestError(f"sampling parameters must be a mapping, got {shown(mapping)}; use {{temperature: 0}}")
         defaults = {known.name: known.default for known in dataclasses.fields(cls)}
         for key in mapping:
             if key not in defaults:
-                raise RequestError(_unknown_key(key, defaults))
+                raise RequestError(unknown_key(key, defaults))
         nullable = {name for name, default in defaults.items() if default is None} | {"max_tokens"}
         return cls(**{key: value for key, value in mapping.items() if value is not None or key in nullable})
 
@@ -216,7 +145,7 @@ class SamplingParams:
         for word in self.bad_words or ():
             bare = _encode_word(tokenizer, word, word.lstrip() or word)
             if not bare:
-                raise RequestError(f"bad_words entry {_show(word)} has no tokens; leave it out")
+                raise RequestError(f"bad_words entry {shown(word)} has no tokens; leave it out")
             sequences.append(bare)
             spaced = _encode_word(tokenizer, word, " " + word.lstrip())
             if len(spaced) == len(bare) and spaced[0] != bare[0]:
@@ -243,21 +172,21 @@ class SamplingParams:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def _check_numbers(self) -> None:
-        self.n = _integer("n", self.n, 1, MAX_SEQUENCES)
-        self.presence_penalty = _real("presence_penalty", self.presence_penalty, *PENALTY_RANGE)
-        self.frequency_penalty = _real("frequency_penalty", self.frequency_penalty, *PENALTY_RANGE)
-        self.repetition_penalty = _real(
+        self.n = integer("n", self.n, 1, MAX_SEQUENCES)
+        self.presence_penalty = real_number("presence_penalty", self.presence_penalty, *PENALTY_RANGE)
+        self.frequency_penalty = real_number("frequency_penalty", self.frequency_penalty, *PENALTY_RANGE)
+        self.repetition_penalty = real_number(
             "repetition_penalty", self.repetition_penalty, *REPETITION_PENALTY_RANGE, open_low=True
         )
-        self.temperature = _real("temperature", self.temperature, *TEMPERATURE_RANGE)
-        self.top_p = _real("top_p", self.top_p, *TOP_P_RANGE, open_low=True)
-        self.top_k = max(_integer("top_k", self.top_k, *TOP_K_RANGE), 0)
-        self.min_p = _real("min_p", self.min_p, *MIN_P_RANGE)
-        self.min_tokens = _integer("min_tokens", self.min_tokens, 0, MAX_COUNT)
-        self.max_tokens = _optional_integer("max_tokens", self.max_tokens, 1, MAX_COUNT)
-        self.logprobs = _optional_integer("logprobs", self.logprobs, -1, MAX_COUNT)
-        self.prompt_logprobs = _optional_integer("prompt_logprobs", self.prompt_logprobs, -1, MAX_COUNT)
-        self.seed = _optional_integer("seed", self.seed, *SEED_RANGE)
+        self.temperature = real_number("temperature", self.temperature, *TEMPERATURE_RANGE)
+        self.top_p = real_number("top_p", self.top_p, *TOP_P_RANGE, open_low=True)
+        self.top_k = max(integer("top_k", self.top_k, *TOP_K_RANGE), 0)
+        self.min_p = real_number("min_p", self.min_p, *MIN_P_RANGE)
+        self.min_tokens = integer("min_tokens", self.min_tokens, 0, MAX_COUNT)
+        self.max_tokens = optional_integer("max_tokens", self.max_tokens, 1, MAX_COUNT)
+        self.logprobs = optional_integer("logprobs", self.logprobs, -1, MAX_COUNT)
+        self.prompt_logprobs = optional_integer("prompt_logprobs", self.prompt_logprobs, -1, MAX_COUNT)
+        self.seed = optional_integer("seed", self.seed, *SEED_RANGE)
         if self.seed == SEED_UNSET:
             self.seed = None
 
@@ -265,30 +194,30 @@ class SamplingParams:
         for known in dataclasses.fields(self):
             value = getattr(self, known.name)
             if isinstance(known.default, bool) and not isinstance(value, bool):
-                raise RequestError(f"{known.name} must be true or false, got {_show(value)}")
+                raise RequestError(f"{known.name} must be true or false, got {shown(value)}")
 
     def _check_token_ids(self) -> None:
-        self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids)
+        self.stop_token_ids = distinct_token_ids("stop_token_ids", self.stop_token_ids)
         if self.allowed_token_ids is not None:
-            self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            self.allowed_token_ids = distinct_token_ids("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
                 raise RequestError("allowed_token_ids is empty, so no token could follow; leave it out to allow all")
         if self.logprob_token_ids is not None:
-            self.logprob_token_ids = _token_ids("logprob_token_ids", self.logprob_token_ids)
+            self.logprob_token_ids = distinct_token_ids("logprob_token_ids", self.logprob_token_ids)
             self.logprobs = self.logprobs or 0
         if self.logit_bias is not None:
             self.logit_bias = _logit_bias(self.logit_bias)
 
     def _check_strings(self) -> None:
-        self.stop = _strings("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
-        self.bad_words = _strings("bad_words", self.bad_words)
+        self.stop = distinct_strings("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
+        self.bad_words = distinct_strings("bad_words", self.bad_words)
 
     def _check_structure(self) -> None:
         wanted = self.structured_outputs
         if isinstance(wanted, Mapping):
             self.structured_outputs = StructuredOutputs.from_mapping(wanted)
         elif wanted is not None and not isinstance(wanted, StructuredOutputs):
-            raise RequestError(f'structured_outputs must be a mapping, got {_show(wanted)}; use {{"json": schema}}')
+            raise RequestError(f'structured_outputs must be a mapping, got {shown(wanted)}; use {{"json": schema}}')
 
     def _check_combinations(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -296,107 +225,26 @@ class SamplingParams:
                 f"min_tokens is {self.min_tokens}, more than max_tokens={self.max_tokens}; raise max_tokens"
             )
         if self.stop and not self.detokenize:
-            raise RequestError(f"stop={_show(self.stop)} needs the text; set detokenize=True or use stop_token_ids")
+            raise RequestError(f"stop={shown(self.stop)} needs the text; set detokenize=True or use stop_token_ids")
         if self.pooling is not None and self.pooling not in POOLINGS:
-            raise RequestError(f"pooling is {_show(self.pooling)}; use {', '.join(POOLINGS)}")
+            raise RequestError(f"pooling is {shown(self.pooling)}; use {', '.join(POOLINGS)}")
         if self.pooling is not None and self.n > 1:
             raise RequestError(f"n is {self.n} with pooling={self.pooling!r}; a prompt has one vector: use n=1")
         if self.best_of is not None and self.best_of != self.n:
             raise RequestError(
-                f"best_of is {_show(self.best_of)}, but outputs are not ranked; use n and choose yourself"
+                f"best_of is {shown(self.best_of)}, but outputs are not ranked; use n and choose yourself"
             )
-
-
-def _show(value: object) -> str:
-    """`repr(value)` short enough for one line; Python refuses to print an integer of thousands of digits."""
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value).replace("\n", " ")
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _schema_text(schema: Any) -> Any:
-    """A schema given as a mapping, in JSON; anything else as it is."""
-    if not isinstance(schema, Mapping):
-        return schema
-    try:
-        return json.dumps(dict(schema), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(
-            f"structured_outputs.json is not a JSON schema ({str(error)[:80]}); use plain JSON values"
-        ) from error
-
-
-def _json_text(value: Any) -> Any:
-    """A list in JSON; anything else as it is."""
-    return _schema_text({"": value})[4:-1] if isinstance(value, list) else value
-
-
-def _unknown_key(key: object, known: Iterable[str], what: str = "sampling parameter") -> str:
-    nearest = difflib.get_close_matches(str(key), list(known), n=1)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(known)}"
-    return f"unknown {what} {_show(key)}; {hint}"
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _integer(name: str, value: Any, low: int, high: int) -> int:
-    if not _is_integer(value):
-        raise RequestError(f"{name} must be an integer, got {_show(value)}; use {low} to {high}")
-    if not low <= value <= high:
-        raise RequestError(f"{name} must be from {low} to {high}, got {_show(int(value))}")
-    return int(value)
-
-
-def _optional_integer(name: str, value: Any, low: int, high: int) -> int | None:
-    return None if value is None else _integer(name, value, low, high)
-
-
-def _real(name: str, value: Any, low: float, high: float, open_low: bool = False) -> float:
-    remedy = f"use a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}"
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number:
-        raise RequestError(f"{name} must be a number, got {_show(value)}; {remedy}")
-    if not low <= value <= high or (open_low and value == low):  # NaN compares false
-        raise RequestError(f"{name} is out of range, got {_show(value)}; {remedy}")
-    return float(value)
-
-
-def _list(name: str, value: Any, remedy: str) -> list[Any]:
-    if value is None:
-        return []
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise RequestError(f"{name} must be a list, got {_show(value)}; {remedy}")
-    return list(value)
-
-
-def _token_ids(name: str, value: Any) -> list[int]:
-    token_ids = _list(name, value, "use token ids, as in [1, 2]")
-    for token_id in token_ids:
-        if not _is_integer(token_id) or not 0 <= token_id <= MAX_COUNT:
-            raise RequestError(f"{name} has {_show(token_id)}, which is not a token id; use integers from 0 up")
-    return list(dict.fromkeys(int(token_id) for token_id in token_ids))
-
-
-def _strings(name: str, value: Any) -> list[str]:
-    strings = _list(name, value, 'use strings, as in ["a", "b"]')
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise RequestError(f"{name} has {_show(string)}; use strings that are not empty")
-    return list(dict.fromkeys(strings))
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise RequestError(f"logit_bias must map token ids to numbers, got {_show(value)}; use {{17: -5.0}}")
-    return {_bias_key(key): _real(f"logit_bias[{key}]", bias, *LOGIT_BIAS_RANGE) for key, bias in value.items()}
+        raise RequestError(f"logit_bias must map token ids to numbers, got {shown(value)}; use {{17: -5.0}}")
+    return {_bias_key(key): real_number(f"logit_bias[{key}]", bias, *LOGIT_BIAS_RANGE) for key, bias in value.items()}
 
 
 def _bias_key(key: Any) -> int:
     token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11 else key
-    return _token_ids("logit_bias", [token_id])[0]
+    return distinct_token_ids("logit_bias", [token_id])[0]
 
 
 def _encode_word(tokenizer: TextEncoder, word: str, text: str) -> list[int]:
@@ -404,5 +252,5 @@ def _encode_word(tokenizer: TextEncoder, word: str, text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
     except Exception as error:  # tokenizer libraries raise anything, for half a surrogate pair for example
         raise RequestError(
-            f"bad_words entry {_show(word)} is refused by the tokenizer ({kind_and_line(error)}); leave it out"
+            f"bad_words entry {shown(word)} is refused by the tokenizer ({kind_and_line(error)}); leave it out"
         ) from error

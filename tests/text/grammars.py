@@ -5,7 +5,7 @@ import random
 
 import llguidance
 
-from ulysses_infer.sampling_params import StructuredOutputs
+from ulysses_infer.structured_outputs import StructuredOutputs
 from ulysses_infer.text.structured import LIMITS, _as_lark
 
 NUM_BYTES = 255  # 0xFF is in no text; ids from 255 stand for special tokens

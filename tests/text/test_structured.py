@@ -13,7 +13,8 @@ from tokenizers_to_try import KINDS, make, word_piece
 from ulysses_infer.errors import RequestError
 from ulysses_infer.model.sampling.row import SamplingRow, needs_full_logits
 from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler
-from ulysses_infer.sampling_params import SamplingParams, StructuredOutputs
+from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.structured_outputs import StructuredOutputs
 from ulysses_infer.text.detokenizer import Detokenizer, TokenDecoder
 from ulysses_infer.text.structured import GrammarCompiler, check
 

@@ -5,7 +5,7 @@ from grammars import NUM_BYTES, matcher, matches
 from tokenizers_to_try import byte_level
 
 from ulysses_infer.errors import RequestError
-from ulysses_infer.sampling_params import StructuredOutputs
+from ulysses_infer.structured_outputs import StructuredOutputs
 from ulysses_infer.text.structured import GrammarCompiler, check
 
 OPEN, CLOSE = NUM_BYTES, NUM_BYTES + 1

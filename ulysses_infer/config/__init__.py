@@ -2,6 +2,7 @@
 
 from ulysses_infer.config.device import choose_for_device
 from ulysses_infer.config.loading import load_config
+from ulysses_infer.config.policy import PolicyConfig
 from ulysses_infer.config.reference import resolved_yaml, schema_reference
 from ulysses_infer.config.schema import (
     CacheConfig,
@@ -10,7 +11,6 @@ from ulysses_infer.config.schema import (
     LoraConfig,
     ModelConfig,
     ParallelConfig,
-    PolicyConfig,
     RuntimeConfig,
     SchedulerConfig,
 )

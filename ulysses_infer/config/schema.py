@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ulysses_infer.arithmetic import round_up
 from ulysses_infer.config.option import MISSING, option
+from ulysses_infer.config.policy import PolicyConfig
 from ulysses_infer.config.ray import RayConfig
 from ulysses_infer.config.server import ServerConfig
 from ulysses_infer.config.speculation import QUANTIZE, SpeculationConfig
@@ -153,53 +154,6 @@ class ParallelConfig:
         """The modes a step may run in: the base mode first, without duplicates."""
         listed = [Mode(1, self.world_size)] if self.modes is None else [Mode(sp, tp) for sp, tp in self.modes]
         return list(dict.fromkeys([self.base, *listed]))
-
-
-@dataclass
-class PolicyConfig:
-    """How the mode of a step is chosen."""
-
-    name: str = option(
-        "threshold",
-        choices=("static", "threshold", "adaptive"),
-        help="static: always one mode; threshold: the base mode for large steps, full tensor parallelism for "
-        "small ones; adaptive: the mode predicted to be fastest, from step times measured on this machine.",
-    )
-    mode: Any = option(
-        kind="sp | tp | [sp, tp]",
-        help="The mode of policy static: sp (the base mode), tp, or [sp, tp]; null: the base mode.",
-    )
-    threshold_tokens: int = option(
-        256, at_least=0, help="Policy threshold: steps with more tokens than this run in the base mode."
-    )
-    profile: str | None = option(
-        "auto",
-        kind="auto | path",
-        help="Policy adaptive: measured step times. auto: measure once and store them in the user's cache folder; a "
-        "path: a file written by `ulysses-infer calibrate --output`; null: measure at every start.",
-    )
-    calibration_seconds: float = option(
-        30.0,
-        at_least=0,
-        help="Policy adaptive: maximum duration of the calibration at start; 0: learn from traffic only.",
-    )
-    target_tpot_ms: float | None = option(
-        above=0,
-        help="Policy adaptive: target time per output token. Prompts are prefilled in smaller chunks so that decoding "
-        "requests meet it; null: the scheduler alone limits chunks.",
-    )
-    target_ttft_ms: float | None = option(
-        above=0,
-        help="Policy adaptive: target time to first token. A prompt that would miss it gets larger chunks while "
-        "the mean time per token of every decoding request stays within target_tpot_ms; null: none.",
-    )
-    exploration: float = option(
-        0.0,
-        at_least=0,
-        at_most=0.5,
-        help="Policy adaptive: share of steps that run in a mode other than the one predicted to be fastest, to check "
-        "its prediction.",
-    )
 
 
 @dataclass

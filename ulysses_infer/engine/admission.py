@@ -1,4 +1,4 @@
-"""Requests before they run: whether one could ever finish, and the queue in which they wait."""
+"""Requests before they run: whether one could ever finish, the queue in which they wait, and their first step."""
 
 from __future__ import annotations
 
@@ -41,6 +41,18 @@ def length_limit(request: Request, max_model_len: int) -> int:
     """Tokens of prompt and output at which a request ends."""
     max_tokens = request.params.max_tokens
     return max_model_len if max_tokens is None else min(request.num_prompt_tokens + max_tokens, max_model_len)
+
+
+def first_chunk(num_tokens: int, budget: int, config: SchedulerConfig) -> int:
+    """How many of a request's `num_tokens` uncomputed tokens its first step takes; 0: it has to wait.
+
+    Without chunked prefill it is all or nothing, except for a preempted request whose output has made it longer than
+    any step.
+    """
+    if num_tokens <= budget:
+        return num_tokens
+    chunked = config.enable_chunked_prefill or num_tokens > config.max_num_batched_tokens
+    return budget if chunked else 0
 
 
 def check_request(request: Request, config: SchedulerConfig, allocator: BlockPools, max_model_len: int) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ulysses_infer.cache.pools import BlockPools, GroupBlockIds
 from ulysses_infer.config import SchedulerConfig
-from ulysses_infer.engine.admission import WaitingQueue, check_request, length_limit
+from ulysses_infer.engine.admission import WaitingQueue, check_request, first_chunk, length_limit
 from ulysses_infer.engine.batch import Batch, BatchBuilder, ScheduledRequest
 from ulysses_infer.engine.request import Request, RequestStatus
 from ulysses_infer.engine.snapshot_points import SnapshotPoints
@@ -283,7 +283,7 @@ class Scheduler:
         num_cached, cached = self._cached_prefix(request)
         num_cached_tokens = num_cached * self.allocator.block_size
         num_tokens_left = request.num_tokens - num_cached_tokens
-        num_new_tokens = self._first_chunk(num_tokens_left, min(step.budget, step.prefill_budget))
+        num_new_tokens = first_chunk(num_tokens_left, min(step.budget, step.prefill_budget), self.config)
         num_new_tokens = self._chunk(request, num_cached_tokens, num_new_tokens, num_tokens_left)
         if num_new_tokens == 0 or not self._make_room(request, cached, step):
             return False
@@ -315,17 +315,6 @@ class Scheduler:
             request.num_cached_tokens = num_cached_tokens
             if self._reads_prefix_cache(request):
                 self.allocator.record_lookup(request.num_prompt_tokens, num_present_tokens, num_cached_tokens)
-
-    def _first_chunk(self, num_tokens: int, budget: int) -> int:
-        """How many of a request's `num_tokens` uncomputed tokens its first step takes; 0: it has to wait.
-
-        Without chunked prefill it is all or nothing, except for a preempted request whose output has made it longer
-        than any step.
-        """
-        if num_tokens <= budget:
-            return num_tokens
-        chunked = self.config.enable_chunked_prefill or num_tokens > self.config.max_num_batched_tokens
-        return budget if chunked else 0
 
     def _may_have_room(self, request: Request) -> bool:
         """A cheap check before the prefix cache is searched: a free sequence slot and enough blocks, or a request to

@@ -13,7 +13,7 @@ from ulysses_infer.server.client import RequestRecord
 from ulysses_infer.server.messages import EngineState, Ready, StepReport
 from ulysses_infer.server.observe import Observatory
 from ulysses_infer.server.observe.exposition import exposition
-from ulysses_infer.server.observe.metrics import FIRST_TOKEN_BUCKETS, INTER_TOKEN_BUCKETS
+from ulysses_infer.server.observe.request_metrics import FIRST_TOKEN_BUCKETS, INTER_TOKEN_BUCKETS
 
 LABEL = "replica"
 PREFIX = "ulysses_"

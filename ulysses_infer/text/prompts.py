@@ -13,7 +13,8 @@ from typing import Any
 from ulysses_infer.config import ModelConfig
 from ulysses_infer.errors import CheckpointError, RequestError, kind_and_line
 from ulysses_infer.model.sampling.seeds import derive_seed
-from ulysses_infer.sampling_params import SamplingParams, StructuredOutputs
+from ulysses_infer.sampling_params import SamplingParams
+from ulysses_infer.structured_outputs import StructuredOutputs
 from ulysses_infer.text.bad_words import BadWords, Spellings
 from ulysses_infer.text.chat_template import ChatTemplate, find_template
 from ulysses_infer.text.detokenizer import TextStream, TokenDecoder

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from ulysses_infer.errors import RequestError
 from ulysses_infer.model.sampling.token_mask import TokenMask
-from ulysses_infer.sampling_params import StructuredOutputs
+from ulysses_infer.structured_outputs import StructuredOutputs
 from ulysses_infer.text.detokenizer import TokenDecoder
 from ulysses_infer.text.first_space import Speller, drops_first_space
 from ulysses_infer.text.grammar_state import FirstToken, GrammarState

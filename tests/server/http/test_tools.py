@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from tests.server.http.harness import MODEL, Served
-from ulysses_infer.sampling_params import StructuredOutputs
 from ulysses_infer.server.http import tool_use
 from ulysses_infer.server.tool_calls import FORMATS, ArgumentsDelta, CallStarted, ContentDelta, ToolEvent
+from ulysses_infer.structured_outputs import StructuredOutputs
 
 USER = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("f", "g")]

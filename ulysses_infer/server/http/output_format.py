@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ulysses_infer.sampling_params import StructuredOutputs
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.output_reader import OutputReader
@@ -16,6 +15,7 @@ from ulysses_infer.server.http.tool_use import ToolUse, alternatives_of, tool_us
 from ulysses_infer.server.reasoning import ReasoningFormat
 from ulysses_infer.server.tool_calls import SpecialTags, special_tags
 from ulysses_infer.server.tool_calls.pieces import tag_writer
+from ulysses_infer.structured_outputs import StructuredOutputs
 from ulysses_infer.text.detokenizer import TokenDecoder
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ulysses_infer.sampling_params import StructuredOutputs
 from ulysses_infer.server.http.context import AppContext
 from ulysses_infer.server.http.errors import ApiError
 from ulysses_infer.server.http.protocol.chat import ChatRequest
@@ -23,6 +22,7 @@ from ulysses_infer.server.tool_calls import (
     tool_choice_constraint,
 )
 from ulysses_infer.server.tool_calls.pieces import Piece, text_piece
+from ulysses_infer.structured_outputs import StructuredOutputs
 
 
 @dataclass(frozen=True)

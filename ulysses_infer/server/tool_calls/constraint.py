@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ulysses_infer.sampling_params import StructuredOutputs
 from ulysses_infer.server.tool_calls.definitions import ToolChoice, function_of, named_function, parameters_of
 from ulysses_infer.server.tool_calls.events import (
     ArgumentsDelta,
@@ -18,6 +17,7 @@ from ulysses_infer.server.tool_calls.events import (
 )
 from ulysses_infer.server.tool_calls.json_calls import REQUIRED
 from ulysses_infer.server.tool_calls.streaming import call_id
+from ulysses_infer.structured_outputs import StructuredOutputs
 
 _DATA_KEYS = ("const", "enum", "default", "examples")  # keywords with plain values, in which "$ref" is not a reference
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # names to schemas

@@ -6,9 +6,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from ulysses_infer.request_values import MAX_COUNT
 from ulysses_infer.sampling_params import (
     LOGIT_BIAS_RANGE,
-    MAX_COUNT,
     MIN_P_RANGE,
     PENALTY_RANGE,
     REPETITION_PENALTY_RANGE,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ulysses_infer.sampling_params import MAX_COUNT
+from ulysses_infer.request_values import MAX_COUNT
 from ulysses_infer.server.http.protocol.common import INT32, Body, ResponseBody
 from ulysses_infer.server.http.protocol.completions import MAX_PROMPTS, Prompts
 
