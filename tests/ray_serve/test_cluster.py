@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import httpx
 import pytest
@@ -190,11 +191,23 @@ def test_serve_on_ray_answers_until_a_signal_and_removes_the_application(cluster
         with Load(cluster.url, num_clients=1) as load:
             load.wait_for(1)
         assert load.statuses.keys() == {200}
+        assert {(mode["sp"], mode["tp"]) for mode in steps_shown(cluster)} == {(1, 1)}
         process.terminate()
         assert process.wait(START_SECONDS) == 0
         assert cluster.applications() == []
     finally:
         process.kill()
+
+
+def steps_shown(cluster):
+    """The modes of the steps on the dashboard, once it shows some: it asks the replicas every second."""
+    deadline = time.monotonic() + 20.0
+    while time.monotonic() < deadline:
+        data = httpx.get(f"{cluster.url}/dashboard/data", params={"seconds": 300}, timeout=60).json()
+        if data["steps"]:
+            return [data["modes"][step[3]] for step in data["steps"]]
+        time.sleep(0.2)
+    raise AssertionError("the dashboard shows no steps")
 
 
 def test_a_recipe_that_cannot_be_loaded_ends_serve_on_ray_with_one_line(cluster):

@@ -3,6 +3,7 @@
 import asyncio
 import pickle
 import socket
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,7 @@ class Replicas:
 
         self._scripts = list(scripts)
         self.reports = [ReplicaReport("r0", READY, STATE), EngineDeadError("gone")]
-        self.metrics = []
+        self.metrics, self.asked = [], []
         self.commands = {"stats": [{"steps": 1}], "abort_all": [{"aborted": ["a"]}, {"aborted": ["b"]}]}
         self.tried, self.cancelled = [], 0
         self.generate = SimpleNamespace(remote=self._generate)
@@ -45,9 +46,8 @@ class Replicas:
         return _Response(self, request.submit.request_id, self._scripts.pop(0))
 
     def broadcast(self, method, *arguments):
-        results = (
-            self.commands[arguments[0]] if arguments else {"report": self.reports, "metrics": self.metrics}[method]
-        )
+        self.asked.append((method, *arguments))
+        results = {"report": self.reports, "metrics": self.metrics}.get(method) or self.commands[arguments[0]]
 
         async def results_async(timeout_s, return_exceptions):
             return results
@@ -93,14 +93,14 @@ class Events:
         return lambda *arguments: None
 
 
-def run(replicas, use):
+def run(replicas, use, events=None):
     """Run `use(client, events)` against these replicas."""
+    events = events or Events()
 
     async def main():
         from ulysses_infer.ray.remote_engine import RemoteEngine
 
         ours, theirs = socket.socketpair()
-        events = Events()
         client = EngineClient(*await asyncio.open_connection(sock=ours), events)
         engine = RemoteEngine(replicas, *await asyncio.open_connection(sock=theirs))
         tasks = [asyncio.create_task(client.listen()), asyncio.create_task(engine.run())]
@@ -199,3 +199,65 @@ def test_one_scrape_has_the_metrics_of_all_replicas_and_of_the_ingress():
     assert found["ulysses:tokens_total"] == {"r0": 7, "r2": 7}
     assert found["ulysses:engine_up"] == {"r0": 1, "r2": 1}
     assert found["ulysses:http_requests_total"] == {None: 1}
+
+
+class Recorder(Events):
+    """An observer that keeps the steps, with the time at which each was told of."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def on_step(self, state, step):
+        if step is not None:
+            self.steps.append((time.monotonic(), step))
+
+
+def test_the_dashboard_gets_the_steps_of_all_replicas_once_and_in_the_order_of_time(monkeypatch):
+    from ulysses_infer.ray import remote_engine
+    from ulysses_infer.ray.replica import ReplicaReport
+
+    def step(number, started):
+        return StepReport(number, started, 0.1, (2, 1), 7, 0, {})
+
+    monkeypatch.setattr(remote_engine, "REPORT_SECONDS", 0.01)
+    replicas = Replicas()
+    replicas.reports = [ReplicaReport("r0", READY, STATE, [], 4), ReplicaReport("r1", READY, STATE, [], 4)]
+    events = Recorder()
+
+    async def use(client, events):
+        later = [
+            ReplicaReport("r0", READY, STATE, [step(5, -0.9), step(6, -0.3)], 6),
+            ReplicaReport("r1", READY, STATE, [step(5, -0.6)], 5),
+        ]
+        replicas.reports = later
+        while not events.steps:
+            await asyncio.sleep(0.001)
+        for report in later:
+            report.steps = []
+        asked = len(replicas.asked)
+        while len(replicas.asked) < asked + 2:
+            await asyncio.sleep(0.001)
+
+    run(replicas, use, events)
+    assert [step.sequence for _, step in events.steps] == [5, 5, 6]
+    ages = [told - step.started for told, step in events.steps]
+    assert ages == pytest.approx([0.9, 0.6, 0.3], abs=0.2)
+    assert replicas.asked[0] == ("report", {})
+    assert replicas.asked[1] == ("report", {"r0": 4, "r1": 4})
+    assert replicas.asked[-1] == ("report", {"r0": 6, "r1": 5})
+
+
+def test_a_replica_reports_the_steps_that_the_ingress_has_not_seen(monkeypatch):
+    from ulysses_infer.ray import metrics
+
+    monkeypatch.setattr(metrics, "_RayMetrics", lambda: SimpleNamespace(take=lambda state, step: None))
+    observatory = metrics.ReplicaObservatory(Config(), "r0")
+    assert (observatory.last_step, observatory.steps_after(-1)) == (-1, [])
+    observatory.on_ready(READY)
+    for number in range(3):
+        observatory.on_step(STATE, StepReport(number, 1e9, 0.5, (1, 2), 1, 1, {}))  # by the clock of another node
+    found = observatory.steps_after(0)
+    assert observatory.last_step == 2
+    assert [step.sequence for step in found] == [1, 2]
+    assert all(-1.0 < step.started <= -0.5 for step in found)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 
+from msgspec import structs
 from prometheus_client import Metric
 from ray.serve.metrics import Counter, Gauge, Histogram
 
@@ -17,6 +20,7 @@ from ulysses_infer.server.observe.request_metrics import FIRST_TOKEN_BUCKETS, IN
 
 LABEL = "replica"
 PREFIX = "ulysses_"
+KEPT_STEPS = 4096  # until the ingress asks for them
 
 
 class IngressObservatory(Observatory):
@@ -41,6 +45,21 @@ class ReplicaObservatory(Observatory):
     def __init__(self, config: Config, replica: str) -> None:
         super().__init__(config, labels={LABEL: replica})
         self._ray = _RayMetrics()
+        self._steps: deque[tuple[float, StepReport]] = deque(maxlen=KEPT_STEPS)  # with the time of their arrival
+
+    @property
+    def last_step(self) -> int:
+        """The number of the latest step; -1 before the first."""
+        return self._steps[-1][1].sequence if self._steps else -1
+
+    def steps_after(self, sequence: int) -> list[StepReport]:
+        """The steps with higher numbers, `started` in seconds after now."""
+        now = time.monotonic()
+        return [
+            structs.replace(step, started=arrived - step.seconds - now)
+            for arrived, step in self._steps
+            if step.sequence > sequence
+        ]
 
     def families(self) -> list[Metric]:
         """The current values of the engine's metrics and its requests'."""
@@ -59,6 +78,8 @@ class ReplicaObservatory(Observatory):
         """A step ran, or the state changed without one."""
         super().on_step(state, step)
         self._ray.take(state, step)
+        if step is not None:
+            self._steps.append((time.monotonic(), step))
 
     def on_first_token(self, record: RequestRecord) -> None:
         """A request's first token has arrived."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import Any
@@ -29,6 +30,7 @@ from ulysses_infer.server.messages import (
     Refused,
     Reply,
     Stepped,
+    StepReport,
     Submit,
     ToEngine,
 )
@@ -66,6 +68,7 @@ class RemoteEngine:
         self._commands: set[asyncio.Task[None]] = set()
         self._info: Ready | None = None
         self._states: dict[str, EngineState] = {}  # of running replicas, by id
+        self._seen: dict[str, int] = {}  # the latest step of each running replica that the client was told of
         self._ended: list[EngineState] = []  # the last states of others: their counters still count
 
     async def run(self) -> None:
@@ -194,10 +197,10 @@ class RemoteEngine:
     # -- state ---------------------------------------------------------------------------------------------------
 
     async def _report(self) -> None:
-        """Tell the client what is loaded, once a replica is up, and then the load of all."""
+        """Tell the client what is loaded, once a replica is up, and then the load and the steps of all."""
         while True:
             try:
-                reports = await self._everywhere("report", seconds=REPORT_TIMEOUT)
+                reports = await self._everywhere("report", self._seen, seconds=REPORT_TIMEOUT)
             except TimeoutError:
                 reports = []
             self._take_reports([report for report in reports if not isinstance(report, BaseException)])
@@ -209,12 +212,19 @@ class RemoteEngine:
         states = {report.replica: report.state for report in reports}
         ended = (each for name, each in self._states.items() if name not in states)
         self._ended += [structs.replace(each, num_running=0, num_waiting=0) for each in ended]
-        self._states = states
+        self._states, self._seen = states, {report.replica: report.last_step for report in reports}
         if self._info is None:
             self._info = reports[0].info
             self._send(structs.replace(self._info, state=self._state()))
         else:
             self._send(Stepped(self._state()))
+            self._send_steps([step for report in reports for step in report.steps])
+
+    def _send_steps(self, steps: list[StepReport]) -> None:
+        """Tell the client what ran on all replicas, in the order of time."""
+        now, state = time.monotonic(), self._state()
+        for step in sorted(steps, key=lambda step: step.started + step.seconds):
+            self._send(Stepped(state, structs.replace(step, started=now + step.started)))
 
     def _state(self) -> EngineState:
         """The load of all running replicas; counters include those of replicas that have ended."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -23,7 +23,7 @@ from ulysses_infer.ray.metrics import ReplicaObservatory
 from ulysses_infer.ray.ranks import start_ranks
 from ulysses_infer.ray.request import RoutedRequest
 from ulysses_infer.server.client import DEAD, EngineClient
-from ulysses_infer.server.messages import EngineState, Ready, Refused, Stepped
+from ulysses_infer.server.messages import EngineState, Ready, Refused, Stepped, StepReport
 
 END_SECONDS = 5.0  # for the ranks of a drained engine
 _encoder = msgspec.msgpack.Encoder()
@@ -37,6 +37,10 @@ class ReplicaReport:
     """Its unique id."""
     info: Ready
     state: EngineState
+    steps: list[StepReport] = field(default_factory=list)
+    """Those that the ingress has not seen, `started` in seconds after this report: the clocks of nodes differ."""
+    last_step: int = -1
+    """The number of the latest step."""
 
 
 class EngineReplica:
@@ -88,9 +92,11 @@ class EngineReplica:
         """Run an administrative command. Raises `RequestError`, `EngineDeadError`."""
         return await self._client.call(name, **arguments)
 
-    async def report(self) -> ReplicaReport:
-        """What was loaded, and the current load."""
-        return ReplicaReport(self._id, self._info, self._client.state or self._info.state)
+    async def report(self, seen: Mapping[str, int] | None = None) -> ReplicaReport:
+        """What was loaded, the current load, and the steps since that which the ingress saw last, by replica."""
+        last = self._observatory.last_step
+        steps = self._observatory.steps_after((seen or {}).get(self._id, last))
+        return ReplicaReport(self._id, self._info, self._client.state or self._info.state, steps, last)
 
     async def metrics(self) -> list[Metric]:
         """The metrics of the engine and its requests, which have this replica's id as a label."""

@@ -21,6 +21,9 @@ function takeRows(kept, sent, oldest, isFirst) {
   }
 }
 
+// Replicas number their steps alike.
+const nameOf = ([sequence, started]) => `${sequence} ${started}`;
+
 function take(data, isFirst) {
   const oldest = data.now - data.seconds - 2 * delaySeconds;
   store.data = data;
@@ -28,8 +31,9 @@ function take(data, isFirst) {
   takeRows(store.band, data.band, oldest, isFirst);
   takeRows(store.points, data.points, oldest, isFirst);
   store.points.columns = data.points.columns;
-  const last = isFirst ? -Infinity : store.steps.length ? store.steps.at(-1)[0] : -Infinity;
-  store.steps = [...(isFirst ? [] : store.steps), ...data.steps.filter((step) => step[0] > last)].slice(-1024);
+  const kept = isFirst ? [] : store.steps;
+  const known = new Set(kept.map(nameOf));
+  store.steps = [...kept, ...data.steps.filter((step) => !known.has(nameOf(step)))].slice(-1024);
   store.series = seriesOf(data);
 }
 
