@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import importlib.metadata
 import inspect
-import json
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from tests.training.library_rollouts import (
+    DEMO,
+    check_greedy,
+    demo_model,
+    on_a_ray_cluster,
+    on_one_and_two_ranks,
+    run_job,
+)
 from tests.training.rollout_server import wait_for_first_tokens
 from tests.training.signatures import methods, parameters_of_function
 from ulysses_infer.errors import ConfigError, RequestError
@@ -35,8 +37,6 @@ from ulysses_infer.rl.openrlhf_weights import (
 )
 from ulysses_infer.rl.weight_folder import WeightFolder
 
-ROOT = Path(__file__).resolve().parents[2]
-DEMO = str(ROOT / "models/demo")
 CPU = {
     "runtime.device": "cpu",
     "runtime.threads_per_rank": 1,
@@ -55,13 +55,6 @@ def is_installed(name: str) -> bool:
 
 
 needs_ray = pytest.mark.skipif(not is_installed("ray"), reason="ray: not installed")
-RAY = {
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_memory_monitor_refresh_ms": "0",  # else Ray ends workers when other programs take the memory
-    "RAY_worker_niceness": "0",  # by default Ray's workers yield to all other processes
-}
 needs_openrlhf = pytest.mark.skipif(not is_installed("openrlhf"), reason="openrlhf: not installed")
 
 
@@ -142,13 +135,9 @@ def greedy(length: int = 8) -> Any:
 def check(model: Any, output: Any) -> None:
     """Greedy tokens of the model, with its log-probabilities."""
     (found,) = output.outputs
-    prompt, completion = output.prompt_token_ids, found.token_ids
-    with torch.no_grad():
-        rows = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
-    assert completion == rows.argmax(-1).tolist()
     assert found.finish_reason == "length"
-    for row, token, scores in zip(rows, completion, found.logprobs, strict=True):
-        assert scores[token].logprob == pytest.approx(float(row[token]), abs=1e-4)
+    logprobs = [scores[token].logprob for token, scores in zip(found.token_ids, found.logprobs, strict=True)]
+    check_greedy(model, output.prompt_token_ids, found.token_ids, logprobs)
 
 
 async def update_by_broadcast(actor: RolloutRayActor, group: Any, model: Any) -> None:
@@ -200,40 +189,19 @@ async def roll_out(models: list[Any], num_ranks: int) -> None:
     actor.shutdown()
 
 
-@pytest.mark.thorough
-@pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@on_one_and_two_ranks
 def test_an_engine_generates_and_takes_weights_over_gloo(num_ranks: int) -> None:
-    models = [AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32) for _ in range(2)]
-    with torch.no_grad():
-        for parameter in models[1].parameters():
-            parameter.mul_(0.8)
-    asyncio.run(roll_out(models, num_ranks))
+    asyncio.run(roll_out([demo_model(), demo_model(0.8)], num_ranks))
 
 
 @needs_ray
-@pytest.mark.thorough
-@pytest.mark.distributed
-@pytest.mark.timeout(900)
+@on_a_ray_cluster
 def test_engines_of_two_ranks_on_ray_take_the_weights_that_a_trainer_broadcasts() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.openrlhf_job", DEMO],
-        cwd=ROOT,
-        env={**os.environ, **RAY},
-        capture_output=True,
-        text=True,
-        timeout=850,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_job("tests.training.openrlhf_job", DEMO)
     assert [len(devices) for devices in found["devices"]] == [2, 2]
     assert len({device for devices in found["devices"] for device in devices}) == 4
-    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     for scale, version, outputs in zip([1.0, 0.8], ["0", "1"], found["outputs"], strict=True):
-        scaled = copy.deepcopy(model)
-        scaled.load_state_dict({name: tensor * scale for name, tensor in model.state_dict().items()})
+        model = demo_model(scale)
         for tokens, logprobs, versions in outputs:
-            rows = scaled(torch.tensor([PROMPT + tokens])).logits[0].log_softmax(-1)[len(PROMPT) - 1 : -1].detach()
-            assert tokens == rows.argmax(-1).tolist()
-            assert logprobs == pytest.approx(rows.amax(-1).tolist(), abs=1e-4)
+            check_greedy(model, PROMPT, tokens, logprobs)
             assert versions == [version]

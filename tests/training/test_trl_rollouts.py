@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import settings, tiny_llama
+from tests.training.library_rollouts import check_greedy
 from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.job.processes import free_port
 from ulysses_infer.rl.trl import RolloutFunc, UlyssesGeneration
@@ -45,15 +46,11 @@ def load(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def check_greedy(model: Any, prompts: list[list[int]], found: Any) -> None:
+def check_completions(model: Any, prompts: list[list[int]], found: Any) -> None:
     """Greedy completions and the model's own log-probabilities of them."""
     assert found.prompt_ids == prompts
     for prompt, completion, scores in zip(prompts, found.completion_ids, found.logprobs, strict=True):
-        with torch.no_grad():
-            rows = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
-        assert completion == rows.argmax(-1).tolist()
-        expected = rows.gather(1, torch.tensor(completion)[:, None])[:, 0]
-        assert [each[0] for each in scores] == pytest.approx(expected.tolist(), abs=1e-4)
+        check_greedy(model, prompt, completion, [each[0] for each in scores])
 
 
 GREEDY = {"temperature": 0.0, "max_completion_length": 5, "generation_kwargs": {"ignore_eos": True}}
@@ -91,8 +88,8 @@ def test_every_process_gets_the_completions_of_its_prompts_with_the_latest_weigh
         for parameter in changed.parameters():
             parameter.copy_(parameter.flip(-1))
     for own, before, after in rank_pool(2).run(generate_on_rank, folder):
-        check_greedy(load(folder), own, before)
-        check_greedy(changed, own, after)
+        check_completions(load(folder), own, before)
+        check_completions(changed, own, after)
 
 
 def test_copies_of_a_prompt_differ_and_a_seed_repeats_them(folder: str) -> None:

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
+from tests.training.library_rollouts import (
+    DEMO,
+    check_greedy,
+    demo_model,
+    on_a_ray_cluster,
+    on_one_and_two_ranks,
+    run_job,
+)
 from tests.training.rollout_server import wait_for_first_tokens
 from tests.training.signatures import methods
 from ulysses_infer.errors import ConfigError, RequestError
 
-ROOT = Path(__file__).resolve().parents[2]
-DEMO = str(ROOT / "models/demo")
 MISSING = [name for name in ("verl", "ray") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)}: not installed")
-EXTERNAL = {
-    "VERL_USE_EXTERNAL_MODULES": "ulysses_infer.rl.verl",
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_memory_monitor_refresh_ms": "0",  # else Ray ends workers when other programs take the memory
-    "RAY_worker_niceness": "0",  # by default Ray's workers yield to all other processes
-}
 CPU = {"runtime": {"device": "cpu", "threads_per_rank": 1}, "cache.num_blocks": 512, "server.heartbeat_timeout": 60}
 CALLED = (
     *("generate", "abort_all_requests", "abort_request", "resume_generation", "wake_up", "sleep", "clear_kv_cache"),
@@ -56,16 +47,9 @@ def test_methods_have_the_parameters_of_verls_own() -> None:
         assert replica[name] == theirs[name], name
 
 
-def check(folder: str, scale: float, prompt: list[int], output: dict[str, Any]) -> None:
+def check(scale: float, prompt: list[int], output: dict[str, Any]) -> None:
     """Greedy tokens of weights times `scale`, and their log-probabilities."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.load_state_dict({name: tensor * scale for name, tensor in model.state_dict().items()})
-    completion = output["token_ids"]
-    with torch.no_grad():
-        rows = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
-    assert completion == rows.argmax(-1).tolist()
-    expected = rows.gather(1, torch.tensor(completion)[:, None])[:, 0]
-    assert output["log_probs"] == pytest.approx(expected.tolist(), abs=1e-4)
+    check_greedy(demo_model(scale), prompt, output["token_ids"], output["log_probs"])
 
 
 class Remote:
@@ -108,7 +92,7 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
         rollouts[rank]._server = Remote(server)
     assert [each.is_leader_rank for each in rollouts] == [True, False][:num_ranks]
     url = "http://{}:{}".format(*await server.launch_server())
-    loaded = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    loaded = demo_model()
 
     def weights(scale: float) -> Any:
         return ((name, tensor * scale) for name, tensor in loaded.state_dict().items())
@@ -123,7 +107,7 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
         given = {"temperature": 0.0, "logprobs": True, "top_k": -1, **params}
         return asyncio.create_task(server.generate([5, number, 7], given, name))
 
-    check(DEMO, 1.0, [5, 6, 7], (await generate("a", 6, max_tokens=8)).model_dump())
+    check(1.0, [5, 6, 7], (await generate("a", 6, max_tokens=8)).model_dump())
     running = [generate(f"r{number}", number, ignore_eos=True) for number in range(4)]
     await wait_for_first_tokens(url, 5)
     await update(1.0, 3)
@@ -131,7 +115,7 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
     assert {output.extra_fields["min_global_steps"] for output in outputs} == {0}
     assert {output.extra_fields["global_steps"] for output in outputs} == {3}
     for number, output in enumerate(outputs):
-        check(DEMO, 1.0, [5, number, 7], output.model_dump())
+        check(1.0, [5, number, 7], output.model_dump())
     running = [generate(f"s{number}", number, ignore_eos=True) for number in range(4)]
     await wait_for_first_tokens(url, 9)
     assert await server.abort_request("s0") == {"aborted": True, "request_id": "s0"}
@@ -150,7 +134,7 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
     await server.resume_generation()
     last = await held
     assert (last.stop_reason, last.extra_fields["global_steps"]) == ("completed", 5)
-    check(DEMO, 0.5, [5, 6, 7], last.model_dump())
+    check(0.5, [5, 6, 7], last.model_dump())
     await server.abort_all_requests(reject_request=True)
     assert (await generate("c", 6)).stop_reason == "aborted"
     await server.resume_generation()
@@ -164,37 +148,25 @@ async def roll_out(monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
     server.shutdown()
 
 
-@pytest.mark.thorough
-@pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@on_one_and_two_ranks
 def test_verls_classes_generate_and_take_weights_while_requests_run(
     monkeypatch: pytest.MonkeyPatch, num_ranks: int
 ) -> None:
     asyncio.run(roll_out(monkeypatch, num_ranks))
 
 
-@pytest.mark.thorough
-@pytest.mark.distributed
-@pytest.mark.timeout(900)
+@on_a_ray_cluster
 @pytest.mark.parametrize(("tensor_parallel", "data_parallel"), [(1, 1), (1, 2), (2, 1)])
 def test_verls_registries_make_a_replica_that_generates_and_takes_weights(
     tensor_parallel: int, data_parallel: int
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.verl_job", DEMO, str(tensor_parallel), str(data_parallel)],
-        cwd=ROOT,
-        env={**os.environ, **EXTERNAL},
-        capture_output=True,
-        text=True,
-        timeout=850,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    sizes = (str(tensor_parallel), str(data_parallel))
+    found = run_job("tests.training.verl_job", DEMO, *sizes, VERL_USE_EXTERNAL_MODULES="ulysses_infer.rl.verl")
     assert found["classes"] == ["UlyssesReplica", "UlyssesRollout"]
     assert found["adapter"] == "UlyssesRollout"
     assert found["num_workers"] == tensor_parallel * data_parallel
     assert found["first"]["stop_reason"] == "completed"
-    check(DEMO, 1.0, [5, 6, 7], found["first"])
+    check(1.0, [5, 6, 7], found["first"])
     steps = [
         (each["extra_fields"]["min_global_steps"], each["extra_fields"]["global_steps"]) for each in found["updated"]
     ]
@@ -202,15 +174,15 @@ def test_verls_registries_make_a_replica_that_generates_and_takes_weights(
     assert {step for pair in steps for step in pair} <= {1, 3, 4}
     assert any(first < last for first, last in steps)
     for number, output in enumerate(found["updated"]):
-        check(DEMO, 1.0, [5, number, 7], output)
+        check(1.0, [5, number, 7], output)
     assert found["abort"]["aborted_count"] == 4
     for number, output in enumerate(found["aborted"]):
         assert output["stop_reason"] == "aborted"
         assert len(output["token_ids"]) < 400
-        check(DEMO, 1.0, [5, number, 7], output)
+        check(1.0, [5, number, 7], output)
     assert found["held"]
     assert found["last"]["extra_fields"]["global_steps"] == 5
-    check(DEMO, 0.5, [5, 6, 7], found["last"])
+    check(0.5, [5, 6, 7], found["last"])
     assert found["rejected"]["stop_reason"] == "aborted"
     assert found["rejected"]["token_ids"] == []
     assert "only text prompts are served" in found["refused"]

@@ -47,6 +47,16 @@ class TokenUsage(ResponseBody):
     total_tokens: int
 
 
+class Listed(ResponseBody):
+    """What all answers with a list of objects have, beside its `data`."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    usage: TokenUsage
+
+
 class Embedding(ResponseBody):
     """The vector of one prompt."""
 
@@ -55,15 +65,10 @@ class Embedding(ResponseBody):
     embedding: list[float] | str
 
 
-class EmbeddingAnswer(ResponseBody):
+class EmbeddingAnswer(Listed):
     """The vectors of all prompts."""
 
-    id: str
-    object: Literal["list"]
-    created: int
-    model: str
     data: list[Embedding]
-    usage: TokenUsage
 
 
 class PooledPrompt(ResponseBody):
@@ -74,15 +79,10 @@ class PooledPrompt(ResponseBody):
     data: list[float] | str
 
 
-class PoolingAnswer(ResponseBody):
+class PoolingAnswer(Listed):
     """The vectors of all prompts."""
 
-    id: str
-    object: Literal["list"]
-    created: int
-    model: str
     data: list[PooledPrompt]
-    usage: TokenUsage
 
 
 class ScoreRequest(PromptFields):
@@ -102,15 +102,10 @@ class Score(ResponseBody):
     score: float
 
 
-class ScoreAnswer(ResponseBody):
+class ScoreAnswer(Listed):
     """The scores of all pairs."""
 
-    id: str
-    object: Literal["list"]
-    created: int
-    model: str
     data: list[Score]
-    usage: TokenUsage
 
 
 class Document(Body):

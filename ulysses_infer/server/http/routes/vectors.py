@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,7 +22,7 @@ from ulysses_infer.server.http.protocol.vectors import (
     VectorRequest,
 )
 from ulysses_infer.server.http.respond import json_response
-from ulysses_infer.server.http.vectors.vectors import rank_documents, score_pairs, vectors
+from ulysses_infer.server.http.vectors.vectors import Computed, rank_documents, score_pairs, vectors
 
 router = APIRouter(tags=["vectors and scores"])
 
@@ -27,19 +30,13 @@ router = APIRouter(tags=["vectors and scores"])
 @router.post("/v1/embeddings", responses=answers(EmbeddingAnswer, *GENERATING), **takes(VectorRequest))
 async def embeddings(request: Request) -> Response:
     """One vector of length one per input, from the model's hidden states."""
-    context, body = context_of(request), await read_body(request, VectorRequest)
-    done, found = await vectors(request, context, body, normalizes=True)
-    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(found)]
-    return json_response({**done.head, "data": data, "usage": done.usage})
+    return _listed("embedding", "embedding", *await _vectors(request, normalizes=True))
 
 
 @router.post("/pooling", responses=answers(PoolingAnswer, *GENERATING), **takes(VectorRequest))
 async def pooling(request: Request) -> Response:
     """One vector per input, as the model computes it."""
-    context, body = context_of(request), await read_body(request, VectorRequest)
-    done, found = await vectors(request, context, body, normalizes=False)
-    data = [{"object": "pooling", "index": index, "data": vector} for index, vector in enumerate(found)]
-    return json_response({**done.head, "data": data, "usage": done.usage})
+    return _listed("pooling", "data", *await _vectors(request, normalizes=False))
 
 
 @router.post("/v1/score", responses=answers(ScoreAnswer, *GENERATING), **takes(ScoreRequest))
@@ -47,9 +44,7 @@ async def pooling(request: Request) -> Response:
 async def score(request: Request) -> Response:
     """How well texts fit a query: as a causal reranker judges (server.score_tokens), else the cosine of vectors."""
     context, body = context_of(request), await read_body(request, ScoreRequest)
-    done, scores = await score_pairs(request, context, body)
-    data = [{"object": "score", "index": index, "score": value} for index, value in enumerate(scores)]
-    return json_response({**done.head, "data": data, "usage": done.usage})
+    return _listed("score", "score", *await score_pairs(request, context, body))
 
 
 @router.post("/v1/rerank", responses=answers(RerankAnswer, *GENERATING), **takes(RerankRequest))
@@ -71,3 +66,14 @@ async def rerank(request: Request) -> Response:
         for index in order
     ]
     return json_response({"id": done.id, "model": done.model, "usage": done.usage, "results": results})
+
+
+async def _vectors(request: Request, normalizes: bool) -> tuple[Computed, list[Any]]:
+    context, body = context_of(request), await read_body(request, VectorRequest)
+    return await vectors(request, context, body, normalizes)
+
+
+def _listed(kind: str, name: str, done: Computed, values: Sequence[Any]) -> Response:
+    """An answer with one object of a kind per value, which it has under `name`."""
+    data = [{"object": kind, "index": index, name: value} for index, value in enumerate(values)]
+    return json_response({**done.head, "data": data, "usage": done.usage})
