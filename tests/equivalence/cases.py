@@ -7,6 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.equivalence.tiny_models import NEW_TOKENS
+
 TOLERANCE = 1e-4
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 128  # of the tiny models
@@ -149,6 +153,21 @@ def all_logprobs(output: Any) -> list[float]:
     token_ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
     entries = [*output.prompt_logprobs, *output.outputs[0].logprobs]
     return [entry[token].logprob for token, entry in zip(token_ids[1:], entries[1:], strict=True)]
+
+
+def check_case(rank_pool: Any, reference: Any, base: tuple[int, int], profile: Profile) -> list[Outcome]:
+    """Run the checkpoint of `reference` on ranks of the fixture `rank_pool`; assert its outputs in every mode.
+    Returns what each rank gave."""
+    ranks = rank_pool(base[0] * base[1])
+    outcomes: list[Outcome] = ranks.run(run_case, reference.folder, base, profile, reference.prompts, NEW_TOKENS)
+    check(outcomes, reference, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
+    return outcomes
+
+
+def parameters(name: str, base: tuple[int, int], profile: Profile, is_default: bool) -> Any:
+    """pytest's parameters of a case; it is thorough unless `is_default`."""
+    marks = [] if is_default else [pytest.mark.thorough]
+    return pytest.param(name, base, profile, marks=marks, id=f"{name}-sp{base[0]}xtp{base[1]}-{profile.name}")
 
 
 def check(outcomes: list[Outcome], reference: Any, profile: Profile, num_modes: int) -> float:

@@ -6,17 +6,14 @@ from typing import Any
 
 import pytest
 
-from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, check, run_case
-from tests.equivalence.tiny_models import NEW_TOKENS
+from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, check_case
 
 pytestmark = pytest.mark.distributed
 
 
 def run(rank_pool: Any, expected: Any, base: tuple[int, int], profile: Profile) -> list[Any]:
     """The engine on `base` against transformers."""
-    outcomes = rank_pool(base[0] * base[1]).run(run_case, expected.folder, base, profile, expected.prompts, NEW_TOKENS)
-    check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
-    return outcomes
+    return check_case(rank_pool, expected, base, profile)
 
 
 def heads(query: int, key_value: int, width: int) -> dict[str, int]:

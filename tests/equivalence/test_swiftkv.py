@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, check, layouts, run_case
+from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, check_case, layouts, parameters
 from tests.equivalence.swiftkv import PlainSwiftKV, make_swiftkv_reference, swiftkv_config
 from tests.equivalence.test_pooled_prompts import PROMPTS, pool
 from tests.equivalence.tiny_models import NEW_TOKENS, Reference, make_checkpoint, make_prompts
@@ -41,14 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
     """`reference(name)`: a tiny checkpoint of one of `MODELS` with a plain forward's answers."""
-    made: dict[str, Reference] = {}
-
-    def get(name: str) -> Reference:
-        if name not in made:
-            made[name] = make_swiftkv_reference(tmp_path_factory.mktemp("swiftkv"), **MODELS[name])
-        return made[name]
-
-    return get
+    return cache(lambda name: make_swiftkv_reference(tmp_path_factory.mktemp("swiftkv"), **MODELS[name]))
 
 
 def cases() -> list[Any]:
@@ -59,10 +53,7 @@ def cases() -> list[Any]:
             if name != "own keys" and base[0] == 1:
                 continue
             profile = (CROWD, TIGHT, INNER if base == (2, 2) else CROWD, WHOLE, TIGHT)[(turn + number) % 5]
-            marks = [] if (name, base) == ("own keys", (2, 1)) else [pytest.mark.thorough]
-            chosen.append(
-                pytest.param(name, base, profile, id=f"{name}-sp{base[0]}xtp{base[1]}-{profile.name}", marks=marks)
-            )
+            chosen.append(parameters(name, base, profile, is_default=(name, base) == ("own keys", (2, 1))))
     return chosen
 
 
@@ -72,8 +63,7 @@ def test_every_mode_gives_what_a_plain_forward_gives(
     name: str, base: tuple[int, int], profile: Profile, rank_pool: Any, reference: Callable[[str], Reference]
 ) -> None:
     expected = reference(name)
-    outcomes = rank_pool(base[0] * base[1]).run(run_case, expected.folder, base, profile, expected.prompts, NEW_TOKENS)
-    check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
+    check_case(rank_pool, expected, base, profile)
 
 
 @pytest.mark.thorough
@@ -85,8 +75,7 @@ def test_recorded_decodes_are_those_of_single_layers(rank_pool: Any, reference: 
 def run_quantised(rank_pool: Any, folder: Path, name: str, base: tuple[int, int], profile: Profile) -> None:
     model = PlainSwiftKV(make_quantised(swiftkv_config(), folder, FORMATS[name]))
     expected = model.reference(folder, make_prompts())
-    outcomes = rank_pool(base[0] * base[1]).run(run_case, folder, base, profile, expected.prompts, NEW_TOKENS)
-    check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
+    check_case(rank_pool, expected, base, profile)
 
 
 @pytest.mark.thorough
@@ -105,8 +94,7 @@ def test_quantised_checkpoints(name: str, base: tuple[int, int], rank_pool: Any,
 def test_drafted_tokens(base: tuple[int, int], rank_pool: Any, reference: Callable[[str], Reference]) -> None:
     expected = reference("own keys")
     profile = replace(CROWD, settings={"speculation": {"method": "ngram", "num_tokens": 3}})
-    outcomes = rank_pool(base[0] * base[1]).run(run_case, expected.folder, base, profile, expected.prompts, NEW_TOKENS)
-    check(outcomes, expected, profile, num_modes=2)
+    check_case(rank_pool, expected, base, profile)
 
 
 def answers_with_adapter(folder: Path, adapter: Path, base: tuple[int, int], prompts: list[list[int]]) -> Any:

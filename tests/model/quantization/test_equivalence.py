@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, check, run_case
+from tests.equivalence.cases import CROWD, INNER, TIGHT, WHOLE, Profile, check_case
 from tests.equivalence.families import tiny_config
-from tests.equivalence.tiny_models import NEW_TOKENS, make_prompts, make_reference
+from tests.equivalence.tiny_models import make_prompts, make_reference
 from tests.model.quantization.checkpoints import FORMATS, make_quantised
 
 pytestmark = pytest.mark.distributed
@@ -39,8 +39,7 @@ VARIANTS = (
 
 
 def run(rank_pool: Any, expected: Any, base: tuple[int, int], profile: Profile) -> None:
-    outcomes = rank_pool(base[0] * base[1]).run(run_case, expected.folder, base, profile, expected.prompts, NEW_TOKENS)
-    check(outcomes, expected, profile, num_modes=sum(base[0] % sp == 0 for sp in range(1, base[0] + 1)))
+    check_case(rank_pool, expected, base, profile)
 
 
 def quantised(folder: Any, family: str, name: str, **changes: Any) -> Any:
