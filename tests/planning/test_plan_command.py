@@ -253,7 +253,8 @@ def test_a_simulation_that_would_take_days_is_one_line(model, words, message):
 
 def test_very_many_nodes_take_no_longer_than_their_requests(model, capsys):
     planned(model, "--hardware", "8xh200", "--input-len", "300", "--output-len", "4", "--nodes", "1000000000")
-    assert "dp8000000000 sp1xtp1, static" in capsys.readouterr().out
+    assert "dp8000000000 sp1xtp1, static" in (printed := capsys.readouterr().out)
+    assert ",000,000,000 replicas got a request: fewer nodes would do for this traffic" in printed
 
 
 @pytest.mark.parametrize("change", [{"num_requests": 0}, {"rate": 0.0}, {"rate": float("nan")}, {"input_len": -1}])

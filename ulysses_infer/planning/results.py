@@ -45,6 +45,8 @@ class Figures:
     num_drafted: int
     num_accepted: int
     """Drafted tokens that were right; those beyond the end of an output count, too."""
+    num_replicas: int
+    """Replicas that got a request."""
 
     @property
     def accepted_share(self) -> float:
@@ -76,6 +78,7 @@ def figures_of(result: SimulationResult, replicas: Sequence[SimulatedReplica], t
         seconds=result.seconds,
         num_drafted=sum(each.num_draft_tokens for each in drafted),
         num_accepted=sum(each.num_accepted_tokens for each in drafted),
+        num_replicas=len(replicas),
     )
 
 

@@ -41,6 +41,9 @@ def print_plan(console: Console, plan: Plan, price: float | None, max_num_seqs: 
             console.print(f"{name}: its base mode is faster than full tensor parallelism above {tokens} prompt tokens")
     console.print(f"recommended: {plan.best.candidate}")
     console.print(verdict(plan))
+    used, replicas = plan.best.figures.num_replicas, plan.best.candidate.layout.dp
+    if used < replicas:
+        console.print(f"{used:,} of its {replicas:,} replicas got a request: fewer nodes would do for this traffic")
 
 
 def _table(plan: Plan, price: float | None, max_num_seqs: int) -> Table:
