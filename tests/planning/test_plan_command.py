@@ -240,8 +240,8 @@ def test_a_hardware_file_that_no_node_has_is_one_line(model, tmp_path, old, new,
         (["--num-prompts", "1000000000"], "1,000,000,000 requests are too many to simulate; give at most 2,000,000"),
         (
             ["--num-prompts", "100000"],
-            "100,000 requests with 25,000,000 output tokens, simulated for 22 layouts and policies, would take days; "
-            "give --num-prompts 16175, or a part of the trace",
+            "100,000 requests with 25,000,000 output tokens, simulated for 22 layouts and policies, would take hours "
+            "to days; give --num-prompts 16175, or a part of the trace",
         ),
     ],
 )

@@ -79,7 +79,7 @@ def check_lengths(rows: Sequence[TraceRow], max_model_len: int) -> list[TraceRow
 
 
 def check_size(rows: Sequence[TraceRow], num_candidates: int, piece: int) -> None:
-    """Raise `ConfigError` for requests whose simulation would take days, or last longer than a clock can tell.
+    """Raise `ConfigError` for requests whose simulation would take hours to days, or last longer than a clock can tell.
 
     piece: prompt tokens of a block or, if fewer, of a step.
     """
@@ -95,7 +95,7 @@ def check_size(rows: Sequence[TraceRow], num_candidates: int, piece: int) -> Non
     remedy = f"--num-prompts {fewer}, or a part of the trace" if fewer else "shorter ones"
     raise ConfigError(
         f"{len(rows):,} requests with {sum(row.output_len for row in rows):,} output tokens, simulated for "
-        f"{num_candidates} layouts and policies, would take days; give {remedy}"
+        f"{num_candidates} layouts and policies, would take hours to days; give {remedy}"
     )
 
 
