@@ -14,20 +14,20 @@ from ulysses_infer.bench.workload import Sample, Workload
 from ulysses_infer.cli.arguments import ROLLOUTS_SECONDS, parse
 
 ROLLOUTS = Workload(input_len=256, output_len=64, num_prompts=32, samples=8, tail=1.0)
-SLOW = Pace(prompt=1.0, lone_step=0.04, step=0.1, rows=16)
-FAST = Pace(prompt=0.01, lone_step=0.004, step=0.005, rows=16)
+SLOW = Pace(prompt_token=0.002, lone_step=0.04, step=0.1, rows=16)
+FAST = Pace(prompt_token=0.00001, lone_step=0.004, step=0.005, rows=16)
 
 
 def test_a_run_takes_its_prompts_and_a_step_for_every_token_of_those_that_still_run() -> None:
-    pace = Pace(prompt=10.0, lone_step=1.0, step=3.0, rows=3)
+    pace = Pace(prompt_token=10.0, lone_step=1.0, step=3.0, rows=3)
     assert [pace.step_of(rows) for rows in (1, 2, 3, 5)] == [1.0, 2.0, 3.0, 5.0]
-    # three rows until the shortest ends, which has its first token from its prompt; then two rows, then one
-    assert pace.seconds(2, [2, 2, 4, 7]) == 2 * 10 + 1 * 4.0 + 2 * 2.0 + 3 * 1.0
+    # three outputs until two end, which have their first tokens from their prompts; then one alone
+    assert pace.seconds(2, [2, 2, 5]) == 3 * 2 * 10 + 1 * 3.0 + 3 * 1.0
     assert pace.seconds(1, [1]) == 10.0
 
 
 def test_a_step_of_many_rows_is_not_predicted_to_take_less_than_one_of_a_single_row() -> None:
-    assert Pace(prompt=0.0, lone_step=2.0, step=1.0, rows=8).step_of(64) == 2.0
+    assert Pace(prompt_token=0.0, lone_step=2.0, step=1.0, rows=8).step_of(64) == 2.0
 
 
 @pytest.mark.parametrize("paces", [[SLOW], [FAST, SLOW]])
@@ -80,8 +80,8 @@ def test_a_probe_measures_requests_together_and_alone_after_a_warm_up() -> None:
         return Sample(1.0, tpot, seconds=6.0 + (len(set(output_lens)) and 7 * tpot), output_tokens=8, total_tokens=9)
 
     pace = probe(run, ROLLOUTS, 100, "tp")
-    assert runs == [16, 16, 1]
-    assert pace == Pace(prompt=pytest.approx(3.0), lone_step=0.2, step=0.5, rows=16)
+    assert runs == [8, 8, 1]
+    assert pace == Pace(prompt_token=pytest.approx(6.0 / 8 / 64), lone_step=0.2, step=0.5, rows=8)
     assert probe(lambda prompts, lengths: None, ROLLOUTS, 100, "single") is None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ulysses_infer.bench.workload import WARM_UP_TOKENS, RunPrompts, Sample, Workload
 
-PROBED_PROMPTS, PROBED_SAMPLES, PROBED_TOKENS = 2, 8, 8
+PROBED_PROMPTS, PROBED_SAMPLES, PROBED_INPUT, PROBED_TOKENS = 2, 4, 64, 8
 PROBE = -2  # number of the repeat, whose prompts no other has
 
 
@@ -15,8 +15,8 @@ PROBE = -2  # number of the repeat, whose prompts no other has
 class Pace:
     """What the probe measured in one mode; seconds."""
 
-    prompt: float
-    """Per prompt of the workload's length."""
+    prompt_token: float
+    """Per token of a request's prompt."""
     lone_step: float
     """Per step of one output."""
     step: float
@@ -28,9 +28,10 @@ class Pace:
         slope = max(0.0, self.step - self.lone_step) / max(1, self.rows - 1)
         return self.lone_step + slope * (rows - 1)
 
-    def seconds(self, num_prompts: int, output_lens: Sequence[int]) -> float:
+    def seconds(self, input_len: int, output_lens: Sequence[int]) -> float:
         """Seconds of a run: all prompts, then a step for each token of the longest output. output_lens: ascending."""
-        total, done = num_prompts * self.prompt, 1  # the step of a prompt computes the first token too
+        total = len(output_lens) * input_len * self.prompt_token
+        done = 1  # the step of a prompt computes the first token too
         for position, length in enumerate(output_lens):
             steps = max(0, length - done)
             total += steps * self.step_of(len(output_lens) - position)
@@ -39,8 +40,8 @@ class Pace:
 
     def all_runs(self, workload: Workload, num_modes: int, repeats: int) -> float:
         """Seconds of every mode's repeats and its warm-up."""
-        warm_up = self.seconds(workload.num_prompts, [WARM_UP_TOKENS] * workload.num_requests)
-        return num_modes * (repeats * self.seconds(workload.num_prompts, workload.sorted_output_lens) + warm_up)
+        warm_up = self.seconds(workload.input_len, [WARM_UP_TOKENS] * workload.num_requests)
+        return num_modes * (repeats * self.seconds(workload.input_len, workload.sorted_output_lens) + warm_up)
 
 
 def probe(run: RunPrompts, workload: Workload, vocab_size: int, mode: str) -> Pace | None:
@@ -49,6 +50,7 @@ def probe(run: RunPrompts, workload: Workload, vocab_size: int, mode: str) -> Pa
         workload,
         num_prompts=min(PROBED_PROMPTS, workload.num_prompts),
         samples=min(PROBED_SAMPLES, workload.samples),
+        input_len=min(PROBED_INPUT, workload.input_len),
         output_len=PROBED_TOKENS,
         tail=0.0,
     )
@@ -58,7 +60,7 @@ def probe(run: RunPrompts, workload: Workload, vocab_size: int, mode: str) -> Pa
     if together is None or lone is None:
         return None
     prompts = max(0.0, together.seconds - (PROBED_TOKENS - 1) * together.tpot)
-    return Pace(prompts / few.num_prompts, lone.tpot, together.tpot, few.num_requests)
+    return Pace(prompts / (few.num_requests * few.input_len), lone.tpot, together.tpot, few.num_requests)
 
 
 def _run(run: RunPrompts, workload: Workload, vocab_size: int, mode: str, repeat: int) -> Sample | None:
