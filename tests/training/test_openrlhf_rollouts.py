@@ -189,6 +189,7 @@ async def roll_out(models: list[Any], num_ranks: int) -> None:
     actor.shutdown()
 
 
+@needs_ray
 @on_one_and_two_ranks
 def test_an_engine_generates_and_takes_weights_over_gloo(num_ranks: int) -> None:
     asyncio.run(roll_out([demo_model(), demo_model(0.8)], num_ranks))
