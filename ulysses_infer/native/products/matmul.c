@@ -13,7 +13,7 @@
 /* `run` is `few_rows_of` for a constant type: the compiler does not pass constants into parallel regions. */
 static void multiply_few(const struct product *p, void (*run)(const struct product *p, int64_t group)) {
 #pragma omp parallel for schedule(static) if (is_large(p))
-    for (int64_t group = 0; group < (p->num_outputs + WIDE_PANEL - 1) / WIDE_PANEL; group++) run(p, group);
+    for (int64_t group = 0; group < groups_of(p); group++) run(p, group);
 }
 
 #define PARAMETERS                                                                                            \
