@@ -168,11 +168,33 @@ INLINE floats load_part(const void *from, int count, enum type type) {
     return load(whole, type);
 }
 
+/* Keep `x` in a register. Compilers fold a load into each use instead, and the loads then limit the multiply-adds. */
+INLINE floats in_register(floats x) {
+#ifdef HAS_AVX512
+    __asm__("" : "+v"(x));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#endif
+    return x;
+}
+
+/* sum + a * b, rounded once where the CPU can. By intrinsics, because compilers may add other products first, and, tuned
+ * for some processors, split the operation: a sum would depend on how many rows are computed together. */
 INLINE floats multiply_add(floats sum, floats a, floats b, enum type type) {
 #ifdef HAS_BFLOAT16_DOT
     if (type == BFLOAT16) return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #endif
-    return sum + a * b;
+#if defined(HAS_AVX512)
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__) && LANES == 8
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+    return (floats)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return in_register(sum + a * b);
+#endif
 }
 
 #ifdef HAS_BFLOAT16_DOT
@@ -195,18 +217,6 @@ INLINE void interleave(floats first, floats second, floats both[2]) {
     both[1] = (floats)_mm512_permutex2var_epi16((__m512i)first, _mm512_add_epi32(index, upper), (__m512i)second);
 }
 #endif
-
-/* Keep `x` in a register. Compilers fold a load into each use instead, and the loads then limit the multiply-adds. */
-INLINE floats in_register(floats x) {
-#ifdef HAS_AVX512
-    __asm__("" : "+v"(x));
-#elif defined(__x86_64__)
-    __asm__("" : "+x"(x));
-#elif defined(__aarch64__)
-    __asm__("" : "+w"(x));
-#endif
-    return x;
-}
 
 /* Broadcast 32 bits to all lanes. */
 INLINE floats to_all_lanes(const void *from) {

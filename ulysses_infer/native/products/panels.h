@@ -76,7 +76,7 @@ INLINE void add_tile_of(const float *x, const int vectors, const float *weight, 
             UNROLL for (int v = 0; v < vectors; v++) row[v] = in_register(take(x + v * LANES, FLOAT32));
             UNROLL for (int i = 0; i < rows; i++) {
                 const floats all = to_all_lanes(weight + i * DEPTH + k);
-                UNROLL for (int v = 0; v < vectors; v++) held[i][v] += row[v] * all;
+                UNROLL for (int v = 0; v < vectors; v++) held[i][v] = multiply_add(held[i][v], row[v], all, FLOAT32);
             }
         }
     }

@@ -44,7 +44,7 @@ INLINE void interleave_row(const struct product *p, const struct interleaved *x,
 /* held[wide] += a vector of weights times those of the inputs. */
 INLINE void add_vector(floats held[SEVERAL_ROWS], floats weights, const float *x, const int wide) {
     const floats w = in_register(weights);
-    UNROLL for (int r = 0; r < wide; r++) held[r] += w * take(x + r * LANES, FLOAT32);
+    UNROLL for (int r = 0; r < wide; r++) held[r] = multiply_add(held[r], w, take(x + r * LANES, FLOAT32), FLOAT32);
 }
 
 /* sums[wide] += `width` elements of a weight row times the inputs from `x` on. Prefetches as many at `ahead`. */
