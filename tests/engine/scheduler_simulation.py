@@ -148,6 +148,8 @@ class Simulation:
                 self.snapshots[item.checkpoint] = self.states[item.request.index]
         for item in batch.scheduled:
             self._write(item)
+        for item in batch.scheduled:  # a layer writes the keys and values of all tokens before any of them attends
+            self._check_slots(item.request, item.start, item.start)
         for item in batch.scheduled:
             self._save(item)
         accepted = {i.request.index: self._accept(i) for i in batch.scheduled if i.samples}
@@ -263,8 +265,9 @@ class Simulation:
             self.admitted.remove(victim.index)
 
     def _mirror(self, batch: Batch) -> None:
-        """Do what a worker does with a batch; what it starts from must be in the cache already."""
+        """Do what a worker does with a batch before it computes."""
         new = [item.request for item in batch.scheduled if item.request.index not in self.tables]
+        self.new = {request.index for request in new}
         self.admitted += [request.index for request in sorted(new, key=lambda r: r.precedence)]
         for item in batch.scheduled:
             index = item.request.index
@@ -275,7 +278,6 @@ class Simulation:
             assert 0 < item.num_known_tokens <= num_tokens - item.start
             assert item.samples == (item.start + item.num_known_tokens == num_tokens)
             assert not item.drafts or (item.is_decode and num_tokens + len(item.drafts) < item.request.length_limit)
-            self._check_slots(item.request, item.start, item.start)
 
     def _take_blocks(self, item: ScheduledRequest) -> None:
         index, block_size = item.request.index, self.allocator.block_size
@@ -309,9 +311,15 @@ class Simulation:
         for position in range(item.start, stop):
             for group, pool in enumerate(self.allocator.pools):
                 slot = self._slot(group, request, position)
-                assert pool.reference_count(slot[1]) == 1, "wrote into a shared block"
+                if pool.reference_count(slot[1]) > 1:
+                    self._check_others(group, request, slot[1])
                 self.slots[slot] = tuple([*self._tokens(request), *item.drafts][: position + 1])
         self.computed[request.index] = stop
+
+    def _check_others(self, group: int, writer: Request, block: int) -> None:
+        """Requests that share a block which a step fills start with this step."""
+        others = [r for r in self.requests if r.block_tables and block in r.block_tables[group] and r is not writer]
+        assert {request.index for request in others} <= self.new, "wrote into a shared block"
 
     def _accept(self, item: ScheduledRequest) -> int:
         """Sample a token after the known ones and after each draft that is right; returns how many are."""

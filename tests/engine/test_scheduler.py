@@ -135,23 +135,34 @@ def test_output_tokens_are_cached_too():
     assert shape(sim.step()) == {"r1": (12, 2)}
 
 
-def test_a_block_is_not_shared_before_the_step_that_fills_it_ran():
+def test_equal_prompts_of_one_step_are_computed_once():
     sim = small_simulation()
-    sim.add(prompt(10), ignore_eos=True)
-    sim.add(prompt(10), ignore_eos=True)
-    assert shape(sim.step()) == {"r0": (0, 10), "r1": (0, 10)}
-    sim.add(prompt(10), ignore_eos=True)
-    assert shape(sim.step())["r2"] == (8, 2)
+    first, *others = [sim.add(prompt(10), ignore_eos=True) for _ in range(3)]
+    assert shape(sim.step()) == {"r0": (0, 10), "r1": (8, 2), "r2": (8, 2)}
+    for other in others:
+        assert other.block_tables[0][:2] == first.block_tables[0][:2]
+        assert other.num_cached_tokens == 8
+    sim.run()
 
 
-def test_blocks_of_a_request_aborted_before_its_step_ended_are_not_shared():
+def test_a_later_chunk_of_a_prompt_is_shared_only_after_its_step():
+    sim = small_simulation(max_num_batched_tokens=10)
+    sim.add(prompt(17), ignore_eos=True)
+    assert shape(sim.step()) == {"r0": (0, 10)}
+    sim.add(prompt(17), ignore_eos=True)
+    assert shape(sim.step()) == {"r0": (10, 7), "r1": (8, 3)}
+    sim.add(prompt(17), ignore_eos=True)
+    assert shape(sim.step())["r2"][0] == 16
+
+
+def test_blocks_of_a_request_aborted_during_its_step_are_shared_for_they_are_computed():
     sim = small_simulation()
     sim.add(prompt(10), ignore_eos=True)
     batch = sim.schedule()
     sim.scheduler.abort("r0")
     sim.finish_step(batch)
     sim.add(prompt(10), ignore_eos=True)
-    assert shape(sim.step()) == {"r1": (0, 10)}
+    assert shape(sim.step()) == {"r1": (8, 2)}
 
 
 def test_requests_for_prompt_logprobs_compute_every_position():

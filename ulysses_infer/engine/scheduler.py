@@ -297,6 +297,8 @@ class Scheduler:
         restored = self._snapshots.restored(request, num_cached_tokens)
         snapshot = self._snapshots.reserve(request, num_cached_tokens + num_new_tokens)
         step.put(request, num_new_tokens, block_ids, num_new_tokens == num_tokens_left, restored, snapshot)
+        if not self._snapshots.has_states:  # a state is saved only after the step
+            self._publish_full_blocks(request, num_cached_tokens + num_new_tokens)
         return True
 
     def _chunk(self, request: Request, start: int, count: int, left: int) -> int:
@@ -384,7 +386,12 @@ class Scheduler:
         return self.allocator.match_prefix(hashes)
 
     def _publish_full_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """Publish the blocks that a step has filled in the prefix cache. Only now are their tokens known."""
+        """Publish the blocks that are full with `num_computed_tokens` in the prefix cache. All these tokens are known.
+
+        Those of a request's first step are published before it runs, for requests that are admitted to the same step:
+        every layer writes the keys and values of all tokens before any of them attends. No request that is admitted
+        later displaces this one from the step.
+        """
         num_full = num_computed_tokens // self.allocator.block_size
         if not self.allocator.enable_prefix_caching:
             return

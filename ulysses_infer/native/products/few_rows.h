@@ -27,6 +27,9 @@ INLINE void add_step(const struct product *p, const char *weight, int64_t stride
     }
 }
 
+/* Whether rows of the weight are parts of longer ones: the CPU does not foresee where the next ones begin. */
+INLINE int is_slice(const struct product *p) { return p->weight_stride != p->width; }
+
 /* Rows t .. t + rows of the inputs with `panel` rows of the weight, n and those `apart`. */
 INLINE void tile(const struct product *p, int64_t t, int64_t n, int64_t apart, const int rows, const int panel,
                  enum type type) {
@@ -38,6 +41,15 @@ INLINE void tile(const struct product *p, int64_t t, int64_t n, int64_t apart, c
     UNROLL for (int i = 0; i < panel; i++)
         UNROLL for (int j = 0; j < rows; j++) sums[i][j] = (floats){0};
     int64_t k = 0;
+    if (is_slice(p)) {
+        const int line = LINE / (int)size;
+        const char *next = weight + panel * stride;
+        for (; k + line <= p->width; k += line) {
+            UNROLL for (int i = 0; i < panel; i++) __builtin_prefetch(next + i * stride + k * size, 0, 2);
+            UNROLL for (int s = 0; s < line; s += step)
+                add_step(p, weight, stride, input, k + s, rows, panel, sums, type);
+        }
+    }
     for (; k + step <= p->width; k += step) add_step(p, weight, stride, input, k, rows, panel, sums, type);
     if (k < p->width) {
         int rest = (int)(p->width - k);
@@ -79,17 +91,19 @@ INLINE void panel_of(const struct product *p, int64_t n, int64_t apart, const in
     }
 }
 
-/* How many groups the outputs are, and from one output of a group to the next. */
+/* How many groups the outputs are, and, in whole rows, from one output of a group to the next. */
 INLINE int64_t groups_of(const struct product *p) { return (p->num_outputs + WIDE_PANEL - 1) / WIDE_PANEL; }
 
-/* All input rows with the outputs of a group, WIDE_PANEL or fewer. */
+/* All input rows with the outputs of a group, WIDE_PANEL or fewer: neighbours in a slice, whose next panel is prefetched,
+ * else far apart. */
 INLINE void few_rows_of(const struct product *p, int64_t group, enum type type) {
-    const int64_t apart = groups_of(p), count = (p->num_outputs - group + apart - 1) / apart;
+    const int64_t apart = is_slice(p) ? 1 : groups_of(p), first = is_slice(p) ? group * WIDE_PANEL : group;
+    const int64_t left = (p->num_outputs - first + apart - 1) / apart, count = left < WIDE_PANEL ? left : WIDE_PANEL;
     int64_t i = 0;
     if (count == WIDE_PANEL && p->num_rows * WIDE_PANEL <= MOST_ROWS * PANEL) {
-        panel_of(p, group, apart, WIDE_PANEL, type);
+        panel_of(p, first, apart, WIDE_PANEL, type);
         return;
     }
-    for (; i + PANEL <= count; i += PANEL) panel_of(p, group + i * apart, apart, PANEL, type);
-    for (; i < count; i++) panel_of(p, group + i * apart, apart, 1, type);
+    for (; i + PANEL <= count; i += PANEL) panel_of(p, first + i * apart, apart, PANEL, type);
+    for (; i < count; i++) panel_of(p, first + i * apart, apart, 1, type);
 }

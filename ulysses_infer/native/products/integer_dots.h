@@ -194,7 +194,8 @@ INLINE narrow_codes to_codes(floats x, integers *sums) {
     const integers rounded = (integers)(x + 12582912.0f) - 0x4b400000;
     *sums += rounded;
 #if defined(__AVX2__) && LANES == 8
-    const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)rounded), _mm256_extracti128_si256((__m256i)rounded, 1));
+    const __m256i wide = (__m256i)rounded;
+    const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
     return (narrow_codes)_mm_cvtsi128_si64(_mm_packs_epi16(narrow, narrow));
 #else
     return __builtin_convertvector(rounded, narrow_codes);

@@ -36,7 +36,8 @@ INLINE void interleave_row(const struct product *p, const struct interleaved *x,
     const char *from = p->inputs + row * p->inputs_stride * size_of(type);
     for (int64_t k = 0; k < p->width; k += LANES, to += x->wide * LANES) {
         const int64_t left = p->width - k;
-        const floats values = left < LANES ? take_some(from + k * size_of(type), (int)left, type) : take(from + k * size_of(type), type);
+        const char *part = from + k * size_of(type);
+        const floats values = left < LANES ? take_some(part, (int)left, type) : take(part, type);
         memcpy(to, &values, sizeof values);
     }
 }
@@ -76,7 +77,8 @@ INLINE void put_several(const struct product *p, int64_t row, int64_t rows, int6
             const int some = count - i < LANES ? (int)(count - i) : LANES;
             floats bias = {0};
             if (p->bias) bias = take_some(p->bias + (n + i) * size, some, type);
-            give_some(p->outputs + ((row + r) * p->outputs_stride + n + i) * size, take(four + i, FLOAT32) + bias, some, type);
+            char *to = p->outputs + ((row + r) * p->outputs_stride + n + i) * size;
+            give_some(to, take(four + i, FLOAT32) + bias, some, type);
         }
     }
 }
@@ -92,8 +94,9 @@ INLINE void several_outputs(const struct product *p, const struct interleaved *x
         for (int64_t k = 0; k < p->width; k += depth) {
             const int64_t width = p->width - k < depth ? p->width - k : depth;
             const float *values = x->values + block * block_size_of(x) + k * wide;
-            const int64_t size = size_of(type), after = k + width < p->width ? depth * size : SEVERAL_OUTPUTS * bytes - k * size;
-            const int64_t ahead = p->width > depth ? after : 0; /* whole rows are one stream, which the CPU prefetches */
+            const int64_t size = size_of(type), is_last = k + width == p->width; /* part of a row: then come other rows */
+            int64_t ahead = is_last ? SEVERAL_OUTPUTS * bytes - k * size : depth * size;
+            if (p->width <= depth && bytes == p->width * size) ahead = 0; /* one stream, which the CPU foresees */
             for (int64_t i = 0; i < count; i++) {
                 const char *weight = p->weight + (n + i) * bytes + k * size;
                 add_several(weight, values, width, weight + ahead, wide, sums[i], type);
