@@ -63,9 +63,9 @@ def our_ranks(setting: Setting, quantize: str | None = None) -> Program:
     return _our_program(setting, setting.threads, 1, quantize)
 
 
-def our_single_rank(setting: Setting) -> Program:
-    """This engine on one rank with all threads."""
-    return _our_program(setting, 1, setting.threads, None)
+def our_single_rank(setting: Setting, quantize: str | None = None) -> Program:
+    """This engine on one rank with all threads; `quantize`: as `model.quantize`."""
+    return _our_program(setting, 1, setting.threads, quantize)
 
 
 def _our_program(setting: Setting, ranks: int, threads: int, quantize: str | None) -> Program:
@@ -196,7 +196,9 @@ PROGRAMS: dict[str, Callable[[Setting], Program]] = {
     "ours": our_ranks,
     "ours-single": our_single_rank,
     "ours-int8": partial(our_ranks, quantize="int8"),
+    "ours-int8-single": partial(our_single_rank, quantize="int8"),
     "ours-int4": partial(our_ranks, quantize="int4"),
+    "ours-int4-single": partial(our_single_rank, quantize="int4"),
     "vllm-tp": vllm_tensor_parallel,
     "vllm": vllm,
     "deepspeed": deepspeed_init_inference,

@@ -8,6 +8,7 @@ import pytest
 
 from tests.native.emulated import ARM, emulated, needs_emulator
 from ulysses_infer.native import library
+from ulysses_infer.native.compiler import STRICT
 from ulysses_infer.native.levels import levels_here
 
 X86 = ("native", *(level.name for level in levels_here() if level.name in ("x86-64-v3", "x86-64-v2")))
@@ -24,5 +25,5 @@ def build_for(name: str, level: str) -> Any:
         return emulated(name, level)
     if not library.is_available(name):
         pytest.skip("no native code can be built here")
-    flags = next((known.flags for known in levels_here() if known.name == level), ("-march=native",))
+    flags = next(((*known.flags, *STRICT) for known in levels_here() if known.name == level), ("-march=native",))
     return ctypes.CDLL(str(library.built(library.source_of(name), flags)))

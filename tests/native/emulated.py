@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from ulysses_infer.native.compiler import FLAGS
+from ulysses_infer.native.compiler import FLAGS, STRICT
 from ulysses_infer.native.levels import LEVELS
 from ulysses_infer.native.library import FOLDER, source_of
 
@@ -55,7 +55,7 @@ class EmulatedLibrary:
     """A C file compiled for a level of Arm; stands in for `ctypes.CDLL`."""
 
     def __init__(self, name: str, level: str) -> None:
-        self._flags, self._folder = (*FLAGS, *ARM[level]), Path(tempfile.mkdtemp())
+        self._flags, self._folder = (*FLAGS, *STRICT, *ARM[level]), Path(tempfile.mkdtemp())
         self._object = self._folder / f"{name}.o"
         _compile(*self._flags, f"-I{FOLDER}", "-c", str(source_of(name)), "-o", str(self._object))
 

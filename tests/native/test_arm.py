@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ulysses_infer.native.compiler import FLAGS
+from ulysses_infer.native.compiler import FLAGS, STRICT
 from ulysses_infer.native.levels import LEVELS
 from ulysses_infer.native.library import FOLDER
 
@@ -34,7 +34,7 @@ def run(request, tmp_path_factory):
     def call(harness, arguments, tensors, shape):
         program = folder / harness
         if not program.exists():
-            flags = [*FLAGS, *ARM[request.param], "-static", f"-I{FOLDER}", f"-I{FOLDER.parent}"]
+            flags = [*FLAGS, *STRICT, *ARM[request.param], "-static", f"-I{FOLDER}", f"-I{FOLDER.parent}"]
             source = str(HARNESSES / f"{harness}.c")
             subprocess.run([COMPILER, *flags, source, "-o", str(program), "-lm"], check=True)
         data = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors)

@@ -20,14 +20,14 @@ FLAGS = (
     "-O3",
     "-fPIC",
     "-fopenmp",
-    "-Wall",
-    "-Werror",
     # Needed to vectorise sums; infinities and NaN keep their meaning.
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-signed-zeros",
     "-fassociative-math",
 )
+STRICT = ("-Wall", "-Werror")
+"""Also in tests. Not for users, whose compiler may know warnings that ours do not."""
 COMPILERS = ("gcc", "clang", "cc")
 CLANG_OPENMP = FOLDER / "openmp" / "clang_openmp.c"
 """Linked to what clang compiles."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ulysses_infer.native import library
-from ulysses_infer.native.compiler import compile_library, find_compiler, sources
+from ulysses_infer.native.compiler import STRICT, compile_library, find_compiler, sources
 from ulysses_infer.native.levels import levels_of_machine
 
 pytestmark = pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
@@ -74,7 +74,7 @@ def test_parallel_loops_run_each_iteration_once_on_torchs_threads(name, clang, t
 def test_every_kernel_compiles_for_every_level(clang, tmp_path):
     for level in levels_of_machine():
         for source in sources():
-            compile_library(clang, source, tmp_path / f"{source.stem}-{level.name}.so", level.flags)
+            compile_library(clang, source, tmp_path / f"{source.stem}-{level.name}.so", (*level.flags, *STRICT))
 
 
 @pytest.mark.thorough
