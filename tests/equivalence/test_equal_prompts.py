@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.equivalence import test_compressed_keys, test_latent_families, test_pooled_keys, test_selected_keys
+from tests.equivalence import test_compressed_keys, test_latent_families, test_selected_keys
 from tests.equivalence.cases import BLOCK_SIZE, CROWD, TOLERANCE, ModeShuffle
 from tests.equivalence.families import tiny_config
 from tests.equivalence.swiftkv import make_swiftkv_reference
@@ -31,9 +31,6 @@ MODELS: dict[str, Callable[[Path], Any]] = {
         next(iter(test_selected_keys.MODELS)), folder
     ),
     "compressed keys": lambda folder: test_compressed_keys.make_compressed("short and long", folder),
-    "pooled keys": lambda folder: make_checkpoint(
-        test_pooled_keys.config_of(next(iter(test_pooled_keys.MODELS))), folder
-    ),
 }
 
 
