@@ -204,8 +204,10 @@ class WatchdogClient(StepTimer):
     def silent(self, seconds: float) -> Iterator[None]:
         """Announce that this process may send nothing for `seconds` inside: a call that keeps Python's global lock."""
         self._server.send(SILENT, str(seconds))
-        yield
-        self._server.send(BACK)
+        try:
+            yield
+        finally:
+            self._server.send(BACK)
 
     def announce_drain(self) -> None:
         """Have the server announce a normal shutdown to all processes."""

@@ -109,8 +109,10 @@ class WatchdogServer(StepTimer):
     def silent(self, seconds: float) -> Iterator[None]:
         """Announce that this process may send nothing for `seconds` inside: a call that keeps Python's global lock."""
         self._broadcast(SILENT, str(seconds))
-        yield
-        self._broadcast(BACK)
+        try:
+            yield
+        finally:
+            self._broadcast(BACK)
 
     def announce_drain(self) -> None:
         """Announce a normal shutdown: from now on the loss of a launcher is no reason to stop."""
