@@ -231,13 +231,6 @@ def merge(parts: Sequence[Runs]) -> Runs:
     return {name: [run for part in parts for run in part[name]] for name in parts[0]}
 
 
-def foreign_cores(others: LoadMeter, started: float) -> float:
-    """Cores that other programs kept busy since `started`, excluding ended child processes."""
-    ended = os.times()
-    ours = (ended.children_user + ended.children_system) / (time.monotonic() - started)
-    return max(0.0, others.foreign_cores() - ours)
-
-
 def report(found: dict[str, Found], num_ranks: int) -> Table:
     """One row per case: times in ms and the ratios, green if `slowest` reaches the target."""
     result = Table(box=box.SIMPLE_HEAD, show_edge=False)
@@ -282,7 +275,7 @@ def main() -> None:
     if options.part is not None:
         run_part(path, options.ranks, wanted, options.repeats, options.part)
         return
-    others, started = LoadMeter(), time.monotonic()
+    others = LoadMeter()
     parts: dict[str, list[Runs]] = {"alone": [], "crowd": [], "ranks": []}
     for _ in range(options.rounds):
         parts["alone"].append(launch(options, path, 1, 1))
@@ -295,7 +288,7 @@ def main() -> None:
         f"{Path(path).name}: time of one rank / {options.ranks}, relative to the time of {options.ranks} ranks"
     )
     console.print(report(found, options.ranks))
-    console.print(f"other programs kept {foreign_cores(others, started):.2f} cores busy")
+    console.print(f"other programs kept {others.foreign_cores():.2f} cores busy")
     if options.output is not None:
         values = {name: case._asdict() | case.shares(options.ranks) for name, case in found.items()}
         options.output.write_text(json.dumps(values, indent=1), encoding="utf-8")

@@ -30,7 +30,8 @@ def _busy_seconds() -> float:
 
 
 def _own_seconds() -> float:
-    """Processor seconds of this job: the launcher's whole process tree, or this process and its children."""
+    """Processor seconds of this job: the launcher's whole process tree, or this process and its children, also those
+    that have ended."""
     own = psutil.Process()
     launcher = own.parent() if is_launched() else None
     root = launcher if launcher is not None else own
@@ -40,5 +41,5 @@ def _own_seconds() -> float:
             times = process.cpu_times()
         except psutil.NoSuchProcess:
             continue
-        total += times.user + times.system
+        total += times.user + times.system + times.children_user + times.children_system
     return total
