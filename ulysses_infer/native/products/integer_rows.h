@@ -125,13 +125,15 @@ INLINE void add_byte_rows(const struct byte_rows *x, const char *const weights[S
     const int8_t *codes = x->codes + (t + at) * p->num_segments * x->stride;
     const float *scales = x->scales + (t + at) * p->num_segments;
     floats sums[STREAMS][ROWS_AT_ONCE];
-    const int64_t next = p->weight->code_output == p->weight->inputs ? 0 : p->weight->code_output; /* see few_rows.h */
+    const int64_t next = p->weight->code_output; /* from one row of a stream to the next */
+    const int is_slice = next != p->weight->inputs; /* the CPU does not foresee where its next row begins */
     int64_t s = 0;
     UNROLL for (int i = 0; i < STREAMS; i++)
         UNROLL for (int r = 0; r < rows; r++) sums[i][r] = (floats){0};
     for (; per_segment && s < p->num_segments - 1; s++, codes += x->stride, scales++) {
         const int64_t at = s * per_segment * STEP;
-        UNROLL for (int i = 0; i < STREAMS; i++) __builtin_prefetch(weights[i] + next + at, 0, 2);
+        if (is_slice)
+            UNROLL for (int i = 0; i < STREAMS; i++) __builtin_prefetch(weights[i] + next + at, 0, 2);
         add_byte_segment(x, weights, at, codes, scales, per_segment, 1, 0, rows, sums);
     }
     for (; s < p->num_segments; s++, codes += x->stride, scales++) {

@@ -94,8 +94,9 @@ INLINE void several_outputs(const struct product *p, const struct interleaved *x
         for (int64_t k = 0; k < p->width; k += depth) {
             const int64_t width = p->width - k < depth ? p->width - k : depth;
             const float *values = x->values + block * block_size_of(x) + k * wide;
-            const int64_t size = size_of(type), is_last = k + width == p->width; /* part of a row: then come other rows */
-            int64_t ahead = is_last ? SEVERAL_OUTPUTS * bytes - k * size : depth * size;
+            const int64_t size = size_of(type);
+            /* What is read next: the next part of these rows, or, after the last, the first part of the next rows. */
+            int64_t ahead = k + width < p->width ? depth * size : SEVERAL_OUTPUTS * bytes - k * size;
             if (p->width <= depth && bytes == p->width * size) ahead = 0; /* one stream, which the CPU foresees */
             for (int64_t i = 0; i < count; i++) {
                 const char *weight = p->weight + (n + i) * bytes + k * size;
