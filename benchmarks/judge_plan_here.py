@@ -31,6 +31,7 @@ from transformers import AutoConfig
 from benchmarks.check_sizes import SPEED_SHARE, CheckSizes, Speed, context_of
 from benchmarks.recorded_steps import RecordedStepTimes, host_gaps
 from benchmarks.serving_costs import Probe, fit_host, steps_by_kind
+from ulysses_infer.atomic_files import write_atomically
 from ulysses_infer.bench.compare.contenders import CONTENDERS, GROUP, policy_of
 from ulysses_infer.bench.compare.findings import RESULTS, ContenderRun, Findings, load_findings
 from ulysses_infer.bench.compare.measuring import Site, measure
@@ -209,7 +210,7 @@ def _probe_cases(sizes: CheckSizes, config: Config) -> list[ComparisonCase]:
 def _save_probes(folder: Path, probes: Findings, cases: Sequence[ComparisonCase], about: dict[str, Any]) -> None:
     (folder / PROBES).mkdir(exist_ok=True)
     probes.save(folder / PROBES)
-    (folder / CASES).write_text(json.dumps({**about, "probes": [asdict(each) for each in cases]}), encoding="utf-8")
+    write_atomically(folder / CASES, json.dumps({**about, "probes": [asdict(each) for each in cases]}))
 
 
 def slice_of(source: ComparisonCase, tokens_per_second: float, seconds: float) -> ComparisonCase:

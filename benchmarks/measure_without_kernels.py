@@ -26,6 +26,7 @@ from benchmarks.arguments import common_options
 from benchmarks.compare_peers.programs import LEVELS
 from benchmarks.cpu_times import least_cpu_seconds
 from ulysses_infer import SamplingParams, init_inference
+from ulysses_infer.atomic_files import write_atomically
 from ulysses_infer.bench.random_model import random_model
 from ulysses_infer.child_processes import end_children_with_this_process
 from ulysses_infer.engine.profile_key import device_name
@@ -109,8 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = compare(str(path), level, given.repeats)
         print(table(level, model, found), flush=True)
         results.setdefault(level, {})[model] = found
-    if given.output is not None:
-        Path(given.output).write_text(json.dumps(results, indent=1), encoding="utf-8")
+        if given.output is not None:
+            write_atomically(Path(given.output), json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ LAYERS = [
     {"request_values"},
     {"outputs"},
     {"extras"},
-    {"errors", "host", "arithmetic", "cache_folders", "child_processes", "version"},
+    {"errors", "host", "arithmetic", "atomic_files", "cache_folders", "child_processes", "version"},
 ]
 """From the top down. A module may import from its own folder and from lower layers."""
 INDEPENDENT = [("launch", "cli"), ("kernels", "native"), ("server", "bench"), ("bench", "server")]

@@ -44,6 +44,7 @@ from benchmarks.compare_peers.arguments import parse
 from benchmarks.compare_peers.comparison import Comparison
 from benchmarks.compare_peers.report import as_values, markdown, notes, table
 from benchmarks.processor import processor
+from ulysses_infer.atomic_files import write_atomically
 from ulysses_infer.child_processes import end_children_with_this_process
 
 WIDTH = 230  # of a table written to a file
@@ -66,8 +67,8 @@ class Results:
         self.values.setdefault("models", {})[found.name] = as_values(found.measured, found.limits)
         self.sections[found.name] = markdown(found.title, found.measured, found.limits)
         command = f"`{' '.join(['python -m benchmarks.compare_peers', *sys.argv[1:]])}` ({processor()})\n"
-        (folder / "peers.json").write_text(json.dumps(self.values, indent=1), encoding="utf-8")
-        (folder / "peers.md").write_text("\n".join([command, *self.sections.values()]), encoding="utf-8")
+        write_atomically(folder / "peers.json", json.dumps(self.values, indent=1))
+        write_atomically(folder / "peers.md", "\n".join([command, *self.sections.values()]))
 
     def show(self, found: Comparison) -> None:
         """Print a model's table and notes."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.compare_peers.environments import UnavailableError
 from benchmarks.compare_peers.measuring import Measured, RunningPrograms, Say
 from benchmarks.compare_peers.programs import PROGRAMS, Program, Setting
+from ulysses_infer.atomic_files import write_atomically
 from ulysses_infer.native import compiler
 
 STARTED = "started.json"
@@ -41,7 +42,7 @@ def prepare_programs(
         measured.unavailable |= trial.unavailable
         if not trial.unavailable and key not in started:
             started.append(key)
-            file.write_text(json.dumps(started, indent=1), encoding="utf-8")
+            write_atomically(file, json.dumps(started, indent=1))
 
 
 def _first_start(name: str, program: Program, setting: Setting) -> str:

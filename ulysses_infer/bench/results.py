@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from ulysses_infer.atomic_files import write_atomically
 from ulysses_infer.bench.load import LoadMeter
 from ulysses_infer.bench.report import QUANTITIES, as_json, comparison, median_makespan
 from ulysses_infer.bench.step_sizes import savings, size_table, sizes_as_json, summed
@@ -54,11 +55,11 @@ class Results:
 
     def add(self, mode: str, repeat: int, sample: Sample) -> None:
         """Keep what a run measured, and write all results so far."""
-        self._progress.end(mode, repeat, sample)
         if repeat != WARM_UP:
             self.samples[mode].append(sample)
             if self._file is not None:
                 self._write(self._file)
+        self._progress.end(mode, repeat, sample)  # what is said to have ended is kept
 
     def show(self) -> None:
         """Print the results of the modes that have any. Has no effect if called again."""
@@ -107,7 +108,7 @@ class Results:
             "modes": as_json(options.kind, samples),
             "steps": sizes_as_json({mode: [sample.steps for sample in own] for mode, own in samples.items()}),
         }
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
 class _RunProgress:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ulysses_infer.atomic_files import write_atomically
 from ulysses_infer.cache_folders import cache_folder
 from ulysses_infer.native.levels import describe_processor
 from ulysses_infer.native.library import library_path
@@ -127,6 +128,6 @@ def _read(path: Path) -> Choice | None:
 def _measure_to(path: Path, subject: str, names: Sequence[str], prepare: Prepare) -> Choice:
     started = time.perf_counter()
     choice = measure(names, prepare)
-    path.write_text(json.dumps(choice.kernels), encoding="utf-8")
+    write_atomically(path, json.dumps(choice.kernels))
     logger.info("%s: fastest kernels %s, in %.1f s", subject, choice.kernels, time.perf_counter() - started)
     return choice

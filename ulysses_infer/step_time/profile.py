@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ulysses_infer.atomic_files import write_atomically
 from ulysses_infer.cache_folders import cache_folder
 from ulysses_infer.errors import ConfigError, first_line
 from ulysses_infer.parallel.layout import Mode
@@ -52,11 +52,9 @@ class Profile:
             "switch_seconds": self.switch_seconds,
             "steps": steps,
         }
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(json.dumps(record) + "\n", encoding="utf-8")
-            unfinished.replace(path)
+            write_atomically(path, json.dumps(record) + "\n")
         except OSError as error:
             raise ConfigError(f"the profile {str(path)!r} cannot be written: {first_line(error)}") from error
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ulysses_infer.atomic_files import write_atomically
 from ulysses_infer.errors import ConfigError
 
 VERSION = 1
@@ -110,7 +111,7 @@ class Findings:
     def save(self, folder: Path) -> None:
         """Write `results.json`."""
         content = {"version": VERSION, **asdict(self)}
-        (folder / RESULTS).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        write_atomically(folder / RESULTS, json.dumps(content) + "\n")
 
 
 def load_findings(folder: Path) -> Findings:

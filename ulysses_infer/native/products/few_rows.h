@@ -1,16 +1,18 @@
 /* Products of a few rows: the weight is read once, in order, at memory speed.
  *
  * A panel of weight rows is multiplied with a block of input rows, with all sums in registers. The rows of a panel are far
- * apart: memory gives more to several streams than to one, if no two share a page, and the CPU prefetches them. Every sum
- * runs over k in the same order for any number of input rows.
+ * apart: memory gives more to several streams than to one, if no two share a page. Every sum runs over k in the same order
+ * for any number of input rows.
  */
 #pragma once
 #include "product.h"
 
 #if defined(HAS_AVX512) || defined(__aarch64__)
 #define MOST_ROWS 6 /* sums fill the 32 vector registers */
+#define FEW_AHEAD 0
 #else
 #define MOST_ROWS 3
+#define FEW_AHEAD 512 /* bytes that such a CPU does not prefetch early enough by itself */
 #endif
 #define WIDE_PANEL 8
 #define PANEL 4
@@ -41,11 +43,11 @@ INLINE void tile(const struct product *p, int64_t t, int64_t n, int64_t apart, c
     UNROLL for (int i = 0; i < panel; i++)
         UNROLL for (int j = 0; j < rows; j++) sums[i][j] = (floats){0};
     int64_t k = 0;
-    if (is_slice(p)) {
+    const int64_t ahead = is_slice(p) ? panel * stride : FEW_AHEAD;
+    if (ahead) {
         const int line = LINE / (int)size;
-        const char *next = weight + panel * stride;
         for (; k + line <= p->width; k += line) {
-            UNROLL for (int i = 0; i < panel; i++) __builtin_prefetch(next + i * stride + k * size, 0, 2);
+            UNROLL for (int i = 0; i < panel; i++) __builtin_prefetch(weight + i * stride + ahead + k * size, 0, 2);
             UNROLL for (int s = 0; s < line; s += step)
                 add_step(p, weight, stride, input, k + s, rows, panel, sums, type);
         }

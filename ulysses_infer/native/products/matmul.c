@@ -30,13 +30,14 @@ static void multiply_few(const struct product *p, void (*run)(const struct produ
     static void interleave_##name(const struct product *p, const struct interleaved *x, int64_t row) {       \
         interleave_row(p, x, row, type);                                                                     \
     }                                                                                                        \
-    static void several_##name(const struct product *p, const struct interleaved *x, int64_t n) {            \
-        several_outputs_of(p, x, n, type);                                                                   \
+    static void several_##name(const struct product *p, const struct interleaved *x, int64_t n,              \
+                               int64_t apart) {                                                              \
+        several_outputs_of(p, x, n, apart, type);                                                            \
     }                                                                                                        \
     int few_##name(PARAMETERS) {                                                                             \
         const struct product p = PRODUCT;                                                                    \
         const struct several_kernel several = {interleave_##name, several_##name};                           \
-        if (num_rows > MOST_ROWS && step_of(type) == LANES) return !multiply_several(&p, &several);          \
+        if (num_rows >= FROM_SEVERAL && step_of(type) == LANES) return !multiply_several(&p, &several);      \
         multiply_few(&p, few_rows_of_##name);                                                                \
         return 0;                                                                                            \
     }                                                                                                        \

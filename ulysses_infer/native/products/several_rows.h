@@ -1,4 +1,5 @@
-/* Products of several rows: a vector of weights is converted once, and multiplied with up to SEVERAL_ROWS rows of inputs.
+/* Products of several rows: weights are converted once per block of rows, and multiplied in tiles of a few outputs with
+ * all rows of the block, whose sums fill the registers.
  *
  * Lanes are consecutive inputs, as in few_rows.h, and sums have the same order. Inputs are converted to float32 first and
  * interleaved, so that a weight's vector meets those of all rows at one place, in the L1 cache.
@@ -8,9 +9,11 @@
 
 #include "few_rows.h"
 
-#define SEVERAL_ROWS (REGISTERS / 2) /* at most, whose sums are in registers */
-#define SEVERAL_VECTORS 64           /* of a row of the weight at a time: as many of each input stay in the L1 cache */
-#define SEVERAL_OUTPUTS 16           /* of a task, whole vectors */
+#define SEVERAL_SUMS (REGISTERS == 32 ? 24 : 12) /* of a tile; the other registers hold its weights and an input */
+#define SEVERAL_ROWS (REGISTERS == 32 ? 8 : 6)     /* of a block, at most */
+#define FROM_SEVERAL (REGISTERS == 32 ? MOST_ROWS + 1 : 2) /* rows on, this is faster than few_rows.h */
+#define LEAST_WIDE (REGISTERS == 32 ? 4 : 2)
+#define SEVERAL_AHEAD 1024 /* bytes that the CPU does not prefetch early enough by itself */
 
 /* Inputs in float32: [block][vectors of a row][rows of the block][LANES]; what is not there is zero. */
 struct interleaved {
@@ -20,7 +23,7 @@ struct interleaved {
 };
 
 /* Rows that sums are kept of, for `rows` rows. */
-INLINE int64_t wide_of(int64_t rows) { return rows <= SEVERAL_ROWS / 2 ? SEVERAL_ROWS / 2 : (rows + 1) / 2 * 2; }
+INLINE int64_t wide_of(int64_t rows) { return rows < LEAST_WIDE ? LEAST_WIDE : rows; }
 
 /* The layout of a product's inputs, without memory. */
 INLINE struct interleaved interleaved_of(const struct product *p) {
@@ -42,83 +45,106 @@ INLINE void interleave_row(const struct product *p, const struct interleaved *x,
     }
 }
 
-/* held[wide] += a vector of weights times those of the inputs. */
-INLINE void add_vector(floats held[SEVERAL_ROWS], floats weights, const float *x, const int wide) {
-    const floats w = in_register(weights);
-    UNROLL for (int r = 0; r < wide; r++) held[r] = multiply_add(held[r], w, take(x + r * LANES, FLOAT32), FLOAT32);
+/* held[i][r] += a vector of `count` elements of weight row i times that of input r. */
+INLINE void add_vectors(floats held[SEVERAL_SUMS], const char *weight, int64_t bytes, int count, const float *x,
+                        const int outputs, const int wide, enum type type) {
+    floats first[SEVERAL_SUMS]; /* vectors of the operand that has fewer */
+    if (outputs < wide) {
+        UNROLL for (int i = 0; i < outputs; i++) first[i] = in_register(take_some(weight + i * bytes, count, type));
+        UNROLL for (int r = 0; r < wide; r++) {
+            const floats value = in_register(take(x + r * LANES, FLOAT32));
+            UNROLL for (int i = 0; i < outputs; i++)
+                held[i * wide + r] = multiply_add(held[i * wide + r], first[i], value, FLOAT32);
+        }
+    } else {
+        UNROLL for (int r = 0; r < wide; r++) first[r] = in_register(take(x + r * LANES, FLOAT32));
+        UNROLL for (int i = 0; i < outputs; i++) {
+            const floats value = in_register(take_some(weight + i * bytes, count, type));
+            UNROLL for (int r = 0; r < wide; r++)
+                held[i * wide + r] = multiply_add(held[i * wide + r], value, first[r], FLOAT32);
+        }
+    }
 }
 
-/* sums[wide] += `width` elements of a weight row times the inputs from `x` on. Prefetches as many at `ahead`. */
-INLINE void add_several(const char *weight, const float *x, int64_t width, const char *ahead, const int wide,
-                        floats *sums, enum type type) {
+/* sums[outputs][wide] = weight rows, `bytes` apart, times the inputs of a block. `ahead`: bytes to what is prefetched; 0 for
+ * nothing. */
+INLINE void several_tile(const char *weight, int64_t bytes, const float *x, int64_t width, int64_t ahead,
+                         const int outputs, const int wide, floats *sums, enum type type) {
     const int64_t size = size_of(type), line = LINE / size;
-    floats held[SEVERAL_ROWS];
-    UNROLL for (int r = 0; r < wide; r++) held[r] = sums[r];
+    floats held[SEVERAL_SUMS];
+    UNROLL for (int i = 0; i < outputs * wide; i++) held[i] = (floats){0};
     int64_t k = 0;
     for (; k + line <= width; k += line) {
-        __builtin_prefetch(ahead + k * size, 0, 2);
-        UNROLL for (int64_t i = 0; i < line; i += LANES)
-            add_vector(held, take(weight + (k + i) * size, type), x + (k + i) * wide, wide);
+        if (ahead)
+            UNROLL for (int i = 0; i < outputs; i++) __builtin_prefetch(weight + i * bytes + ahead + k * size, 0, 2);
+        for (int64_t i = k; i < k + line; i += LANES)
+            add_vectors(held, weight + i * size, bytes, LANES, x + i * wide, outputs, wide, type);
     }
-    for (; k + LANES <= width; k += LANES) add_vector(held, take(weight + k * size, type), x + k * wide, wide);
-    if (k < width) add_vector(held, take_some(weight + k * size, (int)(width - k), type), x + k * wide, wide);
-    UNROLL for (int r = 0; r < wide; r++) sums[r] = held[r];
+    for (; k < width; k += LANES) {
+        const int count = width - k < LANES ? (int)(width - k) : LANES;
+        add_vectors(held, weight + k * size, bytes, count, x + k * wide, outputs, wide, type);
+    }
+    UNROLL for (int i = 0; i < outputs * wide; i++) sums[i] = held[i];
 }
 
-/* Store the sums of outputs n .. n + count with a block of rows, the first of which is `row`. */
-INLINE void put_several(const struct product *p, int64_t row, int64_t rows, int64_t n, int64_t count,
-                        floats (*sums)[SEVERAL_ROWS], enum type type) {
+/* Store the sums, [LANES][SEVERAL_SUMS], of `count` outputs from `n` on with the rows of a block, the first of which is `row`. */
+INLINE void put_several(const struct product *p, int64_t row, int64_t rows, int64_t n, int count,
+                        const floats *sums, enum type type) {
     const size_t size = size_of(type);
+    floats bias = {0};
+    if (p->bias) bias = take_some(p->bias + n * size, count, type);
     for (int64_t r = 0; r < rows; r++) {
-        float four[SEVERAL_OUTPUTS];
-        for (int i = 0; i < SEVERAL_OUTPUTS; i += 4)
-            sum_four(four + i, sums[i][r], sums[i + 1][r], sums[i + 2][r], sums[i + 3][r]);
-        for (int64_t i = 0; i < count; i += LANES) {
-            const int some = count - i < LANES ? (int)(count - i) : LANES;
-            floats bias = {0};
-            if (p->bias) bias = take_some(p->bias + (n + i) * size, some, type);
-            char *to = p->outputs + ((row + r) * p->outputs_stride + n + i) * size;
-            give_some(to, take(four + i, FLOAT32) + bias, some, type);
+        float lanes[LANES];
+        UNROLL for (int i = 0; i < LANES; i += 4) {
+            const floats *of = sums + i * SEVERAL_SUMS + r;
+            sum_four(lanes + i, of[0], of[SEVERAL_SUMS], of[2 * SEVERAL_SUMS], of[3 * SEVERAL_SUMS]);
         }
+        give_some(p->outputs + ((row + r) * p->outputs_stride + n) * size, take(lanes, FLOAT32) + bias, count, type);
     }
 }
 
-/* All rows with SEVERAL_OUTPUTS outputs from `n` on, or fewer at the end. */
-INLINE void several_outputs(const struct product *p, const struct interleaved *x, int64_t n, const int wide,
-                            enum type type) {
-    const int64_t left = p->num_outputs - n, count = left < SEVERAL_OUTPUTS ? left : SEVERAL_OUTPUTS;
-    const int64_t depth = SEVERAL_VECTORS * LANES, bytes = p->weight_stride * size_of(type);
+/* A task: all rows with LANES outputs from `n` on, and as many of each further stream, which are `apart`. */
+INLINE void several_outputs(const struct product *p, const struct interleaved *x, int64_t n, int64_t apart,
+                            const int wide, enum type type) {
+    const int outputs = SEVERAL_SUMS / wide;
+    const int64_t bytes = p->weight_stride * size_of(type);
+    const int is_whole = n + (outputs - 1) * apart + LANES <= p->num_outputs;
     for (int64_t block = 0; block < x->blocks; block++) {
-        floats sums[SEVERAL_OUTPUTS][SEVERAL_ROWS];
+        const float *values = x->values + block * block_size_of(x);
+        const int64_t ahead = block ? 0 : is_slice(p) ? bytes : SEVERAL_AHEAD;
+        floats sums[LANES][SEVERAL_SUMS];
         memset(sums, 0, sizeof sums);
-        for (int64_t k = 0; k < p->width; k += depth) {
-            const int64_t width = p->width - k < depth ? p->width - k : depth;
-            const float *values = x->values + block * block_size_of(x) + k * wide;
-            const int64_t size = size_of(type);
-            /* What is read next: the next part of these rows, or, after the last, the first part of the next rows. */
-            int64_t ahead = k + width < p->width ? depth * size : SEVERAL_OUTPUTS * bytes - k * size;
-            if (p->width <= depth && bytes == p->width * size) ahead = 0; /* one stream, which the CPU foresees */
-            for (int64_t i = 0; i < count; i++) {
-                const char *weight = p->weight + (n + i) * bytes + k * size;
-                add_several(weight, values, width, weight + ahead, wide, sums[i], type);
+        for (int i = 0; i < LANES; i++) {
+            const char *weight = p->weight + (n + i) * bytes;
+            if (is_whole) {
+                several_tile(weight, apart * bytes, values, p->width, ahead, outputs, wide, sums[i], type);
+                continue;
             }
+            for (int j = 0; j < outputs && n + i + j * apart < p->num_outputs; j++)
+                several_tile(weight + j * apart * bytes, 0, values, p->width, ahead, 1, wide, sums[i] + j * wide, type);
         }
         const int64_t row = block * x->rows, rows = p->num_rows - row < x->rows ? p->num_rows - row : x->rows;
-        put_several(p, row, rows, n, count, sums, type);
+        for (int64_t j = 0, m = n; j < outputs && m < p->num_outputs; j++, m += apart) {
+            const int count = p->num_outputs - m < LANES ? (int)(p->num_outputs - m) : LANES;
+            put_several(p, row, rows, m, count, sums[0] + j * wide, type);
+        }
     }
 }
 
 /* The same for the number of rows of a block. */
-INLINE void several_outputs_of(const struct product *p, const struct interleaved *x, int64_t n, enum type type) {
+INLINE void several_outputs_of(const struct product *p, const struct interleaved *x, int64_t n, int64_t apart,
+                               enum type type) {
     switch (x->wide) {
-        case 4: several_outputs(p, x, n, 4, type); break;
-        case 6: several_outputs(p, x, n, 6, type); break;
-        case 8: several_outputs(p, x, n, 8, type); break;
-#if SEVERAL_ROWS > 8
-        case 10: several_outputs(p, x, n, 10, type); break;
-        case 12: several_outputs(p, x, n, 12, type); break;
-        case 14: several_outputs(p, x, n, 14, type); break;
-        case 16: several_outputs(p, x, n, 16, type); break;
+#if REGISTERS == 16
+        case 2: several_outputs(p, x, n, apart, 2, type); break;
+        case 3: several_outputs(p, x, n, apart, 3, type); break;
+#endif
+        case 4: several_outputs(p, x, n, apart, 4, type); break;
+        case 5: several_outputs(p, x, n, apart, 5, type); break;
+        case 6: several_outputs(p, x, n, apart, 6, type); break;
+#if REGISTERS == 32
+        case 7: several_outputs(p, x, n, apart, 7, type); break;
+        case 8: several_outputs(p, x, n, apart, 8, type); break;
 #endif
     }
 }
@@ -127,12 +153,14 @@ INLINE void several_outputs_of(const struct product *p, const struct interleaved
  * regions. */
 struct several_kernel {
     void (*interleave)(const struct product *p, const struct interleaved *x, int64_t row);
-    void (*run)(const struct product *p, const struct interleaved *x, int64_t n);
+    void (*run)(const struct product *p, const struct interleaved *x, int64_t n, int64_t apart);
 };
 
-/* Returns 0 if out of memory. */
+/* Returns 0 if out of memory. The tiles' outputs are rows of as many streams, for the same reason as in few_rows.h. */
 static int multiply_several(const struct product *p, const struct several_kernel *kernel) {
     struct interleaved x = interleaved_of(p);
+    const int64_t streams = SEVERAL_SUMS / x.wide, vectors = streams * LANES;
+    const int64_t apart = (p->num_outputs + vectors - 1) / vectors * LANES;
     const size_t size = x.blocks * block_size_of(&x) * sizeof *x.values;
     x.values = aligned_alloc(LINE, (size + LINE - 1) / LINE * LINE);
     if (!x.values) return 0;
@@ -142,7 +170,7 @@ static int multiply_several(const struct product *p, const struct several_kernel
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < p->num_rows; row++) kernel->interleave(p, &x, row);
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < p->num_outputs; n += SEVERAL_OUTPUTS) kernel->run(p, &x, n);
+        for (int64_t n = 0; n < apart; n += LANES) kernel->run(p, &x, n, apart);
     }
     free(x.values);
     return 1;
