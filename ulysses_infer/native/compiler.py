@@ -20,6 +20,9 @@ FLAGS = (
     "-O3",
     "-fPIC",
     "-fopenmp",
+    # Where loops begin would otherwise change with any edit, and with it their speed by up to 8 %.
+    "-falign-functions=64",
+    "-falign-loops=32",
     # Needed to vectorise sums; infinities and NaN keep their meaning.
     "-fno-math-errno",
     "-fno-trapping-math",

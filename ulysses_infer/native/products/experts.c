@@ -96,8 +96,9 @@ static int multiply_many_of_all(const struct experts *x, const struct panel_kern
     INLINE void gather_##name(const struct product *p, int64_t n, int64_t k, int64_t count, float *to) {            \
         gather_as(p, n, k, count, to, type);                                                                        \
     }                                                                                                               \
-    static void run_transposed_##name(const struct product *p, const struct columns *x, int64_t n, float *memory) { \
-        run_group(p, x, n, memory, gather_##name, 0, size_of(type), type);                                          \
+    static void run_transposed_##name(const struct product *p, const struct columns *x, int64_t n, int64_t count,   \
+                                      float *memory) {                                                              \
+        run_group(p, x, n, count, memory, gather_##name, 0, size_of(type), type);                                   \
     }                                                                                                               \
     int experts_##name(PARAMETERS) {                                                                                \
         const struct experts x = EXPERTS(type);                                                                     \

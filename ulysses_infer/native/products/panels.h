@@ -11,7 +11,8 @@
 #include "product.h"
 
 #define DEPTH 256      /* elements of a weight row that are converted at a time */
-#define TASK_ROWS 48   /* weight rows of a task: whole tiles and whole vectors of outputs */
+#define TASK_ROWS 48   /* weight rows of a task, at most */
+#define TASK_UNIT (REGISTERS == 32 ? 48 : 3 * LANES) /* of which it has: whole tiles and whole vectors of outputs */
 #define MOST_LANES 512 /* input rows at a time; bounds the memory of a task's sums */
 #define MOST_WIDE 3    /* vectors of inputs of a block */
 
@@ -120,16 +121,15 @@ INLINE void put_block(const struct product *p, const float *sums, int64_t vector
         }
 }
 
-/* Weight rows n .. n + TASK_ROWS, or fewer at the end, with all inputs. `memory`: weight[TASK_ROWS][DEPTH], then
+/* `count` weight rows from n on, at most TASK_ROWS, with all inputs. `memory`: weight[TASK_ROWS][DEPTH], then
  * sums[block][TASK_ROWS][vectors * LANES]. `bytes` is from one stored weight row to the next, `size` that of an element,
  * rounded up to whole bytes; `type` is that of inputs, bias and outputs. */
-INLINE void run_group(const struct product *p, const struct columns *x, int64_t n, float *memory, const widener widen,
-                      int64_t bytes, const size_t size, enum type type) {
-    const int64_t left = p->num_outputs - n, count = left < TASK_ROWS ? left : TASK_ROWS;
-    const int64_t after = left - count < TASK_ROWS ? left - count : TASK_ROWS;
+INLINE void run_group(const struct product *p, const struct columns *x, int64_t n, int64_t count, float *memory,
+                      const widener widen, int64_t bytes, const size_t size, enum type type) {
+    const int64_t left = p->num_outputs - n - count, after = left < count ? left : count;
     float *weight = memory, *sums = memory + TASK_ROWS * DEPTH;
     memset(sums, 0, TASK_ROWS * x->vectors * LANES * sizeof *sums);
-    if (count < TASK_ROWS) memset(weight, 0, TASK_ROWS * DEPTH * sizeof *weight);
+    memset(weight + count * DEPTH, 0, (TASK_ROWS - count) * DEPTH * sizeof *weight);
     for (int64_t k = 0; k < p->width; k += DEPTH) {
         const int64_t depth = p->width - k < DEPTH ? p->width - k : DEPTH;
         for (int64_t i = 0; i < count; i++) widen(p, n + i, k, depth, weight + i * DEPTH);
@@ -155,9 +155,23 @@ INLINE void run_group(const struct product *p, const struct columns *x, int64_t 
 /* `transpose_block` and `run_group` for constant types: the compiler does not pass constants into parallel regions. */
 struct panel_kernel {
     void (*transpose)(const struct product *p, const struct columns *x, int64_t block);
-    void (*run)(const struct product *p, const struct columns *x, int64_t n, float *memory);
+    void (*run)(const struct product *p, const struct columns *x, int64_t n, int64_t count, float *memory);
     size_t size; /* of an element of inputs and outputs */
 };
+
+int omp_get_num_threads(void); /* clang has no omp.h of its own */
+
+/* As many tasks for each of the threads, of nearly equal size. */
+INLINE int64_t tasks_of(int64_t outputs, int64_t threads) {
+    const int64_t least = (outputs + TASK_ROWS - 1) / TASK_ROWS;
+    return (least + threads - 1) / threads * threads;
+}
+
+/* The first output of a task. */
+INLINE int64_t start_of(int64_t outputs, int64_t task, int64_t tasks) {
+    const int64_t start = (outputs + TASK_UNIT - 1) / TASK_UNIT * task / tasks * TASK_UNIT;
+    return start < outputs ? start : outputs;
+}
 
 /* Returns 0 if out of memory. */
 static int multiply_panels(const struct product *p, const struct panel_kernel *kernel) {
@@ -168,6 +182,7 @@ static int multiply_panels(const struct product *p, const struct panel_kernel *k
     int failed = 0;
 #pragma omp parallel if (is_large(p))
     {
+        const int64_t outputs = p->num_outputs, tasks = tasks_of(outputs, omp_get_num_threads());
         float *memory = aligned_alloc(LINE, TASK_ROWS * (DEPTH + lanes) * sizeof *memory);
         if (!memory) failed = 1;
         for (int64_t row = 0; row < p->num_rows; row += most) {
@@ -179,8 +194,10 @@ static int multiply_panels(const struct product *p, const struct panel_kernel *k
 #pragma omp for schedule(static)
             for (int64_t block = 0; block < x.blocks; block++) kernel->transpose(&part, &x, block);
 #pragma omp for schedule(static)
-            for (int64_t n = 0; n < p->num_outputs; n += TASK_ROWS)
-                if (memory) kernel->run(&part, &x, n, memory);
+            for (int64_t task = 0; task < tasks; task++) {
+                const int64_t n = start_of(outputs, task, tasks), count = start_of(outputs, task + 1, tasks) - n;
+                if (memory && count) kernel->run(&part, &x, n, count, memory);
+            }
         }
         free(memory);
     }
@@ -208,6 +225,8 @@ INLINE void widen_as(const struct product *p, int64_t n, int64_t k, int64_t coun
     static void transpose_##name(const struct product *p, const struct columns *x, int64_t block) {          \
         transpose_block(p, x, block, type);                                                                  \
     }                                                                                                        \
-    static void run_##name(const struct product *p, const struct columns *x, int64_t n, float *memory) {     \
-        run_group(p, x, n, memory, widen_##name, p->weight_stride * size_of(type), size_of(type), type);     \
+    static void run_##name(const struct product *p, const struct columns *x, int64_t n, int64_t count,       \
+                           float *memory) {                                                                  \
+        const size_t size = size_of(type);                                                                   \
+        run_group(p, x, n, count, memory, widen_##name, p->weight_stride * size, size, type);                \
     }
