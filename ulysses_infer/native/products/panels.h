@@ -9,6 +9,7 @@
 #include <stdlib.h>
 
 #include "product.h"
+#include "tasks.h"
 
 #define DEPTH 256      /* elements of a weight row that are converted at a time */
 #define TASK_ROWS 48   /* weight rows of a task, at most */
@@ -159,8 +160,6 @@ struct panel_kernel {
     size_t size; /* of an element of inputs and outputs */
 };
 
-int omp_get_num_threads(void); /* clang has no omp.h of its own */
-
 /* As many tasks for each of the threads, of nearly equal size. */
 INLINE int64_t tasks_of(int64_t outputs, int64_t threads) {
     const int64_t least = (outputs + TASK_ROWS - 1) / TASK_ROWS;
@@ -173,35 +172,42 @@ INLINE int64_t start_of(int64_t outputs, int64_t task, int64_t tasks) {
     return start < outputs ? start : outputs;
 }
 
+/* In a parallel region: the part of a product that `x` holds, whose tasks the threads share. `memory` is this thread's. */
+INLINE void run_part(const struct product *p, const struct columns *x, const struct panel_kernel *kernel, float *memory,
+                     int64_t *counters) {
+    const int64_t outputs = p->num_outputs, tasks = tasks_of(outputs, omp_get_num_threads());
+    share_tasks(counters, tasks);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < x->blocks; block++) kernel->transpose(p, x, block);
+    for (int64_t task; (task = take_task(counters, tasks)) >= 0;) {
+        const int64_t n = start_of(outputs, task, tasks), count = start_of(outputs, task + 1, tasks) - n;
+        if (memory && count) kernel->run(p, x, n, count, memory);
+    }
+#pragma omp barrier
+}
+
 /* Returns 0 if out of memory. */
 static int multiply_panels(const struct product *p, const struct panel_kernel *kernel) {
     const int64_t parts = (p->num_rows + MOST_LANES - 1) / MOST_LANES, most = (p->num_rows + parts - 1) / parts;
     const int64_t lanes = (most + LANES - 1) / LANES * LANES;
     float *values = aligned_alloc(LINE, (lanes * p->width * sizeof *values + LINE - 1) / LINE * LINE);
-    if (!values) return 0;
-    int failed = 0;
-#pragma omp parallel if (is_large(p))
+    int64_t *counters = task_counters();
+    int failed = !values || !counters;
+#pragma omp parallel if (is_large(p) && !failed)
     {
-        const int64_t outputs = p->num_outputs, tasks = tasks_of(outputs, omp_get_num_threads());
         float *memory = aligned_alloc(LINE, TASK_ROWS * (DEPTH + lanes) * sizeof *memory);
         if (!memory) failed = 1;
-        for (int64_t row = 0; row < p->num_rows; row += most) {
+        for (int64_t row = 0; row < p->num_rows && values && counters; row += most) {
             const int64_t rows = p->num_rows - row < most ? p->num_rows - row : most, vectors = (rows + LANES - 1) / LANES;
             const struct columns x = {values, rows, vectors, (vectors + MOST_WIDE - 1) / MOST_WIDE};
             struct product part = *p;
             part.inputs += row * p->inputs_stride * kernel->size;
             part.outputs += row * p->outputs_stride * kernel->size;
-#pragma omp for schedule(static)
-            for (int64_t block = 0; block < x.blocks; block++) kernel->transpose(&part, &x, block);
-#pragma omp for schedule(static)
-            for (int64_t task = 0; task < tasks; task++) {
-                const int64_t n = start_of(outputs, task, tasks), count = start_of(outputs, task + 1, tasks) - n;
-                if (memory && count) kernel->run(&part, &x, n, count, memory);
-            }
+            run_part(&part, &x, kernel, memory, counters);
         }
         free(memory);
     }
-    free(values);
+    free(values), free(counters);
     return !failed;
 }
 
