@@ -161,9 +161,11 @@ struct panel_kernel {
 };
 
 /* As many tasks for each of the threads, of nearly equal size. */
-INLINE int64_t tasks_of(int64_t outputs, int64_t threads) {
+INLINE struct tasks panel_tasks(int64_t outputs, int is_parallel) {
     const int64_t least = (outputs + TASK_ROWS - 1) / TASK_ROWS;
-    return (least + threads - 1) / threads * threads;
+    struct tasks t = tasks_of(least, is_parallel);
+    t.count = (least + t.threads - 1) / t.threads * t.threads;
+    return t;
 }
 
 /* The first output of a task. */
@@ -172,15 +174,15 @@ INLINE int64_t start_of(int64_t outputs, int64_t task, int64_t tasks) {
     return start < outputs ? start : outputs;
 }
 
-/* In a parallel region: the part of a product that `x` holds, whose tasks the threads share. `memory` is this thread's. */
+/* In a parallel region: the part of a product that `x` holds. `memory` is this thread's. */
 INLINE void run_part(const struct product *p, const struct columns *x, const struct panel_kernel *kernel, float *memory,
-                     int64_t *counters) {
-    const int64_t outputs = p->num_outputs, tasks = tasks_of(outputs, omp_get_num_threads());
-    share_tasks(counters, tasks);
+                     const struct tasks *tasks) {
+    const int64_t outputs = p->num_outputs;
+    if (omp_get_thread_num() == 0) share(tasks);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < x->blocks; block++) kernel->transpose(p, x, block);
-    for (int64_t task; (task = take_task(counters, tasks)) >= 0;) {
-        const int64_t n = start_of(outputs, task, tasks), count = start_of(outputs, task + 1, tasks) - n;
+    for (int64_t i; (i = take_task(tasks)) >= 0;) {
+        const int64_t n = start_of(outputs, i, tasks->count), count = start_of(outputs, i + 1, tasks->count) - n;
         if (memory && count) kernel->run(p, x, n, count, memory);
     }
 #pragma omp barrier
@@ -191,23 +193,24 @@ static int multiply_panels(const struct product *p, const struct panel_kernel *k
     const int64_t parts = (p->num_rows + MOST_LANES - 1) / MOST_LANES, most = (p->num_rows + parts - 1) / parts;
     const int64_t lanes = (most + LANES - 1) / LANES * LANES;
     float *values = aligned_alloc(LINE, (lanes * p->width * sizeof *values + LINE - 1) / LINE * LINE);
-    int64_t *counters = task_counters();
-    int failed = !values || !counters;
-#pragma omp parallel if (is_large(p) && !failed)
+    if (!values) return 0;
+    const struct tasks tasks = panel_tasks(p->num_outputs, is_large(p));
+    int failed = 0;
+#pragma omp parallel if (tasks.threads > 1)
     {
         float *memory = aligned_alloc(LINE, TASK_ROWS * (DEPTH + lanes) * sizeof *memory);
         if (!memory) failed = 1;
-        for (int64_t row = 0; row < p->num_rows && values && counters; row += most) {
+        for (int64_t row = 0; row < p->num_rows; row += most) {
             const int64_t rows = p->num_rows - row < most ? p->num_rows - row : most, vectors = (rows + LANES - 1) / LANES;
             const struct columns x = {values, rows, vectors, (vectors + MOST_WIDE - 1) / MOST_WIDE};
             struct product part = *p;
             part.inputs += row * p->inputs_stride * kernel->size;
             part.outputs += row * p->outputs_stride * kernel->size;
-            run_part(&part, &x, kernel, memory, counters);
+            run_part(&part, &x, kernel, memory, &tasks);
         }
         free(memory);
     }
-    free(values), free(counters);
+    free(values);
     return !failed;
 }
 

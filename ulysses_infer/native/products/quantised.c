@@ -6,6 +6,7 @@
 #include "call.h"
 #include "float_products.h"
 #include "nibble_rows.h"
+#include "tasks.h"
 
 #define WORK_A_THREAD (1 << 17) /* least multiplications per thread */
 
@@ -32,8 +33,9 @@ static int multiply_batch(const struct product *p, const struct cut *cut, const 
                                  const struct packed_inputs *, float *) = {add_channels, add_bytes, add_nibbles};
     const int64_t outputs = p->weight->outputs;
     const enum form form = form_of(p->weight, cut);
+    const struct tasks tasks = tasks_of((outputs + OUTPUTS - 1) / OUTPUTS, is_worth(p));
     int failed = 0;
-#pragma omp parallel if (is_worth(p)) reduction(| : failed)
+#pragma omp parallel if (tasks.threads > 1) reduction(| : failed)
     {
         struct panel w;
         int8_t *codes = space(padded(p->weight->segment));
@@ -42,8 +44,7 @@ static int multiply_batch(const struct product *p, const struct cut *cut, const 
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < x->blocks; block++)
             if (!failed) pack_block(p, cut, x, block, t, codes);
-#pragma omp for schedule(static)
-        for (int64_t group = 0; group < (outputs + OUTPUTS - 1) / OUTPUTS; group++) {
+        for (int64_t group; (group = take_task(&tasks)) >= 0;) {
             const int64_t n = group * OUTPUTS, count = outputs - n < OUTPUTS ? outputs - n : OUTPUTS;
             if (failed) continue;
             memset(sums, 0, x->rows * OUTPUTS * sizeof *sums);
@@ -83,10 +84,11 @@ static int multiply_byte_rows(const struct product *p) {
     const int failed = !memory || !narrow;
     const struct byte_rows x = byte_rows_of(p, memory);
     if (!failed) quantise_for_bytes(&x, narrow);
-#pragma omp parallel for schedule(static) if (is_worth(p) && !failed)
-    for (int64_t number = 0; number < apart_of(outputs) / OUTPUTS; number++) {
+    const struct tasks tasks = tasks_of(failed ? 0 : apart_of(outputs) / OUTPUTS, is_worth(p));
+#pragma omp parallel if (tasks.threads > 1)
+    for (int64_t number; (number = take_task(&tasks)) >= 0;) {
         const struct task task = task_of(outputs, number);
-        if (!failed) byte_outputs(&x, &task);
+        byte_outputs(&x, &task);
     }
     free(memory), free(narrow);
     return failed;
@@ -99,10 +101,11 @@ static int multiply_nibble_rows(const struct product *p) {
     const int failed = !memory || !narrow;
     const struct nibble_rows x = nibble_rows_of(p, memory);
     if (!failed) quantise_for_nibbles(&x, narrow);
-#pragma omp parallel for schedule(static) if (is_worth(p) && !failed)
-    for (int64_t group = 0; group < (outputs + OUTPUTS - 1) / OUTPUTS; group++) {
+    const struct tasks tasks = tasks_of(failed ? 0 : (outputs + OUTPUTS - 1) / OUTPUTS, is_worth(p));
+#pragma omp parallel if (tasks.threads > 1)
+    for (int64_t group; (group = take_task(&tasks)) >= 0;) {
         const int64_t n = group * OUTPUTS;
-        if (!failed) nibble_outputs(&x, n, outputs - n < OUTPUTS ? outputs - n : OUTPUTS);
+        nibble_outputs(&x, n, outputs - n < OUTPUTS ? outputs - n : OUTPUTS);
     }
     free(memory), free(narrow);
     return failed;

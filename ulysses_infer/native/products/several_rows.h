@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #include "few_rows.h"
+#include "tasks.h"
 
 #define SEVERAL_SUMS (REGISTERS == 32 ? 24 : 12) /* of a tile; the other registers hold its weights and an input */
 #define SEVERAL_ROWS (REGISTERS == 32 ? 8 : 6)     /* of a block, at most */
@@ -165,12 +166,12 @@ static int multiply_several(const struct product *p, const struct several_kernel
     x.values = aligned_alloc(LINE, (size + LINE - 1) / LINE * LINE);
     if (!x.values) return 0;
     if (x.wide * x.blocks > p->num_rows) memset(x.values, 0, size);
-#pragma omp parallel if (is_large(p))
+    const struct tasks tasks = tasks_of(apart / LANES, is_large(p));
+#pragma omp parallel if (tasks.threads > 1)
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < p->num_rows; row++) kernel->interleave(p, &x, row);
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < apart; n += LANES) kernel->run(p, &x, n, apart);
+        for (int64_t i; (i = take_task(&tasks)) >= 0;) kernel->run(p, &x, i * LANES, apart);
     }
     free(x.values);
     return 1;

@@ -2,34 +2,47 @@
  * one reads. A thread that has none left takes those of another, which the system may have held up.
  */
 #pragma once
-#include <stdlib.h>
-
 #include "vector.h"
 
 int omp_get_max_threads(void); /* clang has no omp.h of its own */
-int omp_get_num_threads(void);
 int omp_get_thread_num(void);
 
-#define COUNTER (LINE / (int)sizeof(int64_t)) /* from one thread's number to the next: each has a cache line */
+#define MOST_THREADS 256
 
-/* Memory for `take_task`, or null. */
-INLINE int64_t *task_counters(void) { return aligned_alloc(LINE, omp_get_max_threads() * LINE); }
+/* The tasks of a thread that are left; each has a cache line. */
+struct range {
+    int64_t next, stop;
+} __attribute__((aligned(LINE)));
 
-/* In a parallel region, before a barrier that precedes the first task: this thread's share of `count` tasks. */
-INLINE void share_tasks(int64_t *counters, int64_t count) {
-    const int64_t thread = omp_get_thread_num();
-    counters[thread * COUNTER] = count * thread / omp_get_num_threads();
+struct tasks {
+    struct range *of; /* [threads] */
+    int64_t count, threads;
+};
+
+/* Give each thread its tasks, before any is taken. */
+INLINE void share(const struct tasks *t) {
+    for (int64_t i = 0; i < t->threads; i++)
+        t->of[i].next = t->count * i / t->threads, t->of[i].stop = t->count * (i + 1) / t->threads;
+}
+
+/* `count` tasks for all threads, or for the calling one. They end before it asks for others. */
+INLINE struct tasks tasks_of(int64_t count, int is_parallel) {
+    static _Thread_local struct range ranges[MOST_THREADS];
+    const int64_t threads = is_parallel ? omp_get_max_threads() : 1;
+    const struct tasks t = {ranges, count, threads < MOST_THREADS ? threads : MOST_THREADS};
+    share(&t);
+    return t;
 }
 
 /* The next task for this thread, or -1 if all have been taken. */
-INLINE int64_t take_task(int64_t *counters, int64_t count) {
-    const int64_t threads = omp_get_num_threads(), own = omp_get_thread_num();
-    for (int64_t i = 0; i < threads; i++) {
-        const int64_t owner = (own + i) % threads, stop = count * (owner + 1) / threads;
-        int64_t *counter = &counters[owner * COUNTER];
-        if (__atomic_load_n(counter, __ATOMIC_RELAXED) >= stop) continue;
-        const int64_t task = __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
-        if (task < stop) return task;
+INLINE int64_t take_task(const struct tasks *t) {
+    int64_t owner = omp_get_thread_num();
+    for (int64_t i = 0; i < t->threads; i++, owner++) {
+        if (owner >= t->threads) owner = 0;
+        struct range *range = &t->of[owner];
+        if (__atomic_load_n(&range->next, __ATOMIC_RELAXED) >= range->stop) continue;
+        const int64_t task = __atomic_fetch_add(&range->next, 1, __ATOMIC_RELAXED);
+        if (task < range->stop) return task;
     }
     return -1;
 }
