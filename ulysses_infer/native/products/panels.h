@@ -169,7 +169,7 @@ INLINE struct tasks panel_tasks(int64_t outputs, int is_parallel) {
 }
 
 /* The first output of a task. */
-INLINE int64_t start_of(int64_t outputs, int64_t task, int64_t tasks) {
+INLINE int64_t first_output(int64_t outputs, int64_t task, int64_t tasks) {
     const int64_t start = (outputs + TASK_UNIT - 1) / TASK_UNIT * task / tasks * TASK_UNIT;
     return start < outputs ? start : outputs;
 }
@@ -182,7 +182,7 @@ INLINE void run_part(const struct product *p, const struct columns *x, const str
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < x->blocks; block++) kernel->transpose(p, x, block);
     for (int64_t i; (i = take_task(tasks)) >= 0;) {
-        const int64_t n = start_of(outputs, i, tasks->count), count = start_of(outputs, i + 1, tasks->count) - n;
+        const int64_t n = first_output(outputs, i, tasks->count), count = first_output(outputs, i + 1, tasks->count) - n;
         if (memory && count) kernel->run(p, x, n, count, memory);
     }
 #pragma omp barrier
