@@ -1,9 +1,11 @@
 """Which library is loaded: a shipped one, one compiled for a level, or one compiled for this processor."""
 
+import subprocess
+
 import pytest
 
 from ulysses_infer.native import levels, library
-from ulysses_infer.native.compiler import NativeUnavailableError
+from ulysses_infer.native.compiler import FLAGS, FOLDER, STRICT, NativeUnavailableError, find_compiler, sources
 
 ZEN_3 = "sse4_2 ssse3 popcnt cx16 avx2 fma f16c bmi1 bmi2 movbe abm"
 ZEN_4 = ZEN_3 + " avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni avx512_bf16"
@@ -67,3 +69,26 @@ def test_native_code_can_be_switched_off(processor, monkeypatch):
     monkeypatch.setenv(library.SWITCH, "0")
     with pytest.raises(NativeUnavailableError, match="ULYSSES_INFER_NATIVE=0"):
         library.library_path("matmul")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x86-64-v4-bf16",
+        "x86-64-v3-vnni",
+        pytest.param("x86-64-v4-vnni", marks=pytest.mark.thorough),
+        pytest.param("x86-64-v4", marks=pytest.mark.thorough),
+    ],
+)
+def test_compilers_accept_the_sources_for_processors_that_are_not_here(name):
+    """Users of those processors compile them; only syntax and names are checked, which takes seconds."""
+    wanted = next((level for level in levels.levels_of_machine() if level.name == name), None)
+    if wanted is None or wanted in levels.levels_here():
+        pytest.skip(f"{name} is of another machine, or compiled by other tests")
+    try:
+        compiler = find_compiler()
+    except NativeUnavailableError as error:
+        pytest.skip(str(error))
+    command = [*compiler, *FLAGS, *STRICT, *wanted.flags, f"-I{FOLDER}", "-fsyntax-only", *map(str, sources())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

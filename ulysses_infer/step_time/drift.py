@@ -71,10 +71,9 @@ class DriftDetector:
 
     def _judge(self) -> tuple[float, int] | None:
         offsets = [step.offset for step in self._window]
-        middle = median(offsets)
-        if abs(middle) < LEAST_CHANGE:
-            return None
-        if sum(offset * middle > 0 and abs(offset) > LEAST_CHANGE / 2 for offset in offsets) < AGREEING:
+        slower = sum([offset > LEAST_CHANGE / 2 for offset in offsets])
+        faster = sum([offset < -LEAST_CHANGE / 2 for offset in offsets])
+        if max(slower, faster) < AGREEING or abs(median(offsets)) < LEAST_CHANGE:
             return None
         change, since = math.exp(median(step.shift for step in self._window)), self._window[0].time
         self._window.clear()

@@ -69,9 +69,10 @@ class Speculation:
         self.sources: Mapping[int, Sequence[torch.Tensor | None]] = {}
         """What the drafted tokens of the last step were drawn from (`Draft.sources`), by request index."""
         self._proposer = proposer or _make_proposer(config)
+        self._costly = self._proposer if isinstance(self._proposer, CostlyProposer) else None  # the check takes long
         self._planner = DraftPlanner(times.predict, lambda: times.aims_at_tpot)
         self._max_batched_tokens = min(max_batched_tokens, config.max_batched_tokens or max_batched_tokens)
-        self._longest_pause = LONGEST_PAUSE if runs_ahead else 1
+        self._longest_pause = LONGEST_PAUSE if runs_ahead else 2
         self._requests: dict[int, _Drafted] = {}
         self._all, self._usual = SharedAcceptance(), SharedAcceptance()
         self._step = 0
@@ -123,8 +124,8 @@ class Speculation:
 
     def reset_caches(self) -> None:
         """The memory of the caches is gone: a proposer with one starts anew."""
-        if isinstance(self._proposer, CostlyProposer):
-            self._proposer.reset()
+        if self._costly is not None:
+            self._costly.reset()
 
     def forget(self, request: Request) -> None:
         """`request` has ended."""
@@ -157,8 +158,8 @@ class Speculation:
         self, queries: list[Query], decoding: Sequence[Request], chunks: list[tuple[int, int]]
     ) -> list[Query]:
         """`queries` for as many tokens as give the most tokens per second, with the time of drafting them."""
-        proposer = self._proposer
-        if self.config.num_tokens != AUTO or not isinstance(proposer, CostlyProposer):
+        proposer = self._costly
+        if self.config.num_tokens != AUTO or proposer is None:
             return queries
         rates = {query.request.index: min(1.0, self._of(query.request).usual.rate) for query in queries}
         requests, contexts = [query.request for query in queries], {r.index: r.num_tokens for r in decoding}
@@ -226,8 +227,8 @@ class Speculation:
         return self._requests[index].acceptance.gains(draft.confidences)
 
     def _plan_next_try(self, index: int, counts: Mapping[int, int]) -> None:
-        """Ask again in the next step if something was drafted or looking for it costs nothing, else after a pause that
-        becomes longer."""
+        """Ask again in the next step if something was drafted, else after a pause, which becomes longer where asking
+        holds up steps."""
         known = self._requests[index]
         if counts.get(index):
             known.pause, known.last_step = 1, self._step + 1

@@ -12,6 +12,9 @@ from ulysses_infer.step_time.model import Measurement, StepTimeModel
 from ulysses_infer.step_time.step_shape import StepShape
 
 
+PLAIN_STEPS_PER_OBSERVED = 4
+
+
 class StepTimes:
     """The adaptive policy's step times or, under other policies, a model of their own that learns from every step."""
 
@@ -20,6 +23,7 @@ class StepTimes:
         self._policy = policy
         self._own = StepTimeModel(modes)
         self._own.learn(assumed, assumed=True)
+        self._plain_steps = 0
 
     def predict(self, shape: StepShape) -> Prediction:
         """The time of a step in the fastest mode that the policy may choose for it."""
@@ -36,6 +40,12 @@ class StepTimes:
         return isinstance(policy, AdaptivePolicy) and policy.config.target_tpot_ms is not None
 
     def observe(self, batch: Batch, mode: Mode, seconds: float) -> None:
-        """Learn from a step."""
-        if not isinstance(self._policy(), AdaptivePolicy):
-            self._own.observe(mode, batch.shape, seconds)
+        """Learn from a step; from one of a few that have no drafts, which are many and alike, because learning takes
+        time that the request waits for."""
+        if isinstance(self._policy(), AdaptivePolicy):
+            return
+        if not any([item.drafts for item in batch.scheduled]):
+            self._plain_steps += 1
+            if self._plain_steps % PLAIN_STEPS_PER_OBSERVED:
+                return
+        self._own.observe(mode, batch.shape, seconds)

@@ -118,7 +118,7 @@ INLINE void add_byte_segment(const struct byte_rows *x, const char *const weight
 }
 
 /* A row of each stream, which begin at `weights`, with `rows` rows of inputs, the first of which is row `at` of those
- * from `t` on. per_segment: vectors of each segment but the last, or 0 if one can end within a vector. */
+ * from `t` on. per_segment: vectors of each segment, but perhaps the last, or 0 if one can end within a vector. */
 INLINE void add_byte_rows(const struct byte_rows *x, const char *const weights[STREAMS], int64_t t, int at,
                           const int per_segment, const int rows, floats to[STREAMS][BYTE_ROWS]) {
     const struct product *p = x->p;
@@ -127,10 +127,12 @@ INLINE void add_byte_rows(const struct byte_rows *x, const char *const weights[S
     floats sums[STREAMS][ROWS_AT_ONCE];
     const int64_t next = p->weight->code_output; /* from one row of a stream to the next */
     const int is_slice = next != p->weight->inputs; /* the CPU does not foresee where its next row begins */
+    const struct segment *last = &p->segments[p->num_segments - 1];
+    const int64_t equal = p->num_segments - (last->stop - last->start < per_segment * STEP);
     int64_t s = 0;
     UNROLL for (int i = 0; i < STREAMS; i++)
         UNROLL for (int r = 0; r < rows; r++) sums[i][r] = (floats){0};
-    for (; per_segment && s < p->num_segments - 1; s++, codes += x->stride, scales++) {
+    for (; per_segment && s < equal; s++, codes += x->stride, scales++) {
         const int64_t at = s * per_segment * STEP;
         if (is_slice)
             UNROLL for (int i = 0; i < STREAMS; i++) __builtin_prefetch(weights[i] + next + at, 0, 2);
