@@ -11,7 +11,6 @@ from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.model import Measurement, StepTimeModel
 from ulysses_infer.step_time.step_shape import StepShape
 
-
 PLAIN_STEPS_PER_OBSERVED = 4
 
 
@@ -44,7 +43,7 @@ class StepTimes:
         time that the request waits for."""
         if isinstance(self._policy(), AdaptivePolicy):
             return
-        if not any([item.drafts for item in batch.scheduled]):
+        if not any(item.drafts for item in batch.scheduled):
             self._plain_steps += 1
             if self._plain_steps % PLAIN_STEPS_PER_OBSERVED:
                 return
