@@ -88,7 +88,7 @@ INLINE void several_tile(const char *weight, int64_t bytes, const float *x, int6
     UNROLL for (int i = 0; i < outputs * wide; i++) sums[i] = held[i];
 }
 
-/* Store the sums, [LANES][SEVERAL_SUMS], of `count` outputs from `n` on with the rows of a block, the first of which is `row`. */
+/* Store the sums, [LANES][SEVERAL_SUMS], of `count` outputs from `n` on with the rows of a block, from `row` on. */
 INLINE void put_several(const struct product *p, int64_t row, int64_t rows, int64_t n, int count,
                         const floats *sums, enum type type) {
     const size_t size = size_of(type);
