@@ -25,8 +25,10 @@ from ulysses_infer.model.sampling.row import Grammar
 logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 8
-"""Steps until a request is asked for again whose proposals were not worth their time; or for which there were none, if
-steps are launched ahead."""
+"""Most steps until a request is asked for again whose proposals were not worth their time; or for which there were
+none, if steps are launched ahead."""
+LONGEST_PAUSE_IN_TURN = 2
+"""The same for a request for which there were none, if each step waits for the previous one."""
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Speculation:
     ) -> None:
         """grammar_of: the grammar of an unfinished request. proposer: instead of the configured one. runs_ahead:
         whether a step may be launched before the previous one's tokens are known, unless tokens are proposed after
-        it; a request for which nothing was drafted then pauses."""
+        it; a request for which nothing was drafted then pauses longer."""
         self.config, self._grammar_of, self.times = config, grammar_of, times
         self.stats = SpeculationStats(config.max_drafted)
         self.reason = ""
@@ -72,7 +74,7 @@ class Speculation:
         self._costly = self._proposer if isinstance(self._proposer, CostlyProposer) else None  # the check takes long
         self._planner = DraftPlanner(times.predict, lambda: times.aims_at_tpot)
         self._max_batched_tokens = min(max_batched_tokens, config.max_batched_tokens or max_batched_tokens)
-        self._longest_pause = LONGEST_PAUSE if runs_ahead else 2
+        self._longest_pause = LONGEST_PAUSE if runs_ahead else LONGEST_PAUSE_IN_TURN
         self._requests: dict[int, _Drafted] = {}
         self._all, self._usual = SharedAcceptance(), SharedAcceptance()
         self._step = 0

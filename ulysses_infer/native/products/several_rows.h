@@ -104,7 +104,7 @@ INLINE void put_several(const struct product *p, int64_t row, int64_t rows, int6
     }
 }
 
-/* A task: all rows with LANES outputs from `n` on, and as many of each further stream, which are `apart`. */
+/* A task: all rows with LANES outputs of each stream. The first stream's begin at `n`, the next ones' `apart` further on. */
 INLINE void several_outputs(const struct product *p, const struct interleaved *x, int64_t n, int64_t apart,
                             const int wide, enum type type) {
     const int outputs = SEVERAL_SUMS / wide;
@@ -114,7 +114,7 @@ INLINE void several_outputs(const struct product *p, const struct interleaved *x
         const float *values = x->values + block * block_size_of(x);
         const int64_t ahead = block ? 0 : is_slice(p) ? bytes : SEVERAL_AHEAD;
         floats sums[LANES][SEVERAL_SUMS];
-        memset(sums, 0, sizeof sums);
+        if (!is_whole) memset(sums, 0, sizeof sums); /* outputs that do not exist are summed, too */
         for (int i = 0; i < LANES; i++) {
             const char *weight = p->weight + (n + i) * bytes;
             if (is_whole) {

@@ -1,5 +1,5 @@
-/* Tasks of a parallel region. Each thread has as many, which are neighbours and run in order: it can prefetch what the next
- * one reads. A thread that has none left takes those of another, which the system may have held up.
+/* Tasks of a parallel region. Each thread gets an equal share of neighbouring tasks and runs them in order, so it can
+ * prefetch what the next one reads. A thread that has none left takes those of another, which the system may have held up.
  */
 #pragma once
 #include "vector.h"
