@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ulysses_infer import SamplingParams
@@ -11,9 +11,10 @@ from ulysses_infer.bench.workload import Sample, sample_of
 from ulysses_infer.inference import InferenceEngine
 from ulysses_infer.outputs import RequestOutput
 
-AT_ONCE = 8
 AIM = 1.5
-ROUNDS_WITHOUT = 4  # of every round with speculation, at most this many are repeated without
+AT_ONCE = 8
+COMPARED = {1: 7, AT_ONCE: 5}
+"""Documents at once: rounds that are written with and without speculation. The first one warms up."""
 KEYS: dict[str, dict[str, Any]] = {
     "is_the_customer_entitled_to_a_full_refund": {"type": "boolean"},
     "estimated_number_of_working_days_until_delivery": {"type": "integer", "minimum": 1, "maximum": 30},
@@ -49,44 +50,58 @@ def _fits(value: Any, wanted: dict[str, Any]) -> bool:
 
 
 class JsonStudy:
-    """Writes documents, a few at once; some of them are written without speculation too."""
+    """Writes documents, one alone and a few at once; some of them are written without speculation too."""
 
-    def __init__(self, number: int) -> None:
-        """number: documents with speculation."""
-        self._number = number
-        self._samples: dict[bool, list[Sample]] = {True: [], False: []}
+    def __init__(self, number: int, compared: Mapping[int, int] = COMPARED) -> None:
+        """number: documents with speculation; compared: see `COMPARED`."""
+        self._number, self._compared = number, compared
+        self._pairs: dict[int, list[dict[bool, Sample]]] = {at_once: [] for at_once in compared}
         self._num_valid = self._num_written = 0
 
     def run(self, engine: InferenceEngine, speculate: Callable[[bool], None], is_over: Callable[[], bool]) -> None:
         """speculate: switches speculation on or off, and empties the prefix cache, so that none finds another's."""
-        for number, first in enumerate(range(0, self._number, AT_ONCE)):
-            both = (True, False) if number % 2 else (False, True)
-            for chosen in both if number < ROUNDS_WITHOUT + 1 else (True,):
+        for at_once, is_warm, order in self._rounds():
+            first, pair = self._num_written, {}
+            for chosen in order:
                 if is_over():
                     return
                 speculate(chosen)
-                outputs = write(engine, range(first, min(first + AT_ONCE, self._number)))
+                outputs = write(engine, range(first, min(first + at_once, self._number)))
+                pair[chosen] = sample_of(outputs)
                 if chosen:
                     self._num_written += len(outputs)
                     self._num_valid += sum(is_valid(output.outputs[0].text) for output in outputs)
-                if 0 < number <= ROUNDS_WITHOUT:  # the first round warms up
-                    self._samples[chosen].append(sample_of(outputs))
+            if is_warm and len(order) == 2:
+                self._pairs[at_once].append(pair)
+
+    def _rounds(self) -> Iterator[tuple[int, bool, tuple[bool, ...]]]:
+        """(documents at once, whether it is no warm-up, with speculation or without in turn) until all are written."""
+        for at_once, rounds in self._compared.items():
+            for number in range(rounds):
+                if self._num_written < self._number:
+                    yield at_once, number > 0, (True, False) if number % 2 else (False, True)
+        while self._num_written < self._number:
+            yield AT_ONCE, True, (True,)
 
     def lines(self) -> list[str]:
         """What was aimed at, and what came out."""
-        if not self._samples[False]:
-            return ["not measured  JSON under a schema"]
-        speeds = {
-            chosen: sum(each.output_tokens for each in samples) / sum(each.seconds for each in samples)
-            for chosen, samples in self._samples.items()
-        }
-        ratio = speeds[True] / speeds[False]
+        return [self._line(at_once) for at_once in self._compared]
+
+    def _line(self, at_once: int) -> str:
+        what, pairs = f"JSON under a schema, {at_once} at once", self._pairs[at_once]
+        if not pairs:
+            return f"not measured  {what}"
+        without, speculated = (_tokens_per_second([pair[chosen] for pair in pairs]) for chosen in (False, True))
+        ratio = speculated / without
         is_met = ratio >= AIM and self._num_valid == self._num_written == self._number
-        return [
-            f"{'met' if is_met else 'MISSED':12}  JSON under a schema, {AT_ONCE} at once: {speeds[True]:.1f} instead "
-            f"of {speeds[False]:.1f} tokens/s, {ratio:.2f}x, aim: at least {AIM}x; {self._num_valid} of "
-            f"{self._number} valid"
-        ]
+        return (
+            f"{'met' if is_met else 'MISSED':12}  {what}: {speculated:.1f} instead of {without:.1f} tokens/s, "
+            f"{ratio:.2f}x, aim: at least {AIM}x; {self._num_valid} of {self._number} valid"
+        )
+
+
+def _tokens_per_second(samples: Sequence[Sample]) -> float:
+    return sum(each.output_tokens for each in samples) / sum(each.seconds for each in samples)
 
 
 def write(engine: InferenceEngine, numbers: range) -> list[RequestOutput]:

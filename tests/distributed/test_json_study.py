@@ -23,7 +23,12 @@ def engine(tmp_path_factory):
 
 
 def test_no_contender_finds_prompts_that_another_has_cached(engine):
-    stats, study, turns, hits = engine._engine.scheduler.allocator.prefix_stats, JsonStudy(2 * AT_ONCE), [], []
+    stats, study, turns, hits = (
+        engine._engine.scheduler.allocator.prefix_stats,
+        JsonStudy(2 * AT_ONCE, {AT_ONCE: 2}),
+        [],
+        [],
+    )
     speculations = Speculations(engine)
 
     def speculate(chosen: bool) -> None:

@@ -202,3 +202,17 @@ def test_the_kernel_runs_on_a_cpu_only():
 @pytest.mark.parametrize(("kernel", "rows", "width"), [("pairs", 100, 8200), ("panels", 600, 520)])
 def test_more_rows_than_are_transposed_at_a_time(level, kernel, rows, width):
     check(pick(level, kernel, torch.bfloat16), rows, 70, width, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("outputs", [(96, 24, 24), (61, 200), (5,), (7, 8, 9, 10)])
+@pytest.mark.parametrize("rows", [3, 65, 700])
+def test_joint_products_equal_separate_ones(level, dtype, outputs, rows):
+    native = make_native(level, "panels")
+    inputs = torch.randn(rows, 300).to(dtype)
+    weights = [
+        (torch.randn(size, 310).to(dtype)[:, 10:], torch.randn(size).to(dtype) if i % 2 else None)
+        for i, size in enumerate(outputs)
+    ]
+    separate = [native(inputs, *each) for each in weights]
+    assert all(map(torch.equal, native.joint(inputs, weights), separate))

@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -18,9 +18,12 @@ from ulysses_infer.native.function import MATMUL, NativeFunction, is_recording
 from ulysses_infer.native.library import NativeUnavailableError, is_switched_off, open_library
 
 logger = logging.getLogger(__name__)
+Weights = tuple[torch.Tensor, torch.Tensor | None]
+"""A weight and its bias."""
 KERNELS = ("few", "pairs", "panels")
 """few: each weight is read once, for few rows. pairs: bfloat16 dot products, on CPUs that have them. panels: float32
 multiply-adds of weights that are converted once for many rows."""
+MOST_JOINT = 3  # as in panels.h
 MEASURED_SHAPE = (1024, 1024)
 MEASURED_BYTES = 96_000_000  # of weights that are visited one after another, so that they come from memory
 WITHOUT_KERNELS = (  # figures: python -m benchmarks.measure_without_kernels
@@ -50,17 +53,30 @@ class NativeMatmul:
             for dtype, name in NAMES.items()
         }
         """The kernels of each type that this processor has."""
+        self._joint = {
+            dtype: NativeFunction(library, f"joint_{name}", "piii" + MOST_JOINT * "pppii", MATMUL, _raise_memory_error)
+            for dtype, name in NAMES.items()
+        }
         self.choices = dict(choices) if choices is not None else {dtype: self._measured(dtype) for dtype in NAMES}
 
     def __call__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See `linear`."""
-        dtype, element_stride, rows = weight.dtype, weight.stride(1), inputs.numel() // weight.shape[1]
-        choice = self.choices.get(dtype)
-        fits = choice is not None and element_stride == 1 and inputs.dtype == dtype and rows > 0
-        kernel = choice(rows) if choice is not None and fits else TORCH
+        kernel = self._kernel(inputs, weight)
         if kernel == TORCH:
             return F.linear(inputs, weight, bias)
-        return _multiply(self.kernels[dtype][kernel], inputs.contiguous(), weight, bias)
+        return _multiply(self.kernels[weight.dtype][kernel], inputs.contiguous(), weight, bias)
+
+    def joint(self, inputs: torch.Tensor, weights: Sequence[Weights]) -> list[torch.Tensor]:
+        """See `linears`. `panels` converts and shares the inputs once for up to `MOST_JOINT` weights."""
+        kernels = {self._kernel(inputs, weight) for weight, _ in weights}
+        if kernels != {"panels"} or not 1 < len(weights) <= MOST_JOINT:
+            return [self(inputs, weight, bias) for weight, bias in weights]
+        return _multiply_joint(self._joint[inputs.dtype], inputs.contiguous(), weights)
+
+    def _kernel(self, inputs: torch.Tensor, weight: torch.Tensor) -> str:
+        choice, rows = self.choices.get(weight.dtype), inputs.numel() // weight.shape[1]
+        fits = weight.stride(1) == 1 and inputs.dtype == weight.dtype and rows > 0
+        return choice(rows) if choice is not None and fits else TORCH
 
     def of_experts(
         self, tokens: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
@@ -118,6 +134,19 @@ def _multiply(
         weight.stride(0),
     )
     return result
+
+
+def _multiply_joint(function: NativeFunction, inputs: torch.Tensor, weights: Sequence[Weights]) -> list[torch.Tensor]:
+    """inputs: contiguous; weights: rows of adjacent elements."""
+    width = inputs.shape[-1]
+    results = [inputs.new_empty(*inputs.shape[:-1], len(weight)) for weight, _ in weights]
+    arguments: list[int | None] = []
+    for (weight, bias), result in zip(weights, results, strict=True):
+        address = None if bias is None else bias.data_ptr()
+        arguments += [weight.data_ptr(), address, result.data_ptr(), len(weight), weight.stride(0)]
+    unused = [None, None, None, 0, 0] * (MOST_JOINT - len(weights))
+    function(inputs.data_ptr(), inputs.numel() // width, width, len(weights), *arguments, *unused)
+    return results
 
 
 def make_matmul(name: str, device: torch.device) -> NativeMatmul | None:

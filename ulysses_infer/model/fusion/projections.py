@@ -10,7 +10,9 @@ from torch import nn
 
 from ulysses_infer.kernels.scaled_rows import NONE, QuantisedRows
 from ulysses_infer.model.layers.linear import ShiftLinear
+from ulysses_infer.model.layers.matmul import linears
 from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.native.matmul import Weights
 
 Inputs = torch.Tensor | QuantisedRows
 
@@ -36,9 +38,23 @@ class Projection(Protocol):
         ...
 
 
-def project(projections: Iterable[Projection], inputs: Inputs) -> list[torch.Tensor]:
+def project(projections: Sequence[Projection], inputs: Inputs) -> list[torch.Tensor]:
     """The outputs of all `projections` of `inputs`, in order: each [..., shards, out features of a shard]."""
+    weights = _dense_weights(projections)
+    if weights and isinstance(inputs, torch.Tensor):
+        return [part.unsqueeze(-2) for part in linears(inputs, weights)]
     return [part for projection in projections for part in projection.shard_parts(inputs)]
+
+
+def _dense_weights(projections: Sequence[Projection]) -> list[Weights]:
+    """The weights of all outputs if all are dense and stored by themselves, else none."""
+    found: list[Weights] = []
+    for each in projections:
+        weights = each.part_weights() if isinstance(each, ShiftLinear) else ()
+        if not weights:
+            return []
+        found += weights
+    return found
 
 
 def common_input_kind(projections: Iterable[Projection]) -> int:

@@ -10,13 +10,12 @@ from torch import nn
 
 from ulysses_infer.kernels.scaled_rows import NONE
 from ulysses_infer.model.context import step_context
-from ulysses_infer.model.layers.matmul import linear
+from ulysses_infer.model.layers.matmul import linear, linears
+from ulysses_infer.native.matmul import Weights
 from ulysses_infer.parallel.layout import Mode, Place, Span
 from ulysses_infer.parallel.sharding import Sharding, merge
 
 Cut = Literal["column", "row"]
-Weights = tuple[torch.Tensor, torch.Tensor | None]
-"""A weight and its bias."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -119,9 +118,12 @@ class ShiftLinear(nn.Module):
 
     def parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         """The result of `forward` of a column-parallel layer, split into the sharding's parts: q, k and v if packed."""
-        if len(self._pieces) == len(self._part_sizes):
-            return [linear(inputs, weight, bias) for weight, bias in self._pieces]
-        return self.forward(inputs).split(self._part_sizes, dim=-1)
+        weights = self.part_weights()
+        return linears(inputs, weights) if weights else self.forward(inputs).split(self._part_sizes, dim=-1)
+
+    def part_weights(self) -> Sequence[Weights]:
+        """The weight and bias of each of `parts` in the mode; empty if a piece of weight holds several."""
+        return self._pieces if len(self._pieces) == len(self._part_sizes) else ()
 
     def shard_parts(self, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         """`parts` as [..., 1, features], as `StackedLinears.shard_parts` returns them."""

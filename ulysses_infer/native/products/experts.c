@@ -73,7 +73,7 @@ static int multiply_many_of_all(const struct experts *x, const struct panel_kern
         const enum kernel chosen = p.num_rows ? kernel_of(x, p.num_rows) : FEW;
         if (chosen == FEW) continue;
         const int in_pairs = HAS_PAIRS && chosen == PAIRS && x->type == BFLOAT16 && p.width % 2 == 0;
-        failed = !(in_pairs ? MULTIPLY_PAIRS(&p) : multiply_panels(&p, kernel));
+        failed = !(in_pairs ? MULTIPLY_PAIRS(&p) : multiply_panels(&p, 1, kernel));
     }
     return failed;
 }

@@ -24,6 +24,16 @@ static void multiply_few(const struct product *p, void (*run)(const struct produ
 #define ARGUMENTS                                                                                             \
     ADDRESS(0), ADDRESS(1), ADDRESS(2), ADDRESS(3), NUMBER(4), NUMBER(5), NUMBER(6), NUMBER(7), NUMBER(8)
 
+/* Up to MOST_JOINT products of the same inputs. */
+#define OF_ONE(i) const char *weight_##i, const char *bias_##i, char *outputs_##i, int64_t num_outputs_##i, int64_t stride_##i
+#define JOINT_PARAMETERS                                                                                      \
+    const char *inputs, int64_t num_rows, int64_t width, int64_t count, OF_ONE(0), OF_ONE(1), OF_ONE(2)
+#define ONE(i)                                                                                                \
+    {inputs, weight_##i, bias_##i, outputs_##i, num_rows, num_outputs_##i, width, width, stride_##i, num_outputs_##i}
+#define JOINT_PRODUCTS {ONE(0), ONE(1), ONE(2)}
+#define ARGUMENTS_OF(i) ADDRESS(i), ADDRESS(i + 1), ADDRESS(i + 2), NUMBER(i + 3), NUMBER(i + 4)
+#define JOINT_ARGUMENTS ADDRESS(0), NUMBER(1), NUMBER(2), NUMBER(3), ARGUMENTS_OF(4), ARGUMENTS_OF(9), ARGUMENTS_OF(14)
+
 /* Kernels return 0, or 1 if out of memory. */
 #define KERNELS(name, type)                                                                                  \
     STORED_ROWS(name, type)                                                                                  \
@@ -44,8 +54,14 @@ static void multiply_few(const struct product *p, void (*run)(const struct produ
     int panels_##name(PARAMETERS) {                                                                          \
         const struct product p = PRODUCT;                                                                    \
         const struct panel_kernel kernel = {transpose_##name, run_##name, size_of(type)};                    \
-        return !multiply_panels(&p, &kernel);                                                                \
+        return !multiply_panels(&p, 1, &kernel);                                                                \
     }                                                                                                        \
+    int joint_##name(JOINT_PARAMETERS) {                                                                     \
+        const struct product p[] = JOINT_PRODUCTS;                                                           \
+        const struct panel_kernel kernel = {transpose_##name, run_##name, size_of(type)};                    \
+        return !multiply_panels(p, count, &kernel);                                                          \
+    }                                                                                                        \
+    STATUS_CALL(joint_##name, JOINT_ARGUMENTS)                                                               \
     STATUS_CALL(few_##name, ARGUMENTS)                                                                       \
     STATUS_CALL(panels_##name, ARGUMENTS)
 

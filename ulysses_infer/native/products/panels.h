@@ -16,6 +16,7 @@
 #define TASK_UNIT (REGISTERS == 32 ? 48 : 3 * LANES) /* of which it has: whole tiles and whole vectors of outputs */
 #define MOST_LANES 512 /* input rows at a time; bounds the memory of a task's sums */
 #define MOST_WIDE 3    /* vectors of inputs of a block */
+#define MOST_JOINT 3   /* products of the same inputs */
 
 /* Weight rows of a tile whose sums, with `vectors` of inputs, fill the registers. */
 INLINE int tile_rows(const int vectors) {
@@ -122,6 +123,14 @@ INLINE void put_block(const struct product *p, const float *sums, int64_t vector
         }
 }
 
+/* The inputs that the block after this one reads. */
+INLINE struct ahead_of after_block(const struct product *p, const struct columns *x, int64_t block, int64_t k,
+                                   int64_t depth, const size_t size) {
+    const int64_t first = first_of(x, block + 1), vectors = block + 1 < x->blocks ? first_of(x, block + 2) - first : 0;
+    const float *values = x->values + first * LANES * p->width + k * vectors * LANES;
+    return (struct ahead_of){(const char *)values, depth * size, vectors * LANES * sizeof *values / size};
+}
+
 /* `count` weight rows from n on, at most TASK_ROWS, with all inputs. `memory`: weight[TASK_ROWS][DEPTH], then
  * sums[block][TASK_ROWS][vectors * LANES]. `bytes` is from one stored weight row to the next, `size` that of an element,
  * rounded up to whole bytes; `type` is that of inputs, bias and outputs. */
@@ -136,9 +145,10 @@ INLINE void run_group(const struct product *p, const struct columns *x, int64_t 
         for (int64_t i = 0; i < count; i++) widen(p, n + i, k, depth, weight + i * DEPTH);
         struct ahead_of ahead = {p->weight + n * bytes + (k + DEPTH) * size, bytes, count};
         if (k + DEPTH >= p->width) ahead = (struct ahead_of){p->weight + (n + count) * bytes, bytes, after};
-        for (int64_t block = 0; block < x->blocks; block++, ahead.count = 0) {
+        for (int64_t block = 0; block < x->blocks; block++) {
             const int64_t first = first_of(x, block), vectors = first_of(x, block + 1) - first;
             const float *values = x->values + first * LANES * p->width + k * vectors * LANES;
+            if (block) ahead = after_block(p, x, block, k, depth, size);
             float *to = sums + first * LANES * TASK_ROWS;
             switch (vectors) {
                 case 1: add_block_of(values, 1, weight, count, depth, to, ahead, size); break;
@@ -160,12 +170,10 @@ struct panel_kernel {
     size_t size; /* of an element of inputs and outputs */
 };
 
-/* As many tasks for each of the threads, of nearly equal size. */
-INLINE struct tasks panel_tasks(int64_t outputs, int is_parallel) {
-    const int64_t least = (outputs + TASK_ROWS - 1) / TASK_ROWS;
-    struct tasks t = tasks_of(least, is_parallel);
-    t.count = (least + t.threads - 1) / t.threads * t.threads;
-    return t;
+/* Tasks of a product: as many for each of the threads, of nearly equal size. */
+INLINE int64_t panel_tasks(const struct product *p, int64_t threads) {
+    const int64_t least = (p->num_outputs + TASK_ROWS - 1) / TASK_ROWS;
+    return (least + threads - 1) / threads * threads;
 }
 
 /* The first output of a task. */
@@ -174,39 +182,64 @@ INLINE int64_t first_output(int64_t outputs, int64_t task, int64_t tasks) {
     return start < outputs ? start : outputs;
 }
 
-/* In a parallel region: the part of a product that `x` holds. `memory` is this thread's. */
-INLINE void run_part(const struct product *p, const struct columns *x, const struct panel_kernel *kernel, float *memory,
-                     const struct tasks *tasks) {
-    const int64_t outputs = p->num_outputs;
-    if (omp_get_thread_num() == 0) share(tasks);
+/* Products of the same inputs. Their tasks follow one another; those of product i begin at starts[i]. */
+struct joint {
+    const struct product *of;
+    int64_t count, starts[MOST_JOINT + 1];
+    struct tasks tasks;
+};
+
+INLINE struct joint joint_of(const struct product *of, int64_t count) {
+    struct joint j = {of, count, {0}, {0}};
+    struct product all = of[0];
+    for (int64_t i = 1; i < count; i++) all.num_outputs += of[i].num_outputs;
+    const int64_t threads = threads_for(is_large(&all));
+    for (int64_t i = 0; i < count; i++) j.starts[i + 1] = j.starts[i] + panel_tasks(&of[i], threads);
+    j.tasks = tasks_of(j.starts[count], threads);
+    return j;
+}
+
+/* A task, for the rows of inputs from `row` on that `x` holds. `memory` is this thread's. */
+INLINE void run_task(const struct joint *j, int64_t task, const struct columns *x, int64_t row,
+                     const struct panel_kernel *kernel, float *memory) {
+    int64_t i = 0;
+    while (task >= j->starts[i + 1]) i++;
+    struct product p = j->of[i];
+    const int64_t tasks = j->starts[i + 1] - j->starts[i], n = first_output(p.num_outputs, task - j->starts[i], tasks);
+    const int64_t count = first_output(p.num_outputs, task - j->starts[i] + 1, tasks) - n;
+    p.outputs += row * p.outputs_stride * kernel->size;
+    if (count) kernel->run(&p, x, n, count, memory);
+}
+
+/* In a parallel region: the rows of inputs from `row` on that `x` holds. `memory` is this thread's. */
+INLINE void run_part(const struct joint *j, const struct columns *x, int64_t row, const struct panel_kernel *kernel,
+                     float *memory) {
+    struct product p = j->of[0];
+    p.inputs += row * p.inputs_stride * kernel->size;
+    if (omp_get_thread_num() == 0) share(&j->tasks);
 #pragma omp for schedule(static)
-    for (int64_t block = 0; block < x->blocks; block++) kernel->transpose(p, x, block);
-    for (int64_t i; (i = take_task(tasks)) >= 0;) {
-        const int64_t n = first_output(outputs, i, tasks->count), count = first_output(outputs, i + 1, tasks->count) - n;
-        if (memory && count) kernel->run(p, x, n, count, memory);
-    }
+    for (int64_t block = 0; block < x->blocks; block++) kernel->transpose(&p, x, block);
+    for (int64_t task; (task = take_task(&j->tasks)) >= 0;)
+        if (memory) run_task(j, task, x, row, kernel, memory);
 #pragma omp barrier
 }
 
-/* Returns 0 if out of memory. */
-static int multiply_panels(const struct product *p, const struct panel_kernel *kernel) {
+/* `count` products of the same inputs, at most MOST_JOINT. Returns 0 if out of memory. */
+static int multiply_panels(const struct product *p, int64_t count, const struct panel_kernel *kernel) {
     const int64_t parts = (p->num_rows + MOST_LANES - 1) / MOST_LANES, most = (p->num_rows + parts - 1) / parts;
     const int64_t lanes = (most + LANES - 1) / LANES * LANES;
     float *values = aligned_alloc(LINE, (lanes * p->width * sizeof *values + LINE - 1) / LINE * LINE);
     if (!values) return 0;
-    const struct tasks tasks = panel_tasks(p->num_outputs, is_large(p));
+    const struct joint j = joint_of(p, count);
     int failed = 0;
-#pragma omp parallel if (tasks.threads > 1)
+#pragma omp parallel if (j.tasks.threads > 1)
     {
         float *memory = aligned_alloc(LINE, TASK_ROWS * (DEPTH + lanes) * sizeof *memory);
         if (!memory) failed = 1;
         for (int64_t row = 0; row < p->num_rows; row += most) {
             const int64_t rows = p->num_rows - row < most ? p->num_rows - row : most, vectors = (rows + LANES - 1) / LANES;
             const struct columns x = {values, rows, vectors, (vectors + MOST_WIDE - 1) / MOST_WIDE};
-            struct product part = *p;
-            part.inputs += row * p->inputs_stride * kernel->size;
-            part.outputs += row * p->outputs_stride * kernel->size;
-            run_part(&part, &x, kernel, memory, &tasks);
+            run_part(&j, &x, row, kernel, memory);
         }
         free(memory);
     }

@@ -33,7 +33,7 @@ static int multiply_batch(const struct product *p, const struct cut *cut, const 
                                  const struct packed_inputs *, float *) = {add_channels, add_bytes, add_nibbles};
     const int64_t outputs = p->weight->outputs;
     const enum form form = form_of(p->weight, cut);
-    const struct tasks tasks = tasks_of((outputs + OUTPUTS - 1) / OUTPUTS, is_worth(p));
+    const struct tasks tasks = tasks_of((outputs + OUTPUTS - 1) / OUTPUTS, threads_for(is_worth(p)));
     int failed = 0;
 #pragma omp parallel if (tasks.threads > 1) reduction(| : failed)
     {
@@ -84,7 +84,7 @@ static int multiply_byte_rows(const struct product *p) {
     const int failed = !memory || !narrow;
     const struct byte_rows x = byte_rows_of(p, memory);
     if (!failed) quantise_for_bytes(&x, narrow);
-    const struct tasks tasks = tasks_of(failed ? 0 : apart_of(outputs) / OUTPUTS, is_worth(p));
+    const struct tasks tasks = tasks_of(failed ? 0 : apart_of(outputs) / OUTPUTS, threads_for(is_worth(p)));
 #pragma omp parallel if (tasks.threads > 1)
     for (int64_t number; (number = take_task(&tasks)) >= 0;) {
         const struct task task = task_of(outputs, number);
@@ -101,7 +101,7 @@ static int multiply_nibble_rows(const struct product *p) {
     const int failed = !memory || !narrow;
     const struct nibble_rows x = nibble_rows_of(p, memory);
     if (!failed) quantise_for_nibbles(&x, narrow);
-    const struct tasks tasks = tasks_of(failed ? 0 : (outputs + OUTPUTS - 1) / OUTPUTS, is_worth(p));
+    const struct tasks tasks = tasks_of(failed ? 0 : (outputs + OUTPUTS - 1) / OUTPUTS, threads_for(is_worth(p)));
 #pragma omp parallel if (tasks.threads > 1)
     for (int64_t group; (group = take_task(&tasks)) >= 0;) {
         const int64_t n = group * OUTPUTS;

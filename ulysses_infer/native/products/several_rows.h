@@ -166,7 +166,7 @@ static int multiply_several(const struct product *p, const struct several_kernel
     x.values = aligned_alloc(LINE, (size + LINE - 1) / LINE * LINE);
     if (!x.values) return 0;
     if (x.wide * x.blocks > p->num_rows) memset(x.values, 0, size);
-    const struct tasks tasks = tasks_of(apart / LANES, is_large(p));
+    const struct tasks tasks = tasks_of(apart / LANES, threads_for(is_large(p)));
 #pragma omp parallel if (tasks.threads > 1)
     {
 #pragma omp for schedule(static)

@@ -25,11 +25,16 @@ INLINE void share(const struct tasks *t) {
         t->of[i].next = t->count * i / t->threads, t->of[i].stop = t->count * (i + 1) / t->threads;
 }
 
-/* `count` tasks for all threads, or for the calling one. They end before it asks for others. */
-INLINE struct tasks tasks_of(int64_t count, int is_parallel) {
-    static _Thread_local struct range ranges[MOST_THREADS];
+/* All threads, or the calling one. */
+INLINE int64_t threads_for(int is_parallel) {
     const int64_t threads = is_parallel ? omp_get_max_threads() : 1;
-    const struct tasks t = {ranges, count, threads < MOST_THREADS ? threads : MOST_THREADS};
+    return threads < MOST_THREADS ? threads : MOST_THREADS;
+}
+
+/* `count` tasks for `threads` threads. They end before the calling thread asks for others. */
+INLINE struct tasks tasks_of(int64_t count, int64_t threads) {
+    static _Thread_local struct range ranges[MOST_THREADS];
+    const struct tasks t = {ranges, count, threads};
     share(&t);
     return t;
 }
