@@ -19,7 +19,7 @@ from ulysses_infer.cli.dry_run.gpus import find_gpu
 from ulysses_infer.cli.dry_run.report import dry_run
 from ulysses_infer.config import load_config
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.worker.launch_counter import StepLaunches
+from ulysses_infer.worker.graphs.launch_counter import StepLaunches
 
 RECIPES = (
     "llama-3.3-70b-fp8-8xh200",

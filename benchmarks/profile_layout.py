@@ -39,7 +39,7 @@ from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.parallel.layout import Layout, Mode
 from ulysses_infer.parallel.null import NullProcessGroup, null_collectives
 from ulysses_infer.worker.block_tables import BlockTables
-from ulysses_infer.worker.cuda_graphs import CudaCapturer, CudaGraphRunner, wants_cuda_graphs
+from ulysses_infer.worker.graphs.cuda_graphs import CudaCapturer, CudaGraphRunner, wants_cuda_graphs
 from ulysses_infer.worker.step_plan import LAST_LOGITS, PlanItem, StepPlan
 from ulysses_infer.worker.worker import Worker
 

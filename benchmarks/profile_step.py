@@ -32,7 +32,7 @@ from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.inference import InferenceEngine
 from ulysses_infer.job.lifetime import end_with_launcher
 from ulysses_infer.native import function as native
-from ulysses_infer.worker.cpu_graphs import CpuGraphRunner
+from ulysses_infer.worker.graphs.cpu_graphs import CpuGraphRunner
 
 Step = tuple[float, defaultdict[str, float]]  # seconds, and seconds by kind of work
 PREFILLS = 12

@@ -20,9 +20,9 @@ from ulysses_infer.config import ModelConfig, load_config
 from ulysses_infer.errors import CheckpointError, ConfigError
 from ulysses_infer.model.model import ModelBuilder
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.worker.cuda_graphs import CudaGraphRunner
 from ulysses_infer.worker.drafting.draft_model import DraftModel
-from ulysses_infer.worker.launch_counter import StepLaunches
+from ulysses_infer.worker.graphs.cuda_graphs import CudaGraphRunner
+from ulysses_infer.worker.graphs.launch_counter import StepLaunches
 
 GIB = 1 << 30
 LESS = "scheduler.max_num_seqs=16"  # fewer steps to capture

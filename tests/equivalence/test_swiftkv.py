@@ -19,7 +19,7 @@ from tests.equivalence.swiftkv import PlainSwiftKV, make_swiftkv_reference, swif
 from tests.equivalence.test_pooled_prompts import PROMPTS, pool
 from tests.equivalence.tiny_models import NEW_TOKENS, Reference, make_checkpoint, make_prompts
 from tests.model.quantization.checkpoints import FORMATS, change_config, make_quantised
-from tests.worker.test_cpu_graphs import compare
+from tests.worker.graphs.test_cpu_graphs import compare
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.cli.dry_run.gpus import find_gpu
 from ulysses_infer.cli.dry_run.report import dry_run

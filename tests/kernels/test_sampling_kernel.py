@@ -22,7 +22,7 @@ from ulysses_infer.model.sampling.sampler import NO_TOKEN, Sampler
 from ulysses_infer.parallel.groups import build_groups
 from ulysses_infer.parallel.layout import Layout, Mode, even_span
 from ulysses_infer.sampling_params import SamplingParams
-from ulysses_infer.worker.capture_checker import CaptureChecker
+from ulysses_infer.worker.graphs.capture_checker import CaptureChecker
 
 pytest.importorskip("triton")
 

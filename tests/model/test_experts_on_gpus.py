@@ -32,7 +32,7 @@ from ulysses_infer.model.quantization.packed import AwqWeight, GptqWeight
 from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.parallel.layout import Layout, Mode, Span, even_span
 from ulysses_infer.parallel.sharding import Part, Sharding
-from ulysses_infer.worker.capture_checker import HOST_READS, CaptureChecker, CaptureError
+from ulysses_infer.worker.graphs.capture_checker import HOST_READS, CaptureChecker, CaptureError
 
 pytest.importorskip("triton")
 

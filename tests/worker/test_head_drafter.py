@@ -8,7 +8,7 @@ import torch
 
 from tests.distributed.draft_heads import mtp_checkpoint
 from tests.tiny import encode, settings
-from tests.worker.capturing import META, capture, make_rank, write_tiny
+from tests.worker.graphs.capturing import META, capture, make_rank, write_tiny
 from ulysses_infer.cache.budget import MemoryBudget
 from ulysses_infer.config import load_config
 from ulysses_infer.job.draft_head import load_head

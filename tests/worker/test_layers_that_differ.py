@@ -10,7 +10,7 @@ import torch
 
 from tests.equivalence.unequal import make_unequal
 from tests.tiny import settings
-from tests.worker.test_cuda_graphs import BACKENDS, CountingCapturer, Driver, make_worker
+from tests.worker.graphs.test_cuda_graphs import BACKENDS, CountingCapturer, Driver, make_worker
 from ulysses_infer.attention.backend import AttentionBackend
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.attention.torch_loop import TorchLoopAttention

@@ -61,6 +61,13 @@ class NativeAttention:
         batch = _Batch.at(metadata, block_size, index, np.ones_like(index), contexts, index)
         metadata.prepared[self.name] = batch, []
 
+    def attend_recorded(self, metadata: AttentionMetadata, sequences: RecordedSequences) -> None:
+        """Let a step's layers attend for `sequences`, which are filled anew before each replay of a CPU graph.
+
+        Only where no sequence can be longer than `longest_query`.
+        """
+        metadata.prepared[self.name] = sequences.batch, []
+
     def _split(self, metadata: AttentionMetadata, block_size: int) -> tuple[_Batch, list[int]]:
         """The sequences of the kernel, and the indices of those left to torch. Computed once per step."""
         made: tuple[_Batch, list[int]] | None = metadata.prepared.get(self.name)
@@ -96,6 +103,23 @@ class _Batch(ctypes.Structure):
         )
         made.kept = arrays, tables  # keeps the memory alive
         return made
+
+
+class RecordedSequences:
+    """Sequences of a recorded step in fixed memory."""
+
+    def __init__(self, tables: torch.Tensor, block_size: int) -> None:
+        """tables: [most sequences, most blocks] int64, read in place."""
+        self._first, self._lengths, self._contexts, index = np.zeros((4, len(tables)), dtype=np.int64)
+        index[:] = np.arange(len(tables))
+        metadata = AttentionMetadata(torch.empty(0), [], [], tables)
+        self.batch = _Batch.at(metadata, block_size, self._first, self._lengths, self._contexts, index)
+
+    def fill(self, lengths: np.ndarray, contexts: np.ndarray) -> None:
+        """The next step's sequences. lengths, contexts: [n] int64, query and context tokens of each."""
+        count = self.batch.count = len(lengths)
+        self._first[:count] = np.cumsum(lengths) - lengths
+        self._lengths[:count], self._contexts[:count] = lengths, contexts
 
 
 class _LayerArguments(ctypes.Structure):

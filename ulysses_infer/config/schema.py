@@ -264,14 +264,15 @@ class RuntimeConfig:
     )
     enforce_eager: bool | None = option(
         help="Run every step layer by layer. false: capture decode steps as CUDA graphs, in every mode; null: capture "
-        "them on a GPU if attention and model allow it. On a CPU, false and null both record steps of up to 256 "
-        "requests as CPU graphs when they recur, and replay them without Python between the native kernels."
+        "them on a GPU if attention and model allow it. On a CPU, false and null both record decode steps of "
+        "up to 256 requests as CPU graphs when they recur, and replay them without Python between the native kernels."
     )
     max_captured_tokens: int = option(
         1024,
         at_least=0,
         help="The largest step with prompt tokens that is captured as a CUDA graph, in tokens; 0 captures decode steps "
-        "only. Needs Triton's attention (runtime.attention_backend).",
+        "only. Needs Triton's attention (runtime.attention_backend). On a CPU, steps of 32 to 512 tokens are recorded "
+        "within this limit, in sizes that are multiples of 8.",
     )
     logprobs_mode: str = option(
         "raw_logprobs",

@@ -22,8 +22,8 @@ from ulysses_infer.parallel.groups import ProcessGroups, build_groups
 from ulysses_infer.text.prompts import load_tokenizer
 from ulysses_infer.text.same_tokens import check_same_tokens
 from ulysses_infer.worker.channel import Channel
-from ulysses_infer.worker.cuda_graphs import Capturer
 from ulysses_infer.worker.drafting.draft_model import DraftModel
+from ulysses_infer.worker.graphs.cuda_graphs import Capturer
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.cache.state_sizing import StateSizing
 from ulysses_infer.cache.states import StateCache, slot_bytes
 from ulysses_infer.config import CacheConfig, Config
+from ulysses_infer.config.speculation import HEADS
 from ulysses_infer.errors import ConfigError
 from ulysses_infer.kernels.launch import capability
 from ulysses_infer.model.experts import host_reads
@@ -25,9 +26,10 @@ from ulysses_infer.native.matmul import NativeMatmul, make_matmul
 from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.worker.block_tables import BlockTables
 from ulysses_infer.worker.channel import Channel
-from ulysses_infer.worker.cpu_graphs import CpuGraphRunner, wants_cpu_graphs
-from ulysses_infer.worker.cuda_graphs import Capturer, CudaCapturer, CudaGraphRunner, wants_cuda_graphs
-from ulysses_infer.worker.mixed_graphs import MixedGraphRunner
+from ulysses_infer.worker.graphs.cpu_graphs import CpuGraphRunner, wants_cpu_graphs
+from ulysses_infer.worker.graphs.cpu_mixed_graphs import SMALLEST, CpuMixedGraphRunner
+from ulysses_infer.worker.graphs.cuda_graphs import Capturer, CudaCapturer, CudaGraphRunner, wants_cuda_graphs
+from ulysses_infer.worker.graphs.cuda_mixed_graphs import MixedGraphRunner
 from ulysses_infer.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -63,21 +65,22 @@ def make_worker(
         _limit_sequences(config, states, channel.is_first)
         sizing = replace(sizing, max_num_seqs=states.num_sequences)
         num_bytes -= 0 if config.cache.num_blocks is not None else states.num_bytes
-    cache = channel.together(lambda: _make_cache(config.cache, sizing, num_bytes, device, scratch_blocks=int(captures)))
+    matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
+    on_cpu = device.type == "cpu" and not captures
+    records = on_cpu and wants_cpu_graphs(config.runtime.enforce_eager, attention, matmul, shape, model.dtype)
+    most_recorded = channel.smallest(_most_recorded_tokens(config, model, shape, attention) if records else 0)
+    scratch_blocks = int(captures or most_recorded > 0)
+    cache = channel.together(lambda: _make_cache(config.cache, sizing, num_bytes, device, scratch_blocks))
     tables = BlockTables(
         config.cache.block_size, config.scheduler.max_num_seqs, shape.blocks_for(max_model_len), layers.attention_spans
     )
-    matmul = channel.together(lambda: make_matmul(config.runtime.matmul_backend, device))
     _share_choices(matmul, channel)
     worker = Worker(model, cache, tables, groups, attention, matmul, device, config.runtime.debug, states)
     if captures:
-        # Ranks fuse on their own. Layers with states run each length of prompt by itself, so no graph fits them all.
-        mixes = bool(channel.smallest(int(model.decoder is not None and states is None)))
+        mixes = bool(channel.smallest(int(_can_mix(model))))  # ranks fuse on their own
         channel.together(lambda: _capture_cuda_graphs(worker, config, capturer or CudaCapturer(device), mixes))
-    elif device.type == "cpu" and wants_cpu_graphs(config.runtime.enforce_eager, attention, matmul, shape, model.dtype):
-        assert isinstance(attention, NativeAttention)
-        assert matmul is not None
-        worker.graphs = CpuGraphRunner(model, cache, groups, attention, matmul, _max_decode_rows(config), states)
+    elif records:
+        _record_cpu_graphs(worker, config, most_recorded)
     return worker
 
 
@@ -183,6 +186,39 @@ def _max_decode_rows(config: Config) -> int:
     scheduler = config.scheduler
     rows = scheduler.max_num_seqs * (1 + config.speculation.max_drafted)
     return min(rows, scheduler.max_num_batched_tokens)
+
+
+def _can_mix(model: ShiftModel) -> bool:
+    """Whether a graph fits all divisions of its tokens over sequences: layers with states run each sequence alone."""
+    return model.decoder is not None and not model.state_shapes
+
+
+def _most_recorded_tokens(config: Config, model: ShiftModel, shape: CacheShape, attention: AttentionBackend) -> int:
+    """The most tokens of a step with prompt tokens that is recorded on a CPU; 0 if none is.
+
+    What reads hidden states (`speculation`), computes keys of latents for long prompts, or skips tokens that need no
+    logits runs such steps layer by layer.
+    """
+    assert isinstance(attention, NativeAttention)
+    if config.speculation.method in HEADS or shape.values_in_keys or shape.entries:
+        return 0
+    if model.skips_tokens or not _can_mix(model):
+        return 0
+    limit = min(config.runtime.max_captured_tokens, config.scheduler.max_num_batched_tokens, attention.longest_query)
+    return limit if limit >= SMALLEST else 0
+
+
+def _record_cpu_graphs(worker: Worker, config: Config, most_mixed: int) -> None:
+    """Record steps when they recur. most_mixed: the most tokens of one with prompt tokens; 0: only decode steps."""
+    model, cache, groups, contexts = worker.model, worker.cache, worker.groups, worker.contexts
+    attention, matmul = worker.backend, worker.matmul
+    assert isinstance(attention, NativeAttention)
+    assert matmul is not None
+    runner = CpuGraphRunner(model, cache, groups, attention, matmul, _max_decode_rows(config), worker.states)
+    worker.graphs = runner
+    if most_mixed:
+        max_num_seqs = config.scheduler.max_num_seqs
+        worker.mixed_graphs = CpuMixedGraphRunner(model, contexts, attention, runner.arena, max_num_seqs, most_mixed)
 
 
 def _make_cache(

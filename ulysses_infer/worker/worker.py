@@ -119,7 +119,8 @@ class Worker:
 
     def _runner_for(self, plan: StepPlan) -> StepRunner:
         # Rank-divergent with CPU graphs: one rank may replay while another records. Their collectives are the same.
-        return next((graphs for graphs in self.all_graphs if graphs.accepts(plan)), self.eager)
+        accepting = [graphs for graphs in self.all_graphs if graphs.accepts(plan)]  # each is asked: see `is_settled`
+        return accepting[0] if accepting else self.eager
 
     @property
     def is_settled(self) -> bool:

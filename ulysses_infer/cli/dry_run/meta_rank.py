@@ -19,9 +19,9 @@ from ulysses_infer.model.context import step_context
 from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.parallel.null import NullProcessGroup
-from ulysses_infer.worker.capture_checker import CaptureChecker
 from ulysses_infer.worker.channel import Channel
-from ulysses_infer.worker.launch_counter import LaunchCounter, StepLaunches, counted_collectives
+from ulysses_infer.worker.graphs.capture_checker import CaptureChecker
+from ulysses_infer.worker.graphs.launch_counter import LaunchCounter, StepLaunches, counted_collectives
 from ulysses_infer.worker.step import Step
 from ulysses_infer.worker.step_plan import LAST_LOGITS, PlanItem, StepPlan, logits_positions
 

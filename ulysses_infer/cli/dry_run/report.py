@@ -21,9 +21,9 @@ from ulysses_infer.job.load_model import step_bytes
 from ulysses_infer.job.make_worker import attention_needs
 from ulysses_infer.kernels.launch import assume, has_triton
 from ulysses_infer.parallel.layout import Mode, check_mode
-from ulysses_infer.worker.cuda_graphs import CudaGraphRunner
-from ulysses_infer.worker.launch_counter import StepLaunches
-from ulysses_infer.worker.mixed_graphs import MixedGraphRunner
+from ulysses_infer.worker.graphs.cuda_graphs import CudaGraphRunner
+from ulysses_infer.worker.graphs.cuda_mixed_graphs import MixedGraphRunner
+from ulysses_infer.worker.graphs.launch_counter import StepLaunches
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DryRun:
     @property
     def mixed_sizes(self) -> dict[Mode, list[int]]:
         """Tokens of the steps with prompt tokens that would be captured in each mode; empty if none would be."""
-        mixed = self.rank.worker.mixed_graphs
+        mixed = self.rank.worker.graphs.cuda_mixed_graphs
         return dict(mixed.sizes) if isinstance(mixed, MixedGraphRunner) else {}
 
     @property

@@ -16,7 +16,7 @@ from ulysses_infer.job.draft_model import LoadedDraft
 from ulysses_infer.parallel.head_layout import HeadLayout
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.parallel.symmetric_memory import SMALL_BYTES
-from ulysses_infer.worker.launch_counter import StepLaunches
+from ulysses_infer.worker.graphs.launch_counter import StepLaunches
 
 GIB = 1 << 30
 LINE_WIDTH = 120

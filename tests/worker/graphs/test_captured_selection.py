@@ -12,13 +12,13 @@ import torch
 from tests.equivalence.test_selected_keys import config_of
 from tests.equivalence.tiny_models import make_checkpoint
 from tests.tiny import settings
-from tests.worker.capturing import MIXED, make_rank, run_step
-from tests.worker.test_cuda_graphs import CountingCapturer, Driver, make_worker
+from tests.worker.graphs.capturing import MIXED, make_rank, run_step
+from tests.worker.graphs.test_cuda_graphs import CountingCapturer, Driver, make_worker
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.config import load_config
 from ulysses_infer.job.start_rank import start_rank
 from ulysses_infer.kernels.launch import assume
-from ulysses_infer.worker.capture_checker import CaptureChecker
+from ulysses_infer.worker.graphs.capture_checker import CaptureChecker
 
 STEPS = 12
 META = torch.device("meta")
@@ -40,7 +40,7 @@ def test_steps_with_an_index_are_captured_and_do_not_wait_for_the_device(name: s
         with CaptureChecker(META, assumes_pinned=True):
             for mode, eager in itertools.product(rank.groups.by_mode, (False, True)):
                 assert run_step(rank, mode, (1, 1, 1), eager).shape[0] == 2
-                captured_prompts = rank.worker.mixed_graphs is not None
+                captured_prompts = rank.worker.graphs.cuda_mixed_graphs is not None
                 assert run_step(rank, mode, MIXED, eager or not captured_prompts).shape[0] == 4
 
 

@@ -7,7 +7,7 @@ import torch
 
 from ulysses_infer.kernels.launch import launch
 from ulysses_infer.parallel.layout import Layout, Mode, token_spans
-from ulysses_infer.worker.launch_counter import LaunchCounter, counted_collectives
+from ulysses_infer.worker.graphs.launch_counter import LaunchCounter, counted_collectives
 
 
 def kernel_of_ours() -> None:

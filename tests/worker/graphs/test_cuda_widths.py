@@ -18,7 +18,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from benchmarks.recipe_models import recipe_path, write_config
-from tests.worker.capturing import MEMORY, MIXED, capture, run_step
+from tests.worker.graphs.capturing import MEMORY, MIXED, capture, run_step
 from ulysses_infer.attention.selection import choose
 from ulysses_infer.cli.dry_run.config_only import read_config_only
 from ulysses_infer.cli.dry_run.meta_rank import META, MetaRank

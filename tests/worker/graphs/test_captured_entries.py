@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.equivalence.test_compressed_keys import compressed_config, make_compressed
-from tests.worker.capturing import MIXED, make_rank, run_step
-from tests.worker.test_captured_selection import META, compare
+from tests.worker.graphs.capturing import MIXED, make_rank, run_step
+from tests.worker.graphs.test_captured_selection import META, compare
 from ulysses_infer.kernels.launch import assume
-from ulysses_infer.worker.capture_checker import CaptureChecker
+from ulysses_infer.worker.graphs.capture_checker import CaptureChecker
 
 
 def test_decodes_with_compressed_keys_are_captured_and_no_step_waits_for_the_device(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from tests.engine.test_states import hybrid
 from tests.equivalence.conftest import reference as reference
 from tests.tiny import settings
-from tests.worker.test_cuda_graphs import BACKENDS, Driver, make_worker
+from tests.worker.graphs.test_cuda_graphs import BACKENDS, Driver, make_worker
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.config import load_config

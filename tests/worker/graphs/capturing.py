@@ -17,9 +17,9 @@ from ulysses_infer.cli.dry_run.config_only import read_config_only
 from ulysses_infer.cli.dry_run.meta_rank import META, MetaRank
 from ulysses_infer.config import choose_for_device, load_config
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.worker.capture_checker import Allocation, CaptureChecker
-from ulysses_infer.worker.cuda_graphs import Capturer, CudaGraphRunner
-from ulysses_infer.worker.mixed_graphs import MixedGraphRunner
+from ulysses_infer.worker.graphs.capture_checker import Allocation, CaptureChecker
+from ulysses_infer.worker.graphs.cuda_graphs import Capturer, CudaGraphRunner
+from ulysses_infer.worker.graphs.cuda_mixed_graphs import MixedGraphRunner
 from ulysses_infer.worker.step import Step
 from ulysses_infer.worker.step_plan import LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, logits_positions
 
@@ -88,7 +88,7 @@ def capture(
     )
     runner.capture_all()
     count = sum(map(len, runner.buckets.values()))
-    if isinstance(worker.mixed_graphs, MixedGraphRunner):
+    if isinstance(worker.graphs.cuda_mixed_graphs, MixedGraphRunner):
         inputs = worker.eager.inputs
         mixed = MixedGraphRunner(worker.model, worker.contexts, inputs, capturer or checking, max_rows, 64)
         mixed.capture_all()

@@ -21,8 +21,8 @@ from ulysses_infer.errors import ConfigError, first_line
 from ulysses_infer.model.model import ShiftModel
 from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.worker.capture_checker import CaptureError, find_cause
-from ulysses_infer.worker.static_inputs import CudaGroupInputs, CudaInputs
+from ulysses_infer.worker.graphs.capture_checker import CaptureError, find_cause
+from ulysses_infer.worker.graphs.static_inputs import CudaGroupInputs, CudaInputs
 from ulysses_infer.worker.step import Finish, Step
 from ulysses_infer.worker.step_context import StepContextBuilder
 from ulysses_infer.worker.step_plan import StepPlan

@@ -19,7 +19,7 @@ from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.cache.paged import CacheShape
 from ulysses_infer.native.library import is_available
 from ulysses_infer.native.matmul import NativeMatmul
-from ulysses_infer.worker.cpu_graphs import wants_cpu_graphs
+from ulysses_infer.worker.graphs.cpu_graphs import wants_cpu_graphs
 
 pytestmark = pytest.mark.skipif(not is_available("cpu_graph"), reason="no C compiler here")
 NEW_TOKENS = 24

@@ -26,13 +26,13 @@ from ulysses_infer.errors import ConfigError
 from ulysses_infer.job.start_rank import start_rank
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.block_tables import BlockTables, GroupArrays, StepArrays
-from ulysses_infer.worker.cuda_graphs import (
+from ulysses_infer.worker.graphs.cuda_graphs import (
     CudaGraphRunner,
     bucket_sizes,
     wants_cuda_graphs,
 )
+from ulysses_infer.worker.graphs.static_inputs import CudaGroupInputs, CudaInputs
 from ulysses_infer.worker.next_tokens import NextTokenBuffer
-from ulysses_infer.worker.static_inputs import CudaGroupInputs, CudaInputs
 from ulysses_infer.worker.step import Step
 from ulysses_infer.worker.step_plan import DRAFT_LOGITS, LAST_LOGITS, NO_LOGITS, PlanItem, StepPlan, placeholder
 from ulysses_infer.worker.transfer import PackedInputs

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ulysses_infer.kernels.launch import launch
-from ulysses_infer.worker.capture_checker import CaptureChecker, CaptureError, find_cause
+from ulysses_infer.worker.graphs.capture_checker import CaptureChecker, CaptureError, find_cause
 
 META = torch.device("meta")
 

@@ -21,7 +21,7 @@ from ulysses_infer.errors import ConfigError
 from ulysses_infer.model.model import ShiftModel
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.block_tables import GroupArrays
-from ulysses_infer.worker.cuda_graphs import Captured, Capturer, capture_cause
+from ulysses_infer.worker.graphs.cuda_graphs import Captured, Capturer, capture_cause
 from ulysses_infer.worker.step import Finish, Step
 from ulysses_infer.worker.step_context import StepContextBuilder, rows_within
 from ulysses_infer.worker.step_plan import StepPlan

@@ -18,7 +18,7 @@ from ulysses_infer.native.function import EXCHANGES, KINDS
 from ulysses_infer.native.matmul import NativeMatmul
 from ulysses_infer.parallel.groups import ProcessGroups
 from ulysses_infer.parallel.layout import Mode
-from ulysses_infer.worker.static_inputs import CpuInputs
+from ulysses_infer.worker.graphs.static_inputs import CpuInputs
 from ulysses_infer.worker.step import Finish, Step
 from ulysses_infer.worker.step_context import StepContextBuilder, at_least_one
 from ulysses_infer.worker.step_plan import NO_LOGITS, StepPlan
@@ -61,7 +61,7 @@ class CpuGraphRunner:
         self._max_rows = min(max_rows, MAX_ROWS)
         max_blocks = cache.shape.blocks_for(model.shape.max_model_len)
         self._inputs = CpuInputs(self._max_rows, max_blocks, len(cache.groups.attention_spans))
-        self._arena = Arena()
+        self.arena = Arena()
         self._recorded: dict[_Key, _RecordedStep] = {}
         self._seen: set[_Key] = set()
         self._refused: dict[_Key, str] = {}
@@ -143,7 +143,7 @@ class CpuGraphRunner:
             torch.from_numpy(at_least_one(values[local.start : local.stop]))
             for values in (self._inputs.token_ids, self._inputs.positions)
         )
-        graph = CpuGraph(self._arena)
+        graph = CpuGraph(self.arena)
         with graph.recording():
             result = finish(self.model.forward(token_ids, positions, torch.arange(local.size), context))
         reason = graph.problem

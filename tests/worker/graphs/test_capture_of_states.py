@@ -5,7 +5,7 @@ from transformers import Qwen3NextConfig
 
 from docs.generate.tiny_configs import tiny_configs
 from tests.equivalence.test_pooled_keys import config_of
-from tests.worker.capturing import capture, make_rank, run_step
+from tests.worker.graphs.capturing import capture, make_rank, run_step
 from ulysses_infer.kernels.launch import assume
 from ulysses_infer.parallel.layout import Mode
 
@@ -35,7 +35,7 @@ def test_decodes_of_a_hybrid_are_captured_and_its_prompts_run_layer_by_layer(tmp
         states = rank.worker.states
         assert states.scratch_slot == states.num_sequences < states.first_snapshot
         assert not capture(rank).kept, "memory that a step keeps"
-        assert rank.worker.mixed_graphs is None
+        assert rank.worker.graphs.cuda_mixed_graphs is None
         run_step(rank, Mode(2, 1), (9, 1), eager=True)
         run_step(rank, Mode(1, 2), (1, 1), eager=False)
 

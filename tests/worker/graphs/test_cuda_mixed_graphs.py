@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tests.equivalence.families import tiny_config
 from tests.equivalence.tiny_models import make_checkpoint
 from tests.tiny import settings as engine_settings
-from tests.worker.test_cuda_graphs import BACKENDS, LARGEST, STEPS, CountingCapturer, Driver, make_worker
+from tests.worker.graphs.test_cuda_graphs import BACKENDS, LARGEST, STEPS, CountingCapturer, Driver, make_worker
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.config import load_config
 from ulysses_infer.job.start_rank import start_rank
-from ulysses_infer.worker.mixed_graphs import GRANULARITY, MixedGraphRunner, token_sizes
+from ulysses_infer.worker.graphs.cuda_mixed_graphs import GRANULARITY, MixedGraphRunner, token_sizes
 
 MOST_TOKENS = 16
 
