@@ -8,6 +8,7 @@ small steps take longer than the work itself.
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ ALLOCATIONS = frozenset(getattr(torch.ops.aten, name).default for name in ("empt
 }
 CONSTANTS = frozenset({torch.ops.aten.lift_fresh.default})
 """Operators that create constants from Python values, which may differ in the next step."""
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+"""Operators with a kernel of this key consist of others."""
 HOST_READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__})
 """Reads of memory that are no operators, and whose results may differ in the next step."""
 
@@ -132,6 +135,8 @@ class CpuGraph(TorchDispatchMode):
         result = function(*args, **kwargs)
         if function in ALLOCATIONS:
             return self._arena.empty(tuple(result.shape), result.dtype)
+        if _is_view_operator(function):
+            return result
         if function._schema.is_mutable and function.namespace == "aten":
             self._add_torch_call(lambda: function(*args, **kwargs))
             return result
@@ -151,6 +156,14 @@ class CpuGraph(TorchDispatchMode):
     def _add_torch_call(self, call: Callable[[], Any]) -> None:
         self._parts.append(call)
         self.num_torch_calls += 1
+
+
+@functools.cache
+def _is_view_operator(function: Any) -> bool:
+    """Whether all results always share memory with arguments, which it does not change; `reshape` may copy."""
+    aliases = [each.alias_info for each in function._schema.returns]
+    is_view = bool(aliases) and all(each is not None and not each.is_write for each in aliases)
+    return is_view and function not in CONSTANTS and not function.has_kernel_for_dispatch_key(COMPOSITE)
 
 
 def _is_repeatable(function: Any, args: Any) -> bool:

@@ -88,7 +88,7 @@ def capture(
     )
     runner.capture_all()
     count = sum(map(len, runner.buckets.values()))
-    if isinstance(worker.graphs.cuda_mixed_graphs, MixedGraphRunner):
+    if isinstance(worker.mixed_graphs, MixedGraphRunner):
         inputs = worker.eager.inputs
         mixed = MixedGraphRunner(worker.model, worker.contexts, inputs, capturer or checking, max_rows, 64)
         mixed.capture_all()

@@ -70,7 +70,7 @@ def test_a_fault_is_found_and_named(name: str, inference: bool) -> None:
 
     message = str(raised.value)
     assert reason in message
-    assert "worker/test_capture_checker.py:" in message
+    assert "worker/graphs/test_capture_checker.py:" in message
     assert "\n" not in message
 
 

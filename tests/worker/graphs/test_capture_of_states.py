@@ -35,7 +35,7 @@ def test_decodes_of_a_hybrid_are_captured_and_its_prompts_run_layer_by_layer(tmp
         states = rank.worker.states
         assert states.scratch_slot == states.num_sequences < states.first_snapshot
         assert not capture(rank).kept, "memory that a step keeps"
-        assert rank.worker.graphs.cuda_mixed_graphs is None
+        assert rank.worker.mixed_graphs is None
         run_step(rank, Mode(2, 1), (9, 1), eager=True)
         run_step(rank, Mode(1, 2), (1, 1), eager=False)
 

@@ -40,7 +40,7 @@ def test_steps_with_an_index_are_captured_and_do_not_wait_for_the_device(name: s
         with CaptureChecker(META, assumes_pinned=True):
             for mode, eager in itertools.product(rank.groups.by_mode, (False, True)):
                 assert run_step(rank, mode, (1, 1, 1), eager).shape[0] == 2
-                captured_prompts = rank.worker.graphs.cuda_mixed_graphs is not None
+                captured_prompts = rank.worker.mixed_graphs is not None
                 assert run_step(rank, mode, MIXED, eager or not captured_prompts).shape[0] == 4
 
 

@@ -80,7 +80,7 @@ def test_steps_do_not_wait_for_the_device(family: str, tmp_path: Path) -> None:
         with CaptureChecker(META, assumes_pinned=True):
             for mode, eager in itertools.product(rank.groups.by_mode, (False, True)):
                 assert run_step(rank, mode, (1, 1, 1), eager).shape[0] == 2
-                captured_prompts = rank.worker.graphs.cuda_mixed_graphs is not None
+                captured_prompts = rank.worker.mixed_graphs is not None
                 assert run_step(rank, mode, MIXED, eager or not captured_prompts).shape[0] == 4
 
 
@@ -120,7 +120,7 @@ def test_what_prevents_capture_is_named_with_its_line(tmp_path: Path) -> None:
             capture(rank, backend=FaultyAttention())
     message = str(raised.value)
     assert message.startswith("a decode step of 2 rows in mode sp2xtp1 cannot be captured (aten._local_scalar_dense")
-    assert "reads from the device, at tests/worker/graphs/test_cuda_capture.py:" in message
+    assert "reads from the device, at worker/graphs/test_cuda_capture.py:" in message
     assert "called from ulysses_infer/model/layers/attention.py:" in message
     assert message.endswith("set runtime.enforce_eager=true")
     assert "\n" not in message
@@ -141,5 +141,5 @@ def test_a_failed_capture_names_its_cause_where_no_rank_waits_for_another(
         rank = make_rank(write_tiny(tmp_path, "llama"), ranks)
         with pytest.raises(ConfigError) as raised:
             capture(rank, backend=FaultyAttention(), capturer=RefusingCapturer())
-    assert ("reads from the device, at tests/worker/graphs/test_cuda_capture.py:" in str(raised.value)) == named
+    assert ("reads from the device, at worker/graphs/test_cuda_capture.py:" in str(raised.value)) == named
     assert ("operation not permitted" in str(raised.value)) == (not named)

@@ -51,7 +51,7 @@ class DryRun:
     @property
     def mixed_sizes(self) -> dict[Mode, list[int]]:
         """Tokens of the steps with prompt tokens that would be captured in each mode; empty if none would be."""
-        mixed = self.rank.worker.graphs.cuda_mixed_graphs
+        mixed = self.rank.worker.mixed_graphs
         return dict(mixed.sizes) if isinstance(mixed, MixedGraphRunner) else {}
 
     @property

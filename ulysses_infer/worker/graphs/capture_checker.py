@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ulysses_infer.errors import UlyssesError, first_line
 
-PACKAGE = str(Path(__file__).parents[1])
+PACKAGE = str(Path(__file__).parents[2])
 TORCH = str(Path(torch.__file__).parent)
 HOST_READS = frozenset(
     (
