@@ -103,7 +103,8 @@ def test_one_scrape_of_the_ingress_has_the_metrics_of_every_replica(three_replic
     assert found["ulysses:http_requests_total"].keys() == {""}
     of_nodes = three_replicas.scrape_nodes()
     assert of_nodes["ray_ulysses_engine_up"] == dict.fromkeys(replicas, 1)
-    assert of_nodes["ray_ulysses_steps_total"].keys() == replicas.keys()
+    # Ray's agents keep the counters of processes that have ended, here of the replicas that were killed above
+    assert replicas.keys() <= of_nodes["ray_ulysses_steps_total"].keys() <= three_replicas.seen
 
 
 def test_a_replica_without_room_on_one_node_runs_on_two_and_moves_when_one_dies(cluster):
