@@ -21,6 +21,9 @@ from typing import NamedTuple
 
 VARIABLE = "ULYSSES_INFER_STARTED_BY"
 """Environment variable: the tokens of the processes with a keeper that started this one, directly or indirectly."""
+TITLES_KEEP_ENVIRONMENT = "SPT_NOENV"
+"""Environment variable: tells setproctitle, which Ray and vLLM use, not to write titles over the environment, by which
+the keeper finds processes whose parents ended before it looked."""
 GRACE_SECONDS = 3.0  # for the processes to end by themselves: ranks report why they end, a server answers its clients
 LIMIT_SECONDS = 30.0  # for processes that no signal ends
 POLL_SECONDS = 0.2
@@ -73,6 +76,7 @@ def end_children_with_this_process() -> None:
         start_new_session=True,  # a signal from the terminal is not for the keeper
     ).returncode = 0  # it outlives this process, which never waits for it
     os.environ[VARIABLE] = " ".join(filter(None, [os.environ.get(VARIABLE), token]))
+    os.environ[TITLES_KEEP_ENVIRONMENT] = "1"
     _kept_by[:] = [os.getpid()]
 
 

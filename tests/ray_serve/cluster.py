@@ -60,6 +60,8 @@ class RayCluster:
         self._cpus = cpus_per_node
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         self.nodes = []
+        self.seen = set()
+        """The ids of all replicas that have reported, those that have ended included."""
         for _ in range(num_nodes):
             self.add_node()
         self.address = self._cluster.address
@@ -104,7 +106,9 @@ class RayCluster:
             answers = handle.broadcast("report").results(timeout_s=60, return_exceptions=True)
         except DeploymentUnavailableError:
             return {}
-        return {each.replica: each for each in answers if not isinstance(each, BaseException)}
+        reports = {each.replica: each for each in answers if not isinstance(each, BaseException)}
+        self.seen |= reports.keys()
+        return reports
 
     def scrape(self):
         """The values of the ingress's `/metrics` by name and replica, those of other labels summed."""

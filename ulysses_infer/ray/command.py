@@ -139,7 +139,8 @@ def _describe_cluster(address: str | None) -> str:
     size = " · ".join(f"{resources[name]:g} {name}s" for name in ("CPU", "GPU") if name in resources)
     if address is None:
         return f"no cluster runs here: started one on this machine, which ends with this command ({size})"
-    return f"joined the cluster at {address} ({len(ray.nodes())} nodes · {size})"
+    num_nodes = sum(node["Alive"] for node in ray.nodes())  # Ray lists those that have died, too
+    return f"joined the cluster at {address} ({num_nodes} nodes · {size})"
 
 
 def check_room(config: Config) -> None:
