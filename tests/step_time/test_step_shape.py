@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.test_policy import batch_of
-from ulysses_infer.step_time.step_shape import BREAKPOINTS, FEATURES, LARGEST_FINE, StepShape, sizes_between
+from ulysses_infer.step_time.step_shape import BREAKPOINTS, FEATURES, StepShape
 
 CONTEXTS = st.lists(st.integers(1, 9000), max_size=40)
 CHUNKS = st.lists(st.tuples(st.integers(0, 9000), st.integers(1, 9000)), max_size=8)
@@ -55,12 +55,3 @@ def test_steps_of_one_kind_have_tokens_and_context_of_one_size():
     assert StepShape.of([], [(0, 65)]).bucket == StepShape.of([], [(0, 127)]).bucket
     assert StepShape.of([100] * 9, []).bucket != StepShape.of([900] * 9, []).bucket
     assert StepShape.of([100], []).bucket != StepShape.of([], [(99, 1)]).bucket
-
-
-def test_sizes_are_those_at_which_a_kind_of_step_ends():
-    kinds = [StepShape.of([100] * rows, []).bucket for rows in range(1, LARGEST_FINE + 2)]
-    ends = [rows for rows in range(1, LARGEST_FINE + 1) if kinds[rows - 1] != kinds[rows]]
-    assert sizes_between(1, LARGEST_FINE) == ends
-    assert ends[:9] == [1, 2, 3, 4, 6, 8, 12, 16, 24]
-    assert sizes_between(5, 12) == [6, 8, 12]
-    assert sizes_between(13, 15) == []

@@ -14,7 +14,7 @@ CONTEXTS = (16, 1024, 4096, 16384)
 CHUNKS = (32, 512, 2048)
 """Prompt tokens of a step after a cached context."""
 DECODES = (1, 2, 8, 32, 128)
-VERIFIED = (3, 4, 6, 12, 16)
+VERIFIED = (3, 4, 5, 6, 7, 10, 12, 14, 16)
 """Rows of small steps between them, as drafted tokens make them. A CPU records them meanwhile."""
 VERIFIED_CONTEXT = 256
 

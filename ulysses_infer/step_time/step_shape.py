@@ -31,23 +31,16 @@ LARGEST_FINE = 512  # tokens of steps without prompts up to which kinds are told
 
 
 def sizes_between(least: int, most: int) -> list[int]:
-    """Sizes of steps that are worth telling apart, in tokens: two for each power of two (1, 2, 3, 4, 6, 8, 12, 16 ...).
+    """Sizes of steps that are worth telling apart, in tokens: all up to 8, then four for each power of two.
 
-    Kernels compute rows in tiles of such sizes, so one row more than a size may cost as much as several. Step times are
-    learned for the same sizes, and a CPU records a step of each, which takes as long as several steps.
+    Kernels compute rows in tiles of such sizes, so one row more than a size may cost as much as several.
     """
     sizes, size = [], 1
     while size <= most:
         if size >= least:
             sizes.append(size)
-        size = next_size(size)
+        size += max(1, 1 << max(0, size.bit_length() - 3))
     return sizes
-
-
-def next_size(size: int) -> int:
-    """The size after one of `sizes_between`."""
-    power = 1 << (size.bit_length() - 1)
-    return size + (max(1, power // 2) if size == power else size - power)
 
 
 class StepShape(NamedTuple):
