@@ -68,7 +68,6 @@ class CpuMixedGraphRunner:
         longest = model.shape.max_model_len
         self._inputs = _Inputs(cache, self._max_tokens + most_padding, max_num_seqs + most_padding, longest, backend)
         self._recorded: dict[_Key, _Recorded] = {}
-        self._seen: set[_Key] = set()
         self._refused: set[_Key] = set()
         self._weights_version = model.weights_version
         self._is_settled = True
@@ -124,8 +123,7 @@ class CpuMixedGraphRunner:
             return recorded.hidden
         local = self._contexts.local_span(*key)
         token_ids, positions = torch.from_numpy(self._inputs.tokens[:, local.start : local.stop])
-        if key not in self._seen or key in self._refused:
-            self._seen.add(key)
+        if key in self._refused:
             return self.model.hidden(token_ids, positions, context)
         return self._record(key, token_ids, positions, context)
 
