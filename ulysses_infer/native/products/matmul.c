@@ -54,7 +54,7 @@ static void multiply_few(const struct product *p, void (*run)(const struct produ
     int panels_##name(PARAMETERS) {                                                                          \
         const struct product p = PRODUCT;                                                                    \
         const struct panel_kernel kernel = {transpose_##name, run_##name, size_of(type)};                    \
-        return !multiply_panels(&p, 1, &kernel);                                                                \
+        return !multiply_panels(&p, 1, &kernel);                                                             \
     }                                                                                                        \
     int joint_##name(JOINT_PARAMETERS) {                                                                     \
         const struct product p[] = JOINT_PRODUCTS;                                                           \
