@@ -76,7 +76,7 @@ class Run(NamedTuple):
     sample: Sample
     num_drafted: int
     num_accepted: int
-    steps: list[tuple[int, float]]
+    steps: Sequence[tuple[int, float]] = ()
     """(rows, seconds) of each step after the prompts."""
 
 
