@@ -220,10 +220,13 @@ def measure(speculations: Speculations, load: Load, setting: str, repeat: int) -
     assert own is not None
     prompts = load.prompts(repeat)
     stats = own.speculation.stats if own.speculation is not None else None
-    clock = StepClock(len(prompts), lambda: stats.num_draft_tokens if stats else 0)
+
+    def num_drafted() -> int:
+        return stats.num_draft_tokens if stats else 0
+
+    clock = StepClock(len(prompts), num_drafted)
     sample = sample_of(engine.generate(prompts, load.params, on_step=clock.tick))
-    accepted = stats.num_accepted_tokens if stats else 0
-    return Run(sample, stats.num_draft_tokens if stats else 0, accepted, clock.steps)
+    return Run(sample, num_drafted(), stats.num_accepted_tokens if stats else 0, clock.steps)
 
 
 def study(speculations: Speculations, loads: Sequence[Load], found: Study, is_over: Callable[[], bool]) -> None:

@@ -60,7 +60,7 @@ class JsonStudy:
 
     def run(self, engine: InferenceEngine, speculate: Callable[[bool], None], is_over: Callable[[], bool]) -> None:
         """speculate: switches speculation on or off, and empties the prefix cache, so that none finds another's."""
-        for at_once, is_warm, order in self._rounds():
+        for at_once, is_counted, order in self._rounds():
             first, pair = self._num_written, {}
             for chosen in order:
                 if is_over():
@@ -71,17 +71,17 @@ class JsonStudy:
                 if chosen:
                     self._num_written += len(outputs)
                     self._num_valid += sum(is_valid(output.outputs[0].text) for output in outputs)
-            if is_warm and len(order) == 2:
+            if is_counted:
                 self._pairs[at_once].append(pair)
 
     def _rounds(self) -> Iterator[tuple[int, bool, tuple[bool, ...]]]:
-        """(documents at once, whether it is no warm-up, with speculation or without in turn) until all are written."""
+        """(documents at once, whether its speed counts, with speculation or without in turn) until all are written."""
         for at_once, rounds in self._compared.items():
             for number in range(rounds):
                 if self._num_written < self._number:
                     yield at_once, number > 0, (True, False) if number % 2 else (False, True)
         while self._num_written < self._number:
-            yield AT_ONCE, True, (True,)
+            yield AT_ONCE, False, (True,)
 
     def lines(self) -> list[str]:
         """What was aimed at, and what came out."""

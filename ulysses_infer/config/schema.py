@@ -271,8 +271,8 @@ class RuntimeConfig:
         1024,
         at_least=0,
         help="The largest step with prompt tokens that is captured as a CUDA graph, in tokens; 0 captures decode steps "
-        "only. Needs Triton's attention (runtime.attention_backend). On a CPU, steps of 32 to 512 tokens are recorded "
-        "within this limit, in sizes that are multiples of 8.",
+        "only. Needs Triton's attention (runtime.attention_backend). On a CPU, such steps are recorded from 32 tokens "
+        "per slice up to this limit, at most 512.",
     )
     logprobs_mode: str = option(
         "raw_logprobs",

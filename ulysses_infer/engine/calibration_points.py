@@ -14,8 +14,8 @@ CONTEXTS = (16, 1024, 4096, 16384)
 CHUNKS = (32, 512, 2048)
 """Prompt tokens of a step after a cached context."""
 DECODES = (1, 2, 8, 32, 128)
-VERIFIED = (3, 4, 5, 6, 7, 10, 12, 14, 16)
-"""Rows of small steps between them, as drafted tokens make them. A CPU records them meanwhile."""
+VERIFIED_ROWS = (3, 4, 5, 6, 7, 10, 12, 14, 16)
+"""Rows of decode steps between `DECODES`, as drafted tokens make them. Measuring a size also records its CPU graph."""
 VERIFIED_CONTEXT = 256
 
 
@@ -52,7 +52,7 @@ def design(limits: Limits, tokens: Sequence[int] = TOKENS) -> list[Point]:
     points = [Point(0, 0, ((0, count),)) for count in (*tokens, ceil_div(limits.num_tokens, 2), limits.num_tokens)]
     points += [Point(0, 0, ((context, count),)) for context in CONTEXTS[1:] for count in CHUNKS]
     points += [Point(count, context) for context in CONTEXTS for count in (*DECODES, limits.num_sequences)]
-    points += [Point(count, VERIFIED_CONTEXT) for count in VERIFIED]
+    points += [Point(count, VERIFIED_CONTEXT) for count in VERIFIED_ROWS]
     points += [Point(8, 256, ((0, chunk),)) for chunk in (32, 256)]
     points += [Point(8, 1024, ((1024, chunk - 8),)) for chunk in CHUNKS[1:]]
     points += [Point(0, 0, ((0, 16),) * count) for count in (4, 16)] + [Point(0, 0, ((0, 128),) * 4)]

@@ -61,17 +61,21 @@ class NativeMatmul:
 
     def __call__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See `linear`."""
-        kernel = self._kernel(inputs, weight)
-        if kernel == TORCH:
-            return F.linear(inputs, weight, bias)
-        return _multiply(self.kernels[weight.dtype][kernel], inputs.contiguous(), weight, bias)
+        return self._multiply(self._kernel(inputs, weight), inputs, weight, bias)
 
     def joint(self, inputs: torch.Tensor, weights: Sequence[Weights]) -> list[torch.Tensor]:
         """See `linears`. `panels` converts and shares the inputs once for up to `MOST_JOINT` weights."""
-        kernels = {self._kernel(inputs, weight) for weight, _ in weights}
-        if kernels != {"panels"} or not 1 < len(weights) <= MOST_JOINT:
-            return [self(inputs, weight, bias) for weight, bias in weights]
-        return _multiply_joint(self._joint[inputs.dtype], inputs.contiguous(), weights)
+        kernels = [self._kernel(inputs, weight) for weight, _ in weights]
+        if set(kernels) == {"panels"} and 1 < len(weights) <= MOST_JOINT:
+            return _multiply_joint(self._joint[inputs.dtype], inputs.contiguous(), weights)
+        return [self._multiply(kernel, inputs, *pair) for kernel, pair in zip(kernels, weights, strict=True)]
+
+    def _multiply(
+        self, kernel: str, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if kernel == TORCH:
+            return F.linear(inputs, weight, bias)
+        return _multiply(self.kernels[weight.dtype][kernel], inputs.contiguous(), weight, bias)
 
     def _kernel(self, inputs: torch.Tensor, weight: torch.Tensor) -> str:
         choice, rows = self.choices.get(weight.dtype), inputs.numel() // weight.shape[1]

@@ -1,4 +1,4 @@
-"""Steps with prompt tokens replayed from CPU graphs: exactly the numbers of layers run singly, in every mode."""
+"""Steps with prompt tokens replayed from CPU graphs: the tokens of layers run singly, in every mode."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ WIDE = {"scheduler.max_num_batched_tokens": 64}
 ROUNDING = 1e-5  # padding may make another kernel the fastest, which sums in another order
 
 
-def random_prompts(seed: int, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+def random_prompts(seed: int) -> list[list[int]]:
     chance = random.Random(seed)
-    return [[chance.randrange(3, 90) for _ in range(length)] for length in lengths]
+    return [[chance.randrange(3, 90) for _ in range(length)] for length in LENGTHS]
 
 
 class Replays:
@@ -102,8 +102,8 @@ def test_sequences_are_preempted(rank_pool, reference):
     assert compare(rank_pool, reference("llama").folder, (2, 1), **{"cache.num_blocks": 40}) > 4
 
 
-def test_prompts_end_in_the_middle_of_their_logits(rank_pool, reference):
-    """No step has more than one chunk, and most chunks need no logits."""
+def test_chunks_that_need_no_logits(rank_pool, reference):
+    """One request at a time, whose prompt takes several steps."""
     changes = {"scheduler.max_num_seqs": 1, "scheduler.max_num_batched_tokens": 40}
     assert compare(rank_pool, reference("llama").folder, (1, 1), **changes) > 5
 

@@ -122,9 +122,7 @@ class CpuGraphRunner:
         if recorded is None:
             return self._record(key, finish)
         self._replayed = recorded.graph
-        recorded.graph.replay()
-        for kind in EXCHANGES:
-            self.groups.clock.count(kind, recorded.graph.seconds_of(kind))
+        replay(recorded.graph, self.groups)
         return recorded.result
 
     def invalidate(self) -> None:
@@ -153,6 +151,13 @@ class CpuGraphRunner:
             self._refused[key] = reason
             logger.debug("decode steps of %d rows in mode %s are not recorded: %s", size, mode, reason)
         return result
+
+
+def replay(graph: CpuGraph, groups: ProcessGroups) -> None:
+    """Replay a step; its exchanges count as those of an eager step do."""
+    graph.replay()
+    for kind in EXCHANGES:
+        groups.clock.count(kind, graph.seconds_of(kind))
 
 
 def _key_of(plan: StepPlan) -> _Key:

@@ -21,9 +21,9 @@ from ulysses_infer.model.context import StepContext
 from ulysses_infer.model.model import ShiftModel
 from ulysses_infer.native.arena import Arena
 from ulysses_infer.native.cpu_graph import CpuGraph
-from ulysses_infer.native.function import EXCHANGES
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.block_tables import GroupArrays
+from ulysses_infer.worker.graphs.cpu_graphs import replay
 from ulysses_infer.worker.step import Finish, Step
 from ulysses_infer.worker.step_context import StepContextBuilder, rows_within
 from ulysses_infer.worker.step_plan import StepPlan
@@ -63,8 +63,7 @@ class CpuMixedGraphRunner:
         cache, modes = contexts.cache, contexts.groups.by_mode
         self.model, self._contexts, self._arena = model, contexts, arena
         self._max_num_seqs, self._max_tokens = max_num_seqs, min(max_tokens, LARGEST)
-        most_slices = max(mode.sp for mode in modes)
-        most_padding = GRANULARITY * most_slices
+        most_padding = GRANULARITY * max(mode.sp for mode in modes)
         longest = model.shape.max_model_len
         self._inputs = _Inputs(cache, self._max_tokens + most_padding, max_num_seqs + most_padding, longest, backend)
         self._recorded: dict[_Key, _Recorded] = {}
@@ -117,9 +116,7 @@ class CpuMixedGraphRunner:
         """What the head reads. Rank-divergent: a rank may replay while another records."""
         recorded = self._recorded.get(key)
         if recorded is not None:
-            recorded.graph.replay()
-            for kind in EXCHANGES:
-                self._contexts.groups.clock.count(kind, recorded.graph.seconds_of(kind))
+            replay(recorded.graph, self._contexts.groups)
             return recorded.hidden
         local = self._contexts.local_span(*key)
         token_ids, positions = torch.from_numpy(self._inputs.tokens[:, local.start : local.stop])
