@@ -19,12 +19,13 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.arguments import common_options, launcher_options
@@ -32,7 +33,9 @@ from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.inference import InferenceEngine
 from ulysses_infer.job.lifetime import end_with_launcher
 from ulysses_infer.native import function as native
+from ulysses_infer.native.matmul import Weights
 from ulysses_infer.worker.graphs.cpu_graphs import CpuGraphRunner
+from ulysses_infer.worker.graphs.cpu_mixed_graphs import CpuMixedGraphRunner
 
 Step = tuple[float, defaultdict[str, float]]  # seconds, and seconds by kind of work
 PREFILLS = 12
@@ -67,12 +70,32 @@ class Timed:
     """A proxy of an object that times some of its methods."""
 
     def __init__(self, original: Any, clock: Clock, kind: str, methods: tuple[str, ...]) -> None:
-        self._original = original
+        self._original, self._clock = original, clock
         for name in methods:
             setattr(self, name, clock.timed(kind, getattr(original, name)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
+
+
+class TorchProducts:
+    """What `NativeMatmul` does for linear layers, by torch."""
+
+    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `NativeMatmul`."""
+        return functional.linear(inputs, weight, bias)
+
+    def joint(self, inputs: Tensor, weights: Sequence[Weights]) -> list[Tensor]:
+        """See `NativeMatmul.joint`."""
+        return [functional.linear(inputs, *pair) for pair in weights]
+
+
+class TimedProducts(Timed):
+    """A proxy of a step's matrix products."""
+
+    def __call__(self, *args: Any) -> Any:
+        """See `NativeMatmul`."""
+        return self._clock.timed(KINDS[0], self._original)(*args)
 
 
 def attach_adapters(engine: InferenceEngine, clock: Clock) -> None:
@@ -83,7 +106,8 @@ def attach_adapters(engine: InferenceEngine, clock: Clock) -> None:
     for mode, collectives in list(worker.groups.by_mode.items()):
         worker.groups.by_mode[mode] = Timed(collectives, clock, "collectives", exchanges)  # type: ignore[assignment]
     worker.contexts.backend = Timed(worker.backend, clock, "attention", ("attend",))
-    worker.contexts.matmul = clock.timed("matrix products", worker.matmul or functional.linear)  # type: ignore[assignment]
+    products = worker.matmul or TorchProducts()
+    worker.contexts.matmul = TimedProducts(products, clock, KINDS[0], ("joint",))  # type: ignore[assignment]
 
 
 def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int, prefill: int = 0) -> list[Step]:
@@ -100,9 +124,10 @@ def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int
     def run_share(plan: Any, *args: Any) -> Any:
         clock.seconds.clear()
         result = run(plan, *args)
-        if isinstance(worker.graphs, CpuGraphRunner):
-            for kind, seconds in worker.graphs.seconds.items():
-                clock.seconds[KIND_OF_CALL[kind]] += seconds
+        for graphs in worker.all_graphs:
+            if isinstance(graphs, CpuGraphRunner | CpuMixedGraphRunner):
+                for kind, seconds in graphs.seconds.items():
+                    clock.seconds[KIND_OF_CALL[kind]] += seconds
         return result
 
     def run_step() -> Any:

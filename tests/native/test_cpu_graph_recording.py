@@ -9,7 +9,7 @@ import torch
 
 from ulysses_infer.model.fusion.elementwise import NativeElementwise
 from ulysses_infer.native.arena import Arena
-from ulysses_infer.native.choice import Choice
+from ulysses_infer.native.choice import Choice, measure
 from ulysses_infer.native.cpu_graph import CpuGraph
 from ulysses_infer.native.function import ALL_REDUCE, ELEMENTWISE, KINDS, MATMUL, is_recording
 from ulysses_infer.native.library import is_available
@@ -130,3 +130,30 @@ def test_nothing_is_recorded_after_an_exception():
     assert not is_recording()
     NativeMatmul(CHOICES)(torch.randn(1, WIDTH), torch.randn(WIDTH, WIDTH))
     assert graph.num_native_calls == 0
+
+
+def test_kernels_that_are_measured_meanwhile_are_no_part_of_the_step():
+    """The first step of an engine on a new machine measures, and may be recorded."""
+    matmul, x, weight = NativeMatmul(CHOICES), torch.randn(3, WIDTH), torch.randn(WIDTH, WIDTH)
+    calls = []
+
+    def prepare(kernel: str, rows: int) -> Callable[[], object]:
+        inputs = torch.ones(rows, WIDTH)
+
+        def call() -> torch.Tensor:
+            calls.append(kernel)
+            return matmul(inputs, weight) * 2
+
+        return call
+
+    def step() -> torch.Tensor:
+        chosen = measure(("one", "other"), prepare, rows=(1, 2))
+        assert chosen(1) in ("one", "other")
+        assert is_recording()
+        return matmul(x, weight)
+
+    graph, result = recorded(step)
+    assert len(calls) > 4
+    assert (graph.num_native_calls, graph.num_torch_calls) == (1, 0)
+    x.copy_(torch.randn(3, WIDTH))
+    assert torch.equal(replayed(graph, result), matmul(x, weight))

@@ -9,13 +9,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ulysses_infer.atomic_files import write_atomically
 from ulysses_infer.cache_folders import cache_folder
+from ulysses_infer.native.function import recording_paused
 from ulysses_infer.native.levels import describe_processor
 from ulysses_infer.native.library import library_path
 
@@ -82,9 +84,7 @@ def measure(names: Sequence[str], prepare: Prepare, rows: Sequence[int] = ROWS) 
     """See `measured_choice`."""
     kernels: dict[int, str] = {}
     left, last = list(names), ""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _on_one_thread(), recording_paused():
         for count in rows:
             able = [name for name in left if name != TORCH or count >= TORCH_FROM]
             times = _times(able, prepare, count)
@@ -95,9 +95,17 @@ def measure(names: Sequence[str], prepare: Prepare, rows: Sequence[int] = ROWS) 
                 kernels[count] = last = fastest
             if count >= MANY:
                 left = [name for name in able if times[name] <= HOPELESS * times[fastest]]
+    return Choice(kernels)
+
+
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
-    return Choice(kernels)
 
 
 def _times(names: Sequence[str], prepare: Prepare, rows: int) -> dict[str, float]:

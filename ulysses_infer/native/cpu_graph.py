@@ -133,6 +133,8 @@ class CpuGraph(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
+        if recording.recorder is not self:  # paused
+            return result
         if function in ALLOCATIONS:
             return self._arena.empty(tuple(result.shape), result.dtype)
         if _is_view_operator(function):

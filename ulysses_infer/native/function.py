@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from ulysses_infer.native.library import is_available, open_library
@@ -42,6 +43,16 @@ recording = _Recording()
 def is_recording() -> bool:
     """Whether calls are being recorded: memory passed to them by address must then not be reused."""
     return recording.recorder is not None
+
+
+@contextmanager
+def recording_paused() -> Iterator[None]:
+    """What runs in the context is no part of the step that is being recorded, if any."""
+    recorder, recording.recorder = recording.recorder, None
+    try:
+        yield
+    finally:
+        recording.recorder = recorder
 
 
 class NativeFunction:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.equivalence.families import tiny_config
-from tests.equivalence.tiny_models import perturb
+from tests.equivalence.tiny_models import make_checkpoint, perturb
 from tests.model.quantization.checkpoints import FORMATS, make_quantised
 from tests.model.test_linear import stored
 from tests.model.test_weights_once import live_tensor_bytes
@@ -129,7 +129,7 @@ def load(
     """transformers' tiny qwen2 (with biases), and rank `shard`'s part of it, stacked."""
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(fuse, "should_stack_weights", lambda _: True)
+    monkeypatch.setattr(fuse, "should_stack_weights", lambda *_: True)
     model = AutoModelForCausalLM.from_config(tiny_config("qwen2"))
     perturb(model, seed)
     settings = ModelConfig(path="-")
@@ -236,7 +236,7 @@ def test_blocks_that_a_shard_would_cut_are_not_stacked() -> None:
 def test_a_loaded_fp8_model_is_stacked_and_reloads_in_place(tmp_path: Path) -> None:
     make_quantised(tiny_config("qwen3"), tmp_path, FORMATS["compressed-channel"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fuse, "should_stack_weights", lambda _: True)
+        patch.setattr(fuse, "should_stack_weights", lambda *_: True)
         layout = Layout(Mode(2, 1))
         blueprint = ModelBuilder.from_folder(tmp_path, ModelConfig(path="-"), layout, 1, torch.device("cpu"))
         model = blueprint.load()
@@ -247,3 +247,24 @@ def test_a_loaded_fp8_model_is_stacked_and_reloads_in_place(tmp_path: Path) -> N
     weights.write(SafetensorsSource(tmp_path))
     for name, parameter in model.module.named_parameters():
         assert torch.equal(parameter.detach().float(), before[name].float()), name
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4", None])
+def test_on_a_cpu_weights_are_stacked_if_they_are_quantised_while_loading(quantize: Any, tmp_path: Path) -> None:
+    make_checkpoint(tiny_config("llama"), tmp_path)
+    settings = ModelConfig(path="-", quantize=quantize, quantize_group_size=32)
+    blueprint = ModelBuilder.from_folder(tmp_path, settings, Layout(Mode(2, 1)), 1, torch.device("cpu"))
+    model = blueprint.load()
+    assert {isinstance(block.inputs[0], StackedLinears) for block in blocks(model)} == {quantize is not None}
+    for block in blocks(model) if quantize else ():
+        together = block.inputs[0].linears
+        for name, parameter in together[0].named_parameters():
+            found = [each.get_parameter(name) for each in together]
+            assert len({each.untyped_storage().data_ptr() for each in found}) == 1
+            assert parameter.untyped_storage().nbytes() == sum(each.nbytes for each in found)
+    before = {name: parameter.detach().clone() for name, parameter in model.module.named_parameters()}
+    weights = Weights(blueprint, model, are_borrowed=False)
+    weights.drop()
+    weights.write(SafetensorsSource(tmp_path))
+    for name, parameter in model.module.named_parameters():
+        assert torch.equal(parameter.detach(), before[name]), name

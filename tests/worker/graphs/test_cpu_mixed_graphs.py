@@ -82,7 +82,7 @@ def compare(rank_pool: Any, folder: Path, base: tuple[int, int], **changes: Any)
         ("mistral", (2, 1)),
         ("qwen3", (2, 2)),
         pytest.param("gpt_oss", (1, 2), marks=pytest.mark.thorough),
-        pytest.param("gemma3_text", (2, 1), marks=pytest.mark.thorough),
+        pytest.param("phi3", (2, 1), marks=pytest.mark.thorough),
         pytest.param("mixtral", (2, 1), marks=pytest.mark.thorough),
         pytest.param("llama", (4, 1), marks=pytest.mark.thorough),
     ],

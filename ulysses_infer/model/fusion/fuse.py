@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,19 +38,21 @@ from ulysses_infer.model.fusion.recurrent import is_equivalent_form, warn_of_mis
 from ulysses_infer.model.fusion.rotary import FusedRotary
 from ulysses_infer.model.fusion.stacked import StackedLinears
 from ulysses_infer.model.injection.probe import ProbeAttention, ProbeCache, clear_states, trial_context
+from ulysses_infer.model.quantization.linear import QuantizedLinear
 from ulysses_infer.model.recurrent.layer import RecurrentLayer
 
 logger = logging.getLogger(__name__)
 TOKENS = (3, 5)
 
 
-def should_stack_weights(device: torch.device) -> bool:
-    """Whether to copy weights that multiply the same input into one tensor.
+def should_stack_weights(device: torch.device, linears: Sequence[nn.Module]) -> bool:
+    """Whether to copy the weights of `linears`, which multiply the same input, into one tensor.
 
-    Yes on a GPU, where one large product is faster than several small ones. On a CPU the gain is negligible, and
-    separate weights stay in file pages that ranks share.
+    Yes on a GPU, where one large product is faster than several small ones. On a CPU only if they are quantised while
+    they are loaded: their input is then quantised once. Others would no longer be in file pages that ranks share.
     """
-    return device.type != "cpu" or runs_kernels(device)
+    is_made_here = all(isinstance(each, QuantizedLinear) and each.online for each in linears)
+    return is_made_here or device.type != "cpu" or runs_kernels(device)
 
 
 class Fusion:
@@ -82,8 +84,7 @@ class Fusion:
         if runs_kernels(device):
             self._replace_all(FusedMixture)
         self.num_stacked = 0
-        if should_stack_weights(device):
-            self._stack_all()
+        self._stack_all()
         self.decoder = self._fuse_decoder()
         self._log_summary()
 
@@ -184,6 +185,8 @@ class Fusion:
             if not isinstance(block, FusedAttention | FusedFeedForward) or len(block.inputs) < 2:
                 continue
             linears: Any = block.inputs
+            if not should_stack_weights(self._tokens.device, linears):
+                continue
             if StackedLinears.fits(linears, self.injection.base):
                 stacked = StackedLinears(linears, self.injection.base)
                 block.inputs = [stacked]
@@ -192,7 +195,8 @@ class Fusion:
                 self.num_stacked += 1
             else:
                 self.kept[f"products of {type(block).__name__}"] += 1
-        self.model.rebind()
+        if self.num_stacked:
+            self.model.rebind()
 
     def _fuse_decoder(self) -> FusedDecoder | None:
         base = self.injection.decoder

@@ -13,6 +13,7 @@ from ulysses_infer.model.layers.linear import ShiftLinear
 from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.model.quantization.component import Component
 from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.quantization.online import OnlineInt4
 from ulysses_infer.model.quantization.products import Piece, Product, choose_product
 from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.parallel.layout import Mode, Place, Span
@@ -84,10 +85,10 @@ class StackedLinears:
         linear = self.linears[0]
         parts = {name: self._rows(name, place) for name in self._wholes}
         bias = parts.pop("bias", None)
-        rows, columns = Span(0, self._num_rows), Span(0, parts["weight"].shape[1])
+        rows = Span(0, self._num_rows)
         if isinstance(linear, ShiftLinear):
-            return _DenseProduct(), Piece(rows, columns, {}, parts, bias)
-        piece = Piece(rows, columns, linear.components, parts, bias)
+            return _DenseProduct(), Piece(rows, Span(0, parts["weight"].shape[1]), {}, parts, bias)
+        piece = Piece(rows, Span(0, linear.in_features), linear.components, parts, bias)
         return choose_product(linear.scheme, piece), piece
 
     def _rows(self, name: str, place: Place) -> torch.Tensor:
@@ -190,8 +191,9 @@ def _is_column(linear: Linear) -> bool:
     """Whether its outputs are sharded, and the rows of its parameters with them."""
     if isinstance(linear, ShiftLinear):
         return linear.cut == "column" and not linear.transposed
-    # A scale for a whole tensor has no rows. Packed weights have no product that would gain.
-    return linear.cut == "column" and isinstance(linear.scheme, ScaledWeight) and linear.scheme.grain != "tensor"
+    # A scale for a whole tensor has no rows, and words that checkpoints pack may hold several.
+    has_rows = isinstance(linear.scheme, ScaledWeight) and linear.scheme.grain != "tensor"
+    return linear.cut == "column" and (has_rows or isinstance(linear.scheme, OnlineInt4))
 
 
 def _stacked_parameters(linear: Linear) -> dict[str, int]:

@@ -234,7 +234,15 @@ INLINE uint64_t even_and_odd(uint64_t x) {
 
 /* Quantised inputs, zeros from `count` on up to a whole word, as operands `stride` words apart. */
 INLINE void pack_inputs(const int8_t *codes, int64_t count, enum kind kind, uint32_t *to, int64_t stride) {
-    for (int64_t k = 0; k < count; k += inputs_of(kind)) {
+    int64_t k = 0;
+    if (kind == BYTES && !DOTS_OF_BYTES)
+        for (; k + 4 * LANES <= count; k += 4 * LANES) {
+            words read, operands[2];
+            memcpy(&read, codes + k, sizeof read);
+            unpack(read, kind, operands);
+            UNROLL for (int i = 0; i < LANES; i++, to += 2 * stride) to[0] = operands[0][i], to[stride] = operands[1][i];
+        }
+    for (; k < count; k += inputs_of(kind)) {
         uint32_t pair[2];
         if (kind == NIBBLES) {
             uint64_t eight;

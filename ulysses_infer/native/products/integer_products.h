@@ -4,7 +4,7 @@
  * dot is of integers, and sum that of the inputs' integers. A row's result does not depend on the other rows.
  */
 #pragma once
-#include "integer_panels.h"
+#include "matrix_dots.h"
 
 #if REGISTERS == 32
 #define TILE_ROWS 6
@@ -74,7 +74,13 @@ INLINE void load_operands(const uint32_t *w, enum kind kind, words to[2][VECTORS
 INLINE void add_words(const uint32_t *w, const uint32_t *x, int64_t count, const int rows, const enum kind kind,
                       integers whole[TILE_ROWS][VECTORS]) {
     const int operands = kind == NIBBLES ? 2 : 1;
-    for (int64_t k = 0; k < count; k++, w += OUTPUTS, x += operands * rows) {
+#if HAS_MATRIX_DOTS
+    if (rows > 1) {
+        const int64_t done = add_matrix_words(w, x, count, rows, kind, whole);
+        w += done * OUTPUTS, x += done * operands * rows, count -= done;
+    }
+#endif
+    UNROLL_SOME for (int64_t k = 0; k < count; k++, w += OUTPUTS, x += operands * rows) {
         words weights[2][VECTORS];
         load_operands(w, kind, weights);
         UNROLL for (int o = 0; o < operands; o++)

@@ -38,7 +38,7 @@ class _RecordedStep:
 
 
 class CpuGraphRunner:
-    """Runs decode steps of one rank from CPU graphs: one per mode and number of rows that occurs more than once.
+    """Runs decode steps of one rank from CPU graphs: one per mode and number of rows that recurs.
 
     Implements `StepRunner`. Each rank decides for itself whether it records, replays or runs a step eagerly: the
     collectives are the same.
@@ -77,7 +77,7 @@ class CpuGraphRunner:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds that the last step spent in each kind of native call; empty if it was not replayed."""
-        return {} if self._replayed is None else {kind: self._replayed.seconds_of(kind) for kind in KINDS}
+        return seconds_of(self._replayed)
 
     @property
     def num_recorded(self) -> int:
@@ -90,9 +90,10 @@ class CpuGraphRunner:
         return list(dict.fromkeys(self._refused.values()))
 
     def accepts(self, plan: StepPlan) -> bool:
-        """Whether the step has only decodes, few enough rows, and a shape that has occurred before.
+        """Whether the step has only decodes, few enough rows, and a shape that has occurred before or has drafts.
 
-        Steps with adapters run eagerly: the host decides which rows go through which adapter.
+        Sizes with drafts are few (`sizes_between`), so they will recur. Steps with adapters run eagerly: the host
+        decides which rows go through which adapter.
         """
         self._replayed, self._is_settled = None, True
         if not plan.runs_by_row or plan.num_tokens > self._max_rows:
@@ -105,7 +106,7 @@ class CpuGraphRunner:
         was_seen = key in self._seen
         self._seen.add(key)
         self._is_settled = key in self._recorded
-        return was_seen
+        return was_seen or plan.num_tokens > len(plan.items)
 
     def num_rows(self, plan: StepPlan) -> int:
         """See `StepRunner.num_rows`."""
@@ -158,6 +159,11 @@ def replay(graph: CpuGraph, groups: ProcessGroups) -> None:
     graph.replay()
     for kind in EXCHANGES:
         groups.clock.count(kind, graph.seconds_of(kind))
+
+
+def seconds_of(replayed: CpuGraph | None) -> dict[str, float]:
+    """Seconds that the last replay spent in each kind of native call; empty without one."""
+    return {} if replayed is None else {kind: replayed.seconds_of(kind) for kind in KINDS}
 
 
 def _key_of(plan: StepPlan) -> _Key:

@@ -23,7 +23,7 @@ from ulysses_infer.native.arena import Arena
 from ulysses_infer.native.cpu_graph import CpuGraph
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.block_tables import GroupArrays
-from ulysses_infer.worker.graphs.cpu_graphs import replay
+from ulysses_infer.worker.graphs.cpu_graphs import replay, seconds_of
 from ulysses_infer.worker.step import Finish, Step
 from ulysses_infer.worker.step_context import StepContextBuilder, rows_within
 from ulysses_infer.worker.step_plan import StepPlan
@@ -69,7 +69,13 @@ class CpuMixedGraphRunner:
         self._recorded: dict[_Key, _Recorded] = {}
         self._refused: set[_Key] = set()
         self._weights_version = model.weights_version
+        self._replayed: CpuGraph | None = None
         self._is_settled = True
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """See `CpuGraphRunner.seconds`."""
+        return seconds_of(self._replayed)
 
     @property
     def is_settled(self) -> bool:
@@ -84,7 +90,7 @@ class CpuMixedGraphRunner:
     def accepts(self, plan: StepPlan) -> bool:
         """Whether the step has prompt tokens and few enough in all, and no adapters: the host decides which rows go
         through which adapter."""
-        self._is_settled = True
+        self._replayed, self._is_settled = None, True
         if plan.runs_by_row or not SMALLEST * plan.mode.sp <= plan.num_tokens <= self._max_tokens:
             return False
         fits = plan.num_sequences <= self._max_num_seqs
@@ -116,6 +122,7 @@ class CpuMixedGraphRunner:
         """What the head reads. Rank-divergent: a rank may replay while another records."""
         recorded = self._recorded.get(key)
         if recorded is not None:
+            self._replayed = recorded.graph
             replay(recorded.graph, self._contexts.groups)
             return recorded.hidden
         local = self._contexts.local_span(*key)
