@@ -11,7 +11,8 @@
 #include "sigmoid.h"
 #include "vector.h"
 
-enum { PARALLEL_FROM = 65536 }; /* elements; for fewer, starting threads costs more than it saves */
+/* Elements: for fewer, starting threads costs more than it saves. */
+enum { PARALLEL_FROM = 65536, NORMS_FROM = 16384, GATES_FROM = 8192 };
 
 /* Run the statement for every vector of a row of `width` elements: it begins at `i` and has `count` elements. */
 #define EACH_VECTOR(width, ...)                                                                                  \
@@ -109,7 +110,7 @@ INLINE void NAMED(norm_row)(
 
 /* normed, x: [rows, width]; weight: [width]. */
 void NAMED(rms_norm)(TYPE *normed, const TYPE *x, const TYPE *weight, int64_t rows, int64_t width, float eps, float offset) {
-#pragma omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)
+#pragma omp parallel for schedule(static) if (rows * width > NORMS_FROM)
     for (int64_t row = 0; row < rows; row++) {
         const TYPE *own = x + row * width;
         floats squares = {0};
@@ -125,7 +126,7 @@ void NAMED(rms_norm)(TYPE *normed, const TYPE *x, const TYPE *weight, int64_t ro
 void NAMED(add_rms_norm)(
     TYPE *normed, TYPE *residual, const TYPE *x, const TYPE *weight, int64_t rows, int64_t width, float eps,
     float offset) {
-#pragma omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)
+#pragma omp parallel for schedule(static) if (rows * width > NORMS_FROM)
     for (int64_t row = 0; row < rows; row++) {
         TYPE *sum = residual + row * width;
         const TYPE *more = x + row * width;
@@ -158,7 +159,7 @@ INLINE void NAMED(rotate_token)(
 void NAMED(rotate)(
     TYPE *q, int64_t q_stride, int64_t q_heads, TYPE *k, int64_t k_stride, int64_t k_heads, int64_t head_width,
     const TYPE *cosine, const TYPE *sine, int64_t rows, int64_t half) {
-#pragma omp parallel for schedule(static) if (rows * (q_heads + k_heads) * half > PARALLEL_FROM)
+#pragma omp parallel for schedule(static) if (rows * (q_heads + k_heads) * half > NORMS_FROM)
     for (int64_t row = 0; row < rows; row++) {
         const TYPE *c = cosine + row * 2 * half, *s = sine + row * 2 * half;
         NAMED(rotate_token)(q + row * q_stride, q_heads, head_width, c, s, half);
@@ -187,7 +188,7 @@ void NAMED(rotate)(
     void NAMED(NAME)(                                                                                            \
         TYPE * out, const TYPE *gate, int64_t gate_stride, const TYPE *up, int64_t up_stride, int64_t rows,      \
         int64_t width) {                                                                                         \
-        _Pragma("omp parallel for schedule(static) if (rows * width > PARALLEL_FROM)")                           \
+        _Pragma("omp parallel for schedule(static) if (rows * width > GATES_FROM)")                           \
         for (int64_t row = 0; row < rows; row++)                                                                 \
             NAMED(NAME##_row)(out + row * width, gate + row * gate_stride, up + row * up_stride, width);         \
     }

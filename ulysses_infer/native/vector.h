@@ -406,6 +406,18 @@ INLINE floats take(const void *from, enum type type) {
     return floats_of_bfloat16(from);
 }
 
+/* bfloat16 in the upper halves: to nearest, ties to even; NaN stays NaN. The lower halves are open. */
+INLINE words round_upper_halves(floats x) {
+    const words bits = (words)x, result = bits + ((bits >> 16 & 1) + 0x7fff);
+#if defined(__AVX2__) && LANES == 8
+    const __m256 is_nan = _mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q), nan = (__m256)((words){0} + 0x7fc00000);
+    return (words)_mm256_blendv_ps((__m256)result, nan, is_nan);
+#else
+    const integers ordered = x == x;
+    return (result & (words)ordered) | (0x7fc00000 & ~(words)ordered);
+#endif
+}
+
 /* `x` rounded to `type`. On CPUs that flush denormals, numbers below 2^-126 become zero. */
 INLINE floats rounded(floats x, enum type type) {
     if (type == FLOAT32) return x;
@@ -413,9 +425,7 @@ INLINE floats rounded(floats x, enum type type) {
 #ifdef HAS_BFLOAT16_DOT
     return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
 #else
-    integers ordered = x == x;
-    words bits = (words)x, result = bits + 0x7fff + (bits >> 16 & 1);
-    return (floats)(((result & (words)ordered) | (0x7fc00000 & ~(words)ordered)) & 0xffff0000);
+    return (floats)(round_upper_halves(x) & 0xffff0000);
 #endif
 }
 
@@ -433,7 +443,7 @@ INLINE void give(void *to, floats x, enum type type) {
 #ifdef HAS_BFLOAT16_DOT
     _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #else
-    const halves narrow = upper_halves((words)rounded(x, type));
+    const halves narrow = upper_halves(round_upper_halves(x));
     memcpy(to, &narrow, sizeof narrow);
 #endif
 }
