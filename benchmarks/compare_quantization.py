@@ -76,7 +76,7 @@ def measure(engines: Mapping[str, InferenceEngine], repeats: int) -> Rounds:
         for length in LENGTHS:
             for name in names:
                 found[name, length].append(seconds_of(engines[name], length, 1))
-        found[MEMORY, MEMORY].append(min(read_seconds(values) for _ in range(3)))
+        found[MEMORY, MEMORY].append(median(read_seconds(values) for _ in range(5)))
         for name in names:
             found[name, TOKEN].append(token_seconds(engines[name]))
     return {key: seconds[WARM_UP:] for key, seconds in found.items()}

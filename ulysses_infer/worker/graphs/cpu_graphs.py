@@ -142,12 +142,12 @@ class CpuGraphRunner:
             torch.from_numpy(at_least_one(values[local.start : local.stop]))
             for values in (self._inputs.token_ids, self._inputs.positions)
         )
-        graph = CpuGraph(self.arena)
+        rows, graph = torch.arange(local.size), CpuGraph(self.arena)
         with graph.recording():
-            result = finish(self.model.forward(token_ids, positions, torch.arange(local.size), context))
+            result = finish(self.model.forward(token_ids, positions, rows, context))
         reason = graph.problem
         if reason is None:
-            self._recorded[key] = _RecordedStep(graph, result, (token_ids, positions, context))
+            self._recorded[key] = _RecordedStep(graph, result, (token_ids, positions, rows, context))
         else:
             self._refused[key] = reason
             logger.debug("decode steps of %d rows in mode %s are not recorded: %s", size, mode, reason)
