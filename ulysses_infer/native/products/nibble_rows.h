@@ -110,22 +110,49 @@ INLINE words multiply_nibbles(const words weights[2], const int8_t *inputs) {
 #endif
 }
 
-/* sums + the products of a block times the scales, of one atom per lane. Sums of 16 bits are below 32 * 15 * 127. */
-INLINE floats add_quarters(floats sums, const words quarters[BLOCK_VECTORS], floats scales) {
-#if NARROW_SUMS
-    const words ones = (words){0} + 0x00010001;
+/* The numbers of the group of each lane; `index` counts from the first one, of which `count` can be read. */
+INLINE floats of_groups(const char *from, int64_t count, enum type type, integers index) {
+#if defined(__AVX2__) && LANES == 8
+    if (type == BFLOAT16) { /* one shuffle converts, too */
+        const words places = (words)index * 0x02020000 + 0x01008080;
+        __m128i read;
+        if (count >= LANES)
+            read = _mm_loadu_si128((const __m128i *)from);
+        else
+            read = _mm256_castsi256_si128((__m256i)load_bytes(from, count * sizeof(bfloat16)));
+        return (floats)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(read), (__m256i)places);
+    }
 #endif
-#if ADDS_UP && LANES == 8
+    return permuted(take_scales(from, count, type), index);
+}
+
+#if ADDS_UP
+/* The sums of the products of a block, of one atom per lane. Sums of 16 bits are below 32 * 15 * 127. */
+INLINE floats add_up(const words quarters[BLOCK_VECTORS]) {
+#if LANES == 8
     const __m256i first = _mm256_hadd_epi16((__m256i)quarters[0], (__m256i)quarters[1]);
     const __m256i second = _mm256_hadd_epi16((__m256i)quarters[2], (__m256i)quarters[3]);
     const words whole = (words)_mm256_hadd_epi16(first, second);
-    return sums + __builtin_convertvector(pair_dot((integers){0}, whole, ones), floats) * scales;
-#elif ADDS_UP
+#else
     const __m128i first = _mm_hadd_epi16((__m128i)quarters[0], (__m128i)quarters[1]);
     const __m128i second = _mm_hadd_epi16((__m128i)quarters[2], (__m128i)quarters[3]);
     const words whole = (words)_mm_hadd_epi16(first, second);
-    return sums + __builtin_convertvector(pair_dot((integers){0}, whole, ones), floats) * scales;
+#endif
+    return __builtin_convertvector(pair_dot((integers){0}, whole, (words){0} + 0x00010001), floats);
+}
+#endif
+
+/* sums + scales * (the products of a block * inputs' scales - zeros * inputs' sums), where lanes are atoms. */
+INLINE floats add_atoms(floats sums, const words quarters[BLOCK_VECTORS], floats scales, floats zeros,
+                        floats inputs_scales, floats inputs_sums) {
+#if ADDS_UP
+    return sums + scales * (add_up(quarters) * inputs_scales - zeros * inputs_sums);
 #else
+#if NARROW_SUMS
+    const words ones = (words){0} + 0x00010001;
+#endif
+    sums -= scales * zeros * inputs_sums;
+    scales *= inputs_scales;
     UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
         integers atoms;
         UNROLL for (int i = 0; i < LANES; i++) atoms[i] = v * VECTOR_ATOMS + i / 4;
@@ -155,13 +182,9 @@ INLINE void add_block(const struct nibble_rows *x, const struct nibble_row *w, i
     const int64_t first = t * x->atoms + block * BLOCK_ATOMS, vector = 4 * LANES, group = block * x->step;
     const char *codes = w->codes + block * BLOCK_ATOMS * ATOM_BYTES;
     const enum type type = is_usual ? BFLOAT16 : w->type;
-    const floats scales = permuted(take_scales(w->scales + group * size_of(type), groups, type), index);
-    floats zeros = splat(w->zero), both[ROWS_TOGETHER];
-    if (is_usual || w->zeros) zeros = permuted(take_scales(w->zeros + group * sizeof(bfloat16), groups, BFLOAT16), index);
-    UNROLL for (int r = 0; r < rows; r++) {
-        both[r] = scales * take(x->scales + first + r * x->atoms, FLOAT32);
-        sums[r] -= scales * zeros * take(x->sums + first + r * x->atoms, FLOAT32);
-    }
+    const floats scales = of_groups(w->scales + group * size_of(type), groups, type, index);
+    floats zeros = splat(w->zero);
+    if (is_usual || w->zeros) zeros = of_groups(w->zeros + group * sizeof(bfloat16), groups, BFLOAT16, index);
     words quarters[ROWS_TOGETHER][BLOCK_VECTORS] = {{{0}}};
     for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(codes + at + w->ahead, 0, 2);
     UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
@@ -171,7 +194,11 @@ INLINE void add_block(const struct nibble_rows *x, const struct nibble_row *w, i
         UNROLL for (int r = 0; r < rows; r++)
             quarters[r][v] = multiply_nibbles(weights, x->codes + (first + r * x->atoms + v * VECTOR_ATOMS) * ATOM);
     }
-    UNROLL for (int r = 0; r < rows; r++) sums[r] = add_quarters(sums[r], quarters[r], both[r]);
+    UNROLL for (int r = 0; r < rows; r++) {
+        const int64_t place = first + r * x->atoms;
+        sums[r] = add_atoms(sums[r], quarters[r], scales, zeros, take(x->scales + place, FLOAT32),
+                            take(x->sums + place, FLOAT32));
+    }
 }
 
 /* A row of the weight times rows t .. t + rows. is_inside: LANES groups can be read from any one on. */
