@@ -59,6 +59,17 @@ COUNTS = (NONE, "ngram", *(f"ngram, {count} tokens" for count in FIXED[:-1]))
 MOST_REQUESTS = 16
 
 
+JSON = "JSON"
+LOADS = (
+    "a code edit",
+    "random text",
+    f"{MOST_REQUESTS} random texts",
+    "4 code edits",
+    f"{MOST_REQUESTS} code edits",
+    JSON,
+)
+
+
 class Load(NamedTuple):
     """Requests that arrive together."""
 
@@ -169,12 +180,13 @@ def loads_of(is_counting: bool, vocab_size: int, tokens: int, repeats: int) -> l
         return make
 
     every = tuple(SETTINGS)
+    edit, text, texts, few, many, _ = LOADS
     return [
-        Load("a code edit", edits(1), plain, every, repeats),
-        Load("random text", unknown(1), hot, CHOSEN, 2 * repeats),
-        Load(f"{MOST_REQUESTS} random texts", unknown(MOST_REQUESTS), hot, CHOSEN, repeats),
-        Load("4 code edits", edits(4), plain, COUNTS, repeats),
-        Load(f"{MOST_REQUESTS} code edits", edits(MOST_REQUESTS), plain, COUNTS, repeats),
+        Load(edit, edits(1), plain, every, repeats),
+        Load(text, unknown(1), hot, CHOSEN, 2 * repeats),
+        Load(texts, unknown(MOST_REQUESTS), hot, CHOSEN, repeats),
+        Load(few, edits(4), plain, COUNTS, repeats),
+        Load(many, edits(MOST_REQUESTS), plain, COUNTS, repeats),
     ]
 
 
@@ -268,13 +280,13 @@ def _shown(ratio: float | None) -> str:
 
 def verdicts(found: Study) -> Iterator[str]:
     """What was aimed at, and what came out."""
-    saturated = f"{MOST_REQUESTS} random texts"
+    edit, text, saturated, few, many, _ = LOADS
     for setting in CHOSEN[1:]:
-        yield _verdict(f"a code edit, {setting}: TPOT", found.ratio("a code edit", setting, tpot), 0.5, True)
-        yield _verdict(f"random text, {setting}: TPOT", found.ratio("random text", setting, tpot), 1.03, True)
+        yield _verdict(f"{edit}, {setting}: TPOT", found.ratio(edit, setting, tpot), 0.5, True)
+        yield _verdict(f"{text}, {setting}: TPOT", found.ratio(text, setting, tpot), 1.03, True)
         speed = found.ratio(saturated, setting, tokens_per_second)
         yield _verdict(f"{saturated}, {setting}: tokens/s", speed, 0.98, False)
-    for load in ("a code edit", "4 code edits", f"{MOST_REQUESTS} code edits"):
+    for load in (edit, few, many):
         fixed = [f"ngram, {count} tokens" for count in FIXED]
         measured = _inverse([found.ratio(load, name, tokens_per_second, "ngram") for name in fixed])
         typical = _inverse([found.typical_ratio(load, name, "ngram") for name in fixed])
@@ -332,6 +344,7 @@ def main() -> None:
     """Measure one model after the other, print each when it is done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=DEFAULT_MODELS)
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=LOADS, help="of these only (default: all)")
     parser.add_argument("--ranks", type=int, default=2, help="number of ranks (default 2)")
     parser.add_argument("--minutes", type=float, default=5.5, help="no run starts after this time (default 5.5)")
     parser.add_argument("--repeats", type=int, default=2, help="repetitions of each measurement (default 2)")
@@ -358,10 +371,10 @@ def _compare(name: str, options: argparse.Namespace, console: Any, is_over: Call
     try:
         with start(MODELS[name](), options.ranks) as engine:
             speculations = Speculations(engine)
-            if not is_counting:
+            if not is_counting and JSON in options.loads:
                 documents.run(engine, lambda chosen: speculations.use("ngram" if chosen else NONE), is_over)
             loads = loads_of(is_counting, engine.vocab_size, options.tokens, options.repeats)
-            study(speculations, loads, found, is_over)
+            study(speculations, [load for load in loads if load.name in options.loads], found, is_over)
     finally:
         console.print(table_of(found))
         lines = [*verdicts(found), *([] if is_counting else documents.lines())]
