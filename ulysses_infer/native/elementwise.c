@@ -188,7 +188,7 @@ void NAMED(rotate)(
     void NAMED(NAME)(                                                                                            \
         TYPE * out, const TYPE *gate, int64_t gate_stride, const TYPE *up, int64_t up_stride, int64_t rows,      \
         int64_t width) {                                                                                         \
-        _Pragma("omp parallel for schedule(static) if (rows * width > GATES_FROM)")                           \
+        _Pragma("omp parallel for schedule(static) if (rows * width > GATES_FROM)")                              \
         for (int64_t row = 0; row < rows; row++)                                                                 \
             NAMED(NAME##_row)(out + row * width, gate + row * gate_stride, up + row * up_stride, width);         \
     }

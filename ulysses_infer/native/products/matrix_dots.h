@@ -1,4 +1,4 @@
-/* Products of bytes of two rows with two outputs in one instruction (Arm's i8mm): as many as two dot products have. */
+/* Products of bytes of two rows with two outputs in one instruction (Arm's i8mm): twice the work of a dot product. */
 #pragma once
 #include "integer_panels.h"
 
