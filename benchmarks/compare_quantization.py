@@ -3,9 +3,9 @@
     python -m benchmarks.compare_quantization [--random-model llama-0.5b] [--repeats 11] [--output FILE]
 
 One process with all threads holds an engine of each kind. They take turns in every round, in random order, with one
-prompt of each length (one token out) and a lone decode; the memory is read once per round. The first two rounds record
-steps and do not count. Printed are medians, the medians of each round's ratio to bfloat16, and a token's time as a
-multiple of what reading the weights takes at the memory's speed of that round.
+prompt of each length (one token out) and a lone decode; the memory is read five times per round. The first two rounds
+record steps and do not count. Printed are medians, the medians of each round's ratio to bfloat16, and a token's time as
+a multiple of what reading the weights takes at the memory's speed of that round.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LENGTHS = (64, 128, 512)
 OUTPUT_LEN, DECODE_PROMPT = 24, 32
 WARM_UP = 2  # rounds
 READ_BYTES = 512 << 20
-TOKEN, MEMORY = "token", "memory"
+TOKEN = "token"
 Rounds = Mapping[tuple[str, str | int], list[float]]
 """Seconds of every round, by kind of engine and measured work: the length of a prompt, or TOKEN."""
 
@@ -59,7 +59,7 @@ def read_seconds(values: torch.Tensor) -> float:
 
 
 def bytes_read(engine: InferenceEngine) -> int:
-    """Bytes of the weights that a decode step reads: without embeddings that the head does not read, too."""
+    """Bytes of the weights that a decode step reads: all but the embeddings, unless the head shares them."""
     assert engine._rank is not None
     injection = engine._rank.worker.model.injection
     embeddings, head = injection.model.get_input_embeddings().weight, injection.head
@@ -67,8 +67,9 @@ def bytes_read(engine: InferenceEngine) -> int:
     return sum(each.nbytes for each in injection.model.parameters()) - (0 if is_read else embeddings.nbytes)
 
 
-def measure(engines: Mapping[str, InferenceEngine], repeats: int) -> Rounds:
-    """Seconds of each kind of work in each round, without the first ones."""
+def measure(engines: Mapping[str, InferenceEngine], repeats: int) -> tuple[Rounds, list[float]]:
+    """Seconds of each kind of work in each round, and of reading READ_BYTES of memory, without the first rounds."""
+    reads: list[float] = []
     found: defaultdict[tuple[str, str | int], list[float]] = defaultdict(list)
     values, names = torch.ones(READ_BYTES // 4), list(engines)
     for _ in range(WARM_UP + repeats):
@@ -76,21 +77,21 @@ def measure(engines: Mapping[str, InferenceEngine], repeats: int) -> Rounds:
         for length in LENGTHS:
             for name in names:
                 found[name, length].append(seconds_of(engines[name], length, 1))
-        found[MEMORY, MEMORY].append(median(read_seconds(values) for _ in range(5)))
+        reads.append(median(read_seconds(values) for _ in range(5)))
         for name in names:
             found[name, TOKEN].append(token_seconds(engines[name]))
-    return {key: seconds[WARM_UP:] for key, seconds in found.items()}
+    return {key: seconds[WARM_UP:] for key, seconds in found.items()}, reads[WARM_UP:]
 
 
-def row(rounds: Rounds, name: str, size: int) -> dict[str, float]:
+def row(rounds: Rounds, reads: list[float], name: str, size: int) -> dict[str, float]:
     """The figures of one kind of engine, whose decode step reads `size` bytes of weights."""
     figures: dict[str, float] = {"bytes": size}
     for work in (*LENGTHS, TOKEN):
         own, dense = rounds[name, work], rounds["bfloat16", work]
         figures[f"{work} ms"] = median(own) * 1e3
         figures[f"{work} ratio"] = median(a / b for a, b in zip(dense, own, strict=True))
-    reads = [seconds * size / READ_BYTES for seconds in rounds[MEMORY, MEMORY]]
-    figures["of reading"] = median(a / b for a, b in zip(rounds[name, TOKEN], reads, strict=True))
+    share = size / READ_BYTES
+    figures["of reading"] = median(a / (b * share) for a, b in zip(rounds[name, TOKEN], reads, strict=True))
     return figures
 
 
@@ -121,9 +122,9 @@ def main() -> None:
         name: init_inference(path, **settings, **({"model.quantize": kind} if kind else {}))
         for name, kind in KINDS.items()
     }
-    rounds = measure(engines, options.repeats)
-    rows = {name: row(rounds, name, bytes_read(engine)) for name, engine in engines.items()}
-    show(rows, READ_BYTES / median(rounds[MEMORY, MEMORY]))
+    rounds, reads = measure(engines, options.repeats)
+    rows = {name: row(rounds, reads, name, bytes_read(engine)) for name, engine in engines.items()}
+    show(rows, READ_BYTES / median(reads))
     if options.output:
         options.output.write_text(json.dumps(rows, indent=1))
 

@@ -57,8 +57,6 @@ SETTINGS = {
 CHOSEN = (NONE, "ngram", "suffix")
 COUNTS = (NONE, "ngram", *(f"ngram, {count} tokens" for count in FIXED[:-1]))
 MOST_REQUESTS = 16
-
-
 JSON = "JSON"
 LOADS = (
     "a code edit",

@@ -95,7 +95,7 @@ class TimedProducts(Timed):
 
     def __call__(self, *args: Any) -> Any:
         """See `NativeMatmul`."""
-        return self._clock.timed(KINDS[0], self._original)(*args)
+        return self._clock.timed("matrix products", self._original)(*args)
 
 
 def attach_adapters(engine: InferenceEngine, clock: Clock) -> None:
@@ -107,7 +107,7 @@ def attach_adapters(engine: InferenceEngine, clock: Clock) -> None:
         worker.groups.by_mode[mode] = Timed(collectives, clock, "collectives", exchanges)  # type: ignore[assignment]
     worker.contexts.backend = Timed(worker.backend, clock, "attention", ("attend",))
     products = worker.matmul or TorchProducts()
-    worker.contexts.matmul = TimedProducts(products, clock, KINDS[0], ("joint",))  # type: ignore[assignment]
+    worker.contexts.matmul = TimedProducts(products, clock, "matrix products", ("joint",))  # type: ignore[assignment]
 
 
 def measure(engine: InferenceEngine, batch: int, input_len: int, output_len: int, prefill: int = 0) -> list[Step]:

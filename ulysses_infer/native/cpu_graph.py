@@ -80,7 +80,7 @@ class _HostReads(TorchFunctionMode):
         self._graph = graph
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in HOST_READS:
+        if function in HOST_READS and recording.recorder is self._graph:
             self._graph.problem = self._graph.problem or f"the host reads a tensor by {function.__name__}"
         return function(*args, **(kwargs or {}))
 

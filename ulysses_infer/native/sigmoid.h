@@ -19,15 +19,6 @@ INLINE floats divided(floats x, floats y, enum type type) {
     return x / y;
 }
 
-/* Elementwise: a where all bits of `which` are set, b where none is. */
-INLINE floats chosen(integers which, floats a, floats b) {
-#if defined(__AVX2__) && LANES == 8
-    return (floats)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)which);
-#else
-    return (floats)(((integers)a & which) | ((integers)b & ~which));
-#endif
-}
-
 /* x[v] / (1 + e^-z[v]) for `n` vectors, interleaved to hide the latency of each step. */
 INLINE void times_sigmoid(floats *x, const floats *z, const int n, enum type type) {
     floats power[TOGETHER]; /* e^-|z|, at most 1 */
@@ -35,7 +26,7 @@ INLINE void times_sigmoid(floats *x, const floats *z, const int n, enum type typ
 #define EACH UNROLL for (int v = 0; v < n; v++)
     EACH power[v] = exp2_of((floats)((integers)z[v] | INT32_MIN) * LOG2_E, FLOAT32);
     EACH positive[v] = z[v] > 0.0f;
-    EACH x[v] *= chosen(positive[v], splat(1.0f), power[v]);
+    EACH x[v] *= blend(positive[v], splat(1.0f), power[v]);
     EACH x[v] = divided(x[v], 1.0f + power[v], type);
 #undef EACH
 }

@@ -379,13 +379,21 @@ INLINE floats exp2_of(floats x, enum type type) {
 #endif
 }
 
+/* Elementwise: a where all bits of `mask` are set, b where none is. */
+INLINE floats blend(integers mask, floats a, floats b) {
+#if defined(__AVX2__) && LANES == 8
+    return (floats)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)mask);
+#else
+    return (floats)(((integers)a & mask) | ((integers)b & ~mask));
+#endif
+}
+
 /* Elementwise; b where either is NaN. */
 INLINE floats larger_of(floats a, floats b) {
 #ifdef HAS_AVX512
     return (floats)_mm512_max_ps((__m512)a, (__m512)b);
 #endif
-    integers first = a > b;
-    return (floats)(((integers)a & first) | ((integers)b & ~first));
+    return blend(a > b, a, b);
 }
 
 INLINE floats tanh_of(floats x) {
@@ -409,13 +417,7 @@ INLINE floats take(const void *from, enum type type) {
 /* bfloat16 in the upper halves: to nearest, ties to even; NaN stays NaN. The lower halves are open. */
 INLINE words round_upper_halves(floats x) {
     const words bits = (words)x, result = bits + ((bits >> 16 & 1) + 0x7fff);
-#if defined(__AVX2__) && LANES == 8
-    const __m256 is_nan = _mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q), nan = (__m256)((words){0} + 0x7fc00000);
-    return (words)_mm256_blendv_ps((__m256)result, nan, is_nan);
-#else
-    const integers ordered = x == x;
-    return (result & (words)ordered) | (0x7fc00000 & ~(words)ordered);
-#endif
+    return (words)blend(x == x, (floats)result, (floats)((words){0} + 0x7fc00000));
 }
 
 /* `x` rounded to `type`. On CPUs that flush denormals, numbers below 2^-126 become zero. */

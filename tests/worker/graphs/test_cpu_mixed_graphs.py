@@ -102,7 +102,7 @@ def test_sequences_are_preempted(rank_pool, reference):
     assert compare(rank_pool, reference("llama").folder, (2, 1), **{"cache.num_blocks": 40}) > 4
 
 
-def test_chunks_that_need_no_logits(rank_pool, reference):
+def test_chunks_that_need_no_logits_are_replayed(rank_pool, reference):
     """One request at a time, whose prompt takes several steps."""
     changes = {"scheduler.max_num_seqs": 1, "scheduler.max_num_batched_tokens": 40}
     assert compare(rank_pool, reference("llama").folder, (1, 1), **changes) > 5

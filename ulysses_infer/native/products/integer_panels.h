@@ -7,6 +7,7 @@
 #include "integer_dots.h"
 #include "stored_weights.h"
 
+#define TILE_ROWS (REGISTERS == 32 ? 6 : 4) /* of inputs */
 #define VECTORS 2 /* of outputs */
 #define OUTPUTS (VECTORS * LANES)
 #define PANEL_INPUTS 512 /* at most: the panel stays in the L1 cache */
@@ -28,6 +29,16 @@ struct panel {
     float *scales, *minima;  /* [groups][OUTPUTS]; minima: what a code of zero means */
     int8_t *bytes;           /* [OUTPUTS][ROW_BYTES], if the weight is expanded first */
 };
+
+/* The operands of a vector of words for each vector of outputs: two of nibbles, one of bytes. */
+INLINE void load_operands(const uint32_t *w, enum kind kind, words to[2][VECTORS]) {
+    UNROLL for (int v = 0; v < VECTORS; v++) {
+        const floats read = take(w + v * LANES, FLOAT32);
+        words found[2] = {(words)(kind == BYTES ? in_register(read) : read)};
+        if (kind == NIBBLES) unpack((words)read, kind, found);
+        to[0][v] = found[0], to[1][v] = found[1];
+    }
+}
 
 /* `first` has room for one number more than there are segments. */
 static struct cut cut_of(const struct stored *w, const struct segment *segments, int64_t count, int64_t *first) {

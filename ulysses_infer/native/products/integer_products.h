@@ -6,11 +6,6 @@
 #pragma once
 #include "matrix_dots.h"
 
-#if REGISTERS == 32
-#define TILE_ROWS 6
-#else
-#define TILE_ROWS 4
-#endif
 #define BATCH_ROWS (80 * TILE_ROWS) /* whose sums are kept beside a panel */
 
 struct product {
@@ -58,16 +53,6 @@ static void pack_block(const struct product *p, const struct cut *cut, const str
             memset(codes + count, 0, 8);
             pack_inputs(codes, count, cut->kind, x->operands + first * x->num_operands + cut->first[s] * rows + r, rows);
         }
-}
-
-/* The operands of VECTORS vectors of words from `w` on. */
-INLINE void load_operands(const uint32_t *w, enum kind kind, words to[2][VECTORS]) {
-    UNROLL for (int v = 0; v < VECTORS; v++) {
-        const floats read = take(w + v * LANES, FLOAT32);
-        words found[2] = {(words)(kind == BYTES ? in_register(read) : read)};
-        if (kind == NIBBLES) unpack((words)read, kind, found);
-        to[0][v] = found[0], to[1][v] = found[1];
-    }
 }
 
 /* Add to whole[rows][VECTORS] the products of `count` words of a panel. */
@@ -171,7 +156,7 @@ INLINE void add_panel(const struct panel *w, const struct cut *cut, int64_t s, i
             case 2: tile(w, cut, s, end, x, first, 2, form, to); break;
             case 3: tile(w, cut, s, end, x, first, 3, form, to); break;
             case 4: tile(w, cut, s, end, x, first, 4, form, to); break;
-#if TILE_ROWS == 6
+#if REGISTERS == 32
             case 5: tile(w, cut, s, end, x, first, 5, form, to); break;
             case 6: tile(w, cut, s, end, x, first, 6, form, to); break;
 #endif

@@ -9,21 +9,16 @@
 #endif
 
 #if HAS_MATRIX_DOTS
-/* Two operands of weights, of all outputs, for `dot`. */
+/* Two operands for each vector of outputs: of a word of nibbles, or of two words of bytes. */
 INLINE void load_two(const uint32_t *w, enum kind kind, words to[2][VECTORS]) {
-    UNROLL for (int v = 0; v < VECTORS; v++) {
-        words found[2] = {(words)take(w + v * LANES, FLOAT32)};
-        if (kind == NIBBLES)
-            unpack(found[0], kind, found);
-        else
-            found[1] = (words)take(w + OUTPUTS + v * LANES, FLOAT32);
-        to[0][v] = found[0], to[1][v] = found[1];
-    }
+    load_operands(w, kind, to);
+    if (kind == BYTES)
+        UNROLL for (int v = 0; v < VECTORS; v++) to[1][v] = (words)take(w + OUTPUTS + v * LANES, FLOAT32);
 }
 
 /* sums[pairs of rows][pairs of outputs] += the products of two operands. x: [2][rows]. */
 INLINE void add_matrices(const words weights[2][VECTORS], const uint32_t *x, const int rows,
-                         int32x4_t sums[][2 * VECTORS]) {
+                         int32x4_t sums[TILE_ROWS / 2][2 * VECTORS]) {
     int8x16_t pairs[2 * VECTORS];
     UNROLL for (int v = 0; v < VECTORS; v++) {
         const uint32x4_t first = (uint32x4_t)weights[0][v], second = (uint32x4_t)weights[1][v];
@@ -41,9 +36,9 @@ INLINE void add_matrices(const words weights[2][VECTORS], const uint32_t *x, con
 /* Add to whole[rows][VECTORS] the products of the first words of a panel, all or all but one of `count`; returns how
  * many. The last of an odd number of rows has dot products. */
 INLINE int64_t add_matrix_words(const uint32_t *w, const uint32_t *x, int64_t count, const int rows,
-                                const enum kind kind, integers whole[][VECTORS]) {
+                                const enum kind kind, integers whole[TILE_ROWS][VECTORS]) {
     const int step = kind == NIBBLES ? 1 : 2; /* words of two operands */
-    int32x4_t sums[3][2 * VECTORS];
+    int32x4_t sums[TILE_ROWS / 2][2 * VECTORS];
     int64_t k = 0;
     UNROLL for (int i = 0; i < rows / 2; i++)
         UNROLL for (int o = 0; o < 2 * VECTORS; o++) sums[i][o] = vdupq_n_s32(0);

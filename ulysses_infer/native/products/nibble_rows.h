@@ -142,7 +142,8 @@ INLINE floats add_up(const words quarters[BLOCK_VECTORS]) {
 }
 #endif
 
-/* sums + scales * (the products of a block * inputs' scales - zeros * inputs' sums), where lanes are atoms. */
+/* sums + scales * (the products of a block * inputs_scales - zeros * inputs_sums). Scales, zeros and what is of the inputs
+ * have one atom per lane. */
 INLINE floats add_atoms(floats sums, const words quarters[BLOCK_VECTORS], floats scales, floats zeros,
                         floats inputs_scales, floats inputs_sums) {
 #if ADDS_UP

@@ -38,7 +38,7 @@ class _RecordedStep:
 
 
 class CpuGraphRunner:
-    """Runs decode steps of one rank from CPU graphs: one per mode and number of rows that recurs.
+    """Runs decode steps of one rank from CPU graphs: one per mode and number of rows.
 
     Implements `StepRunner`. Each rank decides for itself whether it records, replays or runs a step eagerly: the
     collectives are the same.
@@ -77,7 +77,7 @@ class CpuGraphRunner:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds that the last step spent in each kind of native call; empty if it was not replayed."""
-        return seconds_of(self._replayed)
+        return replayed_seconds(self._replayed)
 
     @property
     def num_recorded(self) -> int:
@@ -142,7 +142,8 @@ class CpuGraphRunner:
             torch.from_numpy(at_least_one(values[local.start : local.stop]))
             for values in (self._inputs.token_ids, self._inputs.positions)
         )
-        rows, graph = torch.arange(local.size), CpuGraph(self.arena)
+        graph = CpuGraph(self.arena)
+        rows = torch.arange(local.size)  # within the recording, each replay would call torch for it
         with graph.recording():
             result = finish(self.model.forward(token_ids, positions, rows, context))
         reason = graph.problem
@@ -161,9 +162,9 @@ def replay(graph: CpuGraph, groups: ProcessGroups) -> None:
         groups.clock.count(kind, graph.seconds_of(kind))
 
 
-def seconds_of(replayed: CpuGraph | None) -> dict[str, float]:
-    """Seconds that the last replay spent in each kind of native call; empty without one."""
-    return {} if replayed is None else {kind: replayed.seconds_of(kind) for kind in KINDS}
+def replayed_seconds(graph: CpuGraph | None) -> dict[str, float]:
+    """Seconds that the last replay of `graph` spent in each kind of native call; empty for None."""
+    return {} if graph is None else {kind: graph.seconds_of(kind) for kind in KINDS}
 
 
 def _key_of(plan: StepPlan) -> _Key:

@@ -23,7 +23,7 @@ from ulysses_infer.native.arena import Arena
 from ulysses_infer.native.cpu_graph import CpuGraph
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.worker.block_tables import GroupArrays
-from ulysses_infer.worker.graphs.cpu_graphs import replay, seconds_of
+from ulysses_infer.worker.graphs.cpu_graphs import replay, replayed_seconds
 from ulysses_infer.worker.step import Finish, Step
 from ulysses_infer.worker.step_context import StepContextBuilder, rows_within
 from ulysses_infer.worker.step_plan import StepPlan
@@ -75,7 +75,7 @@ class CpuMixedGraphRunner:
     @property
     def seconds(self) -> dict[str, float]:
         """See `CpuGraphRunner.seconds`."""
-        return seconds_of(self._replayed)
+        return replayed_seconds(self._replayed)
 
     @property
     def is_settled(self) -> bool:
