@@ -5,7 +5,8 @@ graphs stay. Settings alternate, so that disturbances affect all of them, and ev
 
 Disturbances of the machine hit single steps, and the best of several fixed numbers of tokens is the one they spared. So
 `auto` is also compared by typical step times: each step after the prompts counts as the median of all steps of the load
-with as many rows, whatever the setting. What is left is what it chose.
+with as many rows, whatever the setting. What is left is what it chose. Steps that are recorded, which happens once for
+each size, are no samples.
 
 SmolLM2-135M edits code of Python's own library and writes JSON under a schema. The random weights of llama-60m can
 repeat nothing, so it becomes a `counting_model`, whose output repeats its prompt as the edited code repeats the code.
@@ -79,23 +80,34 @@ class Load(NamedTuple):
     repeats: int
 
 
+class TimedStep(NamedTuple):
+    """A step of a run."""
+
+    rows: int
+    seconds: float
+    is_settled: bool = True
+    """False if it was recorded: others of its kind will not take as long."""
+
+
 class Run(NamedTuple):
     """One run of a load."""
 
     sample: Sample
     num_drafted: int
     num_accepted: int
-    steps: Sequence[tuple[int, float]] = ()
-    """(rows, seconds) of each step after the prompts."""
+    steps: Sequence[TimedStep] = ()
+    """Those after the prompts."""
 
 
 class StepClock:
     """Times the steps of a run that begin when every request has its first token."""
 
-    def __init__(self, num_requests: int, num_drafted: Callable[[], int]) -> None:
-        """num_drafted: drafted tokens so far."""
-        self.steps: list[tuple[int, float]] = []
-        self._num_requests, self._num_drafted = num_requests, num_drafted
+    def __init__(
+        self, num_requests: int, num_drafted: Callable[[], int], is_settled: Callable[[], bool] = lambda: True
+    ) -> None:
+        """num_drafted: drafted tokens so far; is_settled: of the last step."""
+        self.steps: list[TimedStep] = []
+        self._num_requests, self._num_drafted, self._is_settled = num_requests, num_drafted, is_settled
         self._started: set[int] = set()
         self._last, self._drafted = time.perf_counter(), 0
 
@@ -103,7 +115,8 @@ class StepClock:
         """A step has ended that gave tokens to the requests `touched`."""
         now, drafted, requests = time.perf_counter(), self._num_drafted(), set(touched)
         if len(self._started) == self._num_requests:
-            self.steps.append((len(requests) + drafted - self._drafted, now - self._last))
+            rows = len(requests) + drafted - self._drafted
+            self.steps.append(TimedStep(rows, now - self._last, self._is_settled()))
         self._started |= requests
         self._last, self._drafted = now, drafted
 
@@ -129,17 +142,21 @@ class Study:
         return own / other if own and other else None
 
     def _typical_seconds(self, load: str) -> dict[int, float]:
-        """The median of the load's steps of each number of rows."""
-        found: dict[int, list[float]] = {}
+        """The median of the load's steps of each number of rows, without recorded ones if there are others."""
+        found: dict[int, list[TimedStep]] = {}
         for (name, _), runs in self.runs.items():
-            for rows, seconds in itertools.chain(*(run.steps for run in runs if name == load)):
-                found.setdefault(rows, []).append(seconds)
-        return {rows: median(seconds) for rows, seconds in found.items()}
+            for step in itertools.chain(*(run.steps for run in runs if name == load)):
+                found.setdefault(step.rows, []).append(step)
+        return {rows: median(_settled_seconds(steps)) for rows, steps in found.items()}
 
     @staticmethod
     def _by_typical_steps(runs: Sequence[Run], typical: Mapping[int, float]) -> float:
-        seconds = sum(typical[rows] for run in runs for rows, _ in run.steps)
+        seconds = sum(typical[step.rows] for run in runs for step in run.steps)
         return sum(run.sample.output_tokens for run in runs) / seconds if seconds else 0.0
+
+
+def _settled_seconds(steps: Sequence[TimedStep]) -> list[float]:
+    return [step.seconds for step in steps if step.is_settled] or [step.seconds for step in steps]
 
 
 def tokens_per_second(sample: Sample) -> float:
@@ -234,7 +251,7 @@ def measure(speculations: Speculations, load: Load, setting: str, repeat: int) -
     def num_drafted() -> int:
         return stats.num_draft_tokens if stats else 0
 
-    clock = StepClock(len(prompts), num_drafted)
+    clock = StepClock(len(prompts), num_drafted, lambda: own.worker.is_settled)
     sample = sample_of(engine.generate(prompts, load.params, on_step=clock.tick))
     return Run(sample, num_drafted(), stats.num_accepted_tokens if stats else 0, clock.steps)
 
@@ -317,7 +334,7 @@ def start(path: Path, ranks: int) -> InferenceEngine:
         str(path),
         parallel={"sp": ranks},
         speculation={"method": "ngram"},
-        policy={"name": "adaptive", "profile": None, "calibration_seconds": 8},
+        policy={"name": "adaptive", "profile": None, "calibration_seconds": 15},
         scheduler={"max_num_seqs": MOST_REQUESTS, "max_num_batched_tokens": 1024},
         model={"max_model_len": 2048},
         cache={"num_blocks": 1024},

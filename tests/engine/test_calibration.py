@@ -17,7 +17,7 @@ from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.cli import calibrate as command
 from ulysses_infer.cli.arguments import parse
 from ulysses_infer.engine.calibration import Rounds, typical_seconds
-from ulysses_infer.engine.calibration_points import FINE_TOKENS, TOKENS, Limits, Point, design
+from ulysses_infer.engine.calibration_points import FINE_TOKENS, TOKENS, VERIFIED_ROWS, Limits, Point, design
 from ulysses_infer.errors import ConfigError, RequestError
 from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.profile import Profile, cached_path
@@ -67,6 +67,12 @@ def test_the_design_stays_within_the_limits_and_has_each_point_once(limits, fine
         assert len(ends) <= limits.num_sequences
         assert max(ends) <= limits.context
         assert sum(ends) <= limits.cached
+
+
+@pytest.mark.parametrize(("context", "cached"), [(8191, 32768), (8191, 1024), (127, 32768)])
+def test_all_sizes_of_verified_steps_are_measured_however_little_is_cached(context, cached):
+    points = design(Limits(512, 16, context, cached))
+    assert {*VERIFIED_ROWS} <= {point.decodes for point in points if not point.chunks}
 
 
 def test_a_point_prints_its_shape():

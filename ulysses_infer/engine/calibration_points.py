@@ -15,7 +15,8 @@ CHUNKS = (32, 512, 2048)
 """Prompt tokens of a step after a cached context."""
 DECODES = (1, 2, 8, 32, 128)
 VERIFIED_ROWS = (3, 4, 5, 6, 7, 10, 12, 14, 16)
-"""Rows of decode steps between `DECODES`, as drafted tokens make them. Measuring a size also records its CPU graph."""
+"""Rows of decode steps between `DECODES`, as drafted tokens make them. Measuring a size also records its CPU graph, so
+none of them is left out because few tokens are cached."""
 VERIFIED_CONTEXT = 256
 
 
@@ -52,7 +53,7 @@ def design(limits: Limits, tokens: Sequence[int] = TOKENS) -> list[Point]:
     points = [Point(0, 0, ((0, count),)) for count in (*tokens, ceil_div(limits.num_tokens, 2), limits.num_tokens)]
     points += [Point(0, 0, ((context, count),)) for context in CONTEXTS[1:] for count in CHUNKS]
     points += [Point(count, context) for context in CONTEXTS for count in (*DECODES, limits.num_sequences)]
-    points += [Point(count, VERIFIED_CONTEXT) for count in VERIFIED_ROWS]
+    points += [Point(rows, min(VERIFIED_CONTEXT, limits.context, limits.cached // rows or 1)) for rows in VERIFIED_ROWS]
     points += [Point(8, 256, ((0, chunk),)) for chunk in (32, 256)]
     points += [Point(8, 1024, ((1024, chunk - 8),)) for chunk in CHUNKS[1:]]
     points += [Point(0, 0, ((0, 16),) * count) for count in (4, 16)] + [Point(0, 0, ((0, 128),) * 4)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ulysses_infer.step_time.step_shape import FEATURES, Bucket
@@ -25,7 +27,7 @@ class Memory:
         self._counts: dict[Bucket, int] = {}
         self._has_assumed = False
 
-    def add(self, bucket: Bucket, row: np.ndarray, seconds: float, time: int, assumed: bool = False) -> None:
+    def add(self, bucket: Bucket, row: Sequence[float], seconds: float, time: int, assumed: bool = False) -> None:
         """Remember a step at `time`, a count of steps. Estimated ones (`assumed`) get little weight."""
         place = self._places.setdefault(bucket, len(self._places) * PER_BUCKET)
         if place == len(self._seconds):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import mul
 from statistics import median
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ class StepTimeModel:
         self._anchor = (
             self._coefficients.copy()
         )  # the reference for drift: the coefficients before traffic refined them
+        self._factors: list[list[float]] = self._coefficients.tolist()  # the same as numbers of Python: see `predict`
         self._fitted: np.ndarray | None = None
         self._offsets: dict[tuple[int, Bucket], tuple[float, int, int]] = {}  # cached results of `_offset`
         self._steps = 0
@@ -102,9 +104,10 @@ class StepTimeModel:
         self._fitted = fit_coefficients(rows, seconds, weights, proof, self._fitted)
         self._coefficients = self._fitted[:own].reshape(len(self.modes), width).copy()
         self._coefficients[:, -NUM_SHARED:] += self._fitted[own:]
+        self._factors = self._coefficients.tolist()
 
     def _look_for_drift(self, index: int, shape: StepShape, seconds: float) -> None:
-        kind, expected = (index, shape.bucket), float(shape.features() @ self._anchor[index])
+        kind, expected = (index, shape.bucket), float(np.dot(self._anchor[index], shape.features()))
         if expected <= 0:
             return
         if not self.drift.knows(kind):
@@ -126,14 +129,16 @@ class StepTimeModel:
 
     def predict(self, shape: StepShape) -> tuple[float, ...]:
         """Seconds of a step in each of `modes`; always positive and finite."""
-        bucket, expected = shape.bucket, (self._coefficients @ shape.features()).tolist()
+        bucket, features = shape.bucket, shape.features()
+        # Between steps, caches are cold: a few numbers take numpy several times as long as Python.
+        expected = [sum(map(mul, factors, features)) for factors in self._factors]
         return tuple(
             [max(seconds, LEAST_SECONDS) * self._correction(index, bucket) for index, seconds in enumerate(expected)]
         )
 
     def is_measured(self, mode: Mode, shape: StepShape) -> bool:
         """Whether a step of this kind was ever measured in `mode`."""
-        return len(self._memories[self.modes.index(mode)].of(shape.bucket)[1]) > 0
+        return self._offset_of(self.modes.index(mode), shape.bucket)[1] > 0
 
     def coefficients(self, mode: Mode) -> dict[str, float]:
         """Seconds per unit of each feature."""
@@ -141,17 +146,22 @@ class StepTimeModel:
 
     def _correction(self, index: int, bucket: Bucket) -> float:
         """The correction of steps of this kind, closer to 1 the fewer and older they are."""
-        key = index, bucket
-        found = self._offsets.get(key)
-        if found is None:
-            found = self._offsets[key] = self._offset(*key)
-        middle, count, latest = found
+        middle, count, latest = self._offset_of(index, bucket)
+        if not count:
+            return 1.0
         most = CORRECTION_EACH * count
         trust = count / (count + 1) * FRESH_STEPS / (FRESH_STEPS + self._steps - latest)
         return math.exp(max(-most, min(most, middle)) * trust)
 
-    def _offset(self, index: int, bucket: Bucket) -> tuple[float, int, int]:
+    def _offset_of(self, index: int, bucket: Bucket) -> tuple[float, int, int]:
         """(median log of measured over modelled time, number of measurements, step of the latest) of a bucket."""
+        key = index, bucket
+        found = self._offsets.get(key)
+        if found is None:
+            found = self._offsets[key] = self._offset(*key)
+        return found
+
+    def _offset(self, index: int, bucket: Bucket) -> tuple[float, int, int]:
         rows, seconds, latest = self._memories[index].of(bucket)
         if not len(seconds):
             return 0.0, 0, latest

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
-
-import numpy as np
 
 BREAKPOINTS = (1, 8, 32, 128, 512, 2048)
 """Token counts at which the coefficient of one more token may change: weights are read once a step, however many tokens
 share them, so a token costs little until computing takes longer than reading."""
+_SEGMENTS = tuple((low, high - low) for low, high in pairwise(BREAKPOINTS))
 
 FEATURES = (
     "constant",
@@ -98,12 +98,12 @@ class StepShape(NamedTuple):
         context = self.decode_context + self.prefill_context
         return StepShape(0, self.num_sequences, 0, context, 0, 0, 0)
 
-    def features(self) -> np.ndarray:
-        """[F] float64, in the order of `FEATURES`; a step's time is modelled as a sum of coefficients times these.
-
-        Read-only.
-        """
-        return _features(self)
+    def features(self) -> tuple[int, ...]:
+        """F numbers, in the order of `FEATURES`; a step's time is modelled as a sum of coefficients times these."""
+        tokens = self.num_tokens
+        segments = [min(max(tokens - low, 0), length) for low, length in _SEGMENTS]
+        segments.append(max(tokens - BREAKPOINTS[-1], 0))
+        return (1, *segments, *self)
 
     def __str__(self) -> str:
         context = self.decode_context + self.prefill_context
@@ -122,13 +122,3 @@ def _bucket(shape: StepShape) -> Bucket:
     is_fine = shape.num_prefills == 0 and tokens <= LARGEST_FINE
     size = -_half_power(tokens) if is_fine else tokens.bit_length()
     return size, (context // max(1, shape.num_sequences)).bit_length() // 2, int(shape.num_prefills > 0)
-
-
-@lru_cache(maxsize=16)
-def _features(shape: StepShape) -> np.ndarray:
-    tokens = shape.num_tokens
-    ends = (*BREAKPOINTS[1:], max(tokens, BREAKPOINTS[-1]))
-    segments = [min(max(tokens - low, 0), high - low) for low, high in zip(BREAKPOINTS, ends, strict=True)]
-    features = np.array([1, *segments, *shape], dtype=np.float64)
-    features.flags.writeable = False
-    return features

@@ -87,8 +87,8 @@ class Acceptance:
 
     def gains(self, confidences: Sequence[float]) -> list[float]:
         """For each drafted token, the chance that it and all before it are right: the output tokens it is worth."""
-        chance, gains = 1.0, []
+        rate, chance, gains = self.rate, 1.0, []
         for confidence in confidences:
-            chance *= min(1.0, self.rate * confidence)
+            chance *= min(1.0, rate * confidence)
             gains.append(chance)
         return gains

@@ -128,18 +128,17 @@ class DraftPlanner:
         shape = StepShape.of(contexts, chunks)
         plain = self._predict(shape)
         base = len(contexts) / plain.seconds
-        best, best_speed, number, worth = 0, base, float(len(contexts)), 0.0
-        tested = set(_counts_upto(len(candidates), shape.num_decodes))
-        for count, candidate in enumerate(candidates, start=1):
-            worth += candidate.worth
-            shape = shape._replace(
-                num_decodes=shape.num_decodes + 1, decode_context=shape.decode_context + candidate.context
-            )
-            if count in tested:
-                expected = number / (1 - worth / number) if aims_at_tpot else number + worth
-                speed = expected / self._seconds(shape, plain)
-                if speed > best_speed:
-                    best, best_speed = count, speed
+        best, best_speed, number = 0, base, float(len(contexts))
+        worth, context, taken = 0.0, shape.decode_context, 0
+        for count in _counts_upto(len(candidates), shape.num_decodes):
+            added, taken = candidates[taken:count], count
+            worth += sum([candidate.worth for candidate in added])
+            context += sum([candidate.context for candidate in added])
+            expected = number / (1 - worth / number) if aims_at_tpot else number + worth
+            step = shape._replace(num_decodes=shape.num_decodes + count, decode_context=context)
+            speed = expected / self._seconds(step, plain)
+            if speed > best_speed:
+                best, best_speed = count, speed
         if not best:
             return 0, f"0 of {len(candidates)} proposed tokens are worth their time"
         gain = best_speed / base - 1
