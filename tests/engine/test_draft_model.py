@@ -17,7 +17,7 @@ from ulysses_infer.cache.sizing import CacheSizing
 from ulysses_infer.config import CacheConfig
 from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.speculation.draft_choices import DraftChoices
-from ulysses_infer.engine.speculation.draft_planner import DraftPlanner, Prediction
+from ulysses_infer.engine.speculation.draft_planner import GROWTH, DraftPlanner, Prediction
 from ulysses_infer.engine.speculation.draft_times import CATCH_UP_STEPS, DraftTimes
 from ulysses_infer.engine.speculation.drafted_texts import DraftedTexts
 from ulysses_infer.engine.speculation.proposer import Query
@@ -142,8 +142,31 @@ def test_a_token_is_worth_drafting_if_it_brings_more_than_the_usual_tokens_per_s
     chances = [0.8**n for n in range(1, 17)]
     speeds = [(1 + sum(chances[:n])) / (1 + 0.2 * n) for n in range(17)]
     assert length.num_tokens == int(np.argmax(speeds))
-    assert length.least == pytest.approx(0.2 * max(speeds))
-    assert chances[length.num_tokens - 1] > length.least > chances[length.num_tokens]
+    assert length.least == pytest.approx((0.2 * max(speeds),) * 16)
+    assert chances[length.num_tokens - 1] > length.least[0] > chances[length.num_tokens]
+
+
+def test_drafts_grow_longer_than_expected_only_where_one_more_token_is_worth_its_time():
+    """Rows are computed in tiles of 4: the rest of a tile costs the time to draft it, the next tile more."""
+    length = planner(lambda rows: 1 + (rows - 1) // 4, False).best_length({1: 0.7}, {1: 50}, [], 12, lambda n: 0.01 * n)
+    assert length.num_tokens == 3
+    speed = (1 + 0.7 + 0.7**2 + 0.7**3) / 1.03
+    assert length.least[:3] == pytest.approx((0.01 * speed,) * 3)
+    assert length.least[3] == pytest.approx(1.04 / 4 * speed), "the next tile has four more"
+    assert length.least[4] == pytest.approx(0.01 * speed)
+
+
+def test_sizes_that_were_never_measured_are_tried_in_steps():
+    def predicted(shape):
+        return Prediction(ONE, 1.0, shape.num_tokens in measured)  # as if rows cost nothing
+
+    measured, gains, contexts = {2}, {1: [0.99] * 100, 2: [0.99] * 100}, {1: 50, 2: 50}
+    for most in (2 * GROWTH, 2 * GROWTH**2):
+        planner = DraftPlanner(predicted)
+        assert sum(planner.plan(gains, contexts, [], 200).counts.values()) == most - 2
+        length = planner.best_length({1: 0.99, 2: 0.99}, contexts, [], 100, lambda n: 0.0)
+        assert length.num_tokens == most // 2 - 1
+        measured.add(most)
 
 
 def test_a_text_that_is_caught_up_with_is_spread_over_steps():

@@ -15,7 +15,7 @@ from ulysses_infer.engine.request import Request
 from ulysses_infer.engine.speculation.acceptance import Acceptance
 from ulysses_infer.engine.speculation.draft_planner import DraftPlanner, Prediction
 from ulysses_infer.engine.speculation.ngram import NgramProposer
-from ulysses_infer.engine.speculation.proposer import NOTHING, Query
+from ulysses_infer.engine.speculation.proposer import NOTHING, Draft, Query
 from ulysses_infer.engine.speculation.speculation import Speculation
 from ulysses_infer.engine.speculation.step_times import StepTimes
 from ulysses_infer.engine.speculation.suffix import SharedOutputs, SuffixProposer
@@ -319,6 +319,44 @@ def test_without_drafts_what_was_rejected_is_forgotten():
     for _ in range(300):
         run_step(speculation, [made])
     assert speculation._of(made).acceptance.rate > before + 0.2
+
+
+class UnlikelyModel:
+    """A proposer that takes time, a tenth of a step per token, and whose tokens have a chance of a tenth."""
+
+    is_gradual = False
+
+    def __init__(self):
+        self.asked = 0
+
+    def propose(self, queries):
+        self.asked += any(query.most for query in queries)
+        return [Draft((5,) * query.most, (0.1,) * query.most) for query in queries]
+
+    def draft_seconds(self, requests, count):
+        return 0.1 * count
+
+    def forget(self, request):
+        pass
+
+    def reset(self):
+        pass
+
+
+class DearRows(FlatTimes):
+    """Each row takes half a second."""
+
+    def predict(self, shape):
+        return Prediction(Mode(1, 1), 0.5 + 0.5 * shape.num_tokens, True)
+
+
+def test_drafting_ends_though_its_unlikely_tokens_are_never_verified():
+    proposer = UnlikelyModel()
+    config = SpeculationConfig(method="draft_model", model="-")
+    speculation = Speculation(config, lambda request: None, DearRows(), 64, proposer)
+    for index in range(200):
+        assert run_step(speculation, [decoding([1, 2, 3], index)]) == {}
+    assert 1 <= proposer.asked <= 10
 
 
 # --- rows after drafted tokens ---

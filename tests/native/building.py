@@ -14,6 +14,9 @@ from ulysses_infer.native.levels import levels_here
 X86 = ("native", *(level.name for level in levels_here() if level.name in ("x86-64-v3", "x86-64-v2")))
 """What is compiled for this processor, and for older ones."""
 
+X86_OF_LARGE = [pytest.param(level, marks=[pytest.mark.thorough] * (level == "x86-64-v2")) for level in X86]
+"""The same for files that take long to compile."""
+
 ARM_LEVELS = [pytest.param(level, marks=[pytest.mark.thorough, needs_emulator]) for level in ARM]
 """What is compiled for Arm, and run by an emulator."""
 

@@ -14,7 +14,7 @@ from tests.model.fake_step import FakeCollectives, step
 from tests.model.quantization.checkpoints import compressed, float_zeros, int8_channel
 from tests.model.quantization.mixtures import mxfp4
 from tests.model.quantization.test_component import GRAINS, loaded
-from tests.native.building import X86, build_for
+from tests.native.building import X86_OF_LARGE, build_for
 from ulysses_infer.kernels.experts_weights import StoredExperts
 from ulysses_infer.model.quantization import native_products, products
 from ulysses_infer.model.quantization.component import covering
@@ -31,7 +31,7 @@ QUANTISING = 1 / 127
 """Error of a quantised input relative to the largest one of its segment."""
 
 
-@pytest.fixture(params=X86, autouse=True)
+@pytest.fixture(params=X86_OF_LARGE, autouse=True)
 def architecture(request: Any, monkeypatch: Any) -> Any:
     native_products._functions.cache_clear()
     monkeypatch.setattr(native_products, "most_rows", lambda bits: 3)  # more rows are multiplied by the other kernel

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.step_time.costs import MODES, SP, TABLE, TP, machine, measured, model_of, some_step, table_cost
-from ulysses_infer.step_time.model import StepTimeModel
+from ulysses_infer.step_time.model import Measurement, StepTimeModel
 from ulysses_infer.step_time.prior import CPU, Sizes, assumed_steps
 from ulysses_infer.step_time.step_shape import StepShape
 
@@ -49,6 +49,19 @@ def test_steps_that_were_not_measured_are_predicted():
     assert median(found) < 0.05
     noisy = errors(model_of(measured(machine, draw, 0.1)), machine, draw)
     assert median(noisy) < 0.12
+
+
+@pytest.mark.parametrize("longest", [8, 32, 128, 512])
+def test_tokens_beyond_the_longest_measured_step_cost_as_much_as_below_it(longest):
+    def cost(tokens):
+        return 0.01 + 0.002 * tokens
+
+    counts = [count for count in (1, 2, 4, 8, 16, 32, 128, 512) if count <= longest]
+    shapes = [StepShape.of([16] * n, []) for n in counts] + [StepShape.of([], [(0, n)]) for n in counts]
+    model = model_of(Measurement(mode, shape, cost(shape.num_tokens)) for mode in MODES for shape in shapes)
+    for shape in (StepShape.of([16] * 4 * longest, []), StepShape.of([], [(0, 4 * longest)])):
+        for seconds in model.predict(shape):
+            assert seconds == pytest.approx(cost(4 * longest), rel=0.1)
 
 
 def test_a_clear_difference_is_never_decided_wrongly():

@@ -14,7 +14,7 @@ from ulysses_infer.parallel.layout import Mode
 from ulysses_infer.step_time.drift import DriftDetector
 from ulysses_infer.step_time.memory import Memory
 from ulysses_infer.step_time.regression import fit_coefficients
-from ulysses_infer.step_time.step_shape import FEATURES, NUM_SHARED, Bucket, StepShape
+from ulysses_infer.step_time.step_shape import BREAKPOINTS, FEATURES, NUM_SHARED, Bucket, StepShape
 
 STEPS_PER_FIT = 64
 PROOF = 0.1  # attention is slower in a mode only if that explains this share of the time of steps with attention
@@ -104,6 +104,8 @@ class StepTimeModel:
         self._fitted = fit_coefficients(rows, seconds, weights, proof, self._fitted)
         self._coefficients = self._fitted[:own].reshape(len(self.modes), width).copy()
         self._coefficients[:, -NUM_SHARED:] += self._fitted[own:]
+        for coefficients, (part, _, _) in zip(self._coefficients, known, strict=True):
+            _extrapolate(coefficients, part)
         self._factors = self._coefficients.tolist()
 
     def _look_for_drift(self, index: int, shape: StepShape, seconds: float) -> None:
@@ -166,6 +168,16 @@ class StepTimeModel:
         if not len(seconds):
             return 0.0, 0, latest
         return _level(rows, seconds, self._coefficients[index]), len(seconds), latest
+
+
+def _extrapolate(coefficients: np.ndarray, rows: np.ndarray) -> None:
+    """One more token costs as much beyond the longest measured step as just below it, instead of nothing.
+
+    coefficients: [F], of a mode; rows: [n, F], its measured steps.
+    """
+    for knot in range(2, 1 + len(BREAKPOINTS)):  # after the constant and the first tokens
+        if not rows[:, knot].any():
+            coefficients[knot] = coefficients[knot - 1]
 
 
 def _level(rows: np.ndarray, seconds: np.ndarray, coefficients: np.ndarray) -> float:

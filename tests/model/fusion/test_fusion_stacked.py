@@ -23,7 +23,10 @@ from ulysses_infer.model.loading.files import MemorySource, SafetensorsSource
 from ulysses_infer.model.loading.weights import Weights
 from ulysses_infer.model.model import ModelBuilder, ShiftModel
 from ulysses_infer.model.quantization.linear import QuantizedLinear
+from ulysses_infer.model.quantization.online import OnlineInt4
+from ulysses_infer.model.quantization.packed import CompressedWeight
 from ulysses_infer.model.quantization.scaled import Grain, ScaledWeight
+from ulysses_infer.model.quantization.scheme import Scheme
 from ulysses_infer.parallel.layout import Layout, Mode
 from ulysses_infer.parallel.sharding import Part, Sharding
 
@@ -72,7 +75,7 @@ def test_two_shards_that_share_a_key_value_head_are_stacked(base: tuple[int, int
     for shard in range(layout.world_size):
         place = layout.place(layout.base, shard)
         apart, together = (
-            quantised_linears("channel", layout, shard, heads)
+            quantised_linears(fp8("channel"), layout, shard, heads)
             if kind == "channel"
             else linears(parts, layout, shard, kind == "bias", 8)
             for _ in range(2)
@@ -178,27 +181,40 @@ def test_weight_updates_write_the_stacked_tensor_and_sleep_frees_it(sp: int, mon
     assert held - live_tensor_bytes() > 0.9 * blueprint.weight_bytes
 
 
-def quantised_linears(grain: Grain, layout: Layout, shard: int, heads: int = 8) -> list[QuantizedLinear]:
-    """q, k and v in FP8 with random values, scales and biases, as rank `shard` stores them."""
+def fp8(grain: Grain) -> Scheme:
+    return ScaledWeight("weight_scale", grain, (4, 4) if grain == "block" else (1, 1))
+
+
+def quantised_linears(scheme: Scheme, layout: Layout, shard: int, heads: int = 8) -> list[QuantizedLinear]:
+    """q, k and v with random values, scales and biases, as rank `shard` stores them."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for part in (Part(16, 4), Part(heads, 4, shared=True), Part(heads, 4, shared=True)):
-        scheme = ScaledWeight("weight_scale", grain, (4, 4) if grain == "block" else (1, 1))
         source, base = nn.Linear(8, part.features), layout.place(layout.base, shard)
         linear = QuantizedLinear(source, scheme, "column", Sharding((part,)), base)
         for parameter in linear.parameters():
-            parameter.data = torch.rand(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.data = random_values(parameter, generator)
         made.append(linear)
     return made
 
 
-@pytest.mark.parametrize("grain", ["channel", "block"])
+def random_values(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if not like.is_floating_point():
+        return torch.randint(-(2**31), 2**31, like.shape, generator=generator).to(like.dtype)
+    return torch.rand(like.shape, generator=generator).to(like.dtype)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [fp8("channel"), fp8("block"), CompressedWeight(8), OnlineInt4(8)],
+    ids=["fp8 per channel", "fp8 per block", "compressed", "int4 while loading"],
+)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_fp8_weights_are_stacked_with_their_scales(layout: Layout, grain: Grain) -> None:
+def test_quantised_weights_are_stacked_with_their_scales(layout: Layout, scheme: Scheme) -> None:
     inputs = torch.randn(5, 8)
     for shard in range(layout.world_size):
         base = layout.place(layout.base, shard)
-        apart, together = (quantised_linears(grain, layout, shard) for _ in range(2))
+        apart, together = (quantised_linears(scheme, layout, shard) for _ in range(2))
         assert StackedLinears.fits(together, base)
         stacked = StackedLinears(together, base)
         for mode in layout.modes:
@@ -207,22 +223,22 @@ def test_fp8_weights_are_stacked_with_their_scales(layout: Layout, grain: Grain)
             for found, linear in zip(stacked.parts(inputs), apart, strict=True):
                 linear.bind(place)
                 torch.testing.assert_close(found, linear(inputs))
-        assert len({each.weight.untyped_storage().data_ptr() for each in together}) == 1
-        assert len({each.weight_scale.untyped_storage().data_ptr() for each in together}) == 1
+        for name, _ in together[0].named_parameters():
+            assert len({each.get_parameter(name).untyped_storage().data_ptr() for each in together}) == 1
 
 
 def test_what_has_no_rows_to_stack_is_left_alone() -> None:
     layout = Layout(Mode(1, 1))
     base = layout.place(layout.base, 0)
-    assert not StackedLinears.fits(quantised_linears("tensor", layout, 0), base)
-    dense, quantised = linears(HEADS, layout, 0), quantised_linears("channel", layout, 0)
+    assert not StackedLinears.fits(quantised_linears(fp8("tensor"), layout, 0), base)
+    dense, quantised = linears(HEADS, layout, 0), quantised_linears(fp8("channel"), layout, 0)
     assert not StackedLinears.fits([dense[0], quantised[1]], base)
     assert not StackedLinears.fits([nn.Linear(6, 6)], base)
 
 
 def test_blocks_that_a_shard_would_cut_are_not_stacked() -> None:
     layout = Layout(Mode(4, 1))
-    (query, *_) = quantised_linears("block", layout, 0)
+    (query, *_) = quantised_linears(fp8("block"), layout, 0)
     wide = QuantizedLinear(
         nn.Linear(8, 24),
         ScaledWeight("weight_scale", "block", (4, 4)),

@@ -80,6 +80,13 @@ class Acceptance:
         self._accepted = self._accepted * KEPT + accepted
         self._expected = self._expected * KEPT + expected
 
+    def expect(self, chance: float) -> None:
+        """Learn from a draft that was not verified, whose first token is right with `chance` by the proposer's
+        confidence."""
+        self._shared.observe(chance, 1.0)
+        self._accepted = self._accepted * KEPT + chance
+        self._expected = self._expected * KEPT + 1.0
+
     def skip(self, steps: int) -> None:
         """Let what was observed fade over steps without drafts."""
         self._accepted *= KEPT_UNUSED**steps

@@ -48,6 +48,11 @@ class _Work:
     chance: float = 1.0
     """That all of them are right, as far as it is known."""
 
+    def is_worth(self, number: int) -> bool:
+        """Whether it is worth its time to draft token `number`."""
+        least = self.query.least
+        return not least or self.chance > least[number]
+
     @property
     def length(self) -> int:
         """Tokens before the first drafted one."""
@@ -171,7 +176,7 @@ class DraftModelProposer:
             going: list[_Work] = []
             for work in ready:
                 position = work.length + number - 1
-                wanted = work.most > number and work.chance > work.query.least
+                wanted = work.most > number and work.is_worth(number)
                 blocks = self.texts.extend(work.text, position + 1, busy) if wanted else None
                 if blocks is None:
                     work.most = min(work.most, number)

@@ -3,6 +3,7 @@ the mode that suits them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from ulysses_infer.step_time.step_shape import StepShape, sizes_between
 
 WORTH_TRYING = 1.5  # a kind of step that was never measured is tried unless its predicted time exceeds by this factor
 TRIED_FOR = 1.15  # and if it brings more tokens by more than this factor
+GROWTH = 8  # and only up to this many times the rows of a smaller kind that was measured: predictions may be far off
 
 
 class Prediction(NamedTuple):
@@ -34,8 +36,8 @@ class DraftLength(NamedTuple):
     """How many tokens to draft for each request before any is known."""
 
     num_tokens: int
-    least: float
-    """The chance to be right that makes one more token worth its time."""
+    least: tuple[float, ...]
+    """The chance to be right that makes one more token worth its time, by the tokens drafted before it."""
 
 
 class _Candidate(NamedTuple):
@@ -101,9 +103,10 @@ class DraftPlanner:
         """
         aims_at_tpot, number = self._aims_at_tpot(), len(contexts)
         shape = StepShape.of(list(contexts.values()), chunks)
-        plain = self._predict(shape)
+        seconds = self._seconds_after(shape)
+        costs = [self._predict(shape).seconds]  # of the step and its drafts, by the tokens drafted for each request
         outputs = dict.fromkeys(contexts, 1.0)  # expected tokens of each request
-        best, best_speed, least = 0, number / plain.seconds, 1.0
+        best, best_speed = 0, number / costs[0]
         for count in range(1, most + 1):
             for index, rate in rates.items():
                 outputs[index] += rate**count
@@ -111,23 +114,19 @@ class DraftPlanner:
                 num_decodes=shape.num_decodes + len(rates),
                 decode_context=shape.decode_context + sum(contexts[index] + count for index in rates),
             )
+            costs.append(seconds(shape) + draft_seconds(count))
             values = outputs.values()
             expected = number**2 / sum(1 / each for each in values) if aims_at_tpot else sum(values)
-            verifying, drafting = self._seconds(shape, plain), draft_seconds(count)
-            speed = expected / (verifying + drafting)
-            if speed > best_speed:
-                best, best_speed = count, speed
-                each = (drafting + max(0.0, verifying - plain.seconds)) / (count * len(rates))
-                least = each * speed
-        return DraftLength(best, least)
+            if expected / costs[-1] > best_speed:
+                best, best_speed = count, expected / costs[-1]
+        return DraftLength(best, tuple(each * best_speed / len(rates) for each in _costs_of_more(costs, best)))
 
     def _best(
         self, candidates: list[_Candidate], contexts: list[int], chunks: list[tuple[int, int]], aims_at_tpot: bool
     ) -> tuple[int, str]:
         """The number of candidates, in order, with the most tokens per second, or the least mean time per token."""
         shape = StepShape.of(contexts, chunks)
-        plain = self._predict(shape)
-        base = len(contexts) / plain.seconds
+        seconds, base = self._seconds_after(shape), len(contexts) / self._predict(shape).seconds
         best, best_speed, number = 0, base, float(len(contexts))
         worth, context, taken = 0.0, shape.decode_context, 0
         for count in _counts_upto(len(candidates), shape.num_decodes):
@@ -136,7 +135,7 @@ class DraftPlanner:
             context += sum([candidate.context for candidate in added])
             expected = number / (1 - worth / number) if aims_at_tpot else number + worth
             step = shape._replace(num_decodes=shape.num_decodes + count, decode_context=context)
-            speed = expected / self._seconds(step, plain)
+            speed = expected / seconds(step)
             if speed > best_speed:
                 best, best_speed = count, speed
         if not best:
@@ -145,12 +144,38 @@ class DraftPlanner:
         aim = "tokens per second for each request" if aims_at_tpot else "tokens per second"
         return best, f"{best} of {len(candidates)} proposed tokens, {gain:+.0%} expected {aim}"
 
-    def _seconds(self, shape: StepShape, plain: Prediction) -> float:
-        """The predicted time, but little more than that of the step without drafts if it has to be tried first."""
-        found = self._predict(shape)
-        if found.is_measured or found.seconds > WORTH_TRYING * plain.seconds:
-            return found.seconds
-        return min(found.seconds, TRIED_FOR * plain.seconds)
+    def _seconds_after(self, plain: StepShape) -> Callable[[StepShape], float]:
+        """The predicted times of steps with more and more drafts than `plain`, to be asked for in this order.
+
+        Little more than that of `plain` if such a step has to be tried first; infinite where predictions cannot be
+        trusted yet.
+        """
+        least = self._predict(plain).seconds
+        trusted = GROWTH * plain.num_tokens
+
+        def seconds(shape: StepShape) -> float:
+            nonlocal trusted
+            found = self._predict(shape)
+            if found.is_measured:
+                trusted = GROWTH * shape.num_tokens
+                return found.seconds
+            if shape.num_tokens > trusted:
+                return math.inf
+            return found.seconds if found.seconds > WORTH_TRYING * least else min(found.seconds, TRIED_FOR * least)
+
+        return seconds
+
+
+def _costs_of_more(costs: Sequence[float], best: int) -> list[float]:
+    """What one more token costs each request, by the tokens before it: up to `best` the mean, because these pay
+    together; beyond, as little as it costs to go on to any length."""
+    mean = (costs[best] - costs[0]) / best if best else math.inf
+    known = [count for count, cost in enumerate(costs) if cost < math.inf]
+    more = [
+        min([(costs[end] - costs[start]) / (end - start) for end in known if end > start], default=math.inf)
+        for start in range(best, len(costs) - 1)
+    ]
+    return [max(0.0, each) for each in (*[mean] * best, *more)]
 
 
 def _candidates(index: int, context: int, gains: Sequence[float], aims_at_tpot: bool) -> list[_Candidate]:

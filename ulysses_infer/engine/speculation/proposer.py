@@ -20,8 +20,9 @@ class Query(NamedTuple):
     """The most tokens to propose after them."""
     rate: float = 1.0
     """The share of the request's proposed tokens that was right so far, relative to their confidences."""
-    least: float = 0.0
-    """The chance to be right that makes one more token worth its time, if the proposer knows the ones before it."""
+    least: tuple[float, ...] = ()
+    """The chance to be right that makes one more token worth its time, by the tokens before it, if the proposer knows
+    these; none: each is worth it."""
 
 
 class Draft(NamedTuple):

@@ -13,9 +13,7 @@ from ulysses_infer.model.layers.linear import ShiftLinear
 from ulysses_infer.model.layers.matmul import linear
 from ulysses_infer.model.quantization.component import Component
 from ulysses_infer.model.quantization.linear import QuantizedLinear
-from ulysses_infer.model.quantization.online import OnlineInt4
 from ulysses_infer.model.quantization.products import Piece, Product, choose_product
-from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.parallel.layout import Mode, Place, Span
 
 Linear = ShiftLinear | QuantizedLinear
@@ -191,9 +189,7 @@ def _is_column(linear: Linear) -> bool:
     """Whether its outputs are sharded, and the rows of its parameters with them."""
     if isinstance(linear, ShiftLinear):
         return linear.cut == "column" and not linear.transposed
-    # A scale for a whole tensor has no rows, and words that checkpoints pack may hold several.
-    has_rows = isinstance(linear.scheme, ScaledWeight) and linear.scheme.grain != "tensor"
-    return linear.cut == "column" and (has_rows or isinstance(linear.scheme, OnlineInt4))
+    return linear.cut == "column" and all(each.has_rows for each in linear.components.values())
 
 
 def _stacked_parameters(linear: Linear) -> dict[str, int]:

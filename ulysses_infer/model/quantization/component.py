@@ -39,6 +39,11 @@ class Component:
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether it is a matrix whose rows cover outputs, so that those of several layers can be stacked."""
+        return self.outputs is not None and self.outputs.dimension == 0 and len(self.shape) == 2
+
     def stacked(self, count: int) -> Component:
         """The same tensor for `count` equal layers, stacked in a first dimension."""
         outputs, inputs = (axis and Axis(axis.dimension + 1, axis.step) for axis in (self.outputs, self.inputs))
