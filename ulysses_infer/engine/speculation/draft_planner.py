@@ -150,8 +150,7 @@ class DraftPlanner:
         Little more than that of `plain` if such a step has to be tried first; infinite where predictions cannot be
         trusted yet.
         """
-        least = self._predict(plain).seconds
-        trusted = GROWTH * plain.num_tokens
+        usual, trusted = self._predict(plain).seconds, GROWTH * plain.num_tokens
 
         def seconds(shape: StepShape) -> float:
             nonlocal trusted
@@ -161,7 +160,7 @@ class DraftPlanner:
                 return found.seconds
             if shape.num_tokens > trusted:
                 return math.inf
-            return found.seconds if found.seconds > WORTH_TRYING * least else min(found.seconds, TRIED_FOR * least)
+            return found.seconds if found.seconds > WORTH_TRYING * usual else min(found.seconds, TRIED_FOR * usual)
 
         return seconds
 

@@ -223,8 +223,9 @@ class Speculation:
         contexts = {request.index: request.num_tokens for request in decoding}
         plan = self._planner.plan(gains, contexts, chunks, max(0, room))
         self.reason = plan.reason
-        for index in [index for index, values in gains.items() if values and not plan.counts.get(index)]:
-            self._requests[index].usual.expect(gains[index][0])
+        for index, values in gains.items():
+            if values and not plan.counts.get(index):  # else it would be drafted again and again, and never verified
+                self._requests[index].usual.expect(values[0])
         return plan.counts
 
     def _gains(self, index: int, draft: Draft) -> list[float]:
