@@ -158,7 +158,8 @@ def test_drafting_ends_where_the_next_token_is_not_worth_its_time(engines, folde
     engine.step()
     (request,) = engine.scheduler.running
     whole, none, part = (
-        proposer_of(engine).propose([Query(request, (), 8, rate=1.1, least=least)])[0] for least in (0, 0.99, 0.01)
+        proposer_of(engine).propose([Query(request, (), 8, rate=1.1, least=least)])[0]
+        for least in ((), (0.99,) * 8, (0.01,) * 8)
     )
     engine.abort(name)
     chances = np.cumprod([min(1, 1.1 * confidence) for confidence in whole.confidences])
