@@ -196,7 +196,9 @@ class Job:
         return Stream(self, prompt, max_tokens)
 
     def stats(self):
-        return httpx.get(self.url + "/admin/stats", headers=ADMIN, timeout=10).json()
+        answer = httpx.get(self.url + "/admin/stats", headers=ADMIN, timeout=10)
+        assert answer.status_code == 200, f"{answer.text}\n{self.output}"
+        return answer.json()
 
     # -- its end -------------------------------------------------------------------------------------------------
 
