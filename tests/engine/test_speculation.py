@@ -343,7 +343,7 @@ class UnlikelyModel:
         pass
 
 
-class DearRows(FlatTimes):
+class CostlyRows(FlatTimes):
     """Each row takes half a second."""
 
     def predict(self, shape):
@@ -353,7 +353,7 @@ class DearRows(FlatTimes):
 def test_drafting_ends_though_its_unlikely_tokens_are_never_verified():
     proposer = UnlikelyModel()
     config = SpeculationConfig(method="draft_model", model="-")
-    speculation = Speculation(config, lambda request: None, DearRows(), 64, proposer)
+    speculation = Speculation(config, lambda request: None, CostlyRows(), 64, proposer)
     for index in range(200):
         assert run_step(speculation, [decoding([1, 2, 3], index)]) == {}
     assert 1 <= proposer.asked <= 10

@@ -149,8 +149,6 @@ class StepTimeModel:
     def _correction(self, index: int, bucket: Bucket) -> float:
         """The correction of steps of this kind, closer to 1 the fewer and older they are."""
         middle, count, latest = self._offset_of(index, bucket)
-        if not count:
-            return 1.0
         most = CORRECTION_EACH * count
         trust = count / (count + 1) * FRESH_STEPS / (FRESH_STEPS + self._steps - latest)
         return math.exp(max(-most, min(most, middle)) * trust)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 BREAKPOINTS = (1, 8, 32, 128, 512, 2048)
 """Token counts at which the coefficient of one more token may change: weights are read once a step, however many tokens
 share them, so a token costs little until computing takes longer than reading."""
-_SEGMENTS = tuple((low, high - low) for low, high in pairwise(BREAKPOINTS))
+_SEGMENTS = tuple((low, high - low) for low, high in pairwise(BREAKPOINTS))  # all but the last, which has no end
 
 FEATURES = (
     "constant",

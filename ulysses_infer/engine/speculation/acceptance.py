@@ -76,16 +76,16 @@ class Acceptance:
         reached = confidences[: num_accepted + 1]
         accepted, expected = min(num_accepted, len(reached)), sum(reached)
         self._shared.judge(reached, num_accepted, (self._accepted, self._expected))
+        self._learn(accepted, expected)
+
+    def expect(self, chance: float) -> None:
+        """Learn from a draft that was not verified. chance: that its first token is right, by its confidence."""
+        self._learn(chance, 1.0)
+
+    def _learn(self, accepted: float, expected: float) -> None:
         self._shared.observe(accepted, expected)
         self._accepted = self._accepted * KEPT + accepted
         self._expected = self._expected * KEPT + expected
-
-    def expect(self, chance: float) -> None:
-        """Learn from a draft that was not verified, whose first token is right with `chance` by the proposer's
-        confidence."""
-        self._shared.observe(chance, 1.0)
-        self._accepted = self._accepted * KEPT + chance
-        self._expected = self._expected * KEPT + 1.0
 
     def skip(self, steps: int) -> None:
         """Let what was observed fade over steps without drafts."""

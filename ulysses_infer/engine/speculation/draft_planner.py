@@ -103,10 +103,11 @@ class DraftPlanner:
         """
         aims_at_tpot, number = self._aims_at_tpot(), len(contexts)
         shape = StepShape.of(list(contexts.values()), chunks)
-        seconds = self._seconds_after(shape)
-        costs = [self._predict(shape).seconds]  # of the step and its drafts, by the tokens drafted for each request
+        plain = self._predict(shape).seconds
+        seconds = self._with_drafts(shape.num_tokens, plain)
+        costs = [plain]  # of the step and its drafts, by the tokens drafted for each request
         outputs = dict.fromkeys(contexts, 1.0)  # expected tokens of each request
-        best, best_speed = 0, number / costs[0]
+        best, best_speed = 0, number / plain
         for count in range(1, most + 1):
             for index, rate in rates.items():
                 outputs[index] += rate**count
@@ -119,15 +120,16 @@ class DraftPlanner:
             expected = number**2 / sum(1 / each for each in values) if aims_at_tpot else sum(values)
             if expected / costs[-1] > best_speed:
                 best, best_speed = count, expected / costs[-1]
-        return DraftLength(best, tuple(each * best_speed / len(rates) for each in _costs_of_more(costs, best)))
+        return DraftLength(best, tuple(each * best_speed / len(rates) for each in _marginal_costs(costs, best)))
 
     def _best(
         self, candidates: list[_Candidate], contexts: list[int], chunks: list[tuple[int, int]], aims_at_tpot: bool
     ) -> tuple[int, str]:
         """The number of candidates, in order, with the most tokens per second, or the least mean time per token."""
         shape = StepShape.of(contexts, chunks)
-        seconds, base = self._seconds_after(shape), len(contexts) / self._predict(shape).seconds
-        best, best_speed, number = 0, base, float(len(contexts))
+        plain, number = self._predict(shape).seconds, float(len(contexts))
+        seconds, base = self._with_drafts(shape.num_tokens, plain), number / plain
+        best, best_speed = 0, base
         worth, context, taken = 0.0, shape.decode_context, 0
         for count in _counts_upto(len(candidates), shape.num_decodes):
             added, taken = candidates[taken:count], count
@@ -144,13 +146,13 @@ class DraftPlanner:
         aim = "tokens per second for each request" if aims_at_tpot else "tokens per second"
         return best, f"{best} of {len(candidates)} proposed tokens, {gain:+.0%} expected {aim}"
 
-    def _seconds_after(self, plain: StepShape) -> Callable[[StepShape], float]:
-        """The predicted times of steps with more and more drafts than `plain`, to be asked for in this order.
+    def _with_drafts(self, rows: int, plain: float) -> Callable[[StepShape], float]:
+        """The predicted seconds of steps with drafts, to be asked for in the order of their size.
 
-        Little more than that of `plain` if such a step has to be tried first; infinite where predictions cannot be
-        trusted yet.
+        rows, plain: tokens and seconds of the step without drafts. Little more than `plain` for a step that has to be
+        tried first; infinite where predictions cannot be trusted yet.
         """
-        usual, trusted = self._predict(plain).seconds, GROWTH * plain.num_tokens
+        trusted = GROWTH * rows
 
         def seconds(shape: StepShape) -> float:
             nonlocal trusted
@@ -160,14 +162,14 @@ class DraftPlanner:
                 return found.seconds
             if shape.num_tokens > trusted:
                 return math.inf
-            return found.seconds if found.seconds > WORTH_TRYING * usual else min(found.seconds, TRIED_FOR * usual)
+            return found.seconds if found.seconds > WORTH_TRYING * plain else min(found.seconds, TRIED_FOR * plain)
 
         return seconds
 
 
-def _costs_of_more(costs: Sequence[float], best: int) -> list[float]:
-    """What one more token costs each request, by the tokens before it: up to `best` the mean, because these pay
-    together; beyond, as little as it costs to go on to any length."""
+def _marginal_costs(costs: Sequence[float], best: int) -> list[float]:
+    """The cost of one more token for each request, by the tokens before it: the mean for the first `best`, which are
+    worth their time together; then the least mean of going on to any length."""
     mean = (costs[best] - costs[0]) / best if best else math.inf
     known = [count for count, cost in enumerate(costs) if cost < math.inf]
     more = [
