@@ -160,6 +160,43 @@ def test_a_decode_does_not_depend_on_the_batch(dtype):
         assert torch.equal(made.attend(query[row : row + 1], keys, values, alone, options), whole[row : row + 1])
 
 
+def by_rows(metadata):
+    """The same step with a sequence per token, as decodes with drafted tokens are laid out."""
+    lengths = torch.tensor(metadata.query_lens)
+    last = zip(metadata.query_lens, metadata.context_lens, strict=True)
+    contexts = [context - length + 1 + row for length, context in last for row in range(length)]
+    tables = metadata.block_tables.repeat_interleave(lengths, 0)
+    return backend.AttentionMetadata(metadata.slots, [1] * len(contexts), contexts, tables)
+
+
+DRAFTED = {"few": ([1, 2, 1, 3], [70, 30, 9, 64]), "many": ([8, 1, 17, 9], [70, 1, 129, 65])}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "batch", "options", "heads", "dtype"),
+    diagonal(X86, [*DRAFTED], [*OPTIONS], [*HEADS], [*DTYPES]),
+)
+def test_drafted_tokens_attend_as_a_chunk_of_their_request_does(architecture, batch, options, heads, dtype):
+    shape, given = HEADS[heads], make_options(options, HEADS[heads][0])
+    query, keys, values, metadata, _ = random_step(*DRAFTED[batch], shape, 24, 40, 4, 0, DTYPES[dtype])
+    made = make_native(architecture)
+    whole = made.attend(query, keys, values, metadata, given)
+    assert torch.equal(made.attend(query, keys, values, by_rows(metadata), given), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_token_of_another_request_is_no_drafted_one(dtype):
+    """The second context is longer by one token, but only the first block is the same."""
+    query, keys, values, metadata, _ = random_step([1, 1], [30, 31], (4, 2), 16, 16, 4, 0, dtype)
+    metadata.block_tables[1, 0] = metadata.block_tables[0, 0]
+    options, made = AttentionOptions(scaling=0.25), make_native()
+    together = made.attend(query, keys, values, metadata, options)
+    for row, context in enumerate(metadata.context_lens):
+        tables = metadata.block_tables[row : row + 1]
+        alone = backend.AttentionMetadata(metadata.slots[row : row + 1], [1], [context], tables)
+        assert torch.equal(made.attend(query[row : row + 1], keys, values, alone, options), together[row : row + 1])
+
+
 @pytest.mark.parametrize("lengths", [[1], [1] * 40, [30, 1, 100, 400]], ids=["one", "many", "prompts"])
 def test_results_do_not_depend_on_the_number_of_threads(lengths):
     step = random_step(lengths, [length + 70 for length in lengths], (8, 4), 64, 64, 16, 0, torch.bfloat16)

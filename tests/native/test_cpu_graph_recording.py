@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from ulysses_infer.model.fusion.elementwise import NativeElementwise
+from ulysses_infer.model.layers.head_plan import HeadPlan
 from ulysses_infer.native.arena import Arena
 from ulysses_infer.native.choice import Choice, measure
 from ulysses_infer.native.cpu_graph import CpuGraph
 from ulysses_infer.native.function import ALL_REDUCE, ELEMENTWISE, KINDS, MATMUL, is_recording
 from ulysses_infer.native.library import is_available
 from ulysses_infer.native.matmul import NativeMatmul
+from ulysses_infer.parallel.head_layout import head_layout
+from ulysses_infer.parallel.layout import Mode, Place
 
 CHOICES = {torch.float32: Choice({1: "few"}), torch.bfloat16: Choice({1: "few"})}
 pytestmark = pytest.mark.skipif(not is_available("cpu_graph"), reason="no C compiler here")
@@ -159,3 +162,31 @@ def test_kernels_that_are_measured_meanwhile_are_no_part_of_the_step():
     assert (graph.num_native_calls, graph.num_torch_calls, graph.problem) == (1, 0, None)
     x.copy_(torch.randn(3, WIDTH))
     assert torch.equal(replayed(graph, result), matmul(x, weight))
+
+
+@pytest.mark.parametrize("mode", [Mode(1, 2), Mode(2, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padded_heads_are_arranged_without_calls_of_torch(mode, dtype):
+    plan = HeadPlan(head_layout(2, 9, 3))
+    plan.bind(Place(mode, 0, 2))
+    query_heads, shared, size = plan.local_attention_heads, plan.local_key_value_heads, 16
+    packed = torch.randn(5, (query_heads + shared) * size).to(dtype)
+
+    def arrange():
+        heads = packed.view(5, query_heads + shared, size)
+        query, key = plan.arranged(heads[:, :query_heads], heads[:, query_heads:])
+        return torch.cat((query, key, plan.restored(query)), dim=1)
+
+    graph, result = recorded(arrange)
+    assert graph.problem is None
+    assert graph.num_torch_calls == 1  # `cat`
+    packed.copy_(torch.randn(packed.shape))
+    heads = packed.view(5, query_heads + shared, size)
+    queries, keys = plan.query_index(packed.device), plan.key_value_index(packed.device)
+    query = heads[:, :query_heads][:, queries]
+    key = heads[:, query_heads:] if keys is None else heads[:, query_heads:][:, keys]
+    found = replayed(graph, result)
+    assert torch.equal(found[:, : query.shape[1]], query)
+    assert torch.equal(found[:, query.shape[1] :][:, : key.shape[1]], key)
+    own = found[:, query.shape[1] + key.shape[1] :]
+    assert torch.equal(own, heads[:, :query_heads])

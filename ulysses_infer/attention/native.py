@@ -16,7 +16,8 @@ from ulysses_infer.native.library import open_library
 class NativeAttention:
     """One call per layer for all sequences of the step; torch attends for those of more than `longest_query` queries.
 
-    A sequence's result depends neither on the rest of the batch nor on the number of threads. Raises
+    A request's result depends neither on the rest of the batch nor on the number of threads. Drafted tokens, which are
+    sequences of one token with the block table of their request, are attended together. Raises
     `NativeUnavailableError` if the library cannot be built.
     """
 

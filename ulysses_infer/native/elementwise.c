@@ -42,6 +42,15 @@ void take_rows(char *to, const char *table, const int64_t *rows, int64_t count, 
 
 CALL(take_rows, ADDRESS(0), ADDRESS(1), ADDRESS(2), NUMBER(3), NUMBER(4))
 
+/* The heads `order` of each token, `bytes` each, contiguously. token_bytes, head_bytes: from one to the next in `from`. */
+void take_heads(char *to, const char *from, const int64_t *order, int64_t tokens, int64_t heads, int64_t bytes,
+                int64_t token_bytes, int64_t head_bytes) {
+    for (int64_t token = 0; token < tokens; token++, from += token_bytes)
+        for (int64_t i = 0; i < heads; i++, to += bytes) memcpy(to, from + order[i] * head_bytes, bytes);
+}
+
+CALL(take_heads, ADDRESS(0), ADDRESS(1), ADDRESS(2), NUMBER(3), NUMBER(4), NUMBER(5), NUMBER(6), NUMBER(7))
+
 /* Of `members` tables pairs[rows][2], as `best_of_rows` makes them: the argmax of each row, the lowest
  * column of equals; NaN is the greatest. */
 void best_of_members(int64_t *columns, const double *pairs, int64_t members, int64_t rows) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn import functional as F
 
@@ -9,6 +11,7 @@ from ulysses_infer.cache.entries import EntryShape
 from ulysses_infer.cache.paged import CacheScales
 from ulysses_infer.model.layers.latent import LatentAttention
 from ulysses_infer.model.layers.temperature import Temperature
+from ulysses_infer.native.function import ELEMENTWISE, NativeFunction, native_function, recording_paused
 from ulysses_infer.parallel.head_layout import Arrangement, HeadLayout
 from ulysses_infer.parallel.layout import Mode, Place
 
@@ -90,11 +93,11 @@ class HeadPlan:
 
     def arranged(self, query: torch.Tensor, *key_values: torch.Tensor) -> list[torch.Tensor]:
         """Local heads, each [t, heads, d], in the order that attention or its all-to-all takes."""
-        return [_select(query, 1, self.query_index(query.device)), *self.arranged_key_values(*key_values)]
+        return [_take_heads(query, self.query_index(query.device)), *self.arranged_key_values(*key_values)]
 
     def arranged_key_values(self, *key_values: torch.Tensor) -> list[torch.Tensor]:
         """`arranged` without queries."""
-        return [_select(each, 1, self.key_value_index(each.device)) for each in key_values]
+        return [_take_heads(each, self.key_value_index(each.device)) for each in key_values]
 
     def restored(self, output: torch.Tensor) -> torch.Tensor:
         """The output of attention for the local query heads: [t, places, dv] to [t, Hq/tp, dv].
@@ -102,7 +105,7 @@ class HeadPlan:
         Those that another weight slice has, too, are zero here.
         """
         before, after = self._arranged.borrowed
-        own = _select(output, 1, self._index("returned", self._arranged.returned, output.device))
+        own = _take_heads(output, self._index("returned", self._arranged.returned, output.device))
         return F.pad(own, (0, 0, before, after)) if before or after else own
 
     def of_shard(self, per_head: torch.Tensor) -> torch.Tensor:
@@ -110,20 +113,40 @@ class HeadPlan:
         heads = self._arranged.per_shard
         if heads == tuple(range(heads[0], heads[0] + len(heads))):
             return per_head[heads[0] : heads[0] + len(heads)]
-        return _select(per_head, 0, self._index("per_shard", heads, per_head.device))
+        return _select(per_head, self._index("per_shard", heads, per_head.device))
 
     def of_key_value_shard(self, per_head: torch.Tensor) -> torch.Tensor:
         """The entries of `per_head` [Hkv, ...] for the KV heads that this rank caches."""
-        return _select(per_head, 0, self._index("cached", self._arranged.cached, per_head.device))
+        return _select(per_head, self._index("cached", self._arranged.cached, per_head.device))
 
     def _index(self, name: str, order: tuple[int, ...] | None, device: torch.device) -> torch.Tensor | None:
         if order is None:
             return None
         key = name, self._mode, device
         if key not in self._indices:
-            self._indices[key] = torch.tensor(order, dtype=torch.int64, device=device)
+            with recording_paused():  # it is the same in every step
+                self._indices[key] = torch.tensor(order, dtype=torch.int64, device=device)
         return self._indices[key]
 
 
-def _select(tensor: torch.Tensor, dimension: int, index: torch.Tensor | None) -> torch.Tensor:
-    return tensor if index is None else tensor.index_select(dimension, index)
+def _select(per_head: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    return per_head if index is None else per_head.index_select(0, index)
+
+
+def _take_heads(heads: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """The heads `order` of `heads: [t, n, d]`: [t, m, d]; None: all, as they are."""
+    if order is None:
+        return heads
+    native = _native_take_heads() if heads.is_cpu and heads.stride(2) == 1 else None
+    if native is None:
+        return heads.index_select(1, order)
+    taken, size = heads.new_empty(len(heads), len(order), heads.shape[2]), heads.element_size()
+    shape = len(heads), len(order), heads.shape[2] * size, heads.stride(0) * size, heads.stride(1) * size
+    native(taken.data_ptr(), heads.data_ptr(), order.data_ptr(), *shape)
+    return taken
+
+
+@functools.cache
+def _native_take_heads() -> NativeFunction | None:
+    """`_take_heads` on a CPU, which CPU graphs replay without Python."""
+    return native_function("elementwise", "take_heads", "pppiiiii", ELEMENTWISE)

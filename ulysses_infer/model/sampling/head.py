@@ -154,8 +154,8 @@ def _native_global_argmax() -> NativeFunction | None:
 
 def pad_shard(logits: torch.Tensor, vocab_size: int, world_size: int) -> torch.Tensor:
     """`logits` [n, V/W] padded to the largest shard, so that uneven shards can be gathered in the model's type."""
-    largest = ceil_div(vocab_size, world_size)
-    return F.pad(logits, (0, largest - logits.shape[-1]))
+    missing = ceil_div(vocab_size, world_size) - logits.shape[-1]
+    return F.pad(logits, (0, missing)) if missing else logits
 
 
 def concat_shards(shards: list[torch.Tensor], vocab_size: int) -> torch.Tensor:

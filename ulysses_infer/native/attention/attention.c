@@ -1,7 +1,7 @@
 /* Attention over a paged KV cache, read in place through the block table, for decodes and prompts.
  *
- * The order of sums depends on the sequence only: results depend neither on the rest of the batch nor on the number of
- * threads.
+ * The order of sums depends on the sequence and on how many of its tokens are computed only: results depend neither on
+ * other sequences nor on the number of threads.
  */
 #include <stdlib.h>
 
@@ -11,7 +11,7 @@
 
 int omp_get_max_threads(void); /* clang has no omp.h of its own */
 
-#define FEWEST_ROWS_IN_TILES 32 /* per sequence and key/value head; measured */
+#define FEWEST_ROWS_IN_TILES (LANES == 4 ? 32 : 2 * LANES) /* per sequence and key/value head; measured */
 #define ROWS_A_TASK 64          /* bounds the working set of a task to the L1 cache */
 #define TILE_ROWS_A_TASK 384    /* the same in tiles, for the L2 cache */
 #define TASKS_A_THREAD 4
@@ -80,7 +80,7 @@ static void run_task(const struct batch *b, const struct layer *l, int64_t s, in
 }
 
 /* Run all tasks of all sequences on all threads. Returns 0, or 1 if out of memory. */
-static int attend(const struct batch *b, const struct layer *l, enum type type) {
+static int run_tasks(const struct batch *b, const struct layer *l, enum type type) {
     const int threads = omp_get_max_threads();
     int64_t most_rows = 0, most_tile_rows = 0, total = 0;
     int64_t *ends = malloc(b->count * sizeof *ends); /* number of tasks up to and including a sequence */
@@ -112,6 +112,43 @@ static int attend(const struct batch *b, const struct layer *l, enum type type) 
         free(memory);
     }
     free(ends);
+    return failed;
+}
+
+/* Whether sequences s and `next`, of one token more in the cache, have the same blocks up to the context of s. */
+static int have_same_blocks(const struct batch *b, int64_t s, int64_t next) {
+    const int64_t *one = b->tables + b->sequences[s] * b->table_stride;
+    const int64_t *other = b->tables + b->sequences[next] * b->table_stride;
+    const int64_t count = (b->contexts[s] + b->block_size - 1) / b->block_size;
+    return b->contexts[next] == b->contexts[s] + 1 && !memcmp(one, other, count * sizeof *one);
+}
+
+/* Drafted tokens are sequences of one token, each with the table of its request. Joined, they read every key once.
+ * Writes four arrays of b->count numbers to `memory`, and a batch that refers to them. */
+static struct batch join_rows(const struct batch *b, int64_t *memory) {
+    int64_t *rows = memory, *lengths = memory + b->count;
+    int64_t *contexts = memory + 2 * b->count, *sequences = memory + 3 * b->count, count = 0;
+    for (int64_t s = 0; s < b->count; s++) {
+        const int64_t last = count - 1;
+        const int is_next = s && b->lengths[s] == 1 && rows[last] + lengths[last] == b->rows[s];
+        if (is_next && have_same_blocks(b, s - 1, s)) {
+            lengths[last]++;
+        } else {
+            rows[count] = b->rows[s], lengths[count] = b->lengths[s];
+            count++;
+        }
+        contexts[count - 1] = b->contexts[s], sequences[count - 1] = b->sequences[s];
+    }
+    return (struct batch){count, b->table_stride, b->block_size, rows, lengths, contexts, sequences, b->tables};
+}
+
+/* Attend for all sequences. Returns 0, or 1 if out of memory. */
+static int attend(const struct batch *separate, const struct layer *l, enum type type) {
+    int64_t *memory = malloc(4 * separate->count * sizeof *memory);
+    if (!memory) return 1;
+    const struct batch joined = join_rows(separate, memory);
+    const int failed = run_tasks(&joined, l, type);
+    free(memory);
     return failed;
 }
 

@@ -9,7 +9,22 @@
 #include "attention.h"
 
 #define CHUNK 64
-#define BLOCK 4 /* rows whose sums are in registers at once */
+#if LANES == 16 || defined(__aarch64__)
+#define BLOCK 4 /* rows whose sums with four keys are in registers at once */
+#else
+#define BLOCK 3
+#endif
+#define MOST_VECTORS 8 /* of one row's columns at once */
+
+/* The type in which queries are multiplied: float32, converted once, unless the CPU has dots of bfloat16. */
+INLINE enum type query_type(enum type type) {
+#ifdef HAS_BFLOAT16_DOT
+    return type;
+#else
+    (void)type;
+    return FLOAT32;
+#endif
+}
 
 /* State of one query row between chunks. */
 struct state {
@@ -18,8 +33,9 @@ struct state {
 
 struct scratch {
     struct state *states;
-    float *scores; /* [rows, CHUNK], then weights in the same place */
-    float *sums;   /* [rows, width of a sum] */
+    float *scores;  /* [rows, CHUNK], then weights in the same place */
+    float *sums;    /* [rows, width of a sum] */
+    float *queries; /* [rows, key width], if they are converted */
 };
 
 INLINE int64_t width_of_sum(const struct layer *l) { return (l->value_width + 63) / 64 * 64; }
@@ -28,7 +44,8 @@ INLINE int64_t width_of_sum(const struct layer *l) { return (l->value_width + 63
 INLINE size_t place_rows(struct scratch *own, const struct layer *l, int64_t rows, char *memory) {
     own->scores = (float *)memory;
     own->sums = own->scores + rows * CHUNK;
-    own->states = (struct state *)(own->sums + rows * width_of_sum(l));
+    own->queries = own->sums + rows * width_of_sum(l);
+    own->states = (struct state *)(own->queries + rows * l->key_width);
     return ((char *)(own->states + rows) - memory + LINE - 1) / LINE * LINE;
 }
 
@@ -36,31 +53,35 @@ INLINE size_t place_rows(struct scratch *own, const struct layer *l, int64_t row
 INLINE void score(const char *const *query, const char *const *keys, const int rows, int64_t width, float *scores,
                   enum type type) {
     const int step = step_of(type);
-    const size_t size = size_of(type);
+    const size_t size = size_of(type), query_size = size_of(query_type(type));
     floats sums[BLOCK][4];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int j = 0; j < 4; j++) sums[r][j] = (floats){0};
     int64_t k = 0;
     for (; k + step <= width; k += step) {
-        floats key[4];
-        UNROLL for (int j = 0; j < 4; j++) key[j] = in_register(load(keys[j] + k * size, type));
-        UNROLL for (int r = 0; r < rows; r++) {
-            floats q = load(query[r] + k * size, type);
-            UNROLL for (int j = 0; j < 4; j++) sums[r][j] = multiply_add(sums[r][j], q, key[j], type);
+        floats q[BLOCK];
+        UNROLL for (int r = 0; r < rows; r++) q[r] = load(query[r] + k * query_size, query_type(type));
+        UNROLL for (int j = 0; j < 4; j++) {
+            const floats key = in_register(load(keys[j] + k * size, type));
+            UNROLL for (int r = 0; r < rows; r++) sums[r][j] = multiply_add(sums[r][j], q[r], key, type);
         }
     }
     if (k < width) {
-        int rest = (int)(width - k);
-        floats key[4];
-        UNROLL for (int j = 0; j < 4; j++) key[j] = load_part(keys[j] + k * size, rest, type);
-        UNROLL for (int r = 0; r < rows; r++) {
-            floats q = load_part(query[r] + k * size, rest, type);
-            UNROLL for (int j = 0; j < 4; j++) sums[r][j] = multiply_add(sums[r][j], q, key[j], type);
+        const int rest = (int)(width - k);
+        UNROLL for (int j = 0; j < 4; j++) {
+            const floats key = load_part(keys[j] + k * size, rest, type);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const floats q = load_part(query[r] + k * query_size, rest, query_type(type));
+                sums[r][j] = multiply_add(sums[r][j], q, key, type);
+            }
         }
     }
     UNROLL for (int r = 0; r < rows; r++)
         sum_four(scores + r * CHUNK, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
 }
+
+/* Rows of the next block, of `left` ones: two smaller blocks rather than a whole one and a single row. */
+INLINE int64_t next_block(int64_t left) { return left <= BLOCK ? left : left == BLOCK + 1 ? left / 2 : BLOCK; }
 
 /* Scores of all rows of a head with a chunk of keys; prefetches the values. Past `count` the last key is repeated. */
 INLINE void score_chunk(const struct layer *l, const char *const *query, int64_t rows, const char *const *keys,
@@ -71,9 +92,9 @@ INLINE void score_chunk(const struct layer *l, const char *const *query, int64_t
         for (int i = 0; i < 4; i++) four[i] = keys[j + i < count ? j + i : count - 1];
         for (int i = 0; i < 4 && j + i < count; i++)
             for (int64_t at = 0; at < value_bytes; at += LINE) __builtin_prefetch(values[j + i] + at, 0, 2);
-        for (int64_t r = 0; r < rows; r += BLOCK) {
+        for (int64_t r = 0, next; r < rows; r += next) {
             float *to = scores + r * CHUNK + j;
-            switch (rows - r) {
+            switch (next = next_block(rows - r)) {
                 case 1: score(query + r, four, 1, l->key_width, to, type); break;
                 case 2: score(query + r, four, 2, l->key_width, to, type); break;
                 case 3: score(query + r, four, 3, l->key_width, to, type); break;
@@ -173,24 +194,33 @@ INLINE void add_pairs(const struct state *states, const float *weights, const ch
 }
 #endif
 
-/* sums = sums * rescale + weights times one vector of columns of the values, `rest` of which are there if not 0. */
+/* sums = sums * rescale + weights times `vectors` vectors of columns of the values. rest: columns that are there if not
+ * all are, else 0. */
 INLINE void add_columns(const struct state *states, const float *weights, const char *const *values, int64_t count,
-                        int64_t column, const int rows, int rest, float *sums, int64_t sum_width,
+                        int64_t column, const int rows, const int vectors, int rest, float *sums, int64_t sum_width,
                         const char *const *ahead, enum type type) {
-    const size_t at = column * size_of(type);
-    floats held[BLOCK];
-    UNROLL for (int r = 0; r < rows; r++) held[r] = load(sums + r * sum_width + column, FLOAT32) * states[r].rescale;
+    const size_t size = size_of(type);
+    floats held[BLOCK][MOST_VECTORS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            held[r][v] = load(sums + r * sum_width + column + v * LANES, FLOAT32) * states[r].rescale;
     for (int64_t j = 0; j < count; j++) {
-        if (ahead) __builtin_prefetch(ahead[j] + at, 0, 2);
-        const char *from = values[j] + at;
-#ifdef HAS_BFLOAT16_DOT
-        floats v = rest ? load_part(from, rest, FLOAT32) : load(from, FLOAT32); /* bfloat16 is processed in pairs */
-#else
-        floats v = rest ? load_part(from, rest, type) : load(from, type);
-#endif
-        UNROLL for (int r = 0; r < rows; r++) held[r] += v * weights[r * CHUNK + j];
+        const char *from = values[j] + column * size;
+        if (ahead)
+            for (size_t at = 0; at < vectors * LANES * size; at += LINE)
+                __builtin_prefetch(ahead[j] + column * size + at, 0, 2);
+        floats weight[BLOCK];
+        UNROLL for (int r = 0; r < rows; r++) weight[r] = to_all_lanes(weights + r * CHUNK + j);
+        UNROLL for (int v = 0; v < vectors; v++) {
+            const char *at = from + v * LANES * size;
+            const floats value = in_register(rest ? load_part(at, rest, type) : load(at, type));
+            UNROLL for (int r = 0; r < rows; r++)
+                held[r][v] = multiply_add(held[r][v], value, weight[r], FLOAT32);
+        }
     }
-    UNROLL for (int r = 0; r < rows; r++) memcpy(sums + r * sum_width + column, &held[r], sizeof held[r]);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            memcpy(sums + r * sum_width + column + v * LANES, &held[r][v], sizeof held[r][v]);
 }
 
 INLINE void add_values(const struct layer *l, const struct scratch *own, int64_t row, const int rows,
@@ -211,10 +241,14 @@ INLINE void add_values(const struct layer *l, const struct scratch *own, int64_t
         return;
     }
 #endif
+    const int most = rows == 1 ? MOST_VECTORS : rows < 4 ? 4 : 2; /* as many sums as products are in flight */
+    for (; column + most * LANES <= width; column += most * LANES)
+        add_columns(states, weights, values, count, column, rows, most, 0, sums, sum_width, ahead, type);
     for (; column + LANES <= width; column += LANES)
-        add_columns(states, weights, values, count, column, rows, 0, sums, sum_width, ahead, type);
+        add_columns(states, weights, values, count, column, rows, 1, 0, sums, sum_width, ahead, type);
     if (column < width)
-        add_columns(states, weights, values, count, column, rows, (int)(width - column), sums, sum_width, ahead, type);
+        add_columns(states, weights, values, count, column, rows, 1, (int)(width - column), sums, sum_width, ahead,
+                    type);
 }
 
 #ifdef HAS_BFLOAT16_DOT
@@ -250,6 +284,18 @@ INLINE void put(const struct layer *l, const struct state *state, const float *s
             ((bfloat16 *)l->output)[base + column] = bfloat16_of(sums[column] * share);
 }
 
+/* A query in `query_type`, converted into `to` if it has another type. */
+INLINE const char *converted(const char *query, int64_t width, float *to, enum type type) {
+    if (query_type(type) == type) return query;
+    for (int64_t k = 0; k < width; k += LANES) {
+        const int64_t count = width - k < LANES ? width - k : LANES;
+        const char *from = query + k * size_of(type);
+        const floats part = count < LANES ? load_part(from, (int)count, type) : load(from, type);
+        memcpy(to + k, &part, count * sizeof *to);
+    }
+    return (const char *)to;
+}
+
 /* The end of the chunk that contains `start`, at most `context`. */
 static int64_t end_of_chunk(int64_t start, int64_t context) {
     int64_t end = start - start % CHUNK + CHUNK;
@@ -269,10 +315,13 @@ INLINE void attend_rows(const struct batch *b, const struct layer *l, int64_t s,
     const int64_t rows = length * l->groups, sum_width = width_of_sum(l);
     struct scratch scratch, *own = &scratch;
     place_rows(own, l, heads * rows, memory);
+    const char *queries[heads * rows];
     for (int64_t i = 0; i < heads * rows; i++) {
+        const int64_t token = row + i % rows / l->groups;
         const int64_t head = first * l->groups + i / rows * l->groups + i % l->groups;
-        float sink = l->sinks ? sink_of(l, row + i % rows / l->groups, head) : 0;
-        own->states[i] = l->sinks ? (struct state){sink, 1, 1} : (struct state){-INFINITY, 0, 1};
+        const char *query = l->query + (token * l->row_stride + head * l->head_stride) * size_of(type);
+        queries[i] = converted(query, l->key_width, own->queries + i * l->key_width, type);
+        own->states[i] = l->sinks ? (struct state){sink_of(l, token, head), 1, 1} : (struct state){-INFINITY, 0, 1};
     }
     memset(own->sums, 0, heads * rows * sum_width * sizeof *own->sums);
     int64_t buffers[2][CHUNK], *slots = buffers[0], *next = buffers[1];
@@ -281,18 +330,14 @@ INLINE void attend_rows(const struct batch *b, const struct layer *l, int64_t s,
     while (count) {
         int64_t after = start + count, next_count = find(b, s, after, end_of_chunk(after, context), next);
         for (int64_t h = 0; h < heads; h++) {
-            const char *keys[CHUNK], *values[CHUNK], *ahead[CHUNK], *query[rows];
+            const char *keys[CHUNK], *values[CHUNK], *ahead[CHUNK];
             const int same = h + 1 < heads;
-            struct scratch mine = {own->states + h * rows, own->scores, own->sums + h * rows * sum_width};
+            struct scratch mine = {own->states + h * rows, own->scores, own->sums + h * rows * sum_width, NULL};
             point(keys, l->keys, slots, count, l->heads, first + h, l->key_width, type);
             point(values, l->values, slots, count, l->heads, first + h, l->value_stride, type);
             point(ahead, l->keys, same ? slots : next, same ? count : next_count, l->heads,
                   same ? first + h + 1 : first, l->key_width, type);
-            for (int64_t i = 0; i < rows; i++) {
-                int64_t head = (first + h) * l->groups + i % l->groups;
-                query[i] = l->query + ((row + i / l->groups) * l->row_stride + head * l->head_stride) * size_of(type);
-            }
-            score_chunk(l, query, rows, keys, values, count, mine.scores, type);
+            score_chunk(l, queries + h * rows, rows, keys, values, count, mine.scores, type);
             for (int64_t i = 0; i < rows; i++) {
                 int64_t position = context - length + i / l->groups;
                 int64_t low = first_visible(l, position) - start, high = position + 1 - start;
@@ -301,9 +346,9 @@ INLINE void attend_rows(const struct batch *b, const struct layer *l, int64_t s,
                 weigh(l, mine.states + i, mine.scores + i * CHUNK, low < 0 ? 0 : low, high < count ? high : count,
                       position - start, l->alibi ? l->alibi[head] : 0, relative, type);
             }
-            for (int64_t r = 0; r < rows; r += BLOCK) {
+            for (int64_t r = 0, taken; r < rows; r += taken) {
                 const char *const *fetched = r ? NULL : ahead;
-                switch (rows - r) {
+                switch (taken = next_block(rows - r)) {
                     case 1: add_values(l, &mine, r, 1, values, count, fetched, type); break;
                     case 2: add_values(l, &mine, r, 2, values, count, fetched, type); break;
                     case 3: add_values(l, &mine, r, 3, values, count, fetched, type); break;
