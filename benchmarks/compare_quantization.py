@@ -15,13 +15,13 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import median
 
 import torch
 
 from benchmarks.arguments import common_options, model_options, model_path
-from benchmarks.processor import processor
+from benchmarks.processor import READ_BYTES, memory_reader, processor
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.console.library_logging import quiet_libraries
 from ulysses_infer.inference import InferenceEngine
@@ -31,31 +31,29 @@ KINDS = {"bfloat16": None, "int8": "int8", "int4": "int4"}
 LENGTHS = (64, 128, 512)
 OUTPUT_LEN, DECODE_PROMPT = 24, 32
 WARM_UP = 2  # rounds
-READ_BYTES = 512 << 20
 TOKEN = "token"
 Rounds = Mapping[tuple[str, str | int], list[float]]
 """Seconds of every round, by kind of engine and measured work: the length of a prompt, or TOKEN."""
 
 
+def seconds_to(call: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
 def seconds_of(engine: InferenceEngine, length: int, tokens: int) -> float:
     """Seconds to generate `tokens` tokens for a random prompt."""
     prompt = [random.randrange(engine.vocab_size) for _ in range(length)]
-    started = time.perf_counter()
-    engine.generate([prompt], SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
-    return time.perf_counter() - started
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    return seconds_to(lambda: engine.generate([prompt], params))
 
 
 def token_seconds(engine: InferenceEngine) -> float:
     """Seconds per token of a lone decode."""
     prompt = seconds_of(engine, DECODE_PROMPT, 1)
     return (seconds_of(engine, DECODE_PROMPT, 1 + OUTPUT_LEN) - prompt) / OUTPUT_LEN
-
-
-def read_seconds(values: torch.Tensor) -> float:
-    """Seconds to read `values` once."""
-    started = time.perf_counter()
-    values.sum()
-    return time.perf_counter() - started
 
 
 def bytes_read(engine: InferenceEngine) -> int:
@@ -71,13 +69,13 @@ def measure(engines: Mapping[str, InferenceEngine], repeats: int) -> tuple[Round
     """Seconds of each kind of work in each round, and of reading READ_BYTES of memory, without the first rounds."""
     reads: list[float] = []
     found: defaultdict[tuple[str, str | int], list[float]] = defaultdict(list)
-    values, names = torch.ones(READ_BYTES // 4), list(engines)
+    read, names = memory_reader(), list(engines)
     for _ in range(WARM_UP + repeats):
         random.shuffle(names)
         for length in LENGTHS:
             for name in names:
                 found[name, length].append(seconds_of(engines[name], length, 1))
-        reads.append(median(read_seconds(values) for _ in range(5)))
+        reads.append(median(seconds_to(read) for _ in range(5)))
         for name in names:
             found[name, TOKEN].append(token_seconds(engines[name]))
     return {key: seconds[WARM_UP:] for key, seconds in found.items()}, reads[WARM_UP:]

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.arguments import common_options
 from benchmarks.cpu_times import least_cpu_seconds
-from benchmarks.processor import processor
+from benchmarks.processor import READ_BYTES, memory_reader, processor
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.console.library_logging import quiet_libraries
 from ulysses_infer.native.matmul import NativeMatmul
@@ -52,13 +52,6 @@ SEQUENCES = (1, 4, 16)
 STEPS = 32
 ROWS = (1, 4, 16, 64, 256)
 """Of each expert."""
-READ_BYTES = 512 << 20
-
-
-def read_speed(repeats: int) -> float:
-    """Bytes per second of one long read."""
-    values = torch.ones(READ_BYTES // 4)
-    return READ_BYTES / least(values.sum, repeats)
 
 
 def least(call: Callable[[], object], repeats: int) -> float:
@@ -154,7 +147,7 @@ def main() -> None:
     ).parse_args()
     quiet_libraries(rank=0)
     torch.set_num_threads(options.threads)
-    speed = read_speed(options.repeats)
+    speed = READ_BYTES / least(memory_reader(), options.repeats)
     print(f"{processor()}, {options.threads} threads; memory {speed / 1e9:.1f} GB/s a thread")
     decodes = list(decode_table(options.repeats, speed))
     products = list(product_table(options.repeats))

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from benchmarks.arguments import common_options
-from benchmarks.processor import processor
+from benchmarks.processor import READ_BYTES, memory_reader, processor
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
@@ -137,10 +137,10 @@ def measure_matmul(dtype: torch.dtype, seconds: float) -> Table:
 
 def memory_speed(seconds: float) -> float:
     """Bytes per second that a sum reads, at one place, or a product of one row, at several: the faster."""
-    values = torch.ones(VISITED_BYTES // WIDE_ROW, WIDE_ROW // 2, dtype=torch.bfloat16)
-    row, floats = torch.ones(1, WIDE_ROW // 2, dtype=torch.bfloat16), values.view(torch.float32)
-    times = fastest({"sum": floats.sum, "product": partial(NativeMatmul(), row, values)}, seconds)
-    return values.nbytes / min(best for best, _ in times.values())
+    values = torch.ones(READ_BYTES // WIDE_ROW, WIDE_ROW // 2, dtype=torch.bfloat16)
+    row = torch.ones(1, WIDE_ROW // 2, dtype=torch.bfloat16)
+    times = fastest({"sum": memory_reader(), "product": partial(NativeMatmul(), row, values)}, seconds)
+    return READ_BYTES / min(best for best, _ in times.values())
 
 
 def quantised_calls(outputs: int, width: int) -> dict[str, tuple[Callable[[torch.Tensor], Any], int]]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.step_time.costs import MODES, SP, TABLE, TP, machine, measured, model_of, some_step, table_cost
+from tests.step_time.costs import LIMITS, MODES, SP, TABLE, TP, machine, measured, model_of, some_step, table_cost
 from ulysses_infer.step_time.model import Measurement, StepTimeModel
 from ulysses_infer.step_time.prior import CPU, Sizes, assumed_steps
 from ulysses_infer.step_time.step_shape import StepShape
@@ -128,6 +128,23 @@ def test_a_change_of_speed_observed_in_one_mode_applies_to_all(factor):
     assert model.drift.changes == 1
     prompt = StepShape.of([], [(0, 1024)])
     assert model.predict(prompt) == pytest.approx([factor * machine(mode, prompt) for mode in MODES], rel=0.2)
+
+
+def test_steps_larger_than_all_that_was_measured_are_no_change_of_speed():
+    """Drafted tokens make steps of more rows than a calibration has, which may take much longer than a line says."""
+    draw, model = random.Random(6), model_of(measured(machine))
+    small, most = StepShape.of([500] * 8, []), LIMITS.num_sequences
+    before = model.predict(small)
+    for _ in range(100):
+        shape = StepShape.of([500] * draw.randrange(most + 1, 3 * most), [])
+        model.observe(TP, shape, 1.6 * machine(TP, shape) * draw.lognormvariate(0, 0.03))
+    assert model.drift.changes == 0
+    assert model.predict(small) == pytest.approx(before, rel=0.05)
+    for _ in range(60):
+        shape = StepShape.of([500] * draw.randrange(most + 1, 3 * most), [])
+        model.observe(TP, shape, 1.7 * 1.6 * machine(TP, shape) * draw.lognormvariate(0, 0.03))
+    assert model.drift.changes == 1
+    assert model.predict(small) == pytest.approx([1.7 * seconds for seconds in before], rel=0.2)
 
 
 def test_a_mode_that_becomes_slower_is_left():

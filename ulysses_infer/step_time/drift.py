@@ -22,6 +22,8 @@ class _Usual:
     level: float
     is_measured: bool
     """Whether it comes from measured steps; otherwise from the first steps seen, as far as plausible."""
+    most_bias: float = MOST_BIAS
+    """How far the model may be off, if nothing was measured."""
     count: int = 1
 
     def follow(self, level: float) -> None:
@@ -29,7 +31,7 @@ class _Usual:
         if self.is_measured:
             self.level += SLOWNESS * _within(level - self.level, 1.0)
         else:
-            self.level += max(SLOWNESS, 1 / self.count) * (_within(level, MOST_BIAS) - self.level)
+            self.level += max(SLOWNESS, 1 / self.count) * (_within(level, self.most_bias) - self.level)
 
 
 class _Step(NamedTuple):
@@ -37,7 +39,7 @@ class _Step(NamedTuple):
     offset: float
     """Deviation from the usual level of its kind."""
     shift: float
-    """Deviation from the model's expectation, if nothing was measured before."""
+    """The same, or the deviation from the model's expectation where that is better known."""
 
 
 class DriftDetector:
@@ -61,11 +63,15 @@ class DriftDetector:
         """Whether a usual level is known."""
         return kind in self._usual
 
-    def add(self, kind: object, level: float, time: int) -> tuple[float, int] | None:
-        """Add a step at `time`; on a change returns (how many times slower the machine is now, since which step)."""
-        usual = self._usual.setdefault(kind, _Usual(_within(level, MOST_BIAS), is_measured=False))
+    def add(self, kind: object, level: float, time: int, is_extrapolated: bool = False) -> tuple[float, int] | None:
+        """Add a step at `time`; on a change returns (how many times slower the machine is now, since which step).
+
+        is_extrapolated: whether it is larger than all that was measured, so that only its own kind tells what is usual.
+        """
+        most_bias = math.inf if is_extrapolated else MOST_BIAS
+        usual = self._usual.setdefault(kind, _Usual(_within(level, most_bias), False, most_bias))
         offset = level - usual.level
-        self._window.append(_Step(time, offset, offset if usual.is_measured else level))
+        self._window.append(_Step(time, offset, offset if usual.is_measured or is_extrapolated else level))
         usual.follow(level)
         return self._judge()
 

@@ -51,6 +51,7 @@ class StepTimeModel:
         self._factors: list[list[float]] = self._coefficients.tolist()  # the same as numbers of Python: see `predict`
         self._fitted: np.ndarray | None = None
         self._offsets: dict[tuple[int, Bucket], tuple[float, int, int]] = {}  # cached results of `_offset`
+        self._most_tokens: dict[bool, int] = {}  # of what it started from, by whether the step has prompts
         self._steps = 0
         self._steps_to_fit = STEPS_PER_FIT
 
@@ -58,9 +59,11 @@ class StepTimeModel:
 
     def learn(self, measurements: Iterable[Measurement], assumed: bool = False) -> None:
         """Start from these measurements, or from `assumed` ones that the first measurements overrule."""
-        self._memories = [Memory() for _ in self.modes]
+        self._memories, self._most_tokens = [Memory() for _ in self.modes], {}
         for mode, shape, seconds in measurements:
             self._remember(self.modes.index(mode), shape, seconds, assumed)
+            has_prompts = shape.num_prefills > 0
+            self._most_tokens[has_prompts] = max(shape.num_tokens, self._most_tokens.get(has_prompts, 0))
         self._fitted = None
         self._fit()
         self._anchor = self._coefficients.copy()
@@ -116,7 +119,8 @@ class StepTimeModel:
             rows, known, _ = self._memories[index].of(shape.bucket)
             if len(known):
                 self.drift.set_usual(kind, _level(rows, known, self._anchor[index]))
-        change = self.drift.add(kind, math.log(seconds / expected), self._steps)
+        is_extrapolated = shape.num_tokens > self._most_tokens.get(shape.num_prefills > 0, 0)
+        change = self.drift.add(kind, math.log(seconds / expected), self._steps, is_extrapolated)
         if change is not None:
             self._rescale(*change)
 

@@ -219,17 +219,11 @@ class Speculation:
             return {}
         if self.config.num_tokens != AUTO:
             return _share(room, {index: len(draft.tokens) for index, draft in drafts.items()})
-        gains = {index: self._gains(index, draft) for index, draft in drafts.items()}
+        gains = {index: self._requests[index].acceptance.gains(draft.confidences) for index, draft in drafts.items()}
         contexts = {request.index: request.num_tokens for request in decoding}
         plan = self._planner.plan(gains, contexts, chunks, max(0, room))
         self.reason = plan.reason
-        for index, values in gains.items():
-            if values and not plan.counts.get(index):  # else it would be drafted again and again, and never verified
-                self._requests[index].usual.expect(values[0])
         return plan.counts
-
-    def _gains(self, index: int, draft: Draft) -> list[float]:
-        return self._requests[index].acceptance.gains(draft.confidences)
 
     def _plan_next_try(self, index: int, counts: Mapping[int, int]) -> None:
         """Ask again in the next step if something was drafted, else after a pause, which becomes longer where asking
@@ -239,8 +233,12 @@ class Speculation:
             known.pause, known.last_step = 1, self._step + 1
             if self.config.num_tokens == AUTO:
                 known.reach = 2 * counts[index] + 2
+        elif known.offered.tokens:
+            known.pause = min(2 * known.pause, LONGEST_PAUSE)
+            # Or such tokens would be drafted again and again, and never verified.
+            known.usual.expect(*known.acceptance.gains(known.offered.confidences[:1]))
         else:
-            known.pause = min(2 * known.pause, LONGEST_PAUSE if known.offered.tokens else self._longest_pause)
+            known.pause = min(2 * known.pause, self._longest_pause)
         known.next_try = self._step + known.pause
 
 

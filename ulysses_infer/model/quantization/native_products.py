@@ -99,8 +99,12 @@ class NativeWeights:
 
     def _by_rows(self, rows: torch.Tensor) -> int:
         """The C functions' last argument: -1, or up to how many rows the lanes are inputs."""
-        if not self._uses_integers(rows):
-            return -1
+        return self.most_by_rows() if self._uses_integers(rows) else -1
+
+    def most_by_rows(self) -> int:
+        """Up to how many rows the lanes are inputs if these are quantised, as measured when it is first asked."""
+        if not self._has_integers:
+            return 0
         if self._struct.values == _INT8:
             return most_rows(8)
         is_measured = self._struct.values == _PACKED and self._struct.bits == 4 and self._stored.packed == "inputs"
@@ -148,7 +152,11 @@ def native_weights(stored: StoredExperts, segment: int = SEGMENT) -> NativeWeigh
     """`stored` for products on a CPU; None if this format, or this machine, has none."""
     formats = (torch.int8, torch.float8_e4m3fn) if stored.values == "float" else (torch.int32,)
     is_readable = stored.codes.device.type == "cpu" and stored.codes.dtype in formats
-    return NativeWeights(stored, segment) if is_readable and is_available("quantised") else None
+    if not is_readable or not is_available("quantised"):
+        return None
+    made = NativeWeights(stored, segment)
+    made.most_by_rows()  # measures now, while the model loads, not in its first step
+    return made
 
 
 @functools.cache
