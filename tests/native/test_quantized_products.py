@@ -27,6 +27,7 @@ from ulysses_infer.parallel.sharding import Part, Sharding
 
 LAYOUT, SHARD = Layout(Mode(2, 2)), 3
 ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 2e-6}
+FP8_CHANNELS = ScaledWeight("s", "channel")
 QUANTISING = 1 / 127
 """Error of a quantised input relative to the largest one of its segment."""
 
@@ -174,6 +175,21 @@ def test_a_row_does_not_depend_on_how_many_others_there_are(scheme: Any, monkeyp
     together = weights.product(given_rows, None)
     for count in (1, 2, 7, 12):
         assert weights.product(given_rows[:count], None).equal(together[:count])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [(FloatZeroWeight(32), [4]), (ScaledWeight("s", "channel", dtype=torch.int8), [8]), (FP8_CHANNELS, [])],
+    ids=str,
+)
+def test_kernels_are_measured_while_weights_are_loaded(
+    scheme: Any, bits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr(native_products, "most_rows", measured.append)
+    parts = {name: part[None] for name, part in random_parts(scheme, 50, 160).items()}
+    assert native_products.native_weights(scheme.stored_experts(parts, Span(0, 50), Span(0, 160))) is not None
+    assert measured == bits
 
 
 def random_parts(scheme: Any, outputs: int, inputs: int) -> dict[str, torch.Tensor]:

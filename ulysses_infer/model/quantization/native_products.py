@@ -102,7 +102,7 @@ class NativeWeights:
         return self.most_by_rows() if self._uses_integers(rows) else -1
 
     def most_by_rows(self) -> int:
-        """Up to how many rows the lanes are inputs if these are quantised, as measured when it is first asked."""
+        """The most rows for which lanes are inputs, if inputs are quantised. Measured when it is first asked."""
         if not self._has_integers:
             return 0
         if self._struct.values == _INT8:
