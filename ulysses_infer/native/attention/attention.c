@@ -1,6 +1,6 @@
 /* Attention over a paged KV cache, read in place through the block table, for decodes and prompts.
  *
- * The order of sums depends on the sequence and on how many of its tokens are computed only: results depend neither on
+ * The order of sums depends only on the sequence and on how many of its tokens are computed: results depend neither on
  * other sequences nor on the number of threads.
  */
 #include <stdlib.h>
