@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from statistics import median
 
 import torch
 
 from benchmarks.arguments import common_options, model_options, model_path
-from benchmarks.processor import READ_BYTES, memory_reader, processor
+from benchmarks.processor import READ_BYTES, MemoryReader, processor, seconds_to
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.console.library_logging import quiet_libraries
 from ulysses_infer.inference import InferenceEngine
@@ -34,13 +33,6 @@ WARM_UP = 2  # rounds
 TOKEN = "token"
 Rounds = Mapping[tuple[str, str | int], list[float]]
 """Seconds of every round, by kind of engine and measured work: the length of a prompt, or TOKEN."""
-
-
-def seconds_to(call: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def seconds_of(engine: InferenceEngine, length: int, tokens: int) -> float:
@@ -69,13 +61,13 @@ def measure(engines: Mapping[str, InferenceEngine], repeats: int) -> tuple[Round
     """Seconds of each kind of work in each round, and of reading READ_BYTES of memory, without the first rounds."""
     reads: list[float] = []
     found: defaultdict[tuple[str, str | int], list[float]] = defaultdict(list)
-    read, names = memory_reader(), list(engines)
+    memory, names = MemoryReader(), list(engines)
     for _ in range(WARM_UP + repeats):
         random.shuffle(names)
         for length in LENGTHS:
             for name in names:
                 found[name, length].append(seconds_of(engines[name], length, 1))
-        reads.append(median(seconds_to(read) for _ in range(5)))
+        reads.append(median(memory.seconds() for _ in range(5)))
         for name in names:
             found[name, TOKEN].append(token_seconds(engines[name]))
     return {key: seconds[WARM_UP:] for key, seconds in found.items()}, reads[WARM_UP:]

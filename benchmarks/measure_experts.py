@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.arguments import common_options
 from benchmarks.cpu_times import least_cpu_seconds
-from benchmarks.processor import READ_BYTES, memory_reader, processor
+from benchmarks.processor import READ_BYTES, MemoryReader, processor
 from ulysses_infer import SamplingParams, init_inference
 from ulysses_infer.console.library_logging import quiet_libraries
 from ulysses_infer.native.matmul import NativeMatmul
@@ -147,7 +147,7 @@ def main() -> None:
     ).parse_args()
     quiet_libraries(rank=0)
     torch.set_num_threads(options.threads)
-    speed = READ_BYTES / least(memory_reader(), options.repeats)
+    speed = READ_BYTES / MemoryReader().seconds(options.repeats)
     print(f"{processor()}, {options.threads} threads; memory {speed / 1e9:.1f} GB/s a thread")
     decodes = list(decode_table(options.repeats, speed))
     products = list(product_table(options.repeats))

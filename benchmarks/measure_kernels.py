@@ -25,7 +25,7 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from benchmarks.arguments import common_options
-from benchmarks.processor import READ_BYTES, memory_reader, processor
+from benchmarks.processor import READ_BYTES, MemoryReader, processor
 from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
@@ -35,7 +35,7 @@ from ulysses_infer.model.quantization.online import online_scheme
 from ulysses_infer.native.matmul import NativeMatmul
 from ulysses_infer.parallel.layout import Span
 
-WIDE_ROW = 8192  # bytes of a row of what is read to measure the memory
+MEMORY_READS = 20
 VISITED_BYTES = 400_000_000
 WIDTH = 150  # of tables that are not printed to a terminal
 WEIGHTS = ((2560, 1536), (9216, 1536), (1536, 4608), (16384, 1536))  # 0.5 B parameters: qkv, gate and up, down, head
@@ -135,14 +135,6 @@ def measure_matmul(dtype: torch.dtype, seconds: float) -> Table:
     return table
 
 
-def memory_speed(seconds: float) -> float:
-    """Bytes per second that a sum reads, at one place, or a product of one row, at several: the faster."""
-    values = torch.ones(READ_BYTES // WIDE_ROW, WIDE_ROW // 2, dtype=torch.bfloat16)
-    row = torch.ones(1, WIDE_ROW // 2, dtype=torch.bfloat16)
-    times = fastest({"sum": memory_reader(), "product": partial(NativeMatmul(), row, values)}, seconds)
-    return READ_BYTES / min(best for best, _ in times.values())
-
-
 def quantised_calls(outputs: int, width: int) -> dict[str, tuple[Callable[[torch.Tensor], Any], int]]:
     """Products with bfloat16 weights [outputs, width] and with the same quantised; bytes of each."""
     dense = torch.randn(outputs, width).bfloat16()
@@ -166,7 +158,7 @@ def _multiply_quantised(weights: Iterator[NativeWeights], inputs: torch.Tensor) 
 
 def measure_quantised(dtype: torch.dtype, seconds: float) -> Table:
     """Products with quantised weights, as `model.quantize` makes them, and with the same in bfloat16."""
-    memory = memory_speed(seconds)
+    memory = READ_BYTES / MemoryReader().seconds(MEMORY_READS)
     table = Table(title=f"quantised products; memory is read at {memory / 1e9:.1f} GB/s")
     for column in ("N", "K", "rows", "weights", "us (median)", "GB/s", "of memory", "TFLOP/s", "x bfloat16"):
         table.add_column(column, justify="right")

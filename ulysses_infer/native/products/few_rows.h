@@ -7,12 +7,13 @@
 #pragma once
 #include "product.h"
 
-#if defined(HAS_AVX512) || defined(__aarch64__)
-#define MOST_ROWS 6 /* sums fill the 32 vector registers */
+#define MOST_ROWS (REGISTERS == 32 ? 6 : 3) /* sums fill the vector registers */
+#if defined(HAS_AVX512)
+#define FEW_AHEAD 2048 /* bytes that the CPU does not prefetch early enough by itself */
+#elif defined(__aarch64__)
 #define FEW_AHEAD 0
 #else
-#define MOST_ROWS 3
-#define FEW_AHEAD 512 /* bytes that such a CPU does not prefetch early enough by itself */
+#define FEW_AHEAD 512
 #endif
 #define WIDE_PANEL 8
 #define PANEL 4

@@ -1,8 +1,7 @@
 /* Products of a few rows with bytes that have one scale per output: the lanes are consecutive inputs of one output.
  *
  * Nothing is transposed. The weight is read at STREAMS places by turns, a row of each: memory gives more to several
- * streams than to one, if no two share a page, and nothing need be prefetched. With more rows of inputs, lanes that are
- * outputs cost less.
+ * streams than to one, if no two share a page. With more rows of inputs, lanes that are outputs cost less.
  */
 #pragma once
 #include "integer_products.h"
@@ -11,6 +10,11 @@
 #define BYTE_ROWS 4 /* of inputs, with which a row of the weight is multiplied while it is in the cache */
 #define ROWS_AT_ONCE 2 /* of these, whose sums are in registers */
 #define STREAMS 4
+#ifdef HAS_AVX512
+#define STREAM_AHEAD 1024 /* bytes of a stream that the CPU does not prefetch early enough by itself */
+#else
+#define STREAM_AHEAD 0
+#endif
 
 /* Outputs of one task: OUTPUTS from `first` on, as many `apart` from these, and so on. */
 struct task {
@@ -19,12 +23,15 @@ struct task {
 };
 
 /* From one stream to the next. */
-INLINE int64_t apart_of(int64_t outputs) { return (outputs + STREAMS * OUTPUTS - 1) / (STREAMS * OUTPUTS) * OUTPUTS; }
+INLINE int64_t apart_of(int64_t outputs, int most) {
+    return (outputs + most * OUTPUTS - 1) / (most * OUTPUTS) * OUTPUTS;
+}
 
-/* Task number `number`, of apart_of(outputs) / OUTPUTS. */
-INLINE struct task task_of(int64_t outputs, int64_t number) {
-    const int64_t apart = apart_of(outputs), first = number * OUTPUTS, streams = (outputs - first + apart - 1) / apart;
-    return (struct task){outputs, apart, first, streams < STREAMS ? (int)streams : STREAMS};
+/* Task number `number`, of apart_of(outputs, most) / OUTPUTS, which have at most `most` streams. */
+INLINE struct task task_of(int64_t outputs, int64_t number, int most) {
+    const int64_t apart = apart_of(outputs, most), first = number * OUTPUTS;
+    const int64_t streams = (outputs - first + apart - 1) / apart;
+    return (struct task){outputs, apart, first, streams < most ? (int)streams : most};
 }
 
 /* How many outputs of a stream there are. */
@@ -125,8 +132,8 @@ INLINE void add_byte_rows(const struct byte_rows *x, const char *const weights[S
     const int8_t *codes = x->codes + (t + at) * p->num_segments * x->stride;
     const float *scales = x->scales + (t + at) * p->num_segments;
     floats sums[STREAMS][ROWS_AT_ONCE];
-    const int64_t next = p->weight->code_output; /* from one row of a stream to the next */
-    const int is_slice = next != p->weight->inputs; /* the CPU does not foresee where its next row begins */
+    /* In a slice, the CPU does not foresee where the next row of a stream begins. */
+    const int64_t next = p->weight->code_output, ahead = next != p->weight->inputs ? next : STREAM_AHEAD;
     const struct segment *last = &p->segments[p->num_segments - 1];
     const int64_t equal = p->num_segments - (last->stop - last->start < per_segment * STEP);
     int64_t s = 0;
@@ -134,8 +141,8 @@ INLINE void add_byte_rows(const struct byte_rows *x, const char *const weights[S
         UNROLL for (int r = 0; r < rows; r++) sums[i][r] = (floats){0};
     for (; per_segment && s < equal; s++, codes += x->stride, scales++) {
         const int64_t at = s * per_segment * STEP;
-        if (is_slice)
-            UNROLL for (int i = 0; i < STREAMS; i++) __builtin_prefetch(weights[i] + next + at, 0, 2);
+        for (int v = 0; ahead && v < per_segment * STEP; v += LINE)
+            UNROLL for (int i = 0; i < STREAMS; i++) __builtin_prefetch(weights[i] + at + v + ahead, 0, 2);
         add_byte_segment(x, weights, at, codes, scales, per_segment, 1, 0, rows, sums);
     }
     for (; s < p->num_segments; s++, codes += x->stride, scales++) {

@@ -1,8 +1,8 @@
 /* Products of a few rows with nibbles along the inputs: the lanes are consecutive inputs of one output.
  *
  * An atom, 32 inputs, is 16 bytes of nibbles: four lanes of sums, which share a scale. As many atoms as there are lanes
- * are a block, whose scales are one vector. Nothing is transposed, and rows of the weight are read one after another.
- * With more rows, lanes that are outputs cost less.
+ * are a block, whose scales are one vector. Nothing is transposed. Rows of the weight are read one after another or, with
+ * enough registers, in streams. With more rows of inputs, lanes that are outputs cost less.
  */
 #pragma once
 #include "integer_rows.h"
@@ -14,7 +14,14 @@
 #define BLOCK_ATOMS (BLOCK_VECTORS * VECTOR_ATOMS)
 #define BLOCK_INPUTS (BLOCK_ATOMS * ATOM)
 #define AHEAD_BYTES 16384 /* of the weight, which are fetched before they are needed */
+#define AHEAD_IN_STREAM 2048
 #define ROWS_TOGETHER (REGISTERS == 32 ? 4 : 2)
+#ifdef HAS_AVX512
+#define NIBBLE_STREAMS 4
+#else
+#define NIBBLE_STREAMS 1
+#endif
+#define MOST_SUMS (ROWS_TOGETHER > NIBBLE_STREAMS ? ROWS_TOGETHER : NIBBLE_STREAMS) /* of rows times streams */
 
 /* Quantised inputs, zeros after the last, and where those of the weight are. */
 struct nibble_rows {
@@ -27,8 +34,12 @@ struct nibble_rows {
     integers index, last; /* of the group of each lane of a block, counted from the first; of the last, partial block */
 };
 
-/* Vectors of 16-bit sums can be added up to one lane per atom before they are converted. */
-#define ADDS_UP (NARROW_SUMS && LANES <= 8)
+/* The sums of a block can be added up to one lane per atom before they are converted. */
+#ifdef HAS_AVX512
+#define ADDS_UP 1
+#else
+#define ADDS_UP NARROW_SUMS
+#endif
 
 /* Which atom of a block a lane belongs to, and the reverse. */
 INLINE int atom_of(int lane) { return ADDS_UP ? lane % 4 * VECTOR_ATOMS + lane / 4 : lane; }
@@ -127,9 +138,17 @@ INLINE floats of_groups(const char *from, int64_t count, enum type type, integer
 }
 
 #if ADDS_UP
-/* The sums of the products of a block, of one atom per lane. Sums of 16 bits are below 32 * 15 * 127. */
+/* The sums of the products of a block, of one atom per lane. All sums of pairs of lanes are below 16 * 15 * 127. */
 INLINE floats add_up(const words quarters[BLOCK_VECTORS]) {
-#if LANES == 8
+#ifdef HAS_AVX512
+    const __m512i ones = _mm512_set1_epi16(1);
+    __m512i q[BLOCK_VECTORS];
+    UNROLL for (int v = 0; v < BLOCK_VECTORS; v++)
+        q[v] = NARROW_SUMS ? _mm512_madd_epi16((__m512i)quarters[v], ones) : (__m512i)quarters[v];
+    const __m512i first = _mm512_madd_epi16(_mm512_packs_epi32(q[0], q[1]), ones);
+    const __m512i second = _mm512_madd_epi16(_mm512_packs_epi32(q[2], q[3]), ones);
+    const words whole = (words)_mm512_packs_epi32(first, second);
+#elif LANES == 8
     const __m256i first = _mm256_hadd_epi16((__m256i)quarters[0], (__m256i)quarters[1]);
     const __m256i second = _mm256_hadd_epi16((__m256i)quarters[2], (__m256i)quarters[3]);
     const words whole = (words)_mm256_hadd_epi16(first, second);
@@ -176,85 +195,118 @@ struct nibble_row {
     int64_t ahead;  /* bytes of codes */
 };
 
-/* Block number `block` of a row of the weight times rows t .. t + rows. bytes: of nibbles that the block has; index: of
- * the group of each lane; groups: how many can be read. is_usual: scales and zero points are in bfloat16. */
+/* Block number `block` of a row of the weight per stream, times rows t .. t + rows. bytes: of nibbles that the block has;
+ * index: of the group of each lane; groups: how many can be read. is_usual: scales and zero points are in bfloat16.
+ * sums: [streams][rows]. */
 INLINE void add_block(const struct nibble_rows *x, const struct nibble_row *w, int64_t t, int64_t block, int64_t bytes,
-                      integers index, int64_t groups, const int is_usual, const int rows, floats sums[ROWS_TOGETHER]) {
+                      integers index, int64_t groups, const int is_usual, const int streams, const int rows,
+                      floats *sums) {
     const int64_t first = t * x->atoms + block * BLOCK_ATOMS, vector = 4 * LANES, group = block * x->step;
-    const char *codes = w->codes + block * BLOCK_ATOMS * ATOM_BYTES;
     const enum type type = is_usual ? BFLOAT16 : w->type;
-    const floats scales = of_groups(w->scales + group * size_of(type), groups, type, index);
-    floats zeros = splat(w->zero);
-    if (is_usual || w->zeros) zeros = of_groups(w->zeros + group * sizeof(bfloat16), groups, BFLOAT16, index);
-    words quarters[ROWS_TOGETHER][BLOCK_VECTORS] = {{{0}}};
-    for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(codes + at + w->ahead, 0, 2);
+    words quarters[MOST_SUMS][BLOCK_VECTORS] = {{{0}}};
     UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
         if (v * vector >= bytes) break;
-        words weights[2];
-        unpack(load_bytes(codes + v * vector, bytes - v * vector), NIBBLES, weights);
-        UNROLL for (int r = 0; r < rows; r++)
-            quarters[r][v] = multiply_nibbles(weights, x->codes + (first + r * x->atoms + v * VECTOR_ATOMS) * ATOM);
+        UNROLL for (int s = 0; s < streams; s++) {
+            const char *codes = w[s].codes + block * BLOCK_ATOMS * ATOM_BYTES + v * vector;
+            words weights[2];
+            if (v * vector % LINE == 0) __builtin_prefetch(codes + w->ahead, 0, 2);
+            unpack(load_bytes(codes, bytes - v * vector), NIBBLES, weights);
+            UNROLL for (int r = 0; r < rows; r++)
+                quarters[s * rows + r][v] =
+                    multiply_nibbles(weights, x->codes + (first + r * x->atoms + v * VECTOR_ATOMS) * ATOM);
+        }
     }
-    UNROLL for (int r = 0; r < rows; r++) {
-        const int64_t place = first + r * x->atoms;
-        sums[r] = add_atoms(sums[r], quarters[r], scales, zeros, take(x->scales + place, FLOAT32),
-                            take(x->sums + place, FLOAT32));
+    UNROLL for (int s = 0; s < streams; s++) {
+        const floats scales = of_groups(w[s].scales + group * size_of(type), groups, type, index);
+        floats zeros = splat(w->zero);
+        if (is_usual || w->zeros) zeros = of_groups(w[s].zeros + group * sizeof(bfloat16), groups, BFLOAT16, index);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const int64_t place = first + r * x->atoms;
+            sums[s * rows + r] = add_atoms(sums[s * rows + r], quarters[s * rows + r], scales, zeros,
+                                           take(x->scales + place, FLOAT32), take(x->sums + place, FLOAT32));
+        }
     }
 }
 
-/* A row of the weight times rows t .. t + rows. is_inside: LANES groups can be read from any one on. */
+/* A row of the weight per stream, times rows t .. t + rows. is_inside: LANES groups can be read from any one on. */
 INLINE void add_row(const struct nibble_rows *x, const struct nibble_row *w, int64_t t, int64_t inputs, int is_inside,
-                    const int rows, floats sums[ROWS_TOGETHER]) {
+                    const int streams, const int rows, floats *sums) {
     const int64_t whole = inputs / BLOCK_INPUTS, rest = (inputs % BLOCK_INPUTS + 1) / 2;
-    UNROLL for (int r = 0; r < rows; r++) sums[r] = (floats){0};
+    UNROLL for (int i = 0; i < streams * rows; i++) sums[i] = (floats){0};
     if (is_inside && w->zeros && w->type == BFLOAT16)
-        for (int64_t b = 0; b < whole; b++) add_block(x, w, t, b, BLOCK_INPUTS / 2, x->index, LANES, 1, rows, sums);
-    else
         for (int64_t b = 0; b < whole; b++)
-            add_block(x, w, t, b, BLOCK_INPUTS / 2, x->index, is_inside ? LANES : x->groups - b * x->step, 0, rows, sums);
-    if (rest) add_block(x, w, t, whole, rest, x->last, is_inside ? LANES : x->groups - whole * x->step, 0, rows, sums);
+            add_block(x, w, t, b, BLOCK_INPUTS / 2, x->index, LANES, 1, streams, rows, sums);
+    else
+        for (int64_t b = 0; b < whole; b++) {
+            const int64_t groups = is_inside ? LANES : x->groups - b * x->step;
+            add_block(x, w, t, b, BLOCK_INPUTS / 2, x->index, groups, 0, streams, rows, sums);
+        }
+    if (rest)
+        add_block(x, w, t, whole, rest, x->last, is_inside ? LANES : x->groups - whole * x->step, 0, streams, rows, sums);
 }
 
-/* Outputs n .. n + count of rows t .. t + rows; count: at most OUTPUTS. */
-INLINE void nibble_tile(const struct nibble_rows *given, int64_t t, int64_t n, int64_t count, const int rows) {
+/* Row n of the weight. */
+INLINE struct nibble_row nibble_row_of(const struct stored *w, int64_t n) {
+    const enum type type = w->scale_type == FLOATS ? FLOAT32 : BFLOAT16;
+    return (struct nibble_row){w->codes + n * w->code_output, w->scales + n * w->scale_output * size_of(type),
+                               w->zeros ? w->zeros + n * w->zero_output * sizeof(bfloat16) : 0, type, (float)w->zero, 0};
+}
+
+/* Outputs of `streams` streams of a task, from number `stream` on, of rows t .. t + rows. */
+INLINE void nibble_tile(const struct nibble_rows *given, const struct task *task, int stream, int64_t t, const int streams,
+                        const int rows) {
     const struct nibble_rows x = *given;
     const struct stored *w = x.p->weight;
-    const enum type type = w->scale_type == FLOATS ? FLOAT32 : BFLOAT16;
-    const int64_t step = w->code_output, scale_step = w->scale_output * size_of(type), zero_step = w->zero_output * 2;
-    const int64_t inputs = w->inputs, outputs = w->outputs;
+    const int64_t inputs = w->inputs, outputs = w->outputs, count = count_of(task, stream);
     const int64_t least = w->zeros && w->zero_output < w->scale_output ? w->zero_output : w->scale_output;
-    struct nibble_row row = {w->codes + n * step, w->scales + n * scale_step, w->zeros ? w->zeros + n * zero_step : 0,
-                             type, (float)w->zero, x.ahead * step};
-    float sums[ROWS_TOGETHER * OUTPUTS];
+    const int is_slice = w->code_output * 2 != inputs; /* the CPU does not foresee where its next row begins */
+    const int64_t ahead = streams == 1 ? x.ahead * w->code_output : is_slice ? w->code_output : AHEAD_IN_STREAM;
+    float sums[NIBBLE_STREAMS][ROWS_TOGETHER * OUTPUTS];
     for (int64_t a = 0; a < count; a += 4) {
-        floats four[4][ROWS_TOGETHER];
-        for (int64_t i = a; i < a + 4; i++) {
-            floats held[ROWS_TOGETHER];
-            __builtin_prefetch(row.scales + x.ahead * scale_step, 0, 2);
-            __builtin_prefetch(row.zeros + x.ahead * zero_step, 0, 2);
-            add_row(&x, &row, t, inputs, (outputs - n - i - 1) * least >= LANES, rows, held);
-            UNROLL for (int r = 0; r < rows; r++) four[i - a][r] = held[r];
-            if (i + 1 >= count) continue; /* outputs beyond the last are computed as the last */
-            row.codes += step, row.scales += scale_step;
-            if (row.zeros) row.zeros += zero_step;
+        floats four[4][MOST_SUMS];
+        for (int64_t i = 0; i < 4; i++) {
+            struct nibble_row row[NIBBLE_STREAMS];
+            UNROLL for (int s = 0; s < streams; s++) {
+                row[s] = nibble_row_of(w, output_of(task, stream + s, a + i));
+                row[s].ahead = ahead;
+                if (streams > 1) continue;
+                __builtin_prefetch(row[s].scales + x.ahead * w->scale_output * size_of(row[s].type), 0, 2);
+                __builtin_prefetch(row[s].zeros + x.ahead * w->zero_output * sizeof(bfloat16), 0, 2);
+            }
+            const int64_t beyond = outputs - 1 - output_of(task, stream + streams - 1, a + i); /* the last of these rows */
+            add_row(&x, row, t, inputs, beyond * least >= LANES, streams, rows, four[i]);
         }
-        UNROLL for (int r = 0; r < rows; r++)
-            sum_four(sums + r * OUTPUTS + a, four[0][r], four[1][r], four[2][r], four[3][r]);
+        UNROLL for (int s = 0; s < streams; s++)
+            UNROLL for (int r = 0; r < rows; r++) {
+                const int j = s * rows + r;
+                sum_four(sums[s] + r * OUTPUTS + a, four[0][j], four[1][j], four[2][j], four[3][j]);
+            }
     }
-    put_sums(x.p, t, rows, n, count, sums);
+    for (int s = 0; s < streams && stream + s < task->streams; s++)
+        put_sums(x.p, t, rows, task->first + (stream + s) * task->apart, count_of(task, stream + s), sums[s]);
 }
 
-/* Outputs n .. n + count of all rows; count: at most OUTPUTS. */
-static void nibble_outputs(const struct nibble_rows *x, int64_t n, int64_t count) {
+/* All rows with the outputs of a task. As many sums as registers hold are made together. */
+static void nibble_outputs(const struct nibble_rows *x, const struct task *task) {
     const int64_t all = x->p->num_rows;
     for (int64_t t = 0, rows; t < all; t += rows) {
         rows = all - t < ROWS_TOGETHER ? all - t : ROWS_TOGETHER;
         switch (rows) {
-            case 1: nibble_tile(x, t, n, count, 1); break;
-            case 2: nibble_tile(x, t, n, count, 2); break;
+            case 1: nibble_tile(x, task, 0, t, NIBBLE_STREAMS, 1); break;
+#if NIBBLE_STREAMS > 1
+            case 2:
+                for (int s = 0; s < task->streams; s += 2) nibble_tile(x, task, s, t, 2, 2);
+                break;
+#else
+            case 2: nibble_tile(x, task, 0, t, 1, 2); break;
+#endif
 #if REGISTERS == 32
-            case 3: nibble_tile(x, t, n, count, 3); break;
-            case 4: nibble_tile(x, t, n, count, 4); break;
+            case 3:
+                for (int s = 0; s < task->streams; s++) nibble_tile(x, task, s, t, 1, 3);
+                break;
+            case 4:
+                for (int s = 0; s < task->streams; s++) nibble_tile(x, task, s, t, 1, 4);
+                break;
 #endif
         }
     }

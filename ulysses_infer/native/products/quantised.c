@@ -84,10 +84,10 @@ static int multiply_byte_rows(const struct product *p) {
     const int failed = !memory || !narrow;
     const struct byte_rows x = byte_rows_of(p, memory);
     if (!failed) quantise_for_bytes(&x, narrow);
-    const struct tasks tasks = tasks_of(failed ? 0 : apart_of(outputs) / OUTPUTS, threads_for(is_worth(p)));
+    const struct tasks tasks = tasks_of(failed ? 0 : apart_of(outputs, STREAMS) / OUTPUTS, threads_for(is_worth(p)));
 #pragma omp parallel if (tasks.threads > 1)
     for (int64_t number; (number = take_task(&tasks)) >= 0;) {
-        const struct task task = task_of(outputs, number);
+        const struct task task = task_of(outputs, number, STREAMS);
         byte_outputs(&x, &task);
     }
     free(memory), free(narrow);
@@ -101,11 +101,12 @@ static int multiply_nibble_rows(const struct product *p) {
     const int failed = !memory || !narrow;
     const struct nibble_rows x = nibble_rows_of(p, memory);
     if (!failed) quantise_for_nibbles(&x, narrow);
-    const struct tasks tasks = tasks_of(failed ? 0 : (outputs + OUTPUTS - 1) / OUTPUTS, threads_for(is_worth(p)));
+    const struct tasks tasks =
+        tasks_of(failed ? 0 : apart_of(outputs, NIBBLE_STREAMS) / OUTPUTS, threads_for(is_worth(p)));
 #pragma omp parallel if (tasks.threads > 1)
-    for (int64_t group; (group = take_task(&tasks)) >= 0;) {
-        const int64_t n = group * OUTPUTS;
-        nibble_outputs(&x, n, outputs - n < OUTPUTS ? outputs - n : OUTPUTS);
+    for (int64_t number; (number = take_task(&tasks)) >= 0;) {
+        const struct task task = task_of(outputs, number, NIBBLE_STREAMS);
+        nibble_outputs(&x, &task);
     }
     free(memory), free(narrow);
     return failed;
