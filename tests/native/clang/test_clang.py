@@ -37,7 +37,7 @@ NUMERICAL = (
     "native/test_quantized_products.py",
     "native/test_recurrent_kernels.py",
     "parallel/test_shared_memory.py",
-    "worker/test_cpu_graphs.py",
+    "worker/graphs/test_cpu_graphs.py",
 )
 
 

@@ -67,8 +67,11 @@ def is_equivalent_on(
     return True
 
 
-def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two results agree up to rounding. On device `meta` there are no values, and shape and dtype decide."""
+def is_close(found: torch.Tensor, expected: torch.Tensor, rounding: torch.dtype | None = None) -> bool:
+    """Whether two results agree up to rounding. On device `meta` there are no values, and shape and dtype decide.
+
+    rounding: the dtype of what they were computed from, if it is less precise than their own.
+    """
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     if expected.is_meta:
@@ -78,7 +81,7 @@ def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     if not bool(expected.isfinite().all()):
         return False
     difference = (found.float() - expected.float()).abs().mean()
-    return bool(difference <= TOLERANCE[expected.dtype] * expected.float().abs().mean())
+    return bool(difference <= TOLERANCE[rounding or expected.dtype] * expected.float().abs().mean())
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

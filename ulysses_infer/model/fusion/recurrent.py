@@ -62,4 +62,4 @@ def _is_equal(
     except MISMATCH_ERRORS:
         return False
     states = ((found.state(s.layer, s.kind, s.index), expected.state(s.layer, s.kind, s.index)) for s in found.shapes)
-    return is_close(result, wanted) and all(is_close(one, other) for one, other in states)
+    return is_close(result, wanted) and all(is_close(one, other, wanted.dtype) for one, other in states)
