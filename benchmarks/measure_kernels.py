@@ -1,7 +1,7 @@
 """Speed of the native CPU kernels compared with torch's, alternating in one run.
 
-    python -m benchmarks.measure_kernels [matmul] [quantised] [pages] [attention] [prompt] [write]
-        [--threads 1] [--dtype bfloat16]
+    python -m benchmarks.measure_kernels [matmul] [quantised] [attention] [prompt] [write] [--threads 1]
+        [--dtype bfloat16]
 
 Weights and caches are larger than the CPU's caches and are visited one after another, like a model's layers. The table
 shows the fastest call of each alternative and, in brackets, the median: other programs only make calls slower. With one
@@ -15,7 +15,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +30,6 @@ from ulysses_infer.attention.backend import AttentionMetadata, AttentionOptions
 from ulysses_infer.attention.native import NativeAttention
 from ulysses_infer.attention.torch_loop import TorchLoopAttention
 from ulysses_infer.cache.paged import CacheShape, PagedCache
-from ulysses_infer.model.loading.huge_pages import use_huge_pages
 from ulysses_infer.model.quantization.native_products import NativeWeights
 from ulysses_infer.model.quantization.online import online_scheme
 from ulysses_infer.native.matmul import NativeMatmul
@@ -64,7 +63,6 @@ QUANTISED = {
 }
 QUANTISED_ROWS = (1, 2, 4, 16, 64, 128, 512)
 Calls = dict[str, Callable[[], Any]]
-Place = Callable[[Iterable[torch.Tensor]], None]
 
 
 class Heads(NamedTuple):
@@ -137,17 +135,10 @@ def measure_matmul(dtype: torch.dtype, seconds: float) -> Table:
     return table
 
 
-def quantised_calls(
-    outputs: int, width: int, place: Place = use_huge_pages
-) -> dict[str, tuple[Callable[[torch.Tensor], Any], int]]:
-    """Products with bfloat16 weights [outputs, width] and with the same quantised; bytes of each.
-
-    place: what is done with the memory of all of these.
-    """
+def quantised_calls(outputs: int, width: int) -> dict[str, tuple[Callable[[torch.Tensor], Any], int]]:
+    """Products with bfloat16 weights [outputs, width] and with the same quantised; bytes of each."""
     dense = torch.randn(outputs, width).bfloat16()
-    copies = [dense.clone() for _ in range(VISITED_BYTES // dense.nbytes | 1)]
-    place(copies)
-    weights, native = itertools.cycle(copies), NativeMatmul()
+    weights, native = itertools.cycle([dense.clone() for _ in range(VISITED_BYTES // dense.nbytes | 1)]), NativeMatmul()
     calls: dict[str, tuple[Callable[[torch.Tensor], Any], int]] = {
         "bfloat16": (lambda inputs: native(inputs, next(weights)), dense.nbytes)
     }
@@ -155,9 +146,8 @@ def quantised_calls(
         parts = scheme.quantise(dense)
         size, visited = sum(part.nbytes for part in parts.values()), []
         for _ in range(VISITED_BYTES // size | 1):
-            stored = {key: part.clone()[None] for key, part in parts.items()}
-            place(stored.values())
-            visited.append(NativeWeights(scheme.stored_experts(stored, Span(0, outputs), Span(0, width))))
+            copies = {key: part.clone()[None] for key, part in parts.items()}
+            visited.append(NativeWeights(scheme.stored_experts(copies, Span(0, outputs), Span(0, width))))
         calls[name] = partial(_multiply_quantised, itertools.cycle(visited)), size
     return calls
 
@@ -182,22 +172,6 @@ def measure_quantised(dtype: torch.dtype, seconds: float) -> Table:
                 cells = f"{best * 1e6:.0f} ({median * 1e6:.0f})", f"{speed / 1e9:.1f}", f"{speed / memory:.0%}"
                 faster = f"{times['bfloat16'][0] / best:.2f}"
                 table.add_row(str(outputs), str(width), str(rows), name, *cells, f"{rate / 1e12:.3f}", faster)
-    return table
-
-
-def measure_pages(dtype: torch.dtype, seconds: float) -> Table:
-    """Products of one row with weights in small pages and in huge ones, as `model/loading/huge_pages.py` makes them."""
-    table = Table(title="products of one row, with weights in pages of either size")
-    for column in ("N", "K", "weights", "small pages us", "GB/s", "huge pages us", "GB/s", "huge / small"):
-        table.add_column(column, justify="right")
-    for outputs, width in WEIGHTS[:3]:
-        small, huge = quantised_calls(outputs, width, place=lambda _: None), quantised_calls(outputs, width)
-        inputs = torch.randn(1, width).bfloat16()
-        for name, (call, size) in huge.items():
-            times = fastest({"small": partial(small[name][0], inputs), "huge": partial(call, inputs)}, seconds)
-            medians = [median for _, median in times.values()]
-            cells = [cell for taken in medians for cell in (f"{taken * 1e6:.0f}", f"{size / taken / 1e9:.1f}")]
-            table.add_row(str(outputs), str(width), name, *cells, f"{medians[1] / medians[0]:.2f}")
     return table
 
 
@@ -287,7 +261,6 @@ def measure_writes(dtype: torch.dtype, seconds: float) -> Table:
 MEASURES = {
     "matmul": measure_matmul,
     "quantised": measure_quantised,
-    "pages": measure_pages,
     "attention": measure_attention,
     "prompt": measure_prompts,
     "write": measure_writes,

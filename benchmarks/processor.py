@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 
 from ulysses_infer.engine.profile_key import device_name
-from ulysses_infer.model.loading.huge_pages import use_huge_pages
 from ulysses_infer.native.levels import levels_here
 from ulysses_infer.native.library import LEVEL
 from ulysses_infer.native.matmul import NativeMatmul
@@ -19,12 +18,11 @@ WIDE_ROW = 8192  # bytes
 
 
 class MemoryReader:
-    """Reads `READ_BYTES` of memory once, in huge pages and on all threads, in the way that is faster here: in order
-    (a sum), or in several places by turns (a product of one row)."""
+    """Reads `READ_BYTES` of memory once, on all threads, in the way that is faster here: in order (a sum), or in several
+    places by turns (a product of one row)."""
 
     def __init__(self) -> None:
         values = torch.ones(READ_BYTES // WIDE_ROW, WIDE_ROW // 2, dtype=torch.bfloat16)
-        use_huge_pages([values])
         row, native = torch.ones(1, WIDE_ROW // 2, dtype=torch.bfloat16), NativeMatmul()
         ways: list[Callable[[], object]] = [values.view(torch.float32).sum, lambda: native(row, values)]
         self._read = min(ways, key=lambda way: min(seconds_to(way) for _ in range(3)))

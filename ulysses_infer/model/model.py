@@ -39,7 +39,6 @@ from ulysses_infer.model.layers.rotary import choose_max_model_len, freeze_rotar
 from ulysses_infer.model.loading.checkpoint import Loader, Progress
 from ulysses_infer.model.loading.files import MemorySource, SafetensorsSource, TensorSource
 from ulysses_infer.model.loading.hf_overrides import blamed, overridden
-from ulysses_infer.model.loading.huge_pages import use_huge_pages
 from ulysses_infer.model.loading.legacy_configs import legacy_config
 from ulysses_infer.model.loading.multimodal import auto_class, drop_multimodal_encoders, thinker_of
 from ulysses_infer.model.loading.sources import unpartitioned
@@ -300,7 +299,6 @@ class ModelBuilder:
             Fusion(model)
         for layer in self.injection.expert_layers:  # the probe and the fusion tests are not traffic
             layer.forget_counts()
-        use_huge_pages(model.module.parameters())
         return model
 
 

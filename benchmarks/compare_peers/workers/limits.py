@@ -49,14 +49,12 @@ def start(options: dict[str, Any]) -> tuple[Measure, str]:
     """options: `threads`."""
     import torch
 
-    from ulysses_infer.model.loading.huge_pages import use_huge_pages
     from ulysses_infer.native.matmul import make_matmul
 
     torch.set_num_threads(options["threads"])
     native = make_matmul("auto", torch.device("cpu"))
     linear = {"torch": torch.nn.functional.linear} | ({} if native is None else {"native": native})
     memory = torch.ones(READ_BYTES // 4)
-    use_huge_pages([memory])
     row, wide = torch.ones(1, ROW).bfloat16(), memory.view(torch.bfloat16).view(-1, ROW)
 
     def products(m: int, k: int, n: int) -> tuple[float, dict[str, Way]]:

@@ -10,7 +10,6 @@ import torch
 from ulysses_infer.errors import CheckpointError
 from ulysses_infer.model.loading.checkpoint import Loader
 from ulysses_infer.model.loading.files import TensorSource
-from ulysses_infer.model.loading.huge_pages import use_huge_pages
 from ulysses_infer.model.loading.sources import ShapesOnly
 from ulysses_infer.model.loading.staging import Kept, ReadRecorder, Shapes
 from ulysses_infer.model.model import ModelBuilder, ShiftModel
@@ -62,8 +61,6 @@ class Weights:
         if not self._are_own:
             self._move({id(p): torch.empty_like(p, memory_format=torch.contiguous_format) for p in self._parameters()})
         self._blueprint.loader(source, _InPlaceLoader).load()
-        if not self._are_own:
-            use_huge_pages(self._parameters())
         self._are_own = True
 
     @torch.no_grad()
