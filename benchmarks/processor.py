@@ -18,8 +18,10 @@ WIDE_ROW = 8192  # bytes
 
 
 class MemoryReader:
-    """Reads `READ_BYTES` of memory once, on all threads, in the way that is faster here: in order (a sum), or in several
-    places by turns (a product of one row)."""
+    """Reads `READ_BYTES` of memory once, on all threads, in the way that is faster here.
+
+    In order (a sum), or in several places by turns (a product of one row).
+    """
 
     def __init__(self) -> None:
         values = torch.ones(READ_BYTES // WIDE_ROW, WIDE_ROW // 2, dtype=torch.bfloat16)
