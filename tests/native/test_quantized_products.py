@@ -20,6 +20,7 @@ from ulysses_infer.model.quantization import native_products, products
 from ulysses_infer.model.quantization.component import covering
 from ulysses_infer.model.quantization.float_zeros import FloatZeroWeight
 from ulysses_infer.model.quantization.mxfp4 import Mxfp4Weight
+from ulysses_infer.model.quantization.online import online_scheme
 from ulysses_infer.model.quantization.packed import CompressedWeight
 from ulysses_infer.model.quantization.scaled import ScaledWeight
 from ulysses_infer.parallel.layout import Layout, Mode, Span
@@ -149,6 +150,21 @@ def test_few_rows_of_nibbles_do_not_depend_on_the_next_output() -> None:
     after = weights.multiply(given, None, 2)
     assert after[:, ::2].equal(before[:, ::2])
     assert after[:, 1::2].isnan().all()
+
+
+@pytest.mark.parametrize("outputs", [1, 31, 33, 65, 96, 130, 257])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_few_rows_equal_many_with_any_number_of_outputs(kind: str, outputs: int) -> None:
+    """Outputs are read in several streams, of which the last may be short or empty."""
+    torch.manual_seed(outputs)
+    scheme, width = online_scheme(kind, 32 if kind == "int4" else 0), 544
+    dense, bias = torch.randn(outputs, width), torch.randn(outputs).bfloat16()
+    parts = {name: part[None] for name, part in scheme.quantise(dense).items()}
+    weights = native_products.NativeWeights(scheme.stored_experts(parts, Span(0, outputs), Span(0, width)))
+    for rows in (1, 2, 3, 4, 5):
+        given = torch.randn(rows, width).bfloat16()
+        few, many = (weights.multiply(given, bias, by_rows) for by_rows in (rows, 0))
+        torch.testing.assert_close(few, many, rtol=2**-7, atol=1e-2)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
