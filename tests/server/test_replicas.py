@@ -400,7 +400,8 @@ def assert_others_outlive(server, killed, survivor):
     for stream in streams:
         stream.join()
     lost = [stream for stream in streams if stream.errors]
-    assert [stream.finish_reason for stream in streams if stream not in lost] == ["length"] * 2
+    assert 1 <= len(lost) <= 2, "each replica has two; the first may end before the kill"
+    assert {stream.finish_reason for stream in streams if stream not in lost} == {"length"}
     for stream in lost:
         error = stream.errors[0]["error"]
         assert (error["code"], f"replica {1 - survivor}" in error["message"]) == ("replica_lost", True)
