@@ -391,7 +391,7 @@ def test_two_replicas_of_two_ranks_answer_alike_and_a_killed_rank_ends_only_its_
 def assert_others_outlive(server, killed, survivor):
     """Kill a rank under load: streams of its replica get an error, all other requests their result."""
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        streams = [server.stream(max_tokens=1000) for _ in range(4)]
+        streams = [server.stream(max_tokens=3000) for _ in range(4)]  # none may end before the kill
         whole = [pool.submit(server.complete, max_tokens=300) for _ in range(4)]
         time.sleep(0.05)
         server.kept_rank(killed).kill()
@@ -400,8 +400,7 @@ def assert_others_outlive(server, killed, survivor):
     for stream in streams:
         stream.join()
     lost = [stream for stream in streams if stream.errors]
-    assert 1 <= len(lost) <= 2, "each replica has two; the first may end before the kill"
-    assert {stream.finish_reason for stream in streams if stream not in lost} == {"length"}
+    assert [stream.finish_reason for stream in streams if stream not in lost] == ["length"] * 2
     for stream in lost:
         error = stream.errors[0]["error"]
         assert (error["code"], f"replica {1 - survivor}" in error["message"]) == ("replica_lost", True)
