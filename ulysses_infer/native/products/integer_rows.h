@@ -10,11 +10,7 @@
 #define BYTE_ROWS 4 /* of inputs, with which a row of the weight is multiplied while it is in the cache */
 #define ROWS_AT_ONCE 2 /* of these, whose sums are in registers */
 #define STREAMS 4
-#ifdef HAS_AVX512
-#define STREAM_AHEAD 1024 /* bytes of a stream that the CPU does not prefetch early enough by itself */
-#else
-#define STREAM_AHEAD 0
-#endif
+#define STREAM_AHEAD (LANES == 16 ? 1024 : 0) /* bytes that the CPU does not prefetch early enough by itself */
 
 /* Outputs of one task: OUTPUTS from `first` on, as many `apart` from these, and so on. */
 struct task {

@@ -15,13 +15,8 @@
 #define BLOCK_INPUTS (BLOCK_ATOMS * ATOM)
 #define AHEAD_BYTES 16384 /* of the weight, which are fetched before they are needed */
 #define AHEAD_IN_STREAM 2048
-#define ROWS_TOGETHER (REGISTERS == 32 ? 4 : 2)
-#ifdef HAS_AVX512
-#define NIBBLE_STREAMS 4
-#else
-#define NIBBLE_STREAMS 1
-#endif
-#define MOST_SUMS (ROWS_TOGETHER > NIBBLE_STREAMS ? ROWS_TOGETHER : NIBBLE_STREAMS) /* of rows times streams */
+#define ROWS_TOGETHER (REGISTERS == 32 ? 4 : 2) /* or fewer rows in several streams */
+#define NIBBLE_STREAMS (LANES == 16 ? 4 : 1)    /* at most ROWS_TOGETHER */
 
 /* Quantised inputs, zeros after the last, and where those of the weight are. */
 struct nibble_rows {
@@ -35,11 +30,7 @@ struct nibble_rows {
 };
 
 /* The sums of a block can be added up to one lane per atom before they are converted. */
-#ifdef HAS_AVX512
-#define ADDS_UP 1
-#else
-#define ADDS_UP NARROW_SUMS
-#endif
+#define ADDS_UP (NARROW_SUMS || LANES == 16)
 
 /* Which atom of a block a lane belongs to, and the reverse. */
 INLINE int atom_of(int lane) { return ADDS_UP ? lane % 4 * VECTOR_ATOMS + lane / 4 : lane; }
@@ -203,7 +194,7 @@ INLINE void add_block(const struct nibble_rows *x, const struct nibble_row *w, i
                       floats *sums) {
     const int64_t first = t * x->atoms + block * BLOCK_ATOMS, vector = 4 * LANES, group = block * x->step;
     const enum type type = is_usual ? BFLOAT16 : w->type;
-    words quarters[MOST_SUMS][BLOCK_VECTORS] = {{{0}}};
+    words quarters[ROWS_TOGETHER][BLOCK_VECTORS] = {{{0}}};
     UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
         if (v * vector >= bytes) break;
         UNROLL for (int s = 0; s < streams; s++) {
@@ -263,15 +254,16 @@ INLINE void nibble_tile(const struct nibble_rows *given, const struct task *task
     const int64_t ahead = streams == 1 ? x.ahead * w->code_output : is_slice ? w->code_output : AHEAD_IN_STREAM;
     float sums[NIBBLE_STREAMS][ROWS_TOGETHER * OUTPUTS];
     for (int64_t a = 0; a < count; a += 4) {
-        floats four[4][MOST_SUMS];
+        floats four[4][ROWS_TOGETHER];
         for (int64_t i = 0; i < 4; i++) {
             struct nibble_row row[NIBBLE_STREAMS];
             UNROLL for (int s = 0; s < streams; s++) {
                 row[s] = nibble_row_of(w, output_of(task, stream + s, a + i));
                 row[s].ahead = ahead;
-                if (streams > 1) continue;
-                __builtin_prefetch(row[s].scales + x.ahead * w->scale_output * size_of(row[s].type), 0, 2);
-                __builtin_prefetch(row[s].zeros + x.ahead * w->zero_output * sizeof(bfloat16), 0, 2);
+            }
+            if (streams == 1) {
+                __builtin_prefetch(row->scales + x.ahead * w->scale_output * size_of(row->type), 0, 2);
+                __builtin_prefetch(row->zeros + x.ahead * w->zero_output * sizeof(bfloat16), 0, 2);
             }
             const int64_t beyond = outputs - 1 - output_of(task, stream + streams - 1, a + i); /* the last of these rows */
             add_row(&x, row, t, inputs, beyond * least >= LANES, streams, rows, four[i]);
@@ -286,27 +278,23 @@ INLINE void nibble_tile(const struct nibble_rows *given, const struct task *task
         put_sums(x.p, t, rows, task->first + (stream + s) * task->apart, count_of(task, stream + s), sums[s]);
 }
 
-/* All rows with the outputs of a task. As many sums as registers hold are made together. */
+/* Rows t .. t + rows with all outputs of a task: the fewer rows, the more streams. */
+INLINE void nibble_tiles(const struct nibble_rows *x, const struct task *task, int64_t t, const int rows) {
+    const int streams = rows < NIBBLE_STREAMS ? NIBBLE_STREAMS / rows : 1;
+    for (int s = 0; s < task->streams; s += streams) nibble_tile(x, task, s, t, streams, rows);
+}
+
+/* All rows with the outputs of a task. */
 static void nibble_outputs(const struct nibble_rows *x, const struct task *task) {
     const int64_t all = x->p->num_rows;
     for (int64_t t = 0, rows; t < all; t += rows) {
         rows = all - t < ROWS_TOGETHER ? all - t : ROWS_TOGETHER;
         switch (rows) {
-            case 1: nibble_tile(x, task, 0, t, NIBBLE_STREAMS, 1); break;
-#if NIBBLE_STREAMS > 1
-            case 2:
-                for (int s = 0; s < task->streams; s += 2) nibble_tile(x, task, s, t, 2, 2);
-                break;
-#else
-            case 2: nibble_tile(x, task, 0, t, 1, 2); break;
-#endif
+            case 1: nibble_tiles(x, task, t, 1); break;
+            case 2: nibble_tiles(x, task, t, 2); break;
 #if REGISTERS == 32
-            case 3:
-                for (int s = 0; s < task->streams; s++) nibble_tile(x, task, s, t, 1, 3);
-                break;
-            case 4:
-                for (int s = 0; s < task->streams; s++) nibble_tile(x, task, s, t, 1, 4);
-                break;
+            case 3: nibble_tiles(x, task, t, 3); break;
+            case 4: nibble_tiles(x, task, t, 4); break;
 #endif
         }
     }
